@@ -1,0 +1,41 @@
+# Every target sets up what it needs: a virtual environment with the pinned, tested versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Hydra overrides, e.g. make compare OVERRIDES="training.steps=200"
+OVERRIDES ?=
+# Arguments for pytest, e.g. make test PYTEST="-k pissa"
+PYTEST ?=
+
+.PHONY: help compare test lint clean
+
+help:
+	@echo "make compare   eight initializations on a real pretrained model, then the report"
+	@echo "make test      the tests"
+	@echo "make lint      ruff"
+	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
+
+compare: $(STAMP)
+	$(BIN)/python -m experiments.train --config-name sweep_compare $(OVERRIDES)
+	$(BIN)/python -m experiments.report outputs/sweeps/compare
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+# The stamp is written last: an interrupted installation is done again.
+$(STAMP): pyproject.toml constraints.txt requirements-assets.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lora_init needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[experiments,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-assets.txt
+	@touch $@

@@ -1,0 +1,34 @@
+"""How should a low-rank adapter start? Every LoRA initialization behind one registry.
+
+from lora_init import LoraConfig, get_peft_model
+
+model = get_peft_model(model, LoraConfig(r=16, init_lora_weights="pissa"))
+"""
+
+from lora_init.config import LoraConfig
+from lora_init.diagnostics import InitReport
+from lora_init.factors import Factors, Replacement
+from lora_init.model import LoraModel, get_peft_model
+from lora_init.plan import Plan
+from lora_init.registry import (
+    CalibrationRequest,
+    Initializer,
+    list_initializers,
+    register_initializer,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationRequest",
+    "Factors",
+    "InitReport",
+    "Initializer",
+    "LoraConfig",
+    "LoraModel",
+    "Plan",
+    "Replacement",
+    "get_peft_model",
+    "list_initializers",
+    "register_initializer",
+]

@@ -1,0 +1,61 @@
+"""What an initializer returns: the two factors, and what becomes of the base weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.quantization import Quantizer
+
+Base = Literal["keep", "subtract", "replace"]
+"""What a method does to the base weight W, given the scaling s and its factors B0, A0:
+
+- ``keep``: the layer computes ``W x + s B A x``;
+- ``subtract``: ``(W - s B0 A0) x + s B A x``, the original function at step 0;
+- ``replace``: ``Q x + s B A x``, where Q is a quantised weight.
+"""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A quantised base that can be computed again from the original weight.
+
+    ``Q = dequantize(quantize(W - s lora_B lora_A))``. The factors are those of the method's last
+    quantisation step, not the ones it returns: storing r(m + n) numbers instead of m n codes is
+    enough to rebuild Q, because the quantiser is a deterministic map.
+    """
+
+    quantizer: Quantizer
+    lora_A: Float[Tensor, "rank in"]
+    lora_B: Float[Tensor, "out rank"]
+
+    def base(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:
+        """Q in float32, from the original weight.
+
+        The product is taken in float64 and rounded once: another thread count or device may sum
+        it in another order, and a float32 sum that moved in its last bit could cross one of the
+        quantiser's thresholds.
+        """
+        product = scaling * (self.lora_B.double() @ self.lora_A.double())
+        return self.quantizer.roundtrip((weight.double() - product).float())
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The result of one initializer for one layer.
+
+    Attributes:
+        lora_A: A0, shape (rank, in), float32.
+        lora_B: B0, shape (out, rank), float32.
+        replacement: how to rebuild the base; for ``replace`` methods only.
+        metrics: figures the method knows about itself (`error`, `captured_energy`, …) for reports.
+    """
+
+    lora_A: Float[Tensor, "rank in"]
+    lora_B: Float[Tensor, "out rank"]
+    replacement: Replacement | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,141 @@
+"""Plan and statistics -> factors, layer by layer. Pure: no module is changed here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.factors import Factors, Replacement
+from lora_init.layers import widened
+from lora_init.modules import oriented_weight
+from lora_init.plan import Plan, Target
+from lora_init.progress import tracked
+from lora_init.registry import Initializer
+from lora_init.seeding import layer_generator
+from lora_init.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class InitializedLayer:
+    """A target's factors, on its module's device and in the adapter's dtype, and their cost."""
+
+    target: Target
+    factors: Factors
+    seconds: float
+
+
+def initialize(
+    model: nn.Module,
+    plan: Plan,
+    statistics: Mapping[str, LayerStatistics],
+    *,
+    seed: int,
+    device: torch.device | None = None,
+) -> list[InitializedLayer]:
+    """Run the plan's method over its targets.
+
+    Args:
+        model: the model, only read.
+        plan: what to do.
+        statistics: by layer name; empty for methods that need none.
+        seed: the initialization seed; each layer derives a stream of its own from it and its name.
+        device: where the decompositions run; None means where each weight lives. Weights move
+            there one at a time, results return to their module's device.
+
+    Raises:
+        ValueError: a weight or a factor is not finite, or a factor has the wrong shape; by name.
+    """
+    return [
+        _initialize_layer(model.get_submodule(target.name), target, plan, statistics, seed, device)
+        for target in tracked(plan.targets, f"initializing ({plan.initializer.name})")
+    ]
+
+
+def _initialize_layer(
+    module: nn.Module,
+    target: Target,
+    plan: Plan,
+    statistics: Mapping[str, LayerStatistics],
+    seed: int,
+    device: torch.device | None,
+) -> InitializedLayer:
+    start = time.perf_counter()
+    spec = plan.initializer
+    weight = oriented_weight(module)
+    home = weight.device
+    if "weights" in spec.needs:
+        weight = widened(weight.to(device or home)).to(torch.float32)
+        _check_weight(target, weight)
+    factors = spec.function(
+        weight,
+        target.rank,
+        target.scaling,
+        statistics.get(target.name),
+        plan.options,
+        layer_generator(seed, target.name),
+    )
+    _check_factors(target, spec, factors)
+    factors = replace(
+        factors,
+        lora_A=_settled(factors.lora_A, home, plan.adapter_dtype),
+        lora_B=_settled(factors.lora_B, home, plan.adapter_dtype),
+        replacement=_settled_replacement(factors.replacement, home),
+    )
+    if home.type == "cuda" or (device is not None and device.type == "cuda"):
+        torch.cuda.synchronize()
+    return InitializedLayer(target, factors, time.perf_counter() - start)
+
+
+def _settled(factor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # A contiguous tensor of its own: a view would keep the whole decomposition in memory.
+    return factor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _settled_replacement(
+    replacement: Replacement | None, device: torch.device
+) -> Replacement | None:
+    if replacement is None:
+        return None
+    return replace(
+        replacement,
+        lora_A=_settled(replacement.lora_A, device, torch.float32),
+        lora_B=_settled(replacement.lora_B, device, torch.float32),
+    )
+
+
+def _check_weight(target: Target, weight: Tensor) -> None:
+    # One reading of the weight; only a norm beyond float32's range needs the second look.
+    if not math.isfinite(float(torch.linalg.vector_norm(weight))) and not bool(
+        torch.isfinite(weight).all()
+    ):
+        raise ValueError(
+            f"target {target.name!r}: its weight holds NaN or infinite values; the checkpoint is "
+            "damaged, or was read in a dtype that it overflows"
+        )
+
+
+def _check_factors(target: Target, spec: Initializer, factors: Factors) -> None:
+    rows, columns = target.shape
+    for name, factor, shape in (
+        ("lora_A", factors.lora_A, (target.rank, columns)),
+        ("lora_B", factors.lora_B, (rows, target.rank)),
+    ):
+        if tuple(factor.shape) != shape:
+            raise ValueError(
+                f"{spec.name} returned {name} of shape {tuple(factor.shape)} for target "
+                f"{target.name!r}; expected {shape}"
+            )
+        if not bool(torch.isfinite(factor).all()):
+            raise ValueError(
+                f"{spec.name} returned non-finite values in {name} for target {target.name!r}"
+            )
+    if (factors.replacement is not None) != (spec.base == "replace"):
+        raise ValueError(
+            f"{spec.name} is registered with base={spec.base!r} but its result "
+            f"{'has' if factors.replacement is not None else 'lacks'} a replacement"
+        )

@@ -1,0 +1,1 @@
+"""One file per method. Every file here registers itself; there is no list to keep."""

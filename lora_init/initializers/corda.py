@@ -1,0 +1,99 @@
+"""CorDA: the weight is decomposed in the metric of its own inputs.
+
+R = XᵀX / tokens, the uncentred second moment of the inputs; W R = U S Vᵀ (thin). Of its triplets,
+"ipm" (instruction-previewed mode) takes the first r: learn the calibration task fast; "kpm"
+(knowledge-preserved mode) takes the last r: keep what the calibration data stands for. The method
+is B = U sqrt(S / s), A = sqrt(S / s) Vᵀ R⁻¹. Since Uᵀ (W R) = S Vᵀ, the inverse cancels:
+
+    A = Uᵀ W / sqrt(S s),    s B A = U Uᵀ W,
+
+a projection of W. Only the left singular vectors of W R are computed; nothing is inverted.
+
+Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models",
+NeurIPS 2024, arXiv 2406.05223, equations 2-7.
+Deviations: the official code divides every sample by its largest |x| and the sum by 256, PEFT
+divides by the number of samples and by max(x) without the modulus; ours divides by the number of
+tokens. The scale of R only moves norm between the factors (c·R: B grows by sqrt(c), A shrinks by
+it), the product is the same. Both add 0.01 · mean(diag R) to R's diagonal, doubled until the
+inverse is good, which changes U; ours needs no inverse, `damping=0.01` reproduces the first step.
+Where S falls below eps · ‖W R‖ (R is rank-deficient: fewer tokens than inputs) the split blows up:
+those components are split evenly, B = U / sqrt(s), A = Uᵀ W / sqrt(s), and the report counts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_init import linalg
+from lora_init.factors import Factors
+from lora_init.registry import CalibrationRequest, register_initializer
+
+# R comes from float32 sums: directions without any input carry noise of this size, relative to the
+# mean diagonal. Lifting R by it keeps W R's thin decomposition unique there (the limit is that of W
+# itself on the null space of R), and is invisible elsewhere.
+NULL_SPACE_LIFT = 1e-6
+
+
+@dataclass
+class CordaOptions:
+    """Settings of CorDA.
+
+    Attributes:
+        corda_method: "ipm" (first r triplets) or "kpm" (last r).
+        damping: added to the diagonal of R, in units of its mean; 0.01 is the official code's.
+    """
+
+    corda_method: str = "ipm"
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.corda_method not in ("ipm", "kpm"):
+            raise ValueError(
+                f"corda: corda_method={self.corda_method!r}; allowed are 'ipm' (learn the task) "
+                "and 'kpm' (preserve knowledge)"
+            )
+        if not 0.0 <= self.damping < float("inf"):
+            raise ValueError(f"corda: damping={self.damping!r}; allowed are finite numbers >= 0")
+
+
+@register_initializer(
+    "corda",
+    options=CordaOptions,
+    paper="Yang et al. 2024, arXiv 2406.05223",
+    base="subtract",
+    needs=("weights", "inputs"),
+    calibration=lambda options: CalibrationRequest(),
+)
+def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
+    """A (rank, in) and B (out, rank), float32; s B A is the projection U Uᵀ W."""
+    second_moment = statistics.inputs.second_moment
+    mean_diagonal = second_moment.diagonal().double().mean()
+    if options.corda_method == "ipm":
+        lifted = _lift(second_moment, options.damping * mean_diagonal)
+        operator = linalg.Operator.product(weight, lifted)
+        triplets = linalg.top_singular(operator, rank, generator=generator)
+        largest = triplets.values[0]
+    else:
+        lift = max(options.damping, NULL_SPACE_LIFT) * mean_diagonal
+        product = weight.double() @ _lift(second_moment.double(), lift)
+        triplets = linalg.bottom_singular(product, rank)
+        largest = torch.linalg.matrix_norm(product)
+    left = triplets.left.to(weight.dtype)
+    values = triplets.values.to(weight.dtype)
+    degenerate = values <= torch.finfo(torch.float32).eps * largest.to(weight.dtype)
+    split = torch.where(degenerate, torch.ones_like(values), values)
+    return Factors(
+        lora_A=(left.T @ weight) / (split * scaling).sqrt()[:, None],
+        lora_B=left * (split / scaling).sqrt(),
+        metrics={
+            "algorithm": triplets.method,
+            "residual": triplets.residual,
+            "evenly_split_components": int(degenerate.sum()),
+        },
+    )
+
+
+def _lift(matrix, amount):
+    return matrix + torch.diag_embed((amount * torch.ones_like(matrix[0])).to(matrix.dtype))

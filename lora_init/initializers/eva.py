@@ -1,0 +1,96 @@
+"""EVA: A holds the principal directions of the layer's inputs, B is zero.
+
+R = XᵀX / tokens (centred: minus the mean's outer product); A = its top r eigenvectors, rows of
+unit norm; B = 0. Ranks are redistributed over the layers: the explained-variance ratios of all
+layers' first r·rho components are pooled and the largest sum(r) of them kept, so that a layer's
+rank is the number of its components among them. A layer may get rank 0: it then has no adapter.
+alpha is changed with the rank so that the scaling of every layer stays what it was.
+
+Source: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024,
+arXiv 2410.07170, algorithm 1.
+Deviations: the theorem of the paper is about uncentred inputs; its algorithm and official code
+centre them by incremental PCA. `center=True` follows the code. The covariance here is that of all
+tokens seen, in one pass: exact and free of the batches' order; the official code and PEFT stream a
+truncated PCA and stop a layer when its components' cosine between batches exceeds `tau`. An exact
+pass has nothing to stop early, so `tau` is accepted at its default for the sake of PEFT's
+configuration files and refused otherwise. PEFT's adjust_scaling_factors multiplies alpha by r'/r
+under rsLoRA too, which changes the scaling; ours multiplies by sqrt(r'/r) there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lora_init.allocation import LayerRequest, redistribute
+from lora_init.factors import Factors
+from lora_init.registry import CalibrationRequest, register_initializer
+
+
+@dataclass
+class EvaOptions:
+    """Settings of EVA; names and defaults are those of PEFT's EvaConfig, and `center`.
+
+    Attributes:
+        rho: a layer's rank may grow to r·rho; 1.0 keeps all ranks uniform.
+        tau: early stop of a streaming PCA; meaningless for an exact pass, so only 0.99 is accepted.
+        use_label_mask: leave out token positions whose label is `label_mask_value`.
+        label_mask_value: see above.
+        whiten: divide each direction by the standard deviation of its component.
+        adjust_scaling_factors: keep each layer's scaling when its rank changes.
+        center: subtract the mean input before the decomposition.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+    center: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 1.0:
+            raise ValueError(f"eva: rho={self.rho!r}; allowed are numbers >= 1.0")
+        if self.tau != 0.99:
+            raise ValueError(
+                f"eva: tau={self.tau!r}; the calibration pass is exact and never stops early, so "
+                "tau has no effect: leave it at 0.99"
+            )
+
+
+def request(options: EvaOptions) -> CalibrationRequest:
+    return CalibrationRequest(options.label_mask_value if options.use_label_mask else None)
+
+
+def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[str, int]:
+    """Pool explained-variance ratios over layers and keep the best sum(r)."""
+    spectra = {}
+    for name, layer in requests.items():
+        limit = min(int(layer.rank * options.rho), *layer.shape)
+        values, _, total = layer.statistics.inputs.principal_components(limit, options.center)
+        # A layer whose inputs never vary explains nothing and asks for no rank.
+        spectra[name] = values / total if total > 0 else torch.zeros_like(values)
+    return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
+
+
+@register_initializer(
+    "eva",
+    options=EvaOptions,
+    paper="Paischer et al. 2024, arXiv 2410.07170",
+    needs=("inputs",),
+    calibration=request,
+    allocate=allocate,
+    adjust_alpha=lambda options: options.adjust_scaling_factors,
+)
+def eva(weight, rank, scaling, statistics, options, generator) -> Factors:
+    """A (rank, in) with orthonormal rows unless whitened, B (out, rank) zero; float32."""
+    values, vectors, total = statistics.inputs.principal_components(rank, options.center)
+    lora_A = vectors.T
+    if options.whiten:
+        lora_A = lora_A / values.clamp_min(torch.finfo(torch.float32).eps).sqrt()[:, None]
+    explained = float(values.sum() / total) if total > 0 else 0.0
+    lora_B = torch.zeros(weight.shape[0], rank, device=lora_A.device)
+    return Factors(lora_A.contiguous(), lora_B, metrics={"explained_variance": explained})

@@ -1,0 +1,25 @@
+"""LoRA's own initialization: A is Kaiming-uniform, B is zero.
+
+A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0. The bound is `kaiming_uniform_` with a = sqrt(5), the default
+of nn.Linear: gain sqrt(2 / (1 + 5)) · sqrt(3 / in) = 1/sqrt(in).
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv 2106.09685.
+Deviations: the paper's section 4.1 says "random Gaussian for A"; its official code (loralib) and
+PEFT draw from the uniform distribution above, and so do we. `gaussian` is the other.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lora_init.factors import Factors
+from lora_init.registry import register_initializer
+
+
+@register_initializer("kaiming", paper="Hu et al. 2021, arXiv 2106.09685")
+def kaiming(weight, rank, scaling, statistics, options, generator) -> Factors:
+    """A (rank, in) uniform within ±1/sqrt(in), B (out, rank) zero; float32. Reads no weight."""
+    rows, columns = weight.shape
+    bound = columns**-0.5
+    lora_A = torch.rand(rank, columns, generator=generator) * (2 * bound) - bound
+    return Factors(lora_A, torch.zeros(rows, rank))

@@ -1,0 +1,27 @@
+"""OLoRA: the leading columns of W's QR decomposition.
+
+W = Q R; B = Q[:, :r], A = R[:r]; the base becomes W - s B A. The first r columns of Q depend on the
+first r columns of W alone, so Q = qr(W[:, :r]), A = Qᵀ W gives the same factors as the full
+decomposition in O(out · in · r).
+
+Source: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024,
+arXiv 2406.01775, algorithm 1.
+Deviations: signs are LAPACK's, as in the official code and PEFT. PEFT's branch ignores
+`fan_in_fan_out`; here W is always (out, in). The factors are not divided by the scaling (the paper
+does not either): at large s, ‖s B A‖ is far above ‖W‖.
+"""
+
+from __future__ import annotations
+
+from lora_init import linalg
+from lora_init.factors import Factors
+from lora_init.registry import register_initializer
+
+
+@register_initializer(
+    "olora", paper="Büyükakyüz 2024, arXiv 2406.01775", base="subtract", needs=("weights",)
+)
+def olora(weight, rank, scaling, statistics, options, generator) -> Factors:
+    """B (out, rank) with orthonormal columns, A (rank, in) upper trapezoidal; float32."""
+    q, r = linalg.leading_qr(weight, rank)
+    return Factors(lora_A=r, lora_B=q)

@@ -1,0 +1,266 @@
+"""The plan: everything that will happen, decided and checked before any work is done.
+
+`get_peft_model(..., dry_run=True)` returns it, and printing it shows it. Every mistake in the
+configuration surfaces here, while the model is still untouched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_init.config import LoraConfig
+from lora_init.modules import module_type, weight_shape
+from lora_init.registry import CalibrationRequest, Initializer
+from lora_init.tables import render
+from lora_init.targets import pattern_value, select
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter: rank r, alpha, and the scaling s they give."""
+
+    name: str
+    module_type: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    rank: int
+    alpha: float
+    scaling: float
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * sum(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of `get_peft_model` will do.
+
+    Attributes:
+        initializer: the registered method; `options` are its settings.
+        targets: the modules to adapt, in model order. After an allocation some may be gone.
+        modules_to_save: modules trained whole.
+        calibration: the statistics to collect, None when the method needs none.
+        unmatched: (setting, entry) pairs that matched nothing in the model.
+    """
+
+    initializer: Initializer
+    options: Any
+    targets: tuple[Target, ...]
+    modules_to_save: tuple[str, ...]
+    calibration: CalibrationRequest | None
+    unmatched: tuple[tuple[str, str], ...]
+    adapter_dtype: torch.dtype = torch.float32
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in the factors, frozen ones excluded."""
+        total = 0
+        for target in self.targets:
+            rows, columns = target.shape
+            frozen = self.initializer.frozen
+            total += target.rank * (
+                ("lora_A" not in frozen) * columns + ("lora_B" not in frozen) * rows
+            )
+        return total
+
+    @property
+    def factor_bytes(self) -> int:
+        """Memory of the factors, and of the initial ones that stay with each layer."""
+        return 2 * self.adapter_dtype.itemsize * sum(t.parameters for t in self.targets)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Upper bound of the second moments' memory: every target with an input of its own."""
+        if self.calibration is None:
+            return 0
+        return 4 * sum(target.shape[1] ** 2 for target in self.targets)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The largest layer as float32, in and out of an initializer."""
+        return 3 * 4 * max(target.shape[0] * target.shape[1] for target in self.targets)
+
+    def with_ranks(self, ranks: Mapping[str, int], config: LoraConfig) -> Plan:
+        """The plan after an allocation: rank 0 leaves, alphas keep each layer's scaling."""
+        targets = []
+        for target in self.targets:
+            rank = ranks[target.name]
+            if rank == 0:
+                continue
+            alpha = target.alpha
+            if self.initializer.adjust_alpha(self.options):
+                ratio = rank / target.rank
+                alpha *= ratio**0.5 if config.use_rslora else ratio
+            targets.append(
+                dataclasses.replace(
+                    target, rank=rank, alpha=alpha, scaling=config.scaling(rank, alpha)
+                )
+            )
+        return dataclasses.replace(self, targets=tuple(targets))
+
+    def refuse_unmatched(self) -> None:
+        """Patterns that matched nothing are an error; names in a list only a warning.
+
+        Raises:
+            ValueError: for keys of rank_pattern and alpha_pattern.
+        """
+        for setting, entry in self.unmatched:
+            message = (
+                f"{setting}: {entry!r} matches none of the {len(self.targets)} targets, e.g. "
+                f"{self.targets[0].name!r}; correct it or leave it out"
+            )
+            if setting in ("rank_pattern", "alpha_pattern"):
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=3)
+
+    def __str__(self) -> str:
+        spec = self.initializer
+        needs = "calibration data" if self.calibration is not None else "no calibration data"
+        lines = [
+            f"{spec.name} {self.options}",
+            f"base: {spec.base}; output {'preserved' if spec.preserves_output else 'changed'}; "
+            f"needs {needs}",
+            f"{len(self.targets)} targets, {self.parameters:,} trainable parameters in factors; "
+            f"memory: factors {_mib(self.factor_bytes)}, statistics at most "
+            f"{_mib(self.statistics_bytes)}, workspace {_mib(self.workspace_bytes)}",
+        ]
+        if self.modules_to_save:
+            lines.append(f"trained whole: {', '.join(self.modules_to_save)}")
+        lines += [f"matches nothing: {setting} {entry!r}" for setting, entry in self.unmatched]
+        rows = [
+            [
+                t.name,
+                t.module_type,
+                f"{t.shape[0]}×{t.shape[1]}",
+                str(t.dtype).removeprefix("torch."),
+                t.rank,
+                f"{t.alpha:g}",
+                f"{t.scaling:g}",
+            ]
+            for t in self.targets
+        ]
+        header = ["layer", "type", "out×in", "dtype", "rank", "alpha", "scaling"]
+        return "\n".join(lines) + "\n" + render(header, rows)
+
+
+def make_plan(
+    model: nn.Module, config: LoraConfig, adapter_dtype: torch.dtype = torch.float32
+) -> Plan:
+    """Decide and check everything that can be known before statistics are collected.
+
+    Raises:
+        ValueError: see `lora_init.targets.select`; a rank that a layer or the method cannot
+            have; a weight that is not served (meta device, sharded, tied under a method that
+            changes the base).
+        TypeError: a module type that the method does not serve.
+    """
+    if adapter_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"adapter_dtype={adapter_dtype!r}; allowed are {', '.join(map(str, FLOAT_DTYPES))}"
+        )
+    spec, options = config.initializer()
+    selection = select(model, config)
+    owners = weight_owners(model)
+    targets = []
+    for name in selection.names:
+        module = model.get_submodule(name)
+        _check_module(name, module, spec)
+        _check_sharing(name, module, spec, owners)
+        shape = weight_shape(module)
+        rank = pattern_value("rank_pattern", config.rank_pattern, name, config.r)
+        _check_rank(name, rank, shape, spec)
+        alpha = pattern_value("alpha_pattern", config.alpha_pattern, name, config.lora_alpha)
+        targets.append(
+            Target(
+                name=name,
+                module_type=module_type(module),
+                shape=shape,
+                dtype=module.weight.dtype,
+                rank=rank,
+                alpha=alpha,
+                scaling=config.scaling(rank, alpha),
+            )
+        )
+    return Plan(
+        initializer=spec,
+        options=options,
+        targets=tuple(targets),
+        modules_to_save=selection.modules_to_save,
+        calibration=spec.calibration(options) if spec.calibration else None,
+        unmatched=selection.unmatched,
+        adapter_dtype=adapter_dtype,
+    )
+
+
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names of all parameters by the storage they live in, shared modules and ties included."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta:
+            owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    return owners
+
+
+def _check_module(name: str, module: nn.Module, spec: Initializer) -> None:
+    kind = module_type(module)
+    if kind not in spec.module_types:
+        raise TypeError(
+            f"target {name!r} is a {kind}, which {spec.name} does not serve; allowed are "
+            f"{', '.join(sorted(spec.module_types))}. Leave it out with exclude_modules"
+        )
+    weight = module.weight
+    if weight.is_meta:
+        raise ValueError(
+            f"target {name!r}: its weight is on the meta device (offloaded or not loaded); load "
+            "the model into memory first"
+        )
+    if type(weight.data).__name__ not in ("Tensor", "Parameter"):
+        raise TypeError(
+            f"target {name!r}: its weight is a {type(weight.data).__name__} (sharded or a tensor "
+            "subclass), which is not served; initialize before sharding"
+        )
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"target {name!r}: its weight has dtype {weight.dtype}; allowed are "
+            f"{', '.join(map(str, FLOAT_DTYPES))}"
+        )
+
+
+def _check_sharing(
+    name: str, module: nn.Module, spec: Initializer, owners: Mapping[int, list[str]]
+) -> None:
+    if spec.base == "keep":
+        return
+    own = f"{name}.weight"
+    others = [o for o in owners[module.weight.untyped_storage().data_ptr()] if o != own]
+    if others:
+        raise ValueError(
+            f"target {name!r} shares its weight with {', '.join(map(repr, others))}, and "
+            f"{spec.name} changes the base: those would change too. Untie the weights, leave the "
+            "target out (exclude_modules), or choose a method that keeps the base"
+        )
+
+
+def _check_rank(name: str, rank: int, shape: tuple[int, int], spec: Initializer) -> None:
+    if rank > min(shape):
+        raise ValueError(
+            f"target {name!r}: rank {rank} exceeds min(out, in) = {min(shape)} of its "
+            f"{shape[0]}×{shape[1]} weight; lower r, or set rank_pattern for it"
+        )
+    reason = spec.rank_rule(rank, *shape) if spec.rank_rule else None
+    if reason:
+        raise ValueError(f"target {name!r}: {spec.name} cannot have rank {rank}: {reason}")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,216 @@
+"""The registry of initializers: what each is called, needs, does and serves.
+
+A method is a pure function registered by a decorator in a file of its own::
+
+    @dataclass
+    class MyOptions:
+        strength: float = 1.0
+
+    @register_initializer("mine", options=MyOptions, paper="…", base="subtract")
+    def mine(weight, rank, scaling, statistics, options, generator):
+        return Factors(lora_A=…, lora_B=…)
+
+Files in `lora_init/initializers/` are found by themselves. A third party's package is found through
+the entry-point group ``lora_init.initializers``, whose entries name modules to import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+import importlib.metadata
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from lora_init.factors import Base, Factors
+
+ENTRY_POINT_GROUP = "lora_init.initializers"
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Which statistics of a layer's inputs a method wants.
+
+    Attributes:
+        ignore_label: token positions with this label are left out; None masks by attention only.
+    """
+
+    ignore_label: int | None = None
+
+
+@dataclass
+class NoOptions:
+    """For methods without a setting of their own."""
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """One registered method and everything the core must know before it runs it.
+
+    Attributes:
+        name: the registered name, e.g. ``"pissa"``.
+        function: ``(weight, rank, scaling, statistics, options, generator) -> Factors``; pure.
+        options: dataclass of the method's settings, validated in its ``__post_init__``.
+        paper: where the method comes from.
+        base: what becomes of the base weight (keep, subtract or replace).
+        preserves_output: whether the model's function at step 0 is the base model's.
+        needs: what it reads: "weights", "inputs" (calibration), "gradients", "quantizer".
+        module_types: the module types it serves.
+        frozen: factors that are not trained, e.g. ``("lora_B",)``.
+        rank_rule: ``(rank, out, in) -> str | None``: why this rank cannot be served, or None.
+        calibration: ``options -> CalibrationRequest``; None for methods without calibration.
+        allocate: ``(requests, options) -> ranks``; chooses all layers' ranks from their statistics
+            before any layer is initialized (see `lora_init.allocation`). None keeps them.
+        adjust_alpha: ``options -> bool``: whether a layer whose rank was re-allocated keeps its
+            scaling (its alpha is changed to that end).
+        spellings: regular expressions of further names, each with ``match -> options``.
+    """
+
+    name: str
+    function: Callable[..., Factors]
+    options: type = NoOptions
+    paper: str = ""
+    base: Base = "keep"
+    preserves_output: bool = True
+    needs: frozenset[str] = frozenset()
+    module_types: frozenset[str] = frozenset({"Linear", "Conv1D"})
+    frozen: tuple[Literal["lora_A", "lora_B"], ...] = ()
+    rank_rule: Callable[[int, int, int], str | None] | None = None
+    calibration: Callable[[Any], CalibrationRequest] | None = None
+    allocate: Callable[..., dict[str, int]] | None = None
+    adjust_alpha: Callable[[Any], bool] = lambda options: True
+    spellings: Mapping[str, Callable[[re.Match], Any]] = field(default_factory=dict)
+
+
+_registry: dict[str, Initializer] = {}
+_loaded = False
+
+
+def register_initializer(name: str, **properties: Any) -> Callable[[Callable], Callable]:
+    """Register a function as the initializer `name`; `properties` are `Initializer`'s attributes.
+
+    Raises:
+        ValueError: if the name is taken, or is not lower-case letters, digits and underscores.
+    """
+
+    def decorate(function: Callable[..., Factors]) -> Callable[..., Factors]:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(
+                f"initializer name {name!r}: lower-case letters, digits and underscores are allowed"
+            )
+        known = _registry.get(name)
+        if known is not None:
+            raise ValueError(
+                f"initializer {name!r} is already registered by {known.function.__module__}; "
+                "choose another name"
+            )
+        needs = frozenset(properties.pop("needs", ()))
+        module_types = frozenset(properties.pop("module_types", ("Linear", "Conv1D")))
+        _registry[name] = Initializer(
+            name, function, needs=needs, module_types=module_types, **properties
+        )
+        return function
+
+    return decorate
+
+
+def list_initializers(pattern: str = "*") -> list[Initializer]:
+    """All registered initializers whose name matches the shell-style `pattern`, by name."""
+    _load()
+    return [_registry[name] for name in sorted(fnmatch.filter(_registry, pattern))]
+
+
+def get_initializer(name: str) -> Initializer:
+    """Look up a registered initializer by its name.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known ones.
+    """
+    _load()
+    if name not in _registry:
+        near = difflib.get_close_matches(name, _registry, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"init_lora_weights={name!r} is not a registered initializer: {hint}"
+            f"allowed are True (kaiming), False (random) and {', '.join(sorted(_registry))}"
+        )
+    return _registry[name]
+
+
+def resolve(setting: Any) -> tuple[Initializer, Any]:
+    """Turn any accepted form of ``init_lora_weights`` into an initializer and its options.
+
+    Accepted are True (kaiming), False (random), a name (``"pissa"``, ``"pissa_niter_4"``), a
+    mapping ``{"name": "pissa", "niter": 4}``, or an options instance, whose type names the method.
+
+    Raises:
+        ValueError: unknown name or option, or an option's value that its dataclass refuses.
+        TypeError: any other type.
+    """
+    _load()
+    if isinstance(setting, bool):
+        setting = "kaiming" if setting else "random"
+    if isinstance(setting, str):
+        for spec in _registry.values():
+            for expression, make in spec.spellings.items():
+                if match := re.fullmatch(expression, setting):
+                    return spec, make(match)
+        spec = get_initializer(setting)
+        return spec, spec.options()
+    if isinstance(setting, Mapping):
+        values = dict(setting)
+        if not isinstance(values.get("name"), str):
+            raise ValueError(
+                f"init_lora_weights={setting!r}: a mapping needs the key 'name', "
+                "e.g. {'name': 'pissa', 'niter': 4}"
+            )
+        spec = get_initializer(values.pop("name"))
+        return spec, build_options(spec.options, values, f"init_lora_weights ({spec.name})")
+    if is_dataclass(setting) and not isinstance(setting, type) and type(setting) is not NoOptions:
+        for spec in _registry.values():
+            if spec.options is type(setting):
+                return spec, setting
+    raise TypeError(
+        f"init_lora_weights={setting!r} of type {type(setting).__name__}: allowed are a bool, a "
+        "name, a mapping with the key 'name', or a registered method's options"
+    )
+
+
+def build_options(options: type, values: Mapping[str, Any], setting: str) -> Any:
+    """Make an options instance from a mapping, refusing unknown keys by name."""
+    known = [f.name for f in fields(options)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"{setting}: unknown option {key!r}; {hint}allowed are "
+                f"{', '.join(known) if known else 'none'}"
+            )
+    return options(**values)
+
+
+def describe(spec: Initializer, options: Any) -> dict[str, Any]:
+    """The mapping form of a method and its options; `resolve` is its inverse."""
+    return {"name": spec.name, **asdict(options)}
+
+
+def _load() -> None:
+    """Import the package's own methods and the entry points of third parties, once."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True  # set first: the modules imported below call back into this file
+    try:
+        package = importlib.import_module("lora_init.initializers")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            entry.load()
+    except BaseException:
+        _loaded = False
+        raise

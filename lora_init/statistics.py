@@ -1,0 +1,331 @@
+"""Calibration: one pass over the data collects what data-driven initializers need.
+
+For every **distinct** input of the targeted layers (query, key and value projections usually read
+one tensor) the pass accumulates, over all unmasked tokens x (rows of shape (in,)),
+
+    second_moment = sum x xᵀ / tokens  (in, in),    mean = sum x / tokens  (in,),    tokens.
+
+Sums are float32. The model runs in eval mode, without gradients, and is left as it was.
+
+Which rows count: for an encoder's inputs (or a decoder-only model's) `attention_mask`; for the
+decoder of an encoder-decoder model `decoder_attention_mask`, if the batch has one, except where a
+layer reads the encoder's output (cross-attention), which keeps the encoder's mask. Token labels
+(shape of the mask) equal to the method's `ignore_label` are left out where the method asks for it;
+sequence labels mask nothing. An input whose leading shape is not the mask's (a pooler's, a routed
+expert's) counts every row.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_init import linalg
+from lora_init.progress import tracked
+from lora_init.registry import CalibrationRequest
+
+HELD_INPUTS = 4
+"""How many recent distinct inputs wait for further readers before they are summed (see _Pass)."""
+
+
+@dataclass
+class InputStatistics:
+    """Moments of one distinct input. Shared by all layers that read it."""
+
+    second_moment: Float[Tensor, "in in"]
+    mean: Float[Tensor, " in"]
+    tokens: int
+    _components: dict[bool, tuple] = field(default_factory=dict, repr=False)
+
+    def covariance(self, center: bool) -> Float[Tensor, "in in"]:
+        """The second moment, minus the mean's outer product if centred."""
+        if not center:
+            return self.second_moment
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+    def principal_components(
+        self, rank: int, center: bool
+    ) -> tuple[Float[Tensor, " rank"], Float[Tensor, "in rank"], Float[Tensor, ""]]:
+        """Top `rank` variances (descending), their directions, and the total variance.
+
+        Kept, so that the layers sharing this input, and an allocator before them, pay once.
+        """
+        values, vectors, total = self._components.get(center, (None, None, None))
+        if values is None or len(values) < rank:
+            covariance = self.covariance(center)
+            total = covariance.diagonal().sum().clamp_min(0)
+            values, vectors = linalg.top_eigen(covariance, rank)
+            self._components[center] = (values, vectors, total)
+        return values[:rank].clamp_min(0), vectors[:, :rank], total
+
+
+@dataclass
+class LayerStatistics:
+    """What calibration knows about one layer."""
+
+    inputs: InputStatistics | None = None
+
+
+@dataclass
+class Calibration:
+    """The outcome of one pass: statistics by layer name, and what it cost."""
+
+    layers: dict[str, LayerStatistics]
+    tokens: int = 0
+    batches: int = 0
+
+
+def collect(
+    model: nn.Module,
+    names: Iterable[str],
+    request: CalibrationRequest,
+    batches: Iterable[Any],
+    *,
+    device: torch.device | None = None,
+) -> Calibration:
+    """Run `batches` through `model` once and collect the statistics of the layers `names`.
+
+    Args:
+        model: the base model, not yet changed. Its training flags are restored afterwards.
+        names: qualified names of the layers to observe.
+        request: what to collect.
+        batches: any iterable; a mapping is passed as keyword arguments, a list or tuple as
+            positional ones, anything else as the only argument. Tensors move to the model's device.
+        device: where the sums live; None keeps them beside the activations.
+
+    Raises:
+        ValueError: if there is no batch, a layer is never reached, or sees a non-finite value
+            (each by name), or the batches are exhausted by an earlier use.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
+    recorder = _Pass(modules, request, device, _is_encoder_decoder(model))
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    count = 0
+    with _observed(model, modules, recorder), torch.no_grad():
+        for batch in tracked(batches, "calibrating"):
+            batch = _move(batch, home)
+            recorder.start_batch(batch)
+            _forward(model, batch)
+            recorder.end_batch()
+            count += 1
+    if count == 0:
+        raise ValueError(
+            "calibration: the iterable gave no batch; pass a non-empty list or loader (a generator "
+            "that was used before is empty)"
+        )
+    return Calibration(recorder.results(), tokens=recorder.tokens, batches=count)
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _move(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [_move(value, device) for value in batch]
+    return batch.to(device) if isinstance(batch, Tensor) else batch
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, dict):
+        model(**batch)
+    elif isinstance(batch, list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+@contextmanager
+def _observed(
+    model: nn.Module, modules: Mapping[str, nn.Module], recorder: _Pass
+) -> Iterator[None]:
+    """Hooks in place and eval mode on, both undone whatever happens."""
+    training = {module: module.training for module in model.modules()}
+    handles = [
+        module.register_forward_pre_hook(recorder.hook(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    encoder = model.get_encoder() if _is_encoder_decoder(model) else None
+    if encoder is not None:
+        handles.append(encoder.register_forward_hook(recorder.encoder_hook))
+    model.eval()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and hasattr(
+        model, "get_encoder"
+    )
+
+
+@dataclass
+class _Sums:
+    second_moment: Tensor
+    total: Tensor
+    tokens: int = 0
+
+
+class _Pass:
+    """Accumulates moments per distinct input tensor.
+
+    Layers that read the same tensor object share one sum. Who shares is not guessed from names or
+    from an earlier batch: an input waits, for as long as HELD_INPUTS other inputs have not followed
+    it, and is then added to the sum that belongs to exactly the set of layers that read it. A
+    layer's statistics are the total over all sets it was in, so that a model whose sharing changes
+    between batches, or that calls a layer several times, is summed correctly too.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        request: CalibrationRequest,
+        device: torch.device | None,
+        encoder_decoder: bool,
+    ) -> None:
+        self.names = list(modules)
+        self.request = request
+        self.device = device
+        self.encoder_decoder = encoder_decoder
+        self.tokens = 0
+        self._sums: dict[frozenset[str], _Sums] = {}
+        self._held: OrderedDict[int, tuple[Tensor, int, list[str]]] = OrderedDict()
+        self._masks: dict[str, Tensor | None] = {}
+        self._encoder_output: weakref.ref | None = None
+
+    def start_batch(self, batch: Any) -> None:
+        fields = batch if isinstance(batch, dict) else {}
+        self._encoder_output = None
+        attention = _as_mask(fields.get("attention_mask"))
+        kept = self._labelled(fields.get("labels"))
+        if self.encoder_decoder:
+            decoder = _combine(_as_mask(fields.get("decoder_attention_mask")), kept)
+            self._masks = {"encoder": attention, "decoder": decoder}
+        else:
+            both = _combine(attention, kept)
+            self._masks = {"encoder": both, "decoder": both}
+        ids = fields.get("input_ids")
+        if attention is not None:
+            self.tokens += int(attention.sum())
+        elif isinstance(ids, Tensor):
+            self.tokens += ids.numel()
+
+    def _labelled(self, labels: Any) -> Tensor | None:
+        """Where token labels allow a position; None for sequence labels or where nobody asks."""
+        if self.request.ignore_label is None or not isinstance(labels, Tensor):
+            return None
+        if labels.ndim != 2 or labels.is_floating_point():
+            return None
+        return labels != self.request.ignore_label
+
+    def encoder_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        state = output[0] if not isinstance(output, Tensor) else output
+        self._encoder_output = weakref.ref(state)
+
+    def hook(self, name: str):
+        def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            key = id(tensor)
+            held = self._held.get(key)
+            # The held reference keeps the object alive, so the id is not reused; the version
+            # tells whether it was written to since.
+            if held is not None and held[1] == tensor._version:
+                if name in held[2]:  # called twice on one tensor: it counts twice
+                    self._flush(key)
+                else:
+                    held[2].append(name)
+                    self._held.move_to_end(key)
+                    return
+            elif held is not None:
+                self._flush(key)
+            self._held[key] = (tensor, tensor._version, [name])
+            while len(self._held) > HELD_INPUTS:
+                self._flush(next(iter(self._held)))
+
+        return observe
+
+    def end_batch(self) -> None:
+        while self._held:
+            self._flush(next(iter(self._held)))
+
+    def _flush(self, key: int) -> None:
+        tensor, _, readers = self._held.pop(key)
+        rows = self._rows(tensor, readers[0]).float()
+        if self.device is not None:
+            rows = rows.to(self.device)
+        width = rows.shape[-1]
+        sums = self._sums.get(frozenset(readers))
+        if sums is None:
+            sums = _Sums(rows.new_zeros(width, width), rows.new_zeros(width))
+            self._sums[frozenset(readers)] = sums
+        sums.second_moment.addmm_(rows.T, rows)
+        sums.total += rows.sum(0)
+        sums.tokens += rows.shape[0]
+
+    def _rows(self, tensor: Tensor, reader: str) -> Tensor:
+        """The unmasked rows of an input, as (rows, in)."""
+        mask = self._mask(tensor, reader)
+        if mask is None or tensor.shape[:-1] != mask.shape or bool(mask.all()):
+            return tensor.reshape(-1, tensor.shape[-1])
+        return tensor[mask]
+
+    def _mask(self, tensor: Tensor, reader: str) -> Tensor | None:
+        encoder_output = self._encoder_output() if self._encoder_output is not None else None
+        if encoder_output is not None and encoder_output is tensor:
+            return self._masks["encoder"]
+        in_decoder = "decoder" in reader.split(".")
+        return self._masks["decoder" if in_decoder else "encoder"]
+
+    def results(self) -> dict[str, LayerStatistics]:
+        members: dict[str, list[frozenset[str]]] = {name: [] for name in self.names}
+        for readers in self._sums:
+            for name in readers:
+                members[name].append(readers)
+        made: dict[tuple[frozenset[str], ...], InputStatistics] = {}
+        results = {}
+        for name, sets in members.items():
+            total = sum(self._sums[readers].tokens for readers in sets)
+            if total == 0:
+                raise ValueError(
+                    f"calibration: no token reached the target {name!r}; exclude it "
+                    "(exclude_modules) or pass batches that use it"
+                )
+            key = tuple(sets)
+            if key not in made:
+                made[key] = self._normalise(name, [self._sums[readers] for readers in sets], total)
+            results[name] = LayerStatistics(inputs=made[key])
+        return results
+
+    @staticmethod
+    def _normalise(name: str, parts: list[_Sums], tokens: int) -> InputStatistics:
+        second_moment = sum(part.second_moment for part in parts) / tokens
+        mean = sum(part.total for part in parts) / tokens
+        # The trace is a sum of squares: it is finite exactly if every value seen was (or their
+        # squares left float32's range, which no decomposition survives either).
+        if not bool(torch.isfinite(second_moment.diagonal().sum())):
+            raise ValueError(
+                f"calibration: the inputs of {name!r} are not finite; check the batches, the "
+                "model's weights, and its dtype (float16 overflows at 65504)"
+            )
+        return InputStatistics(second_moment, mean, tokens)
+
+
+def _as_mask(mask: Any) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _combine(mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    if mask is None or kept is None:
+        return kept if mask is None else mask
+    return mask & kept.to(mask.device) if mask.shape == kept.shape else mask

@@ -1,0 +1,225 @@
+"""Which modules get an adapter, and with which rank and alpha: names only, nothing is changed.
+
+The matching rules are PEFT's (exclusions first, then modules to save, then targets), except that a
+layer list at the root of the model is found too, that `modules_to_save` matches whole name parts,
+and that whatever matched nothing is reported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_init.architectures import DEFAULT_TARGETS
+from lora_init.config import HEADS, LoraConfig
+from lora_init.modules import module_type
+
+ALL_LINEAR = "all-linear"
+LINEAR_TYPES = {"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of matching: target names in model order, whole modules, and leftovers.
+
+    Attributes:
+        names: qualified names of the modules to adapt.
+        modules_to_save: qualified names of the modules to train whole.
+        unmatched: (setting, entry) pairs that matched nothing.
+    """
+
+    names: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    unmatched: tuple[tuple[str, str], ...]
+
+
+def select(model: nn.Module, config: LoraConfig) -> Selection:
+    """Match the configuration against the model's module names.
+
+    Raises:
+        ValueError: nothing matches, an invalid regular expression, an architecture without
+            default targets, or a module to save that does not exist.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    saved, unmatched = _modules_to_save(names, config)
+    target = config.target_modules if config.target_modules is not None else _defaults(model)
+    excluded = _excluder(config.exclude_modules)
+    # Inside a saved module nothing is adapted: it is trained as a whole.
+    candidates = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
+    if target == ALL_LINEAR:
+        heads = _output_names(model, config)
+        matched = [
+            name
+            for name in candidates
+            if module_type(model.get_submodule(name)) in LINEAR_TYPES and name not in heads
+        ]
+    elif isinstance(target, str):
+        expression = _compile("target_modules", target)
+        matched = [name for name in candidates if expression.fullmatch(name)]
+    else:
+        matched = [name for name in candidates if _in_list(name, target, config)]
+        unmatched += [
+            ("target_modules", entry)
+            for entry in target
+            if not any(name_matches(name, entry) for name in candidates)
+        ]
+    chosen = [name for name in matched if not excluded(name)]
+    unmatched += _unused_exclusions(config.exclude_modules, matched)
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, setting) or {}:
+            expression = _pattern_expression(setting, key)
+            if not any(expression.match(name) for name in chosen):
+                unmatched.append((setting, key))
+    if not chosen:
+        raise ValueError(_nothing_matched(model, target, matched, config))
+    return Selection(tuple(chosen), tuple(saved), tuple(unmatched))
+
+
+def name_matches(name: str, entry: str) -> bool:
+    """Exact name or dotted suffix: "q_proj" matches "layers.0.q_proj", not "layers.0.seq_proj"."""
+    return name == entry or name.endswith("." + entry)
+
+
+def pattern_value(setting: str, patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first key that matches `name`, else `default` (PEFT's rule)."""
+    for key, value in (patterns or {}).items():
+        if _pattern_expression(setting, key).match(name):
+            return value
+    return default
+
+
+def _pattern_expression(setting: str, key: str) -> re.Pattern:
+    return _compile(setting, rf"(?:.*\.)?(?:{key})$")
+
+
+def _compile(setting: str, expression: str) -> re.Pattern:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{setting}: {expression!r} is no regular expression ({error})") from error
+
+
+def _in_list(name: str, entries: Iterable[str], config: LoraConfig) -> bool:
+    entries = list(entries)
+    if name in entries:
+        return True
+    if not any(name_matches(name, entry) for entry in entries):
+        return False
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    return _layer_index(name, config.layers_pattern) in (
+        [wanted] if isinstance(wanted, int) else wanted
+    )
+
+
+def _layer_index(name: str, layers_pattern: list[str] | str | None) -> int | None:
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        # The lazy optional prefix finds a list at the root, which PEFT's expression cannot.
+        expression = _compile("layers_pattern", rf"(?:.*?\.)??(?:{pattern})\.(\d+)\.")
+        if match := expression.match(name):
+            return int(match[1])
+    return None
+
+
+def _excluder(exclude: list[str] | str | None):
+    if not exclude:
+        return lambda name: False
+    if isinstance(exclude, str):
+        expression = _compile("exclude_modules", exclude)
+        return lambda name: expression.fullmatch(name) is not None
+    return lambda name: any(name_matches(name, entry) for entry in exclude)
+
+
+def _unused_exclusions(
+    exclude: list[str] | str | None, matched: list[str]
+) -> list[tuple[str, str]]:
+    entries = [exclude] if isinstance(exclude, str) else list(exclude or [])
+    as_list = not isinstance(exclude, str)
+    return [
+        ("exclude_modules", entry)
+        for entry in entries
+        if not any(_excluder([entry] if as_list else entry)(name) for name in matched)
+    ]
+
+
+def _modules_to_save(names: list[str], config: LoraConfig) -> tuple[list[str], list]:
+    asked = list(config.modules_to_save or [])
+    found = []
+    for entry in asked:
+        hits = [name for name in names if name_matches(name, entry)]
+        if not hits:
+            raise ValueError(
+                f"modules_to_save: no module is called {entry!r}; the model's last parts are "
+                f"{_some({name.rsplit('.', 1)[-1] for name in names})}"
+            )
+        found += hits
+    for entry in HEADS.get(str(config.task_type), []):
+        found += [name for name in names if name_matches(name, entry)]
+    outermost = [
+        name
+        for name in dict.fromkeys(found)
+        if not any(name.startswith(other + ".") for other in found)
+    ]
+    return outermost, []
+
+
+def _defaults(model: nn.Module) -> list[str] | str:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in DEFAULT_TARGETS:
+        raise ValueError(
+            f"target_modules=None has no defaults for model_type={kind!r}; name the modules, or "
+            f"use 'all-linear'. Known: {', '.join(sorted(DEFAULT_TARGETS))}"
+        )
+    return DEFAULT_TARGETS[kind]
+
+
+def _output_names(model: nn.Module, config: LoraConfig) -> set[str]:
+    """The output embedding, or a sequence classifier's head: never meant by "all-linear"."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        output = get() if callable(get) else None
+    except NotImplementedError:
+        output = None
+    if output is not None:
+        return {name for name, module in model.named_modules() if module is output}
+    classifies = str(config.task_type) == "SEQ_CLS" or "ForSequenceClassification" in (
+        type(model).__name__
+    )
+    names = [name for name, _ in model.named_modules()]
+    heads = [n for n in names if any(name_matches(n, head) for head in HEADS["SEQ_CLS"])]
+    inside = [n for n in names if any(n.startswith(head + ".") for head in heads)]
+    return set(heads + inside) if classifies else set()
+
+
+def _nothing_matched(model: nn.Module, target: Any, matched: list[str], config: LoraConfig) -> str:
+    if matched:
+        return (
+            f"exclude_modules={config.exclude_modules!r} leaves nothing of target_modules="
+            f"{target!r}, which matched {_some(matched)}"
+        )
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if module_type(module) in LINEAR_TYPES
+    }
+    layers = (
+        f" with layers_to_transform={config.layers_to_transform!r}"
+        if config.layers_to_transform is not None
+        else ""
+    )
+    return (
+        f"target_modules={target!r}{layers} matches no module of {type(model).__name__}; "
+        f"linear modules there are called {_some(linear)}"
+    )
+
+
+def _some(names: Iterable[str], limit: int = 12) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
