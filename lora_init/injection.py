@@ -91,7 +91,7 @@ def inject(
                 layer_factors.lora_B.clone(),
                 scaling=target.scaling,
                 dropout=dropout,
-                base_state=state,
+                base_state="kept" if weight is not None else state,
                 initial=(layer_factors.lora_A, layer_factors.lora_B) if initial_known else None,
                 original_weight_copy=(
                     oriented_weight(module).to("cpu", copy=True)
@@ -104,6 +104,7 @@ def inject(
             injection.layers[target.name] = layer
             if weight is not None:
                 _store(module, weight)
+                layer.base_state = state  # only now: an undoing must not undo what was not done
             _replace(model, paths[id(module)], layer)
         for name in plan.modules_to_save:
             original = model.get_submodule(name)
