@@ -1,6 +1,30 @@
 """Partial decompositions: the few singular triplets that an initializer wants, and no more.
 
-`MEASUREMENTS`
+Seeded (a test block is drawn on the CPU), deterministic on a device, free of global state. One
+matrix a call; leading batch dimensions are refused for now.
+
+Why "auto" chooses as it does: best of two runs, 2 CPU cores, float32, milliseconds for r = 16 / 64
+("–": the Krylov space reached its limit and the Gram matrix answered). Power law: s_i = i^-0.7.
+
+| matrix | gram | krylov | LAPACK |
+|---|---|---|---|
+| MiniLM attention, 384 × 384 | 8 / 28 | 13–33 / – | 19 |
+| MiniLM feed-forward, 1536 × 384 | 22 / 40 | 17–27 / – | 40 |
+| MiniLM embedding, 30522 × 384 | 300 / 370 | 230 / – | |
+| power law, 768 × 768 | 59 / 90 | 28 / 78 | 87 |
+| gaussian, 768 × 768 | 43 / 81 | 44 / 158 | 87 |
+| power law, 1024 × 1024 | 100 / 125 | 39 / 75 | 300 |
+| gaussian, 1024 × 1024 | 92 / 121 | 65 / 245 | 300 |
+| power law, 2048 × 2048 | 617 / 685 | 61 / 181 | 1490 |
+| gaussian, 2048 × 2048 | 591 / 611 | 193 / 679 | 1490 |
+| power law, 5632 × 2048 | 936 / 1053 | 155 / 333 | |
+
+Krylov's excess Frobenius error was at most 4e-7 in all of these, and 2e-6 on 1000 × 1000 matrices
+with flat, clustered, stepped and outlying spectra; real matrices are nearer to the gaussian than to
+the power law. Hence: Gram up to a smaller side of 768, where the two tie on flat spectra, and above
+5 % of it. Of the dense solvers for the Gram matrix, LAPACK's partial one takes 310 ms at 2048,
+torch's full one 1150. Eigenvectors of a 2048 × 2048 second moment: partial 350, krylov 50; at 1536,
+120 and 45. The thresholds were not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +57,7 @@ KRYLOV_STEPS = 24
 RESOLUTION = {torch.float32: 1e-4, torch.float64: 1e-9}
 # A Krylov step's gain, as a share of ‖W‖², that is rounding (measured on outliers of 1e4).
 ROUNDING = {torch.float32: 2e-9, torch.float64: 1e-14}
-# The same for the squares of bottom_singular, as a share of s_1².
+# The smallest eigenvalue of a Gram matrix, as a share of the largest, that bottom_singular trusts.
 BOTTOM_RESOLUTION = 1e-12
 
 
@@ -67,6 +91,8 @@ class Operator:
         rmatmul: (m, k) -> (n, k), the product with the transpose.
         dtype: of the blocks both take and return, float32 or float64.
         device: where the blocks live.
+        upcast: makes the same map in float64, for spectra that float32 cannot resolve; without it
+            such a map is formed as a matrix.
     """
 
     shape: tuple[int, int]
@@ -74,6 +100,7 @@ class Operator:
     rmatmul: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     device: torch.device
+    upcast: Callable[[], Operator] | None = None
 
     @classmethod
     def product(cls, first: Float[Tensor, "m j"], second: Float[Tensor, "j n"]) -> Operator:
@@ -99,6 +126,7 @@ class Operator:
             rmatmul=lambda block: second.T @ (first.T @ block),
             dtype=first.dtype,
             device=first.device,
+            upcast=lambda: cls.product(first.double(), second.double()),
         )
 
     @classmethod
@@ -110,6 +138,7 @@ class Operator:
             rmatmul=lambda block: matrix.T @ block,
             dtype=matrix.dtype,
             device=matrix.device,
+            upcast=lambda: cls.dense(matrix.double()),
         )
 
     def to_dense(self) -> Float[Tensor, "m n"]:
@@ -163,8 +192,8 @@ def top_singular(
         niter: the number of power iterations of "subspace"; other methods take none.
         generator: a CPU generator for the test block, drawn in float32 and then moved, so that
             the result does not depend on the device. None: a fresh one with seed 0.
-        start: columns to begin with ("krylov" and "subspace"), such as the last `right` of a
-            matrix that has changed little; random ones are added.
+        start: columns to begin with ("krylov" and "subspace"; the others ignore them), such as the
+            last `right` of a matrix that has changed little; random ones are added.
 
     Returns:
         A `Decomposition` in the matrix's dtype, signs fixed by `fix_signs`.
@@ -235,9 +264,9 @@ def bottom_singular(matrix: Float[Tensor, "m n"], rank: int) -> Decomposition:
     tall = matrix.double().T if wide else matrix.double()
     gram = _smaller_gram(tall)
     squares, vectors = _eigh(gram, 0, rank)
-    # Eight power iterations give s_1 well within the margins of its two uses here.
-    largest = _subspace(Operator.dense(gram), 1, 8, None, None)[1][0].clamp(min=0)
-    if squares[0] > BOTTOM_RESOLUTION * largest:
+    # Eight power iterations give s_1² well within the margins of its two uses here.
+    largest_square = _subspace(Operator.dense(gram), 1, 8, None, None)[1][0]
+    if squares[0] > BOTTOM_RESOLUTION * largest_square:
         # One-sided: a product with W^T would amplify what little of v_1 the vectors contain.
         basis, triangle = torch.linalg.qr(tall @ vectors)
         left, values, right = torch.linalg.svd(triangle)
@@ -249,7 +278,7 @@ def bottom_singular(matrix: Float[Tensor, "m n"], rank: int) -> Decomposition:
     if wide:
         left, right = right, left
     operator = Operator.dense(tall.T if wide else tall)
-    found = _decomposition(operator, left, values, right, method, largest.sqrt())
+    found = _decomposition(operator, left, values, right, method, largest_square.sqrt())
     return replace(
         found,
         left=found.left.to(matrix.dtype),
@@ -367,7 +396,6 @@ def _start_block(
     block = torch.randn(n, width, generator=generator).to(operator.device).double()
     if start is not None:
         known = start[:, :width].to(block)
-        # QR keeps the span of the leading columns; unit length keeps the random rest comparable.
         block[:, : known.shape[1]] = known
     return torch.linalg.qr(block)[0]
 
@@ -455,20 +483,18 @@ def _krylov(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Top triplets from a block Krylov space, or None where it is no better than the whole."""
     if isinstance(matrix, Operator):
-        right, missing = _krylov_space(matrix, rank, None, generator, start)
-        resolved = missing > RESOLUTION[matrix.dtype]
-        return _rayleigh_ritz(matrix, right) if right is not None and resolved else None
-    energy = torch.linalg.vector_norm(matrix, dtype=torch.float64).square()
-    right, missing = _krylov_space(Operator.dense(matrix), rank, energy, generator, start)
-    if right is None:
-        return None
-    if missing > RESOLUTION[matrix.dtype]:
-        return _rayleigh_ritz(Operator.dense(matrix), right)
-    if matrix.dtype == torch.float64:
-        return None
-    double = Operator.dense(matrix.double())
-    right, _ = _krylov_space(double, rank, energy, generator, right)
-    return None if right is None else _rayleigh_ritz(double, right)
+        operator, energy = matrix, None
+    else:
+        operator = Operator.dense(matrix)
+        energy = torch.linalg.vector_norm(matrix, dtype=torch.float64).square()
+    right, missing = _krylov_space(operator, rank, energy, generator, start)
+    if right is not None and not missing > RESOLUTION[operator.dtype]:
+        if operator.dtype == torch.float64 or operator.upcast is None:
+            return None
+        # The vectors are nearly right: a few steps in float64 finish them.
+        operator = operator.upcast()
+        right, _ = _krylov_space(operator, rank, energy, generator, right)
+    return None if right is None else _rayleigh_ritz(operator, right)
 
 
 def _krylov_space(

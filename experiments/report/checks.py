@@ -1,0 +1,67 @@
+"""What a reader must know before believing a figure."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from .runs import Problem
+from .summary import BASELINE, Row
+
+MEASURED = {
+    "score": "the score",
+    "init_seconds": "the initialization's seconds",
+    "first_step_gradient_norm": "the first step's gradient norm",
+    "trainable_parameters": "the trainable parameters",
+    "captured_energy": "the captured energy",
+    "relative_norm": "‖sBA‖ / ‖W‖",
+    "output_gap": "the output gap at step 0",
+    "loss": "the loss",
+}
+CLEARLY_ABOVE_MAJORITY = 0.10
+
+
+def setting_warnings(different: dict[str, list]) -> list[str]:
+    """One line per setting that a fair comparison would hold equal and this one does not."""
+    return [
+        f"The runs differ in {key}: " + ", ".join("missing" if v is None else str(v) for v in shown)
+        + (f" and {len(values) - len(shown)} more" if len(values) > len(shown) else "")
+        for key, values in different.items()
+        for shown in [values[:6]]
+    ]  # fmt: skip
+
+
+def empty_columns(*frames: pd.DataFrame) -> list[str]:
+    """Measured quantities that are missing everywhere, or zero everywhere: both look like bugs."""
+    warnings = []
+    for column, label in MEASURED.items():
+        frame = next((f for f in frames if column in f), None)
+        values = pd.Series(dtype=float) if frame is None else frame[column].dropna()
+        if values.empty:
+            warnings.append(f"No run recorded {label}.")
+        elif (pd.to_numeric(values) == 0).all():
+            warnings.append(f"In every run {label} is exactly zero: was it measured?")
+    return warnings
+
+
+def shared_seeds(runs: pd.DataFrame) -> list[Problem]:
+    """Runs of one arm with the same seed: each counts as a seed of its own, which it is not."""
+    counts = runs.groupby(["arm", "seed"]).size()
+    return [
+        Problem(arm, f"{count} runs have seed {seed}; each is counted", fatal=False)
+        for (arm, seed), count in counts[counts > 1].items()
+    ]
+
+
+def baseline_warnings(rows: list[Row], majority: float | None) -> list[str]:
+    """A comparison shows nothing where there is no baseline, or it has learned nothing."""
+    baselines = [row for row in rows if row.method == BASELINE]
+    if not baselines:
+        return [f"No run of {BASELINE}: there is no baseline to compare with."]
+    best = max(row.score.estimate for row in baselines)
+    if majority is not None and best < majority + CLEARLY_ABOVE_MAJORITY:
+        points = 100 * (best - majority)
+        return [
+            f"{BASELINE} is {points:+.1f} points from always answering the majority class: "
+            "with so little learned, differences between methods mean little."
+        ]
+    return []

@@ -1,0 +1,50 @@
+"""One fixed colour and shape per method, in every chart and in every report.
+
+The colours are those of Okabe and Ito, which stay apart under the common colour deficiencies,
+with its yellow (invisible on white) replaced by grey; later methods take Paul Tol's "muted" set.
+Shapes repeat the distinction for prints without colour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from zlib import crc32
+
+
+@dataclass(frozen=True)
+class Mark:
+    color: str
+    shape: str
+
+
+MARKS = {
+    "kaiming": Mark("#1f2328", "circle"),
+    "gaussian": Mark("#8b949e", "square"),
+    "orthogonal": Mark("#56b4e9", "triangle-up"),
+    "olora": Mark("#0072b2", "diamond"),
+    "pissa": Mark("#d55e00", "cross"),
+    "corda": Mark("#e69f00", "triangle-down"),
+    "loftq": Mark("#009e73", "triangle-right"),
+    "eva": Mark("#cc79a7", "triangle-left"),
+}
+RESERVE = ("#882255", "#44aa99", "#999933", "#332288", "#cc6677", "#117733", "#aa4499", "#6699cc")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+
+
+def ordered(methods: set[str]) -> list[str]:
+    """The known methods in their fixed order, then the others by name."""
+    return [m for m in MARKS if m in methods] + sorted(methods - MARKS.keys())
+
+
+def marks(methods: list[str]) -> dict[str, Mark]:
+    """A mark for each method. A newcomer's colour follows from its name, whatever else is there
+    (unless two newcomers collide: then the later one in the alphabet moves on)."""
+    chosen = {m: MARKS[m] for m in methods if m in MARKS}
+    taken: set[int] = set()
+    for method in sorted(set(methods) - MARKS.keys()):
+        slot = crc32(method.encode()) % len(RESERVE)
+        while slot in taken and len(taken) < len(RESERVE):
+            slot = (slot + 1) % len(RESERVE)
+        taken.add(slot)
+        chosen[method] = Mark(RESERVE[slot], SHAPES[slot % len(SHAPES)])
+    return {m: chosen[m] for m in methods}

@@ -1,0 +1,114 @@
+"""Intervals for a score, by bootstrap over held-out examples and seeds.
+
+Let `c[i, k]` be 1 if run `i` answers example `k` correctly, for `N` examples and `S` seeds of an
+arm. Its score is the mean over both. One draw takes `N` examples with replacement, giving counts
+`w[k]`, and `S` seeds with replacement, `j[1..S]`:
+
+    score* = 1/S  sum_s  1/N  sum_k  w[k] c[j[s], k]
+
+The 95 % interval runs from the 2.5th to the 97.5th percentile of `score*` over all draws.
+The same `w` and the same `j` serve every arm. The paired difference of two arms is therefore
+`score*_a - score*_b` within each draw, over the seeds that both have: what a hard example or a
+lucky seed does to both at once cancels.
+
+What such an interval does not tell:
+
+- Seeds: the variance among S resampled seeds is (S - 1)/S of its unbiased estimate. With two
+  seeds half of the seeds' variance is missing, with one all of it: the interval then speaks of
+  the examples only. Three to five seeds are the least for a claim about seeds.
+- It holds for these examples' population, this model, this learning rate. A method whose best
+  learning rate lies elsewhere may win there.
+- One comparison in twenty of equal methods falls outside its interval by chance, and a table has
+  many comparisons.
+- Percentiles are first-order accurate: within one percentage point of nominal coverage for
+  scores between 5 % and 95 % of 500 examples or more, too narrow for a handful of examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the two ends of its 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+    @property
+    def contains_zero(self) -> bool:
+        return self.low <= 0.0 <= self.high
+
+
+class Bootstrap:
+    """Two-way bootstrap of many runs over one set of examples.
+
+    Args:
+        correct: `(runs, examples)`, whether each run answered each example correctly.
+        draws: number of resamples.
+        seed: of the resampling itself; equal seeds give equal intervals.
+
+    Examples:
+        >>> correct = np.array([[1, 1, 0, 1], [1, 0, 0, 1]], dtype=bool)
+        >>> Bootstrap(correct).score([0, 1]).estimate
+        0.625
+    """
+
+    def __init__(self, correct: np.ndarray, draws: int = 2000, seed: int = 0) -> None:
+        if correct.ndim != 2 or correct.shape[1] == 0:
+            raise ValueError(f"correct must be (runs, examples > 0), got shape {correct.shape}")
+        generator = np.random.default_rng(seed)
+        self.examples = correct.shape[1]
+        self.means = correct.mean(axis=1, dtype=np.float64)
+        self.resampled = _resample_examples(correct, draws, generator)  # (draws, runs)
+        self.uniforms = generator.random((draws, len(correct)))
+
+    def score(self, rows: list[int]) -> Interval:
+        """Interval of the mean score of the runs `rows`: one run a seed."""
+        return _interval(self.means[rows].mean(), self._draws(rows))
+
+    def difference(self, rows: list[int], baseline: list[int]) -> Interval:
+        """Interval of the paired difference; `rows[i]` and `baseline[i]` share their seed."""
+        if len(rows) != len(baseline):
+            raise ValueError(f"{len(rows)} runs cannot be paired with {len(baseline)}")
+        estimate = self.means[rows].mean() - self.means[baseline].mean()
+        return _interval(estimate, self._draws(rows) - self._draws(baseline))
+
+    def _draws(self, rows: list[int]) -> np.ndarray:
+        picks = (self.uniforms[:, : len(rows)] * len(rows)).astype(int)  # (draws, seeds)
+        scores = self.resampled[:, rows]
+        return np.take_along_axis(scores, picks, axis=1).mean(axis=1)
+
+
+def _resample_examples(
+    correct: np.ndarray, draws: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Score of every run in every draw: `counts @ correct.T / examples`, in blocks of draws."""
+    runs, examples = correct.shape
+    scores = np.empty((draws, runs))
+    columns = correct.T.astype(np.float32)
+    block = max(1, min(draws, 8_000_000 // examples))
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        picks = generator.integers(0, examples, (size, examples))
+        flat = picks + np.arange(size)[:, None] * examples
+        counts = np.bincount(flat.ravel(), minlength=size * examples).reshape(size, examples)
+        # Sums of small integers: exact in float32 below 2^24 examples.
+        scores[start : start + size] = counts.astype(np.float32) @ columns
+    return scores / examples
+
+
+def _interval(estimate: float, draws: np.ndarray) -> Interval:
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(float(estimate), float(low), float(high))

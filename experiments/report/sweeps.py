@@ -1,0 +1,136 @@
+"""Gather the runs of sweeps: what a manifest lists, or what lies in a folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .runs import Problem, Run, load_run, told_failure
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every run of the given folders, and everything that went wrong while reading them."""
+
+    name: str
+    heading: str | None
+    runs: list[Run]
+    problems: list[Problem]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run as a sweep lists it. Without a folder it failed before it had one."""
+
+    folder: Path | None
+    status: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    name: str
+    heading: str | None
+    entries: list[Entry]
+    planned: int | None = None
+
+
+def load_sweeps(folders: list[Path]) -> Sweep:
+    """Gather the runs of sweep folders (with a `manifest.json`) and of plain folders of runs.
+
+    A run that several folders list is read once.
+
+    Raises:
+        FileNotFoundError: a folder does not exist, or holds neither a manifest nor any run.
+    """
+    names, headings, problems = [], [], []
+    runs: dict[Path, Run] = {}
+    for folder in folders:
+        listed = list_runs(Path(folder))
+        names.append(listed.name)
+        headings += [listed.heading] if listed.heading else []
+        if listed.planned and listed.planned > len(listed.entries):
+            missing = listed.planned - len(listed.entries)
+            reason = f"{missing} of its {listed.planned} runs never started"
+            problems.append(Problem(f"sweep {listed.name}", reason))
+        for entry in listed.entries:
+            if entry.folder and entry.folder.resolve() in runs:
+                continue
+            try:
+                run, gaps = load_entry(entry)
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                problems.append(Problem(entry.label, str(error)))
+                continue
+            twin = next((r for r in runs.values() if r.run_id == run.run_id), None)
+            if twin:
+                reason = f"the same run as {twin.folder}, which is read instead"
+                problems.append(Problem(str(run.folder), reason, fatal=False))
+                continue
+            runs[run.folder.resolve()] = run
+            problems += gaps
+    heading = headings[0] if len(set(headings)) == 1 else None
+    return Sweep(" + ".join(names), heading, list(runs.values()), problems)
+
+
+def list_runs(folder: Path) -> Listing:
+    """Every run that `folder` speaks of.
+
+    Raises:
+        FileNotFoundError: see `load_sweeps`.
+        ValueError: its manifest cannot be read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder '{folder}': pass a sweep folder or a folder of runs")
+    manifest_path = folder / "manifest.json"
+    if manifest_path.exists():
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            entries = [listed_run(entry, folder) for entry in manifest["runs"]]
+            planned = manifest.get("total")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"'{manifest_path}' is no manifest: it needs \"runs\", a list of entries that each "
+                f'have a "folder" ({error}). Run the sweep again to rewrite it.'
+            ) from error
+        name = str(manifest.get("sweep", folder.name))
+        return Listing(name, manifest.get("heading"), entries, planned)
+    if (folder / "result.json").exists():
+        found = [folder]
+    else:
+        found = sorted(path.parent for path in folder.glob("*/result.json"))
+    if not found:
+        raise FileNotFoundError(
+            f"'{folder}' holds neither a manifest.json nor a sub-folder with a result.json: "
+            "pass the folder of a sweep, or one whose sub-folders are finished runs"
+        )
+    entries = [Entry(path, "finished", str(path)) for path in found]
+    return Listing(folder.resolve().name, None, entries)
+
+
+def listed_run(entry: dict[str, Any], sweep_folder: Path) -> Entry:
+    overrides = " ".join(map(str, entry.get("overrides") or []))
+    given = entry.get("folder")
+    label = f"{overrides} ({given})" if overrides and given else overrides or str(given)
+    folder = locate(given, sweep_folder) if given else None
+    return Entry(folder, str(entry.get("status", "finished")), label)
+
+
+def locate(path: str, sweep_folder: Path) -> Path:
+    """Resolve a run's folder against the working directory, then the sweep's folder and above."""
+    given = Path(path)
+    if given.is_absolute():
+        return given
+    sweep_folder = sweep_folder.resolve()
+    candidates = [root / given for root in (Path.cwd(), sweep_folder, *sweep_folder.parents)]
+    finished = (c for c in candidates if (c / "result.json").is_file())
+    existing = (c for c in candidates if c.is_dir())
+    return next(finished, None) or next(existing, None) or candidates[0]
+
+
+def load_entry(entry: Entry) -> tuple[Run, list[Problem]]:
+    """Read a listed run, or raise with the reason why it takes no part."""
+    if entry.status != "finished" or entry.folder is None:
+        raise ValueError(f"the sweep marked it '{entry.status}'{told_failure(entry.folder)}")
+    return load_run(entry.folder)

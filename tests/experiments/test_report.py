@@ -1,0 +1,204 @@
+"""The report of a synthetic sweep: figures, page, pictures, tables."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_report_sweeps import EXAMPLES, STEPS, SYNTHETIC, write_run, write_sweep
+
+from experiments.report import writing
+from experiments.report.__main__ import main, make
+from experiments.report.tables import latex
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("outputs"))
+
+
+@pytest.fixture(scope="module")
+def report(sweep):
+    return make([sweep], sweep / "report")
+
+
+@pytest.fixture(scope="module")
+def html(report):
+    return report.page.read_text(encoding="utf-8")
+
+
+class Resources(HTMLParser):
+    """What a browser would load for this page, and the headline."""
+
+    def __init__(self):
+        super().__init__()
+        self.loaded, self.links, self.ids, self.stack, self.h1 = [], [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.stack.append(tag)
+        self.loaded += [attrs[k] for k in ("src", "srcset", "data") if attrs.get(k)]
+        if "href" in attrs:
+            (self.loaded if tag == "link" else self.links).append(attrs["href"])
+
+    def handle_endtag(self, tag):
+        self.stack.pop()
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] == "h1":
+            self.h1 += data
+
+
+def test_table_equals_an_independent_computation(report, sweep):
+    """Scores by reading the files again; the paired interval by a plain loop of its own."""
+    correct = {}
+    for method in SYNTHETIC:
+        for seed in (0, 1):
+            with np.load(
+                sweep.parents[1] / "runs" / f"{method}-{seed}" / "predictions.npz"
+            ) as file:
+                correct[method, seed] = file["correct"][np.argsort(file["id"])].astype(float)
+    assert [row.method for row in report.rows] == list(SYNTHETIC)
+    generator = np.random.default_rng(99)
+    for row in report.rows:
+        mine = np.stack([correct[row.method, seed] for seed in (0, 1)])
+        assert row.score.estimate == pytest.approx(mine.mean())
+        assert row.score.low < row.score.estimate < row.score.high
+        if row.is_baseline:
+            continue
+        paired = mine - np.stack([correct["kaiming", seed] for seed in (0, 1)])
+        draws = [
+            paired[generator.integers(0, 2, 2)][:, generator.integers(0, EXAMPLES, EXAMPLES)].mean()
+            for _ in range(2000)
+        ]
+        low, high = np.quantile(draws, [0.025, 0.975])
+        assert row.difference.estimate == pytest.approx(paired.mean())
+        assert row.difference.low == pytest.approx(low, abs=0.004)
+        assert row.difference.high == pytest.approx(high, abs=0.004)
+        assert (row.verdict == "tie") == row.difference.contains_zero
+    runs = pd.read_parquet(report.page.parent / "runs.parquet").groupby("method")
+    for row in report.rows:
+        mine = runs.get_group(row.method)
+        assert row.init_seconds == pytest.approx(mine["init_seconds"].mean())
+        assert row.output_gap == pytest.approx(mine["output_gap"].max())
+        assert row.first_step_gradient_norm == pytest.approx(
+            mine["first_step_gradient_norm"].mean()
+        )
+
+
+def test_page_is_headed_and_complete(html):
+    page = Resources()
+    page.feed(html)
+    assert page.h1 == "one learning rate: a demonstration, not a ranking"
+    for method in SYNTHETIC:
+        assert f'data-method="{method}"' in html
+    for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "energy"):
+        assert f'data-chart="{chart}"' in html
+    for words in ("all-MiniLM-L6-v2", "rotten_tomatoes", "120 steps", "0.001", "2 threads",
+                  "weights derived from 4-bit values", "Two seeds are few"):  # fmt: skip
+        assert words in html
+
+
+def test_page_loads_nothing(html, report):
+    page = Resources()
+    page.feed(html)
+    assert page.loaded == ["data:,"]
+    assert not re.search(r"@import|url\(", html.split("<style>")[1].split("</style>")[0])
+    assert "default-src 'none'" in html
+    assert html.count("window.vegaEmbed=") == 1, "the libraries are inlined once"
+    for link in page.links:
+        assert (report.page.parent / link).exists(), link
+
+
+def test_broken_runs_are_named(html, report):
+    left_out = {problem.run: problem.reason for problem in report.problems if problem.fatal}
+    assert left_out == {
+        "init=pissa seed=7 (runs/pissa-7)": "the sweep marked it 'failed'",
+        "init=eva seed=8 (runs/lost)": left_out["init=eva seed=8 (runs/lost)"],
+    }
+    for name in left_out:
+        assert name in html
+        assert name in (report.page.parent / "table.md").read_text()
+
+
+def test_pictures_and_tables_exist(report):
+    folder = report.page.parent
+    for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "energy"):
+        assert (folder / f"{chart}.svg").read_text().startswith("<svg")
+        png = (folder / f"{chart}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert len(png) > 8000, "an empty picture"
+    markdown = (folder / "table.md").read_text()
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(SYNTHETIC)
+    assert len({line.count("|") for line in lines}) == 1
+    tex = (folder / "table.tex").read_text()
+    assert tex.count(r"\\") == 1 + len(SYNTHETIC)
+    assert r"\toprule" in tex
+    assert latex("3.1e-06") == r"$3.1 \times 10^{-6}$"
+    assert latex("a_b ± 3 %") == r"a\_b $\pm$ 3 \%"
+    assert len(pd.read_parquet(folder / "layers.parquet")) == 16 * 36
+    assert len(pd.read_parquet(folder / "metrics.parquet")) == 16 * (STEPS + 1)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    monkeypatch.setattr(writing, "export", lambda chart, output: None)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_two_learning_rates_are_kept_apart_and_told(tmp_path):
+    for rate in (1e-3, 2e-3):
+        write_run(tmp_path / f"pissa-{rate}", "pissa", 0, learning_rate=rate)
+    write_run(tmp_path / "kaiming", "kaiming", 0)
+    report = make([tmp_path], tmp_path / "report")
+    assert report.heading == "two initializations compared"
+    assert any("training.learning_rate: 0.001, 0.002" in w for w in report.warnings)
+    assert [row.arm for row in report.rows][1:] == [
+        "pissa · learning_rate=0.001", "pissa · learning_rate=0.002",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_zero_and_missing_measurements_are_said(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"kaiming-{seed}", "kaiming", seed)
+        path = tmp_path / f"kaiming-{seed}" / "result.json"
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"init_seconds": 0, "first_step_gradient_norm": None}))
+    report = make([tmp_path], tmp_path / "report")
+    assert any("seconds is exactly zero" in warning for warning in report.warnings)
+    assert "No run recorded the first step's gradient norm." in report.warnings
+    html = report.page.read_text()
+    assert 'data-chart="cost"' not in html
+    assert 'data-chart="gradient"' not in html
+    assert "seconds is exactly zero" in html
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_command_line(sweep, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([str(sweep), "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "left out init=pissa seed=7" in told
+    for method in SYNTHETIC:
+        assert re.search(rf"(?m)^ *{method} .*±", told)
+    assert "…" not in told
+    assert max(map(len, told[told.index("one learning rate") :].splitlines()[:-1])) <= 80
+    assert told.strip().endswith(str(tmp_path / "out" / "index.html"))
+    assert main([str(tmp_path / "nothing")]) == 1
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "experiments.report", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "FOLDER" in done.stdout
