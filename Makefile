@@ -6,8 +6,13 @@ STAMP := $(VENV)/.installed
 
 # Hydra overrides, e.g. make compare OVERRIDES="training.steps=200"
 OVERRIDES ?=
+# Where results go.
+OUTPUTS ?= outputs
 # Arguments for pytest, e.g. make test PYTEST="-k pissa"
 PYTEST ?=
+
+# Torch's threads spin while they wait; beside any other busy process that costs ten times the work.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help compare test lint clean
 
@@ -18,8 +23,8 @@ help:
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
 
 compare: $(STAMP)
-	$(BIN)/python -m experiments.train --config-name sweep_compare $(OVERRIDES)
-	$(BIN)/python -m experiments.report outputs/sweeps/compare
+	$(BIN)/python -m experiments.train --config-name sweep_compare paths.outputs=$(OUTPUTS) $(OVERRIDES)
+	$(BIN)/python -m experiments.report $(OUTPUTS)/sweeps/compare
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)

@@ -7,7 +7,6 @@ fails in the middle (memory, an interrupt), what was done is undone.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.factors import Factors, Replacement
+from lora_init.fingerprint import checksum, fingerprint
 from lora_init.layers import (
-    BaseState,
     LoraLayer,
     TrainedModule,
     low_rank_product,
@@ -28,8 +27,6 @@ from lora_init.plan import Plan, Target
 # An edited float32 weight comes back within (growth + 1) 2^-24 max|W|, where growth is how much
 # larger than W's its largest entry is: at most 5.4e-7 for 8, inside the promised 1e-6.
 LARGEST_EDIT_GROWTH = 8.0
-
-FINGERPRINT_SAMPLES = 1024
 
 
 @dataclass
@@ -71,49 +68,58 @@ def inject(
         initial_known: whether the factors are those of step 0 (False: a trained adapter was
             loaded onto a kept base).
     """
-    keep_original = bool(getattr(plan.options, "keep_original", False))
-    injection = Injection(requires_grad=[(p, p.requires_grad) for p in model.parameters()])
+    injection = _prepare(model, plan, factors, dropout, initial_known)
     try:
         for parameter, _ in injection.requires_grad:
             parameter.requires_grad_(False)
         paths = module_paths(model)
         for target in plan.targets:
-            module = model.get_submodule(target.name)
-            injection.fingerprints[target.name] = fingerprint(module)
-            layer_factors = factors[target.name]
-            state, weight = _new_base(module, target, plan, layer_factors)
-            if state == "replaced":
-                injection.replacements[target.name] = layer_factors.replacement
-                injection.checksums[target.name] = checksum(weight)
-            layer = LoraLayer(
-                module,
-                layer_factors.lora_A.clone(),
-                layer_factors.lora_B.clone(),
-                scaling=target.scaling,
-                dropout=dropout,
-                base_state="kept" if weight is not None else state,
-                initial=(layer_factors.lora_A, layer_factors.lora_B) if initial_known else None,
-                original_weight_copy=(
-                    oriented_weight(module).to("cpu", copy=True)
-                    if keep_original and state == "replaced"
-                    else None
-                ),
-            )
-            for frozen in plan.initializer.frozen:
-                getattr(layer, frozen).requires_grad_(False)
-            injection.layers[target.name] = layer
-            if weight is not None:
-                _store(module, weight)
-                layer.base_state = state  # only now: an undoing must not undo what was not done
-            _replace(model, paths[id(module)], layer)
-        for name in plan.modules_to_save:
-            original = model.get_submodule(name)
-            trained = copy.deepcopy(original).requires_grad_(True)
-            injection.trained[name] = TrainedModule(original, trained)
-            _replace(model, paths[id(original)], injection.trained[name])
+            layer = injection.layers[target.name]
+            _settle_base(layer, target, plan, factors[target.name], injection)
+            _replace(model, paths[id(layer.base_layer)], layer)
+        for trained in injection.trained.values():
+            _replace(model, paths[id(trained.original_module)], trained)
     except BaseException as error:
         _roll_back(model, injection, error)
         raise
+    return injection
+
+
+def _prepare(
+    model: nn.Module,
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    dropout: float,
+    initial_known: bool,
+) -> Injection:
+    """Everything that allocates or may fail, beside the model: nothing of it is touched here."""
+    keep_original = bool(getattr(plan.options, "keep_original", False))
+    injection = Injection(requires_grad=[(p, p.requires_grad) for p in model.parameters()])
+    for target in plan.targets:
+        module = model.get_submodule(target.name)
+        lora_A, lora_B = factors[target.name].lora_A, factors[target.name].lora_B
+        layer = LoraLayer(
+            module,
+            lora_A.clone(),
+            lora_B.clone(),
+            scaling=target.scaling,
+            dropout=dropout,
+            base_state="kept",
+            initial=(lora_A, lora_B) if initial_known else None,
+            original_weight_copy=(
+                oriented_weight(module).to("cpu", copy=True)
+                if keep_original and plan.initializer.base == "replace"
+                else None
+            ),
+        )
+        for frozen in plan.initializer.frozen:
+            getattr(layer, frozen).requires_grad_(False)
+        injection.layers[target.name] = layer
+        injection.fingerprints[target.name] = fingerprint(module)
+    for name in plan.modules_to_save:
+        original = model.get_submodule(name)
+        trained = copy.deepcopy(original).requires_grad_(True)
+        injection.trained[name] = TrainedModule(original, trained)
     return injection
 
 
@@ -145,8 +151,11 @@ def merge(model: nn.Module, injection: Injection) -> nn.Module:
     return model
 
 
-def set_adapter_enabled(injection: Injection, enabled: bool) -> None:
+def set_adapter_enabled(injection: Injection, enabled: bool) -> bool:
     """Switch all adapters on, or off: then the model computes its original function.
+
+    Returns:
+        Whether they were on before.
 
     Raises:
         RuntimeError: switching off where a base was replaced and no copy of it kept.
@@ -159,8 +168,10 @@ def set_adapter_enabled(injection: Injection, enabled: bool) -> None:
         for layer in injection.layers.values():
             if layer.base_state == "replaced" and layer.original_weight_copy is None:
                 layer.original_weight()  # raises, before anything is switched
+    before = all(layer.adapter_enabled for layer in layers)
     for layer in layers:
         layer.adapter_enabled = enabled
+    return before
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:
@@ -171,49 +182,33 @@ def module_paths(model: nn.Module) -> dict[int, list[str]]:
     return paths
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of the shape and of up to 1,024 evenly spaced entries, rounded to bfloat16.
+def _settle_base(
+    layer: LoraLayer, target: Target, plan: Plan, factors: Factors, injection: Injection
+) -> None:
+    """Edit or replace the base weight where the method does so, one layer's memory at a time.
 
-    A sample, so that a model of any size costs milliseconds: it tells one base from another, it is
-    no proof against a single changed entry. The rounding makes a float32 base and its bfloat16
-    copy the same base.
+    The layer's `base_state` changes only after the weight: an undoing must not undo what was not
+    done.
     """
+    module = layer.base_layer
     weight = oriented_weight(module)
-    rows = min(32, weight.shape[0])
-    columns = min(FINGERPRINT_SAMPLES // rows, weight.shape[1])
-    row = torch.linspace(0, weight.shape[0] - 1, rows, device=weight.device).long()
-    column = torch.linspace(0, weight.shape[1] - 1, columns, device=weight.device).long()
-    sample = weight[row[:, None], column].to(torch.bfloat16).view(torch.int16).cpu()
-    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(sample.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def checksum(weight: Tensor) -> str:
-    """SHA-256 of all bytes of a float32 weight."""
-    return hashlib.sha256(weight.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def _new_base(
-    module: nn.Module, target: Target, plan: Plan, factors: Factors
-) -> tuple[BaseState, Tensor | None]:
-    """How the base will stand, and its new weight where it gets one.
-
-    A subtracting method edits the base where the edit can be undone, else the forward pass
-    subtracts.
-    """
     if plan.initializer.base == "keep":
-        return "kept", None
-    weight = oriented_weight(module)
+        return
     if plan.initializer.base == "replace":
-        return "replaced", factors.replacement.base(weight, target.scaling)
-    if weight.dtype not in (torch.float32, torch.float64):
-        return "in_forward", None
-    # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
-    residual = weight - low_rank_product(factors.lora_A, factors.lora_B, target.scaling)
-    if float(_largest(residual)) > LARGEST_EDIT_GROWTH * float(_largest(weight)):
-        return "in_forward", None
-    return "edited", residual
+        replaced = factors.replacement.base(weight, target.scaling)
+        injection.replacements[target.name] = factors.replacement
+        injection.checksums[target.name] = checksum(replaced)
+        _store(module, replaced)
+        layer.base_state = "replaced"
+        return
+    if weight.dtype in (torch.float32, torch.float64):
+        # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
+        residual = weight - low_rank_product(factors.lora_A, factors.lora_B, target.scaling)
+        if float(_largest(residual)) <= LARGEST_EDIT_GROWTH * float(_largest(weight)):
+            _store(module, residual)
+            layer.base_state = "edited"
+            return
+    layer.base_state = "in_forward"
 
 
 def _roll_back(model: nn.Module, injection: Injection, error: BaseException) -> None:

@@ -65,7 +65,7 @@ class LoraLayer(nn.Module):
         self.base_state = base_state
         self.original_weight_copy = original_weight_copy
         self.adapter_enabled = True
-        self.train(base_layer.training)
+        self.training = self.dropout.training = base_layer.training
 
     @property
     def rank(self) -> int:
@@ -84,11 +84,10 @@ class LoraLayer(nn.Module):
         if not self.adapter_enabled:
             return self._original_output(x)
         result = self.base_layer(x)
-        inputs = x.to(self.lora_A.dtype)
-        delta = self._low_rank(self.dropout(inputs), self.lora_A, self.lora_B)
+        delta = self._low_rank(self.dropout(x), self.lora_A, self.lora_B)
         if self.base_state == "in_forward":
             # Two products, not one of rank 2r: at step 0 they cancel to the last bit.
-            delta = delta - self._low_rank(inputs, self.initial_lora_A, self.initial_lora_B)
+            delta = delta - self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
         # Added before rounding: a 16-bit result plus a float32 delta is a float32 sum.
         return (result + delta).to(result.dtype)
 
@@ -124,8 +123,11 @@ class LoraLayer(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, base_state={self.base_state!r}"
 
     def _low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        # Scaled in the middle, where there are only `rank` numbers a token.
-        return functional.linear(functional.linear(x, lora_A) * self.scaling, lora_B)
+        # In the wider of the two dtypes: 16-bit factors on a float32 base must not round its
+        # outputs. Scaled in the middle, where there are only `rank` numbers a token.
+        dtype = torch.promote_types(x.dtype, lora_A.dtype)
+        hidden = functional.linear(x.to(dtype), lora_A.to(dtype)) * self.scaling
+        return functional.linear(hidden, lora_B.to(dtype))
 
     def _original_output(self, x: Tensor) -> Tensor:
         if self.base_state == "replaced":
@@ -134,8 +136,7 @@ class LoraLayer(nn.Module):
         result = self.base_layer(x)
         if self.base_state != "edited":
             return result
-        inputs = x.to(self.initial_lora_A.dtype)
-        initial = self._low_rank(inputs, self.initial_lora_A, self.initial_lora_B)
+        initial = self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
         return (result + initial).to(result.dtype)
 
     def _kept_copy(self) -> Tensor:
@@ -159,6 +160,7 @@ class TrainedModule(nn.Module):
         self.original_module = original_module
         self.trained_module = trained_module
         self.adapter_enabled = True
+        self.training = original_module.training
 
     @property
     def active_module(self) -> nn.Module:

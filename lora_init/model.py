@@ -159,7 +159,7 @@ class LoraModel(nn.Module):
             peft_config.base_model_name_or_path = name or None
         if peft_config.inference_mode:
             self.requires_grad_(False)
-        self.train(base_model.training)
+        self.training = base_model.training  # parts that their owner keeps in eval mode stay so
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
@@ -176,7 +176,7 @@ class LoraModel(nn.Module):
     @property
     def layers(self) -> dict[str, LoraLayer]:
         """The adapted layers by name."""
-        return dict(self._injection.layers)
+        return dict(self._live_injection().layers)
 
     def get_base_model(self) -> nn.Module:
         return self.base_model
@@ -199,6 +199,7 @@ class LoraModel(nn.Module):
         The figures of a kept or subtracted base are computed now, from the initial factors and the
         restored weights; the model's state of training does not change them.
         """
+        adapted = self.layers
         layers = []
         for target in self.plan.targets:
             row = LayerReport(
@@ -211,9 +212,7 @@ class LoraModel(nn.Module):
                 scaling=target.scaling,
                 seconds=self._seconds_by_layer.get(target.name),
             )
-            describe_layer(
-                self._injection.layers[target.name], row, self._metrics.get(target.name, {})
-            )
+            describe_layer(adapted[target.name], row, self._metrics.get(target.name, {}))
             layers.append(row)
         return dataclasses.replace(self._report, layers=layers)
 
@@ -224,16 +223,18 @@ class LoraModel(nn.Module):
         Raises:
             RuntimeError: where a base was replaced and no copy of the original was kept.
         """
-        injection.set_adapter_enabled(self._injection, False)
+        live = self._live_injection()
+        before = injection.set_adapter_enabled(live, False)
         try:
             yield
         finally:
-            injection.set_adapter_enabled(self._injection, True)
+            injection.set_adapter_enabled(live, before)
 
     def merge_and_unload(self) -> nn.Module:
         """Fold the adapter into the base weights and return the plain base model."""
-        self._refuse_unloaded()
-        return injection.merge(self.base_model, self._take_injection())
+        model = injection.merge(self.base_model, self._live_injection())
+        self._injection = None
+        return model
 
     def unload(self) -> nn.Module:
         """Remove the adapter and return the base model with its original weights.
@@ -241,15 +242,13 @@ class LoraModel(nn.Module):
         Raises:
             RuntimeError: where a base was replaced and no copy of the original was kept.
         """
-        self._refuse_unloaded()
-        model = injection.restore(self.base_model, self._injection)
-        self._take_injection()
+        model = injection.restore(self.base_model, self._live_injection())
+        self._injection = None
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter; see `lora_init.adapters` for the files."""
-        self._refuse_unloaded()
-        adapters.save(Path(folder), self.peft_config, self.plan, self._injection)
+        adapters.save(Path(folder), self.peft_config, self.plan, self._live_injection())
 
     @classmethod
     def from_pretrained(
@@ -292,12 +291,12 @@ class LoraModel(nn.Module):
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """A training checkpoint: A, B, A0, B0 of every layer and the modules trained whole."""
         state = {}
-        for name, layer in self._injection.layers.items():
+        for name, layer in self.layers.items():
             for key in ("lora_A", "lora_B", "initial_lora_A", "initial_lora_B"):
                 value = getattr(layer, key)
                 if value is not None:
                     state[f"{name}.{key}"] = value.detach()
-        for name, trained in self._injection.trained.items():
+        for name, trained in self._live_injection().trained.items():
             for key, value in trained.trained_module.state_dict().items():
                 state[f"{name}.{key}"] = value
         return state
@@ -328,13 +327,10 @@ class LoraModel(nn.Module):
             for name, value in own.items():
                 value.copy_(state[name])
 
-    def _refuse_unloaded(self) -> None:
+    def _live_injection(self) -> injection.Injection:
         if self._injection is None:
             raise RuntimeError("the adapter was unloaded; call get_peft_model again")
-
-    def _take_injection(self) -> injection.Injection:
-        taken, self._injection = self._injection, None
-        return taken
+        return self._injection
 
 
 def refuse_adapted(model: nn.Module) -> None:

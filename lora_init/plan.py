@@ -174,7 +174,7 @@ def make_plan(
     targets = []
     for name in selection.names:
         module = model.get_submodule(name)
-        _check_module(name, module, spec)
+        _check_module(model, name, spec)
         _check_sharing(name, module, spec, owners)
         shape = weight_shape(module)
         rank = pattern_value("rank_pattern", config.rank_pattern, name, config.r)
@@ -211,14 +211,32 @@ def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _check_module(name: str, module: nn.Module, spec: Initializer) -> None:
+def _check_module(model: nn.Module, name: str, spec: Initializer) -> None:
+    module = model.get_submodule(name)
     kind = module_type(module)
     if kind not in spec.module_types:
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not serve; allowed are "
             f"{', '.join(sorted(spec.module_types))}. Leave it out with exclude_modules"
         )
-    weight = module.weight
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        raise TypeError(
+            f"target {name!r} belongs to an nn.TransformerEncoderLayer, whose fused kernel reads "
+            "its weight in eval mode and would never call an adapter; leave it out "
+            "(exclude_modules)"
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
+            "cannot be adapted in place; remove the parametrization first"
+        )
+    if weight.is_inference() and spec.base != "keep":
+        raise ValueError(
+            f"target {name!r}: its weight was made under torch.inference_mode and cannot be "
+            f"changed, which {spec.name} does; load the model outside inference_mode"
+        )
     if weight.is_meta:
         raise ValueError(
             f"target {name!r}: its weight is on the meta device (offloaded or not loaded); load "

@@ -1,0 +1,53 @@
+"""Telling one base weight from another, cheaply and by samples; or exactly, by all its bytes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_init.modules import oriented_weight, weight_shape
+
+SAMPLES_A_SIDE = 12
+
+# Two roundings to bfloat16 (2^-9 each) and the last bits of a restored weight: nothing else moves a
+# sample of the same base, whether it was loaded in float32 or in 16 bits.
+RELATIVE_TOLERANCE = 2.0**-7
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Up to 144 evenly spaced entries of the weight in bfloat16, as text.
+
+    A sample, so that a model of any size costs milliseconds: it tells one base from another, it is
+    no proof against a single changed entry.
+    """
+    return base64.b64encode(_samples(module).view(torch.int16).numpy().tobytes()).decode()
+
+
+def has_fingerprint(module: nn.Module, expected: str) -> bool:
+    """Whether the weight's samples are those of `expected`, up to rounding."""
+    codes = np.frombuffer(base64.b64decode(expected), dtype=np.int16).copy()
+    theirs = torch.from_numpy(codes).view(torch.bfloat16).float()
+    ours = _samples(module).float()
+    if ours.shape != theirs.shape:
+        return False
+    # Entries near zero owe their last bits to the largest ones, through a restored subtraction.
+    slack = 1e-5 * theirs.abs().max()
+    return bool(((ours - theirs).abs() <= RELATIVE_TOLERANCE * theirs.abs() + slack).all())
+
+
+def checksum(weight: Tensor) -> str:
+    """SHA-256 of all bytes of a weight as float32, 16 hexadecimal digits."""
+    return hashlib.sha256(weight.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _samples(module: nn.Module) -> Tensor:
+    weight = oriented_weight(module)
+    row, column = (
+        torch.linspace(0, size - 1, min(SAMPLES_A_SIDE, size)).long().to(weight.device)
+        for size in weight_shape(module)
+    )
+    return weight[row[:, None], column].to(torch.bfloat16).cpu().contiguous().flatten()
