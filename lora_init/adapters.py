@@ -21,7 +21,6 @@ stream or on data), and are refused.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -47,6 +46,7 @@ from lora_init.modules import oriented_weight
 from lora_init.plan import Plan, Target, make_plan
 from lora_init.quantization import Quantizer
 from lora_init.registry import describe
+from lora_init.targets import exactly
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_WEIGHTS_NAME = "lora_init_adapter.safetensors"
@@ -122,16 +122,20 @@ def save(folder: Path, config: LoraConfig, plan: Plan, injection: Injection) -> 
             tensors, path, metadata={"format": "pt", HEADER_KEY: json.dumps(header)}
         ),
     )
-    text = json.dumps(written.to_dict(), indent=2, sort_keys=True) + "\n"
+    text = written.to_json()
     _write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text))
     (folder / other).unlink(missing_ok=True)  # a leftover would be another adapter's weights
 
 
 def _exported_config(config: LoraConfig, plan: Plan) -> LoraConfig:
     """The configuration as a plain adapter's: at rank 2r for a subtracted base."""
-    written = copy.deepcopy(config)
-    written.init_lora_weights = True
-    written.eva_config, written.corda_config, written.loftq_config = None, None, {}
+    written = dataclasses.replace(
+        plan.explicit(config),
+        init_lora_weights=True,
+        eva_config=None,
+        corda_config=None,
+        loftq_config={},
+    )
     written.inference_mode = True
     written.fan_in_fan_out = any(target.module_type == "Conv1D" for target in plan.targets)
     if plan.modules_to_save:
@@ -140,8 +144,8 @@ def _exported_config(config: LoraConfig, plan: Plan) -> LoraConfig:
         factor = math.sqrt(2) if config.use_rslora else 2
         written.r = 2 * config.r
         written.lora_alpha = config.lora_alpha * factor
-        written.rank_pattern = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
-        written.alpha_pattern = {k: v * factor for k, v in (config.alpha_pattern or {}).items()}
+        written.rank_pattern = {k: 2 * v for k, v in written.rank_pattern.items()}
+        written.alpha_pattern = {k: v * factor for k, v in written.alpha_pattern.items()}
     return written
 
 
@@ -285,6 +289,18 @@ def _read_peft(
     if method == "pissa":
         config.init_lora_weights = {"name": "pissa", "method": "exact"}
     plan = _plan_for(base, config, tensors, adapter_dtype)
+    if method == "olora" and any(target.module_type == "Conv1D" for target in plan.targets):
+        raise ValueError(
+            "an unconverted olora adapter of PEFT on Conv1D layers: PEFT decomposed their weights "
+            "without regard to the orientation, and its base cannot be rebuilt; convert it with "
+            "PEFT's path_initial_model_for_weight_conversion first"
+        )
+    if method == "loftq":
+        warnings.warn(
+            "a PEFT adapter with init_lora_weights='loftq' corrects the error of a base that PEFT "
+            "quantised when it trained; it is right on that quantised base only",
+            stacklevel=4,
+        )
     trained = _factor_pairs(plan, tensors, 1)
     factors = {}
     for target in plan.targets:
@@ -318,7 +334,7 @@ def _plan_for(
             )
     by_name = dataclasses.replace(
         config,
-        target_modules=names,
+        target_modules=exactly(names),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -142,7 +142,7 @@ class LoraConfig:
         self._check_numbers()
         self._check_targets()
         self._check_unserved()
-        if self.task_type is not None and str(self.task_type) not in TASK_TYPES:
+        if self.task_type is not None and self.task not in TASK_TYPES:
             raise ValueError(
                 f"task_type={self.task_type!r}; allowed are None, {', '.join(TASK_TYPES)}"
             )
@@ -163,6 +163,11 @@ class LoraConfig:
             options = self._method_options(spec, setting)
         return spec, options
 
+    @property
+    def task(self) -> str | None:
+        """`task_type` as a plain string, also where it was given as PEFT's enumeration."""
+        return getattr(self.task_type, "value", self.task_type)
+
     def scaling(self, rank: int, alpha: float) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rank-stabilised scaling."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
@@ -182,7 +187,7 @@ class LoraConfig:
         if by_field and options != spec.options():
             values[f"{spec.name}_config"] = dataclasses.asdict(options)
         values["init_lora_weights"] = self._method_spelling(spec, options, by_field)
-        values["task_type"] = None if self.task_type is None else str(self.task_type)
+        values["task_type"] = self.task
         return {
             **PEFT_ONLY_DEFAULTS,
             **values,
@@ -191,11 +196,17 @@ class LoraConfig:
             "peft_version": PEFT_VERSION,
         }
 
+    def to_json(self) -> str:
+        """The text of adapter_config.json: fields sorted, as PEFT does, but never inside a
+        pattern, where the first key that matches wins.
+        """
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json` into `folder`, keys sorted, as PEFT does."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        (path / CONFIG_NAME).write_text(self.to_json())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LoraConfig:

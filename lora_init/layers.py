@@ -109,7 +109,7 @@ class LoraLayer(nn.Module):
             RuntimeError: if the base was replaced and no copy of it was kept.
         """
         if self.base_state == "replaced":
-            return self._kept_copy().to(self.base_layer.weight.device, torch.float32)
+            return widened(self._kept_copy()).to(self.base_layer.weight.device)
         weight = widened(oriented_weight(self.base_layer))
         return weight + self.initial_product() if self.base_state == "edited" else weight
 

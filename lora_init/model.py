@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -95,6 +94,7 @@ def get_peft_model(
     mark = time.perf_counter()
     if spec.allocate is not None:
         plan = _allocated(plan, config, statistics)
+        config = plan.explicit(config)
     seconds["allocation"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
@@ -367,7 +367,7 @@ def _device(device: str | torch.device | None) -> torch.device | None:
 
 
 def _allocated(plan: Plan, config: LoraConfig, statistics: Calibration) -> Plan:
-    """The plan with the allocator's ranks; `config` is brought in line with it."""
+    """The plan with the allocator's ranks."""
     requests = {
         target.name: LayerRequest(target.rank, target.shape, statistics.layers[target.name])
         for target in plan.targets
@@ -379,14 +379,6 @@ def _allocated(plan: Plan, config: LoraConfig, statistics: Calibration) -> Plan:
             "rank was allocated; pass real, varied batches"
         )
     allocated = plan.with_ranks(ranks, config)
-    config.target_modules = [target.name for target in allocated.targets]
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    config.rank_pattern = {
-        f"^{re.escape(t.name)}": t.rank for t in allocated.targets if t.rank != config.r
-    }
-    config.alpha_pattern = {
-        f"^{re.escape(t.name)}": t.alpha for t in allocated.targets if t.alpha != config.lora_alpha
-    }
     return allocated
 
 

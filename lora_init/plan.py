@@ -7,6 +7,7 @@ configuration surfaces here, while the model is still untouched.
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lora_init.config import LoraConfig
 from lora_init.modules import module_type, weight_shape
 from lora_init.registry import CalibrationRequest, Initializer
 from lora_init.tables import render
-from lora_init.targets import pattern_value, select
+from lora_init.targets import pattern_value, portable_targets, select
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,6 +52,7 @@ class Plan:
         modules_to_save: modules trained whole.
         calibration: the statistics to collect, None when the method needs none.
         unmatched: (setting, entry) pairs that matched nothing in the model.
+        candidates: names of all modules that target_modules could have meant.
     """
 
     initializer: Initializer
@@ -59,6 +61,7 @@ class Plan:
     modules_to_save: tuple[str, ...]
     calibration: CalibrationRequest | None
     unmatched: tuple[tuple[str, str], ...]
+    candidates: tuple[str, ...]
     adapter_dtype: torch.dtype = torch.float32
 
     @property
@@ -107,6 +110,28 @@ class Plan:
                 )
             )
         return dataclasses.replace(self, targets=tuple(targets))
+
+    def explicit(self, config: LoraConfig) -> LoraConfig:
+        """`config` with the targets, ranks and alphas spelt out, as PEFT's rules read them.
+
+        The user's own rules are not repeated: PEFT does not find a layer list at a model's root,
+        and sorts the keys of a pattern, of which the first that matches wins.
+        """
+        return dataclasses.replace(
+            config,
+            target_modules=portable_targets([t.name for t in self.targets], self.candidates),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            rank_pattern={
+                f"^{re.escape(t.name)}": t.rank for t in self.targets if t.rank != config.r
+            },
+            alpha_pattern={
+                f"^{re.escape(t.name)}": t.alpha
+                for t in self.targets
+                if t.alpha != config.lora_alpha
+            },
+        )
 
     def refuse_unmatched(self) -> None:
         """Patterns that matched nothing are an error; names in a list only a warning.
@@ -198,6 +223,7 @@ def make_plan(
         modules_to_save=selection.modules_to_save,
         calibration=spec.calibration(options) if spec.calibration else None,
         unmatched=selection.unmatched,
+        candidates=selection.candidates,
         adapter_dtype=adapter_dtype,
     )
 

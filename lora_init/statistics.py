@@ -3,9 +3,10 @@
 For every **distinct** input of the targeted layers (query, key and value projections usually read
 one tensor) the pass accumulates, over all unmasked tokens x (rows of shape (in,)),
 
-    second_moment = sum x xᵀ / tokens  (in, in),    mean = sum x / tokens  (in,),    tokens.
+    mean = sum x / tokens  (in,),    covariance = sum (x - mean)(x - mean)ᵀ / tokens  (in, in),
 
-Sums are float32. The model runs in eval mode, without gradients, and is left as it was.
+from which second_moment = sum x xᵀ / tokens follows. Sums are float32, taken about a shift near the
+mean. The model runs in eval mode, without gradients, and is left as it was.
 
 Which rows count: for an encoder's inputs (or a decoder-only model's) `attention_mask`; for the
 decoder of an encoder-decoder model `decoder_attention_mask`, if the batch has one, except where a
@@ -32,39 +33,56 @@ from lora_init import linalg
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest
 
+SMALLEST_DECOMPOSITION = 32
+
 HELD_INPUTS = 4
 """How many recent distinct inputs wait for further readers before they are summed (see _Pass)."""
 
 
 @dataclass
 class InputStatistics:
-    """Moments of one distinct input. Shared by all layers that read it."""
+    """Moments of one distinct input. Shared by all layers that read it.
 
-    second_moment: Float[Tensor, "in in"]
+    Attributes:
+        covariance: sum (x - mean)(x - mean)ᵀ / tokens.
+        mean: sum x / tokens.
+        tokens: how many rows were counted.
+    """
+
+    covariance: Float[Tensor, "in in"]
     mean: Float[Tensor, " in"]
     tokens: int
-    _components: dict[bool, tuple] = field(default_factory=dict, repr=False)
+    _components: dict[tuple[bool, int], tuple] = field(default_factory=dict, repr=False)
 
-    def covariance(self, center: bool) -> Float[Tensor, "in in"]:
-        """The second moment, minus the mean's outer product if centred."""
-        if not center:
-            return self.second_moment
-        return self.second_moment - torch.outer(self.mean, self.mean)
+    @classmethod
+    def of_rows(cls, rows: Float[Tensor, "tokens in"]) -> InputStatistics:
+        """The moments of inputs at hand, without a model: for tests and experiments."""
+        sums = _Sums(rows.float())
+        sums.add(rows.float())
+        return cls(*sums.moments(), len(rows))
+
+    @property
+    def second_moment(self) -> Float[Tensor, "in in"]:
+        """sum x xᵀ / tokens, uncentred."""
+        return self.covariance + torch.outer(self.mean, self.mean)
 
     def principal_components(
         self, rank: int, center: bool
     ) -> tuple[Float[Tensor, " rank"], Float[Tensor, "in rank"], Float[Tensor, ""]]:
         """Top `rank` variances (descending), their directions, and the total variance.
 
-        Kept, so that the layers sharing this input, and an allocator before them, pay once.
+        Kept, so that the layers sharing this input, and an allocator before them, pay once. What is
+        decomposed is rounded up to a power of two: LAPACK's last bits depend on how many vectors it
+        is asked for, and a layer's may not depend on what the others asked for.
         """
-        values, vectors, total = self._components.get(center, (None, None, None))
-        if values is None or len(values) < rank:
-            covariance = self.covariance(center)
-            total = covariance.diagonal().sum().clamp_min(0)
-            values, vectors = linalg.top_eigen(covariance, rank)
-            self._components[center] = (values, vectors, total)
-        return values[:rank].clamp_min(0), vectors[:, :rank], total
+        size = min(len(self.mean), max(SMALLEST_DECOMPOSITION, 1 << (rank - 1).bit_length()))
+        if (center, size) not in self._components:
+            matrix = self.covariance if center else self.second_moment
+            values, vectors = linalg.top_eigen(matrix, size)
+            total = matrix.diagonal().sum().clamp_min(0)
+            self._components[center, size] = (values.clamp_min(0), vectors, total)
+        values, vectors, total = self._components[center, size]
+        return values[:rank], vectors[:, :rank], total
 
 
 @dataclass
@@ -170,11 +188,30 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     )
 
 
-@dataclass
 class _Sums:
-    second_moment: Tensor
-    total: Tensor
-    tokens: int = 0
+    """Moments of the rows added so far, about a shift near their mean.
+
+    Sums about zero would lose a variance that is small beside the squared mean, as it is behind
+    many activation functions. The shift is the first batch's mean.
+    """
+
+    def __init__(self, rows: Float[Tensor, "tokens in"]) -> None:
+        width = rows.shape[-1]
+        self.shift = rows.mean(0) if len(rows) else rows.new_zeros(width)
+        self.products = rows.new_zeros(width, width)
+        self.total = rows.new_zeros(width)
+        self.tokens = 0
+
+    def add(self, rows: Float[Tensor, "tokens in"]) -> None:
+        rows = rows - self.shift
+        self.products.addmm_(rows.T, rows)
+        self.total += rows.sum(0)
+        self.tokens += len(rows)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Covariance and mean."""
+        offset = self.total / self.tokens
+        return self.products / self.tokens - torch.outer(offset, offset), self.shift + offset
 
 
 class _Pass:
@@ -264,14 +301,10 @@ class _Pass:
         rows = self._rows(tensor, readers[0]).float()
         if self.device is not None:
             rows = rows.to(self.device)
-        width = rows.shape[-1]
-        sums = self._sums.get(frozenset(readers))
-        if sums is None:
-            sums = _Sums(rows.new_zeros(width, width), rows.new_zeros(width))
-            self._sums[frozenset(readers)] = sums
-        sums.second_moment.addmm_(rows.T, rows)
-        sums.total += rows.sum(0)
-        sums.tokens += rows.shape[0]
+        readers = frozenset(readers)
+        if readers not in self._sums:
+            self._sums[readers] = _Sums(rows)
+        self._sums[readers].add(rows)
 
     def _rows(self, tensor: Tensor, reader: str) -> Tensor:
         """The unmasked rows of an input, as (rows, in)."""
@@ -303,22 +336,32 @@ class _Pass:
                 )
             key = tuple(sets)
             if key not in made:
-                made[key] = self._normalise(name, [self._sums[readers] for readers in sets], total)
+                made[key] = self._join(name, [self._sums[readers] for readers in sets])
             results[name] = LayerStatistics(inputs=made[key])
         return results
 
     @staticmethod
-    def _normalise(name: str, parts: list[_Sums], tokens: int) -> InputStatistics:
-        second_moment = sum(part.second_moment for part in parts) / tokens
-        mean = sum(part.total for part in parts) / tokens
+    def _join(name: str, parts: list[_Sums]) -> InputStatistics:
+        """One set's moments, or several sets' by the rule for the variance of groups."""
+        parts = [part for part in parts if part.tokens]
+        tokens = sum(part.tokens for part in parts)
+        moments = [part.moments() for part in parts]
+        shares = [part.tokens / tokens for part in parts]
+        mean = sum(share * mean for share, (_, mean) in zip(shares, moments, strict=True))
+        covariance = moments[0][0]
+        if len(parts) > 1:
+            covariance = sum(
+                share * (inner + torch.outer(centre - mean, centre - mean))
+                for share, (inner, centre) in zip(shares, moments, strict=True)
+            )
         # The trace is a sum of squares: it is finite exactly if every value seen was (or their
         # squares left float32's range, which no decomposition survives either).
-        if not bool(torch.isfinite(second_moment.diagonal().sum())):
+        if not bool(torch.isfinite(covariance.diagonal().sum() + mean.sum())):
             raise ValueError(
                 f"calibration: the inputs of {name!r} are not finite; check the batches, the "
                 "model's weights, and its dtype (float16 overflows at 65504)"
             )
-        return InputStatistics(second_moment, mean, tokens)
+        return InputStatistics(covariance, mean, tokens)
 
 
 def _as_mask(mask: Any) -> Tensor | None:

@@ -30,11 +30,13 @@ class Selection:
         names: qualified names of the modules to adapt.
         modules_to_save: qualified names of the modules to train whole.
         unmatched: (setting, entry) pairs that matched nothing.
+        candidates: all names that could have matched: every module's outside those saved whole.
     """
 
     names: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     unmatched: tuple[tuple[str, str], ...]
+    candidates: tuple[str, ...]
 
 
 def select(model: nn.Module, config: LoraConfig) -> Selection:
@@ -45,7 +47,8 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
             default targets, or a module to save that does not exist.
     """
     names = [name for name, _ in model.named_modules() if name]
-    saved, unmatched = _modules_to_save(names, config)
+    saved = _modules_to_save(names, config)
+    unmatched: list[tuple[str, str]] = []
     target = config.target_modules if config.target_modules is not None else _defaults(model)
     excluded = _excluder(config.exclude_modules)
     # Inside a saved module nothing is adapted: it is trained as a whole.
@@ -76,7 +79,26 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
                 unmatched.append((setting, key))
     if not chosen:
         raise ValueError(_nothing_matched(model, target, matched, config))
-    return Selection(tuple(chosen), tuple(saved), tuple(unmatched))
+    return Selection(tuple(chosen), tuple(saved), tuple(unmatched), tuple(candidates))
+
+
+def exactly(names: Iterable[str]) -> str:
+    """A value of target_modules that means these modules and no others."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def portable_targets(chosen: Iterable[str], names: Iterable[str]) -> list[str] | str:
+    """The shortest value of target_modules that selects `chosen` among `names`, in PEFT too.
+
+    Last parts ("q_proj") where they are enough, else whole names, else an expression: a module at
+    the root is a dotted suffix of its namesakes further down.
+    """
+    chosen = list(chosen)
+    names = list(names)
+    for entries in (list(dict.fromkeys(n.rpartition(".")[2] for n in chosen)), chosen):
+        if [n for n in names if any(name_matches(n, entry) for entry in entries)] == chosen:
+            return entries
+    return exactly(chosen)
 
 
 def name_matches(name: str, entry: str) -> bool:
@@ -148,25 +170,24 @@ def _unused_exclusions(
     ]
 
 
-def _modules_to_save(names: list[str], config: LoraConfig) -> tuple[list[str], list]:
-    asked = list(config.modules_to_save or [])
+def _modules_to_save(names: list[str], config: LoraConfig) -> list[str]:
+    heads = HEADS.get(config.task, [])
     found = []
-    for entry in asked:
+    for entry in config.modules_to_save or []:
         hits = [name for name in names if name_matches(name, entry)]
-        if not hits:
+        if not hits and entry not in heads:  # PEFT's files list every head its task may have
             raise ValueError(
                 f"modules_to_save: no module is called {entry!r}; the model's last parts are "
                 f"{_some({name.rsplit('.', 1)[-1] for name in names})}"
             )
         found += hits
-    for entry in HEADS.get(str(config.task_type), []):
+    for entry in heads:
         found += [name for name in names if name_matches(name, entry)]
-    outermost = [
+    return [
         name
         for name in dict.fromkeys(found)
         if not any(name.startswith(other + ".") for other in found)
     ]
-    return outermost, []
 
 
 def _defaults(model: nn.Module) -> list[str] | str:
@@ -188,9 +209,7 @@ def _output_names(model: nn.Module, config: LoraConfig) -> set[str]:
         output = None
     if output is not None:
         return {name for name, module in model.named_modules() if module is output}
-    classifies = str(config.task_type) == "SEQ_CLS" or "ForSequenceClassification" in (
-        type(model).__name__
-    )
+    classifies = config.task == "SEQ_CLS" or "ForSequenceClassification" in (type(model).__name__)
     names = [name for name, _ in model.named_modules()]
     heads = [n for n in names if any(name_matches(n, head) for head in HEADS["SEQ_CLS"])]
     inside = [n for n in names if any(n.startswith(head + ".") for head in heads)]

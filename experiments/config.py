@@ -1,0 +1,171 @@
+"""The typed schema of a run, and the schemas that Hydra checks every YAML against.
+
+A run is one `RunConfig`. Each group's YAML (`conf/init/pissa.yaml`, …) starts from a schema
+registered here, so that a misspelt key or a wrong type is refused by name when the configuration is
+composed. A method's schema comes from the options that it registered with the library: a third
+party's method has one as soon as its package is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import II, MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import data, models
+from experiments.data import DataConfig
+from experiments.errors import ConfigurationError
+from experiments.models import ModelConfig
+from experiments.tracking import TrackingConfig
+from experiments.training import TrainingConfig
+from lora_init import list_initializers
+from lora_init.registry import Initializer
+
+
+@dataclass
+class InitConfig:
+    """The initializer's registered name; the subclass of each method adds its options."""
+
+    name: str = MISSING
+
+
+@dataclass
+class LoraSettings:
+    """The adapter: the fields of `lora_init.LoraConfig` that are the same for every method."""
+
+    r: int = 8
+    lora_alpha: float = 16
+    target_modules: Any = "all-linear"
+    exclude_modules: Any = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | None = None
+    layers_pattern: Any = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class CalibrationConfig:
+    """Training examples for the methods that read activations, drawn by `seeds.calibration`."""
+
+    samples: int = 256
+    batch_size: int = 32
+
+
+@dataclass
+class Seeds:
+    """One seed for each source of chance; all of them are `seed` unless set."""
+
+    init: int = II("seed")
+    data: int = II("seed")
+    calibration: int = II("seed")
+    head: int = II("seed")
+
+
+@dataclass
+class Runtime:
+    """How a run is executed. Not part of its identity: it changes speed and rounding only.
+
+    Attributes:
+        device: "auto" takes an accelerator if there is one; "cpu" does not.
+        threads: CPU threads; None leaves the choice to torch.
+        rerun: run again what has already finished.
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    rerun: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu"):
+            raise ValueError(
+                f"runtime.device={self.device!r}; allowed are auto and cpu (which accelerator: "
+                "CUDA_VISIBLE_DEVICES; several: `accelerate launch -m experiments.train …`)"
+            )
+
+
+@dataclass
+class Paths:
+    """Where results go: runs to `<outputs>/runs`, manifests of sweeps to `<outputs>/sweeps`."""
+
+    outputs: str = "outputs"
+
+
+@dataclass
+class RunConfig:
+    """One run, completely. `experiments.runs` derives its identity from this and nothing else."""
+
+    init: InitConfig = MISSING
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    training: TrainingConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    seed: int = 0
+    seeds: Seeds = field(default_factory=Seeds)
+    sweep: str = "default"
+    runtime: Runtime = field(default_factory=Runtime)
+    paths: Paths = field(default_factory=Paths)
+
+
+def init_schema(method: Initializer) -> type:
+    """A dataclass of a method's name and options, for OmegaConf to check YAML against."""
+    hints = get_type_hints(method.options)
+    made = [("name", str, field(default=method.name))]
+    for option in fields(method.options):
+        given = asdict(method.options())[option.name]
+        # OmegaConf cannot express some types (Literal, say). Such an option's name is still
+        # checked here, its value by the method's own dataclass.
+        kind = hints[option.name] if expressible(hints[option.name], given) else Any
+        made.append((option.name, kind, field(default_factory=lambda given=given: given)))
+    return make_dataclass(f"{method.name}_init", made, bases=(InitConfig,))
+
+
+def expressible(kind: Any, default: Any) -> bool:
+    probe = make_dataclass("probe", [("option", kind, field(default_factory=lambda: default))])
+    try:
+        OmegaConf.structured(probe)
+    except OmegaConfBaseException:
+        return False
+    return True
+
+
+def register_schemas() -> None:
+    """Put every schema into Hydra's ConfigStore, under `schema/` in its group."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for method in list_initializers():
+        store.store(group="init/schema", name=method.name, node=init_schema(method))
+    for group, sources in (("model", models.SOURCES), ("data", data.SOURCES)):
+        for source in sources:
+            # The schema is named after the module: model/schema/minilm, data/schema/table.
+            name = source.__module__.rpartition(".")[2]
+            store.store(group=f"{group}/schema", name=name, node=source)
+    store.store(group="training/schema", name="training", node=TrainingConfig)
+    store.store(group="tracking/schema", name="tracking", node=TrackingConfig)
+
+
+def resolve(composed: DictConfig) -> RunConfig:
+    """Hydra's composition as plain dataclasses: the last that is seen of OmegaConf.
+
+    Raises:
+        ConfigurationError: a mandatory setting left out, or a value its dataclass refuses.
+    """
+    for key in sorted(OmegaConf.missing_keys(composed)):
+        raise ConfigurationError(f"{key} is not set; give it on the command line as {key}=…")
+    try:
+        run = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(str(error).splitlines()[0]) from error
+    except (ValueError, TypeError) as error:  # from a __post_init__
+        raise ConfigurationError(str(error)) from error
+    assert isinstance(run, RunConfig)
+    return run

@@ -1,0 +1,87 @@
+"""GSM-Symbolic: grade-school word problems from reasoning-gym's templates, split by template.
+
+reasoning-gym 0.1.25 holds 100 templates, 85 of which it marks as sound (`tasks_ok`). Its data set
+draws a template for every index, `Random(seed).choices(tasks_ok, k=size)`, and fills it by
+`generator(Random(seed + index))`. Two of its data sets with different seeds thus share every
+template. Here each template belongs to one split, by a hash of its number, and the drawing is
+confined to the split's own templates: a test problem is worded like none seen in training.
+
+Source: Mirzadeh et al., "GSM-Symbolic", 2024, arXiv 2410.05229.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from experiments.data.examples import Completion, DataConfig, Splits, split_of
+
+PROMPT = "Question: {question}\nAnswer:"
+
+
+@dataclass
+class GsmSymbolic(DataConfig):
+    """Settings of the generator.
+
+    Attributes:
+        generator_seed: fills the templates; not one of the run's seeds, since a comparison holds
+            the problems fixed.
+        reasoning: learn the worked solution before the answer, instead of the answer alone.
+        validation_share, test_share: expected shares of the templates held out.
+    """
+
+    name: str = "gsm_symbolic"
+    train_limit: int | None = 512
+    validation_limit: int | None = 64
+    test_limit: int | None = 64
+    generator_seed: int = 0
+    reasoning: bool = False
+    validation_share: float = 0.1
+    test_share: float = 0.2
+
+
+def templates(config: GsmSymbolic) -> dict[str, list[int]]:
+    """The numbers of the sound templates in each split."""
+    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
+
+    split: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for number in tasks_ok:
+        key = f"template {number}"
+        split[split_of(key, config.validation_share, config.test_share)].append(number)
+    return split
+
+
+def load(config: GsmSymbolic) -> Splits:
+    """As many problems per split as its limit says (the generator has no end; None means 512)."""
+    numbers = templates(config)
+    limits = (config.train_limit, config.validation_limit, config.test_limit)
+    # A split's ids start a million apart: unique over the splits and steady when a limit changes.
+    drawn = [
+        draw(numbers[split], 512 if limit is None else limit, first * 1_000_000, config)
+        for first, (split, limit) in enumerate(zip(numbers, limits, strict=True))
+    ]
+    return Splits(*drawn, notes=("train and test share no template",))
+
+
+def draw(numbers: list[int], size: int, first: int, config: GsmSymbolic) -> list[Completion]:
+    """`size` problems from the templates `numbers`."""
+    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (
+        GSMSymbolicDataset,
+        GSMSymbolicDatasetConfig,
+    )
+
+    seed = config.generator_seed * 10_000_000 + first
+    source = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed, size=max(size, 1)))
+    source.task_indices = Random(seed).choices(numbers, k=size)
+    return [complete(source[index], first + index, config.reasoning) for index in range(size)]
+
+
+def complete(problem: dict, number: int, reasoning: bool) -> Completion:
+    """One generated problem as prompt and completion."""
+    worked = problem["metadata"]["answer_cot"].rpartition("####")[0].rstrip()
+    return Completion(
+        id=number,
+        prompt=PROMPT.format(question=problem["question"]),
+        reasoning=f" {worked}\n####" if reasoning else "",
+        answer=f" {problem['answer']}",
+    )

@@ -1,0 +1,233 @@
+"""One run from configuration to result: data, model, initialization, training, test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+
+from experiments.config import RunConfig
+from experiments.console import say, training_bar
+from experiments.data import Splits, load_data
+from experiments.environment import describe_environment
+from experiments.errors import ConfigurationError
+from experiments.evaluation import evaluate
+from experiments.models import LoadedModel, load_model
+from experiments.probe import PeakMemory, output_gap, probe
+from experiments.runs import MetricsFile, RunFolder, identify, write_json, write_text
+from experiments.tasks import Evaluation, Task, draw, make_task
+from experiments.tracking import track
+from experiments.training import TrainingSummary, make_accelerator, train
+from lora_init import LoraConfig, LoraModel, get_peft_model
+
+PROBED_EXAMPLES = 16
+
+
+def execute(run: RunConfig) -> dict[str, Any]:
+    """Do the run, or find it done; returns what `result.json` holds.
+
+    Raises:
+        ConfigurationError: a setting that cannot work.
+        RunFailed: training diverged; `failed.json` in the run's folder says where.
+    """
+    folder = identify(run)
+    done = None if run.runtime.rerun else folder.finished()
+    if done is not None:
+        say(f"  finished before, skipped: {folder.path} ({done['metric']} {done['score']:.4f})")
+        return done
+    if run.runtime.threads is not None:
+        torch.set_num_threads(run.runtime.threads)
+    accelerator = make_accelerator(run.training, run.runtime.device)
+    data = load_data(run.data)
+    loaded = load_model(
+        run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
+    )
+    if accelerator.is_main_process:
+        folder.start_over()
+        write_text(folder.path / "config.yaml", yaml.safe_dump(asdict(run), sort_keys=False))
+        write_json(folder.path / "environment.json", describe_environment())
+    accelerator.wait_for_everyone()
+    try:
+        return carry_out(run, folder, data, loaded, accelerator)
+    except Exception as error:
+        if accelerator.is_main_process:
+            facts = getattr(error, "facts", {})
+            kind = type(error).__name__
+            failure = {"run_id": folder.id, "error": kind, "message": str(error), **facts}
+            write_json(folder.path / "failed.json", failure)
+        raise
+    finally:
+        accelerator.free_memory()
+
+
+def carry_out(
+    run: RunConfig, folder: RunFolder, data: Splits, loaded: LoadedModel, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Initialize, train, test and write, in that order; `result.json` last."""
+    main = accelerator.is_main_process
+    settings = run.training
+    task = make_task(data.task_type, loaded.tokenizer, settings)
+    model, init = initialize(run, data, task, loaded.model, accelerator.device)
+    if main:
+        write_json(folder.path / "init.json", init)
+
+    with recording(run, folder, main) as record, training_bar(settings.steps, main) as advance:
+
+        def validate(step: int) -> None:
+            measured = evaluate(model, task, data.validation, settings, accelerator)
+            record({"step": step, "split": "validation", **measured.metrics})
+
+        if settings.validate_every and not data.validation:
+            raise ConfigurationError(
+                "training.validate_every is set, and the validation split is empty; raise "
+                "data.validation_limit, or set training.validate_every=0"
+            )
+        if settings.validate_at_start:
+            validate(0)
+        summary = train(
+            model,
+            task,
+            data.train,
+            settings,
+            seed=run.seeds.data,
+            accelerator=accelerator,
+            record=record,
+            validate=validate,
+            advance=advance,
+        )
+        test = evaluate(model, task, data.test, settings, accelerator)
+        record({"step": summary.steps, "split": "test", **test.metrics})
+
+    result = describe_result(run, folder, data, task, loaded, init, summary, test)
+    if main:
+        if settings.save_adapter:
+            model.save_pretrained(folder.path / "adapter")
+        np.savez(
+            folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score
+        )
+        write_json(folder.result_file, result)
+        say(
+            f"  {task.metric} {result['score']:.4f}, init {result['init_seconds']:.1f} s, "
+            f"training {result['train_seconds']:.1f} s -> {folder.path}"
+        )
+    accelerator.wait_for_everyone()
+    return result
+
+
+def initialize(
+    run: RunConfig, data: Splits, task: Task, model: torch.nn.Module, device: torch.device
+) -> tuple[LoraModel, dict[str, Any]]:
+    """Add the adapter; returns the model, and what `init.json` holds."""
+    model = model.to(device)
+    batch = task.collate(data.train[:PROBED_EXAMPLES])
+    mask = task.probed(batch)
+    before = probe(model, batch, mask)
+    with PeakMemory() as memory:
+        try:
+            config = LoraConfig(
+                **asdict(run.lora), task_type=data.task_type, init_lora_weights=asdict(run.init)
+            )
+            # A method that calibrates reads the batches; for the others none is ever made.
+            batches = calibration_batches(run, data, task, device)
+            adapted = get_peft_model(model, config, calibration=batches, seed=run.seeds.init)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigurationError(f"init={run.init.name}: {error}") from error
+    trainable, total = adapted.get_nb_trainable_parameters()
+    return adapted, {
+        **adapted.init_report().to_dict(),
+        "peak_memory_bytes": memory.bytes,
+        "peak_memory_kind": memory.kind,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "output_gap": output_gap(before, probe(adapted, batch, mask)),
+    }
+
+
+def calibration_batches(
+    run: RunConfig, data: Splits, task: Task, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Training examples drawn by `seeds.calibration`, one batch at a time."""
+    settings = run.calibration
+    chosen = draw(len(data.train), settings.samples, run.seeds.calibration)
+    for start in range(0, len(chosen), settings.batch_size):
+        some = [data.train[index] for index in chosen[start : start + settings.batch_size]]
+        yield {key: value.to(device) for key, value in task.collate(some).items()}
+
+
+@contextmanager
+def recording(run: RunConfig, folder: RunFolder, main: bool) -> Iterator[Any]:
+    """Yield the function that takes a line of metrics: to the file first, then to the tracker."""
+    if not main:
+        yield lambda row: None
+        return
+    tracker = track(
+        run.tracking,
+        run_id=folder.id,
+        name=folder.path.name,
+        group=run.sweep,
+        job_type=run.init.name,
+        config=asdict(run),
+        folder=folder.path.parent.parent,
+    )
+    with MetricsFile(folder.path / "metrics.jsonl") as metrics, tracker as log:
+
+        def record(row: dict[str, Any]) -> None:
+            metrics.append(row)
+            log(row)
+
+        yield record
+
+
+def describe_result(
+    run: RunConfig,
+    folder: RunFolder,
+    data: Splits,
+    task: Task,
+    loaded: LoadedModel,
+    init: dict[str, Any],
+    summary: TrainingSummary,
+    test: Evaluation,
+) -> dict[str, Any]:
+    """Everything that a comparison needs of this run."""
+    return {
+        "run_id": folder.id,
+        "folder": str(folder.path),
+        "method": run.init.name,
+        "init": asdict(run.init),
+        "model": run.model.name,
+        "data": run.data.name,
+        "data_fingerprint": data.fingerprint,
+        "seed": run.seed,
+        "seeds": asdict(run.seeds),
+        "status": "finished",
+        "metric": task.metric,
+        "score": test.metrics[task.metric],
+        "n_test": len(test.ids),
+        "majority": task.majority(data.test),
+        "loss_test": test.metrics["loss"],
+        "test": test.metrics,
+        "output_gap": init["output_gap"],
+        "init_seconds": init["seconds"]["total"],
+        "calibration_seconds": init["seconds"]["calibration"],
+        "peak_memory_bytes": init["peak_memory_bytes"],
+        "train_seconds": summary.seconds,
+        "train_tokens": summary.tokens,
+        "first_step_gradient_norm": summary.gradient_norms["total"],
+        "first_step_gradient_norms": summary.gradient_norms,
+        "trainable_parameters": init["trainable_parameters"],
+        "total_parameters": init["total_parameters"],
+        "steps": summary.steps,
+        "learning_rate": run.training.learning_rate,
+        "rank": run.lora.r,
+        "notes": [*loaded.notes, *data.notes],
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": describe_environment(),
+        "config": asdict(run),
+    }

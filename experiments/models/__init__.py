@@ -1,0 +1,51 @@
+"""Models. The type of the config selects the source; a source is one file.
+
+To add one: a dataclass derived from `ModelConfig` and a `locate(config) -> Checkpoint` in a file
+here, a line in `SOURCES`, and a YAML in `conf/model/`. A model that already lies in a folder needs
+none of this: `model=local model.path=…`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from experiments.models import local, minilm, smollm2
+from experiments.models.checkpoint import Checkpoint, ModelConfig
+from experiments.models.loading import load_checkpoint
+
+SOURCES: dict[type[ModelConfig], Callable[[Any], Checkpoint]] = {
+    minilm.MiniLM: minilm.locate,
+    smollm2.SmolLM2: smollm2.locate,
+    local.LocalModel: local.locate,
+}
+
+__all__ = ["SOURCES", "LoadedModel", "ModelConfig", "load_model"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pretrained model with its tokenizer, and facts that belong into every result."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    notes: tuple[str, ...]
+
+
+def load_model(
+    config: ModelConfig, *, task_type: str, labels: tuple[str, ...], head_seed: int
+) -> LoadedModel:
+    """Load the model of `config` in float32, with a head for `labels` drawn from `head_seed`."""
+    checkpoint = SOURCES[type(config)](config)
+    model, tokenizer, notes = load_checkpoint(
+        checkpoint,
+        name=config.name,
+        task_type=task_type,
+        labels=labels,
+        dropout=config.dropout,
+        head_seed=head_seed,
+    )
+    return LoadedModel(model, tokenizer, notes)

@@ -1,0 +1,124 @@
+"""Checkpoint -> model and tokenizer: dropout as configured, the new head from a seed of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import transformers
+
+from experiments.errors import ConfigurationError
+from experiments.models.checkpoint import Checkpoint
+
+DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hide progress bars and the loading report, which `newly_drawn` replaces; nothing else."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    logger = logging.getLogger("transformers.modeling_utils")
+    transformers.utils.logging.disable_progress_bar()
+    logger.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_report)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def newly_drawn(model: torch.nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
+    """A note on weights below the head that the checkpoint lacks. A new head is expected."""
+    body = sorted(key for key in missing if key.startswith(f"{model.base_model_prefix}."))
+    if not body:
+        return ()
+    return (f"random, not pretrained, since the checkpoint lacks them: {', '.join(body)}",)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    task_type: str,
+    labels: tuple[str, ...],
+    dropout: float | None,
+    head_seed: int,
+) -> tuple[torch.nn.Module, Any, tuple[str, ...]]:
+    """Load `checkpoint` for a task: the model, its tokenizer, and notes on it.
+
+    Whatever the checkpoint lacks (a classification head) is drawn after `manual_seed(head_seed)`,
+    so it is the same for every method; the global generator is left where it was.
+    """
+    common = {"revision": checkpoint.revision, "trust_remote_code": checkpoint.trust_remote_code}
+    # torch.random.fork_rng forks the CUDA generators as well, wherever a model is put later on.
+    with readable_errors(name, checkpoint), quiet_loading(), torch.random.fork_rng():
+        config = transformers.AutoConfig.from_pretrained(checkpoint.source, **common)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.source, **common)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if dropout is not None:
+            set_dropout(config, dropout)
+        torch.manual_seed(head_seed)
+        if task_type == "SEQ_CLS":
+            config.num_labels = len(labels)
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: number for number, label in enumerate(labels)}
+            if getattr(config, "pad_token_id", None) is None:
+                config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token by it
+            auto = transformers.AutoModelForSequenceClassification
+        else:
+            refuse_encoder(config, name)
+            auto = transformers.AutoModelForCausalLM
+        model, report = auto.from_pretrained(
+            checkpoint.source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **common,
+        )
+    notes = newly_drawn(model, report["missing_keys"])
+    for note in notes:
+        logging.getLogger(__name__).warning("model=%s: %s", name, note)
+    return model, tokenizer, checkpoint.notes + notes
+
+
+def set_dropout(config: Any, rate: float) -> None:
+    """Write `rate` over every dropout rate in a transformers configuration, whatever its name."""
+    for key, value in config.to_dict().items():
+        is_rate = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        if is_rate and ("dropout" in key or key.endswith("_pdrop")):
+            setattr(config, key, rate)
+
+
+def refuse_encoder(config: Any, name: str) -> None:
+    """An encoder would load as a language model, with a head of noise: refuse it instead."""
+    architectures = config.architectures or []
+    if architectures and not any(kind in known for known in architectures for kind in DECODERS):
+        raise ConfigurationError(
+            f"model={name} is {', '.join(architectures)}, which does not generate text, and the "
+            "data are prompts with completions; use model=smollm2 or another causal model, or data "
+            "with labels"
+        )
+
+
+@contextlib.contextmanager
+def readable_errors(name: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Say which setting led to a checkpoint that transformers cannot load."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"model={name}: transformers cannot load {checkpoint.source!r}: "
+            f"{str(error).strip().splitlines()[0]} (give a folder that holds config.json, weights "
+            "and tokenizer, or the name of a model on the hub)"
+        ) from error

@@ -1,0 +1,117 @@
+"""A run's identity and its folder.
+
+The identity is a hash of the resolved configuration without what cannot change the outcome (paths,
+tracking, runtime, the sweep's name). `result.json` is written last and atomically: its existence
+means that the run finished. A finished run is skipped; a folder without it starts over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from experiments.config import RunConfig
+
+OUTSIDE_IDENTITY = ("paths", "tracking", "runtime", "sweep")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's id and where its files lie."""
+
+    id: str
+    path: Path
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result if the run is complete, else None."""
+        try:
+            result = json.loads(self.result_file.read_text())
+        except (OSError, ValueError):
+            return None
+        complete = (
+            isinstance(result, dict)
+            and result.get("run_id") == self.id
+            and result.get("status") == "finished"
+        )
+        return result if complete else None
+
+    def start_over(self) -> None:
+        """Leave an empty folder, whatever a killed or failed run left in it."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+
+
+def identify(run: RunConfig) -> RunFolder:
+    """The folder that this configuration, and no other, writes to.
+
+    The contents of a user's table are hashed too: edited data under an old path are a new run. A
+    local model is known by its path alone.
+    """
+    identity = {key: value for key, value in asdict(run).items() if key not in OUTSIDE_IDENTITY}
+    if hasattr(run.data, "contents"):
+        identity["data contents"] = run.data.contents()
+    text = json.dumps(identity, sort_keys=True)
+    run_id = hashlib.sha256(text.encode()).hexdigest()[:10]
+    parts = [run.init.name, run.model.name, run.data.name, f"s{run.seed}", run_id]
+    name = "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+    return RunFolder(run_id, Path(run.paths.outputs) / "runs" / name)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that it is there completely or not at all."""
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Temporary file, fsync, rename: no reader and no crash ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide results from other users
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line a measurement, on disk before the next one is taken."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: TextIO = path.open("a")
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(finite(row)) + "\n")
+        self.file.flush()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()

@@ -1,0 +1,56 @@
+"""Which examples make a batch: a function of the seed, and of nothing that a method changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class SeededBatches(Sampler[list[int]]):
+    """`steps` batches of indices: permutations of all examples, one after another, cut evenly.
+
+    An epoch's rest and the next epoch's beginning share a batch, so that all batches are full. The
+    attributes `batch_size` and `drop_last` are read by Accelerate, which cuts each batch into as
+    many parts as there are processes.
+    """
+
+    drop_last = True
+
+    def __init__(self, examples: int, batch_size: int, steps: int, seed: int) -> None:
+        self.examples = examples
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A generator of its own: the global one stands elsewhere after each initialization.
+        generator = torch.Generator().manual_seed(self.seed)
+        waiting: list[int] = []
+        for _ in range(self.steps):
+            while len(waiting) < self.batch_size:
+                waiting += torch.randperm(self.examples, generator=generator).tolist()
+            yield waiting[: self.batch_size]
+            waiting = waiting[self.batch_size :]
+
+
+def draw(examples: int, count: int, seed: int) -> list[int]:
+    """`count` different indices (all of them if there are fewer), in a seeded order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(examples, generator=generator)[:count].tolist()
+
+
+def by_length(
+    lengths: Sequence[int], batch_size: int, part: tuple[int, int] = (0, 1)
+) -> list[list[int]]:
+    """Batches of similar lengths, longest first: little padding, and memory peaks at once.
+
+    `part` = (k, n) takes every n-th batch from the k-th on, for n processes.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches[part[0] :: part[1]]

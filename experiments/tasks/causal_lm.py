@@ -1,0 +1,138 @@
+"""Language modelling of prompt -> completion, scored by exact match of the generated answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from experiments.data import Completion
+from experiments.tasks.batches import by_length
+
+IGNORED = -100
+
+
+class CausalLM:
+    """Learn the completion, not the prompt; generate greedily and compare.
+
+    The three parts of an example are tokenised one by one and joined, so that where the answer
+    begins is exact and not a guess about how tokens merge. Texts are padded on the right for the
+    loss and on the left for generation.
+
+    Args:
+        generate_limit: generate for so many examples of a split (the first in its order): one
+            generated answer costs as much as many losses.
+        max_new_tokens: the length of a generated answer.
+    """
+
+    metric = "exact_match"
+
+    def __init__(
+        self, tokenizer: Any, max_length: int, generate_limit: int, max_new_tokens: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.generate_limit = generate_limit
+        self.max_new_tokens = max_new_tokens
+
+    def tokenise(self, example: Completion) -> tuple[list[int], list[int], int]:
+        """Token ids, labels (-100 on the prompt), and how many trailing tokens are the answer."""
+        prompt = self.tokenizer(example.prompt)["input_ids"]
+        reasoning = self.plain(example.reasoning)
+        answer = [*self.plain(example.answer), self.tokenizer.eos_token_id]
+        room = max(self.max_length - len(answer), 0)
+        # Too long: the beginning of the prompt goes, the question's end and the answer stay.
+        prompt = prompt[max(len(prompt) + len(reasoning) - room, 0) :]
+        ids = prompt + reasoning[: max(room - len(prompt), 0)] + answer
+        return ids, [IGNORED] * len(prompt) + ids[len(prompt) :], len(answer)
+
+    def plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def collate(self, examples: Sequence[Completion]) -> dict[str, torch.Tensor]:
+        """A batch padded on the right: input_ids, attention_mask, labels, each (batch, length)."""
+        rows = [self.tokenise(example)[:2] for example in examples]
+        longest = max(len(ids) for ids, _ in rows)
+        pad = self.tokenizer.pad_token_id
+        return {
+            "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
+            "attention_mask": torch.tensor(
+                [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]
+            ),
+            "labels": torch.tensor(
+                [labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]
+            ),
+        }
+
+    def rows(
+        self,
+        model: torch.nn.Module,
+        examples: Sequence[Completion],
+        batch_size: int,
+        device: torch.device,
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[dict[str, Any]]:
+        """One row an example; `correct` is None where no answer was generated."""
+        limit = self.generate_limit
+        for some, generate in ((examples[:limit], True), (examples[limit:], False)):
+            lengths = [len(example.prompt) + len(example.reasoning) for example in some]
+            for indices in by_length(lengths, batch_size, part):
+                chosen = [some[index] for index in indices]
+                answers = self.generate(model, chosen, device) if generate else None
+                for i, row in enumerate(self.read(model, chosen, device)):
+                    said = answers and answers[i] == chosen[i].answer.strip()
+                    yield {**row, "correct": said}
+
+    def read(
+        self, model: torch.nn.Module, examples: Sequence[Completion], device: torch.device
+    ) -> Iterator[dict[str, Any]]:
+        """Figures of given completions; `loss` sums over learnt tokens, `weight` counts them."""
+        batch = {key: value.to(device) for key, value in self.collate(examples).items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        hits = logits.argmax(-1) == labels
+        for i, example in enumerate(examples):
+            learnt = (labels[i] != IGNORED).nonzero().flatten()
+            answer = learnt[-self.tokenise(example)[2] :]
+            yield {
+                "id": example.id,
+                "score": -float(losses[i, answer].sum()),
+                "loss": float(losses[i].sum()),
+                "weight": len(learnt),
+                "answer_token_accuracy": float(hits[i, answer].float().mean()),
+            }
+
+    def generate(
+        self, model: torch.nn.Module, examples: Sequence[Completion], device: torch.device
+    ) -> list[str]:
+        """Greedy answers. What follows the marker `####` counts where reasoning is learnt."""
+        prompts = [self.tokenizer(e.prompt)["input_ids"][-self.max_length :] for e in examples]
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask.to(device),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )[:, longest:]
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [
+            (text.rpartition("####")[2] if example.reasoning else text).strip()
+            for text, example in zip(texts, examples, strict=True)
+        ]
+
+    def probed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The logits at padding mean nothing."""
+        return batch["attention_mask"].bool()
+
+    def majority(self, examples: Sequence[Completion]) -> float | None:
+        return None

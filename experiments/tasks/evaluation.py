@@ -1,0 +1,49 @@
+"""What an evaluation says: figures over all examples, and one line an example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of a task on one split.
+
+    Attributes:
+        metrics: means over the split; holds "loss" and the task's own metric.
+        ids: the examples' ids, in ascending order.
+        correct: whether each was answered correctly; its mean is the score.
+        score: a finer figure an example, the log-probability of the right answer.
+    """
+
+    metrics: dict[str, float]
+    ids: np.ndarray
+    correct: np.ndarray
+    score: np.ndarray
+
+
+def collect(rows: list[dict[str, Any]], metric: str) -> Evaluation:
+    """Put rows of `id`, `correct`, `score`, `loss`, `weight` and others together.
+
+    "loss" is the mean over what `weight` counts (tokens, or examples); every other numeric column
+    is averaged over examples. The rows are summed in the order of their ids, so that the figures do
+    not depend on batches or processes.
+    """
+    rows = sorted(rows, key=lambda row: row["id"])
+    total = sum(row["weight"] for row in rows)
+    metrics = {"loss": float(sum(row["loss"] for row in rows) / total)}
+    extra = [key for key in rows[0] if key not in ("id", "correct", "score", "loss", "weight")]
+    for key in extra:
+        metrics[key] = float(np.mean([row[key] for row in rows]))
+    scored = [row for row in rows if row["correct"] is not None]
+    correct = np.array([row["correct"] for row in scored], dtype=bool)
+    metrics[metric] = float(correct.mean())
+    return Evaluation(
+        metrics=metrics,
+        ids=np.array([row["id"] for row in scored], dtype=np.int64),
+        correct=correct,
+        score=np.array([row["score"] for row in scored], dtype=np.float32),
+    )

@@ -1,0 +1,132 @@
+"""Every configuration file composes, and what is misspelt is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.errors import HydraException
+
+from experiments.config import InitConfig, RunConfig
+from experiments.errors import ConfigurationError
+from lora_init import list_initializers
+from lora_init.registry import resolve as resolve_initializer
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+GROUPS = ("init", "model", "data", "training", "tracking", "experiment")
+NEEDED = {
+    ("model", "local"): ["model.path=somewhere"],
+    ("data", "table"): ["data.path=a.csv", "data.text_column=t", "data.label_column=l"],
+}
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in GROUPS for name in choices(group)]
+)
+def test_every_choice_composes(configured, group, name):
+    run = configured(f"{group}={name}", *NEEDED.get((group, name), []))
+    assert isinstance(run, RunConfig)
+    if group in ("init", "model", "data"):
+        assert getattr(run, group).name == name
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_primary_composes(composed, config):
+    if config == "base":
+        pytest.skip("the common part of the primary configurations")
+    composed(config=config)
+
+
+def test_every_method_has_its_yaml():
+    assert choices("init") == sorted(method.name for method in list_initializers())
+
+
+@pytest.mark.parametrize("method", [method.name for method in list_initializers()])
+def test_defaults_are_the_librarys(configured, method):
+    from dataclasses import asdict
+
+    init = configured(f"init={method}").init
+    assert isinstance(init, InitConfig)
+    spec, options = resolve_initializer(asdict(init))
+    assert spec.name == method
+    assert options == spec.options()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("init.nitr=4", "nitr"),
+        ("model.nmae=x", "nmae"),
+        ("data.test_limt=3", "test_limt"),
+        ("training.learning_rat=1", "learning_rat"),
+        ("tracking.projct=x", "projct"),
+        ("lora.rank=4", "rank"),
+        ("seeds.dat=1", "dat"),
+        ("paths.output=x", "output"),
+        ("sed=1", "sed"),
+    ],
+)
+def test_a_misspelt_key_is_refused_by_name(composed, override, named):
+    with pytest.raises(HydraException) as error:
+        composed("init=pissa", override)
+    assert named in f"{error.value} {error.value.__cause__}"
+
+
+def test_a_wrong_type_is_refused(composed):
+    with pytest.raises(HydraException, match=r"training\.steps=many"):
+        composed("training.steps=many")
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones(composed):
+    with pytest.raises(HydraException, match=r"init/pisa(.|\n)*pissa"):
+        composed("init=pisa")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=0", "training.steps=0"),
+        ("training.schedule=step", "linear, cosine, constant"),
+        ("training.learning_rate=-1", "finite numbers > 0"),
+        ("training.warmup=1.5", "training.warmup=1.5"),
+        ("training.mixed_precision=int4", "bf16"),
+        ("tracking.backend=mlflow", "none and wandb"),
+        ("runtime.device=tpu", "auto and cpu"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_is_allowed(configured, override, message):
+    with pytest.raises(ConfigurationError, match=message):
+        configured(override)
+
+
+def test_a_mandatory_setting_is_asked_for(configured):
+    with pytest.raises(ConfigurationError, match=r"model\.path is not set"):
+        configured("model=local")
+
+
+def test_seeds_follow_seed_unless_set(configured):
+    seeds = configured("seed=7", "seeds.data=3").seeds
+    assert (seeds.init, seeds.data, seeds.calibration, seeds.head) == (7, 3, 7, 7)
+
+
+def test_an_experiment_overrides_the_primary(configured):
+    run = configured("experiment=arithmetic")
+    assert run.data.name == "chain_sum"
+    assert run.training.steps == 60
+    assert configured("experiment=arithmetic", "training.steps=5").training.steps == 5
+
+
+def test_the_comparison_keeps_its_promises(configured):
+    run = configured(config="sweep_compare")
+    assert run.training.steps >= 80
+    assert run.data.test_limit >= 1000
+    assert (run.model.name, run.data.name, run.sweep) == ("minilm", "rotten_tomatoes", "compare")
+    hydra = yaml.safe_load((CONF / "sweep_compare.yaml").read_text())["hydra"]
+    assert hydra["mode"] == "MULTIRUN"
+    assert len(hydra["sweeper"]["params"]["init"].split(",")) == 8
+    assert len(hydra["sweeper"]["params"]["seed"].split(",")) == 2

@@ -1,0 +1,168 @@
+"""Multiruns from the command line: manifests, failures, a third party's method, brief errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command_line(*arguments: str, path: Path | None = None, **more):
+    """Run `python -m experiments.train` in a process of its own."""
+    paths = [str(ROOT), *([str(path)] if path else [])]
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.train", *arguments],
+        capture_output=True, text=True, env=environment, timeout=240, **more,
+    )  # fmt: skip
+
+
+def manifest(outputs: Path, sweep: str = "default") -> dict:
+    return json.loads((outputs / "sweeps" / sweep / "manifest.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_multirun_keeps_its_own_list(tiny, tmp_path):
+    outputs = tmp_path / "outputs"
+    done = command_line("-m", *tiny, "init=kaiming,pissa", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    headers = [line for line in done.stdout.splitlines() if line.startswith("run ")]
+    assert headers == [
+        "run 1/4 kaiming seed 0", "run 2/4 kaiming seed 1", "run 3/4 pissa seed 0",
+        "run 4/4 pissa seed 1",
+    ]  # fmt: skip
+    listed = manifest(outputs)
+    assert (listed["sweep"], listed["status"], listed["total"]) == ("default", "finished", 4)
+    assert [run["status"] for run in listed["runs"]] == ["finished"] * 4
+    assert "init=pissa" in listed["runs"][3]["overrides"]
+    for run in listed["runs"]:
+        result = json.loads((Path(run["folder"]) / "result.json").read_text())
+        assert result["run_id"] == run["run_id"]
+        assert (result["config"]["sweep"], result["folder"]) == ("default", run["folder"])
+    # Nothing is written elsewhere, by Hydra or by us.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outputs"]
+    assert sorted(path.name for path in outputs.iterdir()) == ["runs", "sweeps"]
+
+    # The next sweep lists its own runs only, finds the finished one, and survives a failure.
+    again = command_line(
+        "-m", *tiny, "init=olora,orthogonal,kaiming", "lora.r=4,3", "training.steps=3",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert again.returncode == 1
+    listed = manifest(outputs)
+    assert listed["status"] == "incomplete"
+    assert [run["status"] for run in listed["runs"]] == [
+        "finished", "finished", "finished", "finished", "failed", "finished",
+    ]  # fmt: skip
+    assert "finished before, skipped" in again.stdout
+    assert "failed: init=orthogonal" in again.stdout
+    assert "Traceback" not in again.stderr
+    assert (outputs / "sweeps" / "default" / "multirun.yaml").exists()
+
+
+@pytest.mark.slow
+def test_parallel_jobs_share_one_list(tiny, tmp_path):
+    done = command_line(
+        "-m", *tiny, "init=kaiming,pissa,eva", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    listed = manifest(tmp_path / "outputs")
+    assert listed["status"] == "finished"
+    assert [Path(run["folder"]).name.split("-")[0] for run in listed["runs"]] == [
+        "kaiming", "pissa", "eva",
+    ]  # fmt: skip
+
+
+SAMPLE = """
+from dataclasses import dataclass
+
+import torch
+
+from lora_init import Factors, register_initializer
+
+
+@dataclass
+class SampleOptions:
+    size: float = 0.01
+
+
+@register_initializer("sample", options=SampleOptions, paper="none")
+def sample(weight, rank, scaling, statistics, options, generator):
+    rows, columns = weight.shape
+    lora_A = options.size * torch.randn(rank, columns, generator=generator)
+    return Factors(lora_A, torch.zeros(rows, rank))
+"""
+
+
+@pytest.fixture
+def sample_package(tmp_path) -> Path:
+    """A folder as pip would leave it: a package, its YAML, and its entry point."""
+    site = tmp_path / "site"
+    conf = site / "sample_pkg" / "conf" / "init"
+    conf.mkdir(parents=True)
+    (site / "sample_pkg" / "__init__.py").write_text(SAMPLE)
+    (site / "sample_pkg" / "conf" / "__init__.py").touch()
+    (conf / "sample.yaml").write_text("defaults: [schema/sample@_here_, _self_]\nsize: 0.5\n")
+    info = site / "sample_pkg-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sample-pkg\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lora_init.initializers]\nsample = sample_pkg\n")
+    return site
+
+
+@pytest.mark.slow
+def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_package):
+    names = subprocess.run(
+        [sys.executable, "-c",
+         "import lora_init; print(*(m.name for m in lora_init.list_initializers()))"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(sample_package)},
+    )  # fmt: skip
+    assert "sample" in names.stdout.split()
+
+    done = command_line(
+        "-m", *tiny, "init=glob(*)", "training.steps=1", "hydra.searchpath=[pkg://sample_pkg.conf]",
+        path=sample_package, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = manifest(tmp_path / "outputs")["runs"]
+    swept = {Path(run["folder"]).name.split("-")[0]: run for run in runs}
+    assert set(swept) == set(names.stdout.split())
+    result = json.loads((Path(swept["sample"]["folder"]) / "result.json").read_text())
+    assert result["init"] == {"name": "sample", "size": 0.5}
+
+    refused = command_line(
+        *tiny, "init=sample", "init.siez=1", "hydra.searchpath=[pkg://sample_pkg.conf]",
+        path=sample_package, cwd=tmp_path,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "siez" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["init=pisa"], "Could not find 'init/pisa'"),
+        (["init=pissa", "init.nitr=2"], "nitr"),
+        (["model=local", "model.path=/nowhere"], "model.path='/nowhere': no such folder"),
+        (["data=table"], "data.path is not set"),
+    ],
+)
+def test_a_mistake_ends_with_one_message(tmp_path, overrides, message):
+    done = command_line(*overrides, f"paths.outputs={tmp_path}/outputs", cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 25
+    assert not (tmp_path / "outputs" / "runs").exists()
