@@ -233,7 +233,10 @@ def top_singular(
         triplets = _krylov(matrix, rank, generator, start)
         if triplets is not None:
             return _decomposition(operator, *triplets, "krylov")
-    dense = matrix.to_dense() if isinstance(matrix, Operator) else matrix
+    dense = matrix
+    if isinstance(matrix, Operator):
+        # A product's spectrum falls like both factors' together: it is formed in float64.
+        dense = (matrix.upcast() if matrix.upcast is not None else matrix).to_dense()
     if method != "exact":
         triplets = _gram(dense, rank)
         if triplets is not None:

@@ -45,7 +45,7 @@ class InputStatistics:
 
     Attributes:
         covariance: sum (x - mean)(x - mean)ᵀ / tokens.
-        mean: sum x / tokens.
+        mean: sum x / tokens, float64.
         tokens: how many rows were counted.
     """
 
@@ -63,8 +63,8 @@ class InputStatistics:
 
     @property
     def second_moment(self) -> Float[Tensor, "in in"]:
-        """sum x xᵀ / tokens, uncentred."""
-        return self.covariance + torch.outer(self.mean, self.mean)
+        """sum x xᵀ / tokens, uncentred, in float64: a large mean would drown the covariance."""
+        return self.covariance.double() + torch.outer(self.mean, self.mean)
 
     def principal_components(
         self, rank: int, center: bool
@@ -80,7 +80,8 @@ class InputStatistics:
             matrix = self.covariance if center else self.second_moment
             values, vectors = linalg.top_eigen(matrix, size)
             total = matrix.diagonal().sum().clamp_min(0)
-            self._components[center, size] = (values.clamp_min(0), vectors, total)
+            figures = (values.clamp_min(0), vectors, total)
+            self._components[center, size] = tuple(figure.float() for figure in figures)
         values, vectors, total = self._components[center, size]
         return values[:rank], vectors[:, :rank], total
 
@@ -199,19 +200,20 @@ class _Sums:
         width = rows.shape[-1]
         self.shift = rows.mean(0) if len(rows) else rows.new_zeros(width)
         self.products = rows.new_zeros(width, width)
-        self.total = rows.new_zeros(width)
+        self.total = rows.new_zeros(width, dtype=torch.float64)
         self.tokens = 0
 
     def add(self, rows: Float[Tensor, "tokens in"]) -> None:
         rows = rows - self.shift
         self.products.addmm_(rows.T, rows)
-        self.total += rows.sum(0)
+        self.total += rows.sum(0, dtype=torch.float64)
         self.tokens += len(rows)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Covariance and mean."""
         offset = self.total / self.tokens
-        return self.products / self.tokens - torch.outer(offset, offset), self.shift + offset
+        covariance = self.products / self.tokens - torch.outer(offset, offset).float()
+        return covariance, self.shift.double() + offset
 
 
 class _Pass:
@@ -351,7 +353,7 @@ class _Pass:
         covariance = moments[0][0]
         if len(parts) > 1:
             covariance = sum(
-                share * (inner + torch.outer(centre - mean, centre - mean))
+                share * (inner + torch.outer(centre - mean, centre - mean).float())
                 for share, (inner, centre) in zip(shares, moments, strict=True)
             )
         # The trace is a sum of squares: it is finite exactly if every value seen was (or their

@@ -22,7 +22,7 @@ those components are split evenly, B = U / sqrt(s), A = Uᵀ W / sqrt(s), and th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,15 +69,19 @@ class CordaOptions:
 def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A is the projection U Uᵀ W."""
     second_moment = statistics.inputs.second_moment
-    mean_diagonal = second_moment.diagonal().double().mean()
+    mean_diagonal = second_moment.diagonal().mean()
     if options.corda_method == "ipm":
         lifted = _lift(second_moment, options.damping * mean_diagonal)
-        operator = linalg.Operator.product(weight, lifted)
+        operator = replace(
+            linalg.Operator.product(weight, lifted.to(weight.dtype)),
+            # Massive activations put s_r at 1e-6 of s_1, where R rounded to float32 is not enough.
+            upcast=lambda: linalg.Operator.product(weight.double(), lifted),
+        )
         triplets = linalg.top_singular(operator, rank, generator=generator)
         largest = triplets.values[0]
     else:
         lift = max(options.damping, NULL_SPACE_LIFT) * mean_diagonal
-        product = weight.double() @ _lift(second_moment.double(), lift)
+        product = weight.double() @ _lift(second_moment, lift)
         triplets = linalg.bottom_singular(product, rank)
         largest = torch.linalg.matrix_norm(product)
     left = triplets.left.to(weight.dtype)
@@ -96,4 +100,4 @@ def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
 
 
 def _lift(matrix, amount):
-    return matrix + torch.diag_embed((amount * torch.ones_like(matrix[0])).to(matrix.dtype))
+    return matrix + amount * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
