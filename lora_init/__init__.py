@@ -5,10 +5,11 @@ from lora_init import LoraConfig, get_peft_model
 model = get_peft_model(model, LoraConfig(r=16, init_lora_weights="pissa"))
 """
 
+from lora_init.assembly import get_peft_model
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport
 from lora_init.factors import Factors, Replacement
-from lora_init.model import LoraModel, get_peft_model
+from lora_init.model import LoraModel
 from lora_init.plan import Plan
 from lora_init.registry import (
     CalibrationRequest,

@@ -174,6 +174,25 @@ def set_adapter_enabled(injection: Injection, enabled: bool) -> bool:
     return before
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse a model that has an adapter already, ours or PEFT's.
+
+    Raises:
+        ValueError: one adapter a model.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer | TrainedModule):
+            raise ValueError(
+                f"{name!r} has an adapter already, and one adapter a model is served; call "
+                "unload() or merge_and_unload() on the LoraModel that holds it first"
+            )
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"{name or 'the model'!r} was injected by PEFT; pass the plain base model "
+                "(PEFT's model.unload() returns it)"
+            )
+
+
 def module_paths(model: nn.Module) -> dict[int, list[str]]:
     """All names of every module: one that is registered twice is replaced in both places."""
     paths: dict[int, list[str]] = {}

@@ -22,68 +22,18 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init import linalg
+from lora_init.moments import InputStatistics, RunningMoments, join
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest
 
-SMALLEST_DECOMPOSITION = 32
-
 HELD_INPUTS = 4
 """How many recent distinct inputs wait for further readers before they are summed (see _Pass)."""
-
-
-@dataclass
-class InputStatistics:
-    """Moments of one distinct input. Shared by all layers that read it.
-
-    Attributes:
-        covariance: sum (x - mean)(x - mean)ᵀ / tokens.
-        mean: sum x / tokens, float64.
-        tokens: how many rows were counted.
-    """
-
-    covariance: Float[Tensor, "in in"]
-    mean: Float[Tensor, " in"]
-    tokens: int
-    _components: dict[tuple[bool, int], tuple] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of_rows(cls, rows: Float[Tensor, "tokens in"]) -> InputStatistics:
-        """The moments of inputs at hand, without a model: for tests and experiments."""
-        sums = _Sums(rows.float())
-        sums.add(rows.float())
-        return cls(*sums.moments(), len(rows))
-
-    @property
-    def second_moment(self) -> Float[Tensor, "in in"]:
-        """sum x xᵀ / tokens, uncentred, in float64: a large mean would drown the covariance."""
-        return self.covariance.double() + torch.outer(self.mean, self.mean)
-
-    def principal_components(
-        self, rank: int, center: bool
-    ) -> tuple[Float[Tensor, " rank"], Float[Tensor, "in rank"], Float[Tensor, ""]]:
-        """Top `rank` variances (descending), their directions, and the total variance.
-
-        Kept, so that the layers sharing this input, and an allocator before them, pay once. What is
-        decomposed is rounded up to a power of two: LAPACK's last bits depend on how many vectors it
-        is asked for, and a layer's may not depend on what the others asked for.
-        """
-        size = min(len(self.mean), max(SMALLEST_DECOMPOSITION, 1 << (rank - 1).bit_length()))
-        if (center, size) not in self._components:
-            matrix = self.covariance if center else self.second_moment
-            values, vectors = linalg.top_eigen(matrix, size)
-            total = matrix.diagonal().sum().clamp_min(0)
-            figures = (values.clamp_min(0), vectors, total)
-            self._components[center, size] = tuple(figure.float() for figure in figures)
-        values, vectors, total = self._components[center, size]
-        return values[:rank], vectors[:, :rank], total
 
 
 @dataclass
@@ -189,33 +139,6 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     )
 
 
-class _Sums:
-    """Moments of the rows added so far, about a shift near their mean.
-
-    Sums about zero would lose a variance that is small beside the squared mean, as it is behind
-    many activation functions. The shift is the first batch's mean.
-    """
-
-    def __init__(self, rows: Float[Tensor, "tokens in"]) -> None:
-        width = rows.shape[-1]
-        self.shift = rows.mean(0) if len(rows) else rows.new_zeros(width)
-        self.products = rows.new_zeros(width, width)
-        self.total = rows.new_zeros(width, dtype=torch.float64)
-        self.tokens = 0
-
-    def add(self, rows: Float[Tensor, "tokens in"]) -> None:
-        rows = rows - self.shift
-        self.products.addmm_(rows.T, rows)
-        self.total += rows.sum(0, dtype=torch.float64)
-        self.tokens += len(rows)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Covariance and mean."""
-        offset = self.total / self.tokens
-        covariance = self.products / self.tokens - torch.outer(offset, offset).float()
-        return covariance, self.shift.double() + offset
-
-
 class _Pass:
     """Accumulates moments per distinct input tensor.
 
@@ -238,7 +161,7 @@ class _Pass:
         self.device = device
         self.encoder_decoder = encoder_decoder
         self.tokens = 0
-        self._sums: dict[frozenset[str], _Sums] = {}
+        self._sums: dict[frozenset[str], RunningMoments] = {}
         self._held: OrderedDict[int, tuple[Tensor, int, list[str]]] = OrderedDict()
         self._masks: dict[str, Tensor | None] = {}
         self._encoder_output: weakref.ref | None = None
@@ -305,7 +228,7 @@ class _Pass:
             rows = rows.to(self.device)
         readers = frozenset(readers)
         if readers not in self._sums:
-            self._sums[readers] = _Sums(rows)
+            self._sums[readers] = RunningMoments(rows)
         self._sums[readers].add(rows)
 
     def _rows(self, tensor: Tensor, reader: str) -> Tensor:
@@ -338,32 +261,22 @@ class _Pass:
                 )
             key = tuple(sets)
             if key not in made:
-                made[key] = self._join(name, [self._sums[readers] for readers in sets])
+                made[key] = _finished(name, [self._sums[readers] for readers in sets])
             results[name] = LayerStatistics(inputs=made[key])
         return results
 
-    @staticmethod
-    def _join(name: str, parts: list[_Sums]) -> InputStatistics:
-        """One set's moments, or several sets' by the rule for the variance of groups."""
-        parts = [part for part in parts if part.tokens]
-        tokens = sum(part.tokens for part in parts)
-        moments = [part.moments() for part in parts]
-        shares = [part.tokens / tokens for part in parts]
-        mean = sum(share * mean for share, (_, mean) in zip(shares, moments, strict=True))
-        covariance = moments[0][0]
-        if len(parts) > 1:
-            covariance = sum(
-                share * (inner + torch.outer(centre - mean, centre - mean).float())
-                for share, (inner, centre) in zip(shares, moments, strict=True)
-            )
-        # The trace is a sum of squares: it is finite exactly if every value seen was (or their
-        # squares left float32's range, which no decomposition survives either).
-        if not bool(torch.isfinite(covariance.diagonal().sum() + mean.sum())):
-            raise ValueError(
-                f"calibration: the inputs of {name!r} are not finite; check the batches, the "
-                "model's weights, and its dtype (float16 overflows at 65504)"
-            )
-        return InputStatistics(covariance, mean, tokens)
+
+def _finished(name: str, parts: list[RunningMoments]) -> InputStatistics:
+    """The statistics of one layer, refused if a value it read was not finite."""
+    inputs = join(parts)
+    # The trace is a sum of squares: it is finite exactly if every value seen was (or their squares
+    # left float32's range, which no decomposition survives either).
+    if not bool(torch.isfinite(inputs.covariance.diagonal().sum() + inputs.mean.sum())):
+        raise ValueError(
+            f"calibration: the inputs of {name!r} are not finite; check the batches, the model's "
+            "weights, and its dtype (float16 overflows at 65504)"
+        )
+    return inputs
 
 
 def _as_mask(mask: Any) -> Tensor | None:

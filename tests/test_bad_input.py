@@ -36,9 +36,7 @@ def refused(model):
         training = [m.training for m in model.modules()]
         settings = {"r": 4, "target_modules": ["q_proj", "v_proj"]} | settings
         with pytest.raises(error, match=match):
-            get_peft_model(
-                model, LoraConfig(**settings), calibration=calibration, device=device
-            )
+            get_peft_model(model, LoraConfig(**settings), calibration=calibration, device=device)
         assert {name: id(module) for name, module in model.named_modules()} == modules
         assert [p.requires_grad for p in model.parameters()] == flags
         assert [m.training for m in model.modules()] == training
@@ -102,7 +100,9 @@ def test_a_module_type_that_is_not_served(refused, method):
 
 
 def test_a_container_is_no_target(refused):
-    refused("'model.layers.0.self_attn' is a LlamaAttention", TypeError, target_modules=["self_attn"])
+    refused(
+        "'model.layers.0.self_attn' is a LlamaAttention", TypeError, target_modules=["self_attn"]
+    )
 
 
 class Attention(nn.Module):
@@ -169,17 +169,13 @@ def test_weights_that_are_not_there(model):
 
 def test_dtypes_and_devices(model, refused):
     with pytest.raises(ValueError, match=r"adapter_dtype=torch.int8; allowed are torch.float16"):
-        get_peft_model(
-            model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_dtype=torch.int8
-        )
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_dtype=torch.int8)
     if not torch.cuda.is_available():
         refused("device='cuda': no CUDA device is present", device="cuda")
 
 
 def test_dropout_with_a_subtracting_method_warns(model):
-    config = LoraConfig(
-        r=2, target_modules=["q_proj"], lora_dropout=0.1, init_lora_weights="pissa"
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1, init_lora_weights="pissa")
     with pytest.warns(UserWarning, match=r"lora_dropout=0.1 with pissa.*lora_dropout=0.0"):
         get_peft_model(model, config)
 
@@ -210,7 +206,11 @@ def test_a_failure_in_the_middle_of_injection_is_undone(model, monkeypatch):
 def test_nothing_works_after_unload(model, tmp_path):
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.unload()
-    for call in (adapted.unload, adapted.merge_and_unload, lambda: adapted.save_pretrained(tmp_path)):
+    for call in (
+        adapted.unload,
+        adapted.merge_and_unload,
+        lambda: adapted.save_pretrained(tmp_path),
+    ):
         with pytest.raises(RuntimeError, match="was unloaded; call get_peft_model again"):
             call()
     with pytest.raises(FileNotFoundError, match="no folder"):

@@ -144,9 +144,7 @@ def test_dropout_is_a_probability_below_one(dropout):
 
 def test_layer_indices_need_a_list_of_names():
     refused("layers_to_transform.*pass a list", layers_to_transform=[0], target_modules=".*q")
-    refused(
-        "layers_to_transform.*pass a list", layers_to_transform=0, target_modules="all-linear"
-    )
+    refused("layers_to_transform.*pass a list", layers_to_transform=0, target_modules="all-linear")
     refused("layers_pattern.*layers_to_transform", layers_pattern="layers", target_modules=["q"])
 
 

@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init import Factors, LoraConfig, get_peft_model, list_initializers, register_initializer
-from lora_init import registry
+from lora_init import (
+    Factors,
+    LoraConfig,
+    get_peft_model,
+    list_initializers,
+    register_initializer,
+    registry,
+)
 
 EIGHT = {"kaiming", "gaussian", "orthogonal", "olora", "pissa", "corda", "loftq", "eva"}
 
@@ -78,7 +84,9 @@ def test_a_wrong_result_is_refused_by_name_and_layer(clean_registry, result, mes
 
     model = nn.Sequential(nn.Linear(4, 3))
     weight = model[0].weight.clone()
-    with pytest.raises(ValueError, match=f"broken returned.*{message}.*'0'|broken returned {message}"):
+    with pytest.raises(
+        ValueError, match=f"broken returned.*{message}.*'0'|broken returned {message}"
+    ):
         get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights="broken"))
     assert type(model[0]) is nn.Linear
     assert torch.equal(model[0].weight, weight)

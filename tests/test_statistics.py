@@ -3,8 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, T5Config
-from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lora_init.registry import CalibrationRequest
 from lora_init.statistics import collect

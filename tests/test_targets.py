@@ -5,8 +5,14 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model as peft_get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.targets import pattern_value, select

