@@ -71,7 +71,11 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
-HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
+HEADS = {
+    "SEQ_CLS": ["classifier", "score", "classification_head"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
 """Heads that a task trains and saves besides the adapter, where the model has them."""
 
 
@@ -87,11 +91,12 @@ class LoraConfig:
         exclude_modules: names (exact or dotted suffix) or one regular expression to leave out.
         lora_alpha: the scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
         lora_dropout: dropout probability on the adapter's input.
-        fan_in_fan_out: the weight is stored (in, out). Set by the module's class; see `plan`.
+        fan_in_fan_out: the weight is stored (in, out). The module's class decides it (Conv1D is,
+            nn.Linear is not); True where no target is a Conv1D warns.
         bias: which biases are trained. Only "none" is served so far.
         use_rslora: rank-stabilised scaling.
-        modules_to_save: modules (dotted suffix) trained and saved whole. With task_type SEQ_CLS
-            or TOKEN_CLS, "classifier" and "score" are added where they exist.
+        modules_to_save: modules (dotted suffix) trained and saved whole. A task's own head
+            (`HEADS`: "classifier", "score", …) is added where the model has it.
         init_lora_weights: the initializer: True (kaiming), False (random), a registered name,
             "pissa_niter_N", a mapping {"name": …, options}, or a method's options object.
         layers_to_transform: adapt only these layer indices. Needs target_modules as a list.
@@ -139,8 +144,8 @@ class LoraConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        self._check_numbers()
         self._check_targets()
+        self._check_numbers()
         self._check_unserved()
         if self.task_type is not None and self.task not in TASK_TYPES:
             raise ValueError(
@@ -263,6 +268,10 @@ class LoraConfig:
             check_alpha(f"alpha_pattern[{key!r}]", alpha)
 
     def _check_targets(self) -> None:
+        for name in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+            if isinstance(getattr(self, name), str):
+                kind = "a list of names" if name == "modules_to_save" else "a mapping"
+                raise ValueError(f"{name}={getattr(self, name)!r}; pass {kind}")
         selective = self.layers_to_transform is not None
         if self.layers_pattern is not None and not selective:
             raise ValueError(

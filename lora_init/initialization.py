@@ -70,7 +70,7 @@ def _initialize_layer(
     home = weight.device
     if "weights" in spec.needs:
         weight = widened(weight.to(device or home)).to(torch.float32)
-        _check_weight(target, weight)
+    _check_weight(target, weight)
     factors = spec.function(
         weight,
         target.rank,
@@ -109,10 +109,10 @@ def _settled_replacement(
 
 
 def _check_weight(target: Target, weight: Tensor) -> None:
-    # One reading of the weight; only a norm beyond float32's range needs the second look.
-    if not math.isfinite(float(torch.linalg.vector_norm(weight))) and not bool(
-        torch.isfinite(weight).all()
-    ):
+    # One reading of the weight; only a norm beyond the type's range needs the second look.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm = float(torch.linalg.vector_norm(weight, dtype=dtype))
+    if not math.isfinite(norm) and not bool(torch.isfinite(weight).all()):
         raise ValueError(
             f"target {target.name!r}: its weight holds NaN or infinite values; the checkpoint is "
             "damaged, or was read in a dtype that it overflows"

@@ -80,6 +80,14 @@ class LoraLayer(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
 
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if not self.adapter_enabled:
             return self._original_output(x)

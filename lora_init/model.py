@@ -73,7 +73,7 @@ class LoraModel(nn.Module):
         return self.base_model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all): the count of PEFT, which leaves out the copies of saved modules."""
+        """(trainable, all): as PEFT counts, the untouched originals of saved modules included."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return trainable, sum(p.numel() for p in self.parameters())
 

@@ -109,6 +109,7 @@ class Plan:
             if self.initializer.adjust_alpha(self.options):
                 ratio = rank / target.rank
                 alpha *= ratio**0.5 if config.use_rslora else ratio
+            check_target_rank(target.name, rank, target.shape, self.initializer)
             targets.append(
                 dataclasses.replace(
                     target, rank=rank, alpha=alpha, scaling=config.scaling(rank, alpha)
@@ -220,6 +221,12 @@ def make_plan(
                 alpha=alpha,
                 scaling=config.scaling(rank, alpha),
             )
+        )
+    if config.fan_in_fan_out and all(target.module_type == "Linear" for target in targets):
+        warnings.warn(
+            "fan_in_fan_out=True, but every target is an nn.Linear, which stores (out, in); the "
+            "module's class decides, the setting changes nothing",
+            stacklevel=3,
         )
     return Plan(
         initializer=spec,

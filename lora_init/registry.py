@@ -94,7 +94,8 @@ def register_initializer(name: str, **properties: Any) -> Callable[[Callable], C
     """Register a function as the initializer `name`; `properties` are `Initializer`'s attributes.
 
     Raises:
-        ValueError: if the name is taken, or is not lower-case letters, digits and underscores.
+        ValueError: if the name is taken, or is not lower-case letters, digits and underscores, or
+            if `needs` and `calibration` contradict each other.
     """
 
     def decorate(function: Callable[..., Factors]) -> Callable[..., Factors]:
@@ -110,9 +111,14 @@ def register_initializer(name: str, **properties: Any) -> Callable[[Callable], C
             )
         needs = frozenset(properties.pop("needs", ()))
         module_types = frozenset(properties.pop("module_types", ("Linear", "Conv1D")))
-        _registry[name] = Initializer(
-            name, function, needs=needs, module_types=module_types, **properties
-        )
+        spec = Initializer(name, function, needs=needs, module_types=module_types, **properties)
+        if ("inputs" in spec.needs) != (spec.calibration is not None):
+            raise ValueError(
+                f"initializer {name!r}: needs={sorted(spec.needs)} and calibration="
+                f"{spec.calibration!r} contradict each other; a method that needs 'inputs' says "
+                "which statistics, e.g. calibration=lambda options: CalibrationRequest()"
+            )
+        _registry[name] = spec
         return function
 
     return decorate

@@ -76,7 +76,7 @@ def test_a_non_finite_activation(model, refused, method):
     )
 
 
-@pytest.mark.parametrize("method", ["olora", "pissa", "loftq", "pissa_niter_2"])
+@pytest.mark.parametrize("method", [True, "orthogonal", "olora", "pissa", "loftq", "pissa_niter_2"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_weights_are_named(model, refused, method, value):
     with torch.no_grad():
@@ -172,6 +172,12 @@ def test_dtypes_and_devices(model, refused):
         get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_dtype=torch.int8)
     if not torch.cuda.is_available():
         refused("device='cuda': no CUDA device is present", device="cuda")
+
+
+def test_an_orientation_that_no_target_has_warns(model):
+    config = LoraConfig(r=2, target_modules=["q_proj"], fan_in_fan_out=True)
+    with pytest.warns(UserWarning, match="fan_in_fan_out=True, but every target is an nn.Linear"):
+        get_peft_model(model, config)
 
 
 def test_dropout_with_a_subtracting_method_warns(model):

@@ -148,6 +148,15 @@ def test_layer_indices_need_a_list_of_names():
     refused("layers_pattern.*layers_to_transform", layers_pattern="layers", target_modules=["q"])
 
 
+def test_values_of_a_wrong_type_are_named():
+    refused("modules_to_save='lm_head'; pass a list", modules_to_save="lm_head")
+    refused("rank_pattern='q'; pass a mapping", rank_pattern="q")
+    refused("rho='2'", init_lora_weights={"name": "eva", "rho": "2"})
+    refused("rho=inf", init_lora_weights={"name": "eva", "rho": float("inf")})
+    refused("damping='x'", init_lora_weights={"name": "corda", "damping": "x"})
+    refused("loftq_iter=True", init_lora_weights={"name": "loftq", "loftq_iter": True})
+
+
 def test_what_is_not_served_yet_says_so():
     refused("use_dora=True is not served yet", NotImplementedError, use_dora=True)
     refused("lora_bias=True is not served yet", NotImplementedError, lora_bias=True)

@@ -49,6 +49,11 @@ def test_a_name_is_registered_once(clean_registry):
         register_initializer("My-Method")(lambda *args: None)
 
 
+def test_needing_inputs_and_saying_which_go_together(clean_registry):
+    with pytest.raises(ValueError, match="'lost'.*contradict each other.*CalibrationRequest"):
+        register_initializer("lost", needs=("inputs",))(lambda *args: None)
+
+
 def test_a_method_of_ones_own(clean_registry):
     @dataclass
     class ConstantOptions:

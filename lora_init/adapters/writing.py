@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def save(folder: Path, config: LoraConfig, plan: Plan, injection: Injection) -> 
         lambda path: save_file(
             tensors, path, metadata={"format": "pt", HEADER_KEY: json.dumps(header)}
         ),
+        # Between the two files a folder is without a configuration, never with another adapter's:
+        # a wrong alpha would be loaded in silence.
+        last=lambda: (folder / CONFIG_NAME).unlink(missing_ok=True),
     )
     text = written.to_json()
     _write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text))
@@ -89,12 +93,16 @@ def _exported_config(config: LoraConfig, plan: Plan) -> LoraConfig:
     return written
 
 
-def _write_atomically(path: Path, write) -> None:
+def _write_atomically(
+    path: Path, write: Callable[[Path], Any], last: Callable[[], Any] = lambda: None
+) -> None:
+    """Write beside `path`, call `last`, and put the file in its place."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         write(Path(temporary))
         os.chmod(temporary, 0o644)
+        last()
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

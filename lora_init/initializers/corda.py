@@ -54,7 +54,8 @@ class CordaOptions:
                 f"corda: corda_method={self.corda_method!r}; allowed are 'ipm' (learn the task) "
                 "and 'kpm' (preserve knowledge)"
             )
-        if not 0.0 <= self.damping < float("inf"):
+        number = isinstance(self.damping, int | float)
+        if not number or not 0.0 <= self.damping < float("inf"):
             raise ValueError(f"corda: damping={self.damping!r}; allowed are finite numbers >= 0")
 
 

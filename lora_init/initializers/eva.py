@@ -28,6 +28,10 @@ from lora_init.allocation import LayerRequest, redistribute
 from lora_init.factors import Factors
 from lora_init.registry import CalibrationRequest, register_initializer
 
+# Variances below this share of the largest are float32's rounding, not the data's: such directions
+# were never seen (fewer tokens than r), are worth no rank, and whitening them would scale noise up.
+UNSEEN = 1e-6
+
 
 @dataclass
 class EvaOptions:
@@ -52,8 +56,8 @@ class EvaOptions:
     center: bool = True
 
     def __post_init__(self) -> None:
-        if not self.rho >= 1.0:
-            raise ValueError(f"eva: rho={self.rho!r}; allowed are numbers >= 1.0")
+        if not isinstance(self.rho, int | float) or not 1.0 <= self.rho < float("inf"):
+            raise ValueError(f"eva: rho={self.rho!r}; allowed are finite numbers >= 1.0")
         if self.tau != 0.99:
             raise ValueError(
                 f"eva: tau={self.tau!r}; the calibration pass is exact and never stops early, so "
@@ -71,6 +75,7 @@ def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[
     for name, layer in requests.items():
         limit = min(int(layer.rank * options.rho), *layer.shape)
         values, _, total = layer.statistics.inputs.principal_components(limit, options.center)
+        values = torch.where(values > UNSEEN * values[0], values, 0.0)
         # A layer whose inputs never vary explains nothing and asks for no rank.
         spectra[name] = values / total if total > 0 else torch.zeros_like(values)
     return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
@@ -90,7 +95,8 @@ def eva(weight, rank, scaling, statistics, options, generator) -> Factors:
     values, vectors, total = statistics.inputs.principal_components(rank, options.center)
     lora_A = vectors.T
     if options.whiten:
-        lora_A = lora_A / values.clamp_min(torch.finfo(torch.float32).eps).sqrt()[:, None]
+        seen = values > UNSEEN * values[0]
+        lora_A = lora_A / torch.where(seen, values, 1.0).sqrt()[:, None]
     explained = float(values.sum() / total) if total > 0 else 0.0
     lora_B = torch.zeros(weight.shape[0], rank, device=lora_A.device)
     return Factors(lora_A.contiguous(), lora_B, metrics={"explained_variance": explained})

@@ -57,7 +57,8 @@ class LoftqOptions:
             )
         if (self.quantizer, self.loftq_bits) not in KINDS:
             raise ValueError(f"loftq: loftq_bits={self.loftq_bits!r}; allowed are 2, 4 and 8")
-        if not isinstance(self.loftq_iter, int) or self.loftq_iter < 1:
+        count = isinstance(self.loftq_iter, int) and not isinstance(self.loftq_iter, bool)
+        if not count or self.loftq_iter < 1:
             raise ValueError(f"loftq: loftq_iter={self.loftq_iter!r}; allowed are integers >= 1")
         self.quantization()  # refuses a block size that the quantiser does not take
 

@@ -1,0 +1,46 @@
+"""Shared set-up: one thread a worker, no network, repeatable draws."""
+
+import os
+
+# Set before huggingface_hub is imported: a missing file is then an error, not a download.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--check-shapes",
+        action="store_true",
+        help="check the annotated types and tensor shapes of lora_init at every call",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "wrong_types: passes what the annotations forbid")
+    if config.getoption("--check-shapes"):
+        jaxtyping.install_import_hook("lora_init", "models.checked")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--check-shapes"):
+        # There the annotations refuse it first, with an error of their own.
+        skip = pytest.mark.skip(reason="wrong types, on purpose")
+        for item in items:
+            if "wrong_types" in item.keywords:
+                item.add_marker(skip)
+
+
+torch.set_num_threads(1)  # the matrices are small, and xdist already uses the cores
+
+settings.register_profile("lora_init", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("lora_init")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

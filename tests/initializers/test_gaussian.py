@@ -1,0 +1,19 @@
+"""gaussian: A normal with standard deviation 1/rank, B zero."""
+
+import pytest
+import torch
+from scipy import stats
+
+from lora_init.initializers.gaussian import gaussian
+from lora_init.seeding import layer_generator
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(1, 4096), (4, 2048), (16, 768)])
+def test_distribution(rank, columns):
+    """The deviation falls with the rank, not with the width or its square root."""
+    generator = layer_generator(0, "layer")
+    factors = gaussian(torch.empty(24, columns), rank, 0.5, None, None, generator)
+    values = factors.lora_A.flatten().double().numpy()
+    assert stats.kstest(values, stats.norm(scale=1 / rank).cdf).pvalue > 0.01
+    assert values.std() == pytest.approx(1 / rank, rel=0.05)
+    assert torch.equal(factors.lora_B, torch.zeros(24, rank))

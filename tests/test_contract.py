@@ -1,0 +1,795 @@
+"""One suite over every registered initializer: what all of them promise.
+
+A method that is registered is tested here without an edit. Tolerances are those of DESIGN.md's
+table of invariants; `EPSILON` and `norm_ratio` in `models` spell them out.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from models import (
+    EPSILON,
+    SHAPES,
+    Chain,
+    assert_gap,
+    assert_unchanged,
+    chain_calibration,
+    chain_inputs,
+    largest_ratio,
+    norm_ratio,
+    relative_gap,
+    snapshot,
+    spread_weight,
+    train,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
+from lora_init.layers import LoraLayer
+from lora_init.modules import module_type
+
+RANK = 4
+METHODS = [spec.name for spec in list_initializers()]
+PRESERVING = [spec.name for spec in list_initializers() if spec.preserves_output]
+SUBTRACTING = [spec.name for spec in list_initializers() if spec.base == "subtract"]
+RESTORABLE = [spec.name for spec in list_initializers() if spec.base != "replace"]
+KINDS = ["Linear", "Conv1D"]
+DTYPES = [torch.float32, torch.bfloat16]
+# alpha and use_rslora; alpha / r is 1/16, 1, 2 and 16, alpha / sqrt(r) is 4.
+SCALINGS = {
+    "s=1/16": (RANK / 16, False),
+    "s=1": (RANK, False),
+    "s=2": (2 * RANK, False),
+    "s=16": (16 * RANK, False),
+    "rslora": (8, True),
+}
+RANDOM = {"kaiming", "gaussian", "random", "orthogonal"}
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+every_scaling = pytest.mark.parametrize("scaling", SCALINGS)
+
+
+def spec_of(method):
+    return next(spec for spec in list_initializers() if spec.name == method)
+
+
+def config_for(method, *, r=RANK, scaling="s=2", targets=tuple(SHAPES), **settings):
+    """The method at uniform ranks, so that every layer has an adapter of rank r."""
+    alpha, use_rslora = SCALINGS[scaling]
+    return LoraConfig(
+        r=r,
+        lora_alpha=settings.pop("lora_alpha", alpha * r / RANK),
+        use_rslora=use_rslora,
+        target_modules=list(targets),
+        init_lora_weights={"name": method, **({"rho": 1.0} if method == "eva" else {})},
+        **settings,
+    )
+
+
+def adapt(method, base, *, seed=0, calibration=None, **settings):
+    """`get_peft_model` with calibration data where the method needs them."""
+    config = settings.pop("config", None) or config_for(method, **settings)
+    if calibration is None and spec_of(method).calibration is not None:
+        calibration = chain_calibration(next(base.parameters()).dtype)
+    return get_peft_model(base, config, seed=seed, calibration=calibration)
+
+
+def layer_inputs(name, dtype):
+    return chain_inputs(50, SHAPES[name][1], dtype, seed=21)
+
+
+@torch.no_grad()
+def without_bias(module, x):
+    """W x, the scale of the tolerances, by the module's own orientation; float64."""
+    weight = module.weight.double()
+    return x.double() @ (weight if type(module) is Conv1D else weight.T)
+
+
+# -- step 0 ----------------------------------------------------------------------------------------
+
+
+@every_scaling
+@every_dtype
+@every_kind
+@every_method
+def test_factors_and_output_at_step_0(method, kind, dtype, scaling):
+    base = Chain(kind, dtype)
+    model = adapt(method, copy.deepcopy(base), scaling=scaling)
+    expected_scaling = {"s=1/16": 1 / 16, "s=1": 1.0, "s=2": 2.0, "s=16": 16.0, "rslora": 4.0}
+    assert list(model.layers) == list(SHAPES)
+    for name, layer in model.layers.items():
+        rows, columns = SHAPES[name]
+        assert layer.lora_A.shape == (RANK, columns)
+        assert layer.lora_B.shape == (rows, RANK)
+        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+        assert layer.lora_A.isfinite().all()
+        assert layer.lora_B.isfinite().all()
+        assert layer.scaling == pytest.approx(expected_scaling[scaling])
+        frozen = spec_of(method).frozen
+        assert layer.lora_A.requires_grad == ("lora_A" not in frozen)
+        assert layer.lora_B.requires_grad == ("lora_B" not in frozen)
+        assert not layer.base_layer.weight.requires_grad
+        assert not layer.base_layer.bias.requires_grad
+
+        x = layer_inputs(name, dtype)
+        module = base.get_submodule(name)
+        with torch.no_grad():
+            actual, original = layer(x), module(x)
+        assert actual.dtype == dtype
+        assert actual.isfinite().all()
+        if spec_of(method).preserves_output:
+            tolerance = EPSILON[dtype] * norm_ratio(model, base, name)
+            assert_gap(actual, original, tolerance, without_bias(module, x))
+
+
+@pytest.mark.parametrize("method", PRESERVING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_float16_base(kind, method):
+    dtype = torch.float16
+    base = Chain(kind, dtype)
+    model = adapt(method, copy.deepcopy(base))
+    for name, layer in model.layers.items():
+        x = layer_inputs(name, dtype)
+        module = base.get_submodule(name)
+        tolerance = EPSILON[dtype] * norm_ratio(model, base, name)
+        assert_gap(layer(x), module(x), tolerance, without_bias(module, x))
+    restored = model.unload()
+    assert all(torch.equal(restored.state_dict()[k], v) for k, v in base.state_dict().items())
+
+
+@pytest.mark.parametrize("method", PRESERVING)
+def test_float64_base(method):
+    """A base wider than the factors loses nothing but float32's rounding of the adapter's part."""
+    base = Chain(dtype=torch.float64)
+    model = adapt(method, copy.deepcopy(base))
+    x = chain_inputs(20, dtype=torch.float64)
+    assert model(x).dtype == torch.float64
+    assert_gap(model(x), base(x), 3 * EPSILON[torch.float32] * largest_ratio(model, base))
+    restored = model.unload().state_dict()
+    for key, value in base.state_dict().items():
+        torch.testing.assert_close(restored[key], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [16, 256])
+@pytest.mark.parametrize("method", SUBTRACTING)
+@every_kind
+def test_outlier_weights(kind, method, scaling):
+    """One entry a hundred times the others' size, as some trained layers have.
+
+    At s = 256 W - s B0 A0 is far larger than W: an edit could not be undone to 1e-6 of max |W|.
+    """
+    base = Chain(kind)
+    with torch.no_grad():
+        base.tall.weight[2, 1] = 100 * base.tall.weight.std()
+    model = adapt(method, copy.deepcopy(base), lora_alpha=scaling * RANK)
+    x = layer_inputs("tall", torch.float32)
+    tolerance = EPSILON[torch.float32] * norm_ratio(model, base, "tall")
+    assert_gap(model.layers["tall"](x), base.tall(x), tolerance, without_bias(base.tall, x))
+    error = (model.unload().tall.weight - base.tall.weight).abs().max()
+    assert error <= 1e-6 * base.tall.weight.abs().max()
+
+
+@given(
+    method=st.sampled_from(PRESERVING),
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    rank=st.integers(1, 40),
+    alpha=st.sampled_from([0.01, 0.5, 1.0, 7.0, 64.0]),
+    use_rslora=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_output_at_step_0_for_any_shape(method, kind, rows, columns, rank, alpha, use_rslora, seed):
+    spec = spec_of(method)
+    assume(rank <= min(rows, columns))
+    assume(spec.rank_rule is None or spec.rank_rule(rank, rows, columns) is None)
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(columns, rows) if kind == "Linear" else Conv1D(rows, columns))
+    with torch.no_grad():
+        weight = spread_weight(rows, columns)
+        base[0].weight.copy_(weight if kind == "Linear" else weight.T)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=use_rslora,
+        target_modules=["0"],
+        init_lora_weights={"name": method, **({"rho": 1.0} if method == "eva" else {})},
+    )
+    x = chain_inputs(60, columns, seed=seed)
+    model = get_peft_model(
+        copy.deepcopy(base), config, calibration=[x] if spec.calibration else None, seed=seed
+    )
+    tolerance = EPSILON[torch.float32] * norm_ratio(model, base, "0")
+    assert_gap(model(x), base(x), tolerance, without_bias(base[0], x))
+    restored = model.unload()
+    error = (restored[0].weight - base[0].weight).abs().max()
+    assert error <= 1e-6 * base[0].weight.abs().max()
+
+
+# -- determinism -----------------------------------------------------------------------------------
+
+
+def factors(model):
+    return {
+        f"{name}.{part}": getattr(layer, part).detach().clone()
+        for name, layer in model.layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def assert_same(actual, expected):
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@every_kind
+@every_method
+def test_same_factors_twice(method, kind):
+    """Also from another state of the global generators, which stay where they were."""
+    torch.manual_seed(1)
+    first = factors(adapt(method, Chain(kind)))
+    base = Chain(kind)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = factors(adapt(method, base))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.keys() == second.keys()
+    assert_same(first, second)
+    other = factors(adapt(method, Chain(kind), seed=1))
+    if method in RANDOM:
+        assert not torch.equal(other["square.lora_A"], first["square.lora_A"])
+
+
+@every_dtype
+@every_method
+def test_factors_do_not_depend_on_other_targets(method, dtype):
+    together = factors(adapt(method, Chain(dtype=dtype)))
+    for name in SHAPES:
+        assert_same(factors(adapt(method, Chain(dtype=dtype), targets=[name])), together)
+    backwards = adapt(method, Chain(dtype=dtype), targets=list(SHAPES)[::-1])
+    assert_same(factors(backwards), together)
+    # Other ranks beside it; nothing about this layer has changed.
+    mixed = adapt(method, Chain(dtype=dtype), rank_pattern={"square": 8})
+    assert_same({k: v for k, v in factors(mixed).items() if "square" not in k}, together)
+
+
+class TwoReaders(nn.Module):
+    """Two layers that read one tensor, as q and k do."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 16)
+        with torch.no_grad():
+            self.q.weight.copy_(spread_weight(32, 32, generator))
+            self.k.weight.copy_(spread_weight(16, 32, generator))
+
+    def forward(self, x):
+        return self.q(x), self.k(x)
+
+
+@every_method
+def test_factors_do_not_depend_on_readers_of_the_same_input(method):
+    """At a fixed rank, with another rank beside it: exactly the same factors."""
+    calibration = chain_calibration()
+    alone = adapt(method, TwoReaders(), targets=["q"], calibration=calibration)
+    for rank in (2, 8):
+        both = adapt(
+            method, TwoReaders(), targets=["q", "k"], rank_pattern={"k": rank},
+            calibration=calibration,
+        )  # fmt: skip
+        assert_same(factors(alone), factors(both))
+
+
+# -- the base comes back ---------------------------------------------------------------------------
+
+
+@every_scaling
+@every_dtype
+@every_kind
+@every_method
+def test_disable_and_unload(method, kind, dtype, scaling):
+    base = Chain(kind, dtype)
+    base.square.bias.requires_grad_(False)
+    before = snapshot(base)
+    changed = copy.deepcopy(base)
+    model = adapt(method, changed, scaling=scaling)
+    train(model)
+    x = chain_inputs(30, dtype=dtype)
+    trained = model(x)
+    assert relative_gap(trained, base(x)) > 1e-4
+
+    if spec_of(method).base == "replace":
+        with pytest.raises(RuntimeError, match="no copy"), model.disable_adapter():
+            pass
+        with pytest.raises(RuntimeError, match="no copy"):
+            model.unload()
+        assert torch.equal(model(x), trained)
+        return
+
+    with model.disable_adapter():
+        for name, layer in model.layers.items():
+            inputs = layer_inputs(name, dtype)
+            module = base.get_submodule(name)
+            tolerance = EPSILON[torch.float32] if dtype == torch.float32 else 0.0
+            tolerance *= norm_ratio(model, base, name)
+            assert_gap(layer(inputs), module(inputs), tolerance, without_bias(module, inputs))
+    assert torch.equal(model(x), trained)
+
+    kept = spec_of(method).base == "keep"
+    restored = model.unload()
+    assert restored is changed
+    if kept or dtype != torch.float32:
+        assert_unchanged(restored, before | {"modules": snapshot(restored)["modules"]})
+    for name in SHAPES:
+        weight = base.get_submodule(name).weight
+        error = (restored.get_submodule(name).weight - weight).abs().max()
+        assert error <= 1e-6 * weight.abs().max()
+        assert torch.equal(restored.get_submodule(name).bias, base.get_submodule(name).bias)
+    after = snapshot(restored)
+    assert after["flags"] == before["flags"]
+    assert [type(m) for m in restored.modules()] == [type(m) for m in base.modules()]
+
+
+@pytest.mark.parametrize("method", SUBTRACTING)
+def test_disabled_adapter_of_low_precision_computes_the_original(method):
+    """Factors in bfloat16 are the user's choice; the original function is not to suffer for it."""
+    base = Chain()
+    model = get_peft_model(
+        copy.deepcopy(base),
+        config_for(method),
+        calibration=chain_calibration(),
+        adapter_dtype=torch.bfloat16,
+    )
+    x = chain_inputs(30)
+    with model.disable_adapter():
+        assert_gap(model(x), base(x), 3 * EPSILON[torch.float32] * largest_ratio(model, base))
+
+
+@pytest.mark.parametrize("method", ["pissa", "kaiming"])
+def test_contexts_nest(method):
+    base = Chain()
+    model = train(adapt(method, copy.deepcopy(base)))
+    x = chain_inputs(20)
+    trained = model(x)
+    with model.disable_adapter():
+        disabled = model(x)
+        with model.disable_adapter():
+            assert torch.equal(model(x), disabled)
+        assert torch.equal(model(x), disabled)
+    assert torch.equal(model(x), trained)
+
+
+@pytest.mark.parametrize("method", ["pissa", "kaiming"])
+def test_an_unloaded_model_says_so(method):
+    model = adapt(method, Chain())
+    model.unload()
+
+    def disable():
+        with model.disable_adapter():
+            pass
+
+    calls = (disable, model.init_report, model.adapter_state_dict, model.unload)
+    for call in calls:
+        with pytest.raises(RuntimeError, match="was unloaded"):
+            call()
+
+
+@pytest.mark.parametrize("method", RESTORABLE)
+def test_a_copy_is_a_model_of_its_own(method):
+    base = Chain()
+    model = train(adapt(method, copy.deepcopy(base)))
+    x = chain_inputs(20)
+    expected = model(x)
+    twin = copy.deepcopy(model)
+    assert_gap(twin.unload()(x), base(x), 3 * EPSILON[torch.float32] * largest_ratio(model, base))
+    assert torch.equal(model(x), expected)
+
+
+@every_method
+def test_training_modes_stay_as_they_were(method):
+    """A part that its owner keeps in eval mode is not switched on by an adapter."""
+    base = Chain().train()
+    base.frozen = nn.Sequential(nn.Dropout(0.5)).eval()
+    model = adapt(method, base)
+    assert model.training
+    assert model.layers["tall"].training
+    assert not base.frozen.training
+    assert not base.frozen[0].training
+    assert not adapt(method, Chain().eval()).training
+
+
+@every_dtype
+@every_method
+@pytest.mark.filterwarnings("ignore:lora_dropout=0.5 with")
+def test_dropout_acts_in_training_only(method, dtype):
+    base = Chain(dtype=dtype)
+    plain = train(adapt(method, copy.deepcopy(base)))
+    model = train(adapt(method, copy.deepcopy(base), lora_dropout=0.5))
+    x = chain_inputs(20, dtype=dtype)
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    if spec_of(method).base != "replace":
+        with model.disable_adapter():
+            assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("method", ["pissa", "kaiming"])
+def test_a_second_adapter_starts_from_the_original(method):
+    base = Chain()
+    first = adapt(method, copy.deepcopy(base))
+    expected = factors(first)
+    again = adapt(method, train(first).unload())
+    for name, value in factors(again).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@every_scaling
+@every_dtype
+@every_kind
+@every_method
+def test_merge_and_unload_keeps_the_trained_function(method, kind, dtype, scaling):
+    base = Chain(kind, dtype)
+    model = train(adapt(method, copy.deepcopy(base), scaling=scaling))
+    ratios = {name: norm_ratio(model, base, name) for name in model.layers}
+    inputs = {name: layer_inputs(name, dtype) for name in model.layers}
+    with torch.no_grad():
+        expected = {name: layer(inputs[name]) for name, layer in model.layers.items()}
+    merged = model.merge_and_unload()
+    assert [type(m) for m in merged.modules()] == [type(m) for m in base.modules()]
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    for name, output in expected.items():
+        module = merged.get_submodule(name)
+        assert module.weight.dtype == dtype
+        scale = without_bias(module, inputs[name])
+        assert_gap(module(inputs[name]), output, EPSILON[dtype] * ratios[name], scale)
+
+
+# -- the adapter is active -------------------------------------------------------------------------
+
+
+@every_dtype
+@every_kind
+@every_method
+def test_training_changes_the_output(method, kind, dtype):
+    model = adapt(method, Chain(kind, dtype))
+    x = chain_inputs(30, dtype=dtype)
+    before = model(x)
+    before.float().pow(2).sum().backward()
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(name.rsplit(".", 1)[-1] in ("lora_A", "lora_B") for name in trainable)
+    for name, layer in model.layers.items():
+        assert layer.base_layer.weight.grad is None
+        gradients = [p.grad for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
+        assert any(g is not None and g.abs().max() > 0 for g in gradients), f"{name} cannot learn"
+    for name, layer in model.layers.items():
+        inputs = layer_inputs(name, dtype)
+        alone = layer(inputs)
+        factor = layer.lora_B if layer.lora_B.requires_grad else layer.lora_A
+        with torch.no_grad():
+            factor += torch.randn(factor.shape)
+        assert relative_gap(layer(inputs), alone) > 1e-2
+    assert relative_gap(model(x), before) > 1e-2
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@every_method
+def test_a_parent_that_bypasses_forward_is_served_or_refused(method):
+    """nn.TransformerEncoderLayer's fused path reads `linear1.weight` and never calls linear1.
+
+    The path is taken in eval mode, which is where a trained adapter is evaluated.
+    """
+    base = Encoder().eval()
+    x = torch.randn(3, 5, 32)
+    targets = ["linear1", "linear2"]
+    try:
+        model = adapt(method, copy.deepcopy(base), targets=targets, calibration=[x]).eval()
+    except (TypeError, ValueError) as error:
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert "linear1" in refusal
+        return
+    with torch.no_grad():
+        if spec_of(method).preserves_output:
+            assert_gap(model(x), base(x), 3 * EPSILON[torch.float32] * largest_ratio(model, base))
+        train(model, size=0.5)
+        evaluated = model(x)
+        model.train()
+        assert_gap(evaluated, model(x), 1e-5)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@every_scaling
+@every_dtype
+@every_kind
+@every_method
+def test_save_and_load(method, kind, dtype, scaling, tmp_path):
+    base = Chain(kind, dtype)
+    model = train(adapt(method, copy.deepcopy(base), scaling=scaling))
+    x = chain_inputs(30, dtype=dtype)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    actual = loaded(x)
+    if spec_of(method).base == "subtract":
+        assert_gap(actual, expected, 1e-5 * largest_ratio(model, base))
+    else:
+        assert torch.equal(actual, expected)
+    for name, layer in loaded.layers.items():
+        saved = model.layers[name]
+        assert torch.equal(layer.lora_A, saved.lora_A)
+        assert torch.equal(layer.lora_B, saved.lora_B)
+        assert layer.rank == RANK
+        assert layer.scaling == pytest.approx(saved.scaling)
+        frozen = spec_of(method).frozen
+        assert layer.lora_A.requires_grad == ("lora_A" not in frozen)
+        assert layer.lora_B.requires_grad == ("lora_B" not in frozen)
+
+    # What was loaded can be trained, saved and loaded again.
+    again = tmp_path / "again"
+    train(loaded, seed=6).save_pretrained(again)
+    twice = LoraModel.from_pretrained(copy.deepcopy(base), again)
+    if spec_of(method).base == "subtract":
+        assert_gap(twice(x), loaded(x), 1e-5 * largest_ratio(model, base))
+    else:
+        assert torch.equal(twice(x), loaded(x))
+
+
+@pytest.mark.parametrize("method", RESTORABLE)
+def test_saved_adapter_loads_onto_the_unloaded_base(method, tmp_path):
+    """Load -> unload -> load on one model: its own base is never called another one."""
+    for seed in range(12):
+        base = Chain(seed=seed)
+        model = train(adapt(method, base))
+        x = chain_inputs(30)
+        expected = model(x)
+        model.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = LoraModel.from_pretrained(model.unload(), tmp_path)
+        assert_gap(loaded(x), expected, 1e-5 * largest_ratio(loaded, Chain(seed=seed)))
+
+
+def test_loftq_loads_onto_a_base_that_another_method_gave_back(tmp_path):
+    """An unloaded float32 base differs in its last bits; it is the same base all the same."""
+    for seed in range(12):
+        base = Chain(seed=seed)
+        model = train(adapt("loftq", copy.deepcopy(base)))
+        expected = model(chain_inputs(30))
+        model.save_pretrained(tmp_path)
+        restored = adapt("pissa", copy.deepcopy(base)).unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that some codes may differ
+            loaded = LoraModel.from_pretrained(restored, tmp_path)
+        assert_gap(loaded(chain_inputs(30)), expected, 1e-2)
+
+
+@pytest.mark.parametrize("method", RESTORABLE)
+@every_dtype
+def test_another_base_is_noticed(dtype, method, tmp_path):
+    adapt(method, Chain(dtype=dtype)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="is not the one the adapter was trained on"):
+        LoraModel.from_pretrained(Chain(dtype=dtype, seed=1), tmp_path)
+
+
+@every_method
+def test_checkpoint_continues_a_run(method):
+    base = Chain()
+    model = train(adapt(method, copy.deepcopy(base)))
+    state = {key: value.clone() for key, value in model.adapter_state_dict().items()}
+    x = chain_inputs(30)
+    resumed = adapt(method, copy.deepcopy(base))
+    resumed.load_adapter_state_dict(state)
+    assert torch.equal(resumed(x), model(x))
+
+
+# -- refusals leave the model alone ----------------------------------------------------------------
+
+
+@every_dtype
+@every_kind
+@every_method
+def test_rank_above_the_layer_is_refused(method, kind, dtype):
+    base = Chain(kind, dtype)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"'wide'.*rank 26 exceeds min\(out, in\) = 24"):
+        adapt(method, base, r=26)
+    with pytest.raises(ValueError, match=r"'tall'.*rank 34 exceeds min\(out, in\) = 32"):
+        adapt(method, base, rank_pattern={"tall": 34})
+    assert_unchanged(base, before)
+
+
+@every_kind
+@every_method
+def test_full_rank_is_served(method, kind):
+    base = Chain(kind)
+    model = adapt(method, copy.deepcopy(base), r=24, scaling="s=1")
+    assert all(layer.rank == 24 for layer in model.layers.values())
+    x = chain_inputs(30)
+    if spec_of(method).preserves_output:
+        assert_gap(model(x), base(x), 3 * EPSILON[torch.float32] * largest_ratio(model, base))
+
+
+class Unserved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(20, 16)
+        self.picture = nn.Conv2d(3, 16, 3)
+        self.both = nn.Bilinear(4, 4, 8)
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "kind"),
+    [
+        (spec.name, target, kind)
+        for spec in list_initializers()
+        for target, kind in (("words", "Embedding"), ("picture", "Conv2d"), ("both", "Bilinear"))
+        if kind not in spec.module_types
+    ],
+)
+def test_unserved_module_type_is_refused_by_name(method, target, kind):
+    base = Unserved()
+    before = snapshot(base)
+    message = rf"'{target}' is a {kind}.*{method} does not serve.*Linear"
+    with pytest.raises(TypeError, match=message):
+        adapt(method, base, targets=["linear", target], calibration=[torch.randn(4, 16)])
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("method", RESTORABLE)
+@every_kind
+def test_failure_in_the_middle_leaves_the_model_unchanged(kind, method, monkeypatch):
+    """The third of three layers cannot be wrapped: the machine fails, not the configuration."""
+    create, calls = LoraLayer.__init__, []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError("no more")
+        create(*args, **kwargs)
+
+    base = Chain(kind)
+    before = snapshot(base)
+    monkeypatch.setattr(LoraLayer, "__init__", failing)
+    with pytest.raises(MemoryError, match="no more"):
+        adapt(method, base)
+    assert_unchanged(base, before)
+
+
+class Uncopyable(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise MemoryError("no more")
+
+
+@pytest.mark.parametrize("method", RESTORABLE)
+def test_failing_copy_of_a_module_to_save_leaves_the_model_unchanged(method):
+    base = Chain()
+    base.head = Uncopyable(4, 4)
+    before = snapshot(base)
+    with pytest.raises(MemoryError, match="no more"):
+        adapt(method, base, modules_to_save=["head"])
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("method", SUBTRACTING)
+def test_failing_write_leaves_the_model_unchanged(method):
+    """A weight made under inference_mode cannot be written to afterwards."""
+    base = Chain()
+    calibration = chain_calibration()
+    with torch.inference_mode():
+        base.wide = nn.Linear(56, 24)
+    before = snapshot(base)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        get_peft_model(base, config_for(method), calibration=calibration)
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize(
+    "method", [spec.name for spec in list_initializers() if spec.calibration is not None]
+)
+def test_failing_calibration_leaves_the_model_unchanged(method):
+    base = Chain().train()
+    before = snapshot(base)
+
+    def broken():
+        yield chain_inputs(20)
+        raise OSError("the disk is gone")
+
+    for calibration, error, message in (
+        (None, ValueError, "needs calibration data"),
+        ([], ValueError, "no batch"),
+        ([torch.full((4, 32), float("nan"))], ValueError, "'square' are not finite"),
+        (broken(), OSError, "the disk is gone"),
+    ):
+        with pytest.raises(error, match=message):
+            get_peft_model(base, config_for(method), calibration=calibration)
+        assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize(
+    "method", [spec.name for spec in list_initializers() if "weights" in spec.needs]
+)
+def test_weight_that_is_not_finite_is_refused_by_name(method):
+    base = Chain()
+    calibration = chain_calibration()
+    with torch.no_grad():
+        base.wide.weight[0, 0] = float("inf")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"'wide'.*NaN or infinite"):
+        get_peft_model(base, config_for(method), calibration=calibration)
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("method", SUBTRACTING)
+def test_computed_weight_is_refused_by_name(method):
+    """A parametrised weight is computed anew on every call: an edit of it would be lost."""
+    base = Chain()
+    nn.utils.parametrizations.weight_norm(base.tall)
+    with pytest.raises((TypeError, ValueError), match="'tall'"):
+        adapt(method, base)
+
+
+@every_method
+def test_second_adapter_is_refused(method):
+    model = adapt(method, Chain())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter already"):
+        adapt(method, model)
+    with pytest.raises(ValueError, match="adapter already"):
+        adapt(method, model.base_model)
+    assert_unchanged(model, before)
+
+
+def test_dry_run_changes_nothing():
+    for method in METHODS:
+        base = Chain()
+        before = snapshot(base)
+        plan = get_peft_model(base, config_for(method), dry_run=True)
+        assert_unchanged(base, before)
+        assert [target.name for target in plan.targets] == list(SHAPES)
+        assert [target.rank for target in plan.targets] == [RANK] * 3
+        assert plan.parameters <= RANK * sum(sum(shape) for shape in SHAPES.values())
+        assert (plan.calibration is not None) == (spec_of(method).calibration is not None)
+        assert method in str(plan)
+        for name, (rows, columns) in SHAPES.items():
+            assert name in str(plan)
+            assert f"{rows}×{columns}" in str(plan)
+
+
+def test_served_types_are_declared():
+    for spec in list_initializers():
+        assert spec.module_types
+        assert spec.paper, f"{spec.name} cites nothing"
+        assert spec.function.__doc__, f"{spec.name} says nothing of its factors"
+        assert spec.base in ("keep", "subtract", "replace")
+        if "inputs" in spec.needs:
+            assert spec.calibration is not None
+    assert module_type(nn.Linear(2, 2)) == "Linear"
+    assert module_type(Conv1D(2, 2)) == "Conv1D"
