@@ -19,8 +19,8 @@ from experiments import data, models
 from experiments.data import DataConfig
 from experiments.errors import ConfigurationError
 from experiments.models import ModelConfig
+from experiments.schedule import TrainingConfig
 from experiments.tracking import TrackingConfig
-from experiments.training import TrainingConfig
 from lora_init import list_initializers
 from lora_init.registry import Initializer
 

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from experiments.schedule import TrainingConfig
 from experiments.tasks import Evaluation, Task, collect
-from experiments.training import TrainingConfig
 
 
 def evaluate(

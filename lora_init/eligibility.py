@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_init.modules import module_type
 from lora_init.registry import Initializer
@@ -13,13 +14,35 @@ from lora_init.registry import Initializer
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of all parameters by the storage they live in, shared modules and ties included."""
-    owners: dict[int, list[str]] = {}
+@dataclass(frozen=True)
+class Extent:
+    """The bytes of a storage that a named parameter lives in."""
+
+    name: str
+    storage: int
+    start: int
+    stop: int
+
+    def overlaps(self, other: Extent) -> bool:
+        return self.storage == other.storage and self.start < other.stop and other.start < self.stop
+
+
+def extent(name: str, parameter: Tensor) -> Extent:
+    """Where a parameter's data lies; views of one flat buffer have extents of their own."""
+    last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+    start = parameter.storage_offset() * parameter.itemsize
+    stop = start + (last + 1) * parameter.itemsize if parameter.numel() else start
+    return Extent(name, parameter.untyped_storage().data_ptr(), start, stop)
+
+
+def extents(model: nn.Module) -> dict[int, list[Extent]]:
+    """All parameters by storage, every name of a shared module and of a tied weight included."""
+    found: dict[int, list[Extent]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta:
-            owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
-    return owners
+            one = extent(name, parameter)
+            found.setdefault(one.storage, []).append(one)
+    return found
 
 
 def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
@@ -66,12 +89,16 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
 
 
 def check_sharing(
-    name: str, module: nn.Module, spec: Initializer, owners: Mapping[int, list[str]]
+    name: str, module: nn.Module, spec: Initializer, owners: Mapping[int, list[Extent]]
 ) -> None:
     if spec.base == "keep":
         return
-    own = f"{name}.weight"
-    others = [o for o in owners[module.weight.untyped_storage().data_ptr()] if o != own]
+    own = extent(f"{name}.weight", module.weight)
+    others = [
+        other.name
+        for other in owners[own.storage]
+        if other.name != own.name and own.overlaps(other)
+    ]
     if others:
         raise ValueError(
             f"target {name!r} shares its weight with {', '.join(map(repr, others))}, and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -134,6 +135,13 @@ def _check_factors(target: Target, spec: Initializer, factors: Factors) -> None:
             raise ValueError(
                 f"{spec.name} returned non-finite values in {name} for target {target.name!r}"
             )
+    if not bool(factors.lora_A.any()) and not bool(factors.lora_B.any()):
+        warnings.warn(
+            f"target {target.name!r} starts with both factors zero under {spec.name} (its weight, "
+            "or what the method decomposes, is zero): it gets no gradient and will not learn; "
+            "leave it out (exclude_modules) or choose another method",
+            stacklevel=2,
+        )
     if (factors.replacement is not None) != (spec.base == "replace"):
         raise ValueError(
             f"{spec.name} is registered with base={spec.base!r} but its result "

@@ -22,7 +22,7 @@ from lora_init.eligibility import (
     check_module,
     check_sharing,
     check_target_rank,
-    weight_owners,
+    extents,
 )
 from lora_init.modules import module_type, weight_shape
 from lora_init.registry import CalibrationRequest, Initializer
@@ -201,7 +201,7 @@ def make_plan(
         )
     spec, options = config.initializer()
     selection = select(model, config)
-    owners = weight_owners(model)
+    owners = extents(model)
     targets = []
     for name in selection.names:
         module = model.get_submodule(name)

@@ -140,6 +140,24 @@ def test_a_module_registered_twice_keeps_working_under_a_keeping_method():
         get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
 
 
+def test_views_of_one_flat_buffer_are_not_tied():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    buffer = torch.randn(32)
+    for index, layer in enumerate(model):
+        layer.weight = nn.Parameter(buffer[16 * index : 16 * index + 16].view(4, 4))
+    second = model[1].weight.clone()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
+    assert torch.equal(model[1].weight, second)
+
+
+def test_an_adapter_that_cannot_learn_is_pointed_out():
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.init.zeros_(model[0].weight)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
+    with pytest.warns(UserWarning, match="'0' starts with both factors zero under pissa"):
+        get_peft_model(model, config)
+
+
 def test_one_adapter_a_model(model):
     config = LoraConfig(r=2, target_modules=["q_proj"])
     adapted = get_peft_model(model, config)

@@ -6,17 +6,15 @@ To add one: a class with the methods of `Task` in a file here, and a branch in `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from experiments.schedule import TrainingConfig
 from experiments.tasks.batches import SeededBatches, draw
 from experiments.tasks.causal_lm import CausalLM
 from experiments.tasks.evaluation import Evaluation, collect
 from experiments.tasks.text_classification import TextClassification
-
-if TYPE_CHECKING:
-    from experiments.training import TrainingConfig
 
 __all__ = ["Evaluation", "SeededBatches", "Task", "collect", "draw", "make_task"]
 

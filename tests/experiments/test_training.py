@@ -10,14 +10,8 @@ from torch import nn
 
 from experiments.errors import RunFailed
 from experiments.evaluation import evaluate
-from experiments.training import (
-    TrainingConfig,
-    gradient_norms,
-    learning_rate_factor,
-    make_accelerator,
-    parameter_groups,
-    train,
-)
+from experiments.schedule import TrainingConfig, learning_rate_factor
+from experiments.training import gradient_norms, make_accelerator, parameter_groups, train
 
 
 def test_schedule():
