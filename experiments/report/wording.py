@@ -133,7 +133,8 @@ def machine(environment: dict[str, Any]) -> str | None:
     parts = [first("gpu", "cuda_device", "device_name", "accelerator"), first("cpu", "processor")]
     cores = first("threads", "num_threads", "torch_threads", "cpu_count", "cores")
     parts.append(f"{cores} threads" if cores else None)
-    parts.append(first("platform", "system", "os"))
+    system = first("platform", "system", "os")
+    parts.append(system and system.partition("-")[0])  # "Linux-6.1.0-…": the kernel is in the run
     for package in ("python", "torch"):
         version = first(package, f"{package}_version")
         parts.append(f"{package} {version}" if version else None)
