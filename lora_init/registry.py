@@ -47,7 +47,7 @@ class NoOptions:
     """For methods without a setting of their own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Initializer:
     """One registered method and everything the core must know before it runs it.
 
@@ -84,6 +84,12 @@ class Initializer:
     allocate: Callable[..., dict[str, int]] | None = None
     adjust_alpha: Callable[[Any], bool] = lambda options: True
     spellings: Mapping[str, Callable[[re.Match], Any]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"Initializer({self.name!r}, base={self.base!r}, needs={sorted(self.needs)}, "
+            f"module_types={sorted(self.module_types)}, paper={self.paper!r})"
+        )
 
 
 _registry: dict[str, Initializer] = {}
