@@ -26,7 +26,7 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 VOCABULARY = 96
 EPSILON = {
-    torch.float32: 2e-6,  # DESIGN.md's figure, not float32's epsilon
+    torch.float32: 2e-6,  # the promised figure, not float32's epsilon
     torch.bfloat16: torch.finfo(torch.bfloat16).eps,
     torch.float16: torch.finfo(torch.float16).eps,
 }
@@ -177,7 +177,7 @@ def chain_calibration(dtype=torch.float32):
 
 
 def norm_ratio(model, base, name):
-    """max(1, ‖s B0 A0‖ / ‖W‖) of one layer: the factor in DESIGN.md's tolerances."""
+    """max(1, ‖s B0 A0‖ / ‖W‖) of one layer: the factor in the promised tolerances."""
     layer = model.layers[name]
     if layer.initial_lora_A is None:
         return 1.0

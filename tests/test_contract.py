@@ -1,6 +1,6 @@
 """One suite over every registered initializer: what all of them promise.
 
-A method that is registered is tested here without an edit. Tolerances are those of DESIGN.md's
+A method that is registered is tested here without an edit. Tolerances are those of the project's
 table of invariants; `EPSILON` and `norm_ratio` in `models` spell them out.
 """
 

@@ -1,6 +1,6 @@
 """Adapters travel: PEFT loads ours, we load PEFT's, and what cannot be right is refused.
 
-Tolerances (DESIGN.md): logits within 1e-6 relative for kept bases, 1e-5 · max(1, ‖s B0 A0‖/‖W‖) for
+Tolerances: logits within 1e-6 relative for kept bases, 1e-5 · max(1, ‖s B0 A0‖/‖W‖) for
 subtracted ones.
 """
 
