@@ -58,7 +58,7 @@ def run(command, **environment):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"PATH": f"{interpreter}:{os.environ['PATH']}"} | environment,
     )
 
