@@ -1,6 +1,6 @@
 """Block quantisers: what LoftQ and its kin put in place of the base weight.
 
-A `Quantizer` is a deterministic map, weight -> values on a grid, described by three numbers, in
+A `Quantizer` is a deterministic map, weight -> values on a grid, described by four settings, in
 plain torch, on any device. All but "int8" work on blocks of the flattened (row-major) weight:
 
     code_i = argmin_c |w_i / scale - table[c]|,    value_i = scale * table[code_i]
@@ -8,19 +8,29 @@ plain torch, on any device. All but "int8" work on blocks of the flattened (row-
 | kind | table | scale | source |
 |---|---|---|---|
 | nf4 | QLoRA's 16 NormalFloat values | max abs w | Dettmers et al. 2023, bitsandbytes |
+| fp4 | ± 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 | max abs w | bitsandbytes |
 | nf2 | 4 NormalFloat values: -1, 0, 0.338, 1 | max abs w | Li et al. 2023, LoftQ's code |
 | uniform | 2^bits evenly spaced values, -1 to 1 | mean w + 2.5 std w | LoftQ's code |
 | int8 | -127 … 127, divided by 127 | max abs w of the row | Dettmers et al. 2022, bitsandbytes |
 
 On gaussian weights the relative error ``‖W - Q‖ / ‖W‖`` is about 0.092 for nf4/64.
 
+`double` quantises the scales of nf4 and fp4 too, as QLoRA's double quantisation does: less their
+mean, in blocks of 256, to a table of 256 values of graded precision (Dettmers et al. 2021).
+
+    scale_b = mean + table[code_b] * largest,    largest = max_b |scale_b - mean| of 256 blocks
+
+Codes, scales and values of nf4, fp4 and int8 are those of bitsandbytes 0.50 on a CPU, to the bit.
+
 Deviations:
     - uniform: LoftQ's two programs differ. This is the one for language models (blocks, a table);
       the GLUE one clips the whole matrix at mean ± 2 std. In blocks whose mean is below -1.5 std,
       where its scale vanishes or turns negative, we take abs(mean) + 2.5 std.
-    - nf4: codes and scales are those of bitsandbytes. So are the values, except that version 0.50
-      on a CPU with AVX-512 restarts the blocks at each row when it dequantises: where the row
-      length is even and no multiple of the block, its values belong to other blocks' scales.
+    - nf4, fp4: bitsandbytes 0.50 on a CPU with AVX-512 restarts the blocks at each row when it
+      dequantises: where the row length is even and no multiple of the block, its values belong to
+      other blocks' scales. Ours, and those of its other kernels, do not.
+    - nf4, fp4, double: its CUDA kernels may choose the other neighbour on a tie, and they search
+      the table of the scales without rounding to 2^16 steps first, as its CPU kernel and ours do.
     - int8: bitsandbytes' Linear8bitLt rounds the weight to float16 first; we start from float32.
 """
 
@@ -28,37 +38,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Keeps 127 / scale finite, so that a block of zeros becomes zeros and not NaN.
-SMALLEST_SCALE = 1e-36
-BITS = {"nf4": (4,), "nf2": (2,), "uniform": (2, 4, 8), "int8": (8,)}
+from lora_init.quantization.tables import FP4_ASCENDING, dynamic_table, midpoints, table_of
 
-# bitsandbytes' constants. They are the quantiles of `normal_float_table(4)` rounded elsewhere, so
-# computing them would move a few codes.
-NF4_TABLE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+# Keep the reciprocal finite, so that a block of zeros becomes zeros and not NaN: 1 / scale, with
+# bitsandbytes' bound, and 127 / scale.
+SMALLEST_SCALE = 1e-38
+SMALLEST_ROW_SCALE = 1e-36
+BITS = {"nf4": (4,), "fp4": (4,), "nf2": (2,), "uniform": (2, 4, 8), "int8": (8,)}
+
+DOUBLE_BLOCK = 256  # scales that share a scale
+DOUBLE_STEPS = 2**16 - 1
+
+
+@dataclass(frozen=True)
+class NestedScale:
+    """Scales quantised in their turn: ``scale = offset + table[codes] * scale of their block``."""
+
+    codes: Tensor
+    scale: Float[Tensor, " outer_blocks"]
+    offset: Float[Tensor, ""]
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,15 @@ class Quantized:
     Attributes:
         codes: (out, in), one code per element: uint8 indices into the table; for "int8" the int8
             values themselves, as bitsandbytes stores them.
-        scale: float32, one per block, or one per row for "int8".
+        scale: float32, one per block, or one per row for "int8": what the values are made with.
         quantizer: the map that made it.
+        nested: where `scale` comes from under double quantisation.
     """
 
     codes: Tensor
     scale: Float[Tensor, " blocks"]
     quantizer: Quantizer
+    nested: NestedScale | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,10 @@ class Quantizer:
     """A deterministic map from a weight to its quantised values.
 
     Attributes:
-        kind: "nf4", "nf2", "uniform" or "int8".
-        bits: 4 for nf4, 2 for nf2, 2, 4 or 8 for uniform, 8 for int8.
+        kind: "nf4", "fp4", "nf2", "uniform" or "int8".
+        bits: 4 for nf4 and fp4, 2 for nf2, 2, 4 or 8 for uniform, 8 for int8.
         block_size: elements that share a scale; "int8", which scales rows, does not read it.
+        double: quantise the scales as well (nf4 and fp4 only).
 
     Raises:
         ValueError: an option, or the pair of kind and bits, is not allowed.
@@ -99,6 +106,7 @@ class Quantizer:
     kind: str = "nf4"
     bits: int = 4
     block_size: int = 64
+    double: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in BITS:
@@ -114,14 +122,19 @@ class Quantizer:
             raise ValueError(
                 f"block_size={size!r} is not allowed; give an integer of at least 1, such as 64."
             )
+        if not isinstance(self.double, bool) or (self.double and self.kind not in ("nf4", "fp4")):
+            raise ValueError(
+                f"double={self.double!r} is not allowed for kind={self.kind!r}; set double=False, "
+                "or double=True with kind nf4 or fp4."
+            )
 
     @property
     def name(self) -> str:
-        """A short label: "nf4/64", "nf2/64", "uniform2/64", "int8"."""
+        """A short label: "nf4/64", "nf4/64+double", "nf2/64", "uniform2/64", "int8"."""
         if self.kind == "int8":
             return "int8"
         bits = str(self.bits) if self.kind == "uniform" else ""
-        return f"{self.kind}{bits}/{self.block_size}"
+        return f"{self.kind}{bits}/{self.block_size}{'+double' if self.double else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as plain values for a file."""
@@ -160,22 +173,32 @@ class Quantizer:
         weight = weight.float()
         if self.kind == "int8":
             scale = weight.abs().amax(dim=1)
-            steps = weight * (127.0 / scale.clamp(min=SMALLEST_SCALE))[:, None]
+            steps = weight * (127.0 / scale.clamp(min=SMALLEST_ROW_SCALE))[:, None]
             codes = torch.round(steps).to(torch.int8)
             return Quantized(codes, scale, self)
-        table = _table(self.kind, self.bits).to(weight.device)
-        # A value lies nearest to the entry whose pair of midpoints encloses it: one sorted look-up,
-        # and no (numel, table) array of distances.
-        midpoints = (table[1:] + table[:-1]) / 2
+        table = table_of(self.kind, self.bits).to(weight.device)
+        if self.kind == "fp4":
+            ascending = torch.tensor(FP4_ASCENDING, dtype=torch.uint8, device=weight.device)
+            table = table[ascending.int()]
+        boundaries = midpoints(table)
         codes, scales = [], []
         for blocks in _blocks(weight.reshape(-1), self.block_size):
             scale = _deviation_scale(blocks) if self.kind == "uniform" else blocks.abs().amax(dim=1)
-            # Multiplied by the reciprocal, as bitsandbytes does: a division rounds differently.
-            normalised = blocks * (1.0 / scale.clamp(min=SMALLEST_SCALE))[:, None]
-            found = torch.bucketize(normalised, midpoints, out_int32=True).to(torch.uint8)
+            divisor = scale.clamp(min=SMALLEST_SCALE)[:, None]
+            # As bitsandbytes does, whose rounding this is: full blocks are multiplied by the
+            # reciprocal, a short last one is divided.
+            full = blocks.shape[1] == self.block_size
+            normalised = blocks * (1.0 / divisor) if full else blocks / divisor
+            found = torch.bucketize(normalised, boundaries, out_int32=True)
+            found = ascending[found] if self.kind == "fp4" else found.to(torch.uint8)
             codes.append(found.reshape(-1))
             scales.append(scale)
-        return Quantized(torch.cat(codes).reshape(weight.shape), torch.cat(scales), self)
+        found, scale, nested = torch.cat(codes).reshape(weight.shape), torch.cat(scales), None
+        if self.double:
+            nested = _nested(scale)
+            table = dynamic_table().to(scale.device)
+            scale = expanded(nested.codes, nested.scale, table, DOUBLE_BLOCK) + nested.offset
+        return Quantized(found, scale, self, nested)
 
     @torch.no_grad()
     def dequantize(self, quantized: Quantized) -> Float[Tensor, "out in"]:
@@ -192,56 +215,41 @@ class Quantizer:
         codes, scale = quantized.codes, quantized.scale
         if self.kind == "int8":
             return codes.float() * scale[:, None] * (1.0 / 127.0)
-        table = _table(self.kind, self.bits).to(codes.device)
-        values = table.index_select(0, codes.reshape(-1).int())
-        first = 0
-        for blocks in _blocks(values, self.block_size):
-            blocks.mul_(scale[first : first + len(blocks), None])
-            first += len(blocks)
-        return values.reshape(codes.shape)
+        table = table_of(self.kind, self.bits).to(codes.device)
+        return expanded(codes, scale, table, self.block_size).reshape(codes.shape)
 
     def roundtrip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """``dequantize(quantize(weight))``: the values a model with this weight computes with."""
         return self.dequantize(self.quantize(weight))
 
 
-def normal_float_table(
-    bits: int, *, symmetric: bool = False, offset: float = 0.9677083
-) -> Float[Tensor, " codes"]:
-    """Return the NormalFloat values: quantiles of N(0, 1) at even probabilities, scaled to max 1.
-
-    Asymmetric (the default of QLoRA and LoftQ): 2^(bits-1) positive values, 0, and
-    2^(bits-1) - 1 negative ones, so that 0 is exact. Symmetric: the means of neighbouring
-    quantiles, none of them 0.
-
-    Args:
-        bits: 2^bits values.
-        offset: the outermost probability; 1 would put the last value at infinity.
-    """
-    half = 2 ** (bits - 1)
-
-    def quantiles(first: float, last: float, count: int) -> Tensor:
-        return torch.special.ndtri(torch.linspace(first, last, count, dtype=torch.float64))
-
-    if symmetric:
-        edges = quantiles(1 - offset, offset, 2 * half + 1)
-        values = (edges[1:] + edges[:-1]) / 2
-    else:
-        # Both series start at the offset and end before the median, which is the 0 between them.
-        positive = quantiles(offset, 0.5, half + 1)[:-1]
-        negative = -quantiles(offset, 0.5, half)[:-1]
-        values = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive])
-    values = values.sort().values
-    return (values / values.max()).float()
+def expanded(
+    codes: Tensor, scale: Float[Tensor, " blocks"], table: Float[Tensor, " codes"], size: int
+) -> Float[Tensor, " values"]:
+    """Return ``table[codes] * scale`` in float32, each scale serving the next `size` codes."""
+    values = table.float().index_select(0, codes.reshape(-1).int())
+    first = 0
+    for blocks in _blocks(values, size):
+        blocks.mul_(scale[first : first + len(blocks), None])
+        first += len(blocks)
+    return values
 
 
-@cache
-def _table(kind: str, bits: int) -> Tensor:
-    if kind == "nf4":
-        return torch.tensor(NF4_TABLE)
-    if kind == "nf2":
-        return normal_float_table(2)
-    return torch.linspace(-1, 1, 2**bits)
+def _nested(scale: Float[Tensor, " blocks"]) -> NestedScale:
+    """Double quantisation of the scales, with the rounding of bitsandbytes' CPU kernel."""
+    offset = scale.mean()
+    boundaries = midpoints(dynamic_table().to(scale.device))
+    codes, largest = [], []
+    for blocks in _blocks(scale - offset, DOUBLE_BLOCK):
+        outer = blocks.abs().amax(dim=1)
+        normalised = blocks * (1.0 / outer.clamp(min=SMALLEST_SCALE))[:, None]
+        # It does not search the table for each value but looks the nearest of 2^16 steps up.
+        steps = ((normalised.clamp(-1, 1) + 1) * 0.5 * DOUBLE_STEPS + 0.5).floor()
+        found = torch.bucketize(steps * (2 / DOUBLE_STEPS) - 1, boundaries, out_int32=True)
+        found = found.masked_fill((outer == 0)[:, None], 0)
+        codes.append(found.to(torch.uint8).reshape(-1))
+        largest.append(outer)
+    return NestedScale(torch.cat(codes), torch.cat(largest), offset)
 
 
 def _blocks(flat: Tensor, size: int) -> Iterator[Tensor]:

@@ -1,0 +1,97 @@
+"""The values that codes stand for."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# bitsandbytes' constants. They are the quantiles of `normal_float_table(4)` rounded elsewhere, so
+# computing them would move a few codes.
+NF4_TABLE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# Of the code's bits: sign, two of exponent, one of mantissa. The largest, 12, is scaled to 1.
+FP4_UNSCALED = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+# From -1 to 1. Of the two codes for zero, bitsandbytes gives 8 to small positive values.
+FP4_ASCENDING = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
+
+
+@cache
+def table_of(kind: str, bits: int) -> Tensor:
+    if kind == "nf4":
+        return torch.tensor(NF4_TABLE)
+    if kind == "fp4":
+        return torch.tensor([*FP4_UNSCALED, *(-value for value in FP4_UNSCALED)]) / 12
+    if kind == "nf2":
+        return normal_float_table(2)
+    return torch.linspace(-1, 1, 2**bits)
+
+
+def normal_float_table(
+    bits: int, *, symmetric: bool = False, offset: float = 0.9677083
+) -> Float[Tensor, " codes"]:
+    """Return the NormalFloat values: quantiles of N(0, 1) at even probabilities, scaled to max 1.
+
+    Asymmetric (the default of QLoRA and LoftQ): 2^(bits-1) positive values, 0, and
+    2^(bits-1) - 1 negative ones, so that 0 is exact. Symmetric: the means of neighbouring
+    quantiles, none of them 0.
+
+    Args:
+        bits: 2^bits values.
+        offset: the outermost probability; 1 would put the last value at infinity.
+    """
+    half = 2 ** (bits - 1)
+
+    def quantiles(first: float, last: float, count: int) -> Tensor:
+        return torch.special.ndtri(torch.linspace(first, last, count, dtype=torch.float64))
+
+    if symmetric:
+        edges = quantiles(1 - offset, offset, 2 * half + 1)
+        values = (edges[1:] + edges[:-1]) / 2
+    else:
+        # Both series start at the offset and end before the median, which is the 0 between them.
+        positive = quantiles(offset, 0.5, half + 1)[:-1]
+        negative = -quantiles(offset, 0.5, half)[:-1]
+        values = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive])
+    values = values.sort().values
+    return (values / values.max()).float()
+
+
+@cache
+def dynamic_table() -> Float[Tensor, " codes"]:
+    """Return the ascending 8-bit values that `double` gives to scales: bitsandbytes' dynamic map.
+
+    ±10^(i-6) times the 2^i middles of even steps from 0.1 to 1, i = 0 … 6; and 0 and 1. So small
+    values keep a small relative error (Dettmers et al. 2021, 8-bit optimizers).
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        middles = (10 ** (i - 6) * ((edges[1:] + edges[:-1]) / 2)).tolist()
+        values += middles + [-middle for middle in middles]
+    return torch.tensor(sorted(values))
+
+
+def midpoints(ascending: Float[Tensor, " codes"]) -> Float[Tensor, " codes-1"]:
+    """A value lies nearest to the entry whose pair of midpoints encloses it: one sorted look-up,
+    and no (numel, table) array of distances.
+    """
+    return (ascending[1:] + ascending[:-1]) / 2
