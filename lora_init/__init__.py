@@ -5,7 +5,7 @@ from lora_init import LoraConfig, get_peft_model
 model = get_peft_model(model, LoraConfig(r=16, init_lora_weights="pissa"))
 """
 
-from lora_init.assembly import get_peft_model
+from lora_init.assembly import get_peft_model, reinitialize
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport
 from lora_init.factors import Factors, Replacement
@@ -32,4 +32,5 @@ __all__ = [
     "get_peft_model",
     "list_initializers",
     "register_initializer",
+    "reinitialize",
 ]

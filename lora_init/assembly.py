@@ -6,19 +6,20 @@ import copy
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_init import injection
 from lora_init.allocation import LayerRequest
+from lora_init.base_weights import BaseWeights
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, weight_figures
 from lora_init.initialization import InitializedLayer, initialize
 from lora_init.model import LoraModel
-from lora_init.modules import oriented_weight
 from lora_init.plan import Plan, make_plan
 from lora_init.statistics import Calibration, collect
 
@@ -32,12 +33,17 @@ def get_peft_model(
     device: str | torch.device | None = None,
     seed: int = 0,
     dry_run: bool = False,
+    quantized_base: str = "in_forward",
+    original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
+    keep_original: bool = False,
+    allow_unmatched: bool = False,
 ) -> LoraModel | Plan:
     """Give `model` a low-rank adapter, started as `peft_config.init_lora_weights` says.
 
     Args:
-        model: any torch model; its targeted nn.Linear and Conv1D modules are wrapped in place and
-            its parameters frozen. Left untouched if anything fails.
+        model: any torch model; its targeted modules (`list_initializers()` says which types a
+            method serves) are wrapped in place and its parameters frozen. Left untouched if
+            anything fails.
         peft_config: the settings.
         calibration: batches for the methods that need them (corda, eva): any iterable; a mapping
             is passed as ``model(**batch)``. Others do not read it.
@@ -47,6 +53,18 @@ def get_peft_model(
         seed: of the initialization. Every layer has a stream of its own, keyed by its name.
         dry_run: return the plan (targets, ranks, parameters, memory, statistics, unmatched keys)
             and change nothing.
+        quantized_base: what a subtracting method does to a base that is quantised (bitsandbytes'
+            Linear4bit and Linear8bitLt). "in_forward" leaves it untouched and subtracts s B0 A0 in
+            the forward pass: the output is preserved exactly. "requantize" quantises the residual
+            with the module's own settings: no second product, an error that `init_report()` shows.
+        original_weights: the unquantised checkpoint of a quantised model (a folder or file of
+            safetensors, or a mapping of names to tensors), read one layer at a time. Methods then
+            decompose the weights from before quantisation; LoftQ and QPiSSA need it on a quantised
+            base, whose error they make up for.
+        keep_original: keep what a replaced base was (float weights in CPU memory, packed ones as
+            they are), so that disable_adapter and unload work.
+        allow_unmatched: warn of keys in rank_pattern and alpha_pattern that match nothing, instead
+            of refusing them.
 
     Returns:
         A `LoraModel`, or the `Plan`.
@@ -61,51 +79,89 @@ def get_peft_model(
             "a lora_init.LoraConfig (LoraConfig.from_dict(config.to_dict()) converts PEFT's)"
         )
     injection.refuse_adapted(model)
-    plan = make_plan(model, peft_config, adapter_dtype)
+    plan = make_plan(model, peft_config, adapter_dtype, quantized_base=quantized_base)
     if dry_run:
         return plan
-    plan.refuse_unmatched()
+    weights = BaseWeights(model, original_weights)
+    check_call(plan, weights, calibration, allow_unmatched)
+    place = device_for(device)
+    plain = injection.hold_plain(model)
+    try:
+        return _assemble(
+            model, copy.deepcopy(peft_config), plan, weights, plain, calibration, place, seed,
+            keep_original,
+        )  # fmt: skip
+    except BaseException:
+        injection.release(plain)
+        raise
+
+
+def reinitialize(model: LoraModel, peft_config: LoraConfig, **settings: Any) -> LoraModel | Plan:
+    """Start the adapter of a live model again, by the same or another method.
+
+    The trained adapter is given up; the base model is the original one, in memory all the time.
+
+    Args:
+        model: its adapter is gone afterwards: use the model that is returned.
+        peft_config, settings: as of `get_peft_model`.
+
+    Raises:
+        RuntimeError: a base was replaced and its original not kept.
+        ValueError, TypeError: as `get_peft_model`; the model keeps its adapter as it is then.
+    """
+    before = model.detach_adapter()
+    base = model.base_model
+    try:
+        made = get_peft_model(base, peft_config, **settings)
+    except BaseException:
+        model.attach_adapter(before)
+        raise
+    if isinstance(made, Plan):
+        model.attach_adapter(before)
+    return made
+
+
+def _assemble(
+    model: nn.Module,
+    config: LoraConfig,
+    plan: Plan,
+    weights: BaseWeights,
+    plain: dict,
+    calibration: Iterable[Any] | None,
+    device: torch.device | None,
+    seed: int,
+    keep_original: bool,
+) -> LoraModel:
+    """Everything after the checks, timed step by step."""
     spec = plan.initializer
-    place = _device(device)
-    if plan.calibration is not None and calibration is None:
-        raise ValueError(
-            f"init_lora_weights={spec.name!r} needs calibration data: pass calibration=<iterable "
-            "of batches>, e.g. a list of tokenizer outputs"
-        )
-    if peft_config.lora_dropout > 0 and spec.base != "keep":
-        warnings.warn(
-            f"lora_dropout={peft_config.lora_dropout} with {spec.name}: the adapter carries part "
-            "of the base's own function, so dropping its inputs disturbs the model from the first "
-            "step on; lora_dropout=0.0 is what these methods' papers use",
-            stacklevel=2,
-        )
-    config = copy.deepcopy(peft_config)
     seconds = {}
     start = time.perf_counter()
 
     statistics = Calibration({})
     if plan.calibration is not None:
         names = [target.name for target in plan.targets]
-        statistics = collect(model, names, plan.calibration, calibration, device=place)
+        statistics = collect(model, names, plan.calibration, calibration, device=device)
     seconds["calibration"] = time.perf_counter() - start
 
     mark = time.perf_counter()
     if spec.allocate is not None:
-        plan = _allocated(plan, config, statistics)
+        plan = allocated(plan, config, statistics)
         config = plan.explicit(config)
     seconds["allocation"] = time.perf_counter() - mark
 
     mark = time.perf_counter()
-    initialized = initialize(model, plan, statistics.layers, seed=seed, device=place)
+    initialized = initialize(weights, plan, statistics.layers, seed=seed, device=device)
     seconds["initialize"] = time.perf_counter() - mark
 
-    figures = _figures_before_replacement(model, initialized)
+    figures = _figures_before_replacement(weights, initialized)
     mark = time.perf_counter()
     done = injection.inject(
         model,
         plan,
         {layer.target.name: layer.factors for layer in initialized},
-        dropout=config.lora_dropout,
+        weights=weights,
+        plain=plain,
+        keep_original=keep_original,
     )
     seconds["inject"] = time.perf_counter() - mark
     seconds["total"] = sum(seconds.values())
@@ -125,7 +181,40 @@ def get_peft_model(
     return LoraModel(model, config, plan, done, report, metrics, times)
 
 
-def _device(device: str | torch.device | None) -> torch.device | None:
+def check_call(
+    plan: Plan, weights: BaseWeights, calibration: Iterable[Any] | None, allow_unmatched: bool
+) -> None:
+    """Refuse what the plan and the arguments together cannot do; warn of what they should not."""
+    spec = plan.initializer
+    plan.refuse_unmatched(allowed=allow_unmatched)
+    weights.check(plan.targets)
+    if plan.calibration is not None and calibration is None:
+        raise ValueError(
+            f"init_lora_weights={spec.name!r} needs calibration data: pass calibration=<iterable "
+            "of batches>, e.g. a list of tokenizer outputs"
+        )
+    if plan.requantizes and not plan.replaced:
+        raise ValueError(
+            "quantized_base='requantize', but no target is quantised; leave it out, or load the "
+            "model with a quantization_config"
+        )
+    quantized = [target.name for target in plan.targets if not weights.is_original(target)]
+    if spec.base == "replace" and quantized:
+        raise ValueError(
+            f"target {quantized[0]!r} is quantised already, and {spec.name} makes up for what its "
+            "quantisation lost: pass original_weights=<the unquantised checkpoint's folder>, or "
+            "the unquantised model"
+        )
+    if plan.dropout > 0 and spec.base != "keep":
+        warnings.warn(
+            f"lora_dropout={plan.dropout} with {spec.name}: the adapter carries part "
+            "of the base's own function, so dropping its inputs disturbs the model from the first "
+            "step on; lora_dropout=0.0 is what these methods' papers use",
+            stacklevel=3,
+        )
+
+
+def device_for(device: str | torch.device | None) -> torch.device | None:
     if device is None:
         return None
     place = torch.device(device)
@@ -134,7 +223,7 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     return place
 
 
-def _allocated(plan: Plan, config: LoraConfig, statistics: Calibration) -> Plan:
+def allocated(plan: Plan, config: LoraConfig, statistics: Calibration) -> Plan:
     """The plan with the allocator's ranks."""
     requests = {
         target.name: LayerRequest(target.rank, target.shape, statistics.layers[target.name])
@@ -150,12 +239,12 @@ def _allocated(plan: Plan, config: LoraConfig, statistics: Calibration) -> Plan:
 
 
 def _figures_before_replacement(
-    model: nn.Module, initialized: list[InitializedLayer]
+    weights: BaseWeights, initialized: list[InitializedLayer]
 ) -> dict[str, dict[str, Any]]:
     """The report's figures of layers whose weight will be lost."""
     return {
         layer.target.name: weight_figures(
-            oriented_weight(model.get_submodule(layer.target.name)),
+            weights.weight(layer.target),
             layer.factors.lora_A,
             layer.factors.lora_B,
             layer.target.scaling,

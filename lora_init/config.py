@@ -93,7 +93,8 @@ class LoraConfig:
         lora_dropout: dropout probability on the adapter's input.
         fan_in_fan_out: the weight is stored (in, out). The module's class decides it (Conv1D is,
             nn.Linear is not); True where no target is a Conv1D warns.
-        bias: which biases are trained. Only "none" is served so far.
+        bias: which biases of the base are trained: "none", "lora_only" (those of adapted modules)
+            or "all". A trained bias is part of the adapter: disabling it brings the original back.
         use_rslora: rank-stabilised scaling.
         modules_to_save: modules (dotted suffix) trained and saved whole. A task's own head
             (`HEADS`: "classifier", "score", …) is added where the model has it.
@@ -103,8 +104,8 @@ class LoraConfig:
         layers_pattern: the name of the module list that the indices count, e.g. "layers".
         rank_pattern: rank by module: keys are regular expressions matched as a dotted suffix.
         alpha_pattern: alpha by module, likewise.
-        use_dora: weight-decomposed adaptation. Not served so far.
-        lora_bias: a bias in B. Not served so far.
+        use_dora: weight-decomposed adaptation: a trained magnitude a row beside the direction.
+        lora_bias: a trained bias b in B: s (B A x + b). Not with use_dora, nor on embeddings.
         eva_config: options of EVA, as its dataclass or a mapping.
         corda_config: options of CorDA, likewise.
         loftq_config: options of LoftQ, likewise.
@@ -116,7 +117,6 @@ class LoraConfig:
 
     Raises:
         ValueError: a value that is not allowed, with what is.
-        NotImplementedError: a field of the reference that is not served yet.
     """
 
     r: int = 8
@@ -146,7 +146,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         self._check_targets()
         self._check_numbers()
-        self._check_unserved()
+        self._check_variants()
         if self.task_type is not None and self.task not in TASK_TYPES:
             raise ValueError(
                 f"task_type={self.task_type!r}; allowed are None, {', '.join(TASK_TYPES)}"
@@ -285,15 +285,17 @@ class LoraConfig:
                 "put the indices into the regular expression"
             )
 
-    def _check_unserved(self) -> None:
-        for name, unused in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
-            value = getattr(self, name)
-            if name == "bias" and value not in ("none", "all", "lora_only"):
-                raise ValueError(f"bias={value!r}; allowed are 'none', 'all' and 'lora_only'")
-            if value != unused:
-                raise NotImplementedError(
-                    f"{name}={value!r} is not served yet; leave {name}={unused!r}"
-                )
+    def _check_variants(self) -> None:
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias={self.bias!r}; allowed are 'none', 'all' and 'lora_only'")
+        for name in ("use_dora", "lora_bias", "use_rslora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed are True and False")
+        if self.use_dora and self.lora_bias:
+            raise ValueError(
+                "lora_bias=True with use_dora=True: DoRA scales the adapted weight, where a bias "
+                "in B has no place (nor has it in PEFT's files); set one of them to False"
+            )
 
     @staticmethod
     def _method_options(spec: Initializer, setting: Any) -> Any:

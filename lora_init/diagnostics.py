@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.layers import LoraLayer, low_rank_product, widened
+from lora_init.factors import low_rank_product
+from lora_init.layers import LoraLayer
+from lora_init.modules import widened
 from lora_init.tables import render
 
 
@@ -66,6 +68,7 @@ class InitReport:
 
     def __str__(self) -> str:
         header = ["layer", "shape", "rank", "‖sBA‖/‖W‖", "captured energy", "error", "ms", "base"]
+        bare = [layer.details.get("error_without_adapter") for layer in self.layers]
         rows = [
             [
                 layer.name,
@@ -79,6 +82,10 @@ class InitReport:
             ]
             for layer in self.layers
         ]
+        if any(error is not None for error in bare):  # what a quantised base alone loses
+            header.insert(6, "without sBA")
+            for row, error in zip(rows, bare, strict=True):
+                row.insert(6, error)
         spent = ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items())
         tokens = (
             f"; {self.calibration_tokens:,} calibration tokens" if self.needs_calibration else ""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.modules import module_type
+from lora_init.packed import is_packed, quantizer_of
 from lora_init.registry import Initializer
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -16,42 +17,60 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Extent:
-    """The bytes of a storage that a named parameter lives in."""
+    """The bytes of a storage that a named parameter of the module `owner` (an id) lives in."""
 
     name: str
     storage: int
     start: int
     stop: int
+    owner: int = 0
 
     def overlaps(self, other: Extent) -> bool:
         return self.storage == other.storage and self.start < other.stop and other.start < self.stop
 
 
-def extent(name: str, parameter: Tensor) -> Extent:
+def extent(name: str, parameter: Tensor, owner: int = 0) -> Extent:
     """Where a parameter's data lies; views of one flat buffer have extents of their own."""
     last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
     start = parameter.storage_offset() * parameter.itemsize
     stop = start + (last + 1) * parameter.itemsize if parameter.numel() else start
-    return Extent(name, parameter.untyped_storage().data_ptr(), start, stop)
+    return Extent(name, parameter.untyped_storage().data_ptr(), start, stop, owner)
 
 
 def extents(model: nn.Module) -> dict[int, list[Extent]]:
     """All parameters by storage, every name of a shared module and of a tied weight included."""
     found: dict[int, list[Extent]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.is_meta:
-            one = extent(name, parameter)
-            found.setdefault(one.storage, []).append(one)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                one = extent(f"{path}.{name}".removeprefix("."), parameter, id(module))
+                found.setdefault(one.storage, []).append(one)
     return found
 
 
 def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
+    """Refuse a target that the method or the core cannot serve; nothing is read but attributes.
+
+    Raises:
+        TypeError: its type, or what its weight is.
+        ValueError: a state the weight is in.
+    """
     module = model.get_submodule(name)
     kind = module_type(module)
     if kind not in spec.module_types:
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not serve; allowed are "
             f"{', '.join(sorted(spec.module_types))}. Leave it out with exclude_modules"
+        )
+    if kind == "Conv2d" and module.groups != 1:
+        raise TypeError(
+            f"target {name!r} is a Conv2d with groups={module.groups}; adapters are served for "
+            "groups=1 only. Leave it out with exclude_modules"
+        )
+    if kind == "Embedding" and module.max_norm is not None:
+        raise TypeError(
+            f"target {name!r} is an Embedding with max_norm={module.max_norm}, which rescales its "
+            "weight in every forward pass; leave it out with exclude_modules"
         )
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
@@ -66,15 +85,17 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
             f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
             "cannot be adapted in place; remove the parametrization first"
         )
+    _check_presence(name, module, weight)
+    if is_packed(module):
+        try:
+            quantizer_of(module)
+        except ValueError as error:
+            raise ValueError(f"target {name!r}: {error}") from error
+        return
     if weight.is_inference() and spec.base != "keep":
         raise ValueError(
             f"target {name!r}: its weight was made under torch.inference_mode and cannot be "
             f"changed, which {spec.name} does; load the model outside inference_mode"
-        )
-    if weight.is_meta:
-        raise ValueError(
-            f"target {name!r}: its weight is on the meta device (offloaded or not loaded); load "
-            "the model into memory first"
         )
     if type(weight.data).__name__ not in ("Tensor", "Parameter"):
         raise TypeError(
@@ -88,23 +109,37 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         )
 
 
-def check_sharing(
-    name: str, module: nn.Module, spec: Initializer, owners: Mapping[int, list[Extent]]
-) -> None:
-    if spec.base == "keep":
-        return
-    own = extent(f"{name}.weight", module.weight)
-    others = [
-        other.name
-        for other in owners[own.storage]
-        if other.name != own.name and own.overlaps(other)
-    ]
-    if others:
+def _check_presence(name: str, module: nn.Module, weight: Tensor) -> None:
+    """Refuse weights that are elsewhere: offloaded, partitioned, flattened."""
+    if weight.is_meta:
+        hooked = " by Accelerate" if hasattr(module, "_hf_hook") else ""
         raise ValueError(
-            f"target {name!r} shares its weight with {', '.join(map(repr, others))}, and "
-            f"{spec.name} changes the base: those would change too. Untie the weights, leave the "
-            "target out (exclude_modules), or choose a method that keeps the base"
+            f"target {name!r}: its weight is on the meta device (offloaded{hooked}, or not "
+            "loaded); load the model into memory first"
         )
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            f"target {name!r}: its weight is partitioned by DeepSpeed ZeRO-3; inject the adapter "
+            "before deepspeed.initialize, from a model that is loaded whole"
+        )
+    if type(weight).__name__ == "FlatParameter" or getattr(weight, "_is_flat_param", False):
+        raise ValueError(
+            f"target {name!r}: its weight is flattened by FSDP; inject the adapter before wrapping "
+            "the model"
+        )
+
+
+def sharers(name: str, module: nn.Module, owners: Mapping[int, list[Extent]]) -> tuple[str, ...]:
+    """Parameters of other modules that lie in the same memory as this one's weight.
+
+    A module that hangs in two places is one module: all its names are left out.
+    """
+    own = extent(f"{name}.weight", module.weight)
+    return tuple(
+        other.name
+        for other in owners.get(own.storage, ())
+        if other.owner != id(module) and own.overlaps(other)
+    )
 
 
 def check_target_rank(name: str, rank: int, shape: tuple[int, int], spec: Initializer) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.modules import widened
 from lora_init.quantization import Quantizer
 
 Base = Literal["keep", "subtract", "replace"]
@@ -33,15 +34,19 @@ class Replacement:
     lora_A: Float[Tensor, "rank in"]
     lora_B: Float[Tensor, "out rank"]
 
-    def base(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:
-        """Q in float32, from the original weight.
+    def residual(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:
+        """W - s B A, what is quantised, in float32.
 
         The product is taken in float64 and rounded once: another thread count or device may sum
         it in another order, and a float32 sum that moved in its last bit could cross one of the
         quantiser's thresholds.
         """
         product = scaling * (self.lora_B.double() @ self.lora_A.double())
-        return self.quantizer.roundtrip((weight.double() - product).float())
+        return (weight.double() - product).float()
+
+    def base(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:
+        """Q in float32, from the original weight."""
+        return self.quantizer.roundtrip(self.residual(weight, scaling))
 
 
 @dataclass(frozen=True)
@@ -59,3 +64,8 @@ class Factors:
     lora_B: Float[Tensor, "out rank"]
     replacement: Replacement | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
+    """s B A in float32 or wider."""
+    return (widened(lora_B.detach()) * scaling) @ widened(lora_A.detach())

@@ -7,9 +7,8 @@ import hashlib
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-from lora_init.modules import oriented_weight, weight_shape
+from jaxtyping import Float
+from torch import Tensor
 
 SAMPLES_A_SIDE = 12
 
@@ -18,20 +17,20 @@ SAMPLES_A_SIDE = 12
 RELATIVE_TOLERANCE = 2.0**-7
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(weight: Float[Tensor, "out in"]) -> str:
     """Up to 144 evenly spaced entries of the weight in bfloat16, as text.
 
     A sample, so that a model of any size costs milliseconds: it tells one base from another, it is
     no proof against a single changed entry.
     """
-    return base64.b64encode(_samples(module).view(torch.int16).numpy().tobytes()).decode()
+    return base64.b64encode(_samples(weight).view(torch.int16).numpy().tobytes()).decode()
 
 
-def has_fingerprint(module: nn.Module, expected: str) -> bool:
+def has_fingerprint(weight: Float[Tensor, "out in"], expected: str) -> bool:
     """Whether the weight's samples are those of `expected`, up to rounding."""
     codes = np.frombuffer(base64.b64decode(expected), dtype=np.int16).copy()
     theirs = torch.from_numpy(codes).view(torch.bfloat16).float()
-    ours = _samples(module).float()
+    ours = _samples(weight).float()
     if ours.shape != theirs.shape:
         return False
     # Entries near zero owe their last bits to the largest ones, through a restored subtraction.
@@ -44,10 +43,9 @@ def checksum(weight: Tensor) -> str:
     return hashlib.sha256(weight.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _samples(module: nn.Module) -> Tensor:
-    weight = oriented_weight(module)
+def _samples(weight: Float[Tensor, "out in"]) -> Tensor:
     row, column = (
         torch.linspace(0, size - 1, min(SAMPLES_A_SIDE, size)).long().to(weight.device)
-        for size in weight_shape(module)
+        for size in weight.shape
     )
     return weight[row[:, None], column].to(torch.bfloat16).cpu().contiguous().flatten()

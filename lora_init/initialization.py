@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_init.factors import Factors, Replacement
-from lora_init.layers import widened
-from lora_init.modules import oriented_weight
+from lora_init.base_weights import BaseWeights
+from lora_init.factors import Factors, Replacement, low_rank_product
+from lora_init.modules import oriented_weight, widened
+from lora_init.packed import quantizer_of
 from lora_init.plan import Plan, Target
 from lora_init.progress import tracked
+from lora_init.quantization import Quantizer
 from lora_init.registry import Initializer
 from lora_init.seeding import layer_generator
 from lora_init.statistics import LayerStatistics
@@ -31,7 +33,7 @@ class InitializedLayer:
 
 
 def initialize(
-    model: nn.Module,
+    weights: BaseWeights,
     plan: Plan,
     statistics: Mapping[str, LayerStatistics],
     *,
@@ -41,7 +43,7 @@ def initialize(
     """Run the plan's method over its targets.
 
     Args:
-        model: the model, only read.
+        weights: of the targets, only read.
         plan: what to do.
         statistics: by layer name; empty for methods that need none.
         seed: the initialization seed; each layer derives a stream of its own from it and its name.
@@ -52,31 +54,38 @@ def initialize(
         ValueError: a weight or a factor is not finite, or a factor has the wrong shape; by name.
     """
     return [
-        _initialize_layer(model.get_submodule(target.name), target, plan, statistics, seed, device)
+        _initialize_layer(weights, target, plan, statistics.get(target.name), seed, device)
         for target in tracked(plan.targets, f"initializing ({plan.initializer.name})")
     ]
 
 
 def _initialize_layer(
-    module: nn.Module,
+    weights: BaseWeights,
     target: Target,
     plan: Plan,
-    statistics: Mapping[str, LayerStatistics],
+    statistics: LayerStatistics | None,
     seed: int,
     device: torch.device | None,
 ) -> InitializedLayer:
     start = time.perf_counter()
     spec = plan.initializer
-    weight = oriented_weight(module)
-    home = weight.device
+    module = weights.model.get_submodule(target.name)
+    home = module.weight.device
     if "weights" in spec.needs:
-        weight = widened(weight.to(device or home)).to(torch.float32)
-    _check_weight(target, weight)
-    factors = spec.function(
+        weight = widened(weights.weight(target).to(device or home)).to(torch.float32)
+    elif target.quantized:
+        weight = torch.empty(target.shape, device="meta")  # its shape is all that is read
+    else:
+        weight = oriented_weight(module)
+    if not weight.is_meta:
+        _check_weight(target, weight)
+    if target.quantized:
+        statistics = replace(statistics or LayerStatistics(), quantizer=quantizer_of(module))
+    factors = spec.function_for(target.module_type)(
         weight,
         target.rank,
         target.scaling,
-        statistics.get(target.name),
+        statistics,
         plan.options,
         layer_generator(seed, target.name),
     )
@@ -87,9 +96,28 @@ def _initialize_layer(
         lora_B=_settled(factors.lora_B, home, plan.adapter_dtype),
         replacement=_settled_replacement(factors.replacement, home),
     )
+    if plan.requantizes and target.quantized:
+        factors = _requantized(factors, weight.to(home), target, statistics.quantizer)
     if home.type == "cuda" or (device is not None and device.type == "cuda"):
         torch.cuda.synchronize()
     return InitializedLayer(target, factors, time.perf_counter() - start)
+
+
+def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Quantizer) -> Factors:
+    """A subtracting method's factors on a base that takes the residual, and what that costs."""
+    # As they are stored: what is added back must be what was subtracted.
+    lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
+    replacement = Replacement(quantizer, lora_A, lora_B)
+    norm = torch.linalg.matrix_norm(weight)
+    before = torch.linalg.matrix_norm(weight - quantizer.roundtrip(weight)) / norm
+    product = low_rank_product(lora_A, lora_B, target.scaling)
+    error = torch.linalg.matrix_norm(weight - replacement.base(weight, target.scaling) - product)
+    figures = {
+        "error": float(error / norm),
+        "error_without_adapter": float(before),
+        "quantizer": quantizer.name,
+    }
+    return replace(factors, replacement=replacement, metrics={**factors.metrics, **figures})
 
 
 def _settled(factor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_init import adapters, injection
+from lora_init import adapters, checkpoints, injection
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, LayerReport, describe_layer
 from lora_init.layers import LoraLayer
 from lora_init.plan import Plan
+from lora_init.presence import absence
+from lora_init.signatures import blank, with_forward_of
 
 
 class LoraModel(nn.Module):
     """A base model with one adapter. Forwards to the base model; made by `get_peft_model`.
+
+    Its class is a subclass of this one that has the base model's signature of `forward`.
 
     Attributes:
         base_model: the model that was injected.
         peft_config: the settings; after a rank allocation its patterns hold the chosen ranks.
         plan: what was done.
     """
+
+    def __new__(cls, base_model: nn.Module | None = None, *args: Any, **kwargs: Any) -> LoraModel:
+        if base_model is not None:  # else `blank` asks, and has chosen the class
+            cls = with_forward_of(getattr(cls, "family", cls), type(base_model))
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -51,9 +61,27 @@ class LoraModel(nn.Module):
         if peft_config.inference_mode:
             self.requires_grad_(False)
         self.training = base_model.training  # parts that their owner keeps in eval mode stay so
+        self.checkpoint_prefix = ""  # of the state dict that is being loaded
+        checkpoints.register(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        family = getattr(type(self), "family", type(self))
+        return blank, (family, type(self.base_model)), self.__dict__
+
+    def _get_name(self) -> str:
+        """The base model's, by which Trainer's label smoothing knows that labels are shifted."""
+        return self.base_model._get_name()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """transformers' mark of a model with an adapter: Trainer refuses quantised ones without."""
+        return self._injection is not None
 
     def __getattr__(self, name: str) -> Any:
         """Whatever this class does not have (generate, config, device, …) is the base model's."""
@@ -90,7 +118,7 @@ class LoraModel(nn.Module):
         The figures of a kept or subtracted base are computed now, from the initial factors and the
         restored weights; the model's state of training does not change them.
         """
-        adapted = self.layers
+        adapted = self._whole_injection("init_report").layers
         layers = []
         for target in self.plan.targets:
             row = LayerReport(
@@ -115,15 +143,31 @@ class LoraModel(nn.Module):
             RuntimeError: where a base was replaced and no copy of the original was kept.
         """
         live = self._live_injection()
+        if live.originals or live.biases:  # data is exchanged; else the forward pass does it
+            self._whole_injection("disable_adapter")
         before = injection.set_adapter_enabled(live, False)
         try:
             yield
         finally:
             injection.set_adapter_enabled(live, before)
 
+    def merge_adapter(self) -> None:
+        """Fold the adapter into the base weights, for inference; `unmerge_adapter` undoes it.
+
+        The base weights are held meanwhile, so that they come back to the bit.
+
+        Raises:
+            ValueError: a layer has a lora_bias and its base no bias.
+        """
+        injection.set_merged(self._whole_injection("merge_adapter"), True)
+
+    def unmerge_adapter(self) -> None:
+        """Take the adapter out of the base weights again."""
+        injection.set_merged(self._live_injection(), False)
+
     def merge_and_unload(self) -> nn.Module:
         """Fold the adapter into the base weights and return the plain base model."""
-        model = injection.merge(self.base_model, self._live_injection())
+        model = injection.merge(self.base_model, self._whole_injection("merge_and_unload"))
         self._injection = None
         return model
 
@@ -133,13 +177,34 @@ class LoraModel(nn.Module):
         Raises:
             RuntimeError: where a base was replaced and no copy of the original was kept.
         """
-        model = injection.restore(self.base_model, self._live_injection())
+        self.detach_adapter()
+        return self.base_model
+
+    def delete_adapter(self) -> nn.Module:
+        """The same as `unload`: one adapter a model."""
+        return self.unload()
+
+    def detach_adapter(self) -> injection.Injection:
+        """Unload, and return what `attach_adapter` needs to undo it."""
+        live = self._whole_injection("unload")
+        injection.restore(self.base_model, live)
         self._injection = None
-        return model
+        return live
+
+    def attach_adapter(self, detached: injection.Injection) -> None:
+        """Put an adapter back that `detach_adapter` took off, as trained."""
+        injection.reinstate(self.base_model, detached)
+        self._injection = detached
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter; see `lora_init.adapters` for the files."""
-        adapters.save(Path(folder), self.peft_config, self.plan, self._live_injection())
+        """Write the adapter; see `lora_init.adapters` for the files.
+
+        Raises:
+            RuntimeError: it is merged or disabled at the moment.
+        """
+        self.refuse_in_between("save_pretrained")
+        live = self._whole_injection("save_pretrained")
+        adapters.save(Path(folder), self.peft_config, self.plan, live)
 
     @classmethod
     def from_pretrained(
@@ -149,23 +214,38 @@ class LoraModel(nn.Module):
         *,
         is_trainable: bool = True,
         adapter_dtype: torch.dtype = torch.float32,
+        original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
+        keep_original: bool = False,
     ) -> LoraModel:
         """Load an adapter, written by us or by PEFT, onto its original base model.
+
+        Args:
+            base: the model it was trained on; changed in place.
+            folder: where `save_pretrained` wrote it.
+            is_trainable: False freezes it.
+            adapter_dtype, original_weights, keep_original: as of `get_peft_model`.
 
         Raises:
             FileNotFoundError, ValueError: no, a damaged, or another base's adapter; `base` is
                 unchanged then.
         """
         injection.refuse_adapted(base)
-        loaded = adapters.read(Path(folder), base, adapter_dtype)
+        loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
         loaded.config.inference_mode = not is_trainable
-        done = injection.inject(
-            base,
-            loaded.plan,
-            loaded.factors,
-            dropout=loaded.config.lora_dropout,
-            initial_known=loaded.plan.initializer.base != "keep",
-        )
+        plain = injection.hold_plain(base)
+        try:
+            done = injection.inject(
+                base,
+                loaded.plan,
+                loaded.factors,
+                weights=loaded.weights,
+                plain=plain,
+                keep_original=keep_original,
+                initial_known=loaded.plan.initializer.base != "keep",
+            )
+        except BaseException:
+            injection.release(plain)
+            raise
         adapters.fill(done, loaded)
         spec = loaded.plan.initializer
         report = InitReport(
@@ -179,46 +259,42 @@ class LoraModel(nn.Module):
         )
         return cls(base, loaded.config, loaded.plan, done, report, {}, {})
 
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """A training checkpoint: A, B, A0, B0 of every layer and the modules trained whole."""
-        state = {}
-        for name, layer in self.layers.items():
-            for key in ("lora_A", "lora_B", "initial_lora_A", "initial_lora_B"):
-                value = getattr(layer, key)
-                if value is not None:
-                    state[f"{name}.{key}"] = value.detach()
-        for name, trained in self._live_injection().trained.items():
-            for key, value in trained.trained_module.state_dict().items():
-                state[f"{name}.{key}"] = value
-        return state
+    def trained_biases(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """The base's biases that are trained, by name, and what they were."""
+        return {} if self._injection is None else dict(self._injection.biases)
 
-    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint of the same initialization.
-
-        Raises:
-            ValueError: other names or shapes, or initial factors that are not this model's: its
-                base would not fit them.
-        """
-        own = self.adapter_state_dict()
-        for name in [*own.keys() - state.keys(), *state.keys() - own.keys()]:
-            where = "this model" if name in own else "the checkpoint"
-            raise ValueError(f"checkpoint: {name!r} is only in {where}; it is another run's")
-        for name, value in own.items():
-            if value.shape != state[name].shape:
-                raise ValueError(
-                    f"checkpoint: {name!r} has shape {tuple(state[name].shape)}, this model "
-                    f"{tuple(value.shape)}"
-                )
-            if ".initial_lora_" in name and not torch.equal(value, state[name].to(value)):
-                raise ValueError(
-                    f"checkpoint: {name!r} differs from this model's initial factor; initialize "
-                    "with the same method, seed and calibration data first"
-                )
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(state[name])
+    def move_initial_factors(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Give a layer the initial factors of another start, and its base what belongs to them."""
+        live = self._whole_injection("load_state_dict with other initial factors")
+        injection.move_initial_factors(live.layers[name], lora_A, lora_B)
 
     def _live_injection(self) -> injection.Injection:
         if self._injection is None:
             raise RuntimeError("the adapter was unloaded; call get_peft_model again")
         return self._injection
+
+    def _whole_injection(self, wanted: str) -> injection.Injection:
+        """The live injection, all of whose tensors are in this process's memory.
+
+        Raises:
+            RuntimeError: one is sharded, partitioned or offloaded.
+        """
+        live = self._live_injection()
+        for name, layer in live.layers.items():
+            for part in ("lora_A", "lora_B", "base_layer.weight"):
+                if reason := absence(layer.get_parameter(part)):
+                    raise RuntimeError(
+                        f"{wanted}: the parameter '{name}.{part}' is {reason}; gather the adapter "
+                        "(torch.distributed.checkpoint.state_dict.get_model_state_dict, or "
+                        "FullyShardedDataParallel.summon_full_params), load it into a model that "
+                        "is whole in memory, and call this there"
+                    )
+        return live
+
+    def refuse_in_between(self, wanted: str) -> None:
+        """Refuse what would read or write other values while the adapter is merged or off."""
+        live = self._live_injection()
+        if live.merged:
+            raise RuntimeError(f"{wanted}: the adapter is merged; call unmerge_adapter() first")
+        if not live.enabled:
+            raise RuntimeError(f"{wanted}: the adapter is disabled; leave disable_adapter() first")

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from lora_init.factors import Base, Factors
+from lora_init.modules import LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
@@ -59,7 +60,9 @@ class Initializer:
         base: what becomes of the base weight (keep, subtract or replace).
         preserves_output: whether the model's function at step 0 is the base model's.
         needs: what it reads: "weights", "inputs" (calibration), "gradients", "quantizer".
-        module_types: the module types it serves.
+        module_types: the module types it serves; by default the linear ones. "Conv2d" is served
+            through the unfolded matrix, "Embedding" as a linear map of one-hot inputs.
+        variants: another function for some module types, where the formula differs there.
         frozen: factors that are not trained, e.g. ``("lora_B",)``.
         rank_rule: ``(rank, out, in) -> str | None``: why this rank cannot be served, or None.
         calibration: ``options -> CalibrationRequest``; None for methods without calibration.
@@ -77,7 +80,8 @@ class Initializer:
     base: Base = "keep"
     preserves_output: bool = True
     needs: frozenset[str] = frozenset()
-    module_types: frozenset[str] = frozenset({"Linear", "Conv1D"})
+    module_types: frozenset[str] = frozenset(LINEAR_TYPES)
+    variants: Mapping[str, Callable[..., Factors]] = field(default_factory=dict)
     frozen: tuple[Literal["lora_A", "lora_B"], ...] = ()
     rank_rule: Callable[[int, int, int], str | None] | None = None
     calibration: Callable[[Any], CalibrationRequest] | None = None
@@ -85,11 +89,18 @@ class Initializer:
     adjust_alpha: Callable[[Any], bool] = lambda options: True
     spellings: Mapping[str, Callable[[re.Match], Any]] = field(default_factory=dict)
 
+    def function_for(self, module_type: str) -> Callable[..., Factors]:
+        return self.variants.get(module_type, self.function)
+
     def __repr__(self) -> str:
         return (
             f"Initializer({self.name!r}, base={self.base!r}, needs={sorted(self.needs)}, "
             f"module_types={sorted(self.module_types)}, paper={self.paper!r})"
         )
+
+    def __reduce__(self) -> tuple:
+        """Pickled as its name: a model knows its method, and lambdas cannot be pickled."""
+        return get_initializer, (self.name,)
 
 
 _registry: dict[str, Initializer] = {}
@@ -116,7 +127,13 @@ def register_initializer(name: str, **properties: Any) -> Callable[[Callable], C
                 "choose another name"
             )
         needs = frozenset(properties.pop("needs", ()))
-        module_types = frozenset(properties.pop("module_types", ("Linear", "Conv1D")))
+        module_types = frozenset(properties.pop("module_types", LINEAR_TYPES))
+        unknown = module_types - set(MODULE_TYPES)
+        if unknown:
+            raise ValueError(
+                f"initializer {name!r}: module_types has {', '.join(sorted(unknown))}; allowed are "
+                f"{', '.join(MODULE_TYPES)}"
+            )
         spec = Initializer(name, function, needs=needs, module_types=module_types, **properties)
         if ("inputs" in spec.needs) != (spec.calibration is not None):
             raise ValueError(

@@ -28,8 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_init.modules import input_rows, reading
 from lora_init.moments import InputStatistics, RunningMoments, join
 from lora_init.progress import tracked
+from lora_init.quantization import Quantizer
 from lora_init.registry import CalibrationRequest
 
 HELD_INPUTS = 4
@@ -38,9 +40,15 @@ HELD_INPUTS = 4
 
 @dataclass
 class LayerStatistics:
-    """What calibration knows about one layer."""
+    """What is known about one layer beside its weight.
+
+    Attributes:
+        inputs: moments of its inputs, where the method asked for them.
+        quantizer: how the base is quantised; None for a float base.
+    """
 
     inputs: InputStatistics | None = None
+    quantizer: Quantizer | None = None
 
 
 @dataclass
@@ -156,13 +164,13 @@ class _Pass:
         device: torch.device | None,
         encoder_decoder: bool,
     ) -> None:
-        self.names = list(modules)
+        self.modules = dict(modules)
         self.request = request
         self.device = device
         self.encoder_decoder = encoder_decoder
         self.tokens = 0
         self._sums: dict[frozenset[str], RunningMoments] = {}
-        self._held: OrderedDict[int, tuple[Tensor, int, list[str]]] = OrderedDict()
+        self._held: OrderedDict[tuple, tuple[Tensor, int, list[str]]] = OrderedDict()
         self._masks: dict[str, Tensor | None] = {}
         self._encoder_output: weakref.ref | None = None
 
@@ -198,7 +206,7 @@ class _Pass:
     def hook(self, name: str):
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
             tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            key = id(tensor)
+            key = id(tensor), reading(module)
             held = self._held.get(key)
             # The held reference keeps the object alive, so the id is not reused; the version
             # tells whether it was written to since.
@@ -221,7 +229,7 @@ class _Pass:
         while self._held:
             self._flush(next(iter(self._held)))
 
-    def _flush(self, key: int) -> None:
+    def _flush(self, key: tuple) -> None:
         tensor, _, readers = self._held.pop(key)
         rows = self._rows(tensor, readers[0]).float()
         if self.device is not None:
@@ -235,7 +243,7 @@ class _Pass:
         """The unmasked rows of an input, as (rows, in)."""
         mask = self._mask(tensor, reader)
         if mask is None or tensor.shape[:-1] != mask.shape or bool(mask.all()):
-            return tensor.reshape(-1, tensor.shape[-1])
+            return input_rows(self.modules[reader], tensor)
         return tensor[mask]
 
     def _mask(self, tensor: Tensor, reader: str) -> Tensor | None:
@@ -246,7 +254,7 @@ class _Pass:
         return self._masks["decoder" if in_decoder else "encoder"]
 
     def results(self) -> dict[str, LayerStatistics]:
-        members: dict[str, list[frozenset[str]]] = {name: [] for name in self.names}
+        members: dict[str, list[frozenset[str]]] = {name: [] for name in self.modules}
         for readers in self._sums:
             for name in readers:
                 members[name].append(readers)

@@ -16,10 +16,9 @@ from torch import nn
 
 from lora_init.architectures import DEFAULT_TARGETS
 from lora_init.config import HEADS, LoraConfig
-from lora_init.modules import module_type
+from lora_init.modules import LINEAR_TYPES, module_type
 
 ALL_LINEAR = "all-linear"
-LINEAR_TYPES = {"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"}
 
 
 @dataclass(frozen=True)

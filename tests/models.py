@@ -1,11 +1,14 @@
 """Small seeded models, and the few measures that several tests take of them.
 
-Four transformers architectures, built from their configurations (nothing is downloaded), and
-`Chain`, three layers of different shapes, for what needs no architecture.
+Four transformers architectures, built from their configurations (nothing is downloaded), and, for
+what needs no architecture, networks of two or three layers of one module type: `Case` builds them.
 """
 
+import copy
 import math
+from typing import NamedTuple
 
+import bitsandbytes
 import torch
 from beartype import BeartypeConf, beartype
 from torch import nn
@@ -137,28 +140,173 @@ def logits(model, batches):
     return [model(**batch).logits for batch in batches]
 
 
-# -- a chain of three layers -----------------------------------------------------------------------
+# -- networks of one module type -------------------------------------------------------------------
 
 SHAPES = {"square": (32, 32), "tall": (56, 32), "wide": (24, 56)}
+# What bitsandbytes packs for a CPU without a loss: whole blocks of 64 a row, groups of 32 rows.
+PACKED_SHAPES = {"square": (64, 64), "tall": (128, 64), "wide": (32, 128)}
+CONVOLUTION_SHAPES = {"square": (8, 36), "strided": (12, 48), "dilated": (6, 108)}
+EMBEDDING_SHAPES = {"words": (16, 40), "kinds": (16, 12)}
+PACKED_KINDS = ("Linear4bit", "Linear8bitLt")
 
 
 class Chain(nn.Module):
-    """square (32 x 32), tall (56 x 32), wide (24 x 56): an out x in for every case."""
+    """square, tall, wide: an out x in for every case, of `SHAPES` or, if packed, `PACKED_SHAPES`.
 
-    def __init__(self, kind="Linear", dtype=torch.float32, seed=0):
+    A packed chain and a float one of the same shapes and seed have the same original weights.
+    """
+
+    def __init__(self, kind="Linear", dtype=torch.float32, seed=0, shapes=None):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        for name, (rows, columns) in SHAPES.items():
-            layer = nn.Linear(columns, rows) if kind == "Linear" else Conv1D(rows, columns)
+        shapes = shapes or (PACKED_SHAPES if kind in PACKED_KINDS else SHAPES)
+        for name, (rows, columns) in shapes.items():
             weight = spread_weight(rows, columns, generator)
-            with torch.no_grad():
-                layer.weight.copy_(weight if kind == "Linear" else weight.T)
-                layer.bias.copy_(0.1 * torch.randn(rows, generator=generator))
-            self.add_module(name, layer)
-        self.to(dtype)
+            bias = 0.1 * torch.randn(rows, generator=generator)
+            self.add_module(name, linear(kind, weight, bias))
+        if kind not in PACKED_KINDS:
+            self.to(dtype)
 
     def forward(self, x):
         return self.wide(torch.tanh(self.tall(torch.tanh(self.square(x)))))
+
+
+def linear(kind, weight, bias=None, **settings):
+    """A module of a linear type that holds `weight` (out, in); settings are bitsandbytes'."""
+    rows, columns = weight.shape
+    with_bias = bias is not None
+    if kind == "Linear":
+        module = nn.Linear(columns, rows, bias=with_bias)
+    elif kind == "Conv1D":
+        module = Conv1D(rows, columns)
+        weight = weight.T
+    elif kind == "Linear4bit":
+        settings = {"quant_type": "nf4", "compress_statistics": True} | settings
+        module = bitsandbytes.nn.Linear4bit(columns, rows, bias=with_bias, **settings)
+    else:
+        settings = {"has_fp16_weights": False} | settings
+        module = bitsandbytes.nn.Linear8bitLt(columns, rows, bias=with_bias, **settings)
+    with torch.no_grad():
+        module.weight.copy_(weight)
+        if with_bias:
+            module.bias.copy_(bias)
+    return module.to("cpu")  # which is when bitsandbytes quantises
+
+
+class Pictures(nn.Module):
+    """Three convolutions: padded; strided with a flat kernel; dilated, reflecting, without bias."""
+
+    def __init__(self, dtype=torch.float32, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.square = nn.Conv2d(4, 8, 3, padding=1)
+        self.strided = nn.Conv2d(
+            8, 12, (3, 2), stride=(2, 1), padding=(0, 1), padding_mode="circular"
+        )
+        self.dilated = nn.Conv2d(
+            12, 6, 3, dilation=2, padding="same", padding_mode="reflect", bias=False
+        )
+        with torch.no_grad():
+            for name, shape in CONVOLUTION_SHAPES.items():
+                module = self.get_submodule(name)
+                module.weight.copy_(spread_weight(*shape, generator).view(module.weight.shape))
+                if module.bias is not None:
+                    module.bias.copy_(0.1 * torch.randn(shape[0], generator=generator))
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.dilated(torch.tanh(self.strided(torch.tanh(self.square(x)))))
+
+
+class Words(nn.Module):
+    """Two embeddings: of many entries, one of them padding, and of fewer than its width."""
+
+    def __init__(self, dtype=torch.float32, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.words = nn.Embedding(40, 16, padding_idx=0)
+        self.kinds = nn.Embedding(12, 16)
+        with torch.no_grad():
+            for name, shape in EMBEDDING_SHAPES.items():
+                self.get_submodule(name).weight.copy_(spread_weight(*shape, generator).T)
+        self.to(dtype)
+
+    def forward(self, ids):
+        return torch.tanh(self.words(ids)) + torch.tanh(self.kinds(ids % 12))
+
+
+class Case(NamedTuple):
+    """A base to adapt: a network whose layers are all of one module type, and its inputs."""
+
+    kind: str = "Linear"
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        return f"{self.kind}-{str(self.dtype)[6:]}"
+
+    @property
+    def packed(self):
+        return self.kind in PACKED_KINDS
+
+    @property
+    def shapes(self):
+        """The layers' (out, in), in the model's order."""
+        if self.packed:
+            return PACKED_SHAPES
+        return {"Conv2d": CONVOLUTION_SHAPES, "Embedding": EMBEDDING_SHAPES}.get(self.kind, SHAPES)
+
+    def build(self, seed=0):
+        if self.kind == "Conv2d":
+            return Pictures(self.dtype, seed)
+        if self.kind == "Embedding":
+            return Words(self.dtype, seed)
+        return Chain(self.kind, self.dtype, seed)
+
+    def originals(self, seed=0):
+        """The weights that a packed network was quantised from, else None."""
+        return Chain(seed=seed, shapes=PACKED_SHAPES).state_dict() if self.packed else None
+
+    def inputs(self, rows=30, seed=1):
+        """Inputs of the whole network."""
+        return self.layer_inputs(next(iter(self.shapes)), rows, seed)
+
+    def layer_inputs(self, name, rows=50, seed=21):
+        columns = self.shapes[name][1]
+        if self.kind == "Embedding":
+            generator = torch.Generator().manual_seed(seed)
+            return torch.randint(columns, (rows, 5), generator=generator)
+        if self.kind == "Conv2d":
+            channels = self.build().get_submodule(name).in_channels
+            size = 8 * 7 * channels
+            return chain_inputs(rows // 5, size, self.dtype, seed).view(-1, channels, 8, 7)
+        return chain_inputs(rows, columns, self.dtype, seed)
+
+    def calibration(self):
+        return [self.inputs(40, seed) for seed in (11, 12, 13)]
+
+
+def kept_plain(model):
+    """A copy whose 4-bit modules bitsandbytes does not repack: what an adapter's base computes.
+
+    The repacked module computes in bfloat16, from scales that are rounded to it.
+    """
+    from lora_init.packed import is_packed, keep_plain  # not on top: lora_init may import `checked`
+
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if is_packed(module):
+            keep_plain(module)
+    return twin
+
+
+@torch.no_grad()
+def without_bias(module, x):
+    """W x as the module computes it, the scale of the tolerances; float64."""
+    result = module(x).double()
+    bias = getattr(module, "bias", None)
+    if bias is None:
+        return result
+    return result - (bias[:, None, None] if isinstance(module, nn.Conv2d) else bias)
 
 
 def chain_inputs(rows, columns=SHAPES["square"][1], dtype=torch.float32, seed=1):
@@ -178,11 +326,13 @@ def chain_calibration(dtype=torch.float32):
 
 def norm_ratio(model, base, name):
     """max(1, ‖s B0 A0‖ / ‖W‖) of one layer: the factor in the promised tolerances."""
+    from lora_init.modules import oriented_weight
+
     layer = model.layers[name]
     if layer.initial_lora_A is None:
         return 1.0
     product = layer.scaling * layer.initial_lora_B.double() @ layer.initial_lora_A.double()
-    weight = base.get_submodule(name).weight.detach().double()
+    weight = oriented_weight(base.get_submodule(name)).double()
     return max(1.0, float(product.norm() / weight.norm()))
 
 

@@ -157,12 +157,17 @@ def test_values_of_a_wrong_type_are_named():
     refused("loftq_iter=True", init_lora_weights={"name": "loftq", "loftq_iter": True})
 
 
-def test_what_is_not_served_yet_says_so():
-    refused("use_dora=True is not served yet", NotImplementedError, use_dora=True)
-    refused("lora_bias=True is not served yet", NotImplementedError, lora_bias=True)
-    for bias in ("all", "lora_only"):
-        refused(f"bias='{bias}' is not served yet", NotImplementedError, bias=bias)
-    refused("bias='some'; allowed", bias="some")
+def test_variants_are_checked():
+    for setting in ("use_dora", "lora_bias", "use_rslora"):
+        for value in (1, "true", None):
+            refused(f"{setting}={value!r}; allowed are True and False", **{setting: value})
+    refused(
+        "lora_bias=True with use_dora=True.*set one of them to False", use_dora=True, lora_bias=True
+    )
+    for bias in ("some", None, True):
+        refused(f"bias={bias!r}; allowed are 'none', 'all' and 'lora_only'", bias=bias)
+    for bias in ("none", "all", "lora_only"):
+        assert LoraConfig(bias=bias).to_dict()["bias"] == bias
 
 
 def test_options_of_another_method_are_refused():

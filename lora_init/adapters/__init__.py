@@ -9,10 +9,11 @@ A folder holds `adapter_config.json` and one safetensors file:
   `init_lora_weights: true`, so that nobody runs an initialization on it. PEFT, vLLM and anyone load
   it as a plain adapter. The safetensors header tells us the split: our own reader restores rank r,
   A0, B0 and the subtracted base, trainable as before.
-- **replaced base** (LoftQ): on the original base the change has full rank, which PEFT's format
-  cannot express; `lora_init_adapter.safetensors` holds A, B and the recipe of the quantised base
-  (see `lora_init.initializers.loftq`), under another name so that PEFT refuses the folder instead
-  of loading something else.
+- **replaced base** (LoftQ, QPiSSA, a requantised residual): on the original base the change has
+  full rank, which PEFT's format cannot express; `lora_init_adapter.safetensors` holds A, B and the
+  recipe of the quantised base (see `lora_init.factors.Replacement`), under another name so that
+  PEFT refuses the folder instead of loading something else. The same name serves convolutions with
+  dilation or a padding mode, whose adapters PEFT's layers would compute without them.
 
 Files of PEFT are read too. Unconverted `pissa` and `olora` adapters are rebuilt by the same exact
 decomposition; `pissa_niter_N`, `corda` and `lora_ga` cannot be (their factors depended on a random

@@ -28,6 +28,7 @@ import torch
 
 from lora_init import linalg
 from lora_init.factors import Factors
+from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, register_initializer
 
 # R comes from float32 sums: directions without any input carry noise of this size, relative to the
@@ -65,6 +66,7 @@ class CordaOptions:
     paper="Yang et al. 2024, arXiv 2406.05223",
     base="subtract",
     needs=("weights", "inputs"),
+    module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=lambda options: CalibrationRequest(),
 )
 def corda(weight, rank, scaling, statistics, options, generator) -> Factors:

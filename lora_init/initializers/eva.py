@@ -26,6 +26,7 @@ import torch
 
 from lora_init.allocation import LayerRequest, redistribute
 from lora_init.factors import Factors
+from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, register_initializer
 
 # Variances below this share of the largest are float32's rounding, not the data's: such directions
@@ -86,6 +87,7 @@ def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[
     options=EvaOptions,
     paper="Paischer et al. 2024, arXiv 2410.07170",
     needs=("inputs",),
+    module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=request,
     allocate=allocate,
     adjust_alpha=lambda options: options.adjust_scaling_factors,

@@ -4,7 +4,8 @@ A ~ N(0, (1/r)²), B = 0. The standard deviation falls with the rank, not with t
 rank a wide layer starts with a larger A x than under `kaiming`.
 
 Source: Hu et al. 2021, arXiv 2106.09685, section 4.1 ("random Gaussian initialization for A"),
-which gives no variance; 1/r is diffusers' and PEFT's choice, which we follow.
+which gives no variance; 1/r is diffusers' and PEFT's choice, which we follow. On an embedding it is
+the same as `kaiming`: A = 0, B ~ N(0, 1).
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ from __future__ import annotations
 import torch
 
 from lora_init.factors import Factors
+from lora_init.initializers.kaiming import embedding
+from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
 
 
-@register_initializer("gaussian", paper="Hu et al. 2021, arXiv 2106.09685, section 4.1")
+@register_initializer(
+    "gaussian",
+    paper="Hu et al. 2021, arXiv 2106.09685, section 4.1",
+    module_types=MODULE_TYPES,
+    variants={"Embedding": embedding},
+)
 def gaussian(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) normal with standard deviation 1/rank, B (out, rank) zero; float32."""
     rows, columns = weight.shape

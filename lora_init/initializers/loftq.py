@@ -24,47 +24,82 @@ import torch
 
 from lora_init import linalg
 from lora_init.factors import Factors, Replacement
+from lora_init.modules import MODULE_TYPES
 from lora_init.quantization import Quantizer
 from lora_init.registry import register_initializer
 
-KINDS = {("normal_float", 2): "nf2", ("normal_float", 4): "nf4", ("normal_float", 8): "int8"} | {
-    ("uniform", bits): "uniform" for bits in (2, 4, 8)
-}
+NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
 
 
 @dataclass
 class LoftqOptions:
     """Settings of LoftQ; the first two are PEFT's.
 
+    A base that is quantised already keeps its own quantiser; `loftq_bits`, `quantizer` and
+    `block_size` are not read then.
+
     Attributes:
         loftq_bits: 2, 4 or 8 bits a weight.
         loftq_iter: T, alternations of quantise and SVD.
         quantizer: "normal_float" (NF2, NF4, and row-wise int8 at 8 bits) or "uniform".
         block_size: weights that share one scale.
-        keep_original: keep a copy of W in CPU memory, so that disable_adapter and unload work.
     """
 
     loftq_bits: int = 4
     loftq_iter: int = 5
     quantizer: str = "normal_float"
     block_size: int = 64
-    keep_original: bool = False
 
     def __post_init__(self) -> None:
-        if self.quantizer not in ("normal_float", "uniform"):
-            raise ValueError(
-                f"loftq: quantizer={self.quantizer!r}; allowed are 'normal_float' and 'uniform'"
-            )
-        if (self.quantizer, self.loftq_bits) not in KINDS:
-            raise ValueError(f"loftq: loftq_bits={self.loftq_bits!r}; allowed are 2, 4 and 8")
-        count = isinstance(self.loftq_iter, int) and not isinstance(self.loftq_iter, bool)
-        if not count or self.loftq_iter < 1:
-            raise ValueError(f"loftq: loftq_iter={self.loftq_iter!r}; allowed are integers >= 1")
-        self.quantization()  # refuses a block size that the quantiser does not take
+        check_count("loftq: loftq_iter", self.loftq_iter)
+        self.quantization()  # refuses what no quantiser takes
 
     def quantization(self) -> Quantizer:
-        kind = KINDS[self.quantizer, self.loftq_bits]
-        return Quantizer(kind=kind, bits=self.loftq_bits, block_size=self.block_size)
+        return block_quantizer(
+            "loftq", "loftq_bits", self.loftq_bits, self.quantizer, self.block_size
+        )
+
+
+def block_quantizer(
+    method: str, bits_option: str, bits: int, family: str, block_size: int
+) -> Quantizer:
+    """The quantiser that the options of LoftQ, or of a method of its kin, describe.
+
+    Args:
+        method: its name, for messages.
+        bits_option: what the method calls `bits`, for messages.
+        family: the option `quantizer`, "normal_float" or "uniform".
+
+    Raises:
+        ValueError: an option is not allowed.
+    """
+    if family not in ("normal_float", "uniform"):
+        raise ValueError(
+            f"{method}: quantizer={family!r}; allowed are 'normal_float' and 'uniform'"
+        )
+    if not isinstance(bits, int) or bits not in NORMAL_FLOAT:
+        raise ValueError(f"{method}: {bits_option}={bits!r}; allowed are 2, 4 and 8")
+    kind = NORMAL_FLOAT[bits] if family == "normal_float" else family
+    return Quantizer(kind=kind, bits=bits, block_size=block_size)
+
+
+def check_count(setting: str, count: int) -> None:
+    """Refuse a number of iterations that is not an integer of at least 1.
+
+    Raises:
+        ValueError: by the setting's name.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{setting}={count!r}; allowed are integers >= 1")
+
+
+def layer_quantizer(options, statistics) -> Quantizer:
+    """The layer's own quantiser if its base is quantised already, else the options'.
+
+    Values on another grid than the one the base is stored on could not be put back into it.
+    """
+    own = None if statistics is None else statistics.quantizer
+    return options.quantization() if own is None else own
 
 
 @register_initializer(
@@ -74,12 +109,13 @@ class LoftqOptions:
     base="replace",
     preserves_output=False,
     needs=("weights", "quantizer"),
+    module_types=MODULE_TYPES,
 )
 def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank), float32, and the recipe of the quantised base."""
     rows, columns = weight.shape
     norm = torch.linalg.matrix_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
-    quantizer = options.quantization()
+    quantizer = layer_quantizer(options, statistics)
     lora_A, lora_B = weight.new_zeros(rank, columns), weight.new_zeros(rows, rank)
     start, errors, plain = None, [], None
     for _ in range(options.loftq_iter):

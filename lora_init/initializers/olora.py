@@ -8,18 +8,24 @@ Source: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language
 arXiv 2406.01775, algorithm 1.
 Deviations: signs are LAPACK's, as in the official code and PEFT. PEFT's branch ignores
 `fan_in_fan_out`; here W is always (out, in). The factors are not divided by the scaling (the paper
-does not either): at large s, ‖s B A‖ is far above ‖W‖.
+does not either): at large s, ‖s B A‖ is far above ‖W‖. Embeddings are not served: the leading
+columns would be those of the vocabulary's first r entries, which mean nothing.
 """
 
 from __future__ import annotations
 
 from lora_init import linalg
 from lora_init.factors import Factors
+from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import register_initializer
 
 
 @register_initializer(
-    "olora", paper="Büyükakyüz 2024, arXiv 2406.01775", base="subtract", needs=("weights",)
+    "olora",
+    paper="Büyükakyüz 2024, arXiv 2406.01775",
+    base="subtract",
+    needs=("weights",),
+    module_types=(*LINEAR_TYPES, "Conv2d"),
 )
 def olora(weight, rank, scaling, statistics, options, generator) -> Factors:
     """B (out, rank) with orthonormal columns, A (rank, in) upper trapezoidal; float32."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from lora_init.factors import Factors
+from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
 
 
@@ -25,7 +26,12 @@ def even_rank(rank: int, rows: int, columns: int) -> str | None:
     return None if rank % 2 == 0 else "orthogonal splits r basis vectors in two halves: r is even"
 
 
-@register_initializer("orthogonal", paper="D. Nimmaturi, datta0.github.io", rank_rule=even_rank)
+@register_initializer(
+    "orthogonal",
+    paper="D. Nimmaturi, datta0.github.io",
+    rank_rule=even_rank,
+    module_types=MODULE_TYPES,
+)
 def orthogonal(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank), float32, with B A = 0."""
     rows, columns = weight.shape

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from lora_init import linalg
 from lora_init.factors import Factors
+from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
 
 METHODS = ("auto", "exact", "gram", "krylov")
@@ -48,6 +49,7 @@ class PissaOptions:
     paper="Meng et al. 2024, arXiv 2404.02948",
     base="subtract",
     needs=("weights",),
+    module_types=MODULE_TYPES,
     spellings={r"pissa_niter_(\d+)": lambda match: PissaOptions(niter=int(match[1]))},
 )
 def pissa(weight, rank, scaling, statistics, options, generator) -> Factors:

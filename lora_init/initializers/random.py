@@ -4,7 +4,8 @@ A ~ U(±1/sqrt(in)), B ~ U(±1/sqrt(rank)): what two nn.Linear layers hold when 
 them. The model's function changes at step 0, on purpose: a test that passes under this method
 shows that an adapter is really active.
 
-Deviations: none from PEFT's distribution; PEFT draws from the global generator.
+Deviations: none from PEFT's distribution, except on embeddings, where PEFT draws both factors from
+N(0, 1); PEFT draws from the global generator.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from __future__ import annotations
 import torch
 
 from lora_init.factors import Factors
+from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
 
 
-@register_initializer("random", paper="debugging aid, no paper", preserves_output=False)
+@register_initializer(
+    "random",
+    paper="debugging aid, no paper",
+    preserves_output=False,
+    module_types=MODULE_TYPES,
+)
 def random(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) within ±1/sqrt(in), B (out, rank) within ±1/sqrt(rank); float32."""
     rows, columns = weight.shape

@@ -138,9 +138,9 @@ def test_keep_original(kind, dtype):
         base.square.weight += 1e-9 * torch.randn(32, 32, dtype=torch.float64).to(dtype)
     config = LoraConfig(
         r=4, target_modules=["square", "wide"],
-        init_lora_weights={"name": "loftq", "keep_original": True},
+        init_lora_weights="loftq",
     )  # fmt: skip
-    model = get_peft_model(copy.deepcopy(base), config)
+    model = get_peft_model(copy.deepcopy(base), config, keep_original=True)
     x = chain_inputs(20, dtype=dtype)
     assert relative_gap(model(x), base(x)) > 1e-3
     with model.disable_adapter():

@@ -1,0 +1,163 @@
+"""The tensors of an adapter file, checked one by one against a base model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.adapters.layout import (
+    FIRST_FACTOR,
+    PREFIX,
+    bias_key,
+    file_shape,
+    matrix,
+    part_key,
+)
+from lora_init.config import LoraConfig
+from lora_init.factors import Factors, Replacement
+from lora_init.plan import Plan, Target, make_plan
+from lora_init.targets import exactly
+
+
+class Contents:
+    """What a file holds. Every tensor is taken once; what is left in the end is refused.
+
+    Attributes:
+        tensors: those not taken yet.
+        base: the model that the adapter is for; only read.
+        dtype: of the factors in the model.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], base: nn.Module, dtype: torch.dtype) -> None:
+        self.tensors = tensors
+        self.base = base
+        self.dtype = dtype
+
+    def plan(self, config: LoraConfig, quantized_base: str = "in_forward") -> Plan:
+        """The plan whose targets are the layers that the file names, all of which must exist."""
+        names = [
+            key[len(PREFIX) : -len(suffix)]
+            for key in self.tensors
+            for suffix in FIRST_FACTOR
+            if key.endswith(suffix)
+        ]
+        if not names:
+            raise ValueError("the adapter file holds no lora_A; it is no LoRA adapter, or damaged")
+        modules = dict(self.base.named_modules())
+        for name in names:
+            if name not in modules:
+                raise ValueError(
+                    f"the adapter has a layer {name!r}, which {type(self.base).__name__} does not "
+                    "have; load the base model it was trained on"
+                )
+        by_name = dataclasses.replace(
+            config,
+            target_modules=exactly(names),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        plan = make_plan(
+            self.base, by_name, self.dtype, quantized_base=quantized_base, any_rank=True
+        )
+        missing = set(names) - {target.name for target in plan.targets}
+        if missing:
+            raise ValueError(
+                f"the adapter's layer {sorted(missing)[0]!r} lies inside modules_to_save="
+                f"{config.modules_to_save!r}; the files contradict each other"
+            )
+        return plan
+
+    def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        if key not in self.tensors:
+            raise ValueError(f"the adapter file lacks {key!r}; it is damaged or incomplete")
+        found = tuple(self.tensors[key].shape)
+        if found != shape:
+            raise ValueError(
+                f"{key!r} has shape {found}, this base model and rank need {shape}; load the base "
+                "model the adapter was trained on"
+            )
+        return self.tensors.pop(key)
+
+    def part(self, target: Target, part: str, rank: int) -> Tensor:
+        """One part of a layer's adapter, as the layers hold it."""
+        module = self.base.get_submodule(target.name)
+        value = self.take(part_key(target, part), file_shape(target, module, part, rank))
+        return matrix(part, value)
+
+    def parts(self, plan: Plan, doubled: int = 1) -> dict[str, dict[str, Tensor]]:
+        """Every layer's trained parts, the factors of `doubled` times the rank."""
+        names = ["lora_A", "lora_B"]
+        names += ["lora_bias"] * plan.lora_bias + ["lora_magnitude_vector"] * plan.use_dora
+        return {
+            target.name: {part: self.part(target, part, doubled * target.rank) for part in names}
+            for target in plan.targets
+        }
+
+    def factors(
+        self,
+        target: Target,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        replacement: Replacement | None = None,
+    ) -> Factors:
+        """What `inject` needs, on the module's device and in the adapter's dtype."""
+        device = self.base.get_submodule(target.name).weight.device
+        if replacement is not None:
+            replacement = dataclasses.replace(
+                replacement,
+                lora_A=replacement.lora_A.to(device),
+                lora_B=replacement.lora_B.to(device),
+            )
+        return Factors(lora_A.to(device, self.dtype), lora_B.to(device, self.dtype), replacement)
+
+    def trained_modules(self, plan: Plan) -> dict[str, dict[str, Tensor]]:
+        """The state of every module trained whole."""
+        return {
+            name: {
+                key: self.take(f"{PREFIX}{name}.{key}", tuple(value.shape))
+                for key, value in self.base.get_submodule(name).state_dict().items()
+            }
+            for name in plan.modules_to_save
+        }
+
+    def biases(self, plan: Plan) -> dict[str, Tensor]:
+        """The trained biases, by the names of their parameters."""
+        layers = {target.name: target for target in plan.targets}
+        return {
+            name: self.take(bias_key(name, layers), tuple(self.base.get_parameter(name).shape))
+            for name in plan.trained_biases
+        }
+
+    def refuse_surplus(self, known: Mapping[str, Tensor] | None = None) -> None:
+        """Refuse what nothing has asked for.
+
+        Args:
+            known: tensors that may be there too, if they are equal to these.
+        """
+        known = known or {}
+        for key, value in self.tensors.items():
+            if key not in known:
+                raise ValueError(
+                    f"the adapter file holds {key!r}, which its configuration and this base model "
+                    "have no place for; load the base model it was trained on"
+                )
+            if not _same(value, known[key]):
+                raise ValueError(
+                    f"the adapter file holds another {key!r} than this base model; resize or load "
+                    "the base model it was trained on"
+                )
+
+
+def _same(value: Tensor, expected: Tensor) -> bool:
+    """Equal up to two roundings to 16 bits, whichever of the two is in which dtype."""
+    if value.shape != expected.shape:
+        return False
+    expected = expected.detach().cpu()
+    if not expected.is_floating_point():
+        return torch.equal(value, expected)
+    slack = 1e-6 * max(1.0, float(expected.abs().max())) if expected.numel() else 0.0
+    return torch.allclose(value.float(), expected.float(), rtol=2.0**-7, atol=slack)

@@ -1,0 +1,157 @@
+"""Training checkpoints: `LoraModel.state_dict()` is the adapter, and loading one is its inverse.
+
+It holds A, B, A0, B0 (and magnitudes, biases, modules trained whole), never the base: small, free
+of the base's tied tensors, and what Accelerate, transformers' Trainer and DistributedDataParallel
+store without being told. A checkpoint may come from another start (another seed, other calibration
+data): the base follows, W - s B0 A0 being made anew from the loaded initial factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.layers import LoraLayer, TrainedModule
+from lora_init.presence import FSDP1, is_flattened
+
+PARTS = (
+    "lora_A",
+    "lora_B",
+    "lora_bias",
+    "lora_magnitude_vector",
+    "initial_lora_A",
+    "initial_lora_B",
+)
+
+
+def register(model: nn.Module) -> None:
+    """Hook a LoraModel's state dict; works inside other modules too."""
+    model.register_state_dict_pre_hook(_refuse_fsdp1)
+    model.register_state_dict_post_hook(_keep_adapter_only)
+    model.register_load_state_dict_pre_hook(_check_and_settle)
+    model.register_load_state_dict_post_hook(_after_loading)
+
+
+def adapter_keys(model: nn.Module) -> list[str]:
+    """The names of the adapter's tensors in the model's state dict; none once it is unloaded."""
+    keys = []
+    for name, module in model.named_modules():
+        name = _without_wrappers(name)
+        if isinstance(module, LoraLayer):
+            keys += [f"{name}.{part}" for part in PARTS if getattr(module, part) is not None]
+        elif isinstance(module, TrainedModule):
+            inside = module.trained_module.state_dict()
+            keys += [f"{name}.trained_module.{key}" for key in inside]
+    biases = {id(bias) for bias, _ in model.trained_biases().values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in biases:
+            keys.append(_without_wrappers(name))
+    return keys
+
+
+def _without_wrappers(name: str) -> str:
+    """A name as state dicts have it: FSDP1 and activation checkpointing hide their wrappers."""
+    hidden = (FSDP1, "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in hidden)
+
+
+def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
+    """Refuse what FullyShardedDataParallel asks: it wants every tensor that it has flattened.
+
+    Raises:
+        NotImplementedError: it is wrapped around the model, and its parameters are not whole.
+    """
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    if FSDP1 in prefix or any(is_flattened(layer.lora_A) for layer in layers):
+        raise NotImplementedError(
+            "the state dict of a LoraModel inside FullyShardedDataParallel is not served, because "
+            "it holds the adapter only; take it with `FullyShardedDataParallel.summon_full_params("
+            "wrapped): wrapped.module.state_dict()`, or shard with torch's fully_shard"
+        )
+
+
+def _keep_adapter_only(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+) -> None:
+    wanted = {prefix + key for key in adapter_keys(model)}
+    if not wanted:
+        return  # unloaded: a plain model's state
+    if model.trained_biases():  # which hold other values while the adapter is off or merged
+        model.refuse_in_between("state_dict")
+    for key in [key for key in state if key.startswith(prefix) and key not in wanted]:
+        del state[key]
+
+
+def _check_and_settle(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Refuse another run's checkpoint before anything is changed; then let the base follow it.
+
+    Raises:
+        ValueError: a tensor is missing, surplus, mis-shaped or not finite; or other initial factors
+            on a base that was replaced by a quantised one.
+        RuntimeError: the adapter is merged or disabled at the moment.
+    """
+    _refuse_fsdp1(model, prefix)
+    wanted = adapter_keys(model)
+    model.checkpoint_prefix = prefix
+    if not wanted:
+        return
+    model.refuse_in_between("load_state_dict")
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = {_without_wrappers(name): value for name, value in own.items()}
+    given = {key[len(prefix) :] for key in state if key.startswith(prefix)}
+    for name in [*(key for key in wanted if key not in given), *sorted(given - set(wanted))]:
+        where = "this model" if name in wanted else "the checkpoint"
+        raise ValueError(f"checkpoint: {name!r} is only in {where}; it is another run's")
+    for name in wanted:
+        value = state[prefix + name]
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"checkpoint: {name!r} has shape {tuple(value.shape)}, this model "
+                f"{tuple(own[name].shape)}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"checkpoint: {name!r} holds NaN or infinite values")
+    moved = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or module.initial_lora_A is None:
+            continue
+        name = _without_wrappers(name)
+        initial = [state[f"{prefix}{name}.initial_lora_{factor}"] for factor in "AB"]
+        initial = [value.to(module.initial_lora_A) for value in initial]
+        same = torch.equal(initial[0], module.initial_lora_A) and torch.equal(
+            initial[1], module.initial_lora_B
+        )
+        if same:
+            continue
+        if module.base_state == "replaced":
+            raise ValueError(
+                f"checkpoint: '{name}.initial_lora_A' differs from this model's initial factor, "
+                "and its quantised base belongs to that; initialize with the same method, seed "
+                "and calibration data first"
+            )
+        moved[name] = initial
+    for name, (initial_A, initial_B) in moved.items():
+        model.move_initial_factors(name.removeprefix("base_model."), initial_A, initial_B)
+
+
+def _after_loading(model: nn.Module, incompatible: Any) -> None:
+    """The base is not in a checkpoint, so nothing of it is missing; DoRA's constants follow."""
+    if adapter_keys(model):
+        # The list is the whole tree's: another module's missing keys stay.
+        base = f"{model.checkpoint_prefix}base_model."
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(base)]
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.settle_norms()

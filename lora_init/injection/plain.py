@@ -1,0 +1,27 @@
+"""Keeping bitsandbytes from repacking 4-bit weights while a model has an adapter.
+
+On some CPUs an evaluation forward repacks them in place, rounds their scales, and cuts the
+gradient to everything before them (see `lora_init.packed`). A model that calibrates in eval mode
+and then trains needs all of its 4-bit modules plain, adapted or not.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_init import packed
+
+
+def hold_plain(model: nn.Module) -> dict[nn.Module, packed.Held]:
+    """Make every packed module plain; returns what they were, for `release`."""
+    modules = [module for module in model.modules() if packed.is_quantized(module)]
+    held = {module: packed.held(module) for module in modules}
+    for module in modules:
+        packed.keep_plain(module)
+    return held
+
+
+def release(held: dict[nn.Module, packed.Held]) -> None:
+    """Give the modules back their weights and bitsandbytes' own habit."""
+    for module, one in held.items():
+        packed.put_back(module, one)

@@ -1,0 +1,27 @@
+"""The modules that an injected model runs: adapted layers, and modules trained whole.
+
+They compute; they never edit a base weight (`lora_init.injection` does).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_init.layers.base import BaseState, LoraLayer
+from lora_init.layers.convolution import ConvolutionLayer
+from lora_init.layers.embedding import EmbeddingLayer
+from lora_init.layers.linear import LinearLayer
+from lora_init.layers.trained import TrainedModule
+from lora_init.modules import LINEAR_TYPES, module_type
+
+__all__ = ["BaseState", "LoraLayer", "TrainedModule", "layer_class"]
+
+_CLASSES = dict.fromkeys(LINEAR_TYPES, LinearLayer) | {
+    "Conv2d": ConvolutionLayer,
+    "Embedding": EmbeddingLayer,
+}
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer]:
+    """The adapted layer that wraps a module of this type."""
+    return _CLASSES[module_type(module)]

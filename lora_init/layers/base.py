@@ -1,0 +1,244 @@
+"""What all adapted layers have in common: the factors, the way back, and the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_init.factors import low_rank_product
+from lora_init.layers import dora
+from lora_init.modules import module_type, oriented_weight, widened
+
+BaseState = Literal["kept", "edited", "in_forward", "replaced"]
+"""Where the initial product s B0 A0 of a layer is accounted for:
+
+- ``kept``: nowhere, the base weight is the original one;
+- ``edited``: it was subtracted from the base weight (float32 and float64 bases);
+- ``in_forward``: the base weight is the original one and the forward pass subtracts it (16-bit
+  bases, whose rounding would eat the edit; quantised bases, which could not hold it; weights that
+  another module reads too; and edits too large to be undone in float32);
+- ``replaced``: the base weight is a quantised one.
+"""
+
+
+class LoraLayer(nn.Module):
+    """``h = base(x) + s (B A x + b)`` around a module, with the way back to the original.
+
+    With DoRA (Liu et al. 2024, arXiv 2402.09353) ``h = m · V x / ‖V‖ + bias``: V is the adapted
+    weight ``W + s B A``, ‖V‖ its rows' norms, m a trained magnitude; see `lora_init.layers.dora`.
+    A subclass knows how its kind of module applies a matrix to an input.
+
+    Attributes:
+        base_layer: the wrapped module; `module_type` is its type's name.
+        lora_A, lora_B: trainable factors, (rank, in) and (out, rank).
+        lora_bias: b, (out,), or None.
+        lora_magnitude_vector: m, (out,), or None.
+        initial_lora_A, initial_lora_B: the factors at step 0; None for a kept base loaded from a
+            file, which does not hold them.
+        scaling: s.
+        base_state: see `BaseState`.
+        merged: the base weight holds the adapter at the moment, and the forward pass adds nothing.
+    """
+
+    drops_inputs = True
+
+    lora_bias: Tensor | None
+    lora_magnitude_vector: Tensor | None
+    initial_lora_A: Tensor | None
+    initial_lora_B: Tensor | None
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        lora_A: Float[Tensor, "rank in"],
+        lora_B: Float[Tensor, "out rank"],
+        *,
+        scaling: float,
+        dropout: float,
+        initial: tuple[Tensor, Tensor] | None,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_type = module_type(base_layer)
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+        rows = lora_B.shape[0]
+        zeros = lora_B.new_zeros(rows) if lora_bias else None
+        self.lora_bias = None if zeros is None else nn.Parameter(zeros)
+        self.use_dora = use_dora
+        ones = lora_B.new_ones(rows, dtype=widened(lora_B).dtype) if use_dora else None
+        self.lora_magnitude_vector = None if ones is None else nn.Parameter(ones)
+        initial_A, initial_B = initial if initial is not None else (None, None)
+        self.register_buffer("initial_lora_A", initial_A)
+        self.register_buffer("initial_lora_B", initial_B)
+        # Constants of DoRA's norm, filled in when the base is settled.
+        self.register_buffer("base_square_norms", None, persistent=False)
+        self.register_buffer("initial_projection", None, persistent=False)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 and self.drops_inputs else nn.Identity()
+        self.scaling = scaling
+        self.base_state: BaseState = "kept"
+        self.adapter_enabled = True
+        self.merged = False
+        self.training = self.dropout.training = base_layer.training
+
+    def __getattr__(self, name: str) -> Any:
+        """What this class lacks (weight, bias, in_features, stride, …) is the base layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # base_layer: not set yet. Protocols (copying, pickling) are this class's own.
+            if name == "base_layer" or name.startswith("__"):
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    # -- the forward pass ------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.base_layer(x)
+        if not self.adapter_enabled:
+            return self._original_output(x)
+        if self.use_dora:
+            return self._decomposed_output(x)
+        result = self.base_layer(x)
+        delta = self._low_rank(self.dropout(x), self.lora_A, self.lora_B)
+        if self.base_state == "in_forward":
+            # Two products, not one of rank 2r: at step 0 they cancel to the last bit.
+            delta = delta - self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
+        if self.lora_bias is not None:
+            delta = delta + self.scaling * self._along_outputs(self.lora_bias)
+        # Added before rounding: a 16-bit result plus a float32 delta is a float32 sum.
+        return (result + delta).to(result.dtype)
+
+    def _decomposed_output(self, x: Tensor) -> Tensor:
+        """g (W x + s B A x) + bias, with g = m / ‖W + s B A‖ row by row."""
+        gain = self._along_outputs(self.gain())
+        base, bias = self._base_without_bias(x)
+        dropped_x = self.dropout(x)
+        delta = self._low_rank(dropped_x, self.lora_A, self.lora_B)
+        initial = self.initial_lora_A, self.initial_lora_B
+        in_forward = self.base_state == "in_forward"
+        if not (self.dropout.training and isinstance(self.dropout, nn.Dropout)):
+            if in_forward:
+                delta = delta - self._low_rank(x, *initial)
+            result = gain * (base + delta)
+        else:
+            # As in the authors' code: what is not dropped is the base's own output, once.
+            frozen, dropped = base, self._base_without_bias(dropped_x)[0]
+            if in_forward:
+                frozen = frozen - self._low_rank(x, *initial)
+                dropped = dropped - self._low_rank(dropped_x, *initial)
+            result = frozen + (gain - 1) * dropped + gain * delta
+        if bias is not None:
+            result = result + bias
+        return result.to(base.dtype)
+
+    def gain(self) -> Float[Tensor, " out"]:
+        """DoRA's g = m / ‖V‖, without a gradient through the norm (the paper's section 4.3)."""
+        return self.lora_magnitude_vector / self.adapted_norms()
+
+    def adapted_norms(self) -> Float[Tensor, " out"]:
+        """‖V‖, the norms of the rows of the adapted weight."""
+        initial = None
+        if self.base_state == "in_forward":
+            initial = self.initial_lora_A, self.initial_lora_B, self.initial_projection
+        if self.base_layer.weight.is_meta:
+            raise RuntimeError(
+                "DoRA reads the weight that it decomposes, and this one is offloaded (it is on the "
+                "meta device); keep the adapted modules in memory, or train without use_dora"
+            )
+        return dora.adapted_norms(
+            oriented_weight(self.base_layer),
+            self.base_square_norms,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            initial,
+        )
+
+    def settle_norms(self) -> None:
+        """Compute the constants of DoRA's norm; called whenever the base weight has changed."""
+        if self.use_dora:
+            weight = oriented_weight(self.base_layer)
+            self.base_square_norms = dora.square_norms(weight)
+            if self.base_state == "in_forward":
+                self.initial_projection = dora.projection(weight, self.initial_lora_A)
+
+    def _original_output(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        if self.base_state != "edited":
+            return result  # of a replaced base too: disabling put the original back
+        initial = self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
+        return (result + initial).to(result.dtype)
+
+    # -- the weights -----------------------------------------------------------------------------
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        """s (B A - B0 A0), in float32 or wider; s B A on a kept or replaced base.
+
+        Without DoRA this is what training changed.
+        """
+        delta = low_rank_product(self.lora_A, self.lora_B, self.scaling)
+        if self.base_state in ("edited", "in_forward"):
+            delta -= self.initial_product()
+        return delta
+
+    def initial_product(self) -> Float[Tensor, "out in"]:
+        """s B0 A0, always by the same operations, so that an edit and its undoing agree."""
+        return low_rank_product(self.initial_lora_A, self.initial_lora_B, self.scaling)
+
+    def original_weight(self) -> Float[Tensor, "out in"]:
+        """The weight before injection, in float32 or wider.
+
+        Raises:
+            RuntimeError: the base was replaced: this layer does not have it any more.
+        """
+        if self.base_state == "replaced":
+            raise RuntimeError("the base weight was replaced; the layer does not hold the original")
+        weight = widened(oriented_weight(self.base_layer))
+        return weight + self.initial_product() if self.base_state == "edited" else weight
+
+    def merged_weight(self) -> Float[Tensor, "out in"]:
+        """The weight of a plain layer that computes what this one does now (dropout off)."""
+        weight = widened(oriented_weight(self.base_layer))
+        merged = weight + low_rank_product(self.lora_A, self.lora_B, self.scaling)
+        if self.base_state == "in_forward":
+            merged -= self.initial_product()
+        if self.use_dora:
+            merged *= self.gain().detach()[:, None]
+        return merged
+
+    def extra_repr(self) -> str:
+        dora = ", use_dora=True" if self.use_dora else ""
+        return f"rank={self.rank}, scaling={self.scaling:g}, base_state={self.base_state!r}{dora}"
+
+    # -- what a kind of module knows -------------------------------------------------------------
+
+    def _low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """s B A applied to x, in the wider of x's and the factors' dtypes.
+
+        16-bit factors on a float32 base must not round its outputs. Scaled in the middle, where
+        there are only `rank` numbers a position.
+        """
+        raise NotImplementedError
+
+    def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W x, and the bias in the layout of the outputs, where there is one."""
+        raise NotImplementedError
+
+    def _along_outputs(self, vector: Float[Tensor, " out"]) -> Tensor:
+        """A vector with a number per output, in the layout that broadcasts over the outputs."""
+        return vector
+
+
+def common_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, factor.dtype)

@@ -1,0 +1,36 @@
+"""Adapted two-dimensional convolutions."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from lora_init.layers.base import LoraLayer, common_dtype
+
+
+class ConvolutionLayer(LoraLayer):
+    """``h = base(x) + s B (A * x)``: A's rows are kernels of the base's size, B is 1 × 1.
+
+    A is (rank, channels·height·width) here, (rank, channels, height, width) in files.
+    """
+
+    def _low_rank(
+        self,
+        x: Float[Tensor, "*batch channels height width"],
+        lora_A: Float[Tensor, "rank in"],
+        lora_B: Float[Tensor, "out rank"],
+    ) -> Tensor:
+        dtype = common_dtype(x, lora_A)
+        kernels = lora_A.to(dtype).unflatten(1, self.base_layer.weight.shape[1:])
+        # The base's own method: it knows stride, dilation and all padding modes.
+        hidden = self.base_layer._conv_forward(x.to(dtype), kernels, None) * self.scaling
+        return functional.conv2d(hidden, lora_B.to(dtype)[:, :, None, None])
+
+    def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        base = self.base_layer
+        bias = None if base.bias is None else self._along_outputs(base.bias)
+        return base._conv_forward(x, base.weight, None), bias
+
+    def _along_outputs(self, vector: Float[Tensor, " out"]) -> Float[Tensor, "out 1 1"]:
+        return vector[:, None, None]

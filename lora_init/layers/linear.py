@@ -1,0 +1,32 @@
+"""Adapted linear layers: nn.Linear, transformers' Conv1D, bitsandbytes' 4-bit and 8-bit."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from lora_init.layers.base import LoraLayer, common_dtype
+
+
+class LinearLayer(LoraLayer):
+    """``h = base(x) + s B A x``, x (..., in) and h (..., out)."""
+
+    def _low_rank(
+        self,
+        x: Float[Tensor, "*batch in"],
+        lora_A: Float[Tensor, "rank in"],
+        lora_B: Float[Tensor, "out rank"],
+    ) -> Float[Tensor, "*batch out"]:
+        dtype = common_dtype(x, lora_A)
+        hidden = functional.linear(x.to(dtype), lora_A.to(dtype)) * self.scaling
+        return functional.linear(hidden, lora_B.to(dtype))
+
+    def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        base = self.base_layer
+        if self.module_type == "Linear":
+            return functional.linear(x, base.weight), base.bias
+        if self.module_type == "Conv1D":
+            return x @ base.weight, base.bias
+        result = base(x)  # a packed weight: only its own kernel can multiply by it
+        return (result, None) if base.bias is None else (result - base.bias, base.bias)

@@ -1,0 +1,94 @@
+"""Every cell of the support table, and the README's copy of it."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from models import assert_gap
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init.modules import MODULE_TYPES
+from lora_init.packed import keep_plain
+from lora_init.support import bases, support, support_table
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+CELLS = [
+    (spec, kind, base)
+    for spec in list_initializers()
+    for kind in MODULE_TYPES
+    for base in bases(kind)
+]
+
+
+def one_module(kind, base):
+    """A model of one module, its input, and the weight from before quantisation."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 64)
+    if kind == "Conv1D":
+        module = Conv1D(32, 64)
+    elif kind == "Conv2d":
+        module, x = nn.Conv2d(4, 32, 4), torch.randn(6, 4, 6, 6)
+    elif kind == "Embedding":
+        module, x = nn.Embedding(48, 32), torch.arange(48)
+    else:
+        module = nn.Linear(64, 32)
+    weight = module.weight.detach().clone()
+    if kind in ("Linear4bit", "Linear8bitLt"):
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        if kind == "Linear4bit":
+            packed = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", compress_statistics=True)
+        else:
+            packed = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+        packed.load_state_dict(module.state_dict())
+        module = packed.to("cpu")
+        keep_plain(module)
+    model = nn.Sequential(module)
+    if base == "16 bits":
+        model, x = model.bfloat16(), x if kind == "Embedding" else x.bfloat16()
+    return model.eval(), x, weight
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    ("spec", "kind", "base"), CELLS, ids=[f"{s.name}-{k}-{b}" for s, k, b in CELLS]
+)
+def test_a_cell_is_true(spec, kind, base, use_dora):
+    model, x, original = one_module(kind, base)
+    settings = {"rho": 1.0} if spec.name == "eva" else {}
+    config = LoraConfig(
+        r=4,
+        target_modules=["0"],
+        init_lora_weights={"name": spec.name, **settings},
+        use_dora=use_dora,
+    )
+    promised = support(spec, kind, base)
+    calibration = None if kind == "Embedding" else [x]
+    if promised is None:
+        with pytest.raises(TypeError, match=rf"'0' is an? {kind}.*{spec.name} does not serve"):
+            get_peft_model(model, config, calibration=calibration)
+        return
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+    weights = None
+    if promised == "replaced*":
+        with pytest.raises(ValueError, match=r"'0' is quantised already.*original_weights"):
+            get_peft_model(model, config, calibration=calibration)
+        weights = {"0.weight": original}
+    adapted = get_peft_model(model, config, calibration=calibration, original_weights=weights)
+    layer = adapted.layers["0"]
+    assert layer.base_state == promised.rstrip("*").replace(" ", "_")
+    actual = adapted(x)
+    assert actual.dtype == expected.dtype
+    if spec.preserves_output:
+        epsilon = torch.finfo(torch.bfloat16).eps if base == "16 bits" else 3e-6
+        assert_gap(actual, expected, epsilon)
+    actual.float().pow(2).sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in adapted.parameters())
+
+
+def test_the_readme_has_this_table():
+    assert support_table() in README.read_text()
