@@ -14,10 +14,11 @@ PYTEST ?=
 # Torch's threads spin while they wait; beside any other busy process that costs ten times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help compare test lint clean
+.PHONY: help compare benchmark test lint clean
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
+	@echo "make benchmark lora_init beside Hugging Face PEFT: steps, injection, memory, initializers"
 	@echo "make test      the tests"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
@@ -25,6 +26,9 @@ help:
 compare: $(STAMP)
 	$(BIN)/python -m experiments.train --config-name sweep_compare paths.outputs=$(OUTPUTS) $(OVERRIDES)
 	$(BIN)/python -m experiments.report $(OUTPUTS)/sweeps/compare
+
+benchmark: $(STAMP)
+	$(BIN)/python -m experiments.benchmark outputs=$(OUTPUTS) $(OVERRIDES)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)

@@ -44,6 +44,7 @@ class LoraSettings:
     bias: str = "none"
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | None = None
     layers_pattern: Any = None

@@ -74,7 +74,7 @@ def carry_out(
     main = accelerator.is_main_process
     settings = run.training
     task = make_task(data.task_type, loaded.tokenizer, settings)
-    model, init = initialize(run, data, task, loaded.model, accelerator.device)
+    model, init = initialize(run, data, task, loaded, accelerator.device)
     if main:
         write_json(folder.path / "init.json", init)
 
@@ -122,10 +122,11 @@ def carry_out(
 
 
 def initialize(
-    run: RunConfig, data: Splits, task: Task, model: torch.nn.Module, device: torch.device
+    run: RunConfig, data: Splits, task: Task, loaded: LoadedModel, device: torch.device
 ) -> tuple[LoraModel, dict[str, Any]]:
     """Add the adapter; returns the model, and what `init.json` holds."""
-    model = model.to(device)
+    # A quantised model is where it was loaded, and must not be moved.
+    model = loaded.model if loaded.original_weights else loaded.model.to(device)
     batch = task.collate(data.train[:PROBED_EXAMPLES])
     mask = task.probed(batch)
     before = probe(model, batch, mask)
@@ -136,7 +137,14 @@ def initialize(
             )
             # A method that calibrates reads the batches; for the others none is ever made.
             batches = calibration_batches(run, data, task, device)
-            adapted = get_peft_model(model, config, calibration=batches, seed=run.seeds.init)
+            replaces = config.initializer()[0].base == "replace"
+            adapted = get_peft_model(
+                model,
+                config,
+                calibration=batches,
+                seed=run.seeds.init,
+                original_weights=loaded.original_weights if replaces else None,
+            )
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigurationError(f"init={run.init.name}: {error}") from error
     trainable, total = adapted.get_nb_trainable_parameters()

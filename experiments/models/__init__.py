@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from experiments.models import local, minilm, smollm2
+from experiments.errors import ConfigurationError
+from experiments.models import local, minilm, quantizing, smollm2
 from experiments.models.checkpoint import Checkpoint, ModelConfig
 from experiments.models.loading import load_checkpoint
 
@@ -33,12 +34,21 @@ class LoadedModel:
     model: torch.nn.Module
     tokenizer: Any
     notes: tuple[str, ...]
+    original_weights: str | None = None
+    """Where the unquantised weights of a quantised model are."""
 
 
 def load_model(
     config: ModelConfig, *, task_type: str, labels: tuple[str, ...], head_seed: int
 ) -> LoadedModel:
-    """Load the model of `config` in float32, with a head for `labels` drawn from `head_seed`."""
+    """Load the model of `config`, with a head for `labels` drawn from `head_seed`.
+
+    In float32; the linear layers below the head in the format that `config.quantization` names.
+    """
+    try:
+        quantizing.check_format(config.quantization)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     checkpoint = SOURCES[type(config)](config)
     model, tokenizer, notes = load_checkpoint(
         checkpoint,
@@ -46,6 +56,10 @@ def load_model(
         task_type=task_type,
         labels=labels,
         dropout=config.dropout,
+        quantization=config.quantization,
         head_seed=head_seed,
     )
-    return LoadedModel(model, tokenizer, notes)
+    if config.quantization is None:
+        return LoadedModel(model, tokenizer, notes)
+    notes = (*notes, f"base quantised by bitsandbytes: {config.quantization}")
+    return LoadedModel(model, tokenizer, notes, quantizing.original_folder(checkpoint))

@@ -19,10 +19,13 @@ class ModelConfig:
         dropout: written over each dropout rate of the model's own configuration; 0 by default,
             since a comparison of initializations wants no noise that differs from run to run. None
             keeps the model's rates.
+        quantization: nf4, nf4_double, fp4 or int8: bitsandbytes' format that the linear layers are
+            loaded in, the head excepted. None keeps them in float32.
     """
 
     name: str = "model"
     dropout: float | None = 0.0
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import transformers
 
 from experiments.errors import ConfigurationError
 from experiments.models.checkpoint import Checkpoint
+from experiments.models.quantizing import loading_arguments
 
 DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 
@@ -50,6 +51,7 @@ def load_checkpoint(
     task_type: str,
     labels: tuple[str, ...],
     dropout: float | None,
+    quantization: str | None,
     head_seed: int,
 ) -> tuple[torch.nn.Module, Any, tuple[str, ...]]:
     """Load `checkpoint` for a task: the model, its tokenizer, and notes on it.
@@ -83,6 +85,7 @@ def load_checkpoint(
             dtype=torch.float32,
             output_loading_info=True,
             **common,
+            **loading_arguments(quantization, task_type),
         )
     notes = newly_drawn(model, report["missing_keys"])
     for note in notes:

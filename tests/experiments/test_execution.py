@@ -131,9 +131,9 @@ def test_methods_see_the_same_batches_and_head(configured, tiny, monkeypatch):
         monkeypatch.setattr(execution, "make_task", spying)
         initialize = execution.initialize
 
-        def keep_head(run, data, task, model, device, method=method, initialize=initialize):
-            heads[method] = model.classifier.weight.detach().clone()
-            return initialize(run, data, task, model, device)
+        def keep_head(run, data, task, loaded, device, method=method, initialize=initialize):
+            heads[method] = loaded.model.classifier.weight.detach().clone()
+            return initialize(run, data, task, loaded, device)
 
         monkeypatch.setattr(execution, "initialize", keep_head)
         execute(configured(*tiny, f"init={method}"))
