@@ -17,6 +17,12 @@ from lora_init.registry import (
     list_initializers,
     register_initializer,
 )
+from lora_init.under_peft import (
+    initialize_peft_model,
+    load_peft_checkpoint,
+    restore_peft_model,
+    save_peft_model,
+)
 
 __version__ = "0.1.0"
 
@@ -30,7 +36,11 @@ __all__ = [
     "Plan",
     "Replacement",
     "get_peft_model",
+    "initialize_peft_model",
     "list_initializers",
+    "load_peft_checkpoint",
     "register_initializer",
     "reinitialize",
+    "restore_peft_model",
+    "save_peft_model",
 ]

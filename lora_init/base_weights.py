@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.original_weights import OriginalWeights
 from lora_init.modules import oriented_weight
+from lora_init.original_weights import OriginalWeights
 from lora_init.plan import Target
 
 # bitsandbytes' coarsest, FP4, is 0.2 from a real weight; another checkpoint's is about 1.4 away.

@@ -4,6 +4,9 @@ It holds A, B, A0, B0 (and magnitudes, biases, modules trained whole), never the
 of the base's tied tensors, and what Accelerate, transformers' Trainer and DistributedDataParallel
 store without being told. A checkpoint may come from another start (another seed, other calibration
 data): the base follows, W - s B0 A0 being made anew from the loaded initial factors.
+
+What takes a model apart by its state dict and expects all of it is given the base model instead, as
+in ``accelerate.cpu_offload(model.base_model)``.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ PARTS = (
     "initial_lora_A",
     "initial_lora_B",
 )
+HIDDEN = (FSDP1, "_checkpoint_wrapped_module")
+"""Parts of modules' names that are in no state dict: FSDP1 and activation checkpointing hide them;
+torch.compile, whose wrapper is "_orig_mod", does not."""
 
 
 def register(model: nn.Module) -> None:
@@ -38,23 +44,23 @@ def adapter_keys(model: nn.Module) -> list[str]:
     """The names of the adapter's tensors in the model's state dict; none once it is unloaded."""
     keys = []
     for name, module in model.named_modules():
-        name = _without_wrappers(name)
+        name = _without(HIDDEN, name)
         if isinstance(module, LoraLayer):
             keys += [f"{name}.{part}" for part in PARTS if getattr(module, part) is not None]
         elif isinstance(module, TrainedModule):
             inside = module.trained_module.state_dict()
             keys += [f"{name}.trained_module.{key}" for key in inside]
-    biases = {id(bias) for bias, _ in model.trained_biases().values()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in biases:
-            keys.append(_without_wrappers(name))
+    # By name: sharding puts new parameters in the places of the old.
+    around = (*HIDDEN, "_orig_mod", "base_layer")
+    biases = {_without(around, f"base_model.{name}") for name in model.trained_biases()}
+    for name, _ in model.named_parameters():
+        if _without(around, name) in biases:
+            keys.append(_without(HIDDEN, name))
     return keys
 
 
-def _without_wrappers(name: str) -> str:
-    """A name as state dicts have it: FSDP1 and activation checkpointing hide their wrappers."""
-    hidden = (FSDP1, "_checkpoint_wrapped_module")
-    return ".".join(part for part in name.split(".") if part not in hidden)
+def _without(wrappers: tuple[str, ...], name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
@@ -107,9 +113,21 @@ def _check_and_settle(
     if not wanted:
         return
     model.refuse_in_between("load_state_dict")
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    own = {_without_wrappers(name): value for name, value in own.items()}
-    given = {key[len(prefix) :] for key in state if key.startswith(prefix)}
+    if metadata.get("assign_to_params_buffers") and model.trained_biases():
+        raise ValueError(
+            "load_state_dict(assign=True) would exchange the trained biases of the base, and their "
+            "originals would not be put back; leave assign out"
+        )
+    own = dict(model.named_parameters(remove_duplicate=False))
+    own |= dict(model.named_buffers(remove_duplicate=False))
+    own = {_without(HIDDEN, name): value for name, value in own.items()}
+    # torch.distributed.checkpoint fills in what is missing with the model's own tensors.
+    given = {
+        key[len(prefix) :]
+        for key, value in state.items()
+        if key.startswith(prefix)
+        and (key[len(prefix) :] in wanted or value is not own.get(key[len(prefix) :]))
+    }
     for name in [*(key for key in wanted if key not in given), *sorted(given - set(wanted))]:
         where = "this model" if name in wanted else "the checkpoint"
         raise ValueError(f"checkpoint: {name!r} is only in {where}; it is another run's")
@@ -123,10 +141,11 @@ def _check_and_settle(
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"checkpoint: {name!r} holds NaN or infinite values")
     moved = {}
+    names = {id(layer): name for name, layer in model.layers.items()}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or module.initial_lora_A is None:
             continue
-        name = _without_wrappers(name)
+        name = _without(HIDDEN, name)
         initial = [state[f"{prefix}{name}.initial_lora_{factor}"] for factor in "AB"]
         initial = [value.to(module.initial_lora_A) for value in initial]
         same = torch.equal(initial[0], module.initial_lora_A) and torch.equal(
@@ -140,18 +159,15 @@ def _check_and_settle(
                 "and its quantised base belongs to that; initialize with the same method, seed "
                 "and calibration data first"
             )
-        moved[name] = initial
+        moved[names[id(module)]] = initial
     for name, (initial_A, initial_B) in moved.items():
-        model.move_initial_factors(name.removeprefix("base_model."), initial_A, initial_B)
+        model.move_initial_factors(name, initial_A, initial_B)
 
 
 def _after_loading(model: nn.Module, incompatible: Any) -> None:
-    """The base is not in a checkpoint, so nothing of it is missing; DoRA's constants follow."""
+    """The base is not in a checkpoint, so nothing of it is missing."""
     if adapter_keys(model):
         # The list is the whole tree's: another module's missing keys stay.
         base = f"{model.checkpoint_prefix}base_model."
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if not key.startswith(base)]
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.settle_norms()

@@ -42,9 +42,13 @@ def extents(model: nn.Module) -> dict[int, list[Extent]]:
     found: dict[int, list[Extent]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta:
+            if parameter is None or parameter.is_meta:
+                continue
+            try:
                 one = extent(f"{path}.{name}".removeprefix("."), parameter, id(module))
-                found.setdefault(one.storage, []).append(one)
+            except RuntimeError:  # no memory of its own: a DTensor, which a target may not be
+                continue
+            found.setdefault(one.storage, []).append(one)
     return found
 
 
@@ -59,8 +63,8 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
     kind = module_type(module)
     if kind not in spec.module_types:
         raise TypeError(
-            f"target {name!r} is a {kind}, which {spec.name} does not serve; allowed are "
-            f"{', '.join(sorted(spec.module_types))}. Leave it out with exclude_modules"
+            f"target {name!r} is a {kind}{_stacked(module)}, which {spec.name} does not serve; "
+            f"allowed are {', '.join(sorted(spec.module_types))}. Leave it out with exclude_modules"
         )
     if kind == "Conv2d" and module.groups != 1:
         raise TypeError(
@@ -107,6 +111,14 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
             f"target {name!r}: its weight has dtype {weight.dtype}; allowed are "
             f"{', '.join(map(str, FLOAT_DTYPES))}"
         )
+
+
+def _stacked(module: nn.Module) -> str:
+    """What a mixture of experts' module holds, for messages."""
+    # A three-dimensional `weight` is a Conv1d's or a Bilinear's.
+    parameters = (item for item in module._parameters.items() if item[0] != "weight")
+    stacked = [name for name, value in parameters if getattr(value, "ndim", 0) == 3]
+    return f" (parameters with all experts' weights: {', '.join(stacked)})" if stacked else ""
 
 
 def _check_presence(name: str, module: nn.Module, weight: Tensor) -> None:

@@ -149,7 +149,8 @@ class LoraModel(nn.Module):
         try:
             yield
         finally:
-            injection.set_adapter_enabled(live, before)
+            if self._injection is live:  # else it was unloaded inside, and is off for good
+                injection.set_adapter_enabled(live, before)
 
     def merge_adapter(self) -> None:
         """Fold the adapter into the base weights, for inference; `unmerge_adapter` undoes it.

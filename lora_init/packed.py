@@ -290,7 +290,7 @@ def _original(state: Any, name: str) -> Any:
 
 
 def _repacks(module: nn.Module) -> bool:
-    return getattr(module, "support_avx512bf16_for_cpu", False)
+    return bool(getattr(module, "support_avx512bf16_for_cpu", False))
 
 
 def _storage(module: nn.Module) -> torch.dtype:

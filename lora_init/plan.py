@@ -298,8 +298,8 @@ def make_plan(
         quantized = [path for path, module in inside.items() if is_packed(module)]
         if quantized:
             raise ValueError(
-                f"modules_to_save: {quantized[0]!r} is a {module_type(inside[quantized[0]])}, whose "
-                "codes cannot be trained; load the model with "
+                f"modules_to_save: {quantized[0]!r} is a {module_type(inside[quantized[0]])}, "
+                "whose codes cannot be trained; load the model with "
                 f"llm_int8_skip_modules=[{name.rpartition('.')[2]!r}] in its quantization_config"
             )
     embeddings = [target.name for target in targets if target.module_type == "Embedding"]

@@ -64,11 +64,10 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
         matched = [name for name in candidates if expression.fullmatch(name)]
     else:
         matched = [name for name in candidates if _in_list(name, target, config)]
-        unmatched += [
-            ("target_modules", entry)
-            for entry in target
-            if not any(name_matches(name, entry) for name in candidates)
-        ]
+        for entry in target:
+            if not any(name_matches(name, entry) for name in candidates):
+                _refuse_parameter(model, entry)
+                unmatched.append(("target_modules", entry))
     chosen = [name for name in matched if not excluded(name)]
     unmatched += _unused_exclusions(config.exclude_modules, matched)
     for setting in ("rank_pattern", "alpha_pattern"):
@@ -213,6 +212,25 @@ def _output_names(model: nn.Module, config: LoraConfig) -> set[str]:
     heads = [n for n in names if any(name_matches(n, head) for head in HEADS["SEQ_CLS"])]
     inside = [n for n in names if any(n.startswith(head + ".") for head in heads)]
     return set(heads + inside) if classifies else set()
+
+
+def _refuse_parameter(model: nn.Module, entry: str) -> None:
+    """Refuse the name of a parameter, as a mixture of experts has them: it is no module.
+
+    Raises:
+        ValueError: with its name, shape and owner.
+    """
+    for name, parameter in model.named_parameters():
+        if not name_matches(name, entry):
+            continue
+        owner = name.rpartition(".")[0]
+        shape = "×".join(map(str, parameter.shape))
+        stacked = ", the weights of all experts in one tensor" if parameter.ndim == 3 else ""
+        raise ValueError(
+            f"target_modules: {entry!r} is no module but a parameter, {name!r} of shape {shape} in "
+            f"a {type(model.get_submodule(owner)).__name__}{stacked}; adapters are served for "
+            "modules only, so leave it out"
+        )
 
 
 def _nothing_matched(model: nn.Module, target: Any, matched: list[str], config: LoraConfig) -> str:

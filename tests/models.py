@@ -365,7 +365,7 @@ def train(model, size=0.05, seed=5):
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
                 scale = float(parameter.float().pow(2).mean().sqrt()) or parameter.shape[-1] ** -0.5
-                parameter.add_((size * scale * noise).to(parameter.dtype))
+                parameter.add_((size * scale * noise).to(parameter))
     return model
 
 
@@ -389,3 +389,71 @@ def assert_unchanged(model, before):
         assert torch.equal(value, same), f"{name} changed by {(value - same).abs().max():.1e}"
     for part in ("modules", "flags", "training", "hooks"):
         assert after[part] == before[part], part
+
+
+# -- further modules -------------------------------------------------------------------------------
+
+
+class ConvBlock(nn.Module):
+    """A residual block of a diffusion model: two convolutions, a time embedding, a shortcut."""
+
+    def __init__(self, channels=12, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm1 = nn.GroupNorm(3, channels)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1)
+        self.time_emb_proj = nn.Linear(20, 16)
+        self.norm2 = nn.GroupNorm(4, 16)
+        self.conv2 = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, 16, 1, stride=2)
+        spread(self).eval()
+
+    def forward(self, hidden_states, temb):
+        hidden = self.conv1(nn.functional.silu(self.norm1(hidden_states)))
+        hidden = hidden + self.time_emb_proj(nn.functional.silu(temb))[:, :, None, None]
+        hidden = self.conv2(nn.functional.silu(self.norm2(hidden)))
+        return self.conv_shortcut(hidden_states) + hidden
+
+
+def image_batches(count=3, size=4, channels=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "hidden_states": torch.randn(size, channels, 8, 8, generator=generator),
+            "temb": torch.randn(size, 20, generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def packed(model, kind, skip=("lm_head", "classifier")):
+    """Exchange the linear layers for bitsandbytes' own, as transformers does when it loads a model.
+
+    Args:
+        kind: "nf4", "fp4", either with " double", or "int8". 4-bit modules are kept from repacking,
+            which rounds their scales on some CPUs.
+        skip: last parts of the names of layers that stay as they are.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    from lora_init.packed import keep_plain
+
+    for path, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or path.rpartition(".")[2] in skip:
+            continue
+        sizes, bias = (module.in_features, module.out_features), module.bias is not None
+        if kind == "int8":
+            new = Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
+        else:
+            name, *double = kind.split()
+            new = Linear4bit(
+                *sizes, bias=bias, compute_dtype=torch.float32, quant_type=name,
+                compress_statistics=bool(double),
+            )  # fmt: skip
+        new.load_state_dict(module.state_dict())
+        new = new.to("cpu").requires_grad_(False).eval()
+        keep_plain(new)
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+    setattr(model, f"is_loaded_in_{'8' if kind == 'int8' else '4'}bit", True)  # what PEFT looks at
+    return model

@@ -83,6 +83,65 @@ def test_the_trained_head_and_adapter_come_back_trainable(tmp_path, method, use_
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
+@pytest.mark.parametrize("method", ["kaiming", "pissa", "qpissa"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"target_modules": ["query", "word_embeddings"], "use_dora": True},
+    ],
+    ids=["dora", "lora_bias", "bias-all", "bias-lora_only", "embedding-dora"],
+)
+def test_every_variant_comes_back_trainable(tmp_path, method, variant):
+    model = trained(method, **variant)
+    model.save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(bert(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    if method == "pissa":  # a kept or replaced base does not need its initial factors any more
+        assert ours.keys() == theirs.keys()
+    assert all(
+        torch.equal(value, theirs[key]) for key, value in ours.items() if "initial" not in key
+    )
+    loaded.save_pretrained(tmp_path / "again")
+    (first,), (second,) = (list(f.glob("*.safetensors")) for f in (tmp_path, tmp_path / "again"))
+    first, second = contents(first)[0], contents(second)[0]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        ({"use_dora": True}, f"{QUERY}.lora_magnitude_vector"),
+        ({"lora_bias": True}, f"{QUERY}.lora_B.bias"),
+        ({"bias": "lora_only"}, f"{QUERY}.base_layer.bias"),
+        ({"bias": "all"}, "base_model.model.bert.pooler.dense.bias"),
+    ],
+    ids=["dora", "lora_bias", "bias-lora_only", "bias-all"],
+)
+def test_a_part_of_a_variant_that_is_missing_or_surplus(tmp_path, variant, key):
+    trained("pissa", **variant).save_pretrained(tmp_path)
+    tensors, metadata = contents(tmp_path / WEIGHTS)
+    part = tensors.pop(key)
+    save_file(tensors, tmp_path / WEIGHTS, metadata=metadata)
+    with pytest.raises(ValueError, match=f"lacks '{key}'"):
+        LoraModel.from_pretrained(bert(), tmp_path)
+    trained("pissa").save_pretrained(tmp_path)
+    tensors, metadata = contents(tmp_path / WEIGHTS)
+    save_file(tensors | {key: part}, tmp_path / WEIGHTS, metadata=metadata)
+    with pytest.raises(ValueError, match=f"holds '{key}'"):
+        LoraModel.from_pretrained(bert(), tmp_path)
+
+
 def test_saving_a_loaded_adapter_gives_the_same_file(folder, tmp_path):
     LoraModel.from_pretrained(bert(), folder).save_pretrained(tmp_path / "again")
     first, second = contents(folder / WEIGHTS)[0], contents(tmp_path / "again" / WEIGHTS)[0]
@@ -116,6 +175,8 @@ def test_a_missing_file(folder, refused):
     refused("no adapter_model.safetensors", FileNotFoundError)
     (folder / "adapter_config.json").write_text("{")
     refused("not valid JSON")
+    (folder / "adapter_config.json").write_text("[]")
+    refused("holds no JSON object")
     (folder / "adapter_config.json").unlink()
     refused("no adapter_config.json", FileNotFoundError)
 

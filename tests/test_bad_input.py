@@ -1,8 +1,13 @@
 """Every mistake: a message with the setting, the value and the fix, and a model left untouched."""
 
+import accelerate
 import pytest
 import torch
+from models import assert_unchanged, snapshot
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
@@ -147,6 +152,7 @@ def test_one_adapter_a_model(model):
     get_peft_model(adapted.unload(), config)
 
 
+@pytest.mark.wrong_types
 def test_a_model_that_peft_has_injected(model):
     import peft
 
@@ -158,11 +164,141 @@ def test_a_model_that_peft_has_injected(model):
         get_peft_model(adapted.unload(), config)
 
 
-def test_weights_that_are_not_there(model):
+# -- module types and variants ---------------------------------------------------------------------
+
+
+def refused_on(base, match, error, **settings):
+    before = snapshot(base)
+    with pytest.raises(error, match=match):
+        get_peft_model(base, LoraConfig(**{"r": 2} | settings))
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("method", [True, "pissa", "loftq"])
+def test_grouped_convolutions(method):
+    base = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3, groups=2))
+    refused_on(
+        base,
+        "target '1' is a Conv2d with groups=2; .*groups=1 only. Leave it out with exclude_modules",
+        TypeError, target_modules=["0", "1"], init_lora_weights=method,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d])
+def test_other_convolutions(kind):
+    base = nn.Sequential(kind(4, 4, 3))
+    refused_on(base, f"target '0' is a {kind.__name__}, which", TypeError, target_modules=["0"])
+
+
+@pytest.mark.parametrize("method", [True, "pissa"])
+def test_embeddings_that_rescale_themselves(method):
+    base = nn.Sequential(nn.Embedding(10, 8, max_norm=1.0))
+    refused_on(
+        base,
+        "target '0' is an Embedding with max_norm=1.0, which rescales .*exclude_modules",
+        TypeError, target_modules=["0"], init_lora_weights=method,
+    )  # fmt: skip
+
+
+class Doubled(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+def test_embeddings_with_a_forward_of_their_own():
+    base = nn.Sequential(Doubled(10, 8))
+    refused_on(base, "target '0' is a Doubled, which", TypeError, target_modules=["0"])
+
+
+def test_a_bias_in_B_of_an_embedding(model):
+    refused_on(
+        model,
+        "lora_bias=True with the Embedding 'model.embed_tokens'.*exclude_modules.*lora_bias=False",
+        ValueError, target_modules=["q_proj", "embed_tokens"], lora_bias=True,
+    )  # fmt: skip
+
+
+# -- weights that are elsewhere --------------------------------------------------------------------
+
+
+def test_weights_on_the_meta_device(model):
     with torch.device("meta"):
         model.model.layers[0].self_attn.q_proj = nn.Linear(16, 16, bias=False)
-    with pytest.raises(ValueError, match="meta device"):
+    message = r"'model.layers.0.self_attn.q_proj': its weight is on the meta device .*not loaded"
+    with pytest.raises(ValueError, match=message):
         get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("method", [True, "pissa"])
+def test_weights_that_accelerate_has_offloaded(model, method):
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=method)
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    message = r"q_proj': its weight is on the meta device \(offloaded by Accelerate.*load the model"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(offloaded, config)
+    assert [m._hf_hook for m in model.modules() if hasattr(m, "_hf_hook")] == hooks
+    model(input_ids=BATCHES[0]["input_ids"])
+
+
+@pytest.mark.parametrize("method", [True, "pissa"])
+def test_weights_that_deepspeed_has_partitioned(model, method):
+    """ZeRO-3 leaves an empty parameter with an id of its own; its data is in other processes."""
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.ds_id = 7
+    weight.data = torch.empty(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=method)
+    message = r"q_proj': its weight is partitioned by DeepSpeed ZeRO-3; .*before deepspeed\."
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class FlatParameter(nn.Parameter):
+    """As FSDP calls its own; one cannot be made outside of it."""
+
+
+@pytest.mark.parametrize("method", [True, "pissa"])
+def test_weights_that_fsdp_has_flattened(model, method):
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight = FlatParameter(attention.q_proj.weight.detach())
+    refused_on(
+        model,
+        "q_proj': its weight is flattened by FSDP; inject the adapter before wrapping",
+        ValueError, target_modules=["q_proj"], init_lora_weights=method,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process that is a device mesh of its own."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", [True, "pissa"])
+def test_weights_that_are_distributed_tensors(model, mesh, method):
+    attention = model.model.layers[0].self_attn
+    parallelize_module(attention, mesh, {"q_proj": ColwiseParallel()})
+    assert type(attention.q_proj.weight.data).__name__ == "DTensor"
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=method)
+    message = r"q_proj': its weight is a DTensor \(sharded.*; initialize before sharding"
+    with pytest.raises(TypeError, match=message):
+        get_peft_model(model, config)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [True, "pissa"])
+def test_weights_that_fsdp_has_sharded(model, mesh, method):
+    fully_shard(model.model.layers[0], mesh=mesh)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=method)
+    with pytest.raises(TypeError, match=r"q_proj': its weight is a DTensor \(sharded"):
+        get_peft_model(model, config)
+
+
+# -- the rest --------------------------------------------------------------------------------------
 
 
 def test_dtypes_and_devices(model, refused):

@@ -303,3 +303,17 @@ def test_no_checkpoint_while_the_adapter_is_merged_or_off(state):
                 model.load_state_dict(kept)
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in kept.items())
+
+
+def test_parameters_can_be_assigned_except_the_bases():
+    model = train(start("pissa", seed=1))
+    resumed = start("pissa")
+    resumed.load_state_dict(copied(model.state_dict()), assign=True)
+    x = chain_inputs(20)
+    assert_gap(resumed(x), model(x), 1e-5)
+    state = copied(start(bias="all").state_dict())
+    model = start(bias="all")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"assign=True.*trained biases"):
+        model.load_state_dict(state, assign=True)
+    assert_unchanged(model, before)

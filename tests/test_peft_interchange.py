@@ -5,7 +5,9 @@ subtracted ones.
 """
 
 import copy
+import functools
 import json
+import shutil
 import warnings
 
 import peft
@@ -25,7 +27,7 @@ from models import (
     token_batches,
     train,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
@@ -408,6 +410,56 @@ def test_ours_rebuilds_pefts_unconverted(architecture, method, use_rslora, tmp_p
     assert_gap(logits(converted, token_batches()), expected, 1e-5 * ratio)
 
 
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
+def test_ours_rebuilds_pefts_unconverted_with_dora(use_rslora, tmp_path):
+    base = llama()
+    _, expected = peft_adapter(
+        base, tmp_path, r=4, lora_alpha=6, use_rslora=use_rslora, use_dora=True,
+        target_modules=["q_proj", "down_proj"], init_lora_weights="pissa",
+    )  # fmt: skip
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_gap(logits(loaded, token_batches()), expected, 1e-5 * largest_ratio(loaded, base))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_ours_rebuilds_pefts_unconverted_embedding_and_head(tmp_path):
+    """PEFT starts an embedding as True does; the residual of the head is in its file."""
+    base = llama()
+    _, expected = peft_adapter(
+        base, tmp_path, r=4, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj"],
+        init_lora_weights="pissa",
+    )  # fmt: skip
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_gap(logits(loaded, token_batches()), expected, 1e-5 * largest_ratio(loaded, base))
+    with loaded.disable_adapter():
+        assert_gap(logits(loaded, token_batches()), logits(base, token_batches()), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_pefts_unconverted_tied_head_is_refused(method, tmp_path):
+    """PEFT subtracts from the tied weight itself, so the embedding is another one too."""
+    base = llama(tied=True)
+    peft_adapter(base, tmp_path, r=4, target_modules=["lm_head"], init_lora_weights=method)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="'lm_head', whose weight PEFT changed in 'model.embed_to"):
+        LoraModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_pefts_unconverted_olora_with_an_embedding_is_refused(tmp_path):
+    base = llama()
+    targets = ["q_proj", "embed_tokens"]
+    peft_adapter(base, tmp_path, r=4, target_modules=targets, init_lora_weights="olora")
+    with pytest.raises(ValueError, match="unconverted olora adapter of PEFT has an embedding"):
+        LoraModel.from_pretrained(base, tmp_path)
+
+
 class Square(nn.Module):
     def __init__(self):
         super().__init__()
@@ -510,6 +562,94 @@ def test_ours_loads_pefts_variants(settings, tmp_path):
     _, expected = peft_adapter(base, tmp_path, r=4, target_modules=targets, **settings)
     loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert_gap(logits(loaded, token_batches()), expected, 1e-6)
+
+
+def test_ours_loads_pefts_mica(tmp_path):
+    """A method that we do not have, and whose files are plain adapters."""
+    base = llama()
+    _, expected = peft_adapter(
+        base, tmp_path, r=4, target_modules=["q_proj"], init_lora_weights="mica"
+    )
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_gap(logits(loaded, token_batches()), expected, 1e-6)
+
+
+def test_ours_loads_pefts_eva(tmp_path):
+    """Its redistributed ranks are in the patterns, layers of rank 0 in no target any more."""
+    base = llama()
+    config = peft.LoraConfig(
+        r=6, lora_alpha=6, target_modules="all-linear",
+        init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.8),
+    )  # fmt: skip
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    batches = token_batches(8, padded=False)
+    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    train(model)
+    expected = logits(model, batches)
+    model.save_pretrained(tmp_path)
+    ranks = set(json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"].values())
+    assert ranks
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_gap(logits(loaded, batches), expected, 1e-6)
+    assert ranks <= {layer.rank for layer in loaded.layers.values()}
+
+
+def test_ours_loads_any_rank(tmp_path):
+    """An initialization needs r <= min(out, in); a trained adapter does not, in either library."""
+    base = llama()
+    _, expected = peft_adapter(base, tmp_path, r=40, lora_alpha=6, target_modules=["k_proj"])
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert {layer.rank for layer in loaded.layers.values()} == {40}
+    assert_gap(logits(loaded, token_batches()), expected, 1e-6)
+    # Ours of rank 20 is 40 in a file, which PEFT writes again without our header.
+    config = LoraConfig(r=20, target_modules=["k_proj"], init_lora_weights="pissa")
+    model = train(get_peft_model(copy.deepcopy(base), config))
+    model.save_pretrained(tmp_path / "ours")
+    load_with_peft(copy.deepcopy(base), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")
+    assert all(layer.base_state == "kept" for layer in again.layers.values())
+    gap = 1e-5 * largest_ratio(model, base)
+    assert_gap(logits(again, token_batches()), logits(model, token_batches()), gap)
+
+
+def change_file(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_pefts_copies_of_the_base_must_be_the_bases(tmp_path):
+    """A targeted embedding comes with its own weight; another vocabulary is another model."""
+    base = llama()
+    _, expected = peft_adapter(base, tmp_path, r=4, target_modules=["embed_tokens", "lm_head"])
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_gap(logits(loaded, token_batches()), expected, 1e-6)
+    for key in ("model.embed_tokens", "lm_head"):
+        key = f"base_model.model.{key}.base_layer.weight"
+        for change in (lambda t, k: t.update({k: t[k][:-1]}), lambda t, k: t[k].add_(0.1)):
+            folder = tmp_path / "changed"
+            shutil.copytree(tmp_path, folder, ignore=lambda *_: {"changed"}, dirs_exist_ok=True)
+            change_file(folder, functools.partial(change, k=key))
+            before = snapshot(base)
+            with pytest.raises(ValueError, match=f"holds another '{key}' than this base model"):
+                LoraModel.from_pretrained(base, folder)
+            assert_unchanged(base, before)
+
+
+def test_former_pefts_bias_all_wrote_whatever_is_called_bias(tmp_path):
+    """T5's relative_attention_bias is an embedding: untrained, and in old files all the same."""
+    base, batches = t5(), t5_batches()
+    _, expected = peft_adapter(base, tmp_path, batches, r=4, target_modules=["q"], bias="all")
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    key, value = f"base_model.model.{name}", base.get_parameter(name).detach().clone()
+    assert key not in load_file(tmp_path / "adapter_model.safetensors")
+    change_file(tmp_path, lambda tensors: tensors.update({key: value}))
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_gap(logits(loaded, batches), expected, 1e-6)
+    change_file(tmp_path, lambda tensors: tensors.update({key: value + 1}))
+    with pytest.raises(ValueError, match="holds another '.*relative_attention_bias.weight' than"):
+        LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 
 def test_pefts_unserved_settings_are_refused_by_name(tmp_path):

@@ -1,7 +1,11 @@
 """Which modules are adapted: PEFT's rules, plus what its users trip over."""
 
+import re
+
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model as peft_get_peft_model
 from torch import nn
@@ -150,6 +154,94 @@ def test_what_matches_nothing_is_reported_and_refused():
     ):
         get_peft_model(model, config)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_unmatched_keys_are_allowed_on_request(setting):
+    """One configuration for several models: what an entry says is done where it matches."""
+    pattern = {"query": 2, r"layers\.1\..*": 2}
+    config = LoraConfig(r=4, target_modules=["q_proj"], **{setting: pattern})
+    with pytest.raises(ValueError, match=f"{setting}: 'query'.*or pass allow_unmatched=True"):
+        get_peft_model(llama(), config)
+    with pytest.warns(UserWarning, match=f"{setting}: 'query' matches none of the 3 targets"):
+        model = get_peft_model(llama(), config, allow_unmatched=True)
+    chosen = "rank" if setting == "rank_pattern" else "alpha"
+    values = [getattr(target, chosen) for target in model.plan.targets]
+    other = 4 if chosen == "rank" else 8
+    assert values == [other, 2, other]
+
+
+NAMES = st.from_regex(r"[a-c]{1,2}(\.[a-c]{1,2}){0,2}", fullmatch=True)
+
+
+@given(names=st.lists(NAMES, unique=True, min_size=1), keys=st.lists(NAMES, unique=True))
+def test_a_pattern_is_the_first_dotted_suffix(names, keys):
+    """Against the rule written out, on any names: no key reaches over a part's boundary."""
+    patterns = {re.escape(key): value for value, key in enumerate(keys, 1)}
+    for name in names:
+        parts = name.split(".")
+        suffixes = {".".join(parts[i:]) for i in range(len(parts))}
+        expected = next((v for v, key in enumerate(keys, 1) if key in suffixes), 0)
+        assert pattern_value("rank_pattern", patterns, name, 0) == expected
+
+
+class Tree(nn.Module):
+    """Linear modules under the given dotted names, as far as they do not collide."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = []
+        for name in names:
+            *parents, last = name.split(".")
+            node, free = self, True
+            for part in parents:
+                if part not in node._modules:
+                    node.add_module(part, nn.Module())
+                node = node._modules[part]
+                free = free and not isinstance(node, nn.Linear)
+            if free and last not in node._modules:
+                node.add_module(last, nn.Linear(6, 5))
+                self.names.append(name)
+
+
+@given(
+    names=st.lists(NAMES, unique=True, min_size=1, max_size=6),
+    ranks=st.dictionaries(NAMES, st.integers(1, 5), max_size=3),
+    alphas=st.dictionaries(NAMES, st.sampled_from([0.5, 3.0]), max_size=3),
+    use_rslora=st.booleans(),
+    data=st.data(),
+)
+def test_plans_of_any_model_follow_the_rules(names, ranks, alphas, use_rslora, data):
+    model = Tree(names)
+    targets = data.draw(st.lists(st.sampled_from(model.names), unique=True, min_size=1))
+    targets = [".".join(name.split(".")[data.draw(st.integers(0, 2)) :]) for name in targets]
+    targets = [target for target in targets if target] or [model.names[0]]
+    meant = [
+        (name, module) for name, module in model.named_modules()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    ]  # fmt: skip
+    assume(all(isinstance(module, nn.Linear) for _, module in meant))  # none a container
+    expected = [name for name, _ in meant]
+    config = LoraConfig(
+        r=2, lora_alpha=7, target_modules=targets, use_rslora=use_rslora,
+        rank_pattern={re.escape(key): rank for key, rank in ranks.items()},
+        alpha_pattern={re.escape(key): alpha for key, alpha in alphas.items()},
+    )  # fmt: skip
+    plan = get_peft_model(model, config, dry_run=True)
+    assert [target.name for target in plan.targets] == expected
+    for target in plan.targets:
+        parts = target.name.split(".")
+        suffixes = {".".join(parts[i:]) for i in range(len(parts))}
+        rank = next((ranks[key] for key in ranks if key in suffixes), 2)
+        alpha = next((alphas[key] for key in alphas if key in suffixes), 7)
+        assert (target.rank, target.alpha) == (rank, alpha)
+        assert target.scaling == pytest.approx(alpha / (rank**0.5 if use_rslora else rank))
+    used = {e for setting, e in plan.unmatched if setting in ("rank_pattern", "alpha_pattern")}
+    matching = {
+        key for key in {*ranks, *alphas}
+        if any(name == key or name.endswith(f".{key}") for name in expected)
+    }  # fmt: skip
+    assert used == {re.escape(key) for key in {*ranks, *alphas} - matching}
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
         warnings.warn(
             "a PEFT adapter with init_lora_weights='loftq' corrects the error of a base that PEFT "
             "quantised when it trained; it is right on that quantised base only",
-            stacklevel=5,
+            stacklevel=4,
         )
     parts = contents.parts(plan)
     factors = {}

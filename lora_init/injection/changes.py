@@ -7,7 +7,7 @@ They are plain data, so that a copy of a model holds changes of its own modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +67,13 @@ class SetAttribute:
 class SetItem:
     """Set an item of a mapping, or delete it."""
 
-    owner: MutableMapping[str, Any]
+    owner: Any
     key: str
     value: Any
 
     def __call__(self) -> SetItem:
-        before = self.owner[self.key] if self.key in self.owner else Absent
+        # A ModuleDict has no `get`.
+        before = self.owner[self.key] if self.key in self.owner else Absent  # noqa: SIM401
         if self.value is Absent:
             del self.owner[self.key]
         else:
@@ -81,16 +82,34 @@ class SetItem:
 
 
 @dataclass(frozen=True)
+class SetFlag:
+    """Let a parameter require gradients, or not."""
+
+    parameter: nn.Parameter
+    requires_grad: bool
+
+    def __call__(self) -> SetFlag:
+        before = self.parameter.requires_grad
+        self.parameter.requires_grad_(self.requires_grad)
+        return SetFlag(self.parameter, before)
+
+
+@dataclass(frozen=True)
 class StoreWeight:
-    """Give a module another weight (out, in); what it was waits in CPU memory."""
+    """Give a module another weight (out, in); what it was waits in CPU memory.
+
+    Attributes:
+        otherwise: the way back where that memory is not to be spent; see `forget`.
+    """
 
     module: nn.Module
     weight: Tensor
+    otherwise: Change
 
     def __call__(self) -> PutBack:
         held = hold(self.module, on_cpu=True)
         store_weight(self.module, self.weight)
-        return PutBack(self.module, held)
+        return PutBack(self.module, held, self.otherwise)
 
 
 @dataclass(frozen=True)
@@ -99,11 +118,12 @@ class PutBack:
 
     module: nn.Module
     held: Held
+    otherwise: Change
 
     def __call__(self) -> PutBack:
         now = hold(self.module, on_cpu=True)
         put_back(self.module, self.held)
-        return PutBack(self.module, now)
+        return PutBack(self.module, now, self.otherwise)
 
 
 @dataclass(frozen=True)
@@ -162,6 +182,11 @@ class Lost:
 
     def __call__(self) -> None:
         raise RuntimeError(self.message)
+
+
+def forget(changes: Iterable[Change]) -> list[Change]:
+    """The same changes without the weights that they hold."""
+    return [change.otherwise if isinstance(change, PutBack) else change for change in changes]
 
 
 def take_back(changes: Iterable[Change]) -> list[Change]:

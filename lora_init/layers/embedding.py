@@ -24,7 +24,8 @@ class EmbeddingLayer(LoraLayer):
         lora_A: Float[Tensor, "rank entries"],
         lora_B: Float[Tensor, "width rank"],
     ) -> Float[Tensor, "*batch width"]:
-        hidden = functional.embedding(x, lora_A.T) * self.scaling
+        # The padding entry gets no gradient, as the base's own.
+        hidden = functional.embedding(x, lora_A.T, self.base_layer.padding_idx) * self.scaling
         rows = functional.linear(hidden, lora_B)
         scale = embedding_scale(self.base_layer)
         return rows if scale is None else rows * scale

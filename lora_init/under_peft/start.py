@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +35,8 @@ class Start(nn.Module):
         subtracts: s B0 A0 is missing from the base, edited or quantised.
         fingerprint: of the original weight.
         checksum: of a replaced weight.
-        from_original_weights: the replaced weight was computed from an unquantised checkpoint.
+        from_original_weights: of the unquantised weight, where the replaced one was computed from a
+            checkpoint: its fingerprint.
     """
 
     lora_A: Tensor
@@ -60,7 +60,7 @@ class Start(nn.Module):
         self.base: Literal["kept", "edited", "replaced"] = "kept"
         self.replacement: Replacement | None = None
         self.checksum: str | None = None
-        self.from_original_weights = False
+        self.from_original_weights: str | None = None
 
 
 @dataclass
@@ -140,28 +140,11 @@ def _initial_output(layer: AdaptedLayer, start: Start, x: Tensor) -> Tensor:
         rows = functional.embedding(x, start.lora_A.T) @ start.lora_B.T * start.scaling
         scale = embedding_scale(layer.base)
         return rows if scale is None else rows * scale
-    result = x.to(torch.promote_types(x.dtype, start.lora_A.dtype))
+    result = x
     for which in ("lora_A", "lora_B"):
-        module = getattr(layer.module, which)[layer.adapter]
-        matrix = getattr(start, which)
-        weights = {"weight": matrix.view(*matrix.shape[:2], *[1] * (module.weight.ndim - 2))
-                   if which == "lora_B" else matrix.view(-1, *module.weight.shape[1:])}
+        module, matrix = getattr(layer.module, which)[layer.adapter], getattr(start, which)
+        weights = {"weight": matrix.view(module.weight.shape)}
         if module.bias is not None:
             weights["bias"] = torch.zeros_like(module.bias)
         result = torch.func.functional_call(module, weights, (result.to(matrix.dtype),))
     return result * start.scaling
-
-
-@dataclass(frozen=True)
-class Guard:
-    """One of PEFT's methods, replaced on one model while its base is changed.
-
-    An object rather than a bound method or a closure, so that a copy of the model is guarded by
-    itself and the model can be pickled.
-    """
-
-    function: Callable[..., Any]
-    model: nn.Module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.model, *args, **kwargs)

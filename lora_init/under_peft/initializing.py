@@ -1,0 +1,201 @@
+"""`initialize_peft_model`: plan, statistics, allocation, initialization, on PEFT's own layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.assembly import allocated, check_call, device_for
+from lora_init.base_weights import BaseWeights
+from lora_init.config import LoraConfig
+from lora_init.diagnostics import InitReport, LayerReport, weight_figures
+from lora_init.factors import low_rank_product
+from lora_init.initialization import InitializedLayer, initialize
+from lora_init.injection.changes import Change, HoldPlain, SetItem, forget, take_back
+from lora_init.modules import widened
+from lora_init.plan import Plan
+from lora_init.statistics import Calibration, collect
+from lora_init.under_peft.applying import apply, drop_layer, set_config, take_off
+from lora_init.under_peft.guards import guard
+from lora_init.under_peft.layers import (
+    AdaptedLayer,
+    adapted_layers,
+    check_peft_model,
+    plain_base,
+)
+from lora_init.under_peft.planning import method_setting, plan_for, refuse_started, settings
+from lora_init.under_peft.start import Record, records
+
+
+def initialize_peft_model(
+    peft_model: nn.Module,
+    method: Any,
+    *,
+    options: Any = None,
+    calibration: Iterable[Any] | None = None,
+    adapter_name: str = "default",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
+    keep_original: bool = True,
+) -> InitReport:
+    """Start the LoRA layers of a live PEFT model as `method` says.
+
+    To be called right after `peft.get_peft_model`, before the optimizer is built. An adapter that
+    has gradients, or values other than those of its start, is refused; an optimizer itself cannot
+    be seen. Parameters stay the same objects, also where eva changes their shapes, so that one that
+    was built too early still trains the right ones if it has not stepped. Called again, it first
+    takes the former initialization back.
+
+    The factors are those of `lora_init.get_peft_model` on the same base with the same seed. What
+    becomes of the base:
+
+    - kept: nothing;
+    - subtracted: the base weight is edited. PEFT's forward pass cannot subtract s B0 A0, so a
+      16-bit residual is rounded and a quantised one packed anew; `step_0_error` in the report's
+      details is ‖W - (base + s B0 A0)‖ / ‖W‖;
+    - replaced (loftq, qpissa): a quantised weight takes its place.
+
+    Args:
+        peft_model: what `peft.get_peft_model` returned, with ``init_lora_weights=True`` (PEFT's
+            own pissa, olora, … have changed the base). Unchanged if anything fails.
+        method: as `LoraConfig.init_lora_weights`: a name, "pissa_niter_N", a mapping, an options
+            object, True or False.
+        options: the method's settings, a mapping or its options object; goes with a name.
+        calibration, device, original_weights: as of `lora_init.get_peft_model`.
+        adapter_name: which of PEFT's adapters; rank, alpha, scaling and targets are its own.
+        seed: of the initialization. Every layer has a stream of its own, keyed by its name.
+        keep_original: keep the original of weights that cannot be computed back (16-bit, replaced,
+            quantised; or far smaller than s B0 A0), in CPU memory, for `restore_peft_model` and for
+            another call. Without, 16-bit weights come back up to rounding, replaced ones not at
+            all.
+
+    Returns:
+        The report, with a row per layer.
+
+    Raises:
+        ValueError, TypeError: as `lora_init.get_peft_model`; an adapter that is trained already;
+            tied weights and other adapters under a method that changes the base; a layer, variant
+            or convolution of PEFT's that cannot express it. By name; nothing is changed.
+        RuntimeError: called again where the original base was not kept.
+    """
+    check_peft_model(peft_model, adapter_name)
+    layers = adapted_layers(peft_model, adapter_name)
+    refuse_started(peft_model, layers)
+    setting = method_setting(method, options)
+    # Once before anything is touched: a wrong name must not cost the present start.
+    plan_for(peft_model, layers, settings(peft_model, layers, setting))
+    place = device_for(device)
+    taken = take_off(peft_model, adapter_name)
+    done: list[Change] = []
+    try:
+        layers = adapted_layers(peft_model, adapter_name)
+        config = settings(peft_model, layers, setting)
+        plan = plan_for(peft_model, layers, config)
+        report = _initialize(
+            peft_model, layers, config, plan, calibration, original_weights, seed, place, done
+        )
+        if plan.initializer.base != "keep":
+            done += guard(peft_model)
+    except BaseException:
+        take_back(done)
+        take_back(taken)
+        raise
+    records(peft_model)[adapter_name].changes = done if keep_original else forget(done)
+    return report
+
+
+def _initialize(
+    peft_model: nn.Module,
+    layers: list[AdaptedLayer],
+    config: LoraConfig,
+    plan: Plan,
+    calibration: Iterable[Any] | None,
+    original_weights: Any,
+    seed: int,
+    device: torch.device | None,
+    done: list[Change],
+) -> InitReport:
+    """Everything after the checks that need no weights, timed step by step."""
+    by_name = {layer.name: layer for layer in layers}
+    seconds = {}
+    with plain_base(peft_model) as base:
+        weights = BaseWeights(base, original_weights)
+        check_call(plan, weights, calibration, False)
+        # First: a calibration pass would have bitsandbytes round the scales of packed weights.
+        done.append(HoldPlain(base)())
+        start = time.perf_counter()
+        statistics = Calibration({})
+        if plan.calibration is not None:
+            statistics = collect(base, list(by_name), plan.calibration, calibration, device=device)
+        seconds["calibration"] = time.perf_counter() - start
+
+        mark = time.perf_counter()
+        if plan.initializer.allocate is not None:
+            plan = allocated(plan, config, statistics)
+        seconds["allocation"] = time.perf_counter() - mark
+
+        mark = time.perf_counter()
+        initialized = initialize(weights, plan, statistics.layers, seed=seed, device=device)
+        rows = [_row(weights, plan, layer) for layer in initialized]
+        seconds["initialize"] = time.perf_counter() - mark
+
+        mark = time.perf_counter()
+        factors = {layer.target.name: layer.factors for layer in initialized}
+        errors = apply(by_name, plan, factors, weights, done)
+    for name in by_name.keys() - factors.keys():
+        drop_layer(by_name[name], done)
+    if plan.initializer.allocate is not None:
+        set_config(peft_model.peft_config[layers[0].adapter], config, plan, done)
+    record = Record(plan.explicit(config), plan, done)
+    done.append(SetItem(records(peft_model), layers[0].adapter, record)())
+    seconds["apply"] = time.perf_counter() - mark
+    seconds["total"] = sum(seconds.values())
+    for row in rows:
+        row.base = by_name[row.name].start.base
+        if row.name in errors:
+            row.details["step_0_error"] = errors[row.name]
+    return InitReport(
+        method=plan.initializer.name,
+        options=dataclasses.asdict(plan.options),
+        base=plan.initializer.base,
+        needs_calibration=plan.calibration is not None,
+        seconds=seconds,
+        calibration_tokens=statistics.tokens,
+        layers=rows,
+    )
+
+
+def _row(weights: BaseWeights, plan: Plan, layer: InitializedLayer) -> LayerReport:
+    """The report's figures of one layer, from its weight as it was."""
+    target, factors = layer.target, layer.factors
+    weight = weights.weight(target)
+    row = LayerReport(
+        name=target.name,
+        module_type=target.module_type,
+        out_features=target.shape[0],
+        in_features=target.shape[1],
+        rank=target.rank,
+        alpha=target.alpha,
+        scaling=target.scaling,
+        seconds=layer.seconds,
+    )
+    figures = weight_figures(weight, factors.lora_A, factors.lora_B, target.scaling)
+    if plan.initializer.base == "subtract" and factors.replacement is None:
+        product = low_rank_product(factors.lora_A, factors.lora_B, target.scaling)
+        norm = torch.linalg.matrix_norm(widened(weight))
+        if norm > 0:
+            figures["error"] = float(torch.linalg.matrix_norm(weight - product) / norm)
+    names = {field.name for field in dataclasses.fields(LayerReport)}
+    for name, value in {**figures, **factors.metrics}.items():
+        if name in names:
+            setattr(row, name, value)
+        else:
+            row.details[name] = value
+    return row
