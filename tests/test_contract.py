@@ -217,9 +217,12 @@ def test_outlier_weights(kind, method, scaling):
     rank=st.integers(1, 40),
     alpha=st.sampled_from([0.01, 0.5, 1.0, 7.0, 64.0]),
     use_rslora=st.booleans(),
+    use_dora=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_output_at_step_0_for_any_shape(method, kind, rows, columns, rank, alpha, use_rslora, seed):
+def test_output_at_step_0_for_any_shape(
+    method, kind, rows, columns, rank, alpha, use_rslora, use_dora, seed
+):
     spec = spec_of(method)
     assume(rank <= min(rows, columns))
     assume(spec.rank_rule is None or spec.rank_rule(rank, rows, columns) is None)
@@ -232,6 +235,7 @@ def test_output_at_step_0_for_any_shape(method, kind, rows, columns, rank, alpha
         r=rank,
         lora_alpha=alpha,
         use_rslora=use_rslora,
+        use_dora=use_dora,
         target_modules=["0"],
         init_lora_weights={"name": method, **({"rho": 1.0} if method == "eva" else {})},
     )

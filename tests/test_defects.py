@@ -497,7 +497,7 @@ def test_9_conversion_keeps_head_scaling_and_patterns(use_rslora, method, tmp_pa
 # -- 10: DoRA --------------------------------------------------------------------------------------
 
 
-class LargestTensors(TorchDispatchMode):
+class Products(TorchDispatchMode):
     """Counts, while on, the multiplications of matrix products, and records identities made."""
 
     def __init__(self):
@@ -529,14 +529,13 @@ def test_10_dora_makes_no_identity_product(dtype, method):
         base, r=rank, target_modules=["0"], init_lora_weights=method, use_dora=True
     )  # fmt: skip
     x = torch.randn(tokens, columns, dtype=dtype)
-    with LargestTensors() as seen:
+    with Products() as seen:
         model(x)
     assert not seen.identities
     products = 1 if model.layers["0"].base_state != "in_forward" else 2
     forward = tokens * rows * columns + products * tokens * rank * (rows + columns)
     norm = rows * columns * rank + (2 * products - 1) * rank**2 * (rows + columns)
-    assert seen.multiplications <= forward + norm
-    assert seen.multiplications < forward + norm + columns * columns * rank
+    assert forward < seen.multiplications <= forward + norm
 
 
 # -- 11: undeclared packages -----------------------------------------------------------------------

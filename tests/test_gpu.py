@@ -1,10 +1,25 @@
 """On a CUDA device: the same adapters as on the CPU, wherever the model lives."""
 
+import copy
+import warnings
+
 import pytest
 import torch
+from models import (
+    EPSILON,
+    Case,
+    assert_gap,
+    kept_plain,
+    largest_ratio,
+    norm_ratio,
+    relative_gap,
+    train,
+    without_bias,
+)
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers, reinitialize
+from lora_init.modules import oriented_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,3 +70,140 @@ def test_output_is_preserved_on_the_device(dtype):
     config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights="pissa")
     gap = (get_peft_model(base, config)(x) - expected).norm() / expected.norm()
     assert gap <= max(2e-6, torch.finfo(dtype).eps)
+
+
+# -- every module type -----------------------------------------------------------------------------
+
+DEVICE = "cuda"
+CASES = [
+    Case(kind, dtype)
+    for kind in ("Linear", "Conv1D", "Conv2d", "Embedding")
+    for dtype in (torch.float32, torch.bfloat16)
+]
+PACKED = [Case("Linear4bit", torch.float16), Case("Linear8bitLt", torch.float16)]
+COMBINATIONS = [
+    pytest.param(spec, case, use_dora, id=f"{spec.name}-{case}-{'dora' if use_dora else 'plain'}")
+    for spec in list_initializers()
+    for case in CASES + PACKED
+    for use_dora in (False, True)
+    if case.kind in spec.module_types
+]
+every_combination = pytest.mark.parametrize(("spec", "case", "use_dora"), COMBINATIONS)
+
+
+def moved(value):
+    return value.to(DEVICE)
+
+
+def adapt(spec, case, base, *, use_dora=False, **arguments):
+    options = {"name": spec.name, **({"rho": 1.0} if spec.name == "eva" else {})}
+    config = LoraConfig(
+        r=4, target_modules=list(case.shapes), init_lora_weights=options, use_dora=use_dora
+    )
+    return get_peft_model(
+        base,
+        config,
+        calibration=case.calibration() if spec.calibration else None,
+        original_weights=case.originals() if spec.base == "replace" else None,
+        **arguments,
+    )
+
+
+@every_combination
+def test_the_whole_life_of_an_adapter(spec, case, use_dora, tmp_path):
+    """Step 0, training, disabling, merging, files and unloading, all on the device."""
+    base = case.build().to(DEVICE)
+    reference = kept_plain(base)
+    model = adapt(spec, case, copy.deepcopy(base), use_dora=use_dora, keep_original=True)
+    assert {p.device.type for p in model.parameters()} == {DEVICE}
+    for name, layer in model.layers.items():
+        x, module = moved(case.layer_inputs(name)), reference.get_submodule(name)
+        if spec.preserves_output:
+            tolerance = EPSILON[case.dtype] * norm_ratio(model, reference, name)
+            assert_gap(layer(x), module(x), tolerance, without_bias(module, x))
+
+    x = moved(case.inputs())
+    model(x).float().pow(2).sum().backward()
+    train(model)
+    trained = model(x)
+    assert relative_gap(trained, reference(x)) > 1e-4
+    ratio = largest_ratio(model, reference)
+    with model.disable_adapter():
+        assert_gap(model(x), reference(x), 3 * EPSILON[case.dtype] * ratio)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a packed merge adds an error
+        model.merge_adapter()
+    assert_gap(model(x), trained, 0.4 if case.packed else 9 * EPSILON[case.dtype] * ratio)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), trained)
+
+    model.save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(
+        copy.deepcopy(base), tmp_path,
+        original_weights=case.originals() if spec.base == "replace" else None,
+    )  # fmt: skip
+    assert_gap(loaded(x), trained, 9 * EPSILON[case.dtype] * ratio)
+    restored = model.unload()
+    for name in case.shapes:
+        weight = oriented_weight(base.get_submodule(name))
+        error = (oriented_weight(restored.get_submodule(name)) - weight).abs().max()
+        assert error <= 1e-6 * weight.abs().max()
+
+
+@every_combination
+def test_initialized_on_the_device_for_a_model_on_the_cpu(spec, case, use_dora):
+    """The same product, and nothing of the model has moved."""
+    expected = adapt(spec, case, case.build(), use_dora=use_dora)
+    model = adapt(spec, case, case.build(), use_dora=use_dora, device=DEVICE)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    for name, layer in model.layers.items():
+        reference = expected.layers[name]
+        scale = oriented_weight(case.build().get_submodule(name))
+        assert_gap(layer.initial_product(), reference.initial_product(), 1e-5, scale)
+        assert layer.base_state == reference.base_state
+        if use_dora:
+            assert_gap(layer.lora_magnitude_vector, reference.lora_magnitude_vector, 1e-4)
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_weights_are_the_same_on_both_devices(case):
+    base = case.build()
+    weights = {name: oriented_weight(base.get_submodule(name)) for name in case.shapes}
+    base.to(DEVICE)
+    for name, weight in weights.items():
+        assert torch.equal(oriented_weight(base.get_submodule(name)).cpu(), weight)
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_requantized_residual_on_the_device(case):
+    base = case.build().to(DEVICE)
+    config = LoraConfig(r=4, target_modules=list(case.shapes), init_lora_weights="pissa")
+    model = get_peft_model(base, config, quantized_base="requantize", keep_original=True)
+    for row in model.init_report().layers:
+        assert row.base == "replaced"
+        assert row.error < 0.1
+    x = moved(case.inputs())
+    expected = case.build().to(DEVICE)(x)
+    with model.disable_adapter():
+        assert_gap(model(x), expected, EPSILON[case.dtype])
+    again = reinitialize(model, LoraConfig(r=4, target_modules=["tall"]))
+    assert_gap(again(x), expected, EPSILON[case.dtype])
+
+
+def test_an_adapter_moves_with_its_model():
+    """Made on the CPU, moved, disabled and unloaded on the device; replaced bases are kept."""
+    case = Case()
+    for method in ("kaiming", "pissa", "loftq"):
+        config = LoraConfig(
+            r=4, target_modules=list(case.shapes), init_lora_weights=method, use_dora=True,
+            bias="all",
+        )  # fmt: skip
+        model = train(get_peft_model(case.build(), config, keep_original=True))
+        expected = model(case.inputs())
+        model.to(DEVICE)
+        x = moved(case.inputs())
+        assert_gap(model(x).cpu(), expected, 1e-5)
+        with model.disable_adapter():
+            assert_gap(model(x).cpu(), case.build()(case.inputs()), 1e-5)
+        assert_gap(model(x).cpu(), expected, 1e-5)
+        assert_gap(model.unload()(x).cpu(), case.build()(case.inputs()), 1e-5)

@@ -1,0 +1,169 @@
+"""Adapters on Conv2d against a dense convolution with the merged kernel; calibration on patches."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import EPSILON, assert_gap, spread_weight, train
+from torch import nn
+from torch.nn import functional
+
+from lora_init import LoraConfig, get_peft_model
+from lora_init.registry import CalibrationRequest
+from lora_init.statistics import collect
+
+GEOMETRIES = {
+    "plain": {},
+    "pointwise": {"kernel_size": 1},
+    "padded": {"padding": 1},
+    "uneven": {"kernel_size": (3, 2), "padding": (2, 1), "stride": (1, 2)},
+    "dilated": {"dilation": 2, "padding": (2, 0)},
+    "same": {"padding": "same", "dilation": (1, 2)},
+    "valid": {"padding": "valid", "stride": 2},
+    "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
+    "replicate": {"padding": 2, "padding_mode": "replicate", "stride": (2, 1)},
+    "circular": {"padding": (2, 1), "padding_mode": "circular", "dilation": (2, 1)},
+    "same reflect": {"padding": "same", "padding_mode": "reflect", "kernel_size": (2, 3)},
+    "no bias": {"bias": False, "padding": 1},
+}
+every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES)
+
+
+def convolution(channels=3, out=7, **settings):
+    settings = {"kernel_size": 3} | settings
+    module = nn.Conv2d(channels, out, **settings)
+    with torch.no_grad():
+        module.weight.copy_(spread_weight(out, module.weight[0].numel()).view(module.weight.shape))
+    return module
+
+
+def adapt(base, *, calibration=None, **settings):
+    config = LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["0"]} | settings)
+    return get_peft_model(base, config, calibration=calibration)
+
+
+@pytest.mark.parametrize("method", [True, "random", "pissa", "olora", "loftq"])
+@every_geometry
+def test_output_is_the_dense_convolution(geometry, method):
+    base = nn.Sequential(convolution(**GEOMETRIES[geometry]))
+    model = train(adapt(copy.deepcopy(base), init_lora_weights=method), size=0.2)
+    layer = model.layers["0"]
+    change = layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
+    kernel = layer.base_layer.weight.double() + change.view(base[0].weight.shape)
+    dense = copy.deepcopy(base[0]).double()
+    dense.weight = nn.Parameter(kernel.detach())
+    for x in (torch.randn(4, 3, 9, 8), torch.randn(3, 9, 8)):  # a batch, and a single picture
+        assert_gap(model(x), dense(x.double()), EPSILON[torch.float32])
+    assert_gap(model.merge_and_unload()(x), dense(x.double()), EPSILON[torch.float32])
+
+
+@given(
+    channels=st.integers(1, 4),
+    out=st.integers(1, 5),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+)
+def test_any_geometry(channels, out, kernel, stride, dilation, padding, mode):
+    """PiSSA at full rank: the adapter holds all of W, so that any mistake of layout shows."""
+    module = convolution(
+        channels, out, kernel_size=kernel, stride=stride, dilation=dilation, padding=padding,
+        padding_mode=mode,
+    )  # fmt: skip
+    rank = min(out, channels * kernel[0] * kernel[1])
+    base = nn.Sequential(module)
+    model = adapt(copy.deepcopy(base), r=rank, init_lora_weights="pissa")
+    layer = model.layers["0"]
+    assert layer.base_layer.weight.abs().max() <= 1e-5  # nearly nothing is left of it
+    x = torch.randn(2, channels, 7, 8)
+    assert_gap(model(x), base(x), 1e-5)
+
+
+# -- calibration -----------------------------------------------------------------------------------
+
+
+def patches(module, x):
+    """The pixels under the kernel at each of its positions, cut out one by one: (positions, in)."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    padded = functional.pad(x.double(), (left, right, top, bottom), mode=mode)
+    height, width = module(x).shape[-2:]
+    rows = []
+    for picture in padded:
+        for i in range(height):
+            for j in range(width):
+                ys = i * module.stride[0] + module.dilation[0] * torch.arange(module.kernel_size[0])
+                xs = j * module.stride[1] + module.dilation[1] * torch.arange(module.kernel_size[1])
+                rows.append(picture[:, ys[:, None], xs].flatten())
+    return torch.stack(rows)
+
+
+def assert_moments(statistics, rows):
+    assert statistics.inputs.tokens == len(rows)
+    assert_gap(statistics.inputs.mean, rows.mean(0), 1e-5)
+    assert_gap(statistics.inputs.second_moment, rows.T @ rows / len(rows), 1e-5)
+
+
+@every_geometry
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_statistics_are_of_the_patches(dtype, geometry):
+    base = nn.Sequential(convolution(**GEOMETRIES[geometry])).to(dtype)
+    batches = [torch.randn(2, 3, 9, 8).add(0.3).to(dtype) for _ in range(2)]
+    found = collect(base, ["0"], CalibrationRequest(), batches).layers["0"]
+    rows = torch.cat([patches(base[0], x) for x in batches])
+    assert_moments(found, rows)
+    # The definition: the unfolded weight times a patch is the output there.
+    dense = copy.deepcopy(base[0]).double()
+    output = dense(batches[0].double()).permute(0, 2, 3, 1).flatten(0, 2)
+    product = patches(base[0], batches[0]) @ dense.weight.flatten(1).T
+    bias = 0 if dense.bias is None else dense.bias
+    assert_gap(product + bias, output, 1e-12)
+
+
+class TwoReaders(nn.Module):
+    """Two convolutions of different geometry, and one of the first's, read one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine = convolution(kernel_size=3, padding=1)
+        self.coarse = convolution(kernel_size=3, stride=2)
+        self.twin = convolution(kernel_size=3, padding=1)
+
+    def forward(self, x):
+        return self.fine(x), self.coarse(x), self.twin(x)
+
+
+def test_readers_of_one_tensor_keep_their_own_patches():
+    base, x = TwoReaders(), torch.randn(3, 3, 9, 8) + 0.5
+    names = ["fine", "coarse", "twin"]
+    found = collect(base, names, CalibrationRequest(), [x]).layers
+    for name in names:
+        assert_moments(found[name], patches(base.get_submodule(name), x))
+    assert found["twin"].inputs is found["fine"].inputs  # the same patches are summed once
+
+
+@pytest.mark.parametrize("method", ["corda", "eva"])
+def test_data_driven_methods_follow_the_patches(method):
+    base, x = TwoReaders(), torch.randn(3, 3, 9, 8) + 0.5
+    names = ["fine", "coarse", "twin"]
+    options = {"name": method, **({"rho": 1.0} if method == "eva" else {})}
+    model = adapt(
+        copy.deepcopy(base), target_modules=names, init_lora_weights=options, calibration=[x]
+    )
+    for name, layer in model.layers.items():
+        module = base.get_submodule(name)
+        rows, weight = patches(module, x), module.weight.detach().double().flatten(1)
+        if method == "eva":
+            basis = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:2]
+            overlap = (basis @ layer.lora_A.double().T).norm() ** 2 / 2
+            assert abs(overlap - 1) <= 1e-4
+        else:  # U Uᵀ W, U the leading left singular vectors of W R
+            left = torch.linalg.svd(weight @ (rows.T @ rows))[0][:, :2]
+            product = layer.initial_product()
+            assert_gap(product, left @ left.T @ weight, 1e-3)
+    for actual, expected in zip(model(x), base(x), strict=True):
+        assert_gap(actual, expected, 1e-5)

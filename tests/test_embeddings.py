@@ -1,0 +1,145 @@
+"""Adapters on embeddings, against a table of rows: plain, padded, and scaled word embeddings."""
+
+import copy
+
+import pytest
+import torch
+from models import (
+    EPSILON,
+    VOCABULARY,
+    assert_gap,
+    gpt2,
+    logits,
+    spread_weight,
+    token_batches,
+    train,
+)
+from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
+
+METHODS = [spec.name for spec in list_initializers() if "Embedding" in spec.module_types]
+ENTRIES, WIDTH, SCALE = 30, 12, 4.0
+
+
+def plain():
+    return nn.Embedding(ENTRIES, WIDTH)
+
+
+def padded():
+    return nn.Embedding(ENTRIES, WIDTH, padding_idx=3)
+
+
+def bart():
+    return BartScaledWordEmbedding(ENTRIES, WIDTH, padding_idx=3, embed_scale=SCALE)
+
+
+def gemma():
+    return Gemma3TextScaledWordEmbedding(ENTRIES, WIDTH, padding_idx=3, embed_scale=SCALE)
+
+
+SCALES = {plain: 1.0, padded: 1.0, bart: SCALE, gemma: SCALE}
+every_embedding = pytest.mark.parametrize("make", SCALES, ids=lambda make: make.__name__)
+every_method = pytest.mark.parametrize("method", METHODS)
+every_variant = pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+IDS = torch.tensor([[0, 3, 7, 7], [29, 1, 3, 12]])
+
+
+def network(make, dtype=torch.float32):
+    base = nn.Sequential(make())
+    with torch.no_grad():
+        base[0].weight.copy_(spread_weight(ENTRIES, WIDTH))
+    return base.to(dtype)
+
+
+def adapt(base, **settings):
+    return get_peft_model(base, LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **settings))
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@every_method
+@every_embedding
+def test_output_is_a_row_of_the_table(make, method, dtype, use_dora):
+    base = network(make, dtype)
+    model = adapt(copy.deepcopy(base), init_lora_weights=method, use_dora=use_dora)
+    layer = model.layers["0"]
+    if layer.base_state != "replaced" and method != "random":
+        assert_gap(model(IDS), base(IDS), EPSILON[dtype])
+    train(model, size=0.2)
+    table = layer.base_layer.weight.detach().double()
+    table = table + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double()).T
+    if layer.base_state == "in_forward":
+        initial = layer.initial_lora_B.double() @ layer.initial_lora_A.double()
+        table = table - layer.scaling * initial.T
+    if use_dora:
+        table = table * layer.lora_magnitude_vector.double() / table.norm(dim=0)
+    expected = SCALES[make] * table[IDS]
+    assert_gap(model(IDS), expected, 3 * EPSILON[dtype])
+    merged = model.merge_and_unload()
+    assert type(merged[0]) is type(base[0])
+    assert_gap(merged(IDS), expected, 3 * EPSILON[dtype])
+
+
+@every_method
+@every_embedding
+def test_unload_and_files(make, method, tmp_path):
+    base = network(make)
+    model = train(adapt(copy.deepcopy(base), init_lora_weights=method))
+    expected = model(IDS)
+    model.save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_gap(loaded(IDS), expected, 1e-5)
+    if model.layers["0"].base_state == "replaced":
+        return
+    with model.disable_adapter():
+        assert_gap(model(IDS), base(IDS), EPSILON[torch.float32])
+    assert_gap(model.unload()(IDS), base(IDS), EPSILON[torch.float32])
+
+
+@every_variant
+@every_embedding
+def test_the_padding_entry_is_not_trained(make, use_dora):
+    """The embedding's own rule: its padding row gets no gradient, whatever the ids."""
+    model = train(adapt(network(make), init_lora_weights="random", use_dora=use_dora))
+    layer = model.layers["0"]
+    model(IDS).pow(2).sum().backward()
+    padding = layer.base_layer.padding_idx
+    gradient = layer.lora_A.grad.abs().amax(0)
+    for entry in IDS.unique().tolist():
+        assert (gradient[entry] == 0) == (entry == padding), entry
+
+
+def test_no_dropout_on_ids():
+    base = network(plain)
+    model = train(adapt(base, init_lora_weights="random", lora_dropout=0.5)).train()
+    assert torch.equal(model(IDS), model(IDS))
+
+
+@every_method
+def test_embedding_and_tied_head_together(method):
+    """Two adapters on one shared weight: each its own, and the weight stays what it is."""
+    base, batches = gpt2(), token_batches()
+    original, ids = logits(base, batches), torch.arange(VOCABULARY)
+    rows = base.transformer.wte(ids)
+    tied = base.transformer.wte.weight
+    config = LoraConfig(r=4, target_modules=["wte", "lm_head"], init_lora_weights=method)
+    model = get_peft_model(base, config)
+    spec = model.plan.initializer
+    if spec.preserves_output:
+        assert_gap(base.transformer.wte(ids), rows, EPSILON[torch.float32])
+        assert_gap(logits(model, batches), original, 1e-5)
+        assert model.layers["lm_head"].base_layer.weight is tied
+    train(model)
+    trained = logits(model, batches)
+    if spec.base != "replace":
+        with model.disable_adapter():
+            assert_gap(logits(model, batches), original, 0.0)
+    model.merge_adapter()
+    assert_gap(logits(model, batches), trained, 1e-5)
+    model.unmerge_adapter()
+    restored = model.unload()
+    assert restored.lm_head.weight is restored.transformer.wte.weight is tied
+    assert_gap(logits(restored, batches), original, 0.0)
