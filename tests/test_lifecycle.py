@@ -20,7 +20,7 @@ from models import (
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, list_initializers, reinitialize
-from lora_init.injection import injecting
+from lora_init.injection import injecting, merging
 from lora_init.modules import oriented_weight
 from lora_init.plan import Plan
 
@@ -57,9 +57,9 @@ def adapt(method, case, base=None, **settings):
     return train(get_peft_model(base, **settings_for(method, case, **settings)))
 
 
-def fail_at(monkeypatch, name, call):
-    """Let the `call`-th call of an injection function run out of memory."""
-    function, calls = getattr(injecting, name), []
+def fail_at(monkeypatch, module, name, call):
+    """Let the `call`-th call of a function run out of memory, as that module calls it."""
+    function, calls = getattr(module, name), []
 
     def failing(*args, **kwargs):
         calls.append(args)
@@ -67,7 +67,7 @@ def fail_at(monkeypatch, name, call):
             raise MemoryError("no memory left")
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(injecting, name, failing)
+    monkeypatch.setattr(module, name, failing)
 
 
 # -- starting again --------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_failing_reinitialize_leaves_the_trained_adapter(method, case, monkeypat
         reinitialize(model, **settings_for(method, case, target_modules=["nothing"]))
     assert_as_before()
     with monkeypatch.context() as patch:
-        fail_at(patch, "_place", 1)
+        fail_at(patch, injecting, "_place", 1)
         with pytest.raises(MemoryError):
             reinitialize(model, **settings_for(method, case))
     assert_as_before()
@@ -267,7 +267,7 @@ def test_failing_merge_leaves_the_adapter_unmerged(method, case, monkeypatch):
     expected = model(x)
     for call in range(1, len(case.shapes) + 1):
         with monkeypatch.context() as patch:
-            fail_at(patch, "store_weight", call)
+            fail_at(patch, merging, "store_weight", call)
             with pytest.raises(MemoryError):
                 model.merge_adapter()
         assert_unchanged(base, before)
@@ -280,7 +280,7 @@ def test_failing_merge_and_unload_can_be_finished(monkeypatch):
     x = chain_inputs(20)
     expected = model(x)
     with monkeypatch.context() as patch:
-        fail_at(patch, "store_weight", 2)
+        fail_at(patch, merging, "store_weight", 2)
         with pytest.raises(MemoryError):
             model.merge_and_unload()
     assert_gap(model(x), expected, 1e-6)

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
-from lora_init.injection import injecting
+from lora_init.injection import settling
 from lora_init.modules import oriented_weight
 from lora_init.packed import quantizer_of
 
@@ -284,7 +284,7 @@ def test_a_lost_original_takes_no_memory(packing, keep_original):
 @every_packing
 def test_failure_in_the_middle_of_requantizing_is_undone(packing, call, monkeypatch):
     base = packed_chain(packing, names=["square", "wide"])  # one of three is float, and edited
-    before, store, calls = snapshot(base), injecting.store_weight, []
+    before, store, calls = snapshot(base), settling.store_weight, []
 
     def failing(*args, **kwargs):
         calls.append(args)
@@ -292,7 +292,7 @@ def test_failure_in_the_middle_of_requantizing_is_undone(packing, call, monkeypa
             raise MemoryError("no memory left")
         return store(*args, **kwargs)
 
-    monkeypatch.setattr(injecting, "store_weight", failing)
+    monkeypatch.setattr(settling, "store_weight", failing)
     with pytest.raises(MemoryError, match="no memory left"):
         adapt(base, "pissa", quantized_base="requantize")
     after = snapshot(base)

@@ -23,7 +23,7 @@ from lora_init.injection.changes import (
     StoreWeight,
     take_back,
 )
-from lora_init.injection.injecting import LARGEST_EDIT_GROWTH
+from lora_init.injection.settling import LARGEST_EDIT_GROWTH
 from lora_init.injection.weights import store_weight
 from lora_init.modules import oriented_weight, widened
 from lora_init.plan import Plan, Target

@@ -1,0 +1,97 @@
+"""Folding the adapters into the base weights, and taking them out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+
+from lora_init import packed
+from lora_init.injection.state import Injection
+from lora_init.injection.switching import set_adapter_enabled
+from lora_init.injection.weights import hold, put_back, store_weight
+from lora_init.modules import oriented_weight
+
+
+def set_merged(injection: Injection, merged: bool) -> None:
+    """Fold the adapters into the base weights, or take them out again, exactly.
+
+    While merged, the injection holds what the weights were: exact, at the cost of their memory.
+
+    Raises:
+        ValueError: a layer has a `lora_bias`, its base none to fold it into.
+    """
+    if merged == injection.merged:
+        return
+    if not merged:
+        _unfold(injection)
+        return
+    try:
+        fold(injection, hold_weights=True)
+    except BaseException:
+        _unfold(injection)
+        raise
+
+
+def _unfold(injection: Injection) -> None:
+    for name, (held, bias) in injection.unmerged.items():
+        layer = injection.layers[name]
+        put_back(layer.base_layer, held)
+        if bias is not None:
+            layer.base_layer.bias.data = bias
+        layer.merged = False
+    injection.unmerged = {}
+
+
+def fold(injection: Injection, *, hold_weights: bool = False) -> None:
+    """Merge layer by layer; remembers what weights and biases were, if they are to be held.
+
+    A layer that is merged already, by a call that failed in the middle, is passed over.
+    """
+    for name, layer in injection.layers.items():
+        if layer.lora_bias is not None and layer.base_layer.bias is None:
+            raise ValueError(
+                f"layer {name!r} has a lora_bias, and its base module no bias to merge it into; "
+                "keep the adapter unmerged, or train without lora_bias"
+            )
+    set_adapter_enabled(injection, True)
+    errors = {}
+    for name, layer in injection.layers.items():
+        if layer.merged:
+            continue
+        module = layer.base_layer
+        weight = layer.merged_weight()
+        bias = None if layer.lora_bias is None else module.bias.data
+        if hold_weights:
+            injection.unmerged[name] = hold(module), bias
+        if name in injection.shared:
+            kept = injection.originals.get(name)
+            injection.untied[name] = module.weight if kept is None else kept.parameter
+        store_weight(module, weight, own=name in injection.shared)
+        layer.merged = True
+        if bias is not None:
+            module.bias.data = (bias + layer.scaling * layer.lora_bias.detach()).to(bias.dtype)
+        if packed.is_packed(module):
+            norm = torch.linalg.matrix_norm(weight)
+            error = torch.linalg.matrix_norm(weight - oriented_weight(module))
+            errors[name] = float(error / norm) if norm > 0 else 0.0
+    _warn_of_merging(injection, errors)
+
+
+def _warn_of_merging(injection: Injection, errors: Mapping[str, float]) -> None:
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        mean = sum(errors.values()) / len(errors)
+        warnings.warn(
+            f"merged into {len(errors)} quantised weights, which adds a relative error of "
+            f"{mean:.1e} on average and {errors[worst]:.1e} in {worst!r}; merge into the "
+            "unquantised model to avoid it",
+            stacklevel=5,
+        )
+    for name in sorted(injection.shared):
+        warnings.warn(
+            f"{name!r} shared its weight with another module and now has one of its own; untie "
+            "them in the model's configuration (tie_word_embeddings=False) before saving it",
+            stacklevel=5,
+        )

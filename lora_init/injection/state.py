@@ -1,0 +1,76 @@
+"""What was done to a model, and whether the adapter is on, off or merged at the moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lora_init import packed
+from lora_init.factors import Replacement
+from lora_init.injection.weights import Held
+from lora_init.layers import LoraLayer, TrainedModule
+
+
+@dataclass
+class Injection:
+    """What was done to a model, enough to undo it.
+
+    Attributes:
+        layers: the adapted layers by name.
+        trained: the whole-trained modules by name.
+        biases: each trained bias and the data it does not have now: its original while the adapter
+            is on, its trained value while it is off.
+        originals: what each replaced base was, where it was kept.
+        shared: layers whose weight another module reads too.
+        fingerprints: of each target's original weight.
+        replacements: how to rebuild each replaced base.
+        checksums: of each replaced base.
+        from_original_weights: of each layer whose replaced base came from an unquantised
+            checkpoint, the fingerprint of the weight there.
+        requires_grad: every parameter's flag before injection.
+        enabled: whether the adapter is on.
+        unmerged: what the base weights (and biases) were before the adapter was merged into them.
+        untied: the shared parameter of each layer that got one of its own when it was merged.
+        plain: packed modules as they were before they were kept plain.
+    """
+
+    layers: dict[str, LoraLayer] = field(default_factory=dict)
+    trained: dict[str, TrainedModule] = field(default_factory=dict)
+    biases: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
+    originals: dict[str, Held] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    replacements: dict[str, Replacement] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
+    from_original_weights: dict[str, str] = field(default_factory=dict)
+    requires_grad: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    enabled: bool = True
+    unmerged: dict[str, tuple[Held, Tensor | None]] = field(default_factory=dict)
+    untied: dict[str, nn.Parameter] = field(default_factory=dict)
+    plain: dict[nn.Module, packed.Held] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.unmerged)
+
+    def lost(self) -> list[str]:
+        """Layers whose original weight nobody has any more."""
+        return [
+            name
+            for name, layer in self.layers.items()
+            if layer.base_state == "replaced" and name not in self.originals
+        ]
+
+    def refuse_lost(self, wanted: str) -> None:
+        """Refuse what needs the original base where it is gone.
+
+        Raises:
+            RuntimeError: a base was replaced and its original not kept.
+        """
+        for name in self.lost():
+            raise RuntimeError(
+                f"{wanted}: the base weight of {name!r} was replaced by a quantised one and no "
+                "copy of it was kept, so the original function is gone; initialize with "
+                "get_peft_model(..., keep_original=True), or reload the base model"
+            )
