@@ -130,17 +130,14 @@ class LoraLayer(nn.Module):
         if not (self.dropout.training and isinstance(self.dropout, nn.Dropout)):
             if in_forward:
                 delta -= self._low_rank(x, *initial)
-            result = dora.scaled(added(delta, base), gain)
-        else:
-            # As in the authors' code: what is not dropped is the base's own output, once.
-            frozen, dropped = base, self._base_without_bias(dropped_x)[0]
-            if in_forward:
-                frozen = frozen - self._low_rank(x, *initial)
-                dropped = dropped - self._low_rank(dropped_x, *initial)
-            result = frozen + (gain - 1) * dropped + gain * delta
-        if bias is not None:
-            result = result + bias
-        return result.to(base.dtype)
+            return dora.scaled(added(delta, base), gain, bias).to(base.dtype)
+        # As in the authors' code: what is not dropped is the base's own output, once.
+        frozen, dropped = base, self._base_without_bias(dropped_x)[0]
+        if in_forward:
+            frozen = frozen - self._low_rank(x, *initial)
+            dropped = dropped - self._low_rank(dropped_x, *initial)
+        result = frozen + (gain - 1) * dropped + gain * delta
+        return (result if bias is None else result + bias).to(base.dtype)
 
     def gain(self) -> Float[Tensor, " out"]:
         """DoRA's g = m / ‖V‖, without a gradient through the norm (the paper's section 4.3)."""
