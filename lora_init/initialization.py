@@ -98,8 +98,9 @@ def _initialize_layer(
     )
     if plan.requantizes and target.quantized:
         factors = _requantized(factors, weight.to(home), target, statistics.quantizer)
-    if home.type == "cuda" or (device is not None and device.type == "cuda"):
-        torch.cuda.synchronize()
+    for place in {home, device or home}:
+        if place.type == "cuda":  # else the time is that of handing over the work
+            torch.cuda.synchronize(place)
     return InitializedLayer(target, factors, time.perf_counter() - start)
 
 

@@ -244,7 +244,7 @@ class _Pass:
         mask = self._mask(tensor, reader)
         if mask is None or tensor.shape[:-1] != mask.shape or bool(mask.all()):
             return input_rows(self.modules[reader], tensor)
-        return tensor[mask]
+        return tensor[mask.to(tensor.device)]  # a model may be spread over devices
 
     def _mask(self, tensor: Tensor, reader: str) -> Tensor | None:
         encoder_output = self._encoder_output() if self._encoder_output is not None else None

@@ -299,6 +299,19 @@ def kept_plain(model):
     return twin
 
 
+def on_device(model, device):
+    """`model.to(device)`, and what it leaves behind: the scales of weights quantised to 8 bits.
+
+    bitsandbytes hangs codes and scales on a new parameter, of which torch takes the data only.
+    """
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt) and module.weight.CB is not None:
+            weight = module.weight
+            weight.CB, weight.SCB = weight.data, weight.SCB.to(device)
+    return model
+
+
 @torch.no_grad()
 def without_bias(module, x):
     """W x as the module computes it, the scale of the tolerances; float64."""

@@ -12,6 +12,7 @@ from models import (
     kept_plain,
     largest_ratio,
     norm_ratio,
+    on_device,
     relative_gap,
     train,
     without_bias,
@@ -112,7 +113,7 @@ def adapt(spec, case, base, *, use_dora=False, **arguments):
 @every_combination
 def test_the_whole_life_of_an_adapter(spec, case, use_dora, tmp_path):
     """Step 0, training, disabling, merging, files and unloading, all on the device."""
-    base = case.build().to(DEVICE)
+    base = on_device(case.build(), DEVICE)
     reference = kept_plain(base)
     model = adapt(spec, case, copy.deepcopy(base), use_dora=use_dora, keep_original=True)
     assert {p.device.type for p in model.parameters()} == {DEVICE}
@@ -169,21 +170,21 @@ def test_initialized_on_the_device_for_a_model_on_the_cpu(spec, case, use_dora):
 def test_packed_weights_are_the_same_on_both_devices(case):
     base = case.build()
     weights = {name: oriented_weight(base.get_submodule(name)) for name in case.shapes}
-    base.to(DEVICE)
+    on_device(base, DEVICE)
     for name, weight in weights.items():
         assert torch.equal(oriented_weight(base.get_submodule(name)).cpu(), weight)
 
 
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_requantized_residual_on_the_device(case):
-    base = case.build().to(DEVICE)
+    base = on_device(case.build(), DEVICE)
     config = LoraConfig(r=4, target_modules=list(case.shapes), init_lora_weights="pissa")
     model = get_peft_model(base, config, quantized_base="requantize", keep_original=True)
     for row in model.init_report().layers:
         assert row.base == "replaced"
         assert row.error < 0.1
     x = moved(case.inputs())
-    expected = case.build().to(DEVICE)(x)
+    expected = on_device(case.build(), DEVICE)(x)
     with model.disable_adapter():
         assert_gap(model(x), expected, EPSILON[case.dtype])
     again = reinitialize(model, LoraConfig(r=4, target_modules=["tall"]))

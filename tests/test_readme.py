@@ -43,6 +43,8 @@ def reduced(command, outputs):
         return f"make compare OUTPUTS={outputs} OVERRIDES={shlex.quote(' '.join(overrides))}"
     if command == "make test":
         return "make --dry-run test"  # it is running this very test
+    if command == "make benchmark":
+        return "make --dry-run benchmark"  # tests/experiments/test_benchmark.py runs it small
     if command.startswith("python -m experiments.train"):
         command += "".join(f" {word}" for word in [*SMALL, f"paths.outputs={outputs}"])
         if "data=table" not in command:

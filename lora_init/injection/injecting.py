@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_init import packed
 from lora_init.base_weights import BaseWeights
@@ -144,6 +145,7 @@ def reinstate(model: nn.Module, injection: Injection) -> None:
     """The inverse of `restore`: the same adapter, where it was, as trained."""
     for parameter, _ in injection.requires_grad:
         parameter.requires_grad_(False)
+    _follow(injection)
     injection.plain = hold_plain(model)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
@@ -153,6 +155,17 @@ def reinstate(model: nn.Module, injection: Injection) -> None:
         bias.requires_grad_(True)
     _place(model, injection)
     set_adapter_enabled(injection, True)
+
+
+def _follow(injection: Injection) -> None:
+    """Move a detached adapter to where its model has moved since."""
+    for layer in injection.layers.values():
+        move = partial(Tensor.to, device=layer.base_layer.weight.device)
+        layer._apply(move, recurse=False)
+    for trained in injection.trained.values():
+        home = next(trained.original_module.parameters(), None)
+        if home is not None:
+            trained.trained_module.to(home.device)
 
 
 def merge(model: nn.Module, injection: Injection) -> nn.Module:

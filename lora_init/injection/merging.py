@@ -10,7 +10,7 @@ import torch
 from lora_init import packed
 from lora_init.injection.state import Injection
 from lora_init.injection.switching import set_adapter_enabled
-from lora_init.injection.weights import hold, put_back, store_weight
+from lora_init.injection.weights import exchange, hold, put_back, store_weight
 from lora_init.modules import oriented_weight
 
 
@@ -39,7 +39,7 @@ def _unfold(injection: Injection) -> None:
         layer = injection.layers[name]
         put_back(layer.base_layer, held)
         if bias is not None:
-            layer.base_layer.bias.data = bias
+            exchange(layer.base_layer.bias, bias)  # on its device of today
         layer.merged = False
     injection.unmerged = {}
 

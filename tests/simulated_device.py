@@ -1,0 +1,296 @@
+"""A CUDA device that is not there: placement is simulated, arithmetic is the CPU's.
+
+Inside `simulated_cuda()` every memory block (a tensor's storage) carries the place it would be in,
+and tensors behave as torch's do with regard to it:
+
+- ``.device``, ``.is_cuda``, ``.is_cpu`` and ``.get_device()`` report it; ``.to``, ``.cuda``,
+  ``.cpu``, ``device=`` of any factory, ``copy_``, ``.data = …`` and ``Module.to`` respect it, and
+  so does autograd;
+- an operation on tensors of both places raises torch's RuntimeError. Allowed are CPU tensors
+  without a dimension as operands, CPU indices into a CUDA tensor, and copies;
+- ``.numpy()`` and numpy's own conversions, a CPU generator for a draw on CUDA, and a CPU result
+  memory for CUDA operands raise;
+- draws on CUDA without a generator come from a stream of their own, not from the CPU's.
+
+Two modes do it: one sees the calls that Python code makes, the other the operations below autograd,
+which are where devices are compared. No tensor subclass is involved, so that parameters, ``.data``
+and storages (by which ties are found) are the ordinary ones.
+
+What is not simulated: CUDA's kernels, their rounding and the dtypes they refuse; streams, and that
+its errors come late; memory. Tensors that torch itself makes inside one call (in C++, or in its own
+Python functions) take the place of the first tensor they meet.
+"""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CPU, CUDA = "cpu", "cuda"
+UNSETTLED = "unsettled"  # made by torch itself: goes where it is needed
+DEVICES = {CPU: torch.device("cpu"), CUDA: torch.device("cuda", 0)}
+
+COPIES = {"copy_", "_foreach_copy_", "set_", "lift_fresh"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+WITHOUT_SCALARS = {"cat", "stack"}
+
+
+@contextmanager
+def simulated_cuda():
+    """A process with one CUDA device, for the duration of the context."""
+    values = {
+        "_lazy_init": lambda: None,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "is_initialized": lambda: True,
+        "synchronize": lambda device=None: None,
+    }
+    operations = Operations()
+    with patch.multiple(torch.cuda, **values), operations, Calls(operations):
+        yield
+
+
+# -- where a tensor is -----------------------------------------------------------------------------
+
+
+def place(tensor):
+    """ "cpu", "cuda" or, inside torch's own code, not settled; None for tensors without memory."""
+    with torch._C.DisableTorchFunction():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            return None
+        return getattr(tensor.untyped_storage(), "simulated_place", CPU)
+
+
+def put(tensor, where):
+    with torch._C.DisableTorchFunction():
+        tensor.untyped_storage().simulated_place = where
+
+
+def is_known(tensor):
+    with torch._C.DisableTorchFunction():
+        return hasattr(tensor.untyped_storage(), "simulated_place")
+
+
+def tensors_in(*values):
+    """All tensors with memory, in sequences and mappings too."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found += [value] if place(value) else []
+        elif isinstance(value, tuple | list):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
+
+
+def moved(tensor, where, dtype=None, copy=False, memory_format=torch.preserve_format):
+    if place(tensor) == where:
+        return copied(tensor, dtype or tensor.dtype, copy, memory_format)
+    return Move.apply(tensor, where, dtype or tensor.dtype, memory_format)
+
+
+def copied(tensor, dtype, copy, memory_format):
+    # A subclass may have a method of its own (bitsandbytes' parameters quantise in theirs).
+    return Tensor.to(tensor, dtype, copy=copy, memory_format=memory_format)
+
+
+class Move(torch.autograd.Function):
+    """To the other device, and the gradient back."""
+
+    @staticmethod
+    def forward(ctx, tensor, where, dtype, memory_format):
+        ctx.source = place(tensor), tensor.dtype
+        result = copied(tensor, dtype, True, memory_format)
+        put(result, where)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return moved(gradient, *ctx.source), None, None, None
+
+
+# -- what Python code calls ------------------------------------------------------------------------
+
+
+def different_devices():
+    return RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
+        "and cpu!"
+    )
+
+
+def refuse_numpy(tensor, *args, **kwargs):
+    raise TypeError(
+        "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to "
+        "host memory first."
+    )
+
+
+def backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+    """`Tensor.backward`, without its own handling of modes."""
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def target_of(tensor, device=None, dtype=None, non_blocking=False, copy=False, **kwargs):
+    """What the overloads of `Tensor.to` mean: a place (or another device's type), dtype, copy, …"""
+    if "other" in kwargs:
+        device = kwargs.pop("other")
+    if isinstance(device, torch.dtype):
+        # to(dtype, non_blocking, copy)
+        device, dtype, copy = None, device, non_blocking if isinstance(dtype, bool) else copy
+    elif isinstance(device, Tensor):
+        # to(other, non_blocking, copy)
+        copy = non_blocking if isinstance(dtype, bool) else copy
+        device, dtype = place(device), device.dtype
+    where = place(tensor) if device is None else kind_of(device)
+    return where, dtype, copy, kwargs.get("memory_format", torch.preserve_format)
+
+
+def kind_of(device):
+    return CUDA if isinstance(device, int) else torch.device(device).type
+
+
+class Calls(TorchFunctionMode):
+    """Answers where a tensor is, moves it, and makes new ones in the right place."""
+
+    def __init__(self, operations):
+        super().__init__()
+        self.operations = operations
+        self.on_cuda = {
+            Tensor.device.__get__: lambda tensor: DEVICES[CUDA],
+            Tensor.is_cuda.__get__: lambda tensor: True,
+            Tensor.is_cpu.__get__: lambda tensor: False,
+            Tensor.get_device: lambda tensor: 0,
+            Tensor.numpy: refuse_numpy,
+            Tensor.__array__: refuse_numpy,
+        }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        if func in self.on_cuda:
+            answer = self.on_cuda[func] if place(args[0]) == CUDA else func
+            return answer(*args, **kwargs)
+        if func is Tensor.to:
+            where, *settings = target_of(*args, **kwargs)
+            if where in DEVICES and place(args[0]) is not None:
+                return moved(args[0], where, *settings)
+        if func is Tensor.cuda:
+            return moved(args[0], CUDA)
+        if func is Tensor.cpu:
+            return moved(args[0], CPU, **kwargs)
+        if func is Tensor.backward:
+            with self:  # so that it also serves the backward functions that are written in Python
+                return backward(*args, **kwargs)
+        if kwargs.get("device") is not None and kind_of(kwargs["device"]) in DEVICES:
+            return self._made(func, args, kwargs)
+        return self._settled(func(*args, **kwargs), args, kwargs)
+
+    def _made(self, func, args, kwargs):
+        """A new tensor on the device that was asked for."""
+        where = kind_of(kwargs["device"])
+        refuse_generator(kwargs.get("generator"), where)
+        before, self.operations.making = self.operations.making, where
+        try:
+            result = func(*args, **(kwargs | {"device": "cpu"}))
+        finally:
+            self.operations.making = before
+        return moved(result, where) if place(result) != where else result
+
+    def _settled(self, result, args, kwargs):
+        """What torch made itself in this call, and never met another tensor, goes with the rest."""
+        fresh = [
+            tensor
+            for tensor in tensors_in(result)
+            if not is_known(tensor) or place(tensor) == UNSETTLED
+        ]
+        if fresh:
+            given = {place(tensor) for tensor in tensors_in(args, kwargs)}
+            for tensor in fresh:
+                put(tensor, CUDA if CUDA in given else CPU)
+        return result
+
+
+# -- operations below autograd ---------------------------------------------------------------------
+
+
+def refuse_generator(generator, where):
+    if generator is not None and generator.device.type != where:
+        raise RuntimeError(
+            f"Expected a '{where}' device type for generator but found '{generator.device.type}'"
+        )
+
+
+class Operations(TorchDispatchMode):
+    """Compares the places of an operation's tensors, and gives the results theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.making = None
+        self.random_state = torch.Generator().manual_seed(20_26).get_state()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            given = tensors_in(args, kwargs)
+            where = self._common_place(func, given, args, kwargs)
+            draws = torch.Tag.nondeterministic_seeded in func.tags
+            if draws:
+                refuse_generator(kwargs.get("generator"), CUDA if where == CUDA else CPU)
+            own_stream = draws and where == CUDA
+            result = (self._drawn if own_stream else func)(*((func,) * own_stream), *args, **kwargs)
+            for tensor in tensors_in(result):
+                if not is_known(tensor):
+                    put(tensor, where)
+            return result
+
+    def _common_place(self, func, given, args, kwargs):
+        """Where the operation runs; tensors that are not settled yet settle there."""
+        name = func.overloadpacket.__name__
+        if not given:
+            return self.making or UNSETTLED
+        for tensor in given:
+            if not is_known(tensor):  # of before this context, or torch.tensor's
+                put(tensor, self.making if name == "lift_fresh" and self.making else CPU)
+        if name in COPIES:
+            return place(given[0])
+        compared = given
+        if name in INDEXING:
+            if place(args[0]) == CUDA:
+                indices = {id(index) for index in args[1] if index is not None}
+                compared = [tensor for tensor in given if id(tensor) not in indices]
+            elif any(place(index) == CUDA for index in args[1] if index is not None):
+                raise RuntimeError(
+                    "indices should be either on cpu or on the same device as the indexed tensor "
+                    "(cpu)"
+                )
+        places = [place(tensor) for tensor in compared]
+        if CUDA not in places:
+            where = CPU if CPU in places else UNSETTLED
+        else:
+            where = CUDA
+            written = [args[0]] if name.endswith("_") and isinstance(args[0], Tensor) else []
+            written += tensors_in(kwargs.get("out"))
+            for tensor, its in zip(compared, places, strict=True):
+                exempt = tensor.ndim == 0 and name not in WITHOUT_SCALARS
+                if its == CPU and (not exempt or any(tensor is one for one in written)):
+                    raise different_devices()
+        if where != UNSETTLED:
+            for tensor, its in zip(compared, places, strict=True):
+                if its == UNSETTLED:
+                    put(tensor, where)
+        return where
+
+    def _drawn(self, func, *args, **kwargs):
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.random_state)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.random_state = torch.get_rng_state()
+            torch.set_rng_state(before)

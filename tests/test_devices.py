@@ -1,0 +1,641 @@
+"""Models and decompositions on CUDA, simulated: nothing is left on, or taken to, another device.
+
+Placement is simulated (`simulated_device`), CUDA's kernels are not: numbers here are the CPU's, so
+that results are compared to the bit. `test_gpu` is the real thing, where a device is present.
+"""
+
+import copy
+import functools
+
+import numpy as np
+import peft
+import pytest
+import scipy.linalg
+import torch
+from models import (
+    PACKED_KINDS,
+    VOCABULARY,
+    Case,
+    bert,
+    gpt2,
+    llama,
+    on_device,
+    spread_weight,
+    t5,
+    t5_batches,
+    token_batches,
+)
+from simulated_device import CPU, CUDA, place, simulated_cuda
+from torch import nn
+from torch.nn import functional
+
+from lora_init import (
+    LoraConfig,
+    LoraModel,
+    get_peft_model,
+    initialize_peft_model,
+    linalg,
+    list_initializers,
+    load_peft_checkpoint,
+    reinitialize,
+    restore_peft_model,
+)
+from lora_init.quantization import Quantizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:merged into .* quantised weights"),
+    pytest.mark.filterwarnings("ignore:.*shared its weight with another module"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+]
+
+PLACES = (CPU, CUDA)
+PLACEMENTS = {"model": (CUDA, None), "decompositions": (CPU, CUDA)}
+SETTINGS = {"eva": {"rho": 1.5}, "loftq": {"loftq_iter": 2}, "qpissa": {"iterations": 2}}
+COMBINATIONS = [
+    pytest.param(spec, Case(kind), use_dora, id=f"{spec.name}-{kind}{'-dora' * use_dora}")
+    for spec in list_initializers()
+    for kind in ("Linear", "Conv1D", "Conv2d", "Embedding")
+    for use_dora in (False, True)
+    if kind in spec.module_types
+]
+COMBINATIONS += [
+    pytest.param(spec, Case(kind), False, id=f"{spec.name}-{kind}")
+    for spec in list_initializers()
+    for kind in PACKED_KINDS
+]
+METHODS = [spec.name for spec in list_initializers()]
+every_combination = pytest.mark.parametrize(("spec", "case", "use_dora"), COMBINATIONS)
+every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+
+
+@pytest.fixture
+def cuda():
+    with simulated_cuda():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_solver(monkeypatch):
+    """One eigensolver: on a CPU the library takes scipy's, whose last bits are others."""
+    ours = linalg._eigh
+
+    def solve(matrix, first, last):
+        if matrix.device.type != "cpu":
+            return ours(matrix, first, last)
+        values, vectors = torch.linalg.eigh(matrix)
+        return values[first:last], vectors[:, first:last]
+
+    monkeypatch.setattr(linalg, "_eigh", solve)
+
+
+def assert_on(model, where):
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert place(tensor) == where, f"{name} is on {place(tensor)}"
+        assert tensor.grad is None or place(tensor.grad) == where, f"the gradient of {name}"
+
+
+def assert_same(actual, expected):
+    """Equal to the bit, names included."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name].cpu(), value), name
+
+
+def on_cpu(tensors):
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def figures(report):
+    """An InitReport without what was measured by a clock."""
+    values = report.to_dict() | {"seconds": None}
+    return values | {"layers": [layer | {"seconds": None} for layer in values["layers"]]}
+
+
+def config_of(method, targets, **settings):
+    return LoraConfig(r=4, target_modules=list(targets), init_lora_weights=method, **settings)
+
+
+# -- the simulation --------------------------------------------------------------------------------
+
+REFUSED = {
+    "sum": lambda g, c: g + c,
+    "sum with a CUDA number": lambda g, c: c + g.sum(),
+    "product": lambda g, c: g @ c,
+    "linear": lambda g, c: functional.linear(g, c.view(1, -1)),
+    "concatenation": lambda g, c: torch.cat([g, c]),
+    "stack of a number": lambda g, c: torch.stack([g.sum(), c.sum()]),
+    "choice": lambda g, c: torch.where(g > 0, g, c),
+    "comparison": lambda g, c: torch.equal(g, c),
+    "search": lambda g, c: torch.bucketize(g, c),
+    "in place": lambda g, c: c.add_(g),
+    "into a CPU number": lambda g, c: c.sum().add_(g.sum()),
+    "selection": lambda g, c: g.index_select(0, c.long()),
+    "assignment": lambda g, c: g.index_put_([torch.tensor([0, 1, 2])], c),
+    "embedding": lambda g, c: functional.embedding(c.long(), torch.outer(g, g)),
+    "CUDA index": lambda g, c: c[g > 0],
+    "CPU generator": lambda g, c: torch.randn(3, device=g.device, generator=torch.Generator()),
+    "CPU generator in place": lambda g, c: g.normal_(generator=torch.Generator()),
+    "numpy": lambda g, c: g.numpy(),
+    "numpy's own conversion": lambda g, c: np.asarray(g),
+    "scipy": lambda g, c: scipy.linalg.eigh(torch.outer(g, g)),
+}
+
+
+@pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
+def test_the_simulation_refuses_what_cuda_refuses(cuda, operation):
+    with pytest.raises((RuntimeError, TypeError), match="device"):
+        operation(torch.ones(3).cuda(), torch.ones(3))
+    operation(torch.ones(3), torch.ones(3))
+
+
+def test_the_simulation_serves_what_cuda_serves(cuda):
+    c, g = torch.arange(3.0), torch.arange(3.0, device="cuda")
+    assert g.device == torch.device("cuda:0") == c.to(g).device
+    assert g.is_cuda
+    assert g.to("cuda") is g
+    assert c.cpu() is c
+    on_cuda = [
+        c.cuda(), c.to("cuda", torch.float64), c.to(g), g + 1, g * c.sum(), g[1:], g[None].T,
+        g[torch.tensor([0, 1])], g.new_zeros(2), torch.zeros_like(g), torch.ones_like(c, device=0),
+        torch.tensor([1.0], device=g.device), torch.as_tensor(c, device="cuda"), torch.clone(g),
+        torch.empty(0, device="cuda"), copy.deepcopy(g), g.clone().copy_(c), g.half(),
+        torch.where(g > 0, g, 1.0), torch.randn(2, device="cuda", requires_grad=True),
+    ]  # fmt: skip
+    assert {place(tensor) for tensor in on_cuda} == {CUDA}
+    assert on_cuda[-1].is_leaf
+    at_home = [c, g.cpu(), g.to("cpu"), g.to(c), c.clone().copy_(g), g.new_zeros(2, device="cpu")]
+    assert {place(tensor) for tensor in at_home} == {CPU}
+    drawn = [torch.manual_seed(0) and torch.randn(3, device=where).cpu() for where in PLACES]
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_simulation_trains(cuda, optimizer):
+    """Across devices too; parameters stay the same objects when their module moves."""
+    model = nn.Sequential(nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 3), nn.Linear(3, 2))
+    parameters = list(model.parameters())
+    model.cuda()
+    model[2].cpu()
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    hidden = model[1](model[0](torch.tensor([0, 1, 4], device="cuda")))
+    before = hidden.clone()
+    model[2](hidden.cpu()).cuda().pow(2).sum().backward()
+    assert [place(parameter.grad) for parameter in parameters] == 3 * [CUDA] + 2 * [CPU]
+    optimizer(parameters, lr=0.1).step()
+    assert not torch.equal(model[1](model[0](torch.tensor([0, 1, 4], device="cuda"))), before)
+    with pytest.raises(RuntimeError, match="same device"):
+        model[2](hidden)
+
+
+# -- an adapter's life -----------------------------------------------------------------------------
+
+
+def adapt(spec, case, model_on, device, seed=0, **settings):
+    """Calibration batches are on the CPU, original weights too."""
+    return get_peft_model(
+        on_device(case.build(), model_on),
+        config_of({"name": spec.name, **SETTINGS.get(spec.name, {})}, case.shapes, **settings),
+        calibration=case.calibration() if spec.calibration else None,
+        device=device,
+        seed=seed,
+        original_weights=case.originals() if spec.base == "replace" else None,
+        keep_original=True,
+    )
+
+
+def life(spec, case, use_dora, model_on, device, folder):
+    """Everything that an adapter can go through; returns what it was at every station.
+
+    Asserts at each that all of the model is on `model_on`.
+    """
+    seen = {}
+    model = adapt(spec, case, model_on, device, use_dora=use_dora)
+    x = case.inputs(8).to(model_on)
+
+    def station(name, subject=model):
+        assert_on(subject, model_on)
+        output = subject(x)
+        assert place(output) == model_on
+        seen[name] = output.detach().cpu().clone()
+
+    seen |= {f"{name}.product": one.initial_product().cpu() for name, one in model.layers.items()}
+    seen |= on_cpu(dict(model.named_parameters()) | dict(model.named_buffers()))
+    report = figures(model.init_report())
+    station("step 0")
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, foreach=True)  # its default on CUDA
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).pow(2).sum().backward()
+        assert_on(model, model_on)
+        optimizer.step()
+    station("trained")
+    with model.disable_adapter():
+        station("disabled")
+    model.merge_adapter()
+    station("merged")
+    model.unmerge_adapter()
+    station("unmerged")
+
+    state = model.state_dict()
+    assert {place(value) for value in state.values()} == {model_on}
+    seen |= {f"state.{name}": value for name, value in on_cpu(state).items()}
+    model.save_pretrained(folder)
+    loaded = LoraModel.from_pretrained(
+        on_device(case.build(), model_on), folder,
+        original_weights=case.originals() if spec.base == "replace" else None,
+    )  # fmt: skip
+    station("loaded", loaded)
+    seed = 0 if spec.base == "replace" else 1  # another start, where it may be another
+    fresh = adapt(spec, case, model_on, device, seed, use_dora=use_dora)
+    fresh.load_state_dict(on_cpu(state))
+    station("checkpoint", fresh)
+
+    twin = copy.deepcopy(model)
+    station("merged for good", twin.merge_and_unload())
+    again = reinitialize(model, config_of("pissa", list(case.shapes)[:1]), device=device)
+    station("started again", again)
+    station("unloaded", again.unload())
+    return seen, report
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    """The same lives on the CPU, without a simulation."""
+    known = {}
+
+    def on_the_cpu(spec, case, use_dora):
+        key = spec.name, case, use_dora
+        if key not in known:
+            folder = tmp_path_factory.mktemp("life")
+            known[key] = life(spec, case, use_dora, CPU, None, folder)
+        return known[key]
+
+    return on_the_cpu
+
+
+@every_placement
+@every_combination
+def test_the_same_life_as_on_the_cpu(lives, spec, case, use_dora, placement, tmp_path):
+    expected, expected_report = lives(spec, case, use_dora)
+    with simulated_cuda():
+        seen, report = life(spec, case, use_dora, *PLACEMENTS[placement], tmp_path)
+    if case.kind == "Linear8bitLt" and placement == "model":  # bitsandbytes computes in 16 bits
+        seen, expected = (
+            {name: value for name, value in one.items() if name.endswith(".product")}
+            for one in (seen, expected)
+        )
+    assert_same(seen, expected)
+    assert report == expected_report
+
+
+# -- a model that moves ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "use_dora", "case", "quantized_base"),
+    [
+        ("kaiming", True, Case(), "in_forward"),
+        ("pissa", False, Case(), "in_forward"),
+        ("pissa", True, Case(), "in_forward"),
+        ("loftq", False, Case(), "in_forward"),
+        ("pissa", False, Case("Linear4bit"), "in_forward"),
+        ("pissa", True, Case("Linear4bit"), "requantize"),
+    ],
+)
+@pytest.mark.parametrize(("start", "end"), [(CPU, CUDA), (CUDA, CPU)])
+def test_a_model_that_moves(cuda, method, use_dora, case, quantized_base, start, end, tmp_path):
+    """Trained, then moved while the adapter is on, off, merged or detached: all of it follows."""
+    base, inputs = case.build().eval(), case.inputs()
+
+    def outputs(*moves):
+        config = config_of(
+            {"name": method, **SETTINGS.get(method, {})}, ["square", "tall"],
+            modules_to_save=None if case.packed else ["wide"],
+            use_dora=use_dora, lora_bias=not use_dora, bias="all",
+        )  # fmt: skip
+        model = get_peft_model(
+            copy.deepcopy(base).to(start), config, keep_original=True, quantized_base=quantized_base
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * parameter.sin())
+
+        def output(step, subject=model):
+            if step in moves:
+                subject.to(end)
+            where = end if set(moves) & set(steps[: steps.index(step) + 1]) else start
+            assert_on(subject, where)
+            return subject(inputs.to(where)).detach().cpu()
+
+        seen = [output("on")]
+        with model.disable_adapter():
+            seen.append(output("off"))
+        seen.append(output("on again"))
+        model.merge_adapter()
+        seen.append(output("merged"))
+        model.unmerge_adapter()
+        seen.append(output("unmerged"))
+        model.save_pretrained(tmp_path)
+        other = LoraModel.from_pretrained(copy.deepcopy(base).to(end), tmp_path)
+        assert_on(other, end)
+        seen.append(other(inputs.to(end)).detach().cpu())
+        saved = {name: value.cpu() for name, value in model.state_dict().items()}
+        detached = model.detach_adapter()
+        seen.append(output("detached", model.base_model))
+        model.attach_adapter(detached)
+        seen.append(output("attached"))
+        model.load_state_dict(saved)
+        seen.append(output("loaded"))
+        seen.append(output("unloaded", model.unload()))
+        return seen
+
+    steps = ["on", "off", "on again", "merged", "unmerged", "detached", "attached", "loaded"]
+    steps.append("unloaded")
+    expected = outputs()
+    for step in steps:
+        for actual, other in zip(outputs(step), expected, strict=True):
+            assert torch.equal(actual, other), f"moved at {step!r}"
+
+
+class Split(nn.Module):
+    """Its layers on two devices, as `device_map` places those of large models."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(VOCABULARY, 32)
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 48)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        hidden = torch.tanh(self.first(self.words(input_ids)))
+        return self.second(hidden.to(self.second.weight.device))
+
+
+@pytest.mark.parametrize("device", [None, CUDA])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("first", "second"), [(CPU, CUDA), (CUDA, CPU)])
+def test_a_model_on_two_devices(cuda, method, device, first, second):
+    def factors(first, second, device):
+        base = Split()
+        base.words.to(first)
+        base.first.to(first)
+        base.second.to(second)
+        model = get_peft_model(
+            base,
+            config_of({"name": method, **SETTINGS.get(method, {})}, ["first", "second"]),
+            calibration=shifted(token_batches(count=2)),
+            device=device,
+        )
+        assert_on(model.first, first)
+        assert_on(model.second, second)
+        batch = token_batches(count=1)[0]
+        model(batch["input_ids"].to(first)).sum().backward()
+        return on_cpu(dict(model.named_parameters()))
+
+    assert_same(factors(first, second, device), factors(CPU, CPU, None))
+
+
+# -- what initializers are made of -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["exact", "gram", "krylov", "subspace"])
+def test_partial_decompositions(cuda, method):
+    weight = spread_weight(400, 300, torch.Generator().manual_seed(0))
+    settings = {"niter": 3} if method == "subspace" else {}
+
+    def triplets(matrix):
+        seeded = {**settings, "generator": torch.Generator()}
+        first = linalg.top_singular(matrix, 4, method=method, **settings)
+        operator = linalg.Operator.product(matrix, matrix.T @ matrix)
+        return [
+            first,
+            linalg.top_singular(matrix, 6, method=method, start=first.right, **settings),
+            linalg.top_singular(operator, 4, method=method, **seeded),
+            linalg.bottom_singular(matrix, 4),
+        ]
+
+    for actual, expected in zip(triplets(weight.cuda()), triplets(weight), strict=True):
+        assert actual.method == expected.method
+        for part in ("left", "values", "right"):
+            assert place(getattr(actual, part)) == CUDA
+            assert torch.equal(getattr(actual, part).cpu(), getattr(expected, part))
+
+
+@pytest.mark.parametrize("method", ["exact", "krylov"])
+def test_eigenpairs_and_triangles(cuda, method):
+    weight = spread_weight(300, 300, torch.Generator().manual_seed(0))
+    moment = weight.T @ weight
+    found = [
+        *linalg.top_eigen(moment.cuda(), 4, method=method),
+        *linalg.leading_qr(weight.cuda(), 4),
+    ]
+    expected = [*linalg.top_eigen(moment, 4, method=method), *linalg.leading_qr(weight, 4)]
+    for actual, other in zip(found, expected, strict=True):
+        assert place(actual) == CUDA
+        assert torch.equal(actual.cpu(), other)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Quantizer("nf4"), Quantizer("nf4", double=True), Quantizer("fp4"),
+        Quantizer("fp4", double=True), Quantizer("nf2", 2), Quantizer("uniform", 2),
+        Quantizer("uniform", 8), Quantizer("int8", 8),
+    ],
+    ids=lambda quantizer: quantizer.name,
+)  # fmt: skip
+def test_quantizers(cuda, quantizer):
+    weight = spread_weight(30, 50, torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer.roundtrip(weight.cuda()).cpu(), quantizer.roundtrip(weight))
+
+
+OPTIONS = [
+    {"name": "corda", "corda_method": "kpm"},
+    {"name": "corda", "damping": 0.01},
+    {"name": "eva", "whiten": True, "center": False},
+    {"name": "loftq", "loftq_bits": 2, "quantizer": "uniform", "loftq_iter": 1},
+    {"name": "loftq", "loftq_bits": 8},
+    {"name": "qpissa", "bits": 2, "iterations": 2},
+    {"name": "pissa", "niter": 2},
+    {"name": "pissa", "method": "krylov"},
+    {"name": "pissa", "method": "exact"},
+]
+
+
+@every_placement
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_options(cuda, options, placement):
+    case, (model_on, device) = Case(), PLACEMENTS[placement]
+
+    def products(model_on, device):
+        model = get_peft_model(
+            case.build().to(model_on),
+            config_of(options, case.shapes),
+            calibration=case.calibration(),
+            device=device,
+        )
+        assert_on(model, model_on)
+        return {name: layer.initial_product().cpu() for name, layer in model.layers.items()}
+
+    assert_same(products(model_on, device), products(CPU, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_placement
+def test_16_bit_models_and_adapters(cuda, dtype, placement):
+    case, (model_on, device) = Case(dtype=dtype), PLACEMENTS[placement]
+    for adapter_dtype in (torch.float32, dtype):
+        outputs = []
+        for model_on, device in ((CPU, None), PLACEMENTS[placement]):
+            model = get_peft_model(
+                case.build().to(model_on), config_of("pissa", case.shapes, use_dora=True),
+                device=device, adapter_dtype=adapter_dtype,
+            )  # fmt: skip
+            outputs.append(model(case.inputs().to(model_on)).cpu())
+        assert torch.equal(*outputs)
+
+
+# -- transformers, and PEFT ------------------------------------------------------------------------
+
+ARCHITECTURES = {
+    "llama": (lambda: llama(tied=True), ["q_proj", "down_proj", "embed_tokens"], token_batches),
+    "gpt2": (gpt2, ["c_attn", "lm_head"], token_batches),
+    "bert": (bert, ["query", "pooler.dense"], token_batches),
+    "t5": (t5, ["q", "wo"], t5_batches),
+}
+
+
+def shifted(batches):
+    """With labels, some of which are left out."""
+    for batch in batches:
+        labels = batch["input_ids"].clone()
+        labels[:, :3] = -100
+        yield batch | {"labels": labels}
+
+
+@every_placement
+@pytest.mark.parametrize("method", ["pissa", "loftq", "eva", "corda"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers(cuda, architecture, method, placement):
+    """Tied weights, masks and labels; calibration batches are on the CPU."""
+    build, targets, batches = ARCHITECTURES[architecture]
+    if method in ("eva", "corda"):
+        targets = [name for name in targets if name != "embed_tokens"]
+    base, data = build(), batches(count=2)
+    calibration = data if architecture == "bert" else list(shifted(data))
+
+    def life(model_on, device):
+        model = get_peft_model(
+            copy.deepcopy(base).to(model_on),
+            config_of({"name": method, **SETTINGS.get(method, {})}, targets),
+            calibration=calibration,
+            device=device,
+            keep_original=True,
+        )
+        assert_on(model, model_on)
+        inputs = {name: value.to(model_on) for name, value in data[0].items()}
+        seen = {f"{name}.A": layer.lora_A.detach() for name, layer in model.layers.items()}
+        seen["step 0"] = model(**inputs).logits
+        seen["step 0"].float().logsumexp(-1).sum().backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+        seen["trained"] = model(**inputs).logits
+        with model.disable_adapter():
+            seen["disabled"] = model(**inputs).logits
+        seen["merged"] = copy.deepcopy(model).merge_and_unload()(**inputs).logits
+        seen["unloaded"] = model.unload()(**inputs).logits
+        return on_cpu(seen)
+
+    assert_same(life(*PLACEMENTS[placement]), life(CPU, None))
+
+
+@every_placement
+@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_under_peft(cuda, method, use_dora, placement, tmp_path):
+    """PEFT's model lives on the device, and our methods start it."""
+    case = Case()
+    options = {"name": method, **SETTINGS.get(method, {})}
+
+    def life(model_on, device, folder):
+        config = peft.LoraConfig(r=4, target_modules=list(case.shapes), use_dora=use_dora)
+        fresh = functools.partial(peft.get_peft_model, peft_config=config)
+        model = fresh(case.build().to(model_on))
+        report = initialize_peft_model(
+            model, options, calibration=case.calibration(), device=device
+        )
+        assert_on(model, model_on)
+        x = case.inputs(8).to(model_on)
+        seen = {"step 0": model(x)}
+        seen["step 0"].pow(2).sum().backward()
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True).step()
+        seen["trained"] = model(x)
+        with model.disable_adapter():
+            seen["disabled"] = model(x)
+        model.save_pretrained(folder)
+        loaded = fresh(case.build().to(model_on))
+        load_peft_checkpoint(loaded, folder)
+        assert_on(loaded, model_on)
+        seen["loaded"] = loaded(x)
+        restore_peft_model(model)
+        assert_on(model, model_on)
+        seen["restored"] = model.base_model.model.square.base_layer.weight
+        return on_cpu(seen), figures(report)
+
+    seen, report = life(*PLACEMENTS[placement], tmp_path / "cuda")
+    expected, expected_report = life(CPU, None, tmp_path / "cpu")
+    assert_same(seen, expected)
+    assert report == expected_report
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+@pytest.mark.parametrize(("start", "end"), [(CPU, CUDA), (CUDA, CPU)])
+def test_a_peft_model_that_moves(cuda, method, use_dora, start, end, tmp_path):
+    """Disabled, saved, loaded and restored on another device than it was initialized on."""
+    case = Case()
+    x = case.inputs(8)
+    config = peft.LoraConfig(
+        r=4, target_modules=["square", "tall"], use_dora=use_dora, modules_to_save=["wide"]
+    )
+
+    def outputs(end, folder):
+        model = peft.get_peft_model(case.build().to(start), config)
+        initialize_peft_model(model, {"name": method, **SETTINGS.get(method, {})})
+        model.to(end)
+        assert_on(model, end)
+        seen = {"moved": model(x.to(end))}
+        with model.disable_adapter():
+            seen["disabled"] = model(x.to(end))
+        model.save_pretrained(folder)
+        loaded = peft.get_peft_model(case.build().to(start), config)
+        load_peft_checkpoint(loaded, folder)
+        assert_on(loaded, start)
+        seen["loaded"] = loaded(x.to(start))
+        model.load_adapter(folder, "default")
+        seen["loaded again"] = model(x.to(end))
+        restore_peft_model(model)
+        assert_on(model, end)
+        seen["restored"] = model.base_model.model.square.base_layer.weight
+        return on_cpu(seen)
+
+    assert_same(outputs(end, tmp_path / "moved"), outputs(start, tmp_path / "still"))
+
+
+@pytest.mark.parametrize("setting", [True, "pissa"])
+def test_adapters_of_peft(cuda, setting, tmp_path):
+    """Written by PEFT on the device, loaded by us on either."""
+    case = Case()
+    config = peft.LoraConfig(r=4, target_modules=list(case.shapes), init_lora_weights=setting)
+    model = peft.get_peft_model(case.build().to(CUDA), config)
+    model.save_pretrained(tmp_path / "start")
+    outputs = []
+    for where in PLACES:
+        loaded = LoraModel.from_pretrained(case.build().to(where), tmp_path / "start")
+        assert_on(loaded, where)
+        outputs.append(loaded(case.inputs().to(where)).detach().cpu())
+    assert torch.equal(*outputs)
