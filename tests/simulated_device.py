@@ -17,8 +17,10 @@ which are where devices are compared. No tensor subclass is involved, so that pa
 and storages (by which ties are found) are the ordinary ones.
 
 What is not simulated: CUDA's kernels, their rounding and the dtypes they refuse; streams, and that
-its errors come late; memory. Tensors that torch itself makes inside one call (in C++, or in its own
-Python functions) take the place of the first tensor they meet.
+its errors come late; memory, pinned or not; autocast, whose CUDA key no CPU kernel looks at. Where
+a library asks for the device to choose a kernel (bitsandbytes for 8-bit products), CUDA's branch is
+taken, on the CPU. Tensors that torch itself makes inside one call (in C++, or in its own Python
+functions) take the place of the first tensor they meet.
 """
 
 from contextlib import contextmanager
@@ -242,8 +244,10 @@ class Operations(TorchDispatchMode):
             draws = torch.Tag.nondeterministic_seeded in func.tags
             if draws:
                 refuse_generator(kwargs.get("generator"), CUDA if where == CUDA else CPU)
-            own_stream = draws and where == CUDA
-            result = (self._drawn if own_stream else func)(*((func,) * own_stream), *args, **kwargs)
+            if draws and where == CUDA:
+                result = self._drawn(func, *args, **kwargs)
+            else:
+                result = func(*args, **kwargs)
             for tensor in tensors_in(result):
                 if not is_known(tensor):
                     put(tensor, where)
