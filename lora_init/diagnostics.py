@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_init.factors import low_rank_product
 from lora_init.layers import LoraLayer
 from lora_init.modules import widened
+from lora_init.plan import Target
 from lora_init.tables import render
 
 
@@ -49,6 +50,20 @@ class LayerReport:
     seconds: float | None = None
     base: str = "kept"
     details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, target: Target, seconds: float | None) -> LayerReport:
+        """The row of a target, its figures still to come."""
+        return cls(
+            name=target.name,
+            module_type=target.module_type,
+            out_features=target.shape[0],
+            in_features=target.shape[1],
+            rank=target.rank,
+            alpha=target.alpha,
+            scaling=target.scaling,
+            seconds=seconds,
+        )
 
 
 @dataclass

@@ -121,16 +121,7 @@ class LoraModel(nn.Module):
         adapted = self._whole_injection("init_report").layers
         layers = []
         for target in self.plan.targets:
-            row = LayerReport(
-                name=target.name,
-                module_type=target.module_type,
-                out_features=target.shape[0],
-                in_features=target.shape[1],
-                rank=target.rank,
-                alpha=target.alpha,
-                scaling=target.scaling,
-                seconds=self._seconds_by_layer.get(target.name),
-            )
+            row = LayerReport.of(target, self._seconds_by_layer.get(target.name))
             describe_layer(adapted[target.name], row, self._metrics.get(target.name, {}))
             layers.append(row)
         return dataclasses.replace(self._report, layers=layers)

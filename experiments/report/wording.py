@@ -40,10 +40,16 @@ def findings(rows: list[Row], majority: float | None) -> list[str]:
         ties = [row for row in compared if row.verdict == "tie"]
         clear = [row for row in compared if row.verdict in ("above", "below")]
         if not clear:
-            sentences.append(
-                f"Every one of the other {number(len(compared))} is a tie with it: "
-                "each difference lies inside its 95 % interval."
-            )
+            if len(compared) == 1:
+                sentences.append(
+                    f"{compared[0].arm} is a tie with it: the difference lies inside its 95 % "
+                    "interval."
+                )
+            else:
+                sentences.append(
+                    f"Every one of the other {number(len(compared))} is a tie with it: "
+                    "each difference lies inside its 95 % interval."
+                )
         else:
             parts = [f"{row.arm}, {points_interval(row.difference)}" for row in clear]
             sentences.append(f"Different from it: {'; '.join(parts)}.")

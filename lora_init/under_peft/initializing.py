@@ -176,16 +176,7 @@ def _row(weights: BaseWeights, plan: Plan, layer: InitializedLayer) -> LayerRepo
     """The report's figures of one layer, from its weight as it was."""
     target, factors = layer.target, layer.factors
     weight = weights.weight(target)
-    row = LayerReport(
-        name=target.name,
-        module_type=target.module_type,
-        out_features=target.shape[0],
-        in_features=target.shape[1],
-        rank=target.rank,
-        alpha=target.alpha,
-        scaling=target.scaling,
-        seconds=layer.seconds,
-    )
+    row = LayerReport.of(target, layer.seconds)
     figures = weight_figures(weight, factors.lora_A, factors.lora_B, target.scaling)
     if plan.initializer.base == "subtract" and factors.replacement is None:
         product = low_rank_product(factors.lora_A, factors.lora_B, target.scaling)
