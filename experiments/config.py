@@ -54,7 +54,7 @@ class LoraSettings:
 
 @dataclass
 class CalibrationConfig:
-    """Training examples for the methods that read activations, drawn by `seeds.calibration`."""
+    """Training examples for the methods that calibrate, drawn by `seeds.calibration`."""
 
     samples: int = 256
     batch_size: int = 32
@@ -78,11 +78,14 @@ class Runtime:
         device: "auto" takes an accelerator if there is one; "cpu" does not.
         threads: CPU threads; None leaves the choice to torch.
         rerun: run again what has already finished.
+        cache: take decompositions and statistics from the user's cache, and keep them there. Off
+            where the cost of a start is what is compared.
     """
 
     device: str = "auto"
     threads: int | None = None
     rerun: bool = False
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu"):

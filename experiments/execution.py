@@ -135,8 +135,9 @@ def initialize(
             config = LoraConfig(
                 **asdict(run.lora), task_type=data.task_type, init_lora_weights=asdict(run.init)
             )
-            # A method that calibrates reads the batches; for the others none is ever made.
-            batches = calibration_batches(run, data, task, device)
+            # Made for methods that calibrate only; a list, whose statistics the cache can keep.
+            calibrates = config.initializer()[0].calibration is not None
+            batches = list(calibration_batches(run, data, task, device)) if calibrates else None
             replaces = config.initializer()[0].base == "replace"
             adapted = get_peft_model(
                 model,
@@ -144,6 +145,7 @@ def initialize(
                 calibration=batches,
                 seed=run.seeds.init,
                 original_weights=loaded.original_weights if replaces else None,
+                cache=run.runtime.cache,
             )
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigurationError(f"init={run.init.name}: {error}") from error

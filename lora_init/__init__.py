@@ -6,6 +6,9 @@ model = get_peft_model(model, LoraConfig(r=16, init_lora_weights="pissa"))
 """
 
 from lora_init.assembly import get_peft_model, reinitialize
+from lora_init.batches import WithLoss
+from lora_init.calibrating import calibrate
+from lora_init.calibration import Calibration
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport
 from lora_init.factors import Factors, Replacement
@@ -27,6 +30,7 @@ from lora_init.under_peft import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "CalibrationRequest",
     "Factors",
     "InitReport",
@@ -35,6 +39,8 @@ __all__ = [
     "LoraModel",
     "Plan",
     "Replacement",
+    "WithLoss",
+    "calibrate",
     "get_peft_model",
     "initialize_peft_model",
     "list_initializers",

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -16,19 +17,24 @@ from torch import Tensor, nn
 from lora_init import injection
 from lora_init.allocation import LayerRequest
 from lora_init.base_weights import BaseWeights
+from lora_init.cache import Cache, default_cache
+from lora_init.calibrating import calibrated, for_allocation
+from lora_init.calibration import Calibration
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, weight_figures
 from lora_init.initialization import InitializedLayer, initialize
 from lora_init.model import LoraModel
 from lora_init.plan import Plan, make_plan
-from lora_init.statistics import Calibration, collect
+from lora_init.presence import first_unloaded
 
 
 def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
+    calibration_memory: int | None = None,
+    calibration_sketch: int | None = None,
     adapter_dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -37,6 +43,7 @@ def get_peft_model(
     original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
     keep_original: bool = False,
     allow_unmatched: bool = False,
+    cache: bool = True,
 ) -> LoraModel | Plan:
     """Give `model` a low-rank adapter, started as `peft_config.init_lora_weights` says.
 
@@ -45,11 +52,24 @@ def get_peft_model(
             method serves) are wrapped in place and its parameters frozen. Left untouched if
             anything fails.
         peft_config: the settings.
-        calibration: batches for the methods that need them (corda, eva): any iterable; a mapping
-            is passed as ``model(**batch)``. Others do not read it.
+        calibration: batches for the methods that need them (corda, eva, lora_ga): any iterable; a
+            mapping is passed as ``model(**batch)``. lora_ga takes gradients, so that its batches
+            need labels, from which the model computes its loss, or a loss of yours: `WithLoss`.
+            Others do not read it. Or what `lora_init.calibrate` found before. Under
+            `torch.distributed` every rank calls with batches of its own, as many as it has; all get
+            the adapter of one process with all the data.
+        calibration_memory: bytes for the inputs' second moments (4 n² each). If they do not fit,
+            there are several passes over the batches, each for the layers that fit, which are
+            initialized before the next: the same result for more time. Needs batches that can be
+            read again.
+        calibration_sketch: sum so many columns of a random projection in the place of all n, for
+            inputs that are wider: 12 n l bytes, one pass. For methods that need leading directions
+            only (eva, corda's ipm); a few times the rank. `init_report()` has `calibration_error`,
+            the share of the inputs' variance that is left out: a bound on the error in every norm.
         adapter_dtype: of the factors; float32 also for 16-bit bases, where rounded factors cost
             accuracy (relative error 2.3e-3 against 4.5e-4 on a bfloat16 base).
-        device: where the decompositions run, e.g. "cuda"; None: where each weight lives.
+        device: where the decompositions run, e.g. "cuda", wherever the model is; "auto": on CUDA
+            if it is there; None: where each weight lives.
         seed: of the initialization. Every layer has a stream of its own, keyed by its name.
         dry_run: return the plan (targets, ranks, parameters, memory, statistics, unmatched keys)
             and change nothing.
@@ -57,14 +77,21 @@ def get_peft_model(
             Linear4bit and Linear8bitLt). "in_forward" leaves it untouched and subtracts s B0 A0 in
             the forward pass: the output is preserved exactly. "requantize" quantises the residual
             with the module's own settings: no second product, an error that `init_report()` shows.
-        original_weights: the unquantised checkpoint of a quantised model (a folder or file of
-            safetensors, or a mapping of names to tensors), read one layer at a time. Methods then
-            decompose the weights from before quantisation; LoftQ and QPiSSA need it on a quantised
-            base, whose error they make up for.
+        original_weights: the model's checkpoint (a folder or file of safetensors, or a mapping of
+            names to tensors), read one layer at a time, for weights that the model does not hold.
+            Of quantised targets: methods decompose the weights from before quantisation; LoftQ and
+            QPiSSA need them, to make up for its error. Of targets on the meta device (a model built
+            under ``torch.device("meta")`` or ``accelerate.init_empty_weights()``, larger than
+            memory perhaps): the base stays there, the factors are on the CPU, `save_pretrained`
+            writes the adapter for the loaded model. Weights that Accelerate offloads need no
+            checkpoint: they are read from where it keeps them.
         keep_original: keep what a replaced base was (float weights in CPU memory, packed ones as
             they are), so that disable_adapter and unload work.
         allow_unmatched: warn of keys in rank_pattern and alpha_pattern that match nothing, instead
             of refusing them.
+        cache: keep decompositions, and statistics of batches given as a list, in the user's cache
+            folder, and take those that are there (see `lora_init.cache`). The environment's
+            LORA_INIT_CACHE=off switches it off everywhere.
 
     Returns:
         A `LoraModel`, or the `Plan`.
@@ -79,7 +106,14 @@ def get_peft_model(
             "a lora_init.LoraConfig (LoraConfig.from_dict(config.to_dict()) converts PEFT's)"
         )
     injection.refuse_adapted(model)
-    plan = make_plan(model, peft_config, adapter_dtype, quantized_base=quantized_base)
+    plan = make_plan(
+        model,
+        peft_config,
+        adapter_dtype,
+        quantized_base=quantized_base,
+        calibration_memory=calibration_memory,
+        calibration_sketch=calibration_sketch,
+    )
     if dry_run:
         return plan
     weights = BaseWeights(model, original_weights)
@@ -89,7 +123,7 @@ def get_peft_model(
     try:
         return _assemble(
             model, copy.deepcopy(peft_config), plan, weights, plain, calibration, place, seed,
-            keep_original,
+            keep_original, default_cache() if cache else None,
         )  # fmt: skip
     except BaseException:
         injection.release(plain)
@@ -127,43 +161,51 @@ def _assemble(
     plan: Plan,
     weights: BaseWeights,
     plain: dict,
-    calibration: Iterable[Any] | None,
+    calibration: Iterable[Any] | Calibration | None,
     device: torch.device | None,
     seed: int,
     keep_original: bool,
+    cache: Cache | None,
 ) -> LoraModel:
     """Everything after the checks, timed step by step."""
     spec = plan.initializer
-    seconds = {}
-    start = time.perf_counter()
-
-    statistics = Calibration({})
-    if plan.calibration is not None:
-        names = [target.name for target in plan.targets]
-        statistics = collect(model, names, plan.calibration, calibration, device=device)
-    seconds["calibration"] = time.perf_counter() - start
-
-    mark = time.perf_counter()
+    seconds = dict.fromkeys(("calibration", "allocation", "initialize", "inject"), 0.0)
+    parts = calibrated(plan, model, calibration, device, cache)
     if spec.allocate is not None:
-        plan = allocated(plan, config, statistics)
+        with _timed(seconds, "calibration"):
+            whole = for_allocation(plan, parts)
+        with _timed(seconds, "allocation"):
+            plan = allocated(plan, config, whole)
         config = plan.explicit(config)
-    seconds["allocation"] = time.perf_counter() - mark
+        parts = iter([whole])
 
-    mark = time.perf_counter()
-    initialized = initialize(weights, plan, statistics.layers, seed=seed, device=device)
-    seconds["initialize"] = time.perf_counter() - mark
+    initialized: list[InitializedLayer] = []
+    errors: dict[str, float] = {}
+    while True:
+        with _timed(seconds, "calibration"):
+            part = next(parts, None)
+        if part is None:
+            break
+        with _timed(seconds, "initialize"):
+            here = plan.only(part.layers)
+            initialized += initialize(
+                weights, here, part.layers, seed=seed, device=device, cache=cache
+            )
+        if plan.calibration_sketch is not None:
+            errors |= part.errors()
+        tokens = part.tokens
+        part = None  # the next pass needs its room
 
     figures = _figures_before_replacement(weights, initialized)
-    mark = time.perf_counter()
-    done = injection.inject(
-        model,
-        plan,
-        {layer.target.name: layer.factors for layer in initialized},
-        weights=weights,
-        plain=plain,
-        keep_original=keep_original,
-    )
-    seconds["inject"] = time.perf_counter() - mark
+    with _timed(seconds, "inject"):
+        done = injection.inject(
+            model,
+            plan,
+            {layer.target.name: layer.factors for layer in initialized},
+            weights=weights,
+            plain=plain,
+            keep_original=keep_original,
+        )
     seconds["total"] = sum(seconds.values())
     report = InitReport(
         method=spec.name,
@@ -171,27 +213,42 @@ def _assemble(
         base=spec.base,
         needs_calibration=plan.calibration is not None,
         seconds=seconds,
-        calibration_tokens=statistics.tokens,
+        calibration_tokens=tokens,
         layers=[],
     )
     metrics = {layer.target.name: dict(layer.factors.metrics) for layer in initialized}
     for name, taken in figures.items():
         metrics[name] = taken | metrics[name]
+    for name, error in errors.items():
+        metrics[name]["calibration_error"] = error
     times = {layer.target.name: layer.seconds for layer in initialized}
     return LoraModel(model, config, plan, done, report, metrics, times)
 
 
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[step] += time.perf_counter() - start
+
+
 def check_call(
-    plan: Plan, weights: BaseWeights, calibration: Iterable[Any] | None, allow_unmatched: bool
+    plan: Plan,
+    weights: BaseWeights,
+    calibration: Iterable[Any] | Calibration | None,
+    allow_unmatched: bool,
 ) -> None:
     """Refuse what the plan and the arguments together cannot do; warn of what they should not."""
     spec = plan.initializer
     plan.refuse_unmatched(allowed=allow_unmatched)
     weights.check(plan.targets)
+    if not isinstance(calibration, Calibration):
+        _check_forward(plan, weights.model)
     if plan.calibration is not None and calibration is None:
+        labels = ", each with labels" if plan.calibration.gradients else ""
         raise ValueError(
             f"init_lora_weights={spec.name!r} needs calibration data: pass calibration=<iterable "
-            "of batches>, e.g. a list of tokenizer outputs"
+            f"of batches>, e.g. a list of tokenizer outputs{labels}"
         )
     if plan.requantizes and not plan.replaced:
         raise ValueError(
@@ -214,10 +271,20 @@ def check_call(
         )
 
 
+def _check_forward(plan: Plan, model: nn.Module) -> None:
+    """Refuse a calibration pass through a model that is not loaded."""
+    if plan.calibration is not None and (name := first_unloaded(model)):
+        raise ValueError(
+            f"init_lora_weights={plan.initializer.name!r} needs a forward pass, and {name!r} is on "
+            "the meta device; pass calibration=<what lora_init.calibrate found on the loaded "
+            "model>, or have Accelerate offload it (device_map='auto', offload_folder=...)"
+        )
+
+
 def device_for(device: str | torch.device | None) -> torch.device | None:
-    if device is None:
+    if device is None or (device == "auto" and not torch.cuda.is_available()):
         return None
-    place = torch.device(device)
+    place = torch.device("cuda" if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: no CUDA device is present; use device=None")
     return place

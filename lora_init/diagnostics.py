@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,8 +138,13 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return left[:, values > 1e-7 * values[0]].float()
 
 
-def describe_layer(layer: LoraLayer, report: LayerReport, metrics: Mapping[str, Any]) -> None:
-    """Fill in a report's figures from a live layer.
+def describe_layer(
+    layer: LoraLayer,
+    report: LayerReport,
+    metrics: Mapping[str, Any],
+    original_weight: Callable[[], Tensor],
+) -> None:
+    """Fill in a report's figures from a live layer and what reads its original weight.
 
     A replaced base has lost its weight: its figures were taken when it was replaced and are in
     `metrics`, as is everything else that the method itself reports.
@@ -152,7 +157,7 @@ def describe_layer(layer: LoraLayer, report: LayerReport, metrics: Mapping[str, 
             report.details[name] = value
     if layer.base_state == "replaced" or layer.initial_lora_A is None:
         return
-    weight = layer.original_weight()
+    weight = original_weight()
     figures = weight_figures(weight, layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
     for name, value in figures.items():
         setattr(report, name, value)

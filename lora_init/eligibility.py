@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_init.modules import module_type
 from lora_init.packed import is_packed, quantizer_of
+from lora_init.presence import is_offloaded
 from lora_init.registry import Initializer
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,7 +35,10 @@ def extent(name: str, parameter: Tensor, owner: int = 0) -> Extent:
     last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
     start = parameter.storage_offset() * parameter.itemsize
     stop = start + (last + 1) * parameter.itemsize if parameter.numel() else start
-    return Extent(name, parameter.untyped_storage().data_ptr(), start, stop, owner)
+    storage = parameter.untyped_storage()
+    # On the meta device every storage lies at address 0; the object behind it tells them apart.
+    place = storage._cdata if parameter.is_meta else storage.data_ptr()
+    return Extent(name, place, start, stop, owner)
 
 
 def extents(model: nn.Module) -> dict[int, list[Extent]]:
@@ -42,7 +46,7 @@ def extents(model: nn.Module) -> dict[int, list[Extent]]:
     found: dict[int, list[Extent]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.is_meta:
+            if parameter is None:
                 continue
             try:
                 one = extent(f"{path}.{name}".removeprefix("."), parameter, id(module))
@@ -90,6 +94,11 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
             "cannot be adapted in place; remove the parametrization first"
         )
     _check_presence(name, module, weight)
+    if spec.base == "replace" and weight.is_meta and is_offloaded(module):
+        raise ValueError(
+            f"target {name!r}: its weight is offloaded by Accelerate, and {spec.name} puts another "
+            "in its place; load the model into memory first"
+        )
     if is_packed(module):
         try:
             quantizer_of(module)
@@ -121,13 +130,29 @@ def _stacked(module: nn.Module) -> str:
     return f" (parameters with all experts' weights: {', '.join(stacked)})" if stacked else ""
 
 
+def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parts of the base that are to be trained, and so copied, where they have no values.
+
+    Raises:
+        ValueError: one of the named `tensors` is on the meta device.
+    """
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise ValueError(
+                f"{setting} trains {name!r}, which is on the meta device (offloaded, or not "
+                "loaded); leave it out, or load this part of the model into memory first"
+            )
+
+
 def _check_presence(name: str, module: nn.Module, weight: Tensor) -> None:
-    """Refuse weights that are elsewhere: offloaded, partitioned, flattened."""
-    if weight.is_meta:
-        hooked = " by Accelerate" if hasattr(module, "_hf_hook") else ""
+    """Refuse weights that are elsewhere: partitioned, flattened; packed, and without their codes.
+
+    Float weights on the meta device are served: see `lora_init.base_weights`.
+    """
+    if weight.is_meta and is_packed(module):
         raise ValueError(
-            f"target {name!r}: its weight is on the meta device (offloaded{hooked}, or not "
-            "loaded); load the model into memory first"
+            f"target {name!r}: its quantised weight is on the meta device (offloaded, or not "
+            "loaded); load the model into memory first, or build it without a quantization_config"
         )
     if hasattr(weight, "ds_id"):
         raise ValueError(

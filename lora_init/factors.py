@@ -69,3 +69,18 @@ class Factors:
 def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
     """s B A in float32 or wider."""
     return (widened(lora_B.detach()) * scaling) @ widened(lora_A.detach())
+
+
+def unstacked(stack: Factors, count: int) -> list[Factors]:
+    """The factors of each layer of a stack; so are metrics that are tensors."""
+    return [
+        Factors(
+            stack.lora_A[index],
+            stack.lora_B[index],
+            metrics={
+                name: value[index] if isinstance(value, Tensor) else value
+                for name, value in stack.metrics.items()
+            },
+        )
+        for index in range(count)
+    ]

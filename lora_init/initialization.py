@@ -5,22 +5,28 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_init import schedule, sharing
 from lora_init.base_weights import BaseWeights
-from lora_init.factors import Factors, Replacement, low_rank_product
-from lora_init.modules import oriented_weight, widened
+from lora_init.cache import Cache
+from lora_init.cached_factors import CachedFactors, Input, truncated
+from lora_init.calibration import LayerStatistics
+from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
+from lora_init.modules import widened
 from lora_init.packed import quantizer_of
 from lora_init.plan import Plan, Target
-from lora_init.progress import tracked
+from lora_init.presence import factor_device
+from lora_init.progress import tracking
 from lora_init.quantization import Quantizer
-from lora_init.registry import Initializer
+from lora_init.registry import Initializer, Nesting
+from lora_init.schedule import Job
 from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,23 @@ class InitializedLayer:
     factors: Factors
     seconds: float
 
+    def moved(self, device: torch.device | str) -> InitializedLayer:
+        """The same with its tensors on another device."""
+        factors, replacement = self.factors, self.factors.replacement
+        if replacement is not None:
+            replacement = replace(
+                replacement,
+                lora_A=replacement.lora_A.to(device),
+                lora_B=replacement.lora_B.to(device),
+            )
+        factors = replace(
+            factors,
+            lora_A=factors.lora_A.to(device),
+            lora_B=factors.lora_B.to(device),
+            replacement=replacement,
+        )
+        return replace(self, factors=factors)
+
 
 def initialize(
     weights: BaseWeights,
@@ -39,8 +62,12 @@ def initialize(
     *,
     seed: int,
     device: torch.device | None = None,
+    cache: Cache | None = None,
 ) -> list[InitializedLayer]:
     """Run the plan's method over its targets.
+
+    Under `torch.distributed`, the ranks share the layers out between them, where all have the same
+    to do (see `lora_init.sharing`).
 
     Args:
         weights: of the targets, only read.
@@ -48,60 +75,141 @@ def initialize(
         statistics: by layer name; empty for methods that need none.
         seed: the initialization seed; each layer derives a stream of its own from it and its name.
         device: where the decompositions run; None means where each weight lives. Weights move
-            there one at a time, results return to their module's device.
+            there a stack at a time, results return to their module's device.
+        cache: where decompositions are kept; None for none.
 
     Raises:
         ValueError: a weight or a factor is not finite, or a factor has the wrong shape; by name.
     """
-    return [
-        _initialize_layer(weights, target, plan, statistics.get(target.name), seed, device)
-        for target in tracked(plan.targets, f"initializing ({plan.initializer.name})")
-    ]
+    worker = _Worker(weights, plan, statistics, seed, device, cache)
+    devices = {target.name: device or worker.home(target) for target in plan.targets}
+    planned = schedule.jobs(plan, devices)
+    with tracking(len(plan.targets), f"initializing ({plan.initializer.name})") as advance:
+
+        def run(own: Sequence[Job]) -> list[InitializedLayer]:
+            done: list[InitializedLayer] = []
+            for layers in schedule.run(worker, own):
+                done += layers
+                advance(len(layers))
+            return done
+
+        done = sharing.shared(run, planned, plan, weights, seed)
+    found = {layer.target.name: layer.moved(worker.home(layer.target)) for layer in done}
+    return [found[target.name] for target in plan.targets]
 
 
-def _initialize_layer(
-    weights: BaseWeights,
-    target: Target,
-    plan: Plan,
-    statistics: LayerStatistics | None,
-    seed: int,
-    device: torch.device | None,
-) -> InitializedLayer:
-    start = time.perf_counter()
-    spec = plan.initializer
-    module = weights.model.get_submodule(target.name)
-    home = module.weight.device
-    if "weights" in spec.needs:
-        weight = widened(weights.weight(target).to(device or home)).to(torch.float32)
-    elif target.quantized:
-        weight = torch.empty(target.shape, device="meta")  # its shape is all that is read
-    else:
-        weight = oriented_weight(module)
-    if not weight.is_meta:
-        _check_weight(target, weight)
-    if target.quantized:
-        statistics = replace(statistics or LayerStatistics(), quantizer=quantizer_of(module))
-    factors = spec.function_for(target.module_type)(
-        weight,
-        target.rank,
-        target.scaling,
-        statistics,
-        plan.options,
-        layer_generator(seed, target.name),
-    )
-    _check_factors(target, spec, factors)
-    factors = replace(
-        factors,
-        lora_A=_settled(factors.lora_A, home, plan.adapter_dtype),
-        lora_B=_settled(factors.lora_B, home, plan.adapter_dtype),
-        replacement=_settled_replacement(factors.replacement, home),
-    )
-    if plan.requantizes and target.quantized:
-        factors = _requantized(factors, weight.to(home), target, statistics.quantizer)
-    for place in {home, device or home}:
-        if place.type == "cuda":  # else the time is that of handing over the work
-            torch.cuda.synchronize(place)
-    return InitializedLayer(target, factors, time.perf_counter() - start)
+@dataclass(frozen=True)
+class _Worker:
+    """What every job needs beside its targets."""
+
+    weights: BaseWeights
+    plan: Plan
+    statistics: Mapping[str, LayerStatistics]
+    seed: int
+    device: torch.device | None
+    cache: Cache | None
+
+    def home(self, target: Target) -> torch.device:
+        return factor_device(self.weights.model.get_submodule(target.name))
+
+    def __call__(self, job: Job) -> list[InitializedLayer]:
+        start = time.perf_counter()
+        inputs = [self._input(target, job.device) for target in job.targets]
+        factors = self._remembered(job.targets, inputs)
+        settled = [
+            self._settled(target, each, one)
+            for target, each, one in zip(job.targets, inputs, factors, strict=True)
+        ]
+        for place in {job.device, *(self.home(target) for target in job.targets)}:
+            if place.type == "cuda":  # else the time is that of handing over the work
+                torch.cuda.synchronize(place)
+        seconds = (time.perf_counter() - start) / len(job.targets)
+        return [
+            InitializedLayer(target, each, seconds)
+            for target, each in zip(job.targets, settled, strict=True)
+        ]
+
+    def _input(self, target: Target, device: torch.device) -> Input:
+        """What the method gets of one layer."""
+        module = self.weights.model.get_submodule(target.name)
+        statistics = self.statistics.get(target.name)
+        if "weights" in self.plan.initializer.needs or self._requantizes(target):
+            weight = widened(self.weights.weight(target).to(device)).to(torch.float32)
+        else:
+            if not target.quantized and not module.weight.is_meta:
+                _check_weight(target, module.weight.detach())
+            weight = torch.empty(target.shape, device="meta")  # its shape is all that is read
+        if target.quantized:
+            statistics = replace(statistics or LayerStatistics(), quantizer=quantizer_of(module))
+        # The factors of a method whose factors nest depend on what they are made from alone.
+        seeded = self._nesting is None
+        generator = layer_generator(self.seed, target.name) if seeded else layer_generator(0, "")
+        return Input(weight, statistics, generator)
+
+    def _remembered(self, targets: tuple[Target, ...], inputs: list[Input]) -> list[Factors]:
+        """From the cache where they are there; the others are computed, and kept."""
+        if self.cache is None or self._nesting is None:
+            return self._computed(targets, inputs)
+        memory = CachedFactors(self.cache, self.plan, self._nesting)
+        keys = [memory.key(target, each) for target, each in zip(targets, inputs, strict=True)]
+        found = [memory.get(key, target) for key, target in zip(keys, targets, strict=True)]
+        missing = [index for index, factors in enumerate(found) if factors is None]
+        if missing:
+            # All that the decomposition yields is kept, for ranks that share it.
+            wider = tuple(memory.widened(targets[index]) for index in missing)
+            made = self._computed(wider, [inputs[index] for index in missing])
+            for index, target, factors in zip(missing, wider, made, strict=True):
+                memory.put(keys[index], target, factors)
+                found[index] = truncated(factors, targets[index].rank)
+        return found
+
+    def _computed(self, targets: tuple[Target, ...], inputs: list[Input]) -> list[Factors]:
+        """The method's own work, on one layer or on a stack; a failure is explained."""
+        first, spec = targets[0], self.plan.initializer
+        function = spec.function_for(first.module_type)
+        try:
+            if len(targets) == 1:
+                (one,) = inputs
+                arguments = one.weight, first.rank, first.scaling, one.statistics
+                made = [function(*arguments, self.plan.options, one.generator)]
+            else:
+                stack = torch.stack([one.weight for one in inputs])
+                generators = [one.generator for one in inputs]
+                arguments = stack, first.rank, first.scaling, None, self.plan.options, generators
+                made = unstacked(function(*arguments), len(targets))
+            for target, factors in zip(targets, made, strict=True):
+                _check_factors(target, spec, factors)
+        except Exception:
+            # Most often a weight that is not finite: then that is the error to report.
+            for target, one in zip(targets, inputs, strict=True):
+                if not one.weight.is_meta:
+                    _check_weight(target, one.weight)
+            raise
+        return made
+
+    def _settled(self, target: Target, given: Input, factors: Factors) -> Factors:
+        home, dtype = self.home(target), self.plan.adapter_dtype
+        if not bool(factors.lora_A.any()) and not bool(factors.lora_B.any()):
+            _warn_of_zeros(target, self.plan.initializer)
+        factors = replace(
+            factors,
+            lora_A=_settled(factors.lora_A, home, dtype),
+            lora_B=_settled(factors.lora_B, home, dtype),
+            replacement=_settled_replacement(factors.replacement, home),
+            metrics={name: _plain(value) for name, value in factors.metrics.items()},
+        )
+        if self._requantizes(target):
+            factors = _requantized(
+                factors, given.weight.to(home), target, given.statistics.quantizer
+            )
+        return factors
+
+    def _requantizes(self, target: Target) -> bool:
+        return self.plan.requantizes and target.quantized
+
+    @property
+    def _nesting(self) -> Nesting | None:
+        return self.plan.initializer.nesting(self.plan.options)
 
 
 def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Quantizer) -> Factors:
@@ -164,15 +272,22 @@ def _check_factors(target: Target, spec: Initializer, factors: Factors) -> None:
             raise ValueError(
                 f"{spec.name} returned non-finite values in {name} for target {target.name!r}"
             )
-    if not bool(factors.lora_A.any()) and not bool(factors.lora_B.any()):
-        warnings.warn(
-            f"target {target.name!r} starts with both factors zero under {spec.name} (its weight, "
-            "or what the method decomposes, is zero): it gets no gradient and will not learn; "
-            "leave it out (exclude_modules) or choose another method",
-            stacklevel=2,
-        )
     if (factors.replacement is not None) != (spec.base == "replace"):
         raise ValueError(
             f"{spec.name} is registered with base={spec.base!r} but its result "
             f"{'has' if factors.replacement is not None else 'lacks'} a replacement"
         )
+
+
+def _warn_of_zeros(target: Target, spec: Initializer) -> None:
+    warnings.warn(
+        f"target {target.name!r} starts with both factors zero under {spec.name} (its weight, "
+        "or what the method decomposes, is zero): it gets no gradient and will not learn; "
+        "leave it out (exclude_modules) or choose another method",
+        stacklevel=2,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A metric as a number; those of linalg are tensors."""
+    return value.item() if isinstance(value, Tensor) else value

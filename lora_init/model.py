@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, LayerReport, describe_layer
 from lora_init.layers import LoraLayer
 from lora_init.plan import Plan
-from lora_init.presence import absence
+from lora_init.presence import HOOK_ATTRIBUTES, absence, first_unloaded
 from lora_init.signatures import blank, with_forward_of
 
 
@@ -63,6 +64,8 @@ class LoraModel(nn.Module):
         self.training = base_model.training  # parts that their owner keeps in eval mode stay so
         self.checkpoint_prefix = ""  # of the state dict that is being loaded
         checkpoints.register(self)
+        if first_unloaded(base_model) is not None:
+            self.register_forward_pre_hook(_refuse_unloaded)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
@@ -88,7 +91,8 @@ class LoraModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # not set yet: do not recurse
+            # base_model: not set yet, and must not recurse.
+            if name in ("base_model", *HOOK_ATTRIBUTES):
                 raise
             return getattr(self.base_model, name)
 
@@ -116,13 +120,19 @@ class LoraModel(nn.Module):
         """What the initialization did, per layer. Print it, or take its `to_dict()`.
 
         The figures of a kept or subtracted base are computed now, from the initial factors and the
-        restored weights; the model's state of training does not change them.
+        restored weights; the model's state of training does not change them. Weights that are not
+        in memory are read one layer at a time, from where they were read before.
         """
-        adapted = self._whole_injection("init_report").layers
+        live = self._whole_injection("init_report", without_base=True)
         layers = []
         for target in self.plan.targets:
             row = LayerReport.of(target, self._seconds_by_layer.get(target.name))
-            describe_layer(adapted[target.name], row, self._metrics.get(target.name, {}))
+            describe_layer(
+                live.layers[target.name],
+                row,
+                self._metrics.get(target.name, {}),
+                partial(live.original_weight, target),
+            )
             layers.append(row)
         return dataclasses.replace(self._report, layers=layers)
 
@@ -178,7 +188,7 @@ class LoraModel(nn.Module):
 
     def detach_adapter(self) -> injection.Injection:
         """Unload, and return what `attach_adapter` needs to undo it."""
-        live = self._whole_injection("unload")
+        live = self._whole_injection("unload", without_base=True)
         injection.restore(self.base_model, live)
         self._injection = None
         return live
@@ -189,13 +199,13 @@ class LoraModel(nn.Module):
         self._injection = detached
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter; see `lora_init.adapters` for the files.
+        """Write the adapter; see `lora_init.adapters` for the files. The base is not read.
 
         Raises:
             RuntimeError: it is merged or disabled at the moment.
         """
         self.refuse_in_between("save_pretrained")
-        live = self._whole_injection("save_pretrained")
+        live = self._whole_injection("save_pretrained", without_base=True)
         adapters.save(Path(folder), self.peft_config, self.plan, live)
 
     @classmethod
@@ -212,7 +222,7 @@ class LoraModel(nn.Module):
         """Load an adapter, written by us or by PEFT, onto its original base model.
 
         Args:
-            base: the model it was trained on; changed in place.
+            base: the model it was trained on, which may be on the meta device; changed in place.
             folder: where `save_pretrained` wrote it.
             is_trainable: False freezes it.
             adapter_dtype, original_weights, keep_original: as of `get_peft_model`.
@@ -257,7 +267,8 @@ class LoraModel(nn.Module):
 
     def move_initial_factors(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
         """Give a layer the initial factors of another start, and its base what belongs to them."""
-        live = self._whole_injection("load_state_dict with other initial factors")
+        wanted = "load_state_dict with other initial factors"
+        live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
         injection.move_initial_factors(live.layers[name], lora_A, lora_B)
 
     def _live_injection(self) -> injection.Injection:
@@ -265,16 +276,24 @@ class LoraModel(nn.Module):
             raise RuntimeError("the adapter was unloaded; call get_peft_model again")
         return self._injection
 
-    def _whole_injection(self, wanted: str) -> injection.Injection:
+    def _whole_injection(self, wanted: str, *, without_base: bool = False) -> injection.Injection:
         """The live injection, all of whose tensors are in this process's memory.
 
+        Args:
+            without_base: base weights may be on the meta device, as long as they are as they were
+                before injection: `wanted` does not touch them.
+
         Raises:
-            RuntimeError: one is sharded, partitioned or offloaded.
+            RuntimeError: one is sharded, partitioned, offloaded or not loaded.
         """
         live = self._live_injection()
         for name, layer in live.layers.items():
             for part in ("lora_A", "lora_B", "base_layer.weight"):
-                if reason := absence(layer.get_parameter(part)):
+                parameter = layer.get_parameter(part)
+                untouched = part == "base_layer.weight" and layer.base_state != "edited"
+                if without_base and untouched and parameter.is_meta:
+                    continue
+                if reason := absence(parameter):
                     raise RuntimeError(
                         f"{wanted}: the parameter '{name}.{part}' is {reason}; gather the adapter "
                         "(torch.distributed.checkpoint.state_dict.get_model_state_dict, or "
@@ -290,3 +309,20 @@ class LoraModel(nn.Module):
             raise RuntimeError(f"{wanted}: the adapter is merged; call unmerge_adapter() first")
         if not live.enabled:
             raise RuntimeError(f"{wanted}: the adapter is disabled; leave disable_adapter() first")
+
+
+def _refuse_unloaded(model: LoraModel, _: Any) -> None:
+    """Refuse a forward pass through a model that was not loaded when it was injected.
+
+    torch's own error names no way out, and replaced bases would not be there even after loading.
+
+    Raises:
+        RuntimeError: a weight is on the meta device, or should have been replaced.
+    """
+    name = first_unloaded(model.base_model)
+    if name is not None or model.plan.initializer.base == "replace":
+        raise RuntimeError(
+            f"forward: {name or 'the base model'!r} was never loaded, it was on the meta device; "
+            "save the adapter (save_pretrained), load the base model, and put it on with "
+            "LoraModel.from_pretrained(base, folder)"
+        )

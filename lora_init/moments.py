@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
+from lora_init.accumulation import Moments, RunningSums
+from lora_init.symmetric import accumulate_gram, mirror
 
 SMALLEST_DECOMPOSITION = 32
+
+Components = tuple[Float[Tensor, " rank"], Float[Tensor, "in rank"], Float[Tensor, ""]]
+"""Top variances (descending), their directions (columns), and the total variance."""
 
 
 @dataclass
@@ -19,7 +24,8 @@ class InputStatistics:
     """Moments of one distinct input. Shared by all layers that read it.
 
     Attributes:
-        covariance: sum (x - mean)(x - mean)ᵀ / tokens.
+        covariance: sum (x - mean)(x - mean)ᵀ / tokens, float32; float64 where the method asks for
+            that (`CalibrationRequest.smallest`).
         mean: sum x / tokens, float64.
         tokens: how many rows were counted.
     """
@@ -27,23 +33,28 @@ class InputStatistics:
     covariance: Float[Tensor, "in in"]
     mean: Float[Tensor, " in"]
     tokens: int
-    _components: dict[tuple[bool, int], tuple] = field(default_factory=dict, repr=False)
+    _components: dict[tuple[bool, int], Components] = field(default_factory=dict, repr=False)
+
+    error = 0.0
+    """Nothing is left out (see `lora_init.sketch`)."""
 
     @classmethod
     def of_rows(cls, rows: Float[Tensor, "tokens in"]) -> InputStatistics:
         """The moments of inputs at hand, without a model: for tests and experiments."""
-        sums = RunningMoments(rows.float())
-        sums.add(rows.float())
-        return cls(*sums.moments(), len(rows))
+        sums = RunningMoments(rows.shape[1], rows.device)
+        sums.add(rows)
+        return cls.of(sums.moments)
+
+    @classmethod
+    def of(cls, moments: Moments) -> InputStatistics:
+        return cls(moments.products, moments.mean, moments.tokens)
 
     @property
     def second_moment(self) -> Float[Tensor, "in in"]:
         """sum x xᵀ / tokens, uncentred, in float64: a large mean would drown the covariance."""
-        return self.covariance.double() + torch.outer(self.mean, self.mean)
+        return torch.addr(self.covariance.double(), self.mean, self.mean)
 
-    def principal_components(
-        self, rank: int, center: bool
-    ) -> tuple[Float[Tensor, " rank"], Float[Tensor, "in rank"], Float[Tensor, ""]]:
+    def principal_components(self, rank: int, center: bool) -> Components:
         """Top `rank` variances (descending), their directions, and the total variance.
 
         Kept, so that the layers sharing this input, and an allocator before them, pay once. What is
@@ -57,48 +68,62 @@ class InputStatistics:
             total = matrix.diagonal().sum().clamp_min(0)
             figures = (values.clamp_min(0), vectors, total)
             self._components[center, size] = tuple(figure.float() for figure in figures)
-        values, vectors, total = self._components[center, size]
-        return values[:rank], vectors[:, :rank], total
+        return leading(self._components[center, size], rank)
+
+    def condensed(self, rank: int) -> LeadingComponents:
+        """What `principal_components` gives for ranks up to `rank`, without the covariance."""
+        components = {center: self.principal_components(rank, center) for center in (True, False)}
+        return LeadingComponents(
+            {center: tuple(part.clone() for part in found) for center, found in components.items()}
+        )
+
+    def to(self, device: torch.device) -> InputStatistics:
+        return InputStatistics(self.covariance.to(device), self.mean.to(device), self.tokens)
 
 
-class RunningMoments:
-    """Moments of the rows added so far, about a shift near their mean.
+@dataclass(frozen=True)
+class LeadingComponents:
+    """Principal components alone: n · rank numbers where the covariance has n².
 
-    Sums about zero would lose a variance that is small beside the squared mean, as it is behind
-    many activation functions. The shift is the first batch's mean.
+    Attributes:
+        components: by whether the mean is subtracted.
+        error: of the statistics they come from.
     """
 
-    def __init__(self, rows: Float[Tensor, "tokens in"]) -> None:
-        width = rows.shape[-1]
-        self.shift = rows.mean(0) if len(rows) else rows.new_zeros(width)
-        self.products = rows.new_zeros(width, width)
-        self.total = rows.new_zeros(width, dtype=torch.float64)
-        self.tokens = 0
+    components: Mapping[bool, Components]
+    error: float = 0.0
 
-    def add(self, rows: Float[Tensor, "tokens in"]) -> None:
-        rows = rows - self.shift
-        self.products.addmm_(rows.T, rows)
-        self.total += rows.sum(0, dtype=torch.float64)
-        self.tokens += len(rows)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Covariance and mean."""
-        offset = self.total / self.tokens
-        covariance = self.products / self.tokens - torch.outer(offset, offset).float()
-        return covariance, self.shift.double() + offset
+    def principal_components(self, rank: int, center: bool) -> Components:
+        """As of `InputStatistics`, up to the rank that was kept."""
+        return leading(self.components[center], rank)
 
 
-def join(parts: Sequence[RunningMoments]) -> InputStatistics:
-    """The moments of several groups of rows together, by the rule for the variance of groups."""
-    parts = [part for part in parts if part.tokens]
-    tokens = sum(part.tokens for part in parts)
-    moments = [part.moments() for part in parts]
-    if len(parts) == 1:
-        return InputStatistics(*moments[0], tokens)
-    shares = [part.tokens / tokens for part in parts]
-    mean = sum(share * centre for share, (_, centre) in zip(shares, moments, strict=True))
-    covariance = sum(
-        share * (inner + torch.outer(centre - mean, centre - mean).float())
-        for share, (inner, centre) in zip(shares, moments, strict=True)
-    )
-    return InputStatistics(covariance, mean, tokens)
+def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `rank` of all components."""
+    values, vectors, total = components
+    return values[:rank], vectors[:, :rank], total
+
+
+class RunningMoments(RunningSums):
+    """All products of the rows added so far, in float32 or float64."""
+
+    def __init__(
+        self, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(width, device, dtype)
+        self._gram = torch.zeros(width, width, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes(width: int, dtype: torch.dtype = torch.float32) -> int:
+        """Memory while rows are added."""
+        return dtype.itemsize * width**2 + RunningSums.block_bytes(width, dtype)
+
+    def _accumulate(self, rows: Float[Tensor, "rows in"]) -> None:
+        accumulate_gram(self._gram, rows)
+
+    def _centred(self, mean: Float[Tensor, " in"], offset: Float[Tensor, " in"]) -> Moments:
+        covariance = self._gram.div_(max(self.tokens, 1))
+        mirror(covariance)
+        offset = offset.to(covariance)
+        covariance.addr_(offset, offset, alpha=-1)
+        return Moments(self.tokens, mean, covariance, covariance.diagonal().sum().double())

@@ -7,20 +7,24 @@ configuration surfaces here, while the model is still untouched.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_init.budget import Budget, sums_dtype
+from lora_init.concurrency import largest_together
 from lora_init.config import LoraConfig
 from lora_init.eligibility import (
     FLOAT_DTYPES,
     check_module,
     check_target_rank,
+    check_values,
     extents,
     sharers,
 )
@@ -73,6 +77,7 @@ class Plan:
         candidates: names of all modules that target_modules could have meant.
         quantized_base: what a subtracting method does to packed weights: "in_forward" leaves them
             and subtracts in the forward pass, "requantize" packs the residual.
+        calibration_memory, calibration_sketch: as of `get_peft_model`.
         trained_biases: names of the bias parameters that are trained, as `bias` says.
         bias, dropout, use_dora, lora_bias: as in the configuration.
     """
@@ -86,6 +91,8 @@ class Plan:
     candidates: tuple[str, ...]
     adapter_dtype: torch.dtype = torch.float32
     quantized_base: str = "in_forward"
+    calibration_memory: int | None = None
+    calibration_sketch: int | None = None
     trained_biases: tuple[str, ...] = ()
     bias: str = "none"
     dropout: float = 0.0
@@ -124,15 +131,54 @@ class Plan:
 
     @property
     def statistics_bytes(self) -> int:
-        """Upper bound of the second moments' memory: every target with an input of its own."""
+        """Of the gradients; or at most of the second moments, as if no targets shared inputs."""
         if self.calibration is None:
             return 0
-        return 4 * sum(target.shape[1] ** 2 for target in self.targets)
+        if self.calibration.gradients:
+            return 4 * sum(target.shape[0] * target.shape[1] for target in self.targets)
+        return sum(self.input_bytes(target) for target in self.targets)
+
+    def input_bytes(self, target: Target) -> int:
+        """Memory of the sums over one target's inputs."""
+        return self._budget().bytes(target.shape[1])
+
+    def _budget(self) -> Budget:
+        """For one pass over the calibration data."""
+        dtype = sums_dtype([self.calibration])
+        return Budget(self.calibration_memory, self.calibration_sketch, dtype)
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the calibration data fit into `calibration_memory`; shared inputs,
+        which are not known yet, may make them fewer.
+        """
+        if self.calibration is None:
+            return 0
+        if self.calibration.gradients:
+            return 1
+        waiting, passes = list(self.targets), 0
+        while waiting:
+            budget = self._budget()
+            waiting = [target for target in waiting if not budget.admits(target.shape[1])]
+            passes += 1
+        return passes
+
+    def directions(self, target: Target) -> int | None:
+        """How many leading directions of a target's inputs the method reads; None: all."""
+        multiple = self.initializer.leading(self.options)
+        return None if multiple is None else min(math.ceil(multiple * target.rank), *target.shape)
 
     @property
     def workspace_bytes(self) -> int:
-        """The largest layer as float32, in and out of an initializer."""
-        return 3 * 4 * max(target.shape[0] * target.shape[1] for target in self.targets)
+        """Of initializers on a CPU: three float32 copies of the weights that are worked on at a
+        time, a large one or one for each core.
+        """
+        return 3 * 4 * largest_together(math.prod(target.shape) for target in self.targets)
+
+    def only(self, names: Collection[str]) -> Plan:
+        """The plan for some of the targets."""
+        targets = tuple(target for target in self.targets if target.name in names)
+        return dataclasses.replace(self, targets=targets)
 
     def with_ranks(self, ranks: Mapping[str, int], config: LoraConfig) -> Plan:
         """The plan after an allocation: rank 0 leaves, alphas keep each layer's scaling."""
@@ -200,6 +246,8 @@ class Plan:
     def __str__(self) -> str:
         spec = self.initializer
         needs = "calibration data" if self.calibration is not None else "no calibration data"
+        if self.calibration is not None and self.calibration.gradients:
+            needs += " with labels"
         lines = [
             f"{spec.name} {self.options}",
             f"base: {spec.base}; output {'preserved' if spec.preserves_output else 'changed'}; "
@@ -208,6 +256,13 @@ class Plan:
             f"memory: factors {_mib(self.factor_bytes)}, statistics at most "
             f"{_mib(self.statistics_bytes)}, workspace {_mib(self.workspace_bytes)}",
         ]
+        if self.calibration is not None and self.calibration_sketch is not None:
+            lines.append(f"inputs wider than {self.calibration_sketch} are sketched")
+        if self.passes > 1:
+            lines.append(
+                f"up to {self.passes} passes over the calibration data, with "
+                f"{_mib(self.calibration_memory)} of statistics at a time"
+            )
         variants = [name for name in ("use_dora", "lora_bias") if getattr(self, name)]
         if variants:
             lines.append(f"with {', '.join(variants)}")
@@ -242,6 +297,8 @@ def make_plan(
     adapter_dtype: torch.dtype = torch.float32,
     *,
     quantized_base: str = "in_forward",
+    calibration_memory: int | None = None,
+    calibration_sketch: int | None = None,
     any_rank: bool = False,
 ) -> Plan:
     """Decide and check everything that can be known before statistics are collected.
@@ -251,7 +308,8 @@ def make_plan(
 
     Raises:
         ValueError: see `lora_init.targets.select`; a rank that a layer or the method cannot
-            have; a weight that is not served (meta device, sharded).
+            have; a weight that is not served (sharded; packed and on the meta device); a module or
+            bias to be trained that has no values.
         TypeError: a module type that the method does not serve.
     """
     if adapter_dtype not in FLOAT_DTYPES:
@@ -295,6 +353,7 @@ def make_plan(
         )
     for name in selection.modules_to_save:
         inside = dict(model.get_submodule(name).named_modules(prefix=name))
+        check_values("modules_to_save", model.get_submodule(name).named_parameters(name))
         quantized = [path for path, module in inside.items() if is_packed(module)]
         if quantized:
             raise ValueError(
@@ -308,7 +367,10 @@ def make_plan(
             f"lora_bias=True with the Embedding {embeddings[0]!r}: an embedding has no bias; leave "
             "it out (exclude_modules), or lora_bias=False"
         )
-    return Plan(
+    trained_biases = _trained_biases(model, config.bias, targets, selection.modules_to_save)
+    biases = ((name, model.get_parameter(name)) for name in trained_biases)
+    check_values(f"bias={config.bias!r}", biases)
+    plan = Plan(
         initializer=spec,
         options=options,
         targets=tuple(targets),
@@ -318,12 +380,65 @@ def make_plan(
         candidates=selection.candidates,
         adapter_dtype=adapter_dtype,
         quantized_base=quantized_base,
-        trained_biases=_trained_biases(model, config.bias, targets, selection.modules_to_save),
+        calibration_memory=calibration_memory,
+        calibration_sketch=calibration_sketch,
+        trained_biases=trained_biases,
         bias=config.bias,
         dropout=config.lora_dropout,
         use_dora=config.use_dora,
         lora_bias=config.lora_bias,
     )
+    if plan.calibration is not None:
+        _check_memory(plan)
+        _check_sketch(plan)
+    return plan
+
+
+def _check_memory(plan: Plan) -> None:
+    """Refuse a budget that does not hold the statistics of any one layer."""
+    memory = plan.calibration_memory
+    if memory is None:
+        return
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
+        raise ValueError(f"calibration_memory={memory!r}; allowed are bytes, an int > 0, and None")
+    name = plan.initializer.name
+    if plan.calibration.gradients:
+        needed, why = plan.statistics_bytes, f"{name}'s gradients, which one pass collects,"
+    elif plan.initializer.allocate is not None and plan.initializer.leading(plan.options) is None:
+        needed, why = plan.statistics_bytes, f"{name}, which needs all statistics to choose ranks,"
+    else:
+        widest = max(plan.targets, key=plan.input_bytes)
+        needed, why = plan.input_bytes(widest), f"the inputs of {widest.name!r} alone"
+    if memory < needed:
+        raise ValueError(
+            f"calibration_memory={memory}: {why} take {needed} bytes; pass as many, or None"
+            + ("" if plan.directions(plan.targets[0]) is None else ", or calibration_sketch")
+        )
+
+
+def _check_sketch(plan: Plan) -> None:
+    """Refuse a sketch that cannot hold what the method reads."""
+    columns = plan.calibration_sketch
+    if columns is None or plan.calibration.gradients:
+        return
+    if isinstance(columns, bool) or not isinstance(columns, int) or columns <= 0:
+        raise ValueError(f"calibration_sketch={columns!r}; allowed are an int > 0, and None")
+    for target in plan.targets:
+        if target.shape[1] <= columns:
+            continue
+        directions = plan.directions(target)
+        if directions is None:
+            raise ValueError(
+                f"calibration_sketch={columns}: {plan.initializer.name} ({plan.options}) reads "
+                "more of the inputs than their leading directions; leave it out, and pass "
+                "calibration_memory for a bound that stays exact"
+            )
+        if columns < directions:
+            raise ValueError(
+                f"calibration_sketch={columns}: {plan.initializer.name} reads {directions} "
+                f"directions of the inputs of {target.name!r}; pass at least as many, better "
+                f"{4 * directions}"
+            )
 
 
 def _trained_biases(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import rich
@@ -16,22 +17,34 @@ PATIENCE_SECONDS = 1.0
 
 def tracked(items: Iterable[Item], description: str) -> Iterator[Item]:
     """Yield the items; once that takes longer than a second, show a bar on rich's console."""
+    total = len(items) if hasattr(items, "__len__") else None
+    with tracking(total, description) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def tracking(total: int | None, description: str) -> Iterator[Callable[[int], None]]:
+    """The same for work that comes in any order: gives a function that counts what is done."""
     console = rich.get_console()
     if not console.is_terminal:
-        yield from items
+        yield lambda count: None
         return
-    total = len(items) if hasattr(items, "__len__") else None
     start = time.monotonic()
     shown = False
     progress = Progress(console=console, transient=True)
     task = progress.add_task(description, total=total)
+
+    def advance(count: int) -> None:
+        nonlocal shown
+        progress.advance(task, count)
+        if not shown and time.monotonic() - start > PATIENCE_SECONDS:
+            progress.start()
+            shown = True
+
     try:
-        for item in items:
-            yield item
-            progress.advance(task)
-            if not shown and time.monotonic() - start > PATIENCE_SECONDS:
-                progress.start()
-                shown = True
+        yield advance
     finally:
         if shown:
             progress.stop()

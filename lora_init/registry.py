@@ -34,13 +34,33 @@ ENTRY_POINT_GROUP = "lora_init.initializers"
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """Which statistics of a layer's inputs a method wants.
+    """Which statistics of a layer a method wants: the moments of its inputs, or the gradient.
 
     Attributes:
         ignore_label: token positions with this label are left out; None masks by attention only.
+        smallest: directions in which the inputs hardly vary matter, too: the moments are summed in
+            float64, for twice the time and memory.
+        gradients: the loss's gradient with respect to the weight, instead of the inputs' moments;
+            the batches then need labels.
     """
 
     ignore_label: int | None = None
+    smallest: bool = False
+    gradients: bool = False
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """The promise of a method whose factors of rank r are the first r of those of any higher rank,
+    and which draws nothing at random: a cache may keep them (see `lora_init.cached_factors`).
+
+    Attributes:
+        version: of the method's code, raised whenever its results change.
+        balanced: whether both factors fall with the square root of the scaling; else neither does.
+    """
+
+    version: int = 1
+    balanced: bool = True
 
 
 @dataclass
@@ -59,15 +79,20 @@ class Initializer:
         paper: where the method comes from.
         base: what becomes of the base weight (keep, subtract or replace).
         preserves_output: whether the model's function at step 0 is the base model's.
-        needs: what it reads: "weights", "inputs" (calibration), "gradients", "quantizer".
+        needs: what it reads: "weights", "inputs" or "gradients" (calibration), "quantizer".
         module_types: the module types it serves; by default the linear ones. "Conv2d" is served
             through the unfolded matrix, "Embedding" as a linear map of one-hot inputs.
         variants: another function for some module types, where the formula differs there.
         frozen: factors that are not trained, e.g. ``("lora_B",)``.
         rank_rule: ``(rank, out, in) -> str | None``: why this rank cannot be served, or None.
         calibration: ``options -> CalibrationRequest``; None for methods without calibration.
+        leading: ``options -> multiple of r``: how many leading directions of the inputs a layer of
+            rank r needs; None: all there are, so that no sketch serves (see `lora_init.sketch`).
         allocate: ``(requests, options) -> ranks``; chooses all layers' ranks from their statistics
             before any layer is initialized (see `lora_init.allocation`). None keeps them.
+        stacks: whether the function also takes a stack of weights (k, out, in) of one shape, with a
+            list of generators, and returns stacked factors and metrics.
+        nesting: ``options -> Nesting | None``: whether the factors nest.
         adjust_alpha: ``options -> bool``: whether a layer whose rank was re-allocated keeps its
             scaling (its alpha is changed to that end).
         spellings: regular expressions of further names, each with ``match -> options``.
@@ -85,7 +110,10 @@ class Initializer:
     frozen: tuple[Literal["lora_A", "lora_B"], ...] = ()
     rank_rule: Callable[[int, int, int], str | None] | None = None
     calibration: Callable[[Any], CalibrationRequest] | None = None
+    leading: Callable[[Any], float | None] = lambda options: None
     allocate: Callable[..., dict[str, int]] | None = None
+    stacks: bool = False
+    nesting: Callable[[Any], Nesting | None] = lambda options: None
     adjust_alpha: Callable[[Any], bool] = lambda options: True
     spellings: Mapping[str, Callable[[re.Match], Any]] = field(default_factory=dict)
 
@@ -135,11 +163,12 @@ def register_initializer(name: str, **properties: Any) -> Callable[[Callable], C
                 f"{', '.join(MODULE_TYPES)}"
             )
         spec = Initializer(name, function, needs=needs, module_types=module_types, **properties)
-        if ("inputs" in spec.needs) != (spec.calibration is not None):
+        if bool(spec.needs & {"inputs", "gradients"}) != (spec.calibration is not None):
             raise ValueError(
                 f"initializer {name!r}: needs={sorted(spec.needs)} and calibration="
-                f"{spec.calibration!r} contradict each other; a method that needs 'inputs' says "
-                "which statistics, e.g. calibration=lambda options: CalibrationRequest()"
+                f"{spec.calibration!r} contradict each other; a method that needs 'inputs' or "
+                "'gradients' says which statistics, e.g. calibration=lambda options: "
+                "CalibrationRequest()"
             )
         _registry[name] = spec
         return function

@@ -5,59 +5,38 @@ one tensor) the pass accumulates, over all unmasked tokens x (rows of shape (in,
 
     mean = sum x / tokens  (in,),    covariance = sum (x - mean)(x - mean)ᵀ / tokens  (in, in),
 
-from which second_moment = sum x xᵀ / tokens follows. Sums are float32, taken about a shift near the
-mean. The model runs in eval mode, without gradients, and is left as it was.
+from which second_moment = sum x xᵀ / tokens follows. Sums are taken about a shift near the mean, in
+float32, or in float64 where a method reads the directions of least variance, too. Or, for methods
+that ask for it, it takes the loss's gradients (see `lora_init.gradients`). The model runs in eval
+mode, and is left as it was.
 
-Which rows count: for an encoder's inputs (or a decoder-only model's) `attention_mask`; for the
-decoder of an encoder-decoder model `decoder_attention_mask`, if the batch has one, except where a
-layer reads the encoder's output (cross-attention), which keeps the encoder's mask. Token labels
-(shape of the mask) equal to the method's `ignore_label` are left out where the method asks for it;
-sequence labels mask nothing. An input whose leading shape is not the mask's (a pooler's, a routed
-expert's) counts every row.
+Where the sums of all inputs do not fit into memory, there are as many passes as it takes, each for
+the inputs that fit (exact), or sketches (see `lora_init.sketch`). The data are read from beginning
+to end once a pass, and never begun again within one.
+
+Under `torch.distributed` every rank runs batches of its own, as many as it has, and the sums are
+reduced in float64: all ranks get what one process would get from all the data.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_init.modules import input_rows, reading
-from lora_init.moments import InputStatistics, RunningMoments, join
-from lora_init.progress import tracked
-from lora_init.quantization import Quantizer
+from lora_init.accumulation import Moments, joined_over_ranks
+from lora_init.batches import Counted, WithLoss, check_count, forward, home, moved
+from lora_init.budget import Budget, statistics_of, sums_dtype
+from lora_init.calibration import Calibration, LayerStatistics
+from lora_init.gradients import collect_gradients, own_loss
+from lora_init.observation import Label, Observer
+from lora_init.reduction import all_or_none, from_ranks, over_ranks
 from lora_init.registry import CalibrationRequest
 
-HELD_INPUTS = 4
-"""How many recent distinct inputs wait for further readers before they are summed (see _Pass)."""
-
-
-@dataclass
-class LayerStatistics:
-    """What is known about one layer beside its weight.
-
-    Attributes:
-        inputs: moments of its inputs, where the method asked for them.
-        quantizer: how the base is quantised; None for a float base.
-    """
-
-    inputs: InputStatistics | None = None
-    quantizer: Quantizer | None = None
-
-
-@dataclass
-class Calibration:
-    """The outcome of one pass: statistics by layer name, and what it cost."""
-
-    layers: dict[str, LayerStatistics]
-    tokens: int = 0
-    batches: int = 0
+__all__ = ["Calibration", "LayerStatistics", "collect", "collect_all", "collect_in_passes"]
 
 
 def collect(
@@ -67,6 +46,7 @@ def collect(
     batches: Iterable[Any],
     *,
     device: torch.device | None = None,
+    sketch: int | None = None,
 ) -> Calibration:
     """Run `batches` through `model` once and collect the statistics of the layers `names`.
 
@@ -77,221 +57,167 @@ def collect(
         batches: any iterable; a mapping is passed as keyword arguments, a list or tuple as
             positional ones, anything else as the only argument. Tensors move to the model's device.
         device: where the sums live; None keeps them beside the activations.
+        sketch: sum products with so many columns in the place of all, for inputs that are wider.
 
     Raises:
         ValueError: if there is no batch, a layer is never reached, or sees a non-finite value
             (each by name), or the batches are exhausted by an earlier use.
+        RuntimeError: another rank failed.
     """
+    return collect_all(model, names, [request], batches, device=device, sketch=sketch)
+
+
+def collect_all(
+    model: nn.Module,
+    names: Iterable[str],
+    requests: Collection[CalibrationRequest],
+    batches: Iterable[Any],
+    *,
+    device: torch.device | None = None,
+    sketch: int | None = None,
+) -> Calibration:
+    """`collect` for several requests: one pass for all that read inputs, one for gradients."""
+    names = list(names)
+    whole = Calibration()
+    for_inputs = [request for request in requests if not request.gradients]
+    if for_inputs:
+        budget = Budget(columns=sketch, dtype=sums_dtype(for_inputs))
+        whole = _collect_inputs(model, names, for_inputs, batches, budget, device)
+    for request in set(requests) - set(for_inputs):
+        found = _collect_gradients(model, names, request, batches, device)
+        whole = Calibration(whole.requests | found.requests, found.tokens, found.batches)
+    return whole
+
+
+def collect_in_passes(
+    model: nn.Module,
+    names: Iterable[str],
+    request: CalibrationRequest,
+    batches: Iterable[Any],
+    *,
+    memory: int,
+    device: torch.device | None = None,
+    sketch: int | None = None,
+) -> Iterator[Calibration]:
+    """`collect`, with the sums of so many inputs at a time as fit into memory.
+
+    Whether a pass has room for an input is decided when it first appears, so that layers that share
+    one count once. What is yielded must be let go before the next is asked for.
+
+    Args:
+        batches: as of `collect`; a list or loader, unless one pass is enough.
+        memory: in bytes.
+
+    Yields:
+        The statistics of some of the layers, until it was every layer's turn.
+
+    Raises:
+        ValueError: also if the batches can be read only once, and a second pass is needed.
+    """
+    waiting = list(names)
+    while waiting:
+        budget = Budget(memory, sketch, sums_dtype([request]))
+        found = _collect_inputs(model, waiting, [request], batches, budget, device)
+        if not found.layers:
+            raise ValueError(
+                f"calibration_memory={memory}: the inputs that {waiting[0]!r} reads in the course "
+                "of the data do not fit together; pass more, or calibration_sketch"
+            )
+        waiting = [name for name in waiting if name not in found.layers]
+        yield found
+        del found  # else it would be in memory beside the next
+
+
+def _collect_gradients(
+    model: nn.Module,
+    names: list[str],
+    request: CalibrationRequest,
+    batches: Iterable[Any],
+    device: torch.device | None,
+) -> Calibration:
+    counted = Counted(batches)
+    loss = getattr(batches, "loss", own_loss)
+    gradients = collect_gradients(model, names, counted, loss=loss, device=device)
+    layers = {name: LayerStatistics(gradient=found) for name, found in gradients.items()}
+    tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count])).tolist()
+    return Calibration({request: layers}, tokens, count)
+
+
+def _collect_inputs(
+    model: nn.Module,
+    names: list[str],
+    requests: Collection[CalibrationRequest],
+    batches: Iterable[Any],
+    budget: Budget,
+    device: torch.device | None,
+) -> Calibration:
+    """One pass; layers for which the budget has no room are left out."""
+    batches = batches.batches if isinstance(batches, WithLoss) else batches
     modules = {name: model.get_submodule(name) for name in names}
-    recorder = _Pass(modules, request, device, _is_encoder_decoder(model))
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    count = 0
-    with _observed(model, modules, recorder), torch.no_grad():
-        for batch in tracked(batches, "calibrating"):
-            batch = _move(batch, home)
-            recorder.start_batch(batch)
-            _forward(model, batch)
-            recorder.end_batch()
-            count += 1
-    if count == 0:
-        raise ValueError(
-            "calibration: the iterable gave no batch; pass a non-empty list or loader (a generator "
-            "that was used before is empty)"
-        )
-    return Calibration(recorder.results(), tokens=recorder.tokens, batches=count)
+    labels = {request.ignore_label for request in requests}
+    observer = Observer(modules, labels, budget, device)
+    counted = Counted(batches)
+    with all_or_none("calibration"), observer.observing(model), torch.no_grad():
+        for batch in counted:
+            batch = moved(batch, home(model))
+            with observer.batch(batch):
+                forward(model, batch)
+            if observer.deferred and isinstance(batches, Iterator):
+                raise ValueError(_only_once(budget, observer.deferred))
+    tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count])).tolist()
+    check_count(count)
+    layers = {request: {} for request in requests}
+    for (name, label), moments in _reduced(observer):
+        for request in requests:
+            if request.ignore_label == label:
+                layers[request][name] = LayerStatistics(inputs=moments)
+    return Calibration(layers, tokens, count)
 
 
-def _move(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: _move(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return [_move(value, device) for value in batch]
-    return batch.to(device) if isinstance(batch, Tensor) else batch
+def _reduced(observer: Observer) -> Iterator[tuple[tuple[str, Label], Any]]:
+    """By layer and label, the statistics over all ranks; one object for all who share them.
 
-
-def _forward(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, dict):
-        model(**batch)
-    elif isinstance(batch, list):
-        model(*batch)
-    else:
-        model(batch)
-
-
-@contextmanager
-def _observed(
-    model: nn.Module, modules: Mapping[str, nn.Module], recorder: _Pass
-) -> Iterator[None]:
-    """Hooks in place and eval mode on, both undone whatever happens."""
-    training = {module: module.training for module in model.modules()}
-    handles = [
-        module.register_forward_pre_hook(recorder.hook(name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    encoder = model.get_encoder() if _is_encoder_decoder(model) else None
-    if encoder is not None:
-        handles.append(encoder.register_forward_hook(recorder.encoder_hook))
-    model.eval()
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training.items():
-            module.training = flag
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and hasattr(
-        model, "get_encoder"
-    )
-
-
-class _Pass:
-    """Accumulates moments per distinct input tensor.
-
-    Layers that read the same tensor object share one sum. Who shares is not guessed from names or
-    from an earlier batch: an input waits, for as long as HELD_INPUTS other inputs have not followed
-    it, and is then added to the sum that belongs to exactly the set of layers that read it. A
-    layer's statistics are the total over all sets it was in, so that a model whose sharing changes
-    between batches, or that calls a layer several times, is summed correctly too.
+    Which layers share their inputs, and which found no room, is known by each rank for itself; what
+    is shared on every rank is shared.
     """
-
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        request: CalibrationRequest,
-        device: torch.device | None,
-        encoder_decoder: bool,
-    ) -> None:
-        self.modules = dict(modules)
-        self.request = request
-        self.device = device
-        self.encoder_decoder = encoder_decoder
-        self.tokens = 0
-        self._sums: dict[frozenset[str], RunningMoments] = {}
-        self._held: OrderedDict[tuple, tuple[Tensor, int, list[str]]] = OrderedDict()
-        self._masks: dict[str, Tensor | None] = {}
-        self._encoder_output: weakref.ref | None = None
-
-    def start_batch(self, batch: Any) -> None:
-        fields = batch if isinstance(batch, dict) else {}
-        self._encoder_output = None
-        attention = _as_mask(fields.get("attention_mask"))
-        kept = self._labelled(fields.get("labels"))
-        if self.encoder_decoder:
-            decoder = _combine(_as_mask(fields.get("decoder_attention_mask")), kept)
-            self._masks = {"encoder": attention, "decoder": decoder}
-        else:
-            both = _combine(attention, kept)
-            self._masks = {"encoder": both, "decoder": both}
-        ids = fields.get("input_ids")
-        if attention is not None:
-            self.tokens += int(attention.sum())
-        elif isinstance(ids, Tensor):
-            self.tokens += ids.numel()
-
-    def _labelled(self, labels: Any) -> Tensor | None:
-        """Where token labels allow a position; None for sequence labels or where nobody asks."""
-        if self.request.ignore_label is None or not isinstance(labels, Tensor):
-            return None
-        if labels.ndim != 2 or labels.is_floating_point():
-            return None
-        return labels != self.request.ignore_label
-
-    def encoder_hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        state = output[0] if not isinstance(output, Tensor) else output
-        self._encoder_output = weakref.ref(state)
-
-    def hook(self, name: str):
-        def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            key = id(tensor), reading(module)
-            held = self._held.get(key)
-            # The held reference keeps the object alive, so the id is not reused; the version
-            # tells whether it was written to since.
-            if held is not None and held[1] == tensor._version:
-                if name in held[2]:  # called twice on one tensor: it counts twice
-                    self._flush(key)
-                else:
-                    held[2].append(name)
-                    self._held.move_to_end(key)
-                    return
-            elif held is not None:
-                self._flush(key)
-            self._held[key] = (tensor, tensor._version, [name])
-            while len(self._held) > HELD_INPUTS:
-                self._flush(next(iter(self._held)))
-
-        return observe
-
-    def end_batch(self) -> None:
-        while self._held:
-            self._flush(next(iter(self._held)))
-
-    def _flush(self, key: tuple) -> None:
-        tensor, _, readers = self._held.pop(key)
-        rows = self._rows(tensor, readers[0]).float()
-        if self.device is not None:
-            rows = rows.to(self.device)
-        readers = frozenset(readers)
-        if readers not in self._sums:
-            self._sums[readers] = RunningMoments(rows)
-        self._sums[readers].add(rows)
-
-    def _rows(self, tensor: Tensor, reader: str) -> Tensor:
-        """The unmasked rows of an input, as (rows, in)."""
-        mask = self._mask(tensor, reader)
-        if mask is None or tensor.shape[:-1] != mask.shape or bool(mask.all()):
-            return input_rows(self.modules[reader], tensor)
-        return tensor[mask.to(tensor.device)]  # a model may be spread over devices
-
-    def _mask(self, tensor: Tensor, reader: str) -> Tensor | None:
-        encoder_output = self._encoder_output() if self._encoder_output is not None else None
-        if encoder_output is not None and encoder_output is tensor:
-            return self._masks["encoder"]
-        in_decoder = "decoder" in reader.split(".")
-        return self._masks["decoder" if in_decoder else "encoder"]
-
-    def results(self) -> dict[str, LayerStatistics]:
-        members: dict[str, list[frozenset[str]]] = {name: [] for name in self.modules}
-        for readers in self._sums:
-            for name in readers:
-                members[name].append(readers)
-        made: dict[tuple[frozenset[str], ...], InputStatistics] = {}
-        results = {}
-        for name, sets in members.items():
-            total = sum(self._sums[readers].tokens for readers in sets)
-            if total == 0:
-                raise ValueError(
-                    f"calibration: no token reached the target {name!r}; exclude it "
-                    "(exclude_modules) or pass batches that use it"
-                )
-            key = tuple(sets)
-            if key not in made:
-                made[key] = _finished(name, [self._sums[readers] for readers in sets])
-            results[name] = LayerStatistics(inputs=made[key])
-        return results
+    own = observer.sources()
+    numbers = {sources: number for number, sources in enumerate(dict.fromkeys(own.values()))}
+    everywhere = from_ranks({key: numbers[sources] for key, sources in own.items()})
+    sharers: dict[tuple[int, ...], list[tuple[str, Label]]] = {}
+    for key in own:
+        if all(key in numbered for numbered in everywhere):
+            sharers.setdefault(tuple(numbered[key] for numbered in everywhere), []).append(key)
+    uses = Counter(source for keys in sharers.values() for source in own[keys[0]])
+    for keys in sharers.values():
+        name, _ = keys[0]
+        total = joined_over_ranks(observer.total(name, own[keys[0]]))
+        for source in own[keys[0]]:
+            uses[source] -= 1
+            if not uses[source]:  # a reduced total is another tensor
+                observer.release(source)
+        _check_moments(name, total)
+        found = statistics_of(total)
+        yield from ((key, found) for key in keys)
 
 
-def _finished(name: str, parts: list[RunningMoments]) -> InputStatistics:
-    """The statistics of one layer, refused if a value it read was not finite."""
-    inputs = join(parts)
+def _check_moments(name: str, moments: Moments) -> None:
+    if moments.tokens == 0:
+        raise ValueError(
+            f"calibration: no token reached the target {name!r}; exclude it "
+            "(exclude_modules) or pass batches that use it"
+        )
     # The trace is a sum of squares: it is finite exactly if every value seen was (or their squares
     # left float32's range, which no decomposition survives either).
-    if not bool(torch.isfinite(inputs.covariance.diagonal().sum() + inputs.mean.sum())):
+    if not bool(torch.isfinite(moments.variance + moments.mean.sum())):
         raise ValueError(
             f"calibration: the inputs of {name!r} are not finite; check the batches, the model's "
             "weights, and its dtype (float16 overflows at 65504)"
         )
-    return inputs
 
 
-def _as_mask(mask: Any) -> Tensor | None:
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _combine(mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
-    if mask is None or kept is None:
-        return kept if mask is None else mask
-    return mask & kept.to(mask.device) if mask.shape == kept.shape else mask
+def _only_once(budget: Budget, deferred: Collection[str]) -> str:
+    return (
+        f"calibration_memory={budget.memory} has no room for the inputs of {min(deferred)!r} "
+        "beside those of other layers, so that the batches must be read again, and a generator "
+        "gives them once; pass a list or a loader, more memory, or calibration_sketch"
+    )

@@ -5,6 +5,8 @@ import os
 # Set before huggingface_hub is imported: a missing file is then an error, not a download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What one test computed is not for another to find.
+os.environ.setdefault("LORA_INIT_CACHE", "off")
 
 import jaxtyping
 import pytest

@@ -110,10 +110,26 @@ def spread_weight(rows, columns, generator=None):
     return weight * math.sqrt(rows) / weight.norm()
 
 
+class Batches(list):
+    """Calibration data of every method: the models here get no labels, so they bring a loss along.
+
+    It is the mean square of all that a model returns.
+    """
+
+    @staticmethod
+    def loss(model, batch):
+        from lora_init.batches import forward  # not on top: lora_init may import `checked`
+
+        output = forward(model, batch)
+        if not isinstance(output, tuple):
+            output = (getattr(output, "logits", output),)
+        return sum(part.float().square().mean() for part in output)
+
+
 def token_batches(count=3, size=4, length=12, *, padded=True, seed=0):
     """Batches of token ids with right padding of different lengths and their attention masks."""
     generator = torch.Generator().manual_seed(seed)
-    batches = []
+    batches = Batches()
     for _ in range(count):
         ids = torch.randint(1, VOCABULARY, (size, length), generator=generator)
         mask = torch.ones_like(ids)
@@ -127,10 +143,10 @@ def token_batches(count=3, size=4, length=12, *, padded=True, seed=0):
 
 def t5_batches(**options):
     encoder, decoder = token_batches(**options), token_batches(seed=1, **options)
-    return [
+    return Batches(
         e | {"decoder_input_ids": d["input_ids"], "decoder_attention_mask": d["attention_mask"]}
         for e, d in zip(encoder, decoder, strict=True)
-    ]
+    )
 
 
 @torch.no_grad()
@@ -145,7 +161,7 @@ def logits(model, batches):
 SHAPES = {"square": (32, 32), "tall": (56, 32), "wide": (24, 56)}
 # What bitsandbytes packs for a CPU without a loss: whole blocks of 64 a row, groups of 32 rows.
 PACKED_SHAPES = {"square": (64, 64), "tall": (128, 64), "wide": (32, 128)}
-CONVOLUTION_SHAPES = {"square": (8, 36), "strided": (12, 48), "dilated": (6, 108)}
+CONVOLUTION_SHAPES = {"square": (8, 36), "strided": (12, 48), "dilated": (8, 108)}
 EMBEDDING_SHAPES = {"words": (16, 40), "kinds": (16, 12)}
 PACKED_KINDS = ("Linear4bit", "Linear8bitLt")
 
@@ -204,7 +220,7 @@ class Pictures(nn.Module):
             8, 12, (3, 2), stride=(2, 1), padding=(0, 1), padding_mode="circular"
         )
         self.dilated = nn.Conv2d(
-            12, 6, 3, dilation=2, padding="same", padding_mode="reflect", bias=False
+            12, 8, 3, dilation=2, padding="same", padding_mode="reflect", bias=False
         )
         with torch.no_grad():
             for name, shape in CONVOLUTION_SHAPES.items():
@@ -282,7 +298,7 @@ class Case(NamedTuple):
         return chain_inputs(rows, columns, self.dtype, seed)
 
     def calibration(self):
-        return [self.inputs(40, seed) for seed in (11, 12, 13)]
+        return Batches(self.inputs(40, seed) for seed in (11, 12, 13))
 
 
 def kept_plain(model):
@@ -331,7 +347,7 @@ def chain_inputs(rows, columns=SHAPES["square"][1], dtype=torch.float32, seed=1)
 
 
 def chain_calibration(dtype=torch.float32):
-    return [chain_inputs(40, dtype=dtype, seed=seed) for seed in (11, 12, 13)]
+    return Batches(chain_inputs(40, dtype=dtype, seed=seed) for seed in (11, 12, 13))
 
 
 # -- measures --------------------------------------------------------------------------------------
@@ -410,7 +426,7 @@ def assert_unchanged(model, before):
 class ConvBlock(nn.Module):
     """A residual block of a diffusion model: two convolutions, a time embedding, a shortcut."""
 
-    def __init__(self, channels=12, seed=0):
+    def __init__(self, channels=18, seed=0):
         super().__init__()
         torch.manual_seed(seed)
         self.norm1 = nn.GroupNorm(3, channels)
@@ -428,15 +444,15 @@ class ConvBlock(nn.Module):
         return self.conv_shortcut(hidden_states) + hidden
 
 
-def image_batches(count=3, size=4, channels=12, seed=0):
+def image_batches(count=3, size=4, channels=18, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [
+    return Batches(
         {
             "hidden_states": torch.randn(size, channels, 8, 8, generator=generator),
             "temb": torch.randn(size, 20, generator=generator),
         }
         for _ in range(count)
-    ]
+    )
 
 
 def packed(model, kind, skip=("lm_head", "classifier")):

@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,7 +54,18 @@ def simulated_cuda():
         "synchronize": lambda device=None: None,
     }
     operations = Operations()
-    with patch.multiple(torch.cuda, **values), operations, Calls(operations):
+    values |= {
+        "get_rng_state": lambda device=None: operations.random_state,
+        "set_rng_state": lambda state, device=None: setattr(operations, "random_state", state),
+    }
+    calls, apply = Calls(operations), BackwardCFunction.apply
+
+    def applied(ctx, *gradients):
+        with calls:  # autograd calls backward functions that are written in Python without modes
+            return apply(ctx, *gradients)
+
+    backwards = patch.object(BackwardCFunction, "apply", applied)
+    with patch.multiple(torch.cuda, **values), backwards, operations, calls:
         yield
 
 
@@ -187,7 +199,7 @@ class Calls(TorchFunctionMode):
         if func is Tensor.cpu:
             return moved(args[0], CPU, **kwargs)
         if func is Tensor.backward:
-            with self:  # so that it also serves the backward functions that are written in Python
+            with self:  # autograd's own Python code
                 return backward(*args, **kwargs)
         if kwargs.get("device") is not None and kind_of(kwargs["device"]) in DEVICES:
             return self._made(func, args, kwargs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import (
     VOCABULARY,
+    Batches,
     ConvBlock,
     assert_gap,
     bert,
@@ -49,7 +50,7 @@ def vit():
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80,
-        image_size=16, patch_size=4, num_channels=3, num_labels=10,
+        image_size=16, patch_size=4, num_channels=3, num_labels=16,
     )  # fmt: skip
     return spread(ViTForImageClassification(config)).eval()
 
@@ -77,18 +78,20 @@ def mixtral():
 
 def pictures():
     generator = torch.Generator().manual_seed(0)
-    return [{"pixel_values": torch.randn(4, 3, 16, 16, generator=generator)} for _ in range(3)]
+    return Batches(
+        {"pixel_values": torch.randn(4, 3, 16, 16, generator=generator)} for _ in range(3)
+    )
 
 
 def speech():
     generator = torch.Generator().manual_seed(0)
-    return [
+    return Batches(
         {
             "input_features": torch.randn(4, 16, 24, generator=generator),
             "decoder_input_ids": torch.randint(1, VOCABULARY, (4, 7), generator=generator),
         }
         for _ in range(3)
-    ]
+    )
 
 
 ALL = "all-linear"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from models import (
     VOCABULARY,
+    Batches,
     Chain,
     assert_gap,
     assert_unchanged,
@@ -99,7 +100,7 @@ def test_1_repeated_use_does_not_drift(method):
     """Ten rounds of inject and unload stay within what one is allowed."""
     base = Chain()
     model = copy.deepcopy(base)
-    calibration = [chain_inputs(50)]
+    calibration = Batches([chain_inputs(50)])
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["square", "tall"], init_lora_weights=method
     )
@@ -231,8 +232,8 @@ def test_2_shared_module_and_shared_storage(method, share):
     before, original, alone = snapshot(base), base(x), base.twin(x)
     spec, _ = LoraConfig(init_lora_weights=method).initializer()
     model = adapt(
-        base, target_modules=["chain.tall"], init_lora_weights=method, calibration=[x]
-    )  # fmt: skip
+        base, target_modules=["chain.tall"], init_lora_weights=method, calibration=Batches([x])
+    )
     if spec.preserves_output:
         assert_gap(model(x), original, 1e-5 * largest_ratio(model, Sharing(share)))
     train(model, size=0.5)
@@ -264,13 +265,16 @@ def test_2_untied_head_is_served():
 
 @pytest.mark.parametrize("method", [s.name for s in list_initializers()])
 def test_3_rank_above_a_grouped_head_is_refused(method):
-    """k_proj and v_proj of grouped heads are 32 x 64: rank 34 fits q_proj only."""
+    """k_proj and v_proj of grouped heads are 32 x 64, q_proj is 64 x 64."""
     base = llama()
     before = snapshot(base)
     with pytest.raises(
         ValueError, match=r"k_proj'.*rank 34 exceeds min\(out, in\) = 32 of its 32×64"
     ):
-        adapt(base, r=34, target_modules=["q_proj", "k_proj"], init_lora_weights=method)
+        adapt(
+            base, rank_pattern={"k_proj": 34}, target_modules=["q_proj", "k_proj"],
+            init_lora_weights=method,
+        )  # fmt: skip
     assert_unchanged(base, before)
 
 
@@ -307,7 +311,7 @@ def test_5_factors_are_not_rounded_after_the_base(dtype, method):
     exact = Chain()
     base = copy.deepcopy(exact).to(dtype)
     exact.load_state_dict({k: v.float() for k, v in base.state_dict().items()})
-    calibration = [chain_inputs(60, dtype=dtype)]
+    calibration = Batches([chain_inputs(60, dtype=dtype)])
     model = adapt(
         copy.deepcopy(base), lora_alpha=8, target_modules=["square", "tall", "wide"],
         init_lora_weights=method, calibration=calibration,
@@ -557,12 +561,15 @@ def test_11_library_runs_without_optional_packages():
 
         sys.meta_path.insert(0, Blocker())
         import torch
-        from lora_init import LoraConfig, get_peft_model, list_initializers
+        from lora_init import LoraConfig, WithLoss, get_peft_model, list_initializers
+
+        def loss(model, batch):
+            return model(batch).square().mean()
 
         for spec in list_initializers():
             base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
             config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=spec.name)
-            batches = [torch.randn(20, 8)] if spec.calibration else None
+            batches = WithLoss([torch.randn(20, 8)], loss) if spec.calibration else None
             model = get_peft_model(base, config, calibration=batches)
             assert str(model.init_report())
             model(torch.randn(3, 8))

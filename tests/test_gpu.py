@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import (
     EPSILON,
+    Batches,
     Case,
     assert_gap,
     kept_plain,
@@ -35,7 +36,7 @@ def network():
 
 def adapted(spec, *, model_on, device):
     generator = torch.Generator().manual_seed(1)
-    batches = [torch.randn(200, 96, generator=generator).to(model_on) for _ in range(3)]
+    batches = Batches(torch.randn(200, 96, generator=generator).to(model_on) for _ in range(3))
     config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights={"name": spec.name})
     return get_peft_model(
         network().to(model_on), config, calibration=batches, device=device, seed=3

@@ -15,6 +15,7 @@ from lora_init import linalg
 from lora_init.linalg import (
     Operator,
     bottom_singular,
+    choice,
     fix_signs,
     leading_qr,
     top_eigen,
@@ -118,7 +119,7 @@ def assert_signs(left: torch.Tensor) -> None:
 
 @every_adversary
 @every_dtype
-@pytest.mark.parametrize("method", ["auto", "exact", "gram", "krylov"])
+@pytest.mark.parametrize("method", ["auto", "exact", "gram", "gram-krylov", "krylov"])
 def test_top_singular_is_optimal(name, dtype, method):
     matrix, rank = ADVERSARIES[name]
     matrix = matrix.to(dtype)
@@ -138,11 +139,12 @@ def test_top_singular_is_optimal(name, dtype, method):
 
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     scale = values[0].item()
-    tolerance = 1e-3 if found.method == "krylov" else 20 * torch.finfo(dtype).eps
+    # 64: the reference itself is off by 35 float64 epsilons on the constant matrix.
+    tolerance = 1e-3 if "krylov" in found.method else 64 * torch.finfo(dtype).eps
     assert (found.values.double() - values[:rank]).abs().max() <= tolerance * scale
     # The Gram matrix loses digits of the vectors of small values, squared.
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-11}[dtype]
-    assert found.residual <= (1e-2 if found.method == "krylov" else tolerance)
+    assert found.residual <= (2e-2 if "krylov" in found.method else tolerance)
     gap = rank < len(values) and values[rank] < 0.9 * values[rank - 1]
     if gap and values[rank - 1] > 1e-4 * scale:
         assert overlap(found.left, left[:, :rank]) >= 0.999
@@ -151,13 +153,14 @@ def test_top_singular_is_optimal(name, dtype, method):
 
 @pytest.mark.parametrize("exponent", [0.3, 0.7, 1.2, 6.0])
 @every_dtype
-def test_krylov_converges_where_auto_uses_it(monkeypatch, exponent, dtype):
-    monkeypatch.setattr(linalg, "GRAM_DIMENSION", 256)
+@pytest.mark.parametrize(("large", "method"), [(256, "krylov"), (1024, "gram-krylov")])
+def test_krylov_converges_where_auto_uses_it(monkeypatch, exponent, dtype, large, method):
+    monkeypatch.setattr(choice, "GRAM_DIMENSION", large)
     matrix = power_law(500, 400, exponent).to(dtype)
     found = top_singular(matrix, 8)
     # float64 resolves more than squares can tell: the steepest spectrum goes to LAPACK.
     steep = dtype == torch.float64 and exponent == 6.0
-    assert found.method == ("exact" if steep else "krylov")
+    assert found.method == ("exact" if steep else method)
     assert excess(matrix, found) <= 1e-6
     left = torch.linalg.svd(matrix.double(), full_matrices=False)[0][:, :8]
     assert overlap(found.left, left) >= 0.999
@@ -237,7 +240,7 @@ def test_start_warms_up(method):
 
 
 @every_dtype
-@pytest.mark.parametrize("method", ["auto", "exact", "gram", "krylov"])
+@pytest.mark.parametrize("method", ["auto", "exact", "gram", "gram-krylov", "krylov"])
 @pytest.mark.parametrize("shape", [(200, 150), (150, 200)])
 def test_product_operator_is_the_dense_product(shape, method, dtype):
     weight = power_law(*shape, 0.5).to(dtype)
@@ -256,7 +259,7 @@ def test_product_operator_is_the_dense_product(shape, method, dtype):
 
 @pytest.mark.parametrize("upcast", [True, False])
 def test_steep_operator_is_finished_in_float64(monkeypatch, upcast):
-    monkeypatch.setattr(linalg, "GRAM_DIMENSION", 64)
+    monkeypatch.setattr(choice, "DENSE_DIMENSION", 64)
     weight = power_law(300, 260, 0.5).float()
     moment = with_spectrum(260, 260, torch.arange(1, 261).double() ** -2)
     moment = (moment @ moment.T).float()  # s_i = i^-4: float32 loses the tail's energy
@@ -306,7 +309,7 @@ def test_bottom_singular_is_the_end_of_the_thin_svd(name, matrix, method, dtype)
     assert found.residual <= 1e-9
     # Both sides, also of null directions: this is what the wrong side's null space fails.
     image = matrix.double().T @ found.left.double() - found.right.double() * found.values.double()
-    assert image.norm(dim=0).max() <= 10 * epsilon * scale
+    assert image.norm(dim=0).max() <= 20 * epsilon * scale
     if values[0] > 1e-6 * scale:
         assert overlap(found.left, left) >= 0.999
         assert overlap(found.right, right) >= 0.999
@@ -366,7 +369,7 @@ def test_non_finite_matrices_end():
     for value in (math.nan, math.inf):
         matrix = power_law(60, 60).float()
         matrix[3, 4] = value
-        for method in ("exact", "gram", "krylov"):
+        for method in ("exact", "gram", "gram-krylov", "krylov"):
             with pytest.raises((ValueError, RuntimeError)):
                 top_singular(matrix, 4, method=method)
 
@@ -382,7 +385,8 @@ def test_non_finite_matrices_end():
         (lambda w: leading_qr(w, -1), ["rank=-1"]),
         (lambda w: top_eigen(w, 1), ["(5, 7)", "square"]),
         (lambda w: top_eigen(w @ w.T, 1, method="gram"), ["'gram'", "auto, exact, krylov"]),
-        (lambda w: top_singular(w[None], 1), ["(1, 5, 7)", "one by one"]),
+        (lambda w: top_singular(w[0], 1), ["(7,)", "(…, m, n)"]),
+        (lambda w: bottom_singular(w, 1, method="krylov"), ["'krylov'", "inverse"]),
         (lambda w: top_singular(w.half(), 1), ["torch.float16", ".float()"]),
         (lambda w: top_singular(w, 1, method="lanczos"), ["'lanczos'", "krylov"]),
         (lambda w: top_singular(w, 1, method="subspace"), ["niter"]),
@@ -417,7 +421,7 @@ def test_real_weights(layer):
         for name in names:
             weight = weights.get_tensor(name).float()
             left, values, _ = torch.linalg.svd(weight.double(), full_matrices=False)
-            for method in ("gram", "krylov"):
+            for method in ("gram", "gram-krylov", "krylov"):
                 found = top_singular(weight, 8, method=method)
                 assert found.method == method
                 assert excess(weight, found) <= 1e-6

@@ -1,7 +1,9 @@
-"""The calibration pass: exact moments, masks, sharing, and a model left as it was."""
+"""The calibration pass: exact moments, masks, sharing, reuse, and a model left as it was."""
 
 import pytest
 import torch
+from models import assert_unchanged, relative_gap, snapshot, token_batches
+from models import llama as small_llama
 from torch import nn
 from transformers import (
     BertConfig,
@@ -12,6 +14,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lora_init import Calibration, LoraConfig, calibrate, get_peft_model
+from lora_init.moments import InputStatistics, RunningMoments
 from lora_init.registry import CalibrationRequest
 from lora_init.statistics import collect
 
@@ -45,6 +49,58 @@ def agrees(statistics, reference):
     assert error <= 1e-5 * torch.linalg.matrix_norm(second_moment)
     torch.testing.assert_close(inputs.mean.double(), mean, rtol=1e-4, atol=1e-5)
     return True
+
+
+# -- sums ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 77, 512, 3000])
+@pytest.mark.parametrize("mean", [0.0, 3.0, 1e3], ids=["centred", "shifted", "far from zero"])
+def test_sums_of_any_batch_size_are_those_of_float64(batch, mean):
+    """To 1e-5 of the diagonal's scale, however far the mean is from zero."""
+    generator = torch.Generator().manual_seed(batch)
+    spread = torch.randn(150, 150, generator=generator) * torch.logspace(-2, 0, 150)
+    rows = torch.randn(2400, 150, generator=generator) @ spread
+    rows += mean * torch.randn(150, generator=generator)
+    sums = RunningMoments(150, torch.device("cpu"))
+    for part in rows.split(batch):
+        sums.add(part)
+    x = rows.double()
+    covariance = x.T.cov(correction=0)
+    scale = covariance.diagonal().mean()
+    found = sums.moments
+    assert found.tokens == 2400
+    assert (found.products - covariance).abs().max() <= 1e-5 * scale
+    assert (found.mean - x.mean(0)).abs().max() <= 1e-5 * scale.sqrt()
+    statistics = InputStatistics.of(found)
+    second_moment = x.T @ x / len(x)
+    gap = (statistics.second_moment - second_moment).abs().max()
+    assert gap <= 1e-5 * second_moment.diagonal().mean()
+
+
+def test_directions_of_least_variance_are_summed_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 30, generator=generator) * torch.logspace(-5, 0, 30) + 2
+    request = CalibrationRequest(smallest=True)
+    inputs = (
+        collect(nn.Sequential(nn.Linear(30, 2)), ["0"], request, x.split(70)).layers["0"].inputs
+    )
+    expected = torch.linalg.eigvalsh(x.double().T.cov(correction=0))
+    found = torch.linalg.eigvalsh(inputs.covariance)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_rows_of_other_dtypes_are_summed_as_they_are(dtype):
+    rows = (torch.randn(600, 20, generator=torch.Generator().manual_seed(0)) + 2).to(dtype)
+    kept = torch.arange(0, 600, 3)
+    sums = RunningMoments(20, torch.device("cpu"))
+    sums.add(rows, kept)
+    covariance = rows[kept].double().T.cov(correction=0)
+    assert (sums.moments.products - covariance).abs().max() <= 1e-5
+
+
+# -- the pass --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -249,3 +305,167 @@ def test_components_are_computed_once_for_all_who_share_them():
     torch.testing.assert_close(float(total), float(expected.sum()), rtol=1e-5, atol=0)
     assert torch.equal(fewer, values[:2])
     assert vectors.shape == (6, 4)
+
+
+class Overwriting(nn.Module):
+    """Inputs that are written to in place after they were read, and read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x):
+        x = x.clone()
+        y = self.first(x)
+        self.second(x)
+        x += 10 * y
+        return self.third(x).add_(x.relu_())
+
+
+def test_inputs_that_are_written_to_later_count_as_they_were_read():
+    torch.manual_seed(0)
+    model = Overwriting()
+    names = ["first", "second", "third"]
+    record = Record(model, names)
+    inputs = []
+    for name in names:  # before the record's hooks, which see what is left
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: inputs.append((name, args[0].clone()))
+        )
+    batches = [torch.randn(6, 5) for _ in range(3)]
+    layers = collect(model, names, PLAIN, batches).layers
+    for name in names:
+        record.inputs[name] = [x for reader, x in inputs if reader == name]
+        assert agrees(layers[name], record.moments(name))
+    assert layers["first"].inputs is layers["second"].inputs
+
+
+def test_layers_of_a_decoder_share_the_encoders_output_and_its_head_the_decoders_mask():
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=3, vocab_size=50,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    across = [
+        f"decoder.block.{i}.layer.1.EncDecAttention.{part}" for i in range(3) for part in "kv"
+    ]
+    batch = padded_batches(count=1)[0]
+    mask = batch["attention_mask"].flip(0)
+    batch |= {"decoder_attention_mask": mask, "decoder_input_ids": batch["input_ids"]}
+    record = Record(model, ["lm_head"])
+    layers = collect(model, [*across, "lm_head"], PLAIN, [batch]).layers
+    assert len({id(layers[name].inputs) for name in across}) == 1
+    assert agrees(layers["lm_head"], record.moments("lm_head", [mask.bool()]))
+
+
+# -- one pass for many -----------------------------------------------------------------------------
+
+EVA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="eva")
+CORDA = LoraConfig(r=8, target_modules=["q_proj", "o_proj"], init_lora_weights="corda")
+KPM = LoraConfig(
+    target_modules=["q_proj"], init_lora_weights="corda", corda_config={"corda_method": "kpm"}
+)
+
+
+def labelled_batches():
+    return [
+        batch | {"labels": batch["input_ids"].masked_fill(batch["input_ids"] % 3 == 0, -100)}
+        for batch in token_batches()
+    ]
+
+
+class Reading(list):
+    """Batches that count how often they are read."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("batches", [token_batches(), labelled_batches()], ids=["plain", "labels"])
+def test_one_pass_serves_methods_that_count_different_tokens(batches):
+    data = Reading(batches)
+    found = calibrate(small_llama(), [EVA, CORDA], data)
+    assert data.times == 1
+    for config in (EVA, CORDA):
+        shared = get_peft_model(small_llama(), config, calibration=found)
+        alone = get_peft_model(small_llama(), config, calibration=batches)
+        report = shared.init_report()
+        assert report.calibration_tokens == alone.init_report().calibration_tokens
+        for name, layer in alone.layers.items():
+            assert relative_gap(shared.layers[name].lora_A, layer.lora_A) <= 1e-6
+    masked, plain = (
+        found.requests[CalibrationRequest(label)]["model.layers.0.self_attn.q_proj"].inputs
+        for label in (-100, None)
+    )
+    assert (masked is plain) == ("labels" not in batches[0])
+
+
+def test_gradients_take_a_pass_of_their_own():
+    data = Reading(labelled_batches())
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="lora_ga")
+    found = calibrate(small_llama(), [CORDA, config], data)
+    assert data.times == 2
+    get_peft_model(small_llama(), config, calibration=found)
+
+
+def test_a_calibration_serves_every_rank_and_survives_a_file(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="lora_ga")
+    found = calibrate(small_llama(), [EVA, CORDA, config], labelled_batches(), sketch=24)
+    found.save(tmp_path / "found.safetensors")
+    read = Calibration.load(tmp_path / "found.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["found.safetensors"]
+    assert (read.tokens, read.batches, read.fingerprints) == (
+        found.tokens, found.batches, found.fingerprints,
+    )  # fmt: skip
+    for rank in (2, 6):
+        for settings in (EVA, CORDA, config):
+            wanted = LoraConfig.from_dict(settings.to_dict() | {"r": rank})
+            first, second = (
+                get_peft_model(small_llama(), wanted, calibration=one) for one in (found, read)
+            )
+            for name, layer in first.layers.items():
+                assert torch.equal(layer.lora_A, second.layers[name].lora_A)
+    q, k = (read.requests[PLAIN][f"model.layers.0.self_attn.{n}_proj"] for n in "qo")
+    assert q.inputs is not k.inputs
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="is no calibration of this version"):
+        Calibration.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "seed", "message"),
+    [
+        (EVA, 0, r"statistics for .*ignore_label=None.*and .*ignore_label=-100.* is needed"),
+        (
+            LoraConfig(target_modules=["k_proj"], init_lora_weights="corda"),
+            0,
+            "knows nothing of the target 'model.layers.0.self_attn.k_proj'",
+        ),
+        (CORDA, 1, "collected with another weight of 'model.layers.0.self_attn.q_proj'"),
+        (KPM, 0, "holds a sketch .* needs more than leading directions"),
+    ],
+    ids=["another method", "another layer", "another model", "a sketch"],
+)
+def test_a_calibration_of_something_else_is_refused(config, seed, message):
+    found = calibrate(small_llama(), CORDA, token_batches(), sketch=24)
+    found.requests[CalibrationRequest(smallest=True)] = found.requests[PLAIN]
+    model = small_llama(seed=seed)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config, calibration=found)
+    assert_unchanged(model, before)
+
+
+def test_calibrating_for_methods_without_data_is_refused():
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")
+    with pytest.raises(ValueError, match=r"none of the configurations needs data .*'pissa'"):
+        calibrate(small_llama(), config, token_batches())

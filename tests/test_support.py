@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_gap
+from models import Batches, assert_gap
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -66,7 +66,7 @@ def test_a_cell_is_true(spec, kind, base, use_dora):
         use_dora=use_dora,
     )
     promised = support(spec, kind, base)
-    calibration = None if kind == "Embedding" else [x]
+    calibration = None if kind == "Embedding" else Batches([x])
     if promised is None:
         with pytest.raises(TypeError, match=rf"'0' is an? {kind}.*{spec.name} does not serve"):
             get_peft_model(model, config, calibration=calibration)

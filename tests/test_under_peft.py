@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import (
     EPSILON,
+    Batches,
     Case,
     assert_gap,
     assert_unchanged,
@@ -92,8 +93,8 @@ class Convolutions(nn.Module):
 def network(kind):
     """A base of one module type, its targets, inputs, calibration data and original weights."""
     if kind == "Conv2d":
-        inputs = [torch.randn(6, 4, 6, 7, generator=torch.Generator().manual_seed(s))
-                  for s in range(3)]  # fmt: skip
+        inputs = Batches(torch.randn(6, 4, 6, 7, generator=torch.Generator().manual_seed(s))
+                         for s in range(3))  # fmt: skip
         return Convolutions().eval(), ["padded", "strided"], inputs[0], inputs, None
     case = Case(kind)
     base = kept_plain(case.build()).eval()  # a repacked weight is another one

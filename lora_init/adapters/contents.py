@@ -19,6 +19,7 @@ from lora_init.adapters.layout import (
 from lora_init.config import LoraConfig
 from lora_init.factors import Factors, Replacement
 from lora_init.plan import Plan, Target, make_plan
+from lora_init.presence import factor_device
 from lora_init.targets import exactly
 
 
@@ -104,8 +105,8 @@ class Contents:
         lora_B: Tensor,
         replacement: Replacement | None = None,
     ) -> Factors:
-        """What `inject` needs, on the module's device and in the adapter's dtype."""
-        device = self.base.get_submodule(target.name).weight.device
+        """What `inject` needs, beside the module's weight and in the adapter's dtype."""
+        device = factor_device(self.base.get_submodule(target.name))
         if replacement is not None:
             replacement = dataclasses.replace(
                 replacement,
@@ -156,6 +157,8 @@ def _same(value: Tensor, expected: Tensor) -> bool:
     """Equal up to two roundings to 16 bits, whichever of the two is in which dtype."""
     if value.shape != expected.shape:
         return False
+    if expected.is_meta:
+        return True  # there is nothing to compare it with, and the base's own is what counts
     expected = expected.detach().cpu()
     if not expected.is_floating_point():
         return torch.equal(value, expected)

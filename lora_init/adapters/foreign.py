@@ -27,7 +27,7 @@ from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.base_weights import BaseWeights
 from lora_init.config import METHOD_CONFIGS, LoraConfig
 from lora_init.factors import Factors, low_rank_product
-from lora_init.modules import oriented_weight, stored_weight, widened
+from lora_init.modules import stored_weight, widened
 from lora_init.plan import Plan, Target
 
 # Methods of PEFT that leave the base alone: their files are plain adapters.
@@ -58,6 +58,7 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
     if method == "pissa":
         config.init_lora_weights = {"name": "pissa", "method": "exact"}
     plan = contents.plan(config)
+    weights.check_unloaded(plan.targets)
     for target in plan.targets:
         _refuse_unlike_ours(target, base.get_submodule(target.name), method)
     if method == "loftq":
@@ -72,20 +73,20 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
         mine = parts[target.name]
         start = mine["lora_A"], mine["lora_B"]
         if method in REBUILT:
-            start = _rebuilt(target, base.get_submodule(target.name), plan)
+            start = _rebuilt(target, weights, plan)
         factors[target.name] = contents.factors(target, *start)
     modules = contents.trained_modules(plan)
     biases = contents.biases(plan)
-    contents.refuse_surplus(_copies(contents, plan, factors, modules))
+    contents.refuse_surplus(_copies(contents, weights, plan, factors, modules))
     return LoadedAdapter(config, plan, weights, factors, parts, modules, biases)
 
 
-def _rebuilt(target: Target, module: nn.Module, plan: Plan) -> tuple[Tensor, Tensor]:
+def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, Tensor]:
     """The initial factors, by the decomposition that PEFT took."""
     if target.module_type == "Embedding":
         rows, columns = target.shape
         return torch.zeros(target.rank, columns), torch.zeros(rows, target.rank)
-    weight = widened(oriented_weight(module)).float()
+    weight = widened(weights.present(target)).float()
     made = plan.initializer.function(
         weight, target.rank, target.scaling, None, plan.options, torch.Generator()
     )
@@ -118,6 +119,7 @@ def _refuse_unlike_ours(target: Target, module: nn.Module, method: Any) -> None:
 
 def _copies(
     contents: Contents,
+    weights: BaseWeights,
     plan: Plan,
     factors: dict[str, Factors],
     modules: dict[str, dict[str, Tensor]],
@@ -137,7 +139,7 @@ def _copies(
         copies[key] = module.weight
         if plan.initializer.base == "subtract":  # there it is the residual
             product = low_rank_product(start.lora_A, start.lora_B, target.scaling)
-            copies[key] = stored_weight(module, widened(oriented_weight(module)) - product)
+            copies[key] = stored_weight(module, widened(weights.present(target)) - product)
     for name, state in modules.items():
         original = base.get_submodule(name).state_dict()
         for key, value in state.items():

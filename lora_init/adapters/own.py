@@ -14,7 +14,6 @@ from lora_init.base_weights import BaseWeights
 from lora_init.config import LoraConfig
 from lora_init.factors import Replacement
 from lora_init.fingerprint import has_fingerprint
-from lora_init.modules import oriented_weight
 from lora_init.packed import is_packed, quantizer_of
 from lora_init.plan import Plan, Target
 from lora_init.quantization import Quantizer
@@ -35,6 +34,7 @@ def read_own(contents: Contents, weights: BaseWeights, header: Mapping[str, Any]
     plan = contents.plan(config, header.get("quantized_base", "in_forward"))
     quantizers = header.get("quantizers", {})
     weights = _originals(weights, plan, header)
+    weights.check_unloaded(plan.targets)
     doubled = 2 if plan.initializer.base == "subtract" and not quantizers else 1
     parts = contents.parts(plan, doubled)
     factors = {}
@@ -58,7 +58,7 @@ def read_own(contents: Contents, weights: BaseWeights, header: Mapping[str, Any]
     modules = contents.trained_modules(plan)
     biases = contents.biases(plan)
     contents.refuse_surplus()
-    _compare_base(contents.base, plan, header.get("fingerprints", {}), quantizers)
+    _compare_base(weights, plan, header.get("fingerprints", {}), quantizers)
     checksums = header.get("checksums", {})
     return LoadedAdapter(config, plan, weights, factors, parts, modules, biases, checksums)
 
@@ -71,8 +71,9 @@ def _originals(weights: BaseWeights, plan: Plan, header: Mapping[str, Any]) -> B
     """
     needed = header.get("from_original_weights")
     if not needed:
-        # The base's own values were what was requantised: a checkpoint would give another base.
-        return BaseWeights(weights.model, None)
+        # A quantised base's own values were what was requantised: a checkpoint would give another.
+        quantized = any(target.quantized for target in plan.targets)
+        return BaseWeights(weights.model, None) if quantized else weights
     if weights.originals is None:
         raise ValueError(
             f"the base of {next(iter(needed))!r} was quantised anew from the unquantised "
@@ -99,12 +100,11 @@ def _check_quantizer(target: Target, module: nn.Module, replacement: Replacement
 
 
 def _compare_base(
-    base: nn.Module, plan: Plan, fingerprints: Mapping[str, str], quantizers: Mapping[str, Any]
+    weights: BaseWeights, plan: Plan, fingerprints: Mapping[str, str], quantizers: Mapping[str, Any]
 ) -> None:
     for target in plan.targets:
         expected = fingerprints.get(target.name)
-        weight = oriented_weight(base.get_submodule(target.name))
-        if expected is None or has_fingerprint(weight, expected):
+        if expected is None or has_fingerprint(weights.present(target), expected):
             continue
         message = (
             f"the base weight of {target.name!r} is not the one the adapter was trained on; load "

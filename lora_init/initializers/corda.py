@@ -29,7 +29,7 @@ import torch
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.registry import CalibrationRequest, Nesting, register_initializer
 
 # R comes from float32 sums: directions without any input carry noise of this size, relative to the
 # mean diagonal. Lifting R by it keeps W R's thin decomposition unique there (the limit is that of W
@@ -67,12 +67,15 @@ class CordaOptions:
     base="subtract",
     needs=("weights", "inputs"),
     module_types=(*LINEAR_TYPES, "Conv2d"),
-    calibration=lambda options: CalibrationRequest(),
+    calibration=lambda options: CalibrationRequest(smallest=options.corda_method == "kpm"),
+    leading=lambda options: 1.0 if options.corda_method == "ipm" else None,
+    nesting=lambda options: Nesting(),
 )
 def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A is the projection U Uᵀ W."""
     second_moment = statistics.inputs.second_moment
     mean_diagonal = second_moment.diagonal().mean()
+    size = linalg.nesting_rank(rank, min(weight.shape))
     if options.corda_method == "ipm":
         lifted = _lift(second_moment, options.damping * mean_diagonal)
         operator = replace(
@@ -80,16 +83,15 @@ def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
             # Massive activations put s_r at 1e-6 of s_1, where R rounded to float32 is not enough.
             upcast=lambda: linalg.Operator.product(weight.double(), lifted),
         )
-        triplets = linalg.top_singular(operator, rank, generator=generator)
-        largest = triplets.values[0]
+        triplets = linalg.top_singular(operator, size, generator=generator)
     else:
         lift = max(options.damping, NULL_SPACE_LIFT) * mean_diagonal
-        product = weight.double() @ _lift(second_moment, lift)
-        triplets = linalg.bottom_singular(product, rank)
-        largest = torch.linalg.matrix_norm(product)
+        operator = linalg.Operator.product(weight.double(), _lift(second_moment, lift))
+        triplets = linalg.bottom_singular(operator, size, generator=generator)
+    triplets = triplets.leading(rank)
     left = triplets.left.to(weight.dtype)
     values = triplets.values.to(weight.dtype)
-    degenerate = values <= torch.finfo(torch.float32).eps * largest.to(weight.dtype)
+    degenerate = values <= torch.finfo(torch.float32).eps * triplets.largest.to(weight.dtype)
     split = torch.where(degenerate, torch.ones_like(values), values)
     return Factors(
         lora_A=(left.T @ weight) / (split * scaling).sqrt()[:, None],
@@ -103,4 +105,6 @@ def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
 
 
 def _lift(matrix, amount):
-    return matrix + amount * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    lifted = matrix.clone()
+    lifted.diagonal().add_(amount)
+    return lifted

@@ -27,7 +27,7 @@ import torch
 from lora_init.allocation import LayerRequest, redistribute
 from lora_init.factors import Factors
 from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.registry import CalibrationRequest, Nesting, register_initializer
 
 # Variances below this share of the largest are float32's rounding, not the data's: such directions
 # were never seen (fewer tokens than r), are worth no rank, and whitening them would scale noise up.
@@ -89,7 +89,9 @@ def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[
     needs=("inputs",),
     module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=request,
+    leading=lambda options: options.rho,
     allocate=allocate,
+    nesting=lambda options: Nesting(balanced=False),
     adjust_alpha=lambda options: options.adjust_scaling_factors,
 )
 def eva(weight, rank, scaling, statistics, options, generator) -> Factors:

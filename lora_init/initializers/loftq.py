@@ -30,6 +30,9 @@ from lora_init.registry import register_initializer
 
 NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
 
+TOLERANCE = 3e-4
+"""Of a step's squared objective: the alternation itself moves it by far more."""
+
 
 @dataclass
 class LoftqOptions:
@@ -121,16 +124,20 @@ def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
     for _ in range(options.loftq_iter):
         replacement = Replacement(quantizer, lora_A, lora_B)
         residual = weight - replacement.base(weight, scaling)
+        before = torch.linalg.vector_norm(residual, dtype=torch.float64)
         if plain is None:
-            plain = float(torch.linalg.matrix_norm(residual) / norm)
+            plain = float(before / norm)
         # The noise of a quantiser has a flat spectrum: the last iteration's subspace is the best
         # guess there is, and the objective, not the subspace, decides when to stop.
-        triplets = linalg.top_singular(residual, rank, generator=generator, start=start)
+        triplets = linalg.top_singular(
+            residual, rank, generator=generator, start=start, tolerance=TOLERANCE
+        )
         start = triplets.right
         root = (triplets.values / scaling).sqrt()
         lora_A, lora_B = root[:, None] * triplets.right.T, triplets.left * root
-        corrected = residual - (triplets.left * triplets.values) @ triplets.right.T
-        errors.append(float(torch.linalg.matrix_norm(corrected) / norm))
+        # U S Vᵀ is a projection of the residual: what is left needs no third matrix.
+        left = before.square() - triplets.values.double().square().sum()
+        errors.append(float(left.clamp_min(0).sqrt() / norm))
     return Factors(
         lora_A,
         lora_B,

@@ -26,6 +26,7 @@ from lora_init.registry import register_initializer
     base="subtract",
     needs=("weights",),
     module_types=(*LINEAR_TYPES, "Conv2d"),
+    stacks=True,
 )
 def olora(weight, rank, scaling, statistics, options, generator) -> Factors:
     """B (out, rank) with orthonormal columns, A (rank, in) upper trapezoidal; float32."""

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.modules import MODULE_TYPES
-from lora_init.registry import register_initializer
+from lora_init.registry import Nesting, register_initializer
 
-METHODS = ("auto", "exact", "gram", "krylov")
+METHODS = tuple(name for name in linalg.METHODS if name != "subspace")
 
 
 @dataclass
@@ -30,7 +30,8 @@ class PissaOptions:
     Attributes:
         niter: None computes the triplets to full quality; an integer N >= 0 takes exactly N
             subspace iterations ("pissa_niter_N").
-        method: the algorithm when `niter` is None: auto, exact, gram or krylov.
+        method: the algorithm when `niter` is None, of `linalg.top_singular`: auto, exact, gram,
+            gram-krylov or krylov.
     """
 
     niter: int | None = None
@@ -51,19 +52,20 @@ class PissaOptions:
     needs=("weights",),
     module_types=MODULE_TYPES,
     spellings={r"pissa_niter_(\d+)": lambda match: PissaOptions(niter=int(match[1]))},
+    stacks=True,
+    nesting=lambda options: Nesting() if options.niter is None else None,
 )
 def pissa(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
-    triplets = linalg.top_singular(
-        weight,
-        rank,
-        method=options.method if options.niter is None else "subspace",
-        niter=options.niter,
-        generator=generator,
-    )
+    if options.niter is None:
+        size = linalg.nesting_rank(rank, min(weight.shape[-2:]))
+        triplets = linalg.top_singular(weight, size, method=options.method, generator=generator)
+        triplets = triplets.leading(rank)
+    else:
+        triplets = linalg.top_singular(weight, rank, niter=options.niter, generator=generator)
     root = (triplets.values / scaling).sqrt()
     return Factors(
-        lora_A=root[:, None] * triplets.right.T,
-        lora_B=triplets.left * root,
+        lora_A=root[..., None] * triplets.right.mT,
+        lora_B=triplets.left * root[..., None, :],
         metrics={"algorithm": triplets.method, "residual": triplets.residual},
     )

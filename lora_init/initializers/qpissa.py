@@ -71,7 +71,8 @@ def qpissa(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantised base."""
     norm = torch.linalg.matrix_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
     quantizer = layer_quantizer(options, statistics)
-    plain = torch.linalg.matrix_norm(weight - quantizer.roundtrip(weight)) / norm
+    lost = weight - quantizer.roundtrip(weight)
+    plain = torch.linalg.vector_norm(lost, dtype=torch.float64) / norm
     residual, start, errors = weight, None, []
     for _ in range(options.iterations):
         triplets = linalg.top_singular(residual, rank, generator=generator, start=start)

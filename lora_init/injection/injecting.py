@@ -19,13 +19,14 @@ from lora_init.fingerprint import fingerprint
 from lora_init.injection.merging import fold, set_merged
 from lora_init.injection.places import replace_modules
 from lora_init.injection.plain import hold_plain, release
-from lora_init.injection.settling import settle_base
+from lora_init.injection.settling import settle_base, settle_magnitude
 from lora_init.injection.state import Injection
 from lora_init.injection.switching import set_adapter_enabled
 from lora_init.injection.weights import store_weight
 from lora_init.layers import LoraLayer, TrainedModule, layer_class
 from lora_init.modules import oriented_weight, widened
 from lora_init.plan import Plan
+from lora_init.presence import factor_device, is_unloaded
 
 
 def inject(
@@ -44,13 +45,13 @@ def inject(
         model: changed in place.
         plan: targets, modules to save, biases to train.
         factors: by target name; already checked, on the right device and in the adapter's dtype.
-        weights: what replaced bases are computed from.
+        weights: what replaced bases are computed from, and weights that are not in memory read.
         plain: from `hold_plain`, which the model's packed modules have gone through.
         keep_original: keep what replaced bases were: float weights in CPU memory.
         initial_known: whether the factors are those of step 0 (False: a trained adapter was
             loaded onto a kept base).
     """
-    injection = _prepare(model, plan, factors, initial_known)
+    injection = _prepare(model, plan, factors, weights, initial_known)
     injection.plain = dict(plain)
     trained_biases = [(name, model.get_parameter(name)) for name in plan.trained_biases]
     try:
@@ -61,9 +62,8 @@ def inject(
             settle_base(
                 layer, target, plan, factors[target.name], injection, weights, keep_original
             )
-            layer.settle_norms()
             if layer.use_dora:
-                layer.lora_magnitude_vector.data = layer.adapted_norms()
+                settle_magnitude(layer, target, injection, weights)
         for name, bias in trained_biases:
             injection.biases[name] = (bias, bias.detach().clone())
             bias.requires_grad_(True)
@@ -87,10 +87,17 @@ def _forget_lost(model: nn.Module, injection: Injection) -> None:
 
 
 def _prepare(
-    model: nn.Module, plan: Plan, factors: Mapping[str, Factors], initial_known: bool
+    model: nn.Module,
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    weights: BaseWeights,
+    initial_known: bool,
 ) -> Injection:
     """Everything that allocates or may fail, beside the model: nothing of it is touched here."""
+    unloaded = any(is_unloaded(model.get_submodule(target.name)) for target in plan.targets)
     injection = Injection(
+        # A checkpoint that was given as a mapping is held in memory: only where it is needed.
+        weights if unloaded else BaseWeights(model, None),
         requires_grad=[(p, p.requires_grad) for p in model.parameters()],
         shared=frozenset(target.name for target in plan.targets if target.shared_with),
     )
@@ -110,7 +117,7 @@ def _prepare(
         for frozen in plan.initializer.frozen:
             getattr(layer, frozen).requires_grad_(False)
         injection.layers[target.name] = layer
-        injection.fingerprints[target.name] = fingerprint(oriented_weight(module))
+        injection.fingerprints[target.name] = fingerprint(weights.present(target))
     for name in plan.modules_to_save:
         original = model.get_submodule(name)
         trained = copy.deepcopy(original).requires_grad_(True)
@@ -160,7 +167,7 @@ def reinstate(model: nn.Module, injection: Injection) -> None:
 def _follow(injection: Injection) -> None:
     """Move a detached adapter to where its model has moved since."""
     for layer in injection.layers.values():
-        move = partial(Tensor.to, device=layer.base_layer.weight.device)
+        move = partial(Tensor.to, device=factor_device(layer.base_layer))
         layer._apply(move, recurse=False)
     for trained in injection.trained.values():
         home = next(trained.original_module.parameters(), None)

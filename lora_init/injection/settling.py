@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_init.base_weights import BaseWeights
-from lora_init.factors import Factors, low_rank_product
+from lora_init.factors import Factors, Replacement, low_rank_product
 from lora_init.fingerprint import checksum, fingerprint
 from lora_init.injection.state import Injection
 from lora_init.injection.weights import hold, store_weight
@@ -37,25 +37,56 @@ def settle_base(
     if plan.initializer.base == "keep":
         return
     if factors.replacement is not None:
-        shared = bool(target.shared_with)
-        weight, replacement = weights.weight(target), factors.replacement
-        # A packed module quantises what it is given; values that are quantised already would have
-        # their scales rounded twice.
-        make = replacement.residual if target.quantized else replacement.base
-        replaced = make(weight, target.scaling)
-        if keep_original or shared:
-            injection.originals[target.name] = hold(module, on_cpu=not shared)
-        layer.base_state = "replaced"
-        store_weight(module, replaced, own=shared)
-        injection.replacements[target.name] = replacement
-        if target.quantized and weights.originals is not None:
-            injection.from_original_weights[target.name] = fingerprint(weight)
-        injection.checksums[target.name] = checksum(oriented_weight(module))
+        _replace(layer, target, factors.replacement, injection, weights, keep_original)
         return
     # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
-    editable = not target.shared_with and not target.quantized
+    editable = not (target.shared_with or target.quantized or module.weight.is_meta)
     if not editable or not _edit(layer, oriented_weight(module), factors.lora_A, factors.lora_B):
         layer.base_state = "in_forward"
+
+
+def _replace(
+    layer: LoraLayer,
+    target: Target,
+    replacement: Replacement,
+    injection: Injection,
+    weights: BaseWeights,
+    keep_original: bool,
+) -> None:
+    """Put a quantised weight in the base's place; one that is not loaded has nothing to put it in.
+
+    There the recipe is all that is left, which is what a file holds.
+    """
+    module = layer.base_layer
+    shared, absent = bool(target.shared_with), module.weight.is_meta
+    weight = weights.weight(target)
+    # A packed module quantises what it is given; values that are quantised already would have
+    # their scales rounded twice.
+    make = replacement.residual if target.quantized else replacement.base
+    replaced = make(weight, target.scaling)
+    if keep_original or shared or absent:
+        injection.originals[target.name] = hold(module, on_cpu=not (shared or absent))
+    layer.base_state = "replaced"
+    if not absent:
+        store_weight(module, replaced, own=shared)
+    injection.replacements[target.name] = replacement
+    if target.quantized and weights.originals is not None:
+        injection.from_original_weights[target.name] = fingerprint(weight)
+    stored = replaced.to(module.weight.dtype) if absent else oriented_weight(module)
+    injection.checksums[target.name] = checksum(stored)
+
+
+def settle_magnitude(
+    layer: LoraLayer, target: Target, injection: Injection, weights: BaseWeights
+) -> None:
+    """Start DoRA's magnitude at the norms of the rows of the settled weight."""
+    if layer.base_state == "replaced" and layer.base_layer.weight.is_meta:
+        made = injection.replacements[target.name].base(weights.weight(target), target.scaling)
+        present = made.to(layer.base_layer.weight.dtype)
+    else:
+        present = weights.present(target)
+    layer.settle_norms(present)
+    layer.lora_magnitude_vector.data = layer.adapted_norms(present)
 
 
 def _edit(layer: LoraLayer, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
@@ -80,7 +111,8 @@ def move_initial_factors(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> No
         if not _edit(layer, weight, lora_A, lora_B):
             store_weight(layer.base_layer, weight)
     layer.initial_lora_A, layer.initial_lora_B = lora_A.clone(), lora_B.clone()
-    layer.settle_norms()
+    if layer.use_dora:
+        layer.settle_norms(oriented_weight(layer.base_layer))
 
 
 def _largest(weight: Tensor) -> Tensor:

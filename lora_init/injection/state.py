@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init import packed
+from lora_init.base_weights import BaseWeights
 from lora_init.factors import Replacement
 from lora_init.injection.weights import Held
 from lora_init.layers import LoraLayer, TrainedModule
+from lora_init.modules import widened
+from lora_init.plan import Target
 
 
 @dataclass
@@ -17,6 +21,7 @@ class Injection:
     """What was done to a model, enough to undo it.
 
     Attributes:
+        weights: where weights that are not in memory are read from.
         layers: the adapted layers by name.
         trained: the whole-trained modules by name.
         biases: each trained bias and the data it does not have now: its original while the adapter
@@ -35,6 +40,7 @@ class Injection:
         plain: packed modules as they were before they were kept plain.
     """
 
+    weights: BaseWeights
     layers: dict[str, LoraLayer] = field(default_factory=dict)
     trained: dict[str, TrainedModule] = field(default_factory=dict)
     biases: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
@@ -53,6 +59,17 @@ class Injection:
     @property
     def merged(self) -> bool:
         return bool(self.unmerged)
+
+    def original_weight(self, target: Target) -> Float[Tensor, "out in"]:
+        """The weight of a layer before injection, in float32 or wider, from where it is.
+
+        Raises:
+            RuntimeError: the base was replaced: nobody has it any more.
+        """
+        layer = self.layers[target.name]
+        if layer.base_layer.weight.is_meta:
+            return widened(self.weights.present(target))
+        return layer.original_weight()
 
     def lost(self) -> list[str]:
         """Layers whose original weight nobody has any more."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_init.factors import low_rank_product
 from lora_init.layers import dora
 from lora_init.modules import module_type, oriented_weight, widened
+from lora_init.presence import HOOK_ATTRIBUTES
 
 BaseState = Literal["kept", "edited", "in_forward", "replaced"]
 """Where the initial product s B0 A0 of a layer is accounted for:
@@ -92,7 +93,7 @@ class LoraLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # base_layer: not set yet. Protocols (copying, pickling) are this class's own.
-            if name == "base_layer" or name.startswith("__"):
+            if name in ("base_layer", *HOOK_ATTRIBUTES) or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -143,18 +144,22 @@ class LoraLayer(nn.Module):
         """DoRA's g = m / ‖V‖, without a gradient through the norm (the paper's section 4.3)."""
         return self.lora_magnitude_vector / self.adapted_norms()
 
-    def adapted_norms(self) -> Float[Tensor, " out"]:
-        """‖V‖, the norms of the rows of the adapted weight."""
+    def adapted_norms(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, " out"]:
+        """‖V‖, the norms of the rows of the adapted weight.
+
+        Args:
+            weight: the base's present one, where the base layer does not hold it.
+        """
         initial = None
         if self.base_state == "in_forward":
             initial = self.initial_lora_A, self.initial_lora_B, self.initial_projection
-        if self.base_layer.weight.is_meta:
+        if weight is None and self.base_layer.weight.is_meta:
             raise RuntimeError(
                 "DoRA reads the weight that it decomposes, and this one is offloaded (it is on the "
                 "meta device); keep the adapted modules in memory, or train without use_dora"
             )
         return dora.adapted_norms(
-            oriented_weight(self.base_layer),
+            oriented_weight(self.base_layer) if weight is None else weight,
             self.base_square_norms,
             self.lora_A,
             self.lora_B,
@@ -162,13 +167,11 @@ class LoraLayer(nn.Module):
             initial,
         )
 
-    def settle_norms(self) -> None:
-        """Compute the constants of DoRA's norm; called whenever the base weight has changed."""
-        if self.use_dora:
-            weight = oriented_weight(self.base_layer)
-            self.base_square_norms = dora.square_norms(weight)
-            if self.base_state == "in_forward":
-                self.initial_projection = dora.projection(weight, self.initial_lora_A)
+    def settle_norms(self, weight: Float[Tensor, "out in"]) -> None:
+        """Compute the constants of DoRA's norm; called whenever the base's `weight` has changed."""
+        self.base_square_norms = dora.square_norms(weight)
+        if self.base_state == "in_forward":
+            self.initial_projection = dora.projection(weight, self.initial_lora_A)
 
     def _original_output(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)

@@ -38,12 +38,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.quantization.search import Grid
 from lora_init.quantization.tables import FP4_ASCENDING, dynamic_table, midpoints, table_of
 
 # Keep the reciprocal finite, so that a block of zeros becomes zeros and not NaN: 1 / scale, with
@@ -176,11 +178,8 @@ class Quantizer:
             steps = weight * (127.0 / scale.clamp(min=SMALLEST_ROW_SCALE))[:, None]
             codes = torch.round(steps).to(torch.int8)
             return Quantized(codes, scale, self)
-        table = table_of(self.kind, self.bits).to(weight.device)
-        if self.kind == "fp4":
-            ascending = torch.tensor(FP4_ASCENDING, dtype=torch.uint8, device=weight.device)
-            table = table[ascending.int()]
-        boundaries = midpoints(table)
+        ascending = torch.tensor(FP4_ASCENDING, dtype=torch.uint8, device=weight.device)
+        grid = grid_of(self.kind, self.bits).to(weight.device)
         codes, scales = [], []
         for blocks in _blocks(weight.reshape(-1), self.block_size):
             scale = _deviation_scale(blocks) if self.kind == "uniform" else blocks.abs().amax(dim=1)
@@ -189,7 +188,7 @@ class Quantizer:
             # reciprocal, a short last one is divided.
             full = blocks.shape[1] == self.block_size
             normalised = blocks * (1.0 / divisor) if full else blocks / divisor
-            found = torch.bucketize(normalised, boundaries, out_int32=True)
+            found = grid.find(normalised)
             found = ascending[found] if self.kind == "fp4" else found.to(torch.uint8)
             codes.append(found.reshape(-1))
             scales.append(scale)
@@ -221,6 +220,13 @@ class Quantizer:
     def roundtrip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """``dequantize(quantize(weight))``: the values a model with this weight computes with."""
         return self.dequantize(self.quantize(weight))
+
+
+@cache
+def grid_of(kind: str, bits: int) -> Grid:
+    """Of the midpoints between the values that the codes stand for, ascending."""
+    table = table_of(kind, bits)
+    return Grid.of(midpoints(table[list(FP4_ASCENDING)] if kind == "fp4" else table))
 
 
 def expanded(

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from lora_init.assembly import allocated, check_call, device_for
 from lora_init.base_weights import BaseWeights
+from lora_init.cache import Cache, default_cache
+from lora_init.calibrating import calibrated
+from lora_init.calibration import Calibration
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, LayerReport, weight_figures
 from lora_init.factors import low_rank_product
@@ -20,7 +23,6 @@ from lora_init.initialization import InitializedLayer, initialize
 from lora_init.injection.changes import Change, HoldPlain, SetItem, forget, take_back
 from lora_init.modules import widened
 from lora_init.plan import Plan
-from lora_init.statistics import Calibration, collect
 from lora_init.under_peft.applying import apply, drop_layer, set_config, take_off
 from lora_init.under_peft.guards import guard
 from lora_init.under_peft.layers import (
@@ -38,12 +40,13 @@ def initialize_peft_model(
     method: Any,
     *,
     options: Any = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
     adapter_name: str = "default",
     seed: int = 0,
     device: str | torch.device | None = None,
     original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
     keep_original: bool = True,
+    cache: bool = True,
 ) -> InitReport:
     """Start the LoRA layers of a live PEFT model as `method` says.
 
@@ -71,6 +74,7 @@ def initialize_peft_model(
         calibration, device, original_weights: as of `lora_init.get_peft_model`.
         adapter_name: which of PEFT's adapters; rank, alpha, scaling and targets are its own.
         seed: of the initialization. Every layer has a stream of its own, keyed by its name.
+        cache: as of `lora_init.get_peft_model`.
         keep_original: keep the original of weights that cannot be computed back (16-bit, replaced,
             quantised; or far smaller than s B0 A0), in CPU memory, for `restore_peft_model` and for
             another call. Without, 16-bit weights come back up to rounding, replaced ones not at
@@ -99,8 +103,9 @@ def initialize_peft_model(
         config = settings(peft_model, layers, setting)
         plan = plan_for(peft_model, layers, config)
         report = _initialize(
-            peft_model, layers, config, plan, calibration, original_weights, seed, place, done
-        )
+            peft_model, layers, config, plan, calibration, original_weights, seed, place,
+            default_cache() if cache else None, done,
+        )  # fmt: skip
         if plan.initializer.base != "keep":
             done += guard(peft_model)
     except BaseException:
@@ -116,10 +121,11 @@ def _initialize(
     layers: list[AdaptedLayer],
     config: LoraConfig,
     plan: Plan,
-    calibration: Iterable[Any] | None,
+    calibration: Iterable[Any] | Calibration | None,
     original_weights: Any,
     seed: int,
     device: torch.device | None,
+    cache: Cache | None,
     done: list[Change],
 ) -> InitReport:
     """Everything after the checks that need no weights, timed step by step."""
@@ -131,9 +137,7 @@ def _initialize(
         # First: a calibration pass would have bitsandbytes round the scales of packed weights.
         done.append(HoldPlain(base)())
         start = time.perf_counter()
-        statistics = Calibration({})
-        if plan.calibration is not None:
-            statistics = collect(base, list(by_name), plan.calibration, calibration, device=device)
+        (statistics,) = calibrated(plan, base, calibration, device, cache)
         seconds["calibration"] = time.perf_counter() - start
 
         mark = time.perf_counter()
@@ -142,7 +146,14 @@ def _initialize(
         seconds["allocation"] = time.perf_counter() - mark
 
         mark = time.perf_counter()
-        initialized = initialize(weights, plan, statistics.layers, seed=seed, device=device)
+        initialized = initialize(
+            weights,
+            plan,
+            statistics.layers,
+            seed=seed,
+            device=device,
+            cache=cache,
+        )
         rows = [_row(weights, plan, layer) for layer in initialized]
         seconds["initialize"] = time.perf_counter() - mark
 

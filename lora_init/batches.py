@@ -1,0 +1,93 @@
+"""Calibration batches: what they may be, how they run through a model, and what their loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.progress import tracked
+
+
+@dataclass(frozen=True)
+class WithLoss:
+    """Calibration batches for a model that returns no loss of its own.
+
+    Attributes:
+        batches: any iterable.
+        loss: ``(model, batch) -> loss``, a scalar; the batch is on the model's device.
+    """
+
+    batches: Iterable[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+class Counted:
+    """Batches that are counted as they pass.
+
+    Attributes:
+        count: how many batches have passed.
+        tokens: how many unmasked tokens they held.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.count = 0
+        self.tokens = 0
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in tracked(self._batches, "calibrating"):
+            self.count += 1
+            self.tokens += token_count(batch)
+            yield batch
+
+
+def home(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: the device of its first parameter that is not offloaded."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`, mappings as dicts and sequences as lists."""
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [moved(value, device) for value in batch]
+    return batch.to(device) if isinstance(batch, Tensor) else batch
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """The model's output: a dict is its keyword arguments, a list the positional ones."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    if isinstance(batch, list):
+        return model(*batch)
+    return model(batch)
+
+
+def token_count(batch: Any) -> int:
+    """Unmasked tokens of a tokenizer's batch; 0 for any other."""
+    fields = batch if isinstance(batch, Mapping) else {}
+    mask, ids = fields.get("attention_mask"), fields.get("input_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.bool().sum())
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def check_count(count: int) -> None:
+    """Refuse data without a batch.
+
+    Raises:
+        ValueError: `count` is 0.
+    """
+    if count == 0:
+        raise ValueError(
+            "calibration: the iterable gave no batch; pass a non-empty list or loader (a generator "
+            "that was used before is empty)"
+        )

@@ -1,0 +1,26 @@
+"""Partial decompositions: the few singular triplets that an initializer wants, and no more.
+
+Seeded (test blocks are drawn on the CPU), deterministic on a device, free of global state, for one
+matrix or a stack of equal shapes, and for products that are never formed. `choice` holds what
+decides between the algorithms, and the measurements behind it.
+"""
+
+from lora_init.linalg.bottom import bottom_singular
+from lora_init.linalg.choice import nesting_rank
+from lora_init.linalg.decomposition import Decomposition, fix_signs
+from lora_init.linalg.eigen import top_eigen
+from lora_init.linalg.operators import Operator
+from lora_init.linalg.orthonormal import leading_qr
+from lora_init.linalg.singular import METHODS, top_singular
+
+__all__ = [
+    "METHODS",
+    "Decomposition",
+    "Operator",
+    "bottom_singular",
+    "fix_signs",
+    "leading_qr",
+    "nesting_rank",
+    "top_eigen",
+    "top_singular",
+]

@@ -1,0 +1,200 @@
+"""The smallest singular triplets of a matrix, a stack, or a product of two matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.linalg import choice
+from lora_init.linalg.decomposition import (
+    Decomposition,
+    check,
+    fix_signs,
+    flipped,
+    from_right,
+    relative,
+    swapped,
+)
+from lora_init.linalg.dense import eigenpairs, gram
+from lora_init.linalg.krylov import block_width, leading_eigenspace, start_block
+from lora_init.linalg.operators import Operator
+from lora_init.linalg.singular import Generators
+
+METHODS = ("auto", "exact", "gram", "inverse")
+
+
+@torch.no_grad()
+def bottom_singular(
+    matrix: Float[Tensor, "*stack m n"] | Operator,
+    rank: int,
+    *,
+    method: str = "auto",
+    generator: Generators | None = None,
+) -> Decomposition:
+    """Return the last `rank` triplets of the thin SVD, values ascending, computed in float64.
+
+    The thin SVD has min(m, n) triplets, so the Gram matrix of the smaller side is the one to use:
+    the smallest eigenvectors of the larger one span W's null space, which no thin SVD contains.
+
+    Methods:
+        - "exact": LAPACK's SVD, cut.
+        - "gram": a dense eigensolver on the Gram matrix. Eigenvalues are squares: a value below
+          1e-6 s_1 is lost in them to rounding.
+        - "inverse": a block Krylov space of the Gram matrix's inverse, whose largest eigenvalues
+          are wanted, by triangular solves with a Cholesky factor; of a product ``W R`` with square
+          R and no more columns than rows, by solves with the factors of R and of ``W^T W``, whose
+          condition is far from the product's; and where both are too ill-conditioned, with the
+          triangle of a QR decomposition, which squares nothing.
+        - "auto": "inverse", or "gram" for small matrices; for singular ones "exact".
+
+    Args:
+        matrix: (m, n), float32 or float64, any device; a stack of such; or an `Operator`.
+        rank: 1 to min(m, n).
+        generator: as `top_singular`.
+
+    Returns:
+        A `Decomposition` in the matrix's dtype, signs fixed by `fix_signs`.
+
+    Raises:
+        ValueError: as `top_singular`.
+    """
+    check(matrix, rank)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}.")
+    given = isinstance(matrix, Operator)
+    exact = matrix.widened() if given else Operator.dense(matrix.double())
+    wide = exact.shape[-2] < exact.shape[-1]
+    if exact.factors is None or wide:
+        dense = exact.to_dense() if given else matrix.double()
+        exact = Operator.dense(dense.mT if wide else dense)
+    found = _decomposed(exact, rank, method, generator)
+    found = flipped(swapped(found) if wide else found)
+    return found.to(matrix.dtype)
+
+
+def _decomposed(
+    tall: Operator, rank: int, method: str, generator: Generators | None
+) -> Decomposition:
+    """Triplets of a map with no more columns than rows, in float64, values descending."""
+    n = tall.shape[-1]
+    largest = _largest_value(tall)
+    if method == "auto":
+        method = "gram" if n <= choice.DENSE_DIMENSION else "inverse"
+    if method == "inverse" and n > 2 * block_width(rank, n):
+        for solve in _inverses(tall, largest):
+            right = _by_inverse(solve, tall, rank, generator)
+            if right is not None:
+                return from_right(tall, right, "inverse", largest=largest)
+    dense = tall.to_dense()
+    if method == "gram":
+        values, vectors = eigenpairs(gram(dense, torch.float64), 0, rank)
+        if bool((values[..., 0] > choice.BOTTOM_RESOLUTION * largest.square()).all()):
+            # One-sided: a product with W^T would amplify what little of v_1 the vectors contain.
+            return from_right(tall, vectors, "gram", largest=largest)
+    left, values, right = torch.linalg.svd(dense, full_matrices=False)
+    return _last_of(dense, left, values, right.mT, rank)
+
+
+def _last_of(
+    dense: Tensor, left: Tensor, values: Tensor, right: Tensor, rank: int
+) -> Decomposition:
+    """LAPACK's own last triplets: of a singular matrix the left ones are no images of the right."""
+    largest, values = values[..., 0], values[..., -rank:]
+    left, right = fix_signs(left[..., -rank:], right[..., -rank:])
+    forward = dense @ right - left * values[..., None, :]
+    backward = dense.mT @ left - right * values[..., None, :]
+    worst = torch.maximum(*(torch.linalg.vector_norm(e, dim=-2) for e in (forward, backward)))
+    residual = relative(worst.amax(-1), largest)
+    return Decomposition(left, values, right, "exact", residual, largest)
+
+
+def _largest_value(operator: Operator) -> Float[Tensor, "*stack"]:
+    """s_1 to within a factor of two: it decides what counts as small, and scales the residual."""
+    *stack, _, n = operator.shape
+    block = start_block((*stack, n), 1, None, None, dtype=operator.dtype, device=operator.device)
+    for _ in range(8):
+        image = operator.matmul(block)
+        block = operator.rmatmul(image)
+        norm = torch.linalg.vector_norm(block, dim=-2, keepdim=True)
+        block = block / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return torch.linalg.vector_norm(operator.matmul(block), dim=(-2, -1))
+
+
+def _inverses(tall: Operator, largest: Tensor):
+    """Ways to solve with ``T^T T``, from the cheapest to the most careful; lazily."""
+    if tall.factors is not None:
+        first, second = tall.factors
+        yield _product_inverse(first, second)
+    else:
+        yield _gram_inverse(tall.to_dense(), largest)
+    yield _triangle_inverse(tall.to_dense(), largest)
+
+
+def _gram_inverse(dense: Tensor, largest: Tensor) -> Callable[[Tensor], Tensor] | None:
+    factor = _cholesky(gram(dense, torch.float64))
+    if factor is None or not _well_conditioned(factor, largest, choice.BOTTOM_RESOLUTION**0.5):
+        return None
+    return lambda block: torch.cholesky_solve(block, factor)
+
+
+def _product_inverse(first: Tensor, second: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """``(W R)^-1 (W R)^-T = R^-1 (W^T W)^-1 R^-T``."""
+    factor = _cholesky(gram(first, torch.float64))
+    pivots, permutation, failed = torch.linalg.lu_factor_ex(second)
+    if factor is None or bool((failed != 0).any()):
+        return None
+    scale = torch.linalg.vector_norm(first, dim=(-2, -1))
+    pivot = pivots.diagonal(dim1=-2, dim2=-1).abs()
+    singular = (pivot.amin(-1) <= choice.PIVOT_RESOLUTION * pivot.amax(-1)).any()
+    if singular or not _well_conditioned(factor, scale, choice.BOTTOM_RESOLUTION**0.5):
+        return None
+
+    def solve(block: Tensor) -> Tensor:
+        block = torch.linalg.lu_solve(pivots, permutation, block, adjoint=True)
+        block = torch.cholesky_solve(block, factor)
+        return torch.linalg.lu_solve(pivots, permutation, block)
+
+    return solve
+
+
+def _triangle_inverse(dense: Tensor, largest: Tensor) -> Callable[[Tensor], Tensor] | None:
+    triangle = torch.linalg.qr(dense, mode="r")[1]
+    if not _well_conditioned(triangle, largest, choice.PIVOT_RESOLUTION):
+        return None
+
+    def solve(block: Tensor) -> Tensor:
+        block = torch.linalg.solve_triangular(triangle.mT, block, upper=False)
+        return torch.linalg.solve_triangular(triangle, block, upper=True)
+
+    return solve
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return None if bool((failed != 0).any()) else factor
+
+
+def _well_conditioned(triangle: Tensor, largest: Tensor, resolution: float) -> bool:
+    """Whether every pivot is above `resolution` times s_1: a bound on the smallest value."""
+    pivots = triangle.diagonal(dim1=-2, dim2=-1).abs().amin(-1)
+    return bool((pivots > resolution * largest).all())
+
+
+def _by_inverse(
+    solve: Callable[[Tensor], Tensor] | None,
+    tall: Operator,
+    rank: int,
+    generator: Generators | None,
+) -> Tensor | None:
+    if solve is None:
+        return None
+    *stack, _, n = tall.shape
+    width = block_width(rank, n)
+    block = start_block(
+        (*stack, n), width, generator, None, dtype=torch.float64, device=tall.device
+    )
+    found = leading_eigenspace(solve, block, rank, each=True)
+    return None if found is None else torch.linalg.qr(found.vectors)[0]

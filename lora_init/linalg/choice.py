@@ -1,0 +1,60 @@
+"""Which algorithm answers, and when it may stop: thresholds, and the measurements behind them."""
+
+from __future__ import annotations
+
+import torch
+
+OVERSAMPLING = 8
+
+# Rows of the matrix that are widened at a time.
+GRAM_ROWS = 4096
+# Dense solvers take the Gram matrix up to this size, and above this share of it.
+DENSE_DIMENSION = 256
+DENSE_SHARE = 0.1
+# Up to this smaller side, Krylov multiplies by the Gram matrix; above, by W and its transpose.
+GRAM_DIMENSION = 1024
+# From this size on LAPACK's partial eigensolver beats the full one of torch.
+PARTIAL_DIMENSION = 768
+
+# A Krylov space ends when it expects to gain no more than this share of the squared error (the
+# error's own excess is half of it), or when no vector's angle to its true direction is larger.
+KRYLOV_TOLERANCE = 5e-5
+ANGLE_TOLERANCE = 1e-4
+KRYLOV_ROUNDS = 16
+# It never grows beyond this share of the whole space, where a dense solver is as good.
+SPACE_SHARE = 0.6
+
+# The share of ‖W‖² missing below which products in this precision cannot tell a 1e-4 excess any
+# more, and more careful arithmetic takes over.
+RESOLUTION = {torch.float32: 1e-3, torch.float64: 2e-8}
+# The same where nothing is squared.
+PRODUCT_RESOLUTION = {torch.float32: 3e-7, torch.float64: 1e-9}
+# A gain, as a share of ‖W‖², that is rounding.
+ROUNDING = {torch.float32: 1e-7, torch.float64: 1e-14}
+# The smallest eigenvalue of a Gram matrix, as a share of the largest, that squares can tell.
+BOTTOM_RESOLUTION = 1e-12
+# The smallest pivot of a triangle, as a share of s_1, below which a matrix counts as singular.
+PIVOT_RESOLUTION = 1e-14
+
+
+# The smallest singular value, as a share of the largest, that powers of a float32 Gram matrix tell.
+GRAM_RESOLUTION = 1e-2
+
+
+def squaring_pays(m: int, n: int, width: int, niter: int) -> bool:
+    """Whether powers of the smaller Gram matrix take fewer operations than as many of W.
+
+    A symmetric product takes two thirds of a general one's time (see `lora_init.symmetric`).
+    """
+    large, small = max(m, n), min(m, n)
+    formed = 4 / 3 * large * small**2 + 2 * niter * small**2 * width
+    return small <= GRAM_DIMENSION and formed < 4 * niter * large * small * width
+
+
+def nesting_rank(rank: int, limit: int) -> int:
+    """The rank to decompose for `rank`: its next power of two, at least 16, at most `limit`.
+
+    A partial decomposition depends in its last digits on how many triplets were asked for. Rounded
+    up, neighbouring ranks share one, whose first `rank` triplets each of them takes.
+    """
+    return min(limit, max(16, 1 << (rank - 1).bit_length()))

@@ -1,0 +1,199 @@
+"""Leading eigenvectors of a positive semi-definite map from a block Krylov space.
+
+With K the map and V an orthonormal basis of span{X, K X, K² X, …}, the eigenvalues of
+``T = V^T K V`` grow towards K's as the basis does, and the vectors V z belong to them. No method
+that only multiplies by K gets more out of as many products. The basis is kept orthogonal to
+itself in full: the three-term recurrence would lose it; and it is restarted after a few products
+from its best vectors, so that the eigenproblem of T stays small.
+
+The map is ``W^T W`` by products with W, a Gram matrix at hand, its inverse (for the smallest ones),
+or a second moment: the callers know, this file does not.
+
+Source: Musco & Musco 2015 (block Krylov); Wu & Simon 2000 (thick restart).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.linalg.choice import (
+    ANGLE_TOLERANCE,
+    KRYLOV_ROUNDS,
+    KRYLOV_TOLERANCE,
+    OVERSAMPLING,
+    ROUNDING,
+    SPACE_SHARE,
+)
+
+# Products before the first look at the eigenvalues, and in each round after it.
+FIRST_ROUND = 4
+ROUND = 2
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Approximate leading eigenpairs.
+
+    Attributes:
+        values: (*stack, k), descending.
+        vectors: (*stack, n, k), orthonormal columns in the precision they were computed in.
+        missing: (*stack), the share of the trace that the values leave out.
+    """
+
+    values: Float[Tensor, "*stack k"]
+    vectors: Float[Tensor, "*stack n k"]
+    missing: Float[Tensor, "*stack"]
+
+
+def block_width(rank: int, limit: int, oversampling: int = OVERSAMPLING) -> int:
+    """Columns of the test block: a few more than wanted let the last wanted ones converge."""
+    return min(rank + oversampling, limit)
+
+
+def start_block(
+    shape: tuple[int, ...],
+    width: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    start: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Float[Tensor, "*stack n width"]:
+    """Orthonormal columns: those of `start`, then random ones.
+
+    Drawn on the CPU in float32, so that neither device nor dtype changes them, a generator for
+    each matrix of the stack, so that neither does the stack.
+    """
+    *stack, n = shape
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    if isinstance(generator, torch.Generator):
+        block = torch.randn(n, width, generator=generator).expand(*stack, n, width)
+    else:
+        drawn = [torch.randn(n, width, generator=each) for each in generator]
+        block = torch.stack(drawn).reshape(*stack, n, width)
+    block = block.to(device, dtype)
+    if start is not None:
+        known = start[..., :width].to(block)
+        block = torch.cat([known, block[..., known.shape[-1] :]], dim=-1)
+    return torch.linalg.qr(block)[0]
+
+
+def leading_eigenspace(
+    multiply: Callable[[Tensor], Tensor],
+    block: Float[Tensor, "*stack n width"],
+    rank: int,
+    *,
+    half: Callable[[Tensor], Tensor] | None = None,
+    trace: Float[Tensor, "*stack"] | None = None,
+    limit: int | None = None,
+    each: bool = False,
+    warm: bool = False,
+    tolerance: float | None = None,
+) -> Subspace | None:
+    """The `rank` leading eigenpairs of the map, or None where that takes too many products.
+
+    The stopping rule reads the residuals ``‖K v_i - t_i v_i‖``, which the recurrence gives for
+    nothing. A Ritz value t_i still grows by no more than its residual, and by about residual² / gap
+    once its vector has settled, the gap being that to the first value outside of the block. The
+    sum of these must be below `tolerance` of the trace that is left. With `each`, every single
+    residual must be below `tolerance` of its own gap (the sine of the vector's angle): for spectra
+    of many decades, whose small values no sum can see.
+
+    Args:
+        multiply: (*stack, n, k) -> (*stack, n, k); after `half`, its second half.
+        block: orthonormal columns to begin with, of the precision to work in; at least `rank`.
+        half: C of a map ``K = C^T C``. T is then ``(C V)^T (C V)``: values down to the rounding of
+            C are seen, and not of its square.
+        trace: of the map. None: the sum of *all* Ritz values stands in for it, a lower bound, so
+            that the rule only gets stricter.
+        limit: the map's largest possible rank, where it is below n.
+        warm: `block` is near the result: look at the residuals sooner.
+        tolerance: None: the measured default of either rule.
+    """
+    *stack, n, width = block.shape
+    kept = width + OVERSAMPLING
+    first_round = ROUND if warm else FIRST_ROUND
+    space = max(first_round * width, kept + ROUND * width)
+    if space > SPACE_SHARE * min(n, limit or n):
+        return None
+    if tolerance is None:
+        tolerance = ANGLE_TOLERANCE if each else KRYLOV_TOLERANCE
+    basis = block.new_empty(*stack, n, space)
+    images = None
+    exact = block.dtype if half is None else torch.float64
+    projected = block.new_zeros(*stack, space, space, dtype=exact)
+    noise = _noise(block)
+    scale = block.new_zeros(*stack, 1, 1)
+    used = 0
+    for round_ in range(KRYLOV_ROUNDS):
+        for _ in range(ROUND if round_ else first_round):
+            basis[..., used : used + width] = block
+            old, used = used, used + width
+            known = basis[..., :used]
+            if half is not None:
+                image = half(block)
+                if images is None:
+                    images = image.new_empty(*image.shape[:-1], space, dtype=exact)
+                images[..., old:used] = image
+                block = image
+            block = multiply(block)
+            coefficients = known.mT @ block
+            rows = coefficients if half is None else images[..., :used].mT @ images[..., old:used]
+            projected[..., old:used, :used] = rows.mT  # of V^T K V
+            scale = torch.maximum(scale, coefficients.abs().amax((-2, -1), keepdim=True))
+            rounding = scale
+            if half is not None:
+                rounding = scale.sqrt() * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
+            noise = noise.roll(1, dims=-2)  # shifted rows are new directions
+            block, first = torch.linalg.qr(block - known @ coefficients + rounding * noise)
+            # Once leaves the rounding of the first projection behind, twice is enough.
+            block, second = torch.linalg.qr(block - known @ (known.mT @ block))
+        values, vectors = torch.linalg.eigh(projected[..., :used, :used], UPLO="L")
+        values, vectors = values.flip(-1), vectors.flip(-1).to(block.dtype)
+        # K V = V T + block (second first) E^T, E being the last columns of the identity.
+        residuals = (second @ first) @ vectors[..., -width:, :rank]
+        residuals = torch.linalg.vector_norm(residuals, dim=-2).double()
+        wanted = values[..., :rank].double()
+        gaps = (wanted - values[..., kept : kept + 1].double()).clamp_min(0)
+        rounding = ROUNDING[block.dtype] * wanted[..., :1]
+        if each:
+            done = residuals <= torch.maximum(tolerance * gaps, rounding)
+        else:
+            total = values.sum(-1, dtype=torch.float64) if trace is None else trace
+            missing = (total - wanted.sum(-1)).clamp_min(0)
+            if half is not None:
+                rounding = (rounding * ROUNDING[block.dtype] * wanted).sqrt()
+            squares = residuals.square() / gaps.clamp_min(torch.finfo(gaps.dtype).tiny)
+            growth = (torch.minimum(residuals, squares) - rounding).clamp_min(0)
+            done = growth.sum(-1) <= tolerance * missing
+        if bool(done.all()):
+            total = values.sum(-1, dtype=torch.float64) if trace is None else trace
+            missing = (total - wanted.sum(-1)).clamp_min(0) / total.clamp_min(1e-300)
+            return Subspace(wanted, known @ vectors[..., :rank], missing)
+        # Thick restart: the best Ritz vectors and the next block span what a longer space would
+        # have found useful, and the eigenproblem stays small.
+        basis[..., :kept] = known @ vectors[..., :kept]
+        if images is not None:
+            images[..., :kept] = images[..., :used] @ vectors[..., :kept].to(exact)
+        projected.zero_()
+        projected.diagonal(dim1=-2, dim2=-1)[..., :kept] = values[..., :kept]
+        used = kept
+    return None
+
+
+def _noise(block: Tensor) -> Tensor:
+    """Random columns of the size of a product's rounding.
+
+    Where the map has nothing more to say, what is left of a product is its rounding, which may lie
+    in the known space; its normalised columns would repeat vectors that are there already. This
+    much in random directions changes nothing else.
+    """
+    n, width = block.shape[-2:]
+    drawn = torch.randn(n, width, generator=torch.Generator().manual_seed(1)).to(block)
+    return drawn * (torch.finfo(block.dtype).eps / n**0.5)

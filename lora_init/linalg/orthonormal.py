@@ -1,0 +1,26 @@
+"""The beginning of a QR decomposition."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.linalg.decomposition import check
+
+
+@torch.no_grad()
+def leading_qr(
+    matrix: Float[Tensor, "*stack m n"], rank: int
+) -> tuple[Float[Tensor, "*stack m rank"], Float[Tensor, "*stack rank n"]]:
+    """Return the first `rank` columns of Q and rows of R, of the thin QR of the whole matrix.
+
+    Column j of Q depends on the first j columns of W only, so ``Q = qr(W[:, :r])`` and
+    ``R = Q^T W`` are the same factors in O(m n r). Signs are LAPACK's.
+
+    Raises:
+        ValueError: as `top_singular`.
+    """
+    check(matrix, rank)
+    basis, triangle = torch.linalg.qr(matrix[..., :rank])
+    return basis, torch.cat([triangle, basis.mT @ matrix[..., rank:]], dim=-1)

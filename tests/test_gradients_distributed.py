@@ -1,0 +1,97 @@
+"""Gradients over two processes: what one process finds that reads all batches; failures of all.
+
+Nothing heavy is imported here, because each process imports this file.
+"""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+from lora_init import WithLoss
+from lora_init.registry import CalibrationRequest
+from lora_init.statistics import collect
+
+NAMES = ["both", "first"]
+
+
+class Branches(nn.Module):
+    """Two layers, of which some batches reach one only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.both, self.first = nn.Linear(12, 8), nn.Linear(8, 6)
+
+    def forward(self, x, further):
+        x = torch.tanh(self.both(x))
+        return self.first(x) if further else x
+
+
+def shares():
+    """The batches of each rank: three that reach both layers, and one that does not."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(5, 12, generator=generator) for _ in range(4)]
+    return [(x, True) for x in batches[:3]], [(batches[3], False)]
+
+
+def mean_square(model, batch):
+    return model(*batch).square().mean()
+
+
+def no_scalar(model, batch):
+    return model(*batch)
+
+
+def gradients(batches, loss=mean_square):
+    request = CalibrationRequest(gradients=True)
+    found = collect(Branches(), NAMES, request, WithLoss(batches, loss))
+    assert found.batches == 4
+    return {name: layer.gradient for name, layer in found.layers.items()}
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    own = shares()[rank]
+    found = {"gradients": gradients(own)}
+    for case, batches, loss in (
+        ("unreached", own if rank == 1 else [], mean_square),
+        ("failed", own, mean_square if rank == 1 else no_scalar),
+    ):
+        try:
+            gradients(batches, loss)
+        except (ValueError, RuntimeError) as error:
+            found[case] = f"{type(error).__name__}: {error}"
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def test_ranks_get_the_gradient_of_all_batches(found):
+    first, second = shares()
+    for name, expected in gradients([*first, *second]).items():
+        actual = found[0]["gradients"][name]
+        assert torch.equal(actual, found[1]["gradients"][name])
+        assert (actual - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_rank_without_batches_and_a_layer_that_no_rank_reaches(found):
+    assert "no gradient reached the target 'first'" in found[0]["unreached"]
+    assert found[0]["unreached"] == found[1]["unreached"]
+
+
+def test_a_failure_of_one_rank_is_one_of_all(found):
+    message = "ValueError: calibration: the loss of batch 1 is a Tensor of shape (5, 6)"
+    assert found[0]["failed"].startswith(message)
+    assert found[1]["failed"].startswith(f"RuntimeError: gradients: rank 0 failed with {message}")

@@ -1,0 +1,169 @@
+"""Layers on several cores, in stacks, and over the ranks of a process group."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lora_init import LoraConfig, get_peft_model, list_initializers, schedule
+from lora_init.assembly import device_for
+from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
+from lora_init.plan import make_plan
+
+CPU = torch.device("cpu")
+
+
+def plan_of(shapes: list[tuple[int, int]], method: str = "pissa", rank: int = 4):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in shapes))
+    names = [str(index) for index in range(len(shapes))]
+    return make_plan(
+        model, LoraConfig(r=rank, target_modules=names, init_lora_weights=method)
+    )
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_every_small_layer_has_a_thread_of_its_own_with_one_core():
+    plan = plan_of([(12, 12)] * 6)
+    main = threading.get_ident()
+    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+
+    def work(job):
+        assert threading.get_ident() != main
+        assert not torch.is_grad_enabled()
+        assert torch.get_num_threads() == 1
+        return job.targets[0].name
+
+    assert sorted(schedule.run(work, planned)) == [t.name for t in plan.targets]
+
+
+def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
+    monkeypatch.setattr(schedule, "ALONE", 100)
+    plan = plan_of([(12, 12), (4, 4), (20, 12)])
+    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    main = threading.get_ident()
+    where = dict(schedule.run(lambda job: (job.targets[0].name, threading.get_ident()), planned))
+    assert where["0"] == where["2"] == main
+    assert where["1"] != main
+
+
+def test_the_number_of_threads_is_left_alone():
+    before = torch.get_num_threads()
+    plan = plan_of([(8, 8)] * 3)
+    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    list(schedule.run(lambda job: job, planned))
+    assert torch.get_num_threads() == before
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_an_error_ends_the_rest_and_is_raised():
+    plan = plan_of([(8, 8)] * 20)
+    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+
+    def work(job):
+        raise ValueError(job.targets[0].name)
+
+    with pytest.raises(ValueError, match=r"\d+"):
+        list(schedule.run(work, planned))
+
+
+def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
+    shapes = [(8, 6), (6, 8), (8, 6), (8, 6), (8, 6)]
+    plan = plan_of(shapes)
+    plan = replace(plan, targets=(*plan.targets[:4], replace(plan.targets[4], scaling=3.0)))
+    cuda = torch.device("cuda")
+    devices = dict.fromkeys((t.name for t in plan.targets), cuda)
+
+    def stacks() -> list[list[str]]:
+        return sorted([t.name for t in job.targets] for job in schedule.jobs(plan, devices))
+
+    assert stacks() == [["0", "2", "3"], ["1"], ["4"]]
+    monkeypatch.setattr(schedule, "STACK_BYTES", 4 * 2 * 48)
+    assert stacks() == [["0", "2"], ["1"], ["3"], ["4"]]
+    loftq = plan_of(shapes, "loftq")
+    assert all(len(job.targets) == 1 for job in schedule.jobs(loftq, devices))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (300, 280)])
+@pytest.mark.parametrize("method", [spec.name for spec in list_initializers() if spec.stacks])
+@pytest.mark.parametrize("niter", [None, 2])
+def test_a_stack_gives_what_its_layers_give(shape, method, niter):
+    """Within 1e-6 of ‖W‖ in the product: batched kernels round in another order."""
+    if niter is not None and method != "pissa":
+        pytest.skip("niter is PiSSA's")
+    (spec,) = [spec for spec in list_initializers() if spec.name == method]
+    options = spec.options(niter=niter) if niter is not None else spec.options()
+    spectrum = torch.arange(1, min(shape) + 1) ** -0.7
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    left, right = (torch.linalg.qr(torch.randn(3, n, min(shape)))[0] for n in shape)
+    stack = (left * spectrum) @ right.mT
+
+    def call(weight, generator):
+        return spec.function(weight, 4, 2.0, None, options, generator)
+
+    together = call(stack, generators)
+    for index, weight in enumerate(stack):
+        alone = call(weight, torch.Generator().manual_seed(index))
+        gap = together.lora_B[index] @ together.lora_A[index] - alone.lora_B @ alone.lora_A
+        assert gap.norm() <= 1e-6 * weight.norm()
+
+
+@pytest.mark.parametrize("rank", [3, 20])
+@pytest.mark.parametrize("shape", [(50, 30), (30, 50), (320, 290)])
+def test_decompositions_of_a_stack(shape, rank):
+    torch.manual_seed(1)
+    stack = torch.randn(2, 2, *shape, dtype=torch.float64)
+    for decompose in (top_singular, bottom_singular):
+        found = decompose(stack, rank)
+        assert found.left.shape == (2, 2, shape[0], rank)
+        assert found.right.shape == (2, 2, shape[1], rank)
+        assert found.residual.shape == (2, 2)
+        product = (found.left * found.values[..., None, :]) @ found.right.mT
+        for index in ((0, 0), (1, 0)):
+            left, values, right = torch.linalg.svd(stack[index], full_matrices=False)
+            kept = slice(0, rank) if decompose is top_singular else slice(-rank, None)
+            expected = (left[:, kept] * values[kept]) @ right[kept]
+            excess = (stack[index] - product[index]).norm() / (stack[index] - expected).norm()
+            assert abs(excess - 1) <= 1e-4
+    moment = stack.mT @ stack
+    values, vectors = top_eigen(moment, rank)
+    residual = moment @ vectors - vectors * values[..., None, :]
+    assert residual.norm(dim=-2).max() <= 1e-4 * values.max()
+    basis, triangle = leading_qr(stack, rank)
+    torch.testing.assert_close((basis @ triangle)[..., :rank], stack[..., :rank])
+
+
+def test_factors_do_not_depend_on_what_else_is_initialized():
+    torch.manual_seed(2)
+    layers = [nn.Linear(70, 50) for _ in range(5)]
+    config = {"r": 4, "init_lora_weights": "pissa"}
+
+    def factors(targets: list[str]):
+        model = nn.Sequential(*(nn.Linear(70, 50) for _ in layers))
+        model.load_state_dict(nn.Sequential(*layers).state_dict())
+        adapted = get_peft_model(model, LoraConfig(target_modules=targets, **config))
+        return adapted.get_submodule("base_model.2").lora_A
+
+    assert torch.equal(factors(["2"]), factors(["0", "1", "2", "3", "4"]))
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_auto_is_the_accelerator_where_there_is_one(monkeypatch, present):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    assert device_for("auto") == (torch.device("cuda") if present else None)
