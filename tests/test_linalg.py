@@ -433,3 +433,34 @@ def test_real_weights(layer):
             whole_basis, whole_triangle = torch.linalg.qr(weight)
             torch.testing.assert_close(basis, whole_basis[:, :8], rtol=0, atol=1e-5)
             torch.testing.assert_close(triangle, whole_triangle[:8], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(320, 300), (300, 320), (300, 300)])
+@pytest.mark.parametrize("as_product", [True, False])
+def test_bottom_of_a_steep_product(shape, as_product):
+    """Values down to 1e-9 s_1 and below: what is left of v_1 must not come back by a product."""
+    weight = power_law(*shape, 0.5)
+    values = torch.logspace(0, -9, shape[1], dtype=torch.float64)
+    basis = orthonormal(shape[1], shape[1], 3)
+    moment = (basis * values) @ basis.T
+    moment = (moment + moment.T) / 2
+    product = Operator.product(weight, moment) if as_product else weight @ moment
+    found = bottom_singular(product, 8)
+    assert found.method == "inverse"
+    left, values, right = torch.linalg.svd(weight @ moment, full_matrices=False)
+    assert overlap(found.left, left[:, -8:]) >= 0.999
+    assert overlap(found.right, right[-8:].T) >= 0.999
+    torch.testing.assert_close(found.values, values[-8:].flip(0), rtol=1e-3, atol=0)
+    assert values[0] / 2 <= found.largest <= values[0] * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
+def test_bottom_of_a_flat_spectrum(shape):
+    """The last of i^-0.3 differ by 1e-3 of themselves: only a shift tells them apart."""
+    matrix = power_law(*shape, 0.3)
+    found = bottom_singular(matrix, 8)
+    assert found.method == "inverse"
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert overlap(found.left, left[:, -8:]) >= 0.999
+    assert overlap(found.right, right[-8:].T) >= 0.999
+    torch.testing.assert_close(found.values, values[-8:].flip(0), rtol=1e-6, atol=0)

@@ -19,7 +19,7 @@ from lora_init.linalg.decomposition import (
     swapped,
 )
 from lora_init.linalg.dense import eigenpairs, gram
-from lora_init.linalg.krylov import block_width, leading_eigenspace, start_block
+from lora_init.linalg.krylov import Subspace, block_width, leading_eigenspace, start_block
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.singular import Generators
 
@@ -44,10 +44,11 @@ def bottom_singular(
         - "gram": a dense eigensolver on the Gram matrix. Eigenvalues are squares: a value below
           1e-6 s_1 is lost in them to rounding.
         - "inverse": a block Krylov space of the Gram matrix's inverse, whose largest eigenvalues
-          are wanted, by triangular solves with a Cholesky factor; of a product ``W R`` with square
-          R and no more columns than rows, by solves with the factors of R and of ``W^T W``, whose
-          condition is far from the product's; and where both are too ill-conditioned, with the
-          triangle of a QR decomposition, which squares nothing.
+          are wanted, by triangular solves with a Cholesky factor, shifted towards the smallest
+          value where the others are near to it; of a product ``W R`` with square R and no more
+          columns than rows, by solves with the factors of R and of ``W^T W``, whose condition is
+          far from the product's; and where squares are too ill-conditioned, with the triangle of a
+          QR decomposition.
         - "auto": "inverse", or "gram" for small matrices; for singular ones "exact".
 
     Args:
@@ -83,11 +84,10 @@ def _decomposed(
     largest = _largest_value(tall)
     if method == "auto":
         method = "gram" if n <= choice.DENSE_DIMENSION else "inverse"
-    if method == "inverse" and n > 2 * block_width(rank, n):
-        for solve in _inverses(tall, largest):
-            right = _by_inverse(solve, tall, rank, generator)
-            if right is not None:
-                return from_right(tall, right, "inverse", largest=largest)
+    if method == "inverse":
+        right = _by_inverses(tall, rank, largest, generator)
+        if right is not None:
+            return from_right(tall, right, "inverse", largest=largest)
     dense = tall.to_dense()
     if method == "gram":
         values, vectors = eigenpairs(gram(dense, torch.float64), 0, rank)
@@ -115,7 +115,7 @@ def _largest_value(operator: Operator) -> Float[Tensor, "*stack"]:
     """s_1 to within a factor of two: it decides what counts as small, and scales the residual."""
     *stack, _, n = operator.shape
     block = start_block((*stack, n), 1, None, None, dtype=operator.dtype, device=operator.device)
-    for _ in range(8):
+    for _ in range(4):
         image = operator.matmul(block)
         block = operator.rmatmul(image)
         norm = torch.linalg.vector_norm(block, dim=-2, keepdim=True)
@@ -123,20 +123,49 @@ def _largest_value(operator: Operator) -> Float[Tensor, "*stack"]:
     return torch.linalg.vector_norm(operator.matmul(block), dim=(-2, -1))
 
 
-def _inverses(tall: Operator, largest: Tensor):
-    """Ways to solve with ``T^T T``, from the cheapest to the most careful; lazily."""
+def _by_inverses(
+    tall: Operator, rank: int, largest: Tensor, generator: Generators | None
+) -> Tensor | None:
+    """Right vectors by the cheapest inverse that is precise enough, or None."""
     if tall.factors is not None:
-        first, second = tall.factors
-        yield _product_inverse(first, second)
+        found = _by_inverse(_product_inverse(*tall.factors), tall, rank, generator)
+        if found is not None:
+            return found
+    dense = tall.to_dense()
+    square = gram(dense, torch.float64)
+    factor = _cholesky(square)
+    if factor is not None and _well_conditioned(factor, largest, choice.BOTTOM_RESOLUTION**0.5):
+        found = _by_shifts(square, factor, tall, rank, generator)
     else:
-        yield _gram_inverse(tall.to_dense(), largest)
-    yield _triangle_inverse(tall.to_dense(), largest)
+        found = _by_inverse(_triangle_inverse(dense, largest), tall, rank, generator)
+    return found
 
 
-def _gram_inverse(dense: Tensor, largest: Tensor) -> Callable[[Tensor], Tensor] | None:
-    factor = _cholesky(gram(dense, torch.float64))
-    if factor is None or not _well_conditioned(factor, largest, choice.BOTTOM_RESOLUTION**0.5):
-        return None
+def _by_shifts(
+    square: Tensor, factor: Tensor, tall: Operator, rank: int, generator: Generators | None
+) -> Tensor | None:
+    """A space of the inverse, and where it converges slowly, of ``(W^T W - shift)^-1``.
+
+    The smallest values of a flat spectrum differ by little, and so do their inverses. A first space
+    knows the very smallest to within its residual; moved so that it comes near zero, the others'
+    inverses lie far apart.
+    """
+    solve = _solver(factor)
+    found = _inverse_space(solve, tall, rank, generator, rounds=choice.ROUNDS_BEFORE_SHIFT)
+    if found is None or found.converged:
+        return None if found is None else _purified(solve, found)
+    # The largest inverse is within its residual of the first one here, which bounds the smallest
+    # value from below; below that by as much as the wanted ones differ, all their inverses count.
+    smallest = 1 / (found.values[..., 0] + found.residuals[..., 0])
+    spread = 1 / found.values[..., -1] - 1 / found.values[..., 0]
+    shift = (smallest - spread / 2).clamp_min(0)
+    square.diagonal(dim1=-2, dim2=-1).sub_(shift[..., None])
+    moved = _cholesky(square)
+    solve = None if moved is None else _solver(moved)
+    return _by_inverse(solve, tall, rank, generator, start=found.vectors)
+
+
+def _solver(factor: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda block: torch.cholesky_solve(block, factor)
 
 
@@ -188,13 +217,35 @@ def _by_inverse(
     tall: Operator,
     rank: int,
     generator: Generators | None,
+    start: Tensor | None = None,
 ) -> Tensor | None:
     if solve is None:
         return None
+    found = _inverse_space(solve, tall, rank, generator, start=start)
+    return None if found is None or not found.converged else _purified(solve, found)
+
+
+def _inverse_space(
+    solve: Callable[[Tensor], Tensor],
+    tall: Operator,
+    rank: int,
+    generator: Generators | None,
+    *,
+    start: Tensor | None = None,
+    rounds: int = choice.KRYLOV_ROUNDS,
+) -> Subspace | None:
     *stack, _, n = tall.shape
-    width = block_width(rank, n)
     block = start_block(
-        (*stack, n), width, generator, None, dtype=torch.float64, device=tall.device
-    )
-    found = leading_eigenspace(solve, block, rank, each=True)
-    return None if found is None else torch.linalg.qr(found.vectors)[0]
+        (*stack, n), block_width(rank, n), generator, start,
+        dtype=torch.float64, device=tall.device,
+    )  # fmt: skip
+    return leading_eigenspace(solve, block, rank, each=True, warm=start is not None, rounds=rounds)
+
+
+def _purified(solve: Callable[[Tensor], Tensor], found: Subspace) -> Tensor:
+    """The vectors after one more solve, orthonormal.
+
+    What little of v_1 the stopping rule leaves in them, W would multiply by s_1 beside values that
+    are smaller by many decades; the solve divides it by as much squared.
+    """
+    return torch.linalg.qr(solve(found.vectors))[0]

@@ -31,6 +31,8 @@ RESOLUTION = {torch.float32: 1e-3, torch.float64: 2e-8}
 PRODUCT_RESOLUTION = {torch.float32: 3e-7, torch.float64: 1e-9}
 # A gain, as a share of ‖W‖², that is rounding.
 ROUNDING = {torch.float32: 1e-7, torch.float64: 1e-14}
+# Rounds with an inverse, after which a shift of the spectrum is worth its Cholesky decomposition.
+ROUNDS_BEFORE_SHIFT = 3
 # The smallest eigenvalue of a Gram matrix, as a share of the largest, that squares can tell.
 BOTTOM_RESOLUTION = 1e-12
 # The smallest pivot of a triangle, as a share of s_1, below which a matrix counts as singular.

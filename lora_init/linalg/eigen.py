@@ -57,7 +57,7 @@ def top_eigen(
             dtype=exact.dtype, device=exact.device,
         )  # fmt: skip
         found = leading_eigenspace(lambda block: exact @ block, block, rank, each=True)
-        if found is not None:
+        if found is not None and found.converged:
             values, vectors = found.values, torch.linalg.qr(found.vectors)[0]
     if values is None:
         values, vectors = eigenpairs(exact, n - rank, n)

@@ -43,11 +43,15 @@ class Subspace:
         values: (*stack, k), descending.
         vectors: (*stack, n, k), orthonormal columns in the precision they were computed in.
         missing: (*stack), the share of the trace that the values leave out.
+        residuals: (*stack, k), ``‖K v_i - t_i v_i‖``.
+        converged: whether the stopping rule was met by the whole stack.
     """
 
     values: Float[Tensor, "*stack k"]
     vectors: Float[Tensor, "*stack n k"]
     missing: Float[Tensor, "*stack"]
+    residuals: Float[Tensor, "*stack k"]
+    converged: bool
 
 
 def block_width(rank: int, limit: int, oversampling: int = OVERSAMPLING) -> int:
@@ -95,8 +99,9 @@ def leading_eigenspace(
     each: bool = False,
     warm: bool = False,
     tolerance: float | None = None,
+    rounds: int = KRYLOV_ROUNDS,
 ) -> Subspace | None:
-    """The `rank` leading eigenpairs of the map, or None where that takes too many products.
+    """The `rank` leading eigenpairs of the map, or None where no space of them would be small.
 
     The stopping rule reads the residuals ``‖K v_i - t_i v_i‖``, which the recurrence gives for
     nothing. A Ritz value t_i still grows by no more than its residual, and by about residual² / gap
@@ -115,6 +120,7 @@ def leading_eigenspace(
         limit: the map's largest possible rank, where it is below n.
         warm: `block` is near the result: look at the residuals sooner.
         tolerance: None: the measured default of either rule.
+        rounds: where to give up; the result says whether it has `converged`.
     """
     *stack, n, width = block.shape
     kept = width + OVERSAMPLING
@@ -131,7 +137,7 @@ def leading_eigenspace(
     noise = _noise(block)
     scale = block.new_zeros(*stack, 1, 1)
     used = 0
-    for round_ in range(KRYLOV_ROUNDS):
+    for round_ in range(rounds):
         for _ in range(ROUND if round_ else first_round):
             basis[..., used : used + width] = block
             old, used = used, used + width
@@ -172,10 +178,12 @@ def leading_eigenspace(
             squares = residuals.square() / gaps.clamp_min(torch.finfo(gaps.dtype).tiny)
             growth = (torch.minimum(residuals, squares) - rounding).clamp_min(0)
             done = growth.sum(-1) <= tolerance * missing
-        if bool(done.all()):
+        converged = bool(done.all())
+        if converged or round_ == rounds - 1:
             total = values.sum(-1, dtype=torch.float64) if trace is None else trace
             missing = (total - wanted.sum(-1)).clamp_min(0) / total.clamp_min(1e-300)
-            return Subspace(wanted, known @ vectors[..., :rank], missing)
+            found = known @ vectors[..., :rank]
+            return Subspace(wanted, found, missing, residuals, converged)
         # Thick restart: the best Ritz vectors and the next block span what a longer space would
         # have found useful, and the eigenproblem stays small.
         basis[..., :kept] = known @ vectors[..., :kept]
@@ -184,7 +192,7 @@ def leading_eigenspace(
         projected.zero_()
         projected.diagonal(dim1=-2, dim2=-1)[..., :kept] = values[..., :kept]
         used = kept
-    return None
+    raise AssertionError("the last round returns")
 
 
 def _noise(block: Tensor) -> Tensor:

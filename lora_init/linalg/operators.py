@@ -23,6 +23,7 @@ class Operator:
         upcast: makes the same map in float64, for spectra that float32 cannot resolve; without it
             such a map is formed as a matrix.
         factors: the two matrices of a product, which `bottom_singular` inverts one by one.
+        matrix: of a dense map.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class Operator:
     device: torch.device
     upcast: Callable[[], Operator] | None = None
     factors: tuple[Tensor, Tensor] | None = None
+    matrix: Tensor | None = None
 
     @classmethod
     def product(cls, first: Float[Tensor, "*stack m j"], second: Float[Tensor, "*stack j n"]):
@@ -72,6 +74,7 @@ class Operator:
             dtype=matrix.dtype,
             device=matrix.device,
             upcast=lambda: cls.dense(matrix.double()),
+            matrix=matrix,
         )
 
     @property
@@ -86,6 +89,7 @@ class Operator:
             dtype=self.dtype,
             device=self.device,
             upcast=None if upcast is None else lambda: upcast().transpose,
+            matrix=None if self.matrix is None else self.matrix.mT,
         )
 
     def widened(self) -> Operator:
@@ -94,6 +98,8 @@ class Operator:
 
     def to_dense(self) -> Float[Tensor, "*stack m n"]:
         """The matrix itself, from products with the identity of its smaller side."""
+        if self.matrix is not None:
+            return self.matrix
         *stack, m, n = self.shape
         identity = torch.eye(min(m, n), dtype=self.dtype, device=self.device)
         identity = identity.expand(*stack, -1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -148,7 +149,7 @@ def _gram(tall: Tensor, rank: int) -> Subspace | None:
     missing = (trace - values.sum(-1)) / trace.clamp_min(torch.finfo(trace.dtype).tiny)
     if tall.dtype == torch.float64 and bool((missing <= choice.RESOLUTION[torch.float64]).any()):
         return None
-    return Subspace(values.flip(-1), vectors.flip(-1), missing)
+    return Subspace(values.flip(-1), vectors.flip(-1), missing, torch.zeros_like(values), True)
 
 
 def _gram_krylov(
@@ -170,7 +171,7 @@ def _gram_krylov(
         found = leading_eigenspace(
             multiply, block, rank, trace=trace, warm=start is not None, tolerance=tolerance
         )
-        if found is None:
+        if found is None or not found.converged:
             return None
         # What float64 cannot resolve of a float32 matrix is below that matrix's own rounding.
         if dtype != given or bool((found.missing > choice.RESOLUTION[dtype]).all()):
@@ -208,7 +209,7 @@ def _krylov(
             operator.rmatmul, block, rank,
             half=operator.matmul, trace=trace, limit=m, warm=start is not None, tolerance=tolerance,
         )  # fmt: skip
-        if found is None:
+        if found is None or not found.converged:
             return None, operator
         # What float64 cannot resolve of a float32 matrix is below that matrix's own rounding.
         if dtype != given or bool((found.missing > choice.PRODUCT_RESOLUTION[dtype]).all()):
@@ -221,7 +222,7 @@ def _orthonormal(found: Subspace) -> Subspace:
     """Its vectors orthonormal to float64: from a large basis they are so to its rounding only."""
     vectors, triangle = torch.linalg.qr(found.vectors.double())
     signs = torch.sign(triangle.diagonal(dim1=-2, dim2=-1))
-    return Subspace(found.values, vectors * signs[..., None, :], found.missing)
+    return replace(found, vectors=vectors * signs[..., None, :])
 
 
 def _subspace(
