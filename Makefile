@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
-	@echo "make benchmark lora_init beside Hugging Face PEFT: steps, injection, memory, initializers"
+	@echo "make benchmark lora_init beside PEFT and torch.linalg: initializers, calibration, memory"
 	@echo "make test      the tests"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"

@@ -2,15 +2,18 @@
 
     python -m experiments.benchmark
     python -m experiments.benchmark sections=[steps] steps.models=[minilm] device=cuda
+    python -m experiments.benchmark model=llama2_7b_shapes device=cuda
 
 A section is one file with a function `run(settings) -> list[Row]`:
 
-- `steps`: a training step of LoRA and of DoRA;
+- `initialization`: every strategy on every model beside PEFT and torch.linalg, its time, peak and
+  floor, and what it computed;
+- `calibration`: the pass that collects second moments, against plain forward passes;
 - `injection`: `get_peft_model` where the initialization itself costs next to nothing;
 - `memory`: the peak of an injection above the loaded model;
-- `initialization`: every method that both have, its time and what it computed.
+- `steps`: a training step of LoRA and of DoRA; ten minutes, so it is run when asked for.
 
-A ratio is PEFT's figure over ours: above 1 ours takes less. Contenders take turns within one
+A ratio is the peer's figure over ours: above 1 ours takes less. Contenders take turns within one
 process, in an order that favours neither, and the ratios are taken within each turn: what slows
-the machine down for a moment slows both.
+the machine down for a moment slows both. The library's cache is off: everything is computed.
 """

@@ -28,7 +28,7 @@ def run(settings: BenchmarkConfig) -> list[Row]:
 
 def measure(name: str, settings: BenchmarkConfig) -> Row:
     subject = load_subject(name, settings)
-    request = Request(subject.settings.task, settings.rank, settings.alpha, settings.seed)
+    request = Request(subject.task, settings.rank, settings.alpha, settings.seed)
     contenders = {
         contender: Contender(
             lambda _: copy.deepcopy(subject.model),

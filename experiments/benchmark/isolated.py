@@ -22,7 +22,11 @@ from typing import Any
 from experiments.benchmark.settings import BenchmarkConfig, from_plain, to_plain
 
 ROOT = Path(__file__).resolve().parents[2]
-QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "LORA_INIT_CACHE": "off",  # what was stored by an earlier call would cost nothing
+}
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from experiments.benchmark.contenders import LayerFactors
 
 
-def optimal_errors(weights: Mapping[str, Tensor], rank: int) -> dict[str, float]:
-    """‖W - W_r‖ of each layer's best approximation of rank r, by a float64 SVD."""
-    return {
-        name: float(torch.linalg.svdvals(weight.double())[rank:].norm())
-        for name, weight in weights.items()
-    }
+@torch.no_grad()
+def excess(
+    matrix: Float[Tensor, "m n"],
+    approximation: Float[Tensor, "m n"],
+    left: Float[Tensor, "m r"],
+) -> float:
+    """‖M - approximation‖ / ‖M - U_r U_rᵀ M‖ - 1, U_r the first left singular vectors: 0 is best.
+
+    A subspace that is off by ε makes the optimum larger by ε² only.
+    """
+    optimum = distance(matrix, left @ (left.T @ matrix))
+    return distance(matrix, approximation) / optimum - 1
 
 
 @torch.no_grad()
-def worst_excess(
-    weights: Mapping[str, Tensor],
-    factors: Mapping[str, LayerFactors],
-    optimum: Mapping[str, float],
-) -> float:
-    """The largest ‖W - s B A‖ / ‖W - W_r‖ - 1 over the layers; W is (out, in)."""
-    worst = -1.0
-    for name, layer in factors.items():
-        product = layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
-        error = float((weights[name].double() - product).norm())
-        worst = max(worst, error / optimum[name] - 1)
-    return worst
+def overlap(found: Float[Tensor, "n k"], exact: Float[Tensor, "n r"]) -> float:
+    """The mean squared cosine of the angles between two subspaces, 1 where they are the same."""
+    first, second = (torch.linalg.qr(basis.double())[0] for basis in (found, exact))
+    return float((first.T @ second).square().sum() / min(found.shape[1], exact.shape[1]))
+
+
+@torch.no_grad()
+def difference(found: Tensor, exact: Tensor) -> float:
+    """‖found - exact‖ / ‖exact‖."""
+    return distance(found.double(), exact.double()) / float(exact.double().norm())
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    return float((first - second).norm())
+
+
+@torch.no_grad()
+def product(layer: LayerFactors) -> Float[Tensor, "out in"]:
+    """s B A in float64."""
+    return layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
 
 
 @torch.no_grad()
@@ -46,4 +61,4 @@ def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def output_gap(actual: Tensor, expected: Tensor) -> float:
     """‖actual - expected‖ / ‖expected‖."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return difference(actual, expected)

@@ -1,6 +1,6 @@
 """Everything that a benchmark leaves behind, in `outputs/benchmark/<machine>/`.
 
-`table.md` for a README, one chart as page, SVG and PNG, and `result.json`, which is written last
+`table.md` for a README, each chart as page, SVG and PNG, and `result.json`, which is written last
 and atomically: where it exists, the rest is complete.
 """
 
@@ -14,14 +14,13 @@ from typing import Any
 
 import vl_convert
 
-from experiments.benchmark.chart import ratio_chart
+from experiments.benchmark.chart import charts
 from experiments.benchmark.rows import Row
 from experiments.benchmark.sections import SECTIONS
 from experiments.benchmark.settings import BenchmarkConfig, to_plain
 from experiments.benchmark.tables import markdown_table
 from experiments.environment import cpu_name, describe_environment, version
-from experiments.report.specification import VEGA_LITE, file_specification
-from experiments.report.writing import export
+from experiments.report.specification import VEGA_LITE
 from experiments.runs import write_json, write_text
 
 
@@ -49,13 +48,8 @@ def write_report(settings: BenchmarkConfig, rows: Sequence[Row], output: Path) -
     (output / "result.json").unlink(missing_ok=True)  # the files change before it is there again
     known = environment(settings)
     write_text(output / "table.md", markdown(rows, known))
-    chart = ratio_chart(rows, "PEFT's cost as a multiple of lora_init's")
-    if chart is not None:
-        export(chart, output)
-        page = vl_convert.vegalite_to_html(
-            file_specification(chart.drawing, chart.title), vl_version=VEGA_LITE, bundle=True
-        )
-        write_text(output / f"{chart.name}.html", page)
+    for name, specification in charts(rows).items():
+        write_chart(name, specification, output)
     result = {
         "status": "finished",
         "settings": to_plain(settings),
@@ -65,16 +59,27 @@ def write_report(settings: BenchmarkConfig, rows: Sequence[Row], output: Path) -
     write_json(output / "result.json", result)
 
 
+def write_chart(name: str, specification: dict[str, Any], output: Path) -> None:
+    """One specification as an interactive page, as SVG, and as PNG at twice the size."""
+    page = vl_convert.vegalite_to_html(specification, vl_version=VEGA_LITE, bundle=True)
+    svg = vl_convert.vegalite_to_svg(specification, vl_version=VEGA_LITE)
+    write_text(output / f"{name}.html", page)
+    write_text(output / f"{name}.svg", svg)
+    (output / f"{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
+
+
 def markdown(rows: Sequence[Row], known: dict[str, Any]) -> str:
     """A heading and a table a section, then how to read them and where they come from."""
     parts = []
     for section, module in SECTIONS.items():
         chosen = [row for row in rows if row.section == section]
         if chosen:
-            parts.append(f"**{section}**: {module.TITLE}\n\n{markdown_table(chosen)}\n")
+            table = markdown_table(chosen, getattr(module, "EXTRA", None))
+            parts.append(f"**{section}**: {module.TITLE}\n\n{table}\n")
     parts.append(
-        "Ratios are PEFT / ours: above 1 ours takes less. Medians over pairs measured in turns, "
-        "with 95 % bootstrap intervals; a target is open where the interval contains it.\n"
+        "Ratios are the peer's figure / ours: above 1 ours takes less. Medians over pairs measured "
+        "in turns, with 95 % bootstrap intervals where there are five pairs or more; a target is "
+        "open where the interval contains it.\n"
     )
     parts.append(f"Measured on {described(known)}.\n")
     return "\n".join(parts)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from experiments.benchmark import initialization, injection, memory, steps
+from experiments.benchmark import calibration, initialization, injection, memory, steps
 
 SECTIONS: dict[str, ModuleType] = {
-    "steps": steps,
+    "initialization": initialization,
+    "calibration": calibration,
     "injection": injection,
     "memory": memory,
-    "initialization": initialization,
+    "steps": steps,
 }

@@ -13,41 +13,98 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.benchmark.strategies import METHODS
 from experiments.errors import ConfigurationError, nearest
 
-SECTION_NAMES = ("steps", "injection", "memory", "initialization")
+SECTION_NAMES = ("initialization", "calibration", "injection", "memory", "steps")
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 ADAPTERS = ("lora", "dora")
-METHODS = (
-    "kaiming", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_1", "pissa_niter_2",
-    "pissa_niter_4", "pissa_niter_16", "loftq", "corda", "eva",
-)  # fmt: skip
+CALIBRATIONS = ("all_linear", "q_and_v")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class LlamaShape:
+    """The sizes of a Llama with power-law weights."""
+
+    layers: int = 1
+    hidden: int = 2048
+    intermediate: int = 5632
+    heads: int = 32
+    key_value_heads: int = 4
+    vocabulary: int = 720
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "intermediate", "heads", "key_value_heads", "vocabulary"):
+            at_least(f"models.*.llama.{name}", getattr(self, name), 1)
+        one_of("models.*.llama.dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class LayerShape:
+    """The sizes of a single linear layer with a power-law weight: (out, in)."""
+
+    rows: int = 4096
+    columns: int = 4096
+
+    def __post_init__(self) -> None:
+        at_least("models.*.layer.rows", self.rows, 2)
+        at_least("models.*.layer.columns", self.columns, 2)
 
 
 @dataclass
 class ModelSettings:
-    """One model and the batches of its training step.
+    """One model and its batches.
 
     Attributes:
-        source: "minilm", "smollm2", or a folder or hub name that transformers loads. None is a
-            place for a model that the command line may name.
+        source: "minilm", "smollm2", or a folder or hub name that transformers loads. Where it,
+            `llama` and `layer` are None, this is a place that the command line may fill.
+        llama, layer: a synthetic model instead.
         task: "SEQ_CLS" (sentences padded to `tokens`) or "CAUSAL_LM" (text without padding).
-        batch_size, tokens: the shape of a batch.
-        targets: by adapter, "lora" and "dora", the least speed ratio that a step should reach.
+        batch_size, tokens: the shape of a batch of a training step.
+        rows, row_tokens: the shape of a calibration batch, of running text.
+        batches: calibration batches of the section `initialization`.
+        ranks: that the section `initialization` measures.
+        peft, exact: strategies that PEFT and torch.linalg take part in; None: all.
+        targets: the least ratio that a training step ("lora", "dora") or a strategy should reach;
+            for "eva" and a calibration pass ("all_linear", "q_and_v") the most that ours may
+            cost, in units of the plain forward passes.
     """
 
     source: str | None = None
+    llama: LlamaShape | None = None
+    layer: LayerShape | None = None
     task: str = "CAUSAL_LM"
     batch_size: int = 16
     tokens: int = 48
+    rows: int = 4
+    row_tokens: int = 512
+    batches: int = 8
+    ranks: list[int] = field(default_factory=lambda: [8])
+    peft: list[str] | None = None
+    exact: list[str] | None = None
     targets: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         one_of("models.*.task", self.task, TASKS)
-        at_least("models.*.batch_size", self.batch_size, 1)
+        for name in ("batch_size", "rows", "batches"):
+            at_least(f"models.*.{name}", getattr(self, name), 1)
         at_least("models.*.tokens", self.tokens, 2)
-        for adapter in self.targets:
-            one_of("a key of models.*.targets", adapter, ADAPTERS)
+        at_least("models.*.row_tokens", self.row_tokens, 2)
+        for rank in self.ranks:
+            at_least("models.*.ranks", rank, 1)
+        for method in (*(self.peft or ()), *(self.exact or ())):
+            one_of("models.*.peft and models.*.exact", method, METHODS)
+        for name in self.targets:
+            one_of("a key of models.*.targets", name, (*ADAPTERS, *CALIBRATIONS, *METHODS))
+        kinds = [kind for kind in ("source", "llama", "layer") if getattr(self, kind) is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"models.*: {' and '.join(kinds)} are set; a model is one of them")
+
+    @property
+    def present(self) -> bool:
+        return self.source is not None or self.llama is not None or self.layer is not None
 
 
 @dataclass
@@ -96,31 +153,56 @@ class MemorySettings:
 
 @dataclass
 class InitializationSettings:
-    """Methods, each in a process of its own.
+    """Strategies on every model, each model in a process of its own.
 
     Attributes:
-        repetitions: on fresh copies of the model; below five pairs an interval promises too much.
-        sentences, batch_size: the calibration set of corda and eva.
-        time_limit: seconds for a method, both contenders together.
-        exclude: by method, a regular expression of modules that both leave out, because PEFT
-            fails on them.
+        repetitions: at most so many calls of a contender, on fresh copies of the model.
+        budget: seconds after which a contender takes no further turn: one turn at least.
+        time_limit: seconds for a single call; by method, `limits` are others for PEFT's.
+        peer_limit: seconds that a peer whose time can be told in advance may take, by the
+            operations of its full decompositions; beyond, it is not run and the row says so.
+        process_limit: seconds for a model's whole process.
+        exclude: by method, a regular expression of modules to leave out on both sides, because
+            PEFT fails on them.
     """
 
     models: list[str] = field(default_factory=list)
-    methods: list[str] = field(default_factory=list)
-    repetitions: int = 5
-    sentences: int = 512
-    batch_size: int = 32
-    time_limit: float = 600.0
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    repetitions: int = 7
+    budget: float = 1.0
+    time_limit: float = 120.0
+    limits: dict[str, float] = field(default_factory=dict)
+    peer_limit: float = 120.0
+    process_limit: float = 1800.0
     exclude: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for method in (*self.methods, *self.exclude):
-            one_of("initialization.methods and the keys of exclude", method, METHODS)
+        for method in (*self.methods, *self.exclude, *self.limits):
+            one_of("initialization.methods and the keys of exclude and limits", method, METHODS)
         at_least("initialization.repetitions", self.repetitions, 1)
-        at_least("initialization.sentences", self.sentences, 1)
-        at_least("initialization.batch_size", self.batch_size, 1)
-        at_least("initialization.time_limit", self.time_limit, 1)
+        at_least("initialization.budget", self.budget, 0)
+        for name in ("time_limit", "peer_limit", "process_limit"):
+            at_least(f"initialization.{name}", getattr(self, name), 0.01)
+        for method, seconds in self.limits.items():
+            at_least(f"initialization.limits.{method}", seconds, 0.01)
+
+
+@dataclass
+class CalibrationSettings:
+    """Plain and observed forward passes over the same batches.
+
+    Attributes:
+        batches: of a model's calibration shape, at least 2,048 tokens each.
+        budget: seconds after which the batches are not gone through again: once at least.
+    """
+
+    models: list[str] = field(default_factory=list)
+    batches: int = 8
+    budget: float = 20.0
+
+    def __post_init__(self) -> None:
+        at_least("calibration.batches", self.batches, 1)
+        at_least("calibration.budget", self.budget, 0)
 
 
 @dataclass
@@ -133,6 +215,7 @@ class BenchmarkConfig:
     injection: InjectionSettings = field(default_factory=InjectionSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     initialization: InitializationSettings = field(default_factory=InitializationSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     rank: int = 8
     alpha: float = 16.0
     device: str = "cpu"
@@ -145,10 +228,15 @@ class BenchmarkConfig:
             one_of("sections", section, SECTION_NAMES)
             for name in getattr(self, section).models:
                 one_of(f"{section}.models", name, tuple(self.models))
-                if self.models[name].source is None:
+                if not self.models[name].present:
                     raise ValueError(
                         f"models.{name}.source is not set, but {section}.models has {name!r}; give "
                         "a folder or a hub name that transformers loads"
+                    )
+                if self.models[name].source is None and section != "initialization":
+                    raise ValueError(
+                        f"{section}.models has {name!r}, which is synthetic; allowed are models "
+                        "with a tokenizer, that is with a source"
                     )
         at_least("rank", self.rank, 1)
         if not self.alpha > 0:

@@ -68,7 +68,7 @@ def adapted(
     refused = {}
     for adapter in settings.steps.adapters:
         request = Request(
-            subject.settings.task, settings.rank, settings.alpha, settings.seed,
+            subject.task, settings.rank, settings.alpha, settings.seed,
             dora=adapter == "dora",
         )  # fmt: skip
         try:

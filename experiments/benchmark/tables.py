@@ -1,38 +1,51 @@
-"""The rows as text: for a terminal and as Markdown, with the same cells."""
+"""The rows as text: for a terminal and as Markdown, with the same cells.
+
+A column that no row fills is left out. After the columns that all sections have come those of the
+section (`Extra`), or one for each figure where it names none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.benchmark.rows import Row
+from experiments.benchmark.rows import Quality, Row
 
 NOTHING = "–"
-FIXED = ("model", "case", "ours", "PEFT", "ratio PEFT / ours", "target")
+LEFT = ("model", "case", "quality", "note")
+
+Cell = Callable[[Row], str]
+Extra = Mapping[str, Cell]
 
 
-def header(rows: Sequence[Row]) -> list[str]:
-    """The columns that all sections have, then one for each figure, then notes if there are any."""
-    figures = list(dict.fromkeys(name for row in rows for name in row.figures))
-    notes = ["note"] if any(row.note for row in rows) else []
-    return [*FIXED, *figures, *notes]
-
-
-def cells(row: Row, columns: Sequence[str]) -> list[str]:
-    fixed = {
-        "model": row.model,
-        "case": row.case,
-        "ours": amount(row.ours, row.unit),
-        "PEFT": amount(row.peft, row.unit),
-        "ratio PEFT / ours": ratio(row),
-        "target": target(row),
-        "note": row.note,
+def columns(rows: Sequence[Row], extra: Extra | None = None) -> dict[str, Cell]:
+    """By its heading, what makes a column's cells."""
+    if extra is None:
+        names = dict.fromkeys(name for row in rows for name in row.figures)
+        extra = {n: lambda row, n=n: figure(n, row.figures.get(n)) for n in names}
+    peers = {row.peer for row in rows if row.ratio is not None} or {"PEFT"}
+    peer = peers.pop() if len(peers) == 1 else "peer"
+    every: dict[str, Cell] = {
+        "model": lambda row: row.model,
+        "case": lambda row: row.case,
+        "ours": lambda row: amount(row.ours, row.unit),
+        "PEFT": lambda row: amount(row.peft, row.unit),
+        "torch.linalg": lambda row: amount(row.exact, row.unit),
+        f"ratio {peer} / ours": lambda row: ratio(row) if peer == row.peer else against(row),
+        "target": target,
+        "quality": lambda row: "; ".join(quality(n, q) for n, q in row.quality.items()),
+        **extra,
+        "note": lambda row: row.note,
     }
-    return [fixed[c] if c in fixed else figure(c, row.figures.get(c)) for c in columns]
+    return {
+        name: cell
+        for name, cell in every.items()
+        if any(cell(row) not in ("", NOTHING) for row in rows)
+    }
 
 
 def amount(value: float | None, unit: str) -> str:
@@ -40,7 +53,7 @@ def amount(value: float | None, unit: str) -> str:
     if value is None:
         return NOTHING
     if unit == "s":
-        return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+        return f"{value:.2f} s" if abs(value) >= 1 else f"{1e3 * value:.3g} ms"
     return f"{value:.1f} {unit}" if unit == "MiB" else f"{value:.2f}{unit}"
 
 
@@ -51,48 +64,73 @@ def figure(name: str, value: float | None) -> str:
     _, _, unit = name.rpartition(", ")
     if unit in ("s", "MiB"):
         return amount(value, unit)
-    return "0" if value == 0 else f"{value:.1e}"
+    if value == round(value):
+        return f"{value:g}"
+    return f"{value:.1e}" if value < 0.1 else f"{value:.3g}"
 
 
 def ratio(row: Row) -> str:
     """The ratio and its interval, where that has a width."""
     if row.ratio is None:
         return NOTHING
-    text = f"{row.ratio.estimate:.2f}"
+    text = f"{row.ratio.estimate:.3g}" if row.ratio.estimate >= 10 else f"{row.ratio.estimate:.2f}"
     if row.ratio.low == row.ratio.high:
         return text
     return f"{text} [{row.ratio.low:.2f}, {row.ratio.high:.2f}]"
 
 
+def against(row: Row) -> str:
+    """The ratio where rows have different peers."""
+    return ratio(row) if row.ratio is None or row.peer == "PEFT" else f"{ratio(row)} ({row.peer})"
+
+
 def target(row: Row) -> str:
-    """What is wanted, and whether it was met."""
+    """What is wanted of the time, and whether that and the quality were met."""
     wanted = [f"≥ {row.target:g}"] if row.target is not None else []
+    wanted += [f"≤ {row.ceiling:g}"] if row.ceiling is not None else []
+    wanted = wanted or (["quality"] if row.quality and row.verdict else [])
     return ": ".join([*wanted, *([row.verdict] if row.verdict else [])]) or NOTHING
 
 
-def terminal_table(rows: Sequence[Row]) -> Group:
+def quality(name: str, found: Quality) -> str:
+    """A figure of quality with what is demanded of it, and PEFT's."""
+    text = f"{name} {share(name, found.ours)}"
+    if found.limit is not None:
+        text += f" {'≥' if found.least else '≤'} {share(name, found.limit)}"
+    return text if found.peft is None else f"{text} (PEFT {share(name, found.peft)})"
+
+
+def share(name: str, value: float | None) -> str:
+    """Of a figure of quality: an overlap as a share of 1, others in powers of 10."""
+    if value is None:
+        return NOTHING
+    return f"{value:.4g}" if name == "overlap" else f"{value:.1e}"
+
+
+def terminal_table(rows: Sequence[Row], extra: Extra | None = None) -> Group:
     """A table without the notes, which follow it as lines: they are too long for a column."""
-    columns = [column for column in header(rows) if column != "note"]
+    made = columns(rows, extra)
+    made.pop("note", None)
     table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        left = column in ("model", "case")
+    for column in made:
+        left = column in LEFT
         table.add_column(
             escape(column),
             justify="left" if left else "right",
-            no_wrap=left,
+            no_wrap=column in ("model", "case"),
             overflow="fold",
         )
     for row in rows:
         style = {"missed": "red", "open": "yellow"}.get(row.verdict or "")
-        table.add_row(*map(escape, cells(row, columns)), style=style)
+        table.add_row(*(escape(cell(row)) for cell in made.values()), style=style)
     notes = [escape(f"  {row.model} {row.case}: {row.note}") for row in rows if row.note]
     return Group(table, *notes)
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    columns = header(rows)
-    rule = [":---" if c in ("model", "case", "note") else "---:" for c in columns]
-    lines = [columns, rule, *(cells(row, columns) for row in rows)]
+def markdown_table(rows: Sequence[Row], extra: Extra | None = None) -> str:
+    made = columns(rows, extra)
+    rule = [":---" if c in LEFT else "---:" for c in made]
+    lines = [list(made), rule, *([cell(row) for cell in made.values()] for row in rows)]
     return "\n".join(
         "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
     )

@@ -30,9 +30,6 @@ from lora_init.registry import register_initializer
 
 NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
 
-TOLERANCE = 3e-4
-"""Of a step's squared objective: the alternation itself moves it by far more."""
-
 
 @dataclass
 class LoftqOptions:
@@ -129,9 +126,7 @@ def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
             plain = float(before / norm)
         # The noise of a quantiser has a flat spectrum: the last iteration's subspace is the best
         # guess there is, and the objective, not the subspace, decides when to stop.
-        triplets = linalg.top_singular(
-            residual, rank, generator=generator, start=start, tolerance=TOLERANCE
-        )
+        triplets = linalg.top_singular(residual, rank, generator=generator, start=start)
         start = triplets.right
         root = (triplets.values / scaling).sqrt()
         lora_A, lora_B = root[:, None] * triplets.right.T, triplets.left * root

@@ -1,0 +1,148 @@
+"""What collecting second moments costs, in units of the plain forward passes over the same batches.
+
+`lora_init.statistics.collect` runs over all linear layers, and over query and value projections
+alone. Plain passes go on a second copy of the model, between the observed ones, batch by batch:
+each batch is a pair, and what slows the machine down for a moment slows both. What `collect` does
+before the first batch and after the last is spread over its batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+import lora_init
+from experiments.benchmark.isolated import run_isolated
+from experiments.benchmark.ratios import paired_ratio
+from experiments.benchmark.rows import Row, verdict_below
+from experiments.benchmark.settings import CALIBRATIONS, BenchmarkConfig
+from experiments.benchmark.subjects import Batch, Subject, load_subject
+from experiments.benchmark.timing import synchronize
+from experiments.console import say
+from experiments.errors import RunFailed
+from lora_init.statistics import collect
+
+TITLE = "the pass that collects second moments, against plain forward passes"
+Q_AND_V = r".*(query|value|q_proj|v_proj)"
+LABELS = {"all_linear": "all linear layers", "q_and_v": "q and v"}
+
+
+def run(settings: BenchmarkConfig) -> list[Row]:
+    rows = []
+    for name in settings.calibration.models:
+        say(f"  {name}")
+        rows += compare(name, settings)
+    return rows
+
+
+def compare(name: str, settings: BenchmarkConfig) -> list[Row]:
+    outcome = run_isolated(measure, settings, settings.initialization.process_limit, name=name)
+    if outcome.failure:
+        raise RunFailed(f"calibration of {name}: {outcome.failure}")
+    return [row_of(name, told, settings) for told in outcome.reports]
+
+
+def row_of(name: str, told: dict[str, Any], settings: BenchmarkConfig) -> Row:
+    ratio = paired_ratio(told["observed"], told["plain"])
+    ceiling = settings.models[name].targets.get(told["case"])
+    return Row(
+        "calibration", name, LABELS[told["case"]], "×", ours=ratio.estimate,
+        ceiling=ceiling, verdict=verdict_below(ratio, ceiling),
+        figures={
+            "low": ratio.low,
+            "high": ratio.high,
+            "plain passes, s": told["batches"] * median(told["plain"]),
+            "observed passes, s": told["batches"] * median(told["observed"]),
+            "layers": float(told["layers"]),
+            "tokens": float(told["tokens"]),
+        },
+    )  # fmt: skip
+
+
+def measure(settings: BenchmarkConfig, report: Callable[[dict], None], name: str) -> None:
+    """In a fresh process: every case on the same batches, until the budget is used up."""
+    subject = load_subject(name, settings)
+    plain = copy.deepcopy(subject.model).eval()
+    batches = subject.calibration_batches(settings.calibration.batches)
+    forward(plain, batches[0])
+    for case in CALIBRATIONS:
+        plan = lora_init.get_peft_model(subject.model, configuration(case, subject), dry_run=True)
+        names = [target.name for target in plan.targets]
+        observe = partial(collect, subject.model, names, plan.calibration)
+        found = observe(batches[:1])  # loads code and work buffers
+        paces: list[Pace] = []
+        while sum(pace.total for pace in paces) <= settings.calibration.budget:
+            pace = Pace(batches, partial(forward, plain), subject.device)
+            pace.over(observe)
+            paces.append(pace)
+        report(
+            {
+                "case": case,
+                "plain": [seconds for pace in paces for seconds in pace.plain],
+                "observed": [seconds for pace in paces for seconds in pace.observed],
+                "batches": len(batches),
+                "layers": len(names),
+                "tokens": found.tokens * len(batches),
+            }
+        )
+
+
+@torch.no_grad()
+def forward(model: torch.nn.Module, batch: Batch) -> None:
+    model(**batch)
+
+
+def configuration(case: str, subject: Subject) -> lora_init.LoraConfig:
+    """Any method that asks for second moments; only its plan is used."""
+    targets = Q_AND_V if case == "q_and_v" else "all-linear"
+    return lora_init.LoraConfig(
+        r=1, target_modules=targets, init_lora_weights="corda", task_type=subject.task
+    )
+
+
+@dataclass
+class Pace:
+    """An iterable of batches that times what its consumer does with each, and a plain pass between.
+
+    Attributes:
+        plain, observed: seconds by batch; `over` adds the consumer's beginning and end to the
+            latter in equal parts.
+    """
+
+    batches: Sequence[Batch]
+    pass_plainly: Callable[[Batch], None]
+    device: torch.device
+    plain: list[float] = field(default_factory=list)
+    observed: list[float] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return sum(self.plain) + sum(self.observed)
+
+    def over(self, consume: Callable[[Iterator[Batch]], Any]) -> None:
+        """Have `consume` go through the batches, everything in it timed."""
+        whole = self._seconds_of(lambda: consume(iter(self)))
+        rest = (whole - self.total) / len(self.batches)
+        self.observed = [seconds + rest for seconds in self.observed]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            self.plain.append(self._seconds_of(lambda batch=batch: self.pass_plainly(batch)))
+            start = time.perf_counter()
+            yield batch
+            synchronize(self.device)
+            self.observed.append(time.perf_counter() - start)
+
+    def _seconds_of(self, function: Callable[[], Any]) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        function()
+        synchronize(self.device)
+        return time.perf_counter() - start

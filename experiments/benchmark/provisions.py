@@ -1,0 +1,132 @@
+"""What the strategies share on one model: batches, plain passes, truths, and the one calibration
+that the strategy at hand reads. All of it is made outside the clocks of their turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lora_init
+from experiments.benchmark import quality
+from experiments.benchmark.contenders import Request, Stopwatch, our_config, our_plan
+from experiments.benchmark.exact import Given, distinct
+from experiments.benchmark.references import References
+from experiments.benchmark.subjects import Batch, Subject
+from lora_init.modules import oriented_weight
+from lora_init.plan import Plan
+
+GRADIENT_BATCHES = 2
+
+
+class Provisions:
+    """Of one subject.
+
+    Attributes:
+        calibration: what `calibrate` found, None for strategies that read no data. It is never
+            handed to an initialization itself, which would keep what it computed in it.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.calibration: lora_init.Calibration | None = None
+
+    def plan(self, request: Request) -> Plan:
+        """What ours would do; for what is no method of ours, its layers."""
+        shown = replace(request, method="kaiming") if request.strategy.ours is None else request
+        return our_plan(self.subject.model, shown)
+
+    def weight(self, name: str) -> Tensor:
+        return oriented_weight(self.subject.model.get_submodule(name)).detach().float()
+
+    # -- batches -----------------------------------------------------------------------------------
+
+    def data(self, request: Request) -> list[Batch] | None:
+        kind = request.strategy.calibration
+        return {"inputs": self.batches, "gradients": self.labelled}[kind] if kind else None
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        return self.subject.calibration_batches(self.subject.settings.batches)
+
+    @cached_property
+    def labelled(self) -> list[Batch]:
+        if self.subject.task is None:  # a single layer, which has no loss
+            return []
+        return self.subject.training_batches(GRADIENT_BATCHES)
+
+    @cached_property
+    def probe(self) -> Batch:
+        """What everyone is asked at step 0."""
+        return (self.labelled or self.batches)[0]
+
+    @cached_property
+    def expected_logits(self) -> Tensor:
+        return quality.logits(self.subject.model, self.probe)
+
+    # -- passes ------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, gradients: bool = False) -> None:
+        with torch.set_grad_enabled(gradients):
+            result = self.subject.model.eval()(**batch)
+            if gradients:
+                result.loss.backward()
+        self.subject.model.zero_grad(set_to_none=True)
+
+    @cached_property
+    def plain_seconds(self) -> list[float]:
+        """Of a plain forward pass over each calibration batch."""
+        self.forward(self.batches[0])
+        watches = [Stopwatch() for _ in self.batches]
+        for watch, batch in zip(watches, self.batches, strict=True):
+            watch(lambda batch=batch: self.forward(batch), self.subject.device)
+        return [watch.seconds for watch in watches]
+
+    def calibrate(self, request: Request) -> float:
+        """Collect what the strategy reads, in the place of the last one's; returns the seconds."""
+        self.calibration = None
+        self.references.read({})
+        data, watch = self.data(request), Stopwatch()
+        if data is not None:
+            model, config = self.subject.model, our_config(request)
+            self.calibration = watch(
+                lambda: lora_init.calibrate(model, config, data), self.subject.device
+            )
+            layers = self.calibration.layers
+            self.references.read({name: found.inputs for name, found in layers.items()})
+        return watch.seconds
+
+    # -- for peers and judges ----------------------------------------------------------------------
+
+    @cached_property
+    def references(self) -> References:
+        settings = self.subject.settings
+        whole = Request(self.subject.task, 1, 1.0, self.subject.seed, names=self.subject.names)
+        return References(self.subject, self.plan(whole).targets, max(settings.ranks))
+
+    def read_shapes(self, request: Request, targets: Sequence[Any]) -> list[tuple[int, int]]:
+        """Of what a strategy decomposes: the weights, or for EVA each distinct covariance."""
+        if request.method != "eva":
+            return [target.shape for target in targets]
+        layers = self.calibration.layers
+        moments = {t.name: layers[t.name].inputs.covariance for t in targets}
+        return [tuple(moment.shape) for moment in distinct(moments)]
+
+    def given(self, request: Request, plan: Plan) -> Given:
+        """What the exact computation starts from."""
+        names = [target.name for target in plan.targets]
+        kind = request.strategy.calibration
+        layers = {} if self.calibration is None else self.calibration.layers
+        inputs = {name: layers[name].inputs for name in names} if kind == "inputs" else {}
+        moments = {id(found): found.second_moment.float() for found in inputs.values()}
+        return Given(
+            weights={name: self.weight(name) for name in names},
+            moments={name: moments[id(found)] for name, found in inputs.items()},
+            gradients={n: layers[n].gradient for n in names} if kind == "gradients" else {},
+            rank=request.rank,
+        )

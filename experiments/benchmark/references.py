@@ -1,0 +1,132 @@
+"""Float64 truths that quality is measured against, each computed once for all strategies.
+
+A synthetic weight's singular vectors are known from how it was made. Others are taken from a
+float64 SVD, of up to six layers of a shape, spread over the model, or of one where decompositions
+are dear; products W R and second moments likewise. What no CPU decomposes in seconds has no
+reference: its figures stay empty.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experiments.benchmark.subjects import Subject
+from lora_init.modules import oriented_weight
+from lora_init.moments import InputStatistics
+from lora_init.plan import Target
+
+PER_SHAPE = 6
+DEAR = 2**32  # m n min(m, n) from which one layer of a shape has to do
+TOO_DEAR = 2**35  # and from which a CPU is not asked
+# CorDA lifts R by this share of its mean diagonal, which keeps W R's last triplets unique where
+# R is singular in float32. Stated in lora_init/initializers/corda.py; a test compares the two.
+CORDA_LIFT = 1e-6
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The first and the last left singular vectors, float64 columns; None where not known."""
+
+    first: Float[Tensor, "m k"]
+    last: Float[Tensor, "m k"] | None
+
+
+class References:
+    """The truths about one subject, for ranks up to `rank`."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        targets: Sequence[Target],
+        rank: int,
+    ) -> None:
+        self.subject = subject
+        self.rank = rank
+        self.judged = spread(targets)
+        self._weights: dict[str, Ends | None] = {}
+        self.read({})
+
+    def read(self, inputs: Mapping[str, InputStatistics]) -> None:
+        """The layers' inputs, by which products and directions are judged from here on."""
+        self.inputs = inputs
+        self._products: dict[tuple[str, bool], Ends | None] = {}
+        self._directions: dict[int, Tensor] = {}
+
+    def weight(self, name: str) -> Float[Tensor, "m n"]:
+        """The original weight in float64."""
+        return oriented_weight(self.subject.model.get_submodule(name)).detach().double()
+
+    def second_moment(self, name: str, lifted: bool) -> Float[Tensor, "n n"]:
+        moment = self.inputs[name].second_moment.double()
+        if lifted:
+            moment.diagonal().add_(CORDA_LIFT * moment.diagonal().mean())
+        return moment
+
+    def of_weight(self, name: str) -> Ends | None:
+        if name not in self._weights:
+            self._weights[name] = self._known(name) or self._decomposed(self.weight(name))
+        return self._weights[name]
+
+    def of_product(self, name: str, lifted: bool) -> Ends | None:
+        """Of W R, or of W (R + lift)."""
+        key = name, lifted
+        if key not in self._products:
+            rows, columns = self.subject.model.get_submodule(name).weight.shape
+            if self._too_dear(rows * columns * min(rows, columns)):
+                return None
+            product = self.weight(name) @ self.second_moment(name, lifted)
+            self._products[key] = self._decomposed(product)
+        return self._products[key]
+
+    def directions(self, name: str) -> Float[Tensor, "n k"] | None:
+        """Eigenvectors of the covariance of the layer's inputs, ascending."""
+        inputs = self.inputs[name]
+        if id(inputs) not in self._directions:
+            if self._too_dear(len(inputs.covariance) ** 3):
+                return None
+            vectors = torch.linalg.eigh(inputs.covariance.double())[1]
+            # Twice the rank: what EVA may give to a layer.
+            self._directions[id(inputs)] = vectors[:, -2 * self.rank :].clone()
+        return self._directions[id(inputs)]
+
+    @cached_property
+    def _rounded(self) -> bool:
+        """Whether the weights were rounded further than their smallest triplets bear."""
+        return next(self.subject.model.parameters()).dtype != torch.float32
+
+    def _known(self, name: str) -> Ends | None:
+        made = self.subject.known.get(name)
+        if made is None:
+            return None
+        count, device = min(made.rows, made.columns), self.subject.device
+        last = None if self._rounded else made.left(count - self.rank, count, device).double()
+        return Ends(made.left(0, self.rank, device).double(), last)
+
+    def _decomposed(self, matrix: Tensor) -> Ends | None:
+        if self._too_dear(matrix.numel() * min(matrix.shape)):
+            return None
+        left = torch.linalg.svd(matrix, full_matrices=False)[0]
+        return Ends(left[:, : self.rank].clone(), left[:, -self.rank :].clone())
+
+    def _too_dear(self, operations: int) -> bool:
+        return self.subject.device.type == "cpu" and operations > TOO_DEAR
+
+
+def spread(targets: Sequence[Target]) -> list[str]:
+    """Names of up to six targets of each shape, the first and the last among them."""
+    by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for target in targets:
+        by_shape[target.shape].append(target.name)
+    chosen = []
+    for (rows, columns), names in by_shape.items():
+        count = 1 if rows * columns * min(rows, columns) > DEAR else min(PER_SHAPE, len(names))
+        places = [round(i * (len(names) - 1) / max(count - 1, 1)) for i in range(count)]
+        chosen += [names[place] for place in places]
+    return chosen
