@@ -1,4 +1,20 @@
-"""Which algorithm answers, and when it may stop: thresholds, and the measurements behind them."""
+"""Which algorithm answers, and when it may stop: thresholds, and the measurements behind them.
+
+Milliseconds of one core (AMD EPYC, float32, r = 16, a machine with other work on it, so that only
+large differences count):
+
+| matrix | Gram matrix | dense eigensolver on it | Krylov space on it | Krylov space on W |
+|---|---|---|---|---|
+| SmolLM2 k_proj, 192 × 576 | 1 | 3 (float64) | – | – |
+| SmolLM2 q_proj, 576 × 576 | 4 | 23 | 8 | 10 |
+| SmolLM2 gate_proj, 1536 × 576 | 7 | 23 | 8 | 17 |
+| a quantiser's error, 1536 × 576, cold / warm | 7 | 23 | 6 / – | 12 / 7 |
+
+Hence a dense solver up to 256, the Gram matrix up to 1024 where the start is cold, products with W
+above and where it is warm. Of SmolLM2's 210 matrices the worst excess Frobenius error was 1.5e-5.
+The last 16 triplets of a 2048 × 2048 matrix with s_i = i^-0.7 take 0.7 s of two cores with a shift;
+without it no space of the inverse converges. Nothing here was measured on a GPU.
+"""
 
 from __future__ import annotations
 
