@@ -61,7 +61,7 @@ class InputStatistics:
         decomposed is rounded up to a power of two: LAPACK's last bits depend on how many vectors it
         is asked for, and a layer's may not depend on what the others asked for.
         """
-        size = min(len(self.mean), max(SMALLEST_DECOMPOSITION, 1 << (rank - 1).bit_length()))
+        size = linalg.nesting_rank(max(rank, SMALLEST_DECOMPOSITION), len(self.mean))
         if (center, size) not in self._components:
             matrix = self.covariance if center else self.second_moment
             values, vectors = linalg.top_eigen(matrix, size)

@@ -153,11 +153,11 @@ def leading_eigenspace(
             rows = coefficients if half is None else images[..., :used].mT @ images[..., old:used]
             projected[..., old:used, :used] = rows.mT  # of V^T K V
             scale = torch.maximum(scale, coefficients.abs().amax((-2, -1), keepdim=True))
-            rounding = scale
+            size = scale  # of the products that were rounded
             if half is not None:
-                rounding = scale.sqrt() * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
+                size = scale.sqrt() * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
             noise = noise.roll(1, dims=-2)  # shifted rows are new directions
-            block, first = torch.linalg.qr(block - known @ coefficients + rounding * noise)
+            block, first = torch.linalg.qr(block - known @ coefficients + size * noise)
             # Once leaves the rounding of the first projection behind, twice is enough.
             block, second = torch.linalg.qr(block - known @ (known.mT @ block))
         values, vectors = torch.linalg.eigh(projected[..., :used, :used], UPLO="L")
@@ -167,12 +167,12 @@ def leading_eigenspace(
         residuals = torch.linalg.vector_norm(residuals, dim=-2).double()
         wanted = values[..., :rank].double()
         gaps = (wanted - values[..., kept : kept + 1].double()).clamp_min(0)
+        total = values.sum(-1, dtype=torch.float64) if trace is None else trace
+        missing = (total - wanted.sum(-1)).clamp_min(0)
         rounding = ROUNDING[block.dtype] * wanted[..., :1]
         if each:
             done = residuals <= torch.maximum(tolerance * gaps, rounding)
         else:
-            total = values.sum(-1, dtype=torch.float64) if trace is None else trace
-            missing = (total - wanted.sum(-1)).clamp_min(0)
             if half is not None:
                 rounding = (rounding * ROUNDING[block.dtype] * wanted).sqrt()
             squares = residuals.square() / gaps.clamp_min(torch.finfo(gaps.dtype).tiny)
@@ -180,10 +180,9 @@ def leading_eigenspace(
             done = growth.sum(-1) <= tolerance * missing
         converged = bool(done.all())
         if converged or round_ == rounds - 1:
-            total = values.sum(-1, dtype=torch.float64) if trace is None else trace
-            missing = (total - wanted.sum(-1)).clamp_min(0) / total.clamp_min(1e-300)
+            share = missing / total.clamp_min(torch.finfo(total.dtype).tiny)
             found = known @ vectors[..., :rank]
-            return Subspace(wanted, found, missing, residuals, converged)
+            return Subspace(wanted, found, share, residuals, converged)
         # Thick restart: the best Ritz vectors and the next block span what a longer space would
         # have found useful, and the eigenproblem stays small.
         basis[..., :kept] = known @ vectors[..., :kept]
