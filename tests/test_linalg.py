@@ -180,7 +180,7 @@ def test_same_result_twice_and_from_the_generator_only(method):
     assert torch.equal(torch.get_rng_state(), state)
     third = top_singular(matrix, 8, method="subspace", niter=1, generator=seeded(1))
     fourth = top_singular(matrix, 8, method="subspace", niter=1, generator=seeded(2))
-    again = top_singular(matrix, 8, niter=1, generator=seeded(1))
+    again = top_singular(matrix, 8, method="subspace", niter=1, generator=seeded(1))
     assert torch.equal(third.right, again.right)
     assert not torch.equal(third.right, fourth.right)
     assert again.method == "subspace"
@@ -188,12 +188,14 @@ def test_same_result_twice_and_from_the_generator_only(method):
 
 @pytest.mark.parametrize("shape", [(320, 240), (240, 320)])
 @pytest.mark.parametrize("niter", [1, 2, 4, 16])
-def test_niter_is_at_least_as_accurate_as_svd_lowrank(niter, shape):
+@pytest.mark.parametrize("method", ["powers", "subspace"])
+def test_niter_is_at_least_as_accurate_as_svd_lowrank(method, niter, shape):
     ours, theirs = [], []
     for seed in range(4):
         matrix = power_law(*shape, seed=10 * seed).float()
         optimum = squared_tail(torch.linalg.svdvals(matrix.double()), 16)
-        found = top_singular(matrix, 16, method="subspace", niter=niter, generator=seeded(seed))
+        found = top_singular(matrix, 16, method=method, niter=niter, generator=seeded(seed))
+        assert found.method == method
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             left, values, right = torch.svd_lowrank(matrix, q=16, niter=niter)

@@ -11,10 +11,12 @@ from lora_init.linalg.decomposition import Decomposition, fix_signs
 from lora_init.linalg.eigen import top_eigen
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.orthonormal import leading_qr
-from lora_init.linalg.singular import METHODS, top_singular
+from lora_init.linalg.singular import ITERATIONS, METHODS, QUALITY, top_singular
 
 __all__ = [
+    "ITERATIONS",
     "METHODS",
+    "QUALITY",
     "Decomposition",
     "Operator",
     "bottom_singular",

