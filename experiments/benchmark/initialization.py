@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from experiments.benchmark.cases import NAMES, Case
+from experiments.benchmark.commentary import Commentary
 from experiments.benchmark.contest import contest
 from experiments.benchmark.floors import floor
 from experiments.benchmark.isolated import run_isolated
@@ -74,10 +75,12 @@ def measure(name: str, settings: BenchmarkConfig, rates: Rates) -> list[Row]:
     begun: list[tuple[int, str]] = []
     broken: dict[tuple[int, str], str] = {}
     while True:
+        commentary = Commentary()
         outcome = run_isolated(
-            contest, settings, settings.initialization.process_limit,
+            contest, settings, settings.initialization.process_limit, hear=commentary.hear,
             name=name, rates=asdict(rates), begun=begun,
         )  # fmt: skip
+        commentary.conclude()
         reports += outcome.reports
         cases = list(dict.fromkeys((r["rank"], r["method"]) for r in reports if "method" in r))
         if outcome.failure is None:

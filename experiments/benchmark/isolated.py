@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "LORA_INIT_CACHE": "off",  # what was stored by an earlier call would cost nothing
 }
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def run_isolated(
     settings: BenchmarkConfig,
     time_limit: float,
     variables: Mapping[str, str] | None = None,
+    hear: Callable[[dict[str, Any]], None] | None = None,
     **arguments: Any,
 ) -> Outcome:
     """Call `function(settings, report, **arguments)` in a new process and gather its reports.
@@ -50,6 +53,7 @@ def run_isolated(
         function: a module's own function; it tells what it finds by `report(dict)`.
         time_limit: seconds; the process is killed then.
         variables: environment variables for the process.
+        hear: called with each report within a second of its being made.
         arguments: JSON types.
     """
     request = {
@@ -69,10 +73,17 @@ def run_isolated(
                 start_new_session=True,
             )  # fmt: skip
             failure = None
+            heard = Hearing(reports, hear)
             try:
-                child.communicate(json.dumps(request).encode(), timeout=time_limit)
-            except subprocess.TimeoutExpired:
-                failure = f"no end within {time_limit:g} s"
+                child.stdin.write(json.dumps(request).encode())
+                child.stdin.close()
+                ends = time.monotonic() + time_limit
+                while child.poll() is None and failure is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(min(POLL_SECONDS, max(ends - time.monotonic(), 0.01)))
+                    heard.listen()
+                    if child.poll() is None and time.monotonic() >= ends:
+                        failure = f"no end within {time_limit:g} s"
             finally:
                 with contextlib.suppress(ProcessLookupError):  # with what it started itself
                     os.killpg(child.pid, signal.SIGKILL)
@@ -80,8 +91,26 @@ def run_isolated(
         if failure is None and child.returncode != 0:
             told = last_line(errors.read_text(errors="replace"))
             failure = f"process ended with {told or f'exit status {child.returncode}'}"
-        lines = reports.read_text().splitlines()
-    return Outcome([json.loads(line) for line in lines], failure)
+        heard.listen()
+    return Outcome(heard.reports, failure)
+
+
+class Hearing:
+    """Reads what a growing file of reports has got since the last time."""
+
+    def __init__(self, path: Path, hear: Callable[[dict[str, Any]], None] | None) -> None:
+        self.path, self.hear, self.read = path, hear, 0
+        self.reports: list[dict[str, Any]] = []
+
+    def listen(self) -> None:
+        with self.path.open("rb") as file:
+            file.seek(self.read)
+            complete = file.read().rpartition(b"\n")[0]  # not a line that is being written
+        self.read += len(complete) + bool(complete)
+        for line in complete.splitlines():
+            self.reports.append(json.loads(line))
+            if self.hear is not None:
+                self.hear(self.reports[-1])
 
 
 def last_line(text: str) -> str:

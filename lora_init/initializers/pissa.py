@@ -8,9 +8,9 @@ Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adap
 Deviations: the official code and PEFT take a full SVD for "pissa"; ours computes the top r triplets
 only, to an excess Frobenius error of at most 1e-4. PEFT's `pissa_niter_N` draws its test matrix
 from the global generator, with no oversampling, so that a reload gives another residual; ours is
-seeded per layer. N asks for the accuracy of N subspace iterations: ours comes from a Krylov space of
-fewer products, which is at least as accurate; method="subspace" iterates literally N times. Signs
-follow a fixed convention.
+seeded per layer. N asks for the accuracy of N subspace iterations: ours comes from a Krylov space
+of fewer products, which is at least as accurate; method="subspace" iterates literally N times.
+Signs follow a fixed convention.
 """
 
 from __future__ import annotations

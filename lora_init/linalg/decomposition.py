@@ -87,7 +87,7 @@ def rotated(
     image: Float[Tensor, "*stack m k"],
     rank: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(left, values, right) in the dtype of ``image = W right``, the best in the span of `right`."""
+    """(left, values, right) in the dtype of ``image = W right``: best in the span of `right`."""
     basis, triangle = torch.linalg.qr(image)
     inner, values, rotation = torch.linalg.svd(triangle.double())
     left = (basis.double() @ inner[..., :rank]).to(image.dtype)

@@ -139,10 +139,15 @@ def settings(tiny_encoder, tiny_decoder, tmp_path):
 def in_process(monkeypatch):
     """What runs in a process of its own runs in this one, its reports through JSON all the same."""
 
-    def run(function, settings, time_limit, variables=None, **arguments):
+    def run(function, settings, time_limit, variables=None, hear=lambda _: None, **arguments):
         told = []
-        function(settings, told.append, **json.loads(json.dumps(arguments)))
-        return isolated.Outcome(json.loads(json.dumps(told)))
+
+        def report(measured):
+            told.append(json.loads(json.dumps(measured)))
+            hear(told[-1])
+
+        function(settings, report, **json.loads(json.dumps(arguments)))
+        return isolated.Outcome(told)
 
     for section in (initialization, calibration):
         monkeypatch.setattr(section, "run_isolated", run)
