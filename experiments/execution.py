@@ -2,95 +2,112 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 
+from experiments.checkpoints import Checkpoints
+from experiments.claims import Claim, claim
 from experiments.config import RunConfig
 from experiments.console import say, training_bar
+from experiments.continuing import already_finished, prepare_folder, restore_adapter
 from experiments.data import Splits, load_data
 from experiments.environment import describe_environment
 from experiments.errors import ConfigurationError
 from experiments.evaluation import evaluate
+from experiments.failures import record_failure, refuse_to_diverge_again
 from experiments.models import LoadedModel, load_model
 from experiments.probe import PeakMemory, output_gap, probe
-from experiments.runs import MetricsFile, RunFolder, identify, write_json, write_text
+from experiments.recording import recording
+from experiments.runs import RunFolder, identify, write_json
 from experiments.tasks import Evaluation, Task, draw, make_task
-from experiments.tracking import track
 from experiments.training import TrainingSummary, make_accelerator, train
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
 PROBED_EXAMPLES = 16
 
 
-def execute(run: RunConfig) -> dict[str, Any]:
-    """Do the run, or find it done; returns what `result.json` holds.
+def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
+    """Do the run, go on with it, or find it done; returns what `result.json` holds.
+
+    Args:
+        wait: for a process that works on the same run, and take its result.
 
     Raises:
         ConfigurationError: a setting that cannot work.
-        RunFailed: training diverged; `failed.json` in the run's folder says where.
+        RunFailed: training diverged or its time is over; `failed.json` in the run's folder says so.
+        RunElsewhere: another process works on the run, and `wait` is False.
     """
+    started = time.monotonic()
     folder = identify(run)
-    done = None if run.runtime.rerun else folder.finished()
-    if done is not None:
-        say(f"  finished before, skipped: {folder.path} ({done['metric']} {done['score']:.4f})")
+    if (done := already_finished(run, folder)) is not None:
         return done
     if run.runtime.threads is not None:
         torch.set_num_threads(run.runtime.threads)
     accelerator = make_accelerator(run.training, run.runtime.device)
+    with claim(folder, run.training.steps, accelerator, wait=wait) as claimed:
+        if (done := already_finished(run, folder)) is not None:
+            return done  # by the process that held it before
+        if not run.runtime.rerun:
+            refuse_to_diverge_again(folder)
+        try:
+            return carry_out(run, folder, accelerator, claimed, started)
+        except Exception as error:
+            if accelerator.is_main_process:
+                record_failure(folder, error)
+            raise
+        finally:
+            accelerator.free_memory()
+
+
+def carry_out(
+    run: RunConfig, folder: RunFolder, accelerator: Accelerator, claimed: Claim, started: float
+) -> dict[str, Any]:
+    """Load, initialize, train, test and write, in that order; `result.json` last."""
+    main = accelerator.is_main_process
+    settings, runtime = run.training, run.runtime
     data = load_data(run.data)
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
-    if accelerator.is_main_process:
-        folder.start_over()
-        write_text(folder.path / "config.yaml", yaml.safe_dump(asdict(run), sort_keys=False))
-        write_json(folder.path / "environment.json", describe_environment())
+    saved = prepare_folder(run, folder, claimed, main)
     accelerator.wait_for_everyone()
-    try:
-        return carry_out(run, folder, data, loaded, accelerator)
-    except Exception as error:
-        if accelerator.is_main_process:
-            facts = getattr(error, "facts", {})
-            kind = type(error).__name__
-            failure = {"run_id": folder.id, "error": kind, "message": str(error), **facts}
-            write_json(folder.path / "failed.json", failure)
-        raise
-    finally:
-        accelerator.free_memory()
-
-
-def carry_out(
-    run: RunConfig, folder: RunFolder, data: Splits, loaded: LoadedModel, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Initialize, train, test and write, in that order; `result.json` last."""
-    main = accelerator.is_main_process
-    settings = run.training
     task = make_task(data.task_type, loaded.tokenizer, settings)
     model, init = initialize(run, data, task, loaded, accelerator.device)
-    if main:
+    saved = restore_adapter(saved, model)
+    if saved is not None:
+        init = json.loads((folder.path / "init.json").read_text())  # of the first start
+    elif main:
         write_json(folder.path / "init.json", init)
 
-    with recording(run, folder, main) as record, training_bar(settings.steps, main) as advance:
+    keep = saved.metrics_size if saved else 0
+    with (
+        recording(run, folder, main, keep) as (record, metrics_size),
+        training_bar(settings.steps, main) as show,
+    ):
 
         def validate(step: int) -> None:
             measured = evaluate(model, task, data.validation, settings, accelerator)
             record({"step": step, "split": "validation", **measured.metrics})
+
+        def advance(step: int, loss: float) -> None:
+            claimed.reached(step)
+            show(step, loss)
 
         if settings.validate_every and not data.validation:
             raise ConfigurationError(
                 "training.validate_every is set, and the validation split is empty; raise "
                 "data.validation_limit, or set training.validate_every=0"
             )
-        if settings.validate_at_start:
+        if settings.validate_at_start and saved is None:
             validate(0)
+        limit = runtime.time_limit_minutes
         summary = train(
             model,
             task,
@@ -101,6 +118,14 @@ def carry_out(
             record=record,
             validate=validate,
             advance=advance,
+            checkpoints=Checkpoints(
+                folder,
+                saved,
+                every=runtime.checkpoint_every,
+                minutes=runtime.checkpoint_minutes,
+                deadline=None if limit is None else started + 60.0 * limit,
+                metrics_size=metrics_size,
+            ),
         )
         test = evaluate(model, task, data.test, settings, accelerator)
         record({"step": summary.steps, "split": "test", **test.metrics})
@@ -113,6 +138,7 @@ def carry_out(
             folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score
         )
         write_json(folder.result_file, result)
+        folder.forget_checkpoint()
         say(
             f"  {task.metric} {result['score']:.4f}, init {result['init_seconds']:.1f} s, "
             f"training {result['train_seconds']:.1f} s -> {folder.path}"
@@ -169,30 +195,6 @@ def calibration_batches(
     for start in range(0, len(chosen), settings.batch_size):
         some = [data.train[index] for index in chosen[start : start + settings.batch_size]]
         yield {key: value.to(device) for key, value in task.collate(some).items()}
-
-
-@contextmanager
-def recording(run: RunConfig, folder: RunFolder, main: bool) -> Iterator[Any]:
-    """Yield the function that takes a line of metrics: to the file first, then to the tracker."""
-    if not main:
-        yield lambda row: None
-        return
-    tracker = track(
-        run.tracking,
-        run_id=folder.id,
-        name=folder.path.name,
-        group=run.sweep,
-        job_type=run.init.name,
-        config=asdict(run),
-        folder=folder.path.parent.parent,
-    )
-    with MetricsFile(folder.path / "metrics.jsonl") as metrics, tracker as log:
-
-        def record(row: dict[str, Any]) -> None:
-            metrics.append(row)
-            log(row)
-
-        yield record
 
 
 def describe_result(
