@@ -204,6 +204,7 @@ def read_checkpoint(folder: RunFolder) -> Saved | None:
             facts = json.loads((file.metadata() or {})["training"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         enough = folder.metrics_file.stat().st_size >= facts["metrics_size"]
+        enough &= folder.init_file.exists()
         fits = (facts["format"], facts["run_id"]) == (FORMAT, folder.id)
         return Saved(tensors, facts) if enough and fits else None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):

@@ -82,9 +82,9 @@ def carry_out(
     model, init = initialize(run, data, task, loaded, accelerator.device)
     saved = restore_adapter(saved, model)
     if saved is not None:
-        init = json.loads((folder.path / "init.json").read_text())  # of the first start
+        init = json.loads(folder.init_file.read_text())  # of the first start
     elif main:
-        write_json(folder.path / "init.json", init)
+        write_json(folder.init_file, init)
 
     keep = saved.metrics_size if saved else 0
     with (

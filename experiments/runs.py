@@ -44,6 +44,10 @@ class RunFolder:
         return self.path / "failed.json"
 
     @property
+    def init_file(self) -> Path:
+        return self.path / "init.json"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
