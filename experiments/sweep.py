@@ -86,7 +86,7 @@ class Manifest(Callback):
         try:
             planned = planned_jobs(config)
             if planned is not None:
-                begun = {tuple(job["overrides"]): job for job in listed(folder)}
+                begun = {tuple(job["overrides"]): job for job in listed(folder, planned)}
                 finish_sweep(
                     [begun.get(tuple(job), {"overrides": job}) for job in planned],
                     lambda overrides: run_of(reload(config, overrides)),
@@ -142,10 +142,11 @@ def sweep_folder(config: DictConfig) -> Path:
     return Path(config.paths.outputs) / "sweeps" / config.sweep
 
 
-def listed(folder: Path) -> list[dict[str, Any]]:
-    """The jobs' files, in the order in which they were started."""
-    jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
-    return sorted(jobs, key=lambda job: job["job"])
+def listed(folder: Path, planned: list[list[str]] | None) -> list[dict[str, Any]]:
+    """The jobs' files in the order of the plan, or as they were numbered where there is none."""
+    places = {tuple(job): place for place, job in enumerate(planned or [])}
+    jobs = [json.loads(path.read_text()) for path in folder.glob("jobs/*.json")]
+    return sorted(jobs, key=lambda job: (places.get(tuple(job["overrides"]), 0), job["job"]))
 
 
 def refresh(folder: Path) -> None:
@@ -163,8 +164,7 @@ def gather(folder: Path) -> None:
     list that another one has already extended."""
     with FileLock(folder / ".lock"):
         facts = json.loads((folder / "sweep.json").read_text())
-        facts.pop("planned")
-        runs = listed(folder)
+        runs = listed(folder, facts.pop("planned"))
         finished = sum(run["status"] == "finished" for run in runs)
         status = "finished" if finished and finished == facts["total"] else "incomplete"
         write_json(folder / "manifest.json", {**facts, "status": status, "runs": runs})
