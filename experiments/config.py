@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments import data, models
 from experiments.data import DataConfig
 from experiments.errors import ConfigurationError
+from experiments.launching import register_launchers
 from experiments.models import ModelConfig
 from experiments.schedule import TrainingConfig
 from experiments.tracking import TrackingConfig
@@ -158,6 +159,7 @@ def expressible(kind: Any, default: Any) -> bool:
 
 def register_schemas() -> None:
     """Put every schema into Hydra's ConfigStore, under `schema/` in its group."""
+    register_launchers()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for method in list_initializers():

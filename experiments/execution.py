@@ -25,7 +25,7 @@ from experiments.failures import record_failure, refuse_to_diverge_again
 from experiments.models import LoadedModel, load_model
 from experiments.probe import PeakMemory, output_gap, probe
 from experiments.recording import recording
-from experiments.runs import RunFolder, identify, write_json
+from experiments.runs import RunFolder, identify, last_row, write_json
 from experiments.tasks import Evaluation, Task, draw, make_task
 from experiments.training import TrainingSummary, make_accelerator, train
 from lora_init import LoraConfig, LoraModel, get_peft_model
@@ -208,6 +208,7 @@ def describe_result(
     test: Evaluation,
 ) -> dict[str, Any]:
     """Everything that a comparison needs of this run."""
+    validation = last_row(folder.metrics_file, "validation")
     return {
         "run_id": folder.id,
         "folder": str(folder.path),
@@ -225,6 +226,8 @@ def describe_result(
         "majority": task.majority(data.test),
         "loss_test": test.metrics["loss"],
         "test": test.metrics,
+        "validation": validation,
+        "validation_score": validation and validation[task.metric],
         "output_gap": init["output_gap"],
         "init_seconds": init["seconds"]["total"],
         "calibration_seconds": init["seconds"]["calibration"],

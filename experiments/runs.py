@@ -167,3 +167,10 @@ class MetricsFile:
 
     def __exit__(self, *exception: object) -> None:
         self.file.close()
+
+
+def last_row(path: Path, split: str) -> dict[str, Any] | None:
+    """The last measurement on a split in `metrics.jsonl`, without the split; None without any."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [row for row in rows if row["split"] == split]
+    return {key: value for key, value in found[-1].items() if key != "split"} if found else None
