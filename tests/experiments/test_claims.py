@@ -54,7 +54,8 @@ def test_the_heartbeat_tells_how_far_it_is(folder, alone, monkeypatch):
         facts = json.loads(folder.running_file.read_text())
         assert (facts["run_id"], facts["pid"], facts["steps"]) == (folder.id, os.getpid(), 90)
         assert set(facts) == {"run_id", "host", "pid", "started", "step", "steps", "updated"}
-        with pytest.raises(RunElsewhere, match=rf"process {os.getpid()} on .* \(step 7 of 90, \d+ s"):
+        told = rf"process {os.getpid()} on .* \(step 7 of 90, \d+ s ago\)"
+        with pytest.raises(RunElsewhere, match=told):
             acquire(folder, wait=False)
     assert heartbeat(folder) is None
     assert not is_held(folder)

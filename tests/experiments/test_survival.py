@@ -15,6 +15,7 @@ import pytest
 
 from experiments.execution import execute
 from experiments.runs import identify
+from experiments.status.survey import survey
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +64,8 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(
     assert [run["status"] for run in manifest(tmp_path / "outputs")["runs"]] == [
         "finished", "started",
     ]  # fmt: skip
+    found = survey(tmp_path / "outputs" / "sweeps" / "default")
+    assert [line.state for line in found.lines] == ["finished", "died", "missing"]
     before = folders[0].result_file.read_bytes()
 
     monkeypatch.chdir(tmp_path)
