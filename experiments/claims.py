@@ -25,6 +25,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from experiments.console import say
 from experiments.errors import RunElsewhere
 from experiments.runs import RunFolder, write_json
 
@@ -112,6 +113,7 @@ def claim(
 
 def acquire(folder: RunFolder, wait: bool) -> int:
     """The descriptor of the locked file."""
+    told = False
     while True:
         descriptor = lock(folder.lock_file)
         if descriptor is not None:
@@ -120,12 +122,15 @@ def acquire(folder: RunFolder, wait: bool) -> int:
             os.close(descriptor)
         if not wait:
             raise RunElsewhere(f"{describe(folder)}; its results will be in {folder.path}")
+        if not told:
+            say(f"  waiting: {describe(folder)}")
+            told = True
         time.sleep(POLL)
 
 
 def lock(path: Path) -> int | None:
     """Lock the file, made if there is none; None if another process holds it for a while."""
-    for _ in range(3):  # `is_held` of another process holds it for an instant
+    for _ in range(3):  # `is_held` of another process may be looking at this instant
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -141,9 +146,9 @@ def lock(path: Path) -> int | None:
     return None
 
 
-def try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -163,11 +168,12 @@ def release(folder: RunFolder, descriptor: int) -> None:
 def is_held(folder: RunFolder) -> bool:
     """Whether a process works on the run at this moment."""
     try:
-        descriptor = os.open(folder.lock_file, os.O_RDWR)
+        # Shared, for which reading is enough: the run may be another user's.
+        descriptor = os.open(folder.lock_file, os.O_RDONLY)
     except FileNotFoundError:
         return beats_elsewhere(folder)
     try:
-        return not try_lock(descriptor) or beats_elsewhere(folder)
+        return not try_lock(descriptor, fcntl.LOCK_SH) or beats_elsewhere(folder)
     finally:
         os.close(descriptor)
 

@@ -43,6 +43,15 @@ def test_a_claimed_run_is_left_alone(configured, tiny):
     assert not folder.lock_file.exists()
 
 
+def test_who_waits_says_so_and_takes_the_result(configured, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(claims, "POLL", 0.01)
+    run = configured(*tiny)
+    held = acquire(identify(run), wait=False)
+    threading.Timer(0.3, release, (identify(run), held)).start()
+    assert execute(run, wait=True)["status"] == "finished"
+    assert "waiting: another process works on this run" in capsys.readouterr().out
+
+
 def test_the_heartbeat_tells_how_far_it_is(folder, alone, monkeypatch):
     monkeypatch.setattr(claims, "HEARTBEAT", 0.01)
     with claim(folder, 90, alone) as mine:
