@@ -104,7 +104,13 @@ class Paths:
 
 @dataclass
 class RunConfig:
-    """One run, completely. `experiments.runs` derives its identity from this and nothing else."""
+    """One run, completely. `experiments.runs` derives its identity from this and nothing else.
+
+    Attributes:
+        read_test: score the trained model on the test set. False leaves the test set unread, for a
+            setting that may not be chosen; asked for again with True, the finished run is scored
+            then, and trained only once. Not part of the identity.
+    """
 
     init: InitConfig = MISSING
     model: ModelConfig = MISSING
@@ -116,6 +122,7 @@ class RunConfig:
     seed: int = 0
     seeds: Seeds = field(default_factory=Seeds)
     sweep: str = "default"
+    read_test: bool = True
     runtime: Runtime = field(default_factory=Runtime)
     paths: Paths = field(default_factory=Paths)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -19,11 +17,18 @@ from experiments.data import Splits, load_data
 from experiments.environment import describe_environment
 from experiments.errors import ConfigurationError
 from experiments.evaluation import evaluate
+from experiments.held_out import (
+    read_test_set,
+    refuse_unscorable,
+    test_fields,
+    validation_fields,
+    write_predictions,
+)
 from experiments.models import LoadedModel, load_model
 from experiments.probe import PeakMemory, output_gap, probe
-from experiments.runs import MetricsFile, RunFolder, identify, write_json, write_text
+from experiments.recording import recording
+from experiments.runs import RunFolder, identify, write_json, write_text
 from experiments.tasks import Evaluation, Task, draw, make_task
-from experiments.tracking import track
 from experiments.training import TrainingSummary, make_accelerator, train
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
@@ -39,13 +44,17 @@ def execute(run: RunConfig) -> dict[str, Any]:
     """
     folder = identify(run)
     done = None if run.runtime.rerun else folder.finished()
-    if done is not None:
-        say(f"  finished before, skipped: {folder.path} ({done['metric']} {done['score']:.4f})")
+    untested = done is not None and run.read_test and not done["tested"]
+    if done is not None and not untested:
+        say(f"  finished before, skipped: {folder.path} ({outcome(done)})")
         return done
     if run.runtime.threads is not None:
         torch.set_num_threads(run.runtime.threads)
+    if untested:
+        return read_test_set(run, folder, done)
     accelerator = make_accelerator(run.training, run.runtime.device)
     data = load_data(run.data)
+    refuse_unscorable(run, data)
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
@@ -74,6 +83,7 @@ def carry_out(
     main = accelerator.is_main_process
     settings = run.training
     task = make_task(data.task_type, loaded.tokenizer, settings)
+    validation: Evaluation | None = None
     model, init = initialize(run, data, task, loaded, accelerator.device)
     if main:
         write_json(folder.path / "init.json", init)
@@ -81,14 +91,11 @@ def carry_out(
     with recording(run, folder, main) as record, training_bar(settings.steps, main) as advance:
 
         def validate(step: int) -> None:
-            measured = evaluate(model, task, data.validation, settings, accelerator)
-            record({"step": step, "split": "validation", **measured.metrics})
+            nonlocal validation
+            if data.validation:
+                validation = evaluate(model, task, data.validation, settings, accelerator)
+                record({"step": step, "split": "validation", **validation.metrics})
 
-        if settings.validate_every and not data.validation:
-            raise ConfigurationError(
-                "training.validate_every is set, and the validation split is empty; raise "
-                "data.validation_limit, or set training.validate_every=0"
-            )
         if settings.validate_at_start:
             validate(0)
         summary = train(
@@ -102,19 +109,22 @@ def carry_out(
             validate=validate,
             advance=advance,
         )
-        test = evaluate(model, task, data.test, settings, accelerator)
-        record({"step": summary.steps, "split": "test", **test.metrics})
+        test = evaluate(model, task, data.test, settings, accelerator) if run.read_test else None
+        if test is not None:
+            record({"step": summary.steps, "split": "test", **test.metrics})
 
-    result = describe_result(run, folder, data, task, loaded, init, summary, test)
+    if not settings.validate_at_end:
+        validation = None  # of an earlier step: not of the model that is saved
+    held_out = {**validation_fields(task, validation), **test_fields(task, data, test)}
+    result = describe_result(run, folder, data, task, loaded, init, summary, held_out)
     if main:
         if settings.save_adapter:
             model.save_pretrained(folder.path / "adapter")
-        np.savez(
-            folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score
-        )
+        if test is not None:
+            write_predictions(folder, test)
         write_json(folder.result_file, result)
         say(
-            f"  {task.metric} {result['score']:.4f}, init {result['init_seconds']:.1f} s, "
+            f"  {outcome(result)}, init {result['init_seconds']:.1f} s, "
             f"training {result['train_seconds']:.1f} s -> {folder.path}"
         )
     accelerator.wait_for_everyone()
@@ -171,30 +181,6 @@ def calibration_batches(
         yield {key: value.to(device) for key, value in task.collate(some).items()}
 
 
-@contextmanager
-def recording(run: RunConfig, folder: RunFolder, main: bool) -> Iterator[Any]:
-    """Yield the function that takes a line of metrics: to the file first, then to the tracker."""
-    if not main:
-        yield lambda row: None
-        return
-    tracker = track(
-        run.tracking,
-        run_id=folder.id,
-        name=folder.path.name,
-        group=run.sweep,
-        job_type=run.init.name,
-        config=asdict(run),
-        folder=folder.path.parent.parent,
-    )
-    with MetricsFile(folder.path / "metrics.jsonl") as metrics, tracker as log:
-
-        def record(row: dict[str, Any]) -> None:
-            metrics.append(row)
-            log(row)
-
-        yield record
-
-
 def describe_result(
     run: RunConfig,
     folder: RunFolder,
@@ -203,7 +189,7 @@ def describe_result(
     loaded: LoadedModel,
     init: dict[str, Any],
     summary: TrainingSummary,
-    test: Evaluation,
+    held_out: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that a comparison needs of this run."""
     return {
@@ -218,11 +204,7 @@ def describe_result(
         "seeds": asdict(run.seeds),
         "status": "finished",
         "metric": task.metric,
-        "score": test.metrics[task.metric],
-        "n_test": len(test.ids),
-        "majority": task.majority(data.test),
-        "loss_test": test.metrics["loss"],
-        "test": test.metrics,
+        **held_out,
         "output_gap": init["output_gap"],
         "init_seconds": init["seconds"]["total"],
         "calibration_seconds": init["seconds"]["calibration"],
@@ -241,3 +223,10 @@ def describe_result(
         "environment": describe_environment(),
         "config": asdict(run),
     }
+
+
+def outcome(result: dict[str, Any]) -> str:
+    """The result in a few words."""
+    if result["tested"]:
+        return f"{result['metric']} {result['score']:.4f}"
+    return f"validation {result['metric']} {result['validation_score']:.4f}, test set unread"

@@ -27,8 +27,9 @@ class TrainingConfig:
         max_grad_norm: clip the gradient's norm; None leaves it.
         mixed_precision: no, bf16 or fp16.
         max_length: tokens of an example, longer ones are cut.
-        validate_every: evaluate on the validation split every so many steps and at the end; 0: no.
+        validate_every: evaluate on the validation split every so many steps; 0: no.
         validate_at_start: and before the first step.
+        validate_at_end: and after the last, if there is a validation split.
         generate_limit, max_new_tokens: causal only: answers generated a split, and their length.
         save_adapter: write the trained adapter into the run's folder.
     """
@@ -46,6 +47,7 @@ class TrainingConfig:
     eval_batch_size: int = 64
     validate_every: int = 0
     validate_at_start: bool = False
+    validate_at_end: bool = True
     generate_limit: int = 32
     max_new_tokens: int = 8
     save_adapter: bool = True

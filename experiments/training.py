@@ -132,7 +132,7 @@ def train(
         )
         advance(step, loss)
         due = settings.validate_every and step % settings.validate_every == 0
-        if due or (settings.validate_every and step == settings.steps):
+        if due or (settings.validate_at_end and step == settings.steps):
             pause = time.perf_counter()
             validate(step)
             model.train()

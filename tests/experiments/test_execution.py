@@ -90,7 +90,8 @@ def test_a_killed_run_starts_over(configured, tiny, monkeypatch):
     assert not folder.result_file.exists()
     monkeypatch.undo()
     execute(run)
-    assert len(metrics(folder)) == 4  # nothing of the killed run is left
+    # Three steps, validation and test: nothing of the killed run is left.
+    assert len(metrics(folder)) == 5
     assert folder.finished()
 
 
