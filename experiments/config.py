@@ -19,6 +19,7 @@ from experiments import data, models
 from experiments.data import DataConfig
 from experiments.errors import ConfigurationError
 from experiments.models import ModelConfig
+from experiments.protocol.settings import ProtocolConfig
 from experiments.schedule import TrainingConfig
 from experiments.tracking import TrackingConfig
 from lora_init import list_initializers
@@ -162,6 +163,7 @@ def register_schemas() -> None:
             store.store(group=f"{group}/schema", name=name, node=source)
     store.store(group="training/schema", name="training", node=TrainingConfig)
     store.store(group="tracking/schema", name="tracking", node=TrackingConfig)
+    store.store(group="hydra/sweeper", name="protocol", node=ProtocolConfig)
 
 
 def resolve(composed: DictConfig) -> RunConfig:

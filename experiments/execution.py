@@ -42,6 +42,7 @@ def execute(run: RunConfig) -> dict[str, Any]:
         ConfigurationError: a setting that cannot work.
         RunFailed: training diverged; `failed.json` in the run's folder says where.
     """
+    started = time.perf_counter()
     folder = identify(run)
     done = None if run.runtime.rerun else folder.finished()
     untested = done is not None and run.read_test and not done["tested"]
@@ -64,7 +65,7 @@ def execute(run: RunConfig) -> dict[str, Any]:
         write_json(folder.path / "environment.json", describe_environment())
     accelerator.wait_for_everyone()
     try:
-        return carry_out(run, folder, data, loaded, accelerator)
+        return carry_out(run, folder, data, loaded, accelerator, started)
     except Exception as error:
         if accelerator.is_main_process:
             facts = getattr(error, "facts", {})
@@ -77,9 +78,18 @@ def execute(run: RunConfig) -> dict[str, Any]:
 
 
 def carry_out(
-    run: RunConfig, folder: RunFolder, data: Splits, loaded: LoadedModel, accelerator: Accelerator
+    run: RunConfig,
+    folder: RunFolder,
+    data: Splits,
+    loaded: LoadedModel,
+    accelerator: Accelerator,
+    started: float,
 ) -> dict[str, Any]:
-    """Initialize, train, test and write, in that order; `result.json` last."""
+    """Initialize, train, test and write, in that order; `result.json` last.
+
+    Args:
+        started: when the run began, on time.perf_counter's clock.
+    """
     main = accelerator.is_main_process
     settings = run.training
     task = make_task(data.task_type, loaded.tokenizer, settings)
@@ -122,6 +132,7 @@ def carry_out(
             model.save_pretrained(folder.path / "adapter")
         if test is not None:
             write_predictions(folder, test)
+        result["wall_seconds"] = time.perf_counter() - started
         write_json(folder.result_file, result)
         say(
             f"  {outcome(result)}, init {result['init_seconds']:.1f} s, "

@@ -96,6 +96,7 @@ def read_test_set(run: RunConfig, folder: RunFolder, result: dict[str, Any]) -> 
     Raises:
         FileNotFoundError, ValueError: its adapter is gone, damaged, or another base's.
     """
+    started = time.perf_counter()
     accelerator = make_accelerator(run.training, run.runtime.device)
     data = load_data(run.data)
     loaded = load_model(
@@ -112,6 +113,7 @@ def read_test_set(run: RunConfig, folder: RunFolder, result: dict[str, Any]) -> 
     completed = {
         **result,
         **test_fields(task, data, test),
+        "test_seconds": time.perf_counter() - started,
         "tested_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if accelerator.is_main_process:

@@ -105,6 +105,7 @@ def train(
                 f"the loss is {loss} at step {step} of {settings.steps}: training diverged; "
                 f"lower training.learning_rate={settings.learning_rate:g} (PiSSA, OLoRA and CorDA "
                 "stand a lower rate than kaiming), or lower training.max_grad_norm",
+                reason="diverged",
                 step=step,
                 loss=str(loss),
                 learning_rate=settings.learning_rate,
