@@ -769,6 +769,17 @@ def test_tables():
     assert "minilm DoRA: skipped: not served" in told
 
 
+def test_a_narrow_terminal_gets_whole_cells_of_fewer_columns():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(ROWS[3:], {}, width=80))
+    told = console.export_text()
+    line = next(line for line in told.splitlines() if "pissa" in line)
+    assert [text in line for text in ("500 ms", "10.00 s", "20", "≥ 15: met")] == [True] * 4
+    assert "excess" not in told
+    assert "no room here for quality, torch.linalg: see table.md" in told
+    assert "no room" not in str(terminal_table(ROWS[3:], {}).renderables[-1])
+
+
 def test_the_initialization_table():
     table = markdown_table(ROWS[3:], initialization.EXTRA)
     first, eva, share = table.splitlines()[2:]
