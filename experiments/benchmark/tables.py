@@ -18,7 +18,9 @@ from experiments.benchmark.rows import Quality, Row
 
 NOTHING = "–"
 LEFT = ("model", "case", "quality", "note")
-BREAKS = ("quality",)
+BREAKS, LINE = ("quality",), 26 * " "
+"""Columns of sentences, and the least room for a line of theirs."""
+MARGIN = 3
 LEAVE_OUT = ("quality", "torch.linalg", "model")
 """In this order, after a section's own columns, where a terminal is narrow."""
 ESSENTIAL = ("case", "ours", "PEFT", "ratio", "target")
@@ -147,7 +149,7 @@ def one_table(rows: Sequence[Row], made: Extra, title: str | None = None) -> Tab
             escape(column),
             justify="left" if column in LEFT else "right",
             no_wrap=column not in BREAKS and not column.startswith("ratio"),
-            min_width=needed(column, cell, rows) - 2,
+            min_width=needed(column, cell, rows) - MARGIN,
         )
     for row in rows:
         style = {"missed": "red", "open": "yellow"}.get(row.verdict or "")
@@ -159,10 +161,10 @@ def needed(column: str, cell: Cell, rows: Sequence[Row]) -> int:
     """Characters that a column takes with its margins, broken where that does no harm."""
     texts = [column, *map(cell, rows)]
     if column in BREAKS:
-        texts = [word for text in texts for word in text.split()]
+        texts = [LINE]
     elif column.startswith("ratio"):  # a peer's name may stand below its ratio
         texts = [part for text in texts for part in text.split(" (")]
-    return 2 + max(map(cell_len, texts))
+    return MARGIN + max(map(cell_len, texts))
 
 
 def markdown_table(rows: Sequence[Row], extra: Extra | None = None) -> str:
