@@ -14,9 +14,9 @@ tokens seen, in one pass: exact and free of the batches' order; the official cod
 truncated PCA and stop a layer when its components' cosine between batches exceeds `tau`. An exact
 pass has nothing to stop early, so `tau` is accepted at its default for the sake of PEFT's
 configuration files and refused otherwise. PEFT's adjust_scaling_factors multiplies alpha by r'/r
-under rsLoRA too, which changes the scaling; ours multiplies by sqrt(r'/r) there. The paper keeps the
-sum of ranks, which moves parameters where layers differ in shape; budget="parameters" keeps their
-number instead, by the variance explained per parameter, for comparisons at equal parameters.
+under rsLoRA too, which changes the scaling; ours multiplies by sqrt(r'/r) there. The paper keeps
+the sum of ranks, so that the number of parameters changes where layers differ in shape;
+budget="parameters" keeps that number instead, by variance explained per parameter.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from lora_init import list_initializers
 from lora_init.registry import resolve as resolve_initializer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-GROUPS = ("init", "model", "data", "training", "tracking", "experiment")
+GROUPS = ("init", "model", "data", "training", "tracking", "experiment", "control")
 NEEDED = {
     ("model", "local"): ["model.path=somewhere"],
     ("data", "table"): ["data.path=a.csv", "data.text_column=t", "data.label_column=l"],
