@@ -96,6 +96,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones(composed):
         ("training.schedule=step", "linear, cosine, constant"),
         ("training.learning_rate=-1", "finite numbers > 0"),
         ("training.warmup=1.5", "training.warmup=1.5"),
+        ("training.lora_plus_ratio=0", "training.lora_plus_ratio=0.*A and B"),
         ("training.mixed_precision=int4", "bf16"),
         ("tracking.backend=mlflow", "none and wandb"),
         ("runtime.device=tpu", "auto and cpu"),
