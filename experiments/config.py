@@ -16,8 +16,11 @@ from omegaconf import II, MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import data, models
+from experiments.budget import BudgetConfig
+from experiments.controls import check_control
 from experiments.data import DataConfig
 from experiments.errors import ConfigurationError
+from experiments.measures import MeasuresConfig
 from experiments.models import ModelConfig
 from experiments.protocol.settings import ProtocolConfig
 from experiments.schedule import TrainingConfig
@@ -120,6 +123,9 @@ class RunConfig:
     tracking: TrackingConfig = MISSING
     lora: LoraSettings = field(default_factory=LoraSettings)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    control: str = "none"
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    measures: MeasuresConfig = field(default_factory=MeasuresConfig)
     seed: int = 0
     seeds: Seeds = field(default_factory=Seeds)
     sweep: str = "default"
@@ -181,4 +187,5 @@ def resolve(composed: DictConfig) -> RunConfig:
     except (ValueError, TypeError) as error:  # from a __post_init__
         raise ConfigurationError(str(error)) from error
     assert isinstance(run, RunConfig)
+    check_control(run)
     return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,11 +10,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from experiments import measures
+from experiments.budget import limit_steps
 from experiments.config import RunConfig
 from experiments.console import say, training_bar
+from experiments.controls import control_of
 from experiments.data import Splits, load_data
 from experiments.environment import describe_environment
-from experiments.errors import ConfigurationError
 from experiments.evaluation import evaluate
 from experiments.held_out import (
     read_test_set,
@@ -24,15 +25,12 @@ from experiments.held_out import (
     validation_fields,
     write_predictions,
 )
+from experiments.initializing import base_again, initialize
 from experiments.models import LoadedModel, load_model
-from experiments.probe import PeakMemory, output_gap, probe
 from experiments.recording import recording
 from experiments.runs import RunFolder, identify, write_json, write_text
-from experiments.tasks import Evaluation, Task, draw, make_task
+from experiments.tasks import Evaluation, Task, make_task
 from experiments.training import TrainingSummary, make_accelerator, train
-from lora_init import LoraConfig, LoraModel, get_peft_model
-
-PROBED_EXAMPLES = 16
 
 
 def execute(run: RunConfig) -> dict[str, Any]:
@@ -91,12 +89,13 @@ def carry_out(
         started: when the run began, on time.perf_counter's clock.
     """
     main = accelerator.is_main_process
-    settings = run.training
-    task = make_task(data.task_type, loaded.tokenizer, settings)
+    task = make_task(data.task_type, loaded.tokenizer, run.training)
+    settings = limit_steps(run.training, run.budget, task, data.train, run.seeds.data)
     validation: Evaluation | None = None
-    model, init = initialize(run, data, task, loaded, accelerator.device)
+    model, init, originals = initialize(run, data, task, loaded, accelerator.device)
     if main:
         write_json(folder.path / "init.json", init)
+        write_json(folder.path / "spectra.json", measures.describe_spectra(model, originals))
 
     with recording(run, folder, main) as record, training_bar(settings.steps, main) as advance:
 
@@ -117,6 +116,9 @@ def carry_out(
             accelerator=accelerator,
             record=record,
             validate=validate,
+            observe=measures.update_observer(
+                model, originals, run.measures, settings.steps, record
+            ),
             advance=advance,
         )
         test = evaluate(model, task, data.test, settings, accelerator) if run.read_test else None
@@ -127,7 +129,28 @@ def carry_out(
         validation = None  # of an earlier step: not of the model that is saved
     held_out = {**validation_fields(task, validation), **test_fields(task, data, test)}
     result = describe_result(run, folder, data, task, loaded, init, summary, held_out)
+    result |= {
+        "start": measures.describe_start(model, originals.norms, init, summary.gradient_norms),
+        "budget": {
+            "trainable_parameters": model.plan.parameters,
+            "steps": summary.steps,
+            "tokens": summary.tokens,
+        },
+        "control": control_of(run),
+    }
     if main:
+        original = measures.OriginalModel(model, lambda: base_again(run, data, accelerator.device))
+        end = measures.measure_end(
+            original,
+            originals,
+            run.measures,
+            task_type=data.task_type,
+            task=task,
+            held_out=data.validation,
+            batch_size=settings.eval_batch_size,
+        )
+        write_json(folder.path / "end.json", end)
+        result["end"] = {key: value for key, value in end.items() if key != "layers"}
         if settings.save_adapter:
             model.save_pretrained(folder.path / "adapter")
         if test is not None:
@@ -140,56 +163,6 @@ def carry_out(
         )
     accelerator.wait_for_everyone()
     return result
-
-
-def initialize(
-    run: RunConfig, data: Splits, task: Task, loaded: LoadedModel, device: torch.device
-) -> tuple[LoraModel, dict[str, Any]]:
-    """Add the adapter; returns the model, and what `init.json` holds."""
-    # A quantised model is where it was loaded, and must not be moved.
-    model = loaded.model if loaded.original_weights else loaded.model.to(device)
-    batch = task.collate(data.train[:PROBED_EXAMPLES])
-    mask = task.probed(batch)
-    before = probe(model, batch, mask)
-    with PeakMemory() as memory:
-        try:
-            config = LoraConfig(
-                **asdict(run.lora), task_type=data.task_type, init_lora_weights=asdict(run.init)
-            )
-            # Made for methods that calibrate only; a list, whose statistics the cache can keep.
-            calibrates = config.initializer()[0].calibration is not None
-            batches = list(calibration_batches(run, data, task, device)) if calibrates else None
-            replaces = config.initializer()[0].base == "replace"
-            adapted = get_peft_model(
-                model,
-                config,
-                calibration=batches,
-                seed=run.seeds.init,
-                original_weights=loaded.original_weights if replaces else None,
-                cache=run.runtime.cache,
-            )
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigurationError(f"init={run.init.name}: {error}") from error
-    trainable, total = adapted.get_nb_trainable_parameters()
-    return adapted, {
-        **adapted.init_report().to_dict(),
-        "peak_memory_bytes": memory.bytes,
-        "peak_memory_kind": memory.kind,
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "output_gap": output_gap(before, probe(adapted, batch, mask)),
-    }
-
-
-def calibration_batches(
-    run: RunConfig, data: Splits, task: Task, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Training examples drawn by `seeds.calibration`, one batch at a time."""
-    settings = run.calibration
-    chosen = draw(len(data.train), settings.samples, run.seeds.calibration)
-    for start in range(0, len(chosen), settings.batch_size):
-        some = [data.train[index] for index in chosen[start : start + settings.batch_size]]
-        yield {key: value.to(device) for key, value in task.collate(some).items()}
 
 
 def describe_result(

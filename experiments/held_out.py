@@ -18,6 +18,7 @@ from experiments.console import say
 from experiments.data import Splits, load_data
 from experiments.errors import ConfigurationError
 from experiments.evaluation import evaluate
+from experiments.initializing import placed
 from experiments.models import load_model
 from experiments.recording import recording
 from experiments.runs import RunFolder, write_json
@@ -103,11 +104,11 @@ def read_test_set(run: RunConfig, folder: RunFolder, result: dict[str, Any]) -> 
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
     model = LoraModel.from_pretrained(
-        loaded.model, folder.path / "adapter", is_trainable=False,
+        placed(loaded, accelerator.device),
+        folder.path / "adapter",
+        is_trainable=False,
         original_weights=loaded.original_weights,
-    )  # fmt: skip
-    if not loaded.original_weights:  # a quantised model is where it was loaded
-        model.to(accelerator.device)
+    )
     task = make_task(data.task_type, loaded.tokenizer, run.training)
     test = evaluate(model, task, data.test, run.training, accelerator)
     completed = {

@@ -13,7 +13,7 @@ from typing import Any
 from .runs import Run
 
 IGNORED = {
-    "cache", "cache_dir", "experiment_name", "folder", "hydra", "output", "output_dir",
+    "cache", "cache_dir", "experiment_name", "folder", "hydra", "measures", "output", "output_dir",
     "output_root", "outputs", "overwrite", "path", "paths", "resume", "run_id", "runtime", "sweep",
     "tracking",
 }  # fmt: skip
