@@ -120,6 +120,11 @@ def carry_out(
         "control": control_of(run),
     }
     if main:
+        if settings.save_adapter:
+            model.save_pretrained(folder.path / "adapter")
+        np.savez(
+            folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score
+        )
         original = measures.OriginalModel(model, lambda: base_again(run, data, accelerator.device))
         end = measures.measure_end(
             original,
@@ -132,11 +137,6 @@ def carry_out(
         )
         write_json(folder.path / "end.json", end)
         result["end"] = {key: value for key, value in end.items() if key != "layers"}
-        if settings.save_adapter:
-            model.save_pretrained(folder.path / "adapter")
-        np.savez(
-            folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score
-        )
         write_json(folder.result_file, result)
         say(
             f"  {task.metric} {result['score']:.4f}, init {result['init_seconds']:.1f} s, "
