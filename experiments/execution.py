@@ -139,6 +139,10 @@ def carry_out(
         "control": control_of(run),
     }
     if main:
+        if settings.save_adapter:
+            model.save_pretrained(folder.path / "adapter")
+        if test is not None:
+            write_predictions(folder, test)
         original = measures.OriginalModel(model, lambda: base_again(run, data, accelerator.device))
         end = measures.measure_end(
             original,
@@ -151,10 +155,6 @@ def carry_out(
         )
         write_json(folder.path / "end.json", end)
         result["end"] = {key: value for key, value in end.items() if key != "layers"}
-        if settings.save_adapter:
-            model.save_pretrained(folder.path / "adapter")
-        if test is not None:
-            write_predictions(folder, test)
         result["wall_seconds"] = time.perf_counter() - started
         write_json(folder.result_file, result)
         say(

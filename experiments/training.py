@@ -122,7 +122,7 @@ def train(
         optimizer.zero_grad()
         schedule.step()
 
-        seen = int(batch["attention_mask"].sum()) * accelerator.num_processes
+        seen = int(accelerator.reduce(batch["attention_mask"].sum(), "sum"))
         tokens += seen
         seconds = time.perf_counter() - step_started
         record(

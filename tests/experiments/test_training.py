@@ -111,6 +111,19 @@ def test_what_is_recorded():
     assert summary.seconds > 0
 
 
+def test_tokens_are_those_of_all_processes(monkeypatch):
+    """A batch is split unevenly: one process's share times their number would only be near it."""
+    settings = TrainingConfig(steps=2, batch_size=4, learning_rate=1e-3)
+    accelerator = make_accelerator(settings, "cpu")
+    other = {"sum": 5, "mean": 0}  # what the others of this make-believe group add
+    monkeypatch.setattr(accelerator, "reduce", lambda value, how: value + other[how])
+    summary = train(
+        Toy(), ToyTask(), list(range(20)), settings, seed=5, accelerator=accelerator,
+        record=lambda row: None,
+    )  # fmt: skip
+    assert summary.tokens == 2 * (4 * 3 + 5)
+
+
 def test_a_head_may_have_its_own_rate():
     slow = TrainingConfig(
         steps=1, batch_size=4, learning_rate=1e-4, head_learning_rate=1e-1, warmup=0.0
