@@ -8,6 +8,7 @@ party's method has one as soon as its package is installed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
@@ -84,14 +85,27 @@ class Runtime:
         rerun: run again what has already finished.
         cache: take decompositions and statistics from the user's cache, and keep them there. Off
             where the cost of a start is what is compared.
+        checkpoint_minutes, checkpoint_every: save the training when so many minutes have passed, or
+            after so many steps; None: not for that reason.
+        time_limit_minutes: stop after so long, with a checkpoint; the same command goes on from it.
+            Of one process, initialization and all; None: no limit.
     """
 
     device: str = "auto"
     threads: int | None = None
     rerun: bool = False
     cache: bool = True
+    checkpoint_minutes: float | None = 5.0
+    checkpoint_every: int | None = None
+    time_limit_minutes: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("checkpoint_minutes", "checkpoint_every", "time_limit_minutes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"runtime.{name}={value}; allowed are numbers > 0, and null for none"
+                )
         if self.device not in ("auto", "cpu"):
             raise ValueError(
                 f"runtime.device={self.device!r}; allowed are auto and cpu (which accelerator: "

@@ -1,9 +1,10 @@
-"""The two failures that a user is meant to read: a wrong setting, and a run that went wrong."""
+"""What a user is meant to read: a wrong setting, a run that went wrong, a run that is taken."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
 
 
 class ConfigurationError(ValueError):
@@ -11,11 +12,24 @@ class ConfigurationError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A run that started and cannot go on, such as one whose loss is no longer finite."""
+    """A run that started and cannot go on, such as one whose loss is no longer finite.
 
-    def __init__(self, message: str, **facts: object) -> None:
+    Attributes:
+        reason: as in `failed.json`, such as "diverged"; `facts` go there too.
+    """
+
+    def __init__(self, message: str, *, reason: str = "error", **facts: object) -> None:
         super().__init__(message)
+        self.reason = reason
         self.facts = facts
+
+    def __reduce__(self) -> tuple:
+        """Launchers send it from process to process."""
+        return partial(type(self), reason=self.reason, **self.facts), self.args
+
+
+class RunElsewhere(RuntimeError):
+    """Another process works on this run at the moment."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
 from experiments import measures
 from experiments.budget import limit_steps
+from experiments.checkpoints import Checkpoints
+from experiments.claims import Claim, claim
 from experiments.config import RunConfig
 from experiments.console import say, training_bar
+from experiments.continuing import already_finished, prepare_folder, restore_adapter
 from experiments.controls import control_of
 from experiments.data import Splits, load_data
 from experiments.environment import describe_environment
 from experiments.evaluation import evaluate
+from experiments.failures import record_failure, refuse_to_diverge_again
 from experiments.held_out import (
+    outcome,
     read_test_set,
     refuse_unscorable,
     test_fields,
@@ -28,76 +33,75 @@ from experiments.held_out import (
 from experiments.initializing import base_again, initialize
 from experiments.models import LoadedModel, load_model
 from experiments.recording import recording
-from experiments.runs import RunFolder, identify, write_json, write_text
+from experiments.runs import RunFolder, identify, write_json
 from experiments.tasks import Evaluation, Task, make_task
 from experiments.training import TrainingSummary, make_accelerator, train
 
 
-def execute(run: RunConfig) -> dict[str, Any]:
-    """Do the run, or find it done; returns what `result.json` holds.
+def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
+    """Do the run, go on with it, or find it done; returns what `result.json` holds.
+
+    Args:
+        wait: for a process that works on the same run, and take its result.
 
     Raises:
         ConfigurationError: a setting that cannot work.
-        RunFailed: training diverged; `failed.json` in the run's folder says where.
+        RunFailed: training diverged or its time is over; `failed.json` in the run's folder says so.
+        RunElsewhere: another process works on the run, and `wait` is False.
     """
-    started = time.perf_counter()
+    started = time.monotonic()
     folder = identify(run)
-    done = None if run.runtime.rerun else folder.finished()
-    untested = done is not None and run.read_test and not done["tested"]
-    if done is not None and not untested:
-        say(f"  finished before, skipped: {folder.path} ({outcome(done)})")
+    if (done := already_finished(run, folder)) is not None:
         return done
     if run.runtime.threads is not None:
         torch.set_num_threads(run.runtime.threads)
-    if untested:
-        return read_test_set(run, folder, done)
     accelerator = make_accelerator(run.training, run.runtime.device)
+    with claim(folder, run.training.steps, accelerator, wait=wait) as claimed:
+        if (done := already_finished(run, folder)) is not None:
+            return done  # by the process that held it before
+        if not run.runtime.rerun and (waiting := folder.finished()) is not None:
+            return read_test_set(run, folder, waiting, accelerator)
+        if not run.runtime.rerun:
+            refuse_to_diverge_again(folder)
+        try:
+            return carry_out(run, folder, accelerator, claimed, started)
+        except Exception as error:
+            if accelerator.is_main_process:
+                record_failure(folder, error)
+            raise
+        finally:
+            accelerator.free_memory()
+
+
+def carry_out(
+    run: RunConfig, folder: RunFolder, accelerator: Accelerator, claimed: Claim, started: float
+) -> dict[str, Any]:
+    """Load, initialize, train, test and write, in that order; `result.json` last."""
+    main = accelerator.is_main_process
+    runtime = run.runtime
     data = load_data(run.data)
     refuse_unscorable(run, data)
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
-    if accelerator.is_main_process:
-        folder.start_over()
-        write_text(folder.path / "config.yaml", yaml.safe_dump(asdict(run), sort_keys=False))
-        write_json(folder.path / "environment.json", describe_environment())
+    saved = prepare_folder(run, folder, claimed, main)
     accelerator.wait_for_everyone()
-    try:
-        return carry_out(run, folder, data, loaded, accelerator, started)
-    except Exception as error:
-        if accelerator.is_main_process:
-            facts = getattr(error, "facts", {})
-            kind = type(error).__name__
-            failure = {"run_id": folder.id, "error": kind, "message": str(error), **facts}
-            write_json(folder.path / "failed.json", failure)
-        raise
-    finally:
-        accelerator.free_memory()
-
-
-def carry_out(
-    run: RunConfig,
-    folder: RunFolder,
-    data: Splits,
-    loaded: LoadedModel,
-    accelerator: Accelerator,
-    started: float,
-) -> dict[str, Any]:
-    """Initialize, train, test and write, in that order; `result.json` last.
-
-    Args:
-        started: when the run began, on time.perf_counter's clock.
-    """
-    main = accelerator.is_main_process
     task = make_task(data.task_type, loaded.tokenizer, run.training)
     settings = limit_steps(run.training, run.budget, task, data.train, run.seeds.data)
     validation: Evaluation | None = None
     model, init, originals = initialize(run, data, task, loaded, accelerator.device)
-    if main:
-        write_json(folder.path / "init.json", init)
+    saved = restore_adapter(saved, model)
+    if saved is not None:
+        init = json.loads(folder.init_file.read_text())  # of the first start
+    elif main:
+        write_json(folder.init_file, init)
         write_json(folder.path / "spectra.json", measures.describe_spectra(model, originals))
 
-    with recording(run, folder, main) as record, training_bar(settings.steps, main) as advance:
+    keep = saved.metrics_size if saved else 0
+    with (
+        recording(run, folder, main, keep) as (record, metrics_size),
+        training_bar(settings.steps, main) as show,
+    ):
 
         def validate(step: int) -> None:
             nonlocal validation
@@ -105,8 +109,13 @@ def carry_out(
                 validation = evaluate(model, task, data.validation, settings, accelerator)
                 record({"step": step, "split": "validation", **validation.metrics})
 
-        if settings.validate_at_start:
+        def advance(step: int, loss: float) -> None:
+            claimed.reached(step)
+            show(step, loss)
+
+        if settings.validate_at_start and saved is None:
             validate(0)
+        limit = runtime.time_limit_minutes
         summary = train(
             model,
             task,
@@ -120,13 +129,23 @@ def carry_out(
                 model, originals, run.measures, settings.steps, record
             ),
             advance=advance,
+            checkpoints=Checkpoints(
+                folder,
+                saved,
+                every=runtime.checkpoint_every,
+                minutes=runtime.checkpoint_minutes,
+                deadline=None if limit is None else started + 60.0 * limit,
+                metrics_size=metrics_size,
+            ),
         )
         test = evaluate(model, task, data.test, settings, accelerator) if run.read_test else None
         if test is not None:
             record({"step": summary.steps, "split": "test", **test.metrics})
+        if not settings.validate_at_end:
+            validation = None  # of an earlier step: not of the model that is saved
+        elif validation is None and data.validation:  # gone on with after its last step
+            validation = evaluate(model, task, data.validation, settings, accelerator)
 
-    if not settings.validate_at_end:
-        validation = None  # of an earlier step: not of the model that is saved
     held_out = {**validation_fields(task, validation), **test_fields(task, data, test)}
     result = describe_result(run, folder, data, task, loaded, init, summary, held_out)
     result |= {
@@ -155,8 +174,9 @@ def carry_out(
         )
         write_json(folder.path / "end.json", end)
         result["end"] = {key: value for key, value in end.items() if key != "layers"}
-        result["wall_seconds"] = time.perf_counter() - started
+        result["wall_seconds"] = time.monotonic() - started
         write_json(folder.result_file, result)
+        folder.forget_checkpoint()
         say(
             f"  {outcome(result)}, init {result['init_seconds']:.1f} s, "
             f"training {result['train_seconds']:.1f} s -> {folder.path}"
@@ -207,10 +227,3 @@ def describe_result(
         "environment": describe_environment(),
         "config": asdict(run),
     }
-
-
-def outcome(result: dict[str, Any]) -> str:
-    """The result in a few words."""
-    if result["tested"]:
-        return f"{result['metric']} {result['score']:.4f}"
-    return f"validation {result['metric']} {result['validation_score']:.4f}, test set unread"

@@ -8,10 +8,12 @@ saved adapter is loaded and scored.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 
 from experiments.config import RunConfig
 from experiments.console import say
@@ -23,7 +25,6 @@ from experiments.models import load_model
 from experiments.recording import recording
 from experiments.runs import RunFolder, write_json
 from experiments.tasks import Evaluation, Task, make_task
-from experiments.training import make_accelerator
 from lora_init import LoraModel
 
 
@@ -89,7 +90,16 @@ def write_predictions(folder: RunFolder, test: Evaluation) -> None:
     np.savez(folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score)
 
 
-def read_test_set(run: RunConfig, folder: RunFolder, result: dict[str, Any]) -> dict[str, Any]:
+def outcome(result: dict[str, Any]) -> str:
+    """The result in a few words."""
+    if result["tested"]:
+        return f"{result['metric']} {result['score']:.4f}"
+    return f"validation {result['metric']} {result['validation_score']:.4f}, test set unread"
+
+
+def read_test_set(
+    run: RunConfig, folder: RunFolder, result: dict[str, Any], accelerator: Accelerator
+) -> dict[str, Any]:
     """Score a finished, untested run by its saved adapter; returns the completed result.
 
     The figures are those of a run tested at once, up to the rounding of the rebuilt base.
@@ -97,8 +107,7 @@ def read_test_set(run: RunConfig, folder: RunFolder, result: dict[str, Any]) -> 
     Raises:
         FileNotFoundError, ValueError: its adapter is gone, damaged, or another base's.
     """
-    started = time.perf_counter()
-    accelerator = make_accelerator(run.training, run.runtime.device)
+    started = time.monotonic()
     data = load_data(run.data)
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
@@ -114,15 +123,20 @@ def read_test_set(run: RunConfig, folder: RunFolder, result: dict[str, Any]) -> 
     completed = {
         **result,
         **test_fields(task, data, test),
-        "test_seconds": time.perf_counter() - started,
+        "test_seconds": time.monotonic() - started,
         "tested_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if accelerator.is_main_process:
-        with recording(run, folder, main=True) as record:
-            record({"step": result["steps"], "split": "test", **test.metrics})
         write_predictions(folder, test)
+        with recording(run, folder, True, size_before_test(folder)) as (record, _):
+            record({"step": result["steps"], "split": "test", **test.metrics})
         write_json(folder.result_file, completed)
         say(f"  {task.metric} {completed['score']:.4f} on the test set -> {folder.path}")
     accelerator.wait_for_everyone()
-    accelerator.free_memory()
     return completed
+
+
+def size_before_test(folder: RunFolder) -> int:
+    """Bytes of metrics.jsonl without the rows of a test that was broken off."""
+    lines = folder.metrics_file.read_bytes().splitlines(keepends=True)
+    return sum(len(line) for line in lines if json.loads(line)["split"] != "test")

@@ -1,4 +1,4 @@
-"""Where a run's figures go while it works: its own file first, then the tracker."""
+"""Where a run's measurements go: `metrics.jsonl`, and a tracker that mirrors it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ Record = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def recording(run: RunConfig, folder: RunFolder, main: bool) -> Iterator[Record]:
-    """Yield the function that takes a line of metrics; it does nothing unless `main`."""
+def recording(
+    run: RunConfig, folder: RunFolder, main: bool, keep: int
+) -> Iterator[tuple[Record, Callable[[], int]]]:
+    """Yield the function that takes a line of metrics, and the one that tells the file's size.
+
+    A line goes to the file first, then to the tracker. The first `keep` bytes of the file are of an
+    earlier process; the tracker, which begins anew, is told of them again.
+    """
     if not main:
-        yield lambda row: None
+        yield (lambda row: None), (lambda: 0)
         return
     tracker = track(
         run.tracking,
@@ -29,10 +35,12 @@ def recording(run: RunConfig, folder: RunFolder, main: bool) -> Iterator[Record]
         config=asdict(run),
         folder=folder.path.parent.parent,
     )
-    with MetricsFile(folder.path / "metrics.jsonl") as metrics, tracker as log:
+    with MetricsFile(folder.metrics_file, keep) as metrics, tracker as log:
+        for row in metrics.earlier:
+            log(row)
 
         def record(row: dict[str, Any]) -> None:
             metrics.append(row)
             log(row)
 
-        yield record
+        yield record, lambda: metrics.size

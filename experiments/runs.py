@@ -3,7 +3,7 @@
 The identity is a hash of the resolved configuration without what cannot change the outcome (paths,
 tracking, runtime, what is measured, the sweep's name, whether the test set is read). `result.json`
 is written last and atomically: its existence means that the run finished. A finished run is
-skipped; a folder without it starts over.
+skipped; one without it goes on from its checkpoint, or starts over where it has none.
 """
 
 from __future__ import annotations
@@ -35,6 +35,31 @@ class RunFolder:
     def result_file(self) -> Path:
         return self.path / "result.json"
 
+    @property
+    def running_file(self) -> Path:
+        return self.path / "running.json"
+
+    @property
+    def failed_file(self) -> Path:
+        return self.path / "failed.json"
+
+    @property
+    def init_file(self) -> Path:
+        return self.path / "init.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        return self.path / "checkpoint" / "training.safetensors"
+
+    @property
+    def lock_file(self) -> Path:
+        """Beside the folder, which may be emptied while it is held."""
+        return self.path.parent / f".{self.path.name}.lock"
+
     def finished(self) -> dict[str, Any] | None:
         """The result if the run is complete, else None."""
         try:
@@ -53,6 +78,14 @@ class RunFolder:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
+
+    def remove_scratch(self) -> None:
+        """Remove files that a killed process was in the middle of writing."""
+        for path in (*self.path.glob(".*"), *self.checkpoint_file.parent.glob(".*")):
+            path.unlink(missing_ok=True)
+
+    def forget_checkpoint(self) -> None:
+        shutil.rmtree(self.checkpoint_file.parent, ignore_errors=True)
 
 
 def identify(run: RunConfig) -> RunFolder:
@@ -77,12 +110,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """The same of a text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Temporary file, fsync, rename: no reader and no crash ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide results from other users
@@ -102,10 +140,23 @@ def finite(value: Any) -> Any:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a measurement, on disk before the next one is taken."""
+    """`metrics.jsonl`: one line a measurement, on disk before the next one is taken.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        earlier: the rows of the first `keep` bytes, which a continued run keeps; what follows them
+            came after its checkpoint, and is cut off.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
         self.file: TextIO = path.open("a")
+        self.file.truncate(keep)
+        self.earlier = [json.loads(line) for line in path.read_text().splitlines()]
+
+    @property
+    def size(self) -> int:
+        """Bytes, all of them on disk."""
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
 
     def append(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(finite(row)) + "\n")

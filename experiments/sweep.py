@@ -1,14 +1,18 @@
 """Which runs belong to a sweep: a Hydra callback that keeps `outputs/sweeps/<name>/manifest.json`.
 
 Folders of earlier sweeps lie beside those of this one, and finished runs are skipped, so that the
-folders themselves cannot tell. The manifest begins empty with each multirun. Each job writes a file
-of its own, in whichever process a launcher runs it, and the manifest is gathered anew from these
-after every job: it is right even when a sweep is broken off.
+folders themselves cannot tell. Each job writes a file of its own, named after its overrides, in
+whichever process a launcher runs it, and the manifest is gathered anew from these after every job:
+it is right even when a sweep is broken off. A sweep begins with an empty list, unless another of
+the same name is at work at that moment: then both share one list.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,18 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.claims import try_lock
 from experiments.composition import run_of
 from experiments.errors import ConfigurationError
-from experiments.runs import identify, write_json
+from experiments.returning import finish_sweep
+from experiments.runs import RunFolder, identify, write_json
+from experiments.states import state_of
 
 
 class Manifest(Callback):
@@ -38,46 +45,110 @@ class Manifest(Callback):
 
     def __init__(self, heading: str | None = None) -> None:
         self.heading = heading
+        self.presence: int | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = sweep_folder(config)
-        shutil.rmtree(folder / "jobs", ignore_errors=True)
-        facts = {"sweep": config.sweep, "heading": self.heading, "total": count_jobs(config)}
-        write_json(folder / "sweep.json", facts)
+        folder.mkdir(parents=True, exist_ok=True)
+        planned = planned_jobs(config)
+        with FileLock(folder / ".lock"):
+            # Held, shared, as long as this process lives: who can have it alone is alone.
+            self.presence = os.open(folder / ".at_work", os.O_RDWR | os.O_CREAT, 0o644)
+            if try_lock(self.presence):
+                shutil.rmtree(folder / "jobs", ignore_errors=True)
+            elif planned is not None:
+                known = json.loads((folder / "sweep.json").read_text()).get("planned") or []
+                planned = known + [job for job in planned if job not in known]
+            fcntl.flock(self.presence, fcntl.LOCK_SH)
+            facts = {
+                "sweep": config.sweep,
+                "heading": self.heading,
+                "total": None if planned is None else len(planned),
+                "planned": planned,
+            }
+            write_json(folder / "sweep.json", facts)
         gather(folder)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.note(config, "started")
+        note(config, ended=False)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        finished = job_return.status == JobStatus.COMPLETED
-        self.note(config, "finished" if finished else "failed")
+        note(config, ended=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        gather(sweep_folder(config))
+        """Come back to runs that other processes had taken; name those that failed.
 
-    def note(self, config: DictConfig, status: str) -> None:
-        """Write this job's file, then the manifest."""
-        if config.hydra.mode != RunMode.MULTIRUN:
-            return
-        try:
-            run = identify(run_of(config))
-        except ConfigurationError:
-            run = None  # the job itself reports what is wrong
-        entry = {
-            "job": config.hydra.job.num,
-            "folder": run and str(run.path),
-            "run_id": run and run.id,
-            "overrides": OmegaConf.to_container(config.hydra.overrides.task),
-            "status": status,
-        }
+        Raises:
+            SystemExit: a run is not finished.
+        """
         folder = sweep_folder(config)
-        write_json(folder / "jobs" / f"{config.hydra.job.num:05d}.json", entry)
-        gather(folder)
+        try:
+            planned = planned_jobs(config)
+            if planned is not None:
+                begun = {tuple(job["overrides"]): job for job in listed(folder, planned)}
+                finish_sweep(
+                    [begun.get(tuple(job), {"overrides": job}) for job in planned],
+                    lambda overrides: run_of(reload(config, overrides)),
+                )
+        finally:
+            refresh(folder)
+            os.close(self.presence)
+
+
+def note(config: DictConfig, *, ended: bool) -> None:
+    """Write this job's file, then the manifest."""
+    if config.hydra.mode != RunMode.MULTIRUN:
+        return
+    try:
+        run = identify(run_of(config))
+    except ConfigurationError:
+        run = None  # the job itself reports what is wrong
+    overrides = OmegaConf.to_container(config.hydra.overrides.task)
+    entry = {
+        "job": config.hydra.job.num,
+        "folder": run and str(run.path),
+        "run_id": run and run.id,
+        "overrides": overrides,
+        "status": status_of(run, ended),
+    }
+    folder = sweep_folder(config)
+    name = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:16]
+    write_json(folder / "jobs" / f"{name}.json", entry)
+    gather(folder)
+
+
+def status_of(run: RunFolder | None, ended: bool) -> str:
+    """started, finished or failed, by the run's files: two sweeps may have the same job."""
+    state = "missing" if run is None else state_of(run)
+    if state in ("finished", "running"):
+        return "finished" if state == "finished" else "started"
+    return "failed" if ended else "started"
+
+
+def reload(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """A job's configuration, as its launcher made it."""
+    return GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
 
 
 def sweep_folder(config: DictConfig) -> Path:
     return Path(config.paths.outputs) / "sweeps" / config.sweep
+
+
+def listed(folder: Path, planned: list[list[str]] | None) -> list[dict[str, Any]]:
+    """The jobs' files in the order of the plan, or as they were numbered where there is none."""
+    places = {tuple(job): place for place, job in enumerate(planned or [])}
+    jobs = [json.loads(path.read_text()) for path in folder.glob("jobs/*.json")]
+    return sorted(jobs, key=lambda job: (places.get(tuple(job["overrides"]), 0), job["job"]))
+
+
+def refresh(folder: Path) -> None:
+    """Look again at what has become of jobs that were started, and gather."""
+    for path in folder.glob("jobs/*.json"):
+        job = json.loads(path.read_text())
+        if job["status"] == "started" and job["folder"] is not None:
+            run = RunFolder(job["run_id"], Path(job["folder"]))
+            write_json(path, {**job, "status": status_of(run, ended=True)})
+    gather(folder)
 
 
 def gather(folder: Path) -> None:
@@ -85,18 +156,28 @@ def gather(folder: Path) -> None:
     list that another one has already extended."""
     with FileLock(folder / ".lock"):
         facts = json.loads((folder / "sweep.json").read_text())
-        jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
         # A protocol asks for a run again to have it tested: one run, as it was left last.
+        jobs = listed(folder, facts.pop("planned"))
         runs = list({job["run_id"] or job["job"]: job for job in jobs}.values())
         finished = sum(run["status"] == "finished" for run in runs)
         status = "finished" if finished and finished == facts["total"] else "incomplete"
         write_json(folder / "manifest.json", {**facts, "status": status, "runs": runs})
 
 
-def count_jobs(config: DictConfig) -> int | None:
-    """How many jobs the overrides and `hydra.sweeper.params` ask for; None where a sweeper of
-    another kind decides as it goes."""
-    if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+def decided_ahead(config: DictConfig) -> bool:
+    """Whether all jobs are known before the first. Other sweepers choose by results as they go."""
+    return str(config.hydra.sweeper._target_).endswith("BasicSweeper")
+
+
+def by_return_value(config: DictConfig) -> bool:
+    """Whether the sweeper learns of results from what a job returns; ours reads runs' folders."""
+    return not str(config.hydra.sweeper._target_).startswith("hydra_plugins.lora_init")
+
+
+def planned_jobs(config: DictConfig) -> list[list[str]] | None:
+    """The overrides of each job that the command line and `hydra.sweeper.params` ask for; None
+    where a sweeper of another kind decides as it goes."""
+    if not decided_ahead(config):
         return None
     parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -105,7 +186,7 @@ def count_jobs(config: DictConfig) -> int | None:
         batches = BasicSweeper.split_arguments(overrides, None)
     except HydraException:
         return None  # the sweeper will say what is wrong
-    return sum(map(len, batches))
+    return [list(job) for batch in batches for job in batch]
 
 
 def position() -> str:

@@ -9,6 +9,7 @@ Every setting is listed by `python -m experiments.train --cfg job`.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import hydra
@@ -19,9 +20,10 @@ from omegaconf import DictConfig
 
 from experiments.config import register_schemas, resolve
 from experiments.console import say
-from experiments.errors import ConfigurationError, RunFailed
+from experiments.errors import ConfigurationError, RunElsewhere, RunFailed
 from experiments.execution import execute
-from experiments.sweep import position
+from experiments.returning import tell_failure
+from experiments.sweep import by_return_value, decided_ahead, position
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
 
@@ -29,18 +31,36 @@ register_schemas()
 
 
 @hydra.main(config_path=str(CONFIGURATIONS), config_name="train", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """Hydra's entry point: convert the configuration once, run it, and report failures briefly."""
-    many = HydraConfig.get().mode == RunMode.MULTIRUN
+def main(composed: DictConfig) -> float | None:
+    """Hydra's entry point: one run. Returns its validation score, by which a sweeper may choose.
+
+    A run of a list that goes wrong is marked in its folder, and the list goes on; the end of the
+    sweep names it (`experiments.sweep`). A sweeper that chooses by what this returns has to know:
+    it gets the exception, as does who started one run alone.
+    """
+    context = HydraConfig.get()
+    many = context.mode == RunMode.MULTIRUN
+    chooses = many and not decided_ahead(HydraConfig.instance().cfg)
+    goes_on = many and not (chooses and by_return_value(HydraConfig.instance().cfg))
     try:
         run = resolve(composed)
         say(" ".join(filter(None, ["run", position(), run.init.name, "seed", str(run.seed)])))
-        execute(run)
-    except (ConfigurationError, RunFailed) as error:
-        if many:
-            say(f"  failed: {error}", style="red")  # the other runs go on
-        # Hydra prints this kind of exception as its message; HYDRA_FULL_ERROR=1 shows the rest.
-        raise CompactHydraException(str(error)) from error
+        return execute(run, wait=chooses).get("validation_score")
+    except RunElsewhere as error:
+        if not goes_on:
+            raise CompactHydraException(str(error)) from error
+        say(f"  left to another process: {error}")
+    except Exception as error:
+        if goes_on:
+            tell_failure(error)
+        elif isinstance(error, ConfigurationError | RunFailed):
+            # Hydra prints this kind as its message; HYDRA_FULL_ERROR=1 shows the rest.
+            raise CompactHydraException(str(error)) from error
+        else:
+            raise
+    finally:
+        gc.collect()  # a failed run's model hangs in the cycles of its traceback
+    return None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
+from experiments.checkpoints import Checkpoints, Progress
 from experiments.errors import RunFailed
 from experiments.schedule import TrainingConfig, learning_rate_factor
 from experiments.tasks import SeededBatches, Task
@@ -65,6 +66,7 @@ def train(
     validate: Callable[[int], None] = lambda step: None,
     observe: Callable[[int], None] = lambda step: None,
     advance: Callable[[int, float], None] = lambda step, loss: None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainingSummary:
     """Train `model` in place.
 
@@ -75,11 +77,16 @@ def train(
         observe: called with the number of steps done after every step, to read the model; neither
             this nor validation counts as time of training.
         advance: called with the number of steps done and the loss.
+        checkpoints: where to go on from, and when to save. The saved adapter is in `model` already.
 
     Raises:
-        RunFailed: a loss that is not finite.
+        RunFailed: a loss that is not finite, or no time left.
     """
-    batches = SeededBatches(len(examples), settings.batch_size, settings.steps, seed)
+    checkpoints = checkpoints or Checkpoints()
+    begun = checkpoints.progress
+    batches = SeededBatches(
+        len(examples), settings.batch_size, settings.steps, seed, start=begun.step
+    )
     groups = parameter_groups(model)
     head_rate = settings.head_learning_rate or settings.learning_rate
     optimizer = torch.optim.AdamW(
@@ -94,13 +101,17 @@ def train(
         optimizer, lambda step: learning_rate_factor(step, settings)
     )
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=task.collate)
+    adapted = model
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    checkpoints.restore(optimizer, schedule, accelerator)
 
     model.train()
     torch.manual_seed(seed)
-    first_norms: dict[str, float] = {}
-    tokens, paused, started = 0, 0.0, time.perf_counter()
-    for step, batch in enumerate(loader, start=1):
+    first_norms = begun.gradient_norms
+    tokens, paused, started = begun.tokens, 0.0, time.perf_counter() - begun.seconds
+    for step, batch in enumerate(loader, start=begun.step + 1):
+        if step == begun.step + 1:
+            checkpoints.restore_generators(accelerator)
         step_started = time.perf_counter()
         rate = schedule.get_last_lr()[0]
         loss = accelerator.reduce(backward(model, batch, accelerator), "mean").item()
@@ -142,6 +153,10 @@ def train(
         if due or (settings.validate_at_end and step == settings.steps):
             validate(step)
             model.train()
+        progress = Progress(step, tokens, pause - started - paused, first_norms)
+        checkpoints.step_done(
+            progress, adapted, optimizer, schedule, accelerator, last=step == settings.steps
+        )
         paused += time.perf_counter() - pause
     return TrainingSummary(
         settings.steps, time.perf_counter() - started - paused, tokens, first_norms

@@ -14,27 +14,34 @@ class SeededBatches(Sampler[list[int]]):
     An epoch's rest and the next epoch's beginning share a batch, so that all batches are full. The
     attributes `batch_size` and `drop_last` are read by Accelerate, which cuts each batch into as
     many parts as there are processes.
+
+    Args:
+        start: leave out so many batches, which were trained on before.
     """
 
     drop_last = True
 
-    def __init__(self, examples: int, batch_size: int, steps: int, seed: int) -> None:
+    def __init__(
+        self, examples: int, batch_size: int, steps: int, seed: int, start: int = 0
+    ) -> None:
         self.examples = examples
         self.batch_size = batch_size
         self.steps = steps
         self.seed = seed
+        self.start = start
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
         # A generator of its own: the global one stands elsewhere after each initialization.
         generator = torch.Generator().manual_seed(self.seed)
         waiting: list[int] = []
-        for _ in range(self.steps):
+        for step in range(self.steps):
             while len(waiting) < self.batch_size:
                 waiting += torch.randperm(self.examples, generator=generator).tolist()
-            yield waiting[: self.batch_size]
+            if step >= self.start:
+                yield waiting[: self.batch_size]
             waiting = waiting[self.batch_size :]
 
 

@@ -112,7 +112,7 @@ def test_the_result_is_written_last(configured, tiny, monkeypatch):
 
     monkeypatch.setattr(execution, "write_json", spy)
     execute(run)
-    assert set(present) == FILES - {"result.json"}
+    assert set(present) == (FILES - {"result.json"}) | {"running.json"}
 
 
 def test_methods_see_the_same_batches_and_head(configured, tiny, monkeypatch):

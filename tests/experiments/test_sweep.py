@@ -65,8 +65,9 @@ def test_a_multirun_keeps_its_own_list(tiny, tmp_path):
         "finished", "finished", "finished", "finished", "failed", "finished",
     ]  # fmt: skip
     assert "finished before, skipped" in again.stdout
-    assert "failed: init=orthogonal" in again.stdout
-    assert "Traceback" not in again.stderr
+    assert "failed (configuration): init=orthogonal" in again.stdout
+    failed = listed["runs"][4]
+    assert again.stderr == f"1 of 6 runs failed: {Path(failed['folder']).name} (configuration)\n"
     assert (outputs / "sweeps" / "default" / "multirun.yaml").exists()
 
 

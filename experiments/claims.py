@@ -1,0 +1,202 @@
+"""One process a run: a lock of the operating system beside the run's folder, a heartbeat inside it.
+
+The kernel frees the lock however its process ends, kill -9 included: a free lock means that nobody
+works on the run. On a network file system whose locks do not reach other machines (Lustre without
+`-o flock`, say) the heartbeat stands in: a run that another machine said to work on less than
+`STALE` seconds ago is taken, and one that it abandoned is free again after that.
+"""
+
+from __future__ import annotations
+
+import calendar
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from experiments.errors import RunElsewhere
+from experiments.runs import RunFolder, write_json
+
+HEARTBEAT = 10.0
+STALE = 120.0
+POLL = 0.5
+CLOCK = "%Y-%m-%dT%H:%M:%SZ"
+
+
+class Claim:
+    """The right to work on a run, told to others by `running.json`."""
+
+    def __init__(self, folder: RunFolder, steps: int) -> None:
+        self.folder = folder
+        self.facts: dict[str, Any] = {
+            "run_id": folder.id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": now(),
+            "step": 0,
+            "steps": steps,
+        }
+        self.ended = threading.Event()
+        # A thread: an initialization may take longer than STALE without a step in between.
+        self.thread = threading.Thread(target=self.keep_beating, daemon=True)
+
+    def begin(self) -> None:
+        """The folder is ready: tell of the work in it, again and again."""
+        write_json(self.folder.running_file, {**self.facts, "updated": now()})
+        self.thread.start()
+
+    def reached(self, step: int) -> None:
+        """Steps done, for the next heartbeat."""
+        self.facts["step"] = step
+
+    def keep_beating(self) -> None:
+        while not self.ended.wait(HEARTBEAT):
+            # A full disk ends the run where it matters, not here.
+            with contextlib.suppress(OSError):
+                write_json(self.folder.running_file, {**self.facts, "updated": now()})
+
+    def end(self) -> None:
+        self.ended.set()
+        if self.thread.ident is not None:
+            self.thread.join()
+
+
+@contextlib.contextmanager
+def claim(
+    folder: RunFolder, steps: int, accelerator: Accelerator, *, wait: bool = False
+) -> Iterator[Claim]:
+    """Hold the run; of several processes that train it together, the first holds it for all.
+
+    `running.json` is left behind by a process that is interrupted, as by one that is killed.
+
+    Raises:
+        RunElsewhere: another process works on it, and `wait` is False.
+    """
+    held, refusal = None, None
+    if accelerator.is_main_process:
+        try:
+            held = acquire(folder, wait)
+        except RunElsewhere as error:
+            refusal = str(error)
+    if accelerator.num_processes > 1:
+        refusal = broadcast_object_list([refusal])[0]
+    if refusal is not None:
+        raise RunElsewhere(refusal)
+    mine, interrupted = Claim(folder, steps), True
+    try:
+        yield mine
+        interrupted = False
+    except Exception:
+        interrupted = False
+        raise
+    finally:
+        mine.end()
+        if held is not None:
+            if not interrupted:
+                folder.running_file.unlink(missing_ok=True)
+            release(folder, held)
+
+
+def acquire(folder: RunFolder, wait: bool) -> int:
+    """The descriptor of the locked file."""
+    while True:
+        descriptor = lock(folder.lock_file)
+        if descriptor is not None:
+            if not beats_elsewhere(folder):
+                return descriptor
+            os.close(descriptor)
+        if not wait:
+            raise RunElsewhere(f"{describe(folder)}; its results will be in {folder.path}")
+        time.sleep(POLL)
+
+
+def lock(path: Path) -> int | None:
+    """Lock the file, made if there is none; None if another process holds it for a while."""
+    for _ in range(3):  # `is_held` of another process holds it for an instant
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # the folder was empty and its last user removed it
+        if try_lock(descriptor):
+            # Its last holder removes the file: a lock on the removed one would keep nobody out.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        os.close(descriptor)
+        time.sleep(0.02)
+    return None
+
+
+def try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def release(folder: RunFolder, descriptor: int) -> None:
+    """Remove the lock file while it is still locked, then unlock."""
+    folder.lock_file.unlink(missing_ok=True)
+    os.close(descriptor)
+    with contextlib.suppress(OSError):
+        folder.path.parent.rmdir()  # a mistake found before the first run leaves nothing behind
+
+
+def is_held(folder: RunFolder) -> bool:
+    """Whether a process works on the run at this moment."""
+    try:
+        descriptor = os.open(folder.lock_file, os.O_RDWR)
+    except FileNotFoundError:
+        return beats_elsewhere(folder)
+    try:
+        return not try_lock(descriptor) or beats_elsewhere(folder)
+    finally:
+        os.close(descriptor)
+
+
+def wait_until_free(folder: RunFolder) -> None:
+    while is_held(folder):
+        time.sleep(POLL)
+
+
+def heartbeat(folder: RunFolder) -> dict[str, Any] | None:
+    """What `running.json` holds, and `age`, the seconds since it was written; None without one."""
+    try:
+        facts = json.loads(folder.running_file.read_text())
+        return {**facts, "age": max(time.time() - seconds(facts["updated"]), 0.0)}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def beats_elsewhere(folder: RunFolder) -> bool:
+    facts = heartbeat(folder)
+    return facts is not None and facts["host"] != socket.gethostname() and facts["age"] < STALE
+
+
+def describe(folder: RunFolder) -> str:
+    facts = heartbeat(folder)
+    if facts is None:
+        return "another process works on this run"
+    return (
+        f"process {facts['pid']} on {facts['host']} works on this run (step {facts['step']} of "
+        f"{facts['steps']}, {facts['age']:.0f} s ago)"
+    )
+
+
+def now() -> str:
+    return time.strftime(CLOCK, time.gmtime())
+
+
+def seconds(clock: str) -> float:
+    return calendar.timegm(time.strptime(clock, CLOCK))

@@ -1,0 +1,192 @@
+"""A run that is broken off goes on with the losses, to the last bit, of one that was not."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments import checkpoints as module
+from experiments import training
+from experiments.checkpoints import get_generators, read_checkpoint, set_generators
+from experiments.errors import RunFailed
+from experiments.execution import execute
+from experiments.runs import identify
+
+METHODS = ("pissa", "eva", "loftq")  # base edited, ranks redistributed, base replaced
+LENGTH = ("training.steps=9", "training.validate_every=3", "training.schedule=cosine")
+DROPOUT = ("model.dropout=0.2", "lora.lora_dropout=0.1")
+
+
+def rows(folder) -> list[dict]:
+    """The lines of metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture
+def broken_off(monkeypatch):
+    """`broken_off(run, 5)` does the run until a Ctrl-C in step 5's backward pass."""
+
+    def do(run, at: int) -> None:
+        steps = iter(range(1, at))
+        backward = training.backward
+
+        def interrupted(*arguments):
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return backward(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "backward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                execute(run)
+
+    return do
+
+
+@pytest.mark.filterwarnings("ignore:lora_dropout")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_continued_run_has_the_same_losses(configured, tiny, broken_off, tmp_path, method):
+    """Broken off after a validation, in the middle of the schedule, with two kinds of dropout."""
+    settings = [*tiny, *LENGTH, *DROPOUT, f"init={method}", "runtime.cache=false"]
+    whole = configured(*settings, f"paths.outputs={tmp_path}/whole")
+    expected = execute(whole)
+    run = configured(*settings, "runtime.checkpoint_every=2")
+    folder = identify(run)
+    broken_off(run, 6)  # after the checkpoint of step 4 and one step more
+    assert rows(folder)[-1]["step"] == 5
+    first_start = (folder.path / "init.json").read_bytes()
+    random.seed(5)
+    torch.rand(7)
+    result = execute(run)
+    assert rows(folder) == rows(identify(whole))
+    for same in ("test", "first_step_gradient_norms", "train_tokens", "steps"):
+        assert result[same] == expected[same]
+    assert (folder.path / "init.json").read_bytes() == first_start
+    assert not folder.checkpoint_file.exists()
+    assert not folder.running_file.exists()
+    for path in (folder.path / "adapter").glob("*.safetensors"):
+        mine, other = load_file(path), load_file(identify(whole).path / "adapter" / path.name)
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def test_it_may_be_broken_off_again_and_again(configured, tiny_causal, broken_off, tmp_path):
+    settings = [*tiny_causal, *LENGTH, "init=olora", "model.dropout=0.1"]
+    whole = configured(*settings, f"paths.outputs={tmp_path}/whole")
+    execute(whole)
+    run = configured(*settings, "runtime.checkpoint_every=1")
+    for _ in range(3):
+        broken_off(run, 3)
+    execute(run)
+    assert rows(identify(run)) == rows(identify(whole))
+
+
+def test_a_run_killed_after_its_last_step_only_tests(configured, tiny, monkeypatch):
+    run = configured(*tiny, "runtime.checkpoint_every=3")
+    folder = identify(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.execution.describe_result", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            execute(run)
+    splits = ["train"] * 3 + ["update", "validation", "test"]
+    assert [row["split"] for row in rows(folder)] == splits
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "backward", None)  # no step is left to do
+        execute(run)
+    assert [row["split"] for row in rows(folder)] == splits
+
+
+def test_a_time_limit_is_gone_on_from_by_the_same_command(configured, tiny, tmp_path):
+    whole = configured(*tiny, f"paths.outputs={tmp_path}/whole")
+    execute(whole)
+    run = configured(*tiny, "runtime.time_limit_minutes=1e-6")
+    folder = identify(run)
+    assert folder.id == identify(whole).id
+    for step in (1, 2):
+        with pytest.raises(RunFailed, match="time limit"):
+            execute(run)
+        failure = json.loads(folder.failed_file.read_text())
+        assert (failure["reason"], failure["step"]) == ("time limit", step)
+        assert read_checkpoint(folder).progress.step == step
+    execute(run)  # whose last step needs no time after it
+    assert rows(folder) == rows(identify(whole))
+    assert not folder.failed_file.exists()
+
+
+def test_checkpoints_come_by_the_clock(configured, tiny, monkeypatch):
+    """Half a minute a step, and a checkpoint each minute: after every second step."""
+    run = configured(*tiny, "training.steps=7", "runtime.checkpoint_minutes=1")
+    written = []
+
+    class Clock:
+        time = 0.0
+
+        def monotonic(self):
+            return self.time
+
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    write = module.Checkpoints.write
+    monkeypatch.setattr(
+        module.Checkpoints, "write",
+        lambda self, *more: (written.append(self.progress.step), write(self, *more)),
+    )  # fmt: skip
+    done = module.Checkpoints.step_done
+
+    def slow(self, *arguments, **more):
+        clock.time += 30.0
+        done(self, *arguments, **more)
+
+    monkeypatch.setattr(module.Checkpoints, "step_done", slow)
+    execute(run)
+    assert written == [2, 4, 6]
+
+
+@pytest.mark.parametrize("damage", ["cut", "metrics", "other run", "other ranks"])
+def test_a_checkpoint_that_does_not_fit_is_not_gone_on_from(configured, tiny, broken_off, damage):
+    run = configured(*tiny, "init=pissa", "runtime.checkpoint_every=1")
+    folder = identify(run)
+    broken_off(run, 3)
+    path = folder.checkpoint_file
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "metrics":
+        folder.metrics_file.write_text("")
+    elif damage == "other run":
+        other = configured(*tiny, "init=pissa", "seed=1", "runtime.checkpoint_every=1")
+        broken_off(other, 3)
+        path.write_bytes(identify(other).checkpoint_file.read_bytes())
+    else:
+        other = configured(*tiny, "init=pissa", "lora.r=2", "runtime.checkpoint_every=1")
+        broken_off(other, 3)
+        found = identify(other)
+        folder.metrics_file.write_bytes(found.metrics_file.read_bytes())
+        content = found.checkpoint_file.read_bytes()
+        path.write_bytes(content.replace(found.id.encode(), folder.id.encode()))
+        assert read_checkpoint(folder) is not None
+    execute(run)
+    assert [row["step"] for row in rows(folder) if row["split"] == "train"] == [1, 2, 3]
+
+
+def test_nothing_in_a_checkpoint_is_pickled(configured, tiny, broken_off):
+    run = configured(*tiny, "runtime.checkpoint_every=1")
+    broken_off(run, 2)
+    saved = read_checkpoint(identify(run))
+    assert {type(value) for value in saved.tensors.values()} == {torch.Tensor}
+    assert saved.progress.step == 1
+    names = [path.name for path in identify(run).checkpoint_file.parent.iterdir()]
+    assert names == ["training.safetensors"]
+
+
+def test_generators_come_back_through_json():
+    cpu = torch.device("cpu")
+    tensors, facts = get_generators(cpu)
+    expected = (torch.rand(3).tolist(), random.random(), np.random.rand())  # noqa: NPY002
+    set_generators(tensors, json.loads(json.dumps(facts)), cpu)
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected  # noqa: NPY002

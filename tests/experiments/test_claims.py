@@ -1,0 +1,140 @@
+"""Nobody works on a run that another process works on, and a dead process holds nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from experiments import claims
+from experiments.claims import acquire, claim, heartbeat, is_held, lock, release
+from experiments.errors import RunElsewhere
+from experiments.execution import execute
+from experiments.runs import RunFolder, identify, write_json
+from experiments.states import state_of
+from experiments.training import TrainingConfig, make_accelerator
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder("0123456789", tmp_path / "runs" / "pissa-0123456789")
+
+
+@pytest.fixture
+def alone():
+    return make_accelerator(TrainingConfig(), "cpu")
+
+
+def test_a_claimed_run_is_left_alone(configured, tiny):
+    run = configured(*tiny)
+    folder = identify(run)
+    held = acquire(folder, wait=False)
+    assert state_of(folder) == "running"
+    with pytest.raises(RunElsewhere, match="another process works on this run"):
+        execute(run)
+    assert not folder.path.exists()
+    release(folder, held)
+    assert state_of(folder) == "missing"
+    execute(run)
+    assert state_of(folder) == "finished"
+    assert not folder.lock_file.exists()
+
+
+def test_the_heartbeat_tells_how_far_it_is(folder, alone, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT", 0.01)
+    with claim(folder, 90, alone) as mine:
+        mine.begin()
+        assert heartbeat(folder)["step"] == 0
+        mine.reached(7)
+        while heartbeat(folder)["step"] != 7:
+            time.sleep(0.01)
+        facts = json.loads(folder.running_file.read_text())
+        assert (facts["run_id"], facts["pid"], facts["steps"]) == (folder.id, os.getpid(), 90)
+        assert set(facts) == {"run_id", "host", "pid", "started", "step", "steps", "updated"}
+        told = rf"process {os.getpid()} on .* \(step 7 of 90, [01] s"
+        with pytest.raises(RunElsewhere, match=told):
+            acquire(folder, wait=False)
+    assert heartbeat(folder) is None
+    assert not is_held(folder)
+
+
+def test_a_heartbeat_does_not_need_the_disk(folder, alone, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT", 0.001)
+    with claim(folder, 90, alone) as mine:
+        mine.begin()
+        tried = []
+
+        def full(*arguments):
+            tried.append(arguments)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(claims, "write_json", full)
+        while len(tried) < 3:
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize(("error", "left"), [(ValueError, False), (KeyboardInterrupt, True)])
+def test_who_fails_tidies_up_and_who_is_interrupted_leaves_a_trace(folder, alone, error, left):
+    def work():
+        with claim(folder, 9, alone) as mine:
+            mine.begin()
+            raise error
+
+    with pytest.raises(error):
+        work()
+    assert folder.running_file.exists() == left
+    assert state_of(folder) == "died"
+
+
+def test_another_machine_is_believed_while_it_is_heard_of(folder, alone):
+    """A network file system whose locks do not reach other machines."""
+    told = {"host": "elsewhere", "pid": 5, "step": 3, "steps": 9}
+    write_json(folder.running_file, {**told, "updated": claims.now()})
+    assert is_held(folder)
+    with pytest.raises(RunElsewhere, match="process 5 on elsewhere"), claim(folder, 9, alone):
+        pass
+    old = time.strftime(claims.CLOCK, time.gmtime(time.time() - claims.STALE - 5))
+    write_json(folder.running_file, {**told, "updated": old})
+    assert state_of(folder) == "died"
+    with claim(folder, 9, alone):
+        pass
+
+
+def test_a_lock_on_a_removed_file_keeps_nobody_out(tmp_path):
+    """Two wait for a lock; its holder removes the file. They must not get one file each."""
+    path = tmp_path / "lock"
+    first = lock(path)
+    waiting = os.open(path, os.O_RDWR)
+    path.unlink()
+    os.close(first)
+    assert claims.try_lock(waiting)  # on a file that nobody else can find
+    second = lock(path)
+    assert second is not None
+    assert os.stat(path).st_ino == os.fstat(second).st_ino
+    os.close(waiting)
+    os.close(second)
+
+
+def test_many_hold_it_one_at_a_time(folder, tmp_path, monkeypatch):
+    """The kernel's lock belongs to the open file: threads stand for processes here."""
+    monkeypatch.setattr(claims, "POLL", 0.0001)
+    log = []
+
+    def work():
+        for _ in range(50):
+            held = acquire(folder, wait=True)
+            log.append("in")
+            time.sleep(0.0001)
+            log.append("out")
+            release(folder, held)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert log == ["in", "out"] * 200
+    assert not (tmp_path / "runs").exists()

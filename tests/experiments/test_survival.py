@@ -1,0 +1,142 @@
+"""Sweeps of real processes: killed in the middle, run twice at once, with runs that fail."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import train
+from experiments.execution import execute
+from experiments.runs import identify
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`command("-m", "seed=0,1")` is that command line, in this process: status, out, err."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        status = 0
+        try:
+            train.main()
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        if isinstance(status, str):  # what the interpreter does with it
+            return 1, printed.out, printed.err + status
+        return status, printed.out, printed.err
+
+    return run
+
+
+def losses(folder) -> list[tuple]:
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    return [(line["split"], line["step"], line.get("loss")) for line in lines]
+
+
+def manifest(outputs: Path) -> dict:
+    return json.loads((outputs / "sweeps" / "default" / "manifest.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_and_taken_up_by_two_at_once(configured, tiny, tmp_path):
+    """kill -9 in mid-training; then the same command twice: each run once, the same losses."""
+    settings = [*tiny, "training.steps=120", "training.validate_every=50", "model.dropout=0.1",
+                "runtime.checkpoint_every=20"]  # fmt: skip
+    sweep = ["-m", *settings, "init=kaiming,pissa,olora"]
+    runs = [configured(*settings, f"init={m}") for m in ("kaiming", "pissa", "olora")]
+    folders = [identify(run) for run in runs]
+
+    killed = start(*sweep, cwd=tmp_path)
+    lines = 0
+    while lines < 55:  # of the second run
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+        if folders[1].metrics_file.exists():
+            lines = len(folders[1].metrics_file.read_text().splitlines())
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert folders[0].finished()
+    assert not folders[1].finished()
+    assert [run["status"] for run in manifest(tmp_path / "outputs")["runs"]] == [
+        "finished", "started",
+    ]  # fmt: skip
+    before = folders[0].result_file.read_bytes()
+
+    both = [start(*sweep, cwd=tmp_path) for _ in range(2)]
+    ended = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    printed = ended[0][0] + ended[1][0]
+    assert printed.count("training ") == 2  # the line at the end of a run, whoever did it
+    assert printed.count("going on after step") == 1
+    assert folders[0].result_file.read_bytes() == before
+    assert manifest(tmp_path / "outputs")["status"] == "finished"
+    assert len(manifest(tmp_path / "outputs")["runs"]) == 3
+
+    alone = configured(*settings, "init=pissa", f"paths.outputs={tmp_path}/alone")
+    execute(alone)
+    assert losses(folders[1]) == losses(identify(alone))
+
+
+def test_a_failing_run_ends_neither_sweep_nor_silence(command, tiny, tmp_path):
+    rates = "training.learning_rate=1e30,1e-3"
+    status, printed, told = command(
+        "-m", *tiny, rates, "training.max_grad_norm=null", "training.warmup=0",
+        "training.steps=9", "init=kaiming,olora",
+    )  # fmt: skip
+    assert status == 1
+    assert told.startswith("2 of 4 runs failed: kaiming-tiny-table-s0-")
+    assert told.count("(diverged)") == 2
+    assert printed.count("failed (diverged): the loss is") == 2
+    listed = manifest(tmp_path / "outputs")
+    assert [r["status"] for r in listed["runs"]] == ["failed", "failed", "finished", "finished"]
+    assert listed["status"] == "incomplete"
+
+
+def test_a_single_run_that_is_taken_says_so(command, configured, tiny):
+    from experiments.claims import acquire, release
+
+    folder = identify(configured(*tiny))
+    held = acquire(folder, wait=False)
+    status, _, told = command(*tiny)
+    release(folder, held)
+    assert status == 1
+    assert "another process works on this run" in told
+
+
+def test_two_different_sweeps_of_one_name_share_a_list(command, tiny, tmp_path):
+    """While one is at work, the other adds its runs; alone, it begins the list anew."""
+    assert command("-m", *tiny, "init=kaiming")[0] == 0
+    at_work = os.open(tmp_path / "outputs" / "sweeps" / "default" / ".at_work", os.O_RDWR)
+    fcntl.flock(at_work, fcntl.LOCK_SH)
+    assert command("-m", *tiny, "init=kaiming,pissa")[0] == 0
+    assert command("-m", *tiny, "init=gaussian")[0] == 0
+    listed = manifest(tmp_path / "outputs")
+    assert (listed["total"], listed["status"]) == (3, "finished")
+    assert [run["overrides"][-1] for run in listed["runs"]] == [
+        "init=kaiming", "init=pissa", "init=gaussian",
+    ]  # fmt: skip
+    os.close(at_work)
+    assert command("-m", *tiny, "init=olora")[0] == 0
+    listed = manifest(tmp_path / "outputs")
+    assert (listed["total"], len(listed["runs"]), listed["status"]) == (1, 1, "finished")
