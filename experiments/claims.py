@@ -1,15 +1,17 @@
 """One process a run: a lock of the operating system beside the run's folder, a heartbeat inside it.
 
 The kernel frees the lock however its process ends, kill -9 included: a free lock means that nobody
-works on the run. On a network file system whose locks do not reach other machines (Lustre without
-`-o flock`, say) the heartbeat stands in: a run that another machine said to work on less than
-`STALE` seconds ago is taken, and one that it abandoned is free again after that.
+works on the run. NFS and Lustre (`-o flock`) pass such locks on to other machines. On a network
+file system that does not, the heartbeat stands in: a run that another machine said to work on less
+than `STALE` seconds ago is taken, and one that it abandoned is free again after that. There two
+machines that begin the same run within the same instant may both get it.
 """
 
 from __future__ import annotations
 
 import calendar
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -29,6 +31,8 @@ from experiments.runs import RunFolder, write_json
 HEARTBEAT = 10.0
 STALE = 120.0
 POLL = 0.5
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+"""What a file system answers that has no locks at all: heartbeats alone have to do there."""
 CLOCK = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -142,6 +146,9 @@ def try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return True
 
 

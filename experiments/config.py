@@ -21,6 +21,7 @@ from experiments.budget import BudgetConfig
 from experiments.controls import check_control
 from experiments.data import DataConfig
 from experiments.errors import ConfigurationError
+from experiments.launching import register_launchers
 from experiments.measures import MeasuresConfig
 from experiments.models import ModelConfig
 from experiments.protocol.settings import ProtocolConfig
@@ -172,6 +173,7 @@ def expressible(kind: Any, default: Any) -> bool:
 
 def register_schemas() -> None:
     """Put every schema into Hydra's ConfigStore, under `schema/` in its group."""
+    register_launchers()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for method in list_initializers():

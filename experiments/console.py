@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import rich
@@ -22,7 +24,9 @@ def say(line: str, style: str = "") -> None:
 def training_bar(steps: int, shown: bool) -> Iterator[Callable[[int, float], None]]:
     """A bar over the steps with the current loss; yields a function of (steps done, loss)."""
     console = rich.get_console()
-    if not (shown and console.is_terminal):
+    # Parallel workers share the terminal, where their bars would run into each other.
+    alone = multiprocessing.current_process().name == "MainProcess"
+    if not (shown and alone and console.is_terminal and sys.stderr.isatty()):
         yield lambda step, loss: None
         return
     columns = (

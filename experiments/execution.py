@@ -49,7 +49,6 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
         RunFailed: training diverged or its time is over; `failed.json` in the run's folder says so.
         RunElsewhere: another process works on the run, and `wait` is False.
     """
-    started = time.monotonic()
     folder = identify(run)
     if (done := already_finished(run, folder)) is not None:
         return done
@@ -64,7 +63,7 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
         if not run.runtime.rerun:
             refuse_to_diverge_again(folder)
         try:
-            return carry_out(run, folder, accelerator, claimed, started)
+            return carry_out(run, folder, accelerator, claimed)
         except Exception as error:
             if accelerator.is_main_process:
                 record_failure(folder, error)
@@ -74,9 +73,10 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
 
 
 def carry_out(
-    run: RunConfig, folder: RunFolder, accelerator: Accelerator, claimed: Claim, started: float
+    run: RunConfig, folder: RunFolder, accelerator: Accelerator, claimed: Claim
 ) -> dict[str, Any]:
     """Load, initialize, train, test and write, in that order; `result.json` last."""
+    started = time.monotonic()
     main = accelerator.is_main_process
     runtime = run.runtime
     data = load_data(run.data)

@@ -63,6 +63,8 @@ def record_failure(folder: RunFolder, error: Exception) -> None:
     if reason not in ("configuration", "diverged", "time limit"):
         lines = "".join(traceback.format_exception(error)).splitlines()
         failure["traceback"] = lines[-LINES_KEPT:]
+    if reason == "diverged":
+        folder.forget_checkpoint()
     try:
         folder.remove_scratch()
         write_json(folder.failed_file, failure)

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # experiments/ is an application: it is run from here, not installed
 
+from experiments import train  # noqa: E402
 from experiments.config import register_schemas, resolve  # noqa: E402
 
 register_schemas()
@@ -124,3 +125,22 @@ def tiny_causal(tiny_decoder, tmp_path) -> list[str]:
         "training.generate_limit=8", "lora.r=4", "calibration.samples=16",
         "runtime.device=cpu", f"paths.outputs={tmp_path}/outputs",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`command("-m", "seed=0,1")` is that command line, in this process: status, out, err."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        status = 0
+        try:
+            train.main()
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        if isinstance(status, str):  # what the interpreter does with it
+            return 1, printed.out, printed.err + status
+        return status, printed.out, printed.err
+
+    return run

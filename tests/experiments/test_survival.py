@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments import train
 from experiments.execution import execute
 from experiments.runs import identify
 
@@ -30,25 +29,6 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """`command("-m", "seed=0,1")` is that command line, in this process: status, out, err."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        status = 0
-        try:
-            train.main()
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        if isinstance(status, str):  # what the interpreter does with it
-            return 1, printed.out, printed.err + status
-        return status, printed.out, printed.err
-
-    return run
-
-
 def losses(folder) -> list[tuple]:
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     return [(line["split"], line["step"], line.get("loss")) for line in lines]
@@ -59,7 +39,9 @@ def manifest(outputs: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_and_taken_up_by_two_at_once(configured, tiny, tmp_path):
+def test_a_sweep_killed_and_taken_up_by_two_at_once(
+    command, configured, tiny, tmp_path, monkeypatch
+):
     """kill -9 in mid-training; then the same command twice: each run once, the same losses."""
     settings = [*tiny, "training.steps=120", "training.validate_every=50", "model.dropout=0.1",
                 "runtime.checkpoint_every=20"]  # fmt: skip
@@ -83,10 +65,13 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(configured, tiny, tmp_path):
     ]  # fmt: skip
     before = folders[0].result_file.read_bytes()
 
-    both = [start(*sweep, cwd=tmp_path) for _ in range(2)]
-    ended = [process.communicate(timeout=240) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ended
-    printed = ended[0][0] + ended[1][0]
+    monkeypatch.chdir(tmp_path)
+    other = start(*sweep, cwd=tmp_path)
+    status, printed, told = command(*sweep)
+    assert status == 0, told
+    ended = other.communicate(timeout=240)
+    assert other.returncode == 0, ended
+    printed += ended[0]
     assert printed.count("training ") == 2  # the line at the end of a run, whoever did it
     assert printed.count("going on after step") == 1
     assert folders[0].result_file.read_bytes() == before

@@ -8,21 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command_line(*arguments: str, path: Path | None = None, **more):
+def command_line(*arguments: str, path: Path | None = None, threads: str | None = "1", **more):
     """Run `python -m experiments.train` in a process of its own."""
     paths = [str(ROOT), *([str(path)] if path else [])]
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1",
+        **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", "experiments.train", *arguments],
-        capture_output=True, text=True, env=environment, timeout=240, **more,
+        capture_output=True, text=True, timeout=240,
+        env={key: value for key, value in environment.items() if value is not None}, **more,
     )  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def test_a_multirun_keeps_its_own_list(tiny, tmp_path):
 def test_parallel_jobs_share_one_list(tiny, tmp_path):
     done = command_line(
         "-m", *tiny, "init=kaiming,pissa,eva", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
-        cwd=tmp_path,
+        cwd=tmp_path, threads=None,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     listed = manifest(tmp_path / "outputs")
@@ -83,6 +85,10 @@ def test_parallel_jobs_share_one_list(tiny, tmp_path):
     assert [Path(run["folder"]).name.split("-")[0] for run in listed["runs"]] == [
         "kaiming", "pissa", "eva",
     ]  # fmt: skip
+    # Two at a time share the cores out: no core is asked for twice.
+    paths = [Path(run["folder"]) / "result.json" for run in listed["runs"]]
+    shares = {json.loads(path.read_text())["environment"]["threads"] for path in paths}
+    assert shares == {max(joblib.cpu_count() // 2, 1)}
 
 
 SAMPLE = """
