@@ -62,7 +62,7 @@ def show(report: Report, console: Console) -> None:
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
     console.print(terminal_table(report.rows, report.metric, report.heading))
-    console.print("± is half of the 95 % bootstrap interval over examples and seeds", style="dim")
+    console.print("± is half of the 95 % interval; the page says what it covers", style="dim")
     console.print(f"report: {report.page}", soft_wrap=True)
 
 

@@ -32,6 +32,8 @@ def score_cell(row: Row) -> str:
 def difference_cell(row: Row) -> str:
     if row.difference is None:
         return row.verdict
+    if math.isnan(row.difference.low):
+        return signed(100 * row.difference.estimate)
     text = f"{signed(100 * row.difference.estimate)} ± {100 * row.difference.half_width:.1f}"
     return f"{text} (tie)" if row.verdict == "tie" else text
 
@@ -63,8 +65,21 @@ def significant(value: float | None) -> str:
     return "—" if value is None else f"{value:.3g}"
 
 
-def columns(metric: str) -> list[Column]:
-    return [
+def mantissa(value: float) -> str:
+    """3.2e-4, without the zero that Python pads exponents with."""
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def rate_cell(row: Row) -> str:
+    rate = row.choice.learning_rate
+    edge = "*" if row.choice.at_edge else ""
+    return "—" if math.isnan(rate) else f"{mantissa(rate)}{edge}"
+
+
+def columns(metric: str, rows: list[Row]) -> list[Column]:
+    """The columns that `rows` have something for."""
+    made = [
         Column("method", lambda r: r.arm, lambda r: r.arm),
         Column(
             f"{metric}, %", score_cell, lambda r: r.score.estimate,
@@ -76,23 +91,44 @@ def columns(metric: str) -> list[Column]:
             "paired difference in points ± half of its 95 % interval; a tie if that contains zero",
             brief=verdict_cell,
         ),
+    ]  # fmt: skip
+    if any(row.choice.rates > 1 for row in rows):
+        made.append(Column(
+            "learning rate", rate_cell, lambda r: r.choice.learning_rate,
+            "the chosen one; *: the lowest or highest that was tried",
+        ))  # fmt: skip
+    made += [
         Column(
-            "output gap", lambda r: scientific(r.output_gap), lambda r: r.output_gap,
+            "output gap", lambda r: scientific(r.get("output_gap")), lambda r: r.get("output_gap"),
             "largest change of a logit by the initialization, at step 0, over seeds",
         ),
-        Column("init s", lambda r: seconds(r.init_seconds), lambda r: r.init_seconds,
+        Column("init s", lambda r: seconds(r.get("init_seconds")), lambda r: r.get("init_seconds"),
                "seconds to initialize, calibration included, mean over seeds"),
-        Column("trainable", lambda r: count(r.trainable_parameters),
-               lambda r: r.trainable_parameters, "trainable parameters"),
-        Column("first grad", lambda r: significant(r.first_step_gradient_norm),
-               lambda r: r.first_step_gradient_norm,
+        Column("trainable", lambda r: count(r.get("trainable_parameters")),
+               lambda r: r.get("trainable_parameters"), "trainable parameters"),
+        Column("first grad", lambda r: significant(r.get("first_step_gradient_norm")),
+               lambda r: r.get("first_step_gradient_norm"),
                "gradient norm at the first step, mean over seeds"),
+        Column("update", lambda r: significant(r.get("update_size")),
+               lambda r: r.get("update_size"),
+               "‖ΔW‖ / ‖W‖ over all adapted layers after training, mean over seeds"),
+        Column("forgetting", lambda r: significant(r.get("forgetting")),
+               lambda r: r.get("forgetting"),
+               "forgetting against the original base model, mean over seeds"),
+    ]  # fmt: skip
+    optional = {"update", "forgetting"}
+    return [
+        column for column in made
+        if column.header not in optional or any(column.value(row) is not None for row in rows)
     ]  # fmt: skip
 
 
 def terminal_table(rows: list[Row], metric: str, title: str) -> Table:
     """At most 80 columns wide for methods at one setting."""
-    shown = columns(metric)
+    left_out = {"update", "forgetting"}
+    if any(row.choice.rates > 1 for row in rows):
+        left_out |= {"output gap", "first grad"}  # the learning rate takes their place
+    shown = [column for column in columns(metric, rows) if column.header not in left_out]
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(shown):
         header = column.header.replace(" ", "\n", 1)
@@ -104,7 +140,7 @@ def terminal_table(rows: list[Row], metric: str, title: str) -> Table:
 
 
 def markdown_table(rows: list[Row], metric: str, heading: str, notes: list[str]) -> str:
-    shown = columns(metric)
+    shown = columns(metric, rows)
     lines = [f"**{heading}**", ""]
     lines.append("| " + " | ".join(column.header for column in shown) + " |")
     lines.append("|" + "|".join("---" if i == 0 else "---:" for i in range(len(shown))) + "|")
@@ -117,7 +153,7 @@ def markdown_table(rows: list[Row], metric: str, heading: str, notes: list[str])
 
 def latex_table(rows: list[Row], metric: str, heading: str, notes: list[str]) -> str:
     """A `booktabs` table; needs `\\usepackage{booktabs}` and nothing else."""
-    shown = columns(metric)
+    shown = columns(metric, rows)
     body = [" & ".join(latex(column.show(row)) for column in shown) + r" \\" for row in rows]
     return "\n".join(
         [
@@ -126,7 +162,7 @@ def latex_table(rows: list[Row], metric: str, heading: str, notes: list[str]) ->
             r"\begin{table}",
             r"  \centering",
             rf"  \caption{{{latex(heading[0].upper() + heading[1:])}. "
-            r"$\pm$: half of the 95\,\% bootstrap interval over examples and seeds.}",
+            r"$\pm$: half of the 95\,\% interval over examples and seeds.}",
             rf"  \begin{{tabular}}{{l{'r' * (len(shown) - 1)}}}",
             r"    \toprule",
             "    " + " & ".join(latex(column.header) for column in shown) + r" \\",

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from test_report_sweeps import SYNTHETIC, write_sweep
+from synthetic_sweeps import SYNTHETIC, write_sweep
 
 from experiments.report import writing
 from experiments.report.sweeps import load_sweeps
