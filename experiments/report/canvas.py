@@ -20,6 +20,12 @@ OVER_TASKS = "indexof(methods, datum.method) >= 0 && indexof(ranks, datum.rank) 
 SEED_CHOSEN = f"{ARM_CHOSEN} && indexof(seeds, datum.seed) >= 0"
 RUN_CHOSEN = f"{SEED_CHOSEN} && (rates == 'all' || datum.best)"
 SUBSET_CHOSEN = f"{ARM_CHOSEN} && datum.seeds == join(seeds, ',')"
+# Where an interval's bar ends: at the mean itself where there is none, since an axis must begin
+# somewhere. Tooltips show `low` and `high`, which are then missing.
+BAR = {
+    "bottom": "isValid(datum.low) ? datum.low : datum.score",
+    "top": "isValid(datum.high) ? datum.high : datum.score",
+}
 INK, SOFT, GRID = "#24292f", "#57606a", "#e7eaee"
 ON_PAGE = "_on_page"  # ends the name of a layer that shows only under the mouse: files go without
 FEW_TICKS = alt.ExprRef("width < 320 ? 4 : 7")
@@ -34,6 +40,7 @@ class Chart:
         wide: whether it takes both columns of a wide page.
         parameter, choices: a parameter of this chart alone, its values and their names, which the
             page offers as a list; the first is what the chart begins with.
+        all_drawn: whether there are files of every choice, or of the first only.
     """
 
     name: str
@@ -44,6 +51,7 @@ class Chart:
     wide: bool = False
     parameter: str | None = None
     choices: dict[str, str] = field(default_factory=dict)
+    all_drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,11 @@ class Canvas:
     metric: str
     filters: dict[str, list]
     initial: dict[str, list]
+
+    @property
+    def rows_at_first(self) -> int:
+        """How many arms are shown before anyone filters, about."""
+        return -(-len(self.arms) * len(self.initial["ranks"]) // len(self.filters["ranks"]))
 
     def table(self, name: str) -> alt.Chart:
         return alt.Chart(alt.NamedData(name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .canvas import Canvas, Chart
-from .charts import layers, robustness, scores, start, training
+from .charts import layers, robustness, scores, spectra, start, training
 from .palette import marks, ordered
 from .summary import Summarizer
 from .views import Views
@@ -21,6 +21,7 @@ def draw(summarizer: Summarizer, views: Views, majority: dict[str, float], metri
         *training.charts(canvas, views),
         *start.charts(canvas, views),
         *layers.charts(canvas, views),
+        *spectra.charts(canvas, views),
     ]
     return drawn, canvas
 

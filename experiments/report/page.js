@@ -118,6 +118,11 @@
     return Math.max(2, Math.min(6, Math.floor((place.clientWidth - 70) / (34 + 6.5 * longest))));
   }
 
+  // Vega-Lite warns of "fit-y" wherever a chart's height follows its rows, though only the width is
+  // fitted. Everything else that it says is shown.
+  const warn = console.warn.bind(console);
+  console.warn = (...told) => { if (!/fit-y/.test(told.join(" "))) warn(...told); };
+
   async function draw(place) {
     const name = place.dataset.chart;
     const specification = report.specifications[name];
@@ -132,7 +137,6 @@
       const { view } = await vegaEmbed(place, specification, {
         mode: "vega-lite", renderer: report.renderer, actions: false,
         tooltip: { theme: "light" },
-        logLevel: 1, // errors: Vega-Lite warns of each chart with a row per method, without cause
       });
       follow(view);
       views.set(name, view);

@@ -91,6 +91,8 @@ def render(page: Page, output: Path) -> str:
 def script_data(page: Page, output: Path) -> dict[str, Any]:
     """What the page's script needs: charts without data, the tables once, the filters."""
     tables = {name: table for name, table in page.views.tables.items() if len(table)}
+    # Of the spectra one layer is drawn at a time.
+    marks = sum(len(table) for name, table in tables.items() if name != "spectra")
     return {
         "specifications": {c.name: page_specification(c.drawing) for c in page.charts},
         "tables": {name: columns(table) for name, table in tables.items()},
@@ -99,7 +101,7 @@ def script_data(page: Page, output: Path) -> dict[str, Any]:
         "subsets": [",".join(map(str, subset)) for subset in page.summarizer.seed_subsets()],
         "folders": folders(page.runs, output),
         "colors": {method: mark.color for method, mark in page.canvas.marks.items()},
-        "renderer": "canvas" if sum(map(len, tables.values())) > CANVAS_ABOVE else "svg",
+        "renderer": "canvas" if marks > CANVAS_ABOVE else "svg",
     }
 
 

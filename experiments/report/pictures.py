@@ -27,6 +27,8 @@ class Pictures:
         for position, (value, words) in enumerate(self.chart.choices.items()):
             name = f"{self.chart.name}-{value}" if position else self.chart.name
             title = f"{self.chart.title}: {words}"
+            if position and not self.chart.all_drawn:
+                break
             names.append(self.one(output, name, title, {self.chart.parameter: value}))
         return names
 

@@ -15,6 +15,7 @@ import pandas as pd
 from .curves import held_out, smoothed_training, updates
 from .frames import END, short_names
 from .selection import Choice
+from .spectra import spectra
 from .statistics import interquartile_mean
 from .summary import Row, Summarizer
 
@@ -58,6 +59,7 @@ def make_views(
     chosen = summarizer.runs[list(RUN)].assign(rank=summarizer.runs["rank"].fillna(0))
     training, window = smoothed_training(metrics, chosen)
     curve = curve_quantity(runs)
+    arms = list(dict.fromkeys(row.arm for t in summarizer.tasks for row in summarizer.rows(t)))
     tables = {
         "runs": points(runs, summarizer.quantity, curve),
         "rows": score_rows(summarizer),
@@ -66,6 +68,7 @@ def make_views(
         "updates": updates(metrics, chosen),
         "layers": layer_values(layers, chosen),
         "tasks": task_means(summarizer),
+        "spectra": spectra(summarizer.runs, arms, summarizer.problems),
     }
     return Views({name: rounded(frame) for name, frame in tables.items()}, curve, window)
 

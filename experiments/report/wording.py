@@ -14,6 +14,7 @@ from .statistics import LEAST_SEEDS, Interval
 from .summary import BASELINE, BOTH, SEEDS, Row
 
 ONE_RATE = "one learning rate: a demonstration, not a ranking"
+MANY, LARGEST = 12, 3  # comparisons that are counted, not named; of which these are
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -70,30 +71,46 @@ def findings(rows: list[Row], majority: float | None) -> list[str]:
         )
     compared = [row for row in rows if row.verdict in ("tie", "above", "below")]
     it = "it" if len(baselines) == 1 else f"{BASELINE} at the same settings"
-    if compared:
-        ties = [row for row in compared if row.verdict == "tie"]
-        clear = [row for row in compared if row.verdict != "tie"]
-        if not clear:
-            if len(compared) == 1:
-                sentences.append(
-                    f"{compared[0].arm} is a tie with {it}: the difference lies inside its 95 % "
-                    "interval."
-                )
-            else:
-                sentences.append(
-                    f"Every one of the other {number(len(compared))} is a tie with {it}: "
-                    "each difference lies inside its 95 % interval."
-                )
-        else:
-            parts = [f"{row.arm}, {points_interval(row.difference)}" for row in clear]
-            sentences.append(f"Different from {it}: {'; '.join(parts)}.")
-            if ties:
-                tied = listing([row.arm for row in ties])
-                are, whose = ("is a tie", "its") if len(ties) == 1 else ("are ties", "each")
-                sentences.append(
-                    f"{tied} {are} with {it}: {whose} difference lies inside its 95 % interval."
-                )
+    if len(compared) > MANY:
+        sentences += counted(compared, it)
+    elif compared:
+        sentences += named(compared, it)
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+
+def named(compared: list[Row], it: str) -> list[str]:
+    """Every comparison by its name."""
+    ties = [row for row in compared if row.verdict == "tie"]
+    clear = [row for row in compared if row.verdict != "tie"]
+    if not clear and len(compared) == 1:
+        return [f"{ties[0].arm} is a tie with {it}: the difference lies inside its 95 % interval."]
+    if not clear:
+        return [
+            f"Every one of the other {number(len(compared))} is a tie with {it}: "
+            "each difference lies inside its 95 % interval."
+        ]
+    parts = [f"{row.arm}, {points_interval(row.difference)}" for row in clear]
+    sentences = [f"Different from {it}: {'; '.join(parts)}."]
+    if ties:
+        tied = listing([row.arm for row in ties])
+        are, whose = ("is a tie", "its") if len(ties) == 1 else ("are ties", "each")
+        inside = f"{whose} difference lies inside its 95 % interval"
+        sentences.append(f"{tied} {are} with {it}: {inside}.")
+    return sentences
+
+
+def counted(compared: list[Row], it: str) -> list[str]:
+    """Too many comparisons to name each: how many are ties, and the largest of the others."""
+    clear = [row for row in compared if row.verdict != "tie"]
+    ties = len(compared) - len(clear)
+    are = "is a tie" if ties == 1 else "are ties"
+    told = f"Of {len(compared)} comparisons with {it}, {number(ties)} {are}"
+    if not clear:
+        return [f"{told}: each difference lies inside its 95 % interval."]
+    clear.sort(key=lambda row: -abs(row.difference.estimate))
+    parts = [f"{row.arm}, {points_interval(row.difference)}" for row in clear[:LARGEST]]
+    more = f"; and {number(len(clear) - LARGEST)} more" if len(clear) > LARGEST else ""
+    return [f"{told}. The largest of the others: {'; '.join(parts)}{more}."]
 
 
 def caveats(rows: list[Row], seeds: list[int], examples: int | None) -> list[str]:

@@ -83,6 +83,7 @@ def write_report(sweep: Sweep, output: Path, progress: Callable[[str], None] = p
     if summarizer.quantity == "validation_score":
         metric = f"validation {metric}"
     heading = wording.heading(choices, len(summarizer.seeds), sweep.heading)
+    views = make_views(runs, gathered.layers, gathered.metrics, summarizer)
     problems = gathered.problems + summarizer.problems + checks.shared_seeds(runs)
     warnings = [
         *checks.setting_warnings(settings.differences(runs)),
@@ -95,7 +96,6 @@ def write_report(sweep: Sweep, output: Path, progress: Callable[[str], None] = p
     for name, table in (("table.md", markdown_table), ("table.tex", latex_table)):
         (output / name).write_text(table(rows, metric, heading, notes), encoding="utf-8")
 
-    views = make_views(runs, gathered.layers, gathered.metrics, summarizer)
     charts, canvas = draw(summarizer, views, majority, metric)
     figures = export_all(charts, views.tables, output, progress)
     progress("page")

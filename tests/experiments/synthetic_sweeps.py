@@ -38,7 +38,8 @@ def write_run(
     """
     generator = np.random.default_rng([seed, sum(method.encode()), round(1e7 * learning_rate)])
     score, init_seconds, relative_norm, gradient, gap, best = SYNTHETIC[method]
-    score += bonus
+    miss = (math.log10(learning_rate) - best) ** 2
+    score += bonus + 0.004 * math.log2(rank / 8) - min(0.03 * (max(miss, 2.3) - 2.3), 0.3)
     if tested:
         hardness = np.random.default_rng(7).random(examples)  # shared: some are hard for all
         level = generator.normal(score - 0.5, 0.12, examples)
@@ -59,8 +60,7 @@ def write_run(
         "paths": {"output": str(folder)},
         "tracking": {"name": "none"},
     }
-    miss = (math.log10(learning_rate) - best) ** 2
-    validation = score - 0.03 * miss + 0.004 * math.log2(rank / 8) + generator.normal(0, 0.004)
+    validation = score - 0.03 * min(miss, 2.3) + generator.normal(0, 0.004)
     update = 0.02 * (learning_rate / 1e-3) ** 0.8 * (1 + relative_norm)
     forgetting = 0.1 * update**0.5 + generator.normal(0, 1e-3)
     result = {

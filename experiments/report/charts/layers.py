@@ -63,8 +63,9 @@ def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerCh
         .encode(
             x=alt.X(
                 "arm:N", sort=canvas.arms, title=None,
-                axis=alt.Axis(orient="top", labelAngle=-40, ticks=False, domain=False,
-                              labelLimit=150, labelOverlap=False),
+                axis=alt.Axis(orient="top", labelAngle=alt.ExprRef("width < 260 ? -75 : -40"),
+                              labelAlign="left", labelBaseline="middle", labelPadding=8,
+                              ticks=False, domain=False, labelLimit=150, labelOverlap=False),
             ),
             y=alt.Y(
                 "layer:N", sort=order, title=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from ..canvas import SEED_CHOSEN, SUBSET_CHOSEN, Canvas, Chart, log_ticks
+from ..canvas import BAR, SEED_CHOSEN, SUBSET_CHOSEN, Canvas, Chart, log_ticks
 from ..statistics import LEAST_SEEDS, quantile
 from ..views import Views
 
@@ -52,13 +52,16 @@ def robustness(canvas: Canvas, runs: pd.DataFrame) -> alt.LayerChart:
             mean="mean(curve)", deviation="stdev(curve)", n="count()",
             groupby=["arm", "method", "task", "learning_rate", "best"],
         )
+        .transform_calculate(known=f"datum.n >= {LEAST_SEEDS}")
         .transform_calculate(
-            margin=f"datum.n < {LEAST_SEEDS} ? null : "
-            f"{STUDENT}[min(datum.n, {len(STUDENT) - 1})] * datum.deviation / sqrt(datum.n)"
+            margin=f"datum.known ? {STUDENT}[min(datum.n, {len(STUDENT) - 1})] * datum.deviation"
+            " / sqrt(datum.n) : 0"
         )
         .transform_calculate(
-            low="datum.margin === null ? null : datum.mean - datum.margin",
-            high="datum.margin === null ? null : datum.mean + datum.margin",
+            bottom="datum.mean - datum.margin",
+            top="datum.mean + datum.margin",
+            low="datum.known ? datum.mean - datum.margin : null",
+            high="datum.known ? datum.mean + datum.margin : null",
         )
         .encode(x=x, color=canvas.color("stroke"), detail=["arm:N", "task:N"])
     )  # fmt: skip
@@ -70,8 +73,8 @@ def robustness(canvas: Canvas, runs: pd.DataFrame) -> alt.LayerChart:
         alt.Tooltip("high:Q", title="to", format=".2f"),
         alt.Tooltip("n:Q", title="seeds"),
     ]
-    band = mean.transform_filter("isValid(datum.low)").mark_area(opacity=0.13).encode(
-        y=alt.Y("low:Q", title=f"{canvas.metric}, %", scale=y), y2="high:Q"
+    band = mean.mark_area(opacity=0.13).encode(
+        y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=y), y2="top:Q"
     )  # fmt: skip
     line = mean.mark_line(strokeWidth=2.2).encode(y=alt.Y("mean:Q", scale=y))
     dots = mean.mark_point(filled=True, size=34, opacity=1).encode(y="mean:Q", tooltip=tooltip)
@@ -94,6 +97,7 @@ def against_rank(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
     base = (
         canvas.table("rows")
         .transform_filter(every_rank)
+        .transform_calculate(**BAR)
         .encode(
             x=alt.X(
                 "rank:Q", title="rank (log)",
@@ -104,12 +108,10 @@ def against_rank(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
             detail="series:N",
         )
     )  # fmt: skip
-    interval = base.transform_filter("isValid(datum.low)").mark_rule(
-        strokeWidth=2.5, opacity=0.5
-    ).encode(
-        y=alt.Y("low:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=10)),
-        y2="high:Q",
-    )  # fmt: skip
+    interval = base.mark_rule(strokeWidth=2.5, opacity=0.5).encode(
+        y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=10)),
+        y2="top:Q",
+    )
     line = base.mark_line(strokeWidth=2).encode(y="score:Q")
     point = base.mark_point(filled=True, size=60, opacity=1).encode(
         y="score:Q", tooltip=canvas.score_tooltip()

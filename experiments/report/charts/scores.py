@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import altair as alt
 
-from ..canvas import FEW_TICKS, INK, OVER_TASKS, RUN_CHOSEN, SOFT, SUBSET_CHOSEN, Canvas, Chart
+from ..canvas import BAR, FEW_TICKS, INK, OVER_TASKS, RUN_CHOSEN, SOFT, SUBSET_CHOSEN, Canvas, Chart
 from ..summary import BASELINE
 from ..views import Views
 
@@ -41,18 +41,16 @@ def charts(canvas: Canvas, views: Views, majority: dict[str, float], covers: str
 
 def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
     """Mean and 95 % interval per arm, one small dot a run, the majority class dashed."""
-    base = canvas.table("rows").transform_filter(SUBSET_CHOSEN)
+    base = canvas.table("rows").transform_filter(SUBSET_CHOSEN).transform_calculate(**BAR)
     base = base.encode(y=canvas.rows(), color=canvas.color(None))
     x = alt.X(
-        "low:Q",
+        "bottom:Q",
         title=f"{canvas.metric}, %",
         scale=alt.Scale(zero=False, padding=12),
         axis=alt.Axis(tickCount=FEW_TICKS),
     )
-    interval = (
-        base.transform_filter("isValid(datum.low)")
-        .mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75)
-        .encode(x=x, x2="high:Q", tooltip=canvas.score_tooltip())
+    interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
+        x=x, x2="top:Q", tooltip=canvas.score_tooltip()
     )
     mean = base.mark_point(filled=True, size=95, opacity=1).encode(
         x="score:Q", tooltip=canvas.score_tooltip()
@@ -91,7 +89,11 @@ def difference(canvas: Canvas) -> alt.LayerChart:
     base = (
         canvas.table("rows")
         .transform_filter(f"{SUBSET_CHOSEN} && isValid(datum.difference)")
-        .transform_calculate(label=label)
+        .transform_calculate(
+            label=label,
+            bottom="isValid(datum.difference_low) ? datum.difference_low : datum.difference",
+            top="isValid(datum.difference_high) ? datum.difference_high : datum.difference",
+        )
         .encode(y=canvas.rows(without_baseline=True), color=canvas.color(None))
     )
     tooltip = [
@@ -101,22 +103,18 @@ def difference(canvas: Canvas) -> alt.LayerChart:
         alt.Tooltip("difference_high:Q", title="to", format="+.2f"),
         alt.Tooltip("verdict:N"),
     ]
-    interval = (
-        base.transform_filter("isValid(datum.difference_low)")
-        .mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75)
-        .encode(
-            x=alt.X(
-                "difference_low:Q",
-                title=f"difference to {BASELINE}, points",
-                scale=alt.Scale(padding=10),
-                axis=alt.Axis(
-                    tickCount=FEW_TICKS,
-                    labelExpr="datum.value === 0 ? '0' : format(datum.value, '+.4~g')",
-                ),
+    interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
+        x=alt.X(
+            "bottom:Q",
+            title=f"difference to {BASELINE}, points",
+            scale=alt.Scale(padding=10),
+            axis=alt.Axis(
+                tickCount=FEW_TICKS,
+                labelExpr="datum.value === 0 ? '0' : format(datum.value, '+.4~g')",
             ),
-            x2="difference_high:Q",
-            tooltip=tooltip,
-        )
+        ),
+        x2="top:Q",
+        tooltip=tooltip,
     )
     point = base.mark_point(size=95, opacity=1, strokeWidth=2).encode(
         x="difference:Q",

@@ -5,7 +5,16 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from ..canvas import RUN_CHOSEN, SEED_CHOSEN, SUBSET_CHOSEN, Canvas, Chart, log_ticks, wants_log
+from ..canvas import (
+    BAR,
+    RUN_CHOSEN,
+    SEED_CHOSEN,
+    SUBSET_CHOSEN,
+    Canvas,
+    Chart,
+    log_ticks,
+    wants_log,
+)
 from ..views import Views
 
 SECTION = "Costs and side effects"
@@ -53,6 +62,7 @@ def cost(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
     base = (
         canvas.table("rows")
         .transform_filter(f"{SUBSET_CHOSEN} && datum.init_seconds > 0")
+        .transform_calculate(**BAR)
         .encode(
             x=alt.X(
                 "init_seconds:Q",
@@ -67,13 +77,9 @@ def cost(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
             ],
         )
     )
-    interval = (
-        base.transform_filter("isValid(datum.low)")
-        .mark_rule(strokeWidth=2.5, opacity=0.6)
-        .encode(
-            y=alt.Y("low:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=10)),
-            y2="high:Q",
-        )
+    interval = base.mark_rule(strokeWidth=2.5, opacity=0.6).encode(
+        y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=10)),
+        y2="top:Q",
     )
     point = base.mark_point(filled=True, size=110, opacity=1).encode(
         y="score:Q", shape=canvas.shape()
