@@ -15,7 +15,7 @@ import pandas as pd
 from .runs import Run
 
 RESULT = (
-    "model", "data", "metric", "score", "validation_score", "tested", "control", "n_test",
+    "model", "data", "metric", "score", "validation_score", "tested", "n_test",
     "majority", "loss_test", "init_seconds", "calibration_seconds", "train_seconds",
     "peak_memory_bytes", "first_step_gradient_norm", "trainable_parameters", "total_parameters",
     "steps", "learning_rate", "rank",
@@ -40,7 +40,8 @@ def run_row(run: Run) -> dict[str, Any]:
     row.update((key, start.get(key)) for key in START)
     row.update((key, end.get(key)) for key in END)
     row["output_gap"], row["output_gap_kl"] = gap.get("max_abs_logit"), gap.get("kl")
-    row["initializer"] = str(result["method"])
+    row["is_control"] = run.is_control
+    row["forgetting_kind"] = end.get("forgetting_kind")
     row["folder"] = str(run.folder)
     row.update((key, json.dumps(result.get(key), default=str)) for key in NESTED)
     return row

@@ -18,17 +18,21 @@ from markupsafe import Markup
 
 from . import wording
 from .canvas import Canvas, Chart
+from .comparison import Comparison
+from .peft_results import PeftRow
 from .runs import Problem
 from .selection import Choice
 from .specification import VEGA_LITE, columns, page_specification
 from .summary import Row, Summarizer
 from .sweeps import Sweep
+from .tables import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows
 from .tables import columns as table_columns
 from .views import Views
 
 HERE = Path(__file__).parent
 # Many marks are slow as SVG elements; few are sharper.
 CANVAS_ABOVE = 20_000
+LISTED = 200  # rows of a table without a filter; the Markdown file beside the page has all
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Page:
     problems: list[Problem]
     warnings: list[str]
     summarizer: Summarizer
+    comparison: Comparison | None
+    peft: list[PeftRow]
 
 
 def render(page: Page, output: Path) -> str:
@@ -81,6 +87,12 @@ def render(page: Page, output: Path) -> str:
         several_rates=not wording.one_learning_rate(page.choices),
         metric=page.metric,
         finished=len(page.runs),
+        comparison=page.comparison,
+        compared=wording.compared(page.comparison) if page.comparison else None,
+        change_headers=CHANGE_HEADERS,
+        changes=change_rows(page.comparison)[:LISTED] if page.comparison else [],
+        peft_headers=PEFT_HEADERS,
+        peft=peft_rows(page.peft)[:LISTED],
         data=as_script(script_data(page, output)),
         libraries=Markup(bundle()),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),

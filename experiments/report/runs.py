@@ -38,9 +38,15 @@ class Run:
     @property
     def method(self) -> str:
         """The initializer, with the control that the run stands for: an arm of its own."""
-        control = self.result.get("control") or "none"
         name = str(self.result["method"])
-        return name if control == "none" else f"{name} ({str(control).replace('_', ' ')})"
+        if not self.is_control:
+            return name
+        control = str(self.result["control"]).replace("_", " ")
+        return f"{control} (control)" if self.result["control"] == name else f"{name} ({control})"
+
+    @property
+    def is_control(self) -> bool:
+        return self.result.get("control") not in (None, "none")
 
 
 def told_failure(folder: Path | None) -> str:

@@ -20,7 +20,6 @@ class Choice:
     """One arm's chosen setting.
 
     Attributes:
-        initializer: the method without its control; the same as `method` where there is none.
         runs: the runs that it is judged by, one a seed.
         rates: how many learning rates there were to choose from.
         at_edge: whether the chosen rate is the lowest or the highest of several: the best may lie
@@ -31,17 +30,13 @@ class Choice:
     task: str
     arm: str
     method: str
-    initializer: str
+    is_control: bool
     rank: float
     learning_rate: float
     runs: tuple[str, ...]
     rates: int
     at_edge: bool
     by: str
-
-    @property
-    def is_control(self) -> bool:
-        return self.method != self.initializer
 
 
 def choose(runs: pd.DataFrame, selected: dict[Any, dict[str, Any]]) -> list[Choice]:
@@ -70,7 +65,7 @@ def choose(runs: pd.DataFrame, selected: dict[Any, dict[str, Any]]) -> list[Choi
             edge = len(rates) > 1 and rate in (rates[0], rates[-1])
         choices.append(
             Choice(
-                task, arm, group["method"].iloc[0], group["initializer"].iloc[0],
+                task, arm, group["method"].iloc[0], bool(group["is_control"].iloc[0]),
                 group["rank"].iloc[0], rate, tuple(chosen["run_id"]), len(rates),
                 bool(edge), by,
             )

@@ -8,15 +8,16 @@ at two ranks, or with two values of an option, is two arms, not one blurred one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
 IGNORED = {
-    "cache", "cache_dir", "experiment_name", "folder", "hydra", "output", "output_dir",
-    "output_root", "outputs", "overwrite", "path", "paths", "resume", "run_id", "runtime", "sweep",
-    "tested", "tracking",
+    "cache", "cache_dir", "experiment_name", "folder", "hydra", "measures", "output", "output_dir",
+    "output_root", "outputs", "overwrite", "path", "paths", "read_test", "resume", "run_id",
+    "runtime", "sweep", "tracking",
 }  # fmt: skip
 MEASURED = ("metric", "n_test")
 RECORDED = ("model", "data", "steps", "learning_rate", "rank")
@@ -98,7 +99,7 @@ def differences(runs: pd.DataFrame) -> dict[str, list[Any]]:
     may a setting that every method was tried at with the same values, and learning rates that
     each method was given several of. Controls differ on purpose.
     """
-    runs = runs[runs["method"] == runs["initializer"]]
+    runs = runs[~runs["is_control"]]
     settings = settings_table(runs)
     unfair = {}
     for key in settings:
@@ -111,6 +112,15 @@ def differences(runs: pd.DataFrame) -> dict[str, list[Any]]:
             continue
         unfair[key] = [None if v != v else json.loads(v) for v in values]
     return unfair
+
+
+def without_rank(arm: str) -> str:
+    """The arm's name without its rank: what a line over ranks joins.
+
+    >>> without_rank("pissa · r=8, niter=4")
+    'pissa · niter=4'
+    """
+    return re.sub(r" · $", "", re.sub(r"(?<= · )r=[^,]+(, )?", "", arm))
 
 
 def told(value: Any) -> str:

@@ -50,7 +50,9 @@ def layer_pieces(run, layers: list[dict], order: int) -> list[pd.DataFrame]:
     pieces = []
     for layer in (layers[place] for place in places):
         values = np.asarray(layer["singular_values"], dtype=float)[:DIRECTIONS]
-        taken = np.asarray(layer["taken"], dtype=float)[:DIRECTIONS]
+        # None: a start whose A is zero takes nothing.
+        shares = layer["taken"] or [0.0] * len(layer["singular_values"])
+        taken = np.asarray(shares, dtype=float)[:DIRECTIONS]
         if len(values) == 0 or len(values) != len(taken) or not values[0] > 0:
             raise ValueError(
                 f"{layer['name']} has {len(values)} singular values and {len(taken)} shares"

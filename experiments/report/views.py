@@ -6,7 +6,6 @@ show. A table is shared by all charts that name it.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ import pandas as pd
 from .curves import held_out, smoothed_training, updates
 from .frames import END, short_names
 from .selection import Choice
+from .settings import without_rank
 from .spectra import spectra
 from .statistics import interquartile_mean
 from .summary import Row, Summarizer
@@ -36,12 +36,14 @@ class Views:
 
     Attributes:
         curve: the quantity of the robustness curve: "score" or "validation_score".
+        forgetting: what the runs say that their forgetting is.
         smoothing: width in logged steps of the window that losses were averaged over.
     """
 
     tables: dict[str, pd.DataFrame]
     curve: str
     smoothing: int
+    forgetting: str
 
 
 def make_views(
@@ -59,6 +61,7 @@ def make_views(
     chosen = summarizer.runs[list(RUN)].assign(rank=summarizer.runs["rank"].fillna(0))
     training, window = smoothed_training(metrics, chosen)
     curve = curve_quantity(runs)
+    kind = "; ".join(runs["forgetting_kind"].dropna().unique())
     arms = list(dict.fromkeys(row.arm for t in summarizer.tasks for row in summarizer.rows(t)))
     tables = {
         "runs": points(runs, summarizer.quantity, curve),
@@ -70,7 +73,7 @@ def make_views(
         "tasks": task_means(summarizer),
         "spectra": spectra(summarizer.runs, arms, summarizer.problems),
     }
-    return Views({name: rounded(frame) for name, frame in tables.items()}, curve, window)
+    return Views({name: rounded(frame) for name, frame in tables.items()}, curve, window, kind)
 
 
 def curve_quantity(runs: pd.DataFrame) -> str:
@@ -98,7 +101,7 @@ def score_rows(summarizer: Summarizer) -> pd.DataFrame:
             "seeds": ",".join(map(str, subset)),
             **in_percent(row),
             "verdict": row.verdict,
-            "series": re.sub(r"r=[^,]+(, )?", "", row.arm),
+            "series": without_rank(row.arm),
             "init_seconds": row.measured["init_seconds"],
         }
         for task in summarizer.tasks

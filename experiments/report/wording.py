@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from .comparison import Comparison
 from .selection import PROTOCOL, TEST, VALIDATION, Choice
 from .settings import flatten
 from .statistics import LEAST_SEEDS, Interval
@@ -156,6 +157,26 @@ def caveats(rows: list[Row], seeds: list[int], examples: int | None) -> list[str
             f"{chance:.0f} %."
         )
     return lines
+
+
+def compared(comparison: Comparison) -> str:
+    """What two versions of the code differ in, in two or three sentences."""
+    ours, theirs = (", ".join(c) for c in (comparison.commits, comparison.other_commits))
+    changes = comparison.changes
+    sentences = [
+        f"{comparison.name} (commit {ours}) against {comparison.other} (commit {theirs}): "
+        f"{number(len(changes))} setting{'s' * (len(changes) != 1)} in both."
+    ]
+    flagged = comparison.flagged
+    if flagged:
+        sentences.append(f"{number(len(flagged)).capitalize()} differ by more than their interval.")
+    elif changes:
+        sentences.append("No figure differs by more than its interval.")
+    if comparison.alone or comparison.other_alone:
+        sentences.append(
+            f"Without a partner: {comparison.alone} runs here, {comparison.other_alone} there."
+        )
+    return " ".join(sentences)
 
 
 def rate_caveat(choices: list[Choice]) -> str | None:

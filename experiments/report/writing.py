@@ -10,15 +10,25 @@ import pandas as pd
 
 from . import checks, settings, wording
 from .canvas import Chart
+from .comparison import Comparison, compare
 from .gallery import draw
 from .gathering import gather
 from .page import Page, render
+from .peft_results import PeftRow, load_peft_results
 from .pictures import Pictures
 from .runs import Problem
 from .selection import choose, mark_best, without_repeats
 from .summary import Row, Summarizer
 from .sweeps import Sweep
-from .tables import latex_table, markdown_table
+from .tables import (
+    CHANGE_HEADERS,
+    PEFT_HEADERS,
+    change_rows,
+    latex_table,
+    markdown_table,
+    peft_rows,
+    plain_markdown,
+)  # fmt: skip
 from .views import make_views
 
 
@@ -40,16 +50,25 @@ class Report:
     problems: list[Problem]
     warnings: list[str]
     figures: dict[str, Path] = field(default_factory=dict)
+    comparison: Comparison | None = None
     reused: int = 0
 
 
-def write_report(sweep: Sweep, output: Path, progress: Callable[[str], None] = print) -> Report:
+def write_report(
+    sweep: Sweep,
+    output: Path,
+    progress: Callable[[str], None] = print,
+    other: Sweep | None = None,
+    peft: Path | None = None,
+) -> Report:
     """Write page, pictures, tables and Parquet files of `sweep` into `output`.
 
     Args:
         sweep: what `load_sweeps` found.
         output: the folder to write to; made if it does not exist.
         progress: told what is being done, at the start of each step.
+        other: a sweep of the same settings over another version of the code, to compare with.
+        peft: results of PEFT's own method comparison, to show beside these.
 
     Raises:
         ValueError: no run is finished, so there is nothing to report.
@@ -85,6 +104,13 @@ def write_report(sweep: Sweep, output: Path, progress: Callable[[str], None] = p
     heading = wording.heading(choices, len(summarizer.seeds), sweep.heading)
     views = make_views(runs, gathered.layers, gathered.metrics, summarizer)
     problems = gathered.problems + summarizer.problems + checks.shared_seeds(runs)
+    comparison, beside = None, []
+    if other is not None:
+        progress("comparing sweeps")
+        comparison = compare_with(other, runs, sweep.name, output, problems, progress)
+    if peft is not None:
+        beside, unread = load_peft_results(peft)
+        problems += unread
     warnings = [
         *checks.setting_warnings(settings.differences(runs)),
         *checks.choice_warnings(runs, choices),
@@ -96,20 +122,48 @@ def write_report(sweep: Sweep, output: Path, progress: Callable[[str], None] = p
     for name, table in (("table.md", markdown_table), ("table.tex", latex_table)):
         (output / name).write_text(table(rows, metric, heading, notes), encoding="utf-8")
 
+    write_extras(comparison, beside, output)
     charts, canvas = draw(summarizer, views, majority, metric)
     figures = export_all(charts, views.tables, output, progress)
     progress("page")
     page = Page(
         sweep=sweep, heading=heading, metric=metric, majority=plain, choices=choices, rows=rows,
         runs=runs, charts=charts, canvas=canvas, views=views, problems=problems,
-        warnings=warnings, summarizer=summarizer,
+        warnings=warnings, summarizer=summarizer, comparison=comparison, peft=beside,
     )  # fmt: skip
     path = output / "index.html"
     path.write_text(render(page, output), encoding="utf-8")
     return Report(
         path, sweep.name, heading, metric, rows, problems, warnings, {**figures, "page": path},
-        gathered.reused,
+        comparison, gathered.reused,
     )  # fmt: skip
+
+
+def compare_with(
+    other: Sweep,
+    runs: pd.DataFrame,
+    name: str,
+    output: Path,
+    problems: list[Problem],
+    progress: Callable[[str], None],
+) -> Comparison:
+    """Gather the other sweep, whose tables are kept in `output/compared`, and compare."""
+    gathered = gather(other, output / "compared", progress)
+    if gathered.runs.empty:
+        raise ValueError(f"--compare: no finished run in '{other.name}'")
+    others = without_repeats(settings.with_arms(gathered.runs))
+    return compare(runs, others, (name, other.name), problems)
+
+
+def write_extras(comparison: Comparison | None, peft: list[PeftRow], output: Path) -> None:
+    """The tables of the comparison and of PEFT's results, in Markdown."""
+    if comparison is not None:
+        title = f"{comparison.name} against {comparison.other}"
+        text = plain_markdown(title, CHANGE_HEADERS, change_rows(comparison))
+        (output / "comparison.md").write_text(text, encoding="utf-8")
+    if peft:
+        text = plain_markdown("PEFT's own results", PEFT_HEADERS, peft_rows(peft))
+        (output / "peft.md").write_text(text, encoding="utf-8")
 
 
 def export_all(

@@ -57,6 +57,8 @@ def write_run(
         "lora": {"r": rank, "lora_alpha": 2 * rank},
         "training": {"steps": steps, "learning_rate": learning_rate},
         "seed": seed,
+        "control": control,
+        "read_test": tested,
         "paths": {"output": str(folder)},
         "tracking": {"name": "none"},
     }
@@ -84,7 +86,8 @@ def write_run(
     if ended:
         result["start"] = {"norm_A": 1.0, "norm_B": 0.0, "relative_norm": relative_norm}
         result["end"] = {"update_size": update, "forgetting": forgetting,
-                         "intruder_dimensions": 3.0, "angle_A": 0.4, "angle_B": 0.9}  # fmt: skip
+                         "forgetting_kind": "1 - mean cosine of pooled representations",
+                         "intruder_dimensions": 3.0, "angle_A": 20.0, "angle_B": 50.0}  # fmt: skip
     names = [f"encoder.layer.{block}.{name}" for block in range(blocks) for name in BLOCKS]
     layers = [
         {
@@ -131,7 +134,7 @@ def write_end(folder, generator, method, names, rank, update):
     ends = [
         {"name": name, "update_size": update * generator.uniform(0.5, 1.5),
          "intruder_dimensions": int(generator.integers(0, 6)),
-         "angle_A": generator.uniform(0.1, 0.6), "angle_B": generator.uniform(0.5, 1.5)}
+         "angle_A": generator.uniform(5, 35), "angle_B": generator.uniform(30, 85)}
         for name in names
     ]  # fmt: skip
     (folder / "end.json").write_text(json.dumps({"layers": ends}))
@@ -146,7 +149,7 @@ def write_end(folder, generator, method, names, rank, update):
         else:
             taken = generator.uniform(0, 2 * rank / 384, 64)
         spectra.append({"name": name, "singular_values": values.round(5).tolist(),
-                        "taken": np.round(taken[:64], 5).tolist()})  # fmt: skip
+                        "taken": taken.round(5).tolist() if taken.any() else None})  # fmt: skip
     (folder / "spectra.json").write_text(json.dumps({"layers": spectra}))
 
 
@@ -179,7 +182,7 @@ def write_manifest(root, name, entries, heading=None):
 
 def write_grid(
     root, name="grid", methods=tuple(SYNTHETIC), rates=None, ranks=(8,), seeds=(0, 1, 2),
-    tasks=("rotten_tomatoes",), **settings,
+    tasks=("rotten_tomatoes",), bonus=0.0, **settings,
 ):  # fmt: skip
     """A sweep over learning rates, ranks, seeds and tasks; `settings` go to `write_run`."""
     rates = rates or [10 ** (exponent / 4) for exponent in range(-18, -7, 2)]
@@ -192,17 +195,20 @@ def write_grid(
                     for seed in seeds:
                         label = f"{method}-{data}-r{rank}-lr{rate:.1e}-s{seed}"
                         folder = root / "runs" / label
-                        bonus = -0.1 if data == "r8" else 0.0
+                        harder = -0.1 if data == "r8" else 0.0
                         write_run(folder, method, seed, learning_rate=rate, rank=rank, data=data,
-                                  bonus=bonus, **settings)  # fmt: skip
+                                  bonus=bonus + harder, **settings)  # fmt: skip
                         entries.append({"folder": f"runs/{label}", "status": "finished"})
     return write_manifest(root, name, entries)
+
+
+SHARED = ("steps", "blocks", "examples", "bonus", "commit")
 
 
 def write_protocol(root, name="protocol", control=None, **settings):
     """A grid without test scores, and tested runs of each method's best learning rate."""
     sweep = write_grid(root, name, tested=False, **settings)
-    shared = {key: settings[key] for key in ("steps", "blocks", "examples") if key in settings}
+    shared = {key: settings[key] for key in SHARED if key in settings}
     shared |= {"validated": True, "ended": True}
     manifest = json.loads((sweep / "manifest.json").read_text())
     selected, tested = {}, []

@@ -40,8 +40,8 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
     if frame[["angle_A", "angle_B"]].notna().any(axis=None):
         made.append(Chart(
             "rotation", "How far the subspaces turned",
-            "Principal angle between the initial and the final subspace of A (upper row of each "
-            "method) and of B (lower): a tick per layer and seed, a dot for the mean.",
+            "Mean principal angle between the initial and the final subspace of A (upper row of "
+            "each method) and of B (lower): a tick per layer and seed, a dot for the mean.",
             rotation(canvas), SECTION,
         ))  # fmt: skip
     return made
@@ -116,7 +116,7 @@ def rotation(canvas: Canvas) -> alt.LayerChart:
         .encode(y=canvas.rows(), yOffset=alt.YOffset("factor:N"), color=canvas.color(None))
     )
     x = alt.X(
-        "angle:Q", title="principal angle", scale=alt.Scale(zero=True),
+        "angle:Q", title="mean principal angle, degrees", scale=alt.Scale(zero=True),
         axis=alt.Axis(tickCount=FEW_TICKS),
     )  # fmt: skip
     each = base.mark_tick(thickness=1.6, size=12, opacity=0.4).encode(

@@ -23,6 +23,7 @@ SECTION = "Costs and side effects"
 def charts(canvas: Canvas, views: Views) -> list[Chart]:
     """Those that there are data for."""
     rows, runs = views.tables["rows"], views.tables["runs"]
+    kind = f", {views.forgetting}" if views.forgetting else ""
     made = []
     if (rows["init_seconds"] > 0).any():
         made.append(Chart(
@@ -34,7 +35,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
     if runs["forgetting"].notna().any() and runs["score"].notna().any():
         made.append(Chart(
             "forgetting", "Forgetting against score",
-            "Forgetting is measured against the original base model: to the left is better. "
+            f"How far the trained model is from the original base{kind}: to the left is better. "
             "Large: mean over seeds. Small: the runs.",
             forgetting(canvas), SECTION,
         ))  # fmt: skip
