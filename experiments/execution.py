@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 
+from experiments import measures
+from experiments.budget import limit_steps
 from experiments.config import RunConfig
 from experiments.console import say, training_bar
+from experiments.controls import control_of
 from experiments.data import Splits, load_data
 from experiments.environment import describe_environment
-from experiments.errors import ConfigurationError
 from experiments.evaluation import evaluate
+from experiments.held_out import (
+    read_test_set,
+    refuse_unscorable,
+    test_fields,
+    validation_fields,
+    write_predictions,
+)
+from experiments.initializing import base_again, initialize
 from experiments.models import LoadedModel, load_model
-from experiments.probe import PeakMemory, output_gap, probe
-from experiments.runs import MetricsFile, RunFolder, identify, write_json, write_text
-from experiments.tasks import Evaluation, Task, draw, make_task
-from experiments.tracking import track
+from experiments.recording import recording
+from experiments.runs import RunFolder, identify, write_json, write_text
+from experiments.tasks import Evaluation, Task, make_task
 from experiments.training import TrainingSummary, make_accelerator, train
-from lora_init import LoraConfig, LoraModel, get_peft_model
-
-PROBED_EXAMPLES = 16
 
 
 def execute(run: RunConfig) -> dict[str, Any]:
@@ -37,15 +40,20 @@ def execute(run: RunConfig) -> dict[str, Any]:
         ConfigurationError: a setting that cannot work.
         RunFailed: training diverged; `failed.json` in the run's folder says where.
     """
+    started = time.perf_counter()
     folder = identify(run)
     done = None if run.runtime.rerun else folder.finished()
-    if done is not None:
-        say(f"  finished before, skipped: {folder.path} ({done['metric']} {done['score']:.4f})")
+    untested = done is not None and run.read_test and not done["tested"]
+    if done is not None and not untested:
+        say(f"  finished before, skipped: {folder.path} ({outcome(done)})")
         return done
     if run.runtime.threads is not None:
         torch.set_num_threads(run.runtime.threads)
+    if untested:
+        return read_test_set(run, folder, done)
     accelerator = make_accelerator(run.training, run.runtime.device)
     data = load_data(run.data)
+    refuse_unscorable(run, data)
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
@@ -55,7 +63,7 @@ def execute(run: RunConfig) -> dict[str, Any]:
         write_json(folder.path / "environment.json", describe_environment())
     accelerator.wait_for_everyone()
     try:
-        return carry_out(run, folder, data, loaded, accelerator)
+        return carry_out(run, folder, data, loaded, accelerator, started)
     except Exception as error:
         if accelerator.is_main_process:
             facts = getattr(error, "facts", {})
@@ -68,27 +76,35 @@ def execute(run: RunConfig) -> dict[str, Any]:
 
 
 def carry_out(
-    run: RunConfig, folder: RunFolder, data: Splits, loaded: LoadedModel, accelerator: Accelerator
+    run: RunConfig,
+    folder: RunFolder,
+    data: Splits,
+    loaded: LoadedModel,
+    accelerator: Accelerator,
+    started: float,
 ) -> dict[str, Any]:
-    """Initialize, train, test and write, in that order; `result.json` last."""
+    """Initialize, train, test and write, in that order; `result.json` last.
+
+    Args:
+        started: when the run began, on time.perf_counter's clock.
+    """
     main = accelerator.is_main_process
-    settings = run.training
-    task = make_task(data.task_type, loaded.tokenizer, settings)
-    model, init = initialize(run, data, task, loaded, accelerator.device)
+    task = make_task(data.task_type, loaded.tokenizer, run.training)
+    settings = limit_steps(run.training, run.budget, task, data.train, run.seeds.data)
+    validation: Evaluation | None = None
+    model, init, originals = initialize(run, data, task, loaded, accelerator.device)
     if main:
         write_json(folder.path / "init.json", init)
+        write_json(folder.path / "spectra.json", measures.describe_spectra(model, originals))
 
     with recording(run, folder, main) as record, training_bar(settings.steps, main) as advance:
 
         def validate(step: int) -> None:
-            measured = evaluate(model, task, data.validation, settings, accelerator)
-            record({"step": step, "split": "validation", **measured.metrics})
+            nonlocal validation
+            if data.validation:
+                validation = evaluate(model, task, data.validation, settings, accelerator)
+                record({"step": step, "split": "validation", **validation.metrics})
 
-        if settings.validate_every and not data.validation:
-            raise ConfigurationError(
-                "training.validate_every is set, and the validation split is empty; raise "
-                "data.validation_limit, or set training.validate_every=0"
-            )
         if settings.validate_at_start:
             validate(0)
         summary = train(
@@ -100,99 +116,53 @@ def carry_out(
             accelerator=accelerator,
             record=record,
             validate=validate,
+            observe=measures.update_observer(
+                model, originals, run.measures, settings.steps, record
+            ),
             advance=advance,
         )
-        test = evaluate(model, task, data.test, settings, accelerator)
-        record({"step": summary.steps, "split": "test", **test.metrics})
+        test = evaluate(model, task, data.test, settings, accelerator) if run.read_test else None
+        if test is not None:
+            record({"step": summary.steps, "split": "test", **test.metrics})
 
-    result = describe_result(run, folder, data, task, loaded, init, summary, test)
+    if not settings.validate_at_end:
+        validation = None  # of an earlier step: not of the model that is saved
+    held_out = {**validation_fields(task, validation), **test_fields(task, data, test)}
+    result = describe_result(run, folder, data, task, loaded, init, summary, held_out)
+    result |= {
+        "start": measures.describe_start(model, originals.norms, init, summary.gradient_norms),
+        "budget": {
+            "trainable_parameters": model.plan.parameters,
+            "steps": summary.steps,
+            "tokens": summary.tokens,
+        },
+        "control": control_of(run),
+    }
     if main:
         if settings.save_adapter:
             model.save_pretrained(folder.path / "adapter")
-        np.savez(
-            folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score
+        if test is not None:
+            write_predictions(folder, test)
+        original = measures.OriginalModel(model, lambda: base_again(run, data, accelerator.device))
+        end = measures.measure_end(
+            original,
+            originals,
+            run.measures,
+            task_type=data.task_type,
+            task=task,
+            held_out=data.validation,
+            batch_size=settings.eval_batch_size,
         )
+        write_json(folder.path / "end.json", end)
+        result["end"] = {key: value for key, value in end.items() if key != "layers"}
+        result["wall_seconds"] = time.perf_counter() - started
         write_json(folder.result_file, result)
         say(
-            f"  {task.metric} {result['score']:.4f}, init {result['init_seconds']:.1f} s, "
+            f"  {outcome(result)}, init {result['init_seconds']:.1f} s, "
             f"training {result['train_seconds']:.1f} s -> {folder.path}"
         )
     accelerator.wait_for_everyone()
     return result
-
-
-def initialize(
-    run: RunConfig, data: Splits, task: Task, loaded: LoadedModel, device: torch.device
-) -> tuple[LoraModel, dict[str, Any]]:
-    """Add the adapter; returns the model, and what `init.json` holds."""
-    # A quantised model is where it was loaded, and must not be moved.
-    model = loaded.model if loaded.original_weights else loaded.model.to(device)
-    batch = task.collate(data.train[:PROBED_EXAMPLES])
-    mask = task.probed(batch)
-    before = probe(model, batch, mask)
-    with PeakMemory() as memory:
-        try:
-            config = LoraConfig(
-                **asdict(run.lora), task_type=data.task_type, init_lora_weights=asdict(run.init)
-            )
-            # Made for methods that calibrate only; a list, whose statistics the cache can keep.
-            calibrates = config.initializer()[0].calibration is not None
-            batches = list(calibration_batches(run, data, task, device)) if calibrates else None
-            replaces = config.initializer()[0].base == "replace"
-            adapted = get_peft_model(
-                model,
-                config,
-                calibration=batches,
-                seed=run.seeds.init,
-                original_weights=loaded.original_weights if replaces else None,
-                cache=run.runtime.cache,
-            )
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigurationError(f"init={run.init.name}: {error}") from error
-    trainable, total = adapted.get_nb_trainable_parameters()
-    return adapted, {
-        **adapted.init_report().to_dict(),
-        "peak_memory_bytes": memory.bytes,
-        "peak_memory_kind": memory.kind,
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "output_gap": output_gap(before, probe(adapted, batch, mask)),
-    }
-
-
-def calibration_batches(
-    run: RunConfig, data: Splits, task: Task, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Training examples drawn by `seeds.calibration`, one batch at a time."""
-    settings = run.calibration
-    chosen = draw(len(data.train), settings.samples, run.seeds.calibration)
-    for start in range(0, len(chosen), settings.batch_size):
-        some = [data.train[index] for index in chosen[start : start + settings.batch_size]]
-        yield {key: value.to(device) for key, value in task.collate(some).items()}
-
-
-@contextmanager
-def recording(run: RunConfig, folder: RunFolder, main: bool) -> Iterator[Any]:
-    """Yield the function that takes a line of metrics: to the file first, then to the tracker."""
-    if not main:
-        yield lambda row: None
-        return
-    tracker = track(
-        run.tracking,
-        run_id=folder.id,
-        name=folder.path.name,
-        group=run.sweep,
-        job_type=run.init.name,
-        config=asdict(run),
-        folder=folder.path.parent.parent,
-    )
-    with MetricsFile(folder.path / "metrics.jsonl") as metrics, tracker as log:
-
-        def record(row: dict[str, Any]) -> None:
-            metrics.append(row)
-            log(row)
-
-        yield record
 
 
 def describe_result(
@@ -203,7 +173,7 @@ def describe_result(
     loaded: LoadedModel,
     init: dict[str, Any],
     summary: TrainingSummary,
-    test: Evaluation,
+    held_out: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that a comparison needs of this run."""
     return {
@@ -218,11 +188,7 @@ def describe_result(
         "seeds": asdict(run.seeds),
         "status": "finished",
         "metric": task.metric,
-        "score": test.metrics[task.metric],
-        "n_test": len(test.ids),
-        "majority": task.majority(data.test),
-        "loss_test": test.metrics["loss"],
-        "test": test.metrics,
+        **held_out,
         "output_gap": init["output_gap"],
         "init_seconds": init["seconds"]["total"],
         "calibration_seconds": init["seconds"]["calibration"],
@@ -241,3 +207,10 @@ def describe_result(
         "environment": describe_environment(),
         "config": asdict(run),
     }
+
+
+def outcome(result: dict[str, Any]) -> str:
+    """The result in a few words."""
+    if result["tested"]:
+        return f"{result['metric']} {result['score']:.4f}"
+    return f"validation {result['metric']} {result['validation_score']:.4f}, test set unread"

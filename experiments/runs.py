@@ -1,8 +1,9 @@
 """A run's identity and its folder.
 
 The identity is a hash of the resolved configuration without what cannot change the outcome (paths,
-tracking, runtime, the sweep's name). `result.json` is written last and atomically: its existence
-means that the run finished. A finished run is skipped; a folder without it starts over.
+tracking, runtime, what is measured, the sweep's name, whether the test set is read). `result.json`
+is written last and atomically: its existence means that the run finished. A finished run is
+skipped; a folder without it starts over.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 
 from experiments.config import RunConfig
 
-OUTSIDE_IDENTITY = ("paths", "tracking", "runtime", "sweep")
+OUTSIDE_IDENTITY = ("paths", "tracking", "runtime", "measures", "sweep", "read_test")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ after every job: it is right even when a sweep is broken off.
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -23,9 +22,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import resolve
+from experiments.composition import run_of
 from experiments.errors import ConfigurationError
 from experiments.runs import identify, write_json
 
@@ -61,11 +60,8 @@ class Manifest(Callback):
         """Write this job's file, then the manifest."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        composed = copy.deepcopy(config)
-        with open_dict(composed), read_write(composed):
-            del composed["hydra"]  # as Hydra itself does before it calls the job
         try:
-            run = identify(resolve(composed))
+            run = identify(run_of(config))
         except ConfigurationError:
             run = None  # the job itself reports what is wrong
         entry = {
@@ -89,7 +85,9 @@ def gather(folder: Path) -> None:
     list that another one has already extended."""
     with FileLock(folder / ".lock"):
         facts = json.loads((folder / "sweep.json").read_text())
-        runs = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
+        jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
+        # A protocol asks for a run again to have it tested: one run, as it was left last.
+        runs = list({job["run_id"] or job["job"]: job for job in jobs}.values())
         finished = sum(run["status"] == "finished" for run in runs)
         status = "finished" if finished and finished == facts["total"] else "incomplete"
         write_json(folder / "manifest.json", {**facts, "status": status, "runs": runs})
