@@ -10,17 +10,21 @@
     palette        one fixed colour and shape per method
     summary        one row per method: score, interval, paired difference, cost
     curves         losses, gradients and updates, smoothed and thinned
+    spectra        the spectra of the chosen runs
     views          the few tables that charts and page draw from
     canvas         what all charts share
     charts/        the drawings by theme, one definition each, for the page and for the files
     specification  a chart as JSON
     gallery        which charts a report has
     pictures       a chart as SVG, PDF and PNG
+    comparison     two sweeps over code versions, setting by setting
+    peft_results   PEFT's own comparison, as rows to read beside ours
     checks         what a reader must know first
     wording        what the page says in sentences
     tables         the rows for a terminal, in Markdown and in LaTeX
     page           the self-contained HTML page
     writing        everything into one folder
+    mirroring      the same in wandb
 
 Arrows point down that list only.
 """

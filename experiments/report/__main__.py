@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from .mirroring import log_to_wandb
 from .sweeps import load_sweeps
 from .tables import terminal_table
 from .wording import compared
@@ -36,16 +37,23 @@ def main(arguments: list[str] | None = None) -> int:
         "--peft-results", type=Path, metavar="PATH",
         help="PEFT's method_comparison/…/results folder, or one of its files: rows beside ours",
     )  # fmt: skip
+    parser.add_argument(
+        "--wandb", nargs="?", const="lora_init", metavar="PROJECT",
+        help="log pictures, table and page to an offline wandb run in the sweep's group",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     console = Console()
     try:
         output = options.output or options.folders[0] / "report"
         report = make(options.folders, output, options.compare, options.peft_results)
+        logged = log_to_wandb(report, options.wandb) if options.wandb else None
     except (ValueError, OSError) as error:
         complaint = Console(stderr=True, soft_wrap=True, highlight=False)
         complaint.print(f"[red]error:[/red] {escape(str(error))}")
         return 1
     show(report, console)
+    if logged:
+        console.print(f"wandb: {logged} (upload with `wandb sync`)", soft_wrap=True)
     return 0
 
 

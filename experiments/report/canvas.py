@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import altair as alt
 import pandas as pd
 
-from .palette import Mark
-from .summary import BASELINE
+from .palette import BASELINE, Mark
 
 ARM_CHOSEN = (
     "indexof(methods, datum.method) >= 0 && indexof(ranks, datum.rank) >= 0 "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from .palette import BASELINE
 from .runs import Problem
 from .selection import TEST, Choice
-from .summary import BASELINE, Row
+from .summary import Row
 
 MEASURED = {
     "score": "the score",

@@ -12,7 +12,7 @@ from .views import Views
 def draw(summarizer: Summarizer, views: Views, majority: dict[str, float], metric: str):
     """All charts, in the page's order, and the canvas that they share."""
     canvas = make_canvas(summarizer, views, metric)
-    covers = " or ".join(sorted({row.interval for row in all_rows(summarizer)} - {"no interval"}))
+    covers = " or ".join(sorted({row.interval for row in summarizer.all_rows()} - {"no interval"}))
     covers = covers or "seeds"
     shown = majority if summarizer.quantity == "score" else {}
     drawn: list[Chart] = [
@@ -24,10 +24,6 @@ def draw(summarizer: Summarizer, views: Views, majority: dict[str, float], metri
         *spectra.charts(canvas, views),
     ]
     return drawn, canvas
-
-
-def all_rows(summarizer: Summarizer) -> list:
-    return [row for task in summarizer.tasks for row in summarizer.rows(task)]
 
 
 def make_canvas(summarizer: Summarizer, views: Views, metric: str) -> Canvas:
@@ -47,5 +43,5 @@ def make_canvas(summarizer: Summarizer, views: Views, metric: str) -> Canvas:
         initial["ranks"] = [float(chosen.groupby("rank")["arm"].size().idxmax())]
     if len(filters["tasks"]) > 1:
         initial["tasks"] = filters["tasks"][:1]
-    arms = list(dict.fromkeys(row.arm for row in all_rows(summarizer)))
+    arms = list(dict.fromkeys(row.arm for row in summarizer.all_rows()))
     return Canvas(arms, marks(methods), metric, filters, initial)

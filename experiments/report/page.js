@@ -75,7 +75,7 @@
       const on = state[chip.dataset.kind].has(itemOf(chip));
       chip.setAttribute("aria-pressed", String(on));
     }
-    for (const row of document.querySelectorAll("#results tbody tr")) {
+    for (const row of document.querySelectorAll(".results tbody tr")) {
       const { method, rank, task } = row.dataset;
       row.hidden = !(state.methods.has(method) && state.ranks.has(Number(rank))
         && state.tasks.has(task));

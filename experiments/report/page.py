@@ -45,6 +45,7 @@ class Page:
     majority: float | None
     choices: list[Choice]
     rows: list[Row]
+    equal_rows: list[Row]
     runs: pd.DataFrame
     charts: list[Chart]
     canvas: Canvas
@@ -83,6 +84,8 @@ def render(page: Page, output: Path) -> str:
         sections=[(name, list(some)) for name, some in groupby(page.charts, lambda c: c.section)],
         columns=table_columns(page.metric, page.rows),
         rows=page.rows,
+        equal_columns=table_columns(page.metric, page.equal_rows),
+        equal_rows=page.equal_rows,
         several_tasks=several,
         several_rates=not wording.one_learning_rate(page.choices),
         metric=page.metric,

@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from .palette import BASELINE
+
 PROTOCOL, VALIDATION, TEST = "protocol", "validation score", "test score"
 
 
@@ -71,6 +73,16 @@ def choose(runs: pd.DataFrame, selected: dict[Any, dict[str, Any]]) -> list[Choi
             )
         )  # fmt: skip
     return choices
+
+
+def at_equal_update(
+    runs: pd.DataFrame, choices: list[Choice], matched: dict[Any, dict[str, Any]]
+) -> list[Choice]:
+    """Each arm at the rate at which its weights moved as far as the baseline's, and the baselines
+    at their chosen ones; nothing where a protocol has not made this comparison."""
+    found = choose(runs, matched) if matched else []
+    arms = {choice.arm for choice in found}
+    return [c for c in choices if found and c.arm not in arms and c.method == BASELINE] + found
 
 
 def best_rate(arm: pd.DataFrame) -> tuple[str, float]:

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .palette import ordered
+from .palette import BASELINE, ordered
 from .runs import Problem, read_predictions
 from .selection import Choice
 from .statistics import LEAST_SEEDS, Bootstrap, Interval, seed_interval
 
-BASELINE = "kaiming"
 MAX_SEEDS_FOR_ALL_SUBSETS = 4
 BOTH, SEEDS, NONE = "examples and seeds", "seeds alone", "no interval"
 
@@ -107,6 +106,10 @@ class Summarizer:
             frames = {arm: frame[frame["seed"].isin(seeds)] for arm, frame in frames.items()}
         present = [choice for choice in chosen if len(frames[choice.arm])]
         return [self._row(choice, frames, present) for choice in present]
+
+    def all_rows(self) -> list[Row]:
+        """The rows of all tasks, one task after the other."""
+        return [row for task in self.tasks for row in self.rows(task)]
 
     def seed_subsets(self) -> list[tuple[int, ...]]:
         """Every choice of seeds if they are few, else each one alone and all together."""

@@ -34,6 +34,7 @@ class Sweep:
 
     Attributes:
         selected: by number of the folder and arm, the setting that its `protocol.json` chose.
+        equal_update: likewise, the setting of equal update size.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Sweep:
     entries: list[Entry]
     problems: list[Problem]
     selected: dict[tuple[int, str], dict[str, Any]]
+    equal_update: dict[tuple[int, str], dict[str, Any]]
 
 
 def load_sweeps(folders: list[Path]) -> Sweep:
@@ -50,7 +52,8 @@ def load_sweeps(folders: list[Path]) -> Sweep:
         FileNotFoundError: a folder does not exist, or holds neither a manifest nor any run.
         ValueError: a manifest or a protocol cannot be read.
     """
-    names, headings, problems, entries, selected = [], [], [], {}, {}
+    names, headings, problems, entries = [], [], [], {}
+    protocol: dict[str, dict] = {"selected": {}, "equal_update": {}}
     for number, folder in enumerate(map(Path, folders)):
         listed = list_runs(folder)
         names.append(listed.name)
@@ -63,18 +66,19 @@ def load_sweeps(folders: list[Path]) -> Sweep:
             key = os.path.realpath(entry.folder) if entry.folder else entry
             if key not in entries or entry.status == "finished":  # a later job may have done it
                 entries[key] = entry
-        selected |= {(number, arm): told for arm, told in read_selected(folder).items()}
+        for part, found in protocol.items():
+            found |= {(number, arm): told for arm, told in read_protocol(folder, part).items()}
     heading = headings[0] if len(set(headings)) == 1 else None
-    return Sweep(" + ".join(names), heading, list(entries.values()), problems, selected)
+    return Sweep(" + ".join(names), heading, list(entries.values()), problems, **protocol)
 
 
-def read_selected(folder: Path) -> dict[str, dict[str, Any]]:
-    """The settings that a protocol chose on validation data; none where no protocol ran."""
+def read_protocol(folder: Path, part: str) -> dict[str, dict[str, Any]]:
+    """By arm, one part of what a protocol has recorded; nothing where no protocol ran."""
     path = folder / "protocol.json"
     if not path.exists():
         return {}
     try:
-        return {str(arm): dict(told) for arm, told in read_json(path).get("selected", {}).items()}
+        return {str(arm): dict(told) for arm, told in read_json(path).get(part, {}).items()}
     except (ValueError, TypeError, AttributeError) as error:
         reason = f"'{path}' is no protocol: {error}. Run the sweep's command again."
         raise ValueError(reason) from error

@@ -10,8 +10,9 @@ from rich import box
 from rich.table import Table
 
 from .comparison import FIGURES, Comparison, Figure
+from .palette import BASELINE
 from .peft_results import PeftRow
-from .summary import BASELINE, Row
+from .summary import Row
 from .wording import signed
 
 

@@ -62,7 +62,7 @@ def make_views(
     training, window = smoothed_training(metrics, chosen)
     curve = curve_quantity(runs)
     kind = "; ".join(runs["forgetting_kind"].dropna().unique())
-    arms = list(dict.fromkeys(row.arm for t in summarizer.tasks for row in summarizer.rows(t)))
+    arms = list(dict.fromkeys(row.arm for row in summarizer.all_rows()))
     tables = {
         "runs": points(runs, summarizer.quantity, curve),
         "rows": score_rows(summarizer),

@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 
 from .comparison import Comparison
+from .palette import BASELINE
 from .selection import PROTOCOL, TEST, VALIDATION, Choice
 from .settings import flatten
 from .statistics import LEAST_SEEDS, Interval
-from .summary import BASELINE, BOTH, SEEDS, Row
+from .summary import BOTH, SEEDS, Row
 
 ONE_RATE = "one learning rate: a demonstration, not a ranking"
 MANY, LARGEST = 12, 3  # comparisons that are counted, not named; of which these are

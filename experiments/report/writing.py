@@ -17,7 +17,7 @@ from .page import Page, render
 from .peft_results import PeftRow, load_peft_results
 from .pictures import Pictures
 from .runs import Problem
-from .selection import choose, mark_best, without_repeats
+from .selection import at_equal_update, choose, mark_best, without_repeats
 from .summary import Row, Summarizer
 from .sweeps import Sweep
 from .tables import (
@@ -80,16 +80,19 @@ def write_report(
 
     progress("choosing settings")
     runs = settings.with_arms(gathered.runs).sort_values(["method", "seed", "run_id"])
-    choices = choose(runs, sweep.selected)
+    matched = {run for told in sweep.equal_update.values() for run in told.get("runs") or []}
+    choices = choose(runs[~runs["run_id"].isin(matched)], sweep.selected)
     if not choices:
         raise ValueError(
             f"'{sweep.name}' has a protocol.json that selected none of its finished runs: run the "
             "sweep's command again to complete it"
         )
+    equal = at_equal_update(runs, choices, sweep.equal_update)
     runs = mark_best(without_repeats(runs), choices)
     progress("intervals")
     summarizer = Summarizer(runs, choices)
-    rows = [row for task in summarizer.tasks for row in summarizer.rows(task)]
+    rows = summarizer.all_rows()
+    equal_rows = Summarizer(runs, equal).all_rows() if equal else []
 
     majority = {
         task: float(known.iloc[0])
@@ -121,6 +124,9 @@ def write_report(
     notes += [f"left out: {p.run}: {p.reason}" for p in problems if p.fatal]
     for name, table in (("table.md", markdown_table), ("table.tex", latex_table)):
         (output / name).write_text(table(rows, metric, heading, notes), encoding="utf-8")
+    if equal_rows:
+        text = markdown_table(equal_rows, metric, "at equal update size", [])
+        (output / "equal_update.md").write_text(text, encoding="utf-8")
 
     write_extras(comparison, beside, output)
     charts, canvas = draw(summarizer, views, majority, metric)
@@ -128,6 +134,7 @@ def write_report(
     progress("page")
     page = Page(
         sweep=sweep, heading=heading, metric=metric, majority=plain, choices=choices, rows=rows,
+        equal_rows=equal_rows,
         runs=runs, charts=charts, canvas=canvas, views=views, problems=problems,
         warnings=warnings, summarizer=summarizer, comparison=comparison, peft=beside,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 
 from ..canvas import BAR, FEW_TICKS, INK, OVER_TASKS, RUN_CHOSEN, SOFT, SUBSET_CHOSEN, Canvas, Chart
-from ..summary import BASELINE
+from ..palette import BASELINE
 from ..views import Views
 
 SECTION = "Scores"
