@@ -59,9 +59,9 @@ class Claim:
         write_json(self.folder.running_file, {**self.facts, "updated": now()})
         self.thread.start()
 
-    def reached(self, step: int) -> None:
-        """Steps done, for the next heartbeat."""
-        self.facts["step"] = step
+    def reached(self, step: int, steps: int) -> None:
+        """Steps done and planned (fewer where a budget ends first), for the next heartbeat."""
+        self.facts.update(step=step, steps=steps)
 
     def keep_beating(self) -> None:
         while not self.ended.wait(HEARTBEAT):
@@ -130,20 +130,33 @@ def acquire(folder: RunFolder, wait: bool) -> int:
 
 def lock(path: Path) -> int | None:
     """Lock the file, made if there is none; None if another process holds it for a while."""
-    for _ in range(3):  # `is_held` of another process may be looking at this instant
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue  # the folder was empty and its last user removed it
+    tries = 0
+    while tries < 3:  # `is_held` of another process may be looking at this instant
+        descriptor = open_lock(path)
+        if descriptor is None:
+            continue
         if try_lock(descriptor):
             # Its last holder removes the file: a lock on the removed one would keep nobody out.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
                     return descriptor
         os.close(descriptor)
+        tries += 1
         time.sleep(0.02)
     return None
+
+
+def open_lock(path: Path) -> int | None:
+    """The file, opened; None where its folder was removed, being empty, in the same instant."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None
+    except FileExistsError:
+        if path.parent.is_file():
+            raise
+        return None
 
 
 def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:

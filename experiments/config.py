@@ -17,10 +17,14 @@ from omegaconf import II, MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import data, models
+from experiments.budget import BudgetConfig
+from experiments.controls import check_control
 from experiments.data import DataConfig
 from experiments.errors import ConfigurationError
 from experiments.launching import register_launchers
+from experiments.measures import MeasuresConfig
 from experiments.models import ModelConfig
+from experiments.protocol.settings import ProtocolConfig
 from experiments.schedule import TrainingConfig
 from experiments.tracking import TrackingConfig
 from lora_init import list_initializers
@@ -119,7 +123,13 @@ class Paths:
 
 @dataclass
 class RunConfig:
-    """One run, completely. `experiments.runs` derives its identity from this and nothing else."""
+    """One run, completely. `experiments.runs` derives its identity from this and nothing else.
+
+    Attributes:
+        read_test: score the trained model on the test set. False leaves the test set unread, for a
+            setting that may not be chosen; asked for again with True, the finished run is scored
+            then, and trained only once. Not part of the identity.
+    """
 
     init: InitConfig = MISSING
     model: ModelConfig = MISSING
@@ -128,9 +138,13 @@ class RunConfig:
     tracking: TrackingConfig = MISSING
     lora: LoraSettings = field(default_factory=LoraSettings)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    control: str = "none"
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    measures: MeasuresConfig = field(default_factory=MeasuresConfig)
     seed: int = 0
     seeds: Seeds = field(default_factory=Seeds)
     sweep: str = "default"
+    read_test: bool = True
     runtime: Runtime = field(default_factory=Runtime)
     paths: Paths = field(default_factory=Paths)
 
@@ -171,6 +185,7 @@ def register_schemas() -> None:
             store.store(group=f"{group}/schema", name=name, node=source)
     store.store(group="training/schema", name="training", node=TrainingConfig)
     store.store(group="tracking/schema", name="tracking", node=TrackingConfig)
+    store.store(group="hydra/sweeper", name="protocol", node=ProtocolConfig)
 
 
 def resolve(composed: DictConfig) -> RunConfig:
@@ -188,4 +203,5 @@ def resolve(composed: DictConfig) -> RunConfig:
     except (ValueError, TypeError) as error:  # from a __post_init__
         raise ConfigurationError(str(error)) from error
     assert isinstance(run, RunConfig)
+    check_control(run)
     return run

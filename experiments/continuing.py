@@ -12,16 +12,18 @@ from experiments.claims import Claim
 from experiments.config import RunConfig
 from experiments.console import say
 from experiments.environment import describe_environment
+from experiments.held_out import outcome
 from experiments.runs import RunFolder, write_json, write_text
 from lora_init import LoraModel
 
 
 def already_finished(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:
-    """The result of a run that nothing is left to do for."""
+    """The result of a run that nothing is left to do for, not even a test."""
     done = None if run.runtime.rerun else folder.finished()
-    if done is not None:
-        folder.forget_checkpoint()  # of a process that was killed right after its result
-        say(f"  finished before, skipped: {folder.path} ({done['metric']} {done['score']:.4f})")
+    if done is None or (run.read_test and not done["tested"]):
+        return None
+    folder.forget_checkpoint()  # of a process that was killed right after its result
+    say(f"  finished before, skipped: {folder.path} ({outcome(done)})")
     return done
 
 

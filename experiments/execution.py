@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
+from experiments import measures
+from experiments.budget import limit_steps
 from experiments.checkpoints import Checkpoints
 from experiments.claims import Claim, claim
 from experiments.config import RunConfig
 from experiments.console import say, training_bar
 from experiments.continuing import already_finished, prepare_folder, restore_adapter
+from experiments.controls import control_of
 from experiments.data import Splits, load_data
 from experiments.environment import describe_environment
-from experiments.errors import ConfigurationError
 from experiments.evaluation import evaluate
 from experiments.failures import record_failure, refuse_to_diverge_again
+from experiments.held_out import (
+    outcome,
+    read_test_set,
+    refuse_unscorable,
+    test_fields,
+    validation_fields,
+    write_predictions,
+)
+from experiments.initializing import base_again, initialize
 from experiments.models import LoadedModel, load_model
-from experiments.probe import PeakMemory, output_gap, probe
 from experiments.recording import recording
-from experiments.runs import RunFolder, identify, last_row, write_json
-from experiments.tasks import Evaluation, Task, draw, make_task
+from experiments.runs import RunFolder, identify, write_json
+from experiments.tasks import Evaluation, Task, make_task
 from experiments.training import TrainingSummary, make_accelerator, train
-from lora_init import LoraConfig, LoraModel, get_peft_model
-
-PROBED_EXAMPLES = 16
 
 
 def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
@@ -53,6 +58,8 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
     with claim(folder, run.training.steps, accelerator, wait=wait) as claimed:
         if (done := already_finished(run, folder)) is not None:
             return done  # by the process that held it before
+        if not run.runtime.rerun and (waiting := folder.finished()) is not None:
+            return read_test_set(run, folder, waiting, accelerator)
         if not run.runtime.rerun:
             refuse_to_diverge_again(folder)
         try:
@@ -71,20 +78,24 @@ def carry_out(
     """Load, initialize, train, test and write, in that order; `result.json` last."""
     started = time.monotonic()
     main = accelerator.is_main_process
-    settings, runtime = run.training, run.runtime
+    runtime = run.runtime
     data = load_data(run.data)
+    refuse_unscorable(run, data)
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
     saved = prepare_folder(run, folder, claimed, main)
     accelerator.wait_for_everyone()
-    task = make_task(data.task_type, loaded.tokenizer, settings)
-    model, init = initialize(run, data, task, loaded, accelerator.device)
+    task = make_task(data.task_type, loaded.tokenizer, run.training)
+    settings = limit_steps(run.training, run.budget, task, data.train, run.seeds.data)
+    validation: Evaluation | None = None
+    model, init, originals = initialize(run, data, task, loaded, accelerator.device)
     saved = restore_adapter(saved, model)
     if saved is not None:
         init = json.loads(folder.init_file.read_text())  # of the first start
     elif main:
         write_json(folder.init_file, init)
+        write_json(folder.path / "spectra.json", measures.describe_spectra(model, originals))
 
     keep = saved.metrics_size if saved else 0
     with (
@@ -93,18 +104,15 @@ def carry_out(
     ):
 
         def validate(step: int) -> None:
-            measured = evaluate(model, task, data.validation, settings, accelerator)
-            record({"step": step, "split": "validation", **measured.metrics})
+            nonlocal validation
+            if data.validation:
+                validation = evaluate(model, task, data.validation, settings, accelerator)
+                record({"step": step, "split": "validation", **validation.metrics})
 
         def advance(step: int, loss: float) -> None:
-            claimed.reached(step)
+            claimed.reached(step, settings.steps)
             show(step, loss)
 
-        if settings.validate_every and not data.validation:
-            raise ConfigurationError(
-                "training.validate_every is set, and the validation split is empty; raise "
-                "data.validation_limit, or set training.validate_every=0"
-            )
         if settings.validate_at_start and saved is None:
             validate(0)
         limit = runtime.time_limit_minutes
@@ -117,6 +125,9 @@ def carry_out(
             accelerator=accelerator,
             record=record,
             validate=validate,
+            observe=measures.update_observer(
+                model, originals, run.measures, settings.steps, record
+            ),
             advance=advance,
             checkpoints=Checkpoints(
                 folder,
@@ -127,74 +138,51 @@ def carry_out(
                 metrics_size=metrics_size,
             ),
         )
-        test = evaluate(model, task, data.test, settings, accelerator)
-        record({"step": summary.steps, "split": "test", **test.metrics})
+        test = evaluate(model, task, data.test, settings, accelerator) if run.read_test else None
+        if test is not None:
+            record({"step": summary.steps, "split": "test", **test.metrics})
+        if not settings.validate_at_end:
+            validation = None  # of an earlier step: not of the model that is saved
+        elif validation is None and data.validation:  # gone on with after its last step
+            validation = evaluate(model, task, data.validation, settings, accelerator)
 
-    result = describe_result(run, folder, data, task, loaded, init, summary, test)
+    held_out = {**validation_fields(task, validation), **test_fields(task, data, test)}
+    result = describe_result(run, folder, data, task, loaded, init, summary, held_out)
+    result |= {
+        "start": measures.describe_start(model, originals.norms, init, summary.gradient_norms),
+        "budget": {
+            "trainable_parameters": model.plan.parameters,
+            "steps": summary.steps,
+            "tokens": summary.tokens,
+        },
+        "control": control_of(run),
+    }
     if main:
         if settings.save_adapter:
             model.save_pretrained(folder.path / "adapter")
-        np.savez(
-            folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score
+        if test is not None:
+            write_predictions(folder, test)
+        original = measures.OriginalModel(model, lambda: base_again(run, data, accelerator.device))
+        end = measures.measure_end(
+            original,
+            originals,
+            run.measures,
+            task_type=data.task_type,
+            task=task,
+            held_out=data.validation,
+            batch_size=settings.eval_batch_size,
         )
+        write_json(folder.path / "end.json", end)
+        result["end"] = {key: value for key, value in end.items() if key != "layers"}
+        result["wall_seconds"] = time.monotonic() - started
         write_json(folder.result_file, result)
         folder.forget_checkpoint()
         say(
-            f"  {task.metric} {result['score']:.4f}, init {result['init_seconds']:.1f} s, "
+            f"  {outcome(result)}, init {result['init_seconds']:.1f} s, "
             f"training {result['train_seconds']:.1f} s -> {folder.path}"
         )
     accelerator.wait_for_everyone()
     return result
-
-
-def initialize(
-    run: RunConfig, data: Splits, task: Task, loaded: LoadedModel, device: torch.device
-) -> tuple[LoraModel, dict[str, Any]]:
-    """Add the adapter; returns the model, and what `init.json` holds."""
-    # A quantised model is where it was loaded, and must not be moved.
-    model = loaded.model if loaded.original_weights else loaded.model.to(device)
-    batch = task.collate(data.train[:PROBED_EXAMPLES])
-    mask = task.probed(batch)
-    before = probe(model, batch, mask)
-    with PeakMemory() as memory:
-        try:
-            config = LoraConfig(
-                **asdict(run.lora), task_type=data.task_type, init_lora_weights=asdict(run.init)
-            )
-            # Made for methods that calibrate only; a list, whose statistics the cache can keep.
-            calibrates = config.initializer()[0].calibration is not None
-            batches = list(calibration_batches(run, data, task, device)) if calibrates else None
-            replaces = config.initializer()[0].base == "replace"
-            adapted = get_peft_model(
-                model,
-                config,
-                calibration=batches,
-                seed=run.seeds.init,
-                original_weights=loaded.original_weights if replaces else None,
-                cache=run.runtime.cache,
-            )
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigurationError(f"init={run.init.name}: {error}") from error
-    trainable, total = adapted.get_nb_trainable_parameters()
-    return adapted, {
-        **adapted.init_report().to_dict(),
-        "peak_memory_bytes": memory.bytes,
-        "peak_memory_kind": memory.kind,
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "output_gap": output_gap(before, probe(adapted, batch, mask)),
-    }
-
-
-def calibration_batches(
-    run: RunConfig, data: Splits, task: Task, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Training examples drawn by `seeds.calibration`, one batch at a time."""
-    settings = run.calibration
-    chosen = draw(len(data.train), settings.samples, run.seeds.calibration)
-    for start in range(0, len(chosen), settings.batch_size):
-        some = [data.train[index] for index in chosen[start : start + settings.batch_size]]
-        yield {key: value.to(device) for key, value in task.collate(some).items()}
 
 
 def describe_result(
@@ -205,10 +193,9 @@ def describe_result(
     loaded: LoadedModel,
     init: dict[str, Any],
     summary: TrainingSummary,
-    test: Evaluation,
+    held_out: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that a comparison needs of this run."""
-    validation = last_row(folder.metrics_file, "validation")
     return {
         "run_id": folder.id,
         "folder": str(folder.path),
@@ -221,13 +208,7 @@ def describe_result(
         "seeds": asdict(run.seeds),
         "status": "finished",
         "metric": task.metric,
-        "score": test.metrics[task.metric],
-        "n_test": len(test.ids),
-        "majority": task.majority(data.test),
-        "loss_test": test.metrics["loss"],
-        "test": test.metrics,
-        "validation": validation,
-        "validation_score": validation and validation[task.metric],
+        **held_out,
         "output_gap": init["output_gap"],
         "init_seconds": init["seconds"]["total"],
         "calibration_seconds": init["seconds"]["calibration"],

@@ -1,9 +1,9 @@
 """A run's identity and its folder.
 
 The identity is a hash of the resolved configuration without what cannot change the outcome (paths,
-tracking, runtime, the sweep's name). `result.json` is written last and atomically: its existence
-means that the run finished. A finished run is skipped; one without it goes on from its checkpoint,
-or starts over where it has none.
+tracking, runtime, what is measured, the sweep's name, whether the test set is read). `result.json`
+is written last and atomically: its existence means that the run finished. A finished run is
+skipped; one without it goes on from its checkpoint, or starts over where it has none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from experiments.config import RunConfig
 
-OUTSIDE_IDENTITY = ("paths", "tracking", "runtime", "sweep")
+OUTSIDE_IDENTITY = ("paths", "tracking", "runtime", "measures", "sweep", "read_test")
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,3 @@ class MetricsFile:
 
     def __exit__(self, *exception: object) -> None:
         self.file.close()
-
-
-def last_row(path: Path, split: str) -> dict[str, Any] | None:
-    """The last measurement on a split in `metrics.jsonl`, without the split; None without any."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found = [row for row in rows if row["split"] == split]
-    return {key: value for key, value in found[-1].items() if key != "split"} if found else None

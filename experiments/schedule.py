@@ -21,14 +21,17 @@ class TrainingConfig:
     Attributes:
         steps, batch_size: optimizer steps, and examples a step over all processes.
         learning_rate: of the adapters, at its peak.
+        lora_plus_ratio: the rate of the factors B is so many times that of A, which is
+            `learning_rate`; 1: the same. Hayou et al. 2024, "LoRA+", arXiv 2402.12354.
         head_learning_rate: of everything else that is trained (a new head); None: the same.
         warmup: the share of steps over which the rate rises from zero.
         schedule: what follows: linear, cosine or constant.
         max_grad_norm: clip the gradient's norm; None leaves it.
         mixed_precision: no, bf16 or fp16.
         max_length: tokens of an example, longer ones are cut.
-        validate_every: evaluate on the validation split every so many steps and at the end; 0: no.
+        validate_every: evaluate on the validation split every so many steps; 0: no.
         validate_at_start: and before the first step.
+        validate_at_end: and after the last, if there is a validation split.
         generate_limit, max_new_tokens: causal only: answers generated a split, and their length.
         save_adapter: write the trained adapter into the run's folder.
     """
@@ -36,6 +39,7 @@ class TrainingConfig:
     steps: int = 200
     batch_size: int = 16
     learning_rate: float = 1e-3
+    lora_plus_ratio: float = 1.0
     head_learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.1
@@ -46,6 +50,7 @@ class TrainingConfig:
     eval_batch_size: int = 64
     validate_every: int = 0
     validate_at_start: bool = False
+    validate_at_end: bool = True
     generate_limit: int = 32
     max_new_tokens: int = 8
     save_adapter: bool = True
@@ -59,6 +64,11 @@ class TrainingConfig:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(
                 f"training.learning_rate={self.learning_rate}; allowed are finite numbers > 0"
+            )
+        if not (math.isfinite(self.lora_plus_ratio) and self.lora_plus_ratio > 0):
+            raise ValueError(
+                f"training.lora_plus_ratio={self.lora_plus_ratio}; allowed are finite numbers > 0 "
+                "(1: A and B at the same rate)"
             )
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"training.warmup={self.warmup}; allowed are shares 0.0 <= x < 1.0")

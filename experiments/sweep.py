@@ -10,7 +10,6 @@ the same name is at work at that moment: then both share one list.
 from __future__ import annotations
 
 import contextlib
-import copy
 import fcntl
 import hashlib
 import json
@@ -28,10 +27,10 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.claims import try_lock
-from experiments.config import RunConfig, resolve
+from experiments.composition import run_of
 from experiments.errors import ConfigurationError
 from experiments.returning import finish_sweep
 from experiments.runs import RunFolder, identify, write_json
@@ -131,13 +130,6 @@ def status_of(run: RunFolder | None, ended: bool) -> str:
     return "failed" if ended else "started"
 
 
-def run_of(config: DictConfig) -> RunConfig:
-    composed = copy.deepcopy(config)
-    with open_dict(composed), read_write(composed):
-        del composed["hydra"]  # as Hydra itself does before it calls the job
-    return resolve(composed)
-
-
 def reload(config: DictConfig, overrides: list[str]) -> DictConfig:
     """A job's configuration, as its launcher made it."""
     return GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
@@ -169,7 +161,9 @@ def gather(folder: Path) -> None:
     list that another one has already extended."""
     with FileLock(folder / ".lock"):
         facts = json.loads((folder / "sweep.json").read_text())
-        runs = listed(folder, facts.pop("planned"))
+        # A protocol asks for a run again to have it tested: one run, as it was left last.
+        jobs = listed(folder, facts.pop("planned"))
+        runs = list({job["run_id"] or job["job"]: job for job in jobs}.values())
         finished = sum(run["status"] == "finished" for run in runs)
         status = "finished" if finished and finished == facts["total"] else "incomplete"
         write_json(folder / "manifest.json", {**facts, "status": status, "runs": runs})
@@ -178,6 +172,11 @@ def gather(folder: Path) -> None:
 def decided_ahead(config: DictConfig) -> bool:
     """Whether all jobs are known before the first. Other sweepers choose by results as they go."""
     return str(config.hydra.sweeper._target_).endswith("BasicSweeper")
+
+
+def by_return_value(config: DictConfig) -> bool:
+    """Whether the sweeper learns of results from what a job returns; ours reads runs' folders."""
+    return not str(config.hydra.sweeper._target_).startswith("hydra_plugins.lora_init")
 
 
 def planned_jobs(config: DictConfig) -> list[list[str]] | None:

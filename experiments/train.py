@@ -23,7 +23,7 @@ from experiments.console import say
 from experiments.errors import ConfigurationError, RunElsewhere, RunFailed
 from experiments.execution import execute
 from experiments.returning import tell_failure
-from experiments.sweep import decided_ahead, position
+from experiments.sweep import by_return_value, decided_ahead, position
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
 
@@ -35,16 +35,17 @@ def main(composed: DictConfig) -> float | None:
     """Hydra's entry point: one run. Returns its validation score, by which a sweeper may choose.
 
     A run of a list that goes wrong is marked in its folder, and the list goes on; the end of the
-    sweep names it (`experiments.sweep`). A sweeper that chooses by results has to know: it gets the
-    exception, as does who started one run alone.
+    sweep names it (`experiments.sweep`). A sweeper that chooses by what this returns has to know:
+    it gets the exception, as does who started one run alone.
     """
     context = HydraConfig.get()
     many = context.mode == RunMode.MULTIRUN
-    goes_on = many and decided_ahead(HydraConfig.instance().cfg)
+    chooses = many and not decided_ahead(HydraConfig.instance().cfg)
+    goes_on = many and not (chooses and by_return_value(HydraConfig.instance().cfg))
     try:
         run = resolve(composed)
         say(" ".join(filter(None, ["run", position(), run.init.name, "seed", str(run.seed)])))
-        return execute(run, wait=many and not goes_on).get("validation_score")
+        return execute(run, wait=chooses).get("validation_score")
     except RunElsewhere as error:
         if not goes_on:
             raise CompactHydraException(str(error)) from error

@@ -64,6 +64,7 @@ def train(
     accelerator: Accelerator,
     record: Callable[[dict[str, Any]], None],
     validate: Callable[[int], None] = lambda step: None,
+    observe: Callable[[int], None] = lambda step: None,
     advance: Callable[[int, float], None] = lambda step, loss: None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainingSummary:
@@ -73,6 +74,8 @@ def train(
         seed: the order of the examples, and the dropout masks of models that have any.
         record: called once a step with the figures of that step.
         validate: called with the number of steps done, when validation is due.
+        observe: called with the number of steps done after every step, to read the model; neither
+            this nor validation counts as time of training.
         advance: called with the number of steps done and the loss.
         checkpoints: where to go on from, and when to save. The saved adapter is in `model` already.
 
@@ -88,7 +91,8 @@ def train(
     head_rate = settings.head_learning_rate or settings.learning_rate
     optimizer = torch.optim.AdamW(
         [
-            {"params": groups["A"] + groups["B"], "lr": settings.learning_rate},
+            {"params": groups["A"], "lr": settings.learning_rate},
+            {"params": groups["B"], "lr": settings.learning_rate * settings.lora_plus_ratio},
             {"params": groups["head"], "lr": head_rate},
         ],
         weight_decay=settings.weight_decay,
@@ -129,7 +133,7 @@ def train(
         optimizer.zero_grad()
         schedule.step()
 
-        seen = int(batch["attention_mask"].sum()) * accelerator.num_processes
+        seen = int(accelerator.reduce(batch["attention_mask"].sum(), "sum"))
         tokens += seen
         seconds = time.perf_counter() - step_started
         record(
@@ -144,8 +148,9 @@ def train(
         )
         advance(step, loss)
         pause = time.perf_counter()
+        observe(step)
         due = settings.validate_every and step % settings.validate_every == 0
-        if due or (settings.validate_every and step == settings.steps):
+        if due or (settings.validate_at_end and step == settings.steps):
             validate(step)
             model.train()
         progress = Progress(step, tokens, pause - started - paused, first_norms)

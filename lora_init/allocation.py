@@ -45,3 +45,35 @@ def redistribute(
     chosen = owners[order[scores[order] > 0]]
     counts = torch.bincount(chosen, minlength=len(names))
     return {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+
+def redistribute_by_cost(
+    spectra: Mapping[str, Float[Tensor, " candidates"]], costs: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Give out ranks by score per cost, as long as the sum of costs stays within the budget.
+
+    Greedy: the best ratio that still fits comes next. A layer's scores fall and its ranks cost the
+    same, so that it is always given its first directions. What is left over is less than a rank of
+    the cheapest layer that could still grow.
+
+    Args:
+        spectra: as of `redistribute`.
+        costs: of one rank of each layer (parameters, say).
+        budget: the sum of all ranks' costs, at most.
+
+    Returns:
+        One rank per layer, in the order of `spectra`, possibly 0. Ties go to the earlier layer.
+    """
+    pool = [
+        (float(score) / costs[name], name)
+        for name, scores in spectra.items()
+        for score in scores
+        if score > 0
+    ]
+    pool.sort(key=lambda entry: entry[0], reverse=True)  # stable: ties stay in order
+    ranks = dict.fromkeys(spectra, 0)
+    for _, name in pool:
+        if costs[name] <= budget:
+            budget -= costs[name]
+            ranks[name] += 1
+    return ranks

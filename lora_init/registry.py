@@ -96,6 +96,7 @@ class Initializer:
         adjust_alpha: ``options -> bool``: whether a layer whose rank was re-allocated keeps its
             scaling (its alpha is changed to that end).
         spellings: regular expressions of further names, each with ``match -> options``.
+        control: it is no proposal for a start, but isolates one cause of another method's effect.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Initializer:
     nesting: Callable[[Any], Nesting | None] = lambda options: None
     adjust_alpha: Callable[[Any], bool] = lambda options: True
     spellings: Mapping[str, Callable[[re.Match], Any]] = field(default_factory=dict)
+    control: bool = False
 
     def function_for(self, module_type: str) -> Callable[..., Factors]:
         return self.variants.get(module_type, self.function)
@@ -123,7 +125,8 @@ class Initializer:
     def __repr__(self) -> str:
         return (
             f"Initializer({self.name!r}, base={self.base!r}, needs={sorted(self.needs)}, "
-            f"module_types={sorted(self.module_types)}, paper={self.paper!r})"
+            f"module_types={sorted(self.module_types)}, paper={self.paper!r}"
+            f"{', control=True' if self.control else ''})"
         )
 
     def __reduce__(self) -> tuple:

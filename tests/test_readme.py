@@ -21,6 +21,7 @@ MINILM = (
 
 # What makes a full command small; which of them apply depends on the command's model and data.
 SMALL = ["training.steps=2", "training.batch_size=4", "calibration.samples=8"]
+PROTOCOL = ["methods=[kaiming,olora]", "seeds=[0]", "grid=1", "max_extensions=0"]
 SENTENCES = ["data.train_limit=40", "data.validation_limit=8", "data.test_limit=16"]
 
 
@@ -45,6 +46,8 @@ def reduced(command, outputs):
         return "make --dry-run test"  # it is running this very test
     if command == "make benchmark":
         return "make --dry-run benchmark"  # tests/experiments/test_benchmark.py runs it small
+    if "--config-name sweep_protocol" in command:
+        command += "".join(f" hydra.sweeper.{word}" for word in PROTOCOL)
     if command.startswith("python -m experiments.train"):
         command += "".join(f" {word}" for word in [*SMALL, f"paths.outputs={outputs}"])
         if "data=table" not in command:

@@ -179,7 +179,10 @@ def test_the_start_is_ours_and_goes_back(method, kind):
             present = oriented_weight(layer.base) + product
             error = float((weight - present).norm() / weight.norm())
             assert row.details["step_0_error"] == pytest.approx(error, rel=1e-3, abs=1e-8)
-            assert error < (0.1 if kind in ("Linear4bit", "Linear8bitLt") else 1e-7)
+            # A packed residual errs by a share of its own norm; a control's is larger than W's.
+            grown = max(1.0, float((weight - product).norm() / weight.norm()))
+            packed = kind in ("Linear4bit", "Linear8bitLt")
+            assert error < (0.1 * grown if packed else 1e-7)
         if spec.base == "replace":
             original = weight if originals is None else originals[f"{layer.name}.weight"]
             error = float((original - oriented_weight(layer.base) - product).norm())

@@ -57,8 +57,8 @@ def benchmark(settings: BenchmarkConfig) -> Path:
         module = SECTIONS[section]
         say(f"{section}: {module.TITLE}")
         measured = module.run(settings)
-        # What a terminal has no room for is in table.md.
-        rich.get_console().print(terminal_table(measured, {} if hasattr(module, "EXTRA") else None))
+        console, extra = rich.get_console(), {} if hasattr(module, "EXTRA") else None
+        console.print(terminal_table(measured, extra, console.width))
         rows += measured
     output = folder(settings)
     write_report(settings, rows, output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +18,12 @@ from experiments.benchmark.rows import Quality, Row
 
 NOTHING = "–"
 LEFT = ("model", "case", "quality", "note")
+BREAKS, LINE = ("quality",), 26 * " "
+"""Columns of sentences, and the least room for a line of theirs."""
+MARGIN = 3
+LEAVE_OUT = ("quality", "torch.linalg", "model")
+"""In this order, after a section's own columns, where a terminal is narrow."""
+ESSENTIAL = ("case", "ours", "PEFT", "ratio", "target")
 
 Cell = Callable[[Row], str]
 Extra = Mapping[str, Cell]
@@ -107,24 +114,57 @@ def share(name: str, value: float | None) -> str:
     return f"{value:.4g}" if name == "overlap" else f"{value:.1e}"
 
 
-def terminal_table(rows: Sequence[Row], extra: Extra | None = None) -> Group:
-    """A table without the notes, which follow it as lines: they are too long for a column."""
+def terminal_table(rows: Sequence[Row], extra: Extra | None = None, width: int = 10_000) -> Group:
+    """Tables without the notes, which follow as lines: they are too long for a column.
+
+    Args:
+        width: of the terminal. Where it is too small, columns are left out, those first that say
+            least of who is faster, and a line names them; each model then has a table of its own.
+    """
     made = columns(rows, extra)
     made.pop("note", None)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in made:
-        left = column in LEFT
+    own = [n for n in made if n not in LEAVE_OUT and n.partition(" ")[0] not in ESSENTIAL]
+    left_out = []
+    for name in (*reversed(own), *(name for name in LEAVE_OUT if name in made)):
+        if sum(needed(column, cell, rows) for column, cell in made.items()) <= width - 2:
+            break
+        left_out.append(name)
+        del made[name]
+    if "model" in made:
+        tables = [one_table(rows, made)]
+    else:
+        left_out.remove("model")
+        models = dict.fromkeys(row.model for row in rows)
+        tables = [one_table([r for r in rows if r.model == m], made, title=m) for m in models]
+    notes = [escape(f"  {row.model} {row.case}: {row.note}") for row in rows if row.note]
+    if left_out:
+        notes.append(f"  no room here for {', '.join(sorted(left_out))}: see table.md")
+    return Group(*tables, *notes)
+
+
+def one_table(rows: Sequence[Row], made: Extra, title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title and escape(title), title_justify="left")
+    for column, cell in made.items():
         table.add_column(
             escape(column),
-            justify="left" if left else "right",
-            no_wrap=column in ("model", "case"),
-            overflow="fold",
+            justify="left" if column in LEFT else "right",
+            no_wrap=column not in BREAKS and not column.startswith("ratio"),
+            min_width=needed(column, cell, rows) - MARGIN,
         )
     for row in rows:
         style = {"missed": "red", "open": "yellow"}.get(row.verdict or "")
         table.add_row(*(escape(cell(row)) for cell in made.values()), style=style)
-    notes = [escape(f"  {row.model} {row.case}: {row.note}") for row in rows if row.note]
-    return Group(table, *notes)
+    return table
+
+
+def needed(column: str, cell: Cell, rows: Sequence[Row]) -> int:
+    """Characters that a column takes with its margins, broken where that does no harm."""
+    texts = [column, *map(cell, rows)]
+    if column in BREAKS:
+        texts = [LINE]
+    elif column.startswith("ratio"):  # a peer's name may stand below its ratio
+        texts = [part for text in texts for part in text.split(" (")]
+    return MARGIN + max(map(cell_len, texts))
 
 
 def markdown_table(rows: Sequence[Row], extra: Extra | None = None) -> str:

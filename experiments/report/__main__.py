@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from .mirroring import log_to_wandb
 from .sweeps import load_sweeps
 from .tables import terminal_table
+from .wording import compared
 from .writing import Report, write_report
 
 
@@ -27,19 +29,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="where to write (default: FOLDER/report)"
     )
+    parser.add_argument(
+        "--compare", type=Path, metavar="OTHER",
+        help="a sweep of the same settings over another version of the code",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peft-results", type=Path, metavar="PATH",
+        help="PEFT's method_comparison/…/results folder, or one of its files: rows beside ours",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wandb", nargs="?", const="lora_init", metavar="PROJECT",
+        help="log pictures, table and page to an offline wandb run in the sweep's group",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        report = make(options.folders, options.output or options.folders[0] / "report")
+        output = options.output or options.folders[0] / "report"
+        report = make(options.folders, output, options.compare, options.peft_results)
+        logged = log_to_wandb(report, options.wandb) if options.wandb else None
     except (ValueError, OSError) as error:
         complaint = Console(stderr=True, soft_wrap=True, highlight=False)
         complaint.print(f"[red]error:[/red] {escape(str(error))}")
         return 1
     show(report, console)
+    if logged:
+        console.print(f"wandb: {logged} (upload with `wandb sync`)", soft_wrap=True)
     return 0
 
 
-def make(folders: list[Path], output: Path) -> Report:
+def make(
+    folders: list[Path], output: Path, other: Path | None = None, peft: Path | None = None
+) -> Report:
     """Read and write, with the step in progress on stderr (so that pipes stay clean)."""
     bar = Progress(
         SpinnerColumn(),
@@ -51,7 +71,10 @@ def make(folders: list[Path], output: Path) -> Report:
     with bar:
         task = bar.add_task("reading runs", total=None)
         sweep = load_sweeps(folders)
-        return write_report(sweep, output, lambda step: bar.update(task, description=step))
+        return write_report(
+            sweep, output, lambda step: bar.update(task, description=step),
+            load_sweeps([other]) if other else None, peft,
+        )  # fmt: skip
 
 
 def show(report: Report, console: Console) -> None:
@@ -62,7 +85,9 @@ def show(report: Report, console: Console) -> None:
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
     console.print(terminal_table(report.rows, report.metric, report.heading))
-    console.print("± is half of the 95 % bootstrap interval over examples and seeds", style="dim")
+    console.print("± is half of the 95 % interval; the page says what it covers", style="dim")
+    if report.comparison is not None:
+        console.print(compared(report.comparison), soft_wrap=True, highlight=False)
     console.print(f"report: {report.page}", soft_wrap=True)
 
 

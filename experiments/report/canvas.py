@@ -4,34 +4,80 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import altair as alt
 import pandas as pd
 
-from .palette import Mark
-from .summary import BASELINE
+from .palette import BASELINE, Mark
 
-CHOSEN = "indexof(methods, datum.method) >= 0"
-RUN_CHOSEN = f"{CHOSEN} && indexof(seeds, datum.seed) >= 0"
-SUBSET_CHOSEN = f"{CHOSEN} && datum.seeds == join(seeds, ',')"
+ARM_CHOSEN = (
+    "indexof(methods, datum.method) >= 0 && indexof(ranks, datum.rank) >= 0 "
+    "&& indexof(tasks, datum.task) >= 0"
+)
+OVER_TASKS = "indexof(methods, datum.method) >= 0 && indexof(ranks, datum.rank) >= 0"
+SEED_CHOSEN = f"{ARM_CHOSEN} && indexof(seeds, datum.seed) >= 0"
+RUN_CHOSEN = f"{SEED_CHOSEN} && (rates == 'all' || datum.best)"
+SUBSET_CHOSEN = f"{ARM_CHOSEN} && datum.seeds == join(seeds, ',')"
+# Where an interval's bar ends: at the mean itself where there is none, since an axis must begin
+# somewhere. Tooltips show `low` and `high`, which are then missing.
+BAR = {
+    "bottom": "isValid(datum.low) ? datum.low : datum.score",
+    "top": "isValid(datum.high) ? datum.high : datum.score",
+}
 INK, SOFT, GRID = "#24292f", "#57606a", "#e7eaee"
+ON_PAGE = "_on_page"  # ends the name of a layer that shows only under the mouse: files go without
 FEW_TICKS = alt.ExprRef("width < 320 ? 4 : 7")
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A drawing with the words that belong to it.
+
+    Attributes:
+        section: the heading of the page that it stands under.
+        wide: whether it takes both columns of a wide page.
+        parameter, choices: a parameter of this chart alone, its values and their names, which the
+            page offers as a list; the first is what the chart begins with.
+        all_drawn: whether there are files of every choice, or of the first only.
+    """
+
+    name: str
+    title: str
+    caption: str
+    drawing: alt.LayerChart
+    section: str
+    wide: bool = False
+    parameter: str | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    all_drawn: bool = True
+
+
+@dataclass(frozen=True)
 class Canvas:
-    """The arms in order, the methods' marks, the filters' values and the score's name."""
+    """The arms in order, the methods' marks, the filters' values and how they begin."""
 
     arms: list[str]
     marks: dict[str, Mark]
-    seeds: list[int]
     metric: str
+    filters: dict[str, list]
+    initial: dict[str, list]
+
+    @property
+    def rows_at_first(self) -> int:
+        """How many arms are shown before anyone filters, about."""
+        return -(-len(self.arms) * len(self.initial["ranks"]) // len(self.filters["ranks"]))
+
+    def table(self, name: str) -> alt.Chart:
+        return alt.Chart(alt.NamedData(name))
 
     def rows(self, without_baseline: bool = False) -> alt.Y:
         """A row per arm, in the report's order."""
         arms = [a for a in self.arms if not (without_baseline and a.split(" · ")[0] == BASELINE)]
-        axis = alt.Axis(ticks=False, domain=False, grid=True, labelPadding=10, labelLimit=220)
+        axis = alt.Axis(
+            ticks=False, domain=False, grid=True, labelPadding=8,
+            labelLimit=alt.ExprRef("width < 260 ? 120 : 220"),
+        )  # fmt: skip
         return alt.Y("arm:N", sort=arms, title=None, axis=axis)
 
     def color(self, legend: str | None) -> alt.Color:
@@ -46,25 +92,41 @@ class Canvas:
 
     def legend(self, kind: str) -> alt.Legend:
         stroke = {"symbolType": "stroke", "symbolStrokeWidth": 3} if kind == "stroke" else {}
-        columns = alt.ExprRef("width < 250 ? 2 : width < 400 ? 3 : 4")
+        # The page sets `legend_columns` before it draws: with a number that followed the width
+        # the rows that appear while the chart is fitted would be cut off.
         return alt.Legend(
-            title=None, orient="bottom", columns=columns, symbolOpacity=1, offset=14, **stroke
-        )
+            title=None, orient="bottom", columns=alt.ExprRef("legend_columns"), symbolOpacity=1,
+            offset=14, labelLimit=240, **stroke,
+        )  # fmt: skip
 
     def score_tooltip(self) -> list[alt.Tooltip]:
         return [
             alt.Tooltip("arm:N", title="method"),
+            alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
             alt.Tooltip("score:Q", title=f"{self.metric}, %", format=".2f"),
             alt.Tooltip("low:Q", title="95 % from", format=".2f"),
             alt.Tooltip("high:Q", title="to", format=".2f"),
             alt.Tooltip("seeds:N", title="seeds"),
         ]
 
-    def finish(self, chart: alt.LayerChart, height: float, legend: bool = False) -> alt.LayerChart:
-        """Add what every chart has: its height, the two filters, and the legend's own."""
+    def run_tooltip(self, *more: alt.Tooltip) -> list[alt.Tooltip]:
+        """Names the run that the mouse is over."""
+        return [
+            alt.Tooltip("arm:N", title="method"),
+            alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
+            alt.Tooltip("seed:N"),
+            *more,
+            alt.Tooltip("run_id:N", title="run"),
+        ]
+
+    def finish(
+        self, chart: alt.LayerChart, height: float | alt.Step, legend: bool = False
+    ) -> alt.LayerChart:
+        """Add what every chart has: its height, the filters, and the legend's own."""
         chart = chart.properties(height=height).add_params(
-            alt.param(name="methods", value=list(self.marks)),
-            alt.param(name="seeds", value=self.seeds),
+            *(alt.param(name=name, value=value) for name, value in self.initial.items()),
+            alt.param(name="rates", value="best"),
+            alt.param(name="legend_columns", value=4),
         )
         if not legend:
             return chart
@@ -75,8 +137,12 @@ class Canvas:
 
 
 def inline(frame: pd.DataFrame) -> alt.InlineData:
-    """Rows as JSON values; NaN becomes null."""
-    return alt.InlineData(values=json.loads(frame.to_json(orient="records", double_precision=10)))
+    """Rows as JSON values inside a chart; NaN becomes null."""
+    return alt.InlineData(values=records(frame))
+
+
+def records(frame: pd.DataFrame) -> list[dict]:
+    return json.loads(frame.to_json(orient="records", double_precision=10))
 
 
 def log_ticks(values: pd.Series) -> list[float]:
@@ -85,3 +151,9 @@ def log_ticks(values: pd.Series) -> list[float]:
     low, high = math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))
     steps = (1, 2, 5) if high - low <= 2 else (1, 3) if high - low <= 4 else (1,)
     return [step * 10.0**power for power in range(low, high + 1) for step in steps]
+
+
+def wants_log(values: pd.Series) -> bool:
+    """Whether a logarithmic axis serves: all positive, and over more than a factor of twenty."""
+    known = values.dropna()
+    return len(known) > 0 and known.min() > 0 and known.max() > 20 * known.min()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from .palette import BASELINE
 from .runs import Problem
-from .summary import BASELINE, Row
+from .selection import TEST, Choice
+from .summary import Row
 
 MEASURED = {
     "score": "the score",
@@ -34,6 +36,8 @@ def empty_columns(*frames: pd.DataFrame) -> list[str]:
     """Measured quantities that are missing everywhere, or zero everywhere: both look like bugs."""
     warnings = []
     for column, label in MEASURED.items():
+        if column == "score" and frames[0]["validation_score"].notna().any():
+            continue
         frame = next((f for f in frames if column in f), None)
         values = pd.Series(dtype=float) if frame is None else frame[column].dropna()
         if values.empty:
@@ -44,12 +48,43 @@ def empty_columns(*frames: pd.DataFrame) -> list[str]:
 
 
 def shared_seeds(runs: pd.DataFrame) -> list[Problem]:
-    """Runs of one arm with the same seed: each counts as a seed of its own, which it is not."""
-    counts = runs.groupby(["arm", "seed"]).size()
+    """Runs of one setting with the same seed: each counts as a seed of its own, which it is not."""
+    counts = runs.groupby(["task", "arm", "learning_rate", "seed"], dropna=False).size()
     return [
         Problem(arm, f"{count} runs have seed {seed}; each is counted", fatal=False)
-        for (arm, seed), count in counts[counts > 1].items()
+        for (_, arm, _, seed), count in counts[counts > 1].items()
     ]
+
+
+def choice_warnings(runs: pd.DataFrame, choices: list[Choice]) -> list[str]:
+    """What weakens the choice of the settings that the methods are judged at."""
+    warnings = []
+    missing = sorted(set(runs["method"]) - {choice.method for choice in choices})
+    if missing:
+        warnings.append(
+            f"The protocol has not chosen a setting for {', '.join(missing)}: it takes no part in "
+            "the comparison yet."
+        )
+    edges = [f"{c.arm} ({c.learning_rate:g})" for c in choices if c.at_edge]
+    if edges:
+        warnings.append(
+            "The chosen learning rate is the lowest or the highest that was tried, so the best may "
+            f"lie beyond: {', '.join(edges)}."
+        )
+    if any(choice.by == TEST and choice.rates > 1 for choice in choices):
+        warnings.append(
+            "The learning rates were chosen by the very test scores that are shown, because no "
+            "validation score was recorded: the scores are too high by what the best of several "
+            "tries gains by luck."
+        )
+    tried = {choice.rates for choice in choices}
+    if len(tried) > 1 and min(tried) == 1:
+        alone = ", ".join(c.arm for c in choices if c.rates == 1)
+        warnings.append(
+            f"Some methods were tuned and others not: one learning rate only for {alone}. "
+            "This is no fair comparison."
+        )
+    return warnings
 
 
 def baseline_warnings(rows: list[Row], majority: float | None) -> list[str]:

@@ -1,45 +1,58 @@
-"""Loss against step, made fit for drawing."""
+"""What was logged while the chosen runs trained, made fit for drawing."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-POINTS = 120
+POINTS, FEWER_POINTS = 120, 60
+MANY_RUNS = 60
 
 
-def smoothed_losses(metrics: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Each run's training losses, averaged over a window and thinned to `POINTS` steps or so.
+def smoothed_training(metrics: pd.DataFrame, chosen: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Each run's training losses and gradient norms, averaged over a window and thinned.
 
     The window is centred and a twentieth of the logged steps wide (odd, at least 1); at both
     ends it shrinks to what there is, so that the first point is not dragged along.
 
     Returns:
-        The frame (`run_id, arm, method, seed, step, loss`) and the window's width in logged rows.
+        The rows, and the window's width in logged rows.
     """
-    if metrics.empty or "split" not in metrics:
-        return pd.DataFrame(columns=["run_id", "arm", "method", "seed", "step", "loss"]), 1
-    training = metrics[(metrics["split"] == "train") & metrics["loss"].notna()]
-    logged = int(training.groupby("run_id")["step"].size().median()) if len(training) else 1
+    training = of_split(metrics, chosen, "train", ["loss", "grad_norm"])
+    if training.empty:
+        return training, 1
+    training = training.sort_values(["run_id", "step"], ignore_index=True)
+    by_run = training.groupby("run_id", sort=False)
+    logged = int(by_run["step"].size().median())
     window = max(1, logged // 20) | 1
-    stride = max(1, -(-logged // POINTS))
-    pieces = []
-    for _, run in training.sort_values("step").groupby("run_id", sort=False):
-        smooth = run["loss"].rolling(window, center=True, min_periods=1).mean()
-        piece = run[["run_id", "arm", "method", "seed", "step"]].assign(loss=smooth)
-        pieces.append(piece[(piece["step"] - piece["step"].min()) % _grid(piece, stride) == 0])
-    return pd.concat(pieces, ignore_index=True) if pieces else training, window
+    for column in ("loss", "grad_norm"):
+        smooth = by_run[column].rolling(window, center=True, min_periods=1).mean()
+        training[column] = smooth.to_numpy()
+    count = POINTS if by_run.ngroups <= MANY_RUNS else FEWER_POINTS
+    # The same grid of steps for all seeds, so that they can be averaged.
+    spacing = training["step"].diff().where(training["run_id"].eq(training["run_id"].shift()))
+    grid = max(1, int(spacing.median() if spacing.notna().any() else 1)) * -(-logged // count)
+    kept = (training["step"] - by_run["step"].transform("min")) % grid == 0
+    return training[kept], window
 
 
-def held_out_losses(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Validation losses as they were measured; empty unless some run has two or more."""
-    columns = ["run_id", "arm", "method", "seed", "step", "loss"]
-    if metrics.empty or "split" not in metrics:
+def held_out(metrics: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """Validation losses as they were measured; empty unless there are two steps or more."""
+    rows = of_split(metrics, chosen, "validation", ["loss"])
+    return rows if rows["step"].nunique() > 1 else rows.iloc[:0]
+
+
+def updates(metrics: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """‖ΔW‖ / ‖W‖ over all adapted layers, at the steps where it was measured."""
+    return of_split(metrics, chosen, "update", ["update_size"])
+
+
+def of_split(
+    metrics: pd.DataFrame, chosen: pd.DataFrame, split: str, values: list[str]
+) -> pd.DataFrame:
+    """The rows of one split that have the first of `values`, with what names their run."""
+    columns = [*chosen.columns, "step", *values]
+    if metrics.empty or values[0] not in metrics:
         return pd.DataFrame(columns=columns)
-    held_out = metrics[(metrics["split"] == "validation") & metrics["loss"].notna()]
-    return held_out[columns] if held_out["step"].nunique() > 1 else held_out[columns].iloc[:0]
-
-
-def _grid(run: pd.DataFrame, stride: int) -> int:
-    """Distance in steps between kept points: the same grid for all seeds, so they average."""
-    spacing = run["step"].diff().dropna()
-    return max(1, int(spacing.median() if len(spacing) else 1) * stride)
+    rows = metrics[(metrics["split"] == split) & metrics[values[0]].notna()]
+    rows = rows.reindex(columns=["run_id", "step", *values])
+    return rows.merge(chosen.reset_index(drop=True), on="run_id")[columns]

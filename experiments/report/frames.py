@@ -7,56 +7,70 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from .runs import Run
 
-SCALARS = (
-    "status", "model", "data", "metric", "score", "n_test", "majority", "loss_test",
-    "init_seconds", "calibration_seconds", "train_seconds", "first_step_gradient_norm",
-    "trainable_parameters", "total_parameters", "steps", "learning_rate", "rank",
+RESULT = (
+    "model", "data", "metric", "score", "validation_score", "tested", "n_test",
+    "majority", "loss_test", "init_seconds", "calibration_seconds", "train_seconds",
+    "peak_memory_bytes", "first_step_gradient_norm", "trainable_parameters", "total_parameters",
+    "steps", "learning_rate", "rank",
 )  # fmt: skip
-STRUCTURED = ("init", "seeds", "notes", "environment", "config")
+START = ("norm_A", "norm_B", "relative_norm", "calibration_tokens")
+END = ("update_size", "forgetting", "intruder_dimensions", "angle_A", "angle_B")
+NESTED = ("init", "notes", "environment", "config")
+NUMBERS = (
+    "score", "validation_score", "n_test", "majority", "loss_test", "init_seconds",
+    "calibration_seconds", "train_seconds", "peak_memory_bytes", "first_step_gradient_norm",
+    "trainable_parameters", "steps", "learning_rate", "rank", *START, *END, "output_gap",
+    "output_gap_kl",
+)  # fmt: skip
 
 
-def runs_frame(runs: list[Run], arms: dict[str, str]) -> pd.DataFrame:
-    """One row a run. Nested parts (configuration, environment) are JSON text."""
-    rows = []
-    for run in runs:
-        gap = run.result.get("output_gap") or {}
-        rows.append(
-            _identity(run, arms)
-            | {key: run.result.get(key) for key in SCALARS}
-            | {"output_gap": gap.get("max_abs_logit"), "output_gap_kl": gap.get("kl")}
-            | {"peak_memory_bytes": run.init.get("peak_memory_bytes")}
-            | {"folder": str(run.folder)}
-            | {key: json.dumps(run.result.get(key), default=str) for key in STRUCTURED}
-        )
-    return pd.DataFrame(rows)
+def run_row(run: Run) -> dict[str, Any]:
+    """One row of the table of runs. Nested parts (configuration, environment) are JSON text."""
+    result = run.result
+    gap, start, end = (result.get(key) or {} for key in ("output_gap", "start", "end"))
+    row = identity(run)
+    row.update((key, result.get(key)) for key in RESULT)
+    row.update((key, start.get(key)) for key in START)
+    row.update((key, end.get(key)) for key in END)
+    row["output_gap"], row["output_gap_kl"] = gap.get("max_abs_logit"), gap.get("kl")
+    row["is_control"] = run.is_control
+    row["forgetting_kind"] = end.get("forgetting_kind")
+    row["folder"] = str(run.folder)
+    row.update((key, json.dumps(result.get(key), default=str)) for key in NESTED)
+    return row
 
 
-def layers_frame(runs: list[Run], arms: dict[str, str]) -> pd.DataFrame:
-    """One row per adapted layer of each run, with a `layer` label short enough for an axis."""
-    rows = [
-        _identity(run, arms) | {k: v for k, v in layer.items() if np.isscalar(v) or v is None}
-        for run in runs
-        for layer in run.init.get("layers") or []
-    ]
+def layer_rows(run: Run) -> Iterable[dict[str, Any]]:
+    """One row per adapted layer: what the start was, and where training has taken it."""
+    ends = {layer.get("name"): layer for layer in run.end.get("layers") or []}
+    who = identity(run)
+    for layer in run.init.get("layers") or []:
+        merged = {**layer, **ends.get(layer["name"], {}), **who}
+        yield {k: v for k, v in merged.items() if not isinstance(v, (list, dict))}
+
+
+def metric_rows(run: Run) -> Iterable[dict[str, Any]]:
+    """One row per line of `metrics.jsonl`."""
+    who = identity(run)
+    return ({**row, **who} for row in run.metrics)
+
+
+def identity(run: Run) -> dict[str, Any]:
+    return {"run_id": run.run_id, "method": run.method, "seed": int(run.result["seed"])}
+
+
+def runs_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows of runs as a table whose measured columns are numbers, measured or not."""
     frame = pd.DataFrame(rows)
-    if len(frame):
-        names = list(dict.fromkeys(frame["name"]))
-        order = {name: position for position, name in enumerate(names)}
-        short = dict(zip(names, short_names(names), strict=True))
-        frame["layer"] = frame["name"].map(short)
-        frame["layer_order"] = frame["name"].map(order)
-    return frame
-
-
-def metrics_frame(runs: list[Run], arms: dict[str, str]) -> pd.DataFrame:
-    """One row per line of each run's `metrics.jsonl`."""
-    return pd.DataFrame([_identity(run, arms) | row for run in runs for row in run.metrics])
+    numbers = {key: pd.to_numeric(frame[key], errors="coerce").astype(float) for key in NUMBERS}
+    return frame.assign(**numbers, tested=frame["score"].notna())
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -78,12 +92,3 @@ def shared_parts(parts: list[list[str]]) -> int:
     """How many leading parts are the same in all of them."""
     equal = (len(set(column)) == 1 for column in zip(*parts, strict=False))
     return sum(itertools.takewhile(bool, equal))
-
-
-def _identity(run: Run, arms: dict[str, str]) -> dict[str, object]:
-    return {
-        "run_id": run.run_id,
-        "arm": arms[run.run_id],
-        "method": run.method,
-        "seed": run.seed,
-    }

@@ -3,83 +3,137 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import pandas as pd
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import wording
-from .gallery import Chart
-from .palette import marks, ordered
-from .runs import Problem, Run
-from .specification import VEGA_LITE, page_specification
+from .canvas import Canvas, Chart
+from .comparison import Comparison
+from .peft_results import PeftRow
+from .runs import Problem
+from .selection import Choice
+from .specification import VEGA_LITE, columns, page_specification
 from .summary import Row, Summarizer
 from .sweeps import Sweep
-from .tables import columns, scientific, seconds, significant
+from .tables import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows
+from .tables import columns as table_columns
+from .views import Views
 
 HERE = Path(__file__).parent
 # Many marks are slow as SVG elements; few are sharper.
 CANVAS_ABOVE = 20_000
+LISTED = 200  # rows of a table without a filter; the Markdown file beside the page has all
 
 
-def render_page(
-    *,
-    sweep: Sweep,
-    heading: str,
-    metric: str,
-    rows: list[Row],
-    runs: list[Run],
-    charts: list[Chart],
-    problems: list[Problem],
-    warnings: list[str],
-    majority: float | None,
-    summarizer: Summarizer,
-    output: Path,
-) -> str:
+@dataclass(frozen=True)
+class Page:
+    """Everything that the page shows."""
+
+    sweep: Sweep
+    heading: str
+    metric: str
+    majority: float | None
+    choices: list[Choice]
+    rows: list[Row]
+    equal_rows: list[Row]
+    runs: pd.DataFrame
+    charts: list[Chart]
+    canvas: Canvas
+    views: Views
+    problems: list[Problem]
+    warnings: list[str]
+    summarizer: Summarizer
+    comparison: Comparison | None
+    peft: list[PeftRow]
+
+
+def render(page: Page, output: Path) -> str:
     """HTML of the whole report. Links to run folders are relative to `output`."""
-    methods = ordered({run.method for run in runs})
-    specifications = {chart.name: page_specification(chart.drawing) for chart in charts}
-    values = sum(map(count_values, specifications.values()))
-    data = {
-        "specifications": specifications,
-        "methods": methods,
-        "seeds": summarizer.seeds,
-        "subsets": [",".join(map(str, subset)) for subset in summarizer.seed_subsets()],
-        "renderer": "canvas" if values > CANVAS_ABOVE else "svg",
-    }
-    examples = int(summarizer.bootstrap.examples) if summarizer.bootstrap is not None else None
+    sweep, canvas, boots = page.sweep, page.canvas, page.summarizer.bootstraps
+    examples = [bootstrap.examples for bootstrap in boots.values()]
+    failed = [p for p in page.problems if p.fatal]
+    several = len(page.summarizer.tasks) > 1
     return environment().get_template("template.html.j2").render(
-        heading=heading,
-        subtitle=sweep.heading if sweep.heading and sweep.heading != heading else None,
+        heading=page.heading,
+        subtitle=sweep.heading if sweep.heading and sweep.heading != page.heading else None,
         name=sweep.name,
-        findings=wording.findings(rows, majority),
-        rate_caveat=wording.rate_caveat(runs),
-        caveats=wording.caveats(rows, summarizer.seeds, examples),
-        facts=wording.facts(runs),
-        notes=wording.notes(runs),
-        failed=[p for p in problems if p.fatal],
-        gaps=[p for p in problems if not p.fatal],
-        warnings=warnings,
-        marks=marks(methods),
-        seeds=summarizer.seeds,
-        charts=charts,
-        columns=columns(metric),
-        rows=rows,
-        runs=[
-            run_cells(run, output)
-            for run in sorted(runs, key=lambda run: (methods.index(run.method), run.seed))
-        ],
-        metric=metric,
-        finished=len(runs),
-        data=as_script(data),
+        findings=[] if several else wording.findings(page.rows, page.majority),
+        chosen=wording.how_chosen(page.choices),
+        rate_caveat=wording.rate_caveat(page.choices),
+        caveats=wording.caveats(
+            page.rows, page.summarizer.seeds, int(examples[0]) if len(examples) == 1 else None
+        ),
+        facts=wording.facts(page.runs),
+        notes=wording.notes(page.runs),
+        failed=failed,
+        gaps=[p for p in page.problems if not p.fatal],
+        warnings=page.warnings,
+        marks=canvas.marks,
+        filters=canvas.filters,
+        initial=canvas.initial,
+        sections=[(name, list(some)) for name, some in groupby(page.charts, lambda c: c.section)],
+        columns=table_columns(page.metric, page.rows),
+        rows=page.rows,
+        equal_columns=table_columns(page.metric, page.equal_rows),
+        equal_rows=page.equal_rows,
+        several_tasks=several,
+        several_rates=not wording.one_learning_rate(page.choices),
+        metric=page.metric,
+        finished=len(page.runs),
+        comparison=page.comparison,
+        compared=wording.compared(page.comparison) if page.comparison else None,
+        change_headers=CHANGE_HEADERS,
+        changes=change_rows(page.comparison)[:LISTED] if page.comparison else [],
+        peft_headers=PEFT_HEADERS,
+        peft=peft_rows(page.peft)[:LISTED],
+        data=as_script(script_data(page, output)),
         libraries=Markup(bundle()),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
     )  # fmt: skip
+
+
+def script_data(page: Page, output: Path) -> dict[str, Any]:
+    """What the page's script needs: charts without data, the tables once, the filters."""
+    tables = {name: table for name, table in page.views.tables.items() if len(table)}
+    # Of the spectra one layer is drawn at a time.
+    marks = sum(len(table) for name, table in tables.items() if name != "spectra")
+    return {
+        "specifications": {c.name: page_specification(c.drawing) for c in page.charts},
+        "tables": {name: columns(table) for name, table in tables.items()},
+        "filters": page.canvas.filters,
+        "initial": page.canvas.initial,
+        "subsets": [",".join(map(str, subset)) for subset in page.summarizer.seed_subsets()],
+        "folders": folders(page.runs, output),
+        "colors": {method: mark.color for method, mark in page.canvas.marks.items()},
+        "renderer": "canvas" if marks > CANVAS_ABOVE else "svg",
+    }
+
+
+def folders(runs: pd.DataFrame, output: Path) -> dict[str, Any]:
+    """The folders of the runs as seen from the page, their common beginning once."""
+    here = output.resolve()
+    parents = {folder: os.path.dirname(folder) for folder in runs["folder"]}
+    seen = {
+        parent: quote(wording.relative(os.path.realpath(parent), here))
+        for parent in set(parents.values())
+    }
+    starts = list(seen)
+    return {
+        "starts": [seen[parent] for parent in starts],
+        "start": [starts.index(parents[folder]) for folder in runs["folder"]],
+        "names": [os.path.basename(folder) for folder in runs["folder"]],
+    }
 
 
 @cache
@@ -105,31 +159,3 @@ def as_script(data: dict[str, Any]) -> Markup:
     """JSON that is safe inside a script element whatever the names in it are."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))
-
-
-def count_values(specification: dict[str, Any]) -> int:
-    """Rows of data that a specification carries."""
-    return sum(len(rows) for rows in specification.get("datasets", {}).values()) + sum(
-        len(part.get("data", {}).get("values", []))
-        for part in [specification, *specification.get("layer", [])]
-    )
-
-
-def run_cells(run: Run, output: Path) -> dict[str, Any]:
-    """What the list of runs shows of one run, as (text, value to sort by)."""
-    result = run.result
-    gap = (result.get("output_gap") or {}).get("max_abs_logit")
-    loss = result.get("loss_test")
-    return {
-        "run_id": run.run_id,
-        "href": quote(wording.relative(run.folder.resolve(), output.resolve())) + "/",
-        "method": run.method,
-        "seed": run.seed,
-        "cells": [
-            (f"{100 * run.score:.2f}", run.score),
-            (significant(loss), loss),
-            (scientific(gap), gap),
-            (seconds(result.get("init_seconds")), result.get("init_seconds")),
-            (seconds(result.get("train_seconds")), result.get("train_seconds")),
-        ],
-    }

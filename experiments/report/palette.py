@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from zlib import crc32
 
+BASELINE = "kaiming"
+
 
 @dataclass(frozen=True)
 class Mark:

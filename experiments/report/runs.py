@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-REQUIRED = ("run_id", "method", "seed", "score", "metric")
+REQUIRED = ("run_id", "method", "seed", "metric")
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run as its folder tells it."""
+    """One finished run as its folder tells it, without its predictions."""
 
     folder: Path
     result: dict[str, Any]
     init: dict[str, Any] = field(default_factory=dict)
+    end: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    example_ids: np.ndarray | None = None
-    correct: np.ndarray | None = None
 
     @property
     def run_id(self) -> str:
@@ -38,76 +37,78 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str(self.result["method"])
+        """The initializer, with the control that the run stands for: an arm of its own."""
+        name = str(self.result["method"])
+        if not self.is_control:
+            return name
+        control = str(self.result["control"]).replace("_", " ")
+        return f"{control} (control)" if self.result["control"] == name else f"{name} ({control})"
 
     @property
-    def seed(self) -> int:
-        return int(self.result["seed"])
-
-    @property
-    def score(self) -> float:
-        return float(self.result["score"])
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}, seed {self.seed} ({self.run_id})"
+    def is_control(self) -> bool:
+        return self.result.get("control") not in (None, "none")
 
 
 def told_failure(folder: Path | None) -> str:
     """What the run itself left in `failed.json`, if it could."""
     try:
         failure = read_json(folder / "failed.json")
-        return f": {failure['error']}: {failure['message']}"
+        reason = failure.get("reason")
+        kind = f"{reason}: " if reason and reason != "error" else ""
+        return f": {kind}{failure['error']}: {failure['message']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
-def load_run(folder: Path) -> tuple[Run, list[Problem]]:
-    """Read one run. Without a usable `result.json` it is no run; other gaps are reported."""
+def read_run(folder: Path) -> tuple[Run, list[Problem]]:
+    """Read one run. Without a usable `result.json` it is no run; other gaps are reported.
+
+    Raises:
+        FileNotFoundError: there is no folder, or no result in it.
+        ValueError: its result cannot be used.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"its folder '{folder}' does not exist")
     if not (folder / "result.json").is_file():
         reason = told_failure(folder)
         raise FileNotFoundError(f"it has no result.json: it did not finish{reason}")
     result = read_json(folder / "result.json")
+    check_result(result)
+    label = f"{result['method']}, seed {result['seed']} ({result['run_id']})"
+    gaps: list[Problem] = []
+
+    def attempt(name: str, read, default, optional: bool = False):
+        try:
+            return read(folder / name)
+        except FileNotFoundError as error:
+            if not optional:
+                gaps.append(Problem(label, f"{name} cannot be read: {error}", fatal=False))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            gaps.append(Problem(label, f"{name} cannot be read: {error}", fatal=False))
+        return default
+
+    init = attempt("init.json", read_json, {})
+    end = attempt("end.json", read_json, {}, optional=True)
+    metrics = attempt("metrics.jsonl", read_lines, [])
+    return Run(folder, result, init, end, metrics), gaps
+
+
+def check_result(result: dict[str, Any]) -> None:
+    """Refuse a result that no figure can be drawn from."""
     missing = [key for key in REQUIRED if result.get(key) is None]
+    if result.get("score") is None and result.get("validation_score") is None:
+        missing.append("score")
     if missing:
         raise ValueError(f"its result.json lacks {', '.join(missing)}")
     if result.get("status", "finished") != "finished":
         raise ValueError(f"its result.json says '{result['status']}'")
-    if not np.isfinite(float(result["score"])):
-        raise ValueError(f"its score is {result['score']}: the run diverged")
-
-    label = f"{result['method']}, seed {result['seed']} ({result['run_id']})"
-    gaps: list[Problem] = []
-
-    def attempt(what: str, read, default):
-        try:
-            return read()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            gaps.append(Problem(label, f"{what} cannot be read: {error}", fatal=False))
-            return default
-
-    init = attempt("init.json", lambda: read_json(folder / "init.json"), {})
-    metrics = attempt("metrics.jsonl", lambda: read_lines(folder / "metrics.jsonl"), [])
-    ids, correct = attempt(
-        "predictions.npz", lambda: read_predictions(folder / "predictions.npz"), (None, None)
-    )
-    if correct is not None and abs(correct.mean() - float(result["score"])) > 1e-3:
-        gaps.append(
-            Problem(
-                label,
-                f"its score is {result['score']:.4f}, but {correct.mean():.4f} of its predictions "
-                "are right: its interval is left out",
-                fatal=False,
-            )
-        )
-        ids = correct = None
-    return Run(folder, result, init, metrics, ids, correct), gaps
+    for key in ("score", "validation_score"):
+        if result.get(key) is not None and not np.isfinite(float(result[key])):
+            raise ValueError(f"its {key} is {result[key]}: the run diverged")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
         raise ValueError(f"'{path.name}' holds a {type(value).__name__}, not an object")
     return value
@@ -115,24 +116,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file. A last line cut short by a kill is not an error."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines) - 1:
-                raise
-    return rows
+    lines = path.read_bytes().splitlines()
+    try:  # one call for the whole file takes half the time of one for each line
+        return json.loads(b"[" + b",".join(lines) + b"]")
+    except json.JSONDecodeError:
+        rows = [json.loads(line) for line in lines[:-1]]
+    try:
+        return [*rows, json.loads(lines[-1])]
+    except json.JSONDecodeError:
+        return rows
 
 
-def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Example ids in ascending order and whether each was answered correctly."""
-    with np.load(path, allow_pickle=False) as archive:
+def read_predictions(folder: Path, score: float) -> tuple[np.ndarray, np.ndarray]:
+    """Example ids in ascending order and whether each was answered correctly.
+
+    Raises:
+        OSError: there are no predictions.
+        ValueError: they are damaged, or not those that `score` was made of.
+    """
+    with np.load(folder / "predictions.npz", allow_pickle=False) as archive:
         ids, correct = archive["id"], archive["correct"].astype(bool)
     if ids.shape != correct.shape or ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"id has shape {ids.shape} and correct {correct.shape}")
     if len(np.unique(ids)) != len(ids):
         raise ValueError("an example's id occurs twice")
+    if abs(correct.mean() - score) > 1e-3:
+        raise ValueError(
+            f"its score is {score:.4f}, but {correct.mean():.4f} of its predictions are right: "
+            "its interval is left out"
+        )
     order = np.argsort(ids)
     return ids[order], correct[order]

@@ -1,35 +1,46 @@
 """Which settings differ between runs, and hence which runs may be averaged.
 
-Runs of one method that differ in nothing but seeds form an *arm*. Only the runs of an arm are
-averaged: two learning rates of one method are two arms, not one blurred one.
+Runs of one method that differ in nothing but seeds, learning rate and task (model and data) form an
+*arm*: what is compared. Its runs at one learning rate are a *setting*: what is averaged. A method
+at two ranks, or with two values of an option, is two arms, not one blurred one.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
-from .runs import Run
+import pandas as pd
 
 IGNORED = {
-    "cache", "cache_dir", "experiment_name", "folder", "hydra", "output", "output_dir",
-    "output_root", "outputs", "overwrite", "path", "paths", "resume", "run_id", "runtime", "sweep",
-    "tracking",
+    "cache", "cache_dir", "experiment_name", "folder", "hydra", "measures", "output", "output_dir",
+    "output_root", "outputs", "overwrite", "path", "paths", "read_test", "resume", "run_id",
+    "runtime", "sweep", "tracking",
 }  # fmt: skip
-MEASURED = ("metric", "n_test", "data_fingerprint")
+MEASURED = ("metric", "n_test")
 RECORDED = ("model", "data", "steps", "learning_rate", "rank")
+RATE = "training.learning_rate"
 
 
-def settings_of(run: Run) -> dict[str, Any]:
-    """The run's configuration as dotted keys, without seeds, paths, tracking and runtime."""
-    config = run.result.get("config") or {}
-    settings = {
-        key: value for key, value in flatten(config) if not _is_ignored(key) and not is_seed(key)
-    }
-    # A configuration says the rest; where there is none, the result's own fields must do.
-    recorded = MEASURED if config else MEASURED + RECORDED
-    return settings | {key: run.result[key] for key in recorded if key in run.result}
+def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Each run's configuration as a row of dotted keys, without seeds, paths and tracking.
+
+    Values are their JSON text, NaN where a run has no such key, so that they compare exactly.
+    """
+    rows = []
+    for config, *recorded in runs[["config", *MEASURED, *RECORDED]].itertuples(index=False):
+        settings = {
+            key: json.dumps(value, sort_keys=True, default=str)
+            for key, value in flatten(json.loads(config) or {})
+            if not is_ignored(key) and not is_seed(key)
+        }
+        # A configuration says the rest; where there is none, the result's own fields must do.
+        names = (MEASURED + RECORDED)[: len(MEASURED) if settings else None]
+        settings |= {k: json.dumps(v) for k, v in zip(names, recorded, strict=False) if v == v}
+        rows.append(settings)
+    return pd.DataFrame(rows, index=runs.index, dtype=object)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -45,58 +56,82 @@ def is_seed(key: str) -> bool:
     return any(p in ("seed", "seeds") or p.endswith("_seed") for p in key.split("."))
 
 
-def _is_ignored(key: str) -> bool:
+def is_ignored(key: str) -> bool:
     # `model.path` says which model: only whole groups, and names of outputs, are left out.
     parts = key.split(".")
     return parts[0] in IGNORED or (parts[-1] in IGNORED and parts[-1] != "path")
 
 
-def varying(runs: list[Run]) -> dict[str, list[Any]]:
-    """Keys whose value differs among `runs` (or is missing in some), with the values."""
-    seen: dict[str, dict[str, Any]] = {}
-    settings = [settings_of(run) for run in runs]
-    for key in dict.fromkeys(key for s in settings for key in s):
-        values = {json.dumps(s.get(key), sort_keys=True, default=str): s.get(key) for s in settings}
-        if len(values) > 1:
-            seen[key] = values
-    return {key: list(values.values()) for key, values in seen.items()}
+def with_arms(runs: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns `task` (model and data) and `arm` (method, rank, what else differs).
 
-
-def differences(runs: list[Run]) -> dict[str, list[Any]]:
-    """Settings that differ although a fair comparison holds them equal.
-
-    The method and its options (`init`, `method`) may differ; so may seeds, paths and tracking.
+    >>> # pissa at two ranks: "pissa · r=8", "pissa · r=32"
     """
-    return {
-        key: values
-        for key, values in varying(runs).items()
-        if key.split(".")[0] not in ("init", "method")
-    }
+    settings = settings_table(runs)
+    task = runs["model"].astype(str) + " on " + runs["data"].astype(str)
+    ranked = runs["rank"].nunique() > 1
+    arm = pd.Series("", index=runs.index)
+    for method, group in runs.groupby("method", sort=False):
+        keys = free_settings(settings.loc[group.index], group.assign(task=task))
+        named = [f"r={rank:g}" if ranked and rank == rank else "" for rank in group["rank"]]
+        for key in keys:
+            values = zip(named, settings.loc[group.index, key], strict=True)
+            named = [f"{name}, {short(key)}={told(v)}".lstrip(", ") for name, v in values]
+        arm[group.index] = [f"{method} · {suffix}" if suffix else method for suffix in named]
+    return runs.assign(task=task, arm=arm)
 
 
-def arms_of(runs: list[Run]) -> dict[str, str]:
-    """Map each run id to its arm: the method, and the settings in which its runs differ.
+def free_settings(settings: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """Keys that differ between runs of one method at equal task, rank and learning rate.
 
-    >>> # pissa at two learning rates: "pissa · learning_rate=0.001", "pissa · learning_rate=0.002"
+    Those that follow from these three (an alpha of twice the rank, say) tell nothing new.
     """
-    arms: dict[str, str] = {}
-    for method in dict.fromkeys(run.method for run in runs):
-        same = [run for run in runs if run.method == method]
-        keys = list(varying(same))
-        for run in same:
-            settings = settings_of(run)
-            suffix = ", ".join(f"{_short(key)}={settings.get(key)}" for key in keys)
-            arms[run.run_id] = f"{method} · {suffix}" if suffix else method
-    return arms
+    axes = [runs["task"], runs["rank"].fillna(0), runs["learning_rate"].fillna(0)]
+    differing = [key for key in settings if settings[key].nunique(dropna=False) > 1]
+    grouped = settings[differing].fillna("").groupby(axes)
+    return [key for key in differing if grouped[key].nunique().max() > 1]
 
 
-def _short(key: str) -> str:
+def differences(runs: pd.DataFrame) -> dict[str, list[Any]]:
+    """Settings that differ between methods although a fair comparison holds them equal.
+
+    The method and its options (`init`, `method`) may differ; so may seeds, paths and tracking; so
+    may a setting that every method was tried at with the same values, and learning rates that
+    each method was given several of. Controls differ on purpose.
+    """
+    runs = runs[~runs["is_control"]]
+    settings = settings_table(runs)
+    unfair = {}
+    for key in settings:
+        values = settings[key].drop_duplicates()
+        if len(values) < 2 or key.split(".")[0] in ("init", "method"):
+            continue
+        tried = settings[key].fillna("").groupby(runs["method"]).agg(frozenset)
+        several = tried.map(len).min() > 1
+        if (tried.nunique() == 1 and several) or (key in (RATE, "learning_rate") and several):
+            continue
+        unfair[key] = [None if v != v else json.loads(v) for v in values]
+    return unfair
+
+
+def without_rank(arm: str) -> str:
+    """The arm's name without its rank: what a line over ranks joins.
+
+    >>> without_rank("pissa · r=8, niter=4")
+    'pissa · niter=4'
+    """
+    return re.sub(r" · $", "", re.sub(r"(?<= · )r=[^,]+(, )?", "", arm))
+
+
+def told(value: Any) -> str:
+    """A setting's JSON text as a label shows it."""
+    return "none" if value != value else value.strip('"')
+
+
+def short(key: str) -> str:
     return key.rsplit(".", 1)[-1]
 
 
-def one_learning_rate(runs: list[Run]) -> bool:
-    """Whether no method was tried at more than one learning rate."""
-    rates: dict[str, set[float]] = {}
-    for run in runs:
-        rates.setdefault(run.method, set()).add(run.result.get("learning_rate"))
-    return all(len(values) == 1 for values in rates.values())
+def rates_per_arm(runs: pd.DataFrame) -> pd.Series:
+    """How many learning rates each arm was tried at on each task, by (task, arm)."""
+    return runs.groupby(["task", "arm"])["learning_rate"].nunique()

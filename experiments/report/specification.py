@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import altair as alt
+import json
+from typing import Any
 
-from .canvas import GRID, INK, SOFT
+import altair as alt
+import pandas as pd
+
+from .canvas import GRID, INK, ON_PAGE, SOFT, records
 
 # Version 6.4 writes "undefined" for names in the tooltips of nearest-point selections.
 VEGA_LITE = "6.1"
@@ -12,15 +16,65 @@ FONT = "Inter, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 
 def page_specification(drawing: alt.LayerChart) -> dict:
-    """For the page: as wide as its card; the heading is the card's."""
-    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    return _specification(drawing.properties(width="container", autosize=fit))
+    """For the page: as wide as its card; the heading is the card's, the tables are the page's."""
+    return _specification(drawing.properties(width="container"))
 
 
-def file_specification(drawing: alt.LayerChart, title: str, width: int = 640) -> dict:
-    """For a file: a fixed width, its title above it."""
+def file_specification(
+    drawing: alt.LayerChart,
+    title: str,
+    tables: dict[str, pd.DataFrame] | None = None,
+    parameters: dict[str, Any] | None = None,
+    width: int = 640,
+) -> dict:
+    """For a file: a fixed width, its title above it, its data inside.
+
+    Args:
+        tables: those that the drawing names, by name.
+        parameters: values to set instead of those that the chart begins with.
+    """
     heading = alt.TitleParams(title, anchor="start", offset=18, fontSize=16)
-    return _specification(drawing.properties(width=width, title=heading))
+    specification = _specification(drawing.properties(width=width, title=heading))
+    drop_hidden_layers(specification)
+    for parameter in specification.get("params", []):
+        if parameter["name"] in (parameters or {}):
+            parameter["value"] = parameters[parameter["name"]]
+    for name in used(specification) & (tables or {}).keys():
+        specification.setdefault("datasets", {})[name] = records(tables[name])
+    return specification
+
+
+def drop_hidden_layers(specification: dict) -> None:
+    """Take out what would only show under the mouse, and the selections that show it."""
+    layers = specification.get("layer", [])
+    hidden = {layer["name"] for layer in layers if layer.get("name", "").endswith(ON_PAGE)}
+    if hidden:
+        shown = [layer for layer in layers if layer.get("name") not in hidden]
+        params = [p for p in specification["params"] if not hidden.intersection(p.get("views", []))]
+        specification.update(layer=shown, params=params)
+
+
+def used(specification: Any) -> set[str]:
+    """The names of the tables that a specification draws from."""
+    if isinstance(specification, list):
+        return set().union(*map(used, specification)) if specification else set()
+    if not isinstance(specification, dict):
+        return set()
+    data = specification.get("data")
+    here = {data["name"]} if isinstance(data, dict) and "values" not in data else set()
+    return here.union(*map(used, specification.values()))
+
+
+def columns(frame: pd.DataFrame) -> dict[str, Any]:
+    """The same by column, a repeated text once: about a fifth of the length."""
+    shown: dict[str, Any] = {}
+    for name in frame:
+        if pd.api.types.is_string_dtype(frame[name]) and frame[name].nunique() < len(frame) / 2:
+            codes, texts = pd.factorize(frame[name])
+            shown[name] = {"texts": texts.tolist(), "codes": codes.tolist()}
+        else:
+            shown[name] = json.loads(frame[name].to_json(orient="values", double_precision=10))
+    return shown
 
 
 def _specification(drawing: alt.LayerChart) -> dict:

@@ -1,35 +1,42 @@
-"""One row per arm (a method at one setting): score, interval, paired difference, cost."""
+"""One row per arm at its chosen setting: score, interval, paired difference, cost."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from .palette import ordered
-from .runs import Problem, Run
-from .statistics import Bootstrap, Interval
+from .palette import BASELINE, ordered
+from .runs import Problem, read_predictions
+from .selection import Choice
+from .statistics import LEAST_SEEDS, Bootstrap, Interval, seed_interval
 
-BASELINE = "kaiming"
 MAX_SEEDS_FOR_ALL_SUBSETS = 4
+BOTH, SEEDS, NONE = "examples and seeds", "seeds alone", "no interval"
 
 
 @dataclass(frozen=True)
 class Row:
     """Means over the seeds of one arm. `score.low` is NaN where no interval could be made."""
 
-    arm: str
-    method: str
+    choice: Choice
     seeds: tuple[int, ...]
     score: Interval
     difference: Interval | None
-    output_gap: float | None
-    output_gap_kl: float | None
-    init_seconds: float | None
-    calibration_seconds: float | None
-    trainable_parameters: float | None
-    first_step_gradient_norm: float | None
+    interval: str  # what it covers: "examples and seeds", "seeds alone", "no interval"
+    measured: dict[str, float]  # means over the seeds, of the output gap the largest
+
+    @property
+    def arm(self) -> str:
+        return self.choice.arm
+
+    @property
+    def method(self) -> str:
+        return self.choice.method
 
     @property
     def is_baseline(self) -> bool:
@@ -40,119 +47,155 @@ class Row:
         """`baseline`, `tie` (zero lies within the paired interval), `above`, `below` or `—`."""
         if self.is_baseline:
             return "baseline"
-        if self.difference is None:
+        if self.difference is None or np.isnan(self.difference.low):
             return "—"
         if self.difference.contains_zero:
             return "tie"
         return "above" if self.difference.estimate > 0 else "below"
 
+    def get(self, name: str) -> float | None:
+        """A measured mean, or None where nothing was measured."""
+        value = self.measured[name]
+        return None if np.isnan(value) else value
+
+
+MEANS = (
+    "init_seconds", "calibration_seconds", "trainable_parameters", "peak_memory_bytes",
+    "first_step_gradient_norm", "relative_norm", "update_size", "forgetting",
+    "intruder_dimensions",
+)  # fmt: skip
+
 
 class Summarizer:
-    """Rows for any choice of seeds, all from one set of bootstrap draws."""
+    """Rows for any choice of seeds, all from one set of bootstrap draws a task.
 
-    def __init__(self, runs: list[Run], arms: dict[str, str], draws: int = 2000) -> None:
-        self.runs, self.arms = runs, arms
-        self.seeds = sorted({run.seed for run in runs})
-        self.index, correct, self.problems = align_examples(runs)
-        self.bootstrap = Bootstrap(correct, draws) if len(correct) else None
+    Args:
+        runs: the table of runs.
+        choices: the settings to judge; the predictions of their runs alone are read.
 
-    def rows(self, seeds: tuple[int, ...] | None = None) -> list[Row]:
-        chosen = [run for run in self.runs if seeds is None or run.seed in seeds]
-        by_arm: dict[str, list[Run]] = {}
-        for method in ordered({run.method for run in chosen}):
-            for run in sorted(chosen, key=lambda run: (self.arms[run.run_id], run.seed)):
-                if run.method == method:
-                    by_arm.setdefault(self.arms[run.run_id], []).append(run)
-        return [self._row(arm, runs, self._baseline(arm, by_arm)) for arm, runs in by_arm.items()]
+    Attributes:
+        quantity: "score", or "validation_score" where a chosen run was not tested.
+    """
+
+    def __init__(self, runs: pd.DataFrame, choices: list[Choice], draws: int = 2000) -> None:
+        named = [run for choice in choices for run in choice.runs]
+        self.runs = runs.set_index("run_id", drop=False).loc[named]
+        self.choices = choices
+        self.seeds = sorted({int(seed) for seed in self.runs["seed"]})
+        self.quantity = "score" if self.runs["tested"].all() else "validation_score"
+        self.problems: list[Problem] = []
+        self.index: dict[str, int] = {}
+        self.bootstraps: dict[str, Bootstrap] = {}
+        for task, group in self.runs.groupby("task") if self.quantity == "score" else ():
+            index, correct = align_examples(group, self.problems)
+            self.index |= index
+            if index:
+                self.bootstraps[task] = Bootstrap(correct, draws)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(choice.task for choice in self.choices))
+
+    def rows(self, task: str, seeds: tuple[int, ...] | None = None) -> list[Row]:
+        """The rows of one task in the report's order: methods, then ranks, then names."""
+        order = ordered({choice.method for choice in self.choices})
+        chosen = [choice for choice in self.choices if choice.task == task]
+        chosen.sort(key=lambda c: (order.index(c.method), c.rank, c.arm))
+        frames = {choice.arm: self.runs.loc[list(choice.runs)] for choice in chosen}
+        if seeds is not None:
+            frames = {arm: frame[frame["seed"].isin(seeds)] for arm, frame in frames.items()}
+        present = [choice for choice in chosen if len(frames[choice.arm])]
+        return [self._row(choice, frames, present) for choice in present]
+
+    def all_rows(self) -> list[Row]:
+        """The rows of all tasks, one task after the other."""
+        return [row for task in self.tasks for row in self.rows(task)]
 
     def seed_subsets(self) -> list[tuple[int, ...]]:
         """Every choice of seeds if they are few, else each one alone and all together."""
         count = len(self.seeds)
-        sizes = range(1, count + 1) if count <= MAX_SEEDS_FOR_ALL_SUBSETS else (1, count)
+        sizes = range(1, count + 1) if count <= MAX_SEEDS_FOR_ALL_SUBSETS else {1, count}
         return [subset for size in sizes for subset in combinations(self.seeds, size)]
 
-    def _baseline(self, arm: str, by_arm: dict[str, list[Run]]) -> list[Run] | None:
-        """The baseline at the same settings, or the only one there is."""
-        same = BASELINE + arm[len(by_arm[arm][0].method) :]
-        candidates = [a for a, runs in by_arm.items() if runs[0].method == BASELINE]
-        if same in candidates:
-            return by_arm[same]
-        return by_arm[candidates[0]] if len(candidates) == 1 else None
-
-    def _row(self, arm: str, runs: list[Run], baseline: list[Run] | None) -> Row:
-        indices = [self.index.get(run.run_id) for run in runs]
-        if self.bootstrap is None or None in indices:
-            score = Interval(float(np.mean([run.score for run in runs])), np.nan, np.nan)
-        else:
-            score = self.bootstrap.score(indices)
-        gaps = [run.result.get("output_gap") or {} for run in runs]
-        result = {
-            key: mean([run.result.get(key) for run in runs])
-            for key in (
-                "init_seconds",
-                "calibration_seconds",
-                "trainable_parameters",
-                "first_step_gradient_norm",
-            )
-        }
-        return Row(
-            arm=arm,
-            method=runs[0].method,
-            seeds=tuple(run.seed for run in runs),
-            score=score,
-            difference=self._difference(runs, baseline),
-            output_gap=largest([gap.get("max_abs_logit") for gap in gaps]),
-            output_gap_kl=largest([gap.get("kl") for gap in gaps]),
-            **result,
+    def _row(self, choice: Choice, frames: dict[str, pd.DataFrame], all_: list[Choice]) -> Row:
+        mine = frames[choice.arm].sort_values("seed")
+        baseline = baseline_of(choice, all_)
+        score, kind = self._interval(
+            mine, lambda boot, rows: boot.score(rows), mine[self.quantity].to_numpy()
         )
+        difference = None
+        if baseline is not None and choice.method != BASELINE:
+            difference = self._difference(mine, frames[baseline.arm])
+        measured = {key: float(mine[key].mean()) for key in MEANS}
+        measured |= {key: float(mine[key].max()) for key in ("output_gap", "output_gap_kl")}
+        seeds = tuple(int(seed) for seed in mine["seed"])
+        return Row(choice, seeds, score, difference, kind, measured)
 
-    def _difference(self, runs: list[Run], baseline: list[Run] | None) -> Interval | None:
-        if self.bootstrap is None or baseline is None or runs[0].method == BASELINE:
+    def _interval(
+        self, runs: pd.DataFrame, resample: Callable[..., Interval], values: np.ndarray
+    ) -> tuple[Interval, str]:
+        """By bootstrap where every run's predictions are there, else by Student's t."""
+        rows = [self.index.get(run) for run in runs["run_id"]]
+        if None not in rows:
+            return resample(self.bootstraps[runs["task"].iloc[0]], rows), BOTH
+        return seed_interval(values), SEEDS if len(values) >= LEAST_SEEDS else NONE
+
+    def _difference(self, mine: pd.DataFrame, theirs: pd.DataFrame) -> Interval | None:
+        pairs = mine.merge(theirs, on="seed", suffixes=("", "_baseline"))
+        if pairs.empty:
             return None
-        by_seed = {run.seed: self.index.get(run.run_id) for run in baseline}
-        pairs = [(self.index.get(run.run_id), by_seed.get(run.seed)) for run in runs]
-        pairs = [pair for pair in pairs if None not in pair]
-        if not pairs:
-            return None
-        mine, theirs = zip(*pairs, strict=True)
-        return self.bootstrap.difference(list(mine), list(theirs))
+        rows = [self.index.get(run) for run in pairs["run_id"]]
+        baseline = [self.index.get(run) for run in pairs["run_id_baseline"]]
+        if None not in rows + baseline:
+            return self.bootstraps[mine["task"].iloc[0]].difference(rows, baseline)
+        return seed_interval((pairs[self.quantity] - pairs[f"{self.quantity}_baseline"]).to_numpy())
 
 
-def align_examples(runs: list[Run]) -> tuple[dict[str, int], np.ndarray, list[Problem]]:
-    """Stack the predictions of all runs over the examples that they share.
+def baseline_of(choice: Choice, choices: list[Choice]) -> Choice | None:
+    """The baseline's arm at the same settings, or else at the same rank, or the only one."""
+    same_name = BASELINE + choice.arm[len(choice.method) :]
+    baselines = [c for c in choices if c.method == BASELINE]
+    for candidates in (
+        [c for c in baselines if c.arm == same_name],
+        [c for c in baselines if c.rank == choice.rank],
+        baselines,
+    ):
+        if len(candidates) == 1:
+            return candidates[0]
+    return None
+
+
+def align_examples(
+    runs: pd.DataFrame, problems: list[Problem]
+) -> tuple[dict[str, int], np.ndarray]:
+    """Stack the predictions of the runs of one task over the examples that they share.
 
     Returns:
-        Row of each run id, the matrix `(runs, examples)`, and what had to be left out.
+        Row of each run id, and the matrix `(runs, examples)`. What had to be left out is added to
+        `problems`.
     """
-    predicted = [run for run in runs if run.correct is not None]
+    predicted = {}
+    for run in runs.itertuples():
+        try:
+            predicted[run.run_id] = read_predictions(Path(run.folder), run.score)
+        except (OSError, ValueError, KeyError) as error:
+            label = f"{run.method}, seed {run.seed} ({run.run_id})"
+            reason = f"predictions.npz cannot be read: {error}"
+            problems.append(Problem(label, reason, fatal=False))
     if not predicted:
-        return {}, np.zeros((0, 0), dtype=bool), []
-    common = predicted[0].example_ids
-    for run in predicted[1:]:
-        if not np.array_equal(common, run.example_ids):
-            common = np.intersect1d(common, run.example_ids)
-    problems = []
-    largest_set = max(len(run.example_ids) for run in predicted)
-    if len(common) < largest_set:
-        problems.append(
-            Problem(
-                "held-out examples",
-                f"the runs share {len(common)} of up to {largest_set} examples: "
-                + ("intervals use those" if len(common) else "no intervals can be made"),
-                fatal=False,
-            )
+        return {}, np.zeros((0, 0), dtype=bool)
+    sets = [ids for ids, _ in predicted.values()]
+    common = sets[0]
+    for ids in sets[1:]:
+        if not np.array_equal(common, ids):
+            common = np.intersect1d(common, ids)
+    largest = max(map(len, sets))
+    if len(common) < largest:
+        reason = f"the runs share {len(common)} of up to {largest} examples: " + (
+            "intervals use those" if len(common) else "no intervals of examples can be made"
         )
+        problems.append(Problem("held-out examples", reason, fatal=False))
     if len(common) == 0:
-        return {}, np.zeros((0, 0), dtype=bool), problems
-    rows = [run.correct[np.searchsorted(run.example_ids, common)] for run in predicted]
-    return {run.run_id: i for i, run in enumerate(predicted)}, np.stack(rows), problems
-
-
-def mean(values: list[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else None
-
-
-def largest(values: list[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return float(np.max(present)) if present else None
+        return {}, np.zeros((0, 0), dtype=bool)
+    rows = [correct[np.searchsorted(ids, common)] for ids, correct in predicted.values()]
+    return {run: i for i, run in enumerate(predicted)}, np.stack(rows)

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .runs import Problem, Run, load_run, told_failure
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Every run of the given folders, and everything that went wrong while reading them."""
-
-    name: str
-    heading: str | None
-    runs: list[Run]
-    problems: list[Problem]
+from .runs import Problem, read_json, told_failure
 
 
 @dataclass(frozen=True)
@@ -37,18 +28,34 @@ class Listing:
     planned: int | None = None
 
 
-def load_sweeps(folders: list[Path]) -> Sweep:
-    """Gather the runs of sweep folders (with a `manifest.json`) and of plain folders of runs.
+@dataclass(frozen=True)
+class Sweep:
+    """Every run that the given folders list, and what they say of them.
 
-    A run that several folders list is read once.
+    Attributes:
+        selected: by number of the folder and arm, the setting that its `protocol.json` chose.
+        equal_update: likewise, the setting of equal update size.
+    """
+
+    name: str
+    heading: str | None
+    entries: list[Entry]
+    problems: list[Problem]
+    selected: dict[tuple[int, str], dict[str, Any]]
+    equal_update: dict[tuple[int, str], dict[str, Any]]
+
+
+def load_sweeps(folders: list[Path]) -> Sweep:
+    """List the runs of sweep folders (with a `manifest.json`) and of plain folders of runs.
 
     Raises:
         FileNotFoundError: a folder does not exist, or holds neither a manifest nor any run.
+        ValueError: a manifest or a protocol cannot be read.
     """
-    names, headings, problems = [], [], []
-    runs: dict[Path, Run] = {}
-    for folder in folders:
-        listed = list_runs(Path(folder))
+    names, headings, problems, entries = [], [], [], {}
+    protocol: dict[str, dict] = {"selected": {}, "equal_update": {}}
+    for number, folder in enumerate(map(Path, folders)):
+        listed = list_runs(folder)
         names.append(listed.name)
         headings += [listed.heading] if listed.heading else []
         if listed.planned and listed.planned > len(listed.entries):
@@ -56,22 +63,25 @@ def load_sweeps(folders: list[Path]) -> Sweep:
             reason = f"{missing} of its {listed.planned} runs never started"
             problems.append(Problem(f"sweep {listed.name}", reason))
         for entry in listed.entries:
-            if entry.folder and entry.folder.resolve() in runs:
-                continue
-            try:
-                run, gaps = load_entry(entry)
-            except (ValueError, OSError, KeyError, TypeError) as error:
-                problems.append(Problem(entry.label, str(error)))
-                continue
-            twin = next((r for r in runs.values() if r.run_id == run.run_id), None)
-            if twin:
-                reason = f"the same run as {twin.folder}, which is read instead"
-                problems.append(Problem(str(run.folder), reason, fatal=False))
-                continue
-            runs[run.folder.resolve()] = run
-            problems += gaps
+            key = os.path.realpath(entry.folder) if entry.folder else entry
+            if key not in entries or entry.status == "finished":  # a later job may have done it
+                entries[key] = entry
+        for part, found in protocol.items():
+            found |= {(number, arm): told for arm, told in read_protocol(folder, part).items()}
     heading = headings[0] if len(set(headings)) == 1 else None
-    return Sweep(" + ".join(names), heading, list(runs.values()), problems)
+    return Sweep(" + ".join(names), heading, list(entries.values()), problems, **protocol)
+
+
+def read_protocol(folder: Path, part: str) -> dict[str, dict[str, Any]]:
+    """By arm, one part of what a protocol has recorded; nothing where no protocol ran."""
+    path = folder / "protocol.json"
+    if not path.exists():
+        return {}
+    try:
+        return {str(arm): dict(told) for arm, told in read_json(path).get(part, {}).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = f"'{path}' is no protocol: {error}. Run the sweep's command again."
+        raise ValueError(reason) from error
 
 
 def list_runs(folder: Path) -> Listing:
@@ -129,8 +139,7 @@ def locate(path: str, sweep_folder: Path) -> Path:
     return next(finished, None) or next(existing, None) or candidates[0]
 
 
-def load_entry(entry: Entry) -> tuple[Run, list[Problem]]:
-    """Read a listed run, or raise with the reason why it takes no part."""
+def check_entry(entry: Entry) -> None:
+    """Raise with the reason why a listed run takes no part, if the sweep gives one."""
     if entry.status != "finished" or entry.folder is None:
         raise ValueError(f"the sweep marked it '{entry.status}'{told_failure(entry.folder)}")
-    return load_run(entry.folder)

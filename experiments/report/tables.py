@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
-from .summary import BASELINE, Row
+from .comparison import FIGURES, Comparison, Figure
+from .palette import BASELINE
+from .peft_results import PeftRow
+from .summary import Row
 from .wording import signed
 
 
@@ -32,6 +35,8 @@ def score_cell(row: Row) -> str:
 def difference_cell(row: Row) -> str:
     if row.difference is None:
         return row.verdict
+    if math.isnan(row.difference.low):
+        return signed(100 * row.difference.estimate)
     text = f"{signed(100 * row.difference.estimate)} ± {100 * row.difference.half_width:.1f}"
     return f"{text} (tie)" if row.verdict == "tie" else text
 
@@ -63,8 +68,21 @@ def significant(value: float | None) -> str:
     return "—" if value is None else f"{value:.3g}"
 
 
-def columns(metric: str) -> list[Column]:
-    return [
+def mantissa(value: float) -> str:
+    """3.2e-4, without the zero that Python pads exponents with."""
+    if math.isnan(value):
+        return "—"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def rate_cell(row: Row) -> str:
+    return mantissa(row.choice.learning_rate) + ("*" if row.choice.at_edge else "")
+
+
+def columns(metric: str, rows: list[Row]) -> list[Column]:
+    """The columns that `rows` have something for."""
+    made = [
         Column("method", lambda r: r.arm, lambda r: r.arm),
         Column(
             f"{metric}, %", score_cell, lambda r: r.score.estimate,
@@ -76,23 +94,98 @@ def columns(metric: str) -> list[Column]:
             "paired difference in points ± half of its 95 % interval; a tie if that contains zero",
             brief=verdict_cell,
         ),
+    ]  # fmt: skip
+    if any(row.choice.rates > 1 for row in rows):
+        made.append(Column(
+            "learning rate", rate_cell, lambda r: r.choice.learning_rate,
+            "the chosen one; *: the lowest or highest that was tried",
+        ))  # fmt: skip
+    made += [
         Column(
-            "output gap", lambda r: scientific(r.output_gap), lambda r: r.output_gap,
+            "output gap", lambda r: scientific(r.get("output_gap")), lambda r: r.get("output_gap"),
             "largest change of a logit by the initialization, at step 0, over seeds",
         ),
-        Column("init s", lambda r: seconds(r.init_seconds), lambda r: r.init_seconds,
+        Column("init s", lambda r: seconds(r.get("init_seconds")), lambda r: r.get("init_seconds"),
                "seconds to initialize, calibration included, mean over seeds"),
-        Column("trainable", lambda r: count(r.trainable_parameters),
-               lambda r: r.trainable_parameters, "trainable parameters"),
-        Column("first grad", lambda r: significant(r.first_step_gradient_norm),
-               lambda r: r.first_step_gradient_norm,
+        Column("trainable", lambda r: count(r.get("trainable_parameters")),
+               lambda r: r.get("trainable_parameters"), "trainable parameters"),
+        Column("first grad", lambda r: significant(r.get("first_step_gradient_norm")),
+               lambda r: r.get("first_step_gradient_norm"),
                "gradient norm at the first step, mean over seeds"),
+        Column("update", lambda r: significant(r.get("update_size")),
+               lambda r: r.get("update_size"),
+               "‖ΔW‖ / ‖W‖ over all adapted layers after training, mean over seeds"),
+        Column("forgetting", lambda r: significant(r.get("forgetting")),
+               lambda r: r.get("forgetting"),
+               "forgetting against the original base model, mean over seeds"),
     ]  # fmt: skip
+    optional = {"update", "forgetting"}
+    return [
+        column for column in made
+        if column.header not in optional or any(column.value(row) is not None for row in rows)
+    ]  # fmt: skip
+
+
+def change_cell(figure: Figure, kind: str) -> str:
+    """`theirs → ours`, and for a score its difference with half of its interval."""
+    if kind == "score":
+        half = figure.difference.half_width
+        around = "" if math.isnan(half) else f" ± {100 * half:.1f}"
+        return f"{signed(100 * figure.difference.estimate)}{around}"
+    show = seconds if kind == "init_seconds" else scientific
+    theirs, ours = (None if math.isnan(v) else v for v in (figure.theirs, figure.ours))
+    return f"{show(theirs)} → {show(ours)}"
+
+
+def change_rows(comparison: Comparison) -> list[list[str]]:
+    """Arm, task, learning rate, seeds, the three figures, what differs: as text."""
+    return [
+        [
+            c.arm, c.task, mantissa(c.learning_rate), str(c.seeds),
+            "test" if c.tested else "validation",
+            *(change_cell(c.figures[name], name) for name in FIGURES), ", ".join(c.flagged),
+        ]
+        for c in comparison.changes
+    ]  # fmt: skip
+
+
+CHANGE_HEADERS = (
+    "method", "task", "learning rate", "seeds", "score of", "difference, points", "init s",
+    "output gap", "differs",
+)  # fmt: skip
+
+
+def peft_rows(rows: list[PeftRow]) -> list[list[str]]:
+    """PEFT's results as text."""
+    return [
+        [
+            r.experiment, r.task, r.model, r.adapter, r.init or "—", count(r.rank),
+            "—" if r.learning_rate is None else mantissa(r.learning_rate), count(r.steps),
+            count(r.trainable), f"{100 * r.score:.1f}", r.version or "—",
+        ]
+        for r in rows
+    ]  # fmt: skip
+
+
+PEFT_HEADERS = (
+    "PEFT’s experiment", "task", "model", "adapter", "init", "rank", "learning rate", "steps",
+    "trainable", "test accuracy, %", "PEFT",
+)  # fmt: skip
+
+
+def plain_markdown(title: str, headers: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [f"**{title}**", "", "| " + " | ".join(headers) + " |"]
+    lines.append("|" + "---|" * len(headers))
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def terminal_table(rows: list[Row], metric: str, title: str) -> Table:
     """At most 80 columns wide for methods at one setting."""
-    shown = columns(metric)
+    left_out = {"update", "forgetting"}
+    if any(row.choice.rates > 1 for row in rows):
+        left_out |= {"output gap", "first grad"}  # the learning rate takes their place
+    shown = [column for column in columns(metric, rows) if column.header not in left_out]
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(shown):
         header = column.header.replace(" ", "\n", 1)
@@ -104,7 +197,7 @@ def terminal_table(rows: list[Row], metric: str, title: str) -> Table:
 
 
 def markdown_table(rows: list[Row], metric: str, heading: str, notes: list[str]) -> str:
-    shown = columns(metric)
+    shown = columns(metric, rows)
     lines = [f"**{heading}**", ""]
     lines.append("| " + " | ".join(column.header for column in shown) + " |")
     lines.append("|" + "|".join("---" if i == 0 else "---:" for i in range(len(shown))) + "|")
@@ -117,7 +210,7 @@ def markdown_table(rows: list[Row], metric: str, heading: str, notes: list[str])
 
 def latex_table(rows: list[Row], metric: str, heading: str, notes: list[str]) -> str:
     """A `booktabs` table; needs `\\usepackage{booktabs}` and nothing else."""
-    shown = columns(metric)
+    shown = columns(metric, rows)
     body = [" & ".join(latex(column.show(row)) for column in shown) + r" \\" for row in rows]
     return "\n".join(
         [
@@ -126,7 +219,7 @@ def latex_table(rows: list[Row], metric: str, heading: str, notes: list[str]) ->
             r"\begin{table}",
             r"  \centering",
             rf"  \caption{{{latex(heading[0].upper() + heading[1:])}. "
-            r"$\pm$: half of the 95\,\% bootstrap interval over examples and seeds.}",
+            r"$\pm$: half of the 95\,\% interval over examples and seeds.}",
             rf"  \begin{{tabular}}{{l{'r' * (len(shown) - 1)}}}",
             r"    \toprule",
             "    " + " & ".join(latex(column.header) for column in shown) + r" \\",

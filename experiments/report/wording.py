@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
-from .runs import Run
-from .settings import flatten, one_learning_rate
-from .statistics import Interval
-from .summary import BASELINE, Row
+import pandas as pd
+
+from .comparison import Comparison
+from .palette import BASELINE
+from .selection import PROTOCOL, TEST, VALIDATION, Choice
+from .settings import flatten
+from .statistics import LEAST_SEEDS, Interval
+from .summary import BOTH, SEEDS, Row
 
 ONE_RATE = "one learning rate: a demonstration, not a ranking"
+MANY, LARGEST = 12, 3  # comparisons that are counted, not named; of which these are
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def heading(runs: list[Run], given: str | None) -> str:
+def one_learning_rate(choices: list[Choice]) -> bool:
+    """Whether no arm was tried at more than one learning rate."""
+    return all(choice.rates <= 1 for choice in choices)
+
+
+def heading(choices: list[Choice], seeds: int, given: str | None) -> str:
     """The page's headline. At one learning rate a method it warns, whatever the sweep is called."""
-    if one_learning_rate(runs):
+    if one_learning_rate(choices):
         return ONE_RATE
-    count = len({run.method for run in runs})
-    return given or f"{number(count)} initialization{'s' * (count != 1)} compared"
+    if given:
+        return given
+    choices = [choice for choice in choices if not choice.is_control]
+    count = len({choice.method for choice in choices})
+    compared = f"{number(count)} initialization{'s' * (count != 1)}"
+    if any(choice.rates == 1 for choice in choices) or count == 1:
+        return f"{compared} compared"
+    return f"{compared}, each at its own learning rate, {number(seeds)} seed{'s' * (seeds != 1)}"
+
+
+def how_chosen(choices: list[Choice]) -> str | None:
+    """How the settings were chosen that the methods are judged at."""
+    if one_learning_rate(choices):
+        return None
+    fewest, most = (f([c.rates for c in choices if c.rates > 1]) for f in (min, max))
+    span = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    by = {choice.by for choice in choices}
+    if by == {PROTOCOL}:
+        how = "by the protocol, on validation data; the test set was read for the chosen ones only"
+    elif by <= {VALIDATION, PROTOCOL}:
+        how = "by the mean validation score over seeds"
+    elif by == {TEST}:
+        how = "by the mean test score over seeds, which flatters"
+    else:
+        how = "by the mean score over seeds, on validation data where there are any"
+    return f"Each method’s learning rate was chosen among {span}, {how}."
 
 
 def findings(rows: list[Row], majority: float | None) -> list[str]:
     """The result in two or three sentences, ties called ties."""
     sentences = []
-    baseline = next((row for row in rows if row.is_baseline), None)
-    if baseline:
+    baselines = [row for row in rows if row.is_baseline]
+    if len(baselines) == 1:
+        baseline = baselines[0]
         above = ""
         if majority is not None:
             points = 100 * (baseline.score.estimate - majority)
@@ -35,47 +71,78 @@ def findings(rows: list[Row], majority: float | None) -> list[str]:
         sentences.append(
             f"{BASELINE}, the baseline, scores {percent_interval(baseline.score)}{above}."
         )
-    compared = [row for row in rows if row.difference is not None]
-    if compared:
-        ties = [row for row in compared if row.verdict == "tie"]
-        clear = [row for row in compared if row.verdict in ("above", "below")]
-        if not clear:
-            if len(compared) == 1:
-                sentences.append(
-                    f"{compared[0].arm} is a tie with it: the difference lies inside its 95 % "
-                    "interval."
-                )
-            else:
-                sentences.append(
-                    f"Every one of the other {number(len(compared))} is a tie with it: "
-                    "each difference lies inside its 95 % interval."
-                )
-        else:
-            parts = [f"{row.arm}, {points_interval(row.difference)}" for row in clear]
-            sentences.append(f"Different from it: {'; '.join(parts)}.")
-            if ties:
-                tied = listing([row.arm for row in ties])
-                are, whose = ("is a tie", "its") if len(ties) == 1 else ("are ties", "each")
-                sentences.append(
-                    f"{tied} {are} with it: {whose} difference lies inside its 95 % interval."
-                )
+    compared = [row for row in rows if row.verdict in ("tie", "above", "below")]
+    it = "it" if len(baselines) == 1 else f"{BASELINE} at the same settings"
+    if len(compared) > MANY:
+        sentences += counted(compared, it)
+    elif compared:
+        sentences += named(compared, it)
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+
+def named(compared: list[Row], it: str) -> list[str]:
+    """Every comparison by its name."""
+    ties = [row for row in compared if row.verdict == "tie"]
+    clear = [row for row in compared if row.verdict != "tie"]
+    if not clear and len(compared) == 1:
+        return [f"{ties[0].arm} is a tie with {it}: the difference lies inside its 95 % interval."]
+    if not clear:
+        return [
+            f"Every one of the other {number(len(compared))} is a tie with {it}: "
+            "each difference lies inside its 95 % interval."
+        ]
+    parts = [f"{row.arm}, {points_interval(row.difference)}" for row in clear]
+    sentences = [f"Different from {it}: {'; '.join(parts)}."]
+    if ties:
+        tied = listing([row.arm for row in ties])
+        are, whose = ("is a tie", "its") if len(ties) == 1 else ("are ties", "each")
+        inside = f"{whose} difference lies inside its 95 % interval"
+        sentences.append(f"{tied} {are} with {it}: {inside}.")
+    return sentences
+
+
+def counted(compared: list[Row], it: str) -> list[str]:
+    """Too many comparisons to name each: how many are ties, and the largest of the others."""
+    clear = [row for row in compared if row.verdict != "tie"]
+    ties = len(compared) - len(clear)
+    are = "is a tie" if ties == 1 else "are ties"
+    told = f"Of {len(compared)} comparisons with {it}, {number(ties)} {are}"
+    if not clear:
+        return [f"{told}: each difference lies inside its 95 % interval."]
+    clear.sort(key=lambda row: -abs(row.difference.estimate))
+    parts = [f"{row.arm}, {points_interval(row.difference)}" for row in clear[:LARGEST]]
+    more = f"; and {number(len(clear) - LARGEST)} more" if len(clear) > LARGEST else ""
+    return [f"{told}. The largest of the others: {'; '.join(parts)}{more}."]
 
 
 def caveats(rows: list[Row], seeds: list[int], examples: int | None) -> list[str]:
     """What the intervals mean, and what they do not."""
     held_out = f"the {examples:,} held-out examples" if examples else "the held-out examples"
-    lines = [
-        f"Intervals are 95 % percentile bootstrap intervals: {held_out} and the seeds are drawn "
-        "again with replacement 2,000 times, the same draw for every method.",
-        f"A difference to {BASELINE} is taken within each draw. Where its interval contains zero "
-        "the report calls it a tie: not proof that the two are equal, only that these runs "
-        "cannot tell them apart.",
-    ]
+    kinds = {row.interval for row in rows}
+    lines = []
+    if BOTH in kinds:
+        lines.append(
+            f"Intervals are 95 % percentile bootstrap intervals: {held_out} and the seeds are "
+            "drawn again with replacement 2,000 times, the same draw for every method."
+        )
+    if SEEDS in kinds:
+        lines.append(
+            "Where no predictions were kept, intervals are Student’s t over seeds alone: they do "
+            "not cover the choice of examples."
+        )
+    if kinds == {"no interval"}:
+        lines.append(
+            f"No intervals: no predictions were kept, and there are fewer than {LEAST_SEEDS} seeds."
+        )
+    lines.append(
+        f"A difference to {BASELINE} is taken within each draw, or seed. Where its interval "
+        "contains zero the report calls it a tie: not proof that the two are equal, only that "
+        "these runs cannot tell them apart."
+    )
     count = len(seeds)
     if count == 1:
         lines.append("One seed: the intervals say nothing about how a different seed would do.")
-    elif count < 5:
+    elif count < 5 and BOTH in kinds:
         share = 100 * (count - 1) / count
         lines.append(
             f"{number(count).capitalize()} seeds are few: resampling them shows about "
@@ -93,8 +160,28 @@ def caveats(rows: list[Row], seeds: list[int], examples: int | None) -> list[str
     return lines
 
 
-def rate_caveat(runs: list[Run]) -> str | None:
-    if not one_learning_rate(runs):
+def compared(comparison: Comparison) -> str:
+    """What two versions of the code differ in, in two or three sentences."""
+    ours, theirs = (", ".join(c) for c in (comparison.commits, comparison.other_commits))
+    changes = comparison.changes
+    sentences = [
+        f"{comparison.name} (commit {ours}) against {comparison.other} (commit {theirs}): "
+        f"{number(len(changes))} setting{'s' * (len(changes) != 1)} in both."
+    ]
+    flagged = comparison.flagged
+    if flagged:
+        sentences.append(f"{number(len(flagged)).capitalize()} differ by more than their interval.")
+    elif changes:
+        sentences.append("No figure differs by more than its interval.")
+    if comparison.alone or comparison.other_alone:
+        sentences.append(
+            f"Without a partner: {comparison.alone} runs here, {comparison.other_alone} there."
+        )
+    return " ".join(sentences)
+
+
+def rate_caveat(choices: list[Choice]) -> str | None:
+    if not one_learning_rate(choices):
         return None
     return (
         "Each method ran at a single learning rate. The best rate differs between "
@@ -104,7 +191,7 @@ def rate_caveat(runs: list[Run]) -> str | None:
     )
 
 
-def facts(runs: list[Run]) -> list[tuple[str, str]]:
+def facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
     """Model, data, budget and machine, in words."""
     items = []
     for key, label, show in (
@@ -113,19 +200,23 @@ def facts(runs: list[Run]) -> list[tuple[str, str]]:
         ("n_test", "Held out", lambda n: f"{int(n):,} examples"),
         ("metric", "Score", lambda m: str(m).replace("_", " ")),
         ("steps", "Training", lambda n: f"{int(n):,} steps"),
-        ("learning_rate", "Learning rate", lambda x: f"{x:g}"),
+        ("learning_rate", "Learning rate", lambda x: f"{x:.3g}"),
         ("rank", "Rank", lambda n: f"{n:g}"),
     ):
-        values = distinct(run.result.get(key) for run in runs)
-        if values:
+        values = sorted(runs[key].dropna().unique())
+        if len(values) > 6 and label == "Learning rate":
+            items.append((label, f"{len(values)} from {show(values[0])} to {show(values[-1])}"))
+        elif values:
             items.append((label, listing([show(v) for v in values])))
-    items.append(("Seeds", listing([str(s) for s in sorted({run.seed for run in runs})])))
-    machines = distinct(machine(run.result.get("environment") or {}) for run in runs)
+    items.append(("Seeds", listing([str(s) for s in sorted(runs["seed"].unique())])))
+    environments = [json.loads(text) for text in runs["environment"].unique()]
+    machines = distinct(machine(environment or {}) for environment in environments)
     if machines:
         items.append(("Machine", "; ".join(machines)))
-    seconds = [float(run.result.get("train_seconds") or 0) for run in runs]
-    if any(seconds):
-        items.append(("Training time", f"{sum(seconds) / 60:.1f} minutes in all"))
+    seconds = runs["train_seconds"].sum()
+    if seconds:
+        time = f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+        items.append(("Training time", f"{time} in all"))
     return items
 
 
@@ -150,15 +241,16 @@ def machine(environment: dict[str, Any]) -> str | None:
     return ", ".join(part for part in parts if part) or None
 
 
-def notes(runs: list[Run]) -> list[tuple[str, str]]:
-    """Each distinct note with the runs it was made for."""
-    methods: dict[str, list[str]] = {}
-    for run in runs:
-        for note in run.result.get("notes") or []:
-            methods.setdefault(str(note), []).append(run.method)
+def notes(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """Each distinct note with the methods it was made for."""
+    named: dict[str, dict[str, int]] = {}
+    for (text, method), count in runs.groupby(["notes", "method"], sort=False).size().items():
+        for note in json.loads(text) or []:
+            methods = named.setdefault(str(note), {})
+            methods[method] = methods.get(method, 0) + count
     return [
-        (note, "all runs" if len(named) == len(runs) else listing(distinct(named)))
-        for note, named in methods.items()
+        (note, "all runs" if sum(methods.values()) == len(runs) else listing(list(methods)))
+        for note, methods in named.items()
     ]
 
 

@@ -14,7 +14,9 @@ tokens seen, in one pass: exact and free of the batches' order; the official cod
 truncated PCA and stop a layer when its components' cosine between batches exceeds `tau`. An exact
 pass has nothing to stop early, so `tau` is accepted at its default for the sake of PEFT's
 configuration files and refused otherwise. PEFT's adjust_scaling_factors multiplies alpha by r'/r
-under rsLoRA too, which changes the scaling; ours multiplies by sqrt(r'/r) there.
+under rsLoRA too, which changes the scaling; ours multiplies by sqrt(r'/r) there. The paper keeps
+the sum of ranks, so that the number of parameters changes where layers differ in shape;
+budget="parameters" keeps that number instead, by variance explained per parameter.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_init.allocation import LayerRequest, redistribute
+from lora_init.allocation import LayerRequest, redistribute, redistribute_by_cost
 from lora_init.factors import Factors
 from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, Nesting, register_initializer
@@ -32,11 +34,12 @@ from lora_init.registry import CalibrationRequest, Nesting, register_initializer
 # Variances below this share of the largest are float32's rounding, not the data's: such directions
 # were never seen (fewer tokens than r), are worth no rank, and whitening them would scale noise up.
 UNSEEN = 1e-6
+BUDGETS = ("ranks", "parameters")
 
 
 @dataclass
 class EvaOptions:
-    """Settings of EVA; names and defaults are those of PEFT's EvaConfig, and `center`.
+    """Settings of EVA; names and defaults are those of PEFT's EvaConfig, `center` and `budget`.
 
     Attributes:
         rho: a layer's rank may grow to r·rho; 1.0 keeps all ranks uniform.
@@ -46,6 +49,8 @@ class EvaOptions:
         whiten: divide each direction by the standard deviation of its component.
         adjust_scaling_factors: keep each layer's scaling when its rank changes.
         center: subtract the mean input before the decomposition.
+        budget: what redistribution keeps: "ranks", their sum, as the paper; or "parameters", the
+            sum of r (in + out), which it never exceeds.
     """
 
     rho: float = 2.0
@@ -55,6 +60,7 @@ class EvaOptions:
     whiten: bool = False
     adjust_scaling_factors: bool = True
     center: bool = True
+    budget: str = "ranks"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rho, int | float) or not 1.0 <= self.rho < float("inf"):
@@ -64,6 +70,8 @@ class EvaOptions:
                 f"eva: tau={self.tau!r}; the calibration pass is exact and never stops early, so "
                 "tau has no effect: leave it at 0.99"
             )
+        if self.budget not in BUDGETS:
+            raise ValueError(f"eva: budget={self.budget!r}; allowed are {', '.join(BUDGETS)}")
 
 
 def request(options: EvaOptions) -> CalibrationRequest:
@@ -71,7 +79,7 @@ def request(options: EvaOptions) -> CalibrationRequest:
 
 
 def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[str, int]:
-    """Pool explained-variance ratios over layers and keep the best sum(r)."""
+    """Pool explained-variance ratios over layers and keep the best that the budget holds."""
     spectra = {}
     for name, layer in requests.items():
         limit = min(int(layer.rank * options.rho), *layer.shape)
@@ -79,6 +87,10 @@ def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[
         values = torch.where(values > UNSEEN * values[0], values, 0.0)
         # A layer whose inputs never vary explains nothing and asks for no rank.
         spectra[name] = values / total if total > 0 else torch.zeros_like(values)
+    if options.budget == "parameters":
+        costs = {name: sum(layer.shape) for name, layer in requests.items()}
+        budget = sum(layer.rank * costs[name] for name, layer in requests.items())
+        return redistribute_by_cost(spectra, costs, budget)
     return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
 
 

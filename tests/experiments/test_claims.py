@@ -54,10 +54,10 @@ def test_who_waits_says_so_and_takes_the_result(configured, tiny, capsys, monkey
 
 def test_the_heartbeat_tells_how_far_it_is(folder, alone, monkeypatch):
     monkeypatch.setattr(claims, "HEARTBEAT", 0.01)
-    with claim(folder, 90, alone) as mine:
+    with claim(folder, 200, alone) as mine:
         mine.begin()
         assert heartbeat(folder)["step"] == 0
-        mine.reached(7)
+        mine.reached(7, 90)
         while heartbeat(folder)["step"] != 7:
             time.sleep(0.01)
         facts = json.loads(folder.running_file.read_text())

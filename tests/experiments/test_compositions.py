@@ -14,7 +14,7 @@ from lora_init import list_initializers
 from lora_init.registry import resolve as resolve_initializer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-GROUPS = ("init", "model", "data", "training", "tracking", "experiment")
+GROUPS = ("init", "model", "data", "training", "tracking", "experiment", "control")
 NEEDED = {
     ("model", "local"): ["model.path=somewhere"],
     ("data", "table"): ["data.path=a.csv", "data.text_column=t", "data.label_column=l"],
@@ -96,6 +96,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones(composed):
         ("training.schedule=step", "linear, cosine, constant"),
         ("training.learning_rate=-1", "finite numbers > 0"),
         ("training.warmup=1.5", "training.warmup=1.5"),
+        ("training.lora_plus_ratio=0", "training.lora_plus_ratio=0.*A and B"),
         ("training.mixed_precision=int4", "bf16"),
         ("tracking.backend=mlflow", "none and wandb"),
         ("runtime.device=tpu", "auto and cpu"),

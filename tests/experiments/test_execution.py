@@ -17,9 +17,10 @@ from experiments.runs import identify
 from lora_init import list_initializers
 
 FILES = {
-    "config.yaml", "environment.json", "init.json", "metrics.jsonl", "adapter", "predictions.npz",
-    "result.json",
+    "config.yaml", "environment.json", "init.json", "spectra.json", "metrics.jsonl", "end.json",
+    "adapter", "predictions.npz", "result.json",
 }  # fmt: skip
+CONTROLS = {m.name for m in list_initializers() if m.control}
 PRESERVING = {m.name for m in list_initializers() if m.preserves_output and m.base != "replace"}
 
 
@@ -57,6 +58,9 @@ def test_every_method_runs(configured, tiny, method):
         assert saved["correct"].mean() == pytest.approx(result["score"])
     config = yaml.safe_load((folder.path / "config.yaml").read_text())
     assert config == result["config"]
+    assert result["end"]["update_size"] > 0
+    assert result["end"]["forgetting"] > 0
+    assert result["control"] == (method if method in CONTROLS else "none")
 
 
 def test_a_finished_run_is_skipped(configured, tiny, capsys, monkeypatch):
@@ -86,11 +90,12 @@ def test_a_killed_run_starts_over(configured, tiny, monkeypatch):
     monkeypatch.setattr(execution, "evaluate", killed)  # after training, before the test
     with pytest.raises(KeyboardInterrupt):
         execute(run)
-    assert len(metrics(folder)) == 3
+    assert [row["split"] for row in metrics(folder)] == ["train"] * 3 + ["update"]
     assert not folder.result_file.exists()
     monkeypatch.undo()
     execute(run)
-    assert len(metrics(folder)) == 4  # nothing of the killed run is left
+    # Three steps, an update, validation and test: nothing of the killed run is left.
+    assert len(metrics(folder)) == 6
     assert folder.finished()
 
 

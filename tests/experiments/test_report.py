@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_report_sweeps import EXAMPLES, STEPS, SYNTHETIC, write_run, write_sweep
+from synthetic_sweeps import EXAMPLES, STEPS, SYNTHETIC, write_run, write_sweep
 
-from experiments.report import writing
 from experiments.report.__main__ import main, make
+from experiments.report.pictures import Pictures
 from experiments.report.tables import latex
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,9 +86,9 @@ def test_table_equals_an_independent_computation(report, sweep):
     runs = pd.read_parquet(report.page.parent / "runs.parquet").groupby("method")
     for row in report.rows:
         mine = runs.get_group(row.method)
-        assert row.init_seconds == pytest.approx(mine["init_seconds"].mean())
-        assert row.output_gap == pytest.approx(mine["output_gap"].max())
-        assert row.first_step_gradient_norm == pytest.approx(
+        assert row.get("init_seconds") == pytest.approx(mine["init_seconds"].mean())
+        assert row.get("output_gap") == pytest.approx(mine["output_gap"].max())
+        assert row.get("first_step_gradient_norm") == pytest.approx(
             mine["first_step_gradient_norm"].mean()
         )
 
@@ -98,8 +98,8 @@ def test_page_is_headed_and_complete(html):
     page.feed(html)
     assert page.h1 == "one learning rate: a demonstration, not a ranking"
     for method in SYNTHETIC:
-        assert f'data-method="{method}"' in html
-    for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "energy"):
+        assert f'data-value="{method}"' in html
+    for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "layers"):
         assert f'data-chart="{chart}"' in html
     for words in ("all-MiniLM-L6-v2", "rotten_tomatoes", "120 steps", "0.001", "2 threads",
                   "weights derived from 4-bit values", "Two seeds are few"):  # fmt: skip
@@ -130,8 +130,9 @@ def test_broken_runs_are_named(html, report):
 
 def test_pictures_and_tables_exist(report):
     folder = report.page.parent
-    for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "energy"):
+    for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "layers"):
         assert (folder / f"{chart}.svg").read_text().startswith("<svg")
+        assert (folder / f"{chart}.pdf").read_bytes().startswith(b"%PDF")
         png = (folder / f"{chart}.png").read_bytes()
         assert png.startswith(b"\x89PNG")
         assert len(png) > 8000, "an empty picture"
@@ -150,20 +151,38 @@ def test_pictures_and_tables_exist(report):
 
 @pytest.fixture
 def without_pictures(monkeypatch):
-    monkeypatch.setattr(writing, "export", lambda chart, output: None)
+    monkeypatch.setattr(Pictures, "one", lambda self, output, name, *rest: name)
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_two_learning_rates_are_kept_apart_and_told(tmp_path):
+def test_the_better_of_two_rates_is_shown_and_the_choice_is_told(tmp_path):
     for rate in (1e-3, 2e-3):
         write_run(tmp_path / f"pissa-{rate}", "pissa", 0, learning_rate=rate)
     write_run(tmp_path / "kaiming", "kaiming", 0)
     report = make([tmp_path], tmp_path / "report")
     assert report.heading == "two initializations compared"
     assert any("training.learning_rate: 0.001, 0.002" in w for w in report.warnings)
-    assert [row.arm for row in report.rows][1:] == [
-        "pissa · learning_rate=0.001", "pissa · learning_rate=0.002",
-    ]  # fmt: skip
+    assert any("chosen by the very test scores" in w for w in report.warnings)
+    assert any("one learning rate only for kaiming" in w for w in report.warnings)
+    assert any("may lie beyond: pissa" in w for w in report.warnings)
+    scores = pd.read_parquet(tmp_path / "report" / "runs.parquet").set_index("run_id")["score"]
+    assert [row.arm for row in report.rows] == ["kaiming", "pissa"]
+    assert report.rows[1].score.estimate == max(scores["pissa-0.001"], scores["pissa-0.002"])
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_broken_predictions_cost_the_interval_and_are_named(tmp_path):
+    for method in ("kaiming", "pissa", "eva", "olora"):
+        write_run(tmp_path / method, method, 0)
+    (tmp_path / "kaiming" / "predictions.npz").unlink()
+    (tmp_path / "pissa" / "predictions.npz").write_bytes(b"PK")
+    np.savez(tmp_path / "eva" / "predictions.npz", id=np.arange(9), correct=np.zeros(9))
+    report = make([tmp_path], tmp_path / "report")
+    told = {problem.run.split(",")[0]: problem.reason for problem in report.problems}
+    assert set(told) == {"kaiming", "pissa", "eva"}
+    assert "0.0000 of its predictions are right" in told["eva"]
+    without = {row.method for row in report.rows if np.isnan(row.score.low)}
+    assert without == {"kaiming", "pissa", "eva"}
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -1,14 +1,17 @@
-"""The page in a real browser: draws, filters, sorts, and says nothing on the console."""
+"""The page in a real browser: draws, filters, sorts, fits, and says nothing on the console."""
 
+import html
+import json
 import re
 import shutil
 import subprocess
 
 import pytest
-from test_report_sweeps import SYNTHETIC, write_sweep
+from synthetic_sweeps import SYNTHETIC, write_grid, write_protocol, write_sweep
 
-from experiments.report import writing
+from experiments.report.pictures import Pictures
 from experiments.report.sweeps import load_sweeps
+from experiments.report.writing import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)  # fmt: skip
@@ -17,36 +20,60 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a Chromium to open the page")
 
 
+def written(*sweeps):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pictures, "write", lambda self, output: [])
+        return write_report(load_sweeps(sweeps), sweeps[0] / "report", lambda step: None)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    sweep = write_sweep(tmp_path_factory.mktemp("outputs"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "export", lambda chart, output: None)
-        return writing.write_report(load_sweeps([sweep]), sweep / "report", lambda step: None)
+    """One learning rate, two seeds."""
+    return written(write_sweep(tmp_path_factory.mktemp("outputs")))
 
 
-def browse(address, profile):
+@pytest.fixture(scope="module")
+def protocol(tmp_path_factory):
+    """Every chart that one task can have: two ranks, a control, everything measured."""
+    root = tmp_path_factory.mktemp("outputs")
+    return written(
+        write_protocol(root, ranks=(8, 32), rates=[1e-4, 1e-3, 1e-2], seeds=(0, 1, 2), blocks=2,
+                       control=("kaiming", "rslora"))
+    )  # fmt: skip
+
+
+def browse(address, profile, width=1280):
     """The page's elements after its scripts have run; fails on any message on the console."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
                "--no-first-run", "--disable-background-networking", "--disable-component-update",
                "--disable-sync", f"--user-data-dir={profile}", "--enable-logging=stderr",
-               "--virtual-time-budget=6000", "--dump-dom", address]  # fmt: skip
+               f"--window-size={width},900", "--hide-scrollbars",
+               "--virtual-time-budget=9000", "--dump-dom", address]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     return done.stdout
 
 
+def with_visitor(report, script):
+    """The address of a copy of the page where `script` follows the page's own."""
+    page = report.page.read_text(encoding="utf-8")
+    before, end, after = page.rpartition("</body>")  # the libraries contain another
+    visited = report.page.with_name("visited.html")
+    visited.write_text(before + script + end + after, encoding="utf-8")
+    return visited.as_uri()
+
+
 def drawn_charts(elements):
-    charts = elements.split("<main>")[1].split("<section")[0]
+    charts = elements.split("<main>")[1].split('id="run-list"')[0]
     assert "chart-error" not in charts
     return [part.split("</svg>")[0] for part in charts.split("<svg")[1:]]
 
 
 def test_a_filter_in_the_address_reaches_every_chart(report, tmp_path):
     elements = browse(f"{report.page.as_uri()}#methods=kaiming,eva&seeds=1", tmp_path)
-    assert 'data-ready="7"' in elements
+    assert 'data-ready="8"' in elements
     drawn = drawn_charts(elements)
-    assert len(drawn) == 7
+    assert len(drawn) == 8
     for chart in drawn:
         marks = set(re.findall(r'aria-label="[^"]*method: (\w+)[^"]*"', chart))
         assert "eva" in marks
@@ -70,11 +97,11 @@ setTimeout(async () => {
     await rest();
     seen.push(`${pressed()} | ${lines("pissa")} ${lines("eva")} | ${location.hash}`);
   };
-  document.querySelector('[data-method="pissa"].chip').click(); await note();
+  document.querySelector('[data-value="pissa"].chip').click(); await note();
   document.getElementById("reset").click(); await note();
   legend("eva"); await note();
   legend("pissa"); await note();
-  document.querySelector('[data-method="eva"].chip').click(); await note();
+  document.querySelector('[data-value="eva"].chip').click(); await note();
   legend("eva"); await note();
   legend("pissa"); await note();
   legend("eva"); await note();
@@ -95,11 +122,7 @@ setTimeout(async () => {
 
 
 def test_chips_legend_headings_and_hovering(report, tmp_path):
-    html = report.page.read_text(encoding="utf-8")
-    page = report.page.with_name("visited.html")
-    before, end, after = html.rpartition("</body>")  # the libraries contain another
-    page.write_text(before + VISITOR + end + after, encoding="utf-8")
-    elements = browse(page.as_uri(), tmp_path)
+    elements = browse(with_visitor(report, VISITOR), tmp_path)
     seen = re.search(r'data-seen="([^"]*)"', elements).group(1).replace("&amp;", "&").splitlines()
     every = " ".join(SYNTHETIC) + " seed 0 seed 1"
     without = every.replace("pissa ", "")
@@ -116,4 +139,102 @@ def test_chips_legend_headings_and_hovering(report, tmp_path):
     ]
     by_score = sorted(report.rows, key=lambda row: row.score.estimate)
     assert seen[-2] == ",".join(row.method for row in by_score)
-    assert re.match(rf"method(?:{'|'.join(SYNTHETIC)})step\d+loss, mean over seeds0\.\d+", seen[-1])
+    told = rf"method(?:{'|'.join(SYNTHETIC)})step\d+training loss, mean over seeds0\.\d+"
+    assert re.match(told, seen[-1])
+
+
+# What sticks out of its place, what lies on what, and what is drawn, in the page's own words.
+SURVEYOR = """<script>
+const inside = (box, outer) => box.left >= outer.left - 1 && box.right <= outer.right + 1
+  && box.top >= outer.top - 1 && box.bottom <= outer.bottom + 1;
+const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+const shown = (element) => {
+  const box = element.getBoundingClientRect();
+  return box.width > 0 && box.height > 0 && Number(element.getAttribute("opacity") ?? 1) > 0;
+};
+function survey() {
+  const found = [];
+  if (document.documentElement.scrollWidth > innerWidth) found.push("the page is too wide");
+  const cards = [...document.querySelectorAll(".card")];
+  cards.forEach((card, index) => cards.slice(index + 1).forEach((other) => {
+    if (meet(card.getBoundingClientRect(), other.getBoundingClientRect()))
+      found.push(`${card.id} lies on ${other.id}`);
+  }));
+  for (const place of document.querySelectorAll(".chart")) {
+    const name = place.dataset.chart;
+    const picture = place.querySelector("svg");
+    if (!inside(picture.getBoundingClientRect(), place.getBoundingClientRect()))
+      found.push(`${name} sticks out of its card`);
+    // Slanted labels have boxes that overlap although they do not.
+    const texts = [...picture.querySelectorAll("text")].filter((text) => text.textContent
+      && shown(text) && !/rotate[(](?!-90[)])[^0)]/.test(text.getAttribute("transform")));
+    for (const text of texts)
+      if (!inside(text.getBoundingClientRect(), picture.getBoundingClientRect()))
+        found.push(`${name}: "${text.textContent}" is cut off`);
+    const labels = texts.filter((text) => text.closest(".role-axis-label, .role-legend-label"));
+    labels.forEach((label, index) => labels.slice(index + 1).forEach((other) => {
+      if (meet(label.getBoundingClientRect(), other.getBoundingClientRect()))
+        found.push(`${name}: "${label.textContent}" lies on "${other.textContent}"`);
+    }));
+  }
+  return found;
+}
+const rest = () => new Promise((resolve) => setTimeout(resolve, 300));
+const count = (marks) => document.querySelectorAll(marks).length;
+const lines = () => count("#runs tbody tr");
+const cells = () => [...document.querySelectorAll("#layers .mark-rect path")]
+  .map((path) => path.getAttribute("fill")).join();
+setTimeout(async () => {
+  const seen = { charts: document.documentElement.dataset.ready, found: survey() };
+  seen.best = [lines(), count("#score .mark-symbol path[aria-label*='run:']")];
+  document.getElementById("rates").click(); await rest();
+  seen.all = [lines(), document.getElementById("run-count").textContent];
+  const find = document.getElementById("find");
+  find.value = "EVA-rotten_tomatoes-r8"; find.dispatchEvent(new Event("input"));
+  seen.matching = lines();
+  find.value = ""; find.dispatchEvent(new Event("input"));
+  document.querySelector('[data-kind="ranks"][data-value="32.0"]').click(); await rest();
+  seen.ranks = [lines(), location.hash];
+  const before = cells();
+  const list = document.querySelector("#layers select");
+  list.value = "update_size"; list.dispatchEvent(new Event("change")); await rest();
+  seen.changed = cells() !== before && cells() !== "";
+  document.getElementById("reset").click(); await rest();
+  document.querySelector('#runs th[data-column="learning_rate"] button').click();
+  document.querySelector('#runs th[data-column="learning_rate"] button').click();
+  seen.first = document.querySelector("#runs tbody tr td:nth-child(5)").textContent;
+  seen.links = [...document.querySelectorAll("#runs a")].map((link) => link.getAttribute("href"));
+  document.body.dataset.seen = JSON.stringify(seen);
+}, 4500);
+</script>"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_overlaps_or_overflows_and_every_filter_works(protocol, tmp_path, width):
+    elements = browse(with_visitor(protocol, SURVEYOR), tmp_path, width)
+    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', elements).group(1)))
+    assert seen["found"] == []
+    assert seen["charts"] == "15"
+    methods, rates, seeds, controls = len(SYNTHETIC), 3, 3, 2
+    assert seen["best"] == [methods * seeds + controls] * 2
+    one_rank = methods * rates * seeds + controls
+    assert seen["all"][0] == one_rank
+    assert seen["all"][1].startswith(f"{one_rank} of {2 * methods * rates * seeds + controls} runs")
+    assert seen["matching"] == (rates - 1) * seeds  # the best one’s have given way to the tested
+    assert seen["ranks"] == [2 * one_rank - controls, "#ranks=8,32&rates=all"]
+    assert seen["changed"]
+    assert seen["first"] == "1.0e-2"
+    for link in seen["links"]:
+        assert (protocol.page.parent / link / "result.json").exists()
+
+
+def test_two_tasks_are_shown_one_at_a_time_and_averaged(tmp_path):
+    sweep = write_grid(tmp_path, methods=("kaiming", "pissa"), rates=[1e-4, 1e-3], seeds=(0, 1),
+                       tasks=("r8", "rotten_tomatoes"), blocks=1, steps=20)  # fmt: skip
+    elements = browse(written(sweep).page.as_uri(), tmp_path / "profile")
+    drawn = dict(re.findall(r'<figure class="card[^"]*" id="(\w+)">(.*?)</figure>', elements, re.S))
+    assert 'data-ready="15"' in elements
+    assert len(re.findall(r'aria-label="[^"]*seeds: 0,1"', drawn["score"])) == 4  # dots and bars
+    assert "interquartile mean" in drawn["tasks"]
+    assert re.search(r'<tr data-method="pissa"[^>]*rotten_tomatoes"[^>]* hidden', elements)

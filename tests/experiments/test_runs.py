@@ -16,7 +16,7 @@ def test_the_id_ignores_what_cannot_change_the_outcome(configured, tmp_path):
     plain = identify(configured("init=pissa"))
     for override in (
         f"paths.outputs={tmp_path}", "tracking=wandb", "sweep=other", "runtime.threads=1",
-        "runtime.rerun=true",
+        "runtime.rerun=true", "measures.update_every=1",
     ):  # fmt: skip
         assert identify(configured("init=pissa", override)).id == plain.id
     assert identify(configured("init=pissa", "seed=0")).id == plain.id
@@ -25,7 +25,8 @@ def test_the_id_ignores_what_cannot_change_the_outcome(configured, tmp_path):
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "seeds.head=1", "init=olora", "init.niter=4", "training.steps=3", "lora.r=4",
-     "model.dropout=null", "data.test_limit=9", "calibration.samples=8"],
+     "model.dropout=null", "data.test_limit=9", "calibration.samples=8",
+     "training.lora_plus_ratio=2", "budget.tokens=50"],
 )  # fmt: skip
 def test_the_id_depends_on_everything_else(configured, override):
     assert identify(configured("init=pissa", override)).id != identify(configured("init=pissa")).id

@@ -32,7 +32,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
 
 def losses(folder) -> list[tuple]:
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
-    return [(line["split"], line["step"], line["loss"]) for line in lines]
+    return [(line["split"], line["step"], line.get("loss")) for line in lines]
 
 
 def manifest(outputs: Path) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -110,6 +111,19 @@ def test_what_is_recorded():
     assert summary.seconds > 0
 
 
+def test_tokens_are_those_of_all_processes(monkeypatch):
+    """A batch is split unevenly: one process's share times their number would only be near it."""
+    settings = TrainingConfig(steps=2, batch_size=4, learning_rate=1e-3)
+    accelerator = make_accelerator(settings, "cpu")
+    other = {"sum": 5, "mean": 0}  # what the others of this make-believe group add
+    monkeypatch.setattr(accelerator, "reduce", lambda value, how: value + other[how])
+    summary = train(
+        Toy(), ToyTask(), list(range(20)), settings, seed=5, accelerator=accelerator,
+        record=lambda row: None,
+    )  # fmt: skip
+    assert summary.tokens == 2 * (4 * 3 + 5)
+
+
 def test_a_head_may_have_its_own_rate():
     slow = TrainingConfig(
         steps=1, batch_size=4, learning_rate=1e-4, head_learning_rate=1e-1, warmup=0.0
@@ -120,6 +134,34 @@ def test_a_head_may_have_its_own_rate():
     assert float((model.head - 1).detach().abs().max()) == pytest.approx(1e-1, rel=1e-2)
     assert float(model.layer.lora_B.detach().abs().max()) == pytest.approx(1e-4, rel=1e-2)
     assert torch.equal(model.frozen, torch.ones(3))
+
+
+def test_b_may_learn_faster_than_a():
+    settings = TrainingConfig(
+        steps=1, batch_size=4, learning_rate=1e-3, lora_plus_ratio=8.0, warmup=0.0
+    )
+    model = Toy()
+    model.layer.lora_B.data.fill_(0.3)
+    rows, _ = run_toy(model, settings)
+    # AdamW's first step is the learning rate in every coordinate.
+    assert float((model.layer.lora_A - 1).detach().abs().max()) == pytest.approx(1e-3, rel=1e-2)
+    moved = float((model.layer.lora_B - 0.3).detach().abs().max())
+    assert moved == pytest.approx(8e-3, rel=1e-2)
+    assert float((model.head - 1).detach().abs().max()) == pytest.approx(1e-3, rel=1e-2)
+    assert rows[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_observation_comes_after_every_step_and_takes_no_time():
+    settings = TrainingConfig(steps=3, batch_size=4, learning_rate=1e-3)
+    seen = []
+
+    def observe(step):
+        seen.append(step)
+        time.sleep(0.1)
+
+    _, summary = run_toy(Toy(), settings, observe=observe)
+    assert seen == [1, 2, 3]
+    assert summary.seconds < 0.3
 
 
 def test_validation_comes_when_it_is_due():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -315,6 +316,55 @@ def test_budget_counts_the_planned_ranks():
     assert model.layers["steep"].rank <= 12
 
 
+class Shapes(nn.Module):
+    """A cheap and a dear layer on the same steep inputs, and a middle one on flat ones."""
+
+    SIZES: ClassVar = {"cheap": 8, "dear": 200, "middle": 60}
+
+    def __init__(self):
+        super().__init__()
+        for name, rows in self.SIZES.items():
+            self.add_module(name, nn.Linear(32, rows))
+
+    def forward(self, x):
+        steep = x * 0.8 ** torch.arange(32)
+        return self.cheap(steep).sum() + self.dear(steep).sum() + self.middle(x).sum()
+
+
+def test_a_budget_of_parameters_is_kept():
+    """Against the greedy choice spelt out: the best ratio that fits, until nothing fits."""
+    r, limit = 4, 8
+    config = config_for(list(Shapes.SIZES), r=r, rho=2.0, budget="parameters")
+    model = get_peft_model(Shapes(), config, calibration=uneven_inputs())
+    x = torch.cat(uneven_inputs()).double()
+    steep = x * 0.8 ** torch.arange(32).double()
+    inputs = {"cheap": steep, "dear": steep, "middle": x}
+    costs = {name: 32 + rows for name, rows in Shapes.SIZES.items()}
+    ratios = {}
+    for name, seen in inputs.items():
+        variances, _ = principal(seen, 32, True)
+        ratios[name] = (variances / variances.sum())[:limit].tolist()
+    left = r * sum(costs.values())
+    ranks = dict.fromkeys(costs, 0)
+    while True:
+        growing = [n for n in ranks if ranks[n] < limit and costs[n] <= left]
+        if not growing:
+            break
+        best = max(growing, key=lambda n: ratios[n][ranks[n]] / costs[n])
+        ranks[best] += 1
+        left -= costs[best]
+    assert {name: layer.rank for name, layer in model.layers.items()} == {
+        name: rank for name, rank in ranks.items() if rank
+    }
+    assert 0 <= r * sum(costs.values()) - model.plan.parameters < max(costs.values())
+    assert len(set(ranks.values())) > 1
+    # Of equal sums of ranks the paper's choice has another number of parameters.
+    paper = config_for(list(Shapes.SIZES), r=r, rho=2.0)
+    by_ranks = get_peft_model(Shapes(), paper, calibration=uneven_inputs())
+    assert sum(layer.rank for layer in by_ranks.layers.values()) == 3 * r
+    assert by_ranks.plan.parameters != model.plan.parameters
+
+
 def test_rho_one_keeps_the_ranks_uniform():
     model = get_peft_model(
         Uneven(), config_for(["flat", "steep"], r=5, rho=1.0), calibration=uneven_inputs()
@@ -354,6 +404,7 @@ def test_inputs_that_never_vary_are_an_error():
         ({"rho": 0.5}, r"rho=0\.5; allowed are finite numbers >= 1"),
         ({"tau": 0.5}, r"tau=0\.5.*exact"),
         ({"rh0": 2.0}, "unknown option 'rh0'.*'rho'"),
+        ({"budget": "rank"}, "budget='rank'; allowed are ranks, parameters"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -1,0 +1,57 @@
+"""What every run records besides its score: at the start, while it trains, and at the end.
+
+Measures read the model and the data; they draw no random number and change no parameter, so that a
+run's losses are the same to the bit with them and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from experiments.measures.end import measure_end
+from experiments.measures.original_model import OriginalModel
+from experiments.measures.originals import Originals, measure_originals
+from experiments.measures.settings import MeasuresConfig
+from experiments.measures.spectra import describe_spectrum
+from experiments.measures.start import describe_start
+from experiments.measures.updates import is_due, update_size
+from lora_init import LoraModel
+
+__all__ = [
+    "MeasuresConfig",
+    "OriginalModel",
+    "Originals",
+    "describe_spectra",
+    "describe_start",
+    "measure_end",
+    "measure_originals",
+    "update_observer",
+]
+
+
+def update_observer(
+    model: LoraModel,
+    facts: Originals,
+    settings: MeasuresConfig,
+    steps: int,
+    record: Callable[[dict[str, Any]], None],
+) -> Callable[[int], None]:
+    """What the training loop calls after each step: records the update's size when it is due."""
+
+    def observe(step: int) -> None:
+        if is_due(step, steps, settings.update_every):
+            size = update_size(model, facts.norms)
+            record({"step": step, "split": "update", "update_size": size})
+
+    return observe
+
+
+def describe_spectra(model: LoraModel, facts: Originals) -> dict[str, Any]:
+    """The content of spectra.json."""
+    layers = model.layers
+    rows = [
+        describe_spectrum(name, spectrum, layers.get(name))
+        for name, spectrum in facts.spectra.items()
+    ]
+    return {"layers": rows}

@@ -1,0 +1,46 @@
+"""The original base model beside the trained one, whatever the method did to its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_init import LoraModel
+from lora_init.base_weights import BaseWeights
+from lora_init.plan import Target
+
+
+class OriginalModel:
+    """The same model with its adapter off; where its weights were replaced, loaded once more.
+
+    Loading again costs seconds and memory after the training. A copy kept from the start would
+    weigh on the peak memory that is recorded for the initialization.
+
+    Args:
+        model: the adapted model.
+        load: loads the base again, and tells where its unquantised weights are, if they are apart.
+    """
+
+    def __init__(self, model: LoraModel, load: Callable[[], tuple[nn.Module, str | None]]) -> None:
+        self.adapted = model
+        self.weights: BaseWeights | None = None
+        if model.plan.replaced:
+            self.weights = BaseWeights(*load())
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The model that computes the original function."""
+        if self.weights is not None:
+            yield self.weights.model
+        else:
+            with self.adapted.disable_adapter():
+                yield self.adapted.get_base_model()
+
+    def weight(self, target: Target) -> Float[Tensor, "out in"]:
+        """A layer's original weight."""
+        if self.weights is not None:
+            return self.weights.weight(target)
+        return self.adapted.layers[target.name].original_weight()

@@ -1,0 +1,44 @@
+"""What is known of a run before its first step: `start` of result.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.measures.products import product_norm
+from experiments.measures.updates import ratio
+from lora_init import LoraModel
+
+
+def describe_start(
+    model: LoraModel,
+    norms: Mapping[str, float],
+    init: Mapping[str, Any],
+    gradient_norms: Mapping[str, float],
+) -> dict[str, Any]:
+    """Sizes over all adapted layers together (square roots of sums of squares), gaps and costs.
+
+    Args:
+        model: its initial factors are read, so that it may have been trained.
+        norms: of the original weights, by layer.
+        init: what init.json holds.
+        gradient_norms: of the first step, in total, of A, B and the head.
+    """
+    layers = model.layers
+    starts = [(layer.initial_lora_A, layer.initial_lora_B) for layer in layers.values()]
+    products = [
+        layer.scaling * product_norm(layer.initial_lora_B, layer.initial_lora_A)
+        for layer in layers.values()
+    ]
+    return {
+        "output_gap": init["output_gap"],
+        "norm_A": math.hypot(*(float(lora_A.double().norm()) for lora_A, _ in starts)),
+        "norm_B": math.hypot(*(float(lora_B.double().norm()) for _, lora_B in starts)),
+        "relative_norm": ratio(math.hypot(*products), math.hypot(*(norms[n] for n in layers))),
+        "gradient_norms": dict(gradient_norms),
+        "init_seconds": init["seconds"]["total"],
+        "calibration_seconds": init["seconds"]["calibration"],
+        "peak_memory_bytes": init["peak_memory_bytes"],
+        "calibration_tokens": init["calibration_tokens"],
+    }

@@ -1,0 +1,28 @@
+"""How far training has moved the adapted weights, beside their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from experiments.measures.products import update_norm
+from lora_init import LoraModel
+
+COMMON_STEP = 100
+"""Where runs of every length are comparable: update size here is one of the protocol's views."""
+
+
+def is_due(step: int, steps: int, every: int) -> bool:
+    """Whether the update is measured after `step` of `steps`."""
+    return step in (COMMON_STEP, steps) or (every > 0 and step % every == 0)
+
+
+def update_size(model: LoraModel, norms: Mapping[str, float]) -> float | None:
+    """‖s (B A - B0 A0)‖ / ‖W‖ over all adapted layers together, W the original weights."""
+    updates = [update_norm(layer) for layer in model.layers.values()]
+    return ratio(math.hypot(*updates), math.hypot(*(norms[name] for name in model.layers)))
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """None where the whole is zero."""
+    return part / whole if whole > 0 else None

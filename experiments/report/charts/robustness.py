@@ -1,0 +1,119 @@
+"""Whether a comparison depends on a setting: score against learning rate, and against rank."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from ..canvas import BAR, SEED_CHOSEN, SUBSET_CHOSEN, Canvas, Chart, log_ticks
+from ..statistics import LEAST_SEEDS, quantile
+from ..views import Views
+
+SECTION = "Scores"
+# t(0.975) for n seeds at index n, as an expression of Vega; infinite degrees of freedom above.
+STUDENT = [0.0] * LEAST_SEEDS + [round(quantile(n), 4) for n in range(LEAST_SEEDS, 31)]
+
+
+def charts(canvas: Canvas, views: Views, covers: str) -> list[Chart]:
+    """Those that there are data for; `covers` says what the intervals of the rows cover."""
+    rows, runs = views.tables["rows"], views.tables["runs"]
+    made = []
+    if runs.groupby("arm")["learning_rate"].nunique().max() > 1:
+        which = "test score" if views.curve == "score" else "validation score"
+        made.append(Chart(
+            "robustness", f"{canvas.metric.capitalize()} against learning rate",
+            f"Line: mean {which} over seeds. Band: 95 % interval of that mean by Student's t, over "
+            f"seeds alone ({LEAST_SEEDS} or more). Small dots: the runs. Ring: the chosen setting.",
+            robustness(canvas, runs), SECTION, wide=True,
+        ))  # fmt: skip
+    if rows.groupby(["task", "method"])["rank"].nunique().max() > 1:
+        made.append(Chart(
+            "rank", f"{canvas.metric.capitalize()} against rank",
+            f"Each method at its best learning rate for that rank, all ranks whatever is chosen "
+            f"above. Bars: 95 % intervals over {covers}.",
+            against_rank(canvas, rows), SECTION,
+        ))  # fmt: skip
+    return made
+
+
+def robustness(canvas: Canvas, runs: pd.DataFrame) -> alt.LayerChart:
+    """Mean over seeds at each learning rate, with its interval; the chosen one in a ring."""
+    runs = runs[runs["curve"].notna()]
+    x = alt.X(
+        "learning_rate:Q",
+        title="learning rate (log)",
+        scale=alt.Scale(type="log", nice=False, padding=14),
+        axis=alt.Axis(format="~e", values=log_ticks(runs["learning_rate"]), grid=False),
+    )
+    y = alt.Scale(zero=False, padding=8)
+    each = canvas.table("runs").transform_filter(f"{SEED_CHOSEN} && isValid(datum.curve)")
+    mean = (
+        each.transform_aggregate(
+            mean="mean(curve)", deviation="stdev(curve)", n="count()",
+            groupby=["arm", "method", "task", "learning_rate", "best"],
+        )
+        .transform_calculate(known=f"datum.n >= {LEAST_SEEDS}")
+        .transform_calculate(
+            margin=f"datum.known ? {STUDENT}[min(datum.n, {len(STUDENT) - 1})] * datum.deviation"
+            " / sqrt(datum.n) : 0"
+        )
+        .transform_calculate(
+            bottom="datum.mean - datum.margin",
+            top="datum.mean + datum.margin",
+            low="datum.known ? datum.mean - datum.margin : null",
+            high="datum.known ? datum.mean + datum.margin : null",
+        )
+        .encode(x=x, color=canvas.color("stroke"), detail=["arm:N", "task:N"])
+    )  # fmt: skip
+    tooltip = [
+        alt.Tooltip("arm:N", title="method"),
+        alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
+        alt.Tooltip("mean:Q", title=f"{canvas.metric}, %, mean over seeds", format=".2f"),
+        alt.Tooltip("low:Q", title="95 % from", format=".2f"),
+        alt.Tooltip("high:Q", title="to", format=".2f"),
+        alt.Tooltip("n:Q", title="seeds"),
+    ]
+    band = mean.mark_area(opacity=0.13).encode(
+        y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=y), y2="top:Q"
+    )  # fmt: skip
+    line = mean.mark_line(strokeWidth=2.2).encode(y=alt.Y("mean:Q", scale=y))
+    dots = mean.mark_point(filled=True, size=34, opacity=1).encode(y="mean:Q", tooltip=tooltip)
+    ring = mean.transform_filter("datum.best").mark_point(
+        filled=False, size=190, strokeWidth=2.4, opacity=1
+    ).encode(y="mean:Q", tooltip=tooltip)  # fmt: skip
+    small = each.mark_point(filled=True, size=12, opacity=0.35).encode(
+        x=x, y="curve:Q", color=canvas.color("stroke"),
+        tooltip=canvas.run_tooltip(
+            alt.Tooltip("curve:Q", title=f"{canvas.metric}, %", format=".2f")
+        ),
+    )  # fmt: skip
+    return canvas.finish(alt.layer(band, small, line, dots, ring), 340, legend=True)
+
+
+def against_rank(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
+    """Score of each method's best learning rate at every rank."""
+    every_rank = SUBSET_CHOSEN.replace("indexof(ranks, datum.rank) >= 0 && ", "")
+    ranks = sorted(float(rank) for rank in rows["rank"].unique() if rank > 0)
+    base = (
+        canvas.table("rows")
+        .transform_filter(every_rank)
+        .transform_calculate(**BAR)
+        .encode(
+            x=alt.X(
+                "rank:Q", title="rank (log)",
+                scale=alt.Scale(type="log", base=2, nice=False, padding=18),
+                axis=alt.Axis(values=ranks, grid=False),
+            ),
+            color=canvas.color("stroke"),
+            detail="series:N",
+        )
+    )  # fmt: skip
+    interval = base.mark_rule(strokeWidth=2.5, opacity=0.5).encode(
+        y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=10)),
+        y2="top:Q",
+    )
+    line = base.mark_line(strokeWidth=2).encode(y="score:Q")
+    point = base.mark_point(filled=True, size=60, opacity=1).encode(
+        y="score:Q", tooltip=canvas.score_tooltip()
+    )
+    return canvas.finish(alt.layer(interval, line, point), 300, legend=True)

@@ -1,0 +1,147 @@
+"""How the methods did at their chosen settings: scores, differences, and a mean over tasks."""
+
+from __future__ import annotations
+
+import altair as alt
+
+from ..canvas import BAR, FEW_TICKS, INK, OVER_TASKS, RUN_CHOSEN, SOFT, SUBSET_CHOSEN, Canvas, Chart
+from ..palette import BASELINE
+from ..views import Views
+
+SECTION = "Scores"
+
+def charts(canvas: Canvas, views: Views, majority: dict[str, float], covers: str) -> list[Chart]:
+    """Those that there are data for.
+
+    Args:
+        majority: per task, the score of always answering the majority class, in per cent.
+        covers: what the intervals of the chosen settings cover, in words.
+    """
+    made = [Chart(
+        "score", f"{canvas.metric.capitalize()} at the chosen setting",
+        f"Large dot: mean over seeds. Bar: 95 % interval over {covers}. Small circles: the runs.",
+        score(canvas, majority), SECTION,
+    )]  # fmt: skip
+    if views.tables["rows"]["difference"].notna().any():
+        made.append(Chart(
+            "difference", f"Difference to {BASELINE}",
+            f"Paired over {covers}, with 95 % intervals. Hollow: a tie.",
+            difference(canvas), SECTION,
+        ))  # fmt: skip
+    tasks = views.tables["tasks"]
+    if len(tasks):
+        made.append(Chart(
+            "tasks", f"Interquartile mean over {int(tasks['tasks'].iloc[0])} tasks",
+            "Mean of the middle half of the scores of all tasks and seeds, not normalised, with a "
+            "95 % bootstrap interval stratified by task (Agarwal et al. 2021, arXiv 2108.13264).",
+            over_tasks(canvas), SECTION,
+        ))  # fmt: skip
+    return made
+
+
+def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
+    """Mean and 95 % interval per arm, one small dot a run, the majority class dashed."""
+    base = canvas.table("rows").transform_filter(SUBSET_CHOSEN).transform_calculate(**BAR)
+    base = base.encode(y=canvas.rows(), color=canvas.color(None))
+    x = alt.X(
+        "bottom:Q",
+        title=f"{canvas.metric}, %",
+        scale=alt.Scale(zero=False, padding=12),
+        axis=alt.Axis(tickCount=FEW_TICKS),
+    )
+    interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
+        x=x, x2="top:Q", tooltip=canvas.score_tooltip()
+    )
+    mean = base.mark_point(filled=True, size=95, opacity=1).encode(
+        x="score:Q", tooltip=canvas.score_tooltip()
+    )
+    each = (
+        canvas.table("runs")
+        .transform_filter(f"{RUN_CHOSEN} && isValid(datum.score)")
+        .mark_point(size=24, yOffset=9, opacity=0.9, strokeWidth=1.4)
+        .encode(
+            y=canvas.rows(),
+            x="score:Q",
+            color=canvas.color(None),
+            tooltip=canvas.run_tooltip(
+                alt.Tooltip("score:Q", title=f"{canvas.metric}, %", format=".2f")
+            ),
+        )
+    )
+    layers = [interval, each, mean]
+    if majority:
+        values = [{"task": task, "majority": value} for task, value in majority.items()]
+        guess = alt.Chart(alt.InlineData(values=values))
+        guess = guess.transform_filter("indexof(tasks, datum.task) >= 0")
+        label = "'majority class ' + format(datum.majority, '.1f') + ' %'"
+        layers += [
+            guess.mark_rule(strokeDash=[5, 4], color=SOFT).encode(x="majority:Q"),
+            guess.transform_calculate(label=label)
+            .mark_text(align="left", dx=5, dy=-7, color=SOFT, fontSize=12)
+            .encode(x="majority:Q", y=alt.value(0), text="label:N"),
+        ]
+    return canvas.finish(alt.layer(*layers), alt.Step(34))
+
+
+def difference(canvas: Canvas) -> alt.LayerChart:
+    """Paired difference to the baseline. Hollow means a tie."""
+    label = "datum.verdict == 'tie' ? 'tie' : format(datum.difference, '+.1f')"
+    base = (
+        canvas.table("rows")
+        .transform_filter(f"{SUBSET_CHOSEN} && isValid(datum.difference)")
+        .transform_calculate(
+            label=label,
+            bottom="isValid(datum.difference_low) ? datum.difference_low : datum.difference",
+            top="isValid(datum.difference_high) ? datum.difference_high : datum.difference",
+        )
+        .encode(y=canvas.rows(without_baseline=True), color=canvas.color(None))
+    )
+    tooltip = [
+        alt.Tooltip("arm:N", title="method"),
+        alt.Tooltip("difference:Q", title=f"points to {BASELINE}", format="+.2f"),
+        alt.Tooltip("difference_low:Q", title="95 % from", format="+.2f"),
+        alt.Tooltip("difference_high:Q", title="to", format="+.2f"),
+        alt.Tooltip("verdict:N"),
+    ]
+    interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
+        x=alt.X(
+            "bottom:Q",
+            title=f"difference to {BASELINE}, points",
+            scale=alt.Scale(padding=10),
+            axis=alt.Axis(
+                tickCount=FEW_TICKS,
+                labelExpr="datum.value === 0 ? '0' : format(datum.value, '+.4~g')",
+            ),
+        ),
+        x2="top:Q",
+        tooltip=tooltip,
+    )
+    point = base.mark_point(size=95, opacity=1, strokeWidth=2).encode(
+        x="difference:Q",
+        fill=alt.condition("datum.verdict == 'tie'", alt.value("white"), canvas.color(None)),
+        tooltip=tooltip,
+    )
+    text = base.mark_text(dy=-13, fontSize=12).encode(
+        x="difference:Q", text="label:N", color=alt.value(SOFT)
+    )
+    zero = alt.Chart(alt.InlineData(values=[{"zero": 0}]))
+    zero = zero.mark_rule(color=INK, strokeWidth=1).encode(x="zero:Q")
+    return canvas.finish(alt.layer(zero, interval, point, text), alt.Step(38))
+
+
+def over_tasks(canvas: Canvas) -> alt.LayerChart:
+    base = canvas.table("tasks").transform_filter(OVER_TASKS)
+    base = base.encode(y=canvas.rows(), color=canvas.color(None))
+    tooltip = [
+        alt.Tooltip("arm:N", title="method"),
+        alt.Tooltip("score:Q", title="interquartile mean, %", format=".2f"),
+        alt.Tooltip("low:Q", title="95 % from", format=".2f"),
+        alt.Tooltip("high:Q", title="to", format=".2f"),
+        alt.Tooltip("runs:Q"),
+    ]
+    x = alt.X("low:Q", title="interquartile mean, %", scale=alt.Scale(zero=False, padding=12))
+    interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
+        x=x, x2="high:Q", tooltip=tooltip
+    )
+    mean = base.mark_point(filled=True, size=95, opacity=1).encode(x="score:Q", tooltip=tooltip)
+    return canvas.finish(alt.layer(interval, mean), alt.Step(34))

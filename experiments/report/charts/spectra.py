@@ -1,0 +1,62 @@
+"""The spectrum of a weight, with the part of each direction that every start took."""
+
+from __future__ import annotations
+
+import altair as alt
+
+from ..canvas import ARM_CHOSEN, Canvas, Chart
+from ..views import Views
+from .layers import SECTION
+
+TALL = 0.84  # of the height between two feet
+
+
+def charts(canvas: Canvas, views: Views) -> list[Chart]:
+    """The one chart, if any chosen run kept its spectra."""
+    frame = views.tables["spectra"]
+    if frame.empty:
+        return []
+    layers = list(dict.fromkeys(frame["layer"]))
+    return [Chart(
+        "spectra", "The spectrum, and the part that each start took",
+        "Grey: the leading singular values of the weight, relative to the first. Coloured: the "
+        "share of each direction that lies in the space where the adapter begins. One seed of each "
+        "chosen setting.",
+        spectra(canvas, layers[0]), SECTION, parameter="layer",
+        choices={layer: layer for layer in layers}, all_drawn=False,
+    )]  # fmt: skip
+
+
+def spectra(canvas: Canvas, layer: str) -> alt.LayerChart:
+    """A ridge per arm: bars of height σ_k / σ_1, filled to the share that was taken."""
+    base = (
+        canvas.table("spectra")
+        .transform_filter(f"{ARM_CHOSEN} && datum.layer == layer")
+        .transform_window(place="dense_rank()", sort=[alt.SortField("order")], frame=[None, None])
+        .transform_calculate(
+            foot="-datum.place",
+            top=f"-datum.place + {TALL} * datum.value",
+            filled=f"-datum.place + {TALL} * datum.value * datum.taken",
+        )
+    )
+    x = alt.X("index:Q", title="singular direction", axis=alt.Axis(grid=False, tickCount=6),
+              scale=alt.Scale(nice=False, padding=4))  # fmt: skip
+    y = alt.Y("foot:Q", axis=None, scale=alt.Scale(nice=False, zero=False))
+    tooltip = [
+        alt.Tooltip("arm:N", title="method"),
+        alt.Tooltip("index:Q", title="direction"),
+        alt.Tooltip("value:Q", title="σ / σ₁", format=".3f"),
+        alt.Tooltip("taken:Q", title="share taken", format=".3f"),
+    ]
+    whole = base.mark_bar(color="#dfe3e8").encode(x=x, y=y, y2="top:Q", tooltip=tooltip)
+    part = base.mark_bar().encode(
+        x=x, y=y, y2="filled:Q", color=canvas.color(None), tooltip=tooltip
+    )
+    names = (
+        base.transform_aggregate(last="max(index)", groupby=["arm", "method", "place"])
+        .transform_calculate(height=f"-datum.place + {TALL / 2}")
+        .mark_text(align="right", fontSize=12, fontWeight=600)
+        .encode(x="last:Q", y="height:Q", text="arm:N", color=canvas.color(None))
+    )
+    drawing = canvas.finish(alt.layer(whole, part, names), max(160, 46 * canvas.rows_at_first))
+    return drawing.add_params(alt.param(name="layer", value=layer))

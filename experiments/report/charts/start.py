@@ -1,0 +1,155 @@
+"""What a start costs and how it looks from outside, and what training on from it forgets."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from ..canvas import (
+    BAR,
+    RUN_CHOSEN,
+    SEED_CHOSEN,
+    SUBSET_CHOSEN,
+    Canvas,
+    Chart,
+    log_ticks,
+    wants_log,
+)
+from ..views import Views
+
+SECTION = "Costs and side effects"
+
+
+def charts(canvas: Canvas, views: Views) -> list[Chart]:
+    """Those that there are data for."""
+    rows, runs = views.tables["rows"], views.tables["runs"]
+    kind = f", {views.forgetting}" if views.forgetting else ""
+    made = []
+    if (rows["init_seconds"] > 0).any():
+        made.append(Chart(
+            "cost", "What the start costs, what it brings",
+            "Seconds to initialize, calibration included, on a logarithmic axis. "
+            "Bars: 95 % intervals of the score.",
+            cost(canvas, rows), SECTION,
+        ))  # fmt: skip
+    if runs["forgetting"].notna().any() and runs["score"].notna().any():
+        made.append(Chart(
+            "forgetting", "Forgetting against score",
+            f"How far the trained model is from the original base{kind}: to the left is better. "
+            "Large: mean over seeds. Small: the runs.",
+            forgetting(canvas), SECTION,
+        ))  # fmt: skip
+    gradients = runs["first_step_gradient_norm"]
+    if gradients.notna().any():
+        log = wants_log(gradients)
+        made.append(Chart(
+            "gradient", "Gradient norm at the first step",
+            "A tick per run, a dot for the mean." + (" Logarithmic axis." if log else ""),
+            strip(canvas, "runs", runs, "first_step_gradient_norm", "gradient norm", log), SECTION,
+        ))  # fmt: skip
+    layers = views.tables["layers"]
+    if len(layers) and layers["relative_norm"].notna().any():
+        made.append(Chart(
+            "norm", "Size of the start, norm of sBA / norm of W",
+            "A tick per layer and seed, a dot for the mean. Zero where B starts at zero.",
+            strip(canvas, "layers", layers, "relative_norm", "norm of sBA / norm of W", False),
+            SECTION,
+        ))  # fmt: skip
+    return made
+
+
+def cost(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
+    """Seconds to initialize (log) against score with its interval."""
+    base = (
+        canvas.table("rows")
+        .transform_filter(f"{SUBSET_CHOSEN} && datum.init_seconds > 0")
+        .transform_calculate(**BAR)
+        .encode(
+            x=alt.X(
+                "init_seconds:Q",
+                title="seconds to initialize (log)",
+                scale=alt.Scale(type="log", nice=False, padding=18),
+                axis=alt.Axis(format="~g", values=log_ticks(rows["init_seconds"])),
+            ),
+            color=canvas.color("symbol"),
+            tooltip=[
+                *canvas.score_tooltip(),
+                alt.Tooltip("init_seconds:Q", title="seconds to initialize", format=".3g"),
+            ],
+        )
+    )
+    interval = base.mark_rule(strokeWidth=2.5, opacity=0.6).encode(
+        y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=10)),
+        y2="top:Q",
+    )
+    point = base.mark_point(filled=True, size=110, opacity=1).encode(
+        y="score:Q", shape=canvas.shape()
+    )
+    return canvas.finish(alt.layer(interval, point), 280, legend=True)
+
+
+def forgetting(canvas: Canvas) -> alt.LayerChart:
+    """Forgetting against score: one small point a run, a large one for each arm's mean."""
+    known = "isValid(datum.forgetting) && isValid(datum.score)"
+    base = canvas.table("runs").transform_filter(f"{RUN_CHOSEN} && {known}")
+    x = alt.X("forgetting:Q", title="forgetting", scale=alt.Scale(zero=False, padding=14),
+              axis=alt.Axis(tickCount=6))  # fmt: skip
+    y = alt.Y("score:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=12))
+    small = base.mark_point(size=26, opacity=0.7, strokeWidth=1.3).encode(
+        x=x, y=y, color=canvas.color("symbol"), shape=canvas.shape(),
+        tooltip=canvas.run_tooltip(
+            alt.Tooltip("score:Q", title=f"{canvas.metric}, %", format=".2f"),
+            alt.Tooltip("forgetting:Q", format=".4g"),
+        ),
+    )  # fmt: skip
+    means = base.transform_aggregate(
+        score="mean(score)", forgetting="mean(forgetting)", n="count()",
+        groupby=["arm", "method", "task", "learning_rate"],
+    )  # fmt: skip
+    large = means.mark_point(filled=True, size=110, opacity=0.95).encode(
+        x=x, y=y, color=canvas.color("symbol"), shape=canvas.shape(),
+        tooltip=[
+            alt.Tooltip("arm:N", title="method"),
+            alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
+            alt.Tooltip("score:Q", title=f"{canvas.metric}, %", format=".2f"),
+            alt.Tooltip("forgetting:Q", format=".4g"),
+            alt.Tooltip("n:Q", title="seeds"),
+        ],
+    )  # fmt: skip
+    return canvas.finish(alt.layer(small, large), 280, legend=True)
+
+
+def strip(
+    canvas: Canvas, table: str, frame: pd.DataFrame, field: str, title: str, log: bool
+) -> alt.LayerChart:
+    """One tick per layer or run, the mean as a point."""
+    scale = alt.Scale(type="log", nice=False, padding=18) if log else alt.Scale(zero=True)
+    axis = alt.Axis(values=log_ticks(frame[field]), format="~g") if log else alt.Axis(tickCount=6)
+    chosen = RUN_CHOSEN if "best" in frame else SEED_CHOSEN
+    base = (
+        canvas.table(table)
+        .transform_filter(f"{chosen} && isValid(datum.{field})")
+        .encode(y=canvas.rows(), color=canvas.color(None))
+    )
+    measured = alt.Tooltip(f"{field}:Q", title=title, format=".4g")
+    if "layer" in frame:
+        tooltip = [
+            alt.Tooltip("arm:N", title="method"),
+            alt.Tooltip("seed:N"),
+            alt.Tooltip("layer:N"),
+            measured,
+            alt.Tooltip("run_id:N", title="run"),
+        ]
+    else:
+        tooltip = canvas.run_tooltip(measured)
+    each = base.mark_tick(thickness=2, size=15, opacity=0.45).encode(
+        x=alt.X(f"{field}:Q", title=title, scale=scale, axis=axis), tooltip=tooltip
+    )
+    mean = base.mark_point(filled=True, size=70, opacity=1).encode(
+        x=f"mean({field}):Q",
+        tooltip=[
+            alt.Tooltip("arm:N", title="method"),
+            alt.Tooltip(f"mean({field}):Q", title=f"mean {title}", format=".4g"),
+        ],
+    )
+    return canvas.finish(alt.layer(each, mean), alt.Step(26))

@@ -1,0 +1,81 @@
+"""What happened while the chosen settings trained: losses, gradients, how far the weights moved."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from ..canvas import ON_PAGE, SEED_CHOSEN, Canvas, Chart, log_ticks, wants_log
+from ..views import Views
+
+SECTION = "Training"
+BAND = "Line: mean over seeds. Band: from the lowest to the highest seed"
+
+
+def charts(canvas: Canvas, views: Views) -> list[Chart]:
+    """Those that there are data for."""
+    window = views.smoothing
+    smooth = f", each run’s values averaged over {window} logged steps" if window > 1 else ""
+    made = []
+    for name, table, value, title, words in (
+        ("loss", "training", "loss", "Training loss", smooth),
+        ("validation", "validation", "loss", "Validation loss", ""),
+        ("gradients", "training", "grad_norm", "Gradient norm", smooth + ". Before clipping"),
+        ("update", "updates", "update_size", "Size of the update",
+         ". ‖ΔW‖ / ‖W‖, over all adapted layers together"),
+    ):  # fmt: skip
+        frame = views.tables[table]
+        if len(frame) and frame[value].notna().any():
+            made.append(Chart(
+                name, title, f"{BAND}{words}. The chosen settings.",
+                curve(canvas, table, frame, value, title.lower(), name), SECTION,
+            ))  # fmt: skip
+    return made
+
+
+def curve(
+    canvas: Canvas, table: str, frame: pd.DataFrame, value: str, title: str, name: str
+) -> alt.LayerChart:
+    """Mean over seeds against the step, with a band from the lowest to the highest seed."""
+    base = (
+        canvas.table(table)
+        .transform_filter(f"{SEED_CHOSEN} && isValid(datum.{value})")
+        .transform_aggregate(
+            mean=f"mean({value})", lowest=f"min({value})", highest=f"max({value})", runs="count()",
+            groupby=["arm", "method", "task", "step"],
+        )
+        .encode(
+            x=alt.X("step:Q", title="training step", axis=alt.Axis(grid=False, tickCount=6)),
+            color=canvas.color("stroke"),
+            detail=["arm:N", "task:N"],
+        )
+    )  # fmt: skip
+    log = wants_log(frame[value])
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+    axis = alt.Axis(format="~g", values=log_ticks(frame[value])) if log else alt.Axis(tickCount=6)
+    y = alt.Y("lowest:Q", title=f"{title}{' (log)' if log else ''}", scale=scale, axis=axis)
+    band = base.mark_area(opacity=0.14).encode(y=y, y2="highest:Q")
+    few = frame["step"].nunique() <= 12
+    line = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=45) if few else False)
+    hover = alt.selection_point(
+        name=f"{name}_hover", nearest=True, on="pointerover", clear="pointerout",
+        fields=["arm", "step"], empty=False,
+    )  # fmt: skip
+    dots = (
+        base.mark_point(filled=True, size=60)
+        .encode(
+            y="mean:Q",
+            opacity=alt.condition(hover, alt.value(1), alt.value(0)),
+            tooltip=[
+                alt.Tooltip("arm:N", title="method"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("mean:Q", title=f"{title}, mean over seeds", format=".4g"),
+                alt.Tooltip("lowest:Q", title="lowest seed", format=".4g"),
+                alt.Tooltip("highest:Q", title="highest seed", format=".4g"),
+                alt.Tooltip("runs:Q", title="seeds"),
+            ],
+        )
+        .add_params(hover)
+        .properties(name=f"{name}{ON_PAGE}")
+    )
+    return canvas.finish(alt.layer(band, line.encode(y="mean:Q"), dots), 280, legend=True)

@@ -1,0 +1,151 @@
+"""Two sweeps of the same settings over two versions of the code, side by side.
+
+Runs are paired by task, method, rank, what else makes an arm, learning rate and seed. A figure is
+flagged where the 95 % interval of its paired difference leaves zero out: for scores by bootstrap
+over examples and seeds, where predictions were kept and the runs are few enough to read them, else
+by Student's t over seeds. Where no interval can be made nothing is flagged.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from .runs import Problem
+from .settings import without_rank
+from .statistics import Bootstrap, Interval, seed_interval
+from .summary import align_examples
+
+SETTING = ("task", "method", "rank", "series", "learning_rate")
+FIGURES = {"score": "score", "init_seconds": "init s", "output_gap": "output gap"}
+READ = 400  # runs whose predictions are read; of more, scores are compared over seeds alone
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Means over the paired seeds, and the interval of ours - theirs."""
+
+    ours: float
+    theirs: float
+    difference: Interval
+
+    @property
+    def differs(self) -> bool:
+        known = not np.isnan(self.difference.low)
+        return known and not self.difference.contains_zero
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that both sweeps have."""
+
+    task: str
+    arm: str
+    method: str
+    learning_rate: float
+    tested: bool  # whether the score is the test score; else it is the validation score
+    seeds: int
+    figures: dict[str, Figure]
+
+    @property
+    def flagged(self) -> list[str]:
+        return [words for name, words in FIGURES.items() if self.figures[name].differs]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All settings of two sweeps.
+
+    Attributes:
+        name, other: the sweeps' names.
+        commits, other_commits: the code that each was run with.
+        alone, other_alone: runs without a partner.
+    """
+
+    name: str
+    other: str
+    commits: list[str]
+    other_commits: list[str]
+    changes: list[Change]
+    alone: int
+    other_alone: int
+
+    @property
+    def flagged(self) -> list[Change]:
+        return [change for change in self.changes if change.flagged]
+
+
+def compare(
+    runs: pd.DataFrame, others: pd.DataFrame, names: tuple[str, str], problems: list[Problem]
+) -> Comparison:
+    """Pair the runs of two sweeps and compare every setting that both have.
+
+    Args:
+        runs, others: tables of runs with `task` and `arm`.
+        names: of the two sweeps.
+        problems: what cannot be read is added to it.
+    """
+    mine, theirs = (frame.assign(series=frame["arm"].map(without_rank)) for frame in (runs, others))
+    pairs = mine.merge(theirs, on=[*SETTING, "seed"], suffixes=("", "_other"))
+    bootstraps = {}
+    tested = pairs[pairs["tested"] & pairs["tested_other"]]
+    if 2 * len(tested) <= READ:
+        for task, group in tested.groupby("task"):
+            bootstraps[task] = paired_bootstrap(group, problems)
+    changes = [
+        change(group, bootstraps.get(group["task"].iloc[0]))
+        for _, group in pairs.groupby(list(SETTING), dropna=False, sort=False)
+    ]
+    changes.sort(key=lambda c: -len(c.flagged))  # stable: within it the report's order
+    return Comparison(
+        *names, commits(runs), commits(others), changes,
+        len(runs) - pairs["run_id"].nunique(), len(others) - pairs["run_id_other"].nunique(),
+    )  # fmt: skip
+
+
+def paired_bootstrap(
+    pairs: pd.DataFrame, problems: list[Problem]
+) -> tuple[dict[str, int], Bootstrap] | None:
+    """All predictions of both sides over the examples that they share. Equal configurations have
+    equal run ids on both sides, so that the rows are known by their folders."""
+    columns = ["folder", "score", "method", "seed"]
+    ours = pairs[columns].assign(run_id=pairs["folder"])
+    other = pairs[["folder_other", "score_other", "method", "seed"]].set_axis(columns, axis=1)
+    both = pd.concat([ours, other.assign(run_id=other["folder"])]).drop_duplicates("run_id")
+    index, correct = align_examples(both, problems)
+    return (index, Bootstrap(correct)) if index else None
+
+
+def change(pairs: pd.DataFrame, bootstrap: tuple[dict[str, int], Bootstrap] | None) -> Change:
+    figures = {}
+    tested = bool((pairs["tested"] & pairs["tested_other"]).all())
+    for name in FIGURES:
+        column = "validation_score" if name == "score" and not tested else name
+        ours, theirs = pairs[column].to_numpy(), pairs[f"{column}_other"].to_numpy()
+        interval = seed_interval(ours - theirs)
+        if column == "score" and bootstrap is not None:
+            index, draws = bootstrap
+            rows = [index.get(folder) for folder in pairs["folder"]]
+            others = [index.get(folder) for folder in pairs["folder_other"]]
+            if None not in rows + others:
+                interval = draws.difference(rows, others)
+        figures[name] = Figure(float(ours.mean()), float(theirs.mean()), interval)
+    first = pairs.iloc[0]
+    return Change(
+        first["task"], first["arm"], first["method"], first["learning_rate"], tested, len(pairs),
+        figures,
+    )  # fmt: skip
+
+
+def commits(runs: pd.DataFrame) -> list[str]:
+    """The commits that the runs name, short, with a word where the tree had changes."""
+    found = []
+    for text in runs["environment"].unique():
+        environment = json.loads(text) or {}
+        commit = environment.get("git_commit")
+        changed = " with changes" if environment.get("git_dirty") else ""
+        found.append(f"{commit[:10]}{changed}" if commit else "unknown")
+    return sorted(set(found))

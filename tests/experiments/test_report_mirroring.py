@@ -1,0 +1,52 @@
+"""The report in an offline run of the real wandb."""
+
+import sys
+
+import pytest
+from synthetic_sweeps import write_run
+
+from experiments.errors import ConfigurationError
+from experiments.report.__main__ import main, make
+from experiments.report.mirroring import log_to_wandb
+from experiments.report.pictures import Pictures
+
+
+def write_two(folder):
+    for method in ("kaiming", "pissa"):
+        write_run(folder / f"{method}-0", method, 0, blocks=1, steps=20)
+
+
+def test_pictures_table_and_page_arrive_in_the_sweeps_group(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    write_two(tmp_path / "two")
+    drawn, begun = [], {}
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **kw: (begun.update(kw), init(**kw))[1])
+    original = Pictures.write
+
+    def first_only(self, output):
+        drawn.append(self.chart.name)
+        return original(self, output) if len(drawn) == 1 else []
+
+    monkeypatch.setattr(Pictures, "write", first_only)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert main([str(tmp_path / "two"), "--wandb", "mine"]) == 0
+    assert "upload with `wandb sync`" in capsys.readouterr().out
+    assert wandb.run is None, "closed"
+    (folder,) = (tmp_path / "two" / "report" / "wandb").glob("offline-run-*")
+    media = folder / "files" / "media"
+    assert [path.name.split("_")[0] for path in media.glob("images/charts/*.png")] == drawn[:1]
+    assert len(list(media.glob("table/*.json"))) == len(list(media.glob("html/*.html"))) == 1
+    (log,) = folder.glob("*.wandb")
+    assert b"mine" in log.read_bytes()
+    assert (begun["group"], begun["job_type"], begun["mode"]) == ("two", "report", "offline")
+
+
+def test_a_missing_wandb_is_named(tmp_path, monkeypatch):
+    write_two(tmp_path / "two")
+    monkeypatch.setattr(Pictures, "write", lambda self, output: [])
+    report = make([tmp_path / "two"], tmp_path / "report")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigurationError, match="pip install wandb"):
+        log_to_wandb(report)
