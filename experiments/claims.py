@@ -25,6 +25,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from experiments.console import say
 from experiments.errors import RunElsewhere
 from experiments.runs import RunFolder, write_json
 
@@ -58,9 +59,9 @@ class Claim:
         write_json(self.folder.running_file, {**self.facts, "updated": now()})
         self.thread.start()
 
-    def reached(self, step: int) -> None:
-        """Steps done, for the next heartbeat."""
-        self.facts["step"] = step
+    def reached(self, step: int, steps: int) -> None:
+        """Steps done and planned (fewer where a budget ends first), for the next heartbeat."""
+        self.facts.update(step=step, steps=steps)
 
     def keep_beating(self) -> None:
         while not self.ended.wait(HEARTBEAT):
@@ -112,6 +113,7 @@ def claim(
 
 def acquire(folder: RunFolder, wait: bool) -> int:
     """The descriptor of the locked file."""
+    told = False
     while True:
         descriptor = lock(folder.lock_file)
         if descriptor is not None:
@@ -120,30 +122,46 @@ def acquire(folder: RunFolder, wait: bool) -> int:
             os.close(descriptor)
         if not wait:
             raise RunElsewhere(f"{describe(folder)}; its results will be in {folder.path}")
+        if not told:
+            say(f"  waiting: {describe(folder)}")
+            told = True
         time.sleep(POLL)
 
 
 def lock(path: Path) -> int | None:
     """Lock the file, made if there is none; None if another process holds it for a while."""
-    for _ in range(3):  # `is_held` of another process holds it for an instant
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue  # the folder was empty and its last user removed it
+    tries = 0
+    while tries < 3:  # `is_held` of another process may be looking at this instant
+        descriptor = open_lock(path)
+        if descriptor is None:
+            continue
         if try_lock(descriptor):
             # Its last holder removes the file: a lock on the removed one would keep nobody out.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
                     return descriptor
         os.close(descriptor)
+        tries += 1
         time.sleep(0.02)
     return None
 
 
-def try_lock(descriptor: int) -> bool:
+def open_lock(path: Path) -> int | None:
+    """The file, opened; None where its folder was removed, being empty, in the same instant."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None
+    except FileExistsError:
+        if path.parent.is_file():
+            raise
+        return None
+
+
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -163,11 +181,12 @@ def release(folder: RunFolder, descriptor: int) -> None:
 def is_held(folder: RunFolder) -> bool:
     """Whether a process works on the run at this moment."""
     try:
-        descriptor = os.open(folder.lock_file, os.O_RDWR)
+        # Shared, for which reading is enough: the run may be another user's.
+        descriptor = os.open(folder.lock_file, os.O_RDONLY)
     except FileNotFoundError:
         return beats_elsewhere(folder)
     try:
-        return not try_lock(descriptor) or beats_elsewhere(folder)
+        return not try_lock(descriptor, fcntl.LOCK_SH) or beats_elsewhere(folder)
     finally:
         os.close(descriptor)
 

@@ -110,7 +110,7 @@ def carry_out(
                 record({"step": step, "split": "validation", **validation.metrics})
 
         def advance(step: int, loss: float) -> None:
-            claimed.reached(step)
+            claimed.reached(step, settings.steps)
             show(step, loss)
 
         if settings.validate_at_start and saved is None:

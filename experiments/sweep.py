@@ -9,6 +9,7 @@ the same name is at work at that moment: then both share one list.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -91,8 +92,12 @@ class Manifest(Callback):
                     lambda overrides: run_of(reload(config, overrides)),
                 )
         finally:
-            refresh(folder)
-            os.close(self.presence)
+            # On a full disk neither the list nor the presence was written, and the exit status is
+            # what matters.
+            with contextlib.suppress(OSError):
+                refresh(folder)
+            if self.presence is not None:
+                os.close(self.presence)
 
 
 def note(config: DictConfig, *, ended: bool) -> None:

@@ -9,7 +9,7 @@ Every setting is listed by `python -m experiments.train --cfg job`.
 
 from __future__ import annotations
 
-import gc
+import traceback
 from pathlib import Path
 
 import hydra
@@ -53,13 +53,12 @@ def main(composed: DictConfig) -> float | None:
     except Exception as error:
         if goes_on:
             tell_failure(error)
+            traceback.clear_frames(error.__traceback__)  # which hold the failed run's model
         elif isinstance(error, ConfigurationError | RunFailed):
             # Hydra prints this kind as its message; HYDRA_FULL_ERROR=1 shows the rest.
             raise CompactHydraException(str(error)) from error
         else:
             raise
-    finally:
-        gc.collect()  # a failed run's model hangs in the cycles of its traceback
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import checkpoints as module
-from experiments import training
+from experiments import recording, training
 from experiments.checkpoints import get_generators, read_checkpoint, set_generators
 from experiments.errors import RunFailed
 from experiments.execution import execute
@@ -100,6 +101,23 @@ def test_a_run_killed_after_its_last_step_only_tests(configured, tiny, monkeypat
         patch.setattr(training, "backward", None)  # no step is left to do
         execute(run)
     assert [row["split"] for row in rows(folder)] == splits
+
+
+def test_the_tracker_of_a_continued_run_is_told_all(configured, tiny, broken_off, monkeypatch):
+    """Each process opens a tracker of its own, and only the last one sees the end."""
+    told = []
+
+    @contextlib.contextmanager
+    def track(settings, **facts):
+        told.append([])
+        yield lambda row: told[-1].append((row["split"], row["step"]))
+
+    monkeypatch.setattr(recording, "track", track)
+    run = configured(*tiny, "runtime.checkpoint_every=1")
+    broken_off(run, 3)
+    execute(run)
+    assert told[0] == [("train", 1), ("train", 2)]
+    assert told[1] == [("train", 1), ("train", 2), ("train", 3), ("test", 3)]
 
 
 def test_a_time_limit_is_gone_on_from_by_the_same_command(configured, tiny, tmp_path):

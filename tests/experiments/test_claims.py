@@ -43,18 +43,27 @@ def test_a_claimed_run_is_left_alone(configured, tiny):
     assert not folder.lock_file.exists()
 
 
+def test_who_waits_says_so_and_takes_the_result(configured, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(claims, "POLL", 0.01)
+    run = configured(*tiny)
+    held = acquire(identify(run), wait=False)
+    threading.Timer(0.3, release, (identify(run), held)).start()
+    assert execute(run, wait=True)["status"] == "finished"
+    assert "waiting: another process works on this run" in capsys.readouterr().out
+
+
 def test_the_heartbeat_tells_how_far_it_is(folder, alone, monkeypatch):
     monkeypatch.setattr(claims, "HEARTBEAT", 0.01)
-    with claim(folder, 90, alone) as mine:
+    with claim(folder, 200, alone) as mine:
         mine.begin()
         assert heartbeat(folder)["step"] == 0
-        mine.reached(7)
+        mine.reached(7, 90)
         while heartbeat(folder)["step"] != 7:
             time.sleep(0.01)
         facts = json.loads(folder.running_file.read_text())
         assert (facts["run_id"], facts["pid"], facts["steps"]) == (folder.id, os.getpid(), 90)
         assert set(facts) == {"run_id", "host", "pid", "started", "step", "steps", "updated"}
-        told = rf"process {os.getpid()} on .* \(step 7 of 90, [01] s"
+        told = rf"process {os.getpid()} on .* \(step 7 of 90, \d+ s ago\)"
         with pytest.raises(RunElsewhere, match=told):
             acquire(folder, wait=False)
     assert heartbeat(folder) is None

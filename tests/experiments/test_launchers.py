@@ -56,6 +56,16 @@ def test_presets_keep_what_the_plugin_offers(launcher):
         assert "additional_parameters" in settings
 
 
+def test_a_ray_cluster_that_is_there_is_joined_with_its_own_store():
+    from hydra.core.config_store import ConfigStore
+
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    node = ConfigStore.instance().load("hydra/launcher/ray.yaml").node.copy()
+    assert node.ray.init.object_store_memory == launching.OBJECT_STORE_BYTES
+    node.ray.init.address = "auto"
+    assert node.ray.init.object_store_memory is None
+
+
 @pytest.mark.slow
 def test_submitit(command, tiny, tmp_path, in_processes):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")

@@ -15,6 +15,7 @@ import pytest
 
 from experiments.execution import execute
 from experiments.runs import identify
+from experiments.status.survey import survey
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +44,7 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(
     command, configured, tiny, tmp_path, monkeypatch
 ):
     """kill -9 in mid-training; then the same command twice: each run once, the same losses."""
-    settings = [*tiny, "training.steps=120", "training.validate_every=50", "model.dropout=0.1",
+    settings = [*tiny, "training.steps=250", "training.validate_every=90", "model.dropout=0.1",
                 "runtime.checkpoint_every=20"]  # fmt: skip
     sweep = ["-m", *settings, "init=kaiming,pissa,olora"]
     runs = [configured(*settings, f"init={m}") for m in ("kaiming", "pissa", "olora")]
@@ -51,7 +52,7 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(
 
     killed = start(*sweep, cwd=tmp_path)
     lines = 0
-    while lines < 55:  # of the second run
+    while lines < 25:  # of the second run, which is past its first checkpoint
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.01)
         if folders[1].metrics_file.exists():
@@ -63,6 +64,8 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(
     assert [run["status"] for run in manifest(tmp_path / "outputs")["runs"]] == [
         "finished", "started",
     ]  # fmt: skip
+    found = survey(tmp_path / "outputs" / "sweeps" / "default")
+    assert [line.state for line in found.lines] == ["finished", "died", "missing"]
     before = folders[0].result_file.read_bytes()
 
     monkeypatch.chdir(tmp_path)

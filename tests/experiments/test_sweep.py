@@ -33,7 +33,7 @@ def manifest(outputs: Path, sweep: str = "default") -> dict:
 
 
 @pytest.mark.slow
-def test_a_multirun_keeps_its_own_list(tiny, tmp_path):
+def test_a_multirun_keeps_its_own_list(command, tiny, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
     done = command_line("-m", *tiny, "init=kaiming,pissa", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -56,20 +56,20 @@ def test_a_multirun_keeps_its_own_list(tiny, tmp_path):
     assert sorted(path.name for path in outputs.iterdir()) == ["runs", "sweeps"]
 
     # The next sweep lists its own runs only, finds the finished one, and survives a failure.
-    again = command_line(
-        "-m", *tiny, "init=olora,orthogonal,kaiming", "lora.r=4,3", "training.steps=3",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert again.returncode == 1
+    monkeypatch.chdir(tmp_path)
+    status, printed, told = command(
+        "-m", *tiny, "init=olora,orthogonal,kaiming", "lora.r=4,3", "training.steps=3"
+    )
+    assert status == 1
     listed = manifest(outputs)
     assert listed["status"] == "incomplete"
     assert [run["status"] for run in listed["runs"]] == [
         "finished", "finished", "finished", "finished", "failed", "finished",
     ]  # fmt: skip
-    assert "finished before, skipped" in again.stdout
-    assert "failed (configuration): init=orthogonal" in again.stdout
+    assert "finished before, skipped" in printed
+    assert "failed (configuration): init=orthogonal" in printed
     failed = listed["runs"][4]
-    assert again.stderr == f"1 of 6 runs failed: {Path(failed['folder']).name} (configuration)\n"
+    assert told == f"1 of 6 runs failed: {Path(failed['folder']).name} (configuration)"
     assert (outputs / "sweeps" / "default" / "multirun.yaml").exists()
 
 
@@ -166,10 +166,10 @@ def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_packag
         (["data=table"], "data.path is not set"),
     ],
 )
-def test_a_mistake_ends_with_one_message(tmp_path, overrides, message):
-    done = command_line(*overrides, f"paths.outputs={tmp_path}/outputs", cwd=tmp_path)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) < 25
+def test_a_mistake_ends_with_one_message(command, tmp_path, overrides, message):
+    status, _, told = command(*overrides, f"paths.outputs={tmp_path}/outputs")
+    assert status == 1
+    assert message in told
+    assert "Traceback" not in told
+    assert len(told.splitlines()) < 25
     assert not (tmp_path / "outputs" / "runs").exists()
