@@ -67,7 +67,7 @@ def render(page: Page, output: Path) -> str:
         heading=page.heading,
         subtitle=sweep.heading if sweep.heading and sweep.heading != page.heading else None,
         name=sweep.name,
-        findings=[] if several else wording.findings(page.rows, page.majority),
+        findings=wording.findings_by_task(page.rows, page.majority),
         chosen=wording.how_chosen(page.choices),
         rate_caveat=wording.rate_caveat(page.choices),
         caveats=wording.caveats(

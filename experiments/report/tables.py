@@ -13,7 +13,9 @@ from .comparison import FIGURES, Comparison, Figure
 from .palette import BASELINE
 from .peft_results import PeftRow
 from .summary import Row
-from .wording import signed
+from .wording import mantissa, signed
+
+LONG_NAME = 16  # characters that leave room for every column
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,6 @@ def count(value: float | None) -> str:
 
 def significant(value: float | None) -> str:
     return "—" if value is None else f"{value:.3g}"
-
-
-def mantissa(value: float) -> str:
-    """3.2e-4, without the zero that Python pads exponents with."""
-    if math.isnan(value):
-        return "—"
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def rate_cell(row: Row) -> str:
@@ -185,6 +179,8 @@ def terminal_table(rows: list[Row], metric: str, title: str) -> Table:
     left_out = {"update", "forgetting"}
     if any(row.choice.rates > 1 for row in rows):
         left_out |= {"output gap", "first grad"}  # the learning rate takes their place
+    if max(len(row.arm) for row in rows) > LONG_NAME:
+        left_out |= {"trainable"}
     shown = [column for column in columns(metric, rows) if column.header not in left_out]
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(shown):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -78,6 +79,16 @@ def findings(rows: list[Row], majority: float | None) -> list[str]:
     elif compared:
         sentences += named(compared, it)
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+
+def findings_by_task(rows: list[Row], majority: float | None) -> list[str]:
+    """The findings of each task, under its name where there are several."""
+    by_task: dict[str, list[Row]] = {}
+    for row in rows:
+        by_task.setdefault(row.choice.task, []).append(row)
+    if len(by_task) == 1:
+        return findings(rows, majority)
+    return [f"{task}: {' '.join(findings(some, None))}" for task, some in by_task.items()]
 
 
 def named(compared: list[Row], it: str) -> list[str]:
@@ -200,7 +211,7 @@ def facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
         ("n_test", "Held out", lambda n: f"{int(n):,} examples"),
         ("metric", "Score", lambda m: str(m).replace("_", " ")),
         ("steps", "Training", lambda n: f"{int(n):,} steps"),
-        ("learning_rate", "Learning rate", lambda x: f"{x:.3g}"),
+        ("learning_rate", "Learning rate", mantissa),
         ("rank", "Rank", lambda n: f"{n:g}"),
     ):
         values = sorted(runs[key].dropna().unique())
@@ -271,6 +282,14 @@ def points_interval(interval: Interval) -> str:
 
 def signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−")
+
+
+def mantissa(value: float) -> str:
+    """3.2e-4, without the zero that Python pads exponents with."""
+    if math.isnan(value):
+        return "—"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def number(count: int) -> str:
