@@ -16,6 +16,8 @@ from .tables import terminal_table
 from .wording import compared
 from .writing import Report, write_report
 
+SHOWN = 20  # problems that the terminal names
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -78,10 +80,12 @@ def make(
 
 
 def show(report: Report, console: Console) -> None:
-    for problem in report.problems:
+    for problem in report.problems[:SHOWN]:
         kind = "left out" if problem.fatal else "incomplete"
         told = escape(f"{problem.run}: {problem.reason}")
         console.print(f"[red]{kind}[/red] {told}", soft_wrap=True)
+    if len(report.problems) > SHOWN:
+        console.print(f"[red]and[/red] {len(report.problems) - SHOWN} more; the page names all")
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
     console.print(terminal_table(report.rows, report.metric, report.heading))

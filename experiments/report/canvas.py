@@ -27,6 +27,7 @@ BAR = {
 }
 INK, SOFT, GRID = "#24292f", "#57606a", "#e7eaee"
 ON_PAGE = "_on_page"  # ends the name of a layer that shows only under the mouse: files go without
+CLOSE_TICKS = (1, 1.3, 1.6, 2, 2.5, 3, 4, 5, 6, 8)
 FEW_TICKS = alt.ExprRef("width < 320 ? 4 : 7")
 
 
@@ -146,9 +147,12 @@ def records(frame: pd.DataFrame) -> list[dict]:
 
 
 def log_ticks(values: pd.Series) -> list[float]:
-    """Few, round ticks: 1, 2, 5 over a short range, 1, 3 over a longer one, then powers of ten."""
+    """Few, round ticks: 1, 2, 5 over a short range, 1, 3 over a longer one, then powers of ten;
+    more of them where all values lie within a factor of four."""
     positive = values[values > 0]
     low, high = math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))
+    if positive.max() < 4 * positive.min():
+        return [step * 10.0**power for power in range(low, high + 1) for step in CLOSE_TICKS]
     steps = (1, 2, 5) if high - low <= 2 else (1, 3) if high - low <= 4 else (1,)
     return [step * 10.0**power for power in range(low, high + 1) for step in steps]
 

@@ -19,7 +19,7 @@ from .settings import without_rank
 from .statistics import Bootstrap, Interval, seed_interval
 from .summary import align_examples
 
-SETTING = ("task", "method", "rank", "series", "learning_rate")
+SETTING = ("model", "data", "method", "rank", "series", "learning_rate")
 FIGURES = {"score": "score", "init_seconds": "init s", "output_gap": "output gap"}
 READ = 400  # runs whose predictions are read; of more, scores are compared over seeds alone
 
@@ -93,7 +93,7 @@ def compare(
     bootstraps = {}
     tested = pairs[pairs["tested"] & pairs["tested_other"]]
     if 2 * len(tested) <= READ:
-        for task, group in tested.groupby("task"):
+        for task, group in tested.groupby("task"):  # ours; theirs may be called otherwise
             bootstraps[task] = paired_bootstrap(group, problems)
     changes = [
         change(group, bootstraps.get(group["task"].iloc[0]))

@@ -16,7 +16,8 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import wording
+from . import facts, wording
+from .beside import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows
 from .canvas import Canvas, Chart
 from .comparison import Comparison
 from .peft_results import PeftRow
@@ -25,7 +26,6 @@ from .selection import Choice
 from .specification import VEGA_LITE, columns, page_specification
 from .summary import Row, Summarizer
 from .sweeps import Sweep
-from .tables import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows
 from .tables import columns as table_columns
 from .views import Views
 
@@ -67,14 +67,14 @@ def render(page: Page, output: Path) -> str:
         heading=page.heading,
         subtitle=sweep.heading if sweep.heading and sweep.heading != page.heading else None,
         name=sweep.name,
-        findings=[] if several else wording.findings(page.rows, page.majority),
+        findings=wording.findings_by_task(page.rows, page.majority),
         chosen=wording.how_chosen(page.choices),
         rate_caveat=wording.rate_caveat(page.choices),
         caveats=wording.caveats(
             page.rows, page.summarizer.seeds, int(examples[0]) if len(examples) == 1 else None
         ),
-        facts=wording.facts(page.runs),
-        notes=wording.notes(page.runs),
+        facts=facts.facts(page.runs),
+        notes=facts.notes(page.runs),
         failed=failed,
         gaps=[p for p in page.problems if not p.fatal],
         warnings=page.warnings,

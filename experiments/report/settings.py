@@ -63,12 +63,14 @@ def is_ignored(key: str) -> bool:
 
 
 def with_arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns `task` (model and data) and `arm` (method, rank, what else differs).
+    """Add the columns `task` (model and data, or which of them differs) and `arm` (method, rank,
+    what else differs).
 
     >>> # pissa at two ranks: "pissa · r=8", "pissa · r=32"
     """
     settings = settings_table(runs)
-    task = runs["model"].astype(str) + " on " + runs["data"].astype(str)
+    model, data = runs["model"].astype(str), runs["data"].astype(str)
+    task = data if model.nunique() == 1 else model if data.nunique() == 1 else model + " on " + data
     ranked = runs["rank"].nunique() > 1
     arm = pd.Series("", index=runs.index)
     for method, group in runs.groupby("method", sort=False):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
-from .comparison import FIGURES, Comparison, Figure
 from .palette import BASELINE
-from .peft_results import PeftRow
 from .summary import Row
-from .wording import signed
+from .wording import mantissa, signed
+
+LONG_NAME = 16  # characters that leave room for every column
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,6 @@ def significant(value: float | None) -> str:
     return "—" if value is None else f"{value:.3g}"
 
 
-def mantissa(value: float) -> str:
-    """3.2e-4, without the zero that Python pads exponents with."""
-    if math.isnan(value):
-        return "—"
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits.removesuffix('.0')}e{int(exponent)}"
-
-
 def rate_cell(row: Row) -> str:
     return mantissa(row.choice.learning_rate) + ("*" if row.choice.at_edge else "")
 
@@ -126,65 +118,13 @@ def columns(metric: str, rows: list[Row]) -> list[Column]:
     ]  # fmt: skip
 
 
-def change_cell(figure: Figure, kind: str) -> str:
-    """`theirs → ours`, and for a score its difference with half of its interval."""
-    if kind == "score":
-        half = figure.difference.half_width
-        around = "" if math.isnan(half) else f" ± {100 * half:.1f}"
-        return f"{signed(100 * figure.difference.estimate)}{around}"
-    show = seconds if kind == "init_seconds" else scientific
-    theirs, ours = (None if math.isnan(v) else v for v in (figure.theirs, figure.ours))
-    return f"{show(theirs)} → {show(ours)}"
-
-
-def change_rows(comparison: Comparison) -> list[list[str]]:
-    """Arm, task, learning rate, seeds, the three figures, what differs: as text."""
-    return [
-        [
-            c.arm, c.task, mantissa(c.learning_rate), str(c.seeds),
-            "test" if c.tested else "validation",
-            *(change_cell(c.figures[name], name) for name in FIGURES), ", ".join(c.flagged),
-        ]
-        for c in comparison.changes
-    ]  # fmt: skip
-
-
-CHANGE_HEADERS = (
-    "method", "task", "learning rate", "seeds", "score of", "difference, points", "init s",
-    "output gap", "differs",
-)  # fmt: skip
-
-
-def peft_rows(rows: list[PeftRow]) -> list[list[str]]:
-    """PEFT's results as text."""
-    return [
-        [
-            r.experiment, r.task, r.model, r.adapter, r.init or "—", count(r.rank),
-            "—" if r.learning_rate is None else mantissa(r.learning_rate), count(r.steps),
-            count(r.trainable), f"{100 * r.score:.1f}", r.version or "—",
-        ]
-        for r in rows
-    ]  # fmt: skip
-
-
-PEFT_HEADERS = (
-    "PEFT’s experiment", "task", "model", "adapter", "init", "rank", "learning rate", "steps",
-    "trainable", "test accuracy, %", "PEFT",
-)  # fmt: skip
-
-
-def plain_markdown(title: str, headers: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [f"**{title}**", "", "| " + " | ".join(headers) + " |"]
-    lines.append("|" + "---|" * len(headers))
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 def terminal_table(rows: list[Row], metric: str, title: str) -> Table:
     """At most 80 columns wide for methods at one setting."""
     left_out = {"update", "forgetting"}
     if any(row.choice.rates > 1 for row in rows):
         left_out |= {"output gap", "first grad"}  # the learning rate takes their place
+    if max(len(row.arm) for row in rows) > LONG_NAME:
+        left_out |= {"trainable"}
     shown = [column for column in columns(metric, rows) if column.header not in left_out]
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(shown):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import checks, settings, wording
+from . import checks, facts, settings, wording
+from .beside import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows, plain_markdown
 from .canvas import Chart
 from .comparison import Comparison, compare
 from .gallery import draw
@@ -20,15 +21,7 @@ from .runs import Problem
 from .selection import at_equal_update, choose, mark_best, without_repeats
 from .summary import Row, Summarizer
 from .sweeps import Sweep
-from .tables import (
-    CHANGE_HEADERS,
-    PEFT_HEADERS,
-    change_rows,
-    latex_table,
-    markdown_table,
-    peft_rows,
-    plain_markdown,
-)  # fmt: skip
+from .tables import latex_table, markdown_table
 from .views import make_views
 
 
@@ -120,7 +113,7 @@ def write_report(
         *checks.baseline_warnings(rows, plain),
         *checks.empty_columns(runs, gathered.layers, gathered.metrics),
     ]
-    notes = [f"{note} ({who})" for note, who in wording.notes(runs)]
+    notes = [f"{note} ({who})" for note, who in facts.notes(runs)]
     notes += [f"left out: {p.run}: {p.reason}" for p in problems if p.fatal]
     for name, table in (("table.md", markdown_table), ("table.tex", latex_table)):
         (output / name).write_text(table(rows, metric, heading, notes), encoding="utf-8")

@@ -205,8 +205,17 @@ def write_grid(
 SHARED = ("steps", "blocks", "examples", "bonus", "commit")
 
 
-def write_protocol(root, name="protocol", control=None, **settings):
-    """A grid without test scores, and tested runs of each method's best learning rate."""
+def seeds_of(selected):
+    return range(max(len(told["runs"]) for told in selected.values()))
+
+
+def write_protocol(root, name="protocol", control=None, matched=None, **settings):
+    """A grid without test scores, and tested runs of each method's best learning rate.
+
+    Args:
+        control: a method and the control that two more runs of it stand for.
+        matched: a method that is compared at equal update size too.
+    """
     sweep = write_grid(root, name, tested=False, **settings)
     shared = {key: settings[key] for key in SHARED if key in settings}
     shared |= {"validated": True, "ended": True}
@@ -240,9 +249,18 @@ def write_protocol(root, name="protocol", control=None, **settings):
             "method": method, "rank": 8, "learning_rate": 1e-3, "at_edge": False,
             "runs": ["control-0", "control-1"],
         }  # fmt: skip
+    equal = {}
+    if matched:
+        for seed in seeds_of(selected):
+            folder = root / "runs" / f"matched-{seed}"
+            write_run(folder, matched, seed, learning_rate=5e-4, **shared)
+            tested.append({"folder": f"runs/{folder.name}", "status": "finished"})
+        equal[matched] = {"arm": matched, "rank": 8, "learning_rate": 5e-4,
+                          "runs": [f"matched-{seed}" for seed in seeds_of(selected)]}  # fmt: skip
     manifest["runs"] += tested
     (sweep / "manifest.json").write_text(json.dumps(manifest))
     runs = [entry["folder"].removeprefix("runs/") for entry in manifest["runs"]]
-    protocol = {"stages": [{"name": "grid", "runs": runs}], "selected": selected}
+    protocol = {"stages": [{"name": "grid", "runs": runs}], "selected": selected,
+                "equal_update": equal}  # fmt: skip
     (sweep / "protocol.json").write_text(json.dumps(protocol))
     return sweep

@@ -1,13 +1,16 @@
 """Reading runs: a synthetic sweep (all of its numbers are made up), intact and damaged."""
 
 import json
+import re
 import shutil
 
 import pytest
 from synthetic_sweeps import STEPS, write_protocol, write_run, write_sweep
 
 from experiments.report import gathering
+from experiments.report.__main__ import make
 from experiments.report.gathering import gather
+from experiments.report.pictures import Pictures
 from experiments.report.selection import PROTOCOL, TEST, VALIDATION, choose
 from experiments.report.settings import differences, with_arms
 from experiments.report.sweeps import load_sweeps
@@ -208,3 +211,20 @@ def test_a_protocol_chooses_and_its_control_is_an_arm(tmp_path, read):
     (sweep / "protocol.json").write_text("[]")
     with pytest.raises(ValueError, match="is no protocol"):
         load_sweeps([sweep])
+
+
+def test_equal_update_size_is_a_view_of_its_own(tmp_path, monkeypatch):
+    """Its rate is none of the grid's, and its runs do not enter the choice."""
+    monkeypatch.setattr(Pictures, "write", lambda self, output: [])
+    sweep = write_protocol(tmp_path, methods=("kaiming", "pissa", "eva"), rates=[1e-3, 3e-3],
+                           seeds=(0, 1), blocks=1, steps=20, matched="pissa")  # fmt: skip
+    report = make([sweep], tmp_path / "report")
+    assert {row.choice.rates for row in report.rows} == {2}
+    html = report.page.read_text()
+    table = html.split('id="equal"')[1].split("</table>")[0]
+    assert re.findall(r'<tr data-method="(\w+)"', table) == ["kaiming", "pissa"]
+    assert "5e-4" in table
+    matched = [json.loads((tmp_path / "runs" / f"matched-{seed}" / "result.json").read_text())
+               for seed in (0, 1)]  # fmt: skip
+    mean = 50 * sum(result["score"] for result in matched)
+    assert f"| pissa | {mean:.1f} ±" in (tmp_path / "report" / "equal_update.md").read_text()

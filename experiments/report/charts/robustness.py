@@ -17,14 +17,18 @@ STUDENT = [0.0] * LEAST_SEEDS + [round(quantile(n), 4) for n in range(LEAST_SEED
 def charts(canvas: Canvas, views: Views, covers: str) -> list[Chart]:
     """Those that there are data for; `covers` says what the intervals of the rows cover."""
     rows, runs = views.tables["rows"], views.tables["runs"]
+    # The curve may be of validation scores where the chosen settings have test scores.
+    shown = canvas.metric
+    if views.curve == "validation_score":
+        shown = f"validation {shown.removeprefix('validation ')}"
     made = []
     if runs.groupby("arm")["learning_rate"].nunique().max() > 1:
         which = "test score" if views.curve == "score" else "validation score"
         made.append(Chart(
-            "robustness", f"{canvas.metric.capitalize()} against learning rate",
+            "robustness", f"{shown.capitalize()} against learning rate",
             f"Line: mean {which} over seeds. Band: 95 % interval of that mean by Student's t, over "
             f"seeds alone ({LEAST_SEEDS} or more). Small dots: the runs. Ring: the chosen setting.",
-            robustness(canvas, runs), SECTION, wide=True,
+            robustness(canvas, runs, shown), SECTION, wide=True,
         ))  # fmt: skip
     if rows.groupby(["task", "method"])["rank"].nunique().max() > 1:
         made.append(Chart(
@@ -36,7 +40,7 @@ def charts(canvas: Canvas, views: Views, covers: str) -> list[Chart]:
     return made
 
 
-def robustness(canvas: Canvas, runs: pd.DataFrame) -> alt.LayerChart:
+def robustness(canvas: Canvas, runs: pd.DataFrame, metric: str) -> alt.LayerChart:
     """Mean over seeds at each learning rate, with its interval; the chosen one in a ring."""
     runs = runs[runs["curve"].notna()]
     x = alt.X(
@@ -68,13 +72,13 @@ def robustness(canvas: Canvas, runs: pd.DataFrame) -> alt.LayerChart:
     tooltip = [
         alt.Tooltip("arm:N", title="method"),
         alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
-        alt.Tooltip("mean:Q", title=f"{canvas.metric}, %, mean over seeds", format=".2f"),
+        alt.Tooltip("mean:Q", title=f"{metric}, %, mean over seeds", format=".2f"),
         alt.Tooltip("low:Q", title="95 % from", format=".2f"),
         alt.Tooltip("high:Q", title="to", format=".2f"),
         alt.Tooltip("n:Q", title="seeds"),
     ]
     band = mean.mark_area(opacity=0.13).encode(
-        y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=y), y2="top:Q"
+        y=alt.Y("bottom:Q", title=f"{metric}, %", scale=y), y2="top:Q"
     )  # fmt: skip
     line = mean.mark_line(strokeWidth=2.2).encode(y=alt.Y("mean:Q", scale=y))
     dots = mean.mark_point(filled=True, size=34, opacity=1).encode(y="mean:Q", tooltip=tooltip)
@@ -84,7 +88,7 @@ def robustness(canvas: Canvas, runs: pd.DataFrame) -> alt.LayerChart:
     small = each.mark_point(filled=True, size=12, opacity=0.35).encode(
         x=x, y="curve:Q", color=canvas.color("stroke"),
         tooltip=canvas.run_tooltip(
-            alt.Tooltip("curve:Q", title=f"{canvas.metric}, %", format=".2f")
+            alt.Tooltip("curve:Q", title=f"{metric}, %", format=".2f")
         ),
     )  # fmt: skip
     return canvas.finish(alt.layer(band, small, line, dots, ring), 340, legend=True)

@@ -37,7 +37,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
             "forgetting", "Forgetting against score",
             f"How far the trained model is from the original base{kind}: to the left is better. "
             "Large: mean over seeds. Small: the runs.",
-            forgetting(canvas), SECTION,
+            forgetting(canvas, runs["forgetting"].max()), SECTION,
         ))  # fmt: skip
     gradients = runs["first_step_gradient_norm"]
     if gradients.notna().any():
@@ -88,12 +88,12 @@ def cost(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
     return canvas.finish(alt.layer(interval, point), 280, legend=True)
 
 
-def forgetting(canvas: Canvas) -> alt.LayerChart:
+def forgetting(canvas: Canvas, largest: float) -> alt.LayerChart:
     """Forgetting against score: one small point a run, a large one for each arm's mean."""
     known = "isValid(datum.forgetting) && isValid(datum.score)"
     base = canvas.table("runs").transform_filter(f"{RUN_CHOSEN} && {known}")
     x = alt.X("forgetting:Q", title="forgetting", scale=alt.Scale(zero=False, padding=14),
-              axis=alt.Axis(tickCount=6))  # fmt: skip
+              axis=alt.Axis(tickCount=5, format="~e" if largest < 1e-3 else "~g"))  # fmt: skip
     y = alt.Y("score:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=12))
     small = base.mark_point(size=26, opacity=0.7, strokeWidth=1.3).encode(
         x=x, y=y, color=canvas.color("symbol"), shape=canvas.shape(),

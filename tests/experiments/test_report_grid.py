@@ -1,0 +1,76 @@
+"""A synthetic sweep over learning rates: the robustness curve, and a page that stays small."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+from synthetic_sweeps import write_grid
+
+from experiments.report import summary
+from experiments.report.__main__ import make
+from experiments.report.page import bundle
+from experiments.report.pictures import Pictures
+
+
+def only(names, monkeypatch):
+    """Draw the named charts' files and no others."""
+    write = Pictures.write
+    monkeypatch.setattr(
+        Pictures, "write",
+        lambda self, output: write(self, output) if self.chart.name in names else [],
+    )  # fmt: skip
+
+
+def test_the_robustness_curve_is_the_mean_with_students_interval(tmp_path, monkeypatch):
+    """What the drawn marks say of themselves against a computation from the files."""
+    only({"robustness"}, monkeypatch)
+    rates = [1e-4, 1e-3, 1e-2]
+    sweep = write_grid(tmp_path, methods=("kaiming", "pissa"), rates=rates, seeds=(0, 1, 2, 3),
+                       blocks=1, steps=20, tested=False)  # fmt: skip
+    report = make([sweep], sweep / "report")
+    assert set(report.figures) == {"robustness", "page"}
+    svg = (sweep / "report" / "robustness.svg").read_text()
+    labels = re.findall(
+        r"arm: (\w+); task: \w+; learning rate: ([\d.e-]+); validation accuracy, %, mean over "
+        r"seeds: ([\d.]+); 95 % from: ([\d.]+); to: ([\d.]+); seeds: (\d)", svg
+    )  # fmt: skip
+    drawn = {(m, float(rate)): tuple(map(float, rest)) for m, rate, *rest in labels}
+    assert set(drawn) == {(m, rate) for m in ("kaiming", "pissa") for rate in rates}
+    for (method, rate), (mean, low, high, seeds) in drawn.items():
+        values = []
+        for path in tmp_path.glob(f"runs/{method}-*/result.json"):
+            result = json.loads(path.read_text())
+            values += [100 * result["validation_score"]] * (result["learning_rate"] == rate)
+        expected = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+        assert seeds == 4
+        assert mean == pytest.approx(np.mean(values), abs=0.006)
+        assert (low, high) == pytest.approx(expected, abs=0.012)
+    chosen = {row.method: row.choice.learning_rate for row in report.rows}
+    best = {m: max(rates, key=lambda rate: drawn[m, rate][0]) for m in ("kaiming", "pissa")}
+    assert chosen == best
+    twice = {label[:2] for label in labels if labels.count(label) == 2}  # a ring around the dot
+    assert {method: float(rate) for method, rate in twice} == best
+
+
+def test_many_runs_make_a_small_page_and_only_what_is_needed_is_read(tmp_path, monkeypatch):
+    """240 runs; those that tables and curves are of are 2 methods x 2 ranks x 3 seeds."""
+    only(set(), monkeypatch)
+    read = []
+    predictions = summary.read_predictions
+    monkeypatch.setattr(
+        summary, "read_predictions", lambda *given: (read.append(given[0]), predictions(*given))[1]
+    )
+    rates = list(np.geomspace(1e-5, 1e-1, 20))
+    sweep = write_grid(tmp_path, methods=("kaiming", "pissa"), rates=rates, ranks=(8, 16),
+                       blocks=1, steps=20, examples=100)  # fmt: skip
+    report = make([sweep], sweep / "report")
+    assert len(read) == 12
+    html = report.page.read_text(encoding="utf-8")
+    assert len(html) - len(bundle()) < 350_000
+    assert report.reused == 0
+    again = make([sweep], sweep / "report")
+    assert again.reused == 240
+    assert again.rows == report.rows
+    assert again.page.read_text(encoding="utf-8") == html
