@@ -156,14 +156,26 @@ def refresh(folder: Path) -> None:
     gather(folder)
 
 
+def complete(folder: Path) -> None:
+    """A sweeper that decided as it went has come to its end: what was begun is all there is."""
+    with FileLock(folder / ".lock"):
+        facts = json.loads((folder / "sweep.json").read_text())
+        facts["total"] = len(distinct(listed(folder, None)))
+        write_json(folder / "sweep.json", facts)
+    gather(folder)
+
+
+def distinct(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a run, as it was left last: a protocol asks for a run again to have it tested."""
+    return list({job["run_id"] or job["job"]: job for job in jobs}.values())
+
+
 def gather(folder: Path) -> None:
     """Write the manifest from the files of the jobs. The lock keeps parallel jobs from writing a
     list that another one has already extended."""
     with FileLock(folder / ".lock"):
         facts = json.loads((folder / "sweep.json").read_text())
-        # A protocol asks for a run again to have it tested: one run, as it was left last.
-        jobs = listed(folder, facts.pop("planned"))
-        runs = list({job["run_id"] or job["job"]: job for job in jobs}.values())
+        runs = distinct(listed(folder, facts.pop("planned")))
         finished = sum(run["status"] == "finished" for run in runs)
         status = "finished" if finished and finished == facts["total"] else "incomplete"
         write_json(folder / "manifest.json", {**facts, "status": status, "runs": runs})

@@ -49,6 +49,7 @@ class ProtocolSweeper(Sweeper):
         from experiments.protocol.settings import ProtocolConfig
         from experiments.protocol.stages import Stages, refuse_incomplete
         from experiments.protocol.trials import refuse_owned
+        from experiments.sweep import complete
 
         folder = Path(self.config.hydra.sweep.dir)
         plain = OmegaConf.to_container(OmegaConf.create(self.given))
@@ -68,6 +69,8 @@ class ProtocolSweeper(Sweeper):
             OmegaConf.save(self.config, folder / "multirun.yaml")
             record = Record(folder / "protocol.json", settings)
             refuse_incomplete(Stages(settings, self, record).run())
+            if not settings.dry_run:
+                complete(folder)
         except ConfigurationError as error:
             raise CompactHydraException(str(error)) from error
 

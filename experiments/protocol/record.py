@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments.protocol.settings import ProtocolConfig
-from experiments.runs import write_json
+from experiments.runs import RunFolder, write_json
 
 
 @dataclass
 class Record:
-    """Rewritten whole after every stage, so that a report can be made of a sweep that still runs.
+    """Rewritten whole before every stage, so that a sweep can be looked at while it runs.
 
     Attributes:
         path: of the file.
-        stages: each stage's name and the ids of its runs.
+        stages: each stage's name and its runs, the one under way last.
         selected: by arm (and rank): the setting chosen on validation data, and its runs' ids.
         equal_update: by arm (and rank): the rate of equal update size, and its runs' ids.
     """
@@ -27,8 +27,10 @@ class Record:
     selected: dict[str, dict[str, Any]] = field(default_factory=dict)
     equal_update: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def stage(self, name: str, run_ids: list[str]) -> None:
-        self.stages.append({"name": name, "runs": run_ids})
+    def stage(self, name: str, folders: list[RunFolder]) -> None:
+        """Add a stage, by its runs' ids and their folders' names."""
+        ids, names = [f.id for f in folders], [f.path.name for f in folders]
+        self.stages.append({"name": name, "runs": ids, "folders": names})
         self.write()
 
     def write(self) -> None:

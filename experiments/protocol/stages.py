@@ -112,8 +112,9 @@ class Stages:
     def train(self, stage: str, wanted: list[Trial], read_test: bool = False) -> None:
         say(f"stage {stage}: {len(wanted)} runs", style="bold")
         overrides = [trial.overrides(self.settings, read_test) for trial in wanted]
+        # Before they run: `experiments.status` shows those that are missing.
+        self.record.stage(stage, [self.jobs.folder(each) for each in overrides])
         self.jobs.launch(overrides)
-        self.record.stage(stage, [self.jobs.folder(each).id for each in overrides])
 
     def merits(self, entry: Entry) -> dict[float, list[float]] | None:
         """Each tried rate's figures, one a seed; None while one of them is missing."""

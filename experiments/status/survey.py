@@ -85,7 +85,9 @@ def survey(folder: Path) -> Survey:
     planned = [tuple(job) for job in facts.get("planned") or begun]
     lines = [begun.get(job) or not_begun(job) for job in planned]
     lines += staged(folder, {job["run_id"] for job in jobs})
-    return Survey(facts["sweep"], facts["total"], lines)
+    # A protocol asks for a run again to have it tested: one line all the same.
+    distinct = {line.name: line for line in lines}
+    return Survey(facts["sweep"], facts["total"], list(distinct.values()))
 
 
 def inspect(job: dict[str, Any], outputs: Path) -> Line:
@@ -123,10 +125,15 @@ def not_begun(overrides: Sequence[str]) -> Line:
 
 
 def staged(folder: Path, begun: set[str]) -> list[Line]:
-    """Runs of the protocol's stages that no job has begun: known by their ids alone."""
+    """Runs of a protocol's stages that no job has begun."""
     try:
         stages = json.loads((folder / "protocol.json").read_text())["stages"]
     except (OSError, ValueError, KeyError):
         return []
-    ids = dict.fromkeys(run for stage in stages for run in stage["runs"] if run not in begun)
-    return [Line(run, None, "missing") for run in ids]
+    runs = {
+        run: name
+        for stage in stages
+        for run, name in zip(stage["runs"], stage["folders"], strict=True)
+        if run not in begun
+    }
+    return [Line(name, name.split("-")[0], "missing") for name in runs.values()]

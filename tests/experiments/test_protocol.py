@@ -282,7 +282,7 @@ def test_the_whole_protocol_in_small(tiny, tmp_path):
         record = json.loads((outputs / "sweeps" / "protocol" / "protocol.json").read_text())
         manifest = json.loads((outputs / "sweeps" / "protocol" / "manifest.json").read_text())
         assert [stage["name"] for stage in record["stages"]] == ["grid", "test"]
-        assert len(manifest["runs"]) == 4
+        assert (manifest["status"], manifest["total"], len(manifest["runs"])) == ("finished", 4, 4)
         results = [
             json.loads((Path(run["folder"]) / "result.json").read_text())
             for run in manifest["runs"]

@@ -111,10 +111,12 @@ def test_a_sweep_is_found_by_its_name(sweep, monkeypatch, tmp_path, capsys):
 
 
 def test_runs_of_the_protocol_that_no_job_began_are_missing(sweep):
-    stages = [{"name": "rates", "runs": ["id-finished", "id-new"]}]
+    folders = ["pissa-tiny-s0-finished", "eva-tiny-s0-new"]
+    stages = [{"name": "grid", "runs": ["id-finished", "id-new"], "folders": folders}]
     write_json(sweep / "protocol.json", {"stages": stages})
     lines = survey(sweep).lines
-    assert (lines[-1].name, lines[-1].state, len(lines)) == ("id-new", "missing", 7)
+    assert (lines[-1].name, lines[-1].method, lines[-1].state) == (folders[1], "eva", "missing")
+    assert len(lines) == 7
 
 
 def test_the_time_left_is_shared_by_the_workers_and_known_by_method():
