@@ -21,6 +21,7 @@
     peft_results   PEFT's own comparison, as rows to read beside ours
     checks         what a reader must know first
     wording        what the page says in sentences
+    divergence     settings at which runs diverged
     facts          model, data, budget and machine in words
     tables         the rows for a terminal, in Markdown and in LaTeX
     beside         the comparison and PEFT's rows as text

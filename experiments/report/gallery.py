@@ -9,15 +9,20 @@ from .summary import Summarizer
 from .views import Views
 
 
-def draw(summarizer: Summarizer, views: Views, majority: dict[str, float], metric: str):
+def draw(
+    summarizer: Summarizer,
+    views: Views,
+    majority: dict[str, float],
+    metric: str,
+    diverged: list[str],
+) -> tuple[list[Chart], Canvas]:
     """All charts, in the page's order, and the canvas that they share."""
     canvas = make_canvas(summarizer, views, metric)
     covers = " or ".join(sorted({row.interval for row in summarizer.all_rows()} - {"no interval"}))
     covers = covers or "seeds"
-    shown = majority if summarizer.quantity == "score" else {}
     drawn: list[Chart] = [
-        *robustness.charts(canvas, views, covers),
-        *scores.charts(canvas, views, {task: 100 * m for task, m in shown.items()}, covers),
+        *robustness.charts(canvas, views, covers, diverged),
+        *scores.charts(canvas, views, {task: 100 * m for task, m in majority.items()}, covers),
         *training.charts(canvas, views),
         *start.charts(canvas, views),
         *layers.charts(canvas, views),

@@ -133,6 +133,7 @@
       }
       for (const parameter of specification.params) {
         if (parameter.name === "legend_columns") parameter.value = legendColumns(place);
+        if (parameter.name === "slant" && place.clientWidth < 400) parameter.value = -75;
       }
       const { view } = await vegaEmbed(place, specification, {
         mode: "vega-lite", renderer: report.renderer, actions: false,

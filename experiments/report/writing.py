@@ -12,10 +12,11 @@ from . import checks, facts, settings, wording
 from .beside import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows, plain_markdown
 from .canvas import Chart
 from .comparison import Comparison, compare
+from .divergence import diverged
 from .gallery import draw
 from .gathering import gather
 from .page import Page, render
-from .peft_results import PeftRow, load_peft_results
+from .peft_results import load_peft_results
 from .pictures import Pictures
 from .runs import Problem
 from .selection import at_equal_update, choose, mark_best, without_repeats
@@ -70,30 +71,11 @@ def write_report(
     if gathered.runs.empty:
         reasons = "".join(f"\n  {p.run}: {p.reason}" for p in gathered.problems)
         raise ValueError(f"no finished run in '{sweep.name}'{reasons}")
-
-    progress("choosing settings")
-    runs = settings.with_arms(gathered.runs).sort_values(["method", "seed", "run_id"])
-    matched = {run for told in sweep.equal_update.values() for run in told.get("runs") or []}
-    choices = choose(runs[~runs["run_id"].isin(matched)], sweep.selected)
-    if not choices:
-        raise ValueError(
-            f"'{sweep.name}' has a protocol.json that selected none of its finished runs: run the "
-            "sweep's command again to complete it"
-        )
-    equal = at_equal_update(runs, choices, sweep.equal_update)
-    runs = mark_best(without_repeats(runs), choices)
     progress("intervals")
-    summarizer = Summarizer(runs, choices)
-    rows = summarizer.all_rows()
-    equal_rows = Summarizer(runs, equal).all_rows() if equal else []
-
-    majority = {
-        task: float(known.iloc[0])
-        for task, group in runs.groupby("task")
-        if len(known := group["majority"].dropna().drop_duplicates()) == 1
-    }
-    first = summarizer.tasks[0] if len(summarizer.tasks) == 1 else None
-    plain = majority.get(first) if summarizer.quantity == "score" else None
+    runs, summarizer, equal_rows = judge(sweep, gathered.runs)
+    choices, rows = summarizer.choices, summarizer.all_rows()
+    majority = majorities(runs) if summarizer.quantity == "score" else {}
+    only = majority.get(summarizer.tasks[0]) if len(summarizer.tasks) == 1 else None
     metric = wording.listing([str(m).replace("_", " ") for m in runs["metric"].unique()])
     if summarizer.quantity == "validation_score":
         metric = f"validation {metric}"
@@ -110,33 +92,60 @@ def write_report(
     warnings = [
         *checks.setting_warnings(settings.differences(runs)),
         *checks.choice_warnings(runs, choices),
-        *checks.baseline_warnings(rows, plain),
+        *checks.baseline_warnings(rows, only),
         *checks.empty_columns(runs, gathered.layers, gathered.metrics),
     ]
-    notes = [f"{note} ({who})" for note, who in facts.notes(runs)]
-    notes += [f"left out: {p.run}: {p.reason}" for p in problems if p.fatal]
-    for name, table in (("table.md", markdown_table), ("table.tex", latex_table)):
-        (output / name).write_text(table(rows, metric, heading, notes), encoding="utf-8")
-    if equal_rows:
-        text = markdown_table(equal_rows, metric, "at equal update size", [])
-        (output / "equal_update.md").write_text(text, encoding="utf-8")
-
-    write_extras(comparison, beside, output)
-    charts, canvas = draw(summarizer, views, majority, metric)
+    charts, canvas = draw(summarizer, views, majority, metric, diverged(sweep))
+    page = Page(
+        sweep=sweep, heading=heading, metric=metric, majority=only, choices=choices, rows=rows,
+        equal_rows=equal_rows, runs=runs, charts=charts, canvas=canvas, views=views,
+        problems=problems, warnings=warnings, summarizer=summarizer, comparison=comparison,
+        peft=beside,
+    )  # fmt: skip
+    write_tables(page, output)
     figures = export_all(charts, views.tables, output, progress)
     progress("page")
-    page = Page(
-        sweep=sweep, heading=heading, metric=metric, majority=plain, choices=choices, rows=rows,
-        equal_rows=equal_rows,
-        runs=runs, charts=charts, canvas=canvas, views=views, problems=problems,
-        warnings=warnings, summarizer=summarizer, comparison=comparison, peft=beside,
-    )  # fmt: skip
     path = output / "index.html"
     path.write_text(render(page, output), encoding="utf-8")
     return Report(
         path, sweep.name, heading, metric, rows, problems, warnings, {**figures, "page": path},
         comparison, gathered.reused,
     )  # fmt: skip
+
+
+def judge(sweep: Sweep, runs: pd.DataFrame) -> tuple[pd.DataFrame, Summarizer, list[Row]]:
+    """The runs with their arms and choices marked, what sums them up, and the rows at equal update
+    size."""
+    runs = settings.with_arms(runs).sort_values(["method", "seed", "run_id"])
+    choices = choose(runs[~runs["run_id"].isin(only_matched(sweep))], sweep.selected)
+    if not choices:
+        raise ValueError(
+            f"'{sweep.name}' has a protocol.json that selected none of its finished runs: run the "
+            "sweep's command again to complete it"
+        )
+    equal = at_equal_update(runs, choices, sweep.equal_update)
+    equal_rows = Summarizer(runs, equal).all_rows() if equal else []
+    runs = mark_best(without_repeats(runs), choices)
+    return runs, Summarizer(runs, choices), equal_rows
+
+
+def majorities(runs: pd.DataFrame) -> dict[str, float]:
+    """By task, the score of always answering the majority class, if all runs agree on it."""
+    found = {}
+    for task, group in runs.groupby("task"):
+        known = group["majority"].dropna().unique()
+        if len(known) == 1:
+            found[task] = float(known[0])
+    return found
+
+
+def only_matched(sweep: Sweep) -> set[str]:
+    """Runs made for equal update size alone: no part of what a learning rate was chosen among."""
+    ids = [
+        {run for told in part.values() for run in told.get("runs") or []}
+        for part in (sweep.equal_update, sweep.selected)
+    ]
+    return ids[0] - ids[1]
 
 
 def compare_with(
@@ -155,15 +164,26 @@ def compare_with(
     return compare(runs, others, (name, other.name), problems)
 
 
-def write_extras(comparison: Comparison | None, peft: list[PeftRow], output: Path) -> None:
-    """The tables of the comparison and of PEFT's results, in Markdown."""
-    if comparison is not None:
-        title = f"{comparison.name} against {comparison.other}"
-        text = plain_markdown(title, CHANGE_HEADERS, change_rows(comparison))
-        (output / "comparison.md").write_text(text, encoding="utf-8")
-    if peft:
-        text = plain_markdown("PEFT's own results", PEFT_HEADERS, peft_rows(peft))
-        (output / "peft.md").write_text(text, encoding="utf-8")
+def write_tables(page: Page, output: Path) -> None:
+    """Every table of the page as Markdown, and that of the results in LaTeX too."""
+    notes = [f"{note} ({who})" for note, who in facts.notes(page.runs)]
+    notes += [f"left out: {p.run}: {p.reason}" for p in page.problems if p.fatal]
+    texts = {
+        "table.md": markdown_table(page.rows, page.metric, page.heading, notes),
+        "table.tex": latex_table(page.rows, page.metric, page.heading, notes),
+    }
+    if page.equal_rows:
+        heading = "at equal update size"
+        texts["equal_update.md"] = markdown_table(page.equal_rows, page.metric, heading, [])
+    if page.comparison is not None:
+        title = f"{page.comparison.name} against {page.comparison.other}"
+        texts["comparison.md"] = plain_markdown(
+            title, CHANGE_HEADERS, change_rows(page.comparison)
+        )
+    if page.peft:
+        texts["peft.md"] = plain_markdown("PEFT's own results", PEFT_HEADERS, peft_rows(page.peft))
+    for name, text in texts.items():
+        (output / name).write_text(text, encoding="utf-8")
 
 
 def export_all(

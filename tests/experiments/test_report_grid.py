@@ -54,6 +54,27 @@ def test_the_robustness_curve_is_the_mean_with_students_interval(tmp_path, monke
     assert {method: float(rate) for method, rate in twice} == best
 
 
+def test_what_diverged_is_told_under_the_curve(tmp_path, monkeypatch):
+    only(set(), monkeypatch)
+    sweep = write_grid(tmp_path, methods=("kaiming", "olora"), rates=[1e-3, 1e-2], seeds=(0, 1, 2),
+                       blocks=1, steps=20)  # fmt: skip
+    manifest = json.loads((sweep / "manifest.json").read_text())
+    for entry in manifest["runs"][-2:]:  # olora at 1e-2
+        folder = tmp_path / entry["folder"]
+        config = json.loads((folder / "result.json").read_text())["config"]
+        (folder / "result.json").unlink()
+        (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+        failure = {"reason": "diverged", "error": "RunFailed", "message": "the loss is nan"}
+        (folder / "failed.json").write_text(json.dumps(failure))
+        entry["status"] = "failed"
+    (sweep / "manifest.json").write_text(json.dumps(manifest))
+    report = make([sweep], sweep / "report")
+    assert "because they diverged: olora r=8 at 1e-2 (2 runs)." in report.page.read_text()
+    olora = next(row for row in report.rows if row.method == "olora")
+    assert olora.choice.learning_rate == 1e-3, "one seed of three is not chosen"
+    assert sum("diverged: RunFailed" in problem.reason for problem in report.problems) == 2
+
+
 def test_many_runs_make_a_small_page_and_only_what_is_needed_is_read(tmp_path, monkeypatch):
     """240 runs; those that tables and curves are of are 2 methods x 2 ranks x 3 seeds."""
     only(set(), monkeypatch)

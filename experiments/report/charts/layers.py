@@ -63,7 +63,7 @@ def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerCh
         .encode(
             x=alt.X(
                 "arm:N", sort=canvas.arms, title=None,
-                axis=alt.Axis(orient="top", labelAngle=alt.ExprRef("width < 260 ? -75 : -40"),
+                axis=alt.Axis(orient="top", labelAngle=alt.ExprRef("slant"),
                               labelAlign="left", labelBaseline="middle", labelPadding=8,
                               ticks=False, domain=False, labelLimit=150, labelOverlap=False),
             ),
@@ -102,7 +102,10 @@ def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerCh
         color="#eef0f3", stroke="white", strokeWidth=0.7
     )
     drawing = canvas.finish(alt.layer(unknown, known), tall)
-    return drawing.add_params(alt.param(name="quantity", value=quantity))
+    # The page sets `slant` before it draws, as it does `legend_columns`.
+    return drawing.add_params(
+        alt.param(name="quantity", value=quantity), alt.param(name="slant", value=-40)
+    )
 
 
 def rotation(canvas: Canvas) -> alt.LayerChart:

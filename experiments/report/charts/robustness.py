@@ -14,20 +14,27 @@ SECTION = "Scores"
 STUDENT = [0.0] * LEAST_SEEDS + [round(quantile(n), 4) for n in range(LEAST_SEEDS, 31)]
 
 
-def charts(canvas: Canvas, views: Views, covers: str) -> list[Chart]:
-    """Those that there are data for; `covers` says what the intervals of the rows cover."""
+def charts(canvas: Canvas, views: Views, covers: str, diverged: list[str]) -> list[Chart]:
+    """Those that there are data for.
+
+    Args:
+        covers: what the intervals of the chosen settings cover, in words.
+        diverged: the settings at which runs diverged.
+    """
     rows, runs = views.tables["rows"], views.tables["runs"]
     # The curve may be of validation scores where the chosen settings have test scores.
     shown = canvas.metric
     if views.curve == "validation_score":
         shown = f"validation {shown.removeprefix('validation ')}"
+    missing = f" Not drawn, because they diverged: {', '.join(diverged)}." if diverged else ""
     made = []
     if runs.groupby("arm")["learning_rate"].nunique().max() > 1:
         which = "test score" if views.curve == "score" else "validation score"
         made.append(Chart(
             "robustness", f"{shown.capitalize()} against learning rate",
             f"Line: mean {which} over seeds. Band: 95 % interval of that mean by Student's t, over "
-            f"seeds alone ({LEAST_SEEDS} or more). Small dots: the runs. Ring: the chosen setting.",
+            f"seeds alone ({LEAST_SEEDS} or more). Small dots: the runs. Ring: the chosen "
+            f"setting.{missing}",
             robustness(canvas, runs, shown), SECTION, wide=True,
         ))  # fmt: skip
     if rows.groupby(["task", "method"])["rank"].nunique().max() > 1:

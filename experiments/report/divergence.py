@@ -1,0 +1,45 @@
+"""Runs that diverged: they have no score, and a robustness curve that hides them flatters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .runs import Run, read_json
+from .sweeps import Sweep
+from .wording import mantissa
+
+NAMED = 8
+
+
+def diverged(sweep: Sweep) -> list[str]:
+    """What diverged, such as "olora r=8 at 1e-2 (2 runs)", lowest rates first; the last says how
+    many more settings there are."""
+    found: Counter[tuple[float, str]] = Counter()
+    for entry in sweep.entries:
+        if entry.status != "finished" and entry.folder is not None:
+            setting = read_setting(entry.folder)
+            if setting is not None:
+                found[setting] += 1
+    told = [
+        f"{name} at {mantissa(rate)} ({count} run{'s' * (count != 1)})"
+        for (rate, name), count in sorted(found.items())
+    ]
+    return told if len(told) <= NAMED else [*told[:NAMED], f"{len(told) - NAMED} more settings"]
+
+
+def read_setting(folder: Path) -> tuple[float, str] | None:
+    """Learning rate and name of a run that diverged; None of one that did not, or cannot be read
+    (it is then named among the runs that were left out, as all are)."""
+    try:
+        if read_json(folder / "failed.json").get("reason") != "diverged":
+            return None
+        config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        known = {"method": config["init"]["name"], "control": config.get("control")}
+        name = f"{Run(folder, known).method} r={config['lora']['r']}"
+        return float(config["training"]["learning_rate"]), name
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
