@@ -133,3 +133,15 @@ def test_the_comparison_keeps_its_promises(configured):
     assert hydra["mode"] == "MULTIRUN"
     assert len(hydra["sweeper"]["params"]["init"].split(",")) == 8
     assert len(hydra["sweeper"]["params"]["seed"].split(",")) == 2
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("sweep_*.yaml")))
+def test_every_sweep_composes(composed, configured, name):
+    run = configured(config=name)
+    assert run.sweep != "default"
+    assert composed("control=rslora", config=name).control == "rslora"
+
+
+def test_the_protocol_is_composed_with_its_schema(composed):
+    with pytest.raises(HydraException, match="sedes"):
+        composed("hydra.sweeper.sedes=[1]", config="sweep_protocol")

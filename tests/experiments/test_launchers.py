@@ -76,6 +76,8 @@ def test_submitit(command, tiny, tmp_path, in_processes):
 
 @pytest.mark.slow
 def test_a_local_ray_cluster(command, tiny, tmp_path, in_processes):
+    """With two GPUs that Ray is told of: each job is bound to one of its own, as on a machine that
+    has them."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     in_processes.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -83,15 +85,23 @@ def test_a_local_ray_cluster(command, tiny, tmp_path, in_processes):
     try:
         status, _, told = command(
             "-m", *tiny, "init=kaiming,olora", "hydra/launcher=ray",
-            "hydra.launcher.ray.remote.num_gpus=0", "+hydra.launcher.ray.init.num_cpus=1",
-            "hydra.launcher.ray.remote.num_cpus=1",
+            "+hydra.launcher.ray.init.num_gpus=2", "hydra.launcher.ray.remote.num_gpus=1",
+            "+hydra.launcher.ray.init.num_cpus=2", "hydra.launcher.ray.remote.num_cpus=1",
         )  # fmt: skip
     finally:
         ray.shutdown()
     assert status == 0, told
     found = results(tmp_path / "outputs")
     assert [result["method"] for result in found] == ["kaiming", "olora"]
-    assert [result["environment"]["threads"] for result in found] == [1, 1]
+    places = [result["environment"] for result in found]
+    assert [place["threads"] for place in places] == [1, 1]
+    assert {place["visible_devices"] for place in places} == {"0", "1"}
+
+
+def test_a_gpu_a_job_where_there_are_any(monkeypatch):
+    for present, expected in ((True, 1), (False, 0)):
+        monkeypatch.setattr(launching.torch.cuda, "is_available", lambda found=present: found)
+        assert launching.gpus_a_job() == expected
 
 
 def test_optuna_looks_for_a_rate_and_takes_up_its_trials(command, tiny, tmp_path):
