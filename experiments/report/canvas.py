@@ -40,6 +40,7 @@ class Chart:
         wide: whether it takes both columns of a wide page.
         parameter, choices: a parameter of this chart alone, its values and their names, which the
             page offers as a list; the first is what the chart begins with.
+        over: the filter that the drawing spans by itself: "ranks" or "tasks".
         all_drawn: whether there are files of every choice, or of the first only.
     """
 
@@ -51,6 +52,7 @@ class Chart:
     wide: bool = False
     parameter: str | None = None
     choices: dict[str, str] = field(default_factory=dict)
+    over: str | None = None
     all_drawn: bool = True
 
 
@@ -68,6 +70,16 @@ class Canvas:
     def rows_at_first(self) -> int:
         """How many arms are shown before anyone filters, about."""
         return -(-len(self.arms) * len(self.initial["ranks"]) // len(self.filters["ranks"]))
+
+    def told(self, chart: Chart) -> str:
+        """What a file of the chart must say in its title: the one rank and task of several that
+        it shows."""
+        parts = []
+        if chart.over != "ranks" and len(self.initial["ranks"]) < len(self.filters["ranks"]):
+            parts.append(", ".join(f"rank {rank:g}" for rank in self.initial["ranks"]))
+        if chart.over != "tasks" and len(self.initial["tasks"]) < len(self.filters["tasks"]):
+            parts += self.initial["tasks"]
+        return f" ({', '.join(parts)})" if parts else ""
 
     def table(self, name: str) -> alt.Chart:
         return alt.Chart(alt.NamedData(name))

@@ -20,7 +20,7 @@ def facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
         ("n_test", "Held out", lambda n: f"{int(n):,} examples"),
         ("metric", "Score", lambda m: str(m).replace("_", " ")),
         ("steps", "Training", lambda n: f"{int(n):,} steps"),
-        ("learning_rate", "Learning rate", mantissa),
+        ("learning_rate", "Learning rate", lambda x: mantissa(x).replace("-", "\u2011")),
         ("rank", "Rank", lambda n: f"{n:g}"),
     ):
         values = sorted(runs[key].dropna().unique())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import vl_convert
 
-from .canvas import Chart
+from .canvas import Canvas, Chart
 from .specification import VEGA_LITE, file_specification
 
 
@@ -17,19 +17,21 @@ class Pictures:
     """The files of one chart, and of each of its choices (`layers`, `layers-update_size`, …)."""
 
     chart: Chart
+    canvas: Canvas
     tables: dict[str, pd.DataFrame]
 
     def write(self, output: Path) -> list[str]:
         """Write them and return their names without an ending."""
+        title = self.chart.title + self.canvas.told(self.chart)
         if not self.chart.choices:
-            return [self.one(output, self.chart.name, self.chart.title, {})]
+            return [self.one(output, self.chart.name, title, {})]
         names = []
         for position, (value, words) in enumerate(self.chart.choices.items()):
             name = f"{self.chart.name}-{value}" if position else self.chart.name
-            title = f"{self.chart.title}: {words}"
             if position and not self.chart.all_drawn:
                 break
-            names.append(self.one(output, name, title, {self.chart.parameter: value}))
+            chosen = {self.chart.parameter: value}
+            names.append(self.one(output, name, f"{title}: {words}", chosen))
         return names
 
     def one(self, output: Path, name: str, title: str, parameters: dict) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from . import checks, facts, settings, wording
 from .beside import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows, plain_markdown
-from .canvas import Chart
+from .canvas import Canvas, Chart
 from .comparison import Comparison, compare
 from .divergence import diverged
 from .gallery import draw
@@ -103,7 +103,7 @@ def write_report(
         peft=beside,
     )  # fmt: skip
     write_tables(page, output)
-    figures = export_all(charts, views.tables, output, progress)
+    figures = export_all(charts, canvas, views.tables, output, progress)
     progress("page")
     path = output / "index.html"
     path.write_text(render(page, output), encoding="utf-8")
@@ -188,6 +188,7 @@ def write_tables(page: Page, output: Path) -> None:
 
 def export_all(
     charts: list[Chart],
+    canvas: Canvas,
     tables: dict[str, pd.DataFrame],
     output: Path,
     progress: Callable[[str], None],
@@ -196,6 +197,6 @@ def export_all(
     figures = {}
     for chart in charts:
         progress(f"chart: {chart.title}")
-        for name in Pictures(chart, tables).write(output):
+        for name in Pictures(chart, canvas, tables).write(output):
             figures[name] = output / f"{name}.png"
     return figures

@@ -54,6 +54,22 @@ def test_the_robustness_curve_is_the_mean_with_students_interval(tmp_path, monke
     assert {method: float(rate) for method, rate in twice} == best
 
 
+def test_a_file_says_which_rank_and_task_it_shows(tmp_path, monkeypatch):
+    only({"score", "rank", "tasks"}, monkeypatch)
+    sweep = write_grid(tmp_path, methods=("kaiming", "pissa"), rates=[1e-3], ranks=(8, 32),
+                       seeds=(0,), tasks=("r8", "rotten_tomatoes"), blocks=1)  # fmt: skip
+    make([sweep], sweep / "report")
+    titles = {
+        name: re.search(r"Title text '([^']*)'", (sweep / "report" / f"{name}.svg").read_text())[1]
+        for name in ("score", "rank", "tasks")
+    }
+    assert titles == {
+        "score": "Accuracy at the chosen setting (rank 8, r8)",
+        "rank": "Accuracy against rank (r8)",
+        "tasks": "Interquartile mean over 2 tasks (rank 8)",
+    }
+
+
 def test_what_diverged_is_told_under_the_curve(tmp_path, monkeypatch):
     only(set(), monkeypatch)
     sweep = write_grid(tmp_path, methods=("kaiming", "olora"), rates=[1e-3, 1e-2], seeds=(0, 1, 2),

@@ -9,6 +9,7 @@ from synthetic_sweeps import STEPS, write_protocol, write_run, write_sweep
 
 from experiments.report import gathering
 from experiments.report.__main__ import make
+from experiments.report.checks import choice_warnings
 from experiments.report.gathering import gather
 from experiments.report.pictures import Pictures
 from experiments.report.selection import PROTOCOL, TEST, VALIDATION, choose
@@ -208,6 +209,12 @@ def test_a_protocol_chooses_and_its_control_is_an_arm(tmp_path, read):
     told = json.loads((sweep / "protocol.json").read_text())["selected"]
     assert choices[1].learning_rate == told["pissa-r8"]["learning_rate"]
     assert list(choices[1].runs) == told["pissa-r8"]["runs"]
+    partly = {arm: one for arm, one in listed.selected.items() if one["method"] != "pissa"}
+    runs = with_arms(read(sweep).runs)
+    (only,) = choose(runs, partly)
+    assert only.arm == "kaiming"
+    (warning,) = choice_warnings(runs, [only])[:1]
+    assert "has not chosen a setting for pissa, pissa (matched norm)" in warning
     (sweep / "protocol.json").write_text("[]")
     with pytest.raises(ValueError, match="is no protocol"):
         load_sweeps([sweep])

@@ -42,7 +42,7 @@ def charts(canvas: Canvas, views: Views, covers: str, diverged: list[str]) -> li
             "rank", f"{canvas.metric.capitalize()} against rank",
             f"Each method at its best learning rate for that rank, all ranks whatever is chosen "
             f"above. Bars: 95 % intervals over {covers}.",
-            against_rank(canvas, rows), SECTION,
+            against_rank(canvas, rows), SECTION, over="ranks",
         ))  # fmt: skip
     return made
 

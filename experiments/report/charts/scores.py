@@ -34,7 +34,7 @@ def charts(canvas: Canvas, views: Views, majority: dict[str, float], covers: str
             "tasks", f"Interquartile mean over {int(tasks['tasks'].iloc[0])} tasks",
             "Mean of the middle half of the scores of all tasks and seeds, not normalised, with a "
             "95 % bootstrap interval stratified by task (Agarwal et al. 2021, arXiv 2108.13264).",
-            over_tasks(canvas), SECTION,
+            over_tasks(canvas), SECTION, over="tasks",
         ))  # fmt: skip
     return made
 
