@@ -23,7 +23,7 @@ class PeftRow:
     """One of PEFT's experiments, at its newest result.
 
     Attributes:
-        task: the folder's name, such as "MetaMathQA": the files do not name their data.
+        task: the folder's name, such as "MetaMathQA".
         init: `init_lora_weights` of the adapter's configuration; empty where there is none.
         score: test accuracy, of one seed.
     """
