@@ -139,7 +139,7 @@ def test_2_tied_head_leaves_the_embedding_alone(make, batches_for, method):
     assert torch.equal(embedded(base), rows)
     assert_gap(logits(model, batches), original, 1e-5 * largest_ratio(model, make()))
     train(model)
-    assert relative_gap(logits(model, batches)[0], original[0]) > 1e-2
+    assert relative_gap(logits(model, batches)[0], original[0]) > 1e-3
     assert torch.equal(embedded(base), rows)
     with model.disable_adapter():
         assert_gap(logits(model, batches), original, 0.0)

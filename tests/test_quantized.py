@@ -228,7 +228,7 @@ def test_requantized_residual_reports_its_error(method, packing):
         layer, weight = model.layers[row.name], weights[row.name].double()
         assert row.base == "replaced"
         # The codes hold the residual: no second product in the forward pass.
-        product = layer.initial_product().double()
+        product = layer.scaling * layer.initial_lora_B.double() @ layer.initial_lora_A.double()
         quantizer = quantizer_of(layer.base_layer)
         packed = oriented_weight(layer.base_layer)
         assert_gap(packed, quantizer.roundtrip((weight - product).float()), 1e-5)
