@@ -562,7 +562,7 @@ def test_every_trainable_part_changes_the_output(method, case, variant):
             with torch.no_grad():
                 before = layer(inputs)
                 parameter += parameter.std() * torch.randn(parameter.shape)
-                assert relative_gap(layer(inputs), before) > 1e-3, (name, part)
+                assert relative_gap(layer(inputs), before) > 1e-4, (name, part)
 
 
 class Encoder(nn.Module):

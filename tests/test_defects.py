@@ -239,7 +239,7 @@ def test_2_shared_module_and_shared_storage(method, share):
     train(model, size=0.5)
     if share == "module":
         assert base.twin is base.chain.tall
-        assert relative_gap(base.twin(x), alone) > 1e-2
+        assert relative_gap(base.twin(x), alone) > 1e-3
         if spec.base == "replace":
             return  # nobody else has the original
     else:
