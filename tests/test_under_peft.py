@@ -179,7 +179,7 @@ def test_the_start_is_ours_and_goes_back(method, kind):
             present = oriented_weight(layer.base) + product
             error = float((weight - present).norm() / weight.norm())
             assert row.details["step_0_error"] == pytest.approx(error, rel=1e-3, abs=1e-8)
-            assert error < (0.1 if kind in ("Linear4bit", "Linear8bitLt") else 1e-7)
+            assert error < (0.15 if kind in ("Linear4bit", "Linear8bitLt") else 1e-7)
         if spec.base == "replace":
             original = weight if originals is None else originals[f"{layer.name}.weight"]
             error = float((original - oriented_weight(layer.base) - product).norm())
