@@ -154,7 +154,8 @@ def test_2_replaced_tied_head_gets_a_weight_of_its_own(make, batches_for, method
     base, batches = make(), batches_for()
     before, original = snapshot(base), logits(base, batches)
     tied, rows = base.get_input_embeddings().weight, embedded(base)
-    model = train(adapt(base, target_modules=["lm_head"], init_lora_weights=method))
+    model = adapt(base, calibration=batches, target_modules=["lm_head"], init_lora_weights=method)
+    train(model)
     head = model.layers["lm_head"].base_layer
     assert head.weight is not tied
     assert not head.weight.requires_grad
