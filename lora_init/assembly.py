@@ -52,12 +52,12 @@ def get_peft_model(
             method serves) are wrapped in place and its parameters frozen. Left untouched if
             anything fails.
         peft_config: the settings.
-        calibration: batches for the methods that need them (corda, eva, lora_ga): any iterable; a
-            mapping is passed as ``model(**batch)``. lora_ga takes gradients, so that its batches
-            need labels, from which the model computes its loss, or a loss of yours: `WithLoss`.
-            Others do not read it. Or what `lora_init.calibrate` found before. Under
-            `torch.distributed` every rank calls with batches of its own, as many as it has; all get
-            the adapter of one process with all the data.
+        calibration: batches for the methods that need them (`list_initializers()` says which need
+            inputs or gradients): any iterable; a mapping is passed as ``model(**batch)``. For
+            gradients the batches need labels, from which the model computes its loss, or a loss of
+            yours: `WithLoss`. Others do not read it. Or what `lora_init.calibrate` found before.
+            Under `torch.distributed` every rank calls with batches of its own, as many as it has;
+            all get the adapter of one process with all the data.
         calibration_memory: bytes for the inputs' second moments (4 n² each). If they do not fit,
             there are several passes over the batches, each for the layers that fit, which are
             initialized before the next: the same result for more time. Needs batches that can be
@@ -79,12 +79,12 @@ def get_peft_model(
             with the module's own settings: no second product, an error that `init_report()` shows.
         original_weights: the model's checkpoint (a folder or file of safetensors, or a mapping of
             names to tensors), read one layer at a time, for weights that the model does not hold.
-            Of quantised targets: methods decompose the weights from before quantisation; LoftQ and
-            QPiSSA need them, to make up for its error. Of targets on the meta device (a model built
-            under ``torch.device("meta")`` or ``accelerate.init_empty_weights()``, larger than
-            memory perhaps): the base stays there, the factors are on the CPU, `save_pretrained`
-            writes the adapter for the loaded model. Weights that Accelerate offloads need no
-            checkpoint: they are read from where it keeps them.
+            Of quantised targets: methods decompose the weights from before quantisation; those that
+            replace the base need them, to make up for its error. Of targets on the meta device (a
+            model built under ``torch.device("meta")`` or ``accelerate.init_empty_weights()``,
+            larger than memory perhaps): the base stays there, the factors are on the CPU,
+            `save_pretrained` writes the adapter for the loaded model. Weights that Accelerate
+            offloads need no checkpoint: they are read from where it keeps them.
         keep_original: keep what a replaced base was (float weights in CPU memory, packed ones as
             they are), so that disable_adapter and unload work.
         allow_unmatched: warn of keys in rank_pattern and alpha_pattern that match nothing, instead

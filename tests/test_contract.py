@@ -363,8 +363,11 @@ def test_disable_and_unload(method, case, variant):
     assert [type(m) for m in restored.modules()] == [type(m) for m in base.modules()]
 
 
-@pytest.mark.parametrize("case", BASES, ids=str)
-@pytest.mark.parametrize("method", REPLACING)
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [(m, case) for m in REPLACING for case in BASES if case.kind in spec_of(m).module_types],
+    ids=str,
+)
 def test_lost_original_is_refused_by_name(method, case):
     model = train(adapt_case(method, case, "s=2", case.build()))
     x = case.inputs()
@@ -562,7 +565,7 @@ def test_every_trainable_part_changes_the_output(method, case, variant):
             with torch.no_grad():
                 before = layer(inputs)
                 parameter += parameter.std() * torch.randn(parameter.shape)
-                assert relative_gap(layer(inputs), before) > 1e-3, (name, part)
+                assert relative_gap(layer(inputs), before) > 1e-4, (name, part)
 
 
 class Encoder(nn.Module):

@@ -139,7 +139,7 @@ def test_2_tied_head_leaves_the_embedding_alone(make, batches_for, method):
     assert torch.equal(embedded(base), rows)
     assert_gap(logits(model, batches), original, 1e-5 * largest_ratio(model, make()))
     train(model)
-    assert relative_gap(logits(model, batches)[0], original[0]) > 1e-2
+    assert relative_gap(logits(model, batches)[0], original[0]) > 1e-3
     assert torch.equal(embedded(base), rows)
     with model.disable_adapter():
         assert_gap(logits(model, batches), original, 0.0)
@@ -154,7 +154,8 @@ def test_2_replaced_tied_head_gets_a_weight_of_its_own(make, batches_for, method
     base, batches = make(), batches_for()
     before, original = snapshot(base), logits(base, batches)
     tied, rows = base.get_input_embeddings().weight, embedded(base)
-    model = train(adapt(base, target_modules=["lm_head"], init_lora_weights=method))
+    model = adapt(base, calibration=batches, target_modules=["lm_head"], init_lora_weights=method)
+    train(model)
     head = model.layers["lm_head"].base_layer
     assert head.weight is not tied
     assert not head.weight.requires_grad
@@ -239,7 +240,7 @@ def test_2_shared_module_and_shared_storage(method, share):
     train(model, size=0.5)
     if share == "module":
         assert base.twin is base.chain.tall
-        assert relative_gap(base.twin(x), alone) > 1e-2
+        assert relative_gap(base.twin(x), alone) > 1e-3
         if spec.base == "replace":
             return  # nobody else has the original
     else:

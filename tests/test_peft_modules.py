@@ -175,7 +175,7 @@ def assert_peft_agrees(model, case, folder):
     model.save_pretrained(folder)
     loaded = load_with_peft(case.make(), folder)
     assert_gap(outputs(loaded, case), expected, tolerance(model))
-    assert relative_gap(expected, outputs(case.make(), case)) > 1e-2
+    assert relative_gap(expected, outputs(case.make(), case)) > 1e-3
 
 
 # -- PEFT loads ours -------------------------------------------------------------------------------

@@ -73,9 +73,13 @@ def inputs(rows=30, seed=1):
     return chain_inputs(rows, PACKED_SHAPES["square"][1], seed=seed)
 
 
-def adapt(base, method, *, targets=tuple(PACKED_SHAPES), settings=None, **arguments):
+def adapt(base, method, *, alpha=8, targets=tuple(PACKED_SHAPES), settings=None, **arguments):
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=method, **settings or {}
+        r=4,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        init_lora_weights=method,
+        **settings or {},
     )
     calibrated = config.initializer()[0].calibration is not None
     data = Batches(inputs(40, seed) for seed in (2, 3))
@@ -228,7 +232,7 @@ def test_requantized_residual_reports_its_error(method, packing):
         layer, weight = model.layers[row.name], weights[row.name].double()
         assert row.base == "replaced"
         # The codes hold the residual: no second product in the forward pass.
-        product = layer.initial_product().double()
+        product = layer.scaling * layer.initial_lora_B.double() @ layer.initial_lora_A.double()
         quantizer = quantizer_of(layer.base_layer)
         packed = oriented_weight(layer.base_layer)
         assert_gap(packed, quantizer.roundtrip((weight - product).float()), 1e-5)
@@ -342,15 +346,12 @@ def test_original_weights_make_up_for_the_quantisation(method, packing, tmp_path
         for name in PACKED_SHAPES
     }  # fmt: skip
     for alpha in (1, 8, 64):
-        base = packed_chain(packing)
-        settings = {"lora_alpha": alpha}
-        config = LoraConfig(
-            r=4, target_modules=list(PACKED_SHAPES), init_lora_weights=method, **settings
-        )
-        model = get_peft_model(base, config, original_weights=tmp_path)
+        model = adapt(packed_chain(packing), method, alpha=alpha, original_weights=tmp_path)
         errors = weight_errors(model, original())
         for row in model.init_report().layers:
-            assert errors[row.name] < 0.9 * plain[row.name]
+            # What looks at the inputs puts the output right, and the weight as far as that goes.
+            share = 0.96 if model.plan.calibration else 0.9
+            assert errors[row.name] < share * plain[row.name]
             # Its own report knows: the base keeps its quantiser, packed without another loss.
             assert row.error == pytest.approx(errors[row.name], rel=1e-3)
             assert row.details["error_without_adapter"] == pytest.approx(plain[row.name], rel=1e-3)

@@ -40,13 +40,23 @@ def ordered(methods: set[str]) -> list[str]:
 
 def marks(methods: list[str]) -> dict[str, Mark]:
     """A mark for each method. A newcomer's colour follows from its name, whatever else is there
-    (unless two newcomers collide: then the later one in the alphabet moves on)."""
+    (unless two newcomers collide: then the later one in the alphabet moves on). Where there are
+    more of them than colours, a colour comes again with another shape."""
     chosen = {m: MARKS[m] for m in methods if m in MARKS}
-    taken: set[int] = set()
+    taken: set[Mark] = set()
     for method in sorted(set(methods) - MARKS.keys()):
-        slot = crc32(method.encode()) % len(RESERVE)
-        while slot in taken and len(taken) < len(RESERVE):
-            slot = (slot + 1) % len(RESERVE)
-        taken.add(slot)
-        chosen[method] = Mark(RESERVE[slot], SHAPES[slot % len(SHAPES)])
+        candidates = _candidates(method)
+        chosen[method] = next((m for m in candidates if m not in taken), candidates[0])
+        taken.add(chosen[method])
     return {m: chosen[m] for m in methods}
+
+
+def _candidates(method: str) -> list[Mark]:
+    """Every colour from the method's own on, then all of them with the next shape, and so on."""
+    first, colors = crc32(method.encode()), len(RESERVE)
+    slots = [(first + step) % colors for step in range(colors)]
+    return [
+        Mark(RESERVE[slot], SHAPES[(slot + turn) % len(SHAPES)])
+        for turn in range(len(SHAPES))
+        for slot in slots
+    ]

@@ -63,7 +63,7 @@ def initialize_peft_model(
     - subtracted: the base weight is edited. PEFT's forward pass cannot subtract s B0 A0, so a
       16-bit residual is rounded and a quantised one packed anew; `step_0_error` in the report's
       details is ‖W - (base + s B0 A0)‖ / ‖W‖;
-    - replaced (loftq, qpissa): a quantised weight takes its place.
+    - replaced: a quantised weight takes its place.
 
     Args:
         peft_model: what `peft.get_peft_model` returned, with ``init_lora_weights=True`` (PEFT's

@@ -1,0 +1,76 @@
+"""Init[AB], or NZLoRA: neither factor starts at zero.
+
+A ~ U(-gamma / sqrt(in), gamma / sqrt(in)), B from the same distribution (in, not out or r: at
+gamma = 1 A is that of `kaiming`). Two methods, for what becomes of W is a property of a method:
+
+- "init_ab" keeps the base. The model starts with noise in its weights, of size
+  ‖s B A‖_F ≈ s gamma² sqrt(out r / in) / 3: the paper finds that fine-tuning does not mind.
+- "init_ab_subtracted" takes it out again, W - s B A, and starts from the pretrained function.
+
+Source: Li, Luo, Tang, Wang, Chen, Luo, Li, He & Li, "Beyond Zero Initialization: Investigating the
+Impact of Non-Zero Initialization on LoRA Fine-Tuning Dynamics", ICML 2025, arXiv 2505.23194.
+Deviations: one gamma for both factors, where published code has a scale for each, under the root
+(gamma² here). The scaling is not divided out, as there: the noise grows with s. Not in PEFT, whose
+`init_lora_weights=False` draws B from the wider U(±1 / sqrt(r)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lora_init.factors import Factors
+from lora_init.modules import MODULE_TYPES
+from lora_init.registry import register_initializer
+
+PAPER = "Li et al. 2025, arXiv 2505.23194"
+
+
+@dataclass
+class InitAbOptions:
+    """Settings of Init[AB].
+
+    Attributes:
+        gamma: the bound of both factors' entries, in units of 1 / sqrt(in).
+    """
+
+    method: ClassVar[str] = "init_ab"
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.gamma, int | float) and not isinstance(self.gamma, bool)
+        if not number or not 0.0 < self.gamma < float("inf"):
+            raise ValueError(f"{self.method}: gamma={self.gamma!r}; allowed are finite numbers > 0")
+
+
+@dataclass
+class InitAbSubtractedOptions(InitAbOptions):
+    """The same for "init_ab_subtracted"."""
+
+    method: ClassVar[str] = "init_ab_subtracted"
+
+
+@register_initializer(
+    "init_ab_subtracted",
+    options=InitAbSubtractedOptions,
+    paper=PAPER,
+    base="subtract",
+    module_types=MODULE_TYPES,
+)
+@register_initializer(
+    "init_ab",
+    options=InitAbOptions,
+    paper=PAPER,
+    preserves_output=False,
+    module_types=MODULE_TYPES,
+)
+def init_ab(weight, rank, scaling, statistics, options, generator) -> Factors:
+    """A (rank, in) and B (out, rank), float32, uniform within ±gamma/sqrt(in). Reads no weight."""
+    rows, columns = weight.shape
+    bound = options.gamma * columns**-0.5
+    lora_A = (2 * torch.rand(rank, columns, generator=generator) - 1) * bound
+    lora_B = (2 * torch.rand(rows, rank, generator=generator) - 1) * bound
+    return Factors(lora_A, lora_B)

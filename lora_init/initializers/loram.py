@@ -1,0 +1,62 @@
+"""LoRAM: sine bases, at the magnitude that W and the rank call for.
+
+Φ_d (d × r) holds the first r columns of the discrete sine transform of d points, orthonormal:
+
+    Φ_d[i, j] = sqrt(2 / (d + 1)) sin((i + 1)(j + 1) π / (d + 1)),
+    B = β Φ_out,    A = β Φ_inᵀ,    β = (log_min(out, in)(r) · ν[W] / ν[s Φ_out Φ_inᵀ])^(1/4),
+
+where ν is the mean square of the entries; the base becomes W - s B A. Since ‖Φ_out Φ_inᵀ‖_F² is r,
+β² = ‖W‖_F sqrt(log_min(out, in)(r) / r) / s, and ‖s B A‖_F = ‖W‖_F sqrt(log_min(out, in)(r)):
+about what PiSSA's leading triplets hold of W, with no decomposition and nothing drawn at random.
+
+Source: Zhang, Li, Zhang, Gong, Wang, Hu, Liu & Jiang, "The Primacy of Magnitude in Low-Rank
+Adaptation", NeurIPS 2025, arXiv 2507.06558, equations 11 and 12, algorithm 1.
+Deviations: the paper fixes s = 1; ours divides by s, which is the same there and leaves s B A alone
+at any other s. At r = 1 the logarithm is 0 and nothing could learn: r is at least 2. Not in PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.factors import Factors
+from lora_init.modules import MODULE_TYPES
+from lora_init.registry import register_initializer
+
+
+def rank_rule(rank: int, rows: int, columns: int) -> str | None:
+    if rank >= 2:
+        return None
+    return "the magnitude of both factors goes with log(r), which is 0 at r = 1: r is at least 2"
+
+
+def sine_basis(size: int, rank: int, device: torch.device) -> Float[Tensor, "size rank"]:
+    """The first `rank` columns of the orthonormal sine transform (DST-I), in float64."""
+    place = torch.arange(1, size + 1, dtype=torch.float64, device=device)
+    angle = torch.outer(place, place[:rank]) * (math.pi / (size + 1))
+    return angle.sin() * math.sqrt(2 / (size + 1))
+
+
+@register_initializer(
+    "loram",
+    paper="Zhang et al. 2025, arXiv 2507.06558",
+    base="subtract",
+    needs=("weights",),
+    module_types=MODULE_TYPES,
+    rank_rule=rank_rule,
+    stacks=True,
+)
+def loram(weight, rank, scaling, statistics, options, generator) -> Factors:
+    """A (rank, in) and B (out, rank), float32: rows and columns orthogonal, of norm β each."""
+    rows, columns = weight.shape[-2:]
+    norm = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    gain = math.log(rank) / math.log(min(rows, columns))
+    beta = (norm * (math.sqrt(gain / rank) / scaling)).sqrt()
+    return Factors(
+        lora_A=(beta * sine_basis(columns, rank, weight.device).T).float(),
+        lora_B=(beta * sine_basis(rows, rank, weight.device)).float(),
+    )

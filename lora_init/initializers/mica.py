@@ -1,0 +1,41 @@
+"""MiCA: what is learnt may leave the layer through the least used output directions only.
+
+W = U S Vᵀ (thin, min(out, in) triplets); B = the r columns of U that belong to the smallest
+singular values, A = 0. The base stays as it is. B is frozen, A alone is trained: half the
+parameters of LoRA at the same rank, and the update's columns lie in the span of B for good.
+
+Source: Rüdiger & Raschka, "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning", 2026,
+arXiv 2604.01694.
+Deviations: the same vectors as PEFT's "mica", which takes a full SVD in float32 and keeps the order
+of the whole SVD; ours computes the last ones only, in float64, the smallest first, so that the
+factors of rank r are the first r of those of a higher rank. PEFT rounds B to the base's dtype, ours
+stays float32. The scaling is not divided out: with A = 0 it sets the pace of training alone.
+For out > in the thin SVD's vectors are meant, as in PEFT: W's left null space holds smaller ones.
+"""
+
+from __future__ import annotations
+
+from lora_init import linalg
+from lora_init.factors import Factors
+from lora_init.modules import MODULE_TYPES
+from lora_init.registry import Nesting, register_initializer
+
+
+@register_initializer(
+    "mica",
+    paper="Rüdiger & Raschka 2026, arXiv 2604.01694",
+    needs=("weights",),
+    module_types=MODULE_TYPES,
+    frozen=("lora_B",),
+    stacks=True,
+    nesting=lambda options: Nesting(balanced=False),
+)
+def mica(weight, rank, scaling, statistics, options, generator) -> Factors:
+    """A (rank, in) zero, B (out, rank) with orthonormal columns; float32."""
+    size = linalg.nesting_rank(rank, min(weight.shape[-2:]))
+    triplets = linalg.bottom_singular(weight, size, generator=generator).leading(rank)
+    return Factors(
+        lora_A=weight.new_zeros(*weight.shape[:-2], rank, weight.shape[-1]),
+        lora_B=triplets.left,
+        metrics={"algorithm": triplets.method, "residual": triplets.residual},
+    )

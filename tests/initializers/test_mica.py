@@ -1,0 +1,106 @@
+"""mica: the left vectors of the smallest singular values, frozen, beside an A of zeros."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from models import Chain, chain_inputs, relative_gap, spread_weight
+
+from lora_init import LoraConfig, LoraModel, get_peft_model
+from lora_init.initializers.mica import mica
+from lora_init.modules import oriented_weight
+from lora_init.registry import NoOptions
+from lora_init.seeding import layer_generator
+
+RANK = 4
+SHAPES = [(40, 40), (96, 24), (24, 96)]
+TARGETS = ["square", "tall", "wide"]
+
+
+def factors_of(weight, rank=RANK, scaling=2.0, seed=0):
+    return mica(weight, rank, scaling, None, NoOptions(), layer_generator(seed, "layer"))
+
+
+def reference(weight, rank=RANK):
+    """The last columns of U of the thin SVD, the very last first; largest entries positive."""
+    left = torch.linalg.svd(weight.double(), full_matrices=False)[0].flip(1)[:, :rank]
+    return left * torch.sign(left.gather(0, left.abs().argmax(0, keepdim=True)))
+
+
+@pytest.mark.parametrize("rank", [1, RANK, 24])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_is_the_end_of_the_full_svd(rows, columns, rank):
+    weight = spread_weight(rows, columns)
+    factors = factors_of(weight, rank)
+    assert relative_gap(factors.lora_B, reference(weight, rank)) < 1e-4
+    assert factors.lora_A.shape == (rank, columns)
+    assert not factors.lora_A.any()
+
+
+def test_is_the_end_of_the_full_svd_where_inverses_answer():
+    weight = spread_weight(420, 320)
+    factors = factors_of(weight, rank=8)
+    assert factors.metrics["algorithm"] == "inverse"
+    basis, expected = factors.lora_B.double(), reference(weight, 8)
+    assert relative_gap(basis @ basis.T, expected @ expected.T) < 1e-3
+
+
+def test_neither_scaling_nor_seed_enters_and_factors_nest():
+    weight = spread_weight(60, 40)
+    lora_B = factors_of(weight, 12).lora_B
+    for rank, scaling, seed in ((12, 1 / 16, 3), (5, 16.0, 0)):
+        assert torch.equal(factors_of(weight, rank, scaling, seed).lora_B, lora_B[:, :rank])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "use_rslora"),
+    [(RANK / 16, False), (RANK, False), (2 * RANK, False), (16 * RANK, False), (8, True)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_the_base_stays_and_only_A_is_trained(kind, dtype, alpha, use_rslora):
+    base = Chain(kind, dtype)
+    config = LoraConfig(
+        r=RANK, lora_alpha=alpha, use_rslora=use_rslora, target_modules=TARGETS,
+        init_lora_weights="mica",
+    )  # fmt: skip
+    model = get_peft_model(copy.deepcopy(base), config)
+    x = chain_inputs(20, dtype=dtype)
+    assert torch.equal(model(x), base(x))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).float().square().sum().backward()
+    optimizer.step()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"base_model.{name}.lora_A" for name in TARGETS
+    }
+    for name, layer in model.layers.items():
+        weight = oriented_weight(base.get_submodule(name))
+        assert relative_gap(layer.lora_B, reference(weight)) < 1e-4, name
+        assert layer.lora_A.any(), name
+
+
+def test_frozen_after_loading(tmp_path):
+    base = Chain()
+    config = LoraConfig(r=RANK, target_modules=TARGETS, init_lora_weights="mica")
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(base, tmp_path)
+    assert all(layer.lora_A.requires_grad for layer in loaded.layers.values())
+    assert not any(layer.lora_B.requires_grad for layer in loaded.layers.values())
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_is_pefts_own_up_to_order_and_sign(kind):
+    base = Chain(kind)
+    ours = get_peft_model(
+        copy.deepcopy(base),
+        LoraConfig(r=RANK, target_modules=TARGETS, init_lora_weights="mica"),
+    )
+    settings = peft.LoraConfig(
+        r=RANK, target_modules=TARGETS, init_lora_weights="mica", fan_in_fan_out=kind == "Conv1D"
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), settings)
+    for name, layer in ours.layers.items():
+        other = theirs.base_model.model.get_submodule(name).lora_B["default"].weight.flip(1)
+        signs = torch.sign((layer.lora_B * other).sum(0))
+        assert relative_gap(layer.lora_B, other * signs) < 1e-3, name
