@@ -43,11 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--wandb", nargs="?", const="lora_init", metavar="PROJECT",
         help="log pictures, table and page to an offline wandb run in the sweep's group",
     )  # fmt: skip
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE",
+        help="write the page to hand on, too: one file, without links to runs and pictures",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     console = Console()
     try:
         output = options.output or options.folders[0] / "report"
-        report = make(options.folders, output, options.compare, options.peft_results)
+        report = make(options.folders, output, options.compare, options.peft_results, options.page)
         logged = log_to_wandb(report, options.wandb) if options.wandb else None
     except (ValueError, OSError) as error:
         complaint = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -60,7 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make(
-    folders: list[Path], output: Path, other: Path | None = None, peft: Path | None = None
+    folders: list[Path],
+    output: Path,
+    other: Path | None = None,
+    peft: Path | None = None,
+    alone: Path | None = None,
 ) -> Report:
     """Read and write, with the step in progress on stderr (so that pipes stay clean)."""
     bar = Progress(
@@ -75,7 +83,7 @@ def make(
         sweep = load_sweeps(folders)
         return write_report(
             sweep, output, lambda step: bar.update(task, description=step),
-            load_sweeps([other]) if other else None, peft,
+            load_sweeps([other]) if other else None, peft, alone,
         )  # fmt: skip
 
 

@@ -41,6 +41,9 @@ def run_row(run: Run) -> dict[str, Any]:
     row.update((key, end.get(key)) for key in END)
     row["output_gap"], row["output_gap_kl"] = gap.get("max_abs_logit"), gap.get("kl")
     row["is_control"] = run.is_control
+    row["from_cache"] = any(
+        (layer.get("details") or {}).get("from_cache") for layer in run.init.get("layers") or []
+    )
     row["forgetting_kind"] = end.get("forgetting_kind")
     row["folder"] = str(run.folder)
     row.update((key, json.dumps(result.get(key), default=str)) for key in NESTED)

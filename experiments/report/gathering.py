@@ -22,7 +22,7 @@ from .frames import layer_rows, metric_rows, run_row, runs_frame
 from .runs import Problem, read_run
 from .sweeps import Sweep, check_entry
 
-FORMAT = "3"  # of the tables; another format is read anew
+FORMAT = "4"  # of the tables; another format is read anew
 TABLES = ("layers", "metrics", "runs")  # runs last: what it lists is complete in the others
 
 

@@ -172,8 +172,8 @@
 
   // The list of runs: the first of those that match, whatever their number.
   const runs = rows("runs").map((run, index) => ({
-    ...run, folder: report.folders.names[index],
-    address: `${report.folders.starts[report.folders.start[index]]}/`
+    ...run, folder: report.folders?.names[index],
+    address: report.folders && `${report.folders.starts[report.folders.start[index]]}/`
       + `${encodeURIComponent(report.folders.names[index])}/`,
   }));
   const order = { column: null, descending: false };
@@ -210,7 +210,7 @@
         const value = run[column];
         const text = value === null || value === undefined ? "—"
           : String(format[column]?.(value) ?? value);
-        if (column === "run_id") {
+        if (column === "run_id" && run.address) {
           const link = cell.appendChild(document.createElement("a"));
           [link.href, link.textContent, link.title] = [run.address, text, run.folder];
         } else if (column === "method") {

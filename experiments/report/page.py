@@ -57,14 +57,20 @@ class Page:
     peft: list[PeftRow]
 
 
-def render(page: Page, output: Path) -> str:
-    """HTML of the whole report. Links to run folders are relative to `output`."""
+def render(page: Page, output: Path | None) -> str:
+    """HTML of the whole report.
+
+    Args:
+        output: the folder that the page lies in, with the pictures; links to run folders are
+            relative to it. None for a page that is handed on alone, without links.
+    """
     sweep, canvas, boots = page.sweep, page.canvas, page.summarizer.bootstraps
     examples = [bootstrap.examples for bootstrap in boots.values()]
     failed = [p for p in page.problems if p.fatal]
     several = len(page.summarizer.tasks) > 1
     return environment().get_template("template.html.j2").render(
         heading=page.heading,
+        alone=output is None,
         subtitle=sweep.heading if sweep.heading and sweep.heading != page.heading else None,
         name=sweep.name,
         findings=wording.findings_by_task(page.rows, page.majority),
@@ -103,7 +109,7 @@ def render(page: Page, output: Path) -> str:
     )  # fmt: skip
 
 
-def script_data(page: Page, output: Path) -> dict[str, Any]:
+def script_data(page: Page, output: Path | None) -> dict[str, Any]:
     """What the page's script needs: charts without data, the tables once, the filters."""
     tables = {name: table for name, table in page.views.tables.items() if len(table)}
     # Of the spectra one layer is drawn at a time.
@@ -114,7 +120,7 @@ def script_data(page: Page, output: Path) -> dict[str, Any]:
         "filters": page.canvas.filters,
         "initial": page.canvas.initial,
         "subsets": [",".join(map(str, subset)) for subset in page.summarizer.seed_subsets()],
-        "folders": folders(page.runs, output),
+        "folders": None if output is None else folders(page.runs, output),
         "colors": {method: mark.color for method, mark in page.canvas.marks.items()},
         "renderer": "canvas" if marks > CANVAS_ABOVE else "svg",
     }

@@ -79,6 +79,7 @@ class Summarizer:
 
     def __init__(self, runs: pd.DataFrame, choices: list[Choice], draws: int = 2000) -> None:
         named = [run for choice in choices for run in choice.runs]
+        self.costs = computed_costs(runs)
         self.runs = runs.set_index("run_id", drop=False).loc[named]
         self.choices = choices
         self.seeds = sorted({int(seed) for seed in self.runs["seed"]})
@@ -128,6 +129,9 @@ class Summarizer:
             difference = self._difference(mine, frames[baseline.arm])
         measured = {key: float(mine[key].mean()) for key in MEANS}
         measured |= {key: float(mine[key].max()) for key in ("output_gap", "output_gap_kl")}
+        measured["init_seconds"] = self.costs.get(
+            (choice.task, choice.arm), measured["init_seconds"]
+        )
         seeds = tuple(int(seed) for seed in mine["seed"])
         return Row(choice, seeds, score, difference, kind, measured)
 
@@ -149,6 +153,15 @@ class Summarizer:
         if None not in rows + baseline:
             return self.bootstraps[mine["task"].iloc[0]].difference(rows, baseline)
         return seed_interval((pairs[self.quantity] - pairs[f"{self.quantity}_baseline"]).to_numpy())
+
+
+def computed_costs(runs: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Seconds to initialize, by task and arm, where runs of the arm took what they needed from the
+    cache: those of the longest, which computed and stored it.
+    """
+    arms = runs.groupby(["task", "arm"])
+    cached = arms["from_cache"].any()
+    return arms["init_seconds"].max()[cached].to_dict()
 
 
 def baseline_of(choice: Choice, choices: list[Choice]) -> Choice | None:

@@ -98,7 +98,8 @@ def columns(metric: str, rows: list[Row]) -> list[Column]:
             "largest change of a logit by the initialization, at step 0, over seeds",
         ),
         Column("init s", lambda r: seconds(r.get("init_seconds")), lambda r: r.get("init_seconds"),
-               "seconds to initialize, calibration included, mean over seeds"),
+               "seconds to initialize, calibration included: mean over seeds, or of the run that "
+               "computed what the method's others found in the cache"),
         Column("trainable", lambda r: count(r.get("trainable_parameters")),
                lambda r: r.get("trainable_parameters"), "trainable parameters"),
         Column("first grad", lambda r: significant(r.get("first_step_gradient_norm")),

@@ -54,6 +54,7 @@ def write_report(
     progress: Callable[[str], None] = print,
     other: Sweep | None = None,
     peft: Path | None = None,
+    alone: Path | None = None,
 ) -> Report:
     """Write page, pictures, tables and Parquet files of `sweep` into `output`.
 
@@ -63,6 +64,7 @@ def write_report(
         progress: told what is being done, at the start of each step.
         other: a sweep of the same settings over another version of the code, to compare with.
         peft: results of PEFT's own method comparison, to show beside these.
+        alone: a file for the page once more, without links to what lies beside it.
 
     Raises:
         ValueError: no run is finished, so there is nothing to report.
@@ -107,6 +109,9 @@ def write_report(
     progress("page")
     path = output / "index.html"
     path.write_text(render(page, output), encoding="utf-8")
+    if alone is not None:
+        alone.parent.mkdir(parents=True, exist_ok=True)
+        alone.write_text(render(page, None), encoding="utf-8")
     return Report(
         path, sweep.name, heading, metric, rows, problems, warnings, {**figures, "page": path},
         comparison, gathered.reused,

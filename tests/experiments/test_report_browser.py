@@ -23,7 +23,10 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a Chromium to ope
 def written(*sweeps):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pictures, "write", lambda self, output: [])
-        return write_report(load_sweeps(sweeps), sweeps[0] / "report", lambda step: None)
+        return write_report(
+            load_sweeps(sweeps), sweeps[0] / "report", lambda step: None,
+            alone=sweeps[0] / "handed_on.html",
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,15 @@ setTimeout(async () => {
   document.body.dataset.seen = seen.join("\\n");
 }, 2500);
 </script>"""
+
+
+def test_a_page_that_is_handed_on_links_to_nothing(report, tmp_path):
+    page = report.page.parent.with_name("handed_on.html")
+    elements = browse(page.as_uri(), tmp_path)
+    assert len(drawn_charts(elements)) == len(drawn_charts(browse(report.page.as_uri(), tmp_path)))
+    shown = elements.split("<main>")[1].split("<script")[0]
+    assert "<a " not in shown
+    assert shown.count("<tr") > 4
 
 
 def test_chips_legend_headings_and_hovering(report, tmp_path):

@@ -56,7 +56,8 @@ def robustness(canvas: Canvas, runs: pd.DataFrame, metric: str) -> alt.LayerChar
         scale=alt.Scale(type="log", nice=False, padding=14),
         axis=alt.Axis(format="~e", values=log_ticks(runs["learning_rate"]), grid=False),
     )
-    y = alt.Scale(zero=False, padding=8)
+    # The runs set the scale: intervals of three seeds that differ reach far beyond 0 and 100 %.
+    y = alt.Scale(domain=[runs["curve"].min(), runs["curve"].max()], nice=True, padding=8)
     each = canvas.table("runs").transform_filter(f"{SEED_CHOSEN} && isValid(datum.curve)")
     mean = (
         each.transform_aggregate(
@@ -84,7 +85,7 @@ def robustness(canvas: Canvas, runs: pd.DataFrame, metric: str) -> alt.LayerChar
         alt.Tooltip("high:Q", title="to", format=".2f"),
         alt.Tooltip("n:Q", title="seeds"),
     ]
-    band = mean.mark_area(opacity=0.13).encode(
+    band = mean.mark_area(opacity=0.08, clip=True).encode(
         y=alt.Y("bottom:Q", title=f"{metric}, %", scale=y), y2="top:Q"
     )  # fmt: skip
     line = mean.mark_line(strokeWidth=2.2).encode(y=alt.Y("mean:Q", scale=y))
