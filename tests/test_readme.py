@@ -48,6 +48,8 @@ def reduced(command, outputs):
         return "make --dry-run benchmark"  # tests/experiments/test_benchmark.py runs it small
     if "--config-name sweep_protocol" in command:
         command += "".join(f" hydra.sweeper.{word}" for word in PROTOCOL)
+    # tests/experiments/test_sweep.py expands the pattern, and test_execution.py runs every method.
+    command = command.replace("'init=glob(*)'", "init=kaiming,eva")
     if command.startswith("python -m experiments.train"):
         command += "".join(f" {word}" for word in [*SMALL, f"paths.outputs={outputs}"])
         if "data=table" not in command:
@@ -87,7 +89,7 @@ def test_every_command_works(outputs):
         if "report" in command or "compare" in command:
             assert "index.html" in done.stdout.replace("\n", "")
     results = list(outputs.glob("runs/*/result.json"))
-    assert len(results) >= len(list_initializers()) * 2
+    assert len(results) >= 10
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """matched_norm: the norm of a reference's product, and nothing else of it."""
 
+import math
+
 import pytest
 import torch
 from models import spread_weight
@@ -20,8 +22,15 @@ def test_the_norm_is_the_references(shape, scaling):
     weight, rank = spread_weight(*shape), 8
     values = torch.linalg.svdvals(weight.double())[:rank]
     q = torch.linalg.qr(weight.double())[0][:, :rank]
-    wanted = {"pissa": values.norm(), "olora": scaling * (q.T @ weight.double()).norm()}
-    assert set(references()) == set(wanted)
+    smallest = torch.linalg.svdvals(weight.double())[-rank:]
+    share = math.log(rank, min(shape))
+    wanted = {
+        "pissa": values.norm(),
+        "olora": scaling * (q.T @ weight.double()).norm(),
+        "milora": smallest.norm(),
+        "loram": weight.double().norm() * share**0.5,
+    }
+    assert set(references()) == set(wanted), "each method has its norm here"
     for reference, norm in wanted.items():
         factors = factors_of(weight, rank, scaling, reference=reference)
         product = scaling * factors.lora_B.double() @ factors.lora_A.double()
