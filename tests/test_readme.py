@@ -54,6 +54,8 @@ def reduced(command, outputs):
         command += "".join(f" {word}" for word in [*SMALL, f"paths.outputs={outputs}"])
         if "data=table" not in command:
             command += "".join(f" {word}" for word in SENTENCES)
+        if "training=causal" in command:
+            command += " training.generate_limit=2 measures.forgetting_texts=2"
         return command
     return command.replace("outputs/", f"{outputs}/")
 
