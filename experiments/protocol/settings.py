@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from experiments.errors import ConfigurationError
+from experiments.errors import ConfigurationError, nearest
+from lora_init import list_initializers
 
 SELECTORS = ("score", "loss")
 
@@ -64,6 +65,10 @@ class ProtocolConfig:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise refusal(name, values, "a list of one or more different values")
+        known = [spec.name for spec in list_initializers()]
+        for name in self.methods:
+            if name not in known:
+                raise refusal("methods", name, ", ".join(known), hint=nearest(name, known))
         for name in set(self.methods) & set(self.controls):
             raise refusal("controls", name, "names that are not among the methods")
         if self.baseline not in self.arms:
@@ -84,5 +89,5 @@ class ProtocolConfig:
             raise refusal("select_by", self.select_by, " or ".join(SELECTORS))
 
 
-def refusal(name: str, value: object, allowed: str) -> ConfigurationError:
-    return ConfigurationError(f"hydra.sweeper.{name}={value}; allowed are {allowed}")
+def refusal(name: str, value: object, allowed: str, hint: str = "") -> ConfigurationError:
+    return ConfigurationError(f"hydra.sweeper.{name}={value}; {hint}allowed are {allowed}")

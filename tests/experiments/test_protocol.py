@@ -239,6 +239,7 @@ def test_the_plan_tells_the_time_by_the_runs_that_are_there():
     ("settings", "message"),
     [
         ({"methods": []}, r"methods=\[\]"),
+        ({"methods": ["kaiming", "pisa"]}, "methods=pisa; did you mean 'pissa'. allowed are corda"),
         ({"seeds": [0, 0]}, r"seeds=\[0, 0\]"),
         ({"baseline": "pissa"}, "baseline=pissa; allowed are one of kaiming"),
         ({"learning_rates": {"pisa": 1e-3}}, "learning_rates=pisa; allowed are rates of kaiming"),
