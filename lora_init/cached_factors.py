@@ -52,6 +52,7 @@ class CachedFactors:
             self.nesting.version,
             self.plan.options,
             target.module_type,
+            target.shape,  # of layers that share their input and are not read, nothing else differs
             self.widened(target).rank,
             None if given.weight.is_meta else fingerprint(given.weight),
             None if inputs is None else _content(inputs),

@@ -54,8 +54,10 @@ def reduced(command, outputs):
         command += "".join(f" {word}" for word in [*SMALL, f"paths.outputs={outputs}"])
         if "data=table" not in command:
             command += "".join(f" {word}" for word in SENTENCES)
-        if "training=causal" in command:
+        if "causal" in command:
             command += " training.generate_limit=2 measures.forgetting_texts=2"
+        if "sweep_causal" in command:
+            command += " init=kaiming seed=0 training.learning_rate=1e-3"
         return command
     return command.replace("outputs/", f"{outputs}/")
 
