@@ -8,8 +8,8 @@ batches is looked at three ways, at s = 1 for all methods:
 - at equal norm, r E‖G A0ᵀ‖² / (‖A0‖² E‖G‖²): as if every A0 had the norm of one with orthonormal
   rows, which the theorem is about;
 - by directions alone, E‖G Q‖² / E‖G‖², Q an orthonormal basis of A0's rows: the share of the
-  gradient's energy that the row space holds. No A of rank r holds more than the first r eigenvectors
-  of E GᵀG, and a random one holds r / n on average.
+  gradient's energy that the row space holds. No A of rank r holds more than the first r
+  eigenvectors of E GᵀG, and a random one holds r / n on average.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class FirstGradient:
         self.basis = row_space(self.lora_A).to(self.lora_A.dtype)
 
     def add(self, gradient: Float[Tensor, "out in"]) -> None:
-        self.square += float((gradient @ self.lora_A.T).double().square().sum())
-        self.inside += float((gradient @ self.basis).double().square().sum())
-        self.energy += float(gradient.double().square().sum())
+        self.square += square_norm(gradient @ self.lora_A.T)
+        self.inside += square_norm(gradient @ self.basis)
+        self.energy += square_norm(gradient)
         self.batches += 1
 
     def row(self) -> dict[str, float]:
@@ -91,6 +91,10 @@ class Ceiling:
     def share(self, rank: int) -> float:
         values, _ = linalg.top_eigen(self.gram, rank)
         return float(values.double().sum() / self.gram.diagonal().double().sum())
+
+
+def square_norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
 
 def first_gradient_methods(settings: EvaVarianceSettings, with_moved: bool) -> list[str]:

@@ -34,13 +34,11 @@ def reproduce(settings: FirstStepSettings) -> Findings:
     """Measure every model, and judge over all of them."""
     measured = [measure(model, settings) for model in settings.models]
     rows = pd.concat([found for found, _ in measured], ignore_index=True)
-    sizes = [found for _, found in measured if len(found)]
-    return found_in(rows, pd.concat(sizes, ignore_index=True) if sizes else None, settings)
+    sizes = pd.concat([found for _, found in measured], ignore_index=True)
+    return found_in(rows, sizes, settings)
 
 
-def found_in(
-    rows: pd.DataFrame, sizes: pd.DataFrame | None, settings: FirstStepSettings
-) -> Findings:
+def found_in(rows: pd.DataFrame, sizes: pd.DataFrame, settings: FirstStepSettings) -> Findings:
     """From rows to findings."""
     return Findings(
         claims=claims.claims_of(rows),

@@ -73,7 +73,7 @@ def relative_error(step: Product, wanted: Float[Tensor, "out in"]) -> float:
     """
     left, right = (factor.double() for factor in step)
     wanted = wanted.double()
-    norm = float(wanted.square().sum())
+    norm = float(torch.linalg.vector_norm(wanted)) ** 2
     if norm == 0:
         raise ValueError("the gradient is zero: no step follows it")
     square = float(((left.T @ left) * (right @ right.T)).sum())

@@ -7,12 +7,13 @@ import pandas as pd
 
 from experiments.papers.drawing import chart
 from experiments.papers.findings import Figure, Table
-from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START, SUBJECT
+from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START, SUBJECT, TOGETHER
 from experiments.report.canvas import INK
 
-NAMES = {CALIBRATION: "its own data", FRESH: "other films"}
-COLORS = alt.Scale(domain=list(NAMES.values()), range=["#0072b2", "#d55e00"])
-ERROR = "relative error of the first step (0: along the gradient, 1: perpendicular)"
+NAMES = {CALIBRATION: "its own data", FRESH: "other films", TOGETHER: "mean of other films"}
+COLORS = alt.Scale(domain=list(NAMES.values()), range=["#0072b2", "#d55e00", "#009e73"])
+LEGEND = alt.Legend(title=None, orient="bottom", columns=2, symbolOpacity=1)
+ERROR = ["relative error of the first step", "0: along the gradient, 1: perpendicular to it"]
 BEST, BEST_HALF = "best of rank 2r", "best of rank r"
 
 
@@ -81,11 +82,17 @@ def by_size(sizes: pd.DataFrame) -> Table:
         index=["model", "size"], columns="data", values="error", aggfunc="median", sort=False
     )
     frame = pd.DataFrame(
-        {"own data": found[CALIBRATION], "other films": found[FRESH]}
+        {
+            "own data": found[CALIBRATION],
+            "other films, a batch": found[FRESH],
+            "their mean": found[TOGETHER],
+        }
     ).reset_index()
     return Table(
         "sizes", "LoRA-GA’s relative error by the number of sequences it is calibrated on, median",
-        frame.rename(columns={"size": "sequences"}), {"own data": ".3f", "other films": ".3f"},
+        frame.sort_values(["model", "size"]).rename(columns={"size": "sequences"}),
+        {name: ".3f" for name in list(frame)[2:]},
+        "Their mean: the mean gradient of all fresh batches in the place of one batch’s.",
     )  # fmt: skip
 
 
@@ -102,9 +109,9 @@ def figures(rows: pd.DataFrame, sizes: pd.DataFrame) -> list[Figure]:
         for model in rows["model"].unique()
     ]
     return [*dots, Figure(
-        "sizes", "LoRA-GA calibrated on more",
-        "Median over layers. The more sequences its gradient is the mean of, the less of it is "
-        "theirs alone. Dashed: the best step of rank 2r for each fresh batch.",
+        "sizes", "LoRA-GA calibrated on more and on less",
+        "Median over layers: on its own data, on a fresh batch, and on the mean gradient of all "
+        "fresh batches.",
         sizes_chart(sizes),
     )]  # fmt: skip
 
@@ -123,9 +130,13 @@ def methods_chart(rows: pd.DataFrame) -> alt.LayerChart:
     order = [*(m for m in measured if m != OWN_START)]
     order += [m for m in (OWN_START,) if m in measured] + [BEST, BEST_HALF]
     y = alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=150))
-    offset = alt.YOffset("data:N", sort=list(NAMES.values()))
-    x = alt.X("error:Q", title=ERROR, scale=alt.Scale(domain=[0, 1]))
-    color = alt.Color("data:N", scale=COLORS, legend=alt.Legend(title=None, orient="top"))
+    offset = alt.YOffset("data:N", sort=list(NAMES.values())[:2])
+    x = alt.X(
+        "error:Q", title=ERROR, scale=alt.Scale(domain=[0, 1]),
+        axis=alt.Axis(tickCount=5, format=".1f"),
+    )  # fmt: skip
+    shown = alt.Scale(domain=list(NAMES.values())[:2], range=["#0072b2", "#d55e00"])
+    color = alt.Color("data:N", scale=shown, legend=LEGEND)
     dots = (
         chart(drawn)
         .mark_circle(size=16, opacity=0.3)
@@ -143,15 +154,16 @@ def methods_chart(rows: pd.DataFrame) -> alt.LayerChart:
 
 
 def sizes_chart(sizes: pd.DataFrame) -> alt.LayerChart:
-    middle = sizes.groupby(["model", "size", "data"], as_index=False)[["error", "bound"]].median()
+    middle = sizes.groupby(["model", "size", "data"], as_index=False)[["error"]].median()
     middle = middle.assign(data=middle["data"].map(NAMES))
     x = alt.X(
-        "size:Q", scale=alt.Scale(type="log", base=2), title="sequences in the calibration",
+        "size:Q", title="sequences in the calibration",
+        scale=alt.Scale(type="log", base=2, padding=12),
         axis=alt.Axis(values=sorted(sizes["size"].unique().tolist())),
     )  # fmt: skip
     y = alt.Y("error:Q", title="relative error of the first step", scale=alt.Scale(domain=[0, 1]))
-    color = alt.Color("data:N", scale=COLORS, legend=alt.Legend(title=None, orient="top"))
-    shape = alt.Shape("model:N", legend=alt.Legend(title=None, orient="top"))
+    color = alt.Color("data:N", scale=COLORS, legend=LEGEND)
+    shape = alt.Shape("model:N", legend=LEGEND)
     lines = chart(middle).mark_line().encode(
         x=x, y=y, color=color, detail="model:N",
     )  # fmt: skip
@@ -163,10 +175,4 @@ def sizes_chart(sizes: pd.DataFrame) -> alt.LayerChart:
             tooltip=["model:N", "data:N", "size:Q", alt.Tooltip("error:Q", format=".3f")],
         )
     )  # fmt: skip
-    fresh = middle[middle["data"] == NAMES[FRESH]]
-    bound = (
-        chart(fresh)
-        .mark_line(strokeDash=[4, 4], color=INK)
-        .encode(x=x, y=alt.Y("bound:Q"), detail="model:N")
-    )
-    return (lines + points + bound).properties(height=260)
+    return (lines + points).properties(height=260)

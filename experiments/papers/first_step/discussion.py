@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.papers.first_step.measuring import CALIBRATION, FRESH, SUBJECT
+from experiments.papers.first_step.measuring import CALIBRATION, FRESH, SUBJECT, TOGETHER
 
 
-def discussed(rows: pd.DataFrame, sizes: pd.DataFrame | None) -> list[str]:
-    said = [
-        f"{model}: {fitted_share(rows[rows['model'] == model])}" for model in rows["model"].unique()
-    ]
+def discussed(rows: pd.DataFrame, sizes: pd.DataFrame) -> list[str]:
     return [
-        *said,
+        *(fitted_share(model, rows, sizes) for model in rows["model"].unique()),
         "All steps are compared at the length that suits each best: only directions count here, "
         "neither the pace that a method’s norms set nor where a longer training ends.",
     ]
 
 
-def fitted_share(rows: pd.DataFrame) -> str:
+def fitted_share(model: str, rows: pd.DataFrame, sizes: pd.DataFrame) -> str:
     """How much of the squared gradient LoRA-GA's step holds, on its data and on others."""
-    own = rows[rows["method"] == SUBJECT]
+    own = rows[(rows["model"] == model) & (rows["method"] == SUBJECT)]
     held = {data: 1 - own.loc[own["data"] == data, "error"] ** 2 for data in (CALIBRATION, FRESH)}
     possible = 1 - own.loc[own["data"] == FRESH, "bound"] ** 2
+    most = sizes[(sizes["model"] == model) & (sizes["data"] == TOGETHER)]
+    most = most[most["size"] == most["size"].max()]
+    mean = 1 - most["error"] ** 2
     return (
-        f"LoRA-GA’s step holds {held[CALIBRATION].mean():.0%} of the squared gradient it was "
-        f"calibrated on and {held[FRESH].mean():.0%} of a fresh batch’s, of which a step of that "
-        f"rank could hold {possible.mean():.0%}; the difference is the calibration batch’s own."
+        f"{model}: LoRA-GA’s step holds {held[CALIBRATION].mean():.0%} of the squared gradient it "
+        f"was calibrated on and {held[FRESH].mean():.0%} of a fresh batch’s, of which a step of "
+        f"that rank could hold {possible.mean():.0%}. Calibrated on {most['size'].iloc[0]} "
+        f"sequences it holds {mean.mean():.0%} of the mean gradient of all fresh ones: the rest is "
+        "what one batch’s gradient has to itself, on either side."
     )

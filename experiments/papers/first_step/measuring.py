@@ -84,10 +84,10 @@ def measure(model: str, settings: FirstStepSettings) -> tuple[pd.DataFrame, pd.D
     ]
     say(f"  {model}: {len(methods)} methods on {len(layers)} layers, r = {settings.rank}")
     kept, rows = start_all(subject, layers, methods, [Taken(CALIBRATION, 0, own), *fresh], settings)
-    sized, size_rows = {}, []
-    for size in tracked(sorted(set(data.sizes)), "calibrating on more"):
-        known = Taken(CALIBRATION, 0, task_batches(subject, "train", size, **shape))
-        sized[size], found = start_on(subject, layers, known, settings)
+    sized, size_rows = {data.calibration: kept[SUBJECT]}, []
+    for size in tracked(sorted(set(data.sizes) - set(sized)), "calibrating on more and less"):
+        more = Taken(CALIBRATION, 0, task_batches(subject, "train", size, **shape))
+        sized[size], found = start_on(subject, layers, more, settings)
         size_rows += [{**row, "size": size} for row in found]
     total: dict[str, Tensor] = {}
     for taken in tracked([Taken(CALIBRATION, 0, own), *fresh], "comparing"):
@@ -100,8 +100,8 @@ def measure(model: str, settings: FirstStepSettings) -> tuple[pd.DataFrame, pd.D
         rows += compared(layers, taken, gradients, still, settings.rank)
         if "lora_one" in kept:
             rows += own_start(layers, taken, gradients, kept["lora_one"])
-        if taken.data == FRESH:
-            size_rows += by_size(layers, taken, gradients, sized, settings.rank)
+        known = sized if taken.data == FRESH else {data.calibration: kept[SUBJECT]}
+        size_rows += by_size(layers, taken, gradients, known, settings.rank)
     together = Taken(TOGETHER, 0, [])
     size_rows += by_size(layers, together, total, sized, settings.rank)
     return pd.DataFrame(rows).assign(model=model), pd.DataFrame(size_rows).assign(model=model)
@@ -166,10 +166,10 @@ def by_size(
     rank: int,
 ) -> list[dict]:
     """Rows of LoRA-GA from each number of sequences."""
+    named = {str(size): kept for size, kept in sized.items()}
     return [
-        {**row, "size": size}
-        for size, found in sized.items()
-        for row in compared(layers, taken, gradients, {SUBJECT: found}, rank)
+        {**row, "method": SUBJECT, "size": int(row["method"])}
+        for row in compared(layers, taken, gradients, named, rank)
     ]
 
 
@@ -198,6 +198,7 @@ def compared(
                 {
                     **described(layer, taken, method),
                     "zero_B": found.zero_B,
+                    "moved": moved(found),
                     "error": relative_error(sgd_step(gradient, *factors, frozen), gradient),
                     "adam": relative_error(adam, gradient),
                     "adam_signs": relative_error(adam, signs),
@@ -219,7 +220,8 @@ def own_start(
         half, bound = rank_bounds(gradient, [len(lora_A), 2 * len(lora_A)])
         error = relative_error((lora_B, -lora_A), gradient)
         row = described(layer, taken, OWN_START)
-        rows.append({**row, "zero_B": False, "error": error, "bound_r": half, "bound": bound})
+        figures = {"error": error, "bound_r": half, "bound": bound}
+        rows.append({**row, "zero_B": False, "moved": True, **figures})
     return rows
 
 

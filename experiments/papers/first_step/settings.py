@@ -16,7 +16,7 @@ class Data:
         batch_size, length: sequences a batch, and tokens a sequence (at most, for sentences).
         calibration: sequences that data-driven methods are calibrated on.
         fresh: batches of as many other sequences, of other films.
-        sizes: LoRA-GA is calibrated again on so many sequences each; empty for not at all.
+        sizes: LoRA-GA is calibrated on so many sequences, too.
         every: of how many transformer blocks one is measured.
         moved: also the methods that change the model's function at step 0, whose gradients take
             passes of their own.
@@ -57,8 +57,8 @@ class FirstStepSettings(PaperSettings):
     models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
     rank: int = 8
     methods: list[str] | None = None
-    encoder: Data = field(default_factory=lambda: Data(32, 48, 32, 3, [8, 32, 128], 1, True))
-    language: Data = field(default_factory=lambda: Data(4, 64, 8, 2, [2, 8, 16], 5, False))
+    encoder: Data = field(default_factory=lambda: Data(32, 48, 32, 3, [8, 128], 1, True))
+    language: Data = field(default_factory=lambda: Data(4, 64, 8, 2, [2, 16], 5, False))
 
     def __post_init__(self) -> None:
         super().__post_init__()

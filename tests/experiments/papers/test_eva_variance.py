@@ -91,9 +91,9 @@ def test_prefixes_are_the_moments_of_the_first_batches():
     key = next(key for key in taken[3] if "query" in key[0])
     assert [name.split(".")[-1] for name in key] == ["query", "key", "value"]
     for count in (1, 3):
-        rows = []
+        rows: list[torch.Tensor] = []
         module = subject.model.get_submodule(key[0])
-        handle = module.register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+        handle = module.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0]))
         with torch.no_grad():
             for batch in batches[:count]:
                 subject.model(**batch)

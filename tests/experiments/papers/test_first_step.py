@@ -118,6 +118,7 @@ def rows(**errors: tuple[float, float]) -> pd.DataFrame:
         {
             "model": "m", "layer": layer, "batch": batch, "method": method, "data": data,
             "error": error, "zero_B": method == "kaiming", "bound": 0.3, "bound_r": 0.4,
+            "moved": method == "lora_one",
         }
         for method, pair in errors.items()
         for data, error, batch in zip((CALIBRATION, FRESH), pair, (0, 0), strict=True)
@@ -147,6 +148,14 @@ def test_verdicts_where_a_tenth_of_the_layers_disagrees():
     made.loc[some & (made["method"] == "kaiming"), "error"] = 0.2
     made.loc[some & (made["method"] == "lora_ga") & (made["data"] == CALIBRATION), "error"] = 0.35
     assert verdicts(made) == [Verdict.SAME_DIRECTION] * 4
+
+
+def test_the_remark_on_fresh_data_says_who_is_closer():
+    made = rows(lora_ga=(0.301, 0.5), lora_one=(0.9, 0.45), kaiming=(0.95, 0.95))
+    claim = claims.claims_of(made)[3]
+    assert claim.verdict is Verdict.CONTRADICTS
+    assert "lora_one 100%" in claim.remark
+    assert "LoRA-GA is closest in 100%" in claim.remark
 
 
 def test_a_bound_missed_by_most_layers_is_not_reproduced():
