@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from experiments import train  # noqa: E402
 from experiments.config import register_schemas, resolve  # noqa: E402
 
 register_schemas()
+
+WHO = ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo"]
 
 
 @pytest.fixture
@@ -101,6 +104,39 @@ def reviews_csv(tmp_path_factory) -> Path:
         lines.append(f"the film is {word} {filler},{verdict},film {number // 4}")
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def word_problems(tmp_path_factory) -> Path:
+    """A folder with MetaMathQA's and GSM8K's files, in their formats, with a few sums in them."""
+    folder = tmp_path_factory.mktemp("word-problems")
+    rows = []
+    for number in range(12):
+        have, more = number + 2, 3 * number + 1
+        question = f"{WHO[number]} has {have} pens and buys {more} more. How many are there?"
+        solution = f"{have} + {more} = {have + more}\nThe answer is: {have + more}"
+        masked = question.replace(f"{more} more", "x more")
+        backward = f"{masked} If it is {have + more}, what is the value of unknown variable x?"
+        for kind, query, original, response in (
+            ("GSM_AnsAug", question, question, solution),
+            ("GSM_Rephrased", f"Tell me: {question}", question, solution),
+            ("GSM_FOBAR", backward, masked, f"x = {more}\nThe answer is: {more}"),
+            ("MATH_AnsAug", f"Halve {number}.", f"Halve {number}, {WHO[number]}.",
+             f"$\\frac{{{number}}}{{2}}$\nThe answer is: \\frac{{{number}}}{{2}}"),
+        ):  # fmt: skip
+            rows.append({"query": query, "response": response, "type": kind,
+                         "original_question": original})  # fmt: skip
+    (folder / "MetaMathQA-395K.json").write_text(json.dumps(rows))
+    for split, count in (("train", 20), ("test", 6)):
+        lines = []
+        for number in range(count):
+            have, price = 600 + number, len(split)
+            total = have * price
+            worked = f"It is {have} * {price} = <<{have}*{price}={total}>>{total}\n#### {total:,}"
+            question = f"{WHO[number % 12]} sells {have} pens at ${price}. How much is it?"
+            lines.append(json.dumps({"question": question, "answer": worked}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 @pytest.fixture
