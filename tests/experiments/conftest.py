@@ -59,14 +59,23 @@ def tiny_encoder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_decoder(tmp_path_factory) -> Path:
     """A folder with a random two-layer Llama and a tokenizer of single characters."""
+    return random_llama(tmp_path_factory.mktemp("tiny-decoder"), width=32)
+
+
+@pytest.fixture(scope="session")
+def wide_decoder(tmp_path_factory) -> Path:
+    """The same of the least width that bitsandbytes takes at 4 bits on every CPU."""
+    return random_llama(tmp_path_factory.mktemp("wide-decoder"), width=64)
+
+
+def random_llama(folder: Path, width: int) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-decoder")
     tokenizer = word_tokenizer(list("0123456789+-= "), characters=True)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=64, max_position_embeddings=64,
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=2 * width, max_position_embeddings=64,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
