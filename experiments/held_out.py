@@ -88,12 +88,17 @@ def test_fields(task: Task, data: Splits, test: Evaluation | None) -> dict[str, 
 def write_predictions(folder: RunFolder, test: Evaluation) -> None:
     """`predictions.npz`: each test example's id, whether it was answered right, and its score.
 
-    `answers.jsonl`, where answers are generated: what was said, to hold the judge against.
+    `answers.jsonl`, where answers are generated: what was said, to hold the judge against, and
+    whether the model came to its end.
     """
     np.savez(folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score)
     if test.said is not None:
-        rows = zip(test.ids.tolist(), test.correct.tolist(), test.said, strict=True)
-        lines = [json.dumps(dict(zip(("id", "correct", "said"), row, strict=True))) for row in rows]
+        lines = [
+            json.dumps({"id": number, "correct": right, "ended": said.ended, "said": said.text})
+            for number, right, said in zip(
+                test.ids.tolist(), test.correct.tolist(), test.said, strict=True
+            )
+        ]
         write_text(folder.path / "answers.jsonl", "\n".join(lines) + "\n")
 
 

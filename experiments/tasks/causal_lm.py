@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from experiments.data import Completion
-from experiments.data.judges import Judge, says_exactly
+from experiments.data.judges import Generated, Judge, says_exactly
 from experiments.tasks.batches import by_length
 
 IGNORED = -100
@@ -96,13 +96,13 @@ class CausalLM:
             lengths = [len(example.prompt) + len(example.reasoning) for example in some]
             for indices in by_length(lengths, batch_size, part):
                 chosen = [some[index] for index in indices]
-                texts = self.generate(model, chosen, device) if generate else None
+                answers = self.generate(model, chosen, device) if generate else None
                 for i, row in enumerate(self.read(model, chosen, device)):
-                    if texts is None:
+                    if answers is None:
                         yield {**row, "correct": None}
                     else:
-                        right = self.judge(texts[i], chosen[i])
-                        yield {**row, "correct": right, "said": texts[i]}
+                        right = self.judge(answers[i], chosen[i])
+                        yield {**row, "correct": right, "said": answers[i]}
 
     def read(
         self, model: torch.nn.Module, examples: Sequence[Completion], device: torch.device
@@ -128,7 +128,7 @@ class CausalLM:
 
     def generate(
         self, model: torch.nn.Module, examples: Sequence[Completion], device: torch.device
-    ) -> list[str]:
+    ) -> list[Generated]:
         """What the model goes on to write, greedily, after each prompt."""
         prompts = [self.tokenizer(e.prompt)["input_ids"][-self.max_length :] for e in examples]
         longest = max(map(len, prompts))
@@ -143,7 +143,9 @@ class CausalLM:
             pad_token_id=pad,
             eos_token_id=self.tokenizer.eos_token_id,
         )[:, longest:]
-        return self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        ended = (written == self.tokenizer.eos_token_id).any(1).tolist()
+        return [Generated(*answer) for answer in zip(texts, ended, strict=True)]
 
     def probed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """The logits at padding mean nothing."""

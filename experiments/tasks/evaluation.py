@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.data.judges import Generated
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -17,14 +19,14 @@ class Evaluation:
         ids: the examples' ids, in ascending order.
         correct: whether each was answered correctly; its mean is the score.
         score: a finer figure an example, the log-probability of the right answer.
-        said: the generated texts, where the task generates.
+        said: what was generated, where the task generates.
     """
 
     metrics: dict[str, float]
     ids: np.ndarray
     correct: np.ndarray
     score: np.ndarray
-    said: tuple[str, ...] | None = None
+    said: tuple[Generated, ...] | None = None
 
 
 def collect(rows: list[dict[str, Any]], metric: str) -> Evaluation:

@@ -10,9 +10,14 @@ import pytest
 
 from experiments.answers import extract_number
 from experiments.data import Completion
-from experiments.data.judges import says_exactly, says_the_number
+from experiments.data.judges import Generated, says_exactly, says_the_number
 
 REAL = Path(__file__).parent / "fixtures" / "answers_smollm2.jsonl"
+
+KNOWN_TO_DIFFER = {
+    10: 7800,  # says the perimeter that was asked for, then goes on to an area
+    24: None,  # was cut off right after its last sentence, which a reader may take for the end
+}
 
 
 @pytest.mark.parametrize(
@@ -68,9 +73,14 @@ REAL = Path(__file__).parent / "fixtures" / "answers_smollm2.jsonl"
         ("The answer is: 8\nNo, wait. The answer is: 9", 9),
         ("#### 8\nThe answer is: 9", 9),
         ("The answer is: 7\nThe answer is:", 7),
-        # no statement: the last number
+        # headings that look like GSM8K's mark
+        ("#### Step 1:\nTake 5.\n#### Step 2:\nTake it twice, so the answer is 10", 10),
+        ("#### 1.\nThe answer is 3.5.\n#### 2.\nThe answer is 3.5.", Fraction(7, 2)),
+        # no statement: the last number of the last sentence
         ("First 3, then 4, in all 7 apples", 7),
         ("12 - 5 = 7 and 7 * 2 = 14.", 14),
+        ("There are 12 apples. Add them up.", None),
+        ("There are 12 apples. How many are left of 20?", None),
         # no number
         ("", None),
         ("I do not know.", None),
@@ -80,6 +90,8 @@ REAL = Path(__file__).parent / "fixtures" / "answers_smollm2.jsonl"
         # another problem that the model goes on with
         ("The answer is: 7\n\n### Instruction:\nWhat is 1 + 1?\n\n### Response: 2", 7),
         ("7 in all\nQuestion: What is 1 + 1?\nAnswer: 2", 7),
+        ("\n### Instruction:\nThe answer is 7.\n\n### Response:\nThe answer is 7.", 7),
+        ("It is 7.\n\n### Response:\n", 7),
     ],
 )
 def test_the_rule(text, expected):
@@ -87,18 +99,25 @@ def test_the_rule(text, expected):
 
 
 def test_a_reader_takes_the_same_from_real_outputs():
-    """`read` was put there by a person, before and whatever the rule said of it."""
+    """`read` was put there by who read the outputs, whatever the rule says of them."""
     facts, *rows = map(json.loads, REAL.read_text().splitlines())
     assert facts["model"].startswith("SmolLM2")
     assert "4-bit" in facts["note"]
     assert len(rows) >= 40
     assert sum(row["read"] is not None for row in rows) >= 20
-    wrong = [
-        (row["id"], row["read"], str(extract_number(row["output"])))
-        for row in rows
-        if extract_number(row["output"]) != (None if row["read"] is None else Fraction(row["read"]))
-    ]
-    assert wrong == []
+    differing = {}
+    for row in rows:
+        found = extract_number(row["output"], row["ended"])
+        if found != (None if row["read"] is None else Fraction(row["read"])):
+            differing[row["id"]] = found
+    assert differing == KNOWN_TO_DIFFER
+
+
+def test_a_text_that_was_cut_off_has_an_answer_only_if_it_states_one():
+    assert extract_number("3 + 4 = 7. Then 7 * 2", ended=False) is None
+    assert extract_number("The answer is 7. Then 7 * 2", ended=False) == 7
+    # What it was cut off in is another problem.
+    assert extract_number("It is 7.\nQuestion: What is", ended=False) == 7
 
 
 @pytest.mark.parametrize(
@@ -112,11 +131,12 @@ def test_a_reader_takes_the_same_from_real_outputs():
     ],
 )
 def test_numbers_are_judged_by_value(said, answer, right):
-    assert says_the_number(said, Completion(0, "?", answer, "…")) is right
+    assert says_the_number(Generated(said), Completion(0, "?", answer, "…")) is right
 
 
 def test_other_answers_are_judged_letter_by_letter():
-    assert says_exactly(" 3 ", Completion(0, "1+2=", " 3"))
-    assert not says_exactly("3.0", Completion(0, "1+2=", " 3"))
-    assert says_exactly("one and two\n#### 3", Completion(0, "1+2=", " 3", " worked\n####"))
-    assert not says_exactly("one and two\n#### 3", Completion(0, "1+2=", " 3"))
+    assert says_exactly(Generated(" 3 "), Completion(0, "1+2=", " 3"))
+    assert not says_exactly(Generated("3.0"), Completion(0, "1+2=", " 3"))
+    worked = Generated("one and two\n#### 3")
+    assert says_exactly(worked, Completion(0, "1+2=", " 3", " worked\n####"))
+    assert not says_exactly(worked, Completion(0, "1+2=", " 3"))

@@ -155,8 +155,9 @@ def test_a_recipe_runs_from_end_to_end(configured, small, name):
     assert 0.0 < result["loss_test"] < 20.0
     folder = Path(result["folder"])
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert [set(row) for row in answers] == [{"id", "correct", "said"}] * 2
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert [set(row) for row in answers] == [{"id", "correct", "ended", "said"}] * 2
+    # LoftQ's is for its own base, and has a name of its own.
+    assert len(list((folder / "adapter").glob("*adapter*.safetensors"))) == 1
     if name in ("pissa_llama2_7b", "pissa_mistral_7b", "milora_llama2_7b", "corda_llama2_7b",
                 "corda_kpm_llama2_7b", "lora_ga_llama2_7b"):  # fmt: skip
         # A bfloat16 base is not edited: the start is subtracted in the forward pass.

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.data import load_data
 from experiments.data.gsm8k import Gsm8k
-from experiments.data.judges import says_the_number
+from experiments.data.judges import Generated, says_the_number
 from experiments.data.metamath import MetaMath, template_of
 from experiments.errors import ConfigurationError
 from experiments.runs import identify
@@ -98,8 +98,8 @@ def test_gsm8ks_test_set_is_scored_by_number(word_problems, source):
         assert example.answer == " " + gold.replace(",", "")
         assert "<<" not in example.reasoning
         assert example.reasoning.endswith("\nThe answer is:")
-        assert says_the_number(example.reasoning + example.answer, example)
-        assert not says_the_number(example.reasoning + example.answer + "1", example)
+        assert says_the_number(Generated(example.reasoning + example.answer), example)
+        assert not says_the_number(Generated(example.reasoning + example.answer + "1"), example)
 
 
 def test_gsm8k_is_split_by_question(word_problems):
