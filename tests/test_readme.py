@@ -44,6 +44,15 @@ def reduced(command, outputs):
         return f"make compare OUTPUTS={outputs} OVERRIDES={shlex.quote(' '.join(overrides))}"
     if command == "make test":
         return "make --dry-run test"  # it is running this very test
+    if command == "make papers":
+        overrides = f"form=smoke papers=[rank_scaling] page={outputs}/page"
+        return f"make papers OUTPUTS={outputs} OVERRIDES={shlex.quote(overrides)}"
+    if command.startswith("python -m experiments.papers "):
+        return f"{command.replace('outputs/', f'{outputs}/')} form=smoke output={outputs}/papers"
+    if command.startswith("python -m experiments.papers."):
+        # Their small forms, of the models and settings that are there.
+        small = command.replace("--config-name full", "").replace("device=cuda", "steps=2")
+        return f"{small} --config-name smoke output={outputs}/papers"
     if command == "make benchmark":
         return "make --dry-run benchmark"  # tests/experiments/test_benchmark.py runs it small
     if "--config-name sweep_protocol" in command:
