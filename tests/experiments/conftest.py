@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from substitutes import random_llama, word_tokenizer, write_word_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # experiments/ is an application: it is run from here, not installed
@@ -17,8 +17,6 @@ from experiments import train  # noqa: E402
 from experiments.config import register_schemas, resolve  # noqa: E402
 
 register_schemas()
-
-WHO = ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo"]
 
 
 @pytest.fixture
@@ -68,40 +66,6 @@ def wide_decoder(tmp_path_factory) -> Path:
     return random_llama(tmp_path_factory.mktemp("wide-decoder"), width=64)
 
 
-def random_llama(folder: Path, width: int) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = word_tokenizer(list("0123456789+-= "), characters=True)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=2 * width, max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def word_tokenizer(words: list[str], characters: bool = False):
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    entries = ["[PAD]", "[UNK]", "[EOS]", *words]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Split(Regex("."), "isolated") if characters else pre_tokenizers.Whitespace()
-    )
-    if characters:
-        tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def reviews_csv(tmp_path_factory) -> Path:
     """Sixty labelled sentences of the tiny encoder's words."""
@@ -118,34 +82,7 @@ def reviews_csv(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def word_problems(tmp_path_factory) -> Path:
     """A folder with MetaMathQA's and GSM8K's files, in their formats, with a few sums in them."""
-    folder = tmp_path_factory.mktemp("word-problems")
-    rows = []
-    for number in range(12):
-        have, more = number + 2, 3 * number + 1
-        question = f"{WHO[number]} has {have} pens and buys {more} more. How many are there?"
-        solution = f"{have} + {more} = {have + more}\nThe answer is: {have + more}"
-        masked = question.replace(f"{more} more", "x more")
-        backward = f"{masked} If it is {have + more}, what is the value of unknown variable x?"
-        for kind, query, original, response in (
-            ("GSM_AnsAug", question, question, solution),
-            ("GSM_Rephrased", f"Tell me: {question}", question, solution),
-            ("GSM_FOBAR", backward, masked, f"x = {more}\nThe answer is: {more}"),
-            ("MATH_AnsAug", f"Halve {number}.", f"Halve {number}, {WHO[number]}.",
-             f"$\\frac{{{number}}}{{2}}$\nThe answer is: \\frac{{{number}}}{{2}}"),
-        ):  # fmt: skip
-            rows.append({"query": query, "response": response, "type": kind,
-                         "original_question": original})  # fmt: skip
-    (folder / "MetaMathQA-395K.json").write_text(json.dumps(rows))
-    for split, count in (("train", 20), ("test", 6)):
-        lines = []
-        for number in range(count):
-            have, price = 600 + number, len(split)
-            total = have * price
-            worked = f"It is {have} * {price} = <<{have}*{price}={total}>>{total}\n#### {total:,}"
-            question = f"{WHO[number % 12]} sells {have} pens at ${price}. How much is it?"
-            lines.append(json.dumps({"question": question, "answer": worked}))
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    return write_word_problems(tmp_path_factory.mktemp("word-problems"))
 
 
 @pytest.fixture

@@ -194,6 +194,9 @@ def test_a_tokenizer_that_puts_a_space_first_gets_no_second():
     task = CausalLM(tokenizer, max_length=32, generate_limit=1, max_new_tokens=1)
     assert task.puts_space_first
     tokens = tokenizer.convert_ids_to_tokens(task.plain(" 42"))
-    assert tokens == tokenizer.convert_ids_to_tokens(
-        tokenizer("so 42", add_special_tokens=False)["input_ids"]
-    )[-3:]
+    assert (
+        tokens
+        == tokenizer.convert_ids_to_tokens(
+            tokenizer("so 42", add_special_tokens=False)["input_ids"]
+        )[-3:]
+    )

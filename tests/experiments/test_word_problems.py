@@ -40,7 +40,9 @@ def test_no_original_question_is_on_both_sides(word_problems):
     }  # fmt: skip
     # All that is not held out is trained on, in the file's order.
     held_out = {template_of(text) for text in validation}
-    expected = [i for i, r in enumerate(rows) if template_of(r["original_question"]) not in held_out]
+    expected = [
+        i for i, r in enumerate(rows) if template_of(r["original_question"]) not in held_out
+    ]
     seen = [example.id for example in splits.train]
     assert seen == sorted(seen)
     assert set(seen) <= set(expected)
@@ -77,9 +79,7 @@ def test_long_rows_can_be_left_out(word_problems):
     lengths = sorted(len(e.prompt) - len(PROMPT.format("")) + len(e.reasoning + e.answer)
                      for e in whole.train)  # fmt: skip
     limit = lengths[len(lengths) // 2]
-    short = load_data(
-        MetaMath(path=str(word_problems), validation_share=0.0, max_characters=limit)
-    )
+    short = load_data(MetaMath(path=str(word_problems), validation_share=0.0, max_characters=limit))
     assert len(short.train) == sum(length <= limit for length in lengths)
 
 
