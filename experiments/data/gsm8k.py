@@ -1,8 +1,8 @@
 """GSM8K: 7,473 grade-school word problems to train on, 1,319 to test on.
 
 `train.jsonl` and `test.jsonl` of openai/grade-school-math (MIT licence): one
-{"question": …, "answer": "worked solution\\n#### 42"} a line. A share of the training questions, by a
-hash of their text, is held out for validation.
+{"question": …, "answer": "worked solution\\n#### 42"} a line. A share of the training questions, by
+a hash of their text, is held out for validation.
 
 Source: Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021, arXiv 2110.14168.
 """

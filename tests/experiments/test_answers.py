@@ -1,4 +1,4 @@
-"""The number that a text gives as its answer: by rule, and as a reader took it from real outputs."""
+"""The number that a text gives as its answer: by rule, and as a reader took it from real texts."""
 
 from __future__ import annotations
 

@@ -72,8 +72,11 @@ def test_pieces_are_all_rows_with_little_padding(causal):
     for part in parts:
         assert part["attention_mask"].shape == part["labels"].shape == part["input_ids"].shape
         assert part["attention_mask"].any(0).all()
-    texts = [task.tokenizer.decode(row[mask.bool()]) for part in parts
-             for row, mask in zip(part["input_ids"], part["attention_mask"], strict=True)]  # fmt: skip
+    texts = [
+        task.tokenizer.decode(row[mask.bool()])
+        for part in parts
+        for row, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
+    ]
     assert sorted(texts) == sorted(f"{e.prompt}{e.answer}[EOS]" for e in SUMS)
 
 

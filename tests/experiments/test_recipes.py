@@ -15,7 +15,8 @@ METAMATH = ("metamath", 100_000)
 WHOLE = ("metamath", None)
 
 # Written down from the papers' tables, not from the files.
-# model, init (and what sets it), data, r, alpha, targets, steps, batch, rate, schedule, warm-up, decay
+# model, init and its options, data, r, alpha, targets,
+# steps, batch, rate, schedule, warm-up, decay
 TABLE = {
     "pissa_llama2_7b": (
         "llama2_7b", "pissa", {"niter": None}, METAMATH, 128, 128, ALL,

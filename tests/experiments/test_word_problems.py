@@ -1,4 +1,4 @@
-"""MetaMathQA's and GSM8K's files in their own formats: who is on which side, and what is missing."""
+"""MetaMathQA's and GSM8K's files in their formats: what is on which side, and what is missing."""
 
 from __future__ import annotations
 
