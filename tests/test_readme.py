@@ -106,7 +106,7 @@ def test_every_command_works(outputs):
     for command in COMMANDS:
         done = run(
             reduced(command, outputs),
-            MODEL=str(MINILM), LLAMA2=llama, LLAMA32=llama, METAMATH=metamath,
+            MODEL=str(MINILM), LLAMA2=llama, METAMATH=metamath,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         if "report" in command or "compare" in command:

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.errors import ConfigurationError
 from experiments.execution import execute
+from experiments.schedule import steps_of
 
 ALL = "all-linear"
 METAMATH = ("metamath", 100_000)
@@ -101,12 +102,12 @@ KEEPS_DEFAULT = {
 
 
 def test_an_epoch_follows_the_batch_size_and_the_limit(configured):
-    run = configured("experiment=pissa_llama2_7b", "training.batch_size=64")
-    assert run.training.steps == 1563
-    run = configured("experiment=pissa_llama2_7b", "data.train_limit=1000")
-    assert run.training.steps == 8
-    run = configured("experiment=pissa_llama2_7b", "training.steps=5")
-    assert run.training.steps == 5
+    run = configured(
+        "experiment=pissa_llama2_7b", "training.batch_size=64", "data.train_limit=1000"
+    )
+    assert run.training.steps == 16
+    assert [steps_of(1, 100, 10), steps_of(1, 101, 10), steps_of(0.5, 100, 10)] == [10, 11, 5]
+    assert steps_of(1, 1, 128) == 1
 
 
 def test_knowledge_preserving_asks_for_its_questions(configured, word_problems):
@@ -130,7 +131,7 @@ def small(wide_decoder, word_problems, tmp_path):
             "training.steps=2", "training.batch_size=6", "training.max_length=48",
             "training.eval_batch_size=4", "training.max_new_tokens=2",
             "calibration.samples=8", "calibration.batch_size=4",
-            "measures.forgetting_texts=2", "measures.intruder_layers=1",
+            "measures.forgetting_texts=1", "measures.intruder_layers=0",
             "runtime.device=cpu", "runtime.threads=1", f"paths.outputs={tmp_path}/outputs",
         ]  # fmt: skip
         if name != "peft_benchmark_llama32_3b":
