@@ -68,31 +68,44 @@ def least_components(
 ) -> LeastComponents:
     """The `count` smallest components by one of `METHODS`, decomposed in float64.
 
+    All decompositions are of min(out, in) squared numbers: those of W M Mᵀ Wᵀ for a tall weight are
+    taken in a basis of its columns.
+
     Args:
         inputs: None for "plain".
         count: 1 to min(out, in).
         alpha: of "asvd".
     """
     exact = weight.double()
-    operator = weighted(exact, method, inputs, alpha)
-    left = linalg.bottom_singular(operator, count, method="gram").left
-    return LeastComponents(left.float(), (left.T @ exact).float())
-
-
-def weighted(
-    weight: Float[Tensor, "out in"], method: str, inputs: Inputs | None, alpha: float
-) -> linalg.Operator:
-    """W M."""
-    if method == "plain":
-        return linalg.Operator.dense(weight)
-    if method == "asvd":
-        # A feature that calibration never saw would be free to drop, and M singular.
-        scale = inputs.magnitude.clamp_min(1e-6 * inputs.magnitude.mean()) ** alpha
-        return linalg.Operator.dense(weight * scale)
-    moment = inputs.second_moment.clone()
-    moment.diagonal().add_(NULL_SPACE_LIFT * moment.diagonal().mean())
+    basis, core = None, exact
+    if len(exact) > exact.shape[1]:
+        basis, core = torch.linalg.qr(exact)
     if method == "corda":
-        return linalg.Operator.product(weight, moment)
+        # Squared, its values would span more decades than float64 has: W R itself is decomposed.
+        triangle = torch.linalg.qr((core @ lifted(inputs.second_moment)).mT, mode="r")[1]
+        left = linalg.bottom_singular(triangle.mT, count, method="exact").left
+    else:
+        squared = weighted_square(core, method, inputs, alpha)
+        left = linalg.top_eigen(squared, len(squared), method="exact")[1].flip(-1)[:, :count]
+    if basis is not None:
+        left = basis @ left
+    return LeastComponents(left.float(), (left.mT @ exact).float())
+
+
+def weighted_square(
+    weight: Float[Tensor, "out in"], method: str, inputs: Inputs | None, alpha: float
+) -> Float[Tensor, "out out"]:
+    """W M Mᵀ Wᵀ, whose eigenvectors are the left singular vectors of W M."""
+    if method == "plain":
+        return weight @ weight.mT
+    if method == "asvd":
+        return (weight * inputs.magnitude ** (2 * alpha)) @ weight.mT
     if method == "whitened":
-        return linalg.Operator.product(weight, torch.linalg.cholesky(moment))
+        return weight @ lifted(inputs.second_moment) @ weight.mT
     raise ValueError(f"method={method!r}; allowed are {', '.join(METHODS)}")
+
+
+def lifted(moment: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    moment = moment.clone()
+    moment.diagonal().add_(NULL_SPACE_LIFT * moment.diagonal().mean())
+    return moment
