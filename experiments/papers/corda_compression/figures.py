@@ -15,7 +15,7 @@ from experiments.papers.drawing import chart
 from experiments.papers.findings import Figure, Table
 from experiments.report.palette import MARKS
 
-OURS, THEIRS = "SmolLM2-135M, film plots", "Llama-2-7B, WikiText-2 (paper)"
+OURS, THEIRS = "ours", "the paper’s"
 # Plain SVD drops what PiSSA leaves: its colour.
 COLORS = {
     "plain": MARKS["pissa"].color,
@@ -23,7 +23,8 @@ COLORS = {
     "corda": MARKS["corda"].color,
     "whitened": "#332288",
 }
-CALIBRATIONS = ("own domain, many tokens", "own domain, few tokens", "foreign domain, many tokens")
+CALIBRATIONS = ("plots, many", "plots, few", "problems, many")
+STROKES = {"orient": "bottom", "columns": 3, "symbolType": "stroke", "symbolSize": 500}
 
 
 def percent(fraction: float) -> str:
@@ -71,8 +72,9 @@ def charts(frame: pd.DataFrame, full: float) -> list[Figure]:
     return [
         Figure(
             "fractions", "Perplexity against the share of components dropped",
-            "Relative to the whole model; both axes logarithmic. Dashed: the paper’s table, on a "
-            "model whose layers are seven times as wide.", fraction_chart(pd.DataFrame(compared)),
+            "Relative to the whole model; both axes logarithmic. Solid: this model on film plots. "
+            "Dashed: the paper’s table, Llama-2-7B on WikiText-2, whose layers are seven times as "
+            "wide.", fraction_chart(pd.DataFrame(compared)),
         ),
         Figure(
             "calibration", "What the calibration data change",
@@ -94,11 +96,12 @@ def axes(frame: pd.DataFrame) -> dict:
     values = sorted(set(frame["fraction"]))
     return {
         "x": alt.X(
-            "fraction:Q", scale=alt.Scale(type="log"), title="share of components dropped",
+            "fraction:Q", scale=alt.Scale(type="log", nice=False, padding=16),
+            title="share of components dropped",
             axis=alt.Axis(values=values, format=".2~%"),
         ),
         "y": alt.Y(
-            "ratio:Q", scale=alt.Scale(type="log"),
+            "ratio:Q", scale=alt.Scale(type="log", nice=False, padding=12),
             title="perplexity / that of the whole model",
         ),
         "tooltip": [
@@ -112,11 +115,11 @@ def axes(frame: pd.DataFrame) -> dict:
 def fraction_chart(frame: pd.DataFrame) -> alt.Chart:
     dash = alt.StrokeDash(
         "model:N", scale=alt.Scale(domain=[OURS, THEIRS], range=[[1, 0], [5, 4]]),
-        legend=alt.Legend(title=None, orient="bottom", columns=2, symbolSize=400),
+        legend=alt.Legend(title=None, **STROKES),
     )  # fmt: skip
     return (
         chart(frame)
-        .mark_line(point=alt.OverlayMarkDef(size=35))
+        .mark_line(point=alt.OverlayMarkDef(size=35, filled=True))
         .encode(color=color(list(LABELS)), strokeDash=dash, **axes(frame))
         .properties(height=320)
     )
@@ -138,14 +141,11 @@ def calibration_chart(frame: pd.DataFrame, full: float) -> alt.Chart:
     ]
     dash = alt.StrokeDash(
         "calibration:N", scale=alt.Scale(domain=CALIBRATIONS, range=[[1, 0], [2, 3], [7, 4]]),
-        legend=alt.Legend(title=None, orient="bottom", columns=3, symbolSize=400),
+        legend=alt.Legend(title=None, **STROKES),
     )  # fmt: skip
-    shape = alt.Shape(
-        "calibration:N", scale=alt.Scale(domain=CALIBRATIONS, range=["circle", "square", "cross"])
-    )
     drawn = pd.DataFrame(rows)
     base = chart(drawn).encode(color=color(["corda", "whitened"]), **axes(drawn))
     return alt.layer(
         base.mark_line().encode(strokeDash=dash),
-        base.mark_point(filled=True, size=45, opacity=1).encode(shape=shape),
+        base.mark_point(filled=True, size=35, opacity=1),
     ).properties(height=300)

@@ -1,33 +1,30 @@
 """Forgetting at one amount learnt, from points along trainings.
 
 Frames hold a row for each method, rate, seed and step: `fall`, of the loss on what is learnt since
-step 0, and `divergence`, KL(original ‖ trained) on what is to be kept; both are 0 at step 0.
+step 0; `divergence`, KL(original ‖ trained), and `perplexity` on what is to be kept. At step 0 the
+first two are 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 
 
-def divergence_at(
-    falls: Sequence[float], divergences: Sequence[float], fall: float
-) -> float | None:
-    """Where one training first reaches `fall` (> 0); None where it never does.
-
-    Between two points the square root is interpolated: near its start a model moves away in
-    proportion to what it learns, and KL is the square of the distance.
+def reading_at(falls: Sequence[float], values: Sequence[float], fall: float) -> float | None:
+    """Where one training first reaches `fall` (> 0), by a straight line between measured steps;
+    None where it never does.
 
     Args:
-        falls, divergences: at measured steps in their order, the start (0, 0) first.
+        falls, values: at measured steps in their order, the start first, whose fall is 0.
     """
-    points = list(zip(falls, divergences, strict=True))
-    for (before, near), (after, far) in pairwise(points):
+    for (before, near), (after, far) in pairwise(zip(falls, values, strict=True)):
         if before < fall <= after:
-            share = (fall - before) / (after - before)
-            return (near**0.5 + share * (far**0.5 - near**0.5)) ** 2
+            return near + (fall - before) / (after - before) * (far - near)
     return None
 
 
@@ -37,13 +34,21 @@ def reached_by_all(steps: pd.DataFrame) -> float:
 
 
 def at_equal_learning(steps: pd.DataFrame, fall: float) -> pd.DataFrame:
-    """Method, seed, rate, divergence: each at the rate that forgets least at `fall`."""
+    """Method, seed, rate, divergence, perplexity: each at the rate that diverges least at `fall`.
+
+    Of the divergence its root is interpolated: near its start a model moves away in proportion to
+    what it learns, and KL is the square of the distance. Of the perplexity it is the logarithm.
+    """
     rows = []
     for (method, seed, rate), run in steps.groupby(["method", "seed", "rate"], sort=False):
         run = run.sort_values("step")
-        found = divergence_at(run["fall"].tolist(), run["divergence"].tolist(), fall)
-        if found is not None:
-            rows.append({"method": method, "seed": seed, "rate": rate, "divergence": found})
-    frame = pd.DataFrame(rows, columns=["method", "seed", "rate", "divergence"])
-    best = frame.groupby(["method", "seed"])["divergence"].idxmin()
+        falls = run["fall"].tolist()
+        distance = reading_at(falls, (run["divergence"] ** 0.5).tolist(), fall)
+        if distance is not None:
+            loss = reading_at(falls, np.log(run["perplexity"]).tolist(), fall)
+            found = {"divergence": distance**2, "perplexity": math.exp(loss)}
+            rows.append({"method": method, "seed": seed, "rate": rate, **found})
+    columns = ["method", "seed", "rate", "divergence", "perplexity"]
+    frame = pd.DataFrame(rows, columns=columns)
+    best = frame.groupby(["method", "seed"], sort=False)["divergence"].idxmin()
     return frame.loc[best].reset_index(drop=True)
