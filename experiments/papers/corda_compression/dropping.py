@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -38,12 +39,7 @@ def losses_by_fraction(
     ascending = sorted(fractions)
     found = {}
     with restored(model, names):
-        components: dict[str, LeastComponents] = {}
-        for name in tracked(names, f"decomposing ({method})"):
-            weight = model.get_submodule(name).weight
-            count = dropped(weight.shape, ascending[-1])
-            known = None if inputs is None else inputs[name]
-            components[name] = least_components(weight, method, known, count, alpha)
+        components = decomposed(model, names, method, inputs, ascending[-1], alpha)
         before = 0.0
         for fraction in tracked(ascending, f"perplexity ({method})"):
             for name, least in components.items():
@@ -53,6 +49,36 @@ def losses_by_fraction(
             found[fraction] = block_losses(model, blocks, batch_size)
             before = fraction
     return found
+
+
+def decomposed(
+    model: nn.Module,
+    names: Sequence[str],
+    method: str,
+    inputs: Mapping[str, Inputs] | None,
+    fraction: float,
+    alpha: float,
+) -> dict[str, LeastComponents]:
+    """The least components of every layer; on a CPU a layer a core, where LAPACK scales poorly."""
+
+    def work(name: str) -> LeastComponents:
+        weight = model.get_submodule(name).weight.detach()
+        known = None if inputs is None else inputs[name]
+        return least_components(weight, method, known, dropped(weight.shape, fraction), alpha)
+
+    threads = torch.get_num_threads()
+    alone = next(model.parameters()).device.type != "cpu"
+    with ThreadPoolExecutor(
+        1 if alone else threads, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        try:
+            done = zip(
+                tracked(names, f"decomposing ({method})"), pool.map(work, names), strict=True
+            )
+            return dict(done)
+        finally:
+            # Threads to come take the number that was set last, by whichever thread.
+            torch.set_num_threads(threads)
 
 
 def dropped(shape: Sequence[int], fraction: float) -> int:
