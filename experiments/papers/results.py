@@ -68,7 +68,7 @@ def source_hash(name: str) -> str:
     papers = ROOT / "experiments" / "papers"
     files = [
         *(path for source in SOURCES for path in (ROOT / source).rglob("*.py")),
-        *(papers / f"{shared}.py" for shared in ("subjects", "corpora")),
+        *(papers / f"{shared}.py" for shared in ("subjects", "corpora", "perplexity")),
         *papers.glob(f"{name}*.py"),
         *(papers / name).rglob("*.py"),
     ]
