@@ -19,6 +19,8 @@ tables, figures, and the model and data they come from. What all of them share:
     catalogue    all of them in order
     subjects     pretrained models and their linear layers
     corpora      texts, as batches of tokens
+    tasks        a model with the task that its losses come from
+    starts       what the registered methods start from: factors and gradients
     fine_tuning  short trainings, by the loop of the runs
     fitting      exponents with their intervals
     drawing      charts as Vega-Lite specifications and files

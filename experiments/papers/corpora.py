@@ -48,6 +48,19 @@ def load_texts(corpus: str, split: str = "train", limit: int | None = None) -> l
     return [e.prompt + e.reasoning + e.answer for e in getattr(found, split)]
 
 
+def load_labelled(split: str = "train", limit: int | None = None) -> tuple[list[str], list[int]]:
+    """The reviews' texts and their labels: 0 for rotten, 1 for fresh.
+
+    Raises:
+        ConfigurationError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise ConfigurationError(f"split={split!r}; allowed are {', '.join(SPLITS)}")
+    found = rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes())
+    examples = getattr(found, split)[:limit]
+    return [example.text for example in examples], [example.label for example in examples]
+
+
 def _plots(split: str) -> list[str]:
     table = pd.read_csv(rotten_tomatoes.locate())
     table = table[table["category"] == "plot"].dropna(subset=["text"]).drop_duplicates("text")
@@ -91,15 +104,24 @@ def language_batches(blocks: Int[Tensor, "blocks length"], size: int) -> list[di
 
 
 def sentence_batches(
-    tokenizer: Any, texts: Sequence[str], *, length: int, size: int
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    length: int,
+    size: int,
+    labels: Sequence[int] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Padded batches for an encoder, in the texts' order."""
-    return [
-        dict(
+    """Padded batches for an encoder, in the texts' order; with labels, if there are any."""
+    batches = []
+    for first in range(0, len(texts), size):
+        some = slice(first, first + size)
+        batch = dict(
             tokenizer(
-                list(texts[first : first + size]), padding=True, truncation=True,
-                max_length=length, return_tensors="pt",
+                list(texts[some]), padding=True, truncation=True, max_length=length,
+                return_tensors="pt",
             )
-        )
-        for first in range(0, len(texts), size)
-    ]  # fmt: skip
+        )  # fmt: skip
+        if labels is not None:
+            batch["labels"] = torch.tensor(labels[some])
+        batches.append(batch)
+    return batches
