@@ -28,7 +28,7 @@ Init[A], η² n · √n ≤ 1, so η ≤ n^(-3/4), while Init[B]'s random B adds
     charts      tables and figures
 
 Source: Hayou, Ghosh & Yu 2024, "The Impact of Initialization on LoRA Finetuning Dynamics", arXiv
-2406.08447, theorems 1 and 2 and the simulation that follows them.
+2406.08447, section 3.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from experiments.papers.rate_scaling.scaling import RateScalingSettings, reprodu
 PAPER = Paper(
     name="rate_scaling",
     title="Init[A] and Init[B]: learning rates over the width",
-    source="Hayou, Ghosh & Yu 2024, arXiv 2406.08447, theorems 1 and 2 and their simulation",
+    source="Hayou, Ghosh & Yu 2024, arXiv 2406.08447, section 3",
     question="Does the largest useful learning rate fall as n^(-1/2) where A starts at random, and "
     "as n^(-1) where B does?",
     settings=RateScalingSettings,

@@ -54,7 +54,7 @@ def scaling_claim(exponents: Exponents, network: str, start: str) -> Claim:
     nearer = all(abs(fit.exponent - expected) < abs(fit.exponent - other) for fit in fits)
     return Claim(
         statement=f"Init[{start}]’s learning rate falls as {POWERS[expected]}: {NETWORK[network]}",
-        paper=f"{POWERS[expected]} by the algebra; the simulation’s optima lie along that line",
+        paper=f"{POWERS[expected]} as n grows (theory); a simulation is in line with it",
         ours=f"best rate ∝ n^{fits[0]}, largest stable rate ∝ n^{fits[1]}",
         criterion=f"both exponents within {TOLERANCE} of {expected:g}, and their intervals exclude "
         f"{other:g}; same direction: both nearer to {expected:g} than to {other:g}",
@@ -124,12 +124,13 @@ def loss_claim(compared: pd.DataFrame) -> Claim:
     remark = ""
     if first < 1 < last:
         remark = (
-            "The order turns with the rank: Init[A] is ahead where Init[B] has few random "
-            "directions to write to, and behind where they are many enough to leave B alone."
+            f"The order turns with the rank: Init[A] is ahead at r = {min(found)} and behind at "
+            f"r = {max(found)}. These are losses on the examples that were trained on; the paper’s "
+            "language models are not measured."
         )
     return Claim(
         statement="At its own best rate Init[A] learns better than Init[B]",
-        paper="a lower training loss in the simulation, better scores of RoBERTa and Llama",
+        paper="better on average, in the simulation and for RoBERTa and Llama",
         ours=f"loss of Init[A] over that of Init[B], square network, n = {width}: "
         + ", ".join(told),
         criterion="the ratio is below 1 at every rank, beyond its interval at one or more; same "
