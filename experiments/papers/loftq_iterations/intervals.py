@@ -59,25 +59,30 @@ def rank_correlations(models: pd.DataFrame, seed: int) -> Correlations:
         for _, group in models.groupby(["model", "bits", "rank"])
         if len(group) > 2
     ]
+    if not groups:
+        nothing = Interval(*[float("nan")] * 3)
+        return Correlations(nothing, nothing, nothing)
     generator = np.random.default_rng(seed)
-    found = [correlated(groups)]
-    for _ in range(RESAMPLES):
-        drawn = [group[generator.integers(len(group), size=len(group))] for group in groups]
-        found.append(correlated(drawn))
-    table = np.array(found)
-    table = np.column_stack([table, table[:, 1] - table[:, 0]])
-    low, high = np.nanpercentile(table[1:], [2.5, 97.5], axis=0)
+    found = []
+    for group in groups:
+        drawn = generator.integers(len(group), size=(RESAMPLES, len(group)))
+        drawn[0] = np.arange(len(group))  # the starts themselves, then the resamples
+        found.append(correlated(group[drawn]))
+    means = np.ma.masked_invalid(found).mean(axis=0).filled(np.nan)
+    means = np.column_stack([means, means[:, 1] - means[:, 0]])
+    low, high = np.nanpercentile(means[1:], [2.5, 97.5], axis=0)
     return Correlations(
-        *(Interval(*map(float, row)) for row in zip(table[0], low, high, strict=True))
+        *(Interval(*map(float, row)) for row in zip(means[0], low, high, strict=True))
     )
 
 
-def correlated(groups: list[Float[np.ndarray, "starts 3"]]) -> tuple[float, float]:
-    """(weight, output), means over the groups. Few starts drawn again and again say nothing."""
-    pairs = []
-    for group in groups:
-        ranks = rankdata(group, axis=0)
-        if all(len(np.unique(column)) > 2 for column in ranks.T):
-            pairs.append(np.corrcoef(ranks.T)[2, :2])
-    weight, output = np.mean(pairs, axis=0) if pairs else (np.nan, np.nan)
-    return float(weight), float(output)
+def correlated(
+    samples: Float[np.ndarray, "samples starts 3"],
+) -> Float[np.ndarray, "samples 2"]:
+    """Of weight and of output with the error; NaN where one of them is the same for all starts."""
+    ranks = rankdata(samples, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    squares = np.square(ranks).sum(axis=1)
+    products = (ranks[:, :, :2] * ranks[:, :, 2:]).sum(axis=1)
+    norms = np.sqrt(squares[:, :2] * squares[:, 2:])
+    return np.divide(products, norms, out=np.full_like(products, np.nan), where=norms > 0)

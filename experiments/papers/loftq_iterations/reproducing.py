@@ -63,7 +63,7 @@ def claims(
     layers = pd.concat([encoder.layers, language.layers], ignore_index=True)
     return [
         iterating.weight_claim(encoder.paths),
-        iterating.output_claim(encoder.layers),
+        iterating.output_claim(layers),
         iterating.model_claim(models),
         closed_form.lower_claim(models),
         closed_form.perplexity_claim(language.models, original),

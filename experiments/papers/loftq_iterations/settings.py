@@ -36,25 +36,25 @@ class LoftqIterationsSettings(PaperSettings):
     language_model: str = "smollm2"
     bits: list[int] = field(default_factory=lambda: [8, 4, 2])
     ranks: list[int] = field(default_factory=lambda: [8, 32])
-    iterations: list[int] = field(default_factory=lambda: [1, 2, 3, 5])
+    iterations: list[int] = field(default_factory=lambda: [1, 2, 5])
     order_iterations: list[int] = field(default_factory=lambda: [5])
     sentences: int = 256
-    held_out_sentences: int = 64
+    held_out_sentences: int = 48
     sentence_length: int = 48
     encoder_every: int = 1
-    language_bits: list[int] = field(default_factory=lambda: [4, 2])
+    language_bits: list[int] = field(default_factory=lambda: [4])
     language_rank: int = 32
     language_iterations: list[int] = field(default_factory=lambda: [1, 5])
     tokens: int = 2048
     held_out_tokens: int = 1024
     block_length: int = 128
     language_every: int = 1
-    measured_every: int = 3
-    training_steps: int = 24
+    measured_every: int = 5
+    training_steps: int = 20
     training_batch: int = 16
     learning_rate: float = 1e-3
     training_seeds: list[int] = field(default_factory=lambda: [0, 1])
-    validation_sentences: int = 256
+    validation_sentences: int = 192
 
     def __post_init__(self) -> None:
         super().__post_init__()
