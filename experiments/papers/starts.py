@@ -100,12 +100,19 @@ def configuration(method: str, names: Sequence[str], rank: int) -> LoraConfig:
 def calibration_for(
     subject: Subject, methods: Sequence[str], names: Sequence[str], rank: int, batches: Sequence
 ) -> Calibration | None:
-    """What all of these methods need to know of the data, collected once."""
+    """What all of these methods need to know of the data, collected once.
+
+    Raises:
+        ConfigurationError: one of them refuses the rank, or the data.
+    """
     driven = [method for method in methods if resolve(setting(method, rank))[0].calibration]
     if not driven:
         return None
     configs = [configuration(method, names, rank) for method in driven]
-    return calibrate(subject.model, configs, batches)
+    try:
+        return calibrate(subject.model, configs, batches)
+    except ValueError as error:
+        raise ConfigurationError(f"rank={rank}: {error}") from error
 
 
 @contextmanager

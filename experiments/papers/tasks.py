@@ -58,6 +58,13 @@ def task_batches(subject: Subject, split: str, count: int, *, size: int, length:
     return batches
 
 
+def sequence_count(subject: Subject, split: str, *, length: int) -> int:
+    """How many sequences a split has: an epoch's."""
+    if subject.name == CLASSIFIER:
+        return len(load_labelled(split)[0])
+    return len(joined_blocks(subject.tokenizer, load_texts("plots", split), length=length))
+
+
 def described_data(model: str, *, size: int, length: int) -> str:
     if model == CLASSIFIER:
         return f"film reviews, {size} sentences a batch, loss of a classifier not yet trained"

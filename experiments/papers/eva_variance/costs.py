@@ -8,7 +8,7 @@ full singular value decomposition of every weight, which the papers' PiSSA takes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.console import say
 from experiments.papers.eva_variance.settings import EvaVarianceSettings
 from experiments.papers.starts import configuration
-from experiments.papers.subjects import Subject
+from experiments.papers.subjects import Layer, Subject
 from experiments.papers.tasks import Batches
 from lora_init import LoraModel, get_peft_model
 from lora_init.batches import moved
@@ -30,15 +30,20 @@ FULL_SVD = "full SVD of all weights"
 
 
 def measure_costs(
-    subject: Subject, own: Batches, sequences: int, settings: EvaVarianceSettings
+    subject: Subject,
+    layers: Sequence[Layer],
+    own: Batches,
+    sequences: int,
+    settings: EvaVarianceSettings,
 ) -> tuple[list[dict], float]:
     """Rows by method, and the seconds of one epoch.
 
     Args:
+        layers: that are adapted.
         own: the calibration's batches.
         sequences: in an epoch.
     """
-    names = [layer.name for layer in subject.layers]
+    names = [layer.name for layer in layers]
     say(f"  {subject.name}: what an initialization costs beside a training step")
     step = 0.0
     rows = []
@@ -54,7 +59,8 @@ def measure_costs(
         finally:
             model.unload()
         rows.append({"method": method, "seconds": spent["total"] - spent["inject"]})
-    rows.append({"method": FULL_SVD, "seconds": timed(lambda: full_decompositions(subject))})
+    whole = timed(lambda: full_decompositions(subject, layers))
+    rows.append({"method": FULL_SVD, "seconds": whole})
     steps = -(-sequences // settings.cost_batch)
     for row in rows:
         row["steps"] = row["seconds"] / step
@@ -78,8 +84,8 @@ def seconds_of_step(model: LoraModel, batches: Batches, steps: int) -> float:
     return median([timed(lambda batch=batch: one(batch)) for batch in taken][1:])
 
 
-def full_decompositions(subject: Subject) -> None:
-    for _, weight in subject.weights(subject.layers):
+def full_decompositions(subject: Subject, layers: Sequence[Layer]) -> None:
+    for _, weight in subject.weights(list(layers)):
         torch.linalg.svd(weight, full_matrices=False)
 
 

@@ -53,7 +53,7 @@ class EvaVarianceSettings(PaperSettings):
         ranks: of the explained variance.
         rho: of the redistribution of ranks.
         methods: registered names whose first gradients are compared; null for all that have one.
-        cost_model: whose initializations are timed; null for none.
+        cost_model: whose initializations are timed, on the layers of one of `cost_every` blocks.
         cost_batch: sequences a batch there.
         cost_steps: training steps timed, of which the median counts.
     """
@@ -66,6 +66,7 @@ class EvaVarianceSettings(PaperSettings):
     language: Data = field(default_factory=lambda: Data(4, 64, 16, 4, 5, False))
     encoder: Data = field(default_factory=lambda: Data(4, 48, 90, 8, 1, True))
     cost_model: str = "minilm"
+    cost_every: int = 1
     cost_batch: int = 16
     cost_steps: int = 5
 
@@ -79,11 +80,9 @@ class EvaVarianceSettings(PaperSettings):
             raise ValueError(f"rank={self.rank}; allowed is one of ranks={self.ranks}")
         if self.rho < 1:
             raise ValueError(f"rho={self.rho}; allowed are numbers >= 1")
-        if self.cost_batch < 1 or self.cost_steps < 1:
-            raise ValueError(
-                f"cost_batch={self.cost_batch}, cost_steps={self.cost_steps}; allowed are "
-                "integers >= 1"
-            )
+        for name in ("cost_every", "cost_batch", "cost_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; allowed are integers >= 1")
         if self.methods is not None:
             check_methods(self.methods)
             if not {"eva", "kaiming"} <= set(self.methods):

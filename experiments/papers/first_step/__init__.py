@@ -21,8 +21,7 @@ from __future__ import annotations
 import pandas as pd
 
 from experiments.papers.findings import Findings
-from experiments.papers.first_step import charts
-from experiments.papers.first_step.claims import claims
+from experiments.papers.first_step import charts, claims
 from experiments.papers.first_step.discussion import discussed
 from experiments.papers.first_step.measuring import measure
 from experiments.papers.first_step.settings import FirstStepSettings
@@ -44,7 +43,7 @@ def found_in(
 ) -> Findings:
     """From rows to findings."""
     return Findings(
-        claims=claims(rows),
+        claims=claims.claims_of(rows),
         setting=setting(rows, settings),
         tables=charts.tables(rows, sizes),
         figures=charts.figures(rows, sizes),

@@ -13,7 +13,7 @@ TIE = 1e-6
 PLACE = ["model", "layer", "batch"]
 
 
-def claims(rows: pd.DataFrame) -> list[Claim]:
+def claims_of(rows: pd.DataFrame) -> list[Claim]:
     """All four, from the rows of `measuring.measure`."""
     rows = rows[rows["method"] != OWN_START]
     return [

@@ -35,7 +35,7 @@ from lora_init.gradients import collect_gradients
 from lora_init.progress import tracked
 from lora_init.registry import Initializer, resolve
 
-CALIBRATION, FRESH = "calibration", "fresh"
+CALIBRATION, FRESH, TOGETHER = "calibration", "fresh", "fresh together"
 OWN_START = "lora_one’s start itself"
 SUBJECT = "lora_ga"
 
@@ -45,7 +45,8 @@ class Taken:
     """Where gradients come from.
 
     Attributes:
-        data: "calibration" for what the methods know, "fresh" for what they do not.
+        data: "calibration" for what the methods know, "fresh" for a batch that they do not, "fresh
+            together" for the mean over all of these.
         number: of the fresh batch.
     """
 
@@ -88,17 +89,21 @@ def measure(model: str, settings: FirstStepSettings) -> tuple[pd.DataFrame, pd.D
         known = Taken(CALIBRATION, 0, task_batches(subject, "train", size, **shape))
         sized[size], found = start_on(subject, layers, known, settings)
         size_rows += [{**row, "size": size} for row in found]
+    total: dict[str, Tensor] = {}
     for taken in tracked([Taken(CALIBRATION, 0, own), *fresh], "comparing"):
         gradients = collect_gradients(
             subject.model, [layer.name for layer in layers], taken.batches
         )
+        if taken.data == FRESH:
+            total = {name: g + total.get(name, 0) for name, g in gradients.items()}
         still = {name: found for name, found in kept.items() if not moved(found)}
         rows += compared(layers, taken, gradients, still, settings.rank)
         if "lora_one" in kept:
             rows += own_start(layers, taken, gradients, kept["lora_one"])
-        for size, found in sized.items() if taken.data == FRESH else ():
-            again = compared(layers, taken, gradients, {SUBJECT: found}, settings.rank)
-            size_rows += [{**row, "size": size} for row in again]
+        if taken.data == FRESH:
+            size_rows += by_size(layers, taken, gradients, sized, settings.rank)
+    together = Taken(TOGETHER, 0, [])
+    size_rows += by_size(layers, together, total, sized, settings.rank)
     return pd.DataFrame(rows).assign(model=model), pd.DataFrame(size_rows).assign(model=model)
 
 
@@ -151,6 +156,21 @@ def start_on(
     with started(subject, SUBJECT, names, settings.rank, calibration) as start:
         kept = Kept.of(start)
     return kept, compared(layers, known, gradients, {SUBJECT: kept}, settings.rank)
+
+
+def by_size(
+    layers: Sequence[Layer],
+    taken: Taken,
+    gradients: Gradients,
+    sized: Mapping[int, Kept],
+    rank: int,
+) -> list[dict]:
+    """Rows of LoRA-GA from each number of sequences."""
+    return [
+        {**row, "size": size}
+        for size, found in sized.items()
+        for row in compared(layers, taken, gradients, {SUBJECT: found}, rank)
+    ]
 
 
 def moved(kept: Kept) -> bool:
