@@ -9,9 +9,9 @@ With B = 0 the loss is no quadratic bowl: ∂²L/∂A² = 0, and the Hessian is 
 whose cross term C carries the gradient of the product, so λmin is reported as well.
 
 Adam does not step along the gradient. Its first step is η in the direction of the gradient's signs
-d, and what a quadratic model says of it is η ‖g‖₁ against η² dᵀ H d / 2: the loss falls most at
-η = ‖g‖₁ / (dᵀ H d), "Adam's first step" in the tables. (The Hessian preconditioned by Adam's second
-moment, which is what its edge of stability is about, is not defined at the start: where B = 0, the
+d, in which a quadratic model's loss falls by η ‖g‖₁ - η² dᵀ H d / 2: most, on average over batches,
+at η = E‖g‖₁ / E[dᵀ H d], "Adam's first step" in the tables. (The Hessian preconditioned by Adam's
+second moment, which its edge of stability is about, is not defined at the start: where B = 0, the
 second moment of every entry of A is zero.)
 
     lanczos        the extreme eigenvalues of a symmetric operator

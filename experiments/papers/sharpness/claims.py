@@ -61,6 +61,15 @@ def ratios(rows: pd.DataFrame, head: str, quantity: str = "largest") -> dict[str
     return found
 
 
+def first_steps(rows: pd.DataFrame, head: str) -> dict[str, float]:
+    """By method, the rate at which a quadratic model's loss falls most in Adam's first step, on
+    average over the batches. Methods whose loss bends downwards on average are left out.
+    """
+    means = rows[rows["head"] == head].groupby("method", sort=False)[["slope", "bend"]].mean()
+    means = means[means["bend"] > 0]
+    return {str(name): float(rate) for name, rate in (means["slope"] / means["bend"]).items()}
+
+
 def correlate(values: Mapping[str, float], rates: Mapping[str, float]) -> Correlation | None:
     """Of a quantity with the best rates over the methods that have both; None below four."""
     methods = [name for name in rates if name in values]
@@ -82,22 +91,31 @@ def correlate(values: Mapping[str, float], rates: Mapping[str, float]) -> Correl
 
 
 def claims(rows: pd.DataFrame, rates: Mapping[str, float]) -> list[Claim]:
-    found = ratios(rows, "new")
+    found, trained = ratios(rows, "new"), ratios(rows, "trained")
+    judged = (claim(found, trained) for claim in (sharpest_claim, pissa_claim, mild_claim))
     return [
-        *(
-            claim
-            for claim in (sharpest_claim(found), pissa_claim(found), mild_claim(found))
-            if claim is not None
-        ),
-        correlation_claim(found, rates),
+        *(claim for claim in judged if claim is not None),
+        correlation_claim(found, rates, first_steps(rows, "new")),
     ]
+
+
+def head_remark(methods: list[str], trained: Mapping[str, Ratio]) -> str:
+    """The ratios under a trained head, which a pretrained language model has from the beginning."""
+    known = [name for name in methods if name in trained]
+    if not known:
+        return ""
+    return (
+        f"With the head trained first: {told(trained, known)}. Under a new head, small and random, "
+        "λmin is about −λmax at LoRA’s start: there λmax is the cross term of A and B rather than "
+        "the curvature along either."
+    )
 
 
 def told(found: Mapping[str, Ratio], methods: list[str]) -> str:
     return ", ".join(f"{name} {found[name]}" for name in methods)
 
 
-def sharpest_claim(found: Mapping[str, Ratio]) -> Claim | None:
+def sharpest_claim(found: Mapping[str, Ratio], trained: Mapping[str, Ratio]) -> Claim | None:
     methods = [name for name in ("olora", "lora_ga") if name in found]
     others = [r.value for name, r in found.items() if name in ("pissa", "milora", "init_ab")]
     if len(methods) < 2 or not others:
@@ -114,10 +132,11 @@ def sharpest_claim(found: Mapping[str, Ratio]) -> Claim | None:
             direction=all(r.low > 1 for r in chosen),
             opposite=all(r.high < 1 for r in chosen),
         ),
+        remark=head_remark(methods, trained),
     )
 
 
-def pissa_claim(found: Mapping[str, Ratio]) -> Claim | None:
+def pissa_claim(found: Mapping[str, Ratio], trained: Mapping[str, Ratio]) -> Claim | None:
     if "pissa" not in found:
         return None
     ratio = found["pissa"]
@@ -129,10 +148,11 @@ def pissa_claim(found: Mapping[str, Ratio]) -> Claim | None:
         verdict=judge(
             holds=5 <= ratio.value <= 20, direction=ratio.low > 1, opposite=ratio.high < 1
         ),
+        remark=head_remark(["pissa"], trained),
     )
 
 
-def mild_claim(found: Mapping[str, Ratio]) -> Claim | None:
+def mild_claim(found: Mapping[str, Ratio], trained: Mapping[str, Ratio]) -> Claim | None:
     methods = [name for name in ("milora", "init_ab") if name in found]
     if len(methods) < 2:
         return None
@@ -147,10 +167,13 @@ def mild_claim(found: Mapping[str, Ratio]) -> Claim | None:
             direction=all(r.value > 1 for r in chosen),
             opposite=all(r.high < 1 for r in chosen),
         ),
+        remark=head_remark(methods, trained),
     )
 
 
-def correlation_claim(found: Mapping[str, Ratio], rates: Mapping[str, float]) -> Claim:
+def correlation_claim(
+    found: Mapping[str, Ratio], rates: Mapping[str, float], steps: Mapping[str, float]
+) -> Claim:
     found_one = correlate({name: ratio.value for name, ratio in found.items()}, rates)
     statement = "The sharper the start, the smaller the learning rate that suits it"
     paper = "tuned rates fall as λmax rises: OLoRA’s and LoRA-GA’s 18, PiSSA’s about 10, MiLoRA’s "
@@ -173,6 +196,18 @@ def correlation_claim(found: Mapping[str, Ratio], rates: Mapping[str, float]) ->
             direction=found_one.coefficient < 0,
             opposite=found_one.coefficient > 0 and found_one.p_value < 0.05,
         ),
+        remark=adam_remark(steps, rates),
+    )
+
+
+def adam_remark(steps: Mapping[str, float], rates: Mapping[str, float]) -> str:
+    adam = correlate(steps, rates)
+    if adam is None:
+        return ""
+    return (
+        "The rates are Adam’s, whose first step follows the signs of the gradient: the rate that "
+        "a quadratic model likes best for it, ‖g‖₁ / dᵀHd, goes with the tuned rates at a "
+        f"coefficient of {adam.coefficient:.2f} (p = {adam.p_value:.2g}, {adam.methods} methods)."
     )
 
 
@@ -185,14 +220,18 @@ def discussion(
         "gradient; Adam moves every entry by about the rate, however small its gradient, so that "
         "what bounds its rate is the curvature along signs. The tables hold both."
     ]
-    steps = {name: ratio.value for name, ratio in ratios(rows, "new", "sign step").items()}
-    adam = correlate(steps, rates)
-    if adam is not None:
-        sentences.append(
-            "The rate that a quadratic model likes best for Adam’s first step agrees with the "
-            f"tuned rates with a coefficient of {adam.coefficient:.2f} (p = {adam.p_value:.3g}, "
-            f"{adam.methods} methods), best rate ∝ its {adam.law}th power."
-        )
+    for head in heads:
+        steps = first_steps(rows, head)
+        adam = correlate(steps, rates)
+        if adam is not None:
+            missing = [name for name in rates if name not in steps]
+            sentences.append(
+                f"Adam’s first step, {head} head: the rate that a quadratic model likes best and "
+                f"the tuned rates have a coefficient of {adam.coefficient:.2f} "
+                f"(p = {adam.p_value:.2g}, {adam.methods} methods), tuned ∝ its power {adam.law}."
+                + (f" Left out, as their loss bends downwards there: {', '.join(missing)}."
+                   if missing else "")
+            )  # fmt: skip
     if "trained" in heads:
         before, after = ratios(rows, "new"), ratios(rows, "trained")
         shared = [name for name in before if name in after and name != BASELINE]

@@ -37,13 +37,12 @@ class Curvature:
         )  # fmt: skip
         return _joined(products).detach()
 
-    def best_sign_step(self) -> float:
-        """η = ‖g‖₁ / (dᵀ H d), d = sign g: the rate of Adam's first step that a quadratic model
-        likes best; infinite where the loss bends downwards along d.
+    def along_signs(self) -> tuple[float, float]:
+        """‖g‖₁ = gᵀ d and dᵀ H d for d = sign g, the direction of Adam's first step: at the rate η
+        a quadratic model's loss falls by η ‖g‖₁ - η² dᵀ H d / 2.
         """
         direction = self.gradient.sign()
-        bend = float(direction @ self.times(direction))
-        return float(self.gradient.abs().sum()) / bend if bend > 0 else float("inf")
+        return float(self.gradient.abs().sum()), float(direction @ self.times(direction))
 
 
 def _joined(tensors: Sequence[Tensor]) -> Float[Tensor, " size"]:

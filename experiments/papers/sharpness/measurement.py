@@ -205,13 +205,15 @@ def curvature(
         local.times, start.to(local.gradient), tolerance=settings.tolerance,
         limit=settings.max_products,
     )  # fmt: skip
+    slope, bend = local.along_signs()
     return {
         "size": size,
         "largest": found.largest,
         "smallest": found.smallest,
         "products": found.products,
         "gradient": float(local.gradient.norm()),
-        "sign step": local.best_sign_step(),
+        "slope": slope,
+        "bend": bend,
     }
 
 

@@ -122,15 +122,17 @@ def test_products_are_those_of_the_dense_hessian(tiny):
     assert found.largest == pytest.approx(sparse)
     direction = gradient.sign()
     bend = direction @ dense @ direction
-    expected = float(gradient.abs().sum() / bend) if bend > 0 else math.inf
-    assert local.best_sign_step() == pytest.approx(expected)
+    assert local.along_signs() == pytest.approx((float(gradient.abs().sum()), float(bend)))
 
 
-def test_a_loss_that_bends_downwards_has_no_best_step():
-    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
-    assert Curvature(-parameter.square().sum(), [parameter]).best_sign_step() == math.inf
-    # x² at 1: the gradient 2 over the curvature 2 goes to the minimum.
-    assert Curvature(parameter[:1].square().sum(), [parameter]).best_sign_step() == 1.0
+def test_the_first_step_of_adam_is_where_a_quadratic_falls_most():
+    made = [("one", 0, 2.0, 3.0), ("one", 1, 4.0, 5.0), ("down", 0, 1.0, 1.0), ("down", 1, 1.0, -2)]
+    rows = pd.DataFrame(made, columns=["method", "batch", "slope", "bend"]).assign(head="new")
+    found = claims.first_steps(rows, "new")
+    assert set(found) == {"one"}
+    grid = np.linspace(0.01, 3, 300)
+    fall = np.mean([grid * 2 - grid**2 * 3 / 2, grid * 4 - grid**2 * 5 / 2], axis=0)
+    assert found["one"] == pytest.approx(grid[fall.argmax()], abs=0.01)
 
 
 def test_a_start_adapts_everything_but_the_head_and_gives_the_base_back():
@@ -203,8 +205,8 @@ def exact(**values: float) -> dict[str, Ratio]:
     ],
 )
 def test_verdict_on_the_sharpest(found, verdict):
-    assert claims.sharpest_claim(found).verdict is verdict
-    assert claims.sharpest_claim({}) is None
+    assert claims.sharpest_claim(found, {}).verdict is verdict
+    assert claims.sharpest_claim({}, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,7 @@ def test_verdict_on_the_sharpest(found, verdict):
     ],
 )
 def test_verdict_on_pissa(value, verdict):
-    assert claims.pissa_claim(exact(pissa=value)).verdict is verdict
+    assert claims.pissa_claim(exact(pissa=value), {}).verdict is verdict
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_verdict_on_pissa(value, verdict):
     ],
 )
 def test_verdict_on_the_mild(milora, init_ab, verdict):
-    assert claims.mild_claim(exact(milora=milora, init_ab=init_ab)).verdict is verdict
+    assert claims.mild_claim(exact(milora=milora, init_ab=init_ab), {}).verdict is verdict
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_verdict_on_the_mild(milora, init_ab, verdict):
 )
 def test_verdict_on_the_correlation(rates, verdict):
     found = exact(a=1, b=2, c=3, d=4, e=5, f=6)
-    claim = claims.correlation_claim(found, dict(zip("abcdef", rates, strict=True)))
+    claim = claims.correlation_claim(found, dict(zip("abcdef", rates, strict=True)), {})
     assert claim.verdict is verdict
 
 
