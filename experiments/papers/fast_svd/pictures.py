@@ -70,7 +70,7 @@ def by_niter(judged: pd.DataFrame) -> alt.FacetChart:
     base = alt.Chart().encode(
         y=alt.Y(
             "relative:Q", scale=alt.Scale(type="log"), title="error, niter 1 = 1",
-            axis=alt.Axis(format="~g"),
+            axis=alt.Axis(format=".0e", tickCount=6),
         ),
         color=color([LOWRANK, NITER, PISSA, THE_PAPER]),
         tooltip=tips,
@@ -106,8 +106,8 @@ def by_cost(judged: pd.DataFrame) -> alt.FacetChart:
 
 
 def _faceted(layered: alt.LayerChart, frame: pd.DataFrame) -> alt.FacetChart:
-    column = alt.Column("source:N", header=HEADER, sort=list(frame["source"].unique()))
-    return layered.properties(width=PANEL).facet(column)
+    by_source = alt.Facet("source:N", header=HEADER, sort=list(frame["source"].unique()))
+    return layered.properties(width=PANEL).facet(by_source, columns=2)
 
 
 def by_step(training: pd.DataFrame) -> alt.LayerChart:

@@ -17,6 +17,7 @@ from experiments.papers.pissa_quantization.measuring import (
     ROUNDED,
 )
 from experiments.papers.pissa_quantization.settings import MLP, PAPER_AVERAGES, PAPER_PARTS
+from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.verdicts import Claim, Verdict, judge
 
 ORDER = (
@@ -120,6 +121,7 @@ def paper_words(count: int) -> str:
 
 def of_grids(rows: pd.DataFrame) -> str:
     """What the controls say about weights that are 4-bit values, as a sentence; "" without any."""
+    rows = rows[rows["detailed"]]
     some = rows[rows["variant"].isin([ROUNDED, NOISY, DITHERED])]
     told = []
     for (model, variant), controlled in some.groupby(["model", "variant"], sort=False):
@@ -136,7 +138,7 @@ def of_grids(rows: pd.DataFrame) -> str:
         told.append(f"{model} {variant}: {leads[1]:+.1f} instead of {leads[0]:+.1f}")
     if not told:
         return ""
-    return f"PiSSA’s lead in the controls, T = {rows['T'].min()}: {'; '.join(told)}."
+    return f"PiSSA’s lead at T = {rows['T'].min()} in the controls: {'; '.join(told)} points."
 
 
 def iterations_claim(chosen: pd.DataFrame, first: int, last: int) -> Claim:
@@ -181,8 +183,15 @@ def parts_claim(chosen: pd.DataFrame, count: int) -> Claim:
         criterion=f"mean of Q and K minus mean of the MLP: {ORDER}",
         verdict=order(list(differences.values())),
         remark="Part of it is shape: white noise in matrices of the same shapes would differ by "
-        f"{by_shape} points, and by +1.9 in Llama-2-7B’s.",
+        f"{by_shape} points, and by {papers_shapes():+.1f} in Llama-2-7B’s.",
     )
+
+
+def papers_shapes() -> float:
+    """What noise would make of Q and K against the MLP in the paper's model, points."""
+    shares = {part: 100 * leading_share(*shape, 128) for part, (shape, *_) in PAPER_PARTS.items()}
+    sides = (shares["Q"] + shares["K"]) / 2
+    return sides - sum(shares[part] for part in MLP) / len(MLP)
 
 
 def _group(part: str) -> str | None:

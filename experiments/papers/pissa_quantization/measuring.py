@@ -1,6 +1,7 @@
 """Layers -> rows: one of each layer, variant of its weight, rank, method and number of iterations.
 
-Columns: model, part, block, out, in, variant, rank, method, T; the reductions nuclear, frobenius,
+Columns: model, part, block, detailed (whether the block is one of those that are measured at every
+rank and in the controls), out, in, variant, rank, method, T; the reductions nuclear, frobenius,
 spectral and output (per cent; output for the weights as they are); `error`, ‖W - nf4(W)‖ / ‖W‖ in
 per cent; `noise`, the reduction that the top r directions of white noise would give; `smaller`,
 100 (1 - ‖W - SVD_r(W)‖ / ‖W‖), by how much QPiSSA's first step makes smaller what is quantised.
@@ -56,11 +57,19 @@ class Case:
     moment: Tensor
     ranks: Sequence[int]
     judged: int
+    detailed: bool
 
 
 def chosen_layers(subject: Subject, blocks: int | None) -> list[Layer]:
     count = 1 + max(layer.block for layer in subject.layers)
     return subject.every(1 if blocks is None else max(1, count // blocks))
+
+
+def detailed_blocks(layers: Sequence[Layer], count: int) -> set[int]:
+    """So many of the layers' blocks, evenly spaced."""
+    blocks = sorted({layer.block for layer in layers})
+    step = max(1, len(blocks) // count)
+    return set(blocks[step // 2 :: step])
 
 
 def width_of(subject: Subject) -> int:
@@ -104,10 +113,14 @@ def measure(subject: Subject, settings: PissaQuantizationSettings) -> list[dict[
             )
     device = place(settings.device)
     moments = second_moments(subject, layers, settings)
+    detailed = detailed_blocks(layers, settings.detailed)
     cases = [
-        Case(layer, weight.to(device), moments[layer.name].to(device), ranks, judged)
+        Case(
+            layer, weight.to(device), moments[layer.name].to(device),
+            ranks if layer.block in detailed else [judged], judged, layer.block in detailed,
+        )
         for layer, weight in subject.weights(layers)
-    ]
+    ]  # fmt: skip
     rows = []
     with tracking(len(cases), f"layers of {subject.name}") as advance:
         for found in _a_core_each(cases, settings, device):
@@ -131,9 +144,9 @@ def _a_core_each(
 
 
 def rows_of(case: Case, settings: PissaQuantizationSettings) -> list[dict[str, Any]]:
-    """One layer's: at all ranks as it is, at the judged one in the other variants."""
+    """One layer's: at its ranks as it is; in detail, at the judged one in the other variants."""
     rows = rows_of_weight(case, case.weight, AS_IT_IS, case.ranks, settings)
-    if settings.controls:
+    if settings.controls and case.detailed:
         generator = layer_generator(settings.seed, f"variant of {case.layer.name}")
         for name, weight in variants(case.weight, generator).items():
             rows += rows_of_weight(case, weight, name, [case.judged], settings)
@@ -164,8 +177,9 @@ def rows_of_weight(
     rows = []
     for rank in ranks:
         common = {
-            "part": part_of(layer.kind), "block": layer.block, "out": shape[0], "in": shape[1],
-            "variant": variant, "rank": rank, "error": 100 * plain.frobenius / norm,
+            "part": part_of(layer.kind), "block": layer.block, "detailed": case.detailed,
+            "out": shape[0], "in": shape[1], "variant": variant, "rank": rank,
+            "error": 100 * plain.frobenius / norm,
             "noise": 100 * leading_share(*shape, rank),
             "smaller": 100 * (1 - float(squares[rank:].sum().sqrt()) / norm),
         }  # fmt: skip

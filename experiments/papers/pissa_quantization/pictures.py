@@ -29,8 +29,8 @@ def figures(
     found = [
         Figure(
             "ranks", "How much of NF4’s error is taken back, by rank",
-            "Mean over layers, nuclear norm. Hollow: the paper’s averages over Llama-2-7B (r = 128 "
-            "of 4096) and Llama-3-8B (r = 64).",
+            "Mean over layers, nuclear norm, T alternations. Hollow: the paper’s averages over "
+            "Llama-2-7B (r = 128 of 4096) and Llama-3-8B (r = 64).",
             by_rank(named, {described[model]: width for model, width in widths.items()}),
             width=None,
         ),
@@ -50,8 +50,8 @@ def figures(
         found.append(
             Figure(
                 "grids", f"What a 4-bit grid does to the comparison, T = {first}",
-                "The same layers at the same rank; nuclear norm. Noise of the rounding’s size "
-                "changes nothing, the grid itself moves the error from PiSSA’s favour to LoftQ’s.",
+                "The same layers at the same rank; nuclear norm. If a 4-bit origin counted "
+                "through its noise, noise of that size would do the same as the grid.",
                 grids(named, by_name, first), width=None,
             )
         )  # fmt: skip
@@ -59,47 +59,63 @@ def figures(
 
 
 def by_rank(rows: pd.DataFrame, widths: dict[str, int]) -> alt.FacetChart:
-    some = rows[rows["variant"] == AS_IT_IS]
+    some = rows[(rows["variant"] == AS_IT_IS) & rows["detailed"]]
     frame = some.groupby(["model", "rank", "method", "T"], as_index=False)["nuclear"].mean()
     frame["share"] = 100 * frame["rank"] / frame["model"].map(widths)
     frame["source"] = "here"
+    shown = {frame["T"].min(), frame["T"].max()}
+    frame = frame[frame["T"].isin(shown) & (frame["nuclear"] > 0)]
     papers = [
         {"model": model, "source": paper, "rank": rank, "share": 100 * rank / width, "T": count,
          "method": method, "nuclear": value}
         for model in frame["model"].unique()
         for (paper, rank, width), by_count in PAPER_AVERAGES.items()
         for count, values in by_count.items()
+        if count in shown
         for method, value in values.items()
     ]  # fmt: skip
+    first = frame[frame["rank"] == frame["rank"].min()]
+    told = first.groupby(["model", "T", "share"], as_index=False)["nuclear"].mean()
     names = [paper for paper, _, _ in PAPER_AVERAGES]
-    frame = pd.concat([frame, pd.DataFrame(papers)])
+    frame = pd.concat([frame, pd.DataFrame(papers), told.assign(source="label")])
     frame["T"] = "T = " + frame["T"].astype(str)
     tips = ["source:N", "method:N", "T:N", "rank:Q", alt.Tooltip("nuclear:Q", format=".1f")]
     base = alt.Chart().encode(
         x=alt.X(
-            "share:Q", scale=alt.Scale(type="log"), title="rank, % of the width",
-            axis=alt.Axis(values=[0.2, 0.5, 1, 2, 5, 10, 20, 50], grid=False),
+            "share:Q", title="rank, % of the width",
+            scale=alt.Scale(type="log", nice=False, domain=[
+                0.36 * float(frame["share"].min()), 1.15 * float(frame["share"].max())
+            ]),
+            axis=alt.Axis(values=[0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50], grid=False),
         ),
-        y=alt.Y("nuclear:Q", title=REDUCTION),
+        y=alt.Y(
+            "nuclear:Q", title=REDUCTION, scale=alt.Scale(type="log", nice=False),
+            axis=alt.Axis(values=[0.5, 1, 2, 5, 10, 20, 50, 100]),
+        ),
         color=methods_color(METHODS),
         tooltip=tips,
     )  # fmt: skip
-    dashes = alt.StrokeDash("T:N", legend=alt.Legend(title=None, orient="bottom"))
     lines = base.mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=2).encode(
-        strokeDash=dashes
+        strokeDash=alt.StrokeDash("T:N", legend=None)
     )
-    marks = base.mark_point(size=80, strokeWidth=2, fill="white", opacity=1).encode(
+    words = base.mark_text(align="right", dx=-8, fontSize=11.5).encode(
+        text="T:N", color=alt.value(INK)
+    )
+    marks = base.mark_point(size=60, strokeWidth=2, filled=False, opacity=1).encode(
         shape=alt.Shape(
             "source:N", scale=alt.Scale(domain=names, range=["diamond", "square"]),
-            legend=alt.Legend(title=None, orient="bottom", symbolStrokeColor=INK),
+            legend=alt.Legend(
+                title=None, orient="bottom", symbolStrokeColor=INK, symbolFillColor="transparent",
+            ),
         )
     )  # fmt: skip
     layered = alt.layer(
         lines.transform_filter("datum.source === 'here'"),
-        marks.transform_filter("datum.source !== 'here'"),
+        marks.transform_filter("datum.source !== 'here' && datum.source !== 'label'"),
+        words.transform_filter("datum.source === 'label'"),
         data=chart(frame).data,
     ).properties(width=PANEL, height=240)
-    return layered.facet(alt.Column("model:N", header=HEADER))
+    return layered.facet(alt.Facet("model:N", header=HEADER), columns=2)
 
 
 def by_part(chosen: pd.DataFrame, count: int) -> alt.FacetChart:
@@ -142,13 +158,13 @@ def by_part(chosen: pd.DataFrame, count: int) -> alt.FacetChart:
     return (
         alt.layer(bars, noise, data=chart(frame).data)
         .properties(width=PANEL, height=alt.Step(11))
-        .facet(alt.Row("model:N", header=HEADER, sort=list(frame["model"].unique())))
+        .facet(alt.Facet("model:N", header=HEADER, sort=list(frame["model"].unique())), columns=1)
         .resolve_scale(y="independent")
     )
 
 
 def leads(rows: pd.DataFrame, count: int) -> alt.FacetChart:
-    some = rows[(rows["variant"] == AS_IT_IS) & (rows["T"] == count)]
+    some = rows[(rows["variant"] == AS_IT_IS) & rows["detailed"] & (rows["T"] == count)]
     columns = ["model", "part", "rank"]
     frame = some.pivot_table(index=columns, columns="method", values="nuclear", sort=False)
     frame = (frame["pissa"] - frame["loftq"]).rename("lead").reset_index()
@@ -166,17 +182,21 @@ def leads(rows: pd.DataFrame, count: int) -> alt.FacetChart:
             legend=None,
         )
     )  # fmt: skip
-    words = base.mark_text(fontSize=10.5, color=INK).encode(text=alt.Text("lead:Q", format="+.0f"))
+    words = base.mark_text(fontSize=9.5).encode(
+        text=alt.Text("lead:Q", format="+.1f"),
+        color=alt.condition(f"abs(datum.lead) > {0.6 * bound}", alt.value("white"), alt.value(INK)),
+    )
     return (
         alt.layer(cells, words, data=chart(frame).data)
-        .properties(width=PANEL + 30, height=alt.Step(24))
-        .facet(alt.Row("model:N", header=HEADER))
+        .properties(width=PANEL + 40, height=alt.Step(24))
+        .facet(alt.Facet("model:N", header=HEADER), columns=1)
         .resolve_scale(y="independent", x="independent")
     )
 
 
 def grids(rows: pd.DataFrame, judged: dict[str, int], count: int) -> alt.FacetChart:
-    some = rows[(rows["rank"] == rows["model"].map(judged)) & (rows["T"] == count)]
+    at_rank = rows["rank"] == rows["model"].map(judged)
+    some = rows[at_rank & rows["detailed"] & (rows["T"] == count)]
     columns = ["model", "variant", "method"]
     frame = some.groupby(columns, as_index=False, sort=False)["nuclear"].mean()
     order = list(frame["variant"].unique())
@@ -192,6 +212,6 @@ def grids(rows: pd.DataFrame, judged: dict[str, int], count: int) -> alt.FacetCh
     return (
         alt.layer(bars, words, data=chart(frame).data)
         .properties(width=PANEL - 20, height=alt.Step(15))
-        .facet(alt.Row("model:N", header=HEADER))
+        .facet(alt.Facet("model:N", header=HEADER), columns=1)
         .resolve_scale(y="independent")
     )

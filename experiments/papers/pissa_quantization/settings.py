@@ -58,6 +58,8 @@ class PissaQuantizationSettings(PaperSettings):
     Attributes:
         models: as of `subjects.load_subject`.
         blocks: of each model, evenly spaced (or a few more, where they do not divide); None: all.
+            All claims are judged on them, at one rank.
+        detailed: so many of these blocks are measured at the other ranks and in the controls, too.
         ranks: measured beside the one that is judged.
         share: the judged rank as a share of the model's width; the paper's is 128 / 4096.
         iterations: T.
@@ -66,7 +68,8 @@ class PissaQuantizationSettings(PaperSettings):
     """
 
     models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
-    blocks: int | None = 3
+    blocks: int | None = 6
+    detailed: int = 3
     ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128])
     share: float = PAPER_SHARE
     iterations: list[int] = field(default_factory=lambda: [1, 5])
@@ -80,6 +83,8 @@ class PissaQuantizationSettings(PaperSettings):
             raise ValueError("models=[]; name one model or more")
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(f"blocks={self.blocks}; allowed are integers >= 1, and null")
+        if self.detailed < 1:
+            raise ValueError(f"detailed={self.detailed}; allowed are integers >= 1")
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"ranks={self.ranks}; allowed are one or more ranks >= 1")
         if not 0 < self.share < 1:

@@ -82,7 +82,8 @@ def parts(chosen: pd.DataFrame) -> Table:
         "layers", "The same by kind of layer, %",
         frame[[*leading, *ordered]],
         dict.fromkeys(["NF4 error", *ordered], ".1f"),
-        note="White noise: what the top r directions of a random matrix of this shape hold. "
+        note="White noise: what the top r directions of a random matrix of this shape hold, more "
+        "where r is a larger part of the smaller side. "
         "W gets smaller by: 100 (1 − ‖W − SVD_r(W)‖ / ‖W‖), Frobenius.",
     )  # fmt: skip
 
@@ -98,17 +99,20 @@ def norms(chosen: pd.DataFrame) -> Table:
 
 
 def ranks(rows: pd.DataFrame) -> Table:
-    some = rows[rows["variant"] == AS_IT_IS]
+    some = rows[(rows["variant"] == AS_IT_IS) & rows["detailed"]]
     frame = some.pivot_table(index=["model", "rank"], columns=["T", "method"], values="nuclear")
     frame.columns = [f"{NAMES[method]}, T = {count}" for count, method in frame.columns]
     frame = frame.reset_index()
     formats = {column: ".1f" for column in frame.columns[2:]}
-    return Table("ranks", "The same by rank, %", frame, formats)
+    return Table(
+        "ranks", "The same by rank, %", frame, formats,
+        note="Of some of the blocks only, so that figures at the judged rank may differ.",
+    )  # fmt: skip
 
 
 def grids(rows: pd.DataFrame, judged: dict[str, int]) -> Table:
     """The weights as they are beside their controls, at the judged rank."""
-    some = rows[rows["rank"] == rows["model"].map(judged)]
+    some = rows[(rows["rank"] == rows["model"].map(judged)) & rows["detailed"]]
     frame = some.pivot_table(
         index=["model", "variant"], columns=["T", "method"], values="nuclear", sort=False
     ).sort_index(axis=1)

@@ -17,7 +17,7 @@ from experiments.papers.pissa_quantization.errors import norms_of, plain_error, 
 from experiments.papers.pissa_quantization.judging import Mean, order
 from experiments.papers.pissa_quantization.settings import part_of
 from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.subjects import load_subject
+from experiments.papers.subjects import Layer, load_subject
 from experiments.papers.verdicts import Verdict
 from lora_init.quantization import Quantizer
 
@@ -149,6 +149,13 @@ def test_the_smoke_form_says_what_a_dense_computation_says(smoke):
     assert found["LoftQ"].item() == pytest.approx(np.mean(reductions), abs=0.02)
 
 
+def test_blocks_are_evenly_spaced():
+    layers = [Layer(f"{block}.q", block, "q_proj") for block in (2, 7, 12, 17, 22, 27)]
+    assert measuring.detailed_blocks(layers, 3) == {7, 17, 27}
+    assert measuring.detailed_blocks(layers, 1) == {17}
+    assert measuring.detailed_blocks(layers, 9) == {2, 7, 12, 17, 22, 27}
+
+
 def test_parts_have_the_papers_names():
     names = {
         "self_attn.q_proj": "Q", "attention.self.key": "K", "attention.output.dense": "O",
@@ -195,7 +202,7 @@ def made(loftq: float, pissa: float, gain: float, mlp: float, output: float = 3.
                             {"model": model, "block": block, "part": part, "method": method,
                              "T": count, "rank": 8, "variant": judging.AS_IT_IS, "nuclear": value,
                              "frobenius": value, "spectral": value, "output": other, "noise": 5.0,
-                             "smaller": 6.0}
+                             "smaller": 6.0, "detailed": True}
                         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -220,7 +227,7 @@ def test_controls_are_told_where_a_lead_is_missing():
     rounded = made(7, 4, 8, 4).assign(variant=judging.ROUNDED)
     both = pd.concat([rows, rounded[rounded["model"] == "one"]])
     claim = judging.claims(both, {"one": 8, "other": 8})[0]
-    assert "one on a 4-bit grid: -3.0 instead of -2.0" in claim.remark
+    assert "one on a 4-bit grid: -3.0 instead of -2.0 points" in claim.remark
 
 
 def test_a_rank_above_a_layer_is_refused_by_name(composed_paper):
@@ -236,6 +243,7 @@ def test_a_rank_above_a_layer_is_refused_by_name(composed_paper):
         ("iterations=[5,1]", r"iterations=\[5, 1\]; .* ascending"),
         ("share=1.5", "share=1.5; allowed are shares"),
         ("blocks=0", "blocks=0; allowed are integers >= 1, and null"),
+        ("detailed=0", "detailed=0; allowed are integers >= 1"),
         ("ranks=[0,4]", r"ranks=\[0, 4\]; allowed are one or more"),
         ("models=[]", "name one model or more"),
     ],
