@@ -131,7 +131,7 @@ class Arena:
 
     def peak(self, request: Request, plan: Plan) -> dict[str, Any]:
         """Of ours above the model, beside what the plan allows and a forward pass needs, in MiB."""
-        data = self.provisions.data(request)
+        data = self.provisions.short_data(request)
         allowed = plan.factor_bytes + plan.workspace_bytes + plan.statistics_bytes
         largest = max((target.shape for target in plan.targets), key=math.prod)
         with handing_back():  # the copy, too: what it frees later is no room for something else
@@ -140,17 +140,17 @@ class Arena:
             if data is not None:
                 allowed += self.pass_peak(request)
             watch = peak_watch(self.subject.device)
-            adapted = adapt_ours(model, request, data and data[:1])
+            adapted = adapt_ours(model, request, data)
             rise = watch.rise()
         del adapted, model
         return {"peak": rise / MIB, "allowed": allowed / MIB, "note": watch.note}
 
     def pass_peak(self, request: Request) -> int:
-        """Of a plain pass over one batch of the strategy's data, in bytes."""
+        """Of a plain pass over the strategy's short data, in bytes."""
         kind = request.strategy.calibration
         if kind not in self.pass_peaks:
             watch = peak_watch(self.subject.device)
-            self.provisions.forward(self.provisions.data(request)[0], kind == "gradients")
+            self.provisions.forward(self.provisions.short_data(request)[0], kind == "gradients")
             self.pass_peaks[kind] = watch.rise()
         return self.pass_peaks[kind]
 

@@ -22,6 +22,7 @@ from lora_init.modules import oriented_weight
 from lora_init.plan import Plan
 
 GRADIENT_BATCHES = 2
+SHORT_TOKENS = 512
 
 
 class Provisions:
@@ -62,8 +63,24 @@ class Provisions:
 
     @cached_property
     def probe(self) -> Batch:
-        """What everyone is asked at step 0."""
-        return (self.labelled or self.batches)[0]
+        """What everyone is asked at step 0: a row of a language model has logits enough."""
+        batch = (self.labelled or self.batches)[0]
+        return batch if self.subject.task == "SEQ_CLS" else first_rows(batch, 1)
+
+    def short_data(self, request: Request) -> list[Batch] | None:
+        """A few rows of a batch, for what needs a pass but not its time: the statistics of few
+        tokens are as large as those of many.
+        """
+        data = self.data(request)
+        if data is None:
+            return None
+        rows = len(next(iter(data[0].values())))
+        return [first_rows(data[0], max(1, rows * SHORT_TOKENS // self._tokens(data[0])))]
+
+    @staticmethod
+    def _tokens(batch: Batch) -> int:
+        found = batch.get("input_ids")
+        return len(batch["x"]) if found is None else found.numel()
 
     @cached_property
     def expected_logits(self) -> Tensor:
@@ -138,3 +155,7 @@ class Provisions:
             gradients={n: layers[n].gradient for n in names} if kind == "gradients" else {},
             rank=request.rank,
         )
+
+
+def first_rows(batch: Batch, count: int) -> Batch:
+    return {key: value[:count] for key, value in batch.items()}

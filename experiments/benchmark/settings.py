@@ -181,7 +181,7 @@ class InitializationSettings:
     time_limit: float = 120.0
     limits: dict[str, float] = field(default_factory=dict)
     peer_limit: float = 120.0
-    exact_limit: float = 5.0
+    exact_limit: float = 2.0
     reserve: float = 5.0
     process_limit: float = 1800.0
     exclude: dict[str, str] = field(default_factory=dict)
