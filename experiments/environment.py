@@ -22,6 +22,7 @@ def describe_environment() -> dict[str, Any]:
     """Facts about this machine and this installation, as JSON types."""
     return {
         "python": platform.python_version(),
+        "host": platform.node(),
         "platform": platform.platform(),
         "packages": {package: version(package) for package in PACKAGES},
         **git_state(),

@@ -4,7 +4,8 @@
     python -m experiments.benchmark sections=[steps] steps.models=[minilm] device=cuda
     python -m experiments.benchmark model=llama2_7b_shapes device=cuda
 
-A section is one file with a function `run(settings) -> list[Row]`:
+A section is one file with a function `run(settings, hear, clock) -> list[Row]` that tells each row
+as soon as it is known:
 
 - `initialization`: every strategy on every model beside PEFT and torch.linalg, its time, peak and
   floor, and what it computed;
@@ -16,4 +17,5 @@ A section is one file with a function `run(settings) -> list[Row]`:
 A ratio is the peer's figure over ours: above 1 ours takes less. Contenders take turns within one
 process, in an order that favours neither, and the ratios are taken within each turn: what slows
 the machine down for a moment slows both. The library's cache is off: everything is computed.
+The whole of it ends within `seconds`, at the cost of turns and of dear peers (`clock.py`).
 """

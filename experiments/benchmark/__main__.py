@@ -21,8 +21,8 @@ import torch
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from experiments.benchmark.report import folder, write_report
-from experiments.benchmark.rows import Row
+from experiments.benchmark.clock import Clock
+from experiments.benchmark.report import Ledger
 from experiments.benchmark.sections import SECTIONS
 from experiments.benchmark.settings import BenchmarkConfig, register_schema, resolve
 from experiments.benchmark.tables import terminal_table
@@ -49,21 +49,28 @@ def main(composed: DictConfig) -> None:
 
 
 def benchmark(settings: BenchmarkConfig) -> Path:
-    """Run the sections in their order and write everything; returns the folder."""
+    """Run the sections in their order and write everything; returns the folder.
+
+    What breaks off leaves the rows and charts of what was measured by then.
+    """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    rows: list[Row] = []
-    for section in settings.sections:
-        module = SECTIONS[section]
-        say(f"{section}: {module.TITLE}")
-        measured = module.run(settings)
-        console, extra = rich.get_console(), {} if hasattr(module, "EXTRA") else None
-        console.print(terminal_table(measured, extra, console.width))
-        rows += measured
-    output = folder(settings)
-    write_report(settings, rows, output)
-    say(f"benchmark: {output}")
-    return output
+    clock, ledger = Clock(settings.seconds), Ledger(settings)
+    try:
+        for section in settings.sections:
+            module = SECTIONS[section]
+            say(f"{section}: {module.TITLE}")
+            measured = module.run(settings, ledger.hear, clock)
+            console, extra = rich.get_console(), {} if hasattr(module, "EXTRA") else None
+            console.print(terminal_table(measured, extra, console.width))
+    except BaseException:
+        if ledger.rows:
+            ledger.draw()
+            say(f"benchmark: broken off; what was measured before is in {ledger.output}")
+        raise
+    ledger.finish()
+    say(f"benchmark: {ledger.output}")
+    return ledger.output
 
 
 if __name__ == "__main__":

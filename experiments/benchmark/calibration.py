@@ -3,7 +3,8 @@
 `lora_init.statistics.collect` runs over all linear layers, and over query and value projections
 alone. Plain passes go on a second copy of the model, between the observed ones, batch by batch:
 each batch is a pair, and what slows the machine down for a moment slows both. What `collect` does
-before the first batch and after the last is spread over its batches.
+before the first batch and after the last is spread over the batches of a whole calibration, of
+which no more are measured than the budget allows.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 
 import lora_init
+from experiments.benchmark.clock import Clock
+from experiments.benchmark.contenders import Stopwatch
 from experiments.benchmark.isolated import run_isolated
 from experiments.benchmark.ratios import paired_ratio
-from experiments.benchmark.rows import Row, verdict_below
-from experiments.benchmark.settings import CALIBRATIONS, BenchmarkConfig
+from experiments.benchmark.rows import Hear, Row, ignore, verdict_below
+from experiments.benchmark.settings import CALIBRATIONS, BenchmarkConfig, CalibrationSettings
 from experiments.benchmark.subjects import Batch, Subject, load_subject
+from experiments.benchmark.ticker import Ticker
 from experiments.benchmark.timing import synchronize
-from experiments.console import say
 from experiments.errors import RunFailed
 from lora_init.statistics import collect
 
@@ -34,19 +37,27 @@ Q_AND_V = r".*(query|value|q_proj|v_proj)"
 LABELS = {"all_linear": "all linear layers", "q_and_v": "q and v"}
 
 
-def run(settings: BenchmarkConfig) -> list[Row]:
-    rows = []
+def run(settings: BenchmarkConfig, hear: Hear = ignore, clock: Clock | None = None) -> list[Row]:
+    clock, rows = clock or Clock(), []
     for name in settings.calibration.models:
-        say(f"  {name}")
-        rows += compare(name, settings)
+        with Ticker(f"calibration of {name}", clock, len(CALIBRATIONS)) as ticker:
+            rows += compare(name, settings, hear, ticker)
     return rows
 
 
-def compare(name: str, settings: BenchmarkConfig) -> list[Row]:
-    outcome = run_isolated(measure, settings, settings.initialization.process_limit, name=name)
+def compare(name: str, settings: BenchmarkConfig, hear: Hear, ticker: Ticker) -> list[Row]:
+    rows = []
+
+    def conclude(told: dict[str, Any]) -> None:
+        rows.append(row_of(name, told, settings))
+        hear(rows[-1])
+        ticker.advance()
+
+    limit = settings.initialization.process_limit
+    outcome = run_isolated(measure, settings, limit, hear=conclude, name=name)
     if outcome.failure:
         raise RunFailed(f"calibration of {name}: {outcome.failure}")
-    return [row_of(name, told, settings) for told in outcome.reports]
+    return rows
 
 
 def row_of(name: str, told: dict[str, Any], settings: BenchmarkConfig) -> Row:
@@ -62,6 +73,7 @@ def row_of(name: str, told: dict[str, Any], settings: BenchmarkConfig) -> Row:
             "observed passes, s": told["batches"] * median(told["observed"]),
             "layers": float(told["layers"]),
             "tokens": float(told["tokens"]),
+            "pairs": float(len(told["plain"])),
         },
     )  # fmt: skip
 
@@ -76,20 +88,18 @@ def measure(settings: BenchmarkConfig, report: Callable[[dict], None], name: str
         plan = lora_init.get_peft_model(subject.model, configuration(case, subject), dry_run=True)
         names = [target.name for target in plan.targets]
         observe = partial(collect, subject.model, names, plan.calibration)
-        found = observe(batches[:1])  # loads code and work buffers
-        paces: list[Pace] = []
-        while sum(pace.total for pace in paces) <= settings.calibration.budget:
-            pace = Pace(batches, partial(forward, plain), subject.device)
-            pace.over(observe)
-            paces.append(pace)
+        small = [{key: value[:1] for key, value in batches[0].items()}]
+        observe(small)  # loads code and work buffers
+        pace = Pace(batches, partial(forward, plain), subject.device, settings.calibration)
+        found = pace.over(observe)
         report(
             {
                 "case": case,
-                "plain": [seconds for pace in paces for seconds in pace.plain],
-                "observed": [seconds for pace in paces for seconds in pace.observed],
+                "plain": pace.plain,
+                "observed": pace.observed,
                 "batches": len(batches),
                 "layers": len(names),
-                "tokens": found.tokens * len(batches),
+                "tokens": found.tokens // len(pace.plain) * len(batches),
             }
         )
 
@@ -111,14 +121,17 @@ def configuration(case: str, subject: Subject) -> lora_init.LoraConfig:
 class Pace:
     """An iterable of batches that times what its consumer does with each, and a plain pass between.
 
+    It ends after the last batch, or earlier when the budget is used up.
+
     Attributes:
-        plain, observed: seconds by batch; `over` adds the consumer's beginning and end to the
-            latter in equal parts.
+        plain, observed: seconds by batch that was measured; `over` adds to the latter what the
+            consumer's beginning and end are to each of all batches.
     """
 
     batches: Sequence[Batch]
     pass_plainly: Callable[[Batch], None]
     device: torch.device
+    limits: CalibrationSettings
     plain: list[float] = field(default_factory=list)
     observed: list[float] = field(default_factory=list)
 
@@ -126,23 +139,22 @@ class Pace:
     def total(self) -> float:
         return sum(self.plain) + sum(self.observed)
 
-    def over(self, consume: Callable[[Iterator[Batch]], Any]) -> None:
-        """Have `consume` go through the batches, everything in it timed."""
-        whole = self._seconds_of(lambda: consume(iter(self)))
-        rest = (whole - self.total) / len(self.batches)
+    def over(self, consume: Callable[[Iterator[Batch]], Any]) -> Any:
+        """Have `consume` go through the batches, everything in it timed; returns what it does."""
+        watch = Stopwatch()
+        result = watch(lambda: consume(iter(self)), self.device)
+        rest = (watch.seconds - self.total) / len(self.batches)
         self.observed = [seconds + rest for seconds in self.observed]
+        return result
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            self.plain.append(self._seconds_of(lambda batch=batch: self.pass_plainly(batch)))
+        for number, batch in enumerate(self.batches):
+            if number >= self.limits.least and self.total > self.limits.budget:
+                return
+            watch = Stopwatch()
+            watch(lambda batch=batch: self.pass_plainly(batch), self.device)
+            self.plain.append(watch.seconds)
             start = time.perf_counter()
             yield batch
             synchronize(self.device)
             self.observed.append(time.perf_counter() - start)
-
-    def _seconds_of(self, function: Callable[[], Any]) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        function()
-        synchronize(self.device)
-        return time.perf_counter() - start

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from experiments.benchmark.contest import BARE
-
 NAMES = {"ours": "ours", "peft": "PEFT", "exact": "torch.linalg"}
 """The contenders as a reader knows them."""
+BARE = " without"
+"""The suffix of the contender that makes the same call with `init_lora_weights=False`."""
 
 
 @dataclass

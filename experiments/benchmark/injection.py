@@ -11,9 +11,10 @@ import copy
 from collections import defaultdict
 from statistics import median
 
+from experiments.benchmark.clock import Clock
 from experiments.benchmark.contenders import ADAPT, Request
 from experiments.benchmark.ratios import paired_ratio
-from experiments.benchmark.rows import Row, verdict
+from experiments.benchmark.rows import Hear, Row, ignore, verdict
 from experiments.benchmark.settings import BenchmarkConfig
 from experiments.benchmark.subjects import load_subject
 from experiments.benchmark.timing import Contender, take_turns
@@ -22,8 +23,12 @@ TITLE = "get_peft_model without the work of an initializer (kaiming)"
 TARGET = 1.0  # ours takes at most PEFT's time
 
 
-def run(settings: BenchmarkConfig) -> list[Row]:
-    return [measure(name, settings) for name in settings.injection.models]
+def run(settings: BenchmarkConfig, hear: Hear = ignore, clock: Clock | None = None) -> list[Row]:
+    rows = []
+    for name in settings.injection.models:
+        rows.append(measure(name, settings))
+        hear(rows[-1])
+    return rows
 
 
 def measure(name: str, settings: BenchmarkConfig) -> Row:

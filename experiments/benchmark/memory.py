@@ -16,11 +16,12 @@ from typing import Any
 
 from torch import nn
 
+from experiments.benchmark.clock import Clock
 from experiments.benchmark.contenders import ADAPT, Request, our_plan, warm_up
 from experiments.benchmark.isolated import run_isolated
 from experiments.benchmark.peaks import ALLOCATOR, MIB, peak_watch
 from experiments.benchmark.ratios import paired_ratio
-from experiments.benchmark.rows import Row
+from experiments.benchmark.rows import Hear, Row, ignore
 from experiments.benchmark.settings import BenchmarkConfig
 from experiments.benchmark.subjects import load_subject
 from lora_init.progress import tracked
@@ -28,10 +29,13 @@ from lora_init.progress import tracked
 TITLE = "peak memory of get_peft_model above the loaded model"
 
 
-def run(settings: BenchmarkConfig) -> list[Row]:
-    return [
-        row for name in tracked(settings.memory.models, "memory") for row in compare(name, settings)
-    ]
+def run(settings: BenchmarkConfig, hear: Hear = ignore, clock: Clock | None = None) -> list[Row]:
+    rows = []
+    for name in tracked(settings.memory.models, "memory"):
+        for row in compare(name, settings):
+            rows.append(row)
+            hear(row)
+    return rows
 
 
 def compare(name: str, settings: BenchmarkConfig) -> list[Row]:

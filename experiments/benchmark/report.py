@@ -1,7 +1,8 @@
 """Everything that a benchmark leaves behind, in `outputs/benchmark/<machine>/`.
 
-`table.md` for a README, each chart as page, SVG and PNG, and `result.json`, which is written last
-and atomically: where it exists, the rest is complete.
+`table.md` with everything, `readme.md` with what fits into a README, each chart as page, SVG and
+PNG, and `result.json`, which is written last and atomically: where it exists, the rest is complete.
+While the benchmark runs, tables and `unfinished.json` hold the rows that are known by then.
 """
 
 from __future__ import annotations
@@ -18,15 +19,11 @@ from experiments.benchmark.chart import charts
 from experiments.benchmark.rows import Row
 from experiments.benchmark.sections import SECTIONS
 from experiments.benchmark.settings import BenchmarkConfig, to_plain
+from experiments.benchmark.summary import summary
 from experiments.benchmark.tables import markdown_table
 from experiments.environment import cpu_name, describe_environment, version
 from experiments.report.specification import VEGA_LITE
 from experiments.runs import write_json, write_text
-
-
-def folder(settings: BenchmarkConfig) -> Path:
-    """A machine's own folder: results of different hardware never overwrite each other."""
-    return Path(settings.outputs) / "benchmark" / machine(environment(settings))
 
 
 def environment(settings: BenchmarkConfig) -> dict[str, Any]:
@@ -36,27 +33,56 @@ def environment(settings: BenchmarkConfig) -> dict[str, Any]:
 
 
 def machine(known: dict[str, Any]) -> str:
-    """A folder's name: the GPU that was measured, or the CPU with its threads."""
+    """A folder's name: results of different hardware never overwrite each other. The GPU that was
+    measured, or the CPU with its threads.
+    """
     gpu = known["gpu"] if known["device"] == "cuda" else None
     name = gpu or f"{cpu_name()} {known['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write_report(settings: BenchmarkConfig, rows: Sequence[Row], output: Path) -> None:
-    """Write table, chart and result into `output`."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "result.json").unlink(missing_ok=True)  # the files change before it is there again
-    known = environment(settings)
-    write_text(output / "table.md", markdown(rows, known))
-    for name, specification in charts(rows).items():
-        write_chart(name, specification, output)
-    result = {
-        "status": "finished",
-        "settings": to_plain(settings),
-        "environment": known,
-        "rows": [asdict(row) for row in rows],
-    }
-    write_json(output / "result.json", result)
+class Ledger:
+    """The rows measured so far, in the folder as soon as they are known."""
+
+    def __init__(self, settings: BenchmarkConfig) -> None:
+        self.settings = settings
+        self.known = environment(settings)
+        self.output = Path(settings.outputs) / "benchmark" / machine(self.known)
+        self.rows: list[Row] = []
+
+    def hear(self, row: Row) -> None:
+        """Enter a row; what an earlier benchmark left is no longer true from the first one on."""
+        if not self.rows:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "result.json").unlink(missing_ok=True)
+        self.rows.append(row)
+        self._write_tables("**Unfinished**: the benchmark was still running.\n\n")
+        write_json(self.output / "unfinished.json", self._content("unfinished"))
+
+    def draw(self) -> None:
+        """The charts of what is known."""
+        for name, specification in charts(self.rows).items():
+            write_chart(name, specification, self.output)
+
+    def finish(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "result.json").unlink(missing_ok=True)  # the files change before it is there
+        self._write_tables()
+        self.draw()
+        write_json(self.output / "result.json", self._content("finished"))
+        (self.output / "unfinished.json").unlink(missing_ok=True)
+
+    def _write_tables(self, heading: str = "") -> None:
+        write_text(self.output / "table.md", heading + markdown(self.rows, self.known))
+        write_text(self.output / "readme.md", heading + summary(self.rows, described(self.known)))
+
+    def _content(self, status: str) -> dict[str, Any]:
+        return {
+            "status": status,
+            "settings": to_plain(self.settings),
+            "environment": self.known,
+            "rows": [asdict(row) for row in self.rows],
+        }
 
 
 def write_chart(name: str, specification: dict[str, Any], output: Path) -> None:

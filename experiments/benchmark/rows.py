@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,6 +71,14 @@ class Row:
     quality: dict[str, Quality] = field(default_factory=dict)
     figures: dict[str, float | None] = field(default_factory=dict)
     note: str = ""
+
+
+Hear = Callable[[Row], None]
+"""Is told each row as soon as it is known."""
+
+
+def ignore(row: Row) -> None:
+    """Hears nothing."""
 
 
 def verdict(ratio: Interval | None, target: float | None) -> Verdict | None:

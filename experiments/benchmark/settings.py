@@ -66,6 +66,7 @@ class ModelSettings:
         rows, row_tokens: the shape of a calibration batch, of running text.
         batches: calibration batches of the section `initialization`.
         ranks: that the section `initialization` measures.
+        share: of the seconds that the models still to come may take, beside theirs.
         peft, exact: strategies that PEFT and torch.linalg take part in; None: all.
         targets: the least ratio that a training step ("lora", "dora") or a strategy should reach;
             for "eva" and a calibration pass ("all_linear", "q_and_v") the most that ours may
@@ -82,6 +83,7 @@ class ModelSettings:
     row_tokens: int = 512
     batches: int = 8
     ranks: list[int] = field(default_factory=lambda: [8])
+    share: float = 1.0
     peft: list[str] | None = None
     exact: list[str] | None = None
     targets: dict[str, float] = field(default_factory=dict)
@@ -92,6 +94,8 @@ class ModelSettings:
             at_least(f"models.*.{name}", getattr(self, name), 1)
         at_least("models.*.tokens", self.tokens, 2)
         at_least("models.*.row_tokens", self.row_tokens, 2)
+        if not self.share > 0:
+            raise ValueError(f"models.*.share={self.share!r}; allowed is above 0")
         for rank in self.ranks:
             at_least("models.*.ranks", rank, 1)
         for method in (*(self.peft or ()), *(self.exact or ())):
@@ -161,6 +165,10 @@ class InitializationSettings:
         time_limit: seconds for a single call; by method, `limits` are others for PEFT's.
         peer_limit: seconds that a peer whose time can be told in advance may take, by the
             operations of its full decompositions; beyond, it is not run and the row says so.
+        exact_limit: seconds of torch.linalg's computation beyond which it is timed on some layers
+            of each shape and scaled; the row says so.
+        reserve: seconds kept for each strategy still to come, when a model's share of `seconds`
+            runs out.
         process_limit: seconds for a model's whole process.
         exclude: by method, a regular expression of modules to leave out on both sides, because
             PEFT fails on them.
@@ -173,6 +181,8 @@ class InitializationSettings:
     time_limit: float = 120.0
     limits: dict[str, float] = field(default_factory=dict)
     peer_limit: float = 120.0
+    exact_limit: float = 2.0
+    reserve: float = 5.0
     process_limit: float = 1800.0
     exclude: dict[str, str] = field(default_factory=dict)
 
@@ -183,6 +193,8 @@ class InitializationSettings:
         at_least("initialization.budget", self.budget, 0)
         for name in ("time_limit", "peer_limit", "process_limit"):
             at_least(f"initialization.{name}", getattr(self, name), 0.01)
+        for name in ("exact_limit", "reserve"):
+            at_least(f"initialization.{name}", getattr(self, name), 0)
         for method, seconds in self.limits.items():
             at_least(f"initialization.limits.{method}", seconds, 0.01)
 
@@ -192,22 +204,31 @@ class CalibrationSettings:
     """Plain and observed forward passes over the same batches.
 
     Attributes:
-        batches: of a model's calibration shape, at least 2,048 tokens each.
-        budget: seconds after which the batches are not gone through again: once at least.
+        batches: of a model's calibration shape, at least 2,048 tokens each: what a user's pass
+            has, over which its beginning and end are spread.
+        least: batches that are measured, however long they take.
+        budget: seconds of a case, after which no further batch is begun.
     """
 
     models: list[str] = field(default_factory=list)
     batches: int = 8
-    budget: float = 20.0
+    least: int = 2
+    budget: float = 15.0
 
     def __post_init__(self) -> None:
         at_least("calibration.batches", self.batches, 1)
+        at_least("calibration.least", self.least, 1)
         at_least("calibration.budget", self.budget, 0)
 
 
 @dataclass
 class BenchmarkConfig:
-    """The whole benchmark. `threads` None leaves the choice to torch; it is the same for all."""
+    """The whole benchmark.
+
+    Attributes:
+        seconds: that all of it may take (see `clock.py`); None: as long as it takes.
+        threads: the same for all; None leaves the choice to torch.
+    """
 
     sections: list[str] = field(default_factory=lambda: list(SECTION_NAMES))
     models: dict[str, ModelSettings] = field(default_factory=dict)
@@ -219,6 +240,7 @@ class BenchmarkConfig:
     rank: int = 8
     alpha: float = 16.0
     device: str = "cpu"
+    seconds: float | None = None
     threads: int | None = None
     seed: int = 0
     outputs: str = "outputs"
@@ -243,6 +265,8 @@ class BenchmarkConfig:
             raise ValueError(f"alpha={self.alpha!r}; allowed is above 0")
         if self.threads is not None:
             at_least("threads", self.threads, 1)
+        if self.seconds is not None:
+            at_least("seconds", self.seconds, 1)
         one_of("device", self.device, ("cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device; use device=cpu")

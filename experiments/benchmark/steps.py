@@ -15,9 +15,10 @@ from statistics import median
 import torch
 from torch import nn
 
+from experiments.benchmark.clock import Clock
 from experiments.benchmark.contenders import Request, adapt_ours, adapt_peft, copy_factors
 from experiments.benchmark.ratios import paired_ratio
-from experiments.benchmark.rows import Row, verdict
+from experiments.benchmark.rows import Hear, Row, ignore, verdict
 from experiments.benchmark.settings import BenchmarkConfig
 from experiments.benchmark.subjects import Batch, Subject, load_subject
 from experiments.benchmark.timing import Contender, take_turns
@@ -26,8 +27,13 @@ TITLE = "a training step, forward + backward + AdamW"
 LABELS = {"lora": "LoRA", "dora": "DoRA"}
 
 
-def run(settings: BenchmarkConfig) -> list[Row]:
-    return [row for name in settings.steps.models for row in measure(name, settings)]
+def run(settings: BenchmarkConfig, hear: Hear = ignore, clock: Clock | None = None) -> list[Row]:
+    rows = []
+    for name in settings.steps.models:
+        for row in measure(name, settings):
+            rows.append(row)
+            hear(row)
+    return rows
 
 
 def measure(name: str, settings: BenchmarkConfig) -> list[Row]:

@@ -1,23 +1,23 @@
 "use strict";
-// Each chart is drawn when it comes near the window: the page opens at once however many there are.
-const specifications = JSON.parse(document.getElementById("specifications").textContent);
+(async () => {
+  const specifications = JSON.parse(document.getElementById("specifications").textContent);
 
-function draw(place) {
-  const options = { actions: false, renderer: "svg", ast: false };
-  vegaEmbed(place, specifications[place.dataset.chart], options).catch((error) => {
-    place.textContent = `This chart could not be drawn: ${error.message}`;
-    place.classList.add("chart-error");
-  });
-}
+  // Vega-Lite warns of "fit-y" wherever a chart's height follows its rows, though only the width is
+  // fitted. Everything else that it says is shown.
+  const warn = console.warn.bind(console);
+  console.warn = (...told) => { if (!/fit-y/.test(told.join(" "))) warn(...told); };
 
-const seen = new IntersectionObserver(
-  (entries) => {
-    for (const entry of entries) {
-      if (!entry.isIntersecting) continue;
-      seen.unobserve(entry.target);
-      draw(entry.target);
+  // One after another, so that those at the top are there first.
+  for (const place of document.querySelectorAll("[data-chart]")) {
+    try {
+      await vegaEmbed(place, specifications[place.dataset.chart], {
+        mode: "vega-lite", renderer: "svg", actions: false, tooltip: { theme: "light" },
+      });
+    } catch (error) {
+      place.textContent = `This chart could not be drawn: ${error.message}`;
+      place.classList.add("chart-error");
+      console.error(place.dataset.chart, error);
     }
-  },
-  { rootMargin: "600px" },
-);
-for (const place of document.querySelectorAll("[data-chart]")) seen.observe(place);
+  }
+  document.body.dataset.ready = "yes";
+})();

@@ -231,7 +231,12 @@ def figures(steps: pd.DataFrame) -> list[Figure]:
         chart(later)
         .mark_line(point=True)
         .encode(
-            x=alt.X("rank:Q", scale=alt.Scale(type="log", base=2), title="rank"),
+            x=alt.X(
+                "rank:Q",
+                scale=alt.Scale(type="log", base=2),
+                title="rank",
+                axis=alt.Axis(values=sorted(set(later["rank"]))),
+            ),
             y=alt.Y("norm:Q", scale=alt.Scale(type="log"), title="norm of the gradient"),
             color=color,
             tooltip=["scaling:N", "rank:Q", alt.Tooltip("norm:Q", format=".3g")],

@@ -22,6 +22,9 @@ from experiments.papers.verdicts import Claim, Verdict
 from experiments.runs import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARED = (
+    "subjects", "corpora", "tasks", "starts", "perplexity", "fine_tuning", "fitting", "verdicts",
+)  # fmt: skip
 SOURCES = ("lora_init", "experiments/data", "experiments/models", "experiments/tasks")
 
 
@@ -68,7 +71,7 @@ def source_hash(name: str) -> str:
     papers = ROOT / "experiments" / "papers"
     files = [
         *(path for source in SOURCES for path in (ROOT / source).rglob("*.py")),
-        *(papers / f"{shared}.py" for shared in ("subjects", "corpora", "tasks", "starts")),
+        *(papers / f"{shared}.py" for shared in SHARED),
         *papers.glob(f"{name}*.py"),
         *(papers / name).rglob("*.py"),
     ]

@@ -94,6 +94,7 @@ def themed(drawing: alt.TopLevelMixin, validate: bool = True) -> dict:
             labelFontSize=12, labelColor=INK, titleColor=SOFT, titleFontWeight="normal",
             titleFontSize=12, symbolSize=110, columnPadding=14, unselectedOpacity=0.3,
         )
+        .configure_header(labelColor=INK, titleColor=SOFT, labelFontSize=12.5, titleFontSize=12.5)
         .configure_title(color=INK, fontWeight=600)
     )  # fmt: skip
     specification = drawing.to_dict(validate=validate)

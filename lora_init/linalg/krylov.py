@@ -89,11 +89,11 @@ def start_block(
 
 
 def leading_eigenspace(
-    multiply: Callable[[Tensor], Tensor],
+    multiply: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
     block: Float[Tensor, "*stack n width"],
     rank: int,
     *,
-    half: Callable[[Tensor], Tensor] | None = None,
+    half: bool = False,
     trace: Float[Tensor, "*stack"] | None = None,
     limit: int | None = None,
     each: bool = False,
@@ -111,10 +111,11 @@ def leading_eigenspace(
     of many decades, whose small values no sum can see.
 
     Args:
-        multiply: (*stack, n, k) -> (*stack, n, k); after `half`, its second half.
+        multiply: (*stack, n, k) -> (*stack, n, k); with `half`, also what C makes of the block,
+            before it.
         block: orthonormal columns to begin with, of the precision to work in; at least `rank`.
-        half: C of a map ``K = C^T C``. T is then ``(C V)^T (C V)``: values down to the rounding of
-            C are seen, and not of its square.
+        half: the map is ``K = C^T C``, and `multiply` returns ``(C X, K X)``. T is then
+            ``(C V)^T (C V)``: values down to the rounding of C are seen, and not of its square.
         trace: of the map. None: the sum of *all* Ritz values stands in for it, a lower bound, so
             that the rule only gets stricter.
         limit: the map's largest possible rank, where it is below n.
@@ -132,7 +133,7 @@ def leading_eigenspace(
         tolerance = ANGLE_TOLERANCE if each else KRYLOV_TOLERANCE
     basis = block.new_empty(*stack, n, space)
     images = None
-    exact = block.dtype if half is None else torch.float64
+    exact = torch.float64 if half else block.dtype
     projected = block.new_zeros(*stack, space, space, dtype=exact)
     noise = rounding_noise(block)
     scale = block.new_zeros(*stack, 1, 1)
@@ -142,19 +143,19 @@ def leading_eigenspace(
             basis[..., used : used + width] = block
             old, used = used, used + width
             known = basis[..., :used]
-            if half is not None:
-                image = half(block)
+            if half:
+                image, block = multiply(block)
                 if images is None:
                     images = image.new_empty(*image.shape[:-1], space, dtype=exact)
                 images[..., old:used] = image
-                block = image
-            block = multiply(block)
+            else:
+                block = multiply(block)
             coefficients = known.mT @ block
-            rows = coefficients if half is None else images[..., :used].mT @ images[..., old:used]
+            rows = images[..., :used].mT @ images[..., old:used] if half else coefficients
             projected[..., old:used, :used] = rows.mT  # of V^T K V
             scale = torch.maximum(scale, coefficients.abs().amax((-2, -1), keepdim=True))
             size = scale  # of the products that were rounded
-            if half is not None:
+            if half:
                 size = scale.sqrt() * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
             noise = noise.roll(1, dims=-2)  # shifted rows are new directions
             block, first = torch.linalg.qr(block - known @ coefficients + size * noise)
@@ -173,7 +174,7 @@ def leading_eigenspace(
         if each:
             done = residuals <= torch.maximum(tolerance * gaps, rounding)
         else:
-            if half is not None:
+            if half:
                 rounding = (rounding * ROUNDING[block.dtype] * wanted).sqrt()
             squares = residuals.square() / gaps.clamp_min(torch.finfo(gaps.dtype).tiny)
             growth = (torch.minimum(residuals, squares) - rounding).clamp_min(0)

@@ -1,13 +1,25 @@
-"""Linear maps known by their products, for matrices that are dearer to form than to apply."""
+"""Linear maps known by their products, for matrices that are dearer to form than to apply.
+
+What a decomposition costs is the reading of W. A step of W^T W needs two products, W X and
+W^T (W X): taken a few rows of W at a time, while these are in the cache, both are made from one
+reading of it (`round_trip`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+CACHED_BYTES = 2**19
+LEAST_ROWS = 32
+"""Rows of a matrix that are taken at a time: what a core keeps near, but no fewer than these."""
+SHARED_NUMBERS = 2**22
+"""From so many numbers on a matrix is worth the threads that its rows are shared among."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,7 @@ class Operator:
             such a map is formed as a matrix.
         factors: the two matrices of a product, which `bottom_singular` inverts one by one.
         matrix: of a dense map.
+        both: (*stack, n, k) -> (matmul(block), rmatmul(matmul(block))); None: one after the other.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +47,7 @@ class Operator:
     upcast: Callable[[], Operator] | None = None
     factors: tuple[Tensor, Tensor] | None = None
     matrix: Tensor | None = None
+    both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def product(cls, first: Float[Tensor, "*stack m j"], second: Float[Tensor, "*stack j n"]):
@@ -62,6 +76,7 @@ class Operator:
             device=first.device,
             upcast=lambda: cls.product(first.double(), second.double()),
             factors=(first, second),
+            both=lambda block: through(first, second, block),
         )
 
     @classmethod
@@ -75,6 +90,7 @@ class Operator:
             device=matrix.device,
             upcast=lambda: cls.dense(matrix.double()),
             matrix=matrix,
+            both=lambda block: round_trip(matrix, block),
         )
 
     @property
@@ -91,6 +107,15 @@ class Operator:
             upcast=None if upcast is None else lambda: upcast().transpose,
             matrix=None if self.matrix is None else self.matrix.mT,
         )
+
+    def there_and_back(
+        self, block: Float[Tensor, "*stack n k"]
+    ) -> tuple[Float[Tensor, "*stack m k"], Float[Tensor, "*stack n k"]]:
+        """``matrix block`` and ``matrix.T matrix block``."""
+        if self.both is not None:
+            return self.both(block)
+        image = self.matmul(block)
+        return image, self.rmatmul(image)
 
     def widened(self) -> Operator:
         """The same map in float64, where it knows how."""
@@ -115,3 +140,53 @@ def transposed_product(
     2048: 1.5 to 1.8 against 2.2 to 2.8.
     """
     return (block.mT @ matrix).mT
+
+
+def round_trip(
+    matrix: Float[Tensor, "*stack m n"], block: Float[Tensor, "*stack n k"]
+) -> tuple[Float[Tensor, "*stack m k"], Float[Tensor, "*stack n k"]]:
+    """``matrix block`` and ``matrix^T matrix block``, on a CPU from one reading of the matrix.
+
+    One core (Intel Xeon, 2 MiB of second-level cache), float32, 16 columns, one after the other
+    and together: 2048 × 2048 6.3 and 3.2 ms, 5632 × 2048 19 and 9.4, 2048 × 5632 16 and 9.7,
+    4096 × 4096 27 and 14, 11008 × 4096 91 and 42; at 1536 × 576 it makes no difference.
+    """
+    rows = max(LEAST_ROWS, CACHED_BYTES // max(matrix[..., :1, :].nbytes, 1))
+    plain = matrix.ndim == block.ndim == 2 and matrix.device.type == "cpu"
+    if not plain or matrix.stride(-1) != 1 or matrix.nbytes < 4 * CACHED_BYTES:
+        image = matrix @ block
+        return image, transposed_product(matrix, image)
+    image = block.new_empty(matrix.shape[0], block.shape[1])
+    threads = torch.get_num_threads()
+    if threads == 1 or matrix.numel() < SHARED_NUMBERS:
+        return image, by_rows(matrix, block, image, rows)
+    parts = zip(matrix.tensor_split(threads), image.tensor_split(threads), strict=True)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        sums = list(pool.map(lambda part: by_rows(part[0], block, part[1], rows), parts))
+    torch.set_num_threads(threads)  # threads to come take the number that was set last
+    return image, torch.stack(sums).sum(0)
+
+
+@torch.no_grad()
+def by_rows(
+    matrix: Float[Tensor, "m n"],
+    block: Float[Tensor, "n k"],
+    image: Float[Tensor, "m k"],
+    rows: int,
+) -> Float[Tensor, "n k"]:
+    """Fill `image` with ``matrix block``, some rows at a time, and return ``matrix^T image``."""
+    back = block.new_zeros(block.shape[1], block.shape[0])
+    for some, made in zip(matrix.split(rows), image.split(rows), strict=True):
+        torch.mm(some, block, out=made)
+        back.addmm_(made.mT, some)
+    return back.mT
+
+
+def through(
+    first: Float[Tensor, "*stack m j"],
+    second: Float[Tensor, "*stack j n"],
+    block: Float[Tensor, "*stack n k"],
+) -> tuple[Float[Tensor, "*stack m k"], Float[Tensor, "*stack n k"]]:
+    """``M block`` and ``M^T M block`` of the product M = first second."""
+    image, back = round_trip(first, second @ block)
+    return image, transposed_product(second, back)

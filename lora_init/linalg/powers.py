@@ -65,28 +65,30 @@ def by_powers(
     )
     basis = block.new_empty(*stack, n, (steps + 1) * width)
     images = block.new_empty(*stack, m, (steps + 1) * width)
+    backs = torch.empty_like(basis)
     noise = rounding_noise(block)
     for used in range(0, (steps + 1) * width, width):
         basis[..., used : used + width] = block
-        images[..., used : used + width] = operator.matmul(block)
+        image, block = operator.there_and_back(block)
+        images[..., used : used + width], backs[..., used : used + width] = image, block
         if used < steps * width:
             known = basis[..., : used + width]
-            block = operator.rmatmul(images[..., used : used + width])
             coefficients = known.mT @ block
             noise = noise.roll(1, dims=-2)  # shifted rows are new directions
             size = coefficients.abs().amax((-2, -1), keepdim=True)
+            # One projection leaves its rounding behind: Ritz values allow for that below.
             block, _ = torch.linalg.qr(block - known @ coefficients + size * noise)
-            # Once leaves the rounding of the first projection behind, twice is enough.
-            block, _ = torch.linalg.qr(block - known @ (known.mT @ block))
-    wide = images.double()
-    squares, vectors = torch.linalg.eigh(wide.mT @ wide)
-    values = squares[..., -rank:].clamp_min(0).sqrt()
+    found = ritz_pairs(basis, images, rank)
+    if found is None:
+        return by_iterations(operator, rank, niter, generator, start)
+    values, vectors = found
     smallest, largest = values[..., 0], values[..., -1]
     if bool((smallest < choice.POWERS_RESOLUTION * largest).any()):
         return by_iterations(operator, rank, niter, generator, start)
-    vectors = vectors[..., -rank:].to(block.dtype)
     left, triangle = torch.linalg.qr(images @ vectors)  # the triangle is diagonal: W V = U S
-    backward = operator.rmatmul(left)
+    # W^T U from the products that are there: U = (W V) triangle^-1, and its values span
+    # `POWERS_RESOLUTION` at most, so that rounding grows by no more than that.
+    backward = torch.linalg.solve_triangular(triangle, backs @ vectors, upper=True, left=False)
     expected = (basis @ vectors) * triangle.diagonal(dim1=-2, dim2=-1)[..., None, :]
     error = torch.linalg.vector_norm(backward - expected, dim=-2, dtype=torch.float64).amax(-1)
     # The half step that PEFT's last projection is: W on the range of U.
@@ -100,6 +102,23 @@ def by_powers(
         relative(error, largest),
         values[..., 0].double(),
     )
+
+
+def ritz_pairs(basis: Tensor, images: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """The `rank` best singular values of W on the span of `basis` (ascending, float64), and the
+    coefficients of their right vectors: ``(W V)^T (W V) z = s² V^T V z``.
+
+    V's columns need be no more than nearly orthonormal. None where they are not even independent.
+    """
+    triangle, failed = torch.linalg.cholesky_ex((basis.mT @ basis).double())
+    if bool(failed.any()):
+        return None
+    wide = images.double()
+    whitened = torch.linalg.solve_triangular(triangle, wide.mT @ wide, upper=False)
+    whitened = torch.linalg.solve_triangular(triangle, whitened.mT, upper=False)
+    squares, vectors = torch.linalg.eigh(whitened)
+    vectors = torch.linalg.solve_triangular(triangle.mT, vectors[..., -rank:], upper=True)
+    return squares[..., -rank:].clamp_min(0).sqrt(), vectors.to(basis.dtype)
 
 
 def by_iterations(

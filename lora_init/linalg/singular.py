@@ -210,8 +210,8 @@ def _krylov(
             (*stack, n), width, generator, start, dtype=dtype, device=operator.device
         )
         found = leading_eigenspace(
-            operator.rmatmul, block, rank,
-            half=operator.matmul, trace=trace, limit=m, warm=start is not None, tolerance=tolerance,
+            operator.there_and_back, block, rank,
+            half=True, trace=trace, limit=m, warm=start is not None, tolerance=tolerance,
         )  # fmt: skip
         if found is None or not found.converged:
             return None, operator

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from experiments.benchmark import (
     calibration,
+    comparison,
     contenders,
     exact,
     floors,
@@ -41,7 +42,7 @@ from experiments.benchmark.contest import Arena
 from experiments.benchmark.limits import OutOfTime, time_limit
 from experiments.benchmark.powerlaw import PowerLaw
 from experiments.benchmark.ratios import paired_ratio
-from experiments.benchmark.report import environment, folder, machine, write_report
+from experiments.benchmark.report import Ledger, environment, machine
 from experiments.benchmark.rows import Quality, Row, overall, verdict, verdict_below
 from experiments.benchmark.settings import (
     BenchmarkConfig,
@@ -226,7 +227,7 @@ def test_turns_alternate_and_one_may_leave():
 
 def test_the_yaml_composes_and_travels(composed):
     settings = resolve(composed())
-    assert settings.sections == ["initialization", "calibration", "injection", "memory"]
+    assert sorted(settings.sections) == ["calibration", "initialization", "injection", "memory"]
     assert settings.models["smollm2"].targets["olora"] == 12
     assert settings.initialization.methods == list(METHODS)
     assert from_plain(json.loads(json.dumps(to_plain(settings)))) == settings
@@ -399,7 +400,7 @@ def test_every_strategy_on_a_language_model(arena, method):
     assert len(case.seconds["ours"]) == 2
     demand = STRATEGIES[method].demand
     if demand is not None and demand.limit is not None:
-        kept = initialization.demanding(case.quality[demand.figure], demand).kept
+        kept = comparison.demanding(case.quality[demand.figure], demand).kept
         assert kept, case.quality
     if STRATEGIES[method].exact:
         assert len(case.seconds["exact"]) == 2
@@ -416,12 +417,12 @@ def test_a_single_layer_needs_no_tokenizer(arena, method):
     made.chosen.limits = {"eva": 1.0}
     made.compete(made.request(2, method), told.append)
     case, demand = Case.of(told, 2, method), STRATEGIES[method].demand
-    assert initialization.demanding(case.quality[demand.figure], demand).kept
+    assert comparison.demanding(case.quality[demand.figure], demand).kept
 
 
 def test_full_decompositions_are_remembered(arena):
     made, told = arena("layer"), []
-    made.remembered = {("exact", "svd"): 5.0, ("peft", "mica"): 7.0}
+    made.entrants.remembered = {("exact", "svd"): 5.0, ("peft", "mica"): 7.0}
     made.compete(made.request(2, "bottom"), told.append)
     case = Case.of(told, 2, "bottom")
     assert case.seconds["exact"] == {0: 5.0}
@@ -447,10 +448,15 @@ def test_a_process_that_breaks_off(settings, monkeypatch):
         isolated.Outcome([{"rank": 2, "method": "olora"}]),
     ]
     asked = []
-    monkeypatch.setattr(
-        initialization, "run_isolated",
-        lambda *_, begun, **__: asked.append(list(begun)) or outcomes[len(asked) - 1],
-    )  # fmt: skip
+
+    def run(*_, begun, hear, **__):
+        asked.append(list(begun))
+        outcome = outcomes[len(asked) - 1]
+        for report in outcome.reports:
+            hear(report)
+        return outcome
+
+    monkeypatch.setattr(initialization, "run_isolated", run)
     rows = initialization.measure("llama", settings, RATES)
     assert asked == [[], [(2, "pissa")]]
     assert [row.note for row in rows] == ["process: process ended with Killed", ""]
@@ -472,13 +478,13 @@ def test_rows_of_known_times(settings):
     reports.append({"contender": "exact", "error": "not run"})
     settings.models["llama"].targets = {"corda_ipm": 8, "eva": 0.3}
     plain = {"plain": [1.0] * 4, "tokens": 8_192}
-    (row,) = initialization.rows_of(
+    (row,) = comparison.rows_of(
         "llama", Case.of(reports, 2, "corda_ipm"), settings, RATES, plain
     )
     assert (row.ours, row.peft, row.exact) == (2.0, 20.0, None)
     assert row.ratio == Interval(10.0, 10.0, 10.0)
     assert (row.verdict, row.note) == ("met", "torch.linalg: not run")
-    _, share = initialization.rows_of("llama", Case.of(reports, 2, "eva"), settings, RATES, plain)
+    _, share = comparison.rows_of("llama", Case.of(reports, 2, "eva"), settings, RATES, plain)
     assert (share.ours, share.ceiling, share.verdict) == (0.25, 0.3, "met")
     assert share.note == "plain passes over 16,384 tokens take 8.00 s, by those over 8,192"
 
@@ -491,7 +497,7 @@ def test_a_missed_demand_is_a_missed_target(settings):
         {"contender": "peft without", "round": 0, "seconds": 1.0},
     ]
     for method, expected in (("pissa", "missed"), ("pissa_niter_4", "met")):
-        (row,) = initialization.rows_of("llama", Case.of(reports, 2, method), settings, RATES, None)
+        (row,) = comparison.rows_of("llama", Case.of(reports, 2, method), settings, RATES, None)
         assert row.verdict == expected, "at a fixed number of iterations PEFT's error is the limit"
         assert row.ratio.estimate == 8.0
 
@@ -503,7 +509,7 @@ def test_a_difference_below_nothing_has_no_ratio():
         {"contender": "peft", "round": 0, "seconds": 9.0},
         {"contender": "peft without", "round": 0, "seconds": 1.0},
     ]
-    assert initialization.ratio_of(Case.of(reports, 2, "eva"), "peft") is None
+    assert comparison.ratio_of(Case.of(reports, 2, "eva"), "peft") is None
 
 
 def test_calibration(settings, in_process):
@@ -517,7 +523,8 @@ def test_calibration(settings, in_process):
 
 
 def test_a_pace_counts_everything_its_consumer_does():
-    pace = calibration.Pace([{}] * 3, lambda batch: time.sleep(0.001), CPU)
+    limits = CalibrationSettings(batches=3, budget=10)
+    pace = calibration.Pace([{}] * 3, lambda batch: time.sleep(0.001), CPU, limits)
 
     def consume(batches):
         time.sleep(0.03)
@@ -804,8 +811,11 @@ def test_overall_verdicts():
 
 
 def test_report(settings):
-    output = folder(settings)
-    write_report(settings, ROWS, output)
+    ledger = Ledger(settings)
+    output = ledger.output
+    for row in ROWS:
+        ledger.hear(row)
+    ledger.finish()
     result = json.loads((output / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["rows"][0]["ratio"] == {"estimate": 1.5, "low": 1.4, "high": 1.6}

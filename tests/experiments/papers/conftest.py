@@ -30,13 +30,13 @@ def smoke_findings(name: str, *overrides: str) -> Findings:
     return load_paper(name).reproduce(settings_of(name, "smoke", "device=cpu", *overrides))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def composed_paper():
     """`composed_paper("fast_svd", "full", "ranks=[8]")` are its settings."""
     return settings_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def smoke():
     """`smoke("fast_svd")` are the findings of its smoke form."""
     return smoke_findings

@@ -1,0 +1,64 @@
+"""The benchmark's time: what the whole of it may take, and what a model's process has left.
+
+`seconds` is kept by giving up what costs most and says least: first further turns, then peers that
+are known to take longer than is left. What ours takes is always measured, once at least, and a row
+says what it lacks and why. A machine that is fast enough never comes to that.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+
+@dataclass
+class Clock:
+    """Counts down from `seconds`; None never ends.
+
+    Its end is a reading of the machine's monotonic clock, which all processes share.
+    """
+
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        self.ends = None if self.seconds is None else time.monotonic() + self.seconds
+
+    @classmethod
+    def until(cls, ends: float | None) -> Clock:
+        return cls(None if ends is None else ends - time.monotonic())
+
+    @property
+    def left(self) -> float:
+        return math.inf if self.ends is None else self.ends - time.monotonic()
+
+    def part(self, share: float) -> Clock:
+        """A clock over a share of what is left: who takes less leaves the rest to all others."""
+        return Clock(None if self.ends is None else max(self.left, 0.0) * share)
+
+
+class Allowance:
+    """A model's clock, less `reserve` seconds for every strategy that is still to come."""
+
+    def __init__(self, reserve: float) -> None:
+        self.reserve = reserve
+        self.start(Clock(), 0)
+
+    def start(self, clock: Clock, strategies: int) -> None:
+        self.clock = clock
+        self.to_come = strategies
+
+    def begin_strategy(self) -> None:
+        self.to_come -= 1
+
+    @property
+    def free(self) -> float:
+        """Seconds that the strategy at hand may take; below 0 it takes what it cannot do without"""
+        return self.clock.left - self.reserve * self.to_come
+
+    def refusal(self, needed: float) -> str | None:
+        """Why something that takes `needed` seconds is not begun; None: it may be."""
+        if needed <= self.free:
+            return None
+        left = f"{max(self.free, 0.0):.0f} s of the model's share of `seconds` are left for it"
+        return f"about {needed:.0f} s, and {left}" if needed >= 1 else left
