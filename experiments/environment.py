@@ -34,6 +34,7 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+@functools.cache  # a look through the installed files: a tenth of a second for all of them
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -1,5 +1,6 @@
 """Shared set-up: one thread a worker, no network, repeatable draws."""
 
+import gc
 import logging
 import os
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "wrong_types" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_collection_finish(session):
+    """What is loaded by now stays: collections of garbage, which some tests ask for, pass it by."""
+    gc.collect()
+    gc.freeze()
 
 
 torch.set_num_threads(1)  # the matrices are small, and xdist already uses the cores

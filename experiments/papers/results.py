@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = (
     "subjects", "corpora", "tasks", "starts", "perplexity", "fine_tuning", "fitting", "verdicts",
 )  # fmt: skip
+TRAINING = ("training", "micro_batches", "schedule")
 SOURCES = ("lora_init", "experiments/data", "experiments/models", "experiments/tasks")
 
 
@@ -72,6 +73,7 @@ def source_hash(name: str) -> str:
     files = [
         *(path for source in SOURCES for path in (ROOT / source).rglob("*.py")),
         *(papers / f"{shared}.py" for shared in SHARED),
+        *(ROOT / "experiments" / f"{used}.py" for used in TRAINING),
         *papers.glob(f"{name}*.py"),
         *(papers / name).rglob("*.py"),
     ]

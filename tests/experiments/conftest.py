@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -19,13 +21,27 @@ from experiments.config import register_schemas, resolve  # noqa: E402
 register_schemas()
 
 
+@functools.cache
+def composition(config: str, overrides: tuple[str, ...]):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(config, overrides=list(overrides))
+
+
 @pytest.fixture
 def composed():
-    """`composed("init=pissa", config="train")` is what Hydra makes of these overrides."""
+    """`composed("init=pissa", config="train")` is what Hydra makes of these overrides.
+
+    That takes it a quarter of a second, so equal ones are composed once. Where the results go is
+    another place in every test, and is put in afterwards.
+    """
 
     def build(*overrides: str, config: str = "train"):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return compose(config, overrides=list(overrides))
+        places = [override for override in overrides if override.startswith("paths.outputs=")]
+        others = tuple(override for override in overrides if override not in places)
+        made = copy.deepcopy(composition(config, others))
+        for override in places:
+            made.paths.outputs = override.partition("=")[2]
+        return made
 
     return build
 
