@@ -45,9 +45,7 @@ def prefixes(
     total: Inputs = {}
     before = 0
     for count in tracked(counts, f"inputs of {subject.name}"):
-        layers = collect(
-            subject.model, names, CalibrationRequest(), batches[before:count]
-        ).layers
+        layers = collect(subject.model, names, CalibrationRequest(), batches[before:count]).layers
         found = distinct(layers)
         total = {key: merged(total[key], new) if total else new for key, new in found.items()}
         before = count
@@ -170,9 +168,7 @@ def random_start(method: str, name: str, width: int, rank: int, seed: int) -> to
     return spec.function(weight, rank, 1.0, None, spec.options(), generator).lora_A
 
 
-def chosen_ranks(
-    subject: Subject, inputs: Inputs, settings: EvaVarianceSettings
-) -> list[dict]:
+def chosen_ranks(subject: Subject, inputs: Inputs, settings: EvaVarianceSettings) -> list[dict]:
     """EVA's ranks over all layers, from `rank` each."""
     found = {name: statistics for key, statistics in inputs.items() for name in key}
     requests = {

@@ -20,9 +20,7 @@ from lora_init.moments import InputStatistics
 INDEPENDENT = 1e-6
 
 
-def directions(
-    inputs: InputStatistics, rank: int, center: bool = True
-) -> Float[Tensor, "rank in"]:
+def directions(inputs: InputStatistics, rank: int, center: bool = True) -> Float[Tensor, "rank in"]:
     """EVA's A, by the library's own initializer."""
     width = len(inputs.mean)
     weight = torch.empty(width, width, device="meta")  # of whose shape EVA reads nothing
@@ -36,9 +34,7 @@ def row_space(lora_A: Float[Tensor, "rank in"]) -> Float[Tensor, "in dimensions"
     return right[values > INDEPENDENT * values[0]].T
 
 
-def explained_share(
-    covariance: Float[Tensor, "in in"], lora_A: Float[Tensor, "rank in"]
-) -> float:
+def explained_share(covariance: Float[Tensor, "in in"], lora_A: Float[Tensor, "rank in"]) -> float:
     """tr(Qᵀ C Q) / tr C: how much of the variance lies in the row space of A."""
     covariance, basis = covariance.double(), row_space(lora_A)
     return float(((covariance @ basis) * basis).sum() / covariance.trace())

@@ -88,4 +88,5 @@ def rank_bounds(gradient: Float[Tensor, "out in"], ranks: Sequence[int]) -> list
     wide = gradient.double() if gradient.shape[0] <= gradient.shape[1] else gradient.double().T
     energies = torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0)  # ascending
     total = energies.sum()
-    return [float((energies[: max(0, len(energies) - rank)].sum() / total).sqrt()) for rank in ranks]
+    tails = [energies[: max(0, len(energies) - rank)].sum() for rank in ranks]
+    return [float((tail / total).sqrt()) for tail in tails]

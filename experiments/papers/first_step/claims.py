@@ -112,8 +112,7 @@ def nearer_on_fresh_data(rows: pd.DataFrame) -> str:
     )
     return (
         f"Where another is closer it is {told}.{also} Among methods that start from the "
-        f"pretrained function LoRA-GA is closest in {kept:.0%}: what it fits beyond the shared "
-        "directions is its own batch’s."
+        f"pretrained function LoRA-GA is closest in {kept:.0%}."
     )
 
 

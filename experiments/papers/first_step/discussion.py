@@ -27,6 +27,5 @@ def fitted_share(model: str, rows: pd.DataFrame, sizes: pd.DataFrame) -> str:
         f"{model}: LoRA-GA’s step holds {held[CALIBRATION].mean():.0%} of the squared gradient it "
         f"was calibrated on and {held[FRESH].mean():.0%} of a fresh batch’s, of which a step of "
         f"that rank could hold {possible.mean():.0%}. Calibrated on {most['size'].iloc[0]} "
-        f"sequences it holds {mean.mean():.0%} of the mean gradient of all fresh ones: the rest is "
-        "what one batch’s gradient has to itself, on either side."
+        f"sequences it holds {mean.mean():.0%} of the mean gradient of all fresh ones."
     )
