@@ -120,7 +120,10 @@ def variance_figure(explained: pd.DataFrame, model: str) -> Figure:
     drawn = eva[["fresh", "random"]].median()
     random = some[some["method"] == "kaiming"].groupby("rank", as_index=False)["fresh"].median()
     kinds = drawn["kind"].unique().tolist()
-    x = alt.X("rank:Q", scale=alt.Scale(type="log", base=2), title="rank")
+    ranks = sorted(drawn["rank"].unique().tolist())
+    x = alt.X(
+        "rank:Q", scale=alt.Scale(type="log", base=2), title="rank", axis=alt.Axis(values=ranks)
+    )
     y = alt.Y("fresh:Q", title="share of the variance, other films", axis=alt.Axis(format="%"),
               scale=alt.Scale(domain=[0, 1]))  # fmt: skip
     color = alt.Color(
@@ -152,7 +155,7 @@ def convergence_figure(convergence: pd.DataFrame) -> Figure:
     models = drawn["model"].unique().tolist()
     line = alt.StrokeDash(
         "model:N", scale=alt.Scale(domain=models, range=[[1, 0], [5, 3], [2, 2]][: len(models)]),
-        legend=alt.Legend(title=None, orient="top"),
+        legend=alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2),
     )  # fmt: skip
     drawing = (
         chart(drawn)
@@ -217,7 +220,7 @@ def gradients_figure(gradients: pd.DataFrame, model: str) -> Figure:
     chosen = marks(methods)
     y = alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=150))
     x = alt.X(
-        "equal_norm:Q", scale=alt.Scale(type="log"), axis=alt.Axis(format=".1~%", tickCount=5),
+        "equal_norm:Q", scale=alt.Scale(type="log"), axis=alt.Axis(format="~%", values=[1e-4, 1e-3, 1e-2, 0.1, 1]),
         title="share of the gradient’s energy, A at the norm of orthonormal rows",
     )  # fmt: skip
     color = alt.Color(
@@ -249,7 +252,10 @@ def costs_figure(costs: pd.DataFrame) -> Figure:
     order = drawn.sort_values("steps")["method"].tolist()
     chosen: Mapping = marks(order)
     y = alt.Y("method:N", sort=order, title=None)
-    x = alt.X("steps:Q", scale=alt.Scale(type="log"), title="training steps of the same time")
+    x = alt.X(
+        "steps:Q", scale=alt.Scale(type="log"), title="training steps of the same time",
+        axis=alt.Axis(values=[0.01, 0.1, 1, 10, 100, 1000]),
+    )  # fmt: skip
     dots = chart(drawn).mark_circle(size=110, opacity=1).encode(
         x=x, y=y,
         color=alt.Color("method:N", legend=None, scale=alt.Scale(
