@@ -220,7 +220,8 @@ def gradients_figure(gradients: pd.DataFrame, model: str) -> Figure:
     chosen = marks(methods)
     y = alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=150))
     x = alt.X(
-        "equal_norm:Q", scale=alt.Scale(type="log"), axis=alt.Axis(format="~%", values=[1e-4, 1e-3, 1e-2, 0.1, 1]),
+        "equal_norm:Q", scale=alt.Scale(type="log"),
+        axis=alt.Axis(format="~%", values=[1e-4, 1e-3, 1e-2, 0.1, 1]),
         title="share of the gradient’s energy, A at the norm of orthonormal rows",
     )  # fmt: skip
     color = alt.Color(
