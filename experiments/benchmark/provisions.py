@@ -105,14 +105,7 @@ class Provisions:
         return [watch.seconds for watch in watches]
 
     def calibrate(self, request: Request) -> float:
-        """Collect what the strategy reads, in the place of the last one's; returns the seconds.
-
-        What the last one left is kept where it is the same, as in a sweep.
-        """
-        plan = self.plan(request)
-        wanted = plan.calibration, [target.name for target in plan.targets]
-        if self.calibration is not None and wanted == self._collected:
-            return self._pass_seconds
+        """Collect what the strategy reads, in the place of the last one's; returns the seconds."""
         self.calibration = None
         self.references.read({})
         data, watch = self.data(request), Stopwatch()
@@ -123,7 +116,6 @@ class Provisions:
             )
             layers = self.calibration.layers
             self.references.read({name: found.inputs for name, found in layers.items()})
-        self._collected, self._pass_seconds = wanted, watch.seconds
         return watch.seconds
 
     # -- for peers and judges ----------------------------------------------------------------------

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from experiments.benchmark import (
     calibration,
+    commentary,
     comparison,
     contenders,
     exact,
@@ -32,11 +33,16 @@ from experiments.benchmark import (
     quality,
     rates,
     references,
+    sampling,
     steps,
+    summary,
     synthetic,
+    ticker,
 )
+from experiments.benchmark.__main__ import benchmark
 from experiments.benchmark.cases import Case
 from experiments.benchmark.chart import charts
+from experiments.benchmark.clock import Allowance, Clock
 from experiments.benchmark.contenders import LayerFactors
 from experiments.benchmark.contest import Arena
 from experiments.benchmark.limits import OutOfTime, time_limit
@@ -229,6 +235,7 @@ def test_the_yaml_composes_and_travels(composed):
     settings = resolve(composed())
     assert sorted(settings.sections) == ["calibration", "initialization", "injection", "memory"]
     assert settings.models["smollm2"].targets["olora"] == 12
+    assert settings.seconds == 780
     assert settings.initialization.methods == list(METHODS)
     assert from_plain(json.loads(json.dumps(to_plain(settings)))) == settings
 
@@ -257,6 +264,8 @@ def test_the_47m_model_has_as_many(composed):
         ("memory.methods=[pisa]", "did you mean 'pissa'?"),
         ("device=mps", "device: 'mps'; allowed are cpu, cuda"),
         ("threads=0", "threads=0; allowed is 1 or more"),
+        ("seconds=0", "seconds=0.0; allowed is 1 or more"),
+        ("models.minilm.share=0", "models.*.share=0.0; allowed is above 0"),
         ("injection.models=[local]", "models.local.source is not set, but injection.models has"),
         (
             "injection.models=[llama_47m]",
@@ -441,6 +450,88 @@ def test_what_would_take_too_long_is_not_begun(arena):
     assert errors == {"exact": "not run", "peft": "not run"}
 
 
+def test_when_the_seconds_are_over_everyone_has_one_turn(arena):
+    """Ours is measured all the same; a peer that would take longer than is left is not begun."""
+    made, told = arena("layer"), []
+    made.allowance.start(Clock(0.0), 1)
+    made.compete(made.request(2, "pissa"), told.append)
+    case = Case.of(told, 2, "pissa")
+    assert case.seconds.keys() == {"ours"}
+    assert case.quality["excess"].keys() == {"ours"}
+    assert len(case.seconds["ours"]) == 1
+    assert case.notes == [
+        f"{peer}: not run: 0 s of the model's share of `seconds` are left for it"
+        for peer in ("torch.linalg", "PEFT")
+    ]
+
+
+def test_an_allowance_keeps_something_for_what_is_to_come():
+    allowance = Allowance(reserve=4.0)
+    assert allowance.refusal(1e9) is None, "without a clock there is no end"
+    allowance.start(Clock(20.0), 3)
+    allowance.begin_strategy()
+    assert 11.0 < allowance.free <= 12.0
+    assert allowance.refusal(11.0) is None
+    left = "12 s of the model's share of `seconds` are left for it"
+    assert allowance.refusal(30.0) == f"about 30 s, and {left}"
+
+
+def test_a_clock_is_shared_out():
+    assert Clock().part(0.5).ends is None
+    assert Clock.until(None).left == float("inf")
+    clock = Clock(100.0)
+    half = clock.part(0.5)
+    assert 49 < half.left <= 50
+    assert Clock.until(half.ends).left == pytest.approx(half.left, abs=1)
+    assert Clock(-5.0).part(0.5).left <= 0
+
+
+def test_models_share_what_is_left(settings, monkeypatch):
+    """By their shares; a model that takes less leaves the rest to those behind it."""
+    given = []
+    monkeypatch.setattr(initialization, "measure_rates", lambda _: RATES)
+    monkeypatch.setattr(
+        initialization, "measure", lambda name, *rest: given.append((name, rest[-1].left)) or []
+    )
+    settings.models["llama"].share, settings.models["layer"].share = 3.0, 1.0
+    settings.initialization.models = ["llama", "layer"]
+    initialization.run(settings, clock=Clock(100.0))
+    assert given == [("llama", pytest.approx(75, abs=1)), ("layer", pytest.approx(100, abs=1))]
+
+
+def test_a_dear_reference_is_timed_on_some_layers(arena, monkeypatch):
+    """Each shape's time is that of its computed layers, as many times as it has layers."""
+    made = arena("llama")
+    plan = made.provisions.plan(made.request(2, "loftq"))
+    shapes = [target.shape for target in plan.targets]
+    monkeypatch.setattr(references, "DEAR", 1)  # one layer of a shape
+    all_of_them = sampling.choose("svd", plan.targets, shapes, RATES, affordable=1e9)
+    assert all_of_them.note == ""
+    assert all_of_them.needed == exact.expected("svd", shapes, RATES)
+    sample = sampling.choose("svd", plan.targets, shapes, RATES, affordable=0.0)
+    assert sample.note == "torch.linalg: timed on 4 of 14 layers, and scaled by shape"
+    assert sample.needed == exact.expected("svd", list(sample.names), RATES)
+
+    def run(given):
+        time.sleep(0.02 * len(given.weights))
+        return dict.fromkeys(given.weights, 1.0)
+
+    monkeypatch.setitem(exact.COMPUTATIONS, "svd", exact.Computation(run))
+    given = made.provisions.given(made.request(2, "loftq"), plan)
+    found = sampling.compute("svd", given, sample, CPU)
+    assert found.results.keys() == {name for names in sample.names.values() for name in names}
+    assert 0.28 <= found.seconds < 0.9, "14 layers of 0.02 s, of which 4 were computed"
+
+
+def test_a_sampled_alternation_still_judges_quality(arena):
+    made, told = arena("llama"), []
+    made.chosen.exact_limit = 0.0
+    made.compete(made.request(2, "loftq"), told.append)
+    case = Case.of(told, 2, "loftq")
+    assert comparison.demanding(case.quality["objective over exact"], None).ours < 1e-3
+    assert len(case.seconds["exact"]) == 2
+
+
 def test_a_process_that_breaks_off(settings, monkeypatch):
     """The strategy at hand is lost, another process goes on behind it."""
     outcomes = [
@@ -478,9 +569,7 @@ def test_rows_of_known_times(settings):
     reports.append({"contender": "exact", "error": "not run"})
     settings.models["llama"].targets = {"corda_ipm": 8, "eva": 0.3}
     plain = {"plain": [1.0] * 4, "tokens": 8_192}
-    (row,) = comparison.rows_of(
-        "llama", Case.of(reports, 2, "corda_ipm"), settings, RATES, plain
-    )
+    (row,) = comparison.rows_of("llama", Case.of(reports, 2, "corda_ipm"), settings, RATES, plain)
     assert (row.ours, row.peft, row.exact) == (2.0, 20.0, None)
     assert row.ratio == Interval(10.0, 10.0, 10.0)
     assert (row.verdict, row.note) == ("met", "torch.linalg: not run")
@@ -520,6 +609,20 @@ def test_calibration(settings, in_process):
         assert row.figures["tokens"] == 2 * 4 * 16
         assert row.figures["low"] <= row.ours <= row.figures["high"]
     assert (rows[0].ceiling, rows[1].ceiling) == (2.2, None)
+
+
+def test_a_pace_ends_with_its_budget():
+    """After two batches; beginning and end are shares of all batches, of which these are two."""
+    limits = CalibrationSettings(batches=8, least=2, budget=0)
+    pace = calibration.Pace([{}] * 8, lambda batch: time.sleep(0.001), CPU, limits)
+
+    def consume(batches):
+        time.sleep(0.08)
+        return list(batches)
+
+    assert pace.over(consume) == [{}, {}]
+    assert len(pace.plain) == len(pace.observed) == 2
+    assert all(0.01 <= seconds < 0.03 for seconds in pace.observed)
 
 
 def test_a_pace_counts_everything_its_consumer_does():
@@ -830,6 +933,80 @@ def test_report(settings):
     assert "square (synthetic), r 16" in page
     assert len((output / "initialization.png").read_bytes()) > 8000
     assert charts(ROWS[1:2]) == {}
+
+
+def test_what_is_broken_off_leaves_its_rows(settings, monkeypatch):
+    """Tables, charts and rows of what was measured; no result, which says that all is there."""
+    calls = []
+
+    def run(settings, hear, clock):
+        calls.append(clock.seconds)
+        for row in ROWS:
+            hear(row)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return ROWS
+
+    settings.sections, settings.seconds = ["memory"], 60.0
+    monkeypatch.setattr(memory, "run", run)
+    output = benchmark(settings)
+    assert (output / "result.json").exists()
+    assert not (output / "unfinished.json").exists()
+    (output / "initialization.svg").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(settings)
+    assert calls == [60.0, 60.0]
+    assert not (output / "result.json").exists()
+    left = json.loads((output / "unfinished.json").read_text())
+    assert left["status"] == "unfinished"
+    assert [row["case"] for row in left["rows"]] == [row.case for row in ROWS]
+    assert (output / "table.md").read_text().startswith("**Unfinished**")
+    assert (output / "initialization.svg").exists()
+
+
+def test_the_summary_fits_a_readme():
+    more = [
+        Row(
+            "initialization", "minilm, r 8", "pissa", "s", ours=0.5, peft=0.6,
+            ratio=Interval(1.2, 1.1, 1.3), target=4, verdict="missed",
+            quality={"excess": Quality(3e-4, 0.0, 1e-4)},
+        ),
+        Row(
+            "initialization", "minilm, r 8", "loftq", "s", ours=0.5, note="PEFT: fails",
+            quality={"overlap": Quality(0.9995, None, 0.999, least=True)},
+        ),
+    ]  # fmt: skip
+    lines = summary.summary([*ROWS, *more], "a machine").splitlines()
+    assert lines[0] == "| strategy | square, r 16 | minilm, r 8 | quality |"
+    assert lines[2] == "| pissa | 20 (≥ 15) | **1.20** (≥ 4) | **excess 3.0e-04** (≤ 1.0e-04) |"
+    assert lines[3] == "| eva | 0.80ᵗ | – | – |"
+    assert lines[4] == "| eva / plain passes | 0.20× (≤ 0.3) | – | – |"
+    assert lines[5] == "| loftq | – | 500 ms | overlap 0.9995 (≥ 0.999) |"
+    assert "| steps: LoRA | minilm | 200 ms | 300 ms | 1.50 (≥ 0.97) | met |" in lines
+    assert lines[-1].endswith("Measured on a machine.")
+    assert len(lines) <= 40
+
+
+def test_a_row_in_a_line():
+    told = " ".join(commentary.line(ROWS[3]).split())
+    assert told == (
+        "pissa ours 500 ms, PEFT 10.00 s, torch.linalg 9.00 s; PEFT / ours 20; ≥ 15: met; "
+        "excess 2.0e-05 ≤ 1.0e-04 (PEFT 0.0e+00)"
+    )
+
+
+def test_what_is_at_hand_is_shown_on_a_terminal(monkeypatch):
+    console = Console(width=120, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr(ticker.rich, "get_console", lambda: console)
+    with ticker.Ticker("loading", Clock(125.0)) as shown:
+        shown.total(14)
+        shown.show("square: r 16 pissa, PEFT, turn 2")
+        shown.advance()
+    told = console.file.getvalue()
+    assert "square: r 16 pissa, PEFT, turn 2" in told
+    assert "1/14" in told
+    assert "at most 2:0" in told
+    assert ticker.time_left(Clock()) == ""
 
 
 def test_a_folder_a_machine(settings):

@@ -135,14 +135,13 @@ def moved(data, device: torch.device):
 
 def measure_starts(
     found: Study,
-    bits: Iterable[int],
-    ranks: Iterable[int],
+    cases: Iterable[tuple[int, int]],
     iterations: list[int],
     order_iterations: list[int],
     *,
     closed_form_last: bool,
 ) -> Frames:
-    """Every start at every number of bits and rank."""
+    """Every start at every case, a number of bits and a rank."""
     ground = found.ground
     names = [layer.name for layer in found.measured]
     moments = {
@@ -156,29 +155,28 @@ def measure_starts(
         for inputs in moments
     }
     layers, models, paths, losses = [], [], [], []
-    for count in bits:
-        for rank in ranks:
-            say(f"  {ground.subject.name}: {count} bits, rank {rank}")
-            for start in starts(
-                ground, count, rank, iterations, order_iterations,
-                closed_form_last=closed_form_last,
-            ):  # fmt: skip
-                case = {
-                    "model": ground.subject.name, "bits": count, "rank": rank,
-                    "method": start.method, "T": start.iterations,
-                }  # fmt: skip
-                rows = layer_rows(found, start, moments, whole)
-                layers += [case | row for row in rows]
-                apart = found.measure(start.model)
-                means = pd.DataFrame(rows)[["weight", "output", "seen"]].mean()
-                models.append(
-                    case | means.to_dict() | {"error": apart.error, "perplexity": apart.perplexity}
-                )
-                losses += [
-                    case | {"block": block, "loss": loss} for block, loss in enumerate(apart.losses)
-                ]
-                if start.method == LOFTQ and start.iterations == max(iterations):
-                    paths += [case | row for row in path_rows(start)]
+    for bits, rank in cases:
+        say(f"  {ground.subject.name}: {bits} bits, rank {rank}")
+        for start in starts(
+            ground, bits, rank, iterations, order_iterations,
+            closed_form_last=closed_form_last,
+        ):  # fmt: skip
+            case = {
+                "model": ground.subject.name, "bits": bits, "rank": rank,
+                "method": start.method, "T": start.iterations,
+            }  # fmt: skip
+            rows = layer_rows(found, start, moments, whole)
+            layers += [case | row for row in rows]
+            apart = found.measure(start.model)
+            means = pd.DataFrame(rows)[["weight", "output", "seen"]].mean()
+            models.append(
+                case | means.to_dict() | {"error": apart.error, "perplexity": apart.perplexity}
+            )
+            losses += [
+                case | {"block": block, "loss": loss} for block, loss in enumerate(apart.losses)
+            ]
+            if start.method == LOFTQ and start.iterations == max(iterations):
+                paths += [case | row for row in path_rows(start)]
     return Frames(*map(pd.DataFrame, (layers, models, paths, losses)))
 
 

@@ -23,17 +23,22 @@ def reproduce(settings: LoftqIterationsSettings) -> Findings:
     """Measure, and judge."""
     say(f"  {settings.encoder}: looking at the layers’ inputs")
     first = encoder_study(settings)
+    cases = [
+        (bits, rank)
+        for bits in settings.bits
+        for rank in settings.ranks
+        if bits < 8 or rank == max(settings.ranks)
+    ]
     encoder = measure_starts(
-        first, settings.bits, settings.ranks, settings.iterations, settings.order_iterations,
-        closed_form_last=True,
-    )  # fmt: skip
+        first, cases, settings.iterations, settings.order_iterations, closed_form_last=True
+    )
     trained = fine_tunings(first, settings, max(settings.order_iterations))
     say(f"  {settings.language_model}: looking at the layers’ inputs")
     second = language_study(settings)
+    cases = [(bits, settings.language_rank) for bits in settings.language_bits]
     language = measure_starts(
-        second, settings.language_bits, [settings.language_rank], settings.language_iterations,
-        [], closed_form_last=False,
-    )  # fmt: skip
+        second, cases, settings.language_iterations, [], closed_form_last=False
+    )
     original = second.measure.original_losses().perplexity
     return Findings(
         claims=claims(encoder, language, trained, original, settings.seed),
