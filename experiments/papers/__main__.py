@@ -1,4 +1,7 @@
-"""All reproductions, one process each, then the page: `python -m experiments.papers`.
+"""All reproductions, a process each, then the page: `python -m experiments.papers`.
+
+Several run at a time, each with its share of the cores: most of their work is in matrices too small
+for many threads.
 
 Every setting is listed by `python -m experiments.papers --cfg job`. What is finished and has not
 changed since is not measured again, so the same command after an interruption does what is missing.
@@ -6,9 +9,11 @@ changed since is not measured again, so the same command after an interruption d
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +44,7 @@ class AllPapers:
         output: results go to `<output>/<form>/<name>`.
         page: the folder of the page, with its pictures; null writes none.
         overrides: settings for all of them, such as `[device=cpu, seed=1]`.
+        at_once: so many reproductions at a time; null: one for each core, four at most.
         measure: false writes the page from the results that are there.
         rerun: measure again what is there already.
     """
@@ -48,6 +54,7 @@ class AllPapers:
     output: str = "outputs/papers"
     page: str | None = "outputs/papers/page"
     overrides: list[str] = field(default_factory=list)
+    at_once: int | None = None
     measure: bool = True
     rerun: bool = False
 
@@ -63,6 +70,10 @@ def main(composed: DictConfig) -> None:
         check_names(settings.papers)
         if settings.form not in FORMS:
             raise ConfigurationError(f"form={settings.form!r}; allowed are {', '.join(FORMS)}")
+        if settings.at_once is not None and settings.at_once < 1:
+            raise ConfigurationError(
+                f"at_once={settings.at_once}; allowed are integers >= 1, and null"
+            )
         failed = measure_all(settings) if settings.measure else []
         results = gather(settings)
     except ConfigurationError as error:
@@ -77,19 +88,39 @@ def main(composed: DictConfig) -> None:
 
 def measure_all(settings: AllPapers) -> list[str]:
     """Every reproduction in a process of its own; returns the names of those that failed."""
-    failed = []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    at_once = settings.at_once or min(4, cores or 1)
+    threads = max(1, (cores or 1) // at_once)
     began = time.monotonic()
-    for number, name in enumerate(settings.papers, start=1):
-        say(f"[{number}/{len(settings.papers)}] {name}, {time.monotonic() - began:.0f} s so far")
-        command = [
-            sys.executable, "-m", f"experiments.papers.{name}", "--config-name", settings.form,
-            f"output={settings.output}", *settings.overrides,
-        ]  # fmt: skip
-        if settings.rerun:
-            command.append("rerun=true")
-        if subprocess.run(command, check=False).returncode != 0:
-            failed.append(name)
-    return failed
+
+    def measured(name: str) -> bool:
+        good = measure(settings, name, threads)
+        state = "done" if good else "FAILED"
+        say(f"{name}: {state}, {time.monotonic() - began:.0f} s since the beginning")
+        return good
+
+    say(f"{len(settings.papers)} reproductions, {at_once} at a time, {threads} threads each")
+    with ThreadPoolExecutor(at_once) as pool:
+        outcomes = list(pool.map(measured, settings.papers))
+    return [name for name, good in zip(settings.papers, outcomes, strict=True) if not good]
+
+
+def measure(settings: AllPapers, name: str, threads: int) -> bool:
+    """One of them; what it prints is passed on line by line, under its name."""
+    command = [
+        sys.executable, "-m", f"experiments.papers.{name}", "--config-name", settings.form,
+        f"output={settings.output}", f"threads={threads}", *settings.overrides,
+    ]  # fmt: skip
+    if settings.rerun:
+        command.append("rerun=true")
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    with process:
+        for line in process.stdout:
+            say(f"{name}: {line.rstrip()}")
+    return process.returncode == 0
 
 
 def gather(settings: AllPapers) -> list[Result]:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -131,18 +130,33 @@ def test_half_a_result_is_none(tmp_path, content):
 def test_each_has_a_process_and_a_failure_is_named(monkeypatch, capsys):
     commands = []
 
-    def started(command, check):
-        commands.append(command)
-        return SimpleNamespace(returncode=int("fast_svd" in " ".join(command)))
+    class Started:
+        def __init__(self, command, **settings):
+            commands.append(command)
+            self.returncode = int("fast_svd" in " ".join(command))
+            self.stdout = ["measured\n"]
+            assert settings["env"]["OMP_NUM_THREADS"]
 
-    monkeypatch.setattr(application.subprocess, "run", started)
-    settings = application.AllPapers(overrides=["device=cpu"], rerun=True, form="full")
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            return None
+
+    monkeypatch.setattr(application.subprocess, "Popen", Started)
+    monkeypatch.setattr(
+        application.os, "sched_getaffinity", lambda process: range(6), raising=False
+    )
+    settings = application.AllPapers(overrides=["device=cpu"], rerun=True, form="full", at_once=2)
     assert application.measure_all(settings) == ["fast_svd"]
     assert len(commands) == len(NAMES)
     assert commands[0] == [
         sys.executable, "-m", f"experiments.papers.{NAMES[0]}", "--config-name", "full",
-        "output=outputs/papers", "device=cpu", "rerun=true",
+        "output=outputs/papers", "threads=3", "device=cpu", "rerun=true",
     ]  # fmt: skip
+    told = capsys.readouterr().out
+    assert "rank_scaling: measured" in told
+    assert "fast_svd: FAILED" in told
 
 
 def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys):
@@ -160,6 +174,7 @@ def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys
     ("override", "message"),
     [
         ("papers=[fast_sdv]", "no reproduction is called 'fast_sdv'; did you mean 'fast_svd'"),
+        ("at_once=0", "at_once=0; allowed are integers >= 1, and null"),
         ("form=quick", "form='quick'; allowed are smoke, fast, full"),
     ],
 )
