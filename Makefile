@@ -14,11 +14,12 @@ PYTEST ?=
 # Torch's threads spin while they wait; beside any other busy process that costs ten times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help compare benchmark test lint clean
+.PHONY: help compare benchmark papers test lint clean
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
 	@echo "make benchmark lora_init beside PEFT and torch.linalg: initializers, calibration, memory"
+	@echo "make papers    published claims measured again, then docs/papers"
 	@echo "make test      the tests"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
@@ -29,6 +30,9 @@ compare: $(STAMP)
 
 benchmark: $(STAMP)
 	$(BIN)/python -m experiments.benchmark outputs=$(OUTPUTS) $(OVERRIDES)
+
+papers: $(STAMP)
+	$(BIN)/python -m experiments.papers output=$(OUTPUTS)/papers page=docs/papers $(OVERRIDES)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)

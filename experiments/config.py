@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import data, models
 from experiments.budget import BudgetConfig
+from experiments.calibration import CalibrationConfig
 from experiments.controls import check_control
 from experiments.data import DataConfig
 from experiments.errors import ConfigurationError
@@ -25,7 +26,7 @@ from experiments.launching import register_launchers
 from experiments.measures import MeasuresConfig
 from experiments.models import ModelConfig
 from experiments.protocol.settings import ProtocolConfig
-from experiments.schedule import TrainingConfig
+from experiments.schedule import TrainingConfig, steps_of
 from experiments.tracking import TrackingConfig
 from lora_init import list_initializers
 from lora_init.registry import Initializer
@@ -59,14 +60,6 @@ class LoraSettings:
 
 
 @dataclass
-class CalibrationConfig:
-    """Training examples for the methods that calibrate, drawn by `seeds.calibration`."""
-
-    samples: int = 256
-    batch_size: int = 32
-
-
-@dataclass
 class Seeds:
     """One seed for each source of chance; all of them are `seed` unless set."""
 
@@ -88,6 +81,12 @@ class Runtime:
             where the cost of a start is what is compared.
         checkpoint_minutes, checkpoint_every: save the training when so many minutes have passed, or
             after so many steps; None: not for that reason.
+        micro_batch_size: examples of one forward and backward pass of a process; their gradients
+            are added up to the batch's. None: the whole batch at once.
+        gradient_checkpointing: keep less of the forward pass, and compute it again in the backward
+            pass: a third more time for much less memory.
+        calibration_gib: memory for the second moments of the inputs (EVA, CorDA, QERA); where they
+            are more, they are collected in several passes. None: all at once.
         time_limit_minutes: stop after so long, with a checkpoint; the same command goes on from it.
             Of one process, initialization and all; None: no limit.
     """
@@ -99,9 +98,18 @@ class Runtime:
     checkpoint_minutes: float | None = 5.0
     checkpoint_every: int | None = None
     time_limit_minutes: float | None = None
+    micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
+    calibration_gib: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint_minutes", "checkpoint_every", "time_limit_minutes"):
+        for name in (
+            "checkpoint_minutes",
+            "checkpoint_every",
+            "time_limit_minutes",
+            "micro_batch_size",
+            "calibration_gib",
+        ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(
@@ -174,6 +182,7 @@ def expressible(kind: Any, default: Any) -> bool:
 def register_schemas() -> None:
     """Put every schema into Hydra's ConfigStore, under `schema/` in its group."""
     register_launchers()
+    OmegaConf.register_new_resolver("steps_of", steps_of, replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for method in list_initializers():

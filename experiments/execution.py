@@ -31,7 +31,7 @@ from experiments.held_out import (
     write_predictions,
 )
 from experiments.initializing import base_again, initialize
-from experiments.models import LoadedModel, load_model
+from experiments.models import LoadedModel, checkpoint_activations, load_model
 from experiments.recording import recording
 from experiments.runs import RunFolder, identify, write_json
 from experiments.tasks import Evaluation, Task, make_task
@@ -84,9 +84,11 @@ def carry_out(
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
+    if runtime.gradient_checkpointing:
+        checkpoint_activations(loaded.model)
     saved = prepare_folder(run, folder, claimed, main)
     accelerator.wait_for_everyone()
-    task = make_task(data.task_type, loaded.tokenizer, run.training)
+    task = make_task(data.task_type, loaded.tokenizer, run.training, data.judge)
     settings = limit_steps(run.training, run.budget, task, data.train, run.seeds.data)
     validation: Evaluation | None = None
     model, init, originals = initialize(run, data, task, loaded, accelerator.device)
@@ -137,6 +139,7 @@ def carry_out(
                 deadline=None if limit is None else started + 60.0 * limit,
                 metrics_size=metrics_size,
             ),
+            micro_batch_size=runtime.micro_batch_size,
         )
         test = evaluate(model, task, data.test, settings, accelerator) if run.read_test else None
         if test is not None:

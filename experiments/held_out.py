@@ -23,7 +23,7 @@ from experiments.evaluation import evaluate
 from experiments.initializing import placed
 from experiments.models import load_model
 from experiments.recording import recording
-from experiments.runs import RunFolder, write_json
+from experiments.runs import RunFolder, write_json, write_text
 from experiments.tasks import Evaluation, Task, make_task
 from lora_init import LoraModel
 
@@ -86,8 +86,20 @@ def test_fields(task: Task, data: Splits, test: Evaluation | None) -> dict[str, 
 
 
 def write_predictions(folder: RunFolder, test: Evaluation) -> None:
-    """`predictions.npz`: each test example's id, whether it was answered right, and its score."""
+    """`predictions.npz`: each test example's id, whether it was answered right, and its score.
+
+    `answers.jsonl`, where answers are generated: what was said, to hold the judge against, and
+    whether the model came to its end.
+    """
     np.savez(folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score)
+    if test.said is not None:
+        lines = [
+            json.dumps({"id": number, "correct": right, "ended": said.ended, "said": said.text})
+            for number, right, said in zip(
+                test.ids.tolist(), test.correct.tolist(), test.said, strict=True
+            )
+        ]
+        write_text(folder.path / "answers.jsonl", "\n".join(lines) + "\n")
 
 
 def outcome(result: dict[str, Any]) -> str:
@@ -118,7 +130,7 @@ def read_test_set(
         is_trainable=False,
         original_weights=loaded.original_weights,
     )
-    task = make_task(data.task_type, loaded.tokenizer, run.training)
+    task = make_task(data.task_type, loaded.tokenizer, run.training, data.judge)
     test = evaluate(model, task, data.test, run.training, accelerator)
     completed = {
         **result,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from experiments.budget import check_parameters
+from experiments.calibration import texts_of
 from experiments.config import RunConfig
-from experiments.data import Splits
+from experiments.data import Example, Splits
 from experiments.errors import ConfigurationError
 from experiments.measures import Originals, measure_originals
 from experiments.models import LoadedModel, load_model
@@ -45,6 +46,7 @@ def initialize(
         batches = None
         if spec.calibration is not None:
             batches = list(calibration_batches(run, data, task, device))
+        memory_limit = run.runtime.calibration_gib
         adapted = get_peft_model(
             model,
             config,
@@ -52,6 +54,7 @@ def initialize(
             seed=run.seeds.init,
             original_weights=stored,
             cache=run.runtime.cache,
+            calibration_memory=None if memory_limit is None else int(memory_limit * 2**30),
         )
         check_parameters(adapted.plan, run.budget, rank=run.lora.r, allocated=True)
     trainable, total = adapted.get_nb_trainable_parameters()
@@ -69,11 +72,14 @@ def initialize(
 def calibration_batches(
     run: RunConfig, data: Splits, task: Task, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Training examples drawn by `seeds.calibration`, one batch at a time."""
+    """Examples drawn by `seeds.calibration`, one batch at a time."""
     settings = run.calibration
-    chosen = draw(len(data.train), settings.samples, run.seeds.calibration)
+    examples: Sequence[Example] = data.train
+    if settings.path is not None:
+        examples = texts_of(settings, data.task_type)
+    chosen = draw(len(examples), settings.samples, run.seeds.calibration)
     for start in range(0, len(chosen), settings.batch_size):
-        some = [data.train[index] for index in chosen[start : start + settings.batch_size]]
+        some = [examples[index] for index in chosen[start : start + settings.batch_size]]
         yield {key: value.to(device) for key, value in task.collate(some).items()}
 
 

@@ -23,6 +23,13 @@ from experiments.config import RunConfig
 
 OUTSIDE_IDENTITY = ("paths", "tracking", "runtime", "measures", "sweep", "read_test")
 
+CAME_LATER: dict[str, dict[str, Any]] = {
+    "model": {"dtype": "float32"},
+    "calibration": {"path": None, "field": "question"},
+}
+"""Settings that runs once did not have, by group, with the values that mean what was done then.
+They are left out of the identity where they have these: what is finished stays finished."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -91,12 +98,20 @@ class RunFolder:
 def identify(run: RunConfig) -> RunFolder:
     """The folder that this configuration, and no other, writes to.
 
-    The contents of a user's table are hashed too: edited data under an old path are a new run. A
+    The contents of a user's files are hashed too: edited data under an old path are a new run. A
     local model is known by its path alone.
     """
     identity = {key: value for key, value in asdict(run).items() if key not in OUTSIDE_IDENTITY}
+    for group, settings in CAME_LATER.items():
+        identity[group] = {
+            key: value
+            for key, value in identity[group].items()
+            if key not in settings or value != settings[key]
+        }
     if hasattr(run.data, "contents"):
         identity["data contents"] = run.data.contents()
+    if run.calibration.path is not None:
+        identity["calibration contents"] = run.calibration.contents()
     text = json.dumps(identity, sort_keys=True)
     run_id = hashlib.sha256(text.encode()).hexdigest()[:10]
     parts = [run.init.name, run.model.name, run.data.name, f"s{run.seed}", run_id]

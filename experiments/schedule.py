@@ -14,6 +14,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 PRECISIONS = ("no", "bf16", "fp16")
 
 
+def steps_of(epochs: float, examples: int, batch_size: int) -> int:
+    """The fewest steps that see `examples` examples `epochs` times.
+
+    For configurations: `steps: ${steps_of:3,${data.train_limit},${training.batch_size}}`. The
+    number is known before anything is loaded, and belongs to the run's identity.
+    """
+    return max(1, math.ceil(epochs * examples / batch_size))
+
+
 @dataclass
 class TrainingConfig:
     """How long and how fast to train, and how to evaluate.

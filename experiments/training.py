@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from experiments.checkpoints import Checkpoints, Progress
 from experiments.errors import RunFailed
+from experiments.micro_batches import backward
 from experiments.schedule import TrainingConfig, learning_rate_factor
 from experiments.tasks import SeededBatches, Task
 
@@ -67,6 +68,7 @@ def train(
     observe: Callable[[int], None] = lambda step: None,
     advance: Callable[[int, float], None] = lambda step, loss: None,
     checkpoints: Checkpoints | None = None,
+    micro_batch_size: int | None = None,
 ) -> TrainingSummary:
     """Train `model` in place.
 
@@ -78,6 +80,7 @@ def train(
             this nor validation counts as time of training.
         advance: called with the number of steps done and the loss.
         checkpoints: where to go on from, and when to save. The saved adapter is in `model` already.
+        micro_batch_size: examples of one forward pass of a process; None: its whole batch.
 
     Raises:
         RunFailed: a loss that is not finite, or no time left.
@@ -114,7 +117,8 @@ def train(
             checkpoints.restore_generators(accelerator)
         step_started = time.perf_counter()
         rate = schedule.get_last_lr()[0]
-        loss = accelerator.reduce(backward(model, batch, accelerator), "mean").item()
+        loss = backward(model, batch, task, accelerator, micro_batch_size)
+        loss = accelerator.reduce(loss, "mean").item()
         if not math.isfinite(loss):
             raise RunFailed(
                 f"the loss is {loss} at step {step} of {settings.steps}: training diverged; "
@@ -161,16 +165,6 @@ def train(
     return TrainingSummary(
         settings.steps, time.perf_counter() - started - paused, tokens, first_norms
     )
-
-
-def backward(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], accelerator: Accelerator
-) -> torch.Tensor:
-    """Forward and backward pass of one batch; returns the detached loss."""
-    with accelerator.autocast():
-        loss = model(**batch).loss
-    accelerator.backward(loss)
-    return loss.detach()
 
 
 def gradient_norms(groups: dict[str, list[torch.nn.Parameter]]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Shared set-up: one thread a worker, no network, repeatable draws."""
 
+import gc
+import logging
 import os
 
 # Set before huggingface_hub is imported: a missing file is then an error, not a download.
@@ -37,7 +39,19 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+def pytest_collection_finish(session):
+    """What is loaded by now stays: collections of garbage, which some tests ask for, pass it by."""
+    gc.collect()
+    gc.freeze()
+
+
 torch.set_num_threads(1)  # the matrices are small, and xdist already uses the cores
+
+# pytest hangs its handlers on every logger that does not propagate, and takes them off again, six
+# times a test. Torch has eighty of them: that is another millisecond.
+for name, logger in logging.root.manager.loggerDict.items():
+    if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger):
+        logger.propagate = True
 
 settings.register_profile("lora_init", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("lora_init")
@@ -45,4 +59,7 @@ settings.load_profile("lora_init")
 
 @pytest.fixture(autouse=True)
 def seeded():
-    torch.manual_seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:  # the same without a stack trace for each kind of device, which take a millisecond
+        torch.default_generator.manual_seed(0)

@@ -5,6 +5,7 @@ what needs no architecture, networks of two or three layers of one module type: 
 """
 
 import copy
+import functools
 import math
 from typing import NamedTuple
 
@@ -162,6 +163,7 @@ SHAPES = {"square": (32, 32), "tall": (56, 32), "wide": (24, 56)}
 # What bitsandbytes packs for a CPU without a loss: whole blocks of 64 a row, groups of 32 rows.
 PACKED_SHAPES = {"square": (64, 64), "tall": (128, 64), "wide": (32, 128)}
 CONVOLUTION_SHAPES = {"square": (8, 36), "strided": (12, 48), "dilated": (8, 108)}
+IN_CHANNELS = {"square": 4, "strided": 8, "dilated": 12}
 EMBEDDING_SHAPES = {"words": (16, 40), "kinds": (16, 12)}
 PACKED_KINDS = ("Linear4bit", "Linear8bitLt")
 
@@ -292,7 +294,7 @@ class Case(NamedTuple):
             generator = torch.Generator().manual_seed(seed)
             return torch.randint(columns, (rows, 5), generator=generator)
         if self.kind == "Conv2d":
-            channels = self.build().get_submodule(name).in_channels
+            channels = IN_CHANNELS[name]
             size = 8 * 7 * channels
             return chain_inputs(rows // 5, size, self.dtype, seed).view(-1, channels, 8, 7)
         return chain_inputs(rows, columns, self.dtype, seed)
@@ -340,10 +342,15 @@ def without_bias(module, x):
 
 def chain_inputs(rows, columns=SHAPES["square"][1], dtype=torch.float32, seed=1):
     """Correlated inputs with a mean, as activations are; shape (rows, columns)."""
+    return drawn_inputs(rows, columns, seed).to(dtype, copy=True)
+
+
+@functools.cache  # the mixing matrix of a few hundred columns takes longer than many a test
+def drawn_inputs(rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)
     mix = spread_weight(columns, columns, generator)
     mean = 0.3 * torch.randn(columns, generator=generator)
-    return (torch.randn(rows, columns, generator=generator) @ mix + mean).to(dtype)
+    return torch.randn(rows, columns, generator=generator) @ mix + mean
 
 
 def chain_calibration(dtype=torch.float32):

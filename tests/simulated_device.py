@@ -23,6 +23,7 @@ taken, on the CPU. Tensors that torch itself makes inside one call (in C++, or i
 functions) take the place of the first tensor they meet.
 """
 
+import functools
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -36,6 +37,8 @@ CPU, CUDA = "cpu", "cuda"
 UNSETTLED = "unsettled"  # made by torch itself: goes where it is needed
 DEVICES = {CPU: torch.device("cpu"), CUDA: torch.device("cuda", 0)}
 
+SEQUENCES = (tuple, list)
+HOLDERS = (Tensor, tuple, list, dict)
 COPIES = {"copy_", "_foreach_copy_", "set_", "lift_fresh"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 WITHOUT_SCALARS = {"cat", "stack"}
@@ -85,9 +88,10 @@ def put(tensor, where):
         tensor.untyped_storage().simulated_place = where
 
 
-def is_known(tensor):
+def is_settled(tensor):
+    """False of what torch made itself, until it has met another tensor or its call has ended."""
     with torch._C.DisableTorchFunction():
-        return hasattr(tensor.untyped_storage(), "simulated_place")
+        return getattr(tensor.untyped_storage(), "simulated_place", UNSETTLED) != UNSETTLED
 
 
 def tensors_in(*values):
@@ -95,8 +99,9 @@ def tensors_in(*values):
     found = []
     for value in values:
         if isinstance(value, Tensor):
-            found += [value] if place(value) else []
-        elif isinstance(value, tuple | list):
+            if place(value):
+                found.append(value)
+        elif isinstance(value, SEQUENCES):
             found += tensors_in(*value)
         elif isinstance(value, dict):
             found += tensors_in(*value.values())
@@ -218,11 +223,9 @@ class Calls(TorchFunctionMode):
 
     def _settled(self, result, args, kwargs):
         """What torch made itself in this call, and never met another tensor, goes with the rest."""
-        fresh = [
-            tensor
-            for tensor in tensors_in(result)
-            if not is_known(tensor) or place(tensor) == UNSETTLED
-        ]
+        if not isinstance(result, HOLDERS):
+            return result
+        fresh = [tensor for tensor in tensors_in(result) if not is_settled(tensor)]
         if fresh:
             given = {place(tensor) for tensor in tensors_in(args, kwargs)}
             for tensor in fresh:
@@ -240,6 +243,11 @@ def refuse_generator(generator, where):
         )
 
 
+@functools.cache
+def is_draw(func):
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
 class Operations(TorchDispatchMode):
     """Compares the places of an operation's tensors, and gives the results theirs."""
 
@@ -248,12 +256,16 @@ class Operations(TorchDispatchMode):
         self.making = None
         self.random_state = torch.Generator().manual_seed(20_26).get_state()
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # nothing is compiled here, and to tell dynamo so takes its time at every call
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
             given = tensors_in(args, kwargs)
             where = self._common_place(func, given, args, kwargs)
-            draws = torch.Tag.nondeterministic_seeded in func.tags
+            draws = is_draw(func)
             if draws:
                 refuse_generator(kwargs.get("generator"), CUDA if where == CUDA else CPU)
             if draws and where == CUDA:
@@ -261,20 +273,28 @@ class Operations(TorchDispatchMode):
             else:
                 result = func(*args, **kwargs)
             for tensor in tensors_in(result):
-                if not is_known(tensor):
-                    put(tensor, where)
+                storage = tensor.untyped_storage()
+                if not hasattr(storage, "simulated_place"):
+                    storage.simulated_place = where
             return result
 
     def _common_place(self, func, given, args, kwargs):
         """Where the operation runs; tensors that are not settled yet settle there."""
-        name = func.overloadpacket.__name__
         if not given:
             return self.making or UNSETTLED
+        name = func.overloadpacket.__name__
+        places = {}
         for tensor in given:
-            if not is_known(tensor):  # of before this context, or torch.tensor's
-                put(tensor, self.making if name == "lift_fresh" and self.making else CPU)
+            storage = tensor.untyped_storage()
+            where = getattr(storage, "simulated_place", None)
+            if where is None:  # of before this context, or torch.tensor's
+                where = self.making if name == "lift_fresh" and self.making else CPU
+                storage.simulated_place = where
+            places[id(tensor)] = where
         if name in COPIES:
-            return place(given[0])
+            return places[id(given[0])]
+        if len(set(places.values())) == 1:
+            return where
         compared = given
         if name in INDEXING:
             if place(args[0]) == CUDA:
@@ -285,20 +305,22 @@ class Operations(TorchDispatchMode):
                     "indices should be either on cpu or on the same device as the indexed tensor "
                     "(cpu)"
                 )
-        places = [place(tensor) for tensor in compared]
-        if CUDA not in places:
-            where = CPU if CPU in places else UNSETTLED
+        there = {places[id(tensor)] for tensor in compared}
+        if CUDA not in there:
+            where = CPU if CPU in there else UNSETTLED
         else:
             where = CUDA
             written = [args[0]] if name.endswith("_") and isinstance(args[0], Tensor) else []
             written += tensors_in(kwargs.get("out"))
-            for tensor, its in zip(compared, places, strict=True):
+            for tensor in compared:
                 exempt = tensor.ndim == 0 and name not in WITHOUT_SCALARS
-                if its == CPU and (not exempt or any(tensor is one for one in written)):
+                if places[id(tensor)] == CPU and (
+                    not exempt or any(tensor is one for one in written)
+                ):
                     raise different_devices()
         if where != UNSETTLED:
-            for tensor, its in zip(compared, places, strict=True):
-                if its == UNSETTLED:
+            for tensor in compared:
+                if places[id(tensor)] == UNSETTLED:
                     put(tensor, where)
         return where
 

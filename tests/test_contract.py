@@ -71,9 +71,7 @@ def combinations():
             variants = VARIANTS if case.kind in KINDS else ("s=2", "rslora", "dora")
             if case.kind in spec.module_types:
                 for variant in variants:
-                    yield pytest.param(
-                        spec.name, case, variant, id=f"{spec.name}-{case}-{variant}"
-                    )
+                    yield pytest.param(spec.name, case, variant, id=f"{spec.name}-{case}-{variant}")
 
 
 COMBINATIONS = list(combinations())

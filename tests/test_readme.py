@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from substitutes import random_llama, write_word_problems
 
 from lora_init import LoraConfig, get_peft_model, list_initializers, registry
 
@@ -22,6 +23,8 @@ MINILM = (
 # What makes a full command small; which of them apply depends on the command's model and data.
 SMALL = ["training.steps=2", "training.batch_size=4", "calibration.samples=8"]
 PROTOCOL = ["methods=[kaiming,olora]", "seeds=[0]", "grid=1", "max_extensions=0"]
+# A recipe with a Llama of two layers in the place of the large one.
+RECIPE = ["lora.r=4", "training.max_length=48", "training.max_new_tokens=2"]
 SENTENCES = ["data.train_limit=40", "data.validation_limit=8", "data.test_limit=16"]
 
 
@@ -44,6 +47,15 @@ def reduced(command, outputs):
         return f"make compare OUTPUTS={outputs} OVERRIDES={shlex.quote(' '.join(overrides))}"
     if command == "make test":
         return "make --dry-run test"  # it is running this very test
+    if command == "make papers":
+        overrides = f"form=smoke papers=[rank_scaling] page={outputs}/page"
+        return f"make papers OUTPUTS={outputs} OVERRIDES={shlex.quote(overrides)}"
+    if command.startswith("python -m experiments.papers "):
+        return f"{command.replace('outputs/', f'{outputs}/')} form=smoke output={outputs}/papers"
+    if command.startswith("python -m experiments.papers."):
+        # Their small forms, of the models and settings that are there.
+        small = command.replace("--config-name full", "").replace("device=cuda", "steps=2")
+        return f"{small} --config-name smoke output={outputs}/papers"
     if command == "make benchmark":
         return "make --dry-run benchmark"  # tests/experiments/test_benchmark.py runs it small
     if "--config-name sweep_protocol" in command:
@@ -54,6 +66,8 @@ def reduced(command, outputs):
         command += "".join(f" {word}" for word in [*SMALL, f"paths.outputs={outputs}"])
         if "data=table" not in command:
             command += "".join(f" {word}" for word in SENTENCES)
+        if "experiment=" in command:
+            command += "".join(f" {word}" for word in RECIPE)
         if "causal" in command:
             command += " training.generate_limit=2 measures.forgetting_texts=2"
         if "sweep_causal" in command:
@@ -87,8 +101,13 @@ def test_the_commands_come_first():
 def test_every_command_works(outputs):
     # One test, in order: the report needs the sweep before it.
     assert len(COMMANDS) >= 10
+    llama = str(random_llama(outputs / "llama", width=64))
+    metamath = str(write_word_problems(outputs))
     for command in COMMANDS:
-        done = run(reduced(command, outputs), MODEL=str(MINILM))
+        done = run(
+            reduced(command, outputs),
+            MODEL=str(MINILM), LLAMA2=llama, METAMATH=metamath,
+        )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         if "report" in command or "compare" in command:
             assert "index.html" in done.stdout.replace("\n", "")

@@ -21,9 +21,7 @@ def plan_of(shapes: list[tuple[int, int]], method: str = "pissa", rank: int = 4)
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(columns, rows) for rows, columns in shapes))
     names = [str(index) for index in range(len(shapes))]
-    return make_plan(
-        model, LoraConfig(r=rank, target_modules=names, init_lora_weights=method)
-    )
+    return make_plan(model, LoraConfig(r=rank, target_modules=names, init_lora_weights=method))
 
 
 @pytest.fixture

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments.data import chain_sum, gsm_symbolic, rotten_tomatoes, table
+from experiments.data import (
+    chain_sum,
+    gsm8k,
+    gsm_symbolic,
+    metamath,
+    rotten_tomatoes,
+    table,
+)
 from experiments.data.examples import Completion, DataConfig, Example, Labelled, Splits
 from experiments.errors import ConfigurationError
 
@@ -17,6 +24,8 @@ SOURCES: dict[type[DataConfig], Callable[[Any], Splits]] = {
     rotten_tomatoes.RottenTomatoes: rotten_tomatoes.load,
     gsm_symbolic.GsmSymbolic: gsm_symbolic.load,
     chain_sum.ChainSum: chain_sum.load,
+    gsm8k.Gsm8k: gsm8k.load,
+    metamath.MetaMath: metamath.load,
     table.Table: table.load,
 }
 

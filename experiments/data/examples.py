@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from experiments.data.judges import Judge, says_exactly
+
 
 @dataclass
 class DataConfig:
@@ -54,6 +56,7 @@ class Splits:
         labels: the names of the classes, by number; empty for completions.
         fingerprint: a hash of the contents, so that a result says which data it comes from.
         notes: facts a reader of a result should know.
+        judge: when a generated completion is right.
     """
 
     train: Sequence[Example]
@@ -61,6 +64,7 @@ class Splits:
     test: Sequence[Example]
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    judge: Judge = says_exactly
 
     @property
     def task_type(self) -> str:

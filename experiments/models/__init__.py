@@ -15,8 +15,8 @@ import torch
 
 from experiments.errors import ConfigurationError
 from experiments.models import local, minilm, quantizing, smollm2
-from experiments.models.checkpoint import Checkpoint, ModelConfig
-from experiments.models.loading import load_checkpoint
+from experiments.models.checkpoint import Checkpoint, ModelConfig, check_dtype
+from experiments.models.loading import checkpoint_activations, load_checkpoint
 
 SOURCES: dict[type[ModelConfig], Callable[[Any], Checkpoint]] = {
     minilm.MiniLM: minilm.locate,
@@ -24,7 +24,7 @@ SOURCES: dict[type[ModelConfig], Callable[[Any], Checkpoint]] = {
     local.LocalModel: local.locate,
 }
 
-__all__ = ["SOURCES", "LoadedModel", "ModelConfig", "load_model"]
+__all__ = ["SOURCES", "LoadedModel", "ModelConfig", "checkpoint_activations", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ def load_model(
 ) -> LoadedModel:
     """Load the model of `config`, with a head for `labels` drawn from `head_seed`.
 
-    In float32; the linear layers below the head in the format that `config.quantization` names.
+    In `config.dtype`; the linear layers below the head in the format that `config.quantization`
+    names.
     """
     try:
+        check_dtype(config.dtype)
         quantizing.check_format(config.quantization)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
@@ -57,6 +59,7 @@ def load_model(
         labels=labels,
         dropout=config.dropout,
         quantization=config.quantization,
+        dtype=config.dtype,
         head_seed=head_seed,
     )
     if config.quantization is None:

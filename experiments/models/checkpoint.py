@@ -7,7 +7,9 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.errors import ConfigurationError
+from experiments.errors import ConfigurationError, nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -20,12 +22,15 @@ class ModelConfig:
             since a comparison of initializations wants no noise that differs from run to run. None
             keeps the model's rates.
         quantization: nf4, nf4_double, fp4 or int8: bitsandbytes' format that the linear layers are
-            loaded in, the head excepted. None keeps them in float32.
+            loaded in, the head excepted. None keeps them in `dtype`.
+        dtype: float32, bfloat16 or float16: of the base's weights, and of what a quantised layer
+            computes in. Adapters are float32 whatever it is.
     """
 
     name: str = "model"
     dropout: float | None = 0.0
     quantization: str | None = None
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,13 @@ class Checkpoint:
     revision: str | None = None
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"model.dtype={dtype!r}; {nearest(dtype, DTYPES)}allowed are {', '.join(DTYPES)}"
+        )
 
 
 def packaged(package: str, file: str, fix: str) -> Path:

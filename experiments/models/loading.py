@@ -52,6 +52,7 @@ def load_checkpoint(
     labels: tuple[str, ...],
     dropout: float | None,
     quantization: str | None,
+    dtype: str,
     head_seed: int,
 ) -> tuple[torch.nn.Module, Any, tuple[str, ...]]:
     """Load `checkpoint` for a task: the model, its tokenizer, and notes on it.
@@ -82,15 +83,35 @@ def load_checkpoint(
         model, report = auto.from_pretrained(
             checkpoint.source,
             config=config,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             output_loading_info=True,
             **common,
-            **loading_arguments(quantization, task_type),
+            **loading_arguments(quantization, task_type, dtype),
         )
     notes = newly_drawn(model, report["missing_keys"])
     for note in notes:
         logging.getLogger(__name__).warning("model=%s: %s", name, note)
     return model, tokenizer, checkpoint.notes + notes
+
+
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Keep the inputs of each block only, and compute the rest again in the backward pass.
+
+    Raises:
+        ConfigurationError: transformers has no such thing for this model.
+    """
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:  # its name before transformers 5.15
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigurationError(
+            f"runtime.gradient_checkpointing=true: {error}; set it to false"
+        ) from error
+    # Caching keys and values is for generating; while blocks are computed twice it is only warned
+    # of. Generation, in evaluation mode, asks for its cache itself.
+    model.config.use_cache = False
 
 
 def set_dropout(config: Any, rate: float) -> None:

@@ -27,7 +27,9 @@ def check_format(quantization: str | None) -> None:
         )
 
 
-def loading_arguments(quantization: str | None, task_type: str) -> dict[str, Any]:
+def loading_arguments(
+    quantization: str | None, task_type: str, dtype: str = "float32"
+) -> dict[str, Any]:
     """What `from_pretrained` needs for a format. The head is trained, so it is not quantised."""
     if quantization is None:
         return {}
@@ -41,7 +43,10 @@ def loading_arguments(quantization: str | None, task_type: str) -> dict[str, Any
     from transformers import BitsAndBytesConfig
 
     skipped = ["lm_head", *HEADS.get(task_type, [])]
-    settings = BitsAndBytesConfig(**FORMATS[quantization], llm_int8_skip_modules=skipped)
+    chosen = FORMATS[quantization]
+    if "load_in_4bit" in chosen:
+        chosen = {**chosen, "bnb_4bit_compute_dtype": dtype}
+    settings = BitsAndBytesConfig(**chosen, llm_int8_skip_modules=skipped)
     return {"quantization_config": settings, "device_map": "auto"}
 
 

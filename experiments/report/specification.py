@@ -19,7 +19,7 @@ FONT = "Inter, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 def page_specification(drawing: alt.LayerChart) -> dict:
     """For the page: as wide as its card; the heading is the card's, the tables are the page's."""
-    return _specification(drawing.properties(width="container"))
+    return themed(drawing.properties(width="container"))
 
 
 def file_specification(
@@ -37,7 +37,7 @@ def file_specification(
     """
     heading = alt.TitleParams(title, anchor="start", offset=18, fontSize=16)
     # The page's specification of the same drawing has been validated; it takes half of the time.
-    specification = _specification(drawing.properties(width=width, title=heading), validate=False)
+    specification = themed(drawing.properties(width=width, title=heading), validate=False)
     drop_hidden_layers(specification)
     for parameter in specification.get("params", []):
         if parameter["name"] in (parameters or {}):
@@ -80,7 +80,8 @@ def columns(frame: pd.DataFrame) -> dict[str, Any]:
     return shown
 
 
-def _specification(drawing: alt.LayerChart, validate: bool = True) -> dict:
+def themed(drawing: alt.TopLevelMixin, validate: bool = True) -> dict:
+    """A drawing of any kind in the look that all charts have, as JSON without an address."""
     drawing = (
         drawing.configure(font=FONT, background="white", padding=PADDING)
         .configure_view(stroke=None)
@@ -93,6 +94,7 @@ def _specification(drawing: alt.LayerChart, validate: bool = True) -> dict:
             labelFontSize=12, labelColor=INK, titleColor=SOFT, titleFontWeight="normal",
             titleFontSize=12, symbolSize=110, columnPadding=14, unselectedOpacity=0.3,
         )
+        .configure_header(labelColor=INK, titleColor=SOFT, labelFontSize=12.5, titleFontSize=12.5)
         .configure_title(color=INK, fontWeight=600)
     )  # fmt: skip
     specification = drawing.to_dict(validate=validate)

@@ -40,9 +40,7 @@ def spectra(chosen: pd.DataFrame, arms: list[str], problems: list[Problem]) -> p
         return pd.DataFrame(columns=list(COLUMNS))
     frame = pd.concat(pieces, ignore_index=True)
     names = list(dict.fromkeys(frame["layer"]))
-    return frame.assign(
-        layer=frame["layer"].map(dict(zip(names, short_names(names), strict=True)))
-    )
+    return frame.assign(layer=frame["layer"].map(dict(zip(names, short_names(names), strict=True))))
 
 
 def layer_pieces(run, layers: list[dict], order: int) -> list[pd.DataFrame]:

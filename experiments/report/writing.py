@@ -182,9 +182,7 @@ def write_tables(page: Page, output: Path) -> None:
         texts["equal_update.md"] = markdown_table(page.equal_rows, page.metric, heading, [])
     if page.comparison is not None:
         title = f"{page.comparison.name} against {page.comparison.other}"
-        texts["comparison.md"] = plain_markdown(
-            title, CHANGE_HEADERS, change_rows(page.comparison)
-        )
+        texts["comparison.md"] = plain_markdown(title, CHANGE_HEADERS, change_rows(page.comparison))
     if page.peft:
         texts["peft.md"] = plain_markdown("PEFT's own results", PEFT_HEADERS, peft_rows(page.peft))
     for name, text in texts.items():

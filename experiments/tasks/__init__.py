@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from experiments.data.judges import Judge, says_exactly
 from experiments.schedule import TrainingConfig
 from experiments.tasks.batches import SeededBatches, draw
 from experiments.tasks.causal_lm import CausalLM
@@ -31,6 +32,9 @@ class Task(Protocol):
     def collate(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Examples as one padded batch with labels: the keyword arguments of the model."""
 
+    def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How many things (tokens, texts) the model's loss on a batch is the mean of."""
+
     def rows(
         self,
         model: torch.nn.Module,
@@ -48,10 +52,12 @@ class Task(Protocol):
         """The score of the constant answer that suits most examples, where there is one."""
 
 
-def make_task(task_type: str, tokenizer: Any, settings: TrainingConfig) -> Task:
-    """The task of a kind of data, "SEQ_CLS" or "CAUSAL_LM"."""
+def make_task(
+    task_type: str, tokenizer: Any, settings: TrainingConfig, judge: Judge = says_exactly
+) -> Task:
+    """The task of a kind of data, "SEQ_CLS" or "CAUSAL_LM"; `judge` is for generated texts."""
     if task_type == "SEQ_CLS":
         return TextClassification(tokenizer, settings.max_length)
     return CausalLM(
-        tokenizer, settings.max_length, settings.generate_limit, settings.max_new_tokens
+        tokenizer, settings.max_length, settings.generate_limit, settings.max_new_tokens, judge
     )

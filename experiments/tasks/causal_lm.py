@@ -1,4 +1,4 @@
-"""Language modelling of prompt -> completion, scored by exact match of the generated answer."""
+"""Language modelling of prompt -> completion; generated answers are scored by the data's judge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from experiments.data import Completion
+from experiments.data.judges import Generated, Judge, says_exactly
 from experiments.tasks.batches import by_length
 
 IGNORED = -100
@@ -25,14 +26,22 @@ class CausalLM:
         generate_limit: generate for so many examples of a split (the first in its order): one
             generated answer costs as much as many losses.
         max_new_tokens: the length of a generated answer.
+        judge: when a generated text is right.
     """
 
     metric = "exact_match"
 
     def __init__(
-        self, tokenizer: Any, max_length: int, generate_limit: int, max_new_tokens: int
+        self,
+        tokenizer: Any,
+        max_length: int,
+        generate_limit: int,
+        max_new_tokens: int,
+        judge: Judge = says_exactly,
     ) -> None:
         self.tokenizer = tokenizer
+        self.judge = judge
+        self.puts_space_first = puts_space_first(tokenizer)
         self.max_length = max_length
         self.generate_limit = generate_limit
         self.max_new_tokens = max_new_tokens
@@ -49,7 +58,14 @@ class CausalLM:
         return ids, [IGNORED] * len(prompt) + ids[len(prompt) :], len(answer)
 
     def plain(self, text: str) -> list[int]:
+        """The tokens of a part that follows another."""
+        if self.puts_space_first:
+            text = text.removeprefix(" ")  # else there are two
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How many learnt tokens the model's loss on a batch is the mean of: a scalar."""
+        return (batch["labels"][:, 1:] != IGNORED).sum()
 
     def collate(self, examples: Sequence[Completion]) -> dict[str, torch.Tensor]:
         """A batch padded on the right: input_ids, attention_mask, labels, each (batch, length)."""
@@ -82,8 +98,11 @@ class CausalLM:
                 chosen = [some[index] for index in indices]
                 answers = self.generate(model, chosen, device) if generate else None
                 for i, row in enumerate(self.read(model, chosen, device)):
-                    said = answers and answers[i] == chosen[i].answer.strip()
-                    yield {**row, "correct": said}
+                    if answers is None:
+                        yield {**row, "correct": None}
+                    else:
+                        right = self.judge(answers[i], chosen[i])
+                        yield {**row, "correct": right, "said": answers[i]}
 
     def read(
         self, model: torch.nn.Module, examples: Sequence[Completion], device: torch.device
@@ -109,8 +128,8 @@ class CausalLM:
 
     def generate(
         self, model: torch.nn.Module, examples: Sequence[Completion], device: torch.device
-    ) -> list[str]:
-        """Greedy answers. What follows the marker `####` counts where reasoning is learnt."""
+    ) -> list[Generated]:
+        """What the model goes on to write, greedily, after each prompt."""
         prompts = [self.tokenizer(e.prompt)["input_ids"][-self.max_length :] for e in examples]
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
@@ -125,10 +144,8 @@ class CausalLM:
             eos_token_id=self.tokenizer.eos_token_id,
         )[:, longest:]
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [
-            (text.rpartition("####")[2] if example.reasoning else text).strip()
-            for text, example in zip(texts, examples, strict=True)
-        ]
+        ended = (written == self.tokenizer.eos_token_id).any(1).tolist()
+        return [Generated(*answer) for answer in zip(texts, ended, strict=True)]
 
     def probed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """The logits at padding mean nothing."""
@@ -136,3 +153,9 @@ class CausalLM:
 
     def majority(self, examples: Sequence[Completion]) -> float | None:
         return None
+
+
+def puts_space_first(tokenizer: Any) -> bool:
+    """Whether the tokenizer sets a space before whatever it is given, as Llama-2's does."""
+    first = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    return any(token.startswith("▁") for token in tokenizer.convert_ids_to_tokens(first))

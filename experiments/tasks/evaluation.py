@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.data.judges import Generated
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -17,16 +19,18 @@ class Evaluation:
         ids: the examples' ids, in ascending order.
         correct: whether each was answered correctly; its mean is the score.
         score: a finer figure an example, the log-probability of the right answer.
+        said: what was generated, where the task generates.
     """
 
     metrics: dict[str, float]
     ids: np.ndarray
     correct: np.ndarray
     score: np.ndarray
+    said: tuple[Generated, ...] | None = None
 
 
 def collect(rows: list[dict[str, Any]], metric: str) -> Evaluation:
-    """Put rows of `id`, `correct`, `score`, `loss`, `weight` and others together.
+    """Put rows of `id`, `correct`, `score`, `loss`, `weight`, `said` and others together.
 
     "loss" is the mean over what `weight` counts (tokens, or examples); every other numeric column
     is averaged over examples. The rows are summed in the order of their ids, so that the figures do
@@ -35,7 +39,8 @@ def collect(rows: list[dict[str, Any]], metric: str) -> Evaluation:
     rows = sorted(rows, key=lambda row: row["id"])
     total = sum(row["weight"] for row in rows)
     metrics = {"loss": float(sum(row["loss"] for row in rows) / total)}
-    extra = [key for key in rows[0] if key not in ("id", "correct", "score", "loss", "weight")]
+    known = ("id", "correct", "score", "loss", "weight", "said")
+    extra = [key for key in rows[0] if key not in known]
     for key in extra:
         metrics[key] = float(np.mean([row[key] for row in rows]))
     scored = [row for row in rows if row["correct"] is not None]
@@ -46,4 +51,5 @@ def collect(rows: list[dict[str, Any]], metric: str) -> Evaluation:
         ids=np.array([row["id"] for row in scored], dtype=np.int64),
         correct=correct,
         score=np.array([row["score"] for row in scored], dtype=np.float32),
+        said=tuple(row["said"] for row in scored) if scored and "said" in scored[0] else None,
     )

@@ -54,6 +54,10 @@ class TextClassification:
                     "id": example.id, "correct": hit, "score": -loss, "loss": loss, "weight": 1,
                 }  # fmt: skip
 
+    def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How many texts the model's loss on a batch is the mean of: a scalar."""
+        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+
     def probed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """All logits mean something."""
         return None

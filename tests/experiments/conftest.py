@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from substitutes import random_llama, word_tokenizer, write_word_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # experiments/ is an application: it is run from here, not installed
@@ -18,13 +21,27 @@ from experiments.config import register_schemas, resolve  # noqa: E402
 register_schemas()
 
 
+@functools.cache
+def composition(config: str, overrides: tuple[str, ...]):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(config, overrides=list(overrides))
+
+
 @pytest.fixture
 def composed():
-    """`composed("init=pissa", config="train")` is what Hydra makes of these overrides."""
+    """`composed("init=pissa", config="train")` is what Hydra makes of these overrides.
+
+    That takes it a quarter of a second, so equal ones are composed once. Where the results go is
+    another place in every test, and is put in afterwards.
+    """
 
     def build(*overrides: str, config: str = "train"):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return compose(config, overrides=list(overrides))
+        places = [override for override in overrides if override.startswith("paths.outputs=")]
+        others = tuple(override for override in overrides if override not in places)
+        made = copy.deepcopy(composition(config, others))
+        for override in places:
+            made.paths.outputs = override.partition("=")[2]
+        return made
 
     return build
 
@@ -56,38 +73,13 @@ def tiny_encoder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_decoder(tmp_path_factory) -> Path:
     """A folder with a random two-layer Llama and a tokenizer of single characters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-decoder")
-    tokenizer = word_tokenizer(list("0123456789+-= "), characters=True)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=64, max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_llama(tmp_path_factory.mktemp("tiny-decoder"), width=32)
 
 
-def word_tokenizer(words: list[str], characters: bool = False):
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    entries = ["[PAD]", "[UNK]", "[EOS]", *words]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Split(Regex("."), "isolated") if characters else pre_tokenizers.Whitespace()
-    )
-    if characters:
-        tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+@pytest.fixture(scope="session")
+def wide_decoder(tmp_path_factory) -> Path:
+    """The same of the least width that bitsandbytes takes at 4 bits on every CPU."""
+    return random_llama(tmp_path_factory.mktemp("wide-decoder"), width=64)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +93,12 @@ def reviews_csv(tmp_path_factory) -> Path:
         lines.append(f"the film is {word} {filler},{verdict},film {number // 4}")
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def word_problems(tmp_path_factory) -> Path:
+    """A folder with MetaMathQA's and GSM8K's files, in their formats, with a few sums in them."""
+    return write_word_problems(tmp_path_factory.mktemp("word-problems"))
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones(composed):
         ("training.mixed_precision=int4", "bf16"),
         ("tracking.backend=mlflow", "none and wandb"),
         ("runtime.device=tpu", "auto and cpu"),
+        ("runtime.micro_batch_size=0", "runtime.micro_batch_size=0.*null"),
     ],
 )
 def test_a_bad_value_is_refused_with_what_is_allowed(configured, override, message):

@@ -54,9 +54,7 @@ def failure(folder) -> dict:
     ("error", "reason"),
     [(torch.OutOfMemoryError("no room"), "out of memory"), (KeyError("layer"), "error")],
 )
-def test_an_error_is_marked_and_the_next_ask_goes_on(
-    configured, tiny, monkeypatch, error, reason
-):
+def test_an_error_is_marked_and_the_next_ask_goes_on(configured, tiny, monkeypatch, error, reason):
     run = configured(*tiny, "runtime.checkpoint_every=1", "training.validate_at_end=false")
     folder = identify(run)
     with monkeypatch.context() as patch:

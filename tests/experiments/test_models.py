@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments.errors import ConfigurationError
-from experiments.models import load_model, minilm, smollm2
+from experiments.models import checkpoint_activations, load_model, minilm, smollm2
 from experiments.models.checkpoint import Checkpoint, ModelConfig
 from experiments.models.loading import newly_drawn, set_dropout
 from experiments.models.local import LocalModel, locate
@@ -181,3 +181,36 @@ def test_the_cache_follows_xdg(monkeypatch, tmp_path):
     assert smollm2.cache_folder() == tmp_path / "lora_init" / "models"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert smollm2.cache_folder().parts[-3:] == (".cache", "lora_init", "models")
+
+
+def test_a_base_in_sixteen_bits(tiny_decoder):
+    config = LocalModel(path=str(tiny_decoder), dtype="bfloat16")
+    model = load_model(config, task_type="CAUSAL_LM", labels=(), head_seed=0).model
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ConfigurationError, match=r"model\.dtype='bf16'.*did you mean 'bfloat16'"):
+        load_model(LocalModel(path=str(tiny_decoder), dtype="bf16"), **CLASSES, head_seed=0)
+
+
+def test_a_quantised_layer_computes_in_the_bases_dtype():
+    from experiments.models.quantizing import loading_arguments
+
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        settings = loading_arguments("nf4", "CAUSAL_LM", name)["quantization_config"]
+        assert settings.bnb_4bit_compute_dtype == dtype
+    assert loading_arguments("int8", "CAUSAL_LM", "bfloat16")["quantization_config"].load_in_8bit
+
+
+def test_checkpointed_blocks_still_generate_with_a_cache(tiny_decoder):
+    loaded = load_model(
+        LocalModel(path=str(tiny_decoder)), task_type="CAUSAL_LM", labels=(), head_seed=0
+    )
+    model, prompt = loaded.model.eval(), torch.tensor([[5, 6, 7]])
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    checkpoint_activations(model)
+    lengths = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
+    assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+    assert lengths == [3, 1, 1, 1, 1]

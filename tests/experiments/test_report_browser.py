@@ -261,4 +261,4 @@ def test_two_tasks_are_shown_one_at_a_time_and_averaged(tmp_path):
     assert len(re.findall(r'aria-label="[^"]*seeds: 0,1"', drawn["score"])) == 4  # dots and bars
     assert "interquartile mean" in drawn["tasks"]
     assert re.search(r'<tr data-method="pissa"[^>]*rotten_tomatoes"[^>]* hidden', elements)
-    assert "<p class=\"lead\">r8: Kaiming, the baseline, scores" in elements
+    assert '<p class="lead">r8: Kaiming, the baseline, scores' in elements

@@ -16,7 +16,8 @@ def test_the_id_ignores_what_cannot_change_the_outcome(configured, tmp_path):
     plain = identify(configured("init=pissa"))
     for override in (
         f"paths.outputs={tmp_path}", "tracking=wandb", "sweep=other", "runtime.threads=1",
-        "runtime.rerun=true", "measures.update_every=1",
+        "runtime.rerun=true", "measures.update_every=1", "runtime.micro_batch_size=2",
+        "runtime.gradient_checkpointing=true", "runtime.calibration_gib=1",
     ):  # fmt: skip
         assert identify(configured("init=pissa", override)).id == plain.id
     assert identify(configured("init=pissa", "seed=0")).id == plain.id
@@ -26,10 +27,31 @@ def test_the_id_ignores_what_cannot_change_the_outcome(configured, tmp_path):
     "override",
     ["seed=1", "seeds.head=1", "init=olora", "init.niter=4", "training.steps=3", "lora.r=4",
      "model.dropout=null", "data.test_limit=9", "calibration.samples=8",
-     "training.lora_plus_ratio=2", "budget.tokens=50"],
+     "training.lora_plus_ratio=2", "budget.tokens=50", "model.dtype=bfloat16"],
 )  # fmt: skip
 def test_the_id_depends_on_everything_else(configured, override):
     assert identify(configured("init=pissa", override)).id != identify(configured("init=pissa")).id
+
+
+def test_settings_that_came_later_leave_older_runs_as_they_were(configured):
+    """The ids that these configurations had before there were such settings."""
+    known = {
+        ("init=pissa",): "de35604854",
+        ("experiment=arithmetic",): "a1fa0f6e6f",
+        ("control=rslora", "model.dtype=float32"): "03ac340b34",
+        ("model=local", "model.path=x", "init=corda", "calibration.path=null"): "6311b6c239",
+    }
+    assert {overrides: identify(configured(*overrides)).id for overrides in known} == known
+
+
+def test_other_calibration_texts_are_another_run(configured, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "who?"}\n')
+    overrides = ("init=corda", f"calibration.path={path}")
+    before = identify(configured(*overrides)).id
+    assert before != identify(configured("init=corda")).id
+    path.write_text('{"question": "where?"}\n')
+    assert identify(configured(*overrides)).id != before
 
 
 def test_the_folder_is_readable(configured, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.data import Completion, Labelled
+from experiments.data.judges import Generated, says_the_number
 from experiments.tasks import SeededBatches, collect, draw
 from experiments.tasks.batches import by_length
 from experiments.tasks.causal_lm import IGNORED, CausalLM
@@ -139,7 +140,8 @@ def test_generation_ignores_padding(causal, tiny_decoder):
 
 def test_a_model_that_knows_the_answer_is_right(causal, monkeypatch, tiny_decoder):
     model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
-    monkeypatch.setattr(causal, "generate", lambda model, examples, device: ["3", "4"])
+    said = [Generated("3"), Generated("4")]
+    monkeypatch.setattr(causal, "generate", lambda model, examples, device: said)
     examples = [Completion(0, "1+2=", " 3"), Completion(1, "2+3=", " 5")]
     with torch.inference_mode():
         result = collect(list(causal.rows(model, examples, 2, CPU)), causal.metric)
@@ -147,3 +149,54 @@ def test_a_model_that_knows_the_answer_is_right(causal, monkeypatch, tiny_decode
         0: True, 1: False,
     }  # fmt: skip
     assert result.correct.dtype == np.bool_
+
+
+def test_the_datas_judge_decides(tiny_decoder, monkeypatch):
+    task = CausalLM(AutoTokenizer.from_pretrained(tiny_decoder), 16, 2, 4, says_the_number)
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+    said = [Generated("7 - 4 = 3.0"), Generated("7 - 4 = 3.0", ended=False)]
+    monkeypatch.setattr(task, "generate", lambda model, examples, device: said)
+    examples = [Completion(0, "1+2=", " 3"), Completion(1, "1+2=", " 3")]
+    with torch.inference_mode():
+        result = collect(list(task.rows(model, examples, 2, CPU)), task.metric)
+    assert result.correct.tolist() == [True, False]
+    assert result.said == tuple(said)
+
+
+def test_generation_tells_whether_it_came_to_an_end(causal, tiny_decoder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+    examples = [Completion(0, "1+2=", "3"), Completion(1, "11+22+33=", "66")]
+    assert [said.ended for said in causal.generate(model, examples, CPU)] == [False, False]
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[causal.tokenizer.eos_token_id] = 1.0
+        model.model.norm.weight.zero_()  # all logits are equal: the first token, which is padding
+    model.generation_config.suppress_tokens = [
+        i for i in range(len(causal.tokenizer)) if i != causal.tokenizer.eos_token_id
+    ]
+    assert causal.generate(model, examples, CPU) == [Generated("", True)] * 2
+
+
+def test_a_tokenizer_that_puts_a_space_first_gets_no_second():
+    """Llama-2's does: " 42" alone would be "  42", which follows nothing it was trained on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "</s>", "▁", "▁so", "▁it", "▁is", "4",
+                                                      "2", "▁a"])}  # fmt: skip
+    spaced = Tokenizer(models.BPE(vocabulary, [], unk_token="<s>", fuse_unk=False))
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    spaced.decoder = decoders.Metaspace()
+    spaced.add_tokens(["▁so", "▁it", "▁is", "▁a"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=spaced, eos_token="</s>", pad_token="</s>", unk_token="<s>"
+    )
+    task = CausalLM(tokenizer, max_length=32, generate_limit=1, max_new_tokens=1)
+    assert task.puts_space_first
+    tokens = tokenizer.convert_ids_to_tokens(task.plain(" 42"))
+    assert (
+        tokens
+        == tokenizer.convert_ids_to_tokens(
+            tokenizer("so 42", add_special_tokens=False)["input_ids"]
+        )[-3:]
+    )

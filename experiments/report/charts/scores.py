@@ -10,6 +10,7 @@ from ..views import Views
 
 SECTION = "Scores"
 
+
 def charts(canvas: Canvas, views: Views, majority: dict[str, float], covers: str) -> list[Chart]:
     """Those that there are data for.
 

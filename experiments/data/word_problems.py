@@ -1,0 +1,152 @@
+"""What the sources of grade-school word problems share: prompts, and files that are found or named.
+
+GSM8K's and MetaMathQA's files are not part of any package. They come from a folder of the user's,
+or from the Hugging Face hub where it is reached. Nothing is guessed: a file that is missing is
+named, with where to get it and the setting that says where it lies.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.data.examples import DataConfig
+from experiments.errors import ConfigurationError
+
+METAMATH_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{query}\n\n### Response: Let's think step by step."
+)
+"""MetaMath's official prompt for evaluation (Yu et al. 2023, arXiv 2309.12284)."""
+
+
+@dataclass
+class WordProblems(DataConfig):
+    """What these sources have in common.
+
+    Attributes:
+        path: the folder that the files are in; None asks the hub.
+        prompt: what comes before the solution, with {query} where the question goes.
+        gap: what stands between prompt and solution.
+        marker: what the solution ends with before its number.
+    """
+
+    path: str | None = None
+    prompt: str = METAMATH_PROMPT
+    gap: str = " "
+    marker: str = "The answer is:"
+
+    def __post_init__(self) -> None:
+        if "{query}" not in self.prompt:
+            raise ValueError(
+                f"data.prompt={self.prompt!r} has no place for the question; write {{query}} there"
+            )
+        share = getattr(self, "validation_share", 0.0)
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"data.validation_share={share}; allowed are shares 0.0 <= x < 1.0")
+
+    def prompted(self, question: str) -> str:
+        return self.prompt.replace("{query}", question)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of a public data set.
+
+    Attributes:
+        names: what the file may be called in the user's folder; the first is the official name.
+        address: where to get it, for people.
+        repository, file: where the hub has it.
+    """
+
+    names: tuple[str, ...]
+    address: str
+    repository: str
+    file: str
+
+
+def located(source: Source, folder: str | None, data: str) -> Path:
+    """The file in `folder`, or from the hub if no folder is given.
+
+    Raises:
+        ConfigurationError: it is in neither.
+    """
+    official = source.names[0]
+    if folder is not None:
+        place = Path(folder).expanduser()
+        for name in source.names:
+            if (place / name).is_file():
+                return place / name
+        state = "has no such file" if place.is_dir() else "no such folder"
+        raise ConfigurationError(
+            f"data={data} needs the file {' or '.join(source.names)}, and data.path={folder!r}: "
+            f"{state} (looked in {place.resolve()}); get it from {source.address} and put it there"
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source.repository, source.file, repo_type="dataset"))
+    except Exception as error:  # of a dozen kinds, from no network to no right to read
+        raise ConfigurationError(
+            f"data={data} needs the file {official}: the hub did not give {source.file} of "
+            f"{source.repository} ({type(error).__name__}); get it from {source.address} and "
+            "set data.path to the folder it is in"
+        ) from error
+
+
+def read_rows(path: Path, fields: Iterable[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON list, JSON lines or Parquet file, each with all `fields` as text.
+
+    Raises:
+        ConfigurationError: another format, with the file and the row.
+    """
+    try:
+        if path.suffix == ".parquet":
+            rows = pd.read_parquet(path).to_dict("records")
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            # Not splitlines: JSON strings may hold other line separators than \n.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(
+            f"{path}: not readable as {path.suffix.lstrip('.')}: {error}; get the file again"
+        ) from error
+    if not isinstance(rows, list) or not rows:
+        raise ConfigurationError(f"{path}: expected a list of examples; get the file again")
+    for number, row in enumerate(rows, start=1):
+        missing = [
+            field
+            for field in fields
+            if not isinstance(row, dict) or not isinstance(row.get(field), str)
+        ]
+        if missing:
+            raise ConfigurationError(
+                f"{path}: row {number} has no text {', '.join(missing)}; each row needs "
+                f"{', '.join(fields)}"
+            )
+    return rows
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    """A hash of the files' contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        facts = path.stat()
+        digest.update(hash_of_file(path, facts.st_size, facts.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=16)
+def hash_of_file(path: Path, size: int, changed: int) -> bytes:
+    """Of the bytes, read in pieces; once a process while size and time of change stay."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,273 @@
+"""Tables and figures of EVA's claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import altair as alt
+import pandas as pd
+
+from experiments.papers.drawing import chart
+from experiments.papers.eva_variance.costs import FULL_SVD
+from experiments.papers.eva_variance.inputs import ANOTHER_ORDER, OTHER_DATA, THE_END
+from experiments.papers.findings import Figure, Table
+from experiments.report.canvas import INK, SOFT
+from experiments.report.palette import marks
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+CEILING = "most possible"
+
+
+def variance_table(explained: pd.DataFrame) -> Table:
+    found = explained.pivot_table(
+        index=["model", "kind", "rank"], columns="method", values=["seen", "fresh"],
+        aggfunc="median", sort=False,
+    )  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "EVA, its own data": found["seen", "eva"],
+            "EVA, other films": found["fresh", "eva"],
+            "kaiming": found["fresh", "kaiming"],
+            "gaussian": found["fresh", "gaussian"],
+        }
+    ).reset_index()
+    expected = explained.groupby(["model", "kind", "rank"], sort=False)["random"].first()
+    frame["r / n"] = expected.to_numpy()
+    return Table(
+        "variance", "Share of the inputs’ variance that A’s row space explains, median over blocks",
+        frame.rename(columns={"kind": "inputs of"}), {name: ".3f" for name in list(frame)[3:]},
+        "Kaiming and gaussian on the data of other films, as the second column of EVA.",
+    )  # fmt: skip
+
+
+def convergence_table(convergence: pd.DataFrame) -> Table:
+    found = convergence.pivot_table(
+        index=["model", "batches"], columns="against", values="overlap", aggfunc="median",
+        sort=False,
+    )  # fmt: skip
+    frame = found[[THE_END, ANOTHER_ORDER, OTHER_DATA]]
+    kept = convergence.groupby(["model", "batches"], sort=False)["kept"].median()
+    frame = frame.assign(**{"variance kept": kept}).reset_index()
+    return Table(
+        "convergence", "Overlap of EVA’s subspace after some batches with others, median over "
+        "inputs", frame, {name: ".3f" for name in list(frame)[2:]},
+        "With that after all batches; with that after as many batches in another order (all "
+        "batches give the same in any order); with that of equally many batches of other films. "
+        "Variance kept: what it explains of other films’ inputs, of what their own best subspace "
+        "explains.",
+    )  # fmt: skip
+
+
+def gradient_table(gradients: pd.DataFrame) -> Table:
+    parts = []
+    for model, some in gradients.groupby("model", sort=False):
+        raw = some.pivot_table(index="layer", columns="method", values="raw")
+        relative = raw.div(raw["kaiming"], axis=0).median()
+        middle = some.groupby("method")[["norm_A", "equal_norm", "span", "random"]].median()
+        found = pd.DataFrame(
+            {
+                "E‖∇B‖² / kaiming’s": relative,
+                "‖A‖": middle["norm_A"],
+                "at equal ‖A‖": middle["equal_norm"],
+                "A’s row space": middle["span"],
+                "r / n": middle["random"],
+            }
+        ).sort_values("at equal ‖A‖", ascending=False)
+        found = found.rename_axis("method").reset_index()
+        found.loc[len(found), ["method", "at equal ‖A‖", "A’s row space"]] = [
+            CEILING, *[some.groupby("layer")["ceiling"].first().median()] * 2,
+        ]  # fmt: skip
+        parts.append(found.assign(model=model))
+    frame = pd.concat(parts, ignore_index=True)
+    frame = frame[["model", *(name for name in frame if name != "model")]]
+    return Table(
+        "gradients", "The first gradient of B by method, median over layers", frame,
+        {"at equal ‖A‖": ".3f", "A’s row space": ".3f", "r / n": ".3f"},
+        "At s = 1, over batches that no method has seen. The last columns are shares of E‖G‖²: "
+        "r E‖G Aᵀ‖² / ‖A‖², and what the row space of A holds, whatever the norms of its rows.",
+    )  # fmt: skip
+
+
+def ranks_table(ranks: pd.DataFrame) -> Table:
+    frame = (
+        ranks.groupby(["model", "kind"], sort=False)["rank"]
+        .agg(["mean", "min", "max"])
+        .reset_index()
+        .rename(columns={"mean": "mean rank", "min": "least", "max": "most"})
+    )
+    return Table("ranks", "Ranks that EVA chooses, by kind of layer", frame, {"mean rank": ".1f"})
+
+
+def costs_table(costs: pd.DataFrame, model: str) -> Table:
+    frame = costs.rename(
+        columns={
+            "steps": "training steps", "share": "% of an epoch here", "paper": "% in the paper",
+        }
+    )  # fmt: skip
+    return Table(
+        "costs", f"What a start costs ({model})", frame,
+        {"seconds": ".2f", "training steps": ".1f", "% of an epoch here": ".2f",
+         "% in the paper": ".1f"},
+        "Seconds of the initialization without injection, wall clock. The paper’s epoch is many "
+        "times longer than this one; training steps do not depend on that.",
+    )  # fmt: skip
+
+
+def variance_figure(explained: pd.DataFrame, model: str) -> Figure:
+    """By kind of input; a random A lies at r / n for each width."""
+    some = explained[explained["model"] == model]
+    eva = some[some["method"] == "eva"].groupby(["kind", "rank"], as_index=False, sort=False)
+    drawn = eva[["fresh", "random"]].median()
+    random = some[some["method"] == "kaiming"].groupby("rank", as_index=False)["fresh"].median()
+    kinds = drawn["kind"].unique().tolist()
+    ranks = sorted(drawn["rank"].unique().tolist())
+    x = alt.X(
+        "rank:Q", scale=alt.Scale(type="log", base=2), title="rank", axis=alt.Axis(values=ranks)
+    )
+    y = alt.Y("fresh:Q", title="share of the variance, other films", axis=alt.Axis(format="%"),
+              scale=alt.Scale(domain=[0, 1]))  # fmt: skip
+    color = alt.Color(
+        "kind:N", scale=alt.Scale(domain=kinds, range=list(COLORS[: len(kinds)])),
+        legend=alt.Legend(title="EVA, inputs of", orient="bottom", columns=3, labelLimit=200),
+    )  # fmt: skip
+    lines = chart(drawn).mark_line(point=True).encode(
+        x=x, y=y, color=color,
+        tooltip=["kind:N", "rank:Q", alt.Tooltip("fresh:Q", format=".1%")],
+    )  # fmt: skip
+    flat = chart(random).mark_line(strokeDash=[4, 4], color=SOFT).encode(x=x, y=y)
+    told = chart(random.tail(1)).mark_text(
+        text="a random A", color=SOFT, dy=-9, align="right", fontSize=12
+    ).encode(x=x, y=y)  # fmt: skip
+    return Figure(
+        f"variance_{model}", f"Variance that the first directions explain ({model})",
+        "Measured on films that EVA has not seen, median over blocks. Dashed: kaiming’s A, median "
+        "over all inputs, about r / n.",
+        (lines + flat + told).properties(height=280),
+    )  # fmt: skip
+
+
+def convergence_figure(convergence: pd.DataFrame) -> Figure:
+    drawn = convergence.groupby(["model", "batches", "against"], as_index=False)["overlap"].median()
+    kept = convergence.groupby(["model", "batches"], as_index=False)["kept"].median()
+    kept = kept.rename(columns={"kept": "overlap"}).assign(against="variance kept")
+    drawn = pd.concat([drawn, kept], ignore_index=True)
+    order = [THE_END, ANOTHER_ORDER, OTHER_DATA, "variance kept"]
+    models = drawn["model"].unique().tolist()
+    line = alt.StrokeDash(
+        "model:N", scale=alt.Scale(domain=models, range=[[1, 0], [5, 3], [2, 2]][: len(models)]),
+        legend=alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2),
+    )  # fmt: skip
+    drawing = (
+        chart(drawn)
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("batches:Q", scale=alt.Scale(type="log", base=2), title="batches of 4",
+                    axis=alt.Axis(values=[1, 2, 4, 8, 16, 32, 64, 90])),
+            y=alt.Y("overlap:Q", title="overlap, or share", scale=alt.Scale(zero=False)),
+            color=alt.Color(
+                "against:N",
+                scale=alt.Scale(domain=order, range=["#0072b2", "#009e73", "#d55e00", INK]),
+                legend=alt.Legend(title=None, orient="bottom", columns=2),
+            ),
+            strokeDash=line,
+            tooltip=["model:N", "against:N", "batches:Q", alt.Tooltip("overlap:Q", format=".3f")],
+        )
+        .properties(height=280)
+    )  # fmt: skip
+    return Figure(
+        "convergence", "How soon the directions are found",
+        "Overlap of EVA’s subspace with that after all batches, with that after as many in another "
+        "order, and with that of other films; and the variance it keeps there of the best "
+        "possible. Medians over inputs.", drawing,
+    )  # fmt: skip
+
+
+def ranks_figure(ranks: pd.DataFrame, model: str, rank: int, rho: float) -> Figure:
+    some = ranks[ranks["model"] == model]
+    kinds = some["kind"].unique().tolist()
+    many = some["block"].nunique() > 12
+    drawing = (
+        chart(some)
+        .mark_rect(stroke="white", strokeWidth=1)
+        .encode(
+            x=alt.X("block:O", title="block", axis=alt.Axis(
+                labelAngle=0, values=list(range(0, 1 + int(some["block"].max()), 5 if many else 1)),
+            )),
+            y=alt.Y("kind:N", sort=kinds, title=None),
+            color=alt.Color(
+                "rank:Q", scale=alt.Scale(scheme="viridis", domain=[0, rank * rho]),
+                legend=alt.Legend(title="rank", orient="bottom", gradientLength=200),
+            ),
+            tooltip=["layer:N", "rank:Q"],
+        )
+        .properties(height=alt.Step(26))
+    )  # fmt: skip
+    return Figure(
+        f"ranks_{model}", f"Ranks that EVA gives to each layer ({model})",
+        f"From {rank} each, rho = {rho:g}: between 0 and {rank * rho:g}, with the same sum.",
+        drawing,
+    )  # fmt: skip
+
+
+def gradients_figure(gradients: pd.DataFrame, model: str) -> Figure:
+    some = gradients[gradients["model"] == model]
+    ceiling = some[some["method"] == "eva"].assign(method=CEILING)
+    ceiling = ceiling.assign(equal_norm=ceiling["ceiling"])
+    drawn = pd.concat([some, ceiling])[["method", "layer", "equal_norm"]]
+    middle = drawn.groupby("method", as_index=False)["equal_norm"].median()
+    order = middle.sort_values("equal_norm", ascending=False)["method"].tolist()
+    methods = [name for name in order if name != CEILING]
+    chosen = marks(methods)
+    y = alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=150))
+    x = alt.X(
+        "equal_norm:Q", scale=alt.Scale(type="log"),
+        axis=alt.Axis(format="~%", values=[1e-4, 1e-3, 1e-2, 0.1, 1]),
+        title="share of the gradient’s energy, A at the norm of orthonormal rows",
+    )  # fmt: skip
+    color = alt.Color(
+        "method:N", legend=None,
+        scale=alt.Scale(domain=[*methods, CEILING],
+                        range=[*(chosen[m].color for m in methods), INK]),
+    )  # fmt: skip
+    dots = chart(drawn).mark_circle(size=22, opacity=0.4).encode(
+        x=x, y=y, color=color, tooltip=["method:N", "layer:N", "equal_norm:Q"],
+    )  # fmt: skip
+    ticks = chart(middle).mark_tick(thickness=3, size=13, color=INK).encode(
+        x=x, y=y, tooltip=["method:N", alt.Tooltip("equal_norm:Q", format=".3f")],
+    )  # fmt: skip
+    width = float(some["random"].median())
+    random = chart(pd.DataFrame({"equal_norm": [width]})).mark_rule(
+        strokeDash=[4, 4], color=SOFT
+    ).encode(x="equal_norm:Q")  # fmt: skip
+    return Figure(
+        f"gradients_{model}", f"The first gradient of B, at equal norm of A ({model})",
+        "A dot a layer, a bar at the median. Dashed: r / n, a random A’s. The most possible are "
+        "the first eigenvectors of E GᵀG, which take the gradients themselves to find.",
+        (random + dots + ticks).properties(height=alt.Step(17)),
+    )  # fmt: skip
+
+
+def costs_figure(costs: pd.DataFrame) -> Figure:
+    short = {FULL_SVD: "full SVD"}
+    drawn = costs.assign(method=costs["method"].replace(short))
+    order = drawn.sort_values("steps")["method"].tolist()
+    chosen: Mapping = marks(order)
+    y = alt.Y("method:N", sort=order, title=None)
+    x = alt.X(
+        "steps:Q", scale=alt.Scale(type="log"), title="training steps of the same time",
+        axis=alt.Axis(values=[0.01, 0.1, 1, 10, 100, 1000]),
+    )  # fmt: skip
+    dots = chart(drawn).mark_circle(size=110, opacity=1).encode(
+        x=x, y=y,
+        color=alt.Color("method:N", legend=None, scale=alt.Scale(
+            domain=order, range=[chosen[m].color for m in order])),
+        tooltip=["method:N", "seconds:Q", "steps:Q"],
+    )  # fmt: skip
+    labels = chart(drawn).mark_text(align="left", dx=9, color=INK, fontSize=12).encode(
+        x=x, y=y, text=alt.Text("steps:Q", format=".2~g")
+    )  # fmt: skip
+    return Figure(
+        "costs", "What a start costs, in training steps",
+        "Time of the initialization over that of one training step at the same batch size.",
+        (dots + labels).properties(height=alt.Step(24)),
+    )  # fmt: skip

@@ -1,0 +1,200 @@
+"""The inputs of a model's layers: what their first directions explain, how soon these are found,
+and which ranks follow.
+
+Layers that read one tensor (query, key and value; gate and up) count once here, by the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from experiments.console import say
+from experiments.papers.eva_variance.settings import EvaVarianceSettings
+from experiments.papers.eva_variance.variance import (
+    directions,
+    explained_share,
+    merged,
+    overlap,
+    powers_of_two,
+)
+from experiments.papers.subjects import Layer, Subject
+from experiments.papers.tasks import Batches
+from lora_init.allocation import LayerRequest
+from lora_init.calibration import LayerStatistics
+from lora_init.initializers.eva import EvaOptions
+from lora_init.modules import weight_shape
+from lora_init.moments import InputStatistics
+from lora_init.progress import tracked
+from lora_init.registry import CalibrationRequest, get_initializer
+from lora_init.seeding import layer_generator
+from lora_init.statistics import collect
+
+RANDOM = ("kaiming", "gaussian")
+THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "other films"
+
+Inputs = dict[tuple[str, ...], InputStatistics]
+"""The statistics of each distinct input, by the names of the layers that read it."""
+
+
+def prefixes(
+    subject: Subject, names: Sequence[str], batches: Batches, counts: Sequence[int]
+) -> Iterator[tuple[int, Inputs]]:
+    """The moments of the first so many batches, for every count: one pass in all."""
+    total: Inputs = {}
+    before = 0
+    for count in tracked(counts, f"inputs of {subject.name}"):
+        layers = collect(subject.model, names, CalibrationRequest(), batches[before:count]).layers
+        found = distinct(layers)
+        total = {key: merged(total[key], new) if total else new for key, new in found.items()}
+        before = count
+        yield count, total
+
+
+def distinct(layers: Mapping[str, LayerStatistics]) -> Inputs:
+    readers: dict[int, list[str]] = {}
+    for name, statistics in layers.items():
+        readers.setdefault(id(statistics.inputs), []).append(name)
+    return {tuple(names): layers[names[0]].inputs for names in readers.values()}
+
+
+def measure_inputs(
+    subject: Subject,
+    chosen: Sequence[Layer],
+    own: Batches,
+    other: Batches,
+    settings: EvaVarianceSettings,
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """Rows of explained variance, of convergence, and of ranks.
+
+    Args:
+        chosen: the layers whose directions are looked at; ranks are chosen over all layers.
+        own, other: batches of different films, equally many.
+    """
+    names = [layer.name for layer in chosen]
+    counts = powers_of_two(len(own))
+    mixed = torch.randperm(len(own), generator=torch.Generator().manual_seed(settings.seed))
+    say(f"  {subject.name}: inputs over {len(own)} batches, in two orders, and of other films")
+    found: dict[tuple[str, int], dict[tuple[str, ...], torch.Tensor]] = {}
+    everything = [layer.name for layer in subject.layers]
+    for count, total in prefixes(subject, everything, own, counts):
+        seen = {key: total[key] for key in total if key[0] in set(names)}
+        found["own", count] = found_directions(seen, settings.rank)
+    shuffled = [own[index] for index in mixed]
+    for count, again in prefixes(subject, names, shuffled, counts):
+        found["shuffled", count] = found_directions(again, settings.rank)
+    for _, fresh in prefixes(subject, names, other, [len(other)]):
+        found["other", len(other)] = found_directions(fresh, settings.rank)
+    converged = convergence(found, counts, fresh)
+    explained = explained_variance(subject, seen, fresh, settings)
+    ranks = chosen_ranks(subject, total, settings)
+    return explained, converged, ranks
+
+
+def found_directions(inputs: Inputs, rank: int) -> dict[tuple[str, ...], torch.Tensor]:
+    return {key: directions(statistics, rank) for key, statistics in inputs.items()}
+
+
+def convergence(
+    found: Mapping[tuple[str, int], Mapping[tuple[str, ...], torch.Tensor]],
+    counts: Sequence[int],
+    fresh: Inputs,
+) -> list[dict]:
+    """By input and number of batches: overlaps, and the variance kept of other films' inputs.
+
+    Args:
+        found: EVA's A by ("own" | "shuffled", number of batches), and that of the other data.
+    """
+    last = counts[-1]
+    (other,) = (found[key] for key in found if key[0] == "other")
+    rows = []
+    for key, statistics in fresh.items():
+        best = explained_share(statistics.covariance, other[key])
+        for count in counts:
+            own = found["own", count][key]
+            compared = {
+                THE_END: found["own", last][key],
+                ANOTHER_ORDER: found["shuffled", count][key],
+                OTHER_DATA: other[key],
+            }
+            kept = explained_share(statistics.covariance, own) / best
+            for against, directions_there in compared.items():
+                rows.append(
+                    {
+                        "layer": key[0],
+                        "batches": count,
+                        "against": against,
+                        "overlap": overlap(own, directions_there),
+                        "kept": kept,
+                    }
+                )
+    return rows
+
+
+def explained_variance(
+    subject: Subject, seen: Inputs, fresh: Inputs, settings: EvaVarianceSettings
+) -> list[dict]:
+    """By input, rank and method: the share on the data seen, and on other films."""
+    kinds = {layer.name: layer.kind for layer in subject.layers}
+    rows = []
+    for key, statistics in seen.items():
+        width = len(statistics.mean)
+        ranks = [rank for rank in settings.ranks if rank <= width]
+        for rank in ranks:
+            starts = {"eva": directions(statistics, rank)}
+            for method in RANDOM:
+                starts[method] = random_start(method, key[0], width, rank, settings.seed)
+            for method, lora_A in starts.items():
+                rows.append(
+                    {
+                        "layer": key[0],
+                        "kind": ", ".join(shortened(kinds[name]) for name in key),
+                        "rank": rank,
+                        "method": method,
+                        "seen": explained_share(statistics.covariance, lora_A),
+                        "fresh": explained_share(fresh[key].covariance, lora_A),
+                        "random": rank / width,
+                    }
+                )
+    return rows
+
+
+def random_start(method: str, name: str, width: int, rank: int, seed: int) -> torch.Tensor:
+    """A of a method that reads nothing but the layer's shape, by the library's function."""
+    spec = get_initializer(method)
+    weight = torch.empty(width, width, device="meta")
+    generator = layer_generator(seed, name)
+    return spec.function(weight, rank, 1.0, None, spec.options(), generator).lora_A
+
+
+def chosen_ranks(subject: Subject, inputs: Inputs, settings: EvaVarianceSettings) -> list[dict]:
+    """EVA's ranks over all layers, from `rank` each."""
+    found = {name: statistics for key, statistics in inputs.items() for name in key}
+    requests = {
+        layer.name: LayerRequest(
+            settings.rank,
+            weight_shape(subject.model.get_submodule(layer.name)),
+            LayerStatistics(inputs=found[layer.name]),
+        )
+        for layer in subject.layers
+    }
+    ranks = get_initializer("eva").allocate(requests, EvaOptions(rho=settings.rho))
+    return [
+        {
+            "layer": layer.name,
+            "block": layer.block,
+            "kind": shortened(layer.kind),
+            "rank": ranks[layer.name],
+            "parameters": ranks[layer.name] * sum(requests[layer.name].shape),
+            "uniform": settings.rank * sum(requests[layer.name].shape),
+        }
+        for layer in subject.layers
+    ]
+
+
+def shortened(kind: str) -> str:
+    """What a layer does, in a word or two: "query", "attention output", "q"."""
+    parts = kind.removesuffix(".dense").split(".")
+    last = parts[-1].removesuffix("_proj")
+    return "attention output" if parts == ["attention", "output"] else last

@@ -1,0 +1,129 @@
+"""Both models measured, every claim judged."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from experiments.console import say
+from experiments.papers.findings import Findings
+from experiments.papers.loftq_iterations import closed_form, iterating, showing
+from experiments.papers.loftq_iterations.measuring import (
+    Frames,
+    Study,
+    encoder_study,
+    language_study,
+    measure_starts,
+)
+from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
+from experiments.papers.loftq_iterations.training import fine_tunings
+from experiments.papers.paper import Paper
+
+
+def reproduce(settings: LoftqIterationsSettings) -> Findings:
+    """Measure, and judge."""
+    say(f"  {settings.encoder}: looking at the layers’ inputs")
+    first = encoder_study(settings)
+    cases = [
+        (bits, rank)
+        for bits in settings.bits
+        for rank in settings.ranks
+        if bits < 8 or rank == max(settings.ranks)
+    ]
+    encoder = measure_starts(
+        first, cases, settings.iterations, settings.order_iterations, closed_form_last=True
+    )
+    trained = fine_tunings(first, settings, max(settings.order_iterations))
+    say(f"  {settings.language_model}: looking at the layers’ inputs")
+    second = language_study(settings)
+    cases = [(bits, settings.language_rank) for bits in settings.language_bits]
+    language = measure_starts(
+        second, cases, settings.language_iterations, [], closed_form_last=False
+    )
+    original = second.measure.original_losses().perplexity
+    return Findings(
+        claims=claims(encoder, language, trained, original, settings.seed),
+        setting=described(first, second, settings),
+        tables=[
+            showing.models_table(
+                encoder.models, "encoder", f"Every start of {settings.encoder}", "hidden states"
+            ),
+            showing.models_table(
+                language.models, "language_model", f"Every start of {settings.language_model}", "KL"
+            ),
+        ],
+        figures=[
+            showing.iterations_figure(encoder.models),
+            showing.layers_figure(encoder.layers),
+            showing.agreement_figure(encoder.models),
+            showing.perplexity_figure(language.models, original),
+        ],
+        discussion=discussion(encoder),
+    )
+
+
+def claims(
+    encoder: Frames, language: Frames, trained: pd.DataFrame, original: float, seed: int
+) -> list:
+    models = pd.concat([encoder.models, language.models], ignore_index=True)
+    layers = pd.concat([encoder.layers, language.layers], ignore_index=True)
+    return [
+        iterating.weight_claim(encoder.paths),
+        iterating.output_claim(layers),
+        iterating.model_claim(models),
+        closed_form.lower_claim(models),
+        closed_form.perplexity_claim(language.models, original),
+        closed_form.diagonal_claim(language.losses, language.models),
+        closed_form.correlation_claim(encoder.models, language.models, seed),
+        closed_form.own_base_claim(layers),
+        closed_form.any_base_claim(encoder.layers),
+        iterating.order_claim(encoder.models),
+        iterating.training_claim(trained),
+    ]
+
+
+def described(first: Study, second: Study, settings: LoftqIterationsSettings) -> dict[str, str]:
+    def blocks(every: int) -> str:
+        return "all layers" if every == 1 else f"the layers of every {every}. block"
+
+    return {
+        "encoder": f"{first.ground.subject.described}; {blocks(settings.encoder_every)} quantised "
+        f"({len(first.ground.targets)}); {first.ground.calibration.tokens:,} tokens of film "
+        f"reviews for calibration, {first.held_out.tokens:,} of other films held out",
+        "language model": f"{second.ground.subject.described}; {blocks(settings.language_every)} "
+        f"quantised ({len(second.ground.targets)}), errors of {len(second.measured)} measured; "
+        f"{second.ground.calibration.tokens:,} tokens of film plots for calibration, "
+        f"{second.held_out.tokens:,} of other films held out",
+        "quantisers": "NF4 and NF2 with one scale for 64 weights, int8 with one for a row; the "
+        "papers’ 4.25 bits are 4-bit blocks of 32 with a scale of 8 bits",
+        "fine-tuning": f"{settings.encoder} from 2 bits, r = {max(settings.ranks)}, "
+        f"{settings.training_steps} steps of {settings.training_batch} reviews, learning rate "
+        f"{settings.learning_rate:g}, orders of the data {settings.training_seeds}, "
+        f"{settings.validation_sentences} held-out reviews",
+        "the papers’": "TinyLlama-1.1B on wikitext2 (QERA); DeBERTaV3-base on GLUE, 2 bits (LoftQ)",
+    }
+
+
+def discussion(encoder: Frames) -> list[str]:
+    shares = showing.shares(encoder.models)
+    some = shares[shares["bits"] == 4].groupby("method")["output"].min()
+    return [
+        "QERA minimises a layer’s output error for the base that it is given. Which base that is "
+        "matters too: starts that quantise what is left after a low-rank part has been taken out "
+        f"reach {some['loftq']:.0f} % (LoftQ) and {some['svd first']:.0f} % (SVD first) of plain "
+        f"quantisation’s error at 4 bits, QERA on the plain base {some['qera']:.0f} %, and the "
+        f"closed form on LoftQ’s base {some['loftq + qera']:.0f} %.",
+        "An error of one layer, on the original model’s inputs, leaves out that every layer of the "
+        "quantised model reads inputs that are wrong already; the whole model’s error has it.",
+    ]
+
+
+PAPER = Paper(
+    name="loftq_iterations",
+    title="LoftQ and QERA: weights, outputs, and the order of things",
+    source="Li et al. 2023, arXiv 2310.08659, algorithm 1 and the comparison of both orders; Zhang "
+    "et al. 2024, arXiv 2410.06040, theorems 1 and 2, perplexity of TinyLlama",
+    question="Do LoftQ’s iterations lower what matters, does their order, and is a closed form for "
+    "the outputs better?",
+    settings=LoftqIterationsSettings,
+    reproduce=reproduce,
+)

@@ -1,0 +1,96 @@
+"""Short fine-tunings from a quantised encoder: does the order of the alternation show in them?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+
+from experiments.console import say
+from experiments.data import Labelled, rotten_tomatoes
+from experiments.papers.loftq_iterations.measuring import Study, spread
+from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
+from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, Ground
+from experiments.papers.subjects import place
+from experiments.schedule import TrainingConfig
+from experiments.tasks.text_classification import TextClassification
+from experiments.training import make_accelerator, train
+from lora_init import LoraModel
+from lora_init.registry import get_initializer
+from lora_init.seeding import layer_generator
+
+BITS = 2
+
+
+def fine_tunings(found: Study, settings: LoftqIterationsSettings, iterations: int) -> pd.DataFrame:
+    """A row a start, seed and held-out sentence: its loss, and whether it was classified right.
+
+    Args:
+        iterations: T of both orders.
+    """
+    rank = max(settings.ranks)
+    data = rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes())
+    train_count = settings.training_steps * settings.training_batch
+    examples = spread(data.train, train_count)
+    validation = spread(data.validation, settings.validation_sentences)
+    task = TextClassification(found.ground.subject.tokenizer, settings.sentence_length)
+    rows = []
+    for method, model in arms(found.ground, rank, iterations):
+        say(f"  {found.ground.subject.name}: training from {BITS} bits, {method}")
+        start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        for seed in settings.training_seeds:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(start[name])
+            rows += [
+                {"method": method, "seed": seed, **row}
+                for row in trained(model, task, examples, validation, settings, seed)
+            ]
+    return pd.DataFrame(rows)
+
+
+def arms(ground: Ground, rank: int, iterations: int) -> Iterator[tuple[str, LoraModel]]:
+    """Both orders at the same T, and quantisation with a start that corrects nothing (QLoRA's)."""
+    chosen = {"name": "loftq", "loftq_bits": BITS, "loftq_iter": iterations}
+    with ground.started(rank, chosen) as model:
+        yield LOFTQ, model
+    with ground.started(rank, {"name": "qpissa", "bits": BITS, "iterations": iterations}) as model:
+        ground.refit(model, ground.best_for_weight)
+        yield SVD_FIRST, model
+    kaiming = get_initializer("kaiming")
+
+    def drawn(name, lost, rank, scaling):
+        function, options = kaiming.function_for("Linear"), kaiming.options()
+        made = function(lost, rank, scaling, None, options, layer_generator(ground.seed, name))
+        return made.lora_A, made.lora_B
+
+    with ground.started(rank, {"name": "qera", "bits": BITS}) as model:
+        ground.refit(model, drawn)
+        yield PLAIN, model
+
+
+def trained(
+    model: LoraModel,
+    task: TextClassification,
+    examples: list[Labelled],
+    validation: list[Labelled],
+    settings: LoftqIterationsSettings,
+    seed: int,
+) -> list[dict]:
+    training = TrainingConfig(
+        steps=settings.training_steps, batch_size=settings.training_batch,
+        learning_rate=settings.learning_rate, max_length=settings.sentence_length,
+        validate_at_end=False,
+    )  # fmt: skip
+    train(
+        model, task, examples, training, seed=seed,
+        accelerator=make_accelerator(training, settings.device), record=lambda row: None,
+    )  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        return [
+            {"sentence": row["id"], "loss": row["loss"], "right": float(row["correct"])}
+            for row in task.rows(model, validation, 64, place(settings.device))
+        ]

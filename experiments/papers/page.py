@@ -1,0 +1,101 @@
+"""All reproductions as one self-contained page, and as one Markdown file with pictures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from experiments.papers.results import Result
+from experiments.papers.summary import counted
+from experiments.papers.tables import CLAIM_HEADERS, claims_markdown, markdown
+from experiments.papers.verdicts import Verdict
+from experiments.report.page import as_script, bundle
+from experiments.runs import write_text
+
+HERE = Path(__file__).parent
+STYLE = HERE.parent / "report" / "page.css"
+CLASSES = {verdict: str(verdict).replace(" ", "-") for verdict in Verdict}
+
+
+def write_page(results: Sequence[Result], output: Path) -> Path:
+    """Write `index.html`, `README.md` and the pictures; returns the page's path.
+
+    The pictures are copied from the results' folders; nothing on the page is loaded from anywhere.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for result in results:
+        source = Path(result.settings["output"]) / result.form / result.name
+        for figure in result.figures:
+            shutil.copy(source / f"{figure['name']}.png", output / picture(result, figure["name"]))
+    write_text(output / "README.md", as_markdown(results))
+    write_text(output / "index.html", render(results))
+    return output / "index.html"
+
+
+def picture(result: Result, figure: str) -> str:
+    return f"{result.name}-{figure}.png"
+
+
+def render(results: Sequence[Result]) -> str:
+    specifications = {
+        f"{result.name}-{figure['name']}": figure["specification"]
+        for result in results
+        for figure in result.figures
+    }
+    loader = FileSystemLoader(HERE)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html.j2").render(
+        results=results,
+        counted=counted(results),
+        machines=machines(results),
+        headers=CLAIM_HEADERS,
+        classes=CLASSES,
+        data=as_script(specifications),
+        libraries=Markup(bundle()),
+        style=Markup(STYLE.read_text(encoding="utf-8") + (HERE / "page.css").read_text("utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+    )
+
+
+def machines(results: Sequence[Result]) -> list[str]:
+    """Where the results were taken, each place once."""
+    return list(dict.fromkeys(place(result) for result in results))
+
+
+def place(result: Result) -> str:
+    known = result.environment
+    machine = known["gpu"] or known["cpu"]
+    versions = [f"{name} {known['packages'][name]}" for name in ("torch", "transformers")]
+    return ", ".join([machine, f"{known['threads']} threads", *versions])
+
+
+def as_markdown(results: Sequence[Result]) -> str:
+    """The same for those who read the repository: claims, tables and pictures."""
+    parts = [
+        "# Published claims, measured again\n",
+        f"{counted(results)}. Written by `make papers` ({'; '.join(machines(results))}). The same "
+        "with charts to hover over: [index.html](index.html).\n",
+    ]
+    for result in results:
+        parts.append(f"## {result.title}\n\n*{result.source}.* {result.question}\n")
+        parts.append("\n".join(f"- {label}: {words}" for label, words in result.setting.items()))
+        parts.append("\n" + claims_markdown(result.claims) + "\n")
+        parts += [f"{c.statement}: {c.remark}\n" for c in result.claims if c.remark]
+        parts += [f"{sentence}\n" for sentence in result.discussion]
+        for figure in result.figures:
+            parts.append(f"![{figure['title']}]({picture(result, figure['name'])})\n")
+            parts.append(f"{figure['caption']}\n")
+        for table in result.tables:
+            text = markdown(table["headers"], table["rows"], table["right"])
+            note = f"\n\n{table['note']}" if table["note"] else ""
+            parts.append(
+                f"<details><summary>{table['title']}</summary>\n\n{text}{note}\n\n</details>\n"
+            )
+    return "\n".join(parts)

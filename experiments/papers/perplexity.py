@@ -1,0 +1,50 @@
+"""A causal model's loss on fixed blocks of text, block by block, so that differences can be paired.
+
+Perplexity is exp of the mean loss of a token. Two models measured on the same blocks share what is
+hard about the text: the standard error of their difference is taken over the blocks' differences.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def spread(blocks: Int[Tensor, "blocks length"], count: int) -> Int[Tensor, "count length"]:
+    """`count` blocks at equal distances, of as many texts as can be; all, where there are fewer."""
+    if count >= len(blocks):
+        return blocks
+    return blocks[torch.arange(count) * len(blocks) // count]
+
+
+@torch.no_grad()
+def block_losses(
+    model: nn.Module, blocks: Int[Tensor, "blocks length"], batch_size: int = 4
+) -> Float[Tensor, " blocks"]:
+    """The mean loss of each block's tokens, the first one given, in nats and float64."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    found = []
+    for some in blocks.to(device).split(batch_size):
+        logits = model(input_ids=some, use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), some[:, 1:], reduction="none")
+        found.append(losses.double().mean(1).cpu())
+    model.train(was_training)
+    return torch.cat(found)
+
+
+def perplexity(losses: Float[Tensor, " blocks"]) -> float:
+    """Of blocks of one length."""
+    return math.exp(float(losses.mean()))
+
+
+def paired_error(first: Float[Tensor, " blocks"], second: Float[Tensor, " blocks"]) -> float:
+    """The standard error of the mean difference; infinite where one block says nothing of it."""
+    if len(first) < 2:
+        return math.inf
+    return float((first - second).std() / len(first) ** 0.5)

@@ -1,0 +1,150 @@
+"""How the registered methods start on one model: their factors, and the gradients they start from.
+
+All methods get the same layers, rank and data, and the scaling s = 1 (alpha = rank). Their options
+are the library's defaults but for
+
+- `eva`: rho = 1, so that its layers have the ranks of all others'; `eva_uncentred` is the same on
+  the uncentred second moment, which the paper's theorem is about;
+- `lora_one`: gamma = 8 √r, which takes at s = 1 the first step of its authors' gamma at theirs.
+
+A method that changes the model's function at step 0 has gradients of its own: those of the model
+as it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from experiments.errors import ConfigurationError, nearest
+from experiments.papers.subjects import Subject
+from experiments.report.palette import ordered
+from lora_init import Calibration, LoraConfig, calibrate, get_peft_model, list_initializers
+from lora_init.gradients import collect_gradients
+from lora_init.registry import Initializer, resolve
+
+UNCENTRED = "eva_uncentred"
+
+Gradients = Mapping[str, Float[Tensor, "out in"]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A method's start on a model that is injected at the moment.
+
+    Attributes:
+        lora_A, lora_B: by layer.
+    """
+
+    method: str
+    initializer: Initializer
+    subject: Subject
+    lora_A: Mapping[str, Float[Tensor, "rank in"]]
+    lora_B: Mapping[str, Float[Tensor, "out rank"]]
+
+    def gradients(self, batches: Sequence[Mapping[str, Tensor]]) -> Gradients:
+        """The mean gradient of each layer's whole weight, of the model as it starts."""
+        inner = {f"{name}.base_layer": name for name in self.lora_A}
+        found = collect_gradients(self.subject.model, inner, batches)
+        return {inner[name]: gradient for name, gradient in found.items()}
+
+
+def moves_function(initializer: Initializer) -> bool:
+    """Whether the model's function at step 0 is not the base model's."""
+    return not initializer.preserves_output
+
+
+def startable() -> list[str]:
+    """Methods that start a linear layer, in the order of all charts, and the uncentred EVA."""
+    names = {spec.name for spec in list_initializers() if "Linear" in spec.module_types}
+    return [*ordered(names), UNCENTRED]
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse names that no method has.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    allowed = startable()
+    for name in methods:
+        if name not in allowed:
+            raise ValueError(
+                f"methods: {name!r} starts no linear layer; {nearest(name, allowed)}allowed are "
+                f"{', '.join(allowed)}"
+            )
+
+
+def setting(method: str, rank: int) -> dict[str, Any]:
+    """`init_lora_weights` for a name of `startable`."""
+    if method in ("eva", UNCENTRED):
+        return {"name": "eva", "rho": 1.0, "center": method == "eva"}
+    if method == "lora_one":
+        return {"name": method, "gamma": 8 * rank**0.5}
+    return {"name": method}
+
+
+def configuration(method: str, names: Sequence[str], rank: int) -> LoraConfig:
+    """A method on some layers, at the scaling 1."""
+    return LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(names), init_lora_weights=setting(method, rank)
+    )
+
+
+def calibration_for(
+    subject: Subject, methods: Sequence[str], names: Sequence[str], rank: int, batches: Sequence
+) -> Calibration | None:
+    """What all of these methods need to know of the data, collected once.
+
+    Raises:
+        ConfigurationError: one of them refuses the rank, or the data.
+    """
+    driven = [method for method in methods if resolve(setting(method, rank))[0].calibration]
+    if not driven:
+        return None
+    configs = [configuration(method, names, rank) for method in driven]
+    try:
+        return calibrate(subject.model, configs, batches)
+    except ValueError as error:
+        raise ConfigurationError(f"rank={rank}: {error}") from error
+
+
+@contextmanager
+def started(
+    subject: Subject,
+    method: str,
+    names: Sequence[str],
+    rank: int,
+    calibration: Any = None,
+    *,
+    seed: int = 0,
+) -> Iterator[Start]:
+    """The model with a method's start, for as long as the context lasts.
+
+    Raises:
+        ConfigurationError: the method refuses the rank or the model.
+    """
+    initializer, _ = resolve(setting(method, rank))
+    try:
+        model = get_peft_model(
+            subject.model, configuration(method, names, rank), calibration=calibration, seed=seed,
+            keep_original=initializer.base == "replace", cache=False,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigurationError(f"{method}, rank={rank}: {error}") from error
+    try:
+        layers = model.layers
+        yield Start(
+            method=method,
+            initializer=initializer,
+            subject=subject,
+            lora_A={name: layers[name].lora_A.detach() for name in names},
+            lora_B={name: layers[name].lora_B.detach() for name in names},
+        )
+    finally:
+        model.unload()

@@ -1,0 +1,96 @@
+"""Claims and tables as text: for a terminal, in Markdown, as cells of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from experiments.papers.findings import Table
+from experiments.papers.verdicts import Claim, Verdict
+
+NOTHING = "–"
+STYLES = {
+    Verdict.REPRODUCED: "green",
+    Verdict.SAME_DIRECTION: "cyan",
+    Verdict.NOT_REPRODUCED: "yellow",
+    Verdict.CONTRADICTS: "red",
+    Verdict.NOT_JUDGED: "dim",
+}
+CLAIM_HEADERS = ("claim", "paper", "ours", "verdict", "decided by")
+
+
+def claim_cells(claim: Claim) -> list[str]:
+    return [claim.statement, claim.paper, claim.ours, str(claim.verdict), claim.criterion]
+
+
+def cells(table: Table) -> list[list[str]]:
+    """The rows of a table as text."""
+    columns = table.frame.columns
+    return [
+        [cell(value, table.formats.get(name)) for name, value in zip(columns, row, strict=True)]
+        for row in table.frame.itertuples(index=False, name=None)
+    ]
+
+
+def cell(value: Any, form: str | None = None) -> str:
+    """A number with three digits unless a format is given; nothing for what is missing."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return NOTHING
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if form is not None:
+        return format(value, form)
+    if isinstance(value, int) or (value == round(value) and abs(value) < 1e6):
+        return f"{value:.0f}"
+    return f"{value:.3g}"
+
+
+def numeric(table: Table) -> list[bool]:
+    """By column, whether it holds numbers."""
+    return [pd.api.types.is_numeric_dtype(table.frame[name]) for name in table.frame]
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
+    rule = ["---:" if flag else ":---" for flag in right]
+    lines = [list(headers), rule, *map(list, rows)]
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in line) + " |"
+        for line in lines
+    )
+
+
+def claims_markdown(claims: Sequence[Claim]) -> str:
+    return markdown(CLAIM_HEADERS, [claim_cells(c) for c in claims], [False] * len(CLAIM_HEADERS))
+
+
+def table_markdown(table: Table) -> str:
+    return markdown(list(map(str, table.frame.columns)), cells(table), numeric(table))
+
+
+def terminal_claims(claims: Sequence[Claim]) -> RichTable:
+    """The claims with their verdicts; what decided is in the files."""
+    shown = RichTable(box=box.SIMPLE_HEAD, show_lines=False, padding=(0, 1))
+    for header, ratio in (("claim", 5), ("paper", 4), ("ours", 4), ("verdict", 2)):
+        shown.add_column(header, ratio=ratio, overflow="fold")
+    for claim in claims:
+        style = STYLES[claim.verdict]
+        statement, paper, ours, verdict, _ = map(escape, claim_cells(claim))
+        shown.add_row(statement, paper, ours, f"[{style}]{verdict}[/{style}]")
+    return shown
+
+
+def terminal_table(table: Table) -> RichTable:
+    shown = RichTable(
+        box=box.SIMPLE_HEAD, title=escape(table.title), title_justify="left", padding=(0, 1)
+    )
+    for name, right in zip(table.frame.columns, numeric(table), strict=True):
+        shown.add_column(escape(str(name)), justify="right" if right else "left")
+    for row in cells(table):
+        shown.add_row(*map(escape, row))
+    return shown

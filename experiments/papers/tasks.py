@@ -1,0 +1,83 @@
+"""A model with the task that it is measured on: losses need labels, and labels need a task.
+
+all-MiniLM is a classifier of film reviews (fresh or rotten), with a head that nobody has trained;
+every other model is a language model of film plots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from experiments.errors import ConfigurationError
+from experiments.papers.corpora import (
+    joined_blocks,
+    language_batches,
+    load_labelled,
+    load_texts,
+    sentence_batches,
+)
+from experiments.papers.subjects import Layer, Subject, load_subject, place
+
+CLASSIFIER = "minilm"
+
+Batches = list[Mapping[str, Tensor]]
+
+
+def load_with_task(model: str, device: str) -> Subject:
+    """The model with its head, on its device."""
+    task_type = "SEQ_CLS" if model == CLASSIFIER else "CAUSAL_LM"
+    subject = load_subject(model, task_type=task_type, labels=("rotten", "fresh"))
+    subject.model.to(place(device))
+    return subject
+
+
+def task_batches(subject: Subject, split: str, count: int, *, size: int, length: int) -> Batches:
+    """The first `count` sequences of a split (by film) in batches of `size`, with labels.
+
+    Raises:
+        ConfigurationError: the split holds fewer.
+    """
+    if subject.name == CLASSIFIER:
+        texts, labels = load_labelled(split, count)
+        there = len(texts)
+        batches = sentence_batches(
+            subject.tokenizer, texts, length=length, size=size, labels=labels
+        )
+    else:
+        blocks = joined_blocks(
+            subject.tokenizer, load_texts("plots", split), length=length, tokens=count * length
+        )
+        there, batches = len(blocks), language_batches(blocks, size)
+    if there < count:
+        raise ConfigurationError(
+            f"{count} sequences of {length} tokens are needed, and the films of {split} have "
+            f"{there}; ask for fewer or shorter ones"
+        )
+    return batches
+
+
+def sequence_count(subject: Subject, split: str, *, length: int) -> int:
+    """How many sequences a split has: an epoch's."""
+    if subject.name == CLASSIFIER:
+        return len(load_labelled(split)[0])
+    return len(joined_blocks(subject.tokenizer, load_texts("plots", split), length=length))
+
+
+def described_data(model: str, *, size: int, length: int) -> str:
+    if model == CLASSIFIER:
+        return f"film reviews, {size} sentences a batch, loss of a classifier not yet trained"
+    return f"film plots, {size} × {length} tokens a batch, loss of the next token"
+
+
+def measured_layers(subject: Subject, every: int) -> list[Layer]:
+    """The layers of every so many blocks.
+
+    Raises:
+        ConfigurationError: the model has fewer blocks.
+    """
+    layers = subject.every(every)
+    if not layers:
+        raise ConfigurationError(f"every={every}: {subject.name} has too few blocks; lower it")
+    return layers

@@ -1,0 +1,52 @@
+"""What may be said of a paper's claim after measuring it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    """How a claim fared on the model at hand, which is smaller than the paper's."""
+
+    REPRODUCED = "reproduced"
+    SAME_DIRECTION = "same direction"
+    NOT_REPRODUCED = "not reproduced"
+    CONTRADICTS = "contradicts"
+    NOT_JUDGED = "not judged"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of a paper, the figures on both sides, and what follows.
+
+    Attributes:
+        statement: the claim in one sentence.
+        paper: the paper's figure, with its model; "–" where the paper has a statement only.
+        ours: the figure measured here.
+        criterion: what decided, in words: written before the figure was known.
+        verdict: what it came to.
+        remark: one sentence on a claim that does not hold, or on what limits the comparison.
+    """
+
+    statement: str
+    paper: str
+    ours: str
+    criterion: str
+    verdict: Verdict
+    remark: str = ""
+
+
+def judge(*, holds: bool, direction: bool, opposite: bool = False) -> Verdict:
+    """From three answers to one verdict.
+
+    Args:
+        holds: everything that the criterion asks for was measured.
+        direction: not all of it, but the effect has the claimed sign.
+        opposite: the effect has the other sign, beyond the noise.
+    """
+    if holds:
+        return Verdict.REPRODUCED
+    if direction:
+        return Verdict.SAME_DIRECTION
+    return Verdict.CONTRADICTS if opposite else Verdict.NOT_REPRODUCED

@@ -1,0 +1,66 @@
+"""Every reproduction: its three forms compose, and the smallest one runs to its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from experiments.errors import ConfigurationError
+from experiments.papers.catalogue import NAMES, load_paper
+from experiments.papers.paper import FORMS
+from experiments.papers.results import read_result, write_result
+from experiments.papers.verdicts import Verdict
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_form_composes(composed_paper, name, form):
+    settings = composed_paper(name, form)
+    assert type(settings) is load_paper(name).settings
+    assert settings.form == form
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_smoke_form_runs_to_its_files(smoke, composed_paper, tmp_path, name):
+    findings, paper = smoke(name), load_paper(name)
+    assert findings.claims
+    assert findings.figures
+    assert findings.tables
+    for claim in findings.claims:
+        assert isinstance(claim.verdict, Verdict)
+        for field in fields(claim):
+            assert "nan" not in str(getattr(claim, field.name)).lower().split()
+        assert claim.ours
+        assert claim.criterion
+    for table in findings.tables:
+        assert len(table.frame)
+        empty = table.frame.isna().all()
+        assert not empty.any(), f"{table.name}: nothing in {list(table.frame.columns[empty])}"
+    settings = composed_paper(name, "smoke", f"output={tmp_path}")
+    written = write_result(paper, settings, findings, seconds=1.0)
+    folder = tmp_path / "smoke" / name
+    again = read_result(folder)
+    assert again.claims == findings.claims
+    assert again.fingerprint == written.fingerprint
+    for figure in findings.figures:
+        assert (folder / f"{figure.name}.png").stat().st_size > 5_000
+        assert "NaN" not in (folder / f"{figure.name}.svg").read_text()
+    for table in findings.tables:
+        assert (folder / f"{table.name}.csv").read_text().count("\n") == len(table.frame) + 1
+    json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_misspelt_setting_is_refused_by_name(composed_paper, name):
+    from hydra.errors import HydraException
+
+    with pytest.raises(HydraException, match="sede"):
+        composed_paper(name, "fast", "sede=1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_value_is_refused(composed_paper, name):
+    with pytest.raises(ConfigurationError, match="device='tpu'; allowed are auto, cpu and cuda"):
+        composed_paper(name, "fast", "device=tpu")

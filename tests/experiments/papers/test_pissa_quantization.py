@@ -1,0 +1,253 @@
+"""QPiSSA against LoftQ: errors, references and controls against dense computations; verdicts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+
+from experiments.errors import ConfigurationError
+from experiments.models.smollm2 import SmolLM2, locate
+from experiments.papers.pissa_quantization import grids, judging, measuring, reproduction
+from experiments.papers.pissa_quantization.errors import norms_of, plain_error, remaining_error
+from experiments.papers.pissa_quantization.judging import Mean, order
+from experiments.papers.pissa_quantization.settings import part_of
+from experiments.papers.pissa_quantization.white_noise import leading_share
+from experiments.papers.subjects import Layer, load_subject
+from experiments.papers.verdicts import Verdict
+from lora_init.quantization import Quantizer
+
+HOLDS, DIRECTION = Verdict.REPRODUCED, Verdict.SAME_DIRECTION
+NOT, CONTRADICTS = Verdict.NOT_REPRODUCED, Verdict.CONTRADICTS
+
+
+def drawn(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """A weight with a few strong directions."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(rows, 4, generator=generator)
+    right = torch.randn(4, columns, generator=generator)
+    return 0.05 * left @ right + 0.1 * torch.randn(rows, columns, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
+def test_norms_are_those_of_the_singular_values(shape):
+    error = drawn(*shape)
+    inputs = torch.randn(200, shape[1], dtype=torch.float64)
+    found = norms_of(error, inputs.T @ inputs / 200)
+    values = np.linalg.svd(error.double().numpy(), compute_uv=False)
+    assert found.nuclear == pytest.approx(values.sum())
+    assert found.frobenius == pytest.approx(math.sqrt((values**2).sum()))
+    assert found.spectral == pytest.approx(values[0])
+    outputs = inputs @ error.double().T
+    assert found.output == pytest.approx(float(outputs.square().sum(1).mean().sqrt()))
+    half = norms_of(error / 2, inputs.T @ inputs / 200)
+    assert half.reductions(found) == pytest.approx(dict.fromkeys(half.reductions(found), 50.0))
+
+
+def cut(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_errors_are_those_of_the_alternations_written_out(count):
+    weight, quantizer = drawn(64, 128), Quantizer()
+
+    def stored(matrix: torch.Tensor) -> torch.Tensor:
+        return quantizer.roundtrip(matrix.float()).double()
+
+    product = torch.zeros_like(weight, dtype=torch.float64)
+    for _ in range(count):
+        base = stored(weight.double() - product)
+        product = cut(weight.double() - base, 8)
+    loftq = weight.double() - base - product
+    base = torch.zeros_like(product)
+    for _ in range(count):
+        product = cut(weight.double() - base, 8)
+        base = stored(weight.double() - product)
+    pissa = weight.double() - base - product
+    for method, option, expected in (
+        ("loftq", "loftq_iter", loftq),
+        ("qpissa", "iterations", pissa),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        found = remaining_error(weight, method, 8, generator, **{option: count})
+        # A code at a threshold may fall to the other side, so that norms and not entries agree.
+        assert norms_of(found).nuclear == pytest.approx(norms_of(expected).nuclear, rel=5e-3)
+        assert norms_of(found).nuclear < norms_of(plain_error(weight)).nuclear
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(500, 500, 16), (300, 900, 9), (900, 300, 60)]
+)
+def test_white_noise_holds_what_drawn_noise_does(rows, columns, rank):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.linalg.svdvals(torch.randn(rows, columns, generator=generator))
+    expected = float(values[:rank].sum() / values.sum())
+    assert leading_share(rows, columns, rank) == pytest.approx(expected, rel=0.02)
+
+
+def test_white_noise_of_all_ranks_is_all_of_it():
+    assert leading_share(40, 90, 40) == pytest.approx(1)
+    with pytest.raises(ValueError, match="rank=41; allowed are 1 … 40"):
+        leading_share(40, 90, 41)
+
+
+def test_the_grid_is_that_of_the_files():
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    weight = drawn(16, 96)
+    kind = GGMLQuantizationType.Q4_1
+    expected = dequantize(quantize(weight.numpy(), kind), kind)
+    np.testing.assert_allclose(grids.rounded(weight).numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_smollm2_is_on_the_grid_and_an_ordinary_weight_is_not():
+    path = f"{locate(SmolLM2()).source}/model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+        for kind in kinds:
+            weight = file.get_tensor(f"model.layers.7.{kind}.weight").float()
+            assert grids.on_grid(weight), kind
+            dithered = grids.dithered(weight, torch.Generator().manual_seed(0))
+            assert not grids.on_grid(dithered)
+            assert float((dithered - weight).norm() / weight.norm()) < 0.12
+    assert not grids.on_grid(drawn(64, 64))
+    assert list(measuring.variants(drawn(8, 33), torch.Generator())) == []
+
+
+def test_variants_move_a_weight_as_far_as_they_say():
+    weight, generator = drawn(32, 64), torch.Generator().manual_seed(0)
+    runs = weight.reshape(-1, 32)
+    step = ((runs.amax(1) - runs.amin(1)) / 15)[:, None]
+    moved = (grids.rounded(weight).reshape(-1, 32) - runs).abs()
+    assert bool((moved <= 0.502 * step + 1e-3 * runs.abs().amax()).all())
+    noise = (grids.noisy(weight, generator) - weight).norm()
+    assert float(noise) == pytest.approx(float(moved.norm()), rel=1e-4)
+    spread = (grids.dithered(weight, generator).reshape(-1, 32) - runs) / step
+    assert float(spread.abs().max()) <= 0.5 + 1e-4
+    assert float(spread.std()) == pytest.approx(12**-0.5, rel=0.05)
+
+
+def test_the_smoke_form_says_what_a_dense_computation_says(smoke):
+    subject = load_subject("minilm")
+    layers = measuring.chosen_layers(subject, 1)
+    assert len({layer.block for layer in layers}) == 1
+    reductions = []
+    for layer in layers:
+        weight = subject.weight(layer)
+        error = weight.double() - Quantizer().roundtrip(weight).double()
+        values = np.linalg.svd(error.numpy(), compute_uv=False)
+        reductions.append(100 * values[:12].sum() / values.sum())  # 12 of 384: 1 / 32
+    frame = smoke("pissa_quantization").tables[0].frame
+    found = frame[(frame["model"] == "MiniLM") & (frame["T"] == 1)]
+    assert found["r"].item() == 12
+    assert found["LoftQ"].item() == pytest.approx(np.mean(reductions), abs=0.02)
+
+
+def test_blocks_are_evenly_spaced():
+    layers = [Layer(f"{block}.q", block, "q_proj") for block in (2, 7, 12, 17, 22, 27)]
+    assert measuring.detailed_blocks(layers, 3) == {7, 17, 27}
+    assert measuring.detailed_blocks(layers, 1) == {17}
+    assert measuring.detailed_blocks(layers, 9) == {2, 7, 12, 17, 22, 27}
+
+
+def test_parts_have_the_papers_names():
+    names = {
+        "self_attn.q_proj": "Q", "attention.self.key": "K", "attention.output.dense": "O",
+        "intermediate.dense": "up", "output.dense": "down", "mlp.gate_proj": "gate", "c_fc": "c_fc",
+    }  # fmt: skip
+    assert {kind: part_of(kind) for kind in names} == names
+
+
+ABOVE, NEAR, BELOW = Mean(2, 1, 3), Mean(0.1, -1, 1.2), Mean(-2, -3, -1)
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([ABOVE, ABOVE], HOLDS),
+        ([ABOVE, NEAR], DIRECTION),
+        ([ABOVE, BELOW], NOT),
+        ([NEAR, NEAR], NOT),
+        ([BELOW, BELOW], CONTRADICTS),
+    ],
+)
+def test_an_order_is_judged_by_intervals(differences, verdict):
+    assert order(differences) is verdict
+
+
+def test_a_mean_has_students_interval():
+    found = Mean.of([1.0, 2.0, 3.0])
+    margin = 4.302653 / math.sqrt(3)  # t of 0.975 with 2 degrees of freedom; deviation 1
+    assert (found.low, found.high) == pytest.approx((2 - margin, 2 + margin), abs=1e-5)
+    assert str(Mean.of([1.5])) == "+1.5"
+
+
+def made(loftq: float, pissa: float, gain: float, mlp: float, output: float = 3.0) -> pd.DataFrame:
+    """Rows of two models of three blocks: reductions of Q, and of up (smaller by `mlp`)."""
+    rows = []
+    for model in ("one", "other"):
+        for block in range(3):
+            for part, less in (("Q", 0.0), ("up", mlp)):
+                for method, base in (("loftq", loftq), ("pissa", pissa)):
+                    for count in (1, 5):
+                        value = base - less + gain * (count == 5) + 0.01 * block
+                        other = loftq + (output if method == "pissa" else 0) + 0.01 * block
+                        rows.append(
+                            {"model": model, "block": block, "part": part, "method": method,
+                             "T": count, "rank": 8, "variant": judging.AS_IT_IS, "nuclear": value,
+                             "frobenius": value, "spectral": value, "output": other, "noise": 5.0,
+                             "smaller": 6.0, "detailed": True}
+                        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdicts"),
+    [
+        (made(7, 11, 8, 4), [HOLDS, HOLDS, HOLDS, HOLDS, HOLDS]),
+        (made(7, 5, -1, -4, -3), [CONTRADICTS] * 5),
+        (made(-8, 1, 8, 4), [NOT, NOT, HOLDS, HOLDS, HOLDS]),
+        (made(7, 11, 8, 4, -3), [HOLDS, HOLDS, HOLDS, HOLDS, DIRECTION]),
+    ],
+)
+def test_verdicts_follow_the_rows(rows, verdicts):
+    # Blocks differ by a constant only, so that every interval of a difference is a point.
+    found = judging.claims(rows, {"one": 8, "other": 8})
+    assert [claim.verdict for claim in found] == verdicts
+
+
+def test_controls_are_told_where_a_lead_is_missing():
+    rows = made(7, 5, 8, 4)
+    rounded = made(7, 4, 8, 4).assign(variant=judging.ROUNDED)
+    both = pd.concat([rows, rounded[rounded["model"] == "one"]])
+    claim = judging.claims(both, {"one": 8, "other": 8})[0]
+    assert "one on a 4-bit grid: -3.0 instead of -2.0 points" in claim.remark
+
+
+def test_a_rank_above_a_layer_is_refused_by_name(composed_paper):
+    settings = composed_paper("pissa_quantization", "smoke", "ranks=[400]")
+    with pytest.raises(ConfigurationError, match=r"ranks=\[400\]: rank 400 exceeds .* 384 × 384"):
+        reproduction.reproduce(settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("iterations=[5]", r"iterations=\[5\]; allowed are two or more"),
+        ("iterations=[5,1]", r"iterations=\[5, 1\]; .* ascending"),
+        ("share=1.5", "share=1.5; allowed are shares"),
+        ("blocks=0", "blocks=0; allowed are integers >= 1, and null"),
+        ("detailed=0", "detailed=0; allowed are integers >= 1"),
+        ("ranks=[0,4]", r"ranks=\[0, 4\]; allowed are one or more"),
+        ("models=[]", "name one model or more"),
+    ],
+)
+def test_bad_settings_are_refused(composed_paper, override, message):
+    with pytest.raises(ConfigurationError, match=message):
+        composed_paper("pissa_quantization", "fast", override)
