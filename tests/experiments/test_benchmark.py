@@ -611,6 +611,26 @@ def test_calibration(settings, in_process):
     assert (rows[0].ceiling, rows[1].ceiling) == (2.2, None)
 
 
+def test_a_calibration_that_breaks_off_is_a_row(settings, monkeypatch):
+    """What it told before stays, and the benchmark goes on."""
+    told = {
+        "case": "all_linear", "plain": [1.0], "observed": [2.0], "batches": 2, "layers": 3,
+        "tokens": 128,
+    }  # fmt: skip
+
+    def run(*_, hear, **__):
+        hear(told)
+        return isolated.Outcome([told], "process ended with exit status -9")
+
+    monkeypatch.setattr(calibration, "run_isolated", run)
+    heard = []
+    first, second = calibration.run(settings, heard.append)
+    assert (first.ours, first.note) == (2.0, "")
+    assert (second.case, second.ours) == ("q and v", None)
+    assert second.note == "process ended with exit status -9"
+    assert heard == [first, second]
+
+
 def test_a_pace_ends_with_its_budget():
     """After two batches; beginning and end are shares of all batches, of which these are two."""
     limits = CalibrationSettings(batches=8, least=2, budget=0)
