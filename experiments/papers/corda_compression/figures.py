@@ -24,7 +24,10 @@ COLORS = {
     "whitened": "#332288",
 }
 CALIBRATIONS = ("plots, many", "plots, few", "problems, many")
-STROKES = {"orient": "bottom", "columns": 3, "symbolType": "stroke", "symbolSize": 500}
+STROKES = {
+    "orient": "bottom", "columns": 3, "symbolType": "stroke", "symbolSize": 500,
+    "symbolStrokeWidth": 2, "symbolStrokeColor": "#57606a",
+}  # fmt: skip
 
 
 def percent(fraction: float) -> str:

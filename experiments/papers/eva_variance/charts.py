@@ -155,7 +155,10 @@ def convergence_figure(convergence: pd.DataFrame) -> Figure:
     models = drawn["model"].unique().tolist()
     line = alt.StrokeDash(
         "model:N", scale=alt.Scale(domain=models, range=[[1, 0], [5, 3], [2, 2]][: len(models)]),
-        legend=alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2),
+        legend=alt.Legend(
+            title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2,
+            symbolStrokeColor="#57606a",
+        ),
     )  # fmt: skip
     drawing = (
         chart(drawn)
