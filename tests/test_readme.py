@@ -55,7 +55,8 @@ def reduced(command, outputs):
     if command.startswith("python -m experiments.papers."):
         # Their small forms, of the models and settings that are there.
         small = command.replace("--config-name full", "").replace("device=cuda", "steps=2")
-        return f"{small} --config-name smoke output={outputs}/papers"
+        module, _, overrides = small.partition("rank_scaling")
+        return f"{module}rank_scaling --config-name smoke {overrides} output={outputs}/papers"
     if command == "make benchmark":
         return "make --dry-run benchmark"  # tests/experiments/test_benchmark.py runs it small
     if "--config-name sweep_protocol" in command:
