@@ -132,6 +132,7 @@ def test_the_example_of_an_initializer_works(tmp_path, monkeypatch):
     scope = {"__name__": "shrunk_example"}
     module = type(sys)("shrunk_example")
     monkeypatch.setitem(sys.modules, "shrunk_example", module)
+    list_initializers()  # so that all are there, and come back below
     before = dict(registry._registry)
     try:
         exec(compile(code, "README.md", "exec"), scope)
