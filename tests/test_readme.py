@@ -58,7 +58,7 @@ def reduced(command, outputs):
         module, _, overrides = small.partition("rank_scaling")
         return f"{module}rank_scaling --config-name smoke {overrides} output={outputs}/papers"
     if command == "make benchmark":
-        return "make --dry-run benchmark"  # tests/experiments/test_benchmark.py runs it small
+        return "make --dry-run benchmark"  # tests/experiments/benchmark runs it small
     if "--config-name sweep_protocol" in command:
         command += "".join(f" hydra.sweeper.{word}" for word in PROTOCOL)
     # tests/experiments/test_sweep.py expands the pattern, and test_execution.py runs every method.
