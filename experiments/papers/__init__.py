@@ -22,6 +22,7 @@ tables, figures, and the model and data they come from. What all of them share:
     tasks        a model with the task that its losses come from
     starts       what the registered methods start from: factors and gradients
     fine_tuning  short trainings, by the loop of the runs
+    intervals    means and ratios with their intervals
     fitting      exponents with their intervals
     drawing      charts as Vega-Lite specifications and files
     tables       tables for a terminal, in Markdown and on the page

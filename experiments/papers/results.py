@@ -23,9 +23,10 @@ from experiments.runs import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = (
-    "subjects", "corpora", "tasks", "starts", "perplexity", "fine_tuning", "fitting", "verdicts",
+    "subjects", "corpora", "tasks", "starts", "perplexity", "fine_tuning", "intervals", "fitting",
+    "verdicts", "drawing",
 )  # fmt: skip
-TRAINING = ("training", "micro_batches", "schedule")
+OTHERS = ("training", "micro_batches", "schedule", "benchmark/powerlaw", "measures/forgetting")
 SOURCES = ("lora_init", "experiments/data", "experiments/models", "experiments/tasks")
 
 
@@ -73,7 +74,7 @@ def source_hash(name: str) -> str:
     files = [
         *(path for source in SOURCES for path in (ROOT / source).rglob("*.py")),
         *(papers / f"{shared}.py" for shared in SHARED),
-        *(ROOT / "experiments" / f"{used}.py" for used in TRAINING),
+        *(ROOT / "experiments" / f"{used}.py" for used in OTHERS),
         *papers.glob(f"{name}*.py"),
         *(papers / name).rglob("*.py"),
     ]

@@ -27,6 +27,8 @@ class Claim:
         criterion: what decided, in words: written before the figure was known.
         verdict: what it came to.
         remark: one sentence on a claim that does not hold, or on what limits the comparison.
+        published: a paper says so; False for a question of our own beside its claims, which is
+            judged alike and counted apart.
     """
 
     statement: str
@@ -35,6 +37,7 @@ class Claim:
     criterion: str
     verdict: Verdict
     remark: str = ""
+    published: bool = True
 
 
 def judge(*, holds: bool, direction: bool, opposite: bool = False) -> Verdict:
