@@ -10,6 +10,7 @@ from experiments.papers.corda_compression.claims import (
     PAPER,
     PAPER_FRACTIONS,
     PAPER_FULL,
+    PAPER_WIDTH,
 )
 from experiments.papers.drawing import chart
 from experiments.papers.findings import Figure, Table
@@ -57,7 +58,7 @@ def table(frame: pd.DataFrame, full: float) -> Table:
     )
 
 
-def charts(frame: pd.DataFrame, full: float) -> list[Figure]:
+def charts(frame: pd.DataFrame, full: float, width: int) -> list[Figure]:
     many = frame["tokens"].max()
     own = frame[(frame["method"] == "plain") | (frame["tokens"] == many)]
     own = own[own["corpus"].isin(["–", frame.loc[frame["method"] == "asvd", "corpus"].iloc[0]])]
@@ -75,9 +76,9 @@ def charts(frame: pd.DataFrame, full: float) -> list[Figure]:
     return [
         Figure(
             "fractions", "Perplexity against the share of components dropped",
-            "Relative to the whole model; both axes logarithmic. Solid: this model on film plots. "
-            "Dashed: the paper’s table, Llama-2-7B on WikiText-2, whose layers are seven times as "
-            "wide.", fraction_chart(pd.DataFrame(compared)),
+            "Relative to the whole model; both axes logarithmic. Solid: this model, of width "
+            f"{width:,}, on film plots. Dashed: the paper’s table, Llama-2-7B, of width "
+            f"{PAPER_WIDTH:,}, on WikiText-2.", fraction_chart(pd.DataFrame(compared)),
         ),
         Figure(
             "calibration", "What the calibration data change",

@@ -95,8 +95,9 @@ def reproduce(settings: CordaCompressionSettings) -> Findings:
             )
     frame = pd.DataFrame(rows)
     full = perplexity(whole)
+    width = subject.model.config.hidden_size
     return Findings(
-        claims=claims.all_claims(frame, full),
+        claims=claims.all_claims(frame, full, width),
         setting={
             "model": subject.described,
             "layers": f"{len(names)} linear layers, those of "
@@ -109,17 +110,25 @@ def reproduce(settings: CordaCompressionSettings) -> Findings:
             "the paper’s": "Llama-2-7B; WikiText-2; 256 and 32 samples of 2,048 tokens",
         },
         tables=[figures.table(frame, full)],
-        figures=figures.charts(frame, full),
-        discussion=[
-            "All four methods drop a projection of the weight, and all but plain SVD ask in which "
-            "output directions the inputs that occur leave least; they differ in how the inputs "
-            "are weighted. ASVD knows each feature’s size and no correlation; CorDA weights by R, "
-            "whitening by its square root, for which the layer’s output error is least.",
-            "The weights come from 4-bit values: rounding noise fills their smallest components, "
-            "which plain SVD drops first. It can make plain SVD look better here than on weights "
-            "that were trained in 16 bits.",
-        ],
+        figures=figures.charts(frame, full, width),
+        discussion=discussion(settings),
     )
+
+
+def discussion(settings: CordaCompressionSettings) -> list[str]:
+    told = [
+        "All four methods drop a projection of the weight, and all but plain SVD ask in which "
+        "output directions the inputs that occur leave least; they differ in how the inputs are "
+        "weighted. ASVD knows each feature’s size and no correlation; CorDA weights by R, "
+        "whitening by its square root, for which the layer’s output error is least."
+    ]
+    if settings.model == "smollm2":
+        told.append(
+            "The weights come from 4-bit values: rounding noise fills their smallest components, "
+            "which plain SVD drops first. Plain SVD may fare differently on weights that were "
+            "trained in 16 bits."
+        )
+    return told
 
 
 def measured(

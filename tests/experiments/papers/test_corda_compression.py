@@ -164,8 +164,11 @@ def test_a_fraction_is_of_the_smaller_side(shape, fraction, count):
 FULL = 10.0
 
 
-def frame(plain=80.0, asvd=30.0, corda=11.0, whitened=10.8, few=11.5, foreign=15.0):
-    rows = []
+def frame(
+    plain=80.0, asvd=30.0, corda=11.0, whitened=10.8, few=11.5, foreign=15.0, noise=0.0
+):  # fmt: skip
+    """Perplexities at a quarter; `noise` of the blocks' losses, which no two methods share."""
+    rows, noises = [], iter(np.random.default_rng(0).normal(size=(12, 3)))
     for method, corpus, tokens, quarter in (
         ("plain", "–", 0, plain),
         ("asvd", "plots", 100, asvd),
@@ -176,7 +179,9 @@ def frame(plain=80.0, asvd=30.0, corda=11.0, whitened=10.8, few=11.5, foreign=15
     ):
         for fraction in (0.125, 0.25):
             found = FULL * (quarter / FULL) ** (fraction / 0.25)
-            losses = torch.tensor([-0.5, 0.5, 0.0]) + math.log(found)
+            drawn = next(noises)
+            common = np.array([-0.5, 0.5, 0.0]) + math.log(found)
+            losses = torch.from_numpy(common + noise * (drawn - drawn.mean()))
             rows.append(
                 {
                     "method": method,
@@ -186,7 +191,7 @@ def frame(plain=80.0, asvd=30.0, corda=11.0, whitened=10.8, few=11.5, foreign=15
                     "perplexity": found,
                     "nats": math.log(found / FULL),
                     "error": 0.0,
-                    "losses": losses.double(),
+                    "losses": losses,
                 }
             )
     return pd.DataFrame(rows)
@@ -214,14 +219,36 @@ R, S, N, C = (
         ({"foreign": 50.0}, 2, S),
         ({"foreign": 99.0}, 2, N),
         ({"foreign": 10.5}, 2, C),
+        ({"corda": 99.0}, 1, C),
         ({}, 3, R),
+        ({"few": 12.5}, 3, S),
+        ({"noise": 0.5}, 3, S),
+        ({"few": 10.5, "noise": 0.5}, 3, N),
         ({"few": 10.5}, 3, C),
         ({}, 4, R),
+        ({"whitened": 11.2, "noise": 0.5}, 4, N),
         ({"whitened": 11.2}, 4, C),
     ],
 )
 def test_verdicts_follow_the_figures(figures, number, verdict):
-    assert claims.all_claims(frame(**figures), FULL)[number].verdict is verdict
+    claim = claims.all_claims(frame(**figures), FULL, 576)[number]
+    assert claim.verdict is verdict
+    assert "contradicts: " in claim.criterion
+    assert claim.published is (number != 4)
+
+
+def test_whitening_that_is_better_at_a_quarter_only_is_a_direction():
+    made = frame()
+    made.loc[(made["method"] == "whitened") & (made["fraction"] == 0.125), "perplexity"] = 99.0
+    assert claims.all_claims(made, FULL, 576)[4].verdict is S
+
+
+def test_remarks_are_computed():
+    kept, _, few = claims.all_claims(frame(corda=15.0, few=40.0), FULL, 576)[1:4]
+    assert "This model is 576 wide, the paper’s 4,096" in kept.remark
+    assert "The 10 tokens are 0.017 times the model’s width of 576" in few.remark
+    assert "65,536 tokens, are 16 times the 4,096 of its model" in few.remark
+    assert not any(claim.remark for claim in claims.all_claims(frame(), FULL, 576))
 
 
 @pytest.mark.parametrize(
