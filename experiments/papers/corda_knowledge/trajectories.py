@@ -7,16 +7,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from experiments.errors import RunFailed
-from experiments.measures.forgetting import token_divergence
+from experiments.papers.corda_knowledge.tradeoff import means
 from experiments.papers.fine_tuning import fine_tune
-from experiments.papers.perplexity import block_losses, perplexity
+from experiments.papers.perplexity import block_losses
 from experiments.schedule import TrainingConfig
 from lora_init import LoraModel
+from lora_init.fingerprint import fingerprint
+from lora_init.modules import oriented_weight
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,16 @@ class Held:
     Attributes:
         learnt: blocks of what is learnt.
         kept: blocks of what is to be kept.
-        original: the original model's logits on `kept`, on the CPU.
-        loss, perplexity: of the original model on either.
+        original: the original model's log-probabilities of the next token on `kept`, on the CPU.
+        loss: of the original model on `learnt`, nats a token.
+        losses: of the original model on each block of `kept`.
     """
 
     learnt: Int[Tensor, "blocks length"]
     kept: Int[Tensor, "some length"]
     original: Float[Tensor, "some length words"]
     loss: float
-    perplexity: float
+    losses: Float[np.ndarray, " some"]
 
 
 @torch.no_grad()
@@ -46,32 +51,59 @@ def hold(
 ) -> Held:
     """Measure the original model, which has no adapter yet."""
     home = next(model.parameters()).device
-    logits = [model(input_ids=b.to(home)).logits.float().cpu() for b in kept.split(batch_size)]
+    logarithms, losses = [], []
+    for some in kept.split(batch_size):
+        logits = model(input_ids=some.to(home), use_cache=False).logits.float()
+        losses.append(losses_of(logits, some.to(home)))
+        logarithms.append(logits.log_softmax(-1).cpu())
     return Held(
         learnt,
         kept,
-        torch.cat(logits),
+        torch.cat(logarithms),
         float(block_losses(model, learnt, batch_size).mean()),
-        perplexity(block_losses(model, kept, batch_size)),
+        np.concatenate(losses),
     )
 
 
 @torch.no_grad()
-def forgotten(model: nn.Module, held: Held, batch_size: int) -> tuple[float, float]:
-    """KL(original ‖ model) in nats, a mean over positions; and the perplexity on `kept`."""
+def forgotten(
+    model: nn.Module, held: Held, batch_size: int
+) -> tuple[Float[np.ndarray, " some"], Float[np.ndarray, " some"]]:
+    """For each block of `kept`: KL(original ‖ model), a mean over positions, and the loss of the
+    next token; nats."""
     home = next(model.parameters()).device
     divergences, losses = [], []
     for some, before in zip(
         held.kept.split(batch_size), held.original.split(batch_size), strict=True
     ):
-        after = model(input_ids=some.to(home)).logits.float()
-        mask = torch.ones_like(some, dtype=torch.bool, device=home)
-        divergences.append(token_divergence(before, after, mask))
-        found = nn.functional.cross_entropy(
-            after[:, :-1].transpose(1, 2), some[:, 1:].to(home), reduction="none"
-        )
-        losses.append(found.double().mean(1).cpu())
-    return max(float(torch.cat(divergences).mean()), 0.0), perplexity(torch.cat(losses))
+        logits = model(input_ids=some.to(home), use_cache=False).logits.float()
+        losses.append(losses_of(logits, some.to(home)))
+        found = divergence_of(before.to(home), logits)
+        divergences.append(found.double().mean(1).clamp_min(0).cpu().numpy())
+    return np.concatenate(divergences), np.concatenate(losses)
+
+
+def losses_of(
+    logits: Float[Tensor, "some length words"], blocks: Int[Tensor, "some length"]
+) -> Float[np.ndarray, " some"]:
+    """The mean loss of each block's tokens, the first one given."""
+    found = F.cross_entropy(logits[:, :-1].transpose(1, 2), blocks[:, 1:], reduction="none")
+    return found.double().mean(1).cpu().numpy()
+
+
+def divergence_of(
+    before: Float[Tensor, "some length words"], logits: Float[Tensor, "some length words"]
+) -> Float[Tensor, "some length"]:
+    """KL(p ‖ q) at each position, `before` log p and `logits` log q up to a constant of each.
+
+    With d = logits - before, KL = log E_p exp(d - E_p d): what rounding leaves is relative to KL
+    and not to the entropies, so that float32 serves, at a third of the time of float64.
+    """
+    p = before.exp()
+    p /= p.sum(-1, keepdim=True)
+    change = logits - before
+    change -= (p * change).sum(-1, keepdim=True)
+    return (p * change.exp_()).sum(-1).log()
 
 
 def trajectory(
@@ -89,7 +121,8 @@ def trajectory(
     A training that diverges ends there, and its rows so far are what it has to show.
     """
     size = training.batch_size * 2
-    rows = [{"step": 0, "fall": 0.0, "divergence": 0.0, "perplexity": held.perplexity}]
+    unchanged = np.zeros_like(held.losses)
+    rows = [point(0, 0.0, unchanged, held.losses)]
 
     def observe(step: int) -> None:
         if step not in measured_steps:
@@ -97,10 +130,9 @@ def trajectory(
         was_training = model.training
         model.eval()
         loss = float(block_losses(model, held.learnt, size).mean())
-        divergence, kept = forgotten(model, held, size)
+        row = point(step, held.loss - loss, *forgotten(model, held, size))
         model.train(was_training)
-        row = {"step": step, "fall": held.loss - loss, "divergence": divergence, "perplexity": kept}
-        if all(map(math.isfinite, row.values())):
+        if all(math.isfinite(row[name]) for name in ("fall", "divergence", "perplexity")):
             rows.append(row)
 
     try:
@@ -111,11 +143,42 @@ def trajectory(
     return rows
 
 
+def point(
+    step: int,
+    fall: float,
+    divergences: Float[np.ndarray, " some"],
+    losses: Float[np.ndarray, " some"],
+) -> dict:
+    row = {"step": step, "fall": fall, **means(divergences, losses)}
+    return row | {"divergences": divergences, "losses": losses}
+
+
 @contextmanager
 def started_again(model: LoraModel) -> Iterator[None]:
-    """Afterwards the adapter is what it was before, and the base with it."""
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """Afterwards the adapter is what it was before.
+
+    Only what is trained is held meanwhile: the base is frozen, four times as large and more. A
+    start that edits it was made from that edited base, so that the samples of the adapted weights
+    by which the library tells one base from another must be the same before and after.
+
+    Raises:
+        RuntimeError: a base weight has changed.
+    """
+    trained = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+    before = base_fingerprints(model)
     try:
         yield
     finally:
-        model.load_state_dict(state)
+        with torch.no_grad():
+            for parameter, value in trained.items():
+                parameter.copy_(value)
+    for name, found in base_fingerprints(model).items():
+        if found != before[name]:
+            raise RuntimeError(f"{name}: its frozen base weight changed during a training")
+
+
+def base_fingerprints(model: LoraModel) -> dict[str, str]:
+    return {
+        name: fingerprint(oriented_weight(layer.base_layer).detach())
+        for name, layer in model.layers.items()
+    }
