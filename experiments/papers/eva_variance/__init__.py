@@ -6,7 +6,8 @@ the gradients of tokens are independent of the inputs. Each is measured on films
 seen: an A that explains what it was made from explains it by construction.
 
 Source: Paischer et al. 2024, "Parameter Efficient Fine-tuning via Explained Variance Adaptation",
-arXiv 2410.07170, theorems 3.1 and 3.2, and the table of the initialization's time.
+arXiv 2410.07170, theorems 3.1 and 3.2, algorithm 1 (tau), and the table of the initialization's
+time.
 
     variance    shares, overlaps: pure
     settings    what can be told
@@ -22,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pandas as pd
+import torch
 
 from experiments.papers.eva_variance import charts, claims
 from experiments.papers.eva_variance.costs import measure_costs
@@ -47,6 +49,7 @@ class Rows:
 
     explained: list[dict] = field(default_factory=list)
     convergence: list[dict] = field(default_factory=list)
+    turning: list[dict] = field(default_factory=list)
     ranks: list[dict] = field(default_factory=list)
     gradients: list[dict] = field(default_factory=list)
     costs: list[dict] = field(default_factory=list)
@@ -72,13 +75,14 @@ def measure(model: str, settings: EvaVarianceSettings, rows: Rows) -> None:
         )
         for split in ("train", "test")
     )
-    explained, converged, ranks = measure_inputs(subject, layers, own, fresh, settings)
+    explained, converged, turned, ranks = measure_inputs(subject, layers, own, fresh, settings)
     gradients = measure_gradients(
         subject, layers, own, fresh[: data.gradient_batches], settings, data.moved
     )
     for total, found in (
         (rows.explained, explained),
         (rows.convergence, converged),
+        (rows.turning, [{"size": data.batch_size, **row} for row in turned]),
         (rows.ranks, ranks),
         (rows.gradients, gradients),
     ):
@@ -101,13 +105,18 @@ def time_starts(settings: EvaVarianceSettings, rows: Rows) -> None:
 
 def found_in(rows: Rows, settings: EvaVarianceSettings) -> Findings:
     """From rows to findings."""
-    explained, convergence, ranks, gradients, costs = map(
-        pd.DataFrame, (rows.explained, rows.convergence, rows.ranks, rows.gradients, rows.costs)
-    )
+    explained, convergence, turning, ranks, gradients, costs = map(
+        pd.DataFrame,
+        (
+            rows.explained, rows.convergence, rows.turning, rows.ranks, rows.gradients,
+            rows.costs,
+        ),
+    )  # fmt: skip
     return Findings(
         claims=[
             claims.explains(explained, settings.rank),
-            claims.converges(convergence),
+            claims.converges(turning),
+            claims.same_elsewhere(convergence),
             claims.larger_than_random(gradients),
             claims.largest_of_all(gradients),
             claims.fewer_parameters(ranks, settings.rho),
@@ -117,13 +126,13 @@ def found_in(rows: Rows, settings: EvaVarianceSettings) -> Findings:
         tables=[
             charts.gradient_table(gradients),
             charts.variance_table(explained),
-            charts.convergence_table(convergence),
+            charts.convergence_table(convergence, turning),
             charts.ranks_table(ranks),
             charts.costs_table(costs, settings.cost_model),
         ],
         figures=[
             *(charts.variance_figure(explained, model) for model in settings.models),
-            charts.convergence_figure(convergence),
+            charts.convergence_figure(convergence, settings.orders),
             *(
                 charts.ranks_figure(ranks, model, settings.rank, settings.rho)
                 for model in settings.models
@@ -131,7 +140,7 @@ def found_in(rows: Rows, settings: EvaVarianceSettings) -> Findings:
             *(charts.gradients_figure(gradients, model) for model in settings.models),
             charts.costs_figure(costs),
         ],
-        discussion=discussed(gradients, ranks),
+        discussion=discussed(gradients, ranks, convergence),
     )
 
 
@@ -152,7 +161,8 @@ def setting(gradients: pd.DataFrame, rows: Rows, settings: EvaVarianceSettings) 
     )
     told["cost"] = (
         f"{settings.cost_model}, batches of {settings.cost_batch}; an epoch is "
-        f"{rows.epoch:.0f} s; wall clock"
+        f"{rows.epoch:.0f} s; wall clock of {torch.get_num_threads()} thread(s), beside whatever "
+        "else the machine was doing"
     )
     told["the paper’s"] = "Llama-2-7B, Llama-3.1-8B and Gemma-2-9B on MetaMathQA and others"
     return told

@@ -8,6 +8,7 @@ import altair as alt
 import pandas as pd
 
 from experiments.papers.drawing import chart
+from experiments.papers.eva_variance.claims import TAU
 from experiments.papers.eva_variance.costs import FULL_SVD
 from experiments.papers.eva_variance.inputs import ANOTHER_ORDER, OTHER_DATA, THE_END
 from experiments.papers.findings import Figure, Table
@@ -16,6 +17,7 @@ from experiments.report.palette import marks
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 CEILING = "most possible"
+ORTHONORMAL = "with orthonormal rows"
 
 
 def variance_table(explained: pd.DataFrame) -> Table:
@@ -40,22 +42,38 @@ def variance_table(explained: pd.DataFrame) -> Table:
     )  # fmt: skip
 
 
-def convergence_table(convergence: pd.DataFrame) -> Table:
-    found = convergence.pivot_table(
-        index=["model", "batches"], columns="against", values="overlap", aggfunc="median",
-        sort=False,
-    )  # fmt: skip
-    frame = found[[THE_END, ANOTHER_ORDER, OTHER_DATA]]
-    kept = convergence.groupby(["model", "batches"], sort=False)["kept"].median()
-    frame = frame.assign(**{"variance kept": kept}).reset_index()
+def convergence_table(convergence: pd.DataFrame, turning: pd.DataFrame) -> Table:
+    middle = by_order(convergence)
+    keys = ["model", "batches"]
+    one = middle[middle["order"] == 0].pivot(index=keys, columns="against", values="overlap")
+    mixed = middle[middle["against"] == ANOTHER_ORDER].groupby(keys)["overlap"].agg(["min", "max"])
+    kept = middle[middle["against"] == OTHER_DATA].set_index(keys)["kept"]
+    steady = turning.groupby(keys)["cosine"].median()
+    frame = pd.DataFrame(
+        {
+            THE_END: one[THE_END],
+            f"{ANOTHER_ORDER}, least": mixed["min"],
+            f"{ANOTHER_ORDER}, most": mixed["max"],
+            OTHER_DATA: one[OTHER_DATA],
+            "variance kept": kept,
+            "least cosine": steady,
+        }
+    ).reset_index()
     return Table(
         "convergence", "Overlap of EVA’s subspace after some batches with others, median over "
         "inputs", frame, {name: ".3f" for name in list(frame)[2:]},
-        "With that after all batches; with that after as many batches in another order (all "
-        "batches give the same in any order); with that of equally many batches of other films. "
-        "Variance kept: what it explains of other films’ inputs, of what their own best subspace "
-        "explains.",
+        "With that after all batches; with that after as many batches in each of "
+        f"{convergence['order'].nunique()} other orders; with that of all batches of other films, "
+        "which are as many as those of the last row. Variance kept: what it explains of other "
+        "films’ inputs, of what their own best subspace explains. Least cosine: of a component "
+        f"with the one of a batch before, by which EVA stops at {TAU}.",
     )  # fmt: skip
+
+
+def by_order(convergence: pd.DataFrame) -> pd.DataFrame:
+    """Medians over inputs; one row for what no order changes."""
+    keys = ["model", "batches", "against", "order"]
+    return convergence.groupby(keys, sort=False)[["overlap", "kept"]].median().reset_index()
 
 
 def gradient_table(gradients: pd.DataFrame) -> Table:
@@ -69,22 +87,22 @@ def gradient_table(gradients: pd.DataFrame) -> Table:
                 "E‖∇B‖² / kaiming’s": relative,
                 "‖A‖": middle["norm_A"],
                 "at equal ‖A‖": middle["equal_norm"],
-                "A’s row space": middle["span"],
+                ORTHONORMAL: middle["span"],
                 "r / n": middle["random"],
             }
-        ).sort_values("at equal ‖A‖", ascending=False)
+        ).sort_values(ORTHONORMAL, ascending=False)
         found = found.rename_axis("method").reset_index()
-        found.loc[len(found), ["method", "at equal ‖A‖", "A’s row space"]] = [
-            CEILING, *[some.groupby("layer")["ceiling"].first().median()] * 2,
-        ]  # fmt: skip
+        ceiling = some.groupby("layer")["ceiling"].first().median()
+        found.loc[len(found), ["method", ORTHONORMAL]] = [CEILING, ceiling]
         parts.append(found.assign(model=model))
     frame = pd.concat(parts, ignore_index=True)
     frame = frame[["model", *(name for name in frame if name != "model")]]
     return Table(
         "gradients", "The first gradient of B by method, median over layers", frame,
-        {"at equal ‖A‖": ".3f", "A’s row space": ".3f", "r / n": ".3f"},
-        "At s = 1, over batches that no method has seen. The last columns are shares of E‖G‖²: "
-        "r E‖G Aᵀ‖² / ‖A‖², and what the row space of A holds, whatever the norms of its rows.",
+        {"at equal ‖A‖": ".3f", ORTHONORMAL: ".3f", "r / n": ".3f"},
+        "At s = 1, over batches that no method has seen. The last columns are relative to E‖G‖²: "
+        "r E‖G Aᵀ‖² / ‖A‖², which can exceed 1 where the rows of A are nearly parallel, and the "
+        "share that A’s row space holds, as if its rows were orthonormal.",
     )  # fmt: skip
 
 
@@ -146,9 +164,11 @@ def variance_figure(explained: pd.DataFrame, model: str) -> Figure:
     )  # fmt: skip
 
 
-def convergence_figure(convergence: pd.DataFrame) -> Figure:
-    drawn = convergence.groupby(["model", "batches", "against"], as_index=False)["overlap"].median()
-    kept = convergence.groupby(["model", "batches"], as_index=False)["kept"].median()
+def convergence_figure(convergence: pd.DataFrame, orders: int) -> Figure:
+    middle = by_order(convergence)
+    keys = ["model", "batches", "against"]
+    drawn = middle.groupby(keys, as_index=False)["overlap"].median()
+    kept = middle[middle["against"] == OTHER_DATA][["model", "batches", "kept"]]
     kept = kept.rename(columns={"kept": "overlap"}).assign(against="variance kept")
     drawn = pd.concat([drawn, kept], ignore_index=True)
     order = [THE_END, ANOTHER_ORDER, OTHER_DATA, "variance kept"]
@@ -164,8 +184,8 @@ def convergence_figure(convergence: pd.DataFrame) -> Figure:
         chart(drawn)
         .mark_line(point=True)
         .encode(
-            x=alt.X("batches:Q", scale=alt.Scale(type="log", base=2), title="batches of 4",
-                    axis=alt.Axis(values=[1, 2, 4, 8, 16, 32, 64, 90])),
+            x=alt.X("batches:Q", scale=alt.Scale(type="log", base=2), title="batches",
+                    axis=alt.Axis(values=sorted(set(drawn["batches"].tolist())))),
             y=alt.Y("overlap:Q", title="overlap, or share", scale=alt.Scale(zero=False)),
             color=alt.Color(
                 "against:N",
@@ -180,8 +200,8 @@ def convergence_figure(convergence: pd.DataFrame) -> Figure:
     return Figure(
         "convergence", "How soon the directions are found",
         "Overlap of EVA’s subspace with that after all batches, with that after as many in another "
-        "order, and with that of other films; and the variance it keeps there of the best "
-        "possible. Medians over inputs.", drawing,
+        f"order (the middle one of {orders}), and with that of all batches of other films; and the "
+        "variance it keeps there of the best possible. Medians over inputs.", drawing,
     )  # fmt: skip
 
 
@@ -215,17 +235,17 @@ def ranks_figure(ranks: pd.DataFrame, model: str, rank: int, rho: float) -> Figu
 def gradients_figure(gradients: pd.DataFrame, model: str) -> Figure:
     some = gradients[gradients["model"] == model]
     ceiling = some[some["method"] == "eva"].assign(method=CEILING)
-    ceiling = ceiling.assign(equal_norm=ceiling["ceiling"])
-    drawn = pd.concat([some, ceiling])[["method", "layer", "equal_norm"]]
-    middle = drawn.groupby("method", as_index=False)["equal_norm"].median()
-    order = middle.sort_values("equal_norm", ascending=False)["method"].tolist()
+    ceiling = ceiling.assign(span=ceiling["ceiling"])
+    drawn = pd.concat([some, ceiling])[["method", "layer", "span"]]
+    middle = drawn.groupby("method", as_index=False)["span"].median()
+    order = middle.sort_values("span", ascending=False)["method"].tolist()
     methods = [name for name in order if name != CEILING]
     chosen = marks(methods)
     y = alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=150))
     x = alt.X(
-        "equal_norm:Q", scale=alt.Scale(type="log"),
+        "span:Q", scale=alt.Scale(type="log"),
         axis=alt.Axis(format="~%", values=[1e-4, 1e-3, 1e-2, 0.1, 1]),
-        title="share of the gradient’s energy, A at the norm of orthonormal rows",
+        title="share of the gradient’s energy, A with orthonormal rows",
     )  # fmt: skip
     color = alt.Color(
         "method:N", legend=None,
@@ -233,17 +253,17 @@ def gradients_figure(gradients: pd.DataFrame, model: str) -> Figure:
                         range=[*(chosen[m].color for m in methods), INK]),
     )  # fmt: skip
     dots = chart(drawn).mark_circle(size=22, opacity=0.4).encode(
-        x=x, y=y, color=color, tooltip=["method:N", "layer:N", "equal_norm:Q"],
+        x=x, y=y, color=color, tooltip=["method:N", "layer:N", "span:Q"],
     )  # fmt: skip
     ticks = chart(middle).mark_tick(thickness=3, size=13, color=INK).encode(
-        x=x, y=y, tooltip=["method:N", alt.Tooltip("equal_norm:Q", format=".3f")],
+        x=x, y=y, tooltip=["method:N", alt.Tooltip("span:Q", format=".3f")],
     )  # fmt: skip
     width = float(some["random"].median())
-    random = chart(pd.DataFrame({"equal_norm": [width]})).mark_rule(
+    random = chart(pd.DataFrame({"span": [width]})).mark_rule(
         strokeDash=[4, 4], color=SOFT
-    ).encode(x="equal_norm:Q")  # fmt: skip
+    ).encode(x="span:Q")  # fmt: skip
     return Figure(
-        f"gradients_{model}", f"The first gradient of B, at equal norm of A ({model})",
+        f"gradients_{model}", f"The first gradient of B, A with orthonormal rows ({model})",
         "A dot a layer, a bar at the median. Dashed: r / n, a random A’s. The most possible are "
         "the first eigenvectors of E GᵀG, which take the gradients themselves to find.",
         (random + dots + ticks).properties(height=alt.Step(17)),

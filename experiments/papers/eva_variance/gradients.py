@@ -6,10 +6,10 @@ batches is looked at three ways, at s = 1 for all methods:
 - as it comes, E‖G A0ᵀ‖², which grows with ‖A0‖²: kaiming's A has ‖A‖² = r / 3, EVA's r, gaussian's
   n / r;
 - at equal norm, r E‖G A0ᵀ‖² / (‖A0‖² E‖G‖²): as if every A0 had the norm of one with orthonormal
-  rows, which the theorem is about;
-- by directions alone, E‖G Q‖² / E‖G‖², Q an orthonormal basis of A0's rows: the share of the
-  gradient's energy that the row space holds. No A of rank r holds more than the first r
-  eigenvectors of E GᵀG, and a random one holds r / n on average.
+  rows; more than 1 where rows that are nearly parallel all lie where the gradient is large;
+- with orthonormal rows, which the theorem is about: E‖G Q‖² / E‖G‖², Q an orthonormal basis of
+  A0's rows: the share of the gradient's energy that the row space holds. No A of rank r holds more
+  than the first r eigenvectors of E GᵀG, and a random one holds r / n on average.
 """
 
 from __future__ import annotations

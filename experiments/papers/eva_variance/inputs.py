@@ -15,6 +15,7 @@ from experiments.papers.eva_variance.settings import EvaVarianceSettings
 from experiments.papers.eva_variance.variance import (
     directions,
     explained_share,
+    least_cosine,
     merged,
     overlap,
     powers_of_two,
@@ -32,10 +33,13 @@ from lora_init.seeding import layer_generator
 from lora_init.statistics import collect
 
 RANDOM = ("kaiming", "gaussian")
-THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "other films"
+THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "all of other films"
 
 Inputs = dict[tuple[str, ...], InputStatistics]
 """The statistics of each distinct input, by the names of the layers that read it."""
+
+Directions = dict[tuple[str, ...], torch.Tensor]
+"""EVA's A for each distinct input."""
 
 
 def prefixes(
@@ -65,8 +69,8 @@ def measure_inputs(
     own: Batches,
     other: Batches,
     settings: EvaVarianceSettings,
-) -> tuple[list[dict], list[dict], list[dict]]:
-    """Rows of explained variance, of convergence, and of ranks.
+) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
+    """Rows of explained variance, of convergence, of components that turn, and of ranks.
 
     Args:
         chosen: the layers whose directions are looked at; ranks are chosen over all layers.
@@ -74,62 +78,98 @@ def measure_inputs(
     """
     names = [layer.name for layer in chosen]
     counts = powers_of_two(len(own))
-    mixed = torch.randperm(len(own), generator=torch.Generator().manual_seed(settings.seed))
-    say(f"  {subject.name}: inputs over {len(own)} batches, in two orders, and of other films")
-    found: dict[tuple[str, int], dict[tuple[str, ...], torch.Tensor]] = {}
+    say(
+        f"  {subject.name}: inputs over {len(own)} batches, in {1 + settings.orders} orders, and "
+        "of other films"
+    )
     everything = [layer.name for layer in subject.layers]
-    for count, total in prefixes(subject, everything, own, counts):
+    found: dict[int, Directions] = {}
+    for count, total in prefixes(subject, everything, own, followed(counts)):
         seen = {key: total[key] for key in total if key[0] in set(names)}
-        found["own", count] = found_directions(seen, settings.rank)
-    shuffled = [own[index] for index in mixed]
-    for count, again in prefixes(subject, names, shuffled, counts):
-        found["shuffled", count] = found_directions(again, settings.rank)
-    for _, fresh in prefixes(subject, names, other, [len(other)]):
-        found["other", len(other)] = found_directions(fresh, settings.rank)
-    converged = convergence(found, counts, fresh)
+        found[count] = found_directions(seen, settings.rank)
+    ((_, fresh),) = prefixes(subject, names, other, [len(other)])
+    best = found_directions(fresh, settings.rank)
+    converged = convergence({count: found[count] for count in counts}, best, fresh)
+    for order in range(settings.orders):
+        generator = torch.Generator().manual_seed(settings.seed + order)
+        mixed = torch.randperm(len(own), generator=generator)
+        # After all batches every order has seen the same; every second count says how it comes.
+        some = counts[-2::-2][::-1]
+        for count, again in prefixes(subject, names, [own[i] for i in mixed[: some[-1]]], some):
+            shuffled = found_directions(again, settings.rank)
+            converged += compared(shuffled, found[count], best, fresh, count, ANOTHER_ORDER, order)
     explained = explained_variance(subject, seen, fresh, settings)
     ranks = chosen_ranks(subject, total, settings)
-    return explained, converged, ranks
+    return explained, converged, turning(found), ranks
 
 
-def found_directions(inputs: Inputs, rank: int) -> dict[tuple[str, ...], torch.Tensor]:
+def followed(counts: Sequence[int]) -> list[int]:
+    """With each count also the next one, for what one more batch turns; the last is preceded."""
+    last = counts[-1]
+    return sorted({*counts, *(count + 1 for count in counts[:-1]), max(last - 1, 1)})
+
+
+def found_directions(inputs: Inputs, rank: int) -> Directions:
     return {key: directions(statistics, rank) for key, statistics in inputs.items()}
 
 
-def convergence(
-    found: Mapping[tuple[str, int], Mapping[tuple[str, ...], torch.Tensor]],
-    counts: Sequence[int],
-    fresh: Inputs,
-) -> list[dict]:
-    """By input and number of batches: overlaps, and the variance kept of other films' inputs.
+def convergence(found: Mapping[int, Directions], best: Directions, fresh: Inputs) -> list[dict]:
+    """By input and number of batches: overlaps with all of them and with other films' subspace.
 
     Args:
-        found: EVA's A by ("own" | "shuffled", number of batches), and that of the other data.
+        found: EVA's A by the number of batches.
+        best: that of `fresh`, the inputs of other films.
     """
-    last = counts[-1]
-    (other,) = (found[key] for key in found if key[0] == "other")
-    rows = []
-    for key, statistics in fresh.items():
-        best = explained_share(statistics.covariance, other[key])
-        for count in counts:
-            own = found["own", count][key]
-            compared = {
-                THE_END: found["own", last][key],
-                ANOTHER_ORDER: found["shuffled", count][key],
-                OTHER_DATA: other[key],
-            }
-            kept = explained_share(statistics.covariance, own) / best
-            for against, directions_there in compared.items():
-                rows.append(
-                    {
-                        "layer": key[0],
-                        "batches": count,
-                        "against": against,
-                        "overlap": overlap(own, directions_there),
-                        "kept": kept,
-                    }
-                )
-    return rows
+    last = max(found)
+    return [
+        row
+        for count, own in found.items()
+        for against, there in ((THE_END, found[last]), (OTHER_DATA, best))
+        for row in compared(own, there, best, fresh, count, against)
+    ]
+
+
+def compared(
+    own: Directions,
+    there: Directions,
+    best: Directions,
+    fresh: Inputs,
+    count: int,
+    against: str,
+    order: int = 0,
+) -> list[dict]:
+    """By input: the overlap of `own` with `there`, and the share of the variance that `best`
+    explains of other films' inputs that `own` explains of them."""
+    return [
+        {
+            "layer": key[0],
+            "batches": count,
+            "against": against,
+            "order": order,
+            "overlap": overlap(own[key], there[key]),
+            "kept": explained_share(statistics.covariance, own[key])
+            / explained_share(statistics.covariance, best[key]),
+        }
+        for key, statistics in fresh.items()
+    ]
+
+
+def turning(found: Mapping[int, Directions]) -> list[dict]:
+    """By input and number of batches: how far the newest batch turned the components.
+
+    EVA stops a layer once the cosine of each component with the one of a batch before is 0.99
+    (`tau`) or more; the least of them decides.
+    """
+    return [
+        {
+            "layer": key[0],
+            "batches": count,
+            "cosine": least_cosine(found[count - 1][key], now),
+        }
+        for count in sorted(found)
+        if count - 1 in found
+        for key, now in found[count].items()
+    ]
 
 
 def explained_variance(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from experiments.papers.paper import PaperSettings
-from experiments.papers.starts import check_methods
+from experiments.papers.starts import UNCENTRED, check_methods
+
+EVAS = ("eva", UNCENTRED)
 
 
 @dataclass
@@ -52,6 +54,7 @@ class EvaVarianceSettings(PaperSettings):
         rank: where one rank is compared.
         ranks: of the explained variance.
         rho: of the redistribution of ranks.
+        orders: random orders of the calibration's batches, beside the one they come in.
         methods: registered names whose first gradients are compared; null for all that have one.
         cost_model: whose initializations are timed, on the layers of one of `cost_every` blocks.
         cost_batch: sequences a batch there.
@@ -62,6 +65,7 @@ class EvaVarianceSettings(PaperSettings):
     rank: int = 16
     ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     rho: float = 2.0
+    orders: int = 3
     methods: list[str] | None = None
     language: Data = field(default_factory=lambda: Data(4, 64, 16, 4, 5, False))
     encoder: Data = field(default_factory=lambda: Data(4, 48, 90, 8, 1, True))
@@ -80,15 +84,15 @@ class EvaVarianceSettings(PaperSettings):
             raise ValueError(f"rank={self.rank}; allowed is one of ranks={self.ranks}")
         if self.rho < 1:
             raise ValueError(f"rho={self.rho}; allowed are numbers >= 1")
-        for name in ("cost_every", "cost_batch", "cost_steps"):
+        for name in ("orders", "cost_every", "cost_batch", "cost_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; allowed are integers >= 1")
         if self.methods is not None:
             check_methods(self.methods)
-            if not {"eva", "kaiming"} <= set(self.methods):
+            if not {*EVAS, "kaiming"} <= set(self.methods):
                 raise ValueError(
-                    f"methods={self.methods}; eva and kaiming must be among them: the claim "
-                    "compares them"
+                    f"methods={self.methods}; {', '.join(EVAS)} and kaiming must be among them: "
+                    "the claims compare them"
                 )
 
     def data(self, model: str) -> Data:

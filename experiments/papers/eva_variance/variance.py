@@ -46,6 +46,11 @@ def overlap(first: Float[Tensor, "rank in"], second: Float[Tensor, "rank in"]) -
     return float((first.double() @ second.double().T).square().sum() / len(first))
 
 
+def least_cosine(first: Float[Tensor, "rank in"], second: Float[Tensor, "rank in"]) -> float:
+    """min |a_i · b_i| over unit rows of the same number: 1 where no component has turned."""
+    return float((first.double() * second.double()).sum(1).abs().min())
+
+
 def merged(first: InputStatistics, second: InputStatistics) -> InputStatistics:
     """The moments of both groups of tokens together."""
     return InputStatistics.of(joined([_moments(first), _moments(second)]))
