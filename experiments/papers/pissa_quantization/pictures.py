@@ -15,6 +15,10 @@ from experiments.report.canvas import INK, SOFT
 
 METHODS = ["loftq", "pissa"]
 HEADER = alt.Header(labelColor=SOFT, labelFontSize=12.5, title=None, labelAnchor="start")
+MEASURES = {
+    "nuclear": "nuclear norm", "frobenius": "Frobenius norm", "spectral": "spectral norm",
+    "output": "output error",
+}  # fmt: skip
 REDUCTION = "reduction of NF4’s error, %"
 PANEL = 250
 
@@ -40,11 +44,15 @@ def figures(
             "of the same shape hold, which is all that LoftQ gets of an error without structure.",
             by_part(chosen, first), width=None,
         ),
+    ]  # fmt: skip
+    found += [
         Figure(
-            "leads", f"Where PiSSA is ahead of LoftQ (green) and where behind (pink), T = {first}",
-            "PiSSA’s reduction minus LoftQ’s, points, nuclear norm, mean over layers.",
-            leads(named, first), width=None,
-        ),
+            "leads" if norm == "nuclear" else f"leads_{norm}",
+            f"Where PiSSA is ahead of LoftQ (green) and where behind (pink), {told}, T = {first}",
+            "PiSSA’s reduction minus LoftQ’s, points, mean over layers.",
+            leads(named, first, norm), width=None,
+        )
+        for norm, told in MEASURES.items()
     ]  # fmt: skip
     if (rows["variant"] != AS_IT_IS).any():
         found.append(
@@ -163,10 +171,10 @@ def by_part(chosen: pd.DataFrame, count: int) -> alt.FacetChart:
     )
 
 
-def leads(rows: pd.DataFrame, count: int) -> alt.FacetChart:
+def leads(rows: pd.DataFrame, count: int, norm: str) -> alt.FacetChart:
     some = rows[(rows["variant"] == AS_IT_IS) & rows["detailed"] & (rows["T"] == count)]
     columns = ["model", "part", "rank"]
-    frame = some.pivot_table(index=columns, columns="method", values="nuclear", sort=False)
+    frame = some.pivot_table(index=columns, columns="method", values=norm, sort=False)
     frame = (frame["pissa"] - frame["loftq"]).rename("lead").reset_index()
     bound = float(frame["lead"].abs().quantile(0.95)) or 1.0
     present = list(frame["part"].unique())

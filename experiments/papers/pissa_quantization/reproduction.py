@@ -7,7 +7,11 @@ import pandas as pd
 from experiments.console import say
 from experiments.papers.findings import Findings
 from experiments.papers.paper import Paper
-from experiments.papers.pissa_quantization.judging import at_judged_rank, claims, of_grids
+from experiments.papers.pissa_quantization.judging import (
+    at_judged_rank,
+    claims,
+    controls_told,
+)
 from experiments.papers.pissa_quantization.measuring import chosen_layers, measure, width_of
 from experiments.papers.pissa_quantization.pictures import figures
 from experiments.papers.pissa_quantization.settings import PissaQuantizationSettings
@@ -64,29 +68,31 @@ def discussion(rows: pd.DataFrame, judged: dict[str, int]) -> list[str]:
     lead = layers["nuclear", "pissa"] - loftq
     expected = layers["smaller", "pissa"] - noise
     agreement = float(((lead > 0) == (expected > 0)).mean())
+    leading = float((lead > 0).mean())
     by_model = [
-        f"{model}: {loftq[model].mean():.1f} % where noise of the same shapes would give "
-        f"{noise[model].mean():.1f} %"
+        f"{model}: {loftq[model].mean():.1f} % and {noise[model].mean():.1f} %"
         for model in dict.fromkeys(rows["model"])
     ]
     square, wide = (100 * leading_share(side, 4096, 128) for side in (4096, 11008))
     said = [
-        f"LoftQ’s first step takes little more than what any r directions of white noise hold "
-        f"({'; '.join(by_model)}), which depends on the shape alone. The paper’s own figures are "
-        f"of that kind: {square:.1f} % by the law for 4096 × 4096 against its 7.2 to 8.1, "
-        f"{wide:.1f} % for the MLP’s shapes against its 5.1 to 5.3.",
-        "QPiSSA’s first step makes smaller what is quantised, so that it is ahead where W’s own "
-        "top r hold more than noise would: that rule names the leader in "
-        f"{100 * agreement:.0f} % of the layers.",
+        "Any r directions of an error without structure hold a share of it that depends on the "
+        "shape alone. What LoftQ’s first step takes, and what white noise of the same shapes would "
+        f"give: {'; '.join(by_model)}. In the paper’s model: 7.2 to 8.1 % and {square:.1f} % for "
+        f"4096 × 4096, 5.1 to 5.3 % and {wide:.1f} % for the MLP’s shapes.",
+        "QPiSSA’s first step makes smaller what is quantised, so that one may expect it ahead "
+        "where W’s own top r hold more than noise would. That rule names the leader in "
+        f"{100 * agreement:.0f} % of the layers; PiSSA leads in {100 * leading:.0f} % of them, so "
+        f"that always naming the more frequent leader is right in "
+        f"{100 * max(leading, 1 - leading):.0f} %.",
     ]
-    controls = of_grids(rows)
-    return [*said, f"{controls} {GRIDS}"] if controls else said
+    controls = controls_told(rows)
+    return [*said, f"{GRIDS} {controls}"] if controls else said
 
 
 GRIDS = (
-    "SmolLM2’s weights here are 4-bit values already, on a grid of 16 levels a run of 32: NF4’s "
-    "error of such weights has a structure of its own, which ordinary weights’ has not. Where "
-    "these two controls point the same way, the comparison on SmolLM2 is shifted by its origin."
+    "Weights that are 4-bit values already, as SmolLM2’s are here (16 levels a run of 32), give "
+    "NF4’s error a structure of its own. Two kinds of control say what that does: ordinary weights "
+    "put on such a grid (and, beside it, with noise of that size), and weights spread off theirs."
 )
 
 

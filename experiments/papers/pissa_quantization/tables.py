@@ -6,7 +6,7 @@ import pandas as pd
 
 from experiments.papers.findings import Table
 from experiments.papers.pissa_quantization.errors import NORMS
-from experiments.papers.pissa_quantization.judging import at_judged_rank, by_block, means
+from experiments.papers.pissa_quantization.judging import at_judged_rank, by_block, means, points
 from experiments.papers.pissa_quantization.measuring import AS_IT_IS
 from experiments.papers.pissa_quantization.settings import PAPER_AVERAGES, PAPER_PARTS
 from experiments.papers.pissa_quantization.white_noise import leading_share
@@ -19,7 +19,7 @@ def tables(rows: pd.DataFrame, judged: dict[str, int], widths: dict[str, int]) -
     found = [averages(chosen, widths), parts(chosen), norms(chosen), ranks(rows)]
     if (rows["variant"] != AS_IT_IS).any():
         found.append(grids(rows, judged))
-    return found
+    return [*found, everything(rows)]
 
 
 def averages(chosen: pd.DataFrame, widths: dict[str, int]) -> Table:
@@ -42,7 +42,7 @@ def averages(chosen: pd.DataFrame, widths: dict[str, int]) -> Table:
             named = {NAMES[method]: values[method][model].value for method in NAMES}
             made.append(
                 {"model": model, "r": rank, "r / width, %": 100 * rank / widths[model], "T": count,
-                 **named, "PiSSA − LoftQ": str(lead)}
+                 **named, "PiSSA − LoftQ": points(lead)}
             )  # fmt: skip
     frame = pd.DataFrame(made).sort_values(["model", "T"], kind="stable")
     return Table(
@@ -79,7 +79,8 @@ def parts(chosen: pd.DataFrame) -> Table:
     measured = [f"{name}, T = {count}" for count in counts for name in NAMES.values()]
     ordered = [measured[0], "white noise", measured[1], "W gets smaller by", *measured[2:]]
     return Table(
-        "layers", "The same by kind of layer, %",
+        "layers",
+        "Reduction of NF4’s error by kind of layer at the paper’s rank per width, nuclear norm, %",
         frame[[*leading, *ordered]],
         dict.fromkeys(["NF4 error", *ordered], ".1f"),
         note="White noise: what the top r directions of a random matrix of this shape hold, more "
@@ -93,7 +94,8 @@ def norms(chosen: pd.DataFrame) -> Table:
     frame = frame.sort_values(["model", "T"], kind="stable")
     frame["method"] = frame["method"].map(NAMES)
     return Table(
-        "norms", "The same by four measures, %", frame, dict.fromkeys(NORMS, ".1f"),
+        "norms", "Reduction of NF4’s error by four measures, at the paper’s rank per width, %",
+        frame, dict.fromkeys(NORMS, ".1f"),
         note="Output: root mean square of the layer’s output error on real inputs.",
     )  # fmt: skip
 
@@ -105,7 +107,7 @@ def ranks(rows: pd.DataFrame) -> Table:
     frame = frame.reset_index()
     formats = {column: ".1f" for column in frame.columns[2:]}
     return Table(
-        "ranks", "The same by rank, %", frame, formats,
+        "ranks", "Reduction of NF4’s error by rank, nuclear norm, %", frame, formats,
         note="Of some of the blocks only, so that figures at the judged rank may differ.",
     )  # fmt: skip
 
@@ -123,4 +125,23 @@ def grids(rows: pd.DataFrame, judged: dict[str, int]) -> Table:
     return Table(
         "grids", "What a 4-bit grid does to the comparison, nuclear norm, %",
         frame, {column: ".1f" for column in frame.columns[2:]},
+    )  # fmt: skip
+
+
+def everything(rows: pd.DataFrame) -> Table:
+    """Every kind of layer, rank and T, by all measures."""
+    some = rows[(rows["variant"] == AS_IT_IS) & rows["detailed"]]
+    frame = some.pivot_table(
+        index=["model", "part", "rank", "T"], columns="method", values=list(NORMS), sort=False
+    )
+    frame = frame[[(norm, method) for norm in NORMS for method in NAMES]]
+    frame.columns = [f"{norm}, {NAMES[method]}" for norm, method in frame.columns]
+    formats = dict.fromkeys(frame.columns, ".1f")
+    frame = frame.reset_index().rename(columns={"part": "layer", "rank": "r"})
+    frame = frame.sort_values(["model", "r", "T"], kind="stable")
+    return Table(
+        "all", "Reduction of NF4’s error by model, kind of layer, rank and T, by four measures, %",
+        frame, formats,
+        note="Means over the blocks that are measured at every rank. Output: root mean square of "
+        "the layer’s output error on real inputs.",
     )  # fmt: skip

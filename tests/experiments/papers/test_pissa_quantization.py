@@ -12,9 +12,15 @@ from safetensors import safe_open
 
 from experiments.errors import ConfigurationError
 from experiments.models.smollm2 import SmolLM2, locate
+from experiments.papers.intervals import Interval
 from experiments.papers.pissa_quantization import grids, judging, measuring, reproduction
-from experiments.papers.pissa_quantization.errors import norms_of, plain_error, remaining_error
-from experiments.papers.pissa_quantization.judging import Mean, order
+from experiments.papers.pissa_quantization.errors import (
+    NORMS,
+    norms_of,
+    plain_error,
+    remaining_error,
+)
+from experiments.papers.pissa_quantization.judging import order
 from experiments.papers.pissa_quantization.settings import part_of
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.subjects import Layer, load_subject
@@ -164,7 +170,7 @@ def test_parts_have_the_papers_names():
     assert {kind: part_of(kind) for kind in names} == names
 
 
-ABOVE, NEAR, BELOW = Mean(2, 1, 3), Mean(0.1, -1, 1.2), Mean(-2, -3, -1)
+ABOVE, NEAR, BELOW = Interval(2, 1, 3), Interval(0.1, -1, 1.2), Interval(-2, -3, -1)
 
 
 @pytest.mark.parametrize(
@@ -181,19 +187,18 @@ def test_an_order_is_judged_by_intervals(differences, verdict):
     assert order(differences) is verdict
 
 
-def test_a_mean_has_students_interval():
-    found = Mean.of([1.0, 2.0, 3.0])
-    margin = 4.302653 / math.sqrt(3)  # t of 0.975 with 2 degrees of freedom; deviation 1
-    assert (found.low, found.high) == pytest.approx((2 - margin, 2 + margin), abs=1e-5)
-    assert str(Mean.of([1.5])) == "+1.5"
+def made(
+    loftq: float, pissa: float, gain: float, mlp: float, output: float = 3.0, sides: float = 1.0
+) -> pd.DataFrame:
+    """Rows of two models of three blocks.
 
-
-def made(loftq: float, pissa: float, gain: float, mlp: float, output: float = 3.0) -> pd.DataFrame:
-    """Rows of two models of three blocks: reductions of Q, and of up (smaller by `mlp`)."""
+    PiSSA's reductions: Q and K `pissa`, V and O smaller by `sides`, up by `mlp`.
+    """
     rows = []
+    smaller = {"Q": 0.0, "K": 0.0, "V": sides, "O": sides, "up": mlp}
     for model in ("one", "other"):
         for block in range(3):
-            for part, less in (("Q", 0.0), ("up", mlp)):
+            for part, less in smaller.items():
                 for method, base in (("loftq", loftq), ("pissa", pissa)):
                     for count in (1, 5):
                         value = base - less + gain * (count == 5) + 0.01 * block
@@ -211,23 +216,74 @@ def made(loftq: float, pissa: float, gain: float, mlp: float, output: float = 3.
     ("rows", "verdicts"),
     [
         (made(7, 11, 8, 4), [HOLDS, HOLDS, HOLDS, HOLDS, HOLDS]),
-        (made(7, 5, -1, -4, -3), [CONTRADICTS] * 5),
+        (made(9, 5, -1, -4, -3), [CONTRADICTS] * 5),
         (made(-8, 1, 8, 4), [NOT, NOT, HOLDS, HOLDS, HOLDS]),
         (made(7, 11, 8, 4, -3), [HOLDS, HOLDS, HOLDS, HOLDS, DIRECTION]),
+        (made(7, 11, 8, 4, sides=-1), [HOLDS, HOLDS, HOLDS, DIRECTION, HOLDS]),
+        (made(7, 11, 8, 4, sides=5), [HOLDS, HOLDS, HOLDS, DIRECTION, HOLDS]),
+        (made(7, 11, 8, 0), [HOLDS, HOLDS, HOLDS, NOT, HOLDS]),
     ],
 )
 def test_verdicts_follow_the_rows(rows, verdicts):
     # Blocks differ by a constant only, so that every interval of a difference is a point.
     found = judging.claims(rows, {"one": 8, "other": 8})
     assert [claim.verdict for claim in found] == verdicts
+    assert [claim.published for claim in found] == [True] * 4 + [False]
 
 
-def test_controls_are_told_where_a_lead_is_missing():
-    rows = made(7, 5, 8, 4)
-    rounded = made(7, 4, 8, 4).assign(variant=judging.ROUNDED)
+@pytest.mark.parametrize(
+    ("rounded", "dithered", "told"),
+    [
+        (3.0, -1.0, "All controls say that the grid costs PiSSA some of its lead"),
+        (5.0, 2.0, "All controls say that the grid adds to PiSSA’s lead"),
+        (3.0, 2.0, "The controls disagree on what the grid does to PiSSA’s lead"),
+    ],
+)
+def test_the_controls_say_what_a_grid_costs(rounded, dithered, told):
+    """PiSSA leads by 4 as it is; by `rounded` on a grid, and by `dithered` less off the other's."""
+    rows = made(7, 11, 8, 4)
+
+    def control(model: str, variant: str, lead: float) -> pd.DataFrame:
+        some = made(7, 7 + lead, 8, 4)
+        return some[some["model"] == model].assign(variant=variant)
+
+    both = pd.concat(
+        [
+            rows,
+            control("one", judging.ROUNDED, rounded),
+            control("other", judging.DITHERED, 4 - dithered),
+        ]
+    )
+    said = judging.controls_told(both)
+    assert f"one {judging.ROUNDED} {rounded:+.1f}" in said
+    assert f"other {judging.DITHERED} {4 - dithered:+.1f}" in said
+    verdict, effects = said.rsplit(": ", 1)
+    assert verdict.endswith(told)
+    assert effects.startswith(f"{rounded - 4:+.1f}")
+    assert f" on one, {dithered:+.1f}" in effects
+    assert judging.controls_told(rows) == ""
+
+
+def test_one_control_alone_names_no_agreement():
+    rows = made(7, 11, 8, 4)
+    rounded = made(7, 10, 8, 4).assign(variant=judging.ROUNDED)
     both = pd.concat([rows, rounded[rounded["model"] == "one"]])
-    claim = judging.claims(both, {"one": 8, "other": 8})[0]
-    assert "one on a 4-bit grid: -3.0 instead of -2.0 points" in claim.remark
+    assert "What the grid does to PiSSA’s lead: -1.0 on one." in judging.controls_told(both)
+
+
+def test_all_rows_are_in_one_table(smoke):
+    (table,) = [t for t in smoke("pissa_quantization").tables if t.name == "all"]
+    frame = table.frame
+    assert list(frame.columns[:4]) == ["model", "layer", "r", "T"]
+    assert list(frame.columns[4:]) == [
+        f"{norm}, {name}" for norm in NORMS for name in ("LoftQ", "PiSSA")
+    ]
+    assert len(frame) == 6 * 2 * 2  # layers, ranks, T
+    assert frame.notna().all(axis=None)
+    first = frame[(frame["r"] == 12) & (frame["T"] == 1)]["nuclear, LoftQ"].mean()
+    averages = smoke("pissa_quantization").tables[0].frame
+    found = averages[(averages["model"] == "MiniLM") & (averages["T"] == 1)]
+    assert found["LoftQ"].item() == pytest.approx(first)
 
 
 def test_a_rank_above_a_layer_is_refused_by_name(composed_paper):
