@@ -9,7 +9,7 @@ from experiments.papers.drawing import chart
 from experiments.papers.fast_svd.decomposing import LOWRANK, NITER, PISSA
 from experiments.papers.fast_svd.judging import NO_NITER, summary
 from experiments.papers.fast_svd.settings import PAPER_ERRORS
-from experiments.papers.fast_svd.starts import EXACT
+from experiments.papers.fast_svd.starts import EXACT, Training
 from experiments.papers.findings import Figure
 from experiments.report.canvas import INK, SOFT
 from experiments.report.palette import MARKS
@@ -22,14 +22,15 @@ SMALLEST = 1e-8
 """A logarithmic axis has no place for an excess error of rounding, or of none."""
 
 
-def figures(rows: pd.DataFrame, training: pd.DataFrame) -> list[Figure]:
+def figures(rows: pd.DataFrame, training: Training) -> list[Figure]:
     found = summary(rows)
     judged = found[found["judged"]]
     return [
         Figure(
             "error", "The error against the number of iterations",
-            "Relative difference of s B A from the full SVD’s, as a multiple of svd_lowrank’s at "
-            "niter 1, so that the paper’s two figures (in a unit of their own) stand beside it. "
+            "Mean absolute difference of the entries of A and B from the full SVD’s, as a multiple "
+            "of svd_lowrank’s at niter 1, so that the paper’s two figures (in a unit of their own) "
+            "stand beside it. "
             "`pissa`, drawn as a rule, has no niter.",
             by_niter(judged), width=None,
         ),
@@ -41,7 +42,7 @@ def figures(rows: pd.DataFrame, training: pd.DataFrame) -> list[Figure]:
         Figure(
             "training", "Loss from a fast start, less that from the exact one",
             "Training loss of each step, a line a draw; the steps’ texts are the same for all.",
-            by_step(training),
+            by_step(training.steps),
         ),
     ]  # fmt: skip
 
@@ -55,18 +56,18 @@ def color(methods: list[str], columns: int = 2) -> alt.Color:
 
 def by_niter(judged: pd.DataFrame) -> alt.FacetChart:
     first = judged[(judged["method"] == LOWRANK) & (judged["niter"] == 1)]
-    unit = first.set_index("source")["difference"]
-    frame = judged[["source", "method", "niter", "difference"]].copy()
-    frame["relative"] = frame["difference"] / frame["source"].map(unit)
+    unit = first.set_index("source")["entries"]
+    frame = judged[["source", "method", "niter", "entries"]].copy()
+    frame["relative"] = frame["entries"] / frame["source"].map(unit)
     papers = [
-        {"source": source, "method": THE_PAPER, "niter": niter, "difference": error,
+        {"source": source, "method": THE_PAPER, "niter": niter, "entries": error,
          "relative": error / PAPER_ERRORS[1]}
         for source in frame["source"].unique()
         for niter, error in PAPER_ERRORS.items()
     ]  # fmt: skip
     frame = pd.concat([frame, pd.DataFrame(papers)])
     niters = sorted(frame.loc[frame["niter"] >= 0, "niter"].unique())
-    tips = ["method:N", "niter:O", alt.Tooltip("difference:Q", format=".2e")]
+    tips = ["method:N", "niter:O", alt.Tooltip("entries:Q", format=".2e")]
     base = alt.Chart().encode(
         y=alt.Y(
             "relative:Q", scale=alt.Scale(type="log"), title="error, niter 1 = 1",
@@ -110,9 +111,9 @@ def _faceted(layered: alt.LayerChart, frame: pd.DataFrame) -> alt.FacetChart:
     return layered.properties(width=PANEL).facet(by_source, columns=2)
 
 
-def by_step(training: pd.DataFrame) -> alt.LayerChart:
-    exact = training[training["start"] == EXACT].set_index("step")["loss"]
-    frame = training[training["start"] != EXACT].copy()
+def by_step(steps: pd.DataFrame) -> alt.LayerChart:
+    exact = steps[steps["start"] == EXACT].set_index("step")["loss"]
+    frame = steps[steps["start"] != EXACT].copy()
     frame["above"] = frame["loss"] - frame["step"].map(exact)
     frame["run"] = frame["start"] + ", draw " + (frame["draw"] + 1).astype(str)
     order = list(frame["start"].unique())

@@ -26,16 +26,17 @@ class FastSvdSettings(PaperSettings):
         niters: subspace iterations; 1 and 16 among them.
         rounds: how often each is decomposed, by another draw; times are medians.
         target_modules: what is adapted in training, at the judged rank, alpha = r.
+        adapted_every: in the layers of every so many blocks of the model.
         starts: niter of the fine-tunings, 1 and 16 among them, beside the exact one.
-        draws: fine-tunings of each of them, from different random blocks: the noise.
+        draws: fine-tunings of each of them, from different random blocks.
         steps, batch_size, length, learning_rate: of the fine-tunings on film plots.
-        held_out: blocks of unseen plots, whose loss is taken at the end.
+        held_out: blocks of unseen plots, whose losses at the end are compared.
     """
 
     model: str = "smollm2"
     blocks: int = 1
     synthetic: int | None = 2048
-    ranks: list[int] = field(default_factory=lambda: [4, 128])
+    ranks: list[int] = field(default_factory=lambda: [128])
     share: float = PAPER_SHARE
     niters: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 8, 16])
     rounds: int = 2
@@ -44,17 +45,20 @@ class FastSvdSettings(PaperSettings):
             "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
         ]
     )  # fmt: skip
-    starts: list[int] = field(default_factory=lambda: [1, 4, 16])
+    adapted_every: int = 1
+    starts: list[int] = field(default_factory=lambda: [1, 16])
     draws: int = 2
     steps: int = 8
     batch_size: int = 2
     length: int = 64
     learning_rate: float = 2e-4
-    held_out: int = 8
+    held_out: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("blocks", "rounds", "steps", "batch_size", "held_out"):
+        for name in (
+            "blocks", "rounds", "adapted_every", "draws", "batch_size", "held_out",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; allowed are integers >= 1")
         if self.synthetic is not None and self.synthetic < 64:
@@ -69,8 +73,6 @@ class FastSvdSettings(PaperSettings):
                 raise ValueError(
                     f"{name}={given}; allowed are ascending integers >= 0, 1 and 16 among them"
                 )
-        if self.draws < 2:
-            raise ValueError(f"draws={self.draws}; allowed are integers >= 2: they give the noise")
         if self.steps < 2:
             raise ValueError(f"steps={self.steps}; allowed are integers >= 2")
 

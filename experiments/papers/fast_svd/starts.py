@@ -5,34 +5,45 @@ The paper's starts are made by PEFT, whose `pissa_niter_N` is the paper's own co
 from an eigendecomposition in float64. Everything after the start is the same: model, layers, order
 of the data, optimizer.
 
-Rows, one a step: start ("niter 1", …, "exact"), niter (missing for exact), draw, step, loss, and
-on the last step held_out, the loss on texts that were not trained on.
+Two tables of rows, both with start ("niter 1", …, "exact"), niter (missing for exact) and draw:
+
+    steps      a row a step: step and loss
+    held_out   a row a block of texts that were not trained on: block and loss, after the last step
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.corpora import joined_blocks, load_texts
 from experiments.papers.fast_svd.settings import FastSvdSettings
 from experiments.papers.fine_tuning import fine_tune
+from experiments.papers.perplexity import block_losses
 from experiments.papers.subjects import Subject
 from experiments.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 
 EXACT = "exact"
-Blocks = Int[Tensor, "blocks length"]
 
 
-def train_all(subject: Subject, settings: FastSvdSettings) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Training:
+    """What the fine-tunings showed; the rows of the module's docstring."""
+
+    steps: pd.DataFrame
+    held_out: pd.DataFrame
+
+
+def train_all(subject: Subject, settings: FastSvdSettings) -> Training:
     """Every start and draw, in the same order of the same blocks."""
     size = settings.batch_size * settings.length
     blocks = joined_blocks(
@@ -43,7 +54,8 @@ def train_all(subject: Subject, settings: FastSvdSettings) -> list[dict[str, Any
         subject.tokenizer, load_texts("plots", "test"), length=settings.length,
         tokens=settings.held_out * settings.length,
     )  # fmt: skip
-    rows = []
+    steps: list[dict[str, Any]] = []
+    held_out: list[dict[str, Any]] = []
     for niter, draw in planned(settings):
         name = EXACT if niter is None else f"niter {niter}"
         say(f"  fine-tuning from {name}" + ("" if niter is None else f", draw {draw + 1}"))
@@ -55,16 +67,13 @@ def train_all(subject: Subject, settings: FastSvdSettings) -> list[dict[str, Any
         trace = fine_tune(
             started, blocks, training(settings), seed=settings.seed, device=settings.device
         )
-        held_out = loss_of(started, unseen)
+        losses = block_losses(started, unseen).tolist()
         if niter is None:
             started.unload()
-        told = [None] * (settings.steps - 1) + [held_out]
-        rows += [
-            {"start": name, "niter": niter, "draw": draw, "step": step, "loss": loss,
-             "held_out": after}
-            for step, (loss, after) in enumerate(zip(trace.losses, told, strict=True), start=1)
-        ]  # fmt: skip
-    return rows
+        run = {"start": name, "niter": niter, "draw": draw}
+        steps += [{**run, "step": n, "loss": loss} for n, loss in enumerate(trace.losses, start=1)]
+        held_out += [{**run, "block": n, "loss": loss} for n, loss in enumerate(losses)]
+    return Training(pd.DataFrame(steps), pd.DataFrame(held_out))
 
 
 def planned(settings: FastSvdSettings) -> Iterator[tuple[int | None, int]]:
@@ -82,10 +91,16 @@ def training(settings: FastSvdSettings) -> TrainingConfig:
     )  # fmt: skip
 
 
+def adapted(subject: Subject, settings: FastSvdSettings) -> list[int]:
+    """The blocks of the model whose layers are adapted."""
+    return sorted({layer.block for layer in subject.every(settings.adapted_every)})
+
+
 def exact_start(subject: Subject, settings: FastSvdSettings) -> nn.Module:
     rank = settings.judged_rank(subject.model.config.hidden_size)
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=settings.target_modules, task_type="CAUSAL_LM",
+        r=rank, lora_alpha=rank, target_modules=settings.target_modules,
+        layers_to_transform=adapted(subject, settings), task_type="CAUSAL_LM",
         init_lora_weights={"name": "pissa", "method": "gram"},
     )  # fmt: skip
     return get_peft_model(subject.model, config, seed=settings.seed, cache=False)
@@ -105,18 +120,10 @@ def fast_start(subject: Subject, settings: FastSvdSettings, niter: int, seed: in
         ) from error
     rank = settings.judged_rank(subject.model.config.hidden_size)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=settings.target_modules, task_type="CAUSAL_LM",
+        r=rank, lora_alpha=rank, target_modules=settings.target_modules,
+        layers_to_transform=adapted(subject, settings), task_type="CAUSAL_LM",
         init_lora_weights=f"pissa_niter_{niter}",
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(copy.deepcopy(subject.model), config)
-
-
-@torch.no_grad()
-def loss_of(model: nn.Module, blocks: Blocks) -> float:
-    """The mean loss of a token, a block at a time."""
-    model.eval()
-    device = next(model.parameters()).device
-    losses = [model(input_ids=b, labels=b).loss for b in blocks.to(device).split(1)]
-    return float(torch.stack(losses).double().mean())
