@@ -24,7 +24,7 @@ from experiments.papers.findings import Findings
 from experiments.papers.first_step import charts, claims
 from experiments.papers.first_step.discussion import discussed
 from experiments.papers.first_step.measuring import measure
-from experiments.papers.first_step.settings import FirstStepSettings
+from experiments.papers.first_step.settings import FirstStepSettings, short
 from experiments.papers.paper import Paper
 from experiments.papers.subjects import DESCRIBED
 from experiments.papers.tasks import described_data
@@ -53,22 +53,22 @@ def setting(rows: pd.DataFrame, settings: FirstStepSettings) -> dict[str, str]:
     told = {}
     for model in settings.models:
         data = settings.data(model)
-        layers = rows.loc[rows["model"] == model, "layer"].nunique()
-        told[model] = (
-            f"{DESCRIBED.get(model, model)}; {layers} layers; "
+        layers = rows.loc[rows["model"] == short(model), "layer"].nunique()
+        sets = "1 fresh set" if data.fresh == 1 else f"{data.fresh} fresh sets"
+        blocks = "all blocks" if data.every == 1 else f"one block in {data.every}"
+        told[short(model)] = (
+            f"{DESCRIBED.get(model, model)}; {layers} layers, of {blocks}; "
             f"{described_data(model, size=data.batch_size, length=data.length)}; calibrated on "
-            f"{data.calibration} sequences, {data.fresh} fresh sets of as many, of other films"
+            f"{data.calibration} sequences, {sets} of as many, of other films"
         )
     told["methods"] = (
         f"r = {settings.rank}, s = 1, the library’s options (lora_one: gamma = 8 √r, its authors’ "
         f"step at this s); seed {settings.seed}"
     )
-    if not all(settings.data(model).moved for model in settings.models):
-        told["methods"] += (
-            "; those that change the model’s function at step 0 on "
-            + ", ".join(model for model in settings.models if settings.data(model).moved)
-            + " alone"
-        )
+    moved = [short(model) for model in settings.models if settings.data(model).moved]
+    if len(moved) < len(settings.models):
+        where = f"are measured on {', '.join(moved)} alone" if moved else "are left out"
+        told["methods"] += f"; those that change the model’s function at step 0 {where}"
     told["the paper’s"] = "a theorem on one gradient; experiments on T5-base and Llama-2-7B"
     return told
 

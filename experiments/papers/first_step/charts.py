@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import altair as alt
 import pandas as pd
 
@@ -18,7 +20,8 @@ BEST, BEST_HALF = "best of rank 2r", "best of rank r"
 
 
 def tables(rows: pd.DataFrame, sizes: pd.DataFrame) -> list[Table]:
-    return [by_method(rows), by_kind(rows), by_size(sizes)]
+    kinds = [by_kind(rows[rows["model"] == model], model) for model in rows["model"].unique()]
+    return [by_method(rows), *kinds, by_size(sizes)]
 
 
 def by_method(rows: pd.DataFrame) -> Table:
@@ -52,28 +55,33 @@ def by_method(rows: pd.DataFrame) -> Table:
     )  # fmt: skip
 
 
+def slug(model: str) -> str:
+    """A model's name, or its path, as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")
+
+
 def medians(rows: pd.DataFrame, data: str, column: str) -> pd.Series:
     return rows[rows["data"] == data].groupby("method")[column].median()
 
 
-def by_kind(rows: pd.DataFrame) -> Table:
-    """LoRA-GA and the bound by kind of layer."""
-    own = rows[rows["method"] == SUBJECT]
-    found = own.pivot_table(
-        index=["model", "kind"], columns="data", values=["error", "bound"], aggfunc="median",
-        sort=False,
-    )  # fmt: skip
-    frame = pd.DataFrame(
-        {
-            "LoRA-GA, own data": found["error", CALIBRATION],
-            "best possible there": found["bound", CALIBRATION],
-            "LoRA-GA, other films": found["error", FRESH],
-            "best possible of these": found["bound", FRESH],
-        }
-    ).reset_index()
+def by_kind(rows: pd.DataFrame, model: str) -> Table:
+    """Medians over one model's layers of a kind, every method in a row of its own."""
+    base = rows[rows["method"] == SUBJECT]
+    shown = pd.concat([rows, base.assign(method=BEST, error=base["bound"])])
+    parts = []
+    for data in (CALIBRATION, FRESH):
+        found = shown[shown["data"] == data].pivot_table(
+            index="method", columns="kind", values="error", aggfunc="median", sort=False
+        )
+        found = found.loc[found.mean(axis=1).sort_values().index]
+        parts.append(found.rename_axis(columns=None).reset_index().assign(data=NAMES[data]))
+    frame = pd.concat(parts, ignore_index=True)
+    kinds = [name for name in frame if name not in ("data", "method")]
     return Table(
-        "kinds", "LoRA-GA’s relative error by kind of layer, median", frame,
-        {name: ".3f" for name in list(frame)[2:]},
+        f"kinds_{slug(model)}", f"Relative error of SGD’s first step by kind of layer ({model})",
+        frame[["data", "method", *kinds]], {name: ".3f" for name in kinds},
+        f"Medians over layers (and fresh batches), ordered by their mean over the kinds. {BEST}: "
+        "what no step of that rank can beat.",
     )  # fmt: skip
 
 
@@ -99,7 +107,7 @@ def by_size(sizes: pd.DataFrame) -> Table:
 def figures(rows: pd.DataFrame, sizes: pd.DataFrame) -> list[Figure]:
     dots = [
         Figure(
-            f"methods_{model}",
+            f"methods_{slug(model)}",
             f"How far the first step is from the gradient’s ({model})",
             "A dot a layer (and fresh batch), a bar at the median. Blue: on the data that methods "
             "are calibrated on; orange: on other films. Below, what no step of that rank can "

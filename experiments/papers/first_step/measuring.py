@@ -1,7 +1,8 @@
 """From settings to rows: every method's first step in every layer, on its own data and on others'.
 
 One row a model, layer, method and batch. Gradients are those of `lora_init.gradients`; those of one
-batch are held at a time, and whatever else is m × n is one layer's.
+batch are held at a time, and whatever else is m × n is one layer's. What a gradient alone decides
+(the bounds, its signs) is computed once for all methods that share it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+from jaxtyping import Float
 from torch import Tensor
 
 from experiments.console import say
@@ -19,7 +21,7 @@ from experiments.papers.first_step.alignment import (
     relative_error,
     sgd_step,
 )
-from experiments.papers.first_step.settings import FirstStepSettings
+from experiments.papers.first_step.settings import FirstStepSettings, short
 from experiments.papers.starts import (
     UNCENTRED,
     Gradients,
@@ -69,6 +71,9 @@ class Kept:
         zero_B = not any(bool(factor.any()) for factor in start.lora_B.values())
         return cls(start.initializer, dict(start.lora_A), dict(start.lora_B), zero_B)
 
+    def factors(self, layer: Layer) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+        return self.lora_A[layer.name], self.lora_B[layer.name]
+
 
 def measure(model: str, settings: FirstStepSettings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of all methods; and of LoRA-GA by the number of sequences it is calibrated on."""
@@ -88,7 +93,7 @@ def measure(model: str, settings: FirstStepSettings) -> tuple[pd.DataFrame, pd.D
     for size in tracked(sorted(set(data.sizes) - set(sized)), "calibrating on more and less"):
         more = Taken(CALIBRATION, 0, task_batches(subject, "train", size, **shape))
         sized[size], found = start_on(subject, layers, more, settings)
-        size_rows += [{**row, "size": size} for row in found]
+        size_rows += found
     total: dict[str, Tensor] = {}
     for taken in tracked([Taken(CALIBRATION, 0, own), *fresh], "comparing"):
         gradients = collect_gradients(
@@ -97,14 +102,14 @@ def measure(model: str, settings: FirstStepSettings) -> tuple[pd.DataFrame, pd.D
         if taken.data == FRESH:
             total = {name: g + total.get(name, 0) for name, g in gradients.items()}
         still = {name: found for name, found in kept.items() if not moved(found)}
-        rows += compared(layers, taken, gradients, still, settings.rank)
+        rows += compared(layers, taken, gradients, still, bounded=settings.rank)
         if "lora_one" in kept:
             rows += own_start(layers, taken, gradients, kept["lora_one"])
         known = sized if taken.data == FRESH else {data.calibration: kept[SUBJECT]}
-        size_rows += by_size(layers, taken, gradients, known, settings.rank)
-    together = Taken(TOGETHER, 0, [])
-    size_rows += by_size(layers, together, total, sized, settings.rank)
-    return pd.DataFrame(rows).assign(model=model), pd.DataFrame(size_rows).assign(model=model)
+        size_rows += by_size(layers, taken, gradients, known)
+    size_rows += by_size(layers, Taken(TOGETHER, 0, []), total, sized)
+    name = short(model)
+    return pd.DataFrame(rows).assign(model=name), pd.DataFrame(size_rows).assign(model=name)
 
 
 def chosen_methods(settings: FirstStepSettings, with_moved: bool) -> list[str]:
@@ -142,7 +147,7 @@ def start_all(
             kept[method] = Kept.of(start)
             for one in taken if moved(kept[method]) else ():
                 found = start.gradients(one.batches)
-                rows += compared(layers, one, found, {method: kept[method]}, settings.rank)
+                rows += compared(layers, one, found, {method: kept[method]})
     return kept, rows
 
 
@@ -153,24 +158,24 @@ def start_on(
     names = [layer.name for layer in layers]
     calibration = calibration_for(subject, [SUBJECT], names, settings.rank, known.batches)
     gradients = {name: calibration.layers[name].gradient for name in names}
-    with started(subject, SUBJECT, names, settings.rank, calibration) as start:
+    with started(subject, SUBJECT, names, settings.rank, calibration, seed=settings.seed) as start:
         kept = Kept.of(start)
-    return kept, compared(layers, known, gradients, {SUBJECT: kept}, settings.rank)
+    size = sum(len(batch["input_ids"]) for batch in known.batches)
+    return kept, by_size(layers, known, gradients, {size: kept})
 
 
 def by_size(
-    layers: Sequence[Layer],
-    taken: Taken,
-    gradients: Gradients,
-    sized: Mapping[int, Kept],
-    rank: int,
+    layers: Sequence[Layer], taken: Taken, gradients: Gradients, sized: Mapping[int, Kept]
 ) -> list[dict]:
-    """Rows of LoRA-GA from each number of sequences."""
-    named = {str(size): kept for size, kept in sized.items()}
-    return [
-        {**row, "method": SUBJECT, "size": int(row["method"])}
-        for row in compared(layers, taken, gradients, named, rank)
-    ]
+    """Rows of LoRA-GA from each number of sequences: its SGD step alone."""
+    rows = []
+    for layer in layers:
+        gradient = gradients[layer.name].double()
+        for size, kept in sized.items():
+            step = sgd_step(gradient, *kept.factors(layer), kept.initializer.frozen)
+            error = relative_error(step, gradient)
+            rows.append({**described(layer, taken, SUBJECT), "size": size, "error": error})
+    return rows
 
 
 def moved(kept: Kept) -> bool:
@@ -182,28 +187,34 @@ def compared(
     taken: Taken,
     gradients: Gradients,
     kept: Mapping[str, Kept],
-    rank: int,
+    bounded: int | None = None,
 ) -> list[dict]:
-    """Rows of methods that share the model's gradients."""
+    """Rows of methods that share these gradients.
+
+    Args:
+        bounded: also what steps of this rank and of twice that could reach. Asked of the pretrained
+            function's gradients, as the claim is, and not of each moved method's own.
+    """
     rows = []
     for layer in layers:
         gradient = gradients[layer.name].double()
         signs = gradient.sign()
-        half, bound = rank_bounds(gradient, [rank, 2 * rank])
-        for method, found in kept.items():
-            factors = found.lora_A[layer.name], found.lora_B[layer.name]
-            frozen = found.initializer.frozen
+        bounds = {}
+        if bounded is not None:
+            found = rank_bounds(gradient, [bounded, 2 * bounded])
+            bounds = dict(zip(("bound_r", "bound"), found, strict=True))
+        for method, one in kept.items():
+            factors, frozen = one.factors(layer), one.initializer.frozen
             adam = adam_step(gradient, *factors, frozen)
             rows.append(
                 {
                     **described(layer, taken, method),
-                    "zero_B": found.zero_B,
-                    "moved": moved(found),
+                    "zero_B": one.zero_B,
+                    "moved": moved(one),
                     "error": relative_error(sgd_step(gradient, *factors, frozen), gradient),
                     "adam": relative_error(adam, gradient),
                     "adam_signs": relative_error(adam, signs),
-                    "bound_r": half,
-                    "bound": bound,
+                    **bounds,
                 }
             )
     return rows
@@ -215,13 +226,10 @@ def own_start(
     """How LoRA-One's start itself follows the gradient of the model before it: s B0 A0 and -G."""
     rows = []
     for layer in layers:
-        gradient = gradients[layer.name].double()
-        lora_A, lora_B = kept.lora_A[layer.name], kept.lora_B[layer.name]
-        half, bound = rank_bounds(gradient, [len(lora_A), 2 * len(lora_A)])
-        error = relative_error((lora_B, -lora_A), gradient)
+        lora_A, lora_B = kept.factors(layer)
+        error = relative_error((lora_B, -lora_A), gradients[layer.name])
         row = described(layer, taken, OWN_START)
-        figures = {"error": error, "bound_r": half, "bound": bound}
-        rows.append({**row, "zero_B": False, "moved": True, **figures})
+        rows.append({**row, "zero_B": False, "moved": True, "error": error})
     return rows
 
 

@@ -84,6 +84,7 @@ def test_rows_are_those_of_plain_backward_passes(smoke, composed_paper):
     settings = composed_paper("first_step", "smoke", "device=cpu")
     findings = smoke("first_step")
     shown = findings.tables[0].frame.set_index("method")
+    kinds = findings.tables[1].frame.set_index(["data", "method"])
     data = settings.encoder
     subject = load_with_task("minilm", "cpu")
     shape = {"size": data.batch_size, "length": data.length}
@@ -105,6 +106,10 @@ def test_rows_are_those_of_plain_backward_passes(smoke, composed_paper):
             step = (B.grad.double() @ A.double() + B.double() @ A.grad.double()).detach()
             cosine = (step * G).sum() / (step.norm() * G.norm())
             errors.append(float((1 - cosine**2).sqrt()))
+        layer_kinds = [layer.kind for layer in subject.every(data.every)]
+        for kind, error in zip(layer_kinds, errors, strict=True):  # one block: a layer of a kind
+            found = kinds.loc[("its own data", method), kind]
+            assert found == pytest.approx(error, abs=2e-4), (method, kind)
         model.unload()
         subject.model.zero_grad()
         subject.model.requires_grad_(False)
@@ -112,11 +117,11 @@ def test_rows_are_those_of_plain_backward_passes(smoke, composed_paper):
         assert shown.loc[method, "SGD, own data"] == pytest.approx(expected, abs=2e-4), method
 
 
-def rows(**errors: tuple[float, float]) -> pd.DataFrame:
-    """(own data, fresh) by method, over a hundred layers."""
+def rows(model: str = "m", **errors: tuple[float, float]) -> pd.DataFrame:
+    """(own data, fresh) by method, over a hundred layers of one model."""
     made = [
         {
-            "model": "m", "layer": layer, "batch": batch, "method": method, "data": data,
+            "model": model, "layer": layer, "batch": batch, "method": method, "data": data,
             "error": error, "zero_B": method == "kaiming", "bound": 0.3, "bound_r": 0.4,
             "moved": method == "lora_one",
         }
@@ -134,7 +139,12 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
 def test_verdicts_where_everything_holds():
     made = rows(lora_ga=(0.301, 0.5), pissa=(0.9, 0.9), kaiming=(0.95, 0.95))
     own = made[made["method"] == "pissa"].assign(method=OWN_START, error=0.0)
-    assert verdicts(pd.concat([made, own])) == [Verdict.REPRODUCED] * 4
+    found = claims.claims_of(pd.concat([made, own]))
+    assert [claim.verdict for claim in found] == [Verdict.REPRODUCED] * 4
+    assert [claim.published for claim in found] == [True, True, True, False]
+    assert "closer than kaiming in every layer" in found[2].ours
+    for claim in found:
+        assert "contradicts: " in claim.criterion
 
 
 def test_verdicts_where_nothing_does():
@@ -148,14 +158,46 @@ def test_verdicts_where_a_tenth_of_the_layers_disagrees():
     made.loc[some & (made["method"] == "kaiming"), "error"] = 0.2
     made.loc[some & (made["method"] == "lora_ga") & (made["data"] == CALIBRATION), "error"] = 0.35
     assert verdicts(made) == [Verdict.SAME_DIRECTION] * 4
+    assert (
+        "at least 90% of the layers (the fewest beside kaiming)" in claims.claims_of(made)[2].ours
+    )
 
 
-def test_the_remark_on_fresh_data_says_who_is_closer():
+def test_models_that_disagree_reproduce_nothing_and_contradict_nothing():
+    first = rows("one", lora_ga=(0.301, 0.5), kaiming=(0.9, 0.9))
+    second = rows("two", lora_ga=(0.7, 0.9), kaiming=(0.4, 0.6))
+    found = verdicts(pd.concat([first, second]))
+    assert [found[place] for place in (0, 2, 3)] == [Verdict.NOT_REPRODUCED] * 3
+
+
+def test_medians_are_taken_on_each_model_for_itself():
+    """Pooled, pissa would seem the closer: only the model of smaller errors has rows of it."""
+    first = rows("one", lora_ga=(0.301, 0.2), pissa=(0.4, 0.4), kaiming=(0.9, 0.9))
+    second = rows("two", lora_ga=(0.8, 0.8), kaiming=(0.9, 0.9))
+    made = pd.concat([first, second])
+    # On a tenth of the layers another is closer, so that medians decide.
+    some = (made["layer"] < 10) & (made["method"] == "kaiming")
+    made.loc[some, "error"] = 0.1
+    found = claims.claims_of(made)
+    assert found[3].verdict is Verdict.SAME_DIRECTION
+    assert "one 0.20, the best other pissa 0.40; two 0.80, the best other kaiming 0.90" in (
+        found[3].ours
+    )
+
+
+def test_a_method_that_moved_the_function_is_told_apart_on_fresh_data():
     made = rows(lora_ga=(0.301, 0.5), lora_one=(0.9, 0.45), kaiming=(0.95, 0.95))
     claim = claims.claims_of(made)[3]
-    assert claim.verdict is Verdict.CONTRADICTS
-    assert "lora_one 100%" in claim.remark
-    assert "LoRA-GA is closest in 100%" in claim.remark
+    assert claim.verdict is Verdict.REPRODUCED
+    assert "lora_one is closer in 100%" in claim.remark
+    assert "m 0.45 beside LoRA-GA’s 0.50" in claim.remark
+    made.loc[(made["method"] == "kaiming") & (made["layer"] < 10), "error"] = 0.1
+    assert "Where another is closer it is kaiming (100%)." in claims.claims_of(made)[3].remark
+
+
+def test_claims_without_the_methods_they_are_about_are_left_out():
+    assert len(claims.claims_of(rows(lora_ga=(0.3, 0.5), lora_one=(0.9, 0.9)))) == 2
+    assert len(claims.claims_of(rows(lora_ga=(0.3, 0.5), pissa=(0.9, 0.9)))) == 3
 
 
 def test_a_bound_missed_by_most_layers_is_not_reproduced():
