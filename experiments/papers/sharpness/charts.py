@@ -16,27 +16,28 @@ from experiments.report.palette import marks, ordered
 
 
 def tables(rows: pd.DataFrame, rates: Mapping[str, float]) -> list[Table]:
-    new = rows[rows["head"] == "new"]
-    found, trained, steps = ratios(rows, "new"), ratios(rows, "trained"), first_steps(rows, "new")
+    new, trained, steps = ratios(rows, "new"), ratios(rows, "trained"), first_steps(rows, "new")
+    means = rows.groupby(["head", "method"])[["largest", "smallest", "gradient"]].mean()
     lines = []
     for method in ordered(set(rows["method"])):
-        some = new[new["method"] == method]
-        ratio = found.get(method)
-        line = {
-            "method": method,
-            "λmax": some["largest"].mean(),
-            "over LoRA": ratio.value if ratio else None,
-            "low": ratio.low if ratio else None,
-            "high": ratio.high if ratio else None,
-            "paper": PAPER.get(method),
-            "λmin": some["smallest"].mean(),
-            "‖g‖": some["gradient"].mean(),
-            "Adam’s first step": steps.get(method),
-            "best rate": rates.get(method),
-        }
-        if trained:
-            line["over LoRA, trained head"] = trained[method].value if method in trained else None
-        lines.append(line)
+        ratio = trained.get(method)
+        here = means.loc["new", method]
+        lines.append(
+            {
+                "method": method,
+                "λmax, trained head": means.loc[("trained", method), "largest"],
+                "over LoRA": ratio.value if ratio else None,
+                "low": ratio.low if ratio else None,
+                "high": ratio.high if ratio else None,
+                "paper": PAPER.get(method),
+                "λmax, new head": here["largest"],
+                "over LoRA, new head": new[method].value if method in new else None,
+                "λmin": here["smallest"],
+                "‖g‖": here["gradient"],
+                "Adam’s first step": steps.get(method),
+                "best rate": rates.get(method),
+            }
+        )
     frame = pd.DataFrame(lines)
     # What no method has (a smoke form without any of the paper's) is no column.
     frame = frame.dropna(axis="columns", how="all")
@@ -44,9 +45,11 @@ def tables(rows: pd.DataFrame, rates: Mapping[str, float]) -> list[Table]:
         Table(
             "sharpness", "Curvature at the start, means over batches", frame,
             {"best rate": ".2g", "Adam’s first step": ".2g", "paper": ".0f"},
-            "λmax over LoRA’s: geometric means over batches with 95 % intervals. Adam’s first "
-            "step: the rate that a quadratic model likes best for it; – where the loss bends "
-            "downwards along the gradient’s signs, on average over the batches.",
+            "λmax over LoRA’s: geometric means over batches with 95 % intervals, under a head that "
+            "was trained first. λmin, ‖g‖ and what follows: under the new head. Adam’s first step: "
+            "the rate that a quadratic model likes best for it; – where the loss bends downwards "
+            "along the gradient’s signs, on average over the batches. Best rate: – where no sweep "
+            "has tuned it.",
         )
     ]  # fmt: skip
 
@@ -56,8 +59,8 @@ def figures(rows: pd.DataFrame, rates: Mapping[str, float]) -> list[Figure]:
         Figure(
             "ratios", "Sharpness at the start, over LoRA’s",
             "λmax of the Hessian with respect to the adapter, geometric means over batches: "
-            "discs with 95 % intervals under a new head, rings under a head that was trained "
-            "first. Dark ticks: the paper’s multiples (Qwen3-0.6B; of OLoRA and LoRA-GA, “up to”).",
+            "discs with 95 % intervals under a head that was trained first, rings under a new one. "
+            "Dark ticks: the paper’s multiples (Qwen3-0.6B; of OLoRA and LoRA-GA, “up to”).",
             bars(rows),
         )
     ]  # fmt: skip
@@ -75,17 +78,16 @@ def figures(rows: pd.DataFrame, rates: Mapping[str, float]) -> list[Figure]:
 
 
 def bars(rows: pd.DataFrame) -> alt.LayerChart:
-    trained = ratios(rows, "trained")
+    new = ratios(rows, "new")
     lines = [
         {"method": method, "ratio": r.value, "low": r.low, "high": r.high,
-         "trained": trained[method].value if method in trained else None,
-         "paper": PAPER.get(method)}
-        for method, r in ratios(rows, "new").items()
+         "new": new[method].value if method in new else None, "paper": PAPER.get(method)}
+        for method, r in ratios(rows, "trained").items()
     ]  # fmt: skip
     frame = pd.DataFrame(lines).sort_values("ratio", ascending=False)
     methods = frame["method"].tolist()
-    # An interval of two batches may span decades: it is cut off rather than the points squeezed.
-    shown = pd.concat([frame["ratio"], *(frame[n].dropna() for n in ("paper", "trained"))])
+    # An interval of few batches may span decades: it is cut off rather than the points squeezed.
+    shown = pd.concat([frame["ratio"], *(frame[n].dropna() for n in ("paper", "new"))])
     domain = [min(0.5, shown.min() / 2), max(2.0, shown.max() * 2)]
     scale = alt.Scale(type="log", domain=domain, nice=False)
     ticks = [v for v in (0.01, 0.1, 1, 10, 100, 1000, 10000) if domain[0] <= v <= domain[1]]
@@ -97,7 +99,7 @@ def bars(rows: pd.DataFrame) -> alt.LayerChart:
         return alt.X(f"{field}:Q", title="λmax / λmax of kaiming", scale=scale, axis=axis)
 
     tooltip = ["method:N", *(alt.Tooltip(f"{n}:Q", format=".3g")
-                             for n in ("ratio", "low", "high", "trained", "paper"))]  # fmt: skip
+                             for n in ("ratio", "low", "high", "new", "paper"))]  # fmt: skip
     base = chart(frame)
     layers = [
         alt.Chart(pd.DataFrame({"x": [1.0]})).mark_rule(color="#b9c0c8").encode(x=x("x")),
@@ -106,13 +108,10 @@ def bars(rows: pd.DataFrame) -> alt.LayerChart:
         ),
         base.mark_circle(size=110, opacity=1).encode(y=y, x=x("ratio"), color=color,
                                                      tooltip=tooltip),
+        base.mark_point(size=110, filled=False, strokeWidth=2, opacity=1).encode(
+            y=y, x=x("new"), color=color, tooltip=tooltip
+        ),
     ]  # fmt: skip
-    if trained:
-        layers.append(
-            base.mark_point(size=110, filled=False, strokeWidth=2, opacity=1).encode(
-                y=y, x=x("trained"), color=color, tooltip=tooltip
-            )
-        )
     if frame["paper"].notna().any():
         published = chart(frame.dropna(subset="paper"))
         layers.append(

@@ -1,4 +1,9 @@
-"""Ratios to LoRA's sharpness, their correlation with tuned rates, and what follows."""
+"""Ratios to LoRA's sharpness, their correlation with tuned rates, and what follows.
+
+Two heads, two questions. The paper's ratios are those of pretrained language models, whose head
+was trained with the rest: they are judged under a trained head. The tuned rates are those of sweeps
+that begin with a new head: they are held against the curvature there.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import permutation_test, rankdata, t
+from scipy.stats import permutation_test, rankdata
 
 from experiments.papers.fitting import PowerLaw, fit_power_law
+from experiments.papers.intervals import Interval, geometric_mean
 from experiments.papers.verdicts import Claim, Verdict, judge
 
 BASELINE = "kaiming"
 # λmax over LoRA's on Qwen3-0.6B: about, or (OLoRA, LoRA-GA) up to.
 PAPER = {"olora": 100.0, "lora_ga": 100.0, "pissa": 10.0, "milora": 2.0, "init_ab": 2.0}
+ABOVE = "above LoRA’s beyond their 95 % intervals"
+PAIRED = 0.1  # how near -1 the quotient of both ends is where they are a pair
 RESAMPLES = 50_000  # all orders of eight methods are 40,320: the p-value is exact up to there
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A geometric mean over batches with its 95 % interval; equal ends where there is one batch."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,9 @@ class Correlation:
     methods: int
 
 
-def ratios(rows: pd.DataFrame, head: str, quantity: str = "largest") -> dict[str, Ratio]:
-    """By method, over kaiming's on the same batch. Methods without a positive value on some batch
-    are left out: their logarithm is not defined.
+def ratios(rows: pd.DataFrame, head: str, quantity: str = "largest") -> dict[str, Interval]:
+    """By method, over kaiming's on the same batch: geometric means over the batches. Methods
+    without a positive value on some batch are left out: their logarithm is not defined.
     """
     table = rows[rows["head"] == head].pivot_table(
         index="batch", columns="method", values=quantity, sort=False
@@ -50,14 +46,8 @@ def ratios(rows: pd.DataFrame, head: str, quantity: str = "largest") -> dict[str
     found = {}
     for method in table:
         shares = (table[method] / table[BASELINE]).to_numpy()
-        if not (np.isfinite(shares).all() and (shares > 0).all()):
-            continue
-        logs = np.log(shares)
-        margin = 0.0
-        if len(logs) > 1:
-            margin = t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
-        middle = logs.mean()
-        found[str(method)] = Ratio(*(float(np.exp(middle + x)) for x in (0.0, -margin, margin)))
+        if np.isfinite(shares).all() and (shares > 0).all():
+            found[str(method)] = geometric_mean(shares)
     return found
 
 
@@ -91,95 +81,102 @@ def correlate(values: Mapping[str, float], rates: Mapping[str, float]) -> Correl
 
 
 def claims(rows: pd.DataFrame, rates: Mapping[str, float]) -> list[Claim]:
-    found, trained = ratios(rows, "new"), ratios(rows, "trained")
-    judged = (claim(found, trained) for claim in (sharpest_claim, pissa_claim, mild_claim))
+    new, trained = ratios(rows, "new"), ratios(rows, "trained")
+    judged = (claim(trained, new) for claim in (sharpest_claim, pissa_claim, mild_claim))
     return [
         *(claim for claim in judged if claim is not None),
-        correlation_claim(found, rates, first_steps(rows, "new")),
+        correlation_claim(new, rates, first_steps(rows, "new")),
     ]
 
 
-def head_remark(methods: list[str], trained: Mapping[str, Ratio]) -> str:
-    """The ratios under a trained head, which a pretrained language model has from the beginning."""
-    known = [name for name in methods if name in trained]
+def head_remark(methods: list[str], new: Mapping[str, Interval]) -> str:
+    """The ratios under a new head, which sweeps of classifiers begin with."""
+    known = [name for name in methods if name in new]
     if not known:
         return ""
-    return (
-        f"With the head trained first: {told(trained, known)}. Under a new head, small and random, "
-        "λmin is about −λmax at LoRA’s start: there λmax is the cross term of A and B rather than "
-        "the curvature along either."
-    )
+    return f"Under a new head, as sweeps begin: {told(new, known)}."
 
 
-def told(found: Mapping[str, Ratio], methods: list[str]) -> str:
-    return ", ".join(f"{name} {found[name]}" for name in methods)
+def told(found: Mapping[str, Interval], methods: list[str]) -> str:
+    return ", ".join(f"{name} {found[name].show('.3g')}" for name in methods)
 
 
-def sharpest_claim(found: Mapping[str, Ratio], trained: Mapping[str, Ratio]) -> Claim | None:
-    methods = [name for name in ("olora", "lora_ga") if name in found]
-    others = [r.value for name, r in found.items() if name in ("pissa", "milora", "init_ab")]
+def sharpest_claim(trained: Mapping[str, Interval], new: Mapping[str, Interval]) -> Claim | None:
+    methods = [name for name in ("olora", "lora_ga") if name in trained]
+    others = [name for name in ("pissa", "milora", "init_ab") if name in trained]
     if len(methods) < 2 or not others:
         return None
-    chosen = [found[name] for name in methods]
+    chosen, next_ones = ([trained[name] for name in some] for some in (methods, others))
+    most = max(ratio.value for ratio in next_ones)
     return Claim(
-        statement="OLoRA and LoRA-GA start the sharpest, far sharper than LoRA",
+        statement="OLoRA and LoRA-GA start the sharpest, far sharper than LoRA (λmax of the "
+        "Hessian)",
         paper="λmax up to 100 times LoRA’s, Qwen3-0.6B",
-        ours=f"λmax over LoRA’s: {told(found, methods)}",
-        criterion="both at least 10 times LoRA’s, and above PiSSA, MiLoRA and Init[AB]; same "
-        "direction: both above LoRA’s beyond their intervals",
+        ours=f"λmax over LoRA’s, trained head: {told(trained, [*methods, *others])}",
+        criterion=f"under a trained head both at least 10 times LoRA’s, {ABOVE}, and above "
+        f"{', '.join(others)}; same direction: both {ABOVE}; contradicts: both below LoRA’s beyond "
+        "their intervals",
         verdict=judge(
-            holds=all(r.value >= 10 and r.value > max(others) for r in chosen),
+            holds=all(r.value >= 10 and r.low > 1 and r.value > most for r in chosen),
             direction=all(r.low > 1 for r in chosen),
             opposite=all(r.high < 1 for r in chosen),
         ),
-        remark=head_remark(methods, trained),
+        remark=head_remark(methods, new),
     )
 
 
-def pissa_claim(found: Mapping[str, Ratio], trained: Mapping[str, Ratio]) -> Claim | None:
-    if "pissa" not in found:
+def pissa_claim(trained: Mapping[str, Interval], new: Mapping[str, Interval]) -> Claim | None:
+    if "pissa" not in trained:
         return None
-    ratio = found["pissa"]
+    ratio = trained["pissa"]
     return Claim(
-        statement="PiSSA starts about ten times as sharp as LoRA",
+        statement="PiSSA starts about ten times as sharp as LoRA (λmax of the Hessian)",
         paper="λmax about 10 times LoRA’s, Qwen3-0.6B",
-        ours=f"λmax over LoRA’s: {ratio}",
-        criterion="between 5 and 20 times LoRA’s; same direction: above LoRA’s beyond the interval",
+        ours=f"λmax over LoRA’s, trained head: {ratio.show('.3g')}",
+        criterion="under a trained head between 5 and 20 times LoRA’s, and above it beyond the "
+        "95 % interval; same direction: above it beyond the interval; contradicts: below it beyond "
+        "the interval",
         verdict=judge(
-            holds=5 <= ratio.value <= 20, direction=ratio.low > 1, opposite=ratio.high < 1
+            holds=5 <= ratio.value <= 20 and ratio.low > 1,
+            direction=ratio.low > 1,
+            opposite=ratio.high < 1,
         ),
-        remark=head_remark(["pissa"], trained),
+        remark=head_remark(["pissa"], new),
     )
 
 
-def mild_claim(found: Mapping[str, Ratio], trained: Mapping[str, Ratio]) -> Claim | None:
-    methods = [name for name in ("milora", "init_ab") if name in found]
+def mild_claim(trained: Mapping[str, Interval], new: Mapping[str, Interval]) -> Claim | None:
+    methods = [name for name in ("milora", "init_ab") if name in trained]
     if len(methods) < 2:
         return None
-    chosen = [found[name] for name in methods]
+    chosen = [trained[name] for name in methods]
     return Claim(
-        statement="MiLoRA and Init[AB] start about twice as sharp as LoRA",
+        statement="MiLoRA and Init[AB] start about twice as sharp as LoRA (λmax of the Hessian)",
         paper="λmax about 2 times LoRA’s, Qwen3-0.6B",
-        ours=f"λmax over LoRA’s: {told(found, methods)}",
-        criterion="both between 1.2 and 4 times LoRA’s; same direction: both above LoRA’s",
+        ours=f"λmax over LoRA’s, trained head: {told(trained, methods)}",
+        criterion=f"under a trained head both between 1.2 and 4 times LoRA’s, {ABOVE}; same "
+        f"direction: both {ABOVE}; contradicts: both below LoRA’s beyond their intervals",
         verdict=judge(
-            holds=all(1.2 <= r.value <= 4 for r in chosen),
-            direction=all(r.value > 1 for r in chosen),
+            holds=all(1.2 <= r.value <= 4 and r.low > 1 for r in chosen),
+            direction=all(r.low > 1 for r in chosen),
             opposite=all(r.high < 1 for r in chosen),
         ),
-        remark=head_remark(methods, trained),
+        remark=head_remark(methods, new),
     )
 
 
 def correlation_claim(
-    found: Mapping[str, Ratio], rates: Mapping[str, float], steps: Mapping[str, float]
+    new: Mapping[str, Interval], rates: Mapping[str, float], steps: Mapping[str, float]
 ) -> Claim:
-    found_one = correlate({name: ratio.value for name, ratio in found.items()}, rates)
+    found_one = correlate({name: ratio.value for name, ratio in new.items()}, rates)
     statement = "The sharper the start, the smaller the learning rate that suits it"
     paper = "tuned rates fall as λmax rises: OLoRA’s and LoRA-GA’s 18, PiSSA’s about 10, MiLoRA’s "
     paper += "3.2 and Init[AB]’s 1.8 times below LoRA’s"
-    criterion = "Spearman’s coefficient of λmax and best rate is negative with p < 0.05; same "
-    criterion += "direction: negative"
+    criterion = "Spearman’s coefficient of best rate and λmax under a new head, as the sweeps "
+    criterion += (
+        "began, is negative with p < 0.05; same direction: negative; contradicts: positive "
+    )
+    criterion += "with p < 0.05"
     if found_one is None:
         return Claim(
             statement, paper, f"{len(rates)} methods with a known best rate", criterion,
@@ -196,8 +193,18 @@ def correlation_claim(
             direction=found_one.coefficient < 0,
             opposite=found_one.coefficient > 0 and found_one.p_value < 0.05,
         ),
-        remark=adam_remark(steps, rates),
+        remark=" ".join(
+            remark for remark in (unknown_remark(new, rates), adam_remark(steps, rates)) if remark
+        ),
     )
+
+
+def unknown_remark(new: Mapping[str, Interval], rates: Mapping[str, float]) -> str:
+    """Methods that the correlation cannot speak of, those of the paper's own figures among them."""
+    unknown = [name for name in new if name not in rates]
+    if not unknown:
+        return ""
+    return f"Of {', '.join(unknown)} no best rate is known: the coefficient is without them."
 
 
 def adam_remark(steps: Mapping[str, float], rates: Mapping[str, float]) -> str:
@@ -232,19 +239,38 @@ def discussion(
                 + (f" Left out, as their loss bends downwards there: {', '.join(missing)}."
                    if missing else "")
             )  # fmt: skip
-    if "trained" in heads:
-        before, after = ratios(rows, "new"), ratios(rows, "trained")
-        shared = [name for name in before if name in after and name != BASELINE]
-        again = correlate({name: after[name].value for name in after}, rates)
-        words = ", ".join(f"{n} {before[n].value:.2g} → {after[n].value:.2g}" for n in shared)
-        sentences.append(
-            "A new head is small and random, and every curvature below it is scaled by it. With "
-            f"the head trained first, the ratios to LoRA go: {words}"
-            + (f"; the coefficient is then {again.coefficient:.2f}." if again else ".")
-        )
+    before, after = ratios(rows, "new"), ratios(rows, "trained")
+    shared = [name for name in before if name in after and name != BASELINE]
+    again = correlate({name: ratio.value for name, ratio in after.items()}, rates)
+    words = ", ".join(f"{n} {before[n].value:.3g} → {after[n].value:.3g}" for n in shared)
+    sentences.append(
+        "A new head is small and random, and every curvature below it is scaled by it. From a new "
+        f"head to a trained one the ratios to LoRA go: {words}"
+        + (f"; the coefficient with the rates is then {again.coefficient:.2f}." if again else ".")
+    )
+    sentences.append(saddles(rows, list(heads)))
     sentences.append(
         "The head’s own largest eigenvalue: "
         + ", ".join(f"{value:.3g} ({name} head)" for name, value in heads.items())
         + ". It belongs to no method, and its rate is the same for all in the sweeps."
     )
     return sentences
+
+
+def saddles(rows: pd.DataFrame, heads: list[str]) -> str:
+    """How far LoRA's start is from a bowl: with ∂²L/∂A² = 0 the cross term of A and B alone has
+    eigenvalues in pairs of ±σ.
+    """
+    base = rows[rows["method"] == BASELINE]
+    shares = {}
+    for head in heads:
+        some = base[base["head"] == head]
+        shares[head] = float((some["smallest"] / some["largest"]).mean())
+    measured = ", ".join(f"{share:+.2f} ({head} head)" for head, share in shares.items())
+    pairs = [head for head, share in shares.items() if abs(share + 1) < PAIRED]
+    return f"At LoRA’s start λmin over λmax is {measured}." + (
+        f" Near −1 ({' and '.join(pairs)} head) λmax is the cross term of A and B rather than the "
+        "curvature along either."
+        if pairs
+        else ""
+    )

@@ -14,9 +14,10 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
 from experiments.errors import ConfigurationError
-from experiments.papers.sharpness import claims, starts
+from experiments.papers.intervals import Interval
+from experiments.papers.sharpness import claims, measurement, starts
 from experiments.papers.sharpness.best_rates import protocol_rates
-from experiments.papers.sharpness.claims import Ratio, correlate
+from experiments.papers.sharpness.claims import correlate
 from experiments.papers.sharpness.curvature import Curvature
 from experiments.papers.sharpness.lanczos import extreme_eigenvalues
 from experiments.papers.verdicts import Verdict
@@ -142,7 +143,7 @@ def test_a_start_adapts_everything_but_the_head_and_gives_the_base_back():
     batches = list(starts.draw_batches(subject, count=2, size=3, length=8, seed=0, device=device))
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     logits = subject.model(**batches[0]).logits
-    with starts.started(subject, "pissa", rank=4, scaling=2.0, calibration=[], seed=0) as model:
+    with starts.started(subject, "olora", rank=4, scaling=2.0, calibration=[], seed=0) as model:
         parameters = starts.adapter_parameters(model)
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         assert len(parameters) == 2 * len(model.layers)
@@ -168,15 +169,53 @@ def test_a_method_without_what_it_needs_is_named():
         pass
 
 
-def test_ratios_are_paired_over_batches():
-    rows = pd.DataFrame(
-        {"method": method, "head": "new", "batch": batch, "largest": size * factor}
+def measured(**factors: dict[str, float]) -> pd.DataFrame:
+    """By head and method, λmax over kaiming's, alike on batches of very different curvature."""
+    return pd.DataFrame(
+        {"method": method, "head": head, "batch": batch, "largest": size * factor,
+         "smallest": -size * factor * (1 if head == "new" else 0.5), "slope": 1.0,
+         "bend": factor, "gradient": 1.0}
+        for head, by_method in factors.items()
         for batch, size in enumerate((1.0, 10.0, 100.0))
-        for method, factor in (("kaiming", 1), ("pissa", 10), ("odd", -1))
-    )
-    found = claims.ratios(rows, "new")
+        for method, factor in {"kaiming": 1, **by_method}.items()
+    )  # fmt: skip
+
+
+def test_ratios_are_paired_over_batches():
+    found = claims.ratios(measured(new={"pissa": 10, "odd": -1}), "new")
     assert set(found) == {"kaiming", "pissa"}
     assert (found["pissa"].low, found["pissa"].high) == pytest.approx((10, 10))
+
+
+def test_ratios_are_judged_under_a_trained_head_and_rates_under_a_new_one():
+    trained = {"olora": 50, "lora_ga": 90, "pissa": 10, "milora": 2, "init_ab": 2}
+    rows = measured(new=dict.fromkeys(trained, 1) | {"olora": 4, "pissa": 2}, trained=trained)
+    rates = {"kaiming": 4.0, "milora": 5.0, "pissa": 2.0, "olora": 1.0}
+    found = claims.claims(rows, rates)
+    assert [claim.verdict for claim in found[:3]] == [Verdict.REPRODUCED] * 3
+    assert "Under a new head, as sweeps begin: olora 4, lora_ga 1." in found[0].remark
+    assert "4 methods" in found[3].ours
+    assert "Of lora_ga, init_ab no best rate is known" in found[3].remark
+    for claim in found:
+        assert "contradicts: " in claim.criterion
+
+
+def test_the_ends_are_a_pair_where_their_quotient_says_so():
+    rows = measured(new={"pissa": 2}, trained={"pissa": 2})
+    told = claims.saddles(rows, ["new", "trained"])
+    assert "λmin over λmax is -1.00 (new head), -0.50 (trained head)." in told
+    assert "Near −1 (new head) λmax is the cross term" in told
+    assert "cross term" not in claims.saddles(rows, ["trained"])
+
+
+def test_eigenvalues_that_the_limit_cut_short_are_counted(composed_paper):
+    settings = composed_paper("sharpness", "smoke")
+    rows = pd.DataFrame({"converged": [True, False, True], "products": [3, 60, 5],
+                         "residual": [0.1, 0.4, 0.2]})  # fmt: skip
+    told = measurement.precision(rows, settings)
+    assert "so in 2 of 3 cases, after 3 to 60 products; 1 stopped at 60 products" in told
+    assert "residual up to 0.4 of the eigenvalue" in told
+    assert "stopped" not in measurement.precision(rows[rows["converged"]], settings)
 
 
 def test_the_p_value_counts_all_orders():
@@ -191,8 +230,12 @@ def test_the_p_value_counts_all_orders():
     assert correlate(values, {"a": 1.0, "b": 2.0, "z": 3.0}) is None
 
 
-def exact(**values: float) -> dict[str, Ratio]:
-    return {name: Ratio(v, v * 0.9, v * 1.1) for name, v in values.items()}
+def within(margin: float, **values: float) -> dict[str, Interval]:
+    return {name: Interval(v, v / margin, v * margin) for name, v in values.items()}
+
+
+def exact(**values: float) -> dict[str, Interval]:
+    return within(1.1, **values)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +243,9 @@ def exact(**values: float) -> dict[str, Ratio]:
     [
         (exact(olora=50, lora_ga=90, pissa=10), Verdict.REPRODUCED),
         (exact(olora=5, lora_ga=90, pissa=10), Verdict.SAME_DIRECTION),
+        (exact(olora=50, lora_ga=90, pissa=70), Verdict.SAME_DIRECTION),
         (exact(olora=5, lora_ga=1, pissa=10), Verdict.NOT_REPRODUCED),
+        (within(60, olora=50, lora_ga=90, pissa=10), Verdict.NOT_REPRODUCED),
         (exact(olora=0.5, lora_ga=0.5, pissa=10), Verdict.CONTRADICTS),
     ],
 )
@@ -222,11 +267,18 @@ def test_verdict_on_pissa(value, verdict):
     assert claims.pissa_claim(exact(pissa=value), {}).verdict is verdict
 
 
+def test_an_interval_that_reaches_below_lora_reproduces_nothing():
+    wide = within(10, pissa=8, milora=2, init_ab=2)
+    assert claims.pissa_claim(wide, {}).verdict is Verdict.NOT_REPRODUCED
+    assert claims.mild_claim(wide, {}).verdict is Verdict.NOT_REPRODUCED
+
+
 @pytest.mark.parametrize(
     ("milora", "init_ab", "verdict"),
     [
         (2, 3, Verdict.REPRODUCED),
-        (6, 1.1, Verdict.SAME_DIRECTION),
+        (6, 1.15, Verdict.SAME_DIRECTION),
+        (2, 1.05, Verdict.NOT_REPRODUCED),
         (0.5, 2, Verdict.NOT_REPRODUCED),
         (0.5, 0.5, Verdict.CONTRADICTS),
     ],
@@ -278,7 +330,7 @@ def test_a_protocol_gives_its_rates_at_the_rank(tmp_path):
         ("methods=[kaiming,pisa]", "methods: 'pisa' is unknown; did you mean 'pissa'"),
         ("methods=[pissa]", r"methods=\['pissa'\]; allowed are different names with kaiming"),
         ("batches=0", "batches=0; allowed are integers >= 1"),
-        ("trained_batches=9", "trained_batches=9; allowed are integers from 0 to batches=3"),
+        ("trained_batches=0", "trained_batches=0; allowed are integers >= 1"),
         ("tolerance=0", "tolerance=0.0; allowed are numbers between 0 and 1"),
         ("scaling=0", "scaling=0.0; allowed are finite numbers > 0"),
         ("best_rates.eva=0", "best_rates.eva=0.0; allowed are finite rates > 0"),
