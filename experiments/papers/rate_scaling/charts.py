@@ -9,11 +9,11 @@ import pandas as pd
 from experiments.papers.drawing import chart
 from experiments.papers.findings import Figure, Table
 from experiments.papers.rate_scaling.claims import EXPECTED, Exponents
+from experiments.papers.rate_scaling.networks import NETWORKS
 from experiments.report.canvas import SOFT
 
 STARTS = {"A": "Init[A]", "B": "Init[B]"}
 COLORS = alt.Scale(domain=list(STARTS.values()), range=["#0072b2", "#d55e00"])
-NETWORKS = ("square", "narrow")
 QUANTITIES = {
     "best": "best rate",
     "stable": "largest stable rate",
@@ -92,7 +92,7 @@ def figures(trainings: pd.DataFrame, curves: pd.DataFrame) -> list[Figure]:
         Figure(
             "losses", "The loss against the learning rate, a line a width",
             "Loss after training over the loss before, geometric means over networks; cut at 3. "
-            "The valley of Init[B] wanders to the left faster than that of Init[A].",
+            "The faster a best rate falls with the width, the further apart are the valleys.",
             losses_against_rate(curves), width=None,
         ),
     ]  # fmt: skip

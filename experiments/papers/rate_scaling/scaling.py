@@ -15,8 +15,8 @@ from experiments.errors import RunFailed
 from experiments.papers.findings import Findings
 from experiments.papers.fitting import PowerLaw, fit_power_law
 from experiments.papers.paper import PaperSettings
-from experiments.papers.rate_scaling.charts import figures, tables
-from experiments.papers.rate_scaling.claims import DISCUSSION, claims
+from experiments.papers.rate_scaling.charts import QUANTITIES, figures, tables
+from experiments.papers.rate_scaling.claims import claims, discussion
 from experiments.papers.rate_scaling.descent import descend
 from experiments.papers.rate_scaling.networks import NETWORKS, STARTS, draw_start, draw_task
 from experiments.papers.rate_scaling.rates import (
@@ -27,8 +27,6 @@ from experiments.papers.rate_scaling.rates import (
 )
 from experiments.papers.subjects import place
 from lora_init.progress import tracked
-
-QUANTITIES = ("best", "stable", "projected", "features")
 
 
 @dataclass
@@ -125,7 +123,7 @@ def reproduce(settings: RateScalingSettings) -> Findings:
         },
         tables=tables(trainings, compared, exponents),
         figures=figures(trainings, curves),
-        discussion=DISCUSSION,
+        discussion=discussion(trainings, exponents),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from experiments.errors import ConfigurationError, RunFailed
 from experiments.papers.rate_scaling import descent, scaling
 from experiments.papers.rate_scaling.claims import (
+    discussion,
     instability_claim,
     loss_claim,
     scaling_claim,
@@ -145,6 +146,7 @@ def test_verdicts_follow_the_exponents(first, second, verdicts):
     for network in NETWORKS:
         found = [scaling_claim(exponents, network, start).verdict for start in STARTS]
         assert found == verdicts
+        assert "contradicts: " in scaling_claim(exponents, network, "A").criterion
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,7 @@ def test_verdict_on_the_larger_rate(first, verdict):
     noisy = (trainings["start"] == "A") & (trainings["width"].isin([64, 4096]))
     trainings.loc[noisy & (trainings["seed"] == 0), "stable"] *= 1.05
     assert tolerance_claim(trainings).verdict is verdict
+    assert "contradicts: " in tolerance_claim(trainings).criterion
 
 
 def test_a_ratio_below_one_somewhere_is_the_same_direction():
@@ -176,12 +179,49 @@ def test_a_ratio_below_one_somewhere_is_the_same_direction():
     [
         ({"A": 0.5, "B": 0.0}, Verdict.REPRODUCED),
         ({"A": 0.5, "B": 0.3}, Verdict.SAME_DIRECTION),
+        ({"A": 0.5, "B": -0.3}, Verdict.SAME_DIRECTION),
         ({"A": 0.0, "B": 0.3}, Verdict.CONTRADICTS),
     ],
 )
 def test_verdict_on_the_inner_growth(projected, verdict):
     powers = {(n, s): -0.5 for n in NETWORKS for s in STARTS}
-    assert instability_claim(scaling.fitted(made(powers, projected))).verdict is verdict
+    claim = instability_claim(scaling.fitted(made(powers, projected)))
+    assert claim.verdict is verdict
+    assert "contradicts: " in claim.criterion
+
+
+def test_a_wide_interval_makes_no_growth_bounded():
+    """Init[B]'s A h grows as n^0.4 on average: that its interval reaches 0 excuses nothing."""
+    powers = {(n, s): -0.5 for n in NETWORKS for s in STARTS}
+    trainings = made(powers, {"A": 0.5, "B": 0.4})
+    noisy = (trainings["start"] == "B") & (trainings["width"] == 4096)
+    trainings.loc[noisy, "projected"] *= 0.01
+    trainings.loc[noisy & (trainings["seed"] == 0), "projected"] *= 1e5
+    exponents = scaling.fitted(trainings)
+    assert exponents["square", "B", "projected"].low < 0.15
+    assert exponents["square", "B", "projected"].exponent > 0.15
+    assert instability_claim(exponents).verdict is not Verdict.REPRODUCED
+
+
+def test_the_discussion_follows_the_figures():
+    powers = {(n, s): -0.5 if s == "A" else -1.0 for n in NETWORKS for s in STARTS}
+    trainings = made(powers, {"A": 0.5, "B": 0.0})
+    told = " ".join(discussion(trainings, scaling.fitted(trainings)))
+    assert told.count("both laws are found") == 2
+    assert "above Init[B]’s at 4 of 4 widths." in told
+    assert "too large for a wide one" in told
+    assert "signs there" not in told
+    powers = {(n, s): -0.75 if s == "A" else 0.1 for n in NETWORKS for s in STARTS}
+    trainings = made(powers, {"A": 0.5, "B": 0.0})
+    trainings.loc[trainings["start"] == "A", "stable"] /= 50
+    exponents = scaling.fitted(trainings)
+    told = " ".join(discussion(trainings, exponents))
+    assert told.count("neither law is found") == 2
+    assert "at 0 of 4 widths; not at n = 64 (" in told
+    assert "too large for a wide one" not in told
+    assert "signs there" in told
+    assert "(measured: n^0.50)" in scaling_claim(exponents, "square", "A").remark
+    assert not scaling_claim(exponents, "narrow", "A").remark
 
 
 @pytest.mark.parametrize(
@@ -207,6 +247,7 @@ def test_verdict_on_the_loss(ratios, verdict):
         for seed in range(3)
     )
     assert loss_claim(compared).verdict is verdict
+    assert "contradicts: " in loss_claim(compared).criterion
 
 
 def test_a_grid_that_ends_too_early_is_named(composed_paper):
