@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def main(composed: DictConfig) -> None:
                 f"at_once={settings.at_once}; allowed are integers >= 1, and null"
             )
         failed = measure_all(settings) if settings.measure else []
-        results = gather(settings)
+        results = gather(settings, without=failed)
     except ConfigurationError as error:
         raise CompactHydraException(str(error)) from error
     if results:
@@ -83,7 +84,7 @@ def main(composed: DictConfig) -> None:
         if settings.page is not None:
             say(f"papers: {write_page(results, Path(settings.page))}")
     if failed:
-        raise CompactHydraException(f"not finished: {', '.join(failed)}; the rest is on the page")
+        raise CompactHydraException(f"not finished: {', '.join(failed)}; the page has the others")
 
 
 def measure_all(settings: AllPapers) -> list[str]:
@@ -123,8 +124,10 @@ def measure(settings: AllPapers, name: str, threads: int) -> bool:
     return process.returncode == 0
 
 
-def gather(settings: AllPapers) -> list[Result]:
-    folders = [Path(settings.output) / settings.form / name for name in settings.papers]
+def gather(settings: AllPapers, without: Sequence[str] = ()) -> list[Result]:
+    """The results that are there, but for those that an earlier form of the code left behind."""
+    names = [name for name in settings.papers if name not in without]
+    folders = [Path(settings.output) / settings.form / name for name in names]
     return [result for path in folders if (result := read_result(path)) is not None]
 
 

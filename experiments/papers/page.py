@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments.papers.results import Result
-from experiments.papers.summary import counted
+from experiments.papers.summary import counted, summary_markdown
 from experiments.papers.tables import CLAIM_HEADERS, claims_markdown, markdown
 from experiments.papers.verdicts import Verdict
 from experiments.report.page import as_script, bundle
@@ -18,6 +18,11 @@ from experiments.runs import write_text
 
 HERE = Path(__file__).parent
 STYLE = HERE.parent / "report" / "page.css"
+CAVEAT = (
+    "Each claim was measured on models that two CPU cores can carry, far smaller than the papers’. "
+    "A verdict speaks of the claim on these models: “same direction” means that the effect has the "
+    "claimed sign but not all that was asked, and what decided stands beside every verdict."
+)
 CLASSES = {verdict: str(verdict).replace(" ", "-") for verdict in Verdict}
 
 
@@ -54,6 +59,8 @@ def render(results: Sequence[Result]) -> str:
     return environment.get_template("page.html.j2").render(
         results=results,
         counted=counted(results),
+        caveat=CAVEAT,
+        duration=duration,
         machines=machines(results),
         headers=CLAIM_HEADERS,
         classes=CLASSES,
@@ -73,7 +80,12 @@ def place(result: Result) -> str:
     known = result.environment
     machine = known["gpu"] or known["cpu"]
     versions = [f"{name} {known['packages'][name]}" for name in ("torch", "transformers")]
-    return ", ".join([machine, f"{known['threads']} threads", *versions])
+    threads = f"{known['threads']} thread{'s' if known['threads'] != 1 else ''} each"
+    return ", ".join([machine, threads, *versions])
+
+
+def duration(result: Result) -> str:
+    return f"{result.seconds:.0f} s ({result.form} form)"
 
 
 def as_markdown(results: Sequence[Result]) -> str:
@@ -82,10 +94,13 @@ def as_markdown(results: Sequence[Result]) -> str:
         "# Published claims, measured again\n",
         f"{counted(results)}. Written by `make papers` ({'; '.join(machines(results))}). The same "
         "with charts to hover over: [index.html](index.html).\n",
+        f"{CAVEAT}\n",
+        f"{summary_markdown(results)}\n",
     ]
     for result in results:
         parts.append(f"## {result.title}\n\n*{result.source}.* {result.question}\n")
-        parts.append("\n".join(f"- {label}: {words}" for label, words in result.setting.items()))
+        facts = result.setting | {"time": duration(result)}
+        parts.append("\n".join(f"- {label}: {words}" for label, words in facts.items()))
         parts.append("\n" + claims_markdown(result.claims) + "\n")
         parts += [f"{c.statement}: {c.remark}\n" for c in result.claims if c.remark]
         parts += [f"{sentence}\n" for sentence in result.discussion]

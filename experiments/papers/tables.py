@@ -26,7 +26,8 @@ CLAIM_HEADERS = ("claim", "paper", "ours", "verdict", "decided by")
 
 
 def claim_cells(claim: Claim) -> list[str]:
-    return [claim.statement, claim.paper, claim.ours, str(claim.verdict), claim.criterion]
+    statement = claim.statement if claim.published else f"{claim.statement} (our own question)"
+    return [statement, claim.paper, claim.ours, str(claim.verdict), claim.criterion]
 
 
 def cells(table: Table) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Reproductions in their smallest form, measured once a session."""
+"""Reproductions in their smallest form, measured once in each process of the tests."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from experiments.papers import running
 from experiments.papers.catalogue import NAMES, load_paper
 from experiments.papers.page import write_page
 from experiments.papers.results import fingerprint, read_result, write_result
+from experiments.papers.summary import counted, summary_markdown
+from experiments.papers.tables import claims_markdown
 from experiments.papers.verdicts import Verdict
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -55,6 +57,32 @@ def test_the_markdown_has_the_same_with_pictures(page, result):
         assert (page.parent / name).is_file()
     for line in [line for line in text.splitlines() if line.startswith("| Under")]:
         assert line.count(" | ") == 4
+
+
+def test_questions_of_our_own_are_counted_apart(result):
+    claims = [
+        replace(result.claims[0], verdict=Verdict.REPRODUCED),
+        replace(result.claims[0], verdict=Verdict.CONTRADICTS, published=False),
+        replace(result.claims[0], verdict=Verdict.NOT_REPRODUCED),
+    ]
+    made = replace(result, claims=claims)
+    assert counted([made]) == (
+        "2 published claims: 1 reproduced, 1 not reproduced; 1 question of our own: 1 contradicts"
+    )
+    assert summary_markdown([made]).splitlines() == [
+        "| what was measured again | reproduced | not reproduced | our own |",
+        "| :--- | ---: | ---: | ---: |",
+        f"| {result.title} | 1 | 1 | 1 |",
+    ]
+    assert "(our own question)" in claims_markdown(claims).splitlines()[3]
+
+
+def test_the_readme_has_the_table_of_the_page():
+    root = application.CONFIGURATIONS.parents[1]
+    page = (root / "docs" / "papers" / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(page) if line.startswith("| what was measured again"))
+    end = page.index("", start)
+    assert "\n".join(page[start:end]) in (root / "README.md").read_text()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium to open the page")
@@ -157,6 +185,12 @@ def test_each_has_a_process_and_a_failure_is_named(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "rank_scaling: measured" in told
     assert "fast_svd: FAILED" in told
+
+
+def test_what_failed_leaves_no_earlier_result_on_the_page(result):
+    settings = application.AllPapers(form="smoke", output=result.settings["output"])
+    assert [found.name for found in application.gather(settings)] == [NAME]
+    assert application.gather(settings, without=[NAME]) == []
 
 
 def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys):
