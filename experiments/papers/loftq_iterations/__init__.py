@@ -8,20 +8,21 @@ authors compare the order: quantise first (LoftQ), or SVD first (QPiSSA's altern
 an SVD too).
 
 Measured, by bits, rank and T: the error of the weights, of the layers' outputs on held-out text,
-and of the whole model with all layers replaced. An encoder in float32 carries the full grid and a
-short fine-tuning from both orders at 2 bits, a language model the perplexities.
+and of the whole model with the chosen blocks replaced. An encoder in float32 carries the full grid
+and a short fine-tuning from both orders at 2 bits, adapter and head; a language model the logit
+error and the perplexities, by bits and rank.
 
-    settings    what can be told
-    errors      of one layer
-    starts      the methods and the endings that are compared
-    outputs     the whole model's error
-    measuring   all starts of one model
-    training    fine-tunings from both orders
-    intervals   paired means, rank correlations
-    iterating   LoftQ's claims: iterations and order
-    closed_form QERA's claims
-    showing     tables and figures
-    reproducing all of it, in order
+    settings      what can be told
+    errors        of one layer
+    starts        the methods and the endings that are compared
+    outputs       the whole model's error
+    measuring     all starts of one model
+    training      fine-tunings from both orders
+    correlations  which error of the layers the model's goes with
+    iterating     LoftQ's claims: iterations and order
+    closed_form   QERA's claims
+    showing       tables and figures
+    reproducing   all of it, in order
 
 Sources: Li et al. 2023, arXiv 2310.08659, algorithm 1 and the table of both orders; Zhang et al.
 2024, arXiv 2410.06040, theorems 1 and 2, and its perplexities.

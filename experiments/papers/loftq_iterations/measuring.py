@@ -26,6 +26,7 @@ from experiments.papers.loftq_iterations.errors import (
 from experiments.papers.loftq_iterations.outputs import HiddenStates, Measure, NextTokens
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.starts import LOFTQ, Ground, Start, starts
+from experiments.papers.perplexity import spread
 from experiments.papers.subjects import Layer, load_subject, place
 from lora_init import Calibration, LoraConfig, calibrate
 
@@ -57,13 +58,14 @@ class Frames:
         layers: a row a start and layer; `seen` is the output error on the inputs of calibration.
         models: a row a start: means over the layers, the model's error, its perplexity.
         paths: a row an iteration and layer of LoftQ's longest alternation: the weight's error.
-        losses: a row a start and block of held-out text, of a language model.
+        texts: a row a start and held-out sentence or block: the model's error on it, and its loss,
+            NaN for an encoder.
     """
 
     layers: pd.DataFrame
     models: pd.DataFrame
     paths: pd.DataFrame
-    losses: pd.DataFrame
+    texts: pd.DataFrame
 
 
 def encoder_study(settings: LoftqIterationsSettings) -> Study:
@@ -72,7 +74,7 @@ def encoder_study(settings: LoftqIterationsSettings) -> Study:
     counts = {"train": settings.sentences, "test": settings.held_out_sentences}
     seen, held_out = (
         sentence_batches(
-            subject.tokenizer, spread(load_texts("reviews", split), count),
+            subject.tokenizer, at_equal_distances(load_texts("reviews", split), count),
             length=settings.sentence_length, size=BATCH,
         )
         for split, count in counts.items()
@@ -97,10 +99,10 @@ def language_study(settings: LoftqIterationsSettings) -> Study:
     )  # fmt: skip
 
 
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of them, evenly over the list: neighbours are reviews of one film."""
-    step = max(len(items) // count, 1)
-    return list(items[::step][:count])
+def at_equal_distances(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of them, by the rule of `spread`: neighbours are reviews of one film."""
+    chosen = spread(torch.arange(len(items))[:, None], count)
+    return [items[index] for index in chosen[:, 0].tolist()]
 
 
 def study(subject, every, measured_every, seen, held_out, measure, measured_on, settings) -> Study:
@@ -154,7 +156,7 @@ def measure_starts(
         }
         for inputs in moments
     }
-    layers, models, paths, losses = [], [], [], []
+    layers, models, paths, texts = [], [], [], []
     for bits, rank in cases:
         say(f"  {ground.subject.name}: {bits} bits, rank {rank}")
         for start in starts(
@@ -172,12 +174,14 @@ def measure_starts(
             models.append(
                 case | means.to_dict() | {"error": apart.error, "perplexity": apart.perplexity}
             )
-            losses += [
-                case | {"block": block, "loss": loss} for block, loss in enumerate(apart.losses)
+            losses = apart.losses or [float("nan")] * len(apart.texts)
+            texts += [
+                case | {"text": number, "error": error, "loss": loss}
+                for number, (error, loss) in enumerate(zip(apart.texts, losses, strict=True))
             ]
             if start.method == LOFTQ and start.iterations == max(iterations):
                 paths += [case | row for row in path_rows(start)]
-    return Frames(*map(pd.DataFrame, (layers, models, paths, losses)))
+    return Frames(*map(pd.DataFrame, (layers, models, paths, texts)))
 
 
 def layer_rows(found: Study, start: Start, moments: dict, whole: dict) -> list[dict]:

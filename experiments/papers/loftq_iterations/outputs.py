@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
+from experiments.measures.forgetting import token_divergence
 from experiments.papers.corpora import language_batches
 
 BLOCKS_AT_ONCE = 4
@@ -23,10 +24,12 @@ class ModelError:
     Attributes:
         error: of an encoder, the relative error of its last hidden states; of a language model, KL
             in nats a token.
+        texts: the same of each sentence, or of each block.
         losses: of a language model, nats a token, block by block; empty for an encoder.
     """
 
     error: float
+    texts: tuple[float, ...] = ()
     losses: tuple[float, ...] = ()
 
     @property
@@ -49,20 +52,22 @@ class HiddenStates:
         self.original = self._states(model)
 
     @torch.no_grad()
-    def _states(self, model: nn.Module) -> list[Float[Tensor, "tokens width"]]:
+    def _states(self, model: nn.Module) -> list[Float[Tensor, "batch length width"]]:
         return [
-            model(**batch, output_hidden_states=True).hidden_states[-1][
-                batch["attention_mask"].bool()
-            ]
+            model(**batch, output_hidden_states=True).hidden_states[-1]
+            * batch["attention_mask"][..., None]
             for batch in self.batches
         ]
 
     def __call__(self, model: nn.Module) -> ModelError:
-        apart = whole = 0.0
+        apart, whole = [], []
         for before, now in zip(self.original, self._states(model), strict=True):
-            apart += float((now - before).square().sum(dtype=torch.float64))
-            whole += float(before.square().sum(dtype=torch.float64))
-        return ModelError((apart / whole) ** 0.5)
+            apart.append((now - before).square().sum((1, 2), dtype=torch.float64))
+            whole.append(before.square().sum((1, 2), dtype=torch.float64))
+        lost, there = torch.cat(apart), torch.cat(whole)
+        return ModelError(
+            float((lost.sum() / there.sum()).sqrt()), tuple((lost / there).sqrt().tolist())
+        )
 
 
 class NextTokens:
@@ -70,30 +75,36 @@ class NextTokens:
 
     def __init__(self, model: nn.Module, blocks: Int[Tensor, "blocks length"]) -> None:
         self.batches = language_batches(blocks, BLOCKS_AT_ONCE)
-        self.original = [self._log_probabilities(model, batch) for batch in self.batches]
+        self.original = [self._logits(model, batch) for batch in self.batches]
 
     @staticmethod
     @torch.no_grad()
-    def _log_probabilities(
+    def _logits(
         model: nn.Module, batch: dict[str, Tensor]
     ) -> Float[Tensor, "blocks length-1 words"]:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return logits[:, :-1].float().log_softmax(-1)
+        return logits[:, :-1].float()
 
     def __call__(self, model: nn.Module) -> ModelError:
-        apart, losses, count = 0.0, [], 0
+        texts, losses = [], []
         for batch, before in zip(self.batches, self.original, strict=True):
-            now = self._log_probabilities(model, batch)
-            chosen = now.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-            losses += (-chosen.mean(dim=1)).tolist()
-            count += chosen.numel()
-            apart += float(functional.kl_div(now, before, log_target=True, reduction="sum"))
-        return ModelError(apart / count, tuple(losses))
+            now = self._logits(model, batch)
+            every = torch.ones(now.shape[:2], dtype=torch.bool, device=now.device)
+            # All blocks have one length, so that the divergences come as rows of equal blocks.
+            texts += token_divergence(before, now, every).view(now.shape[:2]).mean(1).tolist()
+            losses += block_losses(now, batch["input_ids"])
+        return ModelError(sum(texts) / len(texts), tuple(texts), tuple(losses))
 
     def original_losses(self) -> ModelError:
         """The original model against itself."""
-        losses = []
-        for batch, before in zip(self.batches, self.original, strict=True):
-            chosen = before.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-            losses += (-chosen.mean(dim=1)).tolist()
-        return ModelError(0.0, tuple(losses))
+        pairs = zip(self.batches, self.original, strict=True)
+        losses = [loss for b, before in pairs for loss in block_losses(before, b["input_ids"])]
+        return ModelError(0.0, (0.0,) * len(losses), tuple(losses))
+
+
+def block_losses(
+    logits: Float[Tensor, "blocks length-1 words"], blocks: Int[Tensor, "blocks length"]
+) -> list[float]:
+    """The mean loss of each block's tokens, the first one given."""
+    losses = F.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none")
+    return losses.double().mean(1).tolist()

@@ -17,6 +17,7 @@ from experiments.papers.loftq_iterations.measuring import (
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.training import fine_tunings
 from experiments.papers.paper import Paper
+from experiments.papers.verdicts import Claim
 
 
 def reproduce(settings: LoftqIterationsSettings) -> Findings:
@@ -35,13 +36,13 @@ def reproduce(settings: LoftqIterationsSettings) -> Findings:
     trained = fine_tunings(first, settings, max(settings.order_iterations))
     say(f"  {settings.language_model}: looking at the layers’ inputs")
     second = language_study(settings)
-    cases = [(bits, settings.language_rank) for bits in settings.language_bits]
+    cases = [(bits, rank) for bits in settings.language_bits for rank in settings.language_ranks]
     language = measure_starts(
         second, cases, settings.language_iterations, [], closed_form_last=False
     )
     original = second.measure.original_losses().perplexity
     return Findings(
-        claims=claims(encoder, language, trained, original, settings.seed),
+        claims=claims(encoder, language, trained, original, trained_on(settings)),
         setting=described(first, second, settings),
         tables=[
             showing.models_table(
@@ -56,28 +57,31 @@ def reproduce(settings: LoftqIterationsSettings) -> Findings:
             showing.layers_figure(encoder.layers),
             showing.agreement_figure(encoder.models),
             showing.perplexity_figure(language.models, original),
+            showing.divergence_figure(language.models),
         ],
         discussion=discussion(encoder),
     )
 
 
 def claims(
-    encoder: Frames, language: Frames, trained: pd.DataFrame, original: float, seed: int
-) -> list:
+    encoder: Frames, language: Frames, trained: pd.DataFrame, original: float, setting: str
+) -> list[Claim]:
     models = pd.concat([encoder.models, language.models], ignore_index=True)
     layers = pd.concat([encoder.layers, language.layers], ignore_index=True)
+    texts = pd.concat([encoder.texts, language.texts], ignore_index=True)
     return [
         iterating.weight_claim(encoder.paths),
         iterating.output_claim(layers),
-        iterating.model_claim(models),
+        iterating.model_claim(texts),
         closed_form.lower_claim(models),
-        closed_form.perplexity_claim(language.models, original),
-        closed_form.diagonal_claim(language.losses, language.models),
-        closed_form.correlation_claim(encoder.models, language.models, seed),
+        closed_form.rank_claim(layers, texts),
+        closed_form.perplexity_claim(language.models, language.texts, original),
+        closed_form.diagonal_claim(language.texts, language.models),
+        closed_form.correlation_claim(models),
         closed_form.own_base_claim(layers),
         closed_form.any_base_claim(encoder.layers),
         iterating.order_claim(encoder.models),
-        iterating.training_claim(trained),
+        iterating.training_claim(trained, setting),
     ]
 
 
@@ -95,23 +99,29 @@ def described(first: Study, second: Study, settings: LoftqIterationsSettings) ->
         f"{second.held_out.tokens:,} of other films held out",
         "quantisers": "NF4 and NF2 with one scale for 64 weights, int8 with one for a row; the "
         "papers’ 4.25 bits are 4-bit blocks of 32 with a scale of 8 bits",
-        "fine-tuning": f"{settings.encoder} from 2 bits, r = {max(settings.ranks)}, "
-        f"{settings.training_steps} steps of {settings.training_batch} reviews, learning rate "
-        f"{settings.learning_rate:g}, orders of the data {settings.training_seeds}, "
-        f"{settings.validation_sentences} held-out reviews",
+        "fine-tuning": trained_on(settings),
         "the papers’": "TinyLlama-1.1B on wikitext2 (QERA); DeBERTaV3-base on GLUE, 2 bits (LoftQ)",
     }
+
+
+def trained_on(settings: LoftqIterationsSettings) -> str:
+    return (
+        f"{settings.encoder} from 2 bits, r = {max(settings.ranks)}, the adapter and a new head, "
+        f"{settings.training_steps} steps of {settings.training_batch} film reviews, learning rate "
+        f"{settings.learning_rate:g}, {len(settings.training_seeds)} orders of the data, "
+        f"{settings.validation_sentences} held-out reviews"
+    )
 
 
 def discussion(encoder: Frames) -> list[str]:
     shares = showing.shares(encoder.models)
     some = shares[shares["bits"] == 4].groupby("method")["output"].min()
     return [
-        "QERA minimises a layer’s output error for the base that it is given. Which base that is "
-        "matters too: starts that quantise what is left after a low-rank part has been taken out "
-        f"reach {some['loftq']:.0f} % (LoftQ) and {some['svd first']:.0f} % (SVD first) of plain "
-        f"quantisation’s error at 4 bits, QERA on the plain base {some['qera']:.0f} %, and the "
-        f"closed form on LoftQ’s base {some['loftq + qera']:.0f} %.",
+        "QERA minimises a layer’s output error for the base that it is given. By base, in per cent "
+        "of plain quantisation’s output error at 4 bits, the least over T and ranks: QERA on the "
+        f"plain base {some['qera']:.0f}, the closed form on LoftQ’s base "
+        f"{some['loftq + qera']:.0f}, LoftQ {some['loftq']:.0f}, SVD first "
+        f"{some['svd first']:.0f}.",
         "An error of one layer, on the original model’s inputs, leaves out that every layer of the "
         "quantised model reads inputs that are wrong already; the whole model’s error has it.",
     ]

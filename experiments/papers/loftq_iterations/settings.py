@@ -24,11 +24,12 @@ class LoftqIterationsSettings(PaperSettings):
             measured on.
         sentence_length: tokens of a review, longer ones are cut.
         encoder_every: quantise the layers of every n-th block.
-        language_bits, language_rank, language_iterations: the shorter list of the language model.
+        language_bits, language_ranks, language_iterations: the shorter lists of the language model.
         tokens, held_out_tokens, block_length: film plots for calibration and for measuring.
         language_every: quantise the layers of every n-th block.
         measured_every: and measure their own errors on those of every n-th.
-        training_steps, training_batch, learning_rate: of the fine-tuning from 2 bits, on reviews.
+        training_steps, training_batch, learning_rate: of the fine-tuning from 2 bits, on reviews;
+            the head is trained with the adapter.
         training_seeds: orders of the data; at least two.
         validation_sentences: that the fine-tuned encoders are compared on.
     """
@@ -41,21 +42,21 @@ class LoftqIterationsSettings(PaperSettings):
     order_iterations: list[int] = field(default_factory=lambda: [5])
     sentences: int = 256
     held_out_sentences: int = 32
-    sentence_length: int = 48
-    encoder_every: int = 1
-    language_bits: list[int] = field(default_factory=lambda: [4])
-    language_rank: int = 32
+    sentence_length: int = 32
+    encoder_every: int = 2
+    language_bits: list[int] = field(default_factory=lambda: [4, 2])
+    language_ranks: list[int] = field(default_factory=lambda: [8, 32])
     language_iterations: list[int] = field(default_factory=lambda: [1, 5])
     tokens: int = 2048
-    held_out_tokens: int = 1024
-    block_length: int = 128
-    language_every: int = 1
-    measured_every: int = 5
-    training_steps: int = 16
+    held_out_tokens: int = 512
+    block_length: int = 64
+    language_every: int = 7
+    measured_every: int = 7
+    training_steps: int = 8
     training_batch: int = 16
     learning_rate: float = 1e-3
     training_seeds: list[int] = field(default_factory=lambda: [0, 1])
-    validation_sentences: int = 192
+    validation_sentences: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +67,9 @@ class LoftqIterationsSettings(PaperSettings):
                     f"{name}={getattr(self, name)}; allowed are 2, 4 and 8, with "
                     f"{' and '.join(map(str, sorted(needed)))} among them"
                 )
-        for name in ("ranks", "language_iterations", "order_iterations"):
+        for name in ("ranks", "language_ranks", "language_iterations", "order_iterations"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; allowed are integers >= 1")
-        if self.language_rank < 1:
-            raise ValueError(f"language_rank={self.language_rank}; allowed are integers >= 1")
         early = {t for t in self.iterations if t <= PAPERS_ITERATIONS}
         if min(self.iterations, default=0) != 1 or len(early) < 2:
             raise ValueError(

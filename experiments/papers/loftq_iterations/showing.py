@@ -7,7 +7,7 @@ import pandas as pd
 
 from experiments.papers.drawing import chart, methods_color
 from experiments.papers.findings import Figure, Table
-from experiments.papers.loftq_iterations.iterating import CASE, later_iterations
+from experiments.papers.loftq_iterations.iterating import CASE, ERRORS, later_iterations, rises
 from experiments.papers.loftq_iterations.starts import (
     LOFTQ,
     LOFTQ_QERA,
@@ -19,7 +19,6 @@ from experiments.papers.loftq_iterations.starts import (
 from experiments.report.canvas import INK, SOFT
 
 ALTERNATING = (LOFTQ, SVD_FIRST, QPISSA)
-MEASURES = {"weight": "weights", "output": "layer outputs", "error": "whole model"}
 DASHED = alt.condition(
     alt.FieldOneOfPredicate("method", list(ALTERNATING)), alt.value([1, 0]), alt.value([5, 3])
 )
@@ -30,7 +29,7 @@ def shares(models: pd.DataFrame) -> pd.DataFrame:
     index = pd.MultiIndex.from_frame(models[CASE])
     plain = models[models["method"] == PLAIN].set_index(CASE)
     shown = models.copy()
-    for name in MEASURES:
+    for name in ERRORS:
         shown[name] = 100 * models[name].to_numpy() / plain[name].reindex(index).to_numpy()
     return shown
 
@@ -72,14 +71,14 @@ def iterations_figure(models: pd.DataFrame) -> Figure:
     some = shares(models[models["rank"] == rank])
     counts = sorted(some.loc[some["method"] == LOFTQ, "T"].unique())
     some = some[some["method"] != PLAIN].melt(
-        ["method", "T", "bits"], list(MEASURES), var_name="measure", value_name="share"
+        ["method", "T", "bits"], list(ERRORS), var_name="measure", value_name="share"
     )
     flat = some[some["T"] == 0].drop(columns="T").merge(
         pd.DataFrame({"T": [counts[0], counts[-1]]}), how="cross"
     )  # fmt: skip
     shown = pd.concat([some[some["T"] > 0], flat], ignore_index=True)
     shown["point"] = shown["method"].isin([*ALTERNATING, LOFTQ_QERA])
-    shown["measure"] = shown["measure"].map(MEASURES)
+    shown["measure"] = shown["measure"].map(ERRORS)
     shown["bits"] = shown["bits"].astype(str) + " bits"
     order = [f"{bits} bits" for bits in sorted(models["bits"].unique(), reverse=True)]
     methods = [m for m in METHODS if m in set(shown["method"])]
@@ -99,7 +98,7 @@ def iterations_figure(models: pd.DataFrame) -> Figure:
         .properties(width=160, height=120)
         .facet(
             row=alt.Row(
-                "measure:N", sort=list(MEASURES.values()), title=None,
+                "measure:N", sort=list(ERRORS.values()), title=None,
                 header=alt.Header(labelColor=SOFT, labelFontSize=12),
             ),
             column=alt.Column(
@@ -162,9 +161,7 @@ def agreement_figure(models: pd.DataFrame) -> Figure:
 def layers_figure(layers: pd.DataFrame) -> Figure:
     """What later iterations do to each layer of the encoder."""
     later = later_iterations(layers)
-    some = layers[layers["method"] == LOFTQ].set_index([*CASE, "layer", "kind", "T"])
-    some = some[["weight", "output"]]
-    ratios = (some.xs(later, level="T") / some.xs(1, level="T")).reset_index()
+    ratios = rises(layers, later).reset_index()
     ratios["bits"] = ratios["bits"].astype(str)
     points = (
         chart(ratios)
@@ -194,8 +191,9 @@ def layers_figure(layers: pd.DataFrame) -> Figure:
 
 
 def perplexity_figure(models: pd.DataFrame, original: float) -> Figure:
-    """The language model at 4 bits, a bar a start, the unquantised model as a line."""
-    shown = models[models["bits"] == 4].sort_values("perplexity")
+    """The language model at 4 bits and the largest rank, a bar a start from the unquantised."""
+    rank = int(models["rank"].max())
+    shown = models[(models["bits"] == 4) & (models["rank"] == rank)].sort_values("perplexity")
     shown = shown.assign(
         start=[
             f"{method}, T = {count}" if count else method
@@ -223,7 +221,51 @@ def perplexity_figure(models: pd.DataFrame, original: float) -> Figure:
         x=x, text=alt.Text("perplexity:Q", format=".2f")
     )
     return Figure(
-        "perplexity", "Perplexity of the language model at 4 bits",
+        "perplexity", f"Perplexity of the language model at 4 bits, rank {rank}",
         f"Each line begins at the unquantised model’s {original:.2f}.",
         alt.layer(bars, ends, words).properties(height=alt.Step(30)),
+    )  # fmt: skip
+
+
+def divergence_figure(models: pd.DataFrame) -> Figure:
+    """The language model's logit error by rank, a panel a number of bits, a line a start."""
+    shown = models.assign(
+        start=[
+            f"{method}, T = {count}" if method == LOFTQ else method
+            for method, count in zip(models["method"], models["T"], strict=True)
+        ],
+        bits=models["bits"].astype(str) + " bits",
+    )
+    methods = [m for m in METHODS if m in set(shown["method"])]
+    last = f"T = {models['T'].max()}"
+    base = chart(shown[["start", "method", "T", "rank", "bits", "error"]]).encode(
+        x=alt.X("rank:O", title="rank", axis=alt.Axis(labelAngle=0, grid=False)),
+        y=alt.Y("error:Q", title="KL, nats a token", scale=alt.Scale(type="log", nice=False)),
+        color=methods_color(methods),
+        detail="start:N",
+        tooltip=["start:N", "bits:N", "rank:O", alt.Tooltip("error:Q", format=".3g")],
+    )
+    order = sorted(set(shown["bits"]), key=lambda told: -int(told.split()[0]))
+    drawing = (
+        alt.layer(
+            base.mark_line().encode(
+                strokeDash=alt.condition(
+                    f"datum.start === '{LOFTQ}, {last}'", alt.value([1, 0]), alt.value([5, 3])
+                )
+            ),
+            base.mark_point(filled=True, size=55, opacity=1),
+        )
+        .properties(width=220, height=220)
+        .facet(
+            alt.Column("bits:N", sort=order, title=None,
+                       header=alt.Header(labelColor=SOFT, labelFontSize=12)),
+            spacing=18,
+        )
+        .resolve_scale(y="independent")
+    )  # fmt: skip
+    return Figure(
+        "divergence", "The language model’s logit error by rank and bits",
+        f"KL(original ‖ quantised) of the next token on held-out film plots. Solid: LoftQ at "
+        f"{last}; dashed: all others.",
+        drawing, width=None,
     )  # fmt: skip

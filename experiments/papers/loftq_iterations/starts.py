@@ -71,21 +71,30 @@ class Ground:
     calibration: Calibration
     seed: int
 
-    def config(self, rank: int, initializer: dict) -> LoraConfig:
+    def config(self, rank: int, initializer: dict, task_type: str | None = None) -> LoraConfig:
         """s = 1: no error depends on it."""
         return LoraConfig(
             r=rank, lora_alpha=rank, target_modules=[layer.name for layer in self.targets],
-            init_lora_weights=initializer,
+            init_lora_weights=initializer, task_type=task_type,
         )  # fmt: skip
 
     @contextmanager
     def started(
-        self, rank: int, initializer: dict, calibration: Calibration | None = None
+        self,
+        rank: int,
+        initializer: dict,
+        calibration: Calibration | None = None,
+        task_type: str | None = None,
     ) -> Iterator[LoraModel]:
-        """The model with the adapter of `initializer`, and its own weights again afterwards."""
+        """The model with the adapter of `initializer`, and its own weights again afterwards.
+
+        Args:
+            calibration: of the inputs, in place of this ground's own.
+            task_type: whose head is trained beside the adapter; None: no head is.
+        """
         try:
             model = get_peft_model(
-                self.subject.model, self.config(rank, initializer), seed=self.seed,
+                self.subject.model, self.config(rank, initializer, task_type), seed=self.seed,
                 calibration=calibration or self.calibration, keep_original=True, cache=False,
             )  # fmt: skip
         except ValueError as error:

@@ -1,4 +1,8 @@
-"""Short fine-tunings from a quantised encoder: does the order of the alternation show in them?"""
+"""Short fine-tunings from a quantised encoder: does the order of the alternation show in them?
+
+What is trained is the adapter and the classifier's head, drawn at random: every arm and seed starts
+from the same one.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 
 from experiments.console import say
 from experiments.data import Labelled, rotten_tomatoes
-from experiments.papers.loftq_iterations.measuring import Study, spread
+from experiments.papers.loftq_iterations.measuring import Study, at_equal_distances
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, Ground
 from experiments.papers.subjects import place
@@ -21,10 +25,13 @@ from lora_init.registry import get_initializer
 from lora_init.seeding import layer_generator
 
 BITS = 2
+TASK = "SEQ_CLS"
 
 
 def fine_tunings(found: Study, settings: LoftqIterationsSettings, iterations: int) -> pd.DataFrame:
     """A row a start, seed and held-out sentence: its loss, and whether it was classified right.
+
+    Its column `chance` is the accuracy of always naming the sentences' most frequent label.
 
     Args:
         iterations: T of both orders.
@@ -32,9 +39,10 @@ def fine_tunings(found: Study, settings: LoftqIterationsSettings, iterations: in
     rank = max(settings.ranks)
     data = rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes())
     train_count = settings.training_steps * settings.training_batch
-    examples = spread(data.train, train_count)
-    validation = spread(data.validation, settings.validation_sentences)
+    examples = at_equal_distances(data.train, train_count)
+    validation = at_equal_distances(data.validation, settings.validation_sentences)
     task = TextClassification(found.ground.subject.tokenizer, settings.sentence_length)
+    chance = task.majority(validation)
     rows = []
     for method, model in arms(found.ground, rank, iterations):
         say(f"  {found.ground.subject.name}: training from {BITS} bits, {method}")
@@ -45,7 +53,7 @@ def fine_tunings(found: Study, settings: LoftqIterationsSettings, iterations: in
                     if parameter.requires_grad:
                         parameter.copy_(start[name])
             rows += [
-                {"method": method, "seed": seed, **row}
+                {"method": method, "seed": seed, "chance": chance, **row}
                 for row in trained(model, task, examples, validation, settings, seed)
             ]
     return pd.DataFrame(rows)
@@ -54,9 +62,10 @@ def fine_tunings(found: Study, settings: LoftqIterationsSettings, iterations: in
 def arms(ground: Ground, rank: int, iterations: int) -> Iterator[tuple[str, LoraModel]]:
     """Both orders at the same T, and quantisation with a start that corrects nothing (QLoRA's)."""
     chosen = {"name": "loftq", "loftq_bits": BITS, "loftq_iter": iterations}
-    with ground.started(rank, chosen) as model:
+    with ground.started(rank, chosen, task_type=TASK) as model:
         yield LOFTQ, model
-    with ground.started(rank, {"name": "qpissa", "bits": BITS, "iterations": iterations}) as model:
+    chosen = {"name": "qpissa", "bits": BITS, "iterations": iterations}
+    with ground.started(rank, chosen, task_type=TASK) as model:
         ground.refit(model, ground.best_for_weight)
         yield SVD_FIRST, model
     kaiming = get_initializer("kaiming")
@@ -66,7 +75,7 @@ def arms(ground: Ground, rank: int, iterations: int) -> Iterator[tuple[str, Lora
         made = function(lost, rank, scaling, None, options, layer_generator(ground.seed, name))
         return made.lora_A, made.lora_B
 
-    with ground.started(rank, {"name": "qera", "bits": BITS}) as model:
+    with ground.started(rank, {"name": "qera", "bits": BITS}, task_type=TASK) as model:
         ground.refit(model, drawn)
         yield PLAIN, model
 
@@ -91,6 +100,6 @@ def trained(
     model.eval()
     with torch.no_grad():
         return [
-            {"sentence": row["id"], "loss": row["loss"], "right": float(row["correct"])}
+            {"text": row["id"], "loss": row["loss"], "right": float(row["correct"])}
             for row in task.rows(model, validation, 64, place(settings.device))
         ]

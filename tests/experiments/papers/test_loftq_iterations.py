@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from experiments.errors import ConfigurationError
+from experiments.papers.loftq_iterations import outputs, training
 from experiments.papers.loftq_iterations import starts as made
 from experiments.papers.loftq_iterations.errors import (
     mean_square_output,
@@ -165,13 +166,17 @@ def test_divergence_and_perplexity_are_those_of_their_definitions():
     before, now = torch.randn(7, 7), torch.randn(7, 7)
     blocks = torch.randint(0, 7, (5, 9))
     found = NextTokens(Logits(before), blocks)(Logits(now))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "BLOCKS_AT_ONCE", 1)
+        alone = [NextTokens(Logits(before), block[None])(Logits(now)) for block in blocks]
     p, q = before.double().softmax(-1), now.double().softmax(-1)
     pairs = [(int(a), int(b)) for row in blocks for a, b in itertools.pairwise(row)]
     divergence = sum(float((p[a] * (p[a] / q[a]).log()).sum()) for a, _ in pairs) / len(pairs)
     loss = -sum(float(q[a, b].log()) for a, b in pairs) / len(pairs)
     assert found.error == pytest.approx(divergence, rel=1e-5)
     assert found.perplexity == pytest.approx(2.718281828459045**loss, rel=1e-5)
-    assert len(found.losses) == 5
+    assert found.texts == pytest.approx([one.error for one in alone], rel=1e-6)
+    assert found.losses == pytest.approx([one.losses[0] for one in alone], rel=1e-6)
     same = NextTokens(Logits(before), blocks)
     assert same(Logits(before)).error == pytest.approx(0, abs=1e-6)
     assert same.original_losses().losses == pytest.approx(same(Logits(before)).losses)
@@ -187,6 +192,23 @@ def test_hidden_states_of_padding_do_not_count():
     }
     found = HiddenStates(Logits(before), [batch])(Logits(now))
     assert found.error == pytest.approx((4 / 5) ** 0.5)
+    assert found.texts == pytest.approx((2**0.5, 0.0))
+
+
+def test_the_head_is_trained_and_comes_back_as_it_was(ground):
+    model = ground.subject.model
+    model.classifier = nn.Linear(20, 2)
+    before = model.classifier.weight.detach().clone()
+    seen = []
+    for method, arm in training.arms(ground, RANK, 1):
+        trained = {name: p for name, p in arm.named_parameters() if p.requires_grad}
+        heads = [p for name, p in trained.items() if "classifier" in name]
+        assert len(trained) == 2 * len(NAMES) + 2
+        torch.testing.assert_close(heads[0], before)
+        heads[0].data.zero_()  # as a training would leave it changed
+        seen.append(method)
+    assert seen == [made.LOFTQ, made.SVD_FIRST, made.PLAIN]
+    torch.testing.assert_close(model.classifier.weight, before)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +218,7 @@ def test_hidden_states_of_padding_do_not_count():
         ("language_bits=[2]", r"language_bits=\[2\]; .* with 4 among them"),
         ("bits=[2,3,4]", r"bits=\[2, 3, 4\]; allowed are 2, 4 and 8"),
         ("ranks=[0]", r"ranks=\[0\]; allowed are integers >= 1"),
+        ("language_ranks=[]", r"language_ranks=\[\]; allowed are integers >= 1"),
         ("iterations=[1,10]", r"iterations=\[1, 10\]; allowed .* another one up to 5"),
         ("order_iterations=[4]", r"order_iterations=\[4\]; allowed are those of iterations="),
         ("training_seeds=[1]", r"training_seeds=\[1\]; allowed are two different ones"),
