@@ -98,7 +98,8 @@ def time_claim(figures: pd.DataFrame) -> Claim:
     largest = list(faster)[-1]
     ours = [f"{source}: {ratio:.1f} times" for source, ratio in faster.items()]
     return Claim(
-        statement="Even with 16 iterations the fast SVD takes a fraction of the full one’s time",
+        statement="Even with 16 subspace iterations the fast SVD takes a fraction of the full "
+        "one’s time",
         paper=f"Llama-2-7B, r = 128: 22.67 s against 435.8 s ({SPEEDUP:.1f} times)",
         ours="; ".join(ours),
         criterion=f"at least half of the paper’s {SPEEDUP:.1f} times on {largest}; same direction: "
@@ -194,7 +195,7 @@ def agreement_claim(ends: Ends) -> Claim:
     if not margin.above_zero:
         verdict = Verdict.NOT_JUDGED
     return Claim(
-        statement="Training from 16 iterations ends where training from the full SVD does",
+        statement="Training from 16 subspace iterations ends where training from the full SVD does",
         paper=f"{PAPER_LOSSES[16]} against {PAPER_LOSSES[None]} (+0.09 %), training loss",
         ours=ends.told("niter 16"),
         criterion="the 95 % interval of the difference, over unseen blocks, lies within a quarter "
@@ -208,7 +209,7 @@ def agreement_claim(ends: Ends) -> Claim:
 def cost_claim(ends: Ends) -> Claim:
     gaps = [ends.above("niter 1"), ends.above("niter 1", "niter 16")]
     return Claim(
-        statement="One iteration is too few: training from it ends at a higher loss",
+        statement="One subspace iteration is too few: training from it ends at a higher loss",
         paper=f"{PAPER_LOSSES[1]} against {PAPER_LOSSES[None]} (+1.6 %), training loss",
         ours=ends.told("niter 1") + f"; against niter 16 {gaps[1].show('+.4f')}",
         criterion="on unseen texts above the exact start’s loss and above niter 16’s, both beyond "

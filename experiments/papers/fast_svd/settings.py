@@ -48,11 +48,11 @@ class FastSvdSettings(PaperSettings):
     adapted_every: int = 1
     starts: list[int] = field(default_factory=lambda: [1, 16])
     draws: int = 2
-    steps: int = 8
+    steps: int = 7
     batch_size: int = 2
     length: int = 64
     learning_rate: float = 2e-4
-    held_out: int = 16
+    held_out: int = 12
 
     def __post_init__(self) -> None:
         super().__post_init__()

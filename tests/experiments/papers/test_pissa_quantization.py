@@ -21,7 +21,8 @@ from experiments.papers.pissa_quantization.errors import (
     remaining_error,
 )
 from experiments.papers.pissa_quantization.judging import order
-from experiments.papers.pissa_quantization.settings import part_of
+from experiments.papers.pissa_quantization.settings import PissaQuantizationSettings, part_of
+from experiments.papers.pissa_quantization.tables import everything
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.subjects import Layer, load_subject
 from experiments.papers.verdicts import Verdict
@@ -139,20 +140,21 @@ def test_variants_move_a_weight_as_far_as_they_say():
     assert float(spread.std()) == pytest.approx(12**-0.5, rel=0.05)
 
 
-def test_the_smoke_form_says_what_a_dense_computation_says(smoke):
+def test_measured_rows_are_those_of_a_dense_computation():
     subject = load_subject("minilm")
-    layers = measuring.chosen_layers(subject, 1)
-    assert len({layer.block for layer in layers}) == 1
-    reductions = []
-    for layer in layers:
-        weight = subject.weight(layer)
-        error = weight.double() - Quantizer().roundtrip(weight).double()
-        values = np.linalg.svd(error.numpy(), compute_uv=False)
-        reductions.append(100 * values[:12].sum() / values.sum())  # 12 of 384: 1 / 32
-    frame = smoke("pissa_quantization").tables[0].frame
-    found = frame[(frame["model"] == "MiniLM") & (frame["T"] == 1)]
-    assert found["r"].item() == 12
-    assert found["LoftQ"].item() == pytest.approx(np.mean(reductions), abs=0.02)
+    layer = measuring.chosen_layers(subject, 1)[0]
+    weight = subject.weight(layer)
+    error = weight.double() - Quantizer().roundtrip(weight).double()
+    values = np.linalg.svd(error.numpy(), compute_uv=False)
+    settings = PissaQuantizationSettings(ranks=[12], iterations=[1, 2], controls=False)
+    case = measuring.Case(layer, weight, torch.eye(384), [12], settings.judged_rank(384), True)
+    frame = pd.DataFrame(measuring.rows_of(case, settings))
+    (found,) = frame[(frame["method"] == "loftq") & (frame["T"] == 1)].to_dict("records")
+    assert case.judged == 12  # of 384: 1 / 32
+    assert found["nuclear"] == pytest.approx(100 * values[:12].sum() / values.sum(), abs=0.02)
+    kept = math.sqrt((values[12:] ** 2).sum() / (values**2).sum())
+    assert found["frobenius"] == pytest.approx(100 * (1 - kept), abs=0.02)
+    assert found["output"] == pytest.approx(found["frobenius"])  # inputs are white
 
 
 def test_blocks_are_evenly_spaced():
@@ -271,19 +273,21 @@ def test_one_control_alone_names_no_agreement():
     assert "What the grid does to PiSSA’s lead: -1.0 on one." in judging.controls_told(both)
 
 
-def test_all_rows_are_in_one_table(smoke):
-    (table,) = [t for t in smoke("pissa_quantization").tables if t.name == "all"]
-    frame = table.frame
+def test_all_rows_are_in_one_table():
+    low = made(7, 11, 8, 4)
+    controls = low.assign(variant=judging.ROUNDED)
+    frame = everything(pd.concat([low, made(9, 12, 8, 4).assign(rank=16), controls])).frame
     assert list(frame.columns[:4]) == ["model", "layer", "r", "T"]
     assert list(frame.columns[4:]) == [
         f"{norm}, {name}" for norm in NORMS for name in ("LoftQ", "PiSSA")
     ]
-    assert len(frame) == 6 * 2 * 2  # layers, ranks, T
-    assert frame.notna().all(axis=None)
-    first = frame[(frame["r"] == 12) & (frame["T"] == 1)]["nuclear, LoftQ"].mean()
-    averages = smoke("pissa_quantization").tables[0].frame
-    found = averages[(averages["model"] == "MiniLM") & (averages["T"] == 1)]
-    assert found["LoftQ"].item() == pytest.approx(first)
+    assert len(frame) == 2 * 5 * 2 * 2  # models, layers, ranks, T
+    (row,) = frame[
+        (frame["model"] == "one") & (frame["layer"] == "up") & (frame["r"] == 16)
+        & (frame["T"] == 5)
+    ].to_dict("records")  # fmt: skip
+    assert row["nuclear, PiSSA"] == pytest.approx(12 - 4 + 8 + 0.01)
+    assert row["output, LoftQ"] == pytest.approx(9 + 0.01)
 
 
 def test_a_rank_above_a_layer_is_refused_by_name(composed_paper):
