@@ -65,7 +65,7 @@ class CordaKnowledgeSettings(PaperSettings):
         default_factory=lambda: {
             "kaiming": [3e-4, 1e-3, 3e-3, 1e-2],
             "corda_kpm": [1e-5, 3e-5, 1e-4, 3e-4],
-            "corda_ipm": [3e-5, 1e-4, 3e-4, 1e-3],
+            "corda_ipm": [3e-5, 1e-4, 3e-4],
         }
     )
     repeats: int = 2
@@ -74,8 +74,8 @@ class CordaKnowledgeSettings(PaperSettings):
     batch_size: int = 2
     length: int = 64
     calibration_tokens: int = 1024
-    learnt_tokens: int = 384
-    kept_tokens: int = 2048
+    learnt_tokens: int = 256
+    kept_tokens: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()

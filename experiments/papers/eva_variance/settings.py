@@ -67,7 +67,7 @@ class EvaVarianceSettings(PaperSettings):
     rho: float = 2.0
     orders: int = 3
     methods: list[str] | None = None
-    language: Data = field(default_factory=lambda: Data(4, 64, 16, 4, 5, False))
+    language: Data = field(default_factory=lambda: Data(4, 64, 16, 4, 6, False))
     encoder: Data = field(default_factory=lambda: Data(4, 48, 90, 8, 1, True))
     cost_model: str = "minilm"
     cost_every: int = 1
