@@ -64,7 +64,7 @@ class SharpnessSettings(PaperSettings):
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     rank: int = 8
     scaling: float = 2.0
-    batches: int = 3
+    batches: int = 2
     trained_batches: int = 5
     batch_size: int = 10
     length: int = 32
