@@ -55,7 +55,7 @@ def converges(turning: pd.DataFrame) -> Claim:
     long = [model for model in found if found[model].index.max() * sizes[model] >= enough]
     criterion = (
         f"the least cosine of a component with the one of a batch before, median over inputs, is "
-        f"{TAU} or more from some number of batches on, by {PAPER_BATCHES} of {PAPER_SIZE} "
+        f"{TAU} or more from some number of batches on, by {PAPER_BATCHES} batches of {PAPER_SIZE} "
         "sequences, with every model that is given as many; same direction: it is larger after "
         "the last batch than after the second; contradicts: smaller with every such model; not "
         "judged where none is given as many"
