@@ -69,8 +69,8 @@ class PissaQuantizationSettings(PaperSettings):
 
     models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
     blocks: int | None = 6
-    detailed: int = 3
-    ranks: list[int] = field(default_factory=lambda: [1, 4, 8, 32, 64, 128])
+    detailed: int = 2
+    ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128])
     share: float = PAPER_SHARE
     iterations: list[int] = field(default_factory=lambda: [1, 5])
     tokens: int = 4096
