@@ -9,6 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What one test computed is not for another to find.
 os.environ.setdefault("LORA_INIT_CACHE", "off")
+# One thread in the processes that tests start, too, and in what is no part of torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jaxtyping
 import pytest

@@ -99,7 +99,7 @@ def test_a_sweep_by_addresses(machines, tiny, tmp_path):
         )  # fmt: skip
         first.start(
             sys.executable, "-m", "experiments.train", "-m", *tiny, "init=kaiming,olora",
-            "seed=0,1", "hydra/launcher=ray", f"hydra.launcher.ray.init.address={head}",
+            "hydra/launcher=ray", f"hydra.launcher.ray.init.address={head}",
             "hydra.launcher.ray.remote.num_gpus=1", "hydra.launcher.ray.remote.num_cpus=1",
             **settings,
         )  # fmt: skip
@@ -110,8 +110,6 @@ def test_a_sweep_by_addresses(machines, tiny, tmp_path):
         shutil.rmtree(scratch, ignore_errors=True)
     paths = (tmp_path / "outputs" / "runs").glob("*/result.json")
     found = [json.loads(path.read_text()) for path in paths]
-    assert sorted((run["method"], run["seed"]) for run in found) == [
-        ("kaiming", 0), ("kaiming", 1), ("olora", 0), ("olora", 1),
-    ]  # fmt: skip
+    assert sorted(run["method"] for run in found) == ["kaiming", "olora"]
     assert {run["environment"]["host"] for run in found} == {first.name, second.name}
     assert {run["environment"]["visible_devices"] for run in found} == {"0"}

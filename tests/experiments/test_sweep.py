@@ -37,18 +37,15 @@ def manifest(outputs: Path, sweep: str = "default") -> dict:
 @pytest.mark.slow
 def test_a_multirun_keeps_its_own_list(command, tiny, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
-    done = command_line("-m", *tiny, "init=kaiming,pissa", "seed=0,1", cwd=tmp_path)
+    done = command_line("-m", *tiny, "init=kaiming,pissa", "seed=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     headers = [line for line in done.stdout.splitlines() if line.startswith("run ")]
-    assert headers == [
-        "run 1/4 kaiming seed 0", "run 2/4 kaiming seed 1", "run 3/4 pissa seed 0",
-        "run 4/4 pissa seed 1",
-    ]  # fmt: skip
+    assert headers == ["run 1/2 kaiming seed 1", "run 2/2 pissa seed 1"]
     listed = manifest(outputs)
-    assert (listed["sweep"], listed["status"], listed["total"]) == ("default", "finished", 4)
-    assert [run["status"] for run in listed["runs"]] == ["finished"] * 4
-    assert "init=pissa" in listed["runs"][3]["overrides"]
+    assert (listed["sweep"], listed["status"], listed["total"]) == ("default", "finished", 2)
+    assert [run["status"] for run in listed["runs"]] == ["finished"] * 2
+    assert "init=pissa" in listed["runs"][1]["overrides"]
     for run in listed["runs"]:
         result = json.loads((Path(run["folder"]) / "result.json").read_text())
         assert result["run_id"] == run["run_id"]
@@ -59,34 +56,30 @@ def test_a_multirun_keeps_its_own_list(command, tiny, tmp_path, monkeypatch):
 
     # The next sweep lists its own runs only, finds the finished one, and survives a failure.
     monkeypatch.chdir(tmp_path)
-    status, printed, told = command(
-        "-m", *tiny, "init=olora,orthogonal,kaiming", "lora.r=4,3", "training.steps=3"
-    )
+    status, printed, told = command("-m", *tiny, "init=orthogonal,kaiming", "lora.r=4,3", "seed=1")
     assert status == 1
     listed = manifest(outputs)
     assert listed["status"] == "incomplete"
     assert [run["status"] for run in listed["runs"]] == [
-        "finished", "finished", "finished", "finished", "failed", "finished",
+        "finished", "finished", "failed", "finished",
     ]  # fmt: skip
     assert "finished before, skipped" in printed
     assert "failed (configuration): init=orthogonal" in printed
-    failed = listed["runs"][4]
-    assert told == f"1 of 6 runs failed: {Path(failed['folder']).name} (configuration)"
+    failed = listed["runs"][2]
+    assert told == f"1 of 4 runs failed: {Path(failed['folder']).name} (configuration)"
     assert (outputs / "sweeps" / "default" / "multirun.yaml").exists()
 
 
 @pytest.mark.slow
 def test_parallel_jobs_share_one_list(tiny, tmp_path):
     done = command_line(
-        "-m", *tiny, "init=kaiming,pissa,eva", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "-m", *tiny, "init=kaiming,eva", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
         cwd=tmp_path, threads=None,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     listed = manifest(tmp_path / "outputs")
     assert listed["status"] == "finished"
-    assert [Path(run["folder"]).name.split("-")[0] for run in listed["runs"]] == [
-        "kaiming", "pissa", "eva",
-    ]  # fmt: skip
+    assert [Path(run["folder"]).name.split("-")[0] for run in listed["runs"]] == ["kaiming", "eva"]
     # Two at a time share the cores out: no core is asked for twice.
     paths = [Path(run["folder"]) / "result.json" for run in listed["runs"]]
     shares = {json.loads(path.read_text())["environment"]["threads"] for path in paths}
@@ -140,14 +133,16 @@ def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_packag
     )  # fmt: skip
     assert "sample" in names.stdout.split()
 
+    # All that the pattern finds but our own, of which one is enough here.
+    ours = ",".join(sorted({method.name for method in list_initializers()} - {"kaiming"}))
     done = command_line(
-        "-m", *tiny, "init=glob(*)", "training.steps=1", "hydra.searchpath=[pkg://sample_pkg.conf]",
+        "-m", *tiny, f"init=glob(*,exclude=[{ours}])", "hydra.searchpath=[pkg://sample_pkg.conf]",
         path=sample_package, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = manifest(tmp_path / "outputs")["runs"]
     swept = {Path(run["folder"]).name.split("-")[0]: run for run in runs}
-    assert set(swept) == set(names.stdout.split())
+    assert set(swept) == {"kaiming", "sample"}
     result = json.loads((Path(swept["sample"]["folder"]) / "result.json").read_text())
     assert result["init"] == {"name": "sample", "size": 0.5}
 
