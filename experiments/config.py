@@ -21,11 +21,11 @@ from experiments.budget import BudgetConfig
 from experiments.calibration import CalibrationConfig
 from experiments.controls import check_control
 from experiments.data import DataConfig
-from experiments.errors import ConfigurationError
 from experiments.launching import register_launchers
 from experiments.measures import MeasuresConfig
 from experiments.models import ModelConfig
 from experiments.protocol.settings import ProtocolConfig
+from experiments.resolving import as_settings
 from experiments.schedule import TrainingConfig, steps_of
 from experiments.tracking import TrackingConfig
 from lora_init import list_initializers
@@ -198,19 +198,11 @@ def register_schemas() -> None:
 
 
 def resolve(composed: DictConfig) -> RunConfig:
-    """Hydra's composition as plain dataclasses: the last that is seen of OmegaConf.
+    """Hydra's composition as the run it describes.
 
     Raises:
         ConfigurationError: a mandatory setting left out, or a value its dataclass refuses.
     """
-    for key in sorted(OmegaConf.missing_keys(composed)):
-        raise ConfigurationError(f"{key} is not set; give it on the command line as {key}=…")
-    try:
-        run = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(str(error).splitlines()[0]) from error
-    except (ValueError, TypeError) as error:  # from a __post_init__
-        raise ConfigurationError(str(error)) from error
-    assert isinstance(run, RunConfig)
+    run = as_settings(composed, RunConfig)
     check_control(run)
     return run

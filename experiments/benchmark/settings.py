@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from experiments.benchmark.strategies import METHODS
-from experiments.errors import ConfigurationError, nearest
+from experiments.errors import nearest
+from experiments.resolving import as_settings
 
 SECTION_NAMES = ("initialization", "calibration", "injection", "memory", "steps")
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
@@ -294,14 +294,7 @@ def resolve(composed: DictConfig) -> BenchmarkConfig:
     Raises:
         ConfigurationError: a value that is not allowed.
     """
-    try:
-        settings = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(str(error).splitlines()[0]) from error
-    except ValueError as error:  # from a __post_init__
-        raise ConfigurationError(str(error)) from error
-    assert isinstance(settings, BenchmarkConfig)
-    return settings
+    return as_settings(composed, BenchmarkConfig)
 
 
 def to_plain(settings: BenchmarkConfig) -> dict[str, Any]:

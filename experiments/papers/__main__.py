@@ -22,7 +22,7 @@ import hydra
 import rich
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.console import say
 from experiments.errors import ConfigurationError
@@ -31,6 +31,7 @@ from experiments.papers.page import write_page
 from experiments.papers.paper import FORMS
 from experiments.papers.results import Result, read_result
 from experiments.papers.summary import summary_table
+from experiments.resolving import as_settings
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
 
@@ -59,22 +60,21 @@ class AllPapers:
     measure: bool = True
     rerun: bool = False
 
+    def __post_init__(self) -> None:
+        check_names(self.papers)
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r}; allowed are {', '.join(FORMS)}")
+        if self.at_once is not None and self.at_once < 1:
+            raise ValueError(f"at_once={self.at_once}; allowed are integers >= 1, and null")
+
 
 ConfigStore.instance().store(name="papers_schema", node=AllPapers)
 
 
 @hydra.main(config_path=str(CONFIGURATIONS), config_name="all", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    settings = OmegaConf.to_object(composed)
-    assert isinstance(settings, AllPapers)
     try:
-        check_names(settings.papers)
-        if settings.form not in FORMS:
-            raise ConfigurationError(f"form={settings.form!r}; allowed are {', '.join(FORMS)}")
-        if settings.at_once is not None and settings.at_once < 1:
-            raise ConfigurationError(
-                f"at_once={settings.at_once}; allowed are integers >= 1, and null"
-            )
+        settings = as_settings(composed, AllPapers)
         failed = measure_all(settings) if settings.measure else []
         results = gather(settings, without=failed)
     except ConfigurationError as error:

@@ -15,14 +15,14 @@ import rich
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from experiments.console import say
 from experiments.errors import ConfigurationError, RunFailed
 from experiments.papers.paper import Paper, PaperSettings
 from experiments.papers.results import Result, fingerprint, folder, read_result, write_result
 from experiments.papers.tables import terminal_claims, terminal_table
+from experiments.resolving import as_settings
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
 SCHEMA = "schema"
@@ -60,14 +60,7 @@ def resolve(composed: DictConfig) -> PaperSettings:
     Raises:
         ConfigurationError: a value that its dataclass refuses.
     """
-    try:
-        settings = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(str(error).splitlines()[0]) from error
-    except (ValueError, TypeError) as error:  # from a __post_init__
-        raise ConfigurationError(str(error)) from error
-    assert isinstance(settings, PaperSettings)
-    return settings
+    return as_settings(composed, PaperSettings)
 
 
 def carry_out(paper: Paper, settings: PaperSettings) -> Result:
