@@ -33,6 +33,9 @@ def write_page(results: Sequence[Result], output: Path) -> Path:
     """
     output.mkdir(parents=True, exist_ok=True)
     for result in results:
+        # Those of an earlier form of the reproduction are nobody's now.
+        for earlier in output.glob(f"{result.name}-*.png"):
+            earlier.unlink()
         source = Path(result.settings["output"]) / result.form / result.name
         for figure in result.figures:
             shutil.copy(source / f"{figure['name']}.png", output / picture(result, figure["name"]))

@@ -25,14 +25,14 @@ def summary_table(results: Sequence[Result]) -> Table:
     """A line a reproduction: how many published claims got which verdict, how many questions are
     our own, and its seconds."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("reproduction")
+    table.add_column("reproduction", no_wrap=True)
     shown = verdicts_of(results)
     for verdict in shown:
         table.add_column(f"[{STYLES[verdict]}]{verdict}[/]", justify="right")
     table.add_column(OWN, justify="right")
     table.add_column("s", justify="right")
     for result in results:
-        table.add_row(escape(result.title), *figures(result, shown), f"{result.seconds:.0f}")
+        table.add_row(escape(result.name), *figures(result, shown), f"{result.seconds:.0f}")
     return table
 
 
