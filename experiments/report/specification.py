@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import altair as alt
@@ -82,8 +83,21 @@ def columns(frame: pd.DataFrame) -> dict[str, Any]:
 
 def themed(drawing: alt.TopLevelMixin, validate: bool = True) -> dict:
     """A drawing of any kind in the look that all charts have, as JSON without an address."""
-    drawing = (
-        drawing.configure(font=FONT, background="white", padding=PADDING)
+    specification = drawing.to_dict(validate=validate)
+    specification.pop("$schema", None)  # an address, although nothing loads it
+    given = specification.get("config", {})
+    specification["config"] = {
+        part: {**given[part], **value} if isinstance(given.get(part), dict) else value
+        for part, value in (given | look()).items()
+    }
+    return specification
+
+
+@cache
+def look() -> dict:
+    """The configuration of every chart. Altair's own `configure` copies the drawing each time."""
+    plain = (
+        alt.Chart().mark_point().configure(font=FONT, background="white", padding=PADDING)
         .configure_view(stroke=None)
         .configure_axis(
             labelColor=INK, titleColor=SOFT, gridColor=GRID, domainColor="#b9c0c8",
@@ -97,6 +111,4 @@ def themed(drawing: alt.TopLevelMixin, validate: bool = True) -> dict:
         .configure_header(labelColor=INK, titleColor=SOFT, labelFontSize=12.5, titleFontSize=12.5)
         .configure_title(color=INK, fontWeight=600)
     )  # fmt: skip
-    specification = drawing.to_dict(validate=validate)
-    specification.pop("$schema", None)  # an address, although nothing loads it
-    return specification
+    return plain.to_dict()["config"]
