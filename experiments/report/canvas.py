@@ -136,17 +136,18 @@ class Canvas:
         self, chart: alt.LayerChart, height: float | alt.Step, legend: bool = False
     ) -> alt.LayerChart:
         """Add what every chart has: its height, the filters, and the legend's own."""
-        chart = chart.properties(height=height).add_params(
-            *(alt.param(name=name, value=value) for name, value in self.initial.items()),
-            alt.param(name="rates", value="best"),
-            alt.param(name="legend_columns", value=4),
-        )
-        if not legend:
-            return chart
-        # The first click on a legend keeps that method, further ones add or remove; the page
-        # passes the choice on to every chart.
-        pick = alt.selection_point(name="legend", fields=["method"], bind="legend", toggle="true")
-        return chart.transform_filter(pick).add_params(pick)
+        params = [alt.param(name=name, value=value) for name, value in self.initial.items()]
+        params += [alt.param(name="rates", value="best"), alt.param(name="legend_columns", value=4)]
+        if legend:
+            # The first click on a legend keeps that method, further ones add or remove; the page
+            # passes the choice on to every chart.
+            pick = alt.selection_point(
+                name="legend", fields=["method"], bind="legend", toggle="true"
+            )
+            chart = chart.transform_filter(pick)
+            params.append(pick)
+        chart.height = height  # Altair's `properties` copies every layer once more
+        return chart.add_params(*params)
 
 
 def inline(frame: pd.DataFrame) -> alt.InlineData:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from altair.utils.schemapi import debug_mode
+
 from .canvas import Canvas, Chart
 from .charts import layers, robustness, scores, spectra, start, training
 from .palette import marks, ordered
@@ -20,14 +22,16 @@ def draw(
     canvas = make_canvas(summarizer, views, metric)
     covers = " or ".join(sorted({row.interval for row in summarizer.all_rows()} - {"no interval"}))
     covers = covers or "seeds"
-    drawn: list[Chart] = [
-        *robustness.charts(canvas, views, covers, diverged),
-        *scores.charts(canvas, views, {task: 100 * m for task, m in majority.items()}, covers),
-        *training.charts(canvas, views),
-        *start.charts(canvas, views),
-        *layers.charts(canvas, views),
-        *spectra.charts(canvas, views),
-    ]
+    # Altair would check every part as it is made, and again the whole: the page's specification.
+    with debug_mode(False):
+        drawn: list[Chart] = [
+            *robustness.charts(canvas, views, covers, diverged),
+            *scores.charts(canvas, views, {task: 100 * m for task, m in majority.items()}, covers),
+            *training.charts(canvas, views),
+            *start.charts(canvas, views),
+            *layers.charts(canvas, views),
+            *spectra.charts(canvas, views),
+        ]
     return drawn, canvas
 
 

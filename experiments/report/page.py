@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ class Page:
     summarizer: Summarizer
     comparison: Comparison | None
     peft: list[PeftRow]
+
+    @cached_property
+    def specifications(self) -> dict[str, dict]:
+        """The charts' JSON, for the page and for the one that is handed on."""
+        return {chart.name: page_specification(chart.drawing) for chart in self.charts}
 
 
 def render(page: Page, output: Path | None) -> str:
@@ -115,7 +120,7 @@ def script_data(page: Page, output: Path | None) -> dict[str, Any]:
     # Of the spectra one layer is drawn at a time.
     marks = sum(len(table) for name, table in tables.items() if name != "spectra")
     return {
-        "specifications": {c.name: page_specification(c.drawing) for c in page.charts},
+        "specifications": page.specifications,
         "tables": {name: columns(table) for name, table in tables.items()},
         "filters": page.canvas.filters,
         "initial": page.canvas.initial,

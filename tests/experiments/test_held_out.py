@@ -12,7 +12,13 @@ from experiments.errors import ConfigurationError
 from experiments.execution import execute
 from experiments.runs import identify
 
-EIGHT = ["kaiming", "gaussian", "orthogonal", "olora", "pissa", "corda", "loftq", "eva"]
+# What is written and read again depends on the kind of base (kept, edited, replaced) and on whether
+# data decides, also about the ranks; not on the method.
+KINDS = ["kaiming", "pissa", "corda", "loftq", "eva"]
+
+# What the end of a run measures besides is not looked at here.
+UNMEASURED = ["measures.forgetting_texts=0", "measures.intruder_layers=0",
+              "measures.spectra_layers=0"]  # fmt: skip
 
 
 def rows(folder, split):
@@ -20,9 +26,9 @@ def rows(folder, split):
     return [row for row in map(json.loads, lines) if row["split"] == split]
 
 
-@pytest.mark.parametrize("method", EIGHT)
+@pytest.mark.parametrize("method", KINDS)
 def test_a_late_test_gives_the_scores_of_an_early_one(configured, tiny, tmp_path, method):
-    overrides = [*tiny, f"init={method}"]
+    overrides = [*tiny, *UNMEASURED, f"init={method}"]
     at_once = execute(configured(*overrides, f"paths.outputs={tmp_path}/at-once"))
     run = configured(*overrides, "read_test=false")
     folder = identify(run)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_sweeps import EXAMPLES, STEPS, SYNTHETIC, write_run, write_sweep
+from synthetic_sweeps import EXAMPLES, STEPS, SYNTHETIC, no_charts, write_run, write_sweep
 
+from experiments.report import writing
 from experiments.report.__main__ import main, make
 from experiments.report.pictures import Pictures
 from experiments.report.tables import latex
@@ -154,7 +155,12 @@ def without_pictures(monkeypatch):
     monkeypatch.setattr(Pictures, "one", lambda self, output, name, *rest: name)
 
 
-@pytest.mark.usefixtures("without_pictures")
+@pytest.fixture
+def without_charts(monkeypatch):
+    monkeypatch.setattr(writing, "draw", no_charts)
+
+
+@pytest.mark.usefixtures("without_charts")
 def test_the_better_of_two_rates_is_shown_and_the_choice_is_told(tmp_path):
     for rate in (1e-3, 2e-3):
         write_run(tmp_path / f"pissa-{rate}", "pissa", 0, learning_rate=rate)
@@ -170,7 +176,7 @@ def test_the_better_of_two_rates_is_shown_and_the_choice_is_told(tmp_path):
     assert report.rows[1].score.estimate == max(scores["pissa-0.001"], scores["pissa-0.002"])
 
 
-@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.usefixtures("without_charts")
 def test_broken_predictions_cost_the_interval_and_are_named(tmp_path):
     for method in ("kaiming", "pissa", "eva", "olora"):
         write_run(tmp_path / method, method, 0)
@@ -201,7 +207,7 @@ def test_zero_and_missing_measurements_are_said(tmp_path):
     assert "seconds is exactly zero" in html
 
 
-@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.usefixtures("without_charts")
 def test_command_line(sweep, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([str(sweep), "--output", str(tmp_path / "out")]) == 0

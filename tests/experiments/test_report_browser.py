@@ -127,7 +127,7 @@ setTimeout(async () => {
 def test_a_page_that_is_handed_on_links_to_nothing(report, tmp_path):
     page = report.page.parent.with_name("handed_on.html")
     elements = browse(page.as_uri(), tmp_path)
-    assert len(drawn_charts(elements)) == len(drawn_charts(browse(report.page.as_uri(), tmp_path)))
+    assert len(drawn_charts(elements)) == report.page.read_text("utf-8").count('data-chart="') == 8
     shown = elements.split("<main>")[1].split("<script")[0]
     assert "<a " not in shown
     assert shown.count("<tr") > 4

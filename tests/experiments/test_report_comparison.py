@@ -5,18 +5,18 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic_sweeps import write_grid, write_protocol
+from synthetic_sweeps import no_charts, write_grid, write_protocol
 
+from experiments.report import writing
 from experiments.report.__main__ import main, make
 from experiments.report.peft_results import load_peft_results
-from experiments.report.pictures import Pictures
 
 SMALL = {"methods": ("kaiming", "pissa"), "rates": [1e-3, 3e-3], "blocks": 1, "steps": 20}
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    monkeypatch.setattr(Pictures, "write", lambda self, output: [])
+def without_charts(monkeypatch):
+    monkeypatch.setattr(writing, "draw", no_charts)
 
 
 def results(folder):

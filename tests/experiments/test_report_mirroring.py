@@ -3,9 +3,10 @@
 import sys
 
 import pytest
-from synthetic_sweeps import write_run
+from synthetic_sweeps import no_charts, write_run
 
 from experiments.errors import ConfigurationError
+from experiments.report import writing
 from experiments.report.__main__ import main, make
 from experiments.report.mirroring import log_to_wandb
 from experiments.report.pictures import Pictures
@@ -46,7 +47,7 @@ def test_pictures_table_and_page_arrive_in_the_sweeps_group(tmp_path, monkeypatc
 
 def test_a_missing_wandb_is_named(tmp_path, monkeypatch):
     write_two(tmp_path / "two")
-    monkeypatch.setattr(Pictures, "write", lambda self, output: [])
+    monkeypatch.setattr(writing, "draw", no_charts)
     report = make([tmp_path / "two"], tmp_path / "report")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigurationError, match="pip install wandb"):

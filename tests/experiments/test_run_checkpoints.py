@@ -20,6 +20,9 @@ from experiments.runs import identify
 
 METHODS = ("pissa", "eva", "loftq")  # base edited, ranks redistributed, base replaced
 LENGTH = ("training.steps=9", "training.validate_every=3", "training.schedule=cosine")
+# What is measured after the last step is not looked at here.
+UNMEASURED = ("measures.forgetting_texts=0", "measures.intruder_layers=0",
+              "measures.spectra_layers=0")  # fmt: skip
 DROPOUT = ("model.dropout=0.2", "lora.lora_dropout=0.1")
 
 
@@ -54,7 +57,7 @@ def broken_off(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_continued_run_has_the_same_losses(configured, tiny, broken_off, tmp_path, method):
     """Broken off after a validation, in the middle of the schedule, with two kinds of dropout."""
-    settings = [*tiny, *LENGTH, *DROPOUT, f"init={method}", "runtime.cache=false"]
+    settings = [*tiny, *UNMEASURED, *LENGTH, *DROPOUT, f"init={method}", "runtime.cache=false"]
     whole = configured(*settings, f"paths.outputs={tmp_path}/whole")
     expected = execute(whole)
     run = configured(*settings, "runtime.checkpoint_every=2")
@@ -78,7 +81,7 @@ def test_a_continued_run_has_the_same_losses(configured, tiny, broken_off, tmp_p
 
 
 def test_it_may_be_broken_off_again_and_again(configured, tiny_causal, broken_off, tmp_path):
-    settings = [*tiny_causal, *LENGTH, "init=olora", "model.dropout=0.1"]
+    settings = [*tiny_causal, *UNMEASURED, *LENGTH, "init=olora", "model.dropout=0.1"]
     whole = configured(*settings, f"paths.outputs={tmp_path}/whole")
     execute(whole)
     run = configured(*settings, "runtime.checkpoint_every=1")
@@ -89,7 +92,7 @@ def test_it_may_be_broken_off_again_and_again(configured, tiny_causal, broken_of
 
 
 def test_a_run_killed_after_its_last_step_only_tests(configured, tiny, monkeypatch):
-    run = configured(*tiny, "runtime.checkpoint_every=3")
+    run = configured(*tiny, *UNMEASURED, "runtime.checkpoint_every=3")
     folder = identify(run)
     with monkeypatch.context() as patch:
         patch.setattr("experiments.execution.describe_result", lambda *given: 1 / 0)
@@ -113,7 +116,7 @@ def test_the_tracker_of_a_continued_run_is_told_all(configured, tiny, broken_off
         yield lambda row: told[-1].append((row["split"], row["step"]))
 
     monkeypatch.setattr(recording, "track", track)
-    run = configured(*tiny, "runtime.checkpoint_every=1")
+    run = configured(*tiny, *UNMEASURED, "runtime.checkpoint_every=1")
     broken_off(run, 3)
     execute(run)
     assert told[0] == [("train", 1), ("train", 2)]
@@ -122,9 +125,9 @@ def test_the_tracker_of_a_continued_run_is_told_all(configured, tiny, broken_off
 
 
 def test_a_time_limit_is_gone_on_from_by_the_same_command(configured, tiny, tmp_path):
-    whole = configured(*tiny, f"paths.outputs={tmp_path}/whole")
+    whole = configured(*tiny, *UNMEASURED, f"paths.outputs={tmp_path}/whole")
     execute(whole)
-    run = configured(*tiny, "runtime.time_limit_minutes=1e-6")
+    run = configured(*tiny, *UNMEASURED, "runtime.time_limit_minutes=1e-6")
     folder = identify(run)
     assert folder.id == identify(whole).id
     for step in (1, 2):
@@ -140,7 +143,7 @@ def test_a_time_limit_is_gone_on_from_by_the_same_command(configured, tiny, tmp_
 
 def test_checkpoints_come_by_the_clock(configured, tiny, monkeypatch):
     """Half a minute a step, and a checkpoint each minute: after every second step."""
-    run = configured(*tiny, "training.steps=7", "runtime.checkpoint_minutes=1")
+    run = configured(*tiny, *UNMEASURED, "training.steps=7", "runtime.checkpoint_minutes=1")
     written = []
 
     class Clock:
@@ -169,7 +172,7 @@ def test_checkpoints_come_by_the_clock(configured, tiny, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "metrics", "other run", "other ranks"])
 def test_a_checkpoint_that_does_not_fit_is_not_gone_on_from(configured, tiny, broken_off, damage):
-    run = configured(*tiny, "init=pissa", "runtime.checkpoint_every=1")
+    run = configured(*tiny, *UNMEASURED, "init=pissa", "runtime.checkpoint_every=1")
     folder = identify(run)
     broken_off(run, 3)
     path = folder.checkpoint_file
@@ -178,11 +181,13 @@ def test_a_checkpoint_that_does_not_fit_is_not_gone_on_from(configured, tiny, br
     elif damage == "metrics":
         folder.metrics_file.write_text("")
     elif damage == "other run":
-        other = configured(*tiny, "init=pissa", "seed=1", "runtime.checkpoint_every=1")
+        other = configured(*tiny, *UNMEASURED, "init=pissa", "seed=1", "runtime.checkpoint_every=1")
         broken_off(other, 3)
         path.write_bytes(identify(other).checkpoint_file.read_bytes())
     else:
-        other = configured(*tiny, "init=pissa", "lora.r=2", "runtime.checkpoint_every=1")
+        other = configured(
+            *tiny, *UNMEASURED, "init=pissa", "lora.r=2", "runtime.checkpoint_every=1"
+        )
         broken_off(other, 3)
         found = identify(other)
         folder.metrics_file.write_bytes(found.metrics_file.read_bytes())
@@ -194,7 +199,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_gone_on_from(configured, tiny, br
 
 
 def test_nothing_in_a_checkpoint_is_pickled(configured, tiny, broken_off):
-    run = configured(*tiny, "runtime.checkpoint_every=1")
+    run = configured(*tiny, *UNMEASURED, "runtime.checkpoint_every=1")
     broken_off(run, 2)
     saved = read_checkpoint(identify(run))
     assert {type(value) for value in saved.tensors.values()} == {torch.Tensor}

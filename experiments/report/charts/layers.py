@@ -133,7 +133,7 @@ def rotation(canvas: Canvas) -> alt.LayerChart:
         ],
     )
     means = base.mark_point(filled=True, size=60, opacity=1).encode(
-        x="mean(angle):Q",
+        x=alt.X("mean(angle):Q"),
         tooltip=[
             alt.Tooltip("arm:N", title="method"),
             alt.Tooltip("factor:N"),
@@ -141,6 +141,6 @@ def rotation(canvas: Canvas) -> alt.LayerChart:
         ],
     )
     names = base.mark_text(align="left", dx=7, fontSize=10).encode(
-        x="max(angle):Q", text="factor:N"
+        x=alt.X("max(angle):Q"), text=alt.Text("factor:N")
     )
     return canvas.finish(alt.layer(each, means, names), alt.Step(**{"step": 36, "for": "position"}))

@@ -75,7 +75,10 @@ def robustness(canvas: Canvas, runs: pd.DataFrame, metric: str) -> alt.LayerChar
             low="datum.known ? datum.mean - datum.margin : null",
             high="datum.known ? datum.mean + datum.margin : null",
         )
-        .encode(x=x, color=canvas.color("stroke"), detail=["arm:N", "task:N"])
+        .encode(
+            x=x, color=canvas.color("stroke"),
+            detail=[alt.Detail("arm:N"), alt.Detail("task:N")],
+        )
     )  # fmt: skip
     tooltip = [
         alt.Tooltip("arm:N", title="method"),
@@ -86,15 +89,17 @@ def robustness(canvas: Canvas, runs: pd.DataFrame, metric: str) -> alt.LayerChar
         alt.Tooltip("n:Q", title="seeds"),
     ]
     band = mean.mark_area(opacity=0.08, clip=True).encode(
-        y=alt.Y("bottom:Q", title=f"{metric}, %", scale=y), y2="top:Q"
+        y=alt.Y("bottom:Q", title=f"{metric}, %", scale=y), y2=alt.Y2("top:Q")
     )  # fmt: skip
     line = mean.mark_line(strokeWidth=2.2).encode(y=alt.Y("mean:Q", scale=y))
-    dots = mean.mark_point(filled=True, size=34, opacity=1).encode(y="mean:Q", tooltip=tooltip)
+    dots = mean.mark_point(filled=True, size=34, opacity=1).encode(
+        y=alt.Y("mean:Q"), tooltip=tooltip
+    )
     ring = mean.transform_filter("datum.best").mark_point(
         filled=False, size=190, strokeWidth=2.4, opacity=1
-    ).encode(y="mean:Q", tooltip=tooltip)  # fmt: skip
+    ).encode(y=alt.Y("mean:Q"), tooltip=tooltip)  # fmt: skip
     small = each.mark_point(filled=True, size=12, opacity=0.35).encode(
-        x=x, y="curve:Q", color=canvas.color("stroke"),
+        x=x, y=alt.Y("curve:Q"), color=canvas.color("stroke"),
         tooltip=canvas.run_tooltip(
             alt.Tooltip("curve:Q", title=f"{metric}, %", format=".2f")
         ),
@@ -117,15 +122,15 @@ def against_rank(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
                 axis=alt.Axis(values=ranks, grid=False),
             ),
             color=canvas.color("stroke"),
-            detail="series:N",
+            detail=alt.Detail("series:N"),
         )
     )  # fmt: skip
     interval = base.mark_rule(strokeWidth=2.5, opacity=0.5).encode(
         y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=10)),
-        y2="top:Q",
+        y2=alt.Y2("top:Q"),
     )
-    line = base.mark_line(strokeWidth=2).encode(y="score:Q")
+    line = base.mark_line(strokeWidth=2).encode(y=alt.Y("score:Q"))
     point = base.mark_point(filled=True, size=60, opacity=1).encode(
-        y="score:Q", tooltip=canvas.score_tooltip()
+        y=alt.Y("score:Q"), tooltip=canvas.score_tooltip()
     )
     return canvas.finish(alt.layer(interval, line, point), 300, legend=True)

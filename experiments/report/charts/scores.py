@@ -51,10 +51,10 @@ def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
         axis=alt.Axis(tickCount=FEW_TICKS),
     )
     interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
-        x=x, x2="top:Q", tooltip=canvas.score_tooltip()
+        x=x, x2=alt.X2("top:Q"), tooltip=canvas.score_tooltip()
     )
     mean = base.mark_point(filled=True, size=95, opacity=1).encode(
-        x="score:Q", tooltip=canvas.score_tooltip()
+        x=alt.X("score:Q"), tooltip=canvas.score_tooltip()
     )
     each = (
         canvas.table("runs")
@@ -62,7 +62,7 @@ def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
         .mark_point(size=24, yOffset=9, opacity=0.9, strokeWidth=1.4)
         .encode(
             y=canvas.rows(),
-            x="score:Q",
+            x=alt.X("score:Q"),
             color=canvas.color(None),
             tooltip=canvas.run_tooltip(
                 alt.Tooltip("score:Q", title=f"{canvas.metric}, %", format=".2f")
@@ -76,10 +76,10 @@ def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
         guess = guess.transform_filter("indexof(tasks, datum.task) >= 0")
         label = "'majority class ' + format(datum.majority, '.1f') + ' %'"
         layers += [
-            guess.mark_rule(strokeDash=[5, 4], color=SOFT).encode(x="majority:Q"),
+            guess.mark_rule(strokeDash=[5, 4], color=SOFT).encode(x=alt.X("majority:Q")),
             guess.transform_calculate(label=label)
             .mark_text(align="left", dx=5, dy=-7, color=SOFT, fontSize=12)
-            .encode(x="majority:Q", y=alt.value(0), text="label:N"),
+            .encode(x=alt.X("majority:Q"), y=alt.value(0), text=alt.Text("label:N")),
         ]
     return canvas.finish(alt.layer(*layers), alt.Step(34))
 
@@ -114,19 +114,19 @@ def difference(canvas: Canvas) -> alt.LayerChart:
                 labelExpr="datum.value === 0 ? '0' : format(datum.value, '+.4~g')",
             ),
         ),
-        x2="top:Q",
+        x2=alt.X2("top:Q"),
         tooltip=tooltip,
     )
     point = base.mark_point(size=95, opacity=1, strokeWidth=2).encode(
-        x="difference:Q",
+        x=alt.X("difference:Q"),
         fill=alt.condition("datum.verdict == 'tie'", alt.value("white"), canvas.color(None)),
         tooltip=tooltip,
     )
     text = base.mark_text(dy=-13, fontSize=12).encode(
-        x="difference:Q", text="label:N", color=alt.value(SOFT)
+        x=alt.X("difference:Q"), text=alt.Text("label:N"), color=alt.value(SOFT)
     )
     zero = alt.Chart(alt.InlineData(values=[{"zero": 0}]))
-    zero = zero.mark_rule(color=INK, strokeWidth=1).encode(x="zero:Q")
+    zero = zero.mark_rule(color=INK, strokeWidth=1).encode(x=alt.X("zero:Q"))
     return canvas.finish(alt.layer(zero, interval, point, text), alt.Step(38))
 
 
@@ -142,7 +142,9 @@ def over_tasks(canvas: Canvas) -> alt.LayerChart:
     ]
     x = alt.X("low:Q", title="interquartile mean, %", scale=alt.Scale(zero=False, padding=12))
     interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
-        x=x, x2="high:Q", tooltip=tooltip
+        x=x, x2=alt.X2("high:Q"), tooltip=tooltip
     )
-    mean = base.mark_point(filled=True, size=95, opacity=1).encode(x="score:Q", tooltip=tooltip)
+    mean = base.mark_point(filled=True, size=95, opacity=1).encode(
+        x=alt.X("score:Q"), tooltip=tooltip
+    )
     return canvas.finish(alt.layer(interval, mean), alt.Step(34))

@@ -48,15 +48,17 @@ def spectra(canvas: Canvas, layer: str) -> alt.LayerChart:
         alt.Tooltip("value:Q", title="σ / σ₁", format=".3f"),
         alt.Tooltip("taken:Q", title="share taken", format=".3f"),
     ]
-    whole = base.mark_bar(color="#dfe3e8").encode(x=x, y=y, y2="top:Q", tooltip=tooltip)
+    whole = base.mark_bar(color="#dfe3e8").encode(x=x, y=y, y2=alt.Y2("top:Q"), tooltip=tooltip)
     part = base.mark_bar().encode(
-        x=x, y=y, y2="filled:Q", color=canvas.color(None), tooltip=tooltip
+        x=x, y=y, y2=alt.Y2("filled:Q"), color=canvas.color(None), tooltip=tooltip
     )
     names = (
         base.transform_aggregate(last="max(index)", groupby=["arm", "method", "place"])
         .transform_calculate(height=f"-datum.place + {TALL / 2}")
         .mark_text(align="right", fontSize=12, fontWeight=600)
-        .encode(x="last:Q", y="height:Q", text="arm:N", color=canvas.color(None))
+        .encode(
+            x=alt.X("last:Q"), y=alt.Y("height:Q"), text=alt.Text("arm:N"), color=canvas.color(None)
+        )
     )
     drawing = canvas.finish(alt.layer(whole, part, names), max(160, 46 * canvas.rows_at_first))
     return drawing.add_params(alt.param(name="layer", value=layer))

@@ -80,10 +80,10 @@ def cost(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
     )
     interval = base.mark_rule(strokeWidth=2.5, opacity=0.6).encode(
         y=alt.Y("bottom:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=10)),
-        y2="top:Q",
+        y2=alt.Y2("top:Q"),
     )
     point = base.mark_point(filled=True, size=110, opacity=1).encode(
-        y="score:Q", shape=canvas.shape()
+        y=alt.Y("score:Q"), shape=canvas.shape()
     )
     return canvas.finish(alt.layer(interval, point), 280, legend=True)
 

@@ -47,14 +47,14 @@ def curve(
         .encode(
             x=alt.X("step:Q", title="training step", axis=alt.Axis(grid=False, tickCount=6)),
             color=canvas.color("stroke"),
-            detail=["arm:N", "task:N"],
+            detail=[alt.Detail("arm:N"), alt.Detail("task:N")],
         )
     )  # fmt: skip
     log = wants_log(frame[value])
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     axis = alt.Axis(format="~g", values=log_ticks(frame[value])) if log else alt.Axis(tickCount=6)
     y = alt.Y("lowest:Q", title=f"{title}{' (log)' if log else ''}", scale=scale, axis=axis)
-    band = base.mark_area(opacity=0.14).encode(y=y, y2="highest:Q")
+    band = base.mark_area(opacity=0.14).encode(y=y, y2=alt.Y2("highest:Q"))
     few = frame["step"].nunique() <= 12
     line = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=45) if few else False)
     hover = alt.selection_point(
@@ -64,7 +64,7 @@ def curve(
     dots = (
         base.mark_point(filled=True, size=60)
         .encode(
-            y="mean:Q",
+            y=alt.Y("mean:Q"),
             opacity=alt.condition(hover, alt.value(1), alt.value(0)),
             tooltip=[
                 alt.Tooltip("arm:N", title="method"),
@@ -78,4 +78,4 @@ def curve(
         .add_params(hover)
         .properties(name=f"{name}{ON_PAGE}")
     )
-    return canvas.finish(alt.layer(band, line.encode(y="mean:Q"), dots), 280, legend=True)
+    return canvas.finish(alt.layer(band, line.encode(y=alt.Y("mean:Q")), dots), 280, legend=True)
