@@ -64,10 +64,6 @@ def run(work: Callable[[Job], Result], planned: Sequence[Job]) -> Iterator[Resul
     for job in planned:
         if not _has_a_core_of_its_own(job):
             yield work(job)
-    if threads == 1:  # this one computes as a thread of the pool would
-        for job in small:
-            yield _without_gradients(work, job)
-        return
     if not small:
         return
     # Longest first, so that no core is left with a long one at the end.
