@@ -81,12 +81,14 @@ def test_a_local_ray_cluster(command, tiny, tmp_path, in_processes):
     ray = pytest.importorskip("ray")
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     in_processes.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    in_processes.setenv("RAY_worker_niceness", "0")  # else whatever else is tested goes first
     in_processes.delenv("OMP_NUM_THREADS", raising=False)
     try:
         status, _, told = command(
             "-m", *tiny, "init=kaiming,olora", "hydra/launcher=ray",
             "+hydra.launcher.ray.init.num_gpus=2", "hydra.launcher.ray.remote.num_gpus=1",
             "+hydra.launcher.ray.init.num_cpus=2", "hydra.launcher.ray.remote.num_cpus=1",
+            "+hydra.launcher.ray.init.include_dashboard=false",
         )  # fmt: skip
     finally:
         ray.shutdown()
