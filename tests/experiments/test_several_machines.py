@@ -77,6 +77,7 @@ def test_a_sweep_by_addresses(machines, tiny, tmp_path):
         **{key: value for key, value in os.environ.items() if "proxy" not in key.lower()},
         "PYTHONPATH": str(ROOT),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else whatever else is tested goes first
         # Ray asks its token of whoever joins a cluster, and the mode must be said on each machine.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
