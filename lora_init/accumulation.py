@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lora_init.precision import full_precision
 from lora_init.reduction import over_ranks, rank_count
 
 ROWS = 512
@@ -130,7 +131,8 @@ class RunningSums(ABC):
     def _multiply(self) -> None:
         rows = self._block[: self._filled]
         self._total += rows.sum(0)
-        self._accumulate(rows)
+        with full_precision():
+            self._accumulate(rows)
         self.tokens += self._filled
         self._filled = 0
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.modules import widened
+from lora_init.precision import full_precision
 from lora_init.quantization import Quantizer
 
 Base = Literal["keep", "subtract", "replace"]
@@ -68,7 +69,8 @@ class Factors:
 
 def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
     """s B A in float32 or wider."""
-    return (widened(lora_B.detach()) * scaling) @ widened(lora_A.detach())
+    with full_precision():
+        return (widened(lora_B.detach()) * scaling) @ widened(lora_A.detach())
 
 
 def unstacked(stack: Factors, count: int) -> list[Factors]:

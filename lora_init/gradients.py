@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from lora_init.batches import check_count, forward, home, moved
 from lora_init.modules import input_rows, module_type, weight_shape, widened
+from lora_init.precision import full_precision
 from lora_init.reduction import all_or_none, over_ranks
 
 
@@ -110,7 +111,8 @@ class _Sums:
         """Add g xᵀ of one call of a layer."""
         module = self.modules[name]
         inputs, outputs = input_rows(module, x), _output_rows(module, gradient)
-        product = (widened(outputs).mT @ widened(inputs)).to(self.device, torch.float32)
+        with full_precision():
+            product = (widened(outputs).mT @ widened(inputs)).to(self.device, torch.float32)
         if name in self._sums:
             self._sums[name] += product
         else:

@@ -22,6 +22,7 @@ import torch
 
 from lora_init.concurrency import ALONE, STACK_BYTES
 from lora_init.plan import Plan, Target
+from lora_init.precision import full_precision
 from lora_init.registry import Initializer
 
 Result = TypeVar("Result")
@@ -63,13 +64,17 @@ def run(work: Callable[[Job], Result], planned: Sequence[Job]) -> Iterator[Resul
     small = [job for job in planned if _has_a_core_of_its_own(job)]
     for job in planned:
         if not _has_a_core_of_its_own(job):
-            yield work(job)
+            yield _plainly(work, job)
+    if threads == 1:  # a pool of one would compute the same, later
+        for job in small:
+            yield _plainly(work, job)
+        return
     if not small:
         return
     # Longest first, so that no core is left with a long one at the end.
     small.sort(key=lambda job: -prod(job.targets[0].shape))
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(_without_gradients, work, job) for job in small]
+        futures = [pool.submit(_plainly, work, job) for job in small]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -84,6 +89,6 @@ def _has_a_core_of_its_own(job: Job) -> bool:
     return job.device.type == "cpu" and prod(job.targets[0].shape) < ALONE
 
 
-def _without_gradients(work: Callable[[Job], Result], job: Job) -> Result:
-    with torch.no_grad():  # a setting of each thread
+def _plainly(work: Callable[[Job], Result], job: Job) -> Result:
+    with torch.no_grad(), full_precision():  # settings of each thread
         return work(job)

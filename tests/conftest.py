@@ -45,15 +45,14 @@ def pytest_collection_finish(session):
     """What is loaded by now stays: collections of garbage, which some tests ask for, pass it by."""
     gc.collect()
     gc.freeze()
+    # pytest hangs its handlers on every logger that does not propagate, and takes them off again,
+    # six times a test. Torch and what comes with it have a hundred: that is another millisecond.
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and not logger.name.startswith("lora_init"):
+            logger.propagate = True
 
 
 torch.set_num_threads(1)  # the matrices are small, and xdist already uses the cores
-
-# pytest hangs its handlers on every logger that does not propagate, and takes them off again, six
-# times a test. Torch has eighty of them: that is another millisecond.
-for name, logger in logging.root.manager.loggerDict.items():
-    if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger):
-        logger.propagate = True
 
 settings.register_profile("lora_init", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("lora_init")

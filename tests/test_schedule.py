@@ -47,6 +47,7 @@ def test_every_small_layer_has_a_thread_of_its_own_with_one_core():
     assert sorted(schedule.run(work, planned)) == [t.name for t in plan.targets]
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
     monkeypatch.setattr(schedule, "ALONE", 100)
     plan = plan_of([(12, 12), (4, 4), (20, 12)])
@@ -57,6 +58,23 @@ def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
     assert where["1"] != main
 
 
+def test_a_single_thread_is_the_callers():
+    """A pool of one would compute the same, later."""
+    assert torch.get_num_threads() == 1
+    plan = plan_of([(12, 12)] * 3)
+    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    main = threading.get_ident()
+
+    def work(job):
+        assert threading.get_ident() == main
+        assert not torch.is_grad_enabled()
+        return job.targets[0].name
+
+    assert list(schedule.run(work, planned)) == [t.name for t in plan.targets]
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.usefixtures("three_threads")
 def test_the_number_of_threads_is_left_alone():
     before = torch.get_num_threads()
     plan = plan_of([(8, 8)] * 3)
