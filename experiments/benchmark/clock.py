@@ -1,8 +1,9 @@
 """The benchmark's time: what the whole of it may take, and what a model's process has left.
 
 `seconds` is kept by giving up what costs most and says least: first further turns, then peers that
-are known to take longer than is left. What ours takes is always measured, once at least, and a row
-says what it lacks and why. A machine that is fast enough never comes to that.
+are known to take longer than is left, last the strategies of models that are `optional`. What ours
+takes on all others is always measured, once at least, and a row says what it lacks and why. A
+machine that is fast enough never comes to that.
 """
 
 from __future__ import annotations
@@ -37,16 +38,23 @@ class Clock:
         return Clock(None if self.ends is None else max(self.left, 0.0) * share)
 
 
+CHEAP = 2.0  # seconds that a peer may take in any case
+
+
 class Allowance:
-    """A model's clock, less `reserve` seconds for every strategy that is still to come."""
+    """A model's clock, less `reserve` seconds for every strategy that is still to come.
+
+    What is kept in reserve is never more than half of the whole: peers shall have the other half.
+    """
 
     def __init__(self, reserve: float) -> None:
-        self.reserve = reserve
+        self.most = reserve
         self.start(Clock(), 0)
 
     def start(self, clock: Clock, strategies: int) -> None:
         self.clock = clock
         self.to_come = strategies
+        self.reserve = min(self.most, max(clock.left, 0.0) / (2 * max(strategies, 1)))
 
     def begin_strategy(self) -> None:
         self.to_come -= 1
@@ -56,9 +64,13 @@ class Allowance:
         """Seconds that the strategy at hand may take; below 0 it takes what it cannot do without"""
         return self.clock.left - self.reserve * self.to_come
 
+    @property
+    def over(self) -> bool:
+        return self.clock.left <= 0
+
     def refusal(self, needed: float) -> str | None:
         """Why something that takes `needed` seconds is not begun; None: it may be."""
-        if needed <= self.free:
+        if needed <= max(self.free, CHEAP):
             return None
         left = f"{max(self.free, 0.0):.0f} s of the model's share of `seconds` are left for it"
         return f"about {needed:.0f} s, and {left}" if needed >= 1 else left

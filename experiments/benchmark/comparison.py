@@ -38,7 +38,9 @@ def rows_of(
     }
     target = None if case.method == "eva" else targets.get(case.method)
     kept = {None: None, True: "met", False: "missed"}
-    judged = [verdict(ratio, target), *(kept[figure.kept] for figure in quality.values())]
+    # Without a peer's time a wanted ratio is neither reached nor missed.
+    speed = "open" if target is not None and ratio is None else verdict(ratio, target)
+    judged = [speed, *(kept[figure.kept] for figure in quality.values())]
     if case.method in settings.initialization.exclude:
         case.notes.append(f"both without {settings.initialization.exclude[case.method]}")
     case.notes += [f"{figure} missed" for figure, q in quality.items() if q.kept is False]

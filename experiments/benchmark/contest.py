@@ -34,6 +34,8 @@ from experiments.benchmark.subjects import Subject, load_subject
 from experiments.benchmark.timing import Turn, take_turns
 from lora_init.plan import Plan
 
+OVER = "not begun: the model's share of `seconds` is used up"
+
 
 def contest(
     settings: BenchmarkConfig,
@@ -58,6 +60,9 @@ def contest(
         case = {"rank": rank, "method": method}
         report(case)
         arena.allowance.begin_strategy()
+        if settings.models[name].optional and arena.allowance.over:
+            report(case | {"contender": "ours", "error": OVER})
+            continue
         arena.compete(arena.request(rank, method), lambda told, case=case: report(case | told))
 
 

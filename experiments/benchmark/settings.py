@@ -67,6 +67,7 @@ class ModelSettings:
         batches: calibration batches of the section `initialization`.
         ranks: that the section `initialization` measures.
         share: of the seconds that the models still to come may take, beside theirs.
+        optional: strategies are left out, with a row that says so, once that share is used up.
         peft, exact: strategies that PEFT and torch.linalg take part in; None: all.
         targets: the least ratio that a training step ("lora", "dora") or a strategy should reach;
             for "eva" and a calibration pass ("all_linear", "q_and_v") the most that ours may
@@ -84,6 +85,7 @@ class ModelSettings:
     batches: int = 8
     ranks: list[int] = field(default_factory=lambda: [8])
     share: float = 1.0
+    optional: bool = False
     peft: list[str] | None = None
     exact: list[str] | None = None
     targets: dict[str, float] = field(default_factory=dict)

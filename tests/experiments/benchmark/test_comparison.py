@@ -66,6 +66,21 @@ def test_a_missed_demand_is_a_missed_target(settings):
         assert row.ratio.estimate == 8.0
 
 
+def test_a_wanted_ratio_without_a_peer_is_open(settings):
+    """What is not known is not met."""
+    reports = [
+        {"contender": "ours", "round": 0, "seconds": 2.0, "quality": {"excess": 3e-5}},
+        {"contender": "ours without", "round": 0, "seconds": 1.0},
+        {"contender": "peft", "error": "not run"},
+    ]
+    settings.models["llama"].targets = {"pissa": 7}
+    (row,) = comparison.rows_of("llama", Case.of(reports, 2, "pissa"), settings, RATES, None)
+    assert (row.ratio, row.verdict) == (None, "open")
+    settings.models["llama"].targets = {}
+    (row,) = comparison.rows_of("llama", Case.of(reports, 2, "pissa"), settings, RATES, None)
+    assert row.verdict == "met"
+
+
 def test_a_difference_below_nothing_has_no_ratio():
     reports = [
         {"contender": "ours", "round": 0, "seconds": 1.0},

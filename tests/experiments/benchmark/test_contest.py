@@ -6,7 +6,15 @@ import pytest
 import torch
 from known_rates import RATES
 
-from experiments.benchmark import comparison, exact, initialization, references, sampling
+from experiments.benchmark import (
+    clock,
+    comparison,
+    contest,
+    exact,
+    initialization,
+    references,
+    sampling,
+)
 from experiments.benchmark.cases import Case
 from experiments.benchmark.clock import Clock
 from experiments.benchmark.strategies import METHODS, STRATEGIES
@@ -82,8 +90,9 @@ def test_what_would_take_too_long_is_not_begun(arena):
     assert errors == {"exact": "not run", "peft": "not run"}
 
 
-def test_when_the_seconds_are_over_everyone_has_one_turn(arena):
+def test_when_the_seconds_are_over_everyone_has_one_turn(arena, monkeypatch):
     """Ours is measured all the same; a peer that would take longer than is left is not begun."""
+    monkeypatch.setattr(clock, "CHEAP", 0.0)
     made, told = arena("layer"), []
     made.allowance.start(Clock(0.0), 1)
     made.compete(made.request(2, "pissa"), told.append)
@@ -95,6 +104,18 @@ def test_when_the_seconds_are_over_everyone_has_one_turn(arena):
         f"{peer}: not run: 0 s of the model's share of `seconds` are left for it"
         for peer in ("torch.linalg", "PEFT")
     ]
+
+
+def test_an_optional_models_strategies_are_left_out_when_its_share_is_used_up(settings):
+    settings.models["layer"].optional = True
+    settings.initialization.methods = ["kaiming", "pissa"]
+    told = []
+    contest.contest(settings, told.append, "layer", vars(RATES), [], ends=0.0)
+    for method in ("kaiming", "pissa"):
+        case = Case.of([t for t in told if t.get("method") == method], 2, method)
+        (row,) = comparison.rows_of("layer", case, settings, RATES, None)
+        assert (row.ours, row.verdict) == (None, None)
+        assert row.note == f"ours: {contest.OVER}"
 
 
 def test_a_dear_reference_is_timed_on_some_layers(arena, monkeypatch):

@@ -13,12 +13,19 @@ from experiments.benchmark.limits import OutOfTime, time_limit
 def test_an_allowance_keeps_something_for_what_is_to_come():
     allowance = Allowance(reserve=4.0)
     assert allowance.refusal(1e9) is None, "without a clock there is no end"
-    allowance.start(Clock(20.0), 3)
+    allowance.start(Clock(30.0), 3)
     allowance.begin_strategy()
-    assert 11.0 < allowance.free <= 12.0
-    assert allowance.refusal(11.0) is None
-    left = "12 s of the model's share of `seconds` are left for it"
-    assert allowance.refusal(30.0) == f"about 30 s, and {left}"
+    assert 21.0 < allowance.free <= 22.0
+    assert allowance.refusal(21.0) is None
+    left = "22 s of the model's share of `seconds` are left for it"
+    assert allowance.refusal(40.0) == f"about 40 s, and {left}"
+    allowance.start(Clock(6.0), 3)
+    allowance.begin_strategy()
+    assert 3.5 < allowance.free <= 4.0, "half of the whole is not kept in reserve"
+    allowance.start(Clock(0.0), 3)
+    assert allowance.over
+    assert allowance.refusal(1.0) is None, "cheap ones come in any case"
+    assert allowance.refusal(3.0) is not None
 
 
 def test_a_clock_is_shared_out():
