@@ -37,10 +37,10 @@ def manifest(outputs: Path, sweep: str = "default") -> dict:
 @pytest.mark.slow
 def test_a_multirun_keeps_its_own_list(command, tiny, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
-    done = command_line("-m", *tiny, "init=kaiming,pissa", "seed=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    headers = [line for line in done.stdout.splitlines() if line.startswith("run ")]
+    monkeypatch.chdir(tmp_path)
+    status, printed, told = command("-m", *tiny, "init=kaiming,pissa", "seed=1")
+    assert status == 0, told
+    headers = [line for line in printed.splitlines() if line.startswith("run ")]
     assert headers == ["run 1/2 kaiming seed 1", "run 2/2 pissa seed 1"]
     listed = manifest(outputs)
     assert (listed["sweep"], listed["status"], listed["total"]) == ("default", "finished", 2)
@@ -55,7 +55,6 @@ def test_a_multirun_keeps_its_own_list(command, tiny, tmp_path, monkeypatch):
     assert sorted(path.name for path in outputs.iterdir()) == ["runs", "sweeps"]
 
     # The next sweep lists its own runs only, finds the finished one, and survives a failure.
-    monkeypatch.chdir(tmp_path)
     status, printed, told = command("-m", *tiny, "init=orthogonal,kaiming", "lora.r=4,3", "seed=1")
     assert status == 1
     listed = manifest(outputs)
@@ -140,6 +139,7 @@ def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_packag
         path=sample_package, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     runs = manifest(tmp_path / "outputs")["runs"]
     swept = {Path(run["folder"]).name.split("-")[0]: run for run in runs}
     assert set(swept) == {"kaiming", "sample"}

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from known_rates import RATES
 
-from experiments.benchmark import calibration, initialization, isolated, rates
+from experiments.benchmark import calibration, initialization, isolated, memory, rates
 from experiments.benchmark.contest import Arena
 from experiments.benchmark.settings import (
     BenchmarkConfig,
@@ -82,7 +82,7 @@ def in_process(monkeypatch):
         function(settings, report, **json.loads(json.dumps(arguments)))
         return isolated.Outcome(told)
 
-    for section in (initialization, calibration):
+    for section in (initialization, calibration, memory):
         monkeypatch.setattr(section, "run_isolated", run)
     for name, value in (("STREAM_BYTES", 2**20), ("DECOMPOSED", 16)):
         monkeypatch.setattr(rates, name, value)

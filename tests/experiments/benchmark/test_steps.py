@@ -56,7 +56,7 @@ def test_injection(settings):
     }  # fmt: skip
 
 
-def test_memory(settings):
+def test_memory(settings, in_process):
     (row,) = memory.run(settings)
     assert row.unit == "MiB"
     assert row.note == ""
