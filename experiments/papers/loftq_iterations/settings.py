@@ -44,7 +44,7 @@ class LoftqIterationsSettings(PaperSettings):
     held_out_sentences: int = 32
     sentence_length: int = 32
     encoder_every: int = 2
-    language_bits: list[int] = field(default_factory=lambda: [4, 2])
+    language_bits: list[int] = field(default_factory=lambda: [8, 4, 2])
     language_ranks: list[int] = field(default_factory=lambda: [8, 32])
     language_iterations: list[int] = field(default_factory=lambda: [1, 5])
     tokens: int = 2048
