@@ -24,7 +24,7 @@ class Claim:
         statement: the claim in one sentence.
         paper: the paper's figure, with its model; "–" where the paper has a statement only.
         ours: the figure measured here.
-        criterion: what decided, in words: written before the figure was known.
+        criterion: what decided, in words, and what would have contradicted it.
         verdict: what it came to.
         remark: one sentence on a claim that does not hold, or on what limits the comparison.
         published: a paper says so; False for a question of our own beside its claims, which is
