@@ -1,9 +1,12 @@
-"""All reproductions as one self-contained page, and as one Markdown file with pictures."""
+"""All reproductions as one self-contained page, as one Markdown file with pictures, and their
+verdicts as JSON, against which a later measurement is held."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -12,12 +15,13 @@ from markupsafe import Markup
 from experiments.papers.results import Result
 from experiments.papers.summary import counted, summary_markdown
 from experiments.papers.tables import CLAIM_HEADERS, claims_markdown, markdown
-from experiments.papers.verdicts import Verdict
+from experiments.papers.verdicts import Claim, Verdict, as_claim
 from experiments.report.page import as_script, bundle
-from experiments.runs import write_text
+from experiments.runs import write_json, write_text
 
 HERE = Path(__file__).parent
 STYLE = HERE.parent / "report" / "page.css"
+VERDICTS = "verdicts.json"
 CAVEAT = (
     "Each claim was measured on models that two CPU cores can carry, far smaller than the papers’. "
     "A verdict speaks of the claim on these models: “same direction” means that the effect has the "
@@ -27,7 +31,7 @@ CLASSES = {verdict: str(verdict).replace(" ", "-") for verdict in Verdict}
 
 
 def write_page(results: Sequence[Result], output: Path) -> Path:
-    """Write `index.html`, `README.md` and the pictures; returns the page's path.
+    """Write `index.html`, `README.md`, the pictures and `verdicts.json`; returns the page's path.
 
     The pictures are copied from the results' folders; nothing on the page is loaded from anywhere.
     """
@@ -41,7 +45,15 @@ def write_page(results: Sequence[Result], output: Path) -> Path:
             shutil.copy(source / f"{figure['name']}.png", output / picture(result, figure["name"]))
     write_text(output / "README.md", as_markdown(results))
     write_text(output / "index.html", render(results))
+    claims = {result.name: [asdict(claim) for claim in result.claims] for result in results}
+    write_json(output / VERDICTS, claims)
     return output / "index.html"
+
+
+def read_verdicts(page: Path) -> dict[str, list[Claim]]:
+    """The claims of a page's folder, by reproduction."""
+    kept = json.loads((page / VERDICTS).read_text(encoding="utf-8"))
+    return {name: list(map(as_claim, claims)) for name, claims in kept.items()}
 
 
 def picture(result: Result, figure: str) -> str:

@@ -18,7 +18,7 @@ from experiments.papers.drawing import page_specification, write_pictures
 from experiments.papers.findings import Findings, Table
 from experiments.papers.paper import Paper, PaperSettings
 from experiments.papers.tables import cells, claims_markdown, numeric, table_markdown
-from experiments.papers.verdicts import Claim, Verdict
+from experiments.papers.verdicts import Claim, as_claim
 from experiments.runs import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,9 +140,7 @@ def read_result(path: Path) -> Result | None:
     """The result in a folder; None where there is none, or no whole one."""
     try:
         values = json.loads((path / "result.json").read_text())
-        claims = [
-            Claim(**{**claim, "verdict": Verdict(claim["verdict"])}) for claim in values["claims"]
-        ]
+        claims = list(map(as_claim, values["claims"]))
         known = {field.name for field in fields(Result)}
         return Result(**{key: values[key] for key in known if key != "claims"}, claims=claims)
     except (OSError, ValueError, KeyError, TypeError):

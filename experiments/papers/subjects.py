@@ -22,7 +22,18 @@ DESCRIBED = {
     "smollm2": "SmolLM2-135M-Instruct (Llama, 134.5M parameters, width 576, weights converted from "
     "4-bit values)",
 }
+SHORT = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
 BLOCK = re.compile(r"\.(\d+)\.")
+
+
+def short_name(model: str) -> str:
+    """What a model is called wherever its rows are shown."""
+    return SHORT.get(model, model)
+
+
+def file_name(model: str) -> str:
+    """A model's name, or its path, as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,10 @@ class Subject:
     described: str
     model: nn.Module
     tokenizer: Any
+
+    @property
+    def short(self) -> str:
+        return short_name(self.name)
 
     @cached_property
     def layers(self) -> list[Layer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class Verdict(StrEnum):
@@ -29,6 +30,7 @@ class Claim:
         remark: one sentence on a claim that does not hold, or on what limits the comparison.
         published: a paper says so; False for a question of our own beside its claims, which is
             judged alike and counted apart.
+        timed: seconds decided, which another machine, or a busy one, may have otherwise.
     """
 
     statement: str
@@ -38,6 +40,16 @@ class Claim:
     verdict: Verdict
     remark: str = ""
     published: bool = True
+    timed: bool = False
+
+
+def as_claim(kept: dict[str, Any]) -> Claim:
+    """A claim from its fields as JSON has them.
+
+    Raises:
+        KeyError, ValueError, TypeError: they are not a claim's.
+    """
+    return Claim(**{**kept, "verdict": Verdict(kept["verdict"])})
 
 
 def judge(*, holds: bool, direction: bool, opposite: bool = False) -> Verdict:

@@ -33,7 +33,7 @@ from experiments.papers.eva_variance.inputs import measure_inputs
 from experiments.papers.eva_variance.settings import EvaVarianceSettings
 from experiments.papers.findings import Findings
 from experiments.papers.paper import Paper
-from experiments.papers.subjects import DESCRIBED
+from experiments.papers.subjects import DESCRIBED, short_name
 from experiments.papers.tasks import (
     described_data,
     load_with_task,
@@ -86,7 +86,7 @@ def measure(model: str, settings: EvaVarianceSettings, rows: Rows) -> None:
         (rows.ranks, ranks),
         (rows.gradients, gradients),
     ):
-        total += [{"model": model, **row} for row in found]
+        total += [{"model": subject.short, **row} for row in found]
 
 
 def time_starts(settings: EvaVarianceSettings, rows: Rows) -> None:
@@ -112,6 +112,7 @@ def found_in(rows: Rows, settings: EvaVarianceSettings) -> Findings:
             rows.costs,
         ),
     )  # fmt: skip
+    models = list(map(short_name, settings.models))
     return Findings(
         claims=[
             claims.explains(explained, settings.rank),
@@ -128,16 +129,13 @@ def found_in(rows: Rows, settings: EvaVarianceSettings) -> Findings:
             charts.variance_table(explained),
             charts.convergence_table(convergence, turning),
             charts.ranks_table(ranks),
-            charts.costs_table(costs, settings.cost_model),
+            charts.costs_table(costs, short_name(settings.cost_model)),
         ],
         figures=[
-            *(charts.variance_figure(explained, model) for model in settings.models),
+            *(charts.variance_figure(explained, model) for model in models),
             charts.convergence_figure(convergence, settings.orders),
-            *(
-                charts.ranks_figure(ranks, model, settings.rank, settings.rho)
-                for model in settings.models
-            ),
-            *(charts.gradients_figure(gradients, model) for model in settings.models),
+            *(charts.ranks_figure(ranks, model, settings.rank, settings.rho) for model in models),
+            *(charts.gradients_figure(gradients, model) for model in models),
             charts.costs_figure(costs),
         ],
         discussion=discussed(gradients, ranks, convergence),
@@ -148,8 +146,8 @@ def setting(gradients: pd.DataFrame, rows: Rows, settings: EvaVarianceSettings) 
     told = {}
     for model in settings.models:
         data = settings.data(model)
-        layers = gradients.loc[gradients["model"] == model, "layer"].nunique()
-        told[model] = (
+        layers = gradients.loc[gradients["model"] == short_name(model), "layer"].nunique()
+        told[short_name(model)] = (
             f"{DESCRIBED.get(model, model)}; "
             f"{described_data(model, size=data.batch_size, length=data.length)}; {data.batches} "
             f"batches, as many of other films, and {data.gradient_batches} of those for gradients; "
@@ -160,7 +158,7 @@ def setting(gradients: pd.DataFrame, rows: Rows, settings: EvaVarianceSettings) 
         f"eva_uncentred: center = False; lora_one: gamma = 8 √r); seed {settings.seed}"
     )
     told["cost"] = (
-        f"{settings.cost_model}, batches of {settings.cost_batch}; an epoch is "
+        f"{short_name(settings.cost_model)}, batches of {settings.cost_batch}; an epoch is "
         f"{rows.epoch:.0f} s; wall clock of {torch.get_num_threads()} thread(s), beside whatever "
         "else the machine was doing"
     )

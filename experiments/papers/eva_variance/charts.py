@@ -12,6 +12,7 @@ from experiments.papers.eva_variance.claims import TAU
 from experiments.papers.eva_variance.costs import FULL_SVD
 from experiments.papers.eva_variance.inputs import ANOTHER_ORDER, OTHER_DATA, THE_END
 from experiments.papers.findings import Figure, Table
+from experiments.papers.subjects import file_name
 from experiments.report.canvas import INK, SOFT
 from experiments.report.palette import marks
 
@@ -157,7 +158,7 @@ def variance_figure(explained: pd.DataFrame, model: str) -> Figure:
         text="a random A", color=SOFT, dy=-9, align="right", fontSize=12
     ).encode(x=x, y=y)  # fmt: skip
     return Figure(
-        f"variance_{model}", f"Variance that the first directions explain ({model})",
+        f"variance_{file_name(model)}", f"Variance that the first directions explain ({model})",
         "Measured on films that EVA has not seen, median over blocks. Dashed: kaiming’s A, median "
         "over all inputs, about r / n.",
         (lines + flat + told).properties(height=280),
@@ -226,7 +227,7 @@ def ranks_figure(ranks: pd.DataFrame, model: str, rank: int, rho: float) -> Figu
         .properties(height=alt.Step(26))
     )  # fmt: skip
     return Figure(
-        f"ranks_{model}", f"Ranks that EVA gives to each layer ({model})",
+        f"ranks_{file_name(model)}", f"Ranks that EVA gives to each layer ({model})",
         f"From {rank} each, rho = {rho:g}: between 0 and {rank * rho:g}, with the same sum.",
         drawing,
     )  # fmt: skip
@@ -263,7 +264,8 @@ def gradients_figure(gradients: pd.DataFrame, model: str) -> Figure:
         strokeDash=[4, 4], color=SOFT
     ).encode(x="span:Q")  # fmt: skip
     return Figure(
-        f"gradients_{model}", f"The first gradient of B, A with orthonormal rows ({model})",
+        f"gradients_{file_name(model)}",
+        f"The first gradient of B, A with orthonormal rows ({model})",
         "A dot a layer, a bar at the median. Dashed: r / n, a random A’s. The most possible are "
         "the first eigenvectors of E GᵀG, which take the gradients themselves to find.",
         (random + dots + ticks).properties(height=alt.Step(17)),

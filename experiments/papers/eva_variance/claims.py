@@ -234,6 +234,7 @@ def cheap(costs: Sequence[dict]) -> Claim:
             direction=all(cheaper),
             opposite=not any(cheaper),
         ),
+        timed=True,
     )
 
 

@@ -56,7 +56,7 @@ def matrices(subject: Subject, settings: FastSvdSettings) -> list[Matrix]:
     layers = subject.every(max(1, count // settings.blocks))
     judged = settings.judged_rank(subject.model.config.hidden_size)
     found = [
-        Matrix(subject.name, layer.name, weight.to(device), judged)
+        Matrix(subject.short, layer.name, weight.to(device), judged)
         for layer, weight in subject.weights(layers)
         if layer.kind.rsplit(".", 1)[-1] in settings.target_modules
     ]

@@ -41,7 +41,7 @@ def reproduce(settings: FastSvdSettings) -> Findings:
             "times": "every decomposition in turns with the full SVD, in one process; other work "
             "may have run on the machine’s other cores, so that ratios can be read and seconds not",
             "training": f"film plots, {settings.steps} steps of {tokens} tokens, r = alpha = "
-            f"{ranks[subject.name]}, {len(adapted(subject, settings))} blocks adapted, learning "
+            f"{ranks[subject.short]}, {len(adapted(subject, settings))} blocks adapted, learning "
             f"rate {settings.learning_rate:g}, constant; starts with niter by PEFT "
             f"(torch.svd_lowrank, q = r); {settings.held_out} × {settings.length} unseen tokens",
             "the paper’s": "Llama-2-7B, r = 128, MetaMathQA; errors of the attention’s matrices",
@@ -53,7 +53,7 @@ def reproduce(settings: FastSvdSettings) -> Findings:
 
 
 def _real(rows: pd.DataFrame, subject) -> list[str]:
-    return list(rows.loc[rows["source"] == subject.name, "layer"].unique())
+    return list(rows.loc[rows["source"] == subject.short, "layer"].unique())
 
 
 def discussion(rows: pd.DataFrame) -> list[str]:

@@ -24,9 +24,9 @@ from experiments.papers.findings import Findings
 from experiments.papers.first_step import charts, claims
 from experiments.papers.first_step.discussion import discussed
 from experiments.papers.first_step.measuring import measure
-from experiments.papers.first_step.settings import FirstStepSettings, short
+from experiments.papers.first_step.settings import FirstStepSettings
 from experiments.papers.paper import Paper
-from experiments.papers.subjects import DESCRIBED
+from experiments.papers.subjects import DESCRIBED, short_name
 from experiments.papers.tasks import described_data
 
 
@@ -53,10 +53,10 @@ def setting(rows: pd.DataFrame, settings: FirstStepSettings) -> dict[str, str]:
     told = {}
     for model in settings.models:
         data = settings.data(model)
-        layers = rows.loc[rows["model"] == short(model), "layer"].nunique()
+        layers = rows.loc[rows["model"] == short_name(model), "layer"].nunique()
         sets = "1 fresh set" if data.fresh == 1 else f"{data.fresh} fresh sets"
         blocks = "all blocks" if data.every == 1 else f"one block in {data.every}"
-        told[short(model)] = (
+        told[short_name(model)] = (
             f"{DESCRIBED.get(model, model)}; {layers} layers, of {blocks}; "
             f"{described_data(model, size=data.batch_size, length=data.length)}; calibrated on "
             f"{data.calibration} sequences, {sets} of as many, of other films"
@@ -65,7 +65,7 @@ def setting(rows: pd.DataFrame, settings: FirstStepSettings) -> dict[str, str]:
         f"r = {settings.rank}, s = 1, the library’s options (lora_one: gamma = 8 √r, its authors’ "
         f"step at this s); seed {settings.seed}"
     )
-    moved = [short(model) for model in settings.models if settings.data(model).moved]
+    moved = [short_name(model) for model in settings.models if settings.data(model).moved]
     if len(moved) < len(settings.models):
         where = f"are measured on {', '.join(moved)} alone" if moved else "are left out"
         told["methods"] += f"; those that change the model’s function at step 0 {where}"

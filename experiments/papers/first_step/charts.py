@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import altair as alt
 import pandas as pd
 
 from experiments.papers.drawing import chart
 from experiments.papers.findings import Figure, Table
 from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START, SUBJECT, TOGETHER
+from experiments.papers.subjects import file_name
 from experiments.report.canvas import INK
 
 NAMES = {CALIBRATION: "its own data", FRESH: "other films", TOGETHER: "mean of other films"}
@@ -55,11 +54,6 @@ def by_method(rows: pd.DataFrame) -> Table:
     )  # fmt: skip
 
 
-def slug(model: str) -> str:
-    """A model's name, or its path, as a part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")
-
-
 def medians(rows: pd.DataFrame, data: str, column: str) -> pd.Series:
     return rows[rows["data"] == data].groupby("method")[column].median()
 
@@ -78,7 +72,8 @@ def by_kind(rows: pd.DataFrame, model: str) -> Table:
     frame = pd.concat(parts, ignore_index=True)
     kinds = [name for name in frame if name not in ("data", "method")]
     return Table(
-        f"kinds_{slug(model)}", f"Relative error of SGD’s first step by kind of layer ({model})",
+        f"kinds_{file_name(model)}",
+        f"Relative error of SGD’s first step by kind of layer ({model})",
         frame[["data", "method", *kinds]], {name: ".3f" for name in kinds},
         f"Medians over layers (and fresh batches), ordered by their mean over the kinds. {BEST}: "
         "what no step of that rank can beat.",
@@ -107,7 +102,7 @@ def by_size(sizes: pd.DataFrame) -> Table:
 def figures(rows: pd.DataFrame, sizes: pd.DataFrame) -> list[Figure]:
     dots = [
         Figure(
-            f"methods_{slug(model)}",
+            f"methods_{file_name(model)}",
             f"How far the first step is from the gradient’s ({model})",
             "A dot a layer (and fresh batch), a bar at the median. Blue: on the data that methods "
             "are calibrated on; orange: on other films. Below, what no step of that rank can "

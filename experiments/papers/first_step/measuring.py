@@ -21,7 +21,7 @@ from experiments.papers.first_step.alignment import (
     relative_error,
     sgd_step,
 )
-from experiments.papers.first_step.settings import FirstStepSettings, short
+from experiments.papers.first_step.settings import FirstStepSettings
 from experiments.papers.starts import (
     UNCENTRED,
     Gradients,
@@ -31,7 +31,7 @@ from experiments.papers.starts import (
     startable,
     started,
 )
-from experiments.papers.subjects import Layer, Subject
+from experiments.papers.subjects import Layer, Subject, short_name
 from experiments.papers.tasks import Batches, load_with_task, measured_layers, task_batches
 from lora_init.gradients import collect_gradients
 from lora_init.progress import tracked
@@ -108,7 +108,7 @@ def measure(model: str, settings: FirstStepSettings) -> tuple[pd.DataFrame, pd.D
         known = sized if taken.data == FRESH else {data.calibration: kept[SUBJECT]}
         size_rows += by_size(layers, taken, gradients, known)
     size_rows += by_size(layers, Taken(TOGETHER, 0, []), total, sized)
-    name = short(model)
+    name = short_name(model)
     return pd.DataFrame(rows).assign(model=name), pd.DataFrame(size_rows).assign(model=name)
 
 

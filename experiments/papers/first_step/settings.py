@@ -7,13 +7,6 @@ from dataclasses import dataclass, field
 from experiments.papers.paper import PaperSettings
 from experiments.papers.starts import check_methods
 
-SHORT = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
-
-
-def short(model: str) -> str:
-    """How a model is called wherever its rows are shown."""
-    return SHORT.get(model, model)
-
 
 @dataclass
 class Data:

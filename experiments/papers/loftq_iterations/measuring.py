@@ -164,7 +164,7 @@ def measure_starts(
             closed_form_last=closed_form_last,
         ):  # fmt: skip
             case = {
-                "model": ground.subject.name, "bits": bits, "rank": rank,
+                "model": ground.subject.short, "bits": bits, "rank": rank,
                 "method": start.method, "T": start.iterations,
             }  # fmt: skip
             rows = layer_rows(found, start, moments, whole)

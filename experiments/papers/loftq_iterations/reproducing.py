@@ -17,6 +17,7 @@ from experiments.papers.loftq_iterations.measuring import (
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.training import fine_tunings
 from experiments.papers.paper import Paper
+from experiments.papers.subjects import short_name
 from experiments.papers.verdicts import Claim
 
 
@@ -46,10 +47,16 @@ def reproduce(settings: LoftqIterationsSettings) -> Findings:
         setting=described(first, second, settings),
         tables=[
             showing.models_table(
-                encoder.models, "encoder", f"Every start of {settings.encoder}", "hidden states"
+                encoder.models,
+                "encoder",
+                f"Every start of {short_name(settings.encoder)}",
+                "hidden states",
             ),
             showing.models_table(
-                language.models, "language_model", f"Every start of {settings.language_model}", "KL"
+                language.models,
+                "language_model",
+                f"Every start of {short_name(settings.language_model)}",
+                "KL",
             ),
         ],
         figures=[
@@ -106,7 +113,8 @@ def described(first: Study, second: Study, settings: LoftqIterationsSettings) ->
 
 def trained_on(settings: LoftqIterationsSettings) -> str:
     return (
-        f"{settings.encoder} from 2 bits, r = {max(settings.ranks)}, the adapter and a new head, "
+        f"{short_name(settings.encoder)} from 2 bits, r = {max(settings.ranks)}, the adapter and a "
+        "new head, "
         f"{settings.training_steps} steps of {settings.training_batch} film reviews, learning rate "
         f"{settings.learning_rate:g}, {len(settings.training_seeds)} orders of the data, "
         f"{settings.validation_sentences} held-out reviews"

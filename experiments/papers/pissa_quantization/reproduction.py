@@ -19,8 +19,6 @@ from experiments.papers.pissa_quantization.tables import tables
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.subjects import load_subject
 
-SHORT = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
-
 
 def reproduce(settings: PissaQuantizationSettings) -> Findings:
     """Measure every model, and judge."""
@@ -30,12 +28,11 @@ def reproduce(settings: PissaQuantizationSettings) -> Findings:
         layers = chosen_layers(subject, settings.blocks)
         blocks = sorted({layer.block for layer in layers})
         say(f"  {name}: {len(layers)} layers of {len(blocks)} blocks")
-        short = SHORT.get(name, name)
-        widths[short] = width_of(subject)
-        judged[short] = settings.judged_rank(widths[short])
+        widths[subject.short] = width_of(subject)
+        judged[subject.short] = settings.judged_rank(widths[subject.short])
         told = ", ".join(map(str, blocks))
         models.append(f"{subject.described}; {len(layers)} layers: blocks {told}")
-        rows += [{**row, "model": short} for row in measure(subject, settings)]
+        rows += [{**row, "model": subject.short} for row in measure(subject, settings)]
     frame = pd.DataFrame(rows)
     share = f"{100 * settings.share:.3g} %"
     ranks = ", ".join(f"{rank} on {model}" for model, rank in judged.items())

@@ -13,7 +13,7 @@ import pytest
 from experiments.papers import __main__ as application
 from experiments.papers import running
 from experiments.papers.catalogue import NAMES, load_paper
-from experiments.papers.page import write_page
+from experiments.papers.page import read_verdicts, write_page
 from experiments.papers.results import fingerprint, read_result, write_result
 from experiments.papers.summary import counted, summary_markdown
 from experiments.papers.tables import claims_markdown
@@ -57,6 +57,12 @@ def test_the_markdown_has_the_same_with_pictures(page, result):
         assert (page.parent / name).is_file()
     for line in [line for line in text.splitlines() if line.startswith("| Under")]:
         assert line.count(" | ") == 4
+
+
+def test_the_verdicts_can_be_read_again(page, result):
+    kept = read_verdicts(page.parent)
+    assert list(kept) == [NAME]
+    assert kept[NAME][1:] == result.claims[1:]
 
 
 def test_questions_of_our_own_are_counted_apart(result):
