@@ -50,6 +50,10 @@ class InputStatistics:
         return cls(moments.products, moments.mean, moments.tokens)
 
     @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
     def second_moment(self) -> Float[Tensor, "in in"]:
         """sum x xᵀ / tokens, uncentred, in float64: a large mean would drown the covariance."""
         return torch.addr(self.covariance.double(), self.mean, self.mean)
@@ -92,6 +96,10 @@ class LeadingComponents:
 
     components: Mapping[bool, Components]
     error: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.components[True][0].device
 
     def principal_components(self, rank: int, center: bool) -> Components:
         """As of `InputStatistics`, up to the rank that was kept."""

@@ -82,6 +82,10 @@ class SketchedStatistics:
         return cls(factor.float(), moments.mean, moments.tokens, variance, error)
 
     @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
     def covariance(self) -> Float[Tensor, "in in"]:
         """C̃, float32: n² numbers, made anew at every use."""
         return self.factor @ self.factor.T

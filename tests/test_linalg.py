@@ -456,6 +456,39 @@ def test_bottom_of_a_steep_product(shape, as_product):
     assert values[0] / 2 <= found.largest <= values[0] * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_bottom_of_a_flat_end_far_down(wide, monkeypatch):
+    """Too small for squares, too flat for a Krylov space of the inverse; an SVD is not needed."""
+    flat = 1e-8 * (1 + 0.05 * torch.arange(199, -1, -1).double() / 200)
+    matrix = with_spectrum(420, 400, torch.cat([torch.logspace(0, -3, 200).double(), flat]))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    monkeypatch.setattr(torch.linalg, "svd", only_small(torch.linalg.svd))
+    found = bottom_singular(matrix.T if wide else matrix, 16)
+    found = replace(found, left=found.right, right=found.left) if wide else found
+    assert found.method == "inverse"
+    assert overlap(found.left, left[:, -16:]) >= 0.999
+    assert overlap(found.right, right[-16:].T) >= 0.999
+    assert (found.values / flat[-16:].flip(0) - 1).abs().max() < 1e-6
+
+
+def only_small(function):
+    def guarded(matrix, *arguments, **settings):
+        assert min(matrix.shape[-2:]) < 100, "a whole decomposition"
+        return function(matrix, *arguments, **settings)
+
+    return guarded
+
+
+@pytest.mark.parametrize("rows", [400, 700])
+def test_bottom_of_a_weight_by_lapacks_partial_solver(rows):
+    matrix = torch.randn(rows, 400, generator=seeded(8))
+    left, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+    found = bottom_singular(matrix, 16)
+    assert found.method == "gram"
+    assert overlap(found.left, left[:, -16:]) >= 0.999
+    assert (found.values - values[-16:].flip(0)).abs().max() <= 1e-6 * values[0]
+
+
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
 def test_bottom_of_a_flat_spectrum(shape):
     """The last of i^-0.3 differ by 1e-3 of themselves: only a shift tells them apart."""

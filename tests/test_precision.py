@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import Case
 
-from lora_init import LoraConfig, calibrate, get_peft_model, list_initializers, schedule
+from lora_init import LoraConfig, calibrate, concurrency, get_peft_model, list_initializers
 
 METHODS = [spec.name for spec in list_initializers()]
 CASE = Case()
@@ -41,7 +41,7 @@ def life(method, base, found):
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_changes_nothing(method, alone, monkeypatch):
     """Of layers that have a core each, and of those that all cores work on."""
-    monkeypatch.setattr(schedule, "ALONE", 0 if alone else schedule.ALONE)
+    monkeypatch.setattr(concurrency, "ALONE", 0 if alone else concurrency.ALONE)
     base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
     found = None
     if spec.calibration:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model, list_initializers, schedule
+from lora_init import LoraConfig, concurrency, get_peft_model, list_initializers, schedule
 from lora_init.assembly import device_for
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
 from lora_init.plan import make_plan
@@ -33,7 +33,8 @@ def three_threads():
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_every_small_layer_has_a_thread_of_its_own_with_one_core():
+def test_every_small_layer_has_a_thread_of_its_own_with_one_core(monkeypatch):
+    monkeypatch.setattr(concurrency, "ALONE", 200)
     plan = plan_of([(12, 12)] * 6)
     main = threading.get_ident()
     planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
@@ -49,13 +50,30 @@ def test_every_small_layer_has_a_thread_of_its_own_with_one_core():
 
 @pytest.mark.usefixtures("three_threads")
 def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
-    monkeypatch.setattr(schedule, "ALONE", 100)
-    plan = plan_of([(12, 12), (4, 4), (20, 12)])
+    monkeypatch.setattr(concurrency, "ALONE", 100)
+    plan = plan_of([(12, 12), *[(4, 4)] * 7, (20, 12)])
     planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
     main = threading.get_ident()
     where = dict(schedule.run(lambda job: (job.targets[0].name, threading.get_ident()), planned))
-    assert where["0"] == where["2"] == main
-    assert where["1"] != main
+    assert where["0"] == where["8"] == main
+    assert all(where[str(index)] != main for index in range(1, 8))
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
+    plan = plan_of([(12, 12)] * 3)
+    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    main = threading.get_ident()
+
+    def work(job):
+        assert threading.get_ident() == main
+        assert torch.get_num_threads() == 1
+        return job.targets[0].name
+
+    results = schedule.run(work, planned)
+    assert next(results) == "0"
+    assert torch.get_num_threads() == 3, "also between two results"
+    assert list(results) == ["1", "2"]
 
 
 def test_a_single_thread_is_the_callers():

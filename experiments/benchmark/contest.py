@@ -23,7 +23,7 @@ from experiments.benchmark.clock import Allowance, Clock
 from experiments.benchmark.contenders import Request, Stopwatch, adapt_ours, warm_up
 from experiments.benchmark.entrants import Entrants, Report
 from experiments.benchmark.isolated import brief
-from experiments.benchmark.judging import judge, judge_bottom
+from experiments.benchmark.judging import judge
 from experiments.benchmark.limits import OutOfTime
 from experiments.benchmark.peaks import MIB, handing_back, peak_watch
 from experiments.benchmark.provisions import Provisions
@@ -105,9 +105,8 @@ class Arena:
         report({"doing": "calibration"})
         report({"pass": self.provisions.calibrate(request)})
         report({"shapes": self.provisions.read_shapes(request, plan.targets)})
-        if request.strategy.ours is not None:
-            report({"doing": "peak memory"})
-            report(self.peak(request, plan))
+        report({"doing": "peak memory"})
+        report(self.peak(request, plan))
         self.objectives = {}
         contenders = self.entrants.contenders(request, plan, report)
         spent: dict[str, float] = defaultdict(float)
@@ -168,8 +167,6 @@ class Arena:
             return told | {"seconds": turn.result.seconds}
         if turn.contender.endswith(BARE):
             return told
-        if turn.contender == "ours" and request.strategy.ours is None:
-            return told | {"quality": judge_bottom(turn.result, self.provisions.references)}
         adapted, watch = turn.result
         if request.strategy.calibration is not None:
             told["calibration"] = self.pass_seconds(turn.contender, adapted, watch, request)

@@ -28,7 +28,6 @@ from experiments.benchmark.rates import Rates
 from experiments.benchmark.sampling import choose, compute
 from experiments.benchmark.settings import BenchmarkConfig
 from experiments.benchmark.timing import Contender
-from lora_init import linalg
 from lora_init.plan import Plan
 
 Report = Callable[[dict], None]
@@ -89,12 +88,7 @@ class Entrants:
                 lambda _: self.provisions.given(request, plan),
                 lambda given: compute(strategy.exact, given, sample, self.subject.device),
             )
-        if strategy.ours is None:
-            taking["ours"] = self.limited(
-                "ours", request, lambda _: None, lambda _: self.bottom(request, plan)
-            )
-        else:
-            taking |= self.adapting("ours", request)
+        taking |= self.adapting("ours", request)
         whole = expected(strategy.exact, shapes, self.rates) if strategy.full else 0.0
         if self.invited("peft", request, whole, report):
             taking |= self.adapting("peft", request)
@@ -180,13 +174,6 @@ class Entrants:
             seconds = told["seconds"] - told.get("calibration", 0.0) - without["seconds"]
             if seconds > WORTH_REMEMBERING:
                 self.remembered[key] = seconds
-
-    def bottom(self, request: Request, plan: Plan) -> dict[str, linalg.Decomposition]:
-        """The smallest triplets of every weight."""
-        return {
-            target.name: linalg.bottom_singular(self.provisions.weight(target.name), request.rank)
-            for target in plan.targets
-        }
 
 
 def announced(contender: str, taking: Contender, report: Report) -> Contender:

@@ -10,7 +10,6 @@ import torch
 from experiments.benchmark import quality
 from experiments.benchmark.contenders import LayerFactors, Request, factors
 from experiments.benchmark.references import References
-from lora_init.linalg import Decomposition
 
 
 def judge(
@@ -111,16 +110,6 @@ def objective(
 
 def rank(layer: LayerFactors) -> int:
     return layer.lora_A.shape[0]
-
-
-def judge_bottom(found: Mapping[str, Decomposition], references: References) -> dict[str, float]:
-    """The same for `bottom`, whose result are triplets and no model."""
-    known = [
-        quality.overlap(found[name].left, ends.last[:, -found[name].left.shape[1] :])
-        for name in references.judged
-        if (ends := references.of_weight(name)) is not None and ends.last is not None
-    ]
-    return {"overlap": min(known)} if known else {}
 
 
 PISSA = {"excess": excess, "overlap": first_overlap}

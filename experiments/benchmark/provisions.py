@@ -5,7 +5,6 @@ that the strategy at hand reads. All of it is made outside the clocks of their t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -38,9 +37,8 @@ class Provisions:
         self.calibration: lora_init.Calibration | None = None
 
     def plan(self, request: Request) -> Plan:
-        """What ours would do; for what is no method of ours, its layers."""
-        shown = replace(request, method="kaiming") if request.strategy.ours is None else request
-        return our_plan(self.subject.model, shown)
+        """What ours would do."""
+        return our_plan(self.subject.model, request)
 
     def weight(self, name: str) -> Tensor:
         return oriented_weight(self.subject.model.get_submodule(name)).detach().float()

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -82,7 +83,9 @@ class References:
             if self._too_dear(rows * columns * min(rows, columns)):
                 return None
             product = self.weight(name) @ self.second_moment(name, lifted)
-            self._products[key] = self._decomposed(product)
+            # CorDA's smallest triplets are those of the lifted product, its largest of the other.
+            made = self._decomposed(product) if lifted else Ends(self._first(product), None)
+            self._products[key] = made
         return self._products[key]
 
     def directions(self, name: str) -> Float[Tensor, "n k"] | None:
@@ -114,6 +117,21 @@ class References:
             return None
         left = torch.linalg.svd(matrix, full_matrices=False)[0]
         return Ends(left[:, : self.rank].clone(), left[:, -self.rank :].clone())
+
+    def _first(self, matrix: Tensor) -> Float[Tensor, "m k"]:
+        """By LAPACK's partial eigensolver, a tenth of an SVD: the largest bear to be squared."""
+        wide = matrix.shape[0] <= matrix.shape[1]
+        square = matrix @ matrix.T if wide else matrix.T @ matrix
+        if square.device.type == "cpu":
+            last = len(square) - 1
+            found = scipy.linalg.eigh(
+                square.numpy(), subset_by_index=[max(0, last + 1 - self.rank), last]
+            )
+            vectors = torch.from_numpy(found[1])
+        else:
+            vectors = torch.linalg.eigh(square)[1][:, -self.rank :]
+        vectors = vectors.flip(1)
+        return vectors if wide else torch.linalg.qr(matrix @ vectors)[0]
 
     def _too_dear(self, operations: int) -> bool:
         return self.subject.device.type == "cpu" and operations > TOO_DEAR

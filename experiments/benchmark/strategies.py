@@ -1,7 +1,7 @@
 """The strategies that are compared: how each library is asked, and what is looked at beside time.
 
-`bottom`, the smallest singular triplets of every weight, is no method of ours but a function of
-`lora_init.linalg`; PEFT's method that is built on it is MiCA. LoftQ is asked for in the paper's
+`bottom`, the smallest singular triplets of every weight, is asked for as MiCA, the method that is
+built on them and on nothing else. LoftQ is asked for in the paper's
 form on both sides: T = 5 alternations, NF4. LoRA-GA's gradients need a loss.
 """
 
@@ -37,7 +37,7 @@ class Strategy:
     """One way to start, as both libraries are asked for it.
 
     Attributes:
-        ours, peft: the value of `init_lora_weights`; None where a library has no such method.
+        ours, peft: the value of `init_lora_weights`; PEFT's is None where it has no such method.
         calibration: which data it needs.
         drawn: factors are drawn, not computed: the whole call is compared, since what it takes
             beyond `init_lora_weights=False` (which draws too) is noise.
@@ -46,7 +46,7 @@ class Strategy:
         demand: the quality that belongs to the speed (`judging.py` has all figures).
     """
 
-    ours: bool | str | Mapping[str, Any] | None
+    ours: bool | str | Mapping[str, Any]
     peft: bool | str | None
     calibration: Calibration | None = None
     drawn: bool = False
@@ -81,7 +81,7 @@ STRATEGIES: dict[str, Strategy] = {
         {"name": "corda", "corda_method": "kpm"}, "corda", "inputs", exact="svd of W R", full=True,
         demand=OVERLAP,
     ),
-    "bottom": Strategy(None, "mica", exact="svd", full=True, demand=OVERLAP),
+    "bottom": Strategy("mica", "mica", exact="svd", full=True, demand=OVERLAP),
     "loftq": Strategy(
         {"name": "loftq", "loftq_bits": LOFTQ_BITS, "loftq_iter": LOFTQ_ITERATIONS}, "loftq",
         exact="alternation", demand=Demand("objective over exact", 1e-3),

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_init.allocation import LayerRequest, redistribute, redistribute_by_cost
+from lora_init.concurrency import over_cores
 from lora_init.factors import Factors
 from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, Nesting, register_initializer
@@ -80,10 +81,14 @@ def request(options: EvaOptions) -> CalibrationRequest:
 
 def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[str, int]:
     """Pool explained-variance ratios over layers and keep the best that the budget holds."""
+    limits = {
+        name: min(int(layer.rank * options.rho), *layer.shape) for name, layer in requests.items()
+    }
+    _decompose(requests, limits, options.center)
     spectra = {}
     for name, layer in requests.items():
-        limit = min(int(layer.rank * options.rho), *layer.shape)
-        values, _, total = layer.statistics.inputs.principal_components(limit, options.center)
+        inputs = layer.statistics.inputs
+        values, _, total = inputs.principal_components(limits[name], options.center)
         values = torch.where(values > UNSEEN * values[0], values, 0.0)
         # A layer whose inputs never vary explains nothing and asks for no rank.
         spectra[name] = values / total if total > 0 else torch.zeros_like(values)
@@ -92,6 +97,25 @@ def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[
         budget = sum(layer.rank * costs[name] for name, layer in requests.items())
         return redistribute_by_cost(spectra, costs, budget)
     return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
+
+
+def _decompose(
+    requests: Mapping[str, LayerRequest], limits: Mapping[str, int], center: bool
+) -> None:
+    """Every distinct input once, over all cores: it keeps its components for whoever asks next."""
+    distinct = {}
+    for name, layer in requests.items():
+        distinct.setdefault((id(layer.statistics.inputs), limits[name]), name)
+
+    def decompose(name: str) -> None:
+        requests[name].statistics.inputs.principal_components(limits[name], center)
+
+    def numbers(name: str) -> int | None:
+        columns = requests[name].shape[1]
+        return columns**2 if requests[name].statistics.inputs.device.type == "cpu" else None
+
+    for _ in over_cores(decompose, list(distinct.values()), numbers):
+        pass
 
 
 @register_initializer(

@@ -10,7 +10,22 @@ large differences count):
 | SmolLM2 gate_proj, 1536 × 576 | 7 | 23 | 8 | 17 |
 | a quantiser's error, 1536 × 576, cold / warm | 7 | 23 | 6 / – | 12 / 7 |
 
-Hence a dense solver up to 256, the Gram matrix up to 1024 where the start is cold, products with W
+The same of one core of an Intel Xeon, float64, a spectrum that falls like 1 / i, all eigenvectors
+by torch, r of them by LAPACK's partial solver, by a Krylov space; then the whole of the last 16
+triplets of a square matrix by inverses:
+
+| n | all | 16 first | 32 first | Krylov 16 | Krylov 32 | 16 last, inverses |
+|---|---|---|---|---|---|---|
+| 256 | 5 | 4 | 6 | – | – | 9 |
+| 384 | 14 | 9 | 11 | 7 | 18 | 15 |
+| 512 | 32 | 17 | 21 | 9 | 22 | 24 |
+| 576, inputs of SmolLM2 / its weights | 54 | 21 | 28 | – | 28 to 66 | 44, 95 if 1536 × 576 |
+| 768 | 94 | 43 | 49 | 14 | 32 | 54 |
+| 1024 | 212 | 118 | 143 | 33 | 64 | 118 |
+| 1536 | 868 | 419 | 419 | 47 | 134 to 253 | 346 |
+
+Hence a dense solver up to 256, and where LAPACK's partial one can be had up to 640 for the first
+pairs and 768 for the last; else the Gram matrix up to 1024 where the start is cold, products with W
 above and where it is warm. Of SmolLM2's 210 matrices the worst excess Frobenius error was 1.5e-5.
 The last 16 triplets of a 2048 × 2048 matrix with s_i = i^-0.7 take 0.7 s of two cores with a shift;
 without it no space of the inverse converges. Nothing here was measured on a GPU.
@@ -29,8 +44,11 @@ DENSE_DIMENSION = 256
 DENSE_SHARE = 0.1
 # Up to this smaller side, Krylov multiplies by the Gram matrix; above, by W and its transpose.
 GRAM_DIMENSION = 1024
-# From this size on LAPACK's partial eigensolver beats the full one of torch.
-PARTIAL_DIMENSION = 768
+# From this size on LAPACK's partial eigensolver beats the full one of torch, and up to these sizes
+# a Krylov space for the first pairs and one of an inverse for the last.
+PARTIAL_DIMENSION = 384
+PARTIAL_FIRST = 640
+PARTIAL_LAST = 768
 
 # A Krylov space ends when it expects to gain no more than this share of the squared error (the
 # error's own excess is half of it), or when no vector's angle to its true direction is larger.

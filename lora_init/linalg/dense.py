@@ -11,7 +11,8 @@ from jaxtyping import Float
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from lora_init.linalg.choice import GRAM_ROWS, PARTIAL_DIMENSION
+from lora_init.linalg import choice
+from lora_init.linalg.operators import Operator
 from lora_init.symmetric import accumulate_gram, mirror
 
 _scipy_turn = threading.Lock()
@@ -26,7 +27,7 @@ def gram(tall: Float[Tensor, "*stack m n"], dtype: torch.dtype) -> Float[Tensor,
     """``W^T W`` accumulated in `dtype`, without a copy of all of W in it."""
     n = tall.shape[-1]
     result = tall.new_zeros(*tall.shape[:-2], n, n, dtype=dtype)
-    for rows in tall.split(GRAM_ROWS, dim=-2):
+    for rows in tall.split(choice.GRAM_ROWS, dim=-2):
         rows = rows.to(dtype)
         if rows.ndim == 2:
             accumulate_gram(result, rows)
@@ -37,13 +38,18 @@ def gram(tall: Float[Tensor, "*stack m n"], dtype: torch.dtype) -> Float[Tensor,
     return result
 
 
+def has_partial_solver(matrix: Tensor | Operator) -> bool:
+    """Whether few eigenpairs of its smaller side take less time than all of them."""
+    alone = len(matrix.shape) == 2 and matrix.device.type == "cpu"
+    return alone and min(matrix.shape) >= choice.PARTIAL_DIMENSION
+
+
 def eigenpairs(
     matrix: Float[Tensor, "*stack n n"], first: int, last: int
 ) -> tuple[Float[Tensor, "*stack k"], Float[Tensor, "*stack n k"]]:
     """Eigenpairs first … last-1 of a symmetric matrix, ascending."""
     n = matrix.shape[-1]
-    partial = matrix.ndim == 2 and matrix.device.type == "cpu" and n >= PARTIAL_DIMENSION
-    if not partial or 4 * (last - first) > n:
+    if not has_partial_solver(matrix) or 4 * (last - first) > n:
         values, vectors = torch.linalg.eigh(matrix)
         return values[..., first:last], vectors[..., first:last]
     # torch has no partial solver; LAPACK's computes r vectors in a quarter of the time of all.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_init.linalg import choice
 from lora_init.linalg.decomposition import check, fix_signs
-from lora_init.linalg.dense import eigenpairs
+from lora_init.linalg.dense import eigenpairs, has_partial_solver
 from lora_init.linalg.krylov import block_width, leading_eigenspace, start_block
 from lora_init.linalg.singular import Generators
 
@@ -48,8 +48,9 @@ def top_eigen(
         raise ValueError(f"matrix has shape {tuple(matrix.shape)}; top_eigen needs a square one.")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}.")
-    small = n <= choice.DENSE_DIMENSION or rank > choice.DENSE_SHARE * n
     exact = matrix.double()
+    dense = choice.PARTIAL_FIRST if has_partial_solver(exact) else choice.DENSE_DIMENSION
+    small = n <= dense or rank > choice.DENSE_SHARE * n
     values = None
     if method == "krylov" or (method == "auto" and not small):
         block = start_block(
