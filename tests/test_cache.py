@@ -198,17 +198,23 @@ def test_whatever_differs_changes_the_key():
 FIXED_KEY = "06dcd7103bec0fdd69652130e98d95dbd22873da643b470fc1e4bcfed2fd7a66"
 
 
-def test_a_key_is_the_same_in_another_process():
-    """No salted hash, no order of a set, no id: and the format is not changed unawares."""
+def test_a_key_is_the_same_in_another_process(tmp_path):
+    """No salted hash, no order of a set, no id: and the format is not changed unawares. The
+    command line, which is a module's, in the same process."""
     code = (
-        "import torch; from lora_init.cache import key; "
-        "print(key('svd', 1, torch.arange(6.0).reshape(2, 3), {'b': 1, 'a': [None, 2.5]}))"
+        "import runpy, torch; from lora_init.cache import key; "
+        "print(key('svd', 1, torch.arange(6.0).reshape(2, 3), {'b': 1, 'a': [None, 2.5]})); "
+        "runpy.run_module('lora_init.cache', run_name='__main__', alter_sys=True)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"LORA_INIT_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
     here = key("svd", 1, torch.arange(6.0).reshape(2, 3), {"a": [None, 2.5], "b": 1})
-    assert result.stdout.strip() == here == FIXED_KEY
+    found, told = result.stdout.splitlines()
+    assert found == here == FIXED_KEY
+    assert told.startswith(f"{tmp_path / 'cache'}: 0 entries, 0 bytes of ")
+    assert result.stderr == ""
 
 
 @pytest.mark.parametrize("part", [{1, 2}, Options, object(), torch.float32])
@@ -764,11 +770,10 @@ def test_the_command_line(tmp_path, environment, capsys):
     usage = store.usage()
     environment.setenv("LORA_INIT_CACHE", str(store.folder))
     environment.setenv("LORA_INIT_CACHE_BYTES", "2000000")
-    told = subprocess.run(
-        [sys.executable, "-m", "lora_init.cache"], capture_output=True, text=True, check=True
+    main([])
+    assert capsys.readouterr().out == (
+        f"{store.folder}: 1 entries, {usage.bytes:,} bytes of 2,000,000\n"
     )
-    assert told.stdout == f"{store.folder}: 1 entries, {usage.bytes:,} bytes of 2,000,000\n"
-    assert told.stderr == ""
     main(["clear"])
     assert capsys.readouterr().out == (
         f"{store.folder}: removed 1 entries, {usage.bytes:,} bytes\n"

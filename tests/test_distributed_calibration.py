@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 import torch
 from models import llama, relative_gap, token_batches
-from torch import distributed, multiprocessing, nn
+from processes import run_ranks
+from torch import distributed, nn
 
 from lora_init import LoraConfig, calibrate, get_peft_model
 from lora_init.budget import Budget
@@ -138,7 +139,7 @@ def work(rank, folder):
 def found(tmp_path_factory):
     """What the two processes found, in order of their rank."""
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
+    run_ranks(work, folder, WORLD)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
 

@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from processes import run_ranks
+from torch import distributed, nn
 
 from lora_init import WithLoss
 from lora_init.registry import CalibrationRequest
@@ -74,7 +75,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
+    run_ranks(work, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from processes import run_ranks
+from torch import distributed, nn
 
 from lora_init import LoraConfig, get_peft_model, schedule, sharing
 
@@ -82,7 +83,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    run_ranks(work, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

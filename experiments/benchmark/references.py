@@ -1,9 +1,10 @@
 """Float64 truths that quality is measured against, each computed once for all strategies.
 
 A synthetic weight's singular vectors are known from how it was made. Others are taken from a
-float64 SVD, of up to six layers of a shape, spread over the model, or of one where decompositions
+float64 SVD, of up to four layers of a shape, spread over the model, or of one where decompositions
 are dear; products W R and second moments likewise. What no CPU decomposes in seconds has no
-reference: its figures stay empty.
+reference: its figures stay empty. The first triplets of a product, which bear to be squared, are
+those of a partial eigensolver.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from lora_init.modules import oriented_weight
 from lora_init.moments import InputStatistics
 from lora_init.plan import Target
 
-PER_SHAPE = 6
+PER_SHAPE = 4
 DEAR = 2**32  # m n min(m, n) from which one layer of a shape has to do
-TOO_DEAR = 2**35  # and from which a CPU is not asked
+TOO_DEAR = 2**34  # and from which a CPU is not asked for an SVD
+PARTIAL = 10  # so many times less than an SVD a partial eigensolver takes
 # CorDA lifts R by this share of its mean diagonal, which keeps W R's last triplets unique where
 # R is singular in float32. Stated in lora_init/initializers/corda.py; a test compares the two.
 CORDA_LIFT = 1e-6
@@ -80,7 +82,8 @@ class References:
         key = name, lifted
         if key not in self._products:
             rows, columns = self.subject.model.get_submodule(name).weight.shape
-            if self._too_dear(rows * columns * min(rows, columns)):
+            operations = rows * columns * min(rows, columns)
+            if self._too_dear(operations if lifted else operations // PARTIAL):
                 return None
             product = self.weight(name) @ self.second_moment(name, lifted)
             # CorDA's smallest triplets are those of the lifted product, its largest of the other.
@@ -138,7 +141,7 @@ class References:
 
 
 def spread(targets: Sequence[Target]) -> list[str]:
-    """Names of up to six targets of each shape, the first and the last among them."""
+    """Names of up to four targets of each shape, the first and the last among them."""
     by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
     for target in targets:
         by_shape[target.shape].append(target.name)

@@ -5,34 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import start
 
+from experiments import train
 from experiments.execution import execute
 from experiments.runs import identify
 from experiments.status.survey import survey
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-# Its imports take longer than the runs here: `waits` has it begin, once loaded, at a word.
-WAITING = "import sys; from experiments import train; sys.stdin.read(); train.main()"
-
-
-def start(*arguments: str, cwd: Path, waits: bool = False) -> subprocess.Popen:
-    code = ["-c", WAITING] if waits else ["-m", "experiments.train"]
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200",
-    }  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, *code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd,
-    )  # fmt: skip
 
 
 def losses(folder) -> list[tuple]:
@@ -56,16 +38,15 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(
     runs = [configured(*settings, f"init={m}") for m in ("kaiming", "pissa", "olora")]
     folders = [identify(run) for run in runs]
 
-    killed = start(*sweep, cwd=tmp_path)
-    other = start(*sweep, cwd=tmp_path, waits=True)
+    monkeypatch.setenv("COLUMNS", "200")
+    killed = start(train.main, *sweep, cwd=tmp_path, told=tmp_path / "killed")
     lines = 0
     while lines < 25:  # of the second run, which is past its first checkpoint
-        assert killed.poll() is None, killed.stderr.read()
+        assert killed.running(), killed.text
         time.sleep(0.01)
         if folders[1].metrics_file.exists():
             lines = len(folders[1].metrics_file.read_text().splitlines())
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
     assert folders[0].finished()
     assert not folders[1].finished()
     assert [run["status"] for run in manifest(tmp_path / "outputs")["runs"]] == [
@@ -76,12 +57,11 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(
     before = folders[0].result_file.read_bytes()
 
     monkeypatch.chdir(tmp_path)
-    other.stdin.write("now")
-    other.stdin.close()
+    other = start(train.main, *sweep, cwd=tmp_path, told=tmp_path / "other")
     status, printed, told = command(*sweep)
     assert status == 0, told
-    printed += other.stdout.read()
-    assert other.wait(timeout=240) == 0, other.stderr.read()
+    assert other.wait(240) == 0, other.text
+    printed += other.text
     assert printed.count("training ") == 2  # the line at the end of a run, whoever did it
     assert printed.count("going on after step") == 1
     assert folders[0].result_file.read_bytes() == before

@@ -10,23 +10,27 @@ from pathlib import Path
 
 import joblib
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from lora_init import list_initializers
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command_line(*arguments: str, path: Path | None = None, threads: str | None = "1", **more):
-    """Run `python -m experiments.train` in a process of its own."""
-    paths = [str(ROOT), *([str(path)] if path else [])]
+LISTED = "import lora_init; print(*(m.name for m in lora_init.list_initializers()))"
+
+
+def command_line(*arguments: str, path: Path, first: str = "", **more):
+    """`python -m experiments.train` in a process of its own, after the line `first`."""
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads,
-        "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(path)]),
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
     }  # fmt: skip
+    code = f"{first}\nfrom experiments import train\ntrain.main()"
+    start = ["-c", code] if first else ["-m", "experiments.train"]
     return subprocess.run(
-        [sys.executable, "-m", "experiments.train", *arguments],
-        capture_output=True, text=True, timeout=240,
-        env={key: value for key, value in environment.items() if value is not None}, **more,
+        [sys.executable, *start, *arguments], capture_output=True, text=True, timeout=240,
+        env=environment, **more,
     )  # fmt: skip
 
 
@@ -70,12 +74,17 @@ def test_a_multirun_keeps_its_own_list(command, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_parallel_jobs_share_one_list(tiny, tmp_path):
-    done = command_line(
-        "-m", *tiny, "init=kaiming,eva", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
-        cwd=tmp_path, threads=None,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_parallel_jobs_share_one_list(command, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        status, _, told = command(
+            "-m", *tiny, "init=kaiming,eva", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
+        )
+    finally:
+        get_reusable_executor().shutdown(wait=True)
+    assert status == 0, told
     listed = manifest(tmp_path / "outputs")
     assert listed["status"] == "finished"
     assert [Path(run["folder"]).name.split("-")[0] for run in listed["runs"]] == ["kaiming", "eva"]
@@ -124,14 +133,6 @@ def sample_package(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_package):
-    names = subprocess.run(
-        [sys.executable, "-c",
-         "import lora_init; print(*(m.name for m in lora_init.list_initializers()))"],
-        capture_output=True, text=True, check=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(sample_package)},
-    )  # fmt: skip
-    assert "sample" in names.stdout.split()
-
     # All that the pattern finds but our own, of which one is enough here.
     ours = ",".join(sorted({method.name for method in list_initializers()} - {"kaiming"}))
     done = command_line(
@@ -148,9 +149,10 @@ def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_packag
 
     refused = command_line(
         *tiny, "init=sample", "init.siez=1", "hydra.searchpath=[pkg://sample_pkg.conf]",
-        path=sample_package, cwd=tmp_path,
+        path=sample_package, cwd=tmp_path, first=LISTED,
     )  # fmt: skip
     assert refused.returncode == 1
+    assert "sample" in refused.stdout.split()
     assert "siez" in refused.stderr
 
 

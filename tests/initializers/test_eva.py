@@ -18,7 +18,7 @@ from models import (
 )
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model
+from lora_init import LoraConfig, calibrate, concurrency, get_peft_model
 from lora_init.allocation import LayerRequest
 from lora_init.initializers.eva import EvaOptions, allocate, eva
 from lora_init.moments import InputStatistics
@@ -101,6 +101,24 @@ def test_is_pca_of_the_unmasked_inputs(center):
         explained = float(variances[:4].sum() / variances.sum())
         report = next(row for row in model.init_report().layers if row.name == name)
         assert report.details["explained_variance"] == pytest.approx(explained, rel=1e-4)
+
+
+def test_cores_share_the_allocation_and_change_nothing(monkeypatch):
+    """Layers that read one input share what is found, however many threads look for it."""
+    monkeypatch.setattr(concurrency, "ALONE", 5000)  # eight inputs of 32 numbers or more: a pool
+    base, config = llama(), config_for(LLAMA_TARGETS, rho=2.0)
+    found = calibrate(base, config, token_batches())
+    alone, together = (copy.deepcopy(found) for _ in range(2))
+    alone = get_peft_model(copy.deepcopy(base), config, calibration=alone)
+    torch.set_num_threads(3)
+    try:
+        together = get_peft_model(copy.deepcopy(base), config, calibration=together)
+    finally:
+        torch.set_num_threads(1)
+    assert len({layer.rank for layer in alone.layers.values()}) > 1
+    assert alone.layers.keys() == together.layers.keys()
+    for name, layer in alone.layers.items():
+        assert torch.equal(layer.lora_A, together.layers[name].lora_A)
 
 
 def test_centring_matters_where_the_mean_does():
