@@ -24,7 +24,8 @@ from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, weight_figures
 from lora_init.initialization import InitializedLayer, initialize
 from lora_init.model import LoraModel
-from lora_init.plan import Plan, make_plan
+from lora_init.plan import Plan
+from lora_init.planning import make_plan
 from lora_init.presence import first_unloaded
 
 

@@ -14,7 +14,8 @@ from lora_init.calibration import Calibration, LayerStatistics, merged
 from lora_init.config import LoraConfig
 from lora_init.fingerprint import fingerprint, has_fingerprint
 from lora_init.modules import oriented_weight
-from lora_init.plan import Plan, make_plan
+from lora_init.plan import Plan
+from lora_init.planning import make_plan
 from lora_init.registry import CalibrationRequest
 from lora_init.statistics import collect_all, collect_in_passes
 

@@ -1,7 +1,8 @@
 """`LoraConfig`: the user-facing settings, field for field those of Hugging Face PEFT.
 
 A configuration is checked when it is made, as far as it can be without a model; what depends on the
-model is checked by the plan (`lora_init.plan`). Files are PEFT's `adapter_config.json`.
+model is checked where plans are made (`lora_init.planning`). Files are PEFT's
+`adapter_config.json`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 from lora_init import LoraConfig, concurrency, get_peft_model, list_initializers, schedule
 from lora_init.assembly import device_for
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
-from lora_init.plan import make_plan
+from lora_init.planning import make_plan
 
 CPU = torch.device("cpu")
 

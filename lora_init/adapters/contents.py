@@ -18,7 +18,8 @@ from lora_init.adapters.layout import (
 )
 from lora_init.config import LoraConfig
 from lora_init.factors import Factors, Replacement
-from lora_init.plan import Plan, Target, make_plan
+from lora_init.plan import Plan, Target
+from lora_init.planning import make_plan
 from lora_init.presence import factor_device
 from lora_init.targets import exactly
 

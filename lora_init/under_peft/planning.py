@@ -16,7 +16,8 @@ from torch import nn
 from lora_init.adapters.layout import peft_computes
 from lora_init.config import LoraConfig
 from lora_init.injection.places import module_paths
-from lora_init.plan import Plan, make_plan
+from lora_init.plan import Plan
+from lora_init.planning import make_plan
 from lora_init.registry import get_initializer
 from lora_init.targets import exactly
 from lora_init.under_peft.layers import AdaptedLayer, plain_base, saved_modules

@@ -1,0 +1,188 @@
+"""From a model and a configuration to a plan: all that can be decided, or refused, without data."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from lora_init.config import LoraConfig
+from lora_init.eligibility import (
+    FLOAT_DTYPES,
+    check_module,
+    check_target_rank,
+    check_values,
+    extents,
+    sharers,
+)
+from lora_init.modules import module_type, weight_description, weight_shape
+from lora_init.packed import is_packed
+from lora_init.plan import Plan, Target
+from lora_init.targets import pattern_value, select
+
+QUANTIZED_BASES = ("in_forward", "requantize")
+
+
+def make_plan(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_dtype: torch.dtype = torch.float32,
+    *,
+    quantized_base: str = "in_forward",
+    calibration_memory: int | None = None,
+    calibration_sketch: int | None = None,
+    any_rank: bool = False,
+) -> Plan:
+    """Decide and check everything that can be known before statistics are collected.
+
+    Args:
+        any_rank: do not check the ranks: an adapter from a file needs no initialization.
+
+    Raises:
+        ValueError: see `lora_init.targets.select`; a rank that a layer or the method cannot
+            have; a weight that is not served (sharded; packed and on the meta device); a module or
+            bias to be trained that has no values.
+        TypeError: a module type that the method does not serve.
+    """
+    if adapter_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"adapter_dtype={adapter_dtype!r}; allowed are {', '.join(map(str, FLOAT_DTYPES))}"
+        )
+    if quantized_base not in QUANTIZED_BASES:
+        raise ValueError(
+            f"quantized_base={quantized_base!r}; allowed are {', '.join(QUANTIZED_BASES)}"
+        )
+    spec, options = config.initializer()
+    selection = select(model, config)
+    owners = extents(model)
+    targets = []
+    for name in selection.names:
+        module = model.get_submodule(name)
+        check_module(model, name, spec)
+        shape = weight_shape(module)
+        rank = pattern_value("rank_pattern", config.rank_pattern, name, config.r)
+        if not any_rank:
+            check_target_rank(name, rank, shape, spec)
+        alpha = pattern_value("alpha_pattern", config.alpha_pattern, name, config.lora_alpha)
+        targets.append(
+            Target(
+                name=name,
+                module_type=module_type(module),
+                shape=shape,
+                dtype=weight_description(module),
+                rank=rank,
+                alpha=alpha,
+                scaling=config.scaling(rank, alpha),
+                quantized=is_packed(module),
+                shared_with=sharers(name, module, owners),
+            )
+        )
+    if config.fan_in_fan_out and all(target.module_type == "Linear" for target in targets):
+        warnings.warn(
+            "fan_in_fan_out=True, but every target is an nn.Linear, which stores (out, in); the "
+            "module's class decides, the setting changes nothing",
+            stacklevel=3,
+        )
+    for name in selection.modules_to_save:
+        inside = dict(model.get_submodule(name).named_modules(prefix=name))
+        check_values("modules_to_save", model.get_submodule(name).named_parameters(name))
+        quantized = [path for path, module in inside.items() if is_packed(module)]
+        if quantized:
+            raise ValueError(
+                f"modules_to_save: {quantized[0]!r} is a {module_type(inside[quantized[0]])}, "
+                "whose codes cannot be trained; load the model with "
+                f"llm_int8_skip_modules=[{name.rpartition('.')[2]!r}] in its quantization_config"
+            )
+    embeddings = [target.name for target in targets if target.module_type == "Embedding"]
+    if config.lora_bias and embeddings:
+        raise ValueError(
+            f"lora_bias=True with the Embedding {embeddings[0]!r}: an embedding has no bias; leave "
+            "it out (exclude_modules), or lora_bias=False"
+        )
+    trained_biases = _trained_biases(model, config.bias, targets, selection.modules_to_save)
+    biases = ((name, model.get_parameter(name)) for name in trained_biases)
+    check_values(f"bias={config.bias!r}", biases)
+    plan = Plan(
+        initializer=spec,
+        options=options,
+        targets=tuple(targets),
+        modules_to_save=selection.modules_to_save,
+        calibration=spec.calibration(options) if spec.calibration else None,
+        unmatched=selection.unmatched,
+        candidates=selection.candidates,
+        adapter_dtype=adapter_dtype,
+        quantized_base=quantized_base,
+        calibration_memory=calibration_memory,
+        calibration_sketch=calibration_sketch,
+        trained_biases=trained_biases,
+        bias=config.bias,
+        dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
+    )
+    if plan.calibration is not None:
+        _check_memory(plan)
+        _check_sketch(plan)
+    return plan
+
+
+def _check_memory(plan: Plan) -> None:
+    """Refuse a budget that does not hold the statistics of any one layer."""
+    memory = plan.calibration_memory
+    if memory is None:
+        return
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
+        raise ValueError(f"calibration_memory={memory!r}; allowed are bytes, an int > 0, and None")
+    name = plan.initializer.name
+    if plan.calibration.gradients:
+        needed, why = plan.statistics_bytes, f"{name}'s gradients, which one pass collects,"
+    elif plan.initializer.allocate is not None and plan.initializer.leading(plan.options) is None:
+        needed, why = plan.statistics_bytes, f"{name}, which needs all statistics to choose ranks,"
+    else:
+        widest = max(plan.targets, key=plan.input_bytes)
+        needed, why = plan.input_bytes(widest), f"the inputs of {widest.name!r} alone"
+    if memory < needed:
+        raise ValueError(
+            f"calibration_memory={memory}: {why} take {needed} bytes; pass as many, or None"
+            + ("" if plan.directions(plan.targets[0]) is None else ", or calibration_sketch")
+        )
+
+
+def _check_sketch(plan: Plan) -> None:
+    """Refuse a sketch that cannot hold what the method reads."""
+    columns = plan.calibration_sketch
+    if columns is None or plan.calibration.gradients:
+        return
+    if isinstance(columns, bool) or not isinstance(columns, int) or columns <= 0:
+        raise ValueError(f"calibration_sketch={columns!r}; allowed are an int > 0, and None")
+    for target in plan.targets:
+        if target.shape[1] <= columns:
+            continue
+        directions = plan.directions(target)
+        if directions is None:
+            raise ValueError(
+                f"calibration_sketch={columns}: {plan.initializer.name} ({plan.options}) reads "
+                "more of the inputs than their leading directions; leave it out, and pass "
+                "calibration_memory for a bound that stays exact"
+            )
+        if columns < directions:
+            raise ValueError(
+                f"calibration_sketch={columns}: {plan.initializer.name} reads {directions} "
+                f"directions of the inputs of {target.name!r}; pass at least as many, better "
+                f"{4 * directions}"
+            )
+
+
+def _trained_biases(
+    model: nn.Module, bias: str, targets: list[Target], modules_to_save: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Which bias parameters are trained; those of modules trained whole are trained there."""
+    if bias == "none":
+        return ()
+    names = [name for name, _ in model.named_parameters()]
+    if bias == "lora_only":
+        adapted = {f"{target.name}.bias" for target in targets}
+        return tuple(name for name in names if name in adapted)
+    whole = tuple(f"{name}." for name in modules_to_save)
+    return tuple(n for n in names if n.rpartition(".")[2] == "bias" and not n.startswith(whole))
