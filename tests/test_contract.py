@@ -80,6 +80,13 @@ COMBINATIONS = list(combinations())
 every_combination = pytest.mark.parametrize(
     ("method", "case", "variant"), COMBINATIONS, scope="module"
 )
+# Without two of the scalings that the factors and the files are tested at: what is undone or folded
+# in is s B A, whatever s is.
+every_way_out = pytest.mark.parametrize(
+    ("method", "case", "variant"),
+    [c for c in COMBINATIONS if c.values[2] not in ("s=1/16", "s=1")],
+    scope="module",
+)
 every_base = pytest.mark.parametrize(
     ("method", "case", "variant"),
     [c for c in COMBINATIONS if c.values[2] in ("s=2", "dora")],
@@ -343,7 +350,7 @@ def test_factors_do_not_depend_on_readers_of_the_same_input(method):
 # -- the base comes back ---------------------------------------------------------------------------
 
 
-@every_combination
+@every_way_out
 def test_disable_and_unload(method, case, variant):
     base = case.build()
     next(base.parameters()).requires_grad_(False)
@@ -497,7 +504,7 @@ def test_a_second_adapter_starts_from_the_original(method):
 PACKING_ERROR = {"Linear4bit": 0.2, "Linear8bitLt": 0.03}
 
 
-@every_combination
+@every_way_out
 @pytest.mark.filterwarnings("ignore:merged into")
 def test_merge_unmerge_and_unload(method, case, variant):
     base = case.build()

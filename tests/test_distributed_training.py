@@ -12,6 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, disk_offload
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from models import bert, gpt2, llama, token_batches
 from processes import run_ranks
@@ -121,6 +122,7 @@ def refusal(call):
 
 def work(rank, folder):
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
     distributed.init_process_group(
