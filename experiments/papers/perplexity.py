@@ -32,10 +32,17 @@ def block_losses(
     found = []
     for some in blocks.to(device).split(batch_size):
         logits = model(input_ids=some, use_cache=False).logits[:, :-1]
-        losses = F.cross_entropy(logits.transpose(1, 2).float(), some[:, 1:], reduction="none")
-        found.append(losses.double().mean(1).cpu())
+        found.append(losses_of(logits.float(), some).cpu())
     model.train(was_training)
     return torch.cat(found)
+
+
+def losses_of(
+    logits: Float[Tensor, "blocks length-1 words"], blocks: Int[Tensor, "blocks length"]
+) -> Float[Tensor, " blocks"]:
+    """The same from the logits of all tokens but the last."""
+    losses = F.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none")
+    return losses.double().mean(1)
 
 
 def perplexity(losses: Float[Tensor, " blocks"]) -> float:

@@ -178,12 +178,11 @@ def convergence_figure(convergence: pd.DataFrame, orders: int) -> Figure:
         "model:N", scale=alt.Scale(domain=models, range=[[1, 0], [5, 3], [2, 2]][: len(models)]),
         legend=alt.Legend(
             title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2,
-            symbolStrokeColor="#57606a",
+            symbolStrokeColor=SOFT, symbolSize=500,
         ),
     )  # fmt: skip
-    drawing = (
+    common = (
         chart(drawn)
-        .mark_line(point=True)
         .encode(
             x=alt.X("batches:Q", scale=alt.Scale(type="log", base=2), title="batches",
                     axis=alt.Axis(values=sorted(set(drawn["batches"].tolist())))),
@@ -193,11 +192,14 @@ def convergence_figure(convergence: pd.DataFrame, orders: int) -> Figure:
                 scale=alt.Scale(domain=order, range=["#0072b2", "#009e73", "#d55e00", INK]),
                 legend=alt.Legend(title=None, orient="bottom", columns=2),
             ),
-            strokeDash=line,
             tooltip=["model:N", "against:N", "batches:Q", alt.Tooltip("overlap:Q", format=".3f")],
         )
         .properties(height=280)
     )  # fmt: skip
+    # Points that are a part of the line's mark would take the dashes' legend from it.
+    drawing = common.mark_line().encode(strokeDash=line) + common.mark_point(
+        filled=True, size=40, opacity=1
+    )
     return Figure(
         "convergence", "How soon the directions are found",
         "Overlap of EVA’s subspace with that after all batches, with that after as many in another "

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from experiments.measures.forgetting import token_divergence
 from experiments.papers.corpora import language_batches
+from experiments.papers.perplexity import losses_of
 
 BLOCKS_AT_ONCE = 4
 
@@ -92,19 +92,13 @@ class NextTokens:
             every = torch.ones(now.shape[:2], dtype=torch.bool, device=now.device)
             # All blocks have one length, so that the divergences come as rows of equal blocks.
             texts += token_divergence(before, now, every).view(now.shape[:2]).mean(1).tolist()
-            losses += block_losses(now, batch["input_ids"])
+            losses += losses_of(now, batch["input_ids"]).tolist()
         return ModelError(sum(texts) / len(texts), tuple(texts), tuple(losses))
 
     def original_losses(self) -> ModelError:
         """The original model against itself."""
         pairs = zip(self.batches, self.original, strict=True)
-        losses = [loss for b, before in pairs for loss in block_losses(before, b["input_ids"])]
+        losses = [
+            loss for b, before in pairs for loss in losses_of(before, b["input_ids"]).tolist()
+        ]
         return ModelError(0.0, (0.0,) * len(losses), tuple(losses))
-
-
-def block_losses(
-    logits: Float[Tensor, "blocks length-1 words"], blocks: Int[Tensor, "blocks length"]
-) -> list[float]:
-    """The mean loss of each block's tokens, the first one given."""
-    losses = F.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none")
-    return losses.double().mean(1).tolist()
