@@ -15,6 +15,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from experiments.benchmark import quality
@@ -134,7 +135,14 @@ class Arena:
     # -- what is told ------------------------------------------------------------------------------
 
     def peak(self, request: Request, plan: Plan) -> dict[str, Any]:
-        """Of ours above the model, beside what the plan allows and a forward pass needs, in MiB."""
+        """Of ours above the model, beside what the plan allows and a forward pass needs, in MiB.
+
+        Of the judged layers alone, on both sides: a call that is watched is another call, and each
+        layer's memory is handed back before the next one's is taken. `memory` watches all layers.
+        """
+        judged = set(self.provisions.references.judged)
+        plan = plan.only([target.name for target in plan.targets if target.name in judged])
+        request = replace(request, names=tuple(t.name for t in plan.targets), exclude=None)
         data = self.provisions.short_data(request)
         allowed = plan.factor_bytes + plan.workspace_bytes + plan.statistics_bytes
         largest = max((target.shape for target in plan.targets), key=math.prod)

@@ -11,7 +11,8 @@ figure.
   what is demanded of it;
 - gap: how far the adapted model's logits are from the base model's at step 0. LoftQ changes the
   function by design;
-- peak: of ours above the model, beside what the plan and a plain forward pass allow;
+- peak: of ours above the model, over the judged layers, beside what the plan and a plain forward
+  pass allow for them;
 - floors: how many times the least that bytes and operations need ours takes (`floors.py`).
 """
 
