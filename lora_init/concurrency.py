@@ -50,6 +50,8 @@ def over_cores(
             small.append((size, item))
         else:
             yield _plainly(work, item)
+    if not small:
+        return
     if threads == 1:  # a pool of one would compute the same, later
         for _, item in small:
             yield _plainly(work, item)

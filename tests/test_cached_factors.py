@@ -141,7 +141,7 @@ def test_switched_off_keeps_nothing(monkeypatch, folder):
 def test_a_raised_version_computes_again(monkeypatch, computed):
     started("pissa")
     computed.clear()
-    nesting = cached_factors.Nesting(version=2)
+    nesting = cached_factors.Nesting(version=99)
     monkeypatch.setattr(initialization._Worker, "_nesting", nesting)
     started("pissa")
     assert sorted(computed) == ["0", "2"]

@@ -69,7 +69,7 @@ class CordaOptions:
     module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=lambda options: CalibrationRequest(smallest=options.corda_method == "kpm"),
     leading=lambda options: 1.0 if options.corda_method == "ipm" else None,
-    nesting=lambda options: Nesting(),
+    nesting=lambda options: Nesting(version=2),
 )
 def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A is the projection U Uᵀ W."""

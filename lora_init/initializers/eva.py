@@ -127,7 +127,7 @@ def _decompose(
     calibration=request,
     leading=lambda options: options.rho,
     allocate=allocate,
-    nesting=lambda options: Nesting(balanced=False),
+    nesting=lambda options: Nesting(balanced=False, version=2),
     adjust_alpha=lambda options: options.adjust_scaling_factors,
 )
 def eva(weight, rank, scaling, statistics, options, generator) -> Factors:

@@ -28,7 +28,7 @@ from lora_init.registry import Nesting, register_initializer
     module_types=MODULE_TYPES,
     frozen=("lora_B",),
     stacks=True,
-    nesting=lambda options: Nesting(balanced=False),
+    nesting=lambda options: Nesting(balanced=False, version=2),
 )
 def mica(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) zero, B (out, rank) with orthonormal columns; float32."""

@@ -31,7 +31,7 @@ from lora_init.registry import Nesting, register_initializer
     needs=("weights",),
     module_types=MODULE_TYPES,
     stacks=True,
-    nesting=lambda options: Nesting(),
+    nesting=lambda options: Nesting(version=2),
 )
 def milora(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s, ascending."""

@@ -57,7 +57,7 @@ class PissaOptions:
     module_types=MODULE_TYPES,
     spellings={r"pissa_niter_(\d+)": lambda match: PissaOptions(niter=int(match[1]))},
     stacks=True,
-    nesting=lambda options: Nesting() if options.niter is None else None,
+    nesting=lambda options: Nesting(version=2) if options.niter is None else None,
 )
 def pissa(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
