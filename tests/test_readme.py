@@ -64,7 +64,11 @@ def reduced(command, outputs):
     if command.startswith(f"{MODULE}papers "):
         return f"{command.replace('outputs/', f'{outputs}/')} form=smoke output={outputs}/papers"
     if command.startswith(f"{MODULE}papers."):
-        return f"{command} --cfg job"  # composed; the command below them runs the same application
+        # Their small forms. What has other settings has its own place: the first one stays.
+        small = command.replace("--config-name full", "").replace("device=cuda", "steps=2")
+        module, _, overrides = small.partition("rank_scaling")
+        place = outputs / ("others" if overrides else "papers")
+        return f"{module}rank_scaling --config-name smoke {overrides} output={place}"
     if command == "make benchmark":
         return "make --dry-run benchmark"  # tests/experiments/benchmark runs it small
     if "--config-name sweep_protocol" in command:
