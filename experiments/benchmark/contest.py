@@ -81,7 +81,7 @@ class Arena:
             for name in self.chosen.methods
             if not (lossless and STRATEGIES[name].calibration == "gradients")
         ]
-        self.provisions = Provisions(subject)
+        self.provisions = Provisions(subject, self.methods)
         self.allowance = Allowance(self.chosen.reserve)
         self.entrants = Entrants(self.provisions, settings, rates, self.allowance)
         self.pass_peaks: dict[str, int] = {}
@@ -104,7 +104,8 @@ class Arena:
         """One strategy at one rank: calibration, its peak, then turns until everyone has left."""
         plan = self.provisions.plan(request)
         report({"doing": "calibration"})
-        report({"pass": self.provisions.calibrate(request)})
+        seconds, note = self.provisions.calibrate(request)
+        report({"pass": seconds, "note": note})
         report({"shapes": self.provisions.read_shapes(request, plan.targets)})
         report({"doing": "peak memory"})
         report(self.peak(request, plan))

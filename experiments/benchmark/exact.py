@@ -27,12 +27,14 @@ class Given:
         moments: second moments (in, in) of the layers' inputs, the same object where they share
             one; a method that is given none asks for none.
         gradients: of the loss with respect to the weights.
+        alternations: LoftQ's T; each of them costs the same.
     """
 
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     rank: int
+    alternations: int = LOFTQ_ITERATIONS
 
 
 def orthogonalized(given: Given) -> dict[str, tuple[Tensor, Tensor]]:
@@ -76,7 +78,7 @@ def alternated(given: Given) -> dict[str, float]:
     for name, weight in given.weights.items():
         weight = weight.float()
         product = torch.zeros_like(weight)
-        for _ in range(LOFTQ_ITERATIONS):
+        for _ in range(given.alternations):
             residual = weight - quantizer.roundtrip(weight - product)
             left, values, right = torch.linalg.svd(residual, full_matrices=False)
             kept = slice(given.rank)
@@ -109,11 +111,13 @@ class Computation:
         run: what is timed.
         by_rank: whether its cost depends on the rank.
         decompositions: full SVDs (or what costs as much) of each weight, for `expected`.
+        rounds: equal ones that it consists of: one may be timed in place of all.
     """
 
     run: Callable[[Given], Mapping]
     by_rank: bool = False
     decompositions: float = 1.0
+    rounds: int = 1
 
 
 COMPUTATIONS: dict[str, Computation] = {
@@ -121,7 +125,9 @@ COMPUTATIONS: dict[str, Computation] = {
     "svd": Computation(decomposed),
     "svd of W R": Computation(decomposed_products, decompositions=1.1),
     "svd of G": Computation(decomposed_gradients),
-    "alternation": Computation(alternated, by_rank=True, decompositions=LOFTQ_ITERATIONS),
+    "alternation": Computation(
+        alternated, by_rank=True, decompositions=LOFTQ_ITERATIONS, rounds=LOFTQ_ITERATIONS
+    ),
     "eigh": Computation(principal, decompositions=0.8),
 }
 

@@ -23,7 +23,7 @@ def judge(
 
     Args:
         contender: "ours" or "peft": whose model it is.
-        objectives: of the exact alternation, by layer; empty where it was not run.
+        objectives: of the exact alternation, by layer, as far as torch.linalg ran it.
     """
     made = factors(contender, model)
     judged = {name: made[name] for name in references.judged if name in made}
@@ -54,7 +54,7 @@ def projection_excess(
     ends = references.of_product(name, lifted=False)
     if ends is None:
         return None
-    product = references.weight(name) @ references.second_moment(name, lifted=False)
+    product = references.product(name)
     basis = torch.linalg.qr(layer.lora_B.double())[0]
     return quality.excess(product, basis @ (basis.T @ product), ends.first[:, : rank(layer)])
 
@@ -102,10 +102,11 @@ def objective(
     name: str, layer: LayerFactors, references: References, objectives: Mapping[str, float]
 ) -> float | None:
     """‖W - Q - s B A‖ over the exact alternation's, less 1."""
-    if name not in objectives:
+    best = objectives.get(name) or references.alternated(name, rank(layer))
+    if best is None:
         return None
     left = references.weight(name) - layer.base.double() - quality.product(layer)
-    return float(left.norm()) / objectives[name] - 1
+    return float(left.norm()) / best - 1
 
 
 def rank(layer: LayerFactors) -> int:

@@ -5,6 +5,7 @@ that the strategy at hand reads. All of it is made outside the clocks of their t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,13 +29,17 @@ class Provisions:
     """Of one subject.
 
     Attributes:
-        calibration: what `calibrate` found, None for strategies that read no data. It is never
-            handed to an initialization itself, which would keep what it computed in it.
+        calibration: what the strategy at hand reads, None for those that read no data. It is never
+            handed to an initialization itself, which would keep what it computed in it: two
+            strategies that read the same statistics get copies of them as they were collected.
+        collecting: strategies whose statistics are collected together, where a pass can serve them.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, collecting: Sequence[str] = ()) -> None:
         self.subject = subject
         self.calibration: lora_init.Calibration | None = None
+        self.collecting = collecting
+        self.collected: list[Collected] = []
 
     def plan(self, request: Request) -> Plan:
         """What ours would do."""
@@ -102,19 +107,42 @@ class Provisions:
             watch(lambda batch=batch: self.forward(batch), self.subject.device)
         return [watch.seconds for watch in watches]
 
-    def calibrate(self, request: Request) -> float:
-        """Collect what the strategy reads, in the place of the last one's; returns the seconds."""
+    def calibrate(self, request: Request) -> tuple[float, str]:
+        """Collect what the strategy reads, or find it collected; returns the seconds of the pass,
+        and whose it was if another strategy has the same statistics.
+        """
         self.calibration = None
-        self.references.read({})
-        data, watch = self.data(request), Stopwatch()
-        if data is not None:
-            model, config = self.subject.model, our_config(request)
-            self.calibration = watch(
-                lambda: lora_init.calibrate(model, config, data), self.subject.device
-            )
-            layers = self.calibration.layers
-            self.references.read({name: found.inputs for name, found in layers.items()})
-        return watch.seconds
+        if request.strategy.calibration is None:
+            return 0.0, ""
+        plan = self.plan(request)
+        names, kind = [target.name for target in plan.targets], plan.calibration
+        known = [found for found in self.collected if found.serves(names, kind)]
+        found = known[0] if known else self._collect(request, kind)
+        layers = found.calibration.requests[kind]
+        self.calibration = replace(found.calibration, requests={kind: layers})
+        if request.strategy.calibration == "inputs":
+            self.references.read({name: layers[name].inputs for name in names})
+        return found.seconds, f"our pass: one with {found.method}'s" if known else ""
+
+    def _collect(self, request: Request, kind: lora_init.CalibrationRequest) -> Collected:
+        """One pass for the strategy and for those that read sums of the same precision."""
+        together = [replace(request, method=method) for method in self.collecting]
+        wanted = [our_config(request)] + [
+            our_config(other)
+            for other in together
+            if other.strategy.calibration == request.strategy.calibration == "inputs"
+            and self.plan(other).calibration.smallest == kind.smallest
+        ]
+        watch, data = Stopwatch(), self.data(request)
+        made = watch(
+            lambda: lora_init.calibrate(self.subject.model, wanted, data), self.subject.device
+        )
+        found = Collected(made, watch.seconds, request.method)
+        if self.subject.device.type != "cpu":  # where memory is scarce, and a pass is cheap
+            self.collected.clear()
+        if request.strategy.calibration == "inputs":  # gradients are as large as the model
+            self.collected.append(found)
+        return found
 
     # -- for peers and judges ----------------------------------------------------------------------
 
@@ -145,6 +173,19 @@ class Provisions:
             gradients={n: layers[n].gradient for n in names} if kind == "gradients" else {},
             rank=request.rank,
         )
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One pass, its seconds, and the strategy that it was made for."""
+
+    calibration: lora_init.Calibration
+    seconds: float
+    method: str
+
+    def serves(self, names: Sequence[str], kind: lora_init.CalibrationRequest) -> bool:
+        layers = self.calibration.requests.get(kind)
+        return layers is not None and all(name in layers for name in names)
 
 
 def first_rows(batch: Batch, count: int) -> Batch:

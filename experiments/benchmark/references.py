@@ -3,8 +3,8 @@
 A synthetic weight's singular vectors are known from how it was made. Others are taken from a
 float64 SVD, of up to four layers of a shape, spread over the model, or of one where decompositions
 are dear; products W R and second moments likewise. What no CPU decomposes in seconds has no
-reference: its figures stay empty. The first triplets of a product, which bear to be squared, are
-those of a partial eigensolver.
+reference: its figures stay empty. Where the first triplets alone are asked for, they are found by
+`leading.py`, as exactly and at a tenth of the cost.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from experiments.benchmark.leading import leading, leading_left
+from experiments.benchmark.strategies import LOFTQ_ITERATIONS
 from experiments.benchmark.subjects import Subject
 from lora_init.modules import oriented_weight
 from lora_init.moments import InputStatistics
 from lora_init.plan import Target
+from lora_init.quantization import Quantizer
 
 PER_SHAPE = 4
 DEAR = 2**32  # m n min(m, n) from which one layer of a shape has to do
-TOO_DEAR = 2**34  # and from which a CPU is not asked for an SVD
-PARTIAL = 10  # so many times less than an SVD a partial eigensolver takes
+TOO_DEAR = 2**34  # and beyond which a CPU is not asked for an SVD
+PARTIAL = 10  # so many times less than an SVD the first triplets take
 # CorDA lifts R by this share of its mean diagonal, which keeps W R's last triplets unique where
 # R is singular in float32. Stated in lora_init/initializers/corda.py; a test compares the two.
 CORDA_LIFT = 1e-6
@@ -54,11 +56,21 @@ class References:
         self.rank = rank
         self.judged = spread(targets)
         self._weights: dict[str, Ends | None] = {}
-        self.read({})
+        self._alternated: dict[tuple[str, int], float] = {}
+        self.inputs: Mapping[str, InputStatistics] = {}
+        self._forget()
 
     def read(self, inputs: Mapping[str, InputStatistics]) -> None:
-        """The layers' inputs, by which products and directions are judged from here on."""
-        self.inputs = inputs
+        """The layers' inputs, by which products and directions are judged from here on.
+
+        What is known of the same inputs stays known: for another rank, or another strategy.
+        """
+        if inputs and any(inputs[name] is not self.inputs.get(name) for name in inputs):
+            self._forget()
+            self.inputs = inputs
+
+    def _forget(self) -> None:
+        self._product: tuple[str, Tensor] | None = None
         self._products: dict[tuple[str, bool], Ends | None] = {}
         self._directions: dict[int, Tensor] = {}
 
@@ -71,6 +83,12 @@ class References:
         if lifted:
             moment.diagonal().add_(CORDA_LIFT * moment.diagonal().mean())
         return moment
+
+    def product(self, name: str) -> Float[Tensor, "m n"]:
+        """W R. The last one is kept: its triplets and what lies beyond them are asked for."""
+        if self._product is None or self._product[0] != name:
+            self._product = name, self.weight(name) @ self.second_moment(name, lifted=False)
+        return self._product[1]
 
     def of_weight(self, name: str) -> Ends | None:
         if name not in self._weights:
@@ -85,22 +103,42 @@ class References:
             operations = rows * columns * min(rows, columns)
             if self._too_dear(operations if lifted else operations // PARTIAL):
                 return None
-            product = self.weight(name) @ self.second_moment(name, lifted)
             # CorDA's smallest triplets are those of the lifted product, its largest of the other.
-            made = self._decomposed(product) if lifted else Ends(self._first(product), None)
-            self._products[key] = made
+            if lifted:
+                product = self.weight(name) @ self.second_moment(name, lifted)
+                self._products[key] = self._decomposed(product)
+            else:
+                self._products[key] = Ends(leading_left(self.product(name), self.rank), None)
         return self._products[key]
 
     def directions(self, name: str) -> Float[Tensor, "n k"] | None:
         """Eigenvectors of the covariance of the layer's inputs, ascending."""
         inputs = self.inputs[name]
         if id(inputs) not in self._directions:
-            if self._too_dear(len(inputs.covariance) ** 3):
+            if self._too_dear(len(inputs.covariance) ** 3 // PARTIAL):
                 return None
-            vectors = torch.linalg.eigh(inputs.covariance.double())[1]
             # Twice the rank: what EVA may give to a layer.
-            self._directions[id(inputs)] = vectors[:, -2 * self.rank :].clone()
+            found = leading(inputs.covariance.double(), 2 * self.rank)[1]
+            self._directions[id(inputs)] = found.flip(1)
         return self._directions[id(inputs)]
+
+    def alternated(self, name: str, rank: int) -> float | None:
+        """‖W - Q - B A‖ after LoftQ's alternations, the best of rank r found to 1e-8 each time.
+
+        Five times the first triplets of a matrix whose values lie close together: as dear as twice
+        an SVD.
+        """
+        if (name, rank) not in self._alternated:
+            weight = self.weight(name)
+            if self._too_dear(2 * weight.numel() * min(weight.shape)):
+                return None
+            quantizer, product = Quantizer(), torch.zeros_like(weight)
+            for _ in range(LOFTQ_ITERATIONS):
+                residual = weight - quantizer.roundtrip((weight - product).float()).double()
+                left = leading_left(residual, rank, tolerance=1e-8)
+                product = left @ (left.T @ residual)
+            self._alternated[name, rank] = float((residual - product).norm())
+        return self._alternated[name, rank]
 
     @cached_property
     def _rounded(self) -> bool:
@@ -120,21 +158,6 @@ class References:
             return None
         left = torch.linalg.svd(matrix, full_matrices=False)[0]
         return Ends(left[:, : self.rank].clone(), left[:, -self.rank :].clone())
-
-    def _first(self, matrix: Tensor) -> Float[Tensor, "m k"]:
-        """By LAPACK's partial eigensolver, a tenth of an SVD: the largest bear to be squared."""
-        wide = matrix.shape[0] <= matrix.shape[1]
-        square = matrix @ matrix.T if wide else matrix.T @ matrix
-        if square.device.type == "cpu":
-            last = len(square) - 1
-            found = scipy.linalg.eigh(
-                square.numpy(), subset_by_index=[max(0, last + 1 - self.rank), last]
-            )
-            vectors = torch.from_numpy(found[1])
-        else:
-            vectors = torch.linalg.eigh(square)[1][:, -self.rank :]
-        vectors = vectors.flip(1)
-        return vectors if wide else torch.linalg.qr(matrix @ vectors)[0]
 
     def _too_dear(self, operations: int) -> bool:
         return self.subject.device.type == "cpu" and operations > TOO_DEAR

@@ -2,7 +2,9 @@
 
 Layers of one shape take torch.linalg equally long. Where all of them would take too long, those are
 computed that quality is judged by (`references.spread`), and a shape's time is the mean of its
-layers' times as many as there are.
+layers' times as many as there are. Where even those of one shape take too long, and what is
+computed consists of equal rounds (LoftQ's alternations), one round is timed and counted as many
+times as there are; it gives no result.
 """
 
 from __future__ import annotations
@@ -31,18 +33,25 @@ class Sample:
         names: by shape.
         counts: of all layers of the shape.
         needed: expected seconds, to within a factor of about two.
+        once: shapes of which a single round is computed, of so many `rounds`.
     """
 
     names: Mapping[tuple[int, int], list[str]]
     counts: Mapping[tuple[int, int], int]
     needed: float
+    once: frozenset[tuple[int, int]] = frozenset()
+    rounds: int = 1
 
     @property
     def note(self) -> str:
         computed, whole = sum(map(len, self.names.values())), sum(self.counts.values())
-        if computed == whole:
+        if computed == whole and not self.once:
             return ""
-        return f"torch.linalg: timed on {computed} of {whole} layers, and scaled by shape"
+        told = f"torch.linalg: timed on {computed} of {whole} layers, and scaled by shape"
+        if self.once:
+            shapes = ", ".join(f"{rows}×{columns}" for rows, columns in sorted(self.once))
+            told += f"; of {shapes} one round of {self.rounds}, counted {self.rounds} times"
+        return told
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class Sampled:
 def choose(
     exact: str, targets: Sequence[Target], shapes: Shapes, rates: Rates, affordable: float
 ) -> Sample:
-    """All layers, or if those take longer than is `affordable` the judged ones.
+    """All layers, or if those take longer than is `affordable` the judged ones, and of the shapes
+    that take longer than that by themselves a single round.
 
     Args:
         shapes: of what is decomposed: the layers' or, for EVA, the distinct inputs', which are
@@ -71,8 +81,14 @@ def choose(
         return Sample(by_shape, counts, needed)
     judged = set(spread(targets))
     chosen = {shape: [n for n in names if n in judged] for shape, names in by_shape.items()}
-    repeated = [shape for shape, names in chosen.items() for _ in names]
-    return Sample(chosen, counts, expected(exact, repeated, rates))
+    rounds, once, needed = COMPUTATIONS[exact].rounds, set(), 0.0
+    for shape, names in chosen.items():
+        seconds = expected(exact, [shape] * len(names), rates)
+        if rounds > 1 and seconds > affordable:
+            once.add(shape)
+            seconds /= rounds
+        needed += seconds
+    return Sample(chosen, counts, needed, frozenset(once), rounds)
 
 
 def compute(exact: str, given: Given, sample: Sample, device: torch.device) -> Sampled:
@@ -90,9 +106,14 @@ def compute(exact: str, given: Given, sample: Sample, device: torch.device) -> S
             moments=restricted(given.moments, names),
             gradients=restricted(given.gradients, names),
         )
-        watch = Stopwatch()
-        results |= watch(lambda part=part: run(part), device)
-        seconds += watch.seconds * sample.counts[shape] / len(names)
+        once, watch = shape in sample.once, Stopwatch()
+        if once:
+            part = replace(part, alternations=1)
+        found = watch(lambda part=part: run(part), device)
+        results |= {} if once else found
+        seconds += (
+            watch.seconds * sample.counts[shape] / len(names) * (sample.rounds if once else 1)
+        )
     return Sampled(results, seconds)
 
 
