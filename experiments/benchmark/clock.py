@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -39,30 +40,38 @@ class Clock:
 
 
 CHEAP = 2.0  # seconds that a peer may take in any case
+HALF, MOST = 0.5, 0.9  # of a clock, kept for strategies whose needs are not, or are told in advance
 
 
 class Allowance:
-    """A model's clock, less `reserve` seconds for every strategy that is still to come.
+    """A model's clock, less what every strategy that is still to come is expected to need.
 
-    What is kept in reserve is never more than half of the whole: peers shall have the other half.
+    What is kept for them is never more than a share of the whole: peers shall have the rest.
     """
 
     def __init__(self, reserve: float) -> None:
         self.most = reserve
         self.start(Clock(), 0)
 
-    def start(self, clock: Clock, strategies: int) -> None:
+    def start(self, clock: Clock, strategies: int, needs: Sequence[float] | None = None) -> None:
+        """Begin to count.
+
+        Args:
+            needs: seconds of each strategy (`needs.py`); None: the flat reserve for each.
+        """
         self.clock = clock
-        self.to_come = strategies
-        self.reserve = min(self.most, max(clock.left, 0.0) / (2 * max(strategies, 1)))
+        share = HALF if needs is None else MOST
+        needs = [self.most] * strategies if needs is None else needs
+        scale = min(1.0, share * max(clock.left, 0.0) / max(sum(needs), 1e-9))
+        self.needs = [scale * seconds for seconds in needs]
 
     def begin_strategy(self) -> None:
-        self.to_come -= 1
+        self.needs = self.needs[1:]
 
     @property
     def free(self) -> float:
         """Seconds that the strategy at hand may take; below 0 it takes what it cannot do without"""
-        return self.clock.left - self.reserve * self.to_come
+        return self.clock.left - sum(self.needs)
 
     @property
     def over(self) -> bool:

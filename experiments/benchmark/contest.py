@@ -23,18 +23,28 @@ from experiments.benchmark.cases import BARE, NAMES
 from experiments.benchmark.clock import Allowance, Clock
 from experiments.benchmark.contenders import Request, Stopwatch, adapt_ours, warm_up
 from experiments.benchmark.entrants import Entrants, Report
+from experiments.benchmark.floors import floor
 from experiments.benchmark.isolated import brief
 from experiments.benchmark.judging import judge
 from experiments.benchmark.limits import OutOfTime
-from experiments.benchmark.peaks import MIB, handing_back, peak_watch
+from experiments.benchmark.needs import needs
+from experiments.benchmark.peaks import (
+    MIB,
+    GpuPeak,
+    HostPeak,
+    handing_back,
+    peak_watch,
+    release_to_system,
+)
 from experiments.benchmark.provisions import Provisions
 from experiments.benchmark.rates import Rates
 from experiments.benchmark.settings import BenchmarkConfig
 from experiments.benchmark.strategies import STRATEGIES
 from experiments.benchmark.subjects import Subject, load_subject
-from experiments.benchmark.timing import Turn, take_turns
+from experiments.benchmark.timing import Contender, Turn, take_turns
 from lora_init.plan import Plan
 
+DEAR_FLOOR = 0.05  # seconds; what ours takes is two to sixty times its floor
 OVER = "not begun: the model's share of `seconds` is used up"
 
 
@@ -56,7 +66,8 @@ def contest(
     report({"strategies": len(cases)})
     report(arena.plain_passes())
     cases = [case for case in cases if list(case) not in begun]
-    arena.allowance.start(Clock.until(ends), len(cases))
+    requests = [arena.request(rank, method) for rank, method in cases]
+    arena.allowance.start(Clock.until(ends), len(cases), arena.needs(requests))
     for rank, method in cases:
         case = {"rank": rank, "method": method}
         report(case)
@@ -81,17 +92,22 @@ class Arena:
             for name in self.chosen.methods
             if not (lossless and STRATEGIES[name].calibration == "gradients")
         ]
+        self.rates = rates
         self.provisions = Provisions(subject, self.methods)
         self.allowance = Allowance(self.chosen.reserve)
         self.entrants = Entrants(self.provisions, settings, rates, self.allowance)
         self.pass_peaks: dict[str, int] = {}
         self.objectives: Mapping[str, float] = {}  # of LoftQ's exact alternation at this rank
+        self.watch: HostPeak | GpuPeak | None = None  # of ours' turn, where that is watched
 
     def request(self, rank: int, method: str) -> Request:
         return Request(
             self.subject.task, rank, self.settings.alpha, self.settings.seed, method,
             exclude=self.chosen.exclude.get(method), names=self.subject.names,
         )  # fmt: skip
+
+    def needs(self, requests: Sequence[Request]) -> list[float]:
+        return needs(requests, self.provisions, self.rates, self.chosen)
 
     def plain_passes(self) -> dict[str, Any]:
         if not any(STRATEGIES[name].calibration == "inputs" for name in self.methods):
@@ -107,10 +123,14 @@ class Arena:
         seconds, note = self.provisions.calibrate(request)
         report({"pass": seconds, "note": note})
         report({"shapes": self.provisions.read_shapes(request, plan.targets)})
-        report({"doing": "peak memory"})
-        report(self.peak(request, plan))
-        self.objectives = {}
+        self.objectives, self.watch = {}, None
+        whole = self.watched_in_its_turn(request, plan)
+        if not whole:
+            report({"doing": "peak memory"})
+            report(self.peak(request, plan))
         contenders = self.entrants.contenders(request, plan, report)
+        if whole:
+            contenders = {name: self.watched(name, each) for name, each in contenders.items()}
         spent: dict[str, float] = defaultdict(float)
         first: dict[str, dict[str, Any]] = {}
         for turn in take_turns(
@@ -120,6 +140,8 @@ class Arena:
                 del contenders[turn.contender]
                 report({"contender": turn.contender, "error": reason(turn.result)})
                 continue
+            if self.watch is not None and turn.round == 0 and turn.contender == "ours":
+                report(self.peak_of_the_turn(plan))
             if turn.round == 0:
                 report({"doing": f"quality of {NAMES[turn.contender.removesuffix(BARE)]}"})
             told = self.told(turn, request)
@@ -157,6 +179,37 @@ class Arena:
             rise = watch.rise()
         del adapted, model
         return {"peak": rise / MIB, "allowed": allowed / MIB, "note": watch.note}
+
+    def watched_in_its_turn(self, request: Request, plan: Plan) -> bool:
+        """Whether a call of its own for the peak would cost as much again as the strategy itself.
+
+        What takes so long works on large matrices, whose blocks glibc hands back by itself.
+        """
+        judged = set(self.provisions.references.judged)
+        shapes = [target.shape for target in plan.targets if target.name in judged]
+        return floor(request.method, shapes, request.rank, self.rates) > DEAR_FLOOR
+
+    def watched(self, name: str, contender: Contender) -> Contender:
+        """The same, its first turn from a heap without free blocks, as that of everyone else."""
+
+        def prepare(number: int) -> Any:
+            prepared = contender.prepare(number)
+            if number == 0 and name == "ours":
+                self.watch = peak_watch(self.subject.device)
+            elif number == 0:
+                release_to_system()
+            return prepared
+
+        return replace(contender, prepare=prepare)
+
+    def peak_of_the_turn(self, plan: Plan) -> dict[str, Any]:
+        rise, note = self.watch.rise(), self.watch.note
+        told = "peak: of the timed call, on all layers, without a pass"
+        return {
+            "peak": rise / MIB,
+            "allowed": (plan.factor_bytes + plan.workspace_bytes) / MIB,
+            "note": "; ".join(filter(None, (told, note))),
+        }
 
     def pass_peak(self, request: Request) -> int:
         """Of a plain pass over the strategy's short data, in bytes."""
