@@ -77,9 +77,14 @@ class Allowance:
     def over(self) -> bool:
         return self.clock.left <= 0
 
-    def refusal(self, needed: float) -> str | None:
-        """Why something that takes `needed` seconds is not begun; None: it may be."""
-        if needed <= max(self.free, CHEAP):
+    def refusal(self, needed: float, first: bool = False) -> str | None:
+        """Why something that takes `needed` seconds is not begun; None: it may be.
+
+        Args:
+            first: it comes before what is still to come: all that is left is for it.
+        """
+        free = self.clock.left if first else self.free
+        if needed <= max(free, CHEAP):
             return None
-        left = f"{max(self.free, 0.0):.0f} s of the model's share of `seconds` are left for it"
+        left = f"{max(free, 0.0):.0f} s of the model's share of `seconds` are left for it"
         return f"about {needed:.0f} s, and {left}" if needed >= 1 else left

@@ -154,10 +154,12 @@ class Entrants:
             report({"contender": contender, "round": 0, "seconds": known, "remembered": True})
             return False
         wanted = getattr(self.subject.settings, contender)
+        # A wanted ratio has a peer before anything has a second turn, or a second peer.
+        aimed = request.method in self.subject.settings.targets
         about = f", about {needed:.0f} s" if needed >= 1 else ""
         if (wanted is not None and request.method not in wanted) or needed > self.chosen.peer_limit:
             refusal = f"not run{about}"
-        elif (short := self.allowance.refusal(needed)) is not None:
+        elif (short := self.allowance.refusal(needed, contender == "exact" and aimed)) is not None:
             refusal = f"not run: {short}"
         else:
             return True

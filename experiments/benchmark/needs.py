@@ -18,8 +18,9 @@ from experiments.benchmark.rates import Rates
 from experiments.benchmark.sampling import choose
 from experiments.benchmark.settings import InitializationSettings
 
-FLOORS = {"loftq": 60.0, "eva": 30.0}
-USUAL_FLOORS = 7.0
+FLOORS = {"loftq": 110.0, "eva": 45.0}
+USUAL_FLOORS = 9.0
+OBSERVED = 2.0  # of a plain pass, where it collects second moments
 
 
 def needs(
@@ -35,6 +36,8 @@ def needs(
         shapes = [target.shape for target in targets]
         multiple = FLOORS.get(request.method, USUAL_FLOORS)
         seconds = chosen.reserve + multiple * floor(request.method, shapes, request.rank, rates)
+        if strategy.calibration == "inputs":
+            seconds += OBSERVED * sum(provisions.plain_seconds)
         wanted = provisions.subject.settings.exact
         if strategy.exact not in counted and (wanted is None or request.method in wanted):
             counted.add(strategy.exact)

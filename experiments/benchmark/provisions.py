@@ -21,7 +21,7 @@ from experiments.benchmark.subjects import Batch, Subject
 from lora_init.modules import oriented_weight
 from lora_init.plan import Plan
 
-GRADIENT_BATCHES = 2
+GRADIENT_BATCHES = 1
 SHORT_TOKENS = 512
 
 
