@@ -6,6 +6,7 @@ import pytest
 import torch
 from known_rates import RATES
 
+import lora_init
 from experiments.benchmark import (
     clock,
     comparison,
@@ -140,6 +141,91 @@ def test_a_dear_reference_is_timed_on_some_layers(arena, monkeypatch):
     found = sampling.compute("svd", given, sample, CPU)
     assert found.results.keys() == {name for names in sample.names.values() for name in names}
     assert 0.28 <= found.seconds < 0.9, "14 layers of 0.02 s, of which 4 were computed"
+
+
+def test_one_round_stands_for_those_that_cost_the_same(arena, monkeypatch):
+    """Of shapes that are dear by themselves; the row says so, and no result comes of it."""
+    made = arena("llama")
+    plan = made.provisions.plan(made.request(2, "loftq"))
+    shapes = [target.shape for target in plan.targets]
+    monkeypatch.setattr(references, "DEAR", 1)  # one layer of a shape
+    dear = exact.expected("alternation", [(24, 16)], RATES)
+    sample = sampling.choose("alternation", plan.targets, shapes, RATES, affordable=0.9 * dear)
+    assert sample.once == {(24, 16), (16, 24)}
+    assert sample.note.endswith("; of 16×24, 24×16 one round of 5, counted 5 times")
+    each = [shape for shape, names in sample.names.items() for _ in names]
+    rest = [shape for shape in each if shape not in sample.once]
+    once = [shape for shape in each if shape in sample.once]
+    assert sample.needed == pytest.approx(
+        exact.expected("alternation", rest, RATES) + exact.expected("alternation", once, RATES) / 5
+    )
+    asked = []
+
+    def run(given):
+        asked.append(given.alternations)
+        time.sleep(0.02 * given.alternations)
+        return dict.fromkeys(given.weights, 1.0)
+
+    monkeypatch.setitem(exact.COMPUTATIONS, "alternation", exact.Computation(run, rounds=5))
+    given = made.provisions.given(made.request(2, "loftq"), plan)
+    found = sampling.compute("alternation", given, sample, CPU)
+    assert sorted(asked) == [1, 1, 5, 5]
+    named = {
+        name for shape, names in sample.names.items() if shape not in sample.once for name in names
+    }
+    assert found.results.keys() == named
+    assert found.seconds >= 4 * 5 * 0.02 * 0.9
+
+
+def test_strategies_share_a_pass(arena, monkeypatch):
+    """Those that read sums of one precision; each gets them as they were collected."""
+    made, passes = arena("llama"), []
+    calibrate = lora_init.calibrate
+    monkeypatch.setattr(
+        lora_init, "calibrate", lambda *given: passes.append(0) or calibrate(*given)
+    )
+    told, methods = [], ("corda_ipm", "corda_kpm", "eva")
+    made.provisions.collecting = methods
+    made.subject.settings.peft = made.subject.settings.exact = []
+    made.chosen.repetitions = 1
+    for method in methods:
+        made.compete(
+            made.request(2, method), lambda t, method=method: told.append({"method": method, **t})
+        )
+    assert len(passes) == 2, "CorDA's smallest triplets are of sums in float64"
+    of_eva = Case.of([t for t in told if t["method"] == "eva"], 2, "eva")
+    of_ipm = Case.of([t for t in told if t["method"] == "corda_ipm"], 2, "corda_ipm")
+    assert of_eva.calibrated == of_ipm.calibrated > 0
+    assert "our pass: one with corda_ipm's" in of_eva.notes
+    kept = [
+        layer.inputs._components
+        for found in made.provisions.collected
+        for layers in found.calibration.requests.values()
+        for layer in layers.values()
+    ]
+    assert not any(kept), "what an initialization has computed is no one else's"
+
+
+def test_a_dear_strategys_peak_is_that_of_its_turn(arena, monkeypatch):
+    monkeypatch.setattr(contest, "DEAR_FLOOR", 0.0)
+    made, told = arena("llama"), []
+    monkeypatch.setattr(made, "peak", None)  # no call of its own
+    made.compete(made.request(2, "pissa"), told.append)
+    case = Case.of(told, 2, "pissa")
+    assert case.peak is not None
+    assert case.allowed > 0
+    assert "peak: of the timed call, on all layers, without a pass" in case.notes
+    assert len(case.seconds["ours"]) == 2
+
+
+def test_needs_follow_floors_and_computations(arena):
+    made = arena("llama")
+    requests = [made.request(2, method) for method in ("kaiming", "pissa", "bottom", "loftq")]
+    found = made.needs(requests)
+    assert min(found) >= made.chosen.reserve
+    assert found[1] > found[2], "both ask for the same decomposition: it counts once"
+    made.subject.settings.exact = []
+    assert made.needs(requests)[1] < found[1]
 
 
 def test_a_sampled_alternation_still_judges_quality(arena):

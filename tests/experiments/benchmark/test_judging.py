@@ -110,6 +110,34 @@ def test_references_of_a_model_that_is_not_synthetic(arena):
     assert truths.directions(name) is truths.directions(name)
 
 
+def test_what_is_known_of_the_same_inputs_stays_known(arena):
+    """For another strategy, and another rank: not where other inputs are read."""
+    made = arena("layer")
+    made.provisions.collecting = ["corda_ipm", "corda_kpm", "eva"]
+    made.provisions.calibrate(made.request(2, "corda_ipm"))
+    truths = made.provisions.references
+    name = truths.judged[0]
+    product, first = truths.product(name), truths.of_product(name, lifted=False)
+    directions = truths.directions(name)
+    made.provisions.calibrate(made.request(4, "eva"))
+    assert truths.product(name) is product
+    assert truths.of_product(name, lifted=False) is first
+    assert truths.directions(name) is directions
+    made.provisions.calibrate(made.request(2, "corda_kpm"))  # sums in float64
+    assert truths.directions(name) is not directions
+    assert truths.of_product(name, lifted=False) is not first
+
+
+def test_the_reference_of_an_alternation(arena):
+    """By first triplets alone it is what whole decompositions give."""
+    made = arena("decoder")
+    plan = made.provisions.plan(made.request(2, "loftq"))
+    objectives = exact.alternated(made.provisions.given(made.request(2, "loftq"), plan))
+    truths = made.provisions.references
+    for name in truths.judged:
+        assert truths.alternated(name, 2) == pytest.approx(objectives[name], rel=1e-3)
+
+
 def test_what_is_too_dear_has_no_reference(arena, monkeypatch):
     monkeypatch.setattr(references, "TOO_DEAR", 1)
     made = arena("decoder")

@@ -22,6 +22,16 @@ def test_an_allowance_keeps_something_for_what_is_to_come():
     allowance.start(Clock(6.0), 3)
     allowance.begin_strategy()
     assert 3.5 < allowance.free <= 4.0, "half of the whole is not kept in reserve"
+    allowance.start(Clock(30.0), 3, [1.0, 2.0, 20.0])
+    allowance.begin_strategy()
+    assert 7.5 < allowance.free <= 8.0
+    allowance.begin_strategy()
+    assert 9.5 < allowance.free <= 10.0, "what is to come needs less"
+    allowance.start(Clock(10.0), 2, [5.0, 100.0])
+    allowance.begin_strategy()
+    assert 1.0 < allowance.free <= 1.5, "nine tenths of the whole are kept at most"
+    assert allowance.refusal(9.0) is not None
+    assert allowance.refusal(9.0, first=True) is None, "it comes before what is to come"
     allowance.start(Clock(0.0), 3)
     assert allowance.over
     assert allowance.refusal(1.0) is None, "cheap ones come in any case"
