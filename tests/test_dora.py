@@ -105,6 +105,39 @@ def test_output_is_the_definition(kind, state):
         assert_gap(layer(x), expected, 3 * EPSILON[case.dtype])
 
 
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("leading", [(), (0,), (7,), (2, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_any_leading_dimensions(kind, leading, adapter_dtype):
+    """Whether the products add up in one dtype (x's and the factors' are the same) or in two."""
+    base = Case(kind).build()
+    config = LoraConfig(r=4, target_modules=["tall"], use_dora=True)
+    model = get_peft_model(copy.deepcopy(base), config, adapter_dtype=adapter_dtype)
+    layer = train(model.train(), size=0.2).layers["tall"]
+    x = torch.randn(*leading, layer.lora_A.shape[1], requires_grad=True)
+    kept = x.detach().clone()
+    result = layer(x)
+    assert result.dtype == torch.float32
+    assert result.shape == (*leading, layer.lora_B.shape[0])
+    if x.numel():
+        assert_gap(result, expected_output(kind, layer, base.tall, x), 3 * EPSILON[torch.float32])
+    result.sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_autocast_multiplies_in_its_own_dtype(kind):
+    model, _, case = adapted(kind, "kept")
+    name, layer = next(iter(model.layers.items()))
+    x = case.layer_inputs(name)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(x)
+    assert not torch.equal(rounded, expected)
+    assert_gap(rounded, expected, 3 * EPSILON[torch.bfloat16])
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_output_on_an_8_bit_base(state):
     """LLM.int8 rounds the activations too, so V x is the base's own product and the factors'."""

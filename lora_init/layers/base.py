@@ -123,22 +123,28 @@ class LoraLayer(nn.Module):
     def _decomposed_output(self, x: Tensor) -> Tensor:
         """g (W x + s B A x) + bias, with g = m / ‖W + s B A‖ row by row."""
         gain = self._along_outputs(self.gain())
-        base, bias = self._base_without_bias(x)
-        dropped_x = self.dropout(x)
-        delta = self._low_rank(dropped_x, self.lora_A, self.lora_B)
-        initial = self.initial_lora_A, self.initial_lora_B
-        in_forward = self.base_state == "in_forward"
         if not (self.dropout.training and isinstance(self.dropout, nn.Dropout)):
-            if in_forward:
-                delta -= self._low_rank(x, *initial)
-            return dora.scaled(added(delta, base), gain, bias).to(base.dtype)
+            values, bias, dtype = self._adapted_without_bias(x)
+            return dora.scaled(values, gain, bias).to(dtype)
         # As in the authors' code: what is not dropped is the base's own output, once.
-        frozen, dropped = base, self._base_without_bias(dropped_x)[0]
-        if in_forward:
+        dropped_x = self.dropout(x)
+        frozen, bias = self._base_without_bias(x)
+        dtype, dropped = frozen.dtype, self._base_without_bias(dropped_x)[0]
+        delta = self._low_rank(dropped_x, self.lora_A, self.lora_B)
+        if self.base_state == "in_forward":
+            initial = self.initial_lora_A, self.initial_lora_B
             frozen = frozen - self._low_rank(x, *initial)
             dropped = dropped - self._low_rank(dropped_x, *initial)
         result = frozen + (gain - 1) * dropped + gain * delta
-        return (result if bias is None else result + bias).to(base.dtype)
+        return (result if bias is None else result + bias).to(dtype)
+
+    def _adapted_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        """V x without dropout, the bias, and the dtype of the base's own output."""
+        base, bias = self._base_without_bias(x)
+        delta = self._low_rank(x, self.lora_A, self.lora_B)
+        if self.base_state == "in_forward":
+            delta -= self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
+        return added(delta, base), bias, base.dtype
 
     def gain(self) -> Float[Tensor, " out"]:
         """DoRA's g = m / ‖V‖, without a gradient through the norm (the paper's section 4.3)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
@@ -30,3 +31,26 @@ class LinearLayer(LoraLayer):
             return x @ base.weight, base.bias
         result = base(x)  # a packed weight: only its own kernel can multiply by it
         return (result, None) if base.bias is None else (result - base.bias, base.bias)
+
+    def _adapted_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        """Where all have one dtype, s B A x is added to W x, fresh as it is, by its own product.
+
+        A block of outputs less to fill, in a forward pass that has to keep one more than LoRA's.
+        """
+        weight = self._plain_weight(x)
+        if weight is None:
+            return super()._adapted_without_bias(x)
+        inputs = x.reshape(-1, x.shape[-1])
+        hidden = (inputs @ self.lora_A.T) * self.scaling
+        outputs = (inputs @ weight).addmm_(hidden, self.lora_B.T)
+        return outputs.view(*x.shape[:-1], outputs.shape[1]), self.base_layer.bias, outputs.dtype
+
+    def _plain_weight(self, x: Tensor) -> Float[Tensor, "in out"] | None:
+        """The base's, if one product after another adds up to V x in x's own dtype."""
+        if self.module_type not in ("Linear", "Conv1D") or self.base_state == "in_forward":
+            return None
+        weight = self.base_layer.weight
+        dtypes = {part.dtype for part in (x, weight, self.lora_A, self.lora_B)}
+        if len(dtypes) > 1 or torch.is_autocast_enabled(x.device.type):
+            return None
+        return weight.T if self.module_type == "Linear" else weight
