@@ -14,7 +14,7 @@ def test_the_yaml_composes_and_travels(composed):
     settings = resolve(composed())
     assert sorted(settings.sections) == ["calibration", "initialization", "injection", "memory"]
     assert settings.models["smollm2"].targets["olora"] == 12
-    assert settings.seconds == 740
+    assert settings.seconds == 800
     assert settings.initialization.methods == list(METHODS)
     assert from_plain(json.loads(json.dumps(to_plain(settings)))) == settings
 
