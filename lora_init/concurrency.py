@@ -27,11 +27,16 @@ ALONE = 1 << 22
 """A weight of as many numbers or more has all cores of a CPU; a smaller one has one of them."""
 
 
-def largest_together(sizes: Iterable[int]) -> int:
-    """The most numbers a CPU works on at a time: of one large weight, or of one for each core."""
-    ordered = sorted(sizes, reverse=True)
-    small = [size for size in ordered if size < ALONE]
-    return max(ordered[0], sum(small[: torch.get_num_threads()]))
+def largest_together(works: Iterable[tuple[int, float]]) -> float:
+    """The most that a CPU has in memory at a time: for one large weight, or for one on each core.
+
+    Args:
+        works: of each weight, its numbers and what working on it takes.
+    """
+    large, small = [0.0], []
+    for size, taken in works:
+        (small if size < ALONE else large).append(taken)
+    return max(max(large), sum(sorted(small, reverse=True)[: torch.get_num_threads()]))
 
 
 def over_cores(

@@ -56,7 +56,10 @@ class InputStatistics:
     @property
     def second_moment(self) -> Float[Tensor, "in in"]:
         """sum x xᵀ / tokens, uncentred, in float64: a large mean would drown the covariance."""
-        return torch.addr(self.covariance.double(), self.mean, self.mean)
+        wide = self.covariance.double()
+        # In place where that was a copy: these are as large as anything an initializer holds.
+        add = torch.addr if wide is self.covariance else Tensor.addr_
+        return add(wide, self.mean, self.mean)
 
     def principal_components(self, rank: int, center: bool) -> Components:
         """Top `rank` variances (descending), their directions, and the total variance.

@@ -158,10 +158,15 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Of initializers on a CPU: three float32 copies of the weights that are worked on at a
-        time, a large one or one for each core.
+        """Of the initializer on a CPU, for the weights that are worked on at a time: a large one,
+        or one for each core.
         """
-        return 3 * 4 * largest_together(math.prod(target.shape) for target in self.targets)
+        weights, moments = self.initializer.workspace(self.options)
+        numbers = (
+            (rows * columns, weights * rows * columns + moments * columns**2)
+            for rows, columns in (target.shape for target in self.targets)
+        )
+        return math.ceil(4 * largest_together(numbers))
 
     def only(self, names: Collection[str]) -> Plan:
         """The plan for some of the targets."""

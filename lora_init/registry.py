@@ -96,6 +96,9 @@ class Initializer:
         adjust_alpha: ``options -> bool``: whether a layer whose rank was re-allocated keeps its
             scaling (its alpha is changed to that end).
         spellings: regular expressions of further names, each with ``match -> options``.
+        workspace: ``options -> (weights, moments)``: how many float32 copies of a layer's weight
+            and of its inputs' second moment the function has in memory at its peak (at ranks far
+            below the layer's sizes), for the plan and the benchmark.
         control: it is no proposal for a start, but isolates one cause of another method's effect.
     """
 
@@ -117,6 +120,7 @@ class Initializer:
     nesting: Callable[[Any], Nesting | None] = lambda options: None
     adjust_alpha: Callable[[Any], bool] = lambda options: True
     spellings: Mapping[str, Callable[[re.Match], Any]] = field(default_factory=dict)
+    workspace: Callable[[Any], tuple[float, float]] = lambda options: (3.0, 0.0)
     control: bool = False
 
     def function_for(self, module_type: str) -> Callable[..., Factors]:

@@ -70,6 +70,7 @@ class CordaOptions:
     calibration=lambda options: CalibrationRequest(smallest=options.corda_method == "kpm"),
     leading=lambda options: 1.0 if options.corda_method == "ipm" else None,
     nesting=lambda options: Nesting(version=2),
+    workspace=lambda options: (1.0, 3.0) if options.corda_method == "ipm" else (7.0, 4.0),
 )
 def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A is the projection U Uᵀ W."""
@@ -77,7 +78,9 @@ def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
     mean_diagonal = second_moment.diagonal().mean()
     size = linalg.nesting_rank(rank, min(weight.shape))
     if options.corda_method == "ipm":
-        lifted = _lift(second_moment, options.damping * mean_diagonal)
+        lifted = second_moment
+        if options.damping:
+            lifted = _lift(second_moment, options.damping * mean_diagonal)
         operator = replace(
             linalg.Operator.product(weight, lifted.to(weight.dtype)),
             # Massive activations put s_r at 1e-6 of s_1, where R rounded to float32 is not enough.
@@ -85,8 +88,9 @@ def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
         )
         triplets = linalg.top_singular(operator, size, generator=generator)
     else:
-        lift = max(options.damping, NULL_SPACE_LIFT) * mean_diagonal
-        operator = linalg.Operator.product(weight.double(), _lift(second_moment, lift))
+        lifted = _lift(second_moment, max(options.damping, NULL_SPACE_LIFT) * mean_diagonal)
+        del second_moment  # in × in in float64, as the lifted one is
+        operator = linalg.Operator.product(weight.double(), lifted)
         triplets = linalg.bottom_singular(operator, size, generator=generator)
     triplets = triplets.leading(rank)
     left = triplets.left.to(weight.dtype)

@@ -129,6 +129,7 @@ def _decompose(
     allocate=allocate,
     nesting=lambda options: Nesting(balanced=False, version=2),
     adjust_alpha=lambda options: options.adjust_scaling_factors,
+    workspace=lambda options: (1.0, 5.0),
 )
 def eva(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) with orthonormal rows unless whitened, B (out, rank) zero; float32."""

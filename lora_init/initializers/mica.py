@@ -29,6 +29,7 @@ from lora_init.registry import Nesting, register_initializer
     frozen=("lora_B",),
     stacks=True,
     nesting=lambda options: Nesting(balanced=False, version=2),
+    workspace=lambda options: (9.0, 0.0),
 )
 def mica(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) zero, B (out, rank) with orthonormal columns; float32."""

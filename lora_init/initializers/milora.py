@@ -32,6 +32,7 @@ from lora_init.registry import Nesting, register_initializer
     module_types=MODULE_TYPES,
     stacks=True,
     nesting=lambda options: Nesting(version=2),
+    workspace=lambda options: (9.0, 0.0),
 )
 def milora(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s, ascending."""

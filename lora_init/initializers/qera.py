@@ -77,6 +77,7 @@ class QeraOptions:
     needs=("weights", "inputs", "quantizer"),
     module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=lambda options: CalibrationRequest(),
+    workspace=lambda options: (5.0, 3.0),
 )
 def qera(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank) with orthonormal columns, float32, and plain quantisation."""
