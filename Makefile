@@ -36,7 +36,7 @@ papers: $(STAMP)
 	$(BIN)/python -m experiments.papers output=$(OUTPUTS)/papers page=docs/papers $(OVERRIDES)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST)
 
 # Each reproduction in its fast form, as `make papers` runs it: half an hour on two cores.
 test-papers: $(STAMP)

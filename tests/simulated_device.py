@@ -39,6 +39,7 @@ DEVICES = {CPU: torch.device("cpu"), CUDA: torch.device("cuda", 0)}
 
 SEQUENCES = (tuple, list)
 HOLDERS = (Tensor, tuple, list, dict)
+WITHOUT_TENSORS = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size}
 COPIES = {"copy_", "_foreach_copy_", "set_", "lift_fresh"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 WITHOUT_SCALARS = {"cat", "stack"}
@@ -78,9 +79,10 @@ def simulated_cuda():
 def place(tensor):
     """ "cpu", "cuda" or, inside torch's own code, not settled; None for tensors without memory."""
     with torch._C.DisableTorchFunction():
-        if tensor.layout != torch.strided or tensor.is_meta:
-            return None
-        return getattr(tensor.untyped_storage(), "simulated_place", CPU)
+        try:
+            return tensor.untyped_storage().simulated_place
+        except (AttributeError, RuntimeError):  # not told yet, or a layout without a storage
+            return CPU if tensor.layout == torch.strided and not tensor.is_meta else None
 
 
 def put(tensor, where):
@@ -97,15 +99,21 @@ def is_settled(tensor):
 def tensors_in(*values):
     """All tensors with memory, in sequences and mappings too."""
     found = []
+    _gather(values, found)
+    return found
+
+
+def _gather(values, found):
     for value in values:
+        if type(value) in WITHOUT_TENSORS:  # most of what is passed: asked millions of times
+            continue
         if isinstance(value, Tensor):
             if place(value):
                 found.append(value)
         elif isinstance(value, SEQUENCES):
-            found += tensors_in(*value)
+            _gather(value, found)
         elif isinstance(value, dict):
-            found += tensors_in(*value.values())
-    return found
+            _gather(value.values(), found)
 
 
 def moved(tensor, where, dtype=None, copy=False, memory_format=torch.preserve_format):
@@ -191,7 +199,9 @@ class Calls(TorchFunctionMode):
         }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        kwargs = kwargs or {}
+        if "pin_memory" in kwargs:
+            kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         if func in self.on_cuda:
             answer = self.on_cuda[func] if place(args[0]) == CUDA else func
             return answer(*args, **kwargs)
@@ -223,7 +233,10 @@ class Calls(TorchFunctionMode):
 
     def _settled(self, result, args, kwargs):
         """What torch made itself in this call, and never met another tensor, goes with the rest."""
-        if not isinstance(result, HOLDERS):
+        if type(result) is Tensor:
+            if is_settled(result):
+                return result
+        elif not isinstance(result, HOLDERS):
             return result
         fresh = [tensor for tensor in tensors_in(result) if not is_settled(tensor)]
         if fresh:

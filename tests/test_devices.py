@@ -523,39 +523,82 @@ def shifted(batches):
         yield batch | {"labels": labels}
 
 
-@every_placement
-@pytest.mark.parametrize("method", ["pissa", "loftq", "eva", "corda"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_transformers(cuda, architecture, method, placement):
-    """Tied weights, masks and labels; calibration batches are on the CPU."""
+def life_of_a_transformer(architecture, method, model_on, device):
     build, targets, batches = ARCHITECTURES[architecture]
     if method in ("eva", "corda"):
         targets = [name for name in targets if name != "embed_tokens"]
-    base, data = build(), batches(count=2)
-    calibration = data if architecture == "bert" else list(shifted(data))
+    data = batches(count=2)
+    model = get_peft_model(
+        build().to(model_on),
+        config_of({"name": method, **SETTINGS.get(method, {})}, targets),
+        calibration=data if architecture == "bert" else list(shifted(data)),
+        device=device,
+        keep_original=True,
+    )
+    assert_on(model, model_on)
+    inputs = {name: value.to(model_on) for name, value in data[0].items()}
+    seen = {f"{name}.A": layer.lora_A.detach() for name, layer in model.layers.items()}
+    seen["step 0"] = model(**inputs).logits
+    seen["step 0"].float().logsumexp(-1).sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+    seen["trained"] = model(**inputs).logits
+    with model.disable_adapter():
+        seen["disabled"] = model(**inputs).logits
+    seen["merged"] = copy.deepcopy(model).merge_and_unload()(**inputs).logits
+    seen["unloaded"] = model.unload()(**inputs).logits
+    return on_cpu(seen)
 
-    def life(model_on, device):
-        model = get_peft_model(
-            copy.deepcopy(base).to(model_on),
-            config_of({"name": method, **SETTINGS.get(method, {})}, targets),
-            calibration=calibration,
-            device=device,
-            keep_original=True,
+
+@functools.cache
+def life_of_a_transformer_on_the_cpu(architecture, method):
+    return life_of_a_transformer(architecture, method, CPU, None)
+
+
+@every_placement
+@pytest.mark.parametrize("method", ["pissa", "loftq", "eva", "corda"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers(architecture, method, placement):
+    """Tied weights, masks and labels; calibration batches are on the CPU."""
+    expected = life_of_a_transformer_on_the_cpu(architecture, method)
+    with simulated_cuda():
+        seen = life_of_a_transformer(architecture, method, *PLACEMENTS[placement])
+    assert_same(seen, expected)
+
+
+def life_under_peft(method, use_dora, model_on, device, folder):
+    case = Case()
+    options = {"name": method, **SETTINGS.get(method, {})}
+    config = peft.LoraConfig(r=4, target_modules=list(case.shapes), use_dora=use_dora)
+    fresh = functools.partial(peft.get_peft_model, peft_config=config)
+    model = fresh(case.build().to(model_on))
+    report = initialize_peft_model(model, options, calibration=case.calibration(), device=device)
+    assert_on(model, model_on)
+    x = case.inputs(8).to(model_on)
+    seen = {"step 0": model(x)}
+    seen["step 0"].pow(2).sum().backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True).step()
+    seen["trained"] = model(x)
+    with model.disable_adapter():
+        seen["disabled"] = model(x)
+    model.save_pretrained(folder)
+    loaded = fresh(case.build().to(model_on))
+    load_peft_checkpoint(loaded, folder)
+    assert_on(loaded, model_on)
+    seen["loaded"] = loaded(x)
+    restore_peft_model(model)
+    assert_on(model, model_on)
+    seen["restored"] = model.base_model.model.square.base_layer.weight
+    return on_cpu(seen), figures(report)
+
+
+@pytest.fixture(scope="module")
+def lives_under_peft(tmp_path_factory):
+    """Those on the CPU, one for both placements."""
+    return functools.cache(
+        lambda method, use_dora: life_under_peft(
+            method, use_dora, CPU, None, tmp_path_factory.mktemp("cpu")
         )
-        assert_on(model, model_on)
-        inputs = {name: value.to(model_on) for name, value in data[0].items()}
-        seen = {f"{name}.A": layer.lora_A.detach() for name, layer in model.layers.items()}
-        seen["step 0"] = model(**inputs).logits
-        seen["step 0"].float().logsumexp(-1).sum().backward()
-        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
-        seen["trained"] = model(**inputs).logits
-        with model.disable_adapter():
-            seen["disabled"] = model(**inputs).logits
-        seen["merged"] = copy.deepcopy(model).merge_and_unload()(**inputs).logits
-        seen["unloaded"] = model.unload()(**inputs).logits
-        return on_cpu(seen)
-
-    assert_same(life(*PLACEMENTS[placement]), life(CPU, None))
+    )
 
 
 @every_placement
@@ -568,38 +611,11 @@ def test_transformers(cuda, architecture, method, placement):
         if not use_dora or method in ONE_OF_EACH
     ],
 )
-def test_under_peft(cuda, method, use_dora, placement, tmp_path):
+def test_under_peft(lives_under_peft, method, use_dora, placement, tmp_path):
     """PEFT's model lives on the device, and our methods start it."""
-    case = Case()
-    options = {"name": method, **SETTINGS.get(method, {})}
-
-    def life(model_on, device, folder):
-        config = peft.LoraConfig(r=4, target_modules=list(case.shapes), use_dora=use_dora)
-        fresh = functools.partial(peft.get_peft_model, peft_config=config)
-        model = fresh(case.build().to(model_on))
-        report = initialize_peft_model(
-            model, options, calibration=case.calibration(), device=device
-        )
-        assert_on(model, model_on)
-        x = case.inputs(8).to(model_on)
-        seen = {"step 0": model(x)}
-        seen["step 0"].pow(2).sum().backward()
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True).step()
-        seen["trained"] = model(x)
-        with model.disable_adapter():
-            seen["disabled"] = model(x)
-        model.save_pretrained(folder)
-        loaded = fresh(case.build().to(model_on))
-        load_peft_checkpoint(loaded, folder)
-        assert_on(loaded, model_on)
-        seen["loaded"] = loaded(x)
-        restore_peft_model(model)
-        assert_on(model, model_on)
-        seen["restored"] = model.base_model.model.square.base_layer.weight
-        return on_cpu(seen), figures(report)
-
-    seen, report = life(*PLACEMENTS[placement], tmp_path / "cuda")
-    expected, expected_report = life(CPU, None, tmp_path / "cpu")
+    expected, expected_report = lives_under_peft(method, use_dora)
+    with simulated_cuda():
+        seen, report = life_under_peft(method, use_dora, *PLACEMENTS[placement], tmp_path)
     assert_same(seen, expected)
     assert report == expected_report
 
