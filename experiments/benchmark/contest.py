@@ -66,8 +66,11 @@ def contest(
     report({"strategies": len(cases)})
     report(arena.plain_passes())
     cases = [case for case in cases if list(case) not in begun]
-    requests = [arena.request(rank, method) for rank, method in cases]
-    arena.allowance.start(Clock.until(ends), len(cases), arena.needs(requests))
+    expected = arena.needs([arena.request(rank, method) for rank, method in cases])
+    if settings.models[name].optional:  # a share that is too short then costs few strategies
+        order = sorted(range(len(cases)), key=expected.__getitem__)
+        cases, expected = [cases[i] for i in order], [expected[i] for i in order]
+    arena.allowance.start(Clock.until(ends), len(cases), expected)
     for rank, method in cases:
         case = {"rank": rank, "method": method}
         report(case)

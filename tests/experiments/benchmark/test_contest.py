@@ -108,10 +108,12 @@ def test_when_the_seconds_are_over_everyone_has_one_turn(arena, monkeypatch):
 
 
 def test_an_optional_models_strategies_are_left_out_when_its_share_is_used_up(settings):
+    """Those that come last: the dear ones."""
     settings.models["layer"].optional = True
-    settings.initialization.methods = ["kaiming", "pissa"]
+    settings.initialization.methods = ["pissa", "kaiming"]
     told = []
     contest.contest(settings, told.append, "layer", vars(RATES), [], ends=0.0)
+    assert [t["method"] for t in told if t.keys() == {"rank", "method"}] == ["kaiming", "pissa"]
     for method in ("kaiming", "pissa"):
         case = Case.of([t for t in told if t.get("method") == method], 2, method)
         (row,) = comparison.rows_of("layer", case, settings, RATES, None)
