@@ -35,7 +35,7 @@ CAUSAL = [
     "data.train_limit=8", "data.validation_limit=2", "data.test_limit=2", "training.max_length=48",
     "training.generate_limit=1", "training.max_new_tokens=2",
 ]  # fmt: skip
-PROTOCOL = ["methods=[kaiming]", "seeds=[0]", "grid=1", "max_extensions=0", "equal_update=false"]
+PROTOCOL = ["methods=[kaiming]", "seeds=[0]", "grid=1", "max_extensions=0"]
 # A recipe with a Llama of two layers in the place of the large one.
 RECIPE = ["lora.r=4", "training.max_length=48", "training.max_new_tokens=2"]
 MODULE = "python -m experiments."
