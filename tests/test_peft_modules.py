@@ -16,6 +16,7 @@ from models import (
     VOCABULARY,
     ConvBlock,
     assert_gap,
+    built_once,
     gpt2,
     image_batches,
     llama,
@@ -41,6 +42,7 @@ pytestmark = [
 ]
 
 
+@built_once
 def bert(kind=None):
     """Rows of 64 and 128, so that bitsandbytes' blocks end with them."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ import torch
 from models import (
     VOCABULARY,
     assert_unchanged,
+    built_once,
     logits,
     packed,
     snapshot,
@@ -29,6 +30,7 @@ from lora_init import LoraConfig, LoraModel, get_peft_model
 OWN, PEFTS = "lora_init_adapter.safetensors", "adapter_model.safetensors"
 
 
+@built_once
 def llama(kind=None, seed=0):
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -28,12 +28,18 @@ register_schemas()
 GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
 
 
+loaded = 0
+"""Modules that were there when garbage was last collected for good."""
+
+
 @pytest.fixture(autouse=True)
 def loaded_stays():
     """Every run collects garbage, and a tenth of a second of that goes through modules that the
     first ones have loaded: those are put where collections pass them by."""
+    global loaded
     yield
-    if len(gc.get_objects()) > 50_000:
+    if len(sys.modules) > loaded + 20:
+        loaded = len(sys.modules)
         gc.collect()
         gc.freeze()
 

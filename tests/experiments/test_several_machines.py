@@ -84,7 +84,11 @@ def test_a_sweep_by_addresses(machines, tiny, tmp_path):
     }
     environment.pop("OMP_NUM_THREADS", None)
     ray = [str(Path(sys.executable).with_name("ray"))]
-    resources = ["--num-cpus=1", "--num-gpus=1", "--object-store-memory=100000000"]
+    resources = [
+        "--num-cpus=1", "--num-gpus=1", "--object-store-memory=100000000",
+        # Neither an autoscaler nor what carries logs to the driver: processes of Python each.
+        "--no-monitor", "--include-log-monitor=false",
+    ]  # fmt: skip
     head = f"{FIRST}:6379"
     settings = {"env": environment, "cwd": tmp_path, "timeout": 240}
     # Sockets have short names: a test's own folder can be too deep for them.

@@ -17,20 +17,30 @@ from lora_init import list_initializers
 ROOT = Path(__file__).resolve().parents[2]
 
 
-LISTED = "import lora_init; print(*(m.name for m in lora_init.list_initializers()))"
+IN_TURN = """
+import json, sys
+from hydra.core.global_hydra import GlobalHydra
+from experiments import train
+from lora_init import list_initializers
+
+print(*(method.name for method in list_initializers()))
+for arguments in json.load(sys.stdin):
+    GlobalHydra.instance().clear()
+    sys.argv[1:] = arguments
+    train.main()
+    print("done", file=sys.stderr)
+"""
 
 
-def command_line(*arguments: str, path: Path, first: str = "", **more):
-    """`python -m experiments.train` in a process of its own, after the line `first`."""
+def command_lines(*lines: list[str], path: Path, **more):
+    """Command lines of experiments.train, one after another in one new process."""
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(path)]),
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
     }  # fmt: skip
-    code = f"{first}\nfrom experiments import train\ntrain.main()"
-    start = ["-c", code] if first else ["-m", "experiments.train"]
     return subprocess.run(
-        [sys.executable, *start, *arguments], capture_output=True, text=True, timeout=240,
-        env=environment, **more,
+        [sys.executable, "-c", IN_TURN], input=json.dumps(lines), capture_output=True, text=True,
+        timeout=240, env=environment, **more,
     )  # fmt: skip
 
 
@@ -135,25 +145,22 @@ def sample_package(tmp_path) -> Path:
 def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_package):
     # All that the pattern finds but our own, of which one is enough here.
     ours = ",".join(sorted({method.name for method in list_initializers()} - {"kaiming"}))
-    done = command_line(
-        "-m", *tiny, f"init=glob(*,exclude=[{ours}])", "hydra.searchpath=[pkg://sample_pkg.conf]",
-        path=sample_package, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    found = ["hydra.searchpath=[pkg://sample_pkg.conf]"]
+    sweep = ["-m", *tiny, f"init=glob(*,exclude=[{ours}])", *found]
+    mistake = [*tiny, "init=sample", "init.siez=1", *found]
+    done = command_lines(sweep, mistake, path=sample_package, cwd=tmp_path)
+    of_the_sweep, ended, of_the_mistake = done.stderr.partition("done\n")
+    assert ended, done.stderr
+    assert of_the_sweep == ""
+    assert "sample" in done.stdout.splitlines()[0].split()
     runs = manifest(tmp_path / "outputs")["runs"]
     swept = {Path(run["folder"]).name.split("-")[0]: run for run in runs}
     assert set(swept) == {"kaiming", "sample"}
     result = json.loads((Path(swept["sample"]["folder"]) / "result.json").read_text())
     assert result["init"] == {"name": "sample", "size": 0.5}
 
-    refused = command_line(
-        *tiny, "init=sample", "init.siez=1", "hydra.searchpath=[pkg://sample_pkg.conf]",
-        path=sample_package, cwd=tmp_path, first=LISTED,
-    )  # fmt: skip
-    assert refused.returncode == 1
-    assert "sample" in refused.stdout.split()
-    assert "siez" in refused.stderr
+    assert done.returncode == 1
+    assert "siez" in of_the_mistake
 
 
 @pytest.mark.parametrize(
