@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from lora_init.cache import Cache
 from lora_init.cached_factors import CachedFactors, Input, truncated
 from lora_init.calibration import LayerStatistics
 from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
+from lora_init.finiteness import is_finite, refuse_non_finite, refused_beside
 from lora_init.modules import widened
 from lora_init.packed import quantizer_of
 from lora_init.plan import Plan, Target
@@ -81,20 +81,25 @@ def initialize(
     Raises:
         ValueError: a weight or a factor is not finite, or a factor has the wrong shape; by name.
     """
-    worker = _Worker(weights, plan, statistics, seed, device, cache)
-    devices = {target.name: device or worker.home(target) for target in plan.targets}
+    homes = {
+        target.name: factor_device(weights.model.get_submodule(target.name))
+        for target in plan.targets
+    }
+    worker = _Worker(weights, plan, statistics, seed, homes, cache)
+    devices = {name: device or home for name, home in homes.items()}
     planned = schedule.jobs(plan, devices)
     with tracking(len(plan.targets), f"initializing ({plan.initializer.name})") as advance:
 
         def run(own: Sequence[Job]) -> list[InitializedLayer]:
             done: list[InitializedLayer] = []
-            for layers in schedule.run(worker, own):
-                done += layers
-                advance(len(layers))
+            with refused_beside(worker.unread(own)):
+                for layers in schedule.run(worker, own):
+                    done += layers
+                    advance(len(layers))
             return done
 
         done = sharing.shared(run, planned, plan, weights, seed)
-    found = {layer.target.name: layer.moved(worker.home(layer.target)) for layer in done}
+    found = {layer.target.name: layer.moved(homes[layer.target.name]) for layer in done}
     return [found[target.name] for target in plan.targets]
 
 
@@ -106,11 +111,8 @@ class _Worker:
     plan: Plan
     statistics: Mapping[str, LayerStatistics]
     seed: int
-    device: torch.device | None
+    homes: Mapping[str, torch.device]  # where each target's factors belong
     cache: Cache | None
-
-    def home(self, target: Target) -> torch.device:
-        return factor_device(self.weights.model.get_submodule(target.name))
 
     def __call__(self, job: Job) -> list[InitializedLayer]:
         start = time.perf_counter()
@@ -120,7 +122,7 @@ class _Worker:
             self._settled(target, each, one)
             for target, each, one in zip(job.targets, inputs, factors, strict=True)
         ]
-        for place in {job.device, *(self.home(target) for target in job.targets)}:
+        for place in {job.device, *(self.homes[target.name] for target in job.targets)}:
             if place.type == "cuda":  # else the time is that of handing over the work
                 torch.cuda.synchronize(place)
         seconds = (time.perf_counter() - start) / len(job.targets)
@@ -133,11 +135,9 @@ class _Worker:
         """What the method gets of one layer."""
         module = self.weights.model.get_submodule(target.name)
         statistics = self.statistics.get(target.name)
-        if "weights" in self.plan.initializer.needs or self._requantizes(target):
+        if self._reads(target):
             weight = widened(self.weights.weight(target).to(device)).to(torch.float32)
         else:
-            if not target.quantized and not module.weight.is_meta:
-                _check_weight(target, module.weight.detach())
             weight = torch.empty(target.shape, device="meta")  # its shape is all that is read
         if target.quantized:
             statistics = replace(statistics or LayerStatistics(), quantizer=quantizer_of(module))
@@ -183,12 +183,12 @@ class _Worker:
             # Most often a weight that is not finite: then that is the error to report.
             for target, one in zip(targets, inputs, strict=True):
                 if not one.weight.is_meta:
-                    _check_weight(target, one.weight)
+                    refuse_non_finite(target.name, one.weight)
             raise
         return made
 
     def _settled(self, target: Target, given: Input, factors: Factors) -> Factors:
-        home, dtype = self.home(target), self.plan.adapter_dtype
+        home, dtype = self.homes[target.name], self.plan.adapter_dtype
         if not bool(factors.lora_A.any()) and not bool(factors.lora_B.any()):
             _warn_of_zeros(target, self.plan.initializer)
         factors = replace(
@@ -203,6 +203,24 @@ class _Worker:
                 factors, given.weight.to(home), target, given.statistics.quantizer
             )
         return factors
+
+    def unread(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """The weights, by target, of which the method reads the shape alone: plain ones in memory,
+        which nothing else would look at."""
+        modules = {
+            target.name: self.weights.model.get_submodule(target.name)
+            for job in jobs
+            for target in job.targets
+            if not target.quantized and not self._reads(target)
+        }
+        return {
+            name: module.weight.detach()
+            for name, module in modules.items()
+            if not module.weight.is_meta
+        }
+
+    def _reads(self, target: Target) -> bool:
+        return "weights" in self.plan.initializer.needs or self._requantizes(target)
 
     def _requantizes(self, target: Target) -> bool:
         return self.plan.requantizes and target.quantized
@@ -246,20 +264,6 @@ def _settled_replacement(
     )
 
 
-def _check_weight(target: Target, weight: Tensor) -> None:
-    if not _is_finite(weight):
-        raise ValueError(
-            f"target {target.name!r}: its weight holds NaN or infinite values; the checkpoint is "
-            "damaged, or was read in a dtype that it overflows"
-        )
-
-
-def _is_finite(values: Tensor) -> bool:
-    # One reading at the memory's speed; only a sum beyond the type's range needs the second look.
-    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-    return math.isfinite(float(total)) or bool(torch.isfinite(values).all())
-
-
 def _check_factors(target: Target, spec: Initializer, factors: Factors) -> None:
     rows, columns = target.shape
     for name, factor, shape in (
@@ -271,7 +275,7 @@ def _check_factors(target: Target, spec: Initializer, factors: Factors) -> None:
                 f"{spec.name} returned {name} of shape {tuple(factor.shape)} for target "
                 f"{target.name!r}; expected {shape}"
             )
-        if not _is_finite(factor):
+        if not is_finite(factor):
             raise ValueError(
                 f"{spec.name} returned non-finite values in {name} for target {target.name!r}"
             )

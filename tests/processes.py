@@ -5,6 +5,7 @@ They are forks: torch and transformers take longer to be imported than most of t
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import multiprocessing
 
 def run_ranks(work: Callable[[int, str], None], folder: object, world: int = 2) -> None:
     """``work(rank, folder)`` in `world` processes at a time; raises what one of them raised."""
+    gc.collect()  # a group of this process that a fork collected would wait for threads left here
     multiprocessing.start_processes(work, (str(folder),), nprocs=world, start_method="fork")
 
 
@@ -49,6 +51,7 @@ class Started:
 
 def start(main: Callable[[], None], *arguments: str, cwd: Path, told: Path) -> Started:
     """`main` with a command line, in the folder `cwd`."""
+    gc.collect()  # as above
     process = multiprocessing.get_context("fork").Process(
         target=_as_command, args=(main, arguments, cwd, told)
     )

@@ -27,4 +27,5 @@ from lora_init.registry import register_initializer
 def gaussian(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) normal with standard deviation 1/rank, B (out, rank) zero; float32."""
     rows, columns = weight.shape
-    return Factors(torch.randn(rank, columns, generator=generator) / rank, torch.zeros(rows, rank))
+    lora_A = torch.randn(rank, columns, generator=generator).div_(rank)
+    return Factors(lora_A, torch.zeros(rows, rank))

@@ -35,5 +35,5 @@ def kaiming(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) uniform within ±1/sqrt(in), B (out, rank) zero; float32. Reads no weight."""
     rows, columns = weight.shape
     bound = columns**-0.5
-    lora_A = torch.rand(rank, columns, generator=generator) * (2 * bound) - bound
+    lora_A = torch.rand(rank, columns, generator=generator).mul_(2 * bound).sub_(bound)
     return Factors(lora_A, torch.zeros(rows, rank))

@@ -1,0 +1,56 @@
+"""NaN and infinity, looked for in the weights that go in and in the factors that come out.
+
+A look at a weight is one reading of it, at the memory's speed. A method that draws its factors has
+no other use for the weights: they are looked at beside the drawing, which computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lora_init.concurrency import ALONE
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity."""
+    # One reading at the memory's speed; only a sum beyond the type's range needs the second look.
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return math.isfinite(float(total)) or bool(torch.isfinite(values).all())
+
+
+def refuse_non_finite(name: str, weight: Tensor) -> None:
+    """Raises ValueError where the weight of the target `name` is not finite."""
+    if not is_finite(weight):
+        raise ValueError(
+            f"target {name!r}: its weight holds NaN or infinite values; the checkpoint is "
+            "damaged, or was read in a dtype that it overflows"
+        )
+
+
+@contextmanager
+def refused_beside(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Look at weights, by target, while the body runs.
+
+    Raises:
+        ValueError: after the body, of the first one that is not finite.
+    """
+
+    def look() -> None:
+        for name, weight in weights.items():
+            refuse_non_finite(name, weight)
+
+    if sum(weight.numel() for weight in weights.values()) < ALONE:  # done before a thread is there
+        look()
+        yield
+        return
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        looking = pool.submit(look)
+        yield
+        looking.result()

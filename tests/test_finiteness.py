@@ -1,0 +1,66 @@
+"""Non-finite weights are found wherever they are looked for: at once, or beside other work."""
+
+import threading
+
+import pytest
+import torch
+from models import assert_unchanged, snapshot
+from torch import nn
+
+from lora_init import LoraConfig, finiteness, get_peft_model
+from lora_init.finiteness import is_finite, refused_beside
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_is_enough(dtype, value):
+    numbers = torch.randn(7, 33).to(dtype)
+    assert is_finite(numbers)
+    numbers[6, 32] = value
+    assert not is_finite(numbers)
+
+
+def test_a_sum_beyond_the_range_is_no_infinity():
+    largest = torch.full((64, 64), torch.finfo(torch.float32).max)
+    assert torch.isinf(largest.sum())
+    assert is_finite(largest)
+
+
+@pytest.fixture(params=["at once", "beside"])
+def looks(request, monkeypatch):
+    """Whether there is a thread for it."""
+    if request.param == "beside":
+        monkeypatch.setattr(finiteness, "ALONE", 1)
+    return request.param
+
+
+def test_the_first_bad_weight_is_named_after_the_body(looks):
+    weights = {name: torch.ones(4, 4) for name in "abc"}
+    weights["b"][0, 0] = weights["c"][3, 3] = float("nan")
+    done = []
+    with (
+        pytest.raises(ValueError, match=r"target 'b': its weight holds NaN or infinite values"),
+        refused_beside(weights),
+    ):
+        done.append(threading.active_count())
+    assert len(done) == (1 if looks == "beside" else 0)  # at once: before anything else is done
+
+
+def test_an_error_of_the_body_is_its_own(looks):
+    with pytest.raises(KeyError, match="mine"), refused_beside({"a": torch.ones(2)}):
+        raise KeyError("mine")
+    assert torch.get_num_threads() == 1  # as the tests set it
+
+
+@pytest.mark.parametrize("method", ["kaiming", "gaussian", "orthogonal"])
+def test_a_method_that_reads_no_weight_refuses_a_bad_one(method, looks):
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6))
+    with torch.no_grad():
+        model[1].weight[3, 4] = float("inf")
+    before = snapshot(model)
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=method)
+    with pytest.raises(ValueError, match=r"target '1': its weight holds NaN or infinite values"):
+        get_peft_model(model, config)
+    assert_unchanged(model, before)
+    model[1].weight.data[3, 4] = 0.0
+    assert set(get_peft_model(model, config).layers) == {"0", "1"}
