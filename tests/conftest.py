@@ -56,6 +56,9 @@ def pytest_collection_finish(session):
         sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
 
 
+# Collections of garbage at Python's own thresholds are a fifteenth of the tests' time: most objects
+# that they look through are loaded modules, and models are freed without them.
+gc.set_threshold(20_000, 20, 20)
 torch.set_num_threads(1)  # the matrices are small, and xdist already uses the cores
 
 settings.register_profile("lora_init", deadline=None, derandomize=True, max_examples=30)
