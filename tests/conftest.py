@@ -17,6 +17,7 @@ import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
+from simulated_device import simulated_cuda
 
 
 def pytest_addoption(parser):
@@ -71,3 +72,10 @@ def seeded():
         torch.manual_seed(0)
     else:  # the same without a stack trace for each kind of device, which take a millisecond
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def cuda():
+    """One CUDA device, simulated."""
+    with simulated_cuda():
+        yield

@@ -33,7 +33,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CPU, CUDA = "cpu", "cuda"
+PLACES = CPU, CUDA = "cpu", "cuda"
 UNSETTLED = "unsettled"  # made by torch itself: goes where it is needed
 DEVICES = {CPU: torch.device("cpu"), CUDA: torch.device("cuda", 0)}
 

@@ -24,7 +24,7 @@ from models import (
     t5_batches,
     token_batches,
 )
-from simulated_device import CPU, CUDA, place, simulated_cuda
+from simulated_device import CPU, CUDA, PLACES, place, simulated_cuda
 from torch import nn
 
 from lora_init import (
@@ -48,7 +48,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
 ]
 
-PLACES = (CPU, CUDA)
 PLACEMENTS = {"model": (CUDA, None), "decompositions": (CPU, CUDA)}
 SETTINGS = {"eva": {"rho": 1.5}, "loftq": {"loftq_iter": 2}, "qpissa": {"iterations": 2}}
 ONE_OF_EACH = ("kaiming", "pissa", "loftq", "eva")
@@ -67,12 +66,6 @@ COMBINATIONS += [
 ]
 METHODS = [spec.name for spec in list_initializers()]
 every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
-
-
-@pytest.fixture
-def cuda():
-    with simulated_cuda():
-        yield
 
 
 @pytest.fixture(autouse=True)
