@@ -14,13 +14,14 @@ PYTEST ?=
 # Torch's threads spin while they wait; beside any other busy process that costs ten times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help compare benchmark papers test test-papers lint clean
+.PHONY: help compare benchmark papers test test-all test-papers lint clean
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
 	@echo "make benchmark lora_init beside PEFT and torch.linalg: initializers, calibration, memory"
 	@echo "make papers    published claims measured again, then docs/papers"
 	@echo "make test      the tests"
+	@echo "make test-all  the same, with every member of their products"
 	@echo "make test-papers  the page of docs/papers, measured again and held against it"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
@@ -37,6 +38,10 @@ papers: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST)
+
+# Every member of every product of methods, modules and settings (tests/products.py).
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not fast_form" $(PYTEST)
 
 # Each reproduction in its fast form, as `make papers` runs it: half an hour on two cores.
 test-papers: $(STAMP)

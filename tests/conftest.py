@@ -1,9 +1,11 @@
 """Shared set-up: one thread a worker, no network, repeatable draws."""
 
+import contextlib
 import gc
 import logging
 import os
 import sys
+from unittest import mock
 
 # Set before huggingface_hub is imported: a missing file is then an error, not a download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,6 +63,11 @@ def pytest_collection_finish(session):
 # that they look through are loaded modules, and models are freed without them.
 gc.set_threshold(20_000, 20, 20)
 torch.set_num_threads(1)  # the matrices are small, and xdist already uses the cores
+
+# bitsandbytes compiles some of its CPU kernels anew for each shape, seconds each with a cold cache,
+# and runs the same functions as they are where that fails.
+with contextlib.suppress(ImportError), mock.patch.object(torch, "compile", None):
+    import bitsandbytes  # noqa: F401
 
 settings.register_profile("lora_init", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("lora_init")

@@ -10,11 +10,11 @@ import torch
 WHO = ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo"]
 
 
-def random_llama(folder: Path, width: int) -> Path:
+def random_llama(folder: Path, width: int, characters: str = "0123456789+-= ") -> Path:
     """A folder with a random two-layer Llama and a tokenizer of single characters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = word_tokenizer(list("0123456789+-= "), characters=True)
+    tokenizer = word_tokenizer(list(characters), characters=True)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,

@@ -19,6 +19,7 @@ from models import (
     token_batches,
     train,
 )
+from products import thinned
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -107,8 +108,6 @@ ARCHITECTURES = {
     "mixtral": (mixtral, token_batches, None, 4),
     "convolutions": (ConvBlock, image_batches, CONVOLUTIONS, 4),
 }
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-every_method = pytest.mark.parametrize("spec", METHODS, ids=[spec.name for spec in METHODS])
 
 
 def output(model, batch):
@@ -116,7 +115,7 @@ def output(model, batch):
     return result if isinstance(result, torch.Tensor) else result.logits
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module")
 def case(request):
     """A model, its batches, the targets it is asked for, how many there are, and its output."""
     make, batches, targets, count = ARCHITECTURES[request.param]
@@ -138,7 +137,20 @@ def ratio(model):
     )
 
 
-@every_method
+@pytest.mark.parametrize(
+    ("case", "spec"),
+    thinned(
+        [
+            pytest.param(architecture, spec, id=f"{architecture}-{spec.name}")
+            for architecture in ARCHITECTURES
+            for spec in METHODS
+        ],
+        lambda architecture, spec: spec.name,
+        lambda architecture, spec: (architecture, spec.base),
+        lambda architecture, spec: (architecture, spec.calibration),
+    ),
+    indirect=["case"],
+)
 def test_every_method_serves_the_architecture(case, spec, tmp_path):
     original, batches, targets, count, expected = case
     base = copy.deepcopy(original)

@@ -31,6 +31,7 @@ from models import (
     train,
     without_bias,
 )
+from products import every_pair
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -84,12 +85,12 @@ every_combination = pytest.mark.parametrize(
 # in is s B A, whatever s is.
 every_way_out = pytest.mark.parametrize(
     ("method", "case", "variant"),
-    [c for c in COMBINATIONS if c.values[2] not in ("s=1/16", "s=1")],
+    every_pair([c for c in COMBINATIONS if c.values[2] not in ("s=1/16", "s=1")], 3),
     scope="module",
 )
 every_base = pytest.mark.parametrize(
     ("method", "case", "variant"),
-    [c for c in COMBINATIONS if c.values[2] in ("s=2", "dora")],
+    every_pair([c for c in COMBINATIONS if c.values[2] in ("s=2", "dora")], 3),
     scope="module",
 )
 

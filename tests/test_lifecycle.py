@@ -17,6 +17,7 @@ from models import (
     snapshot,
     train,
 )
+from products import every_pair
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, list_initializers, reinitialize
@@ -73,13 +74,19 @@ def fail_at(monkeypatch, module, name, call):
 # -- starting again --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
 @pytest.mark.parametrize(
-    ("first", "second", "case"),
-    [(first, second, case) for first, case in SERVED for second in METHODS
-     if (second, case) in SERVED],
-    ids=str,
-)  # fmt: skip
+    ("first", "second", "case", "use_dora"),
+    every_pair(
+        [
+            pytest.param(first, second, case, dora, id=f"{first}-{second}-{case}{'-dora' * dora}")
+            for first, case in SERVED
+            for second in METHODS
+            for dora in (False, True)
+            if (second, case) in SERVED
+        ],
+        4,
+    ),
+)
 def test_reinitialize_equals_a_fresh_start(case, first, second, use_dora):
     base = case.build()
     model = adapt(first, case, copy.deepcopy(base), use_dora=use_dora)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import re
 import weakref
 
@@ -27,6 +28,7 @@ from models import (
     token_batches,
     train,
 )
+from products import every_pair
 from safetensors.torch import save_file
 from torch import nn
 
@@ -157,9 +159,10 @@ def test_an_evaluation_repacks(packing):
     assert base.tall.weight.quant_state.packing_format_for_cpu
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
-@pytest.mark.parametrize("method", ["kaiming", *SUBTRACTING])
-@every_packing
+@pytest.mark.parametrize(
+    ("packing", "method", "use_dora"),
+    every_pair(list(itertools.product(PACKINGS, ["kaiming", *SUBTRACTING], [False, True])), 3),
+)
 @pytest.mark.filterwarnings("ignore:merged into")
 def test_initialize_merge_and_dora_after_an_evaluation(packing, method, use_dora):
     base = evaluated(packed_chain(packing))

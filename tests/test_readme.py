@@ -32,7 +32,7 @@ SMALL = [
 ]  # fmt: skip
 SENTENCES = ["data.train_limit=40", "data.validation_limit=8", "data.test_limit=16"]
 CAUSAL = [
-    "data.train_limit=8", "data.validation_limit=2", "data.test_limit=2", "training.max_length=48",
+    "data.train_limit=4", "data.validation_limit=2", "data.test_limit=2", "training.max_length=32",
     "training.generate_limit=1", "training.max_new_tokens=2",
 ]  # fmt: skip
 PROTOCOL = ["methods=[kaiming]", "seeds=[0]", "grid=1", "max_extensions=0"]

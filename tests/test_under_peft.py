@@ -29,6 +29,7 @@ from models import (
     token_batches,
     train,
 )
+from products import thinned
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -141,13 +142,16 @@ def served(method, kind):
 
 
 CELLS = [(method, kind) for method in SPECS for kind in KINDS if served(method, kind)]
-every_cell = pytest.mark.parametrize(("method", "kind"), CELLS)
+FEATURES = (
+    lambda method, kind: method,
+    lambda method, kind: (SPECS[method].base, SPECS[method].calibration, kind),
+)
 
 
 # -- step 0, and back ------------------------------------------------------------------------------
 
 
-@every_cell
+@pytest.mark.parametrize(("method", "kind"), thinned(CELLS, *FEATURES))
 def test_the_start_is_ours_and_goes_back(method, kind):
     spec, uniform = SPECS[method], {"rho": 1.0} if method == "eva" else {}
     base, targets, x, batches, originals = network(kind)
@@ -410,7 +414,7 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "kind"), FILES)
+@pytest.mark.parametrize(("method", "kind"), thinned(FILES, *FEATURES))
 def test_saved_files(method, kind, tmp_path):
     spec = SPECS[method]
     base, targets, x, batches, originals = network(kind)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,17 +19,17 @@ from experiments.papers.paper import PaperSettings  # noqa: E402
 from experiments.papers.running import register_schema, resolve  # noqa: E402
 
 
-def settings_of(name: str, form: str, *overrides: str) -> PaperSettings:
-    """The settings that a command line would give the reproduction `name`."""
+def settings_of(name: str, form: str, *overrides: str, **replaced: Any) -> PaperSettings:
+    """The settings that a command line would give the reproduction `name`, some then replaced."""
     register_schema(load_paper(name))
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf" / "papers" / name), version_base="1.3"):
-        return resolve(compose(form, overrides=list(overrides)))
+        return replace(resolve(compose(form, overrides=list(overrides))), **replaced)
 
 
 @cache
-def smoke_findings(name: str, *overrides: str) -> Findings:
-    return load_paper(name).reproduce(settings_of(name, "smoke", "device=cpu", *overrides))
+def smoke_findings(name: str, **replaced: Any) -> Findings:
+    return load_paper(name).reproduce(settings_of(name, "smoke", "device=cpu", **replaced))
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +40,5 @@ def composed_paper():
 
 @pytest.fixture(scope="session")
 def smoke():
-    """`smoke("fast_svd")` are the findings of its smoke form."""
+    """`smoke("fast_svd")` are the findings of its smoke form; settings may be replaced."""
     return smoke_findings

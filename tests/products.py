@@ -1,0 +1,41 @@
+"""Products of parameters: the part that `make test` runs, and the rest, marked `exhaustive`.
+
+Each suite over methods, modules and settings is a product of hundreds. A mistake shows in one value
+or in two that meet, seldom in three: `make test` runs a few members in which all of these occur, and
+`make test-all` every one.
+"""
+
+from collections.abc import Callable, Hashable
+from itertools import combinations
+
+import pytest
+
+
+def thinned(parameters: list, *features: Callable[..., Hashable]) -> list:
+    """`parameters` with those marked `exhaustive` that show nothing new.
+
+    Args:
+        parameters: `pytest.param`s with an id, or tuples of values.
+        features: each takes the values of one parameter and names what it shows, a value or several
+            that meet. Every name that occurs is shown by a member without the mark.
+    """
+    members = [p if hasattr(p, "values") else pytest.param(*p) for p in parameters]
+    shows = [{(n, feature(*p.values)) for n, feature in enumerate(features)} for p in members]
+    kept, missing = set(), set().union(*shows)
+    while missing:
+        best = max(range(len(members)), key=lambda n: len(shows[n] & missing))
+        kept.add(best)
+        missing -= shows[best]
+    rest = pytest.mark.exhaustive
+    return [
+        p if n in kept else pytest.param(*p.values, id=p.id, marks=(*p.marks, rest))
+        for n, p in enumerate(members)
+    ]
+
+
+def every_pair(parameters: list, count: int) -> list:
+    """The same, with every two of the `count` values that meet somewhere."""
+    return thinned(
+        parameters,
+        *(lambda *v, i=i, j=j: (str(v[i]), str(v[j])) for i, j in combinations(range(count), 2)),
+    )
