@@ -33,7 +33,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "wrong_types: passes what the annotations forbid")
     if config.getoption("--check-shapes"):
-        jaxtyping.install_import_hook("lora_init", "models.checked")
+        jaxtyping.install_import_hook("lora_init", "annotations.checked")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,7 +1,7 @@
 """Products of parameters: the part that `make test` runs, and the rest, marked `exhaustive`.
 
-Each suite over methods, modules and settings is a product of hundreds. A mistake shows in one value
-or in two that meet, seldom in three: `make test` runs a few members in which all of these occur, and
+A suite over methods, modules and settings is a product of hundreds. A mistake shows in one value or
+in two that meet, seldom in three: `make test` runs members in which all of these occur, and
 `make test-all` every one.
 """
 

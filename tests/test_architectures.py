@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from measures import assert_gap, train
 from models import (
     VOCABULARY,
     Batches,
     ConvBlock,
-    assert_gap,
     bert,
     gpt2,
     image_batches,
@@ -17,7 +17,6 @@ from models import (
     t5,
     t5_batches,
     token_batches,
-    train,
 )
 from products import thinned
 from transformers import (

@@ -3,7 +3,7 @@
 import accelerate
 import pytest
 import torch
-from models import assert_unchanged, snapshot
+from measures import assert_unchanged, snapshot
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

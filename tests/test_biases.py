@@ -4,19 +4,9 @@ import copy
 
 import pytest
 import torch
-from models import (
-    EPSILON,
-    Case,
-    assert_gap,
-    assert_unchanged,
-    bert,
-    chain_inputs,
-    logits,
-    relative_gap,
-    snapshot,
-    token_batches,
-    train,
-)
+from measures import EPSILON, assert_gap, assert_unchanged, logits, relative_gap, snapshot, train
+from models import bert, token_batches
+from networks import Case, chain_inputs
 from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model

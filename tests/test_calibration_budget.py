@@ -5,7 +5,8 @@ import weakref
 
 import pytest
 import torch
-from models import assert_unchanged, llama, relative_gap, snapshot, token_batches
+from measures import assert_unchanged, relative_gap, snapshot
+from models import llama, token_batches
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, statistics

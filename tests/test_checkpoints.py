@@ -4,19 +4,9 @@ import copy
 
 import pytest
 import torch
-from models import (
-    Chain,
-    assert_gap,
-    assert_unchanged,
-    bert,
-    chain_calibration,
-    chain_inputs,
-    llama,
-    logits,
-    snapshot,
-    token_batches,
-    train,
-)
+from measures import assert_gap, assert_unchanged, logits, snapshot, train
+from models import bert, llama, token_batches
+from networks import Chain, chain_calibration, chain_inputs
 from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers, reinitialize

@@ -1,7 +1,7 @@
 """One suite over every registered initializer: what all of them promise.
 
 A method that is registered is tested here without an edit. Tolerances are those of the project's
-table of invariants; `EPSILON` and `norm_ratio` in `models` spell them out.
+table of invariants; `EPSILON` and `norm_ratio` in `measures` spell them out.
 """
 
 import copy
@@ -12,25 +12,20 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from models import (
+from measures import (
     EPSILON,
-    SHAPES,
-    Batches,
-    Case,
-    Chain,
     assert_gap,
     assert_unchanged,
-    chain_calibration,
-    chain_inputs,
-    kept_plain,
     largest_ratio,
     norm_ratio,
     relative_gap,
     snapshot,
-    spread_weight,
     train,
     without_bias,
 )
+from models import Batches, spread_weight
+from networks import SHAPES, Case, Chain, chain_calibration, chain_inputs
+from packing import kept_plain
 from products import every_pair
 from torch import nn
 from transformers.pytorch_utils import Conv1D

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import EPSILON, assert_gap, spread_weight, train
+from measures import EPSILON, assert_gap, train
+from models import spread_weight
 from torch import nn
 from torch.nn import functional
 

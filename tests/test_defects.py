@@ -14,25 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import (
-    VOCABULARY,
-    Batches,
-    Chain,
+from measures import (
     assert_gap,
     assert_unchanged,
-    bert,
-    chain_inputs,
-    gpt2,
     largest_ratio,
-    llama,
     logits,
     relative_gap,
     snapshot,
-    t5,
-    t5_batches,
-    token_batches,
     train,
 )
+from models import VOCABULARY, Batches, bert, gpt2, llama, t5, t5_batches, token_batches
+from networks import Chain, chain_inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

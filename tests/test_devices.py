@@ -11,19 +11,18 @@ import peft
 import pytest
 import torch
 from models import (
-    PACKED_KINDS,
     VOCABULARY,
     Batches,
-    Case,
     bert,
     gpt2,
     llama,
-    on_device,
     spread_weight,
     t5,
     t5_batches,
     token_batches,
 )
+from networks import PACKED_KINDS, Case
+from packing import on_device
 from products import thinned
 from simulated_device import CPU, CUDA, PLACES, place, simulated_cuda
 from torch import nn

@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import pytest
 import torch
-from models import llama, relative_gap, token_batches
+from measures import relative_gap
+from models import llama, token_batches
 from processes import run_ranks
 from torch import distributed, nn
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import EPSILON, PACKED_KINDS, Case, assert_gap, spread_weight, train
+from measures import EPSILON, assert_gap, train
+from models import spread_weight
+from networks import PACKED_KINDS, Case
 from torch import nn
 from torch.nn import functional
 

@@ -4,16 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import (
-    EPSILON,
-    VOCABULARY,
-    assert_gap,
-    gpt2,
-    logits,
-    spread_weight,
-    token_batches,
-    train,
-)
+from measures import EPSILON, assert_gap, logits, train
+from models import VOCABULARY, gpt2, spread_weight, token_batches
 from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding

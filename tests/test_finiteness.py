@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import assert_unchanged, snapshot
+from measures import assert_unchanged, snapshot
 from torch import nn
 
 from lora_init import LoraConfig, finiteness, get_peft_model

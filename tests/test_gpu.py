@@ -5,19 +5,18 @@ import warnings
 
 import pytest
 import torch
-from models import (
+from measures import (
     EPSILON,
-    Batches,
-    Case,
     assert_gap,
-    kept_plain,
     largest_ratio,
     norm_ratio,
-    on_device,
     relative_gap,
     train,
     without_bias,
 )
+from models import Batches
+from networks import Case
+from packing import kept_plain, on_device
 from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers, reinitialize

@@ -5,19 +5,10 @@ import itertools
 
 import pytest
 import torch
-from models import (
-    PACKED_SHAPES,
-    Chain,
-    Pictures,
-    bert,
-    chain_inputs,
-    gpt2,
-    kept_plain,
-    llama,
-    relative_gap,
-    t5,
-    token_batches,
-)
+from measures import relative_gap
+from models import bert, gpt2, llama, t5, token_batches
+from networks import PACKED_SHAPES, Chain, Pictures, chain_inputs
+from packing import kept_plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D

@@ -16,7 +16,9 @@ import accelerate.hooks
 import bitsandbytes
 import pytest
 import torch
-from models import Case, bert, gpt2, llama, logits, token_batches
+from measures import logits
+from models import bert, gpt2, llama, token_batches
+from networks import Case
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

@@ -4,19 +4,17 @@ import copy
 
 import pytest
 import torch
-from models import (
+from measures import (
     EPSILON,
-    Case,
-    Chain,
     assert_gap,
     assert_unchanged,
-    chain_inputs,
-    kept_plain,
     largest_ratio,
     relative_gap,
     snapshot,
     train,
 )
+from networks import Case, Chain, chain_inputs
+from packing import kept_plain
 from products import every_pair
 from torch import nn
 

@@ -13,20 +13,8 @@ import warnings
 import peft
 import pytest
 import torch
-from models import (
-    assert_gap,
-    assert_unchanged,
-    bert,
-    gpt2,
-    largest_ratio,
-    llama,
-    logits,
-    snapshot,
-    t5,
-    t5_batches,
-    token_batches,
-    train,
-)
+from measures import assert_gap, assert_unchanged, largest_ratio, logits, snapshot, train
+from models import bert, gpt2, llama, t5, t5_batches, token_batches
 from safetensors.torch import load_file, save_file
 from torch import nn
 

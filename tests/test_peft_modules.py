@@ -12,20 +12,18 @@ from dataclasses import dataclass, field
 import peft
 import pytest
 import torch
+from measures import assert_gap, relative_gap, train
 from models import (
     VOCABULARY,
     ConvBlock,
-    assert_gap,
     built_once,
     gpt2,
     image_batches,
     llama,
-    packed,
-    relative_gap,
     spread,
     token_batches,
-    train,
 )
+from packing import packed
 from products import every_pair
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import Case
+from networks import Case
 
 from lora_init import LoraConfig, calibrate, concurrency, get_peft_model, list_initializers
 

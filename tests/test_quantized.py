@@ -9,25 +9,19 @@ import weakref
 import pytest
 import torch
 from bitsandbytes import functional as bitsandbytes
-from models import (
+from measures import (
     EPSILON,
-    PACKED_SHAPES,
-    Batches,
-    Chain,
     assert_gap,
     assert_unchanged,
-    chain_inputs,
-    kept_plain,
     largest_ratio,
-    linear,
-    llama,
     logits,
     relative_gap,
     snapshot,
-    spread_weight,
-    token_batches,
     train,
 )
+from models import Batches, llama, spread_weight, token_batches
+from networks import PACKED_SHAPES, Chain, chain_inputs, linear
+from packing import kept_plain
 from products import every_pair
 from safetensors.torch import save_file
 from torch import nn

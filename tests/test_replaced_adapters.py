@@ -9,17 +9,9 @@ import json
 import peft
 import pytest
 import torch
-from models import (
-    VOCABULARY,
-    assert_unchanged,
-    built_once,
-    logits,
-    packed,
-    snapshot,
-    spread,
-    token_batches,
-    train,
-)
+from measures import assert_unchanged, logits, snapshot, train
+from models import VOCABULARY, built_once, spread, token_batches
+from packing import packed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn

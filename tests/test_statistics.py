@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import assert_unchanged, relative_gap, snapshot, token_batches
+from measures import assert_unchanged, relative_gap, snapshot
 from models import llama as small_llama
+from models import token_batches
 from torch import nn
 from transformers import (
     BertConfig,

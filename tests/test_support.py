@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Batches, assert_gap
+from measures import assert_gap
+from models import Batches
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -13,22 +13,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from models import (
-    EPSILON,
-    Batches,
-    Case,
-    assert_gap,
-    assert_unchanged,
-    bert,
-    kept_plain,
-    llama,
-    logits,
-    relative_gap,
-    snapshot,
-    spread_weight,
-    token_batches,
-    train,
-)
+from measures import EPSILON, assert_gap, assert_unchanged, logits, relative_gap, snapshot, train
+from models import Batches, bert, llama, spread_weight, token_batches
+from networks import Case
+from packing import kept_plain
 from products import thinned
 from safetensors import safe_open
 from safetensors.torch import load_file

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from models import Chain, chain_inputs, llama, relative_gap, spread_weight, token_batches
+from measures import relative_gap
+from models import llama, spread_weight, token_batches
+from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.corda import CordaOptions, corda

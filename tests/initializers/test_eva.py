@@ -6,16 +6,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import (
-    Chain,
-    bert,
-    chain_inputs,
-    llama,
-    relative_gap,
-    t5,
-    t5_batches,
-    token_batches,
-)
+from measures import relative_gap
+from models import bert, llama, t5, t5_batches, token_batches
+from networks import Chain, chain_inputs
 from torch import nn
 
 from lora_init import LoraConfig, calibrate, concurrency, get_peft_model

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import EPSILON, Chain, assert_gap, chain_inputs, relative_gap
+from measures import EPSILON, assert_gap, relative_gap
+from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.init_ab import InitAbOptions, InitAbSubtractedOptions, init_ab

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from models import Chain, chain_inputs, relative_gap, spread_weight
+from measures import relative_gap
+from models import spread_weight
+from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.loftq import LoftqOptions, loftq

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from models import Chain, chain_inputs, linear, relative_gap, spread_weight
+from measures import relative_gap
+from models import spread_weight
+from networks import Chain, chain_inputs, linear
 from torch import nn
 
 from lora_init import LoraConfig, WithLoss, get_peft_model

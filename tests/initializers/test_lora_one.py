@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import Chain, chain_inputs, relative_gap
+from measures import relative_gap
+from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, WithLoss, get_peft_model
 from lora_init.initializers.lora_one import LoraOneOptions, lora_one

@@ -7,7 +7,9 @@ import numpy
 import pytest
 import scipy.fft
 import torch
-from models import EPSILON, Chain, assert_gap, chain_inputs, relative_gap, spread_weight
+from measures import EPSILON, assert_gap, relative_gap
+from models import spread_weight
+from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.loram import loram

@@ -5,7 +5,9 @@ import copy
 import peft
 import pytest
 import torch
-from models import Chain, chain_inputs, relative_gap, spread_weight
+from measures import relative_gap
+from models import spread_weight
+from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 from lora_init.initializers.mica import mica

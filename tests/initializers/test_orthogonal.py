@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from models import Chain, assert_unchanged, snapshot
+from measures import assert_unchanged, snapshot
+from networks import Chain
 from scipy import stats
 
 from lora_init import LoraConfig, get_peft_model

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Batches, Chain, chain_inputs, relative_gap, spread_weight
+from measures import relative_gap
+from models import Batches, spread_weight
+from networks import Chain, chain_inputs
 from safetensors import safe_open
 
 from lora_init import LoraConfig, get_peft_model

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import Chain, chain_inputs, relative_gap, spread_weight
+from measures import relative_gap
+from models import spread_weight
+from networks import Chain, chain_inputs
 from safetensors import safe_open
 
 from lora_init import LoraConfig, get_peft_model

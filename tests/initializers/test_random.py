@@ -1,7 +1,8 @@
 """random (init_lora_weights=False): both factors as two nn.Linear layers have them."""
 
 import torch
-from models import Chain, chain_inputs, relative_gap
+from measures import relative_gap
+from networks import Chain, chain_inputs
 from scipy import stats
 
 from lora_init import LoraConfig, get_peft_model
