@@ -37,6 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # none of them begins last
     if config.getoption("--check-shapes"):
         # There the annotations refuse it first, with an error of their own.
         skip = pytest.mark.skip(reason="wrong types, on purpose")

@@ -6,6 +6,7 @@ block of a diffusion model.
 
 import copy
 import functools
+import math
 
 import torch
 from torch import nn

@@ -36,6 +36,8 @@ CAUSAL = [
     "training.generate_limit=1", "training.max_new_tokens=2",
 ]  # fmt: skip
 PROTOCOL = ["methods=[kaiming]", "seeds=[0]", "grid=1", "max_extensions=0"]
+# In this process, where everything is imported; test_sweep.py has joblib's own.
+IN_PROCESS = "hydra.launcher.n_jobs=1"
 # A recipe with a Llama of two layers in the place of the large one.
 RECIPE = ["lora.r=4", "training.max_length=48", "training.max_new_tokens=2"]
 MODULE = "python -m experiments."
@@ -72,7 +74,7 @@ def reduced(command, outputs):
     if command == "make benchmark":
         return "make --dry-run benchmark"  # tests/experiments/benchmark runs it small
     if "--config-name sweep_protocol" in command:
-        command += "".join(f" hydra.sweeper.{word}" for word in PROTOCOL)
+        command += "".join(f" hydra.sweeper.{word}" for word in PROTOCOL) + f" {IN_PROCESS}"
     # tests/experiments/test_sweep.py expands the pattern, and test_execution.py runs every method.
     command = command.replace("'init=glob(*)'", "init=kaiming,eva").replace("seed=0,1", "seed=0")
     if not command.startswith(f"{MODULE}train"):
@@ -134,6 +136,7 @@ def no_charts(summarizer, views, majority, metric, diverged):
     return [], make_canvas(summarizer, views, metric)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(len(COMMANDS)), ids=lambda n: COMMANDS[n][0][:60])
 def test_every_command_works(block, run, tmp_path, monkeypatch):
     """Those of a block in their order: a report needs the sweep above it."""
