@@ -6,6 +6,7 @@ that results are compared to the bit. `test_gpu` is the real thing, where a devi
 
 import copy
 import functools
+import itertools
 
 import peft
 import pytest
@@ -23,7 +24,7 @@ from models import (
 )
 from networks import PACKED_KINDS, Case
 from packing import on_device
-from products import thinned
+from products import every_pair, thinned
 from simulated_device import CPU, CUDA, PLACES, place, simulated_cuda
 from torch import nn
 
@@ -477,9 +478,12 @@ def life_of_a_transformer_on_the_cpu(architecture, method):
     return life_of_a_transformer(architecture, method, CPU, None)
 
 
-@every_placement
-@pytest.mark.parametrize("method", ["pissa", "loftq", "eva", "corda"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "method", "placement"),
+    every_pair(
+        list(itertools.product(ARCHITECTURES, ["pissa", "loftq", "eva", "corda"], PLACEMENTS)), 3
+    ),
+)
 def test_transformers(architecture, method, placement):
     """Tied weights, masks and labels; calibration batches are on the CPU."""
     expected = life_of_a_transformer_on_the_cpu(architecture, method)
@@ -524,15 +528,19 @@ def lives_under_peft(tmp_path_factory):
     )
 
 
-@every_placement
 @pytest.mark.parametrize(
-    ("method", "use_dora"),
-    [
-        pytest.param(method, use_dora, id=f"{method}-{'dora' if use_dora else 'plain'}")
-        for method in METHODS
-        for use_dora in (False, True)
-        if not use_dora or method in ONE_OF_EACH
-    ],
+    ("method", "use_dora", "placement"),
+    thinned(
+        [
+            pytest.param(method, dora, placement, id=f"{method}{'-dora' * dora}-{placement}")
+            for method in METHODS
+            for dora in (False, True)
+            for placement in PLACEMENTS
+            if not dora or method in ONE_OF_EACH
+        ],
+        lambda method, use_dora, placement: method,
+        lambda method, use_dora, placement: method in ONE_OF_EACH and (method, use_dora, placement),
+    ),
 )
 def test_under_peft(lives_under_peft, method, use_dora, placement, tmp_path):
     """PEFT's model lives on the device, and our methods start it."""
