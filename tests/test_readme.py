@@ -1,6 +1,5 @@
 """Every command and every example of the README, run as it stands (the sweeps in a small form)."""
 
-import copy
 import importlib.util
 import os
 import re
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from substitutes import random_llama, write_word_problems
 
@@ -112,9 +110,6 @@ def run(monkeypatch, capfd):
             _, _, module, *arguments = shlex.split(os.path.expandvars(command))
             monkeypatch.setattr(sys, "argv", [module, *arguments])
             GlobalHydra.instance().clear()
-            # What it registers are classes of this run's `__main__`, which no other test knows.
-            store = ConfigStore.instance()
-            monkeypatch.setattr(store, "repo", copy.deepcopy(store.repo))
             status = 0
             try:
                 with warnings.catch_warnings():

@@ -68,7 +68,11 @@ class AllPapers:
             raise ValueError(f"at_once={self.at_once}; allowed are integers >= 1, and null")
 
 
-ConfigStore.instance().store(name="papers_schema", node=AllPapers)
+def register_schema() -> None:
+    ConfigStore.instance().store(name="papers_schema", node=AllPapers)
+
+
+register_schema()
 
 
 @hydra.main(config_path=str(CONFIGURATIONS), config_name="all", version_base="1.3")

@@ -17,7 +17,10 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
                None)  # fmt: skip
 
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a Chromium to open the page")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="needs a Chromium to open the page"),
+]
 
 
 def written(*sweeps):

@@ -214,6 +214,7 @@ def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys
         sys, "argv",
         ["papers", "measure=false", "form=smoke", f"output={output}", f"page={tmp_path}/page"],
     )  # fmt: skip
+    application.register_schema()  # a process that ran the module holds its `__main__`'s
     application.main()
     assert (tmp_path / "page" / "index.html").is_file()
     assert NAME in capsys.readouterr().out
@@ -229,6 +230,7 @@ def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys
 )
 def test_what_is_misspelt_is_refused(monkeypatch, capsys, override, message):
     monkeypatch.setattr(sys, "argv", ["papers", "measure=false", override])
+    application.register_schema()
     with pytest.raises(SystemExit):
         application.main()
     assert message in capsys.readouterr().err
