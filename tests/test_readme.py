@@ -36,7 +36,7 @@ CAUSAL = [
     "training.generate_limit=1", "training.max_new_tokens=2",
 ]  # fmt: skip
 PROTOCOL = ["methods=[kaiming]", "seeds=[0]", "grid=1", "max_extensions=0"]
-# In this process, where everything is imported; test_sweep.py has joblib's own.
+# In one process, where everything is imported; test_sweep.py has joblib's own.
 IN_PROCESS = "hydra.launcher.n_jobs=1"
 # A recipe with a Llama of two layers in the place of the large one.
 RECIPE = ["lora.r=4", "training.max_length=48", "training.max_new_tokens=2"]
@@ -57,7 +57,7 @@ COMMANDS = [commands(block) for block in blocks("bash")]
 def reduced(command, outputs):
     """The command as the README has it, with overrides that make it small appended."""
     if command == "make compare":
-        overrides = [*SMALL, *SENTENCES, "init=kaiming,olora", "seed=0"]
+        overrides = [*SMALL, *SENTENCES, "init=kaiming,olora", "seed=0", IN_PROCESS]
         return f"make compare OUTPUTS={outputs} OVERRIDES={shlex.quote(' '.join(overrides))}"
     if command == "make test":
         return "make --dry-run test"  # it is running this very test
