@@ -49,7 +49,7 @@ def machine(environment: dict[str, Any]) -> str | None:
 
     parts = [first("gpu", "cuda_device", "device_name", "accelerator"), first("cpu", "processor")]
     cores = first("threads", "num_threads", "torch_threads", "cpu_count", "cores")
-    parts.append(f"{cores} threads" if cores else None)
+    parts.append(f"{cores} thread{'' if cores == '1' else 's'} a run" if cores else None)
     system = first("platform", "system", "os")
     parts.append(system and system.partition("-")[0])  # "Linux-6.1.0-…": the kernel is in the run
     for package in ("python", "torch"):
