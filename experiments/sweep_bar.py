@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import signal
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -43,10 +45,24 @@ class SweepBar(Callback):
             target=follow, args=(sweep_folder(config), self.ended), daemon=True
         )
         self.thread.start()
-        atexit.register(self.end)  # after an interruption, too: the terminal gets its cursor back
+        atexit.register(self.end)  # whatever happens, the terminal gets its cursor back
+        self.end_when_interrupted()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         self.end()
+
+    def end_when_interrupted(self) -> None:
+        """Before whoever handles Ctrl-C: what it prints is not to have a bar between its lines."""
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, before)
+            self.end()
+            before(number, frame)
+
+        signal.signal(signal.SIGINT, handle)
 
     def end(self) -> None:
         self.ended.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import signal
 import threading
 
 import pytest
@@ -71,3 +72,15 @@ def test_it_goes_to_workers_without_its_thread():
     sent = pickle.loads(pickle.dumps(bar))
     assert sent.thread is None
     sent.end()
+
+
+def test_an_interruption_ends_it_first():
+    bar, seen = sweep_bar.SweepBar(), []
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(bar.ended.is_set()))
+    try:
+        bar.end_when_interrupted()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the handler before it is back
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert seen == [True, True]
