@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from lora_init.layers.adapted_product import adapted_product
 from lora_init.layers.base import LoraLayer, common_dtype
 
 
@@ -33,17 +34,12 @@ class LinearLayer(LoraLayer):
         return (result, None) if base.bias is None else (result - base.bias, base.bias)
 
     def _adapted_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
-        """Where all have one dtype, s B A x is added to W x, fresh as it is, by its own product.
-
-        A block of outputs less to fill, in a forward pass that has to keep one more than LoRA's.
-        """
+        """In one step where all have one dtype: DoRA has to keep a block more than LoRA anyway."""
         weight = self._plain_weight(x)
         if weight is None:
             return super()._adapted_without_bias(x)
-        inputs = x.reshape(-1, x.shape[-1])
-        hidden = (inputs @ self.lora_A.T) * self.scaling
-        outputs = (inputs @ weight).addmm_(hidden, self.lora_B.T)
-        return outputs.view(*x.shape[:-1], outputs.shape[1]), self.base_layer.bias, outputs.dtype
+        outputs = adapted_product(x, weight, self.lora_A, self.lora_B, self.scaling)
+        return outputs, self.base_layer.bias, outputs.dtype
 
     def _plain_weight(self, x: Tensor) -> Float[Tensor, "in out"] | None:
         """The base's, if one product after another adds up to V x in x's own dtype."""
