@@ -34,6 +34,7 @@ class InputStatistics:
     mean: Float[Tensor, " in"]
     tokens: int
     _components: dict[tuple[bool, int], Components] = field(default_factory=dict, repr=False)
+    _least: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     error = 0.0
     """Nothing is left out (see `lora_init.sketch`)."""
@@ -76,6 +77,16 @@ class InputStatistics:
             figures = (values.clamp_min(0), vectors, total)
             self._components[center, size] = tuple(figure.float() for figure in figures)
         return leading(self._components[center, size], rank)
+
+    def least_directions(self, rank: int) -> Float[Tensor, "in rank"]:
+        """The last `rank` eigenvectors of `second_moment`, the least of all first, in float64.
+
+        Kept, and rounded up, like `principal_components`.
+        """
+        size = linalg.nesting_rank(rank, len(self.mean))
+        if size not in self._least:
+            self._least[size] = linalg.bottom_eigen(self.second_moment, size)[1]
+        return self._least[size][:, :rank]
 
     def condensed(self, rank: int) -> LeadingComponents:
         """What `principal_components` gives for ranks up to `rank`, without the covariance."""

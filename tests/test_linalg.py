@@ -14,8 +14,10 @@ import torch
 from lora_init import linalg
 from lora_init.linalg import (
     Operator,
+    bottom_eigen,
     bottom_singular,
     choice,
+    eigen,
     fix_signs,
     leading_qr,
     top_eigen,
@@ -347,6 +349,51 @@ def test_top_eigen(kind, method, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("method", ["auto", "exact", "inverse"])
+@pytest.mark.parametrize("kind", ["decaying", "low rank", "full rank but one", "identity", "zero"])
+def test_bottom_eigen(kind, method, dtype):
+    spectrum = {
+        "decaying": torch.arange(1, 161).double() ** -1.0,
+        "low rank": torch.cat([torch.arange(5, 0, -1), torch.zeros(155)]).double(),
+        "full rank but one": torch.cat([torch.arange(160, 1, -1), torch.zeros(1)]).double(),
+        "identity": torch.ones(160).double(),
+        "zero": torch.zeros(160).double(),
+    }[kind]
+    basis = orthonormal(160, 160, 8)
+    matrix, rank = ((basis * spectrum) @ basis.T).to(dtype), 6
+    values, vectors = bottom_eigen(matrix, rank, method=method)
+    assert values.dtype == vectors.dtype == dtype
+    assert vectors.shape == (160, rank)
+    assert (values >= 0).all()
+    assert_orthonormal(vectors)
+    assert_signs(vectors)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-6 if method == "inverse" else 1e-9
+    smallest = spectrum.flip(0)[:rank]
+    torch.testing.assert_close(values.double(), smallest, rtol=0, atol=tolerance * spectrum[0])
+    residual = matrix.double() @ vectors.double() - vectors.double() * values.double()
+    assert residual.norm(dim=0).max() <= tolerance * max(spectrum[0], 1)
+    if kind in ("decaying", "full rank but one"):
+        assert overlap(vectors.double(), basis[:, -rank:]) >= 0.999
+
+
+@pytest.mark.parametrize("tokens", [4000, 300])
+def test_bottom_eigen_of_a_second_moment(tokens, monkeypatch):
+    """By an inverse, whether all directions are used or fewer than there are."""
+    scales = torch.logspace(0, -4, 800, dtype=torch.float64)
+    rows = torch.randn(tokens, 800, generator=seeded(4), dtype=torch.float64) * scales
+    moment = rows.T @ rows / tokens
+    expected, basis = torch.linalg.eigh(moment)
+    monkeypatch.setattr(eigen, "eigenpairs", None)  # no whole decomposition
+    values, vectors = bottom_eigen(moment, 8)
+    assert_orthonormal(vectors)
+    if tokens > 800:
+        torch.testing.assert_close(values, expected[:8], rtol=1e-6, atol=0)
+        assert overlap(vectors, basis[:, :8]) >= 0.999
+    else:
+        assert (moment @ vectors).norm() <= 1e-13 * expected[-1]
+
+
+@every_dtype
 @pytest.mark.parametrize("shape", [(120, 80), (80, 120), (50, 50), (1, 9), (9, 1)])
 def test_leading_qr_is_the_beginning_of_the_whole_one(shape, dtype):
     matrix = torch.randn(*shape, generator=seeded(2), dtype=torch.float64).to(dtype)
@@ -386,6 +433,8 @@ def test_non_finite_matrices_end():
         (lambda w: bottom_singular(w, 6), ["rank=6"]),
         (lambda w: leading_qr(w, -1), ["rank=-1"]),
         (lambda w: top_eigen(w, 1), ["(5, 7)", "square"]),
+        (lambda w: bottom_eigen(w, 1), ["(5, 7)", "square"]),
+        (lambda w: bottom_eigen(w @ w.T, 1, method="krylov"), ["'krylov'", "auto, exact, inverse"]),
         (lambda w: top_eigen(w @ w.T, 1, method="gram"), ["'gram'", "auto, exact, krylov"]),
         (lambda w: top_singular(w[0], 1), ["(7,)", "(…, m, n)"]),
         (lambda w: bottom_singular(w, 1, method="krylov"), ["'krylov'", "inverse"]),

@@ -8,7 +8,7 @@ decides between the algorithms, and the measurements behind it.
 from lora_init.linalg.bottom import bottom_singular
 from lora_init.linalg.choice import nesting_rank
 from lora_init.linalg.decomposition import Decomposition, fix_signs
-from lora_init.linalg.eigen import top_eigen
+from lora_init.linalg.eigen import bottom_eigen, top_eigen
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.orthonormal import leading_qr
 from lora_init.linalg.singular import ITERATIONS, METHODS, QUALITY, top_singular
@@ -19,6 +19,7 @@ __all__ = [
     "QUALITY",
     "Decomposition",
     "Operator",
+    "bottom_eigen",
     "bottom_singular",
     "fix_signs",
     "leading_qr",

@@ -1,4 +1,4 @@
-"""The largest eigenpairs of a positive semi-definite matrix, such as a second moment."""
+"""The first or last eigenpairs of a positive semi-definite matrix, such as a second moment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lora_init.linalg.dense import eigenpairs, has_partial_solver
 from lora_init.linalg.krylov import block_width, leading_eigenspace, start_block
 from lora_init.linalg.singular import Generators
 
-METHODS = ("auto", "exact", "krylov")
+TOP_METHODS = ("auto", "exact", "krylov")
+BOTTOM_METHODS = ("auto", "exact", "inverse")
 
 
 @torch.no_grad()
@@ -42,12 +43,8 @@ def top_eigen(
     Raises:
         ValueError: `matrix` is not a square float matrix, or an argument is not allowed.
     """
-    check(matrix, rank)
+    _check(matrix, rank, method, "top_eigen", TOP_METHODS)
     n = matrix.shape[-1]
-    if matrix.shape[-2] != n:
-        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; top_eigen needs a square one.")
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}.")
     exact = matrix.double()
     dense = choice.PARTIAL_FIRST if has_partial_solver(exact) else choice.DENSE_DIMENSION
     small = n <= dense or rank > choice.DENSE_SHARE * n
@@ -65,3 +62,82 @@ def top_eigen(
         values, vectors = values.flip(-1), vectors.flip(-1)
     vectors = fix_signs(vectors, vectors)[0]
     return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+@torch.no_grad()
+def bottom_eigen(
+    matrix: Float[Tensor, "*stack n n"],
+    rank: int,
+    *,
+    method: str = "auto",
+    generator: Generators | None = None,
+) -> tuple[Float[Tensor, "*stack rank"], Float[Tensor, "*stack n rank"]]:
+    """Return the `rank` smallest eigenpairs of a symmetric PSD matrix, eigenvalues ascending.
+
+    Of a matrix whose null space is larger than `rank`, orthonormal directions of it. Methods:
+    "exact", as of `top_eigen`; "inverse", a block Krylov space of the inverse by solves with a
+    Cholesky factor, the diagonal lifted by the rounding of the largest eigenvalue, which moves no
+    eigenvector; "auto", by size and rank.
+
+    Args:
+        matrix, rank, generator: as of `top_eigen`.
+
+    Returns:
+        As `top_eigen`.
+
+    Raises:
+        ValueError: as `top_eigen`.
+    """
+    _check(matrix, rank, method, "bottom_eigen", BOTTOM_METHODS)
+    n = matrix.shape[-1]
+    exact = matrix.double()
+    dense = choice.PARTIAL_LAST if has_partial_solver(exact) else choice.DENSE_DIMENSION
+    small = n <= dense or rank > choice.DENSE_SHARE * n
+    found = None
+    if method == "inverse" or (method == "auto" and not small):
+        found = _by_inverse(exact, rank, generator)
+    values, vectors = eigenpairs(exact, 0, rank) if found is None else found
+    vectors = fix_signs(vectors, vectors)[0]
+    return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _by_inverse(
+    exact: Tensor, rank: int, generator: Generators | None
+) -> tuple[Tensor, Tensor] | None:
+    """None where the matrix has no inverse to speak of, or its space does not come to rest."""
+    n = exact.shape[-1]
+    trace = exact.diagonal(dim1=-2, dim2=-1).sum(-1)
+    rounding = n * torch.finfo(exact.dtype).eps * trace
+    lifted = exact.clone()
+    lifted.diagonal(dim1=-2, dim2=-1).add_(rounding[..., None])
+    factor, failed = torch.linalg.cholesky_ex(lifted)
+    if bool((failed != 0).any()):
+        return None
+    block = start_block(
+        exact.shape[:-1], block_width(rank, n), generator, None,
+        dtype=exact.dtype, device=exact.device,
+    )  # fmt: skip
+    for rounds in (1, choice.KRYLOV_ROUNDS):
+        found = leading_eigenspace(
+            lambda block: torch.cholesky_solve(block, factor), block, rank, each=True, rounds=rounds
+        )
+        if found is None:
+            return None
+        # In a null space no direction is better than another, and none would come to rest.
+        if found.converged or bool((found.values[..., -1] * rounding > 0.5).all()):
+            break
+    else:
+        return None
+    # One more solve leaves what is left of the first vectors behind, which the matrix would
+    # multiply by far more than it does the last ones; then the pairs of the matrix itself.
+    basis = torch.linalg.qr(torch.cholesky_solve(found.vectors, factor))[0]
+    values, turns = torch.linalg.eigh(basis.mT @ exact @ basis)
+    return values, basis @ turns
+
+
+def _check(matrix: Tensor, rank: int, method: str, name: str, methods: tuple[str, ...]) -> None:
+    check(matrix, rank)
+    if matrix.shape[-2] != matrix.shape[-1]:
+        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; {name} needs a square one.")
+    if method not in methods:
+        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(methods)}.")

@@ -1,0 +1,53 @@
+"""LoRA-Null: the adapter takes that part of the weight which what is known never calls for.
+
+R = XᵀX / tokens, the uncentred second moment of the inputs on data that stands for what the model
+knows; N (in × r) = its last r eigenvectors. With W N = U S Zᵀ (thin) and V = N Z,
+
+    B = U sqrt(S / s),    A = sqrt(S / s) Vᵀ,    s B A = W N Nᵀ,
+
+which the base loses: W - s B A. Of the inputs in those data hardly anything passes through A: the
+start leaves their outputs to the base, and so does every B as long as A's rows stay where they are.
+`lora_null_frozen` does not train A.
+
+Source: Tang et al., "LoRA-Null: Low-Rank Adaptation via Null Space for Large Language Models",
+2025, arXiv 2503.02659 (v2: "Put the Space of LoRA Initialization to the Extreme to Preserve
+Pre-trained Knowledge"); the second form is their LoRA-Null-v2.
+Deviations: they decompose the (in × tokens) inputs, of which N are the last left singular vectors:
+the same subspace. W N Nᵀ is theirs to decompose as an (out × in) matrix, ours by W N alone, r
+columns wide. Where the data leave more than r directions unused, any r of them are N, theirs and
+ours. The report has `inputs_used`, the share of the inputs' mean square that falls on N. Not in
+PEFT.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lora_init.factors import Factors
+from lora_init.modules import LINEAR_TYPES
+from lora_init.registry import CalibrationRequest, register_initializer
+
+PROPERTIES = {
+    "paper": "Tang et al. 2025, arXiv 2503.02659",
+    "base": "subtract",
+    "needs": ("weights", "inputs"),
+    "module_types": (*LINEAR_TYPES, "Conv2d"),
+    "calibration": lambda options: CalibrationRequest(smallest=True),
+    "workspace": lambda options: (2.0, 6.0),
+}
+
+
+@register_initializer("lora_null_frozen", frozen=("lora_A",), **PROPERTIES)
+@register_initializer("lora_null", **PROPERTIES)
+def lora_null(weight, rank, scaling, statistics, options, generator) -> Factors:
+    """A (rank, in) and B (out, rank), float32; s B A = W N Nᵀ, A Aᵀ = Bᵀ B = S / s."""
+    unused = statistics.inputs.least_directions(rank)
+    left, values, turns = torch.linalg.svd(weight.double() @ unused, full_matrices=False)
+    root = (values / scaling).sqrt()
+    second_moment = statistics.inputs.second_moment
+    used = (unused * (second_moment @ unused)).sum() / second_moment.trace()
+    return Factors(
+        lora_A=(root[:, None] * (turns @ unused.T)).float(),
+        lora_B=(left * root).float(),
+        metrics={"inputs_used": used.clamp_min(0)},
+    )
