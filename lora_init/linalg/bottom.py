@@ -19,7 +19,8 @@ from lora_init.linalg.decomposition import (
     swapped,
 )
 from lora_init.linalg.dense import eigenpairs, gram, has_partial_solver
-from lora_init.linalg.krylov import Subspace, block_width, leading_eigenspace, start_block
+from lora_init.linalg.inverse import cholesky, last_by_inverse, last_by_shifts
+from lora_init.linalg.krylov import start_block
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.singular import Generators
 
@@ -144,52 +145,31 @@ def _by_inverses(
 ) -> Tensor | None:
     """Right vectors by the cheapest inverse that is precise enough, or None."""
     solve = None if tall.factors is None else _product_inverse(*tall.factors)
-    if (found := _by_inverse(solve, tall, rank, generator)) is not None:
+    if solve is not None and (found := _by_space(solve, tall, rank, generator)) is not None:
         return found
     dense = tall.to_dense()
     square = gram(dense, torch.float64)
-    factor = _cholesky(square)
+    factor = cholesky(square)
     if factor is not None and _well_conditioned(factor, largest, choice.BOTTOM_RESOLUTION**0.5):
-        return _by_shifts(square, factor, tall, rank, generator)
+        return last_by_shifts(square, factor, rank, generator)
     triangle = torch.linalg.qr(dense, mode="r")[1]
     if not _well_conditioned(triangle, largest, choice.PIVOT_RESOLUTION):
         return None
     if solve is None:  # else a space of the same inverse has just not converged
-        found = _by_inverse(_triangle_inverse(triangle), tall, rank, generator)
+        found = _by_space(_triangle_inverse(triangle), tall, rank, generator)
     return _by_dense_inverse(triangle, rank) if found is None else found
 
 
-def _by_shifts(
-    square: Tensor, factor: Tensor, tall: Operator, rank: int, generator: Generators | None
+def _by_space(
+    solve: Callable[[Tensor], Tensor], tall: Operator, rank: int, generator: Generators | None
 ) -> Tensor | None:
-    """A space of the inverse, and where it converges slowly, of ``(W^T W - shift)^-1``.
-
-    The smallest values of a flat spectrum differ by little, and so do their inverses. A first space
-    knows the very smallest to within its residual; moved so that it comes near zero, the others'
-    inverses lie far apart.
-    """
-    solve = _solver(factor)
-    found = _inverse_space(solve, tall, rank, generator, rounds=choice.ROUNDS_BEFORE_SHIFT)
-    if found is None or found.converged:
-        return None if found is None else _purified(solve, found)
-    # The largest inverse is within its residual of the first one here, which bounds the smallest
-    # value from below; below that by as much as the wanted ones differ, all their inverses count.
-    smallest = 1 / (found.values[..., 0] + found.residuals[..., 0])
-    spread = 1 / found.values[..., -1] - 1 / found.values[..., 0]
-    shift = (smallest - spread / 2).clamp_min(0)
-    square.diagonal(dim1=-2, dim2=-1).sub_(shift[..., None])
-    moved = _cholesky(square)
-    solve = None if moved is None else _solver(moved)
-    return _by_inverse(solve, tall, rank, generator, start=found.vectors)
-
-
-def _solver(factor: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda block: torch.cholesky_solve(block, factor)
+    *stack, _, n = tall.shape
+    return last_by_inverse(solve, (*stack, n), rank, generator, device=tall.device)
 
 
 def _product_inverse(first: Tensor, second: Tensor) -> Callable[[Tensor], Tensor] | None:
     """``(W R)^-1 (W R)^-T = R^-1 (W^T W)^-1 R^-T``."""
-    factor = _cholesky(gram(first, torch.float64))
+    factor = cholesky(gram(first, torch.float64))
     pivots, permutation, failed = torch.linalg.lu_factor_ex(second)
     if factor is None or bool((failed != 0).any()):
         return None
@@ -230,51 +210,7 @@ def _by_dense_inverse(triangle: Tensor, rank: int) -> Tensor | None:
     return torch.linalg.qr(_triangle_inverse(triangle)(vectors.flip(-1)))[0]
 
 
-def _cholesky(matrix: Tensor) -> Tensor | None:
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return None if bool((failed != 0).any()) else factor
-
-
 def _well_conditioned(triangle: Tensor, largest: Tensor, resolution: float) -> bool:
     """Whether every pivot is above `resolution` times s_1: a bound on the smallest value."""
     pivots = triangle.diagonal(dim1=-2, dim2=-1).abs().amin(-1)
     return bool((pivots > resolution * largest).all())
-
-
-def _by_inverse(
-    solve: Callable[[Tensor], Tensor] | None,
-    tall: Operator,
-    rank: int,
-    generator: Generators | None,
-    start: Tensor | None = None,
-) -> Tensor | None:
-    if solve is None:
-        return None
-    found = _inverse_space(solve, tall, rank, generator, start=start)
-    return None if found is None or not found.converged else _purified(solve, found)
-
-
-def _inverse_space(
-    solve: Callable[[Tensor], Tensor],
-    tall: Operator,
-    rank: int,
-    generator: Generators | None,
-    *,
-    start: Tensor | None = None,
-    rounds: int = choice.KRYLOV_ROUNDS,
-) -> Subspace | None:
-    *stack, _, n = tall.shape
-    block = start_block(
-        (*stack, n), block_width(rank, n), generator, start,
-        dtype=torch.float64, device=tall.device,
-    )  # fmt: skip
-    return leading_eigenspace(solve, block, rank, each=True, warm=start is not None, rounds=rounds)
-
-
-def _purified(solve: Callable[[Tensor], Tensor], found: Subspace) -> Tensor:
-    """The vectors after one more solve, orthonormal.
-
-    What little of v_1 the stopping rule leaves in them, W would multiply by s_1 beside values that
-    are smaller by many decades; the solve divides it by as much squared.
-    """
-    return torch.linalg.qr(solve(found.vectors))[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_init.linalg import choice
 from lora_init.linalg.decomposition import check, fix_signs
 from lora_init.linalg.dense import eigenpairs, has_partial_solver
+from lora_init.linalg.inverse import cholesky, last_by_shifts
 from lora_init.linalg.krylov import block_width, leading_eigenspace, start_block
 from lora_init.linalg.singular import Generators
 
@@ -91,7 +92,7 @@ def bottom_eigen(
     _check(matrix, rank, method, "bottom_eigen", BOTTOM_METHODS)
     n = matrix.shape[-1]
     exact = matrix.double()
-    dense = choice.PARTIAL_LAST if has_partial_solver(exact) else choice.DENSE_DIMENSION
+    dense = choice.PARTIAL_LAST_PAIRS if has_partial_solver(exact) else choice.DENSE_DIMENSION
     small = n <= dense or rank > choice.DENSE_SHARE * n
     found = None
     if method == "inverse" or (method == "auto" and not small):
@@ -105,32 +106,16 @@ def _by_inverse(
     exact: Tensor, rank: int, generator: Generators | None
 ) -> tuple[Tensor, Tensor] | None:
     """None where the matrix has no inverse to speak of, or its space does not come to rest."""
-    n = exact.shape[-1]
     trace = exact.diagonal(dim1=-2, dim2=-1).sum(-1)
-    rounding = n * torch.finfo(exact.dtype).eps * trace
+    rounding = exact.shape[-1] * torch.finfo(exact.dtype).eps * trace
     lifted = exact.clone()
     lifted.diagonal(dim1=-2, dim2=-1).add_(rounding[..., None])
-    factor, failed = torch.linalg.cholesky_ex(lifted)
-    if bool((failed != 0).any()):
+    factor = cholesky(lifted)
+    if factor is None:
         return None
-    block = start_block(
-        exact.shape[:-1], block_width(rank, n), generator, None,
-        dtype=exact.dtype, device=exact.device,
-    )  # fmt: skip
-    for rounds in (1, choice.KRYLOV_ROUNDS):
-        found = leading_eigenspace(
-            lambda block: torch.cholesky_solve(block, factor), block, rank, each=True, rounds=rounds
-        )
-        if found is None:
-            return None
-        # In a null space no direction is better than another, and none would come to rest.
-        if found.converged or bool((found.values[..., -1] * rounding > 0.5).all()):
-            break
-    else:
+    basis = last_by_shifts(lifted, factor, rank, generator, rounding=2 * rounding)
+    if basis is None:
         return None
-    # One more solve leaves what is left of the first vectors behind, which the matrix would
-    # multiply by far more than it does the last ones; then the pairs of the matrix itself.
-    basis = torch.linalg.qr(torch.cholesky_solve(found.vectors, factor))[0]
     values, turns = torch.linalg.eigh(basis.mT @ exact @ basis)
     return values, basis @ turns
 
