@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_init import linalg
 from lora_init.layers import LoraLayer
 from lora_init.modules import orient, oriented_weight
 from lora_init.original_weights import OriginalWeights
@@ -92,8 +93,8 @@ class BaseWeights:
         if self._stored_transposed(target):
             original = original.T
         original = original.to(present.device, torch.float32)
-        norm = torch.linalg.matrix_norm(original)
-        error = torch.linalg.matrix_norm(present - original) / norm
+        norm = linalg.frobenius_norm(original)
+        error = linalg.frobenius_norm(present - original) / norm
         if norm > 0 and error > LARGEST_QUANTIZATION_ERROR:
             raise ValueError(
                 f"original_weights: the weight of {target.name!r} differs from the model's by "

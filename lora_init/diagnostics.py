@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init import linalg
 from lora_init.factors import low_rank_product
 from lora_init.layers import LoraLayer
 from lora_init.modules import widened
@@ -113,9 +114,9 @@ def weight_figures(
 ) -> dict[str, float | None]:
     """relative_norm, norm_A, norm_B and captured_energy of initial factors on a weight."""
     weight, lora_A, lora_B = weight.float(), lora_A.detach().float(), lora_B.detach().float()
-    norm = float(torch.linalg.matrix_norm(weight))
-    norm_A = float(torch.linalg.matrix_norm(lora_A))
-    norm_B = float(torch.linalg.matrix_norm(lora_B))
+    norm = float(linalg.frobenius_norm(weight))
+    norm_A = float(linalg.frobenius_norm(lora_A))
+    norm_B = float(linalg.frobenius_norm(lora_B))
     figures: dict[str, float | None] = {"norm_A": norm_A, "norm_B": norm_B}
     if norm == 0.0:
         return figures | {"relative_norm": None, "captured_energy": None}
@@ -128,7 +129,7 @@ def weight_figures(
         image = _orthonormal(lora_B).T @ weight
     else:
         return figures | {"captured_energy": None}
-    figures["captured_energy"] = float(torch.linalg.matrix_norm(image) / norm) ** 2
+    figures["captured_energy"] = (float(linalg.frobenius_norm(image)) / norm) ** 2
     return figures
 
 
@@ -163,6 +164,6 @@ def describe_layer(
         setattr(report, name, value)
     if layer.base_state in ("edited", "in_forward"):
         product = low_rank_product(layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
-        norm = torch.linalg.matrix_norm(widened(weight))
+        norm = linalg.frobenius_norm(widened(weight))
         if norm > 0:
-            report.error = float(torch.linalg.matrix_norm(weight - product) / norm)
+            report.error = float(linalg.frobenius_norm(weight - product) / norm)

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init import fresh_memory
 from lora_init.modules import widened
 from lora_init.precision import full_precision
 from lora_init.quantization import Quantizer
+
+TOGETHER = 1 << 20
+"""Numbers of a weight that are widened to float64 at a time."""
 
 Base = Literal["keep", "subtract", "replace"]
 """What a method does to the base weight W, given the scaling s and its factors B0, A0:
@@ -42,8 +47,14 @@ class Replacement:
         it in another order, and a float32 sum that moved in its last bit could cross one of the
         quantiser's thresholds.
         """
-        product = scaling * (self.lora_B.double() @ self.lora_A.double())
-        return (weight.double() - product).float()
+        lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
+        residual = fresh_memory.empty(weight.shape, torch.float32, weight.device)
+        together = max(1, TOGETHER // weight.shape[1]) if weight.device.type == "cpu" else None
+        parts = (t.split(together or len(t)) for t in (weight, lora_B, residual))
+        for rows, of_rows, into in zip(*parts, strict=True):
+            product = (of_rows @ lora_A).mul_(scaling)
+            into.copy_(torch.sub(rows, product, out=product))
+        return residual
 
     def base(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:
         """Q in float32, from the original weight."""
@@ -70,7 +81,7 @@ class Factors:
 def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
     """s B A in float32 or wider."""
     with full_precision():
-        return (widened(lora_B.detach()) * scaling) @ widened(lora_A.detach())
+        return fresh_memory.product(widened(lora_B.detach()) * scaling, widened(lora_A.detach()))
 
 
 def unstacked(stack: Factors, count: int) -> list[Factors]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init import schedule, sharing
+from lora_init import linalg, schedule, sharing
 from lora_init.base_weights import BaseWeights
 from lora_init.cache import Cache
 from lora_init.cached_factors import CachedFactors, Input, truncated
@@ -235,10 +235,10 @@ def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Qu
     # As they are stored: what is added back must be what was subtracted.
     lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
     replacement = Replacement(quantizer, lora_A, lora_B)
-    norm = torch.linalg.matrix_norm(weight)
-    before = torch.linalg.matrix_norm(weight - quantizer.roundtrip(weight)) / norm
+    norm = linalg.frobenius_norm(weight)
+    before = linalg.frobenius_norm(weight - quantizer.roundtrip(weight)) / norm
     product = low_rank_product(lora_A, lora_B, target.scaling)
-    error = torch.linalg.matrix_norm(weight - replacement.base(weight, target.scaling) - product)
+    error = linalg.frobenius_norm(weight - replacement.base(weight, target.scaling) - product)
     figures = {
         "error": float(error / norm),
         "error_without_adapter": float(before),

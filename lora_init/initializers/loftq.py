@@ -115,14 +115,15 @@ def layer_quantizer(options, statistics) -> Quantizer:
 def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank), float32, and the recipe of the quantised base."""
     rows, columns = weight.shape
-    norm = torch.linalg.matrix_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
+    norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
     quantizer = layer_quantizer(options, statistics)
     lora_A, lora_B = weight.new_zeros(rank, columns), weight.new_zeros(rows, rank)
     start, errors, plain = None, [], None
     for _ in range(options.loftq_iter):
         replacement = Replacement(quantizer, lora_A, lora_B)
-        residual = weight - replacement.base(weight, scaling)
-        before = torch.linalg.vector_norm(residual, dtype=torch.float64)
+        base = replacement.base(weight, scaling)
+        residual = torch.sub(weight, base, out=base)
+        before = linalg.frobenius_norm(residual)
         if plain is None:
             plain = float(before / norm)
         # The noise of a quantiser has a flat spectrum: the last iteration's subspace is the best

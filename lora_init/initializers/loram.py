@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
@@ -53,7 +54,7 @@ def sine_basis(size: int, rank: int, device: torch.device) -> Float[Tensor, "siz
 def loram(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32: rows and columns orthogonal, of norm β each."""
     rows, columns = weight.shape[-2:]
-    norm = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    norm = linalg.frobenius_norm(weight)[..., None, None]
     gain = math.log(rank) / math.log(min(rows, columns))
     beta = (norm * (math.sqrt(gain / rank) / scaling)).sqrt()
     return Factors(

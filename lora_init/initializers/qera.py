@@ -91,8 +91,8 @@ def qera(weight, rank, scaling, statistics, options, generator) -> Factors:
     operator = output_error(error, rounded, upcast=lambda: output_error(error.double(), moment))
     triplets = linalg.top_singular(operator, rank, generator=generator)
     projected = triplets.left.T @ error
-    norm = torch.linalg.vector_norm(weight, dtype=torch.float64).clamp_min(torch.finfo().tiny)
-    plain = torch.linalg.vector_norm(error, dtype=torch.float64)
+    norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo().tiny)
+    plain = linalg.frobenius_norm(error)
     left = (plain.square() - projected.double().square().sum()).clamp_min(0).sqrt()
     outputs = ((error @ rounded) * error).sum(dtype=torch.float64).clamp_min(torch.finfo().tiny)
     return Factors(

@@ -70,10 +70,10 @@ class QpissaOptions:
 )
 def qpissa(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantised base."""
-    norm = torch.linalg.matrix_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
+    norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
     quantizer = layer_quantizer(options, statistics)
     lost = weight - quantizer.roundtrip(weight)
-    plain = torch.linalg.vector_norm(lost, dtype=torch.float64) / norm
+    plain = linalg.frobenius_norm(lost) / norm
     residual, start, errors = weight, None, []
     for _ in range(options.iterations):
         triplets = linalg.top_singular(residual, rank, generator=generator, start=start)
@@ -82,9 +82,10 @@ def qpissa(weight, rank, scaling, statistics, options, generator) -> Factors:
         replacement = Replacement(
             quantizer, lora_A=root[:, None] * triplets.right.T, lora_B=triplets.left * root
         )
-        residual = weight - replacement.base(weight, scaling)
+        base = replacement.base(weight, scaling)
+        residual = torch.sub(weight, base, out=base)
         lost = residual - (triplets.left * triplets.values) @ triplets.right.T
-        errors.append(float(torch.linalg.matrix_norm(lost) / norm))
+        errors.append(float(linalg.frobenius_norm(lost) / norm))
     return Factors(
         replacement.lora_A,
         replacement.lora_B,

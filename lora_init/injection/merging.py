@@ -5,9 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-import torch
-
-from lora_init import packed
+from lora_init import linalg, packed
 from lora_init.injection.state import Injection
 from lora_init.injection.switching import set_adapter_enabled
 from lora_init.injection.weights import exchange, hold, put_back, store_weight
@@ -73,8 +71,8 @@ def fold(injection: Injection, *, hold_weights: bool = False) -> None:
         if bias is not None:
             module.bias.data = (bias + layer.scaling * layer.lora_bias.detach()).to(bias.dtype)
         if packed.is_packed(module):
-            norm = torch.linalg.matrix_norm(weight)
-            error = torch.linalg.matrix_norm(weight - oriented_weight(module))
+            norm = linalg.frobenius_norm(weight)
+            error = linalg.frobenius_norm(weight - oriented_weight(module))
             errors[name] = float(error / norm) if norm > 0 else 0.0
     _warn_of_merging(injection, errors)
 

@@ -9,6 +9,7 @@ from lora_init.linalg.bottom import bottom_singular
 from lora_init.linalg.choice import nesting_rank
 from lora_init.linalg.decomposition import Decomposition, fix_signs
 from lora_init.linalg.eigen import bottom_eigen, top_eigen
+from lora_init.linalg.norm import frobenius_norm
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.orthonormal import leading_qr
 from lora_init.linalg.singular import ITERATIONS, METHODS, QUALITY, top_singular
@@ -22,6 +23,7 @@ __all__ = [
     "bottom_eigen",
     "bottom_singular",
     "fix_signs",
+    "frobenius_norm",
     "leading_qr",
     "nesting_rank",
     "top_eigen",

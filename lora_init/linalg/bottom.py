@@ -19,7 +19,7 @@ from lora_init.linalg.decomposition import (
     swapped,
 )
 from lora_init.linalg.dense import eigenpairs, gram, has_partial_solver
-from lora_init.linalg.inverse import cholesky, last_by_inverse, last_by_shifts
+from lora_init.linalg.inverse import cholesky, last_by_inverse, last_by_shifts, solver
 from lora_init.linalg.krylov import start_block
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.singular import Generators
@@ -179,9 +179,11 @@ def _product_inverse(first: Tensor, second: Tensor) -> Callable[[Tensor], Tensor
     if singular or not _well_conditioned(factor, scale, choice.BOTTOM_RESOLUTION**0.5):
         return None
 
+    inner = solver(factor)
+
     def solve(block: Tensor) -> Tensor:
         block = torch.linalg.lu_solve(pivots, permutation, block, adjoint=True)
-        block = torch.cholesky_solve(block, factor)
+        block = inner(block)
         return torch.linalg.lu_solve(pivots, permutation, block)
 
     return solve

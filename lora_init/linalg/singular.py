@@ -12,6 +12,7 @@ from lora_init.linalg import choice
 from lora_init.linalg.decomposition import Decomposition, check, from_right, swapped
 from lora_init.linalg.dense import eigenpairs, gram
 from lora_init.linalg.krylov import Subspace, block_width, leading_eigenspace, start_block
+from lora_init.linalg.norm import frobenius_norm
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.powers import Generators, by_iterations, by_powers
 
@@ -198,7 +199,7 @@ def _krylov(
     *stack, m, n = operator.shape
     trace = None
     if isinstance(matrix, Tensor):
-        trace = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square()
+        trace = frobenius_norm(matrix).square()
     width = block_width(rank, min(m, n))
     given = operator.dtype
     for dtype in dict.fromkeys([given, torch.float64]):

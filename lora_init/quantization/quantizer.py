@@ -45,6 +45,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init import fresh_memory
 from lora_init.quantization.search import Grid
 from lora_init.quantization.tables import FP4_ASCENDING, dynamic_table, midpoints, table_of
 
@@ -54,6 +55,9 @@ SMALLEST_SCALE = 1e-38
 SMALLEST_ROW_SCALE = 1e-36
 BITS = {"nf4": (4,), "fp4": (4,), "nf2": (2,), "uniform": (2, 4, 8), "int8": (8,)}
 
+# Values that a CPU works on at a time: a dozen steps each leave a block of memory behind, which for
+# a large weight would be a fresh one every time, and takes longer to get than to fill.
+TOGETHER = 1 << 20
 DOUBLE_BLOCK = 256  # scales that share a scale
 DOUBLE_STEPS = 2**16 - 1
 
@@ -233,9 +237,11 @@ def expanded(
     codes: Tensor, scale: Float[Tensor, " blocks"], table: Float[Tensor, " codes"], size: int
 ) -> Float[Tensor, " values"]:
     """Return ``table[codes] * scale`` in float32, each scale serving the next `size` codes."""
-    values = table.float().index_select(0, codes.reshape(-1).int())
+    table, flat = table.float(), codes.reshape(-1)
+    values = fresh_memory.empty(flat.shape, torch.float32, flat.device)
     first = 0
-    for blocks in _blocks(values, size):
+    for part, blocks in zip(_blocks(flat, size), _blocks(values, size), strict=True):
+        torch.index_select(table, 0, part.reshape(-1).int(), out=blocks.view(-1))
         blocks.mul_(scale[first : first + len(blocks), None])
         first += len(blocks)
     return values
@@ -259,10 +265,14 @@ def _nested(scale: Float[Tensor, " blocks"]) -> NestedScale:
 
 
 def _blocks(flat: Tensor, size: int) -> Iterator[Tensor]:
-    """Views of `flat`: the full blocks as (blocks, size), then what is left as one short block."""
+    """Views of `flat`: the full blocks as (blocks, size), then what is left as one short block.
+
+    On a CPU no more than `TOGETHER` values at a time.
+    """
     full = flat.numel() - flat.numel() % size
-    if full:
-        yield flat[:full].view(-1, size)
+    together = max(1, TOGETHER // size) * size if flat.device.type == "cpu" else max(1, full)
+    for first in range(0, full, together):
+        yield flat[first : min(full, first + together)].view(-1, size)
     if full < flat.numel():
         yield flat[full:].view(1, -1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_init import linalg
 from lora_init.base_weights import BaseWeights
 from lora_init.config import LoraConfig
 from lora_init.factors import Factors, low_rank_product
@@ -192,8 +193,8 @@ def _settle_base(
         return None
     done.append(AddBackWhenDisabled(layer.module)())
     present = oriented_weight(base) + low_rank_product(start.lora_A, start.lora_B, start.scaling)
-    norm = torch.linalg.matrix_norm(widened(weight))
-    return float(torch.linalg.matrix_norm(weight - present) / norm) if norm > 0 else 0.0
+    norm = linalg.frobenius_norm(widened(weight))
+    return float(linalg.frobenius_norm(weight - present) / norm) if norm > 0 else 0.0
 
 
 def _comes_back(weight: Tensor, residual: Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_init import linalg
 from lora_init.assembly import allocated, check_call, device_for
 from lora_init.base_weights import BaseWeights
 from lora_init.cache import Cache, default_cache
@@ -191,9 +192,9 @@ def _row(weights: BaseWeights, plan: Plan, layer: InitializedLayer) -> LayerRepo
     figures = weight_figures(weight, factors.lora_A, factors.lora_B, target.scaling)
     if plan.initializer.base == "subtract" and factors.replacement is None:
         product = low_rank_product(factors.lora_A, factors.lora_B, target.scaling)
-        norm = torch.linalg.matrix_norm(widened(weight))
+        norm = linalg.frobenius_norm(widened(weight))
         if norm > 0:
-            figures["error"] = float(torch.linalg.matrix_norm(weight - product) / norm)
+            figures["error"] = float(linalg.frobenius_norm(weight - product) / norm)
     names = {field.name for field in dataclasses.fields(LayerReport)}
     for name, value in {**figures, **factors.metrics}.items():
         if name in names:
