@@ -84,6 +84,10 @@ PRODUCT_RESOLUTION = {torch.float32: 3e-7, torch.float64: 1e-9}
 ROUNDING = {torch.float32: 1e-7, torch.float64: 1e-14}
 # Rounds with an inverse, after which a shift of the spectrum is worth its Cholesky decomposition.
 ROUNDS_BEFORE_SHIFT = 3
+# Products with an inverse between two restarts, from the size on where they cost more than the
+# eigenproblem of a longer basis.
+INVERSE_PRODUCTS = 32
+INVERSE_DIMENSION = 2048
 # The smallest eigenvalue of a Gram matrix, as a share of the largest, that squares can tell.
 BOTTOM_RESOLUTION = 1e-12
 # The smallest pivot of a triangle, as a share of s_1, below which a matrix counts as singular.

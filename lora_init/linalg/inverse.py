@@ -116,7 +116,11 @@ def _space(
         shape, block_width(rank, shape[-1]), generator, start,
         dtype=torch.float64, device=device,
     )  # fmt: skip
-    return leading_eigenspace(solve, block, rank, each=True, warm=start is not None, rounds=rounds)
+    products = choice.INVERSE_PRODUCTS if shape[-1] >= choice.INVERSE_DIMENSION else 0
+    return leading_eigenspace(
+        solve, block, rank,
+        each=True, warm=start is not None, rounds=rounds, products=products,
+    )  # fmt: skip
 
 
 def _purified(solve: Solve, found: Subspace) -> Tensor:

@@ -100,6 +100,7 @@ def leading_eigenspace(
     warm: bool = False,
     tolerance: float | None = None,
     rounds: int = KRYLOV_ROUNDS,
+    products: int = 0,
 ) -> Subspace | None:
     """The `rank` leading eigenpairs of the map, or None where no space of them would be small.
 
@@ -122,13 +123,17 @@ def leading_eigenspace(
         warm: `block` is near the result: look at the residuals sooner.
         tolerance: None: the measured default of either rule.
         rounds: where to give up; the result says whether it has `converged`.
+        products: so many may lie between two restarts, where a longer basis costs less than the
+            products that it saves.
     """
     *stack, n, width = block.shape
     kept = width + OVERSAMPLING
     first_round = ROUND if warm else FIRST_ROUND
     space = max(first_round * width, kept + ROUND * width)
-    if space > SPACE_SHARE * min(n, limit or n):
+    largest = int(SPACE_SHARE * min(n, limit or n))
+    if space > largest:
         return None
+    space = max(space, min(products * width, largest))
     if tolerance is None:
         tolerance = ANGLE_TOLERANCE if each else KRYLOV_TOLERANCE
     basis = block.new_empty(*stack, n, space)
@@ -139,7 +144,9 @@ def leading_eigenspace(
     scale = block.new_zeros(*stack, 1, 1)
     used = 0
     for round_ in range(rounds):
-        for _ in range(ROUND if round_ else first_round):
+        # Of a long basis a fourth is added at a time: each look costs more than the one before.
+        added = max(ROUND, used // width // 4) if used else first_round
+        for _ in range(min(added, (space - used) // width)):
             basis[..., used : used + width] = block
             old, used = used, used + width
             known = basis[..., :used]
@@ -184,6 +191,8 @@ def leading_eigenspace(
             share = missing / total.clamp_min(torch.finfo(total.dtype).tiny)
             found = known @ vectors[..., :rank]
             return Subspace(wanted, found, share, residuals, converged)
+        if used + ROUND * width <= space:
+            continue
         # Thick restart: the best Ritz vectors and the next block span what a longer space would
         # have found useful, and the eigenproblem stays small.
         basis[..., :kept] = known @ vectors[..., :kept]
