@@ -122,9 +122,12 @@ class Operator:
         return self if self.upcast is None else self.upcast()
 
     def to_dense(self) -> Float[Tensor, "*stack m n"]:
-        """The matrix itself, from products with the identity of its smaller side."""
+        """The matrix itself; of a map without factors by products with its smaller identity."""
         if self.matrix is not None:
             return self.matrix
+        if self.factors is not None:
+            first, second = self.factors
+            return first @ second
         *stack, m, n = self.shape
         identity = torch.eye(min(m, n), dtype=self.dtype, device=self.device)
         identity = identity.expand(*stack, -1, -1)
