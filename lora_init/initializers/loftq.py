@@ -110,7 +110,7 @@ def layer_quantizer(options, statistics) -> Quantizer:
     preserves_output=False,
     needs=("weights", "quantizer"),
     module_types=MODULE_TYPES,
-    workspace=lambda options: (12.0, 0.0),
+    workspace=lambda options: (6.5, 0.0),
 )
 def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank), float32, and the recipe of the quantised base."""

@@ -33,7 +33,7 @@ PROPERTIES = {
     "needs": ("weights", "inputs"),
     "module_types": (*LINEAR_TYPES, "Conv2d"),
     "calibration": lambda options: CalibrationRequest(smallest=True),
-    "workspace": lambda options: (2.0, 6.0),
+    "workspace": lambda options: (2.0, 6.5),
 }
 
 

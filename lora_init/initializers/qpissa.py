@@ -66,7 +66,7 @@ class QpissaOptions:
     preserves_output=False,
     needs=("weights", "quantizer"),
     module_types=MODULE_TYPES,
-    workspace=lambda options: (13.0, 0.0),
+    workspace=lambda options: (7.5, 0.0),
 )
 def qpissa(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantised base."""

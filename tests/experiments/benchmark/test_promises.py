@@ -11,7 +11,7 @@ import pytest
 from experiments.benchmark.peaks import ALLOCATOR, MIB
 
 KPM = {"name": "corda", "corda_method": "kpm"}
-METHODS = ["pissa", "corda", KPM, "mica", "loftq", "eva"]
+METHODS = ["pissa", "corda", KPM, "mica", "loftq", "qpissa", "eva", "lora_null"]
 
 CALLS = """
 import json, sys
