@@ -15,9 +15,6 @@ from lora_init.modules import widened
 from lora_init.precision import full_precision
 from lora_init.quantization import Quantizer
 
-TOGETHER = 1 << 20
-"""Numbers of a weight that are widened to float64 at a time."""
-
 Base = Literal["keep", "subtract", "replace"]
 """What a method does to the base weight W, given the scaling s and its factors B0, A0:
 
@@ -49,11 +46,12 @@ class Replacement:
         """
         lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
         residual = fresh_memory.empty(weight.shape, torch.float32, weight.device)
-        together = max(1, TOGETHER // weight.shape[1]) if weight.device.type == "cpu" else None
-        parts = (t.split(together or len(t)) for t in (weight, lora_B, residual))
-        for rows, of_rows, into in zip(*parts, strict=True):
-            product = (of_rows @ lora_A).mul_(scaling)
-            into.copy_(torch.sub(rows, product, out=product))
+        rows = max(1, fresh_memory.TOGETHER // weight.shape[1])
+        together = rows if weight.device.type == "cpu" else len(weight)
+        parts = (t.split(together) for t in (weight, lora_B, residual))
+        for some, of_some, into in zip(*parts, strict=True):
+            product = (of_some @ lora_A).mul_(scaling)
+            into.copy_(torch.sub(some, product, out=product))
         return residual
 
     def base(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:

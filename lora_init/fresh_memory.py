@@ -1,9 +1,10 @@
-"""Memory for a matrix as large as a weight, about to be filled.
+"""Memory for a matrix as large as a weight, about to be filled; and how to need less of it.
 
 On a CPU the first write to each page has the system find and clear it. In pages of 4 KiB that takes
 longer than the product of two factors that fills them: 46 MB are 11,265 pages, 32 ms. On huge
 pages, which Linux gives to who asks, they are 534 and 24 ms (2 cores of a virtual machine; in
-memory that was written to before, 12 ms).
+memory that was written to before, 12 ms). A chain of steps on such a matrix leaves a block behind
+at each one: it is better done a part of the matrix at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ LARGE = 1 << 22
 """Bytes from which on numpy asks for huge pages; torch does not."""
 ALIGNMENT = 64
 """Of torch's own blocks; numpy's start anywhere."""
+TOGETHER = 1 << 20
+"""Numbers that a chain of steps on a CPU takes at a time: the caches hold them, and the heap their
+blocks, again and again."""
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from lora_init.linalg import (
     top_eigen,
     top_singular,
 )
+from lora_init.linalg.krylov import leading_eigenspace, start_block
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -564,3 +565,22 @@ def test_bottom_of_a_flat_spectrum(shape):
     assert overlap(found.left, left[:, -8:]) >= 0.999
     assert overlap(found.right, right[-8:].T) >= 0.999
     torch.testing.assert_close(found.values, values[-8:].flip(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("products", [0, 12, 32])
+def test_a_longer_basis_needs_fewer_products(products):
+    """The leading eigenvectors of a spectrum that hardly falls, with a restart after so many."""
+    values = 1 / torch.arange(400, 800).double()
+    basis = orthonormal(400, 400, 11)
+    matrix, count = (basis * values) @ basis.T, 0
+
+    def multiply(block):
+        nonlocal count
+        count += 1
+        return matrix @ block
+
+    block = start_block((400,), 12, None, None, dtype=torch.float64, device=matrix.device)
+    found = leading_eigenspace(multiply, block, 4, each=True, rounds=60, products=products)
+    assert found.converged
+    assert overlap(found.vectors, basis[:, :4]) >= 0.999
+    assert count <= {0: 60, 12: 36, 32: 24}[products]

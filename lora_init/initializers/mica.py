@@ -28,7 +28,7 @@ from lora_init.registry import Nesting, register_initializer
     module_types=MODULE_TYPES,
     frozen=("lora_B",),
     stacks=True,
-    nesting=lambda options: Nesting(balanced=False, version=2),
+    nesting=lambda options: Nesting(balanced=False, version=3),
     workspace=lambda options: (9.0, 0.0),
 )
 def mica(weight, rank, scaling, statistics, options, generator) -> Factors:

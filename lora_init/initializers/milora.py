@@ -31,7 +31,7 @@ from lora_init.registry import Nesting, register_initializer
     needs=("weights",),
     module_types=MODULE_TYPES,
     stacks=True,
-    nesting=lambda options: Nesting(version=2),
+    nesting=lambda options: Nesting(version=3),
     workspace=lambda options: (9.0, 0.0),
 )
 def milora(weight, rank, scaling, statistics, options, generator) -> Factors:

@@ -55,9 +55,6 @@ SMALLEST_SCALE = 1e-38
 SMALLEST_ROW_SCALE = 1e-36
 BITS = {"nf4": (4,), "fp4": (4,), "nf2": (2,), "uniform": (2, 4, 8), "int8": (8,)}
 
-# Values that a CPU works on at a time: a dozen steps each leave a block of memory behind, which for
-# a large weight would be a fresh one every time, and takes longer to get than to fill.
-TOGETHER = 1 << 20
 DOUBLE_BLOCK = 256  # scales that share a scale
 DOUBLE_STEPS = 2**16 - 1
 
@@ -267,10 +264,11 @@ def _nested(scale: Float[Tensor, " blocks"]) -> NestedScale:
 def _blocks(flat: Tensor, size: int) -> Iterator[Tensor]:
     """Views of `flat`: the full blocks as (blocks, size), then what is left as one short block.
 
-    On a CPU no more than `TOGETHER` values at a time.
+    On a CPU no more than a part of a large weight at a time (see `lora_init.fresh_memory`).
     """
     full = flat.numel() - flat.numel() % size
-    together = max(1, TOGETHER // size) * size if flat.device.type == "cpu" else max(1, full)
+    part = max(1, fresh_memory.TOGETHER // size) * size
+    together = part if flat.device.type == "cpu" else max(1, full)
     for first in range(0, full, together):
         yield flat[first : min(full, first + together)].view(-1, size)
     if full < flat.numel():
