@@ -38,6 +38,11 @@ every_subtracting = pytest.mark.parametrize("method", SUBTRACTING)
 every_replacing = pytest.mark.parametrize("method", REPLACING)
 
 
+def step(method):
+    """How far to train: one method's frozen A hardly sees the calibration inputs, by intent."""
+    return 2.0 if method == "lora_null_frozen" else 0.05
+
+
 def adapt(base, *, r=4, calibration=None, **settings):
     config = LoraConfig(r=r, **settings)
     spec, _ = config.initializer()
@@ -59,7 +64,7 @@ def test_1_base_comes_back_and_serves_another_adapter(make, targets, method, tmp
     base, batches = make(), token_batches()
     original = logits(base, batches)
     changed = copy.deepcopy(base)
-    model = train(adapt(changed, target_modules=targets, init_lora_weights=method))
+    model = train(adapt(changed, target_modules=targets, init_lora_weights=method), step(method))
     tolerance = 1e-5 * largest_ratio(model, base)
     assert max(
         relative_gap(a, b) for a, b in zip(logits(model, batches), original, strict=True)
@@ -130,7 +135,7 @@ def test_2_tied_head_leaves_the_embedding_alone(make, batches_for, method):
     assert [layer.base for layer in model.init_report().layers] == ["in_forward"]
     assert torch.equal(embedded(base), rows)
     assert_gap(logits(model, batches), original, 1e-5 * largest_ratio(model, make()))
-    train(model)
+    train(model, step(method))
     assert relative_gap(logits(model, batches)[0], original[0]) > 1e-3
     assert torch.equal(embedded(base), rows)
     with model.disable_adapter():
