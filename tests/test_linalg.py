@@ -19,7 +19,6 @@ from lora_init.linalg import (
     choice,
     eigen,
     fix_signs,
-    frobenius_norm,
     leading_qr,
     top_eigen,
     top_singular,
@@ -406,21 +405,6 @@ def test_leading_qr_is_the_beginning_of_the_whole_one(shape, dtype):
     torch.testing.assert_close(basis, whole_basis[:, :rank], rtol=0, atol=tolerance)
     torch.testing.assert_close(triangle, whole_triangle[:rank], rtol=tolerance, atol=tolerance)
     assert torch.equal(triangle[:, :rank], triangle[:, :rank].triu())
-
-
-@pytest.mark.parametrize(
-    "shape", [(5632, 2048), (3, 40_000), (40_000, 3), (2, 7, 5), (0, 4)], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("turned", [False, True])
-def test_frobenius_norm(shape, dtype, turned):
-    matrix = torch.randn(*shape, generator=seeded(9)).to(dtype)
-    matrix = matrix.mT if turned else matrix
-    norm = frobenius_norm(matrix)
-    assert norm.dtype == torch.float64
-    expected = matrix.double().square().sum((-2, -1)).sqrt()
-    tolerance = 1e-6 if dtype == torch.bfloat16 else 1e-7
-    torch.testing.assert_close(norm, expected, rtol=tolerance, atol=0)
 
 
 def test_fix_signs_takes_the_first_of_ties():
