@@ -1,8 +1,9 @@
 """One fixed colour and shape per method, in every chart and in every report.
 
 The colours are those of Okabe and Ito, which stay apart under the common colour deficiencies,
-with its yellow (invisible on white) replaced by grey; later methods take Paul Tol's "muted" set.
-Shapes repeat the distinction for prints without colour.
+with its yellow (invisible on white) replaced by grey. Later methods take colours chosen for their
+distance from those and from each other, with and without red-green vision. Shapes repeat the
+distinction for prints without colour.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MARKS = {
     "loftq": Mark("#009e73", "triangle-right"),
     "eva": Mark("#cc79a7", "triangle-left"),
 }
-RESERVE = ("#882255", "#44aa99", "#999933", "#332288", "#cc6677", "#117733", "#aa4499", "#6699cc")
+RESERVE = ("#882255", "#8c510a", "#999933", "#332288", "#cc6677", "#661100", "#984ea3", "#c51b7d")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 
 
