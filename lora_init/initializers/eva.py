@@ -127,7 +127,7 @@ def _decompose(
     calibration=request,
     leading=lambda options: options.rho,
     allocate=allocate,
-    nesting=lambda options: Nesting(balanced=False, version=2),
+    nesting=lambda options: Nesting(balanced=False, version=3),
     adjust_alpha=lambda options: options.adjust_scaling_factors,
     workspace=lambda options: (1.0, 5.0),
 )

@@ -55,7 +55,9 @@ def top_eigen(
             exact.shape[:-1], block_width(rank, n), generator, None,
             dtype=exact.dtype, device=exact.device,
         )  # fmt: skip
-        found = leading_eigenspace(lambda block: exact @ block, block, rank, each=True)
+        found = leading_eigenspace(
+            lambda block: exact @ block, block, rank, each=True, foresee=True
+        )
         if found is not None and found.converged:
             values, vectors = found.values, torch.linalg.qr(found.vectors)[0]
     if values is None:

@@ -14,6 +14,7 @@ Source: Musco & Musco 2015 (block Krylov); Wu & Simon 2000 (thick restart).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from lora_init.linalg.choice import (
     ANGLE_TOLERANCE,
+    FIRST_FORECAST,
     KRYLOV_ROUNDS,
     KRYLOV_TOLERANCE,
     OVERSAMPLING,
     ROUNDING,
     SPACE_SHARE,
+    TREND,
 )
 
 # Products before the first look at the eigenvalues, and in each round after it.
@@ -101,6 +104,7 @@ def leading_eigenspace(
     tolerance: float | None = None,
     rounds: int = KRYLOV_ROUNDS,
     products: int = 0,
+    foresee: bool = False,
 ) -> Subspace | None:
     """The `rank` leading eigenpairs of the map, or None where no space of them would be small.
 
@@ -125,6 +129,8 @@ def leading_eigenspace(
         rounds: where to give up; the result says whether it has `converged`.
         products: so many may lie between two restarts, where a longer basis costs less than the
             products that it saves.
+        foresee: with `each`, give up as soon as the residuals fall too slowly to come to rest in
+            the rounds that are left.
     """
     *stack, n, width = block.shape
     kept = width + OVERSAMPLING
@@ -143,6 +149,7 @@ def leading_eigenspace(
     noise = rounding_noise(block)
     scale = block.new_zeros(*stack, 1, 1)
     used = 0
+    distances: list[float] = []
     for round_ in range(rounds):
         # Of a long basis a fourth is added at a time: each look costs more than the one before.
         added = max(ROUND, used // width // 4) if used else first_round
@@ -178,8 +185,13 @@ def leading_eigenspace(
         total = values.sum(-1, dtype=torch.float64) if trace is None else trace
         missing = (total - wanted.sum(-1)).clamp_min(0)
         rounding = ROUNDING[block.dtype] * wanted[..., :1]
+        hopeless = False
         if each:
-            done = residuals <= torch.maximum(tolerance * gaps, rounding)
+            allowed = torch.maximum(tolerance * gaps, rounding)
+            done = residuals <= allowed
+            if foresee:
+                distances.append(float((residuals / allowed).amax()))
+                hopeless = too_slow(distances, rounds - round_ - 1)
         else:
             if half:
                 rounding = (rounding * ROUNDING[block.dtype] * wanted).sqrt()
@@ -187,7 +199,7 @@ def leading_eigenspace(
             growth = (torch.minimum(residuals, squares) - rounding).clamp_min(0)
             done = growth.sum(-1) <= tolerance * missing
         converged = bool(done.all())
-        if converged or round_ == rounds - 1:
+        if converged or hopeless or round_ == rounds - 1:
             share = missing / total.clamp_min(torch.finfo(total.dtype).tiny)
             found = known @ vectors[..., :rank]
             return Subspace(wanted, found, share, residuals, converged)
@@ -202,6 +214,21 @@ def leading_eigenspace(
         projected.diagonal(dim1=-2, dim2=-1)[..., :kept] = values[..., :kept]
         used = kept
     raise AssertionError("the last round returns")
+
+
+def too_slow(distances: Sequence[float], left: int) -> bool:
+    """Whether the residuals' trend does not reach what is allowed in the rounds that are `left`.
+
+    From one restart to the next they fall by the same factor, which the last `TREND` rounds tell
+    once the first few have found where the spectrum begins.
+
+    Args:
+        distances: the largest residual after each round, as a multiple of the allowed one.
+    """
+    if len(distances) < FIRST_FORECAST or distances[-1] <= 1:
+        return False
+    level, before = math.log(distances[-1]), math.log(distances[-1 - TREND])
+    return level - (before - level) / TREND * left > 0
 
 
 def rounding_noise(block: Tensor) -> Tensor:
