@@ -1,9 +1,9 @@
 """One fixed colour and shape per method, in every chart and in every report.
 
 The colours are those of Okabe and Ito, which stay apart under the common colour deficiencies,
-with its yellow (invisible on white) replaced by grey. Later methods take colours chosen for their
-distance from those and from each other, with and without red-green vision. Shapes repeat the
-distinction for prints without colour.
+with its yellow (invisible on white) replaced by grey. Later methods take colours that are far
+from those and from each other; some come near each other without red-green vision. Shapes repeat
+the distinction, there and for prints without colour.
 """
 
 from __future__ import annotations
