@@ -22,7 +22,8 @@ from lora_init.calibrating import calibrated, for_allocation
 from lora_init.calibration import Calibration
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, weight_figures
-from lora_init.initialization import InitializedLayer, initialize
+from lora_init.finiteness import refused_beside
+from lora_init.initialization import InitializedLayer, initialize, unread
 from lora_init.model import LoraModel
 from lora_init.plan import Plan
 from lora_init.planning import make_plan
@@ -182,31 +183,33 @@ def _assemble(
 
     initialized: list[InitializedLayer] = []
     errors: dict[str, float] = {}
-    while True:
-        with _timed(seconds, "calibration"):
-            part = next(parts, None)
-        if part is None:
-            break
-        with _timed(seconds, "initialize"):
-            here = plan.only(part.layers)
-            initialized += initialize(
-                weights, here, part.layers, seed=seed, device=device, cache=cache
-            )
-        if plan.calibration_sketch is not None:
-            errors |= part.errors()
-        tokens = part.tokens
-        part = None  # the next pass needs its room
+    with refused_beside(unread(weights, plan)) as looked_at:
+        while True:
+            with _timed(seconds, "calibration"):
+                part = next(parts, None)
+            if part is None:
+                break
+            with _timed(seconds, "initialize"):
+                here = plan.only(part.layers)
+                initialized += initialize(
+                    weights, here, part.layers, seed=seed, device=device, cache=cache
+                )
+            if plan.calibration_sketch is not None:
+                errors |= part.errors()
+            tokens = part.tokens
+            part = None  # the next pass needs its room
 
-    figures = _figures_before_replacement(weights, initialized)
-    with _timed(seconds, "inject"):
-        done = injection.inject(
-            model,
-            plan,
-            {layer.target.name: layer.factors for layer in initialized},
-            weights=weights,
-            plain=plain,
-            keep_original=keep_original,
-        )
+        figures = _figures_before_replacement(weights, initialized)
+        with _timed(seconds, "inject"):
+            done = injection.inject(
+                model,
+                plan,
+                {layer.target.name: layer.factors for layer in initialized},
+                weights=weights,
+                plain=plain,
+                keep_original=keep_original,
+                ready=looked_at,
+            )
     seconds["total"] = sum(seconds.values())
     report = InitReport(
         method=spec.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import cache
 
 import numpy as np
 import torch
@@ -44,8 +45,10 @@ def checksum(weight: Tensor) -> str:
 
 
 def _samples(weight: Float[Tensor, "out in"]) -> Tensor:
-    row, column = (
-        torch.linspace(0, size - 1, min(SAMPLES_A_SIDE, size)).long().to(weight.device)
-        for size in weight.shape
-    )
+    row, column = (_places(size).to(weight.device) for size in weight.shape)
     return weight[row[:, None], column].to(torch.bfloat16).cpu().contiguous().flatten()
+
+
+@cache
+def _places(size: int) -> Tensor:
+    return torch.linspace(0, size - 1, min(SAMPLES_A_SIDE, size)).long()

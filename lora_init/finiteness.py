@@ -1,13 +1,14 @@
 """NaN and infinity, looked for in the weights that go in and in the factors that come out.
 
 A look at a weight is one reading of it, at the memory's speed. A method that draws its factors has
-no other use for the weights: they are looked at beside the drawing, which computes.
+no other use for the weights: they are looked at beside the drawing and whatever else is prepared,
+and seen through before the model is changed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -34,11 +35,14 @@ def refuse_non_finite(name: str, weight: Tensor) -> None:
 
 
 @contextmanager
-def refused_beside(weights: Mapping[str, Tensor]) -> Iterator[None]:
+def refused_beside(weights: Mapping[str, Tensor]) -> Iterator[Callable[[], None]]:
     """Look at weights, by target, while the body runs.
 
+    Yields:
+        what waits for the look's end, for a body that goes on to change them.
+
     Raises:
-        ValueError: after the body, of the first one that is not finite.
+        ValueError: from there, or else after the body, of the first one that is not finite.
     """
 
     def look() -> None:
@@ -47,10 +51,10 @@ def refused_beside(weights: Mapping[str, Tensor]) -> Iterator[None]:
 
     if sum(weight.numel() for weight in weights.values()) < ALONE:  # done before a thread is there
         look()
-        yield
+        yield lambda: None
         return
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         looking = pool.submit(look)
-        yield
+        yield looking.result
         looking.result()

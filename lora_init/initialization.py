@@ -17,7 +17,7 @@ from lora_init.cache import Cache
 from lora_init.cached_factors import CachedFactors, Input, truncated
 from lora_init.calibration import LayerStatistics
 from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
-from lora_init.finiteness import is_finite, refuse_non_finite, refused_beside
+from lora_init.finiteness import is_finite, refuse_non_finite
 from lora_init.modules import widened
 from lora_init.packed import quantizer_of
 from lora_init.plan import Plan, Target
@@ -79,7 +79,8 @@ def initialize(
         cache: where decompositions are kept; None for none.
 
     Raises:
-        ValueError: a weight or a factor is not finite, or a factor has the wrong shape; by name.
+        ValueError: a weight that the method reads or a factor is not finite, or a factor has the
+            wrong shape; by name. Of the other weights see `unread`.
     """
     homes = {
         target.name: factor_device(weights.model.get_submodule(target.name))
@@ -92,15 +93,37 @@ def initialize(
 
         def run(own: Sequence[Job]) -> list[InitializedLayer]:
             done: list[InitializedLayer] = []
-            with refused_beside(worker.unread(own)):
-                for layers in schedule.run(worker, own):
-                    done += layers
-                    advance(len(layers))
+            for layers in schedule.run(worker, own):
+                done += layers
+                advance(len(layers))
             return done
 
         done = sharing.shared(run, planned, plan, weights, seed)
     found = {layer.target.name: layer.moved(homes[layer.target.name]) for layer in done}
     return [found[target.name] for target in plan.targets]
+
+
+def unread(weights: BaseWeights, plan: Plan) -> dict[str, Tensor]:
+    """The weights, by target, of which the plan's method reads the shape alone: plain ones in
+    memory, which nothing else would look at (see `lora_init.finiteness`)."""
+    modules = {
+        target.name: weights.model.get_submodule(target.name)
+        for target in plan.targets
+        if not target.quantized and not _reads(plan, target)
+    }
+    return {
+        name: module.weight.detach()
+        for name, module in modules.items()
+        if not module.weight.is_meta
+    }
+
+
+def _reads(plan: Plan, target: Target) -> bool:
+    return "weights" in plan.initializer.needs or _requantizes(plan, target)
+
+
+def _requantizes(plan: Plan, target: Target) -> bool:
+    return plan.requantizes and target.quantized
 
 
 @dataclass(frozen=True)
@@ -135,7 +158,7 @@ class _Worker:
         """What the method gets of one layer."""
         module = self.weights.model.get_submodule(target.name)
         statistics = self.statistics.get(target.name)
-        if self._reads(target):
+        if _reads(self.plan, target):
             weight = widened(self.weights.weight(target).to(device)).to(torch.float32)
         else:
             weight = torch.empty(target.shape, device="meta")  # its shape is all that is read
@@ -189,7 +212,7 @@ class _Worker:
 
     def _settled(self, target: Target, given: Input, factors: Factors) -> Factors:
         home, dtype = self.homes[target.name], self.plan.adapter_dtype
-        if not bool(factors.lora_A.any()) and not bool(factors.lora_B.any()):
+        if _vanishes(factors.lora_A) and _vanishes(factors.lora_B):
             _warn_of_zeros(target, self.plan.initializer)
         factors = replace(
             factors,
@@ -198,32 +221,11 @@ class _Worker:
             replacement=_settled_replacement(factors.replacement, home),
             metrics={name: _plain(value) for name, value in factors.metrics.items()},
         )
-        if self._requantizes(target):
+        if _requantizes(self.plan, target):
             factors = _requantized(
                 factors, given.weight.to(home), target, given.statistics.quantizer
             )
         return factors
-
-    def unread(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
-        """The weights, by target, of which the method reads the shape alone: plain ones in memory,
-        which nothing else would look at."""
-        modules = {
-            target.name: self.weights.model.get_submodule(target.name)
-            for job in jobs
-            for target in job.targets
-            if not target.quantized and not self._reads(target)
-        }
-        return {
-            name: module.weight.detach()
-            for name, module in modules.items()
-            if not module.weight.is_meta
-        }
-
-    def _reads(self, target: Target) -> bool:
-        return "weights" in self.plan.initializer.needs or self._requantizes(target)
-
-    def _requantizes(self, target: Target) -> bool:
-        return self.plan.requantizes and target.quantized
 
     @property
     def _nesting(self) -> Nesting | None:
@@ -250,6 +252,11 @@ def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Qu
 def _settled(factor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     # A contiguous tensor of its own: a view would keep the whole decomposition in memory.
     return factor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _vanishes(factor: Tensor) -> bool:
+    # The first row answers for whatever is not zero.
+    return not bool(factor[:1].any()) and not bool(factor.any())
 
 
 def _settled_replacement(

@@ -2,7 +2,8 @@
 
 On an accelerator, layers of one shape are a stack: one call for many of them, as wide as
 `STACK_BYTES` allows. On a CPU a stack would wait for its slowest LAPACK call: there layers share
-out the cores (see `lora_init.concurrency`).
+out the cores (see `lora_init.concurrency`), by the size of what is worked on: the weight, or, of
+methods that only draw, the factors.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Job:
 
     targets: tuple[Target, ...]
     device: torch.device
+    numbers: int | None = None  # how large each one's work is; None: it is no matter of a CPU's
 
 
 def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
@@ -36,7 +38,8 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
     for target in plan.targets:
         device = devices[target.name]
         if device.type == "cpu" or not stackable(plan.initializer, target):
-            made.append(Job((target,), device))
+            numbers = _numbers(target, plan) if device.type == "cpu" else None
+            made.append(Job((target,), device, numbers))
             continue
         alike = target.shape, target.rank, target.scaling, target.module_type, device
         stack = waiting.setdefault(alike, [])
@@ -53,8 +56,10 @@ def stackable(initializer: Initializer, target: Target) -> bool:
 
 def run(work: Callable[[Job], Result], planned: Sequence[Job]) -> Iterator[Result]:
     """The results, in no particular order; an error ends the rest."""
-    return over_cores(work, planned, _numbers)
+    return over_cores(work, planned, lambda job: job.numbers)
 
 
-def _numbers(job: Job) -> int | None:
-    return prod(job.targets[0].shape) if job.device.type == "cpu" else None
+def _numbers(target: Target, plan: Plan) -> int:
+    """How many one layer's work is on; more threads than they keep busy wait for each other."""
+    reads = plan.initializer.needs or (plan.requantizes and target.quantized)
+    return prod(target.shape) if reads else target.rank * sum(target.shape)

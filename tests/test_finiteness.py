@@ -44,6 +44,24 @@ def test_the_first_bad_weight_is_named_after_the_body(looks):
     assert ran == (looks == "beside")  # at once: before anything else is done
 
 
+def test_a_body_can_wait_before_it_changes_anything(monkeypatch):
+    monkeypatch.setattr(finiteness, "ALONE", 1)
+    with refused_beside({"a": torch.ones(4, 4)}) as looked_at:
+        looked_at()
+    reached = []
+
+    def body():
+        weights = {"a": torch.ones(4, 4), "b": torch.full((2, 2), torch.inf)}
+        with refused_beside(weights) as looked_at:
+            reached.append("drawn")
+            looked_at()
+            reached.append("changed")
+
+    with pytest.raises(ValueError, match="target 'b'"):
+        body()
+    assert reached == ["drawn"]
+
+
 def test_an_error_of_the_body_is_its_own(looks):
     with pytest.raises(KeyError, match="mine"), refused_beside({"a": torch.ones(2)}):
         raise KeyError("mine")

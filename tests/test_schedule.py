@@ -76,6 +76,17 @@ def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
     assert list(results) == ["1", "2"]
 
 
+@pytest.mark.parametrize(
+    ("method", "numbers"), [("pissa", 12 * 20), ("eva", 12 * 20), ("gaussian", 4 * (12 + 20))]
+)
+def test_a_layer_is_as_large_as_what_is_worked_on(method, numbers):
+    """The factors where they are only drawn: no weight's size makes that a matter of all cores."""
+    (job,) = schedule.jobs(plan_of([(12, 20)], method), {"0": CPU})
+    assert job.numbers == numbers
+    (job,) = schedule.jobs(plan_of([(12, 20)], method), {"0": torch.device("cuda")})
+    assert job.numbers is None
+
+
 def test_a_single_thread_is_the_callers():
     """A pool of one would compute the same, later."""
     assert torch.get_num_threads() == 1

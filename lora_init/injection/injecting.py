@@ -38,6 +38,7 @@ def inject(
     plain: Mapping[nn.Module, packed.Held],
     keep_original: bool = False,
     initial_known: bool = True,
+    ready: Callable[[], None] = lambda: None,
 ) -> Injection:
     """Wrap the plan's targets, edit or replace their bases, freeze everything else.
 
@@ -50,8 +51,10 @@ def inject(
         keep_original: keep what replaced bases were: float weights in CPU memory.
         initial_known: whether the factors are those of step 0 (False: a trained adapter was
             loaded onto a kept base).
+        ready: called when all is prepared and nothing changed; may wait, or refuse by raising.
     """
     injection = _prepare(model, plan, factors, weights, initial_known)
+    ready()
     injection.plain = dict(plain)
     trained_biases = [(name, model.get_parameter(name)) for name in plan.trained_biases]
     try:

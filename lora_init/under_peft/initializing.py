@@ -20,7 +20,8 @@ from lora_init.calibration import Calibration
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, LayerReport, weight_figures
 from lora_init.factors import low_rank_product
-from lora_init.initialization import InitializedLayer, initialize
+from lora_init.finiteness import refused_beside
+from lora_init.initialization import InitializedLayer, initialize, unread
 from lora_init.injection.changes import Change, HoldPlain, SetItem, forget, take_back
 from lora_init.modules import widened
 from lora_init.plan import Plan
@@ -147,14 +148,15 @@ def _initialize(
         seconds["allocation"] = time.perf_counter() - mark
 
         mark = time.perf_counter()
-        initialized = initialize(
-            weights,
-            plan,
-            statistics.layers,
-            seed=seed,
-            device=device,
-            cache=cache,
-        )
+        with refused_beside(unread(weights, plan)):
+            initialized = initialize(
+                weights,
+                plan,
+                statistics.layers,
+                seed=seed,
+                device=device,
+                cache=cache,
+            )
         rows = [_row(weights, plan, layer) for layer in initialized]
         seconds["initialize"] = time.perf_counter() - mark
 
