@@ -45,7 +45,8 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
         ValueError: nothing matches, an invalid regular expression, an architecture without
             default targets, or a module to save that does not exist.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    modules = {name: module for name, module in model.named_modules() if name}
+    names = list(modules)
     saved = _modules_to_save(names, config)
     unmatched: list[tuple[str, str]] = []
     target = config.target_modules if config.target_modules is not None else _defaults(model)
@@ -57,7 +58,7 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
         matched = [
             name
             for name in candidates
-            if module_type(model.get_submodule(name)) in LINEAR_TYPES and name not in heads
+            if module_type(modules[name]) in LINEAR_TYPES and name not in heads
         ]
     elif isinstance(target, str):
         expression = _compile("target_modules", target)

@@ -97,7 +97,8 @@ def _prepare(
     initial_known: bool,
 ) -> Injection:
     """Everything that allocates or may fail, beside the model: nothing of it is touched here."""
-    unloaded = any(is_unloaded(model.get_submodule(target.name)) for target in plan.targets)
+    modules = {target.name: model.get_submodule(target.name) for target in plan.targets}
+    unloaded = any(map(is_unloaded, modules.values()))
     injection = Injection(
         # A checkpoint that was given as a mapping is held in memory: only where it is needed.
         weights if unloaded else BaseWeights(model, None),
@@ -105,7 +106,7 @@ def _prepare(
         shared=frozenset(target.name for target in plan.targets if target.shared_with),
     )
     for target in plan.targets:
-        module = model.get_submodule(target.name)
+        module = modules[target.name]
         lora_A, lora_B = factors[target.name].lora_A, factors[target.name].lora_B
         layer = layer_class(module)(
             module,

@@ -17,7 +17,8 @@ def module_paths(model: nn.Module) -> dict[int, list[str]]:
 
 def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
     """Put the second of each pair wherever the first hangs; absent ones are passed over."""
-    paths = module_paths(model)
+    pairs = list(pairs)
+    paths = module_paths(model) if pairs else {}
     for present, wanted in pairs:
         for path in paths.get(id(present), ()):
             parent, _, attribute = path.rpartition(".")
