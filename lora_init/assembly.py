@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -22,10 +23,10 @@ from lora_init.calibrating import calibrated, for_allocation
 from lora_init.calibration import Calibration
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, weight_figures
-from lora_init.finiteness import refused_beside
+from lora_init.finiteness import refuse_non_finite, refused_beside
 from lora_init.initialization import InitializedLayer, initialize, unread
 from lora_init.model import LoraModel
-from lora_init.plan import Plan
+from lora_init.plan import Plan, Target
 from lora_init.planning import make_plan
 from lora_init.presence import first_unloaded
 
@@ -177,7 +178,7 @@ def _assemble(
         with _timed(seconds, "calibration"):
             whole = for_allocation(plan, parts)
         with _timed(seconds, "allocation"):
-            plan = allocated(plan, config, whole)
+            plan = allocated(plan, config, whole, weights)
         config = plan.explicit(config)
         parts = iter([whole])
 
@@ -294,10 +295,24 @@ def device_for(device: str | torch.device | None) -> torch.device | None:
     return place
 
 
-def allocated(plan: Plan, config: LoraConfig, statistics: Calibration) -> Plan:
-    """The plan with the allocator's ranks."""
+def allocated(
+    plan: Plan, config: LoraConfig, statistics: Calibration, weights: BaseWeights
+) -> Plan:
+    """The plan with the allocator's ranks.
+
+    Raises:
+        ValueError: no rank was allocated to any layer; a weight it reads is not finite, by name.
+    """
+
+    def read(target: Target) -> Tensor:
+        weight = weights.weight(target)
+        refuse_non_finite(target.name, weight)
+        return weight
+
     requests = {
-        target.name: LayerRequest(target.rank, target.shape, statistics.layers[target.name])
+        target.name: LayerRequest(
+            target.rank, target.shape, statistics.layers[target.name], partial(read, target)
+        )
         for target in plan.targets
     }
     ranks = plan.initializer.allocate(requests, plan.options)

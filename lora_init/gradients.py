@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.batches import check_count, forward, home, moved
+from lora_init.finiteness import refuse_non_finite
 from lora_init.modules import input_rows, module_type, weight_shape, widened
 from lora_init.precision import full_precision
 from lora_init.reduction import all_or_none, over_ranks
@@ -80,8 +81,8 @@ def collect_gradients(
         G by name, float32.
 
     Raises:
-        ValueError: there is no batch, one gives no finite scalar loss, or a layer is never reached
-            or gets a non-finite gradient (by name).
+        ValueError: there is no batch, one gives no finite scalar loss (a layer whose weight is to
+            blame is named), or a layer is never reached or gets a non-finite gradient (by name).
         RuntimeError: another rank failed; torch's own where a layer's input is written to before
             the backward pass, or checkpointing is reentrant (use_reentrant=False is served).
     """
@@ -92,7 +93,7 @@ def collect_gradients(
     with all_or_none("gradients"), _tapped(model, modules, sums.add) as anchor:
         for count, batch in enumerate(batches, start=1):
             value = loss(model, moved(batch, place))
-            _check_loss(value, count)
+            _check_loss(value, count, modules)
             if value.requires_grad:
                 # Towards the anchor only: autograd computes no gradient of any parameter.
                 value.backward(inputs=[anchor])
@@ -149,8 +150,11 @@ class _Sums:
         return means
 
 
-def _check_loss(loss: Any, number: int) -> None:
-    """Refuse what is no finite scalar; batches are counted from 1."""
+def _check_loss(loss: Any, number: int, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse what is no finite scalar; batches are counted from 1.
+
+    A layer's weight that is the cause is named.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
         raise ValueError(
@@ -158,6 +162,9 @@ def _check_loss(loss: Any, number: int) -> None:
             "is a tensor with one entry: take its mean"
         )
     if not bool(torch.isfinite(loss)):
+        for name, module in modules.items():
+            if not module.weight.is_meta:
+                refuse_non_finite(name, module.weight.detach())
         raise ValueError(
             f"calibration: the loss of batch {number} is {loss.item()}; labels that are all "
             "ignored (-100) give nan: drop such batches, or check the model's weights"

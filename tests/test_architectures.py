@@ -160,7 +160,9 @@ def test_every_method_serves_the_architecture(case, spec, tmp_path):
     assert len(plan.targets) == count
     model = get_peft_model(base, config, calibration=calibration, keep_original=True)
     assert model.layers.keys() <= {target.name for target in plan.targets}
-    assert sum(layer.rank for layer in model.layers.values()) == 8 * count
+    ranks = [layer.rank for layer in model.layers.values()]
+    # GoRA bounds each rank; whoever else allocates keeps the sum.
+    assert all(4 <= r <= 32 for r in ranks) if spec.name == "gora" else sum(ranks) == 8 * count
 
     # Step 0.
     started = output(model, batches[0])

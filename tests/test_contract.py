@@ -29,6 +29,7 @@ from packing import kept_plain
 from products import every_pair
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from uniform import uniform
 
 from lora_init import LoraConfig, LoraModel, WithLoss, get_peft_model, list_initializers
 from lora_init.layers import LoraLayer
@@ -102,7 +103,7 @@ def config_for(method, *, r=RANK, scaling="s=2", targets=tuple(SHAPES), **settin
         lora_alpha=settings.pop("lora_alpha", alpha * r / RANK),
         use_rslora=use_rslora,
         target_modules=list(targets),
-        init_lora_weights={"name": method, **({"rho": 1.0} if method == "eva" else {})},
+        init_lora_weights={"name": method, **uniform(method)},
         **settings,
     )
 
@@ -255,7 +256,7 @@ def test_output_at_step_0_for_any_shape(
         use_rslora=use_rslora,
         use_dora=use_dora,
         target_modules=["0"],
-        init_lora_weights={"name": method, **({"rho": 1.0} if method == "eva" else {})},
+        init_lora_weights={"name": method, **uniform(method)},
     )
     x = chain_inputs(60, columns, seed=seed)
     calibration = Batches([x]) if spec.calibration else None
@@ -839,7 +840,7 @@ def test_failing_calibration_leaves_the_model_unchanged(method):
 
 
 @pytest.mark.parametrize(
-    "method", [spec.name for spec in list_initializers() if "weights" in spec.needs]
+    "method", [spec.name for spec in list_initializers() if spec.needs & {"weights", "gradients"}]
 )
 def test_weight_that_is_not_finite_is_refused_by_name(method):
     base = Chain()

@@ -10,6 +10,7 @@ from measures import EPSILON, assert_gap, train
 from models import spread_weight
 from torch import nn
 from torch.nn import functional
+from uniform import uniform
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.registry import CalibrationRequest
@@ -151,7 +152,7 @@ def test_readers_of_one_tensor_keep_their_own_patches():
 def test_data_driven_methods_follow_the_patches(method):
     base, x = TwoReaders(), torch.randn(3, 3, 9, 8) + 0.5
     names = ["fine", "coarse", "twin"]
-    options = {"name": method, **({"rho": 1.0} if method == "eva" else {})}
+    options = {"name": method, **uniform(method)}
     model = adapt(
         copy.deepcopy(base), target_modules=names, init_lora_weights=options, calibration=[x]
     )

@@ -28,6 +28,7 @@ from networks import Chain, chain_inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from uniform import uniform
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
 
@@ -281,7 +282,7 @@ def test_3_rank_above_a_grouped_head_is_refused(method):
 
 @pytest.mark.parametrize("method", [s.name for s in list_initializers()])
 def test_4_factors_do_not_depend_on_the_other_targets(method):
-    options = {"name": method, **({"rho": 1.0} if method == "eva" else {})}
+    options = {"name": method, **uniform(method)}
 
     def factors(targets, **settings):
         model = adapt(llama(), target_modules=targets, init_lora_weights=options, **settings)

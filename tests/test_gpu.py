@@ -18,6 +18,7 @@ from models import Batches
 from networks import Case
 from packing import kept_plain, on_device
 from torch import nn
+from uniform import uniform
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers, reinitialize
 from lora_init.modules import oriented_weight
@@ -97,7 +98,7 @@ def moved(value):
 
 
 def adapt(spec, case, base, *, use_dora=False, **arguments):
-    options = {"name": spec.name, **({"rho": 1.0} if spec.name == "eva" else {})}
+    options = {"name": spec.name, **uniform(spec.name)}
     config = LoraConfig(
         r=4, target_modules=list(case.shapes), init_lora_weights=options, use_dora=use_dora
     )

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from networks import Case
+from uniform import uniform
 
 from lora_init import LoraConfig, calibrate, concurrency, get_peft_model, list_initializers
 
@@ -13,7 +14,7 @@ CASE = Case()
 
 
 def config_of(method):
-    settings = {"rho": 1.0} if method == "eva" else {}
+    settings = uniform(method)
     return LoraConfig(
         r=4, target_modules=list(CASE.shapes), init_lora_weights={"name": method, **settings}
     )

@@ -9,6 +9,7 @@ from measures import assert_gap
 from models import Batches
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from uniform import uniform
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
 from lora_init.modules import MODULE_TYPES
@@ -59,7 +60,7 @@ def one_module(kind, base):
 )
 def test_a_cell_is_true(spec, kind, base, use_dora):
     model, x, original = one_module(kind, base)
-    settings = {"rho": 1.0} if spec.name == "eva" else {}
+    settings = uniform(spec.name)
     config = LoraConfig(
         r=4,
         target_modules=["0"],

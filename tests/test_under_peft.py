@@ -21,6 +21,7 @@ from products import thinned
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from uniform import uniform
 
 from lora_init import (
     Factors,
@@ -141,19 +142,19 @@ FEATURES = (
 
 @pytest.mark.parametrize(("method", "kind"), thinned(CELLS, *FEATURES))
 def test_the_start_is_ours_and_goes_back(method, kind):
-    spec, uniform = SPECS[method], {"rho": 1.0} if method == "eva" else {}
+    spec, kept = SPECS[method], uniform(method)
     base, targets, x, batches, originals = network(kind)
     originals = originals if spec.base == "replace" else None
     model = wrapped(base, targets)
     before, expected = snapshot(model), outputs(model, x)
     parameters = dict(model.named_parameters())
-    report = start(model, method, batches, original_weights=originals, options=uniform or None)
+    report = start(model, method, batches, original_weights=originals, options=kept or None)
 
     config = LoraConfig(
         r=RANK,
         lora_alpha=2 * RANK,
         target_modules=targets,
-        init_lora_weights={"name": method, **uniform},
+        init_lora_weights={"name": method, **kept},
     )
     calibration = batches if spec.calibration else None
     ours = get_peft_model(

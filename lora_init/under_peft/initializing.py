@@ -144,7 +144,7 @@ def _initialize(
 
         mark = time.perf_counter()
         if plan.initializer.allocate is not None:
-            plan = allocated(plan, config, statistics)
+            plan = allocated(plan, config, statistics, weights)
         seconds["allocation"] = time.perf_counter() - mark
 
         mark = time.perf_counter()

@@ -430,5 +430,6 @@ def test_whitening_leaves_unseen_directions_alone():
     options = EvaOptions(whiten=True, center=False)
     factors = eva(torch.zeros(8, 20), 4, 1.0, statistics, options, torch.Generator())
     assert float(factors.lora_A[3].norm()) == pytest.approx(1.0, abs=1e-4)
-    ranks = allocate({"a": LayerRequest(4, (8, 20), statistics)}, options)
+    request = LayerRequest(4, (8, 20), statistics, lambda: torch.zeros(8, 20))
+    ranks = allocate({"a": request}, options)
     assert ranks == {"a": 3}

@@ -7,6 +7,7 @@ Layers that read one tensor (query, key and value; gate and up) count once here,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ from experiments.papers.tasks import Batches
 from lora_init.allocation import LayerRequest
 from lora_init.calibration import LayerStatistics
 from lora_init.initializers.eva import EvaOptions
-from lora_init.modules import weight_shape
+from lora_init.modules import oriented_weight, weight_shape
 from lora_init.moments import InputStatistics
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest, get_initializer
@@ -216,6 +217,7 @@ def chosen_ranks(subject: Subject, inputs: Inputs, settings: EvaVarianceSettings
             settings.rank,
             weight_shape(subject.model.get_submodule(layer.name)),
             LayerStatistics(inputs=found[layer.name]),
+            partial(oriented_weight, subject.model.get_submodule(layer.name)),
         )
         for layer in subject.layers
     }
