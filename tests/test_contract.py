@@ -55,7 +55,10 @@ EXPECTED_SCALINGS = {"s=1/16": 1 / 16, "s=1": 1.0, "s=2": 2.0, "s=16": 16.0, "rs
 VARIANTS = {name: {"scaling": name} for name in SCALINGS} | {"dora": {"use_dora": True}}
 BASES = [Case(kind, dtype) for kind in (*KINDS, "Conv2d", "Embedding") for dtype in DTYPES]
 BASES += [Case("Linear4bit"), Case("Linear8bitLt")]
-RANDOM = {"kaiming", "gaussian", "random", "orthogonal", "random_bases", "matched_norm"}
+RANDOM = {
+    "kaiming", "gaussian", "random", "orthogonal", "random_bases", "matched_norm", "gora",
+    "init_ab", "init_ab_subtracted",
+}  # fmt: skip
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
