@@ -89,10 +89,13 @@ def check_parameters(plan: Plan, budget: BudgetConfig, *, rank: int, allocated: 
         f"{plan.parameters}"
     )
     if allocated:
+        if hasattr(plan.options, "budget"):
+            fix = "set init.budget=parameters, or raise init.rho if its layers can grow no further"
+        else:
+            fix = "set its bounds such that every layer keeps lora.r, or another lora.r"
         raise ConfigurationError(
             f"{has} after its ranks were allocated anew (allowed is a difference of less than "
-            f"{largest}, one rank of the largest layer); set init.budget=parameters where the "
-            "method has that option, or raise init.rho if its layers can grow no further"
+            f"{largest}, one rank of the largest layer); {fix}"
         )
     raise ConfigurationError(
         f"{has} at lora.r={rank} (allowed is a difference of less than {largest}, one rank of the "

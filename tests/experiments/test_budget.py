@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ from experiments.runs import identify
 from experiments.schedule import TrainingConfig
 from experiments.tasks import SeededBatches
 from lora_init import LoraConfig, get_peft_model
+from lora_init.initializers.gora import GoraOptions
+from lora_init.registry import get_initializer
 
 
 class Counting:
@@ -101,6 +105,12 @@ def test_an_allocation_is_held_to_the_budget(configured, tiny):
     assert 7680 - 96 < result["budget"]["trainable_parameters"] <= 7680
     uniform = execute(configured(*settings, "init=pissa"))
     assert uniform["budget"]["trainable_parameters"] == 7680
+
+
+def test_a_method_without_a_budget_of_its_own_is_told_what_it_has():
+    plan = replace(plan_for(4), initializer=get_initializer("gora"), options=GoraOptions())
+    with pytest.raises(ConfigurationError, match=r"allocated anew.*every layer keeps lora\.r"):
+        check_parameters(plan, BudgetConfig(trainable_parameters=720), rank=4, allocated=True)
 
 
 @pytest.mark.parametrize("override", ["budget.tokens=0", "budget.trainable_parameters=-1"])
