@@ -177,7 +177,7 @@ def other_start(method, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["edited", "in_forward"])
 @pytest.mark.parametrize("method", ["corda", "orthogonal", "pissa_niter_1"])
 def test_the_base_follows_a_checkpoint_from_another_start(method, dtype, variant):
-    model = train(other_start(method, dtype=dtype, **variant))
+    model = train(other_start(method, dtype=dtype, **variant), size=0.2)  # seen in 16 bits, too
     state = copied(model.state_dict())
     resumed = start(method, dtype=dtype, **variant)
     x = chain_inputs(20, dtype=dtype)

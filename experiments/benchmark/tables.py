@@ -60,7 +60,8 @@ def amount(value: float | None, unit: str) -> str:
     if value is None:
         return NOTHING
     if unit == "s":
-        return f"{value:.2f} s" if abs(value) >= 1 else f"{1e3 * value:.3g} ms"
+        # From where three digits round up to a thousand, a thousand of them are a second.
+        return f"{value:.2f} s" if abs(value) >= 0.9995 else f"{1e3 * value:.3g} ms"
     return f"{value:.1f} {unit}" if unit == "MiB" else f"{value:.2f}{unit}"
 
 

@@ -12,7 +12,7 @@ from experiments.benchmark.chart import charts
 from experiments.benchmark.clock import Clock
 from experiments.benchmark.report import Ledger, environment, machine
 from experiments.benchmark.rows import Quality, Row
-from experiments.benchmark.tables import columns, markdown_table, terminal_table
+from experiments.benchmark.tables import amount, columns, markdown_table, terminal_table
 from experiments.report.statistics import Interval
 
 ROWS = [
@@ -178,3 +178,17 @@ def test_a_folder_a_machine(settings):
     known = environment(settings) | {"gpu": "NVIDIA X 1", "device": "cuda"}
     assert machine(known) == "nvidia-x-1"
     assert machine(known | {"device": "cpu", "threads": 3}).endswith("3-threads")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.0123, "12.3 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1.00 s"),
+        (1.0, "1.00 s"),
+        (61.5, "61.50 s"),
+    ],
+)
+def test_times(seconds, expected):
+    assert amount(seconds, "s") == expected
