@@ -42,9 +42,20 @@ def empty_columns(*frames: pd.DataFrame) -> list[str]:
         values = pd.Series(dtype=float) if frame is None else frame[column].dropna()
         if values.empty:
             warnings.append(f"No run recorded {label}.")
-        elif (pd.to_numeric(values) == 0).all():
+        elif column != "score" and (pd.to_numeric(values) == 0).all():
             warnings.append(f"In every run {label} is exactly zero: was it measured?")
     return warnings
+
+
+def equal_scores(runs: pd.DataFrame) -> list[str]:
+    """Scores that tell nothing apart, most often because the task is too hard or too easy."""
+    scores = runs["score"].dropna()
+    if len(scores) < 2 or scores.nunique() > 1:
+        return []
+    return [
+        f"Every run has the same score, {100 * scores.iloc[0]:.1f} %: it tells no methods and no "
+        "learning rates apart. Look at the losses, or train for longer."
+    ]
 
 
 def shared_seeds(runs: pd.DataFrame) -> list[Problem]:

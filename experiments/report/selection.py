@@ -24,8 +24,8 @@ class Choice:
     Attributes:
         runs: the runs that it is judged by, one a seed.
         rates: how many learning rates there were to choose from.
-        at_edge: whether the chosen rate is the lowest or the highest of several: the best may lie
-            beyond.
+        at_edge: whether the chosen rate is the lowest or the highest of several, and another did
+            worse: the best may lie beyond.
         by: what chose it: "protocol", "validation score" or "test score".
     """
 
@@ -60,8 +60,9 @@ def choose(runs: pd.DataFrame, selected: dict[Any, dict[str, Any]]) -> list[Choi
         elif selected:
             continue  # a protocol that chose nothing here: it is not done with this arm
         else:
-            by, rate = best_rate(group)
-            chosen, edge = group[same(group["learning_rate"], rate)], None
+            by, rate, others_are_worse = best_rate(group)
+            chosen = group[same(group["learning_rate"], rate)]
+            edge = None if others_are_worse else False
         rates = sorted(group["learning_rate"].dropna().unique())
         if edge is None:
             edge = len(rates) > 1 and rate in (rates[0], rates[-1])
@@ -85,8 +86,9 @@ def at_equal_update(
     return [c for c in choices if found and c.arm not in arms and c.method == BASELINE] + found
 
 
-def best_rate(arm: pd.DataFrame) -> tuple[str, float]:
-    """The criterion, and the learning rate of its highest mean over seeds.
+def best_rate(arm: pd.DataFrame) -> tuple[str, float, bool]:
+    """The criterion, the learning rate of its highest mean over seeds, and whether any other's is
+    lower.
 
     Only rates that the most seeds finished at count: where some diverged, the mean over the rest
     flatters.
@@ -95,7 +97,8 @@ def best_rate(arm: pd.DataFrame) -> tuple[str, float]:
     column = "validation_score" if validated else "score"
     by_rate = arm.groupby("learning_rate", dropna=False)[column].agg(["mean", "count"])
     complete = by_rate[by_rate["count"] == by_rate["count"].max()]
-    return VALIDATION if validated else TEST, complete["mean"].idxmax()
+    means = complete["mean"]
+    return VALIDATION if validated else TEST, means.idxmax(), bool((means < means.max()).any())
 
 
 def same(values: pd.Series, value: float) -> pd.Series:

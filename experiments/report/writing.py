@@ -96,6 +96,7 @@ def write_report(
         *checks.choice_warnings(runs, choices),
         *checks.baseline_warnings(rows, only),
         *checks.empty_columns(runs, gathered.layers, gathered.metrics),
+        *checks.equal_scores(runs),
     ]
     charts, canvas = draw(summarizer, views, majority, metric, diverged(sweep))
     page = Page(

@@ -9,7 +9,7 @@ from synthetic_sweeps import STEPS, write_protocol, write_run, write_sweep
 
 from experiments.report import gathering
 from experiments.report.__main__ import make
-from experiments.report.checks import choice_warnings
+from experiments.report.checks import choice_warnings, empty_columns, equal_scores
 from experiments.report.gathering import gather
 from experiments.report.pictures import Pictures
 from experiments.report.selection import PROTOCOL, TEST, VALIDATION, choose
@@ -235,3 +235,17 @@ def test_equal_update_size_is_a_view_of_its_own(tmp_path, monkeypatch):
                for seed in (0, 1)]  # fmt: skip
     mean = 50 * sum(result["score"] for result in matched)
     assert f"| pissa | {mean:.1f} ±" in (tmp_path / "report" / "equal_update.md").read_text()
+
+
+def test_equal_scores_choose_nothing_and_are_said(tmp_path, read):
+    for method in ("kaiming", "pissa"):
+        for rate in (1e-3, 2e-3):
+            write_run(tmp_path / f"{method}-{rate}", method, 0, learning_rate=rate)
+    runs = with_arms(read(tmp_path).runs).assign(task="one")
+    assert equal_scores(runs) == []
+    assert all(choice.at_edge for choice in choose(runs, {}))
+    runs = runs.assign(score=0.0, validation_score=0.0)
+    assert not any(choice.at_edge for choice in choose(runs, {}))
+    (told,) = equal_scores(runs)
+    assert told.startswith("Every run has the same score, 0.0 %: it tells no methods")
+    assert not any("score" in warning for warning in empty_columns(runs))
