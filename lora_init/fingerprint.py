@@ -45,10 +45,12 @@ def checksum(weight: Tensor) -> str:
 
 
 def _samples(weight: Float[Tensor, "out in"]) -> Tensor:
-    row, column = (_places(size).to(weight.device) for size in weight.shape)
+    row, column = (torch.tensor(_places(size), device=weight.device) for size in weight.shape)
     return weight[row[:, None], column].to(torch.bfloat16).cpu().contiguous().flatten()
 
 
 @cache
-def _places(size: int) -> Tensor:
-    return torch.linspace(0, size - 1, min(SAMPLES_A_SIDE, size)).long()
+def _places(size: int) -> tuple[int, ...]:
+    """Numbers, not a tensor: that would keep the default device and mode of whoever came first."""
+    places = torch.linspace(0, size - 1, min(SAMPLES_A_SIDE, size), device="cpu")
+    return tuple(places.long().tolist())
