@@ -109,21 +109,13 @@ def unread(weights: BaseWeights, plan: Plan) -> dict[str, Tensor]:
     modules = {
         target.name: weights.model.get_submodule(target.name)
         for target in plan.targets
-        if not target.quantized and not _reads(plan, target)
+        if not target.quantized and not plan.reads_weight(target)
     }
     return {
         name: module.weight.detach()
         for name, module in modules.items()
         if not module.weight.is_meta
     }
-
-
-def _reads(plan: Plan, target: Target) -> bool:
-    return "weights" in plan.initializer.needs or _requantizes(plan, target)
-
-
-def _requantizes(plan: Plan, target: Target) -> bool:
-    return plan.requantizes and target.quantized
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ class _Worker:
         """What the method gets of one layer."""
         module = self.weights.model.get_submodule(target.name)
         statistics = self.statistics.get(target.name)
-        if _reads(self.plan, target):
+        if self.plan.reads_weight(target):
             weight = widened(self.weights.weight(target).to(device)).to(torch.float32)
         else:
             weight = torch.empty(target.shape, device="meta")  # its shape is all that is read
@@ -221,7 +213,7 @@ class _Worker:
             replacement=_settled_replacement(factors.replacement, home),
             metrics={name: _plain(value) for name, value in factors.metrics.items()},
         )
-        if _requantizes(self.plan, target):
+        if self.plan.requantizes_base(target):
             factors = _requantized(
                 factors, given.weight.to(home), target, given.statistics.quantizer
             )

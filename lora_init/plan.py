@@ -105,6 +105,13 @@ class Plan:
         """Whether packed weights take the residual of a subtracting method."""
         return self.initializer.base == "subtract" and self.quantized_base == "requantize"
 
+    def requantizes_base(self, target: Target) -> bool:
+        return self.requantizes and target.quantized
+
+    def reads_weight(self, target: Target) -> bool:
+        """Whether the method is given the weight's values, and not its shape alone."""
+        return "weights" in self.initializer.needs or self.requantizes_base(target)
+
     @property
     def replaced(self) -> tuple[Target, ...]:
         """Targets whose base weight becomes another, quantised one."""

@@ -61,5 +61,5 @@ def run(work: Callable[[Job], Result], planned: Sequence[Job]) -> Iterator[Resul
 
 def _numbers(target: Target, plan: Plan) -> int:
     """How many one layer's work is on; more threads than they keep busy wait for each other."""
-    reads = plan.initializer.needs or (plan.requantizes and target.quantized)
-    return prod(target.shape) if reads else target.rank * sum(target.shape)
+    drawn = not plan.initializer.needs and not plan.requantizes_base(target)
+    return target.rank * sum(target.shape) if drawn else prod(target.shape)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from losses import mean_gradients, mean_square
 from measures import relative_gap
 from networks import SHAPES, Chain, chain_inputs
 
@@ -116,10 +117,6 @@ def test_the_step_is_as_long_as_gamma_says():
 # -- from data to model ----------------------------------------------------------------------------
 
 
-def mean_square(model, batch):
-    return model(batch).float().square().mean()
-
-
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
@@ -133,13 +130,11 @@ def test_end_to_end(kind, dtype, scaling):
         init_lora_weights="gora",
     )  # fmt: skip
     model = get_peft_model(copy.deepcopy(base), config, calibration=WithLoss(batches, mean_square))
-    twin = copy.deepcopy(base).double()
-    sum(twin(batch.double()).square().mean() for batch in batches).backward()
-    gradients, scores = {}, {}
-    for name in SHAPES:
-        weight = twin.get_submodule(name).weight
-        gradients[name] = (weight.grad.T if kind == "Conv1D" else weight.grad) / len(batches)
-        scores[name] = float((weight.detach() * weight.grad).abs().mean())
+    gradients = mean_gradients(base, batches)
+    scores = {
+        name: float((oriented_weight(base.get_submodule(name)).double() * gradient).abs().mean())
+        for name, gradient in gradients.items()
+    }
     total = sum(scores.values())
     budget = sum(RANK * math.sqrt(sum(shape)) for shape in SHAPES.values())
     for name, layer in model.layers.items():
