@@ -1,4 +1,4 @@
-"""x W + s (x Aᵀ) Bᵀ as one step of the graph, against autograd's own two products."""
+"""x W + s (x Aᵀ) Bᵀ + bias as one step of the graph, against autograd's own two products."""
 
 import pytest
 import torch
@@ -11,21 +11,23 @@ SCALING = 1.5
 
 def operands(*leading, dtype=torch.float64):
     generator = torch.Generator().manual_seed(5)
-    shapes = (*leading, 6), (6, 4), (2, 6), (4, 2)
+    shapes = (*leading, 6), (6, 4), (2, 6), (4, 2), (4,)
     return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes]
 
 
-def in_two_steps(x, weight, lora_A, lora_B):
-    return x @ weight + SCALING * (x @ lora_A.T) @ lora_B.T
+def in_two_steps(x, weight, lora_A, lora_B, bias=None):
+    outputs = x @ weight + SCALING * (x @ lora_A.T) @ lora_B.T
+    return outputs if bias is None else outputs + bias
 
 
-def fused(*tensors):
-    return adapted_product(*tensors, SCALING)
+def fused(x, weight, lora_A, lora_B, bias=None):
+    return adapted_product(x, weight, lora_A, lora_B, bias, SCALING)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 3), (2, 0, 3)], ids=str)
-def test_output_and_gradients(leading):
-    tensors = operands(*leading)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_output_and_gradients(leading, with_bias):
+    tensors = operands(*leading)[: 5 if with_bias else 4]
     expected, actual = in_two_steps(*tensors), fused(*tensors)
     torch.testing.assert_close(actual, expected)
     direction = torch.randn_like(expected)
@@ -40,7 +42,7 @@ def test_first_and_second_derivatives_by_differences():
     assert gradgradcheck(fused, tensors)
 
 
-@pytest.mark.parametrize("trained", [(2,), (3,), (0, 3), (2, 3), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("trained", [(2,), (3,), (4,), (0, 3), (2, 3), (1, 2, 3)], ids=str)
 def test_only_what_is_asked_for(trained):
     tensors = [t.detach().requires_grad_(n in trained) for n, t in enumerate(operands(3))]
     fused(*tensors).sum().backward()
@@ -63,3 +65,12 @@ def test_a_second_backward_pass_gives_the_same():
     result = fused(*tensors).square().sum()
     first, second = (torch.autograd.grad(result, tensors, retain_graph=True) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_outputs_may_be_written_to():
+    """As by Falcon's residual sum or nn.ReLU(inplace=True); the gradients are the same."""
+    tensors = operands(5)
+    expected = torch.autograd.grad(in_two_steps(*tensors).relu().sum(), tensors)
+    actual = torch.autograd.grad(torch.relu_(fused(*tensors)).sum(), tensors)
+    for theirs, ours in zip(expected, actual, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -110,6 +110,10 @@ class LoraLayer(nn.Module):
             return self._original_output(x)
         if self.use_dora:
             return self._decomposed_output(x)
+        return self._adapted_output(x)
+
+    def _adapted_output(self, x: Tensor) -> Tensor:
+        """base(x) + s (B A x + b)."""
         result = self.base_layer(x)
         delta = self._low_rank(self.dropout(x), self.lora_A, self.lora_B)
         if self.base_state == "in_forward":
@@ -123,7 +127,7 @@ class LoraLayer(nn.Module):
     def _decomposed_output(self, x: Tensor) -> Tensor:
         """g (W x + s B A x) + bias, with g = m / ‖W + s B A‖ row by row."""
         gain = self._along_outputs(self.gain())
-        if not (self.dropout.training and isinstance(self.dropout, nn.Dropout)):
+        if not self._drops():
             values, bias, dtype = self._adapted_without_bias(x)
             return dora.scaled(values, gain, bias).to(dtype)
         # As in the authors' code: what is not dropped is the base's own output, once.
@@ -137,6 +141,9 @@ class LoraLayer(nn.Module):
             dropped = dropped - self._low_rank(dropped_x, *initial)
         result = frozen + (gain - 1) * dropped + gain * delta
         return (result if bias is None else result + bias).to(dtype)
+
+    def _drops(self) -> bool:
+        return self.dropout.training and isinstance(self.dropout, nn.Dropout)
 
     def _adapted_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
         """V x without dropout, the bias, and the dtype of the base's own output."""

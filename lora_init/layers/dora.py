@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.layers.transforms import is_transformed
 from lora_init.modules import widened
 
 Initial = tuple[Tensor, Tensor, Tensor]
@@ -111,6 +112,8 @@ class _Scaled(torch.autograd.Function):
 
 def scaled(values: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """``values * gain + bias``, the vectors in the layout that broadcasts over the values."""
+    if is_transformed():
+        return values * gain if bias is None else values * gain + bias
     return _Scaled.apply(values, gain, bias)
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_init.layers.adapted_product import adapted_product
 from lora_init.layers.base import LoraLayer, common_dtype
+from lora_init.layers.decomposed_product import decomposed_product
+from lora_init.layers.transforms import is_transformed
+from lora_init.modules import widened
+
+STACKED_POSITIONS = 2048
+"""Up to so many, a copy of the inputs costs less than reading the weight once more."""
 
 
 class LinearLayer(LoraLayer):
@@ -33,20 +40,56 @@ class LinearLayer(LoraLayer):
         result = base(x)  # a packed weight: only its own kernel can multiply by it
         return (result, None) if base.bias is None else (result - base.bias, base.bias)
 
+    # -- in one step of the graph, where that is the same function ---------------------------------
+
+    def _adapted_output(self, x: Tensor) -> Tensor:
+        weight = self._plain_weight(x)
+        if weight is None or self._drops() or self.lora_bias is not None:
+            return super()._adapted_output(x)
+        bias = self.base_layer.bias
+        return adapted_product(x, weight, self.lora_A, self.lora_B, bias, self.scaling)
+
+    def _decomposed_output(self, x: Tensor) -> Tensor:
+        weight = self._plain_weight(x)
+        is_wide = widened(x).dtype == x.dtype == self.lora_magnitude_vector.dtype
+        is_short = x.numel() <= STACKED_POSITIONS * x.shape[-1]
+        # Norms are not rounded to 16 bits, so only wide products are fit for them.
+        if weight is None or self._drops() or not (is_wide and is_short):
+            return super()._decomposed_output(x)
+        return decomposed_product(
+            x, weight, self.lora_A, self.lora_B, self.lora_magnitude_vector,
+            self.base_layer.bias, self.base_square_norms, self.scaling,
+        )  # fmt: skip
+
     def _adapted_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
-        """In one step where all have one dtype: DoRA has to keep a block more than LoRA anyway."""
         weight = self._plain_weight(x)
         if weight is None:
             return super()._adapted_without_bias(x)
-        outputs = adapted_product(x, weight, self.lora_A, self.lora_B, self.scaling)
+        outputs = adapted_product(x, weight, self.lora_A, self.lora_B, None, self.scaling)
         return outputs, self.base_layer.bias, outputs.dtype
 
     def _plain_weight(self, x: Tensor) -> Float[Tensor, "in out"] | None:
-        """The base's, if one product after another adds up to V x in x's own dtype."""
+        """The base's, if all that happens here are products of one dtype which add up to V x."""
+        base = self.base_layer
         if self.module_type not in ("Linear", "Conv1D") or self.base_state == "in_forward":
             return None
-        weight = self.base_layer.weight
-        dtypes = {part.dtype for part in (x, weight, self.lora_A, self.lora_B)}
-        if len(dtypes) > 1 or torch.is_autocast_enabled(x.device.type):
+        weight, bias = base.weight, base.bias
+        if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or is_watched(base):
+            return None
+        parts = x, weight, self.lora_A, self.lora_B, *(() if bias is None else (bias,))
+        is_rounded = len({p.dtype for p in parts}) > 1 or torch.is_autocast_enabled(x.device.type)
+        if is_rounded or is_transformed():
             return None
         return weight.T if self.module_type == "Linear" else weight
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody counts on `module` being called: a hook, or a forward put over its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
+    )
