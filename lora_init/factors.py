@@ -46,7 +46,7 @@ class Replacement:
         """
         lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
         residual = fresh_memory.empty(weight.shape, torch.float32, weight.device)
-        rows = max(1, fresh_memory.TOGETHER // weight.shape[1])
+        rows = fresh_memory.rows_together(weight.shape[1])
         together = rows if weight.device.type == "cpu" else len(weight)
         parts = (t.split(together) for t in (weight, lora_B, residual))
         for some, of_some, into in zip(*parts, strict=True):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora_init.concurrency import ALONE
+from lora_init.concurrency import POOLED
 
 
 def is_finite(values: Tensor) -> bool:
@@ -49,7 +49,7 @@ def refused_beside(weights: Mapping[str, Tensor]) -> Iterator[Callable[[], None]
         for name, weight in weights.items():
             refuse_non_finite(name, weight)
 
-    if sum(weight.numel() for weight in weights.values()) < ALONE:  # done before a thread is there
+    if sum(weight.numel() for weight in weights.values()) < POOLED:  # done before a thread is there
         look()
         yield lambda: None
         return

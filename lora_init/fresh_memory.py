@@ -9,6 +9,7 @@ at each one: it is better done a part of the matrix at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -35,9 +36,30 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.from_numpy(block[start : start + size]).view(dtype).view(shape)
 
 
+def rows_together(columns: int) -> int:
+    """How many rows of a matrix a CPU takes at a time."""
+    return max(1, TOGETHER // columns)
+
+
 def product(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    """``left @ right``, of tensors that need no gradient."""
+    """``left @ right``, of tensors that need no gradient; the bits that `products` makes."""
     if left.device.type != "cpu" or type(left) is not Tensor:  # another device's, or sharded
         return left @ right
-    shape = left.shape[0], right.shape[1]
-    return torch.mm(left, right, out=empty(shape, left.dtype, left.device))
+    made = empty((left.shape[0], right.shape[1]), left.dtype, left.device)
+    rows = rows_together(right.shape[1])
+    for some, into in zip(left.split(rows), made.split(rows), strict=True):
+        torch.mm(some, right, out=into)
+    return made
+
+
+def products(
+    left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]
+) -> Iterator[tuple[slice, Float[Tensor, "rows n"]]]:
+    """``left @ right`` on a CPU some rows at a time: which, and the product in a block that the
+    next ones will overwrite."""
+    rows = rows_together(right.shape[1])
+    block = left.new_empty(min(rows, len(left)), right.shape[1])
+    for start in range(0, len(left), rows):
+        some = left[start : start + rows]
+        made = torch.mm(some, right, out=block[: len(some)])
+        yield slice(start, start + len(some)), made

@@ -28,7 +28,7 @@ def test_a_sum_beyond_the_range_is_no_infinity():
 def looks(request, monkeypatch):
     """Whether there is a thread for it."""
     if request.param == "beside":
-        monkeypatch.setattr(finiteness, "ALONE", 1)
+        monkeypatch.setattr(finiteness, "POOLED", 1)
     return request.param
 
 
@@ -45,7 +45,7 @@ def test_the_first_bad_weight_is_named_after_the_body(looks):
 
 
 def test_a_body_can_wait_before_it_changes_anything(monkeypatch):
-    monkeypatch.setattr(finiteness, "ALONE", 1)
+    monkeypatch.setattr(finiteness, "POOLED", 1)
     with refused_beside({"a": torch.ones(4, 4)}) as looked_at:
         looked_at()
     reached = []

@@ -34,7 +34,7 @@ def three_threads():
 
 @pytest.mark.usefixtures("three_threads")
 def test_every_small_layer_has_a_thread_of_its_own_with_one_core(monkeypatch):
-    monkeypatch.setattr(concurrency, "ALONE", 200)
+    monkeypatch.setattr(concurrency, "POOLED", 200)
     plan = plan_of([(12, 12)] * 6)
     main = threading.get_ident()
     planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
@@ -51,6 +51,7 @@ def test_every_small_layer_has_a_thread_of_its_own_with_one_core(monkeypatch):
 @pytest.mark.usefixtures("three_threads")
 def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
     monkeypatch.setattr(concurrency, "ALONE", 100)
+    monkeypatch.setattr(concurrency, "POOLED", 100)
     plan = plan_of([(12, 12), *[(4, 4)] * 7, (20, 12)])
     planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
     main = threading.get_ident()

@@ -14,10 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_init import packed
-from lora_init.factors import low_rank_product
+from lora_init.injection.editing import add_product
 from lora_init.injection.plain import hold_plain, release
 from lora_init.injection.weights import Held, exchange, hold, put_back, store_weight
-from lora_init.modules import oriented_weight, widened
 
 Change = Callable[[], Any]
 
@@ -139,10 +138,8 @@ class EditWeight:
     sign: int
 
     def __call__(self) -> EditWeight:
-        weight = widened(oriented_weight(self.module))
         start = self.initial
-        product = low_rank_product(start.lora_A, start.lora_B, start.scaling)
-        store_weight(self.module, weight.add(product.to(weight.device), alpha=self.sign))
+        add_product(self.module, start.lora_A, start.lora_B, start.scaling, self.sign)
         return EditWeight(self.module, self.initial, -self.sign)
 
 

@@ -16,15 +16,14 @@ from lora_init import packed
 from lora_init.base_weights import BaseWeights
 from lora_init.factors import Factors
 from lora_init.fingerprint import fingerprint
+from lora_init.injection.editing import add_product
 from lora_init.injection.merging import fold, set_merged
 from lora_init.injection.places import replace_modules
 from lora_init.injection.plain import hold_plain, release
 from lora_init.injection.settling import settle_base, settle_magnitude
 from lora_init.injection.state import Injection
 from lora_init.injection.switching import set_adapter_enabled
-from lora_init.injection.weights import store_weight
 from lora_init.layers import LoraLayer, TrainedModule, layer_class
-from lora_init.modules import oriented_weight, widened
 from lora_init.plan import Plan
 from lora_init.presence import factor_device, is_unloaded
 
@@ -146,7 +145,8 @@ def restore(model: nn.Module, injection: Injection) -> nn.Module:
     set_adapter_enabled(injection, False)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
-            store_weight(layer.base_layer, layer.original_weight())
+            start = layer.initial_lora_A, layer.initial_lora_B
+            add_product(layer.base_layer, *start, layer.scaling, 1)
     release(injection.plain)
     _unwrap(model, injection, lambda trained: trained.original_module)
     return model
@@ -160,8 +160,8 @@ def reinstate(model: nn.Module, injection: Injection) -> None:
     injection.plain = hold_plain(model)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
-            weight = widened(oriented_weight(layer.base_layer))
-            store_weight(layer.base_layer, weight - layer.initial_product())
+            start = layer.initial_lora_A, layer.initial_lora_B
+            add_product(layer.base_layer, *start, layer.scaling, -1)
     for bias, _ in injection.biases.values():
         bias.requires_grad_(True)
     _place(model, injection)

@@ -8,10 +8,11 @@ from torch import Tensor
 from lora_init.base_weights import BaseWeights
 from lora_init.factors import Factors, Replacement, low_rank_product
 from lora_init.fingerprint import checksum, fingerprint
+from lora_init.injection.editing import add_product
 from lora_init.injection.state import Injection
 from lora_init.injection.weights import hold, store_weight
 from lora_init.layers import LoraLayer
-from lora_init.modules import oriented_weight
+from lora_init.modules import oriented_weight, widened
 from lora_init.plan import Plan, Target
 
 # An edited float32 weight comes back within (growth + 1) 2^-24 max|W|, where growth is how much
@@ -41,7 +42,7 @@ def settle_base(
         return
     # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
     editable = not (target.shared_with or target.quantized or module.weight.is_meta)
-    if not editable or not _edit(layer, oriented_weight(module), factors.lora_A, factors.lora_B):
+    if not editable or not _edit(layer, factors.lora_A, factors.lora_B):
         layer.base_state = "in_forward"
 
 
@@ -89,27 +90,37 @@ def settle_magnitude(
     layer.lora_magnitude_vector.data = layer.adapted_norms(present)
 
 
-def _edit(layer: LoraLayer, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Subtract s B0 A0 from a float32 weight, if that can be undone; whether it was done."""
-    if weight.dtype not in (torch.float32, torch.float64):
+    module = layer.base_layer
+    if module.weight.dtype not in (torch.float32, torch.float64):
         return False
-    product = low_rank_product(lora_A, lora_B, layer.scaling)
-    residual = torch.sub(weight, product, out=product)  # one layer's memory, not two
-    if float(_largest(residual)) > LARGEST_EDIT_GROWTH * float(_largest(weight)):
+    if not comes_back(oriented_weight(module), lora_A, lora_B, layer.scaling):
         return False
-    store_weight(layer.base_layer, residual)
+    add_product(module, lora_A, lora_B, layer.scaling, -1)
     layer.base_state = "edited"
     return True
 
 
+def comes_back(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> bool:
+    """Whether W - s B A + s B A is the float weight within 1e-6 of its largest entry."""
+    largest = float(_largest(weight))
+    # No entry of s B A is larger than this, which only a few reach: W need not be subtracted from.
+    rows = torch.linalg.vector_norm(widened(lora_B), dim=1).amax()
+    columns = torch.linalg.vector_norm(widened(lora_A), dim=0).amax()
+    if largest + scaling * float(rows * columns) <= LARGEST_EDIT_GROWTH * largest:
+        return True
+    residual = weight - low_rank_product(lora_A, lora_B, scaling).to(weight.device)
+    return float(_largest(residual)) <= LARGEST_EDIT_GROWTH * largest
+
+
 def move_initial_factors(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> None:
     """Give a layer the initial factors of another start, and its base what belongs to them."""
-    state = layer.base_state
-    if state == "edited":
-        weight = layer.original_weight()
+    if layer.base_state == "edited":
+        start = layer.initial_lora_A, layer.initial_lora_B
+        add_product(layer.base_layer, *start, layer.scaling, 1)
         layer.base_state = "in_forward"
-        if not _edit(layer, weight, lora_A, lora_B):
-            store_weight(layer.base_layer, weight)
+        _edit(layer, lora_A, lora_B)
     layer.initial_lora_A, layer.initial_lora_B = lora_A.clone(), lora_B.clone()
     if layer.use_dora:
         layer.settle_norms(oriented_weight(layer.base_layer))

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 CACHED_BYTES = 2**19
-LEAST_ROWS = 32
+LEAST_ROWS = 64
 """Rows of a matrix that are taken at a time: what a core keeps near, but no fewer than these."""
 SHARED_NUMBERS = 2**22
 """From so many numbers on a matrix is worth the threads that its rows are shared among."""

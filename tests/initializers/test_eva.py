@@ -98,7 +98,7 @@ def test_is_pca_of_the_unmasked_inputs(center):
 
 def test_cores_share_the_allocation_and_change_nothing(monkeypatch):
     """Layers that read one input share what is found, however many threads look for it."""
-    monkeypatch.setattr(concurrency, "ALONE", 5000)  # eight inputs of 32 numbers or more: a pool
+    monkeypatch.setattr(concurrency, "POOLED", 5000)  # eight inputs of 32 numbers or more: a pool
     base, config = llama(), config_for(LLAMA_TARGETS, rho=2.0)
     found = calibrate(base, config, token_batches())
     alone, together = (copy.deepcopy(found) for _ in range(2))
