@@ -335,7 +335,7 @@ def fail_at(monkeypatch, module, name, call):
 
 def test_a_failure_in_the_middle_of_injection_is_undone(model, monkeypatch):
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    fail_at(monkeypatch, settling, "store_weight", 3)
+    fail_at(monkeypatch, settling, "add_product", 3)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa")
     with pytest.raises(MemoryError):
         get_peft_model(model, config)

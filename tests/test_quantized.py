@@ -285,15 +285,19 @@ def test_a_lost_original_takes_no_memory(packing, keep_original):
 @every_packing
 def test_failure_in_the_middle_of_requantizing_is_undone(packing, call, monkeypatch):
     base = packed_chain(packing, names=["square", "wide"])  # one of three is float, and edited
-    before, store, calls = snapshot(base), settling.store_weight, []
+    before, calls = snapshot(base), []
 
-    def failing(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == call:
-            raise MemoryError("no memory left")
-        return store(*args, **kwargs)
+    def failing(change):
+        def one(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == call:
+                raise MemoryError("no memory left")
+            return change(*args, **kwargs)
 
-    monkeypatch.setattr(settling, "store_weight", failing)
+        return one
+
+    for name in ("store_weight", "add_product"):
+        monkeypatch.setattr(settling, name, failing(getattr(settling, name)))
     with pytest.raises(MemoryError, match="no memory left"):
         adapt(base, "pissa", quantized_base="requantize")
     after = snapshot(base)
