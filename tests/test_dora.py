@@ -266,6 +266,20 @@ def test_a_row_of_zeros_stays_zero():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("method", ["loram", "random_bases", "matched_norm", "pissa", "olora"])
+def test_rows_without_a_weight_start_as_they_were(method):
+    """Where ‖V‖ cancels, the gain is not made from rounding."""
+    base = nn.Sequential(nn.Linear(256, 512))
+    with torch.no_grad():
+        base[0].weight[:64] = 0
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(0))
+    expected = base(x)
+    config = LoraConfig(r=8, target_modules=["0"], use_dora=True, init_lora_weights=method)
+    model = get_peft_model(base, config)
+    assert_gap(model(x), expected, 1e-5)
+    assert_gap(model(x.repeat(200, 1)), expected.repeat(200, 1), 1e-5)
+
+
 def test_autocast_does_not_round_the_norm():
     case = Case()
     config = LoraConfig(

@@ -12,6 +12,7 @@ from torch.utils.dlpack import to_dlpack
 from transformers.pytorch_utils import Conv1D
 
 from lora_init import LoraConfig, fresh_memory, get_peft_model
+from lora_init.cache.keys import fingerprint
 from lora_init.factors import low_rank_product
 from lora_init.injection import editing
 from lora_init.injection.editing import add_product
@@ -164,11 +165,15 @@ def conv2d(rows, columns):
     return nn.Conv2d(columns, rows, 1)
 
 
+def channels_last(rows, columns):
+    return nn.Conv2d(columns // 6, rows, (2, 3)).to(memory_format=torch.channels_last)
+
+
 def embedding(rows, columns):
     return nn.Embedding(columns, rows)
 
 
-@pytest.mark.parametrize("kind", [linear, conv1d, conv2d, embedding])
+@pytest.mark.parametrize("kind", [linear, conv1d, conv2d, channels_last, embedding])
 @pytest.mark.parametrize("together", [7, 1 << 20], ids=["in parts", "at once"])
 def test_both_ways_give_the_same_bits_and_lead_back(kind, together, monkeypatch):
     monkeypatch.setattr(fresh_memory, "TOGETHER", together * 30)
@@ -218,6 +223,31 @@ def test_an_interrupt_undoes_the_rows_that_were_done(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         add_product(module, *factors(50, 30), SCALING, -1)
     assert_gap(module.weight, before, 10 * EPSILON[torch.float32])
+
+
+@pytest.mark.parametrize("part", [0, 3, 7])
+def test_a_signal_right_after_an_addition_is_undone_too(part, monkeypatch):
+    monkeypatch.setattr(fresh_memory, "TOGETHER", 7 * 30)
+    module = nn.Linear(30, 50)
+    before, calls, add = module.weight.detach().clone(), [], torch.Tensor.add_
+
+    def interrupted(tensor, *args, **kwargs):
+        result = add(tensor, *args, **kwargs)
+        calls.append(tensor)
+        if len(calls) == part + 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "add_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        add_product(module, *factors(50, 30), SCALING, -1)
+    assert_gap(module.weight, before, 10 * EPSILON[torch.float32])
+
+
+def test_hashing_a_weight_leaves_its_memory_its_own():
+    module = nn.Linear(6, 8)
+    fingerprint(module.weight)
+    assert is_exclusive(module.weight)
 
 
 def test_an_injected_model_keeps_its_memory_and_a_state_dict_its_numbers():

@@ -131,3 +131,37 @@ def test_long_inputs():
     layer = model.layers["0"]
     x = inputs(STACKED_POSITIONS + 1)
     torch.testing.assert_close(layer(x), torch.cat([layer(part) for part in x.split(1000)]))
+
+
+def test_a_forward_of_another_class_is_called():
+    class Shifted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = adapted(use_dora=False)
+    layer = model.layers["0"]
+    expected = layer(inputs()) + 1
+    own = Shifted(6, 5, dtype=torch.float64)
+    own.load_state_dict(layer.base_layer.state_dict())
+    layer.base_layer = own
+    torch.testing.assert_close(layer(inputs()), expected)
+
+
+def test_a_backward_pass_under_autocast(model):
+    model.float()
+    x = inputs().float()
+    plain = torch.autograd.grad(model(x).square().sum(), list(trained(model).values()))
+    outputs = model(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = torch.autograd.grad(outputs, list(trained(model).values()))
+    for one, other in zip(plain, cast, strict=True):
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+
+
+def test_nested_inputs():
+    layer = adapted(use_dora=False).layers["0"]
+    parts = inputs().split([3, 4])
+    outputs = layer(torch.nested.nested_tensor(list(parts), layout=torch.jagged))
+    for part, output in zip(parts, outputs.unbind(), strict=True):
+        torch.testing.assert_close(output, layer(part))

@@ -10,6 +10,7 @@ base model from another after rounding; a key must tell any two tensors apart, w
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -77,8 +78,11 @@ def fingerprint(tensor: Tensor) -> str:
 
 
 def _chunk_digest(chunk: Tensor) -> bytes:
-    values = chunk.contiguous().cpu().reshape(-1)
-    return hashlib.sha256(values.view(torch.uint8).numpy()).digest()
+    values = chunk.contiguous().cpu()
+    if not values.numel():
+        return hashlib.sha256().digest()
+    # Not by numpy(), after which torch takes the weight's memory for numpy's for good.
+    return hashlib.sha256((ctypes.c_ubyte * values.nbytes).from_address(values.data_ptr())).digest()
 
 
 def _canonical(part: Any) -> Any:

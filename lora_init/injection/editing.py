@@ -32,10 +32,13 @@ def add_product(
     """
     wide = torch.promote_types(widened(lora_A).dtype, widened(lora_B).dtype)
     devices = {lora_A.device.type, lora_B.device.type}
-    if devices == {"cpu"} and wide == module.weight.dtype and is_exclusive(module.weight):
-        _in_place(oriented_weight(module), lora_A, lora_B, scaling, sign)
+    own = devices == {"cpu"} and wide == module.weight.dtype and is_exclusive(module.weight)
+    weight = oriented_weight(module)
+    # Of a convolution in channels_last the matrix is a copy.
+    if own and weight.data_ptr() == module.weight.data_ptr():
+        _in_place(weight, lora_A, lora_B, scaling, sign)
         return
-    weight = widened(oriented_weight(module))
+    weight = widened(weight)
     product = low_rank_product(lora_A, lora_B, scaling).to(weight.device)
     if product.dtype == weight.dtype:
         changed = torch.add(weight, product, alpha=sign, out=product)
@@ -45,13 +48,15 @@ def add_product(
 
 
 def _in_place(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: int) -> None:
-    done = 0
+    before = weight._version
     try:
         with full_precision():
             for part, product in fresh_memory.products(widened(lora_B) * scaling, widened(lora_A)):
                 weight[part].add_(product, alpha=sign)
-                done = part.stop
     except BaseException:
+        # Counted by torch: a signal may arrive after an addition and before any line of ours.
+        parts = weight._version - before
+        done = min(len(weight), parts * fresh_memory.rows_together(weight.shape[1]))
         if done:
             _in_place(weight[:done], lora_A, lora_B[:done], scaling, -sign)
         raise

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.precision import full_precision
+
 
 class _Sum(torch.autograd.Function):
     @staticmethod
@@ -40,7 +42,8 @@ class _Sum(torch.autograd.Function):
             hidden = (x.reshape(-1, x.shape[-1]) @ lora_A.T) * ctx.scaling
         needed = ctx.needs_input_grad
         by_bias = gradient.sum(0) if needed[4] else None
-        products = gradients(gradient, x, weight, lora_A, lora_B, hidden, ctx.scaling, needed)
+        with full_precision():  # whatever autocast the backward pass is called under
+            products = gradients(gradient, x, weight, lora_A, lora_B, hidden, ctx.scaling, needed)
         return (*products, by_bias, None)
 
 

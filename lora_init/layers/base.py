@@ -206,7 +206,7 @@ class LoraLayer(nn.Module):
         return delta
 
     def initial_product(self) -> Float[Tensor, "out in"]:
-        """s B0 A0, always by the same operations, so that an edit and its undoing agree."""
+        """s B0 A0, to the bit what an edit of the base takes from it (see `injection.editing`)."""
         return low_rank_product(self.initial_lora_A, self.initial_lora_B, self.scaling)
 
     def original_weight(self) -> Float[Tensor, "out in"]:

@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.layers.adapted_product import gradients, unflattened
+from lora_init.layers.dora import above_rounding
+from lora_init.precision import full_precision
 
 
 class _Decomposed(torch.autograd.Function):
@@ -41,7 +43,7 @@ class _Decomposed(torch.autograd.Function):
         values = (stacked @ weight).addmm_(hidden, lora_B.T)
         growth = (values[positions:] * lora_B.T).sum(0)
         squares = torch.add(base_square_norms, growth, alpha=2 * scaling)
-        inverse_norms = squares.clamp_min_(torch.finfo(squares.dtype).tiny).rsqrt_()
+        inverse_norms = above_rounding(squares, base_square_norms).rsqrt_()
         gain = magnitude * inverse_norms
         hidden, values = hidden[:positions], values[:positions]
         outputs = values * gain if bias is None else torch.addcmul(bias, values, gain)
@@ -68,9 +70,10 @@ class _Decomposed(torch.autograd.Function):
         by_magnitude = by_values.sum(0) * inverse_norms if of_magnitude else None
         # In the same block: fresh memory would cost more than the multiplication.
         by_values = torch.mul(gradient, gain, out=None if twice else by_values)
-        products = gradients(
-            by_values, x, weight, lora_A, lora_B, hidden, ctx.scaling, ctx.needs_input_grad
-        )
+        with full_precision():  # whatever autocast the backward pass is called under
+            products = gradients(
+                by_values, x, weight, lora_A, lora_B, hidden, ctx.scaling, ctx.needs_input_grad
+            )
         return (*products, by_magnitude, by_bias, None, None)
 
 

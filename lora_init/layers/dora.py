@@ -2,8 +2,9 @@
 
     V = W + s B A,    h = m · (V x) / ‖V‖ + bias,    m0 = ‖V0‖,
 
-‖·‖ over the input dimension. At step 0 the gain m / ‖V‖ is 1, so DoRA preserves whatever the
-initializer preserves; a subtracting method has V0 = W_original. The norms follow from the factors,
+‖·‖ over the input dimension. At step 0 the gain m / ‖V‖ is 1, to rounding, so DoRA preserves
+whatever the initializer preserves; a subtracting method has V0 = W_original. The norms follow from
+the factors,
 
     ‖V‖² = ‖W‖² + 2 s ⟨W Aᵀ, B⟩ + s² ⟨B (A Aᵀ), B⟩    (⟨·, ·⟩ row by row),
 
@@ -77,7 +78,20 @@ def adapted_norms(
             initial_square = _row_dot(initial_B @ (initial_A @ initial_A.T), initial_B)
             square = square - 2 * crossed + initial_square
             squares = base_square_norms + 2 * scaling * linear + scaling**2 * square
-        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        return above_rounding(squares, base_square_norms).sqrt()
+
+
+def above_rounding(
+    squares: Float[Tensor, " out"], base_square_norms: Float[Tensor, " out"]
+) -> Float[Tensor, " out"]:
+    """‖V‖² no smaller than the rounding of the sum it is, which is that of ‖W‖².
+
+    Where V's row cancels, nothing but rounding is left, and a gain made from it would be anything:
+    every way to compute the norms takes the same in its place.
+    """
+    numbers = torch.finfo(squares.dtype)
+    floor = (base_square_norms * (8 * numbers.eps)).add_(numbers.tiny)
+    return torch.maximum(squares, floor)
 
 
 class _Scaled(torch.autograd.Function):

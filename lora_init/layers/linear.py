@@ -12,7 +12,6 @@ from lora_init.layers.adapted_product import adapted_product
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.layers.decomposed_product import decomposed_product
 from lora_init.layers.transforms import is_transformed
-from lora_init.modules import widened
 
 STACKED_POSITIONS = 2048
 """Up to so many, a copy of the inputs costs less than reading the weight once more."""
@@ -51,7 +50,7 @@ class LinearLayer(LoraLayer):
 
     def _decomposed_output(self, x: Tensor) -> Tensor:
         weight = self._plain_weight(x)
-        is_wide = widened(x).dtype == x.dtype == self.lora_magnitude_vector.dtype
+        is_wide = x.dtype == self.lora_magnitude_vector.dtype and x.dtype.itemsize >= 4
         is_short = x.numel() <= STACKED_POSITIONS * x.shape[-1]
         # Norms are not rounded to 16 bits, so only wide products are fit for them.
         if weight is None or self._drops() or not (is_wide and is_short):
@@ -74,7 +73,7 @@ class LinearLayer(LoraLayer):
         if self.module_type not in ("Linear", "Conv1D") or self.base_state == "in_forward":
             return None
         weight, bias = base.weight, base.bias
-        if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or is_watched(base):
+        if weight.is_meta or is_watched(base) or not all(map(is_plain, (x, weight))):
             return None
         parts = x, weight, self.lora_A, self.lora_B, *(() if bias is None else (bias,))
         is_rounded = len({p.dtype for p in parts}) > 1 or torch.is_autocast_enabled(x.device.type)
@@ -83,10 +82,20 @@ class LinearLayer(LoraLayer):
         return weight.T if self.module_type == "Linear" else weight
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """No subclass, nested or sparse one."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
+    return plain and tensor.layout is torch.strided
+
+
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody counts on `module` being called: a hook, or a forward put over its own."""
+    """Whether somebody counts on `module` being called: a hook, or a forward put over its own.
+
+    A module that was put in the base's place since may have another forward, too.
+    """
     return bool(
-        module._forward_hooks
+        not (type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D")
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
