@@ -75,9 +75,7 @@ def test_outputs_may_be_written_to():
 
 def test_a_row_that_cancels_stays_finite():
     """‖V‖² is a sum of terms that cancel; rounding may leave it below zero."""
-    x, weight, lora_A, lora_B, magnitude, _ = (
-        t.detach().float() for t in operands(3, dtype=torch.float32)
-    )
+    x, weight, lora_A, lora_B, magnitude, _ = (t.detach() for t in operands(3, dtype=torch.float32))
     weight[:, 0] = -SCALING * (lora_B[0] @ lora_A)
-    outputs = fused(x, weight, lora_A, lora_B, magnitude * 0)
-    assert torch.equal(outputs, torch.zeros_like(outputs))
+    outputs = fused(x, weight, lora_A, lora_B, torch.ones_like(magnitude))
+    assert outputs[:, 0].abs().max() < 1e-2 < outputs[:, 1:].abs().max()

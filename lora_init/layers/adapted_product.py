@@ -35,6 +35,7 @@ class _Sum(torch.autograd.Function):
         return unflattened(outputs, x)
 
     @staticmethod
+    @full_precision()  # whatever autocast the backward pass is called under
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, hidden = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
@@ -42,8 +43,7 @@ class _Sum(torch.autograd.Function):
             hidden = (x.reshape(-1, x.shape[-1]) @ lora_A.T) * ctx.scaling
         needed = ctx.needs_input_grad
         by_bias = gradient.sum(0) if needed[4] else None
-        with full_precision():  # whatever autocast the backward pass is called under
-            products = gradients(gradient, x, weight, lora_A, lora_B, hidden, ctx.scaling, needed)
+        products = gradients(gradient, x, weight, lora_A, lora_B, hidden, ctx.scaling, needed)
         return (*products, by_bias, None)
 
 

@@ -54,6 +54,7 @@ class _Decomposed(torch.autograd.Function):
         return unflattened(outputs, x)
 
     @staticmethod
+    @full_precision()  # whatever autocast the backward pass is called under
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, magnitude, inverse_norms, hidden, values, gain = (
             ctx.saved_tensors
@@ -70,10 +71,9 @@ class _Decomposed(torch.autograd.Function):
         by_magnitude = by_values.sum(0) * inverse_norms if of_magnitude else None
         # In the same block: fresh memory would cost more than the multiplication.
         by_values = torch.mul(gradient, gain, out=None if twice else by_values)
-        with full_precision():  # whatever autocast the backward pass is called under
-            products = gradients(
-                by_values, x, weight, lora_A, lora_B, hidden, ctx.scaling, ctx.needs_input_grad
-            )
+        products = gradients(
+            by_values, x, weight, lora_A, lora_B, hidden, ctx.scaling, ctx.needs_input_grad
+        )
         return (*products, by_magnitude, by_bias, None, None)
 
 

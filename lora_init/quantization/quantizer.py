@@ -267,7 +267,7 @@ def _blocks(flat: Tensor, size: int) -> Iterator[Tensor]:
     On a CPU no more than a part of a large weight at a time (see `lora_init.fresh_memory`).
     """
     full = flat.numel() - flat.numel() % size
-    part = max(1, fresh_memory.TOGETHER // size) * size
+    part = fresh_memory.rows_together(size) * size
     together = part if flat.device.type == "cpu" else max(1, full)
     for first in range(0, full, together):
         yield flat[first : min(full, first + together)].view(-1, size)
