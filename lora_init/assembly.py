@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 import warnings
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from lora_init import injection
 from lora_init.allocation import LayerRequest
 from lora_init.base_weights import BaseWeights
+from lora_init.batches import check_batches
 from lora_init.cache import Cache, default_cache
 from lora_init.calibrating import calibrated, for_allocation
 from lora_init.calibration import Calibration
@@ -27,7 +27,7 @@ from lora_init.finiteness import refuse_non_finite, refused_beside
 from lora_init.initialization import InitializedLayer, initialize, unread
 from lora_init.model import LoraModel
 from lora_init.plan import Plan, Target
-from lora_init.planning import make_plan
+from lora_init.planning import check_model, checked_config, make_plan
 from lora_init.presence import first_unloaded
 
 
@@ -103,11 +103,10 @@ def get_peft_model(
         ValueError, TypeError, NotImplementedError: a setting that cannot be served, with its name,
             its value, what is allowed and what to do; the model is unchanged then.
     """
-    if not isinstance(peft_config, LoraConfig):
-        raise TypeError(
-            f"peft_config is a {type(peft_config).__module__}.{type(peft_config).__name__}; pass "
-            "a lora_init.LoraConfig (LoraConfig.from_dict(config.to_dict()) converts PEFT's)"
-        )
+    check_model(model)
+    peft_config = checked_config("peft_config", peft_config)
+    if not isinstance(calibration, Calibration):
+        check_batches(calibration)
     injection.refuse_adapted(model)
     plan = make_plan(
         model,
@@ -125,7 +124,7 @@ def get_peft_model(
     plain = injection.hold_plain(model)
     try:
         return _assemble(
-            model, copy.deepcopy(peft_config), plan, weights, plain, calibration, place, seed,
+            model, peft_config, plan, weights, plain, calibration, place, seed,
             keep_original, default_cache() if cache else None,
         )  # fmt: skip
     except BaseException:

@@ -80,6 +80,32 @@ def token_count(batch: Any) -> int:
     return ids.numel() if isinstance(ids, Tensor) else 0
 
 
+BATCHES = (
+    "must be an iterable of batches, e.g. a list of tokenizer outputs or a DataLoader. Put one "
+    "batch into a list: [batch]."
+)
+
+
+def check_batches(batches: Any, setting: str = "calibration") -> None:
+    """Refuse what is not an iterable of batches: one batch, a string, a number.
+
+    None passes: whether a method needs batches is known later.
+
+    Raises:
+        TypeError: by name, with the fix.
+    """
+    if isinstance(batches, WithLoss):
+        batches, setting = batches.batches, f"{setting}.batches"
+    single = isinstance(batches, Mapping | Tensor | str | bytes)
+    if single or not (batches is None or _iterates(batches)):
+        shown = f"a {type(batches).__name__}" if single else repr(batches)
+        raise TypeError(f"{setting}={shown} is not supported: {BATCHES}")
+
+
+def _iterates(batches: Any) -> bool:
+    return hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+
+
 def check_count(count: int) -> None:
     """Refuse data without a batch.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_init.batches import BATCHES, check_batches
 from lora_init.cache import Cache
 from lora_init.cached_calibration import remembered
 from lora_init.calibration import Calibration, LayerStatistics, merged
@@ -15,7 +16,7 @@ from lora_init.config import LoraConfig
 from lora_init.fingerprint import fingerprint, has_fingerprint
 from lora_init.modules import oriented_weight
 from lora_init.plan import Plan
-from lora_init.planning import make_plan
+from lora_init.planning import check_model, checked_config, make_plan
 from lora_init.registry import CalibrationRequest
 from lora_init.statistics import collect_all, collect_in_passes
 
@@ -49,7 +50,12 @@ def calibrate(
     Raises:
         ValueError: no configuration needs data, or as `get_peft_model` for the batches.
     """
-    configs = [configs] if isinstance(configs, LoraConfig) else list(configs)
+    check_model(model)
+    one = not isinstance(configs, Iterable) or isinstance(configs, str)
+    configs = [checked_config("configs", each) for each in ([configs] if one else configs)]
+    if batches is None:
+        raise TypeError(f"batches=None is not supported: {BATCHES}")
+    check_batches(batches, "batches")
     plans = [
         plan
         for config in configs

@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_init.json_types import json_value
+from lora_init.peft_fields import accepts_peft_fields
 from lora_init.registry import (
     Initializer,
     NoOptions,
     build_options,
     describe,
     get_initializer,
+    method_name,
     resolve,
 )
 
@@ -59,6 +62,10 @@ PEFT_ONLY_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """The same inside PEFT's per-method configurations."""
 
+ALL_LINEAR = "all-linear"
+
+BOOLEANS = ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out", "inference_mode")
+
 FILE_ONLY = ("peft_type", "peft_version", "auto_mapping")
 
 METHOD_CONFIGS = ("eva", "corda", "loftq")
@@ -80,9 +87,13 @@ HEADS = {
 """Heads that a task trains and saves besides the adapter, where the model has them."""
 
 
+@accepts_peft_fields(PEFT_ONLY_DEFAULTS)
 @dataclass
 class LoraConfig:
     """Settings of low-rank adaptation. Every argument has PEFT's name, default and meaning.
+
+    Values may come from OmegaConf, numpy or torch: they are converted to plain JSON types. PEFT's
+    other fields are accepted at values without effect, and refused at any other.
 
     Attributes:
         r: the rank of the adapter.
@@ -145,6 +156,7 @@ class LoraConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        self._normalize()
         self._check_targets()
         self._check_numbers()
         self._check_variants()
@@ -169,6 +181,14 @@ class LoraConfig:
             options = self._method_options(spec, setting)
         return spec, options
 
+    def checked(self) -> LoraConfig:
+        """A copy, converted and checked again: fields may have been edited since construction.
+
+        Raises:
+            ValueError, TypeError: a field has a value that the constructor refuses.
+        """
+        return dataclasses.replace(self)
+
     @property
     def task(self) -> str | None:
         """`task_type` as a plain string, also where it was given as PEFT's enumeration."""
@@ -181,19 +201,20 @@ class LoraConfig:
     # -- files -------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of PEFT's adapter_config.json: all of its fields, JSON types only."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, value in values.items():
-            if isinstance(value, set | tuple):
-                values[name] = sorted(value)
-        spec, options = self.initializer()
+        """The content of PEFT's adapter_config.json: all of its fields, JSON types only.
+
+        Raises:
+            ValueError, TypeError: a field was edited to a value that is not supported.
+        """
+        checked = self.checked()
+        values = {f.name: getattr(checked, f.name) for f in dataclasses.fields(checked)}
+        spec, options = checked.initializer()
         by_field = spec.name in METHOD_CONFIGS
         for name in METHOD_CONFIGS:
             values[f"{name}_config"] = {} if name == "loftq" else None
         if by_field and options != spec.options():
             values[f"{spec.name}_config"] = dataclasses.asdict(options)
         values["init_lora_weights"] = self._method_spelling(spec, options, by_field)
-        values["task_type"] = self.task
         return {
             **PEFT_ONLY_DEFAULTS,
             **values,
@@ -210,9 +231,9 @@ class LoraConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json` into `folder`, keys sorted, as PEFT does."""
-        path = Path(folder)
+        path, text = Path(folder), self.to_json()
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(self.to_json())
+        (path / CONFIG_NAME).write_text(text)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LoraConfig:
@@ -258,6 +279,22 @@ class LoraConfig:
 
     # -- checks ------------------------------------------------------------------------------
 
+    def _normalize(self) -> None:
+        """Convert every field to plain JSON types, and spellings to their one form."""
+        for name in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if name == "init_lora_weights" and dataclasses.is_dataclass(value):
+                value = describe(*resolve(value))  # its class names the method
+            setattr(self, name, json_value(name, value))
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = method_name(self.init_lora_weights)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
+            setattr(self, name, {} if getattr(self, name) is None else getattr(self, name))
+        for name in ("layers_to_transform", "layers_pattern"):  # PEFT's empty lists mean unused
+            setattr(self, name, None if getattr(self, name) == [] else getattr(self, name))
+
     def _check_numbers(self) -> None:
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
@@ -269,10 +306,35 @@ class LoraConfig:
             check_alpha(f"alpha_pattern[{key!r}]", alpha)
 
     def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _are(str, value)):
+                hint = ', or "all-linear"' if name == "target_modules" else ""
+                raise TypeError(
+                    f"{name}={value!r} is not supported: must be a list of names, one regular "
+                    f"expression{hint}, or None. Pass one of these."
+                )
+        indices = self.layers_to_transform
+        if not (indices is None or _is_index(indices) or _are(int, indices)):
+            raise TypeError(
+                f"layers_to_transform={indices!r} is not supported: must be an integer, a list of "
+                "integers, or None. Pass one of these."
+            )
         for name in ("modules_to_save", "rank_pattern", "alpha_pattern"):
             if isinstance(getattr(self, name), str):
                 kind = "a list of names" if name == "modules_to_save" else "a mapping"
                 raise ValueError(f"{name}={getattr(self, name)!r}; pass {kind}")
+        if self.modules_to_save is not None and not _are(str, self.modules_to_save):
+            raise TypeError(
+                f"modules_to_save={self.modules_to_save!r} is not supported: must be a list of "
+                "names, or None. Pass one of these."
+            )
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(
+                    f"{name}={getattr(self, name)!r} is not supported: must be a mapping of "
+                    "names or regular expressions to numbers. Pass a mapping."
+                )
         selective = self.layers_to_transform is not None
         if self.layers_pattern is not None and not selective:
             raise ValueError(
@@ -289,9 +351,15 @@ class LoraConfig:
     def _check_variants(self) -> None:
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias={self.bias!r}; allowed are 'none', 'all' and 'lora_only'")
-        for name in ("use_dora", "lora_bias", "use_rslora"):
+        for name in BOOLEANS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed are True and False")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(
+                    f"{name}={getattr(self, name)!r} is not supported: must be a string, a path, "
+                    "or None. Pass one of these."
+                )
         if self.use_dora and self.lora_bias:
             raise ValueError(
                 "lora_bias=True with use_dora=True: DoRA scales the adapted weight, where a bias "
@@ -329,6 +397,17 @@ class LoraConfig:
 def options_class(name: str) -> type:
     """The options dataclass of a registered method, e.g. for `EvaConfig`."""
     return get_initializer(name).options
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are(kind: type, values: Any) -> bool:
+    """Whether `values` is a list of `kind`; a bool is not an int here."""
+    return isinstance(values, list) and all(
+        isinstance(value, kind) and not isinstance(value, bool) for value in values
+    )
 
 
 def check_rank(setting: str, value: Any) -> None:

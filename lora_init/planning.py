@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,35 @@ from lora_init.plan import Plan, Target
 from lora_init.targets import pattern_value, select
 
 QUANTIZED_BASES = ("in_forward", "requantize")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a torch model, such as its name.
+
+    Raises:
+        TypeError: by type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={model!r} is not supported: must be a torch.nn.Module, not a "
+            f"{type(model).__name__}. Load the model first, e.g. with "
+            "AutoModelForCausalLM.from_pretrained(name)."
+        )
+
+
+def checked_config(setting: str, config: Any) -> LoraConfig:
+    """A checked copy of a configuration, whose fields may have been edited since construction.
+
+    Raises:
+        TypeError: it is not a `lora_init.LoraConfig`.
+        ValueError: a field was edited to a value that is not supported.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"{setting} is a {type(config).__module__}.{type(config).__name__}; pass "
+            "a lora_init.LoraConfig (LoraConfig.from_dict(config.to_dict()) converts PEFT's)"
+        )
+    return config.checked()
 
 
 def make_plan(

@@ -22,6 +22,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
@@ -139,7 +140,10 @@ class Initializer:
 
 
 _registry: dict[str, Initializer] = {}
-_loaded = False
+_loaded: bool | None = False
+"""None while the methods are being imported."""
+_loading = threading.RLock()
+"""Held while methods are imported: other threads wait, the importing one may call back."""
 
 
 def register_initializer(name: str, **properties: Any) -> Callable[[Callable], Callable]:
@@ -190,20 +194,26 @@ def list_initializers(pattern: str = "*") -> list[Initializer]:
 
 
 def get_initializer(name: str) -> Initializer:
-    """Look up a registered initializer by its name.
+    """Look up a registered initializer by its name, in any case ("PiSSA", "LoRA-GA").
 
     Raises:
         ValueError: for an unknown name, with the nearest known ones.
     """
     _load()
+    given, name = name, method_name(name)
     if name not in _registry:
         near = difflib.get_close_matches(name, _registry, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"init_lora_weights={name!r} is not a registered initializer: {hint}"
+            f"init_lora_weights={given!r} is not a registered initializer: {hint}"
             f"allowed are True (kaiming), False (random) and {', '.join(sorted(_registry))}"
         )
     return _registry[name]
+
+
+def method_name(spelling: str) -> str:
+    """The registered spelling of a method's name: "OLoRA" is "olora", "LoRA-GA" is "lora_ga"."""
+    return spelling.lower().replace("-", "_")
 
 
 def resolve(setting: Any) -> tuple[Initializer, Any]:
@@ -222,7 +232,7 @@ def resolve(setting: Any) -> tuple[Initializer, Any]:
     if isinstance(setting, str):
         for spec in _registry.values():
             for expression, make in spec.spellings.items():
-                if match := re.fullmatch(expression, setting):
+                if match := re.fullmatch(expression, method_name(setting)):
                     return spec, make(match)
         spec = get_initializer(setting)
         return spec, spec.options()
@@ -267,15 +277,19 @@ def describe(spec: Initializer, options: Any) -> dict[str, Any]:
 def _load() -> None:
     """Import the package's own methods and the entry points of third parties, once."""
     global _loaded
-    if _loaded:
+    if _loaded is True:
         return
-    _loaded = True  # set first: the modules imported below call back into this file
-    try:
-        package = importlib.import_module("lora_init.initializers")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
-        for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-            entry.load()
-    except BaseException:
-        _loaded = False
-        raise
+    with _loading:
+        if _loaded is not False:  # loaded meanwhile, or called back by a module imported below
+            return
+        _loaded = None
+        try:
+            package = importlib.import_module("lora_init.initializers")
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{package.__name__}.{module.name}")
+            for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+                entry.load()
+        except BaseException:
+            _loaded = False
+            raise
+        _loaded = True

@@ -15,10 +15,8 @@ from typing import Any
 from torch import nn
 
 from lora_init.architectures import DEFAULT_TARGETS
-from lora_init.config import HEADS, LoraConfig
+from lora_init.config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.modules import LINEAR_TYPES, module_type
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
