@@ -20,7 +20,7 @@ from lora_init.initializers.eva import EvaOptions
 pytestmark = pytest.mark.wrong_types
 
 
-class Task(str, enum.Enum):
+class Task(enum.StrEnum):
     CLASSIFY = "SEQ_CLS"
 
 

@@ -1,0 +1,70 @@
+"""Which targets of a saved adapter PEFT reads as other ones: compared with PEFT itself."""
+
+import peft
+import pytest
+from mixtures import mixture
+from models import llama
+from peft.utils import transformers_weight_conversion as conversion
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from lora_init import LoraConfig, get_peft_model
+from lora_init.peft_selection import EXPERT_NAMES, different_in_peft
+
+CASES = [
+    ("deepseek_v3", "all-linear"),
+    ("deepseek_v3", ["down_proj"]),
+    ("deepseek_v3", ["q_a_proj", "o_proj"]),
+    ("deepseek_v3", ["gate_proj", "up_proj"]),
+    ("deepseek_v3", ["gate_proj", "o_proj"]),
+    ("deepseek_v3", ["mlp.down_proj", "o_proj"]),
+    ("deepseek_v3", r".*layers\.0\.(mlp\.down_proj|self_attn\.o_proj)"),
+    ("glm4_moe", ["down_proj", "q_proj"]),
+    ("qwen3_moe", ["q_proj", "down_proj"]),
+    ("qwen3_moe", ["q_proj", "v_proj"]),
+    ("mixtral", ["q_proj", "v_proj"]),
+    ("qwen2_moe", ["down_proj", "q_proj"]),
+    ("olmoe", "all-linear"),
+    ("llama", ["down_proj", "q_proj"]),
+]
+
+
+def build(kind):
+    return llama() if kind == "llama" else mixture(kind)
+
+
+def pefts_modules(kind, folder):
+    """The modules that PEFT adapts when it reads the folder; None where it refuses."""
+    try:
+        model = peft.get_peft_model(build(kind), peft.LoraConfig.from_pretrained(folder))
+    except ValueError:
+        return None
+    prefix, suffix = "base_model.model.", ".lora_A"
+    names = [name for name, _ in model.named_modules() if name.endswith(suffix)]
+    return {name[len(prefix) : -len(suffix)] for name in names}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "targets"), CASES)
+def test_the_differences_are_those_of_peft(kind, targets, tmp_path):
+    config = LoraConfig(r=2, target_modules=targets)
+    plan = get_peft_model(build(kind), config, dry_run=True)
+    plan.explicit(config).save_pretrained(tmp_path)
+    ours = {target.name for target in plan.targets}
+    theirs = pefts_modules(kind, tmp_path)
+    found = {difference.name for difference in different_in_peft(build(kind), plan)}
+    if theirs is None:
+        assert found == ours
+    else:  # PEFT's wrapped experts are modules too, which no plan of ours could name
+        assert found == {name for name in ours ^ theirs if not name.endswith((".experts", ".gate"))
+                         and ".experts." not in name}  # fmt: skip
+
+
+def test_the_table_of_model_types_is_pefts():
+    table = conversion._MODEL_TO_CONVERSION_PATTERN
+    theirs = {
+        kind: conversion._MOE_TARGET_MODULE_MAPPING[pattern]
+        for kind, pattern in table.items()
+        if pattern in conversion._MOE_FUSED_TARGETS
+        and get_checkpoint_conversion_mapping(kind) is not None
+    }
+    assert theirs == EXPERT_NAMES
