@@ -26,6 +26,8 @@ from lora_init.diagnostics import InitReport, weight_figures
 from lora_init.finiteness import refuse_non_finite, refused_beside
 from lora_init.initialization import InitializedLayer, initialize, unread
 from lora_init.model import LoraModel
+from lora_init.new_weights import with_new_heads
+from lora_init.peft_selection import describe_differences, different_in_peft
 from lora_init.plan import Plan, Target
 from lora_init.planning import check_model, checked_config, make_plan
 from lora_init.presence import first_unloaded
@@ -108,6 +110,7 @@ def get_peft_model(
     if not isinstance(calibration, Calibration):
         check_batches(calibration)
     injection.refuse_adapted(model)
+    peft_config = with_new_heads(model, peft_config)
     plan = make_plan(
         model,
         peft_config,
@@ -116,6 +119,8 @@ def get_peft_model(
         calibration_memory=calibration_memory,
         calibration_sketch=calibration_sketch,
     )
+    plan.warn_of_left_out()
+    _warn_of_peft(model, plan)
     if dry_run:
         return plan
     weights = BaseWeights(model, original_weights)
@@ -282,6 +287,16 @@ def _check_forward(plan: Plan, model: nn.Module) -> None:
             f"init_lora_weights={plan.initializer.name!r} needs a forward pass, and {name!r} is on "
             "the meta device; pass calibration=<what lora_init.calibrate found on the loaded "
             "model>, or have Accelerate offload it (device_map='auto', offload_folder=...)"
+        )
+
+
+def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
+    """Warn where PEFT would load the saved adapter onto other modules."""
+    if differences := different_in_peft(model, plan):
+        warnings.warn(
+            "PEFT would read the saved adapter otherwise; load it with LoraModel.from_pretrained, "
+            f"or leave these out: {describe_differences(differences)}",
+            stacklevel=3,
         )
 
 

@@ -15,6 +15,7 @@ from lora_init.calibration import Calibration, LayerStatistics, merged
 from lora_init.config import LoraConfig
 from lora_init.fingerprint import fingerprint, has_fingerprint
 from lora_init.modules import oriented_weight
+from lora_init.new_weights import with_new_heads
 from lora_init.plan import Plan
 from lora_init.planning import check_model, checked_config, make_plan
 from lora_init.registry import CalibrationRequest
@@ -52,7 +53,10 @@ def calibrate(
     """
     check_model(model)
     one = not isinstance(configs, Iterable) or isinstance(configs, str)
-    configs = [checked_config("configs", each) for each in ([configs] if one else configs)]
+    configs = [
+        with_new_heads(model, checked_config("configs", each))
+        for each in ([configs] if one else configs)
+    ]
     if batches is None:
         raise TypeError(f"batches=None is not supported: {BATCHES}")
     check_batches(batches, "batches")

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import low_rank_product
 from lora_init.layers import LoraLayer
+from lora_init.left_out import LeftOut, described
 from lora_init.modules import widened
 from lora_init.plan import Target
 from lora_init.tables import render
@@ -69,7 +70,10 @@ class LayerReport:
 
 @dataclass
 class InitReport:
-    """The table that `LoraModel.init_report()` returns; print it, or take `to_dict()`."""
+    """The table that `LoraModel.init_report()` returns; print it, or take `to_dict()`.
+
+    `left_out` has what got no adapter although it looks like a linear map, as the plan has it.
+    """
 
     method: str
     options: dict[str, Any]
@@ -78,6 +82,7 @@ class InitReport:
     seconds: dict[str, float]
     calibration_tokens: int
     layers: list[LayerReport]
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -106,7 +111,8 @@ class InitReport:
         tokens = (
             f"; {self.calibration_tokens:,} calibration tokens" if self.needs_calibration else ""
         )
-        return f"{self.method} {self.options}: {spent}{tokens}\n{render(header, rows)}"
+        left_out = "".join(f"\nleft out: {line}" for line in described(self.left_out))
+        return f"{self.method} {self.options}: {spent}{tokens}\n{render(header, rows)}{left_out}"
 
 
 def weight_figures(

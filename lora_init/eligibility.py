@@ -179,8 +179,17 @@ def sharers(name: str, module: nn.Module, owners: Mapping[int, list[Extent]]) ->
     )
 
 
+def rank_excess(rank: int, shape: tuple[int, int], spec: Initializer) -> bool:
+    """Whether a rank exceeds what a method can have on a weight: one that only draws has no limit.
+
+    Methods that read weights, inputs or gradients take directions from them, of which there are
+    min(out, in).
+    """
+    return bool(spec.needs) and rank > min(shape)
+
+
 def check_target_rank(name: str, rank: int, shape: tuple[int, int], spec: Initializer) -> None:
-    if rank > min(shape):
+    if rank_excess(rank, shape, spec):
         raise ValueError(
             f"target {name!r}: rank {rank} exceeds min(out, in) = {min(shape)} of its "
             f"{shape[0]}×{shape[1]} weight; lower r, or set rank_pattern for it"

@@ -17,7 +17,9 @@ from lora_init import adapters, checkpoints, injection
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, LayerReport, describe_layer
 from lora_init.layers import LoraLayer
+from lora_init.packed import parameter_count
 from lora_init.plan import Plan
+from lora_init.planning import check_model
 from lora_init.presence import HOOK_ATTRIBUTES, absence, first_unloaded
 from lora_init.signatures import blank, with_forward_of
 
@@ -106,8 +108,8 @@ class LoraModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all): as PEFT counts, the untouched originals of saved modules included."""
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trainable, sum(p.numel() for p in self.parameters())
+        counted = [(parameter_count(p), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counted if trained), sum(n for n, _ in counted)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
@@ -134,7 +136,8 @@ class LoraModel(nn.Module):
                 partial(live.original_weight, target),
             )
             layers.append(row)
-        return dataclasses.replace(self._report, layers=layers)
+        left_out = list(self.plan.left_out)
+        return dataclasses.replace(self._report, layers=layers, left_out=left_out)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -231,6 +234,7 @@ class LoraModel(nn.Module):
             FileNotFoundError, ValueError: no, a damaged, or another base's adapter; `base` is
                 unchanged then.
         """
+        check_model(base)
         injection.refuse_adapted(base)
         loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
         loaded.config.inference_mode = not is_trainable

@@ -38,7 +38,5 @@ def _range(numbers: list[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    shown = [
-        f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs
-    ]
+    shown = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
     return "{" + ",".join(shown) + "}"

@@ -99,6 +99,13 @@ def quantizer_of(module: nn.Module) -> Quantizer:
     return Quantizer(state.quant_type, 4, state.blocksize, _original(state, "nested"))
 
 
+def parameter_count(parameter: Tensor) -> int:
+    """How many numbers a parameter stands for: 4-bit codes lie two in a byte of their storage."""
+    if type(parameter).__name__ == "Params4bit":
+        return 2 * parameter.element_size() * parameter.numel()
+    return parameter.numel()
+
+
 def description(module: nn.Module) -> str:
     """What the weight is quantised to: "nf4/64 double", "fp4/64", "int8"."""
     return quantizer_of(module).name.replace("+", " ")

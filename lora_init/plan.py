@@ -20,6 +20,7 @@ from lora_init.budget import Budget, sums_dtype
 from lora_init.concurrency import largest_together
 from lora_init.config import LoraConfig
 from lora_init.eligibility import check_target_rank
+from lora_init.left_out import LeftOut, described
 from lora_init.registry import CalibrationRequest, Initializer
 from lora_init.tables import render
 from lora_init.targets import portable_targets
@@ -68,6 +69,7 @@ class Plan:
         calibration_memory, calibration_sketch: as of `get_peft_model`.
         trained_biases: names of the bias parameters that are trained, as `bias` says.
         bias, dropout, use_dora, lora_bias: as in the configuration.
+        left_out: what gets no adapter although it looks like a linear map, and why.
     """
 
     initializer: Initializer
@@ -86,6 +88,7 @@ class Plan:
     dropout: float = 0.0
     use_dora: bool = False
     lora_bias: bool = False
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -182,10 +185,12 @@ class Plan:
 
     def with_ranks(self, ranks: Mapping[str, int], config: LoraConfig) -> Plan:
         """The plan after an allocation: rank 0 leaves, alphas keep each layer's scaling."""
-        targets = []
+        targets, left_out = [], list(self.left_out)
         for target in self.targets:
             rank = ranks[target.name]
             if rank == 0:
+                reason = f"{self.initializer.name} gave it no rank"
+                left_out.append(LeftOut(target.name, target.module_type, reason))
                 continue
             alpha = target.alpha
             if self.initializer.adjust_alpha(self.options):
@@ -201,7 +206,9 @@ class Plan:
         biases = self.trained_biases
         if self.bias == "lora_only":
             biases = tuple(name for name in biases if name in kept)
-        return dataclasses.replace(self, targets=tuple(targets), trained_biases=biases)
+        return dataclasses.replace(
+            self, targets=tuple(targets), trained_biases=biases, left_out=tuple(left_out)
+        )
 
     def explicit(self, config: LoraConfig) -> LoraConfig:
         """`config` with the targets, ranks and alphas spelt out, as PEFT's rules read them.
@@ -243,6 +250,12 @@ class Plan:
                 raise ValueError(message + ", or pass allow_unmatched=True")
             warnings.warn(message, stacklevel=3)
 
+    def warn_of_left_out(self) -> None:
+        """Warn once of all that the plan leaves out."""
+        if self.left_out:
+            lines = "\n- ".join(described(self.left_out))
+            warnings.warn(f"get_peft_model leaves out:\n- {lines}", stacklevel=3)
+
     def __str__(self) -> str:
         spec = self.initializer
         needs = "calibration data" if self.calibration is not None else "no calibration data"
@@ -274,6 +287,7 @@ class Plan:
             lines.append(f"share their weight with another module, and {how}: {', '.join(shared)}")
         if self.modules_to_save:
             lines.append(f"trained whole: {', '.join(self.modules_to_save)}")
+        lines += [f"left out: {line}" for line in described(self.left_out)]
         lines += [f"matches nothing: {setting} {entry!r}" for setting, entry in self.unmatched]
         rows = [
             [

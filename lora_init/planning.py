@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_init.config import LoraConfig
+from lora_init.config import ALL_LINEAR, LoraConfig
 from lora_init.eligibility import (
     FLOAT_DTYPES,
     check_module,
     check_target_rank,
     check_values,
     extents,
+    rank_excess,
     sharers,
 )
+from lora_init.left_out import LeftOut, described, left_out
 from lora_init.modules import module_type, weight_description, weight_shape
 from lora_init.packed import is_packed
 from lora_init.plan import Plan, Target
-from lora_init.targets import pattern_value, select
+from lora_init.registry import Initializer
+from lora_init.state_space import read_by_kernel
+from lora_init.targets import PatternValues, select
 
 QUANTIZED_BASES = ("in_forward", "requantize")
 
@@ -86,15 +90,32 @@ def make_plan(
     spec, options = config.initializer()
     selection = select(model, config)
     owners = extents(model)
+    ranks = PatternValues("rank_pattern", config.rank_pattern, config.r)
+    alphas = PatternValues("alpha_pattern", config.alpha_pattern, config.lora_alpha)
+    everything = config.target_modules == ALL_LINEAR
+    omitted = [] if any_rank else left_out(model, config, selection)
     targets = []
     for name in selection.names:
         module = model.get_submodule(name)
+        reason = read_by_kernel(model, name)
+        if reason is not None and not everything:
+            raise ValueError(
+                f"target_modules: {name!r} is not supported: {reason}. Leave it out, e.g. with "
+                f"exclude_modules=[{'.'.join(name.split('.')[-2:])!r}]."
+            )
+        if reason is not None:
+            omitted.append(LeftOut(name, type(module).__name__, reason))
+            continue
         check_module(model, name, spec)
         shape = weight_shape(module)
-        rank = pattern_value("rank_pattern", config.rank_pattern, name, config.r)
+        rank = ranks(name)
         if not any_rank:
+            narrow = rank_excess(rank, shape, spec)
+            if narrow and everything and not ranks.matches(name):
+                omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
+                continue
             check_target_rank(name, rank, shape, spec)
-        alpha = pattern_value("alpha_pattern", config.alpha_pattern, name, config.lora_alpha)
+        alpha = alphas(name)
         targets.append(
             Target(
                 name=name,
@@ -107,6 +128,11 @@ def make_plan(
                 quantized=is_packed(module),
                 shared_with=sharers(name, module, owners),
             )
+        )
+    if not targets:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} leaves nothing to adapt in "
+            f"{type(model).__name__}: {'; '.join(described(omitted))}"
         )
     if config.fan_in_fan_out and all(target.module_type == "Linear" for target in targets):
         warnings.warn(
@@ -150,6 +176,7 @@ def make_plan(
         dropout=config.lora_dropout,
         use_dora=config.use_dora,
         lora_bias=config.lora_bias,
+        left_out=tuple(omitted),
     )
     if plan.calibration is not None:
         _check_memory(plan)
@@ -202,6 +229,13 @@ def _check_sketch(plan: Plan) -> None:
                 f"directions of the inputs of {target.name!r}; pass at least as many, better "
                 f"{4 * directions}"
             )
+
+
+def _too_narrow(spec: Initializer, rank: int, shape: tuple[int, int]) -> str:
+    return (
+        f"{spec.name} cannot have rank {rank} on a {shape[0]}×{shape[1]} weight; to adapt it, give "
+        f"it a rank of at most {min(shape)} in rank_pattern"
+    )
 
 
 def _trained_biases(

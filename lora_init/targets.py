@@ -8,7 +8,7 @@ and that whatever matched nothing is reported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_init.architectures import DEFAULT_TARGETS
 from lora_init.config import ALL_LINEAR, HEADS, LoraConfig
+from lora_init.expressions import Expression
 from lora_init.modules import LINEAR_TYPES, module_type
 
 
@@ -48,21 +49,22 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
     saved = _modules_to_save(names, config)
     unmatched: list[tuple[str, str]] = []
     target = config.target_modules if config.target_modules is not None else _defaults(model)
-    excluded = _excluder(config.exclude_modules)
+    excluded = excluder(config.exclude_modules)
     # Inside a saved module nothing is adapted: it is trained as a whole.
     candidates = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
     if target == ALL_LINEAR:
-        heads = _output_names(model, config)
+        heads = output_names(model, config)
         matched = [
             name
             for name in candidates
             if module_type(modules[name]) in LINEAR_TYPES and name not in heads
         ]
     elif isinstance(target, str):
-        expression = _compile("target_modules", target)
+        expression = Expression("target_modules", target)
         matched = [name for name in candidates if expression.fullmatch(name)]
     else:
-        matched = [name for name in candidates if _in_list(name, target, config)]
+        in_list = list_matcher(target, config)
+        matched = [name for name in candidates if in_list(name)]
         for entry in target:
             if not any(name_matches(name, entry) for name in candidates):
                 _refuse_parameter(model, entry)
@@ -103,56 +105,76 @@ def name_matches(name: str, entry: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
+class PatternValues:
+    """The value of the first key of a pattern that matches a name, else a default (PEFT's rule).
+
+    Args:
+        setting: "rank_pattern" or "alpha_pattern".
+        patterns: its value.
+        default: for names that no key matches.
+    """
+
+    def __init__(self, setting: str, patterns: Mapping[str, Any] | None, default: Any) -> None:
+        patterns = patterns or {}
+        self._values = [(_pattern_expression(setting, key), patterns[key]) for key in patterns]
+        self._default = default
+
+    def matches(self, name: str) -> bool:
+        """Whether a key matches."""
+        return any(expression.match(name) for expression, _ in self._values)
+
+    def __call__(self, name: str) -> Any:
+        for expression, value in self._values:
+            if expression.match(name):
+                return value
+        return self._default
+
+
 def pattern_value(setting: str, patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first key that matches `name`, else `default` (PEFT's rule)."""
-    for key, value in (patterns or {}).items():
-        if _pattern_expression(setting, key).match(name):
-            return value
-    return default
+    """The value for one name; see `PatternValues`."""
+    return PatternValues(setting, patterns, default)(name)
 
 
-def _pattern_expression(setting: str, key: str) -> re.Pattern:
-    return _compile(setting, rf"(?:.*\.)?(?:{key})$")
-
-
-def _compile(setting: str, expression: str) -> re.Pattern:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{setting}: {expression!r} is no regular expression ({error})") from error
-
-
-def _in_list(name: str, entries: Iterable[str], config: LoraConfig) -> bool:
-    entries = list(entries)
-    if name in entries:
-        return True
-    if not any(name_matches(name, entry) for entry in entries):
-        return False
-    if config.layers_to_transform is None:
-        return True
+def list_matcher(entries: Iterable[str], config: LoraConfig) -> Callable[[str], bool]:
+    """Whether a name is in a list of targets: exactly, or by its suffix and its layer's index."""
+    entries = set(entries)
     wanted = config.layers_to_transform
-    return _layer_index(name, config.layers_pattern) in (
-        [wanted] if isinstance(wanted, int) else wanted
-    )
+    indices = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    patterns = config.layers_pattern
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # The lazy optional prefix finds a list at the root, which PEFT's expression cannot.
+    expressions = [
+        Expression("layers_pattern", pattern, r"(?:.*?\.)??(?:", r")\.(\d+)\.")
+        for pattern in patterns or [r"[^.]*"]
+    ]
+
+    def matches(name: str) -> bool:
+        if name in entries:
+            return True
+        suffix = any(name_matches(name, entry) for entry in entries)
+        if not suffix or wanted is None:
+            return suffix
+        found = next((m for each in expressions if (m := each.match(name))), None)
+        # Groups of the user's own pattern come first.
+        return found is not None and int(found[found.re.groups]) in indices
+
+    return matches
 
 
-def _layer_index(name: str, layers_pattern: list[str] | str | None) -> int | None:
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    for pattern in patterns or [r"[^.]*"]:
-        # The lazy optional prefix finds a list at the root, which PEFT's expression cannot.
-        expression = _compile("layers_pattern", rf"(?:.*?\.)??(?:{pattern})\.(\d+)\.")
-        if match := expression.match(name):
-            return int(match[1])
-    return None
-
-
-def _excluder(exclude: list[str] | str | None):
+def excluder(
+    exclude: list[str] | str | None, setting: str = "exclude_modules"
+) -> Callable[[str], bool]:
+    """Whether a name is one of a list, exactly or by its suffix, or an expression matches it."""
     if not exclude:
         return lambda name: False
     if isinstance(exclude, str):
-        expression = _compile("exclude_modules", exclude)
+        expression = Expression(setting, exclude)
         return lambda name: expression.fullmatch(name) is not None
     return lambda name: any(name_matches(name, entry) for entry in exclude)
+
+
+def _pattern_expression(setting: str, key: str) -> Expression:
+    return Expression(setting, key, r"(?:.*\.)?(?:", ")$")
 
 
 def _unused_exclusions(
@@ -163,7 +185,7 @@ def _unused_exclusions(
     return [
         ("exclude_modules", entry)
         for entry in entries
-        if not any(_excluder([entry] if as_list else entry)(name) for name in matched)
+        if not any(map(excluder([entry] if as_list else entry), matched))
     ]
 
 
@@ -197,7 +219,7 @@ def _defaults(model: nn.Module) -> list[str] | str:
     return DEFAULT_TARGETS[kind]
 
 
-def _output_names(model: nn.Module, config: LoraConfig) -> set[str]:
+def output_names(model: nn.Module, config: LoraConfig) -> set[str]:
     """The output embedding, or a sequence classifier's head: never meant by "all-linear"."""
     get = getattr(model, "get_output_embeddings", None)
     try:

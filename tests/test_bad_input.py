@@ -54,8 +54,8 @@ def refused(model):
 
 def test_rank_above_the_smaller_side(refused):
     message = r"'model.layers.0.self_attn.v_proj': rank 9 exceeds min\(out, in\) = 8.*lower r"
-    refused(message, r=9)
-    refused("rank 40 exceeds", rank_pattern={"q_proj": 40})
+    refused(message, r=9, init_lora_weights="pissa")
+    refused("rank 40 exceeds", rank_pattern={"q_proj": 40}, init_lora_weights="pissa")
 
 
 def test_odd_rank_for_orthogonal(refused):

@@ -1,0 +1,31 @@
+"""Layers of a state-space mixer that never run: a fused kernel reads their weights in training.
+
+On a GPU, Mamba's kernels take `conv1d.weight` and `out_proj.weight` and do not call the layers, so
+an adapter on them would neither act nor learn.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+READ_BY_KERNELS = ("out_proj", "conv1d")
+
+
+def read_by_kernel(model: nn.Module, name: str) -> str | None:
+    """Why a layer of a state-space mixer cannot be adapted; None for any other module.
+
+    A mixer is known by its structure: the parameters A_log and D beside a conv1d and an out_proj.
+    Gated delta networks have no D, and their kernels call out_proj.
+    """
+    owner, _, last = name.rpartition(".")
+    if last not in READ_BY_KERNELS:
+        return None
+    mixer = model.get_submodule(owner)
+    if not {"A_log", "D"} <= mixer._parameters.keys():
+        return None
+    if not set(READ_BY_KERNELS) <= mixer._modules.keys():
+        return None
+    return (
+        f"the fused kernel of {type(mixer).__name__} reads its weight in training and does not "
+        "call the layer"
+    )
