@@ -11,8 +11,8 @@ Which rows count: for an encoder's inputs (or a decoder-only model's) `attention
 decoder of an encoder-decoder model `decoder_attention_mask`, if the batch has one, except where a
 layer reads the encoder's output (cross-attention), which keeps the encoder's mask. Token labels
 (shape of the mask) equal to the method's `ignore_label` are left out where the method asks for it;
-sequence labels mask nothing. An input whose leading shape is not the mask's (a pooler's, a routed
-expert's) counts every row.
+sequence labels mask nothing. Flat inputs (batch·time, features) are masked too, see
+`lora_init.token_rows`. An input of another shape (a pooler's, a routed expert's) counts every row.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lora_init.accumulation import Moments, RunningSums, joined
 from lora_init.budget import Budget
 from lora_init.modules import input_rows, reading, weight_shape
+from lora_init.token_rows import TokenRows
 
 HELD_INPUTS = 4
 """How many recent distinct inputs wait for further readers before they are summed."""
@@ -119,6 +120,7 @@ class Observer:
         self._masks: list[_Mask] = []  # of the decoder, and of everything in other models
         self._encoder_output: Callable[[], Tensor | None] = lambda: None
         self._encoder_done = False
+        self._rows = TokenRows()
 
     @contextmanager
     def observing(self, model: nn.Module) -> Iterator[None]:
@@ -238,9 +240,11 @@ class Observer:
         if any(total is not None for total, _ in sums):
             rows = input_rows(module, held.tensor if held.copy is None else held.copy)
             for total, mask in sums:
-                counted = mask.rows is not None and held.tensor.shape[:-1] == mask.shape
                 if total is not None:
-                    total.add(rows, mask.rows.to(rows.device) if counted else None)
+                    leading, counted = held.tensor.shape[:-1], None
+                    if len(rows) == leading.numel():  # not the patches of an image
+                        counted = self._rows.counted(first, leading, mask.shape, mask.rows)
+                    total.add(rows, None if counted is None else counted.to(rows.device))
 
     def _sums_of(
         self, source: Source, module: nn.Module, device: torch.device
@@ -259,9 +263,16 @@ class Observer:
         if not self._encoder_decoder:
             return self._masks
         in_decoder = self._encoder_done or "decoder" in reader.split(".")
-        if in_decoder and tensor is not self._encoder_output():
+        if in_decoder and not self._is_encoder_output(tensor):
             return self._masks
         return self._encoder_masks
+
+    def _is_encoder_output(self, tensor: Tensor) -> bool:
+        """Whether an input is the encoder's output, or a view of it."""
+        output = self._encoder_output()
+        if output is None or tensor is output:
+            return output is not None
+        return tensor.numel() == output.numel() and tensor.data_ptr() == output.data_ptr() != 0
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
