@@ -20,7 +20,7 @@ from lora_init.calibration import Calibration
 from lora_init.reduction import rank_count
 from lora_init.registry import CalibrationRequest
 
-VERSION = 1
+VERSION = 2
 """Of the sums, raised whenever their values change."""
 
 

@@ -59,8 +59,11 @@ def test_an_exhausted_generator_is_named():
         get_peft_model(Chain(), config, calibration=batches)
 
 
-@pytest.mark.parametrize("model", ["meta-llama/Llama-2-7b-hf", None, 5, {"a": 1}, Chain,
-                                   np.zeros(3), torch.zeros(3)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "model",
+    ["meta-llama/Llama-2-7b-hf", None, 5, {"a": 1}, Chain, np.zeros(3), torch.zeros(3)],
+    ids=lambda m: type(m).__name__,
+)
 def test_a_model_that_is_not_a_module_is_refused(model):
     config = LoraConfig(target_modules=["q"], init_lora_weights="eva")
     for use in (

@@ -77,8 +77,14 @@ def test_only_the_chosen_layers_are_named():
     assert names(plan) == {"model.layers.1.mlp.experts.down_proj"}
 
 
-@pytest.mark.parametrize("exclude", [["experts", "gate", "gate.weight"], r".*(experts|gate).*",
-                                     ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]])
+@pytest.mark.parametrize(
+    "exclude",
+    [
+        ["experts", "gate", "gate.weight"],
+        r".*(experts|gate).*",
+        ["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
+    ],
+)
 def test_what_the_user_excludes_is_not_named(exclude):
     assert names(dry(mixture("mixtral"), "all-linear", exclude_modules=exclude)) == set()
 

@@ -87,8 +87,8 @@ def batches(model, padded):
 
 
 def moments(model, padded, targets="all-linear"):
-    config = LoraConfig(r=2, target_modules=targets, init_lora_weights="corda",
-                        task_type="SEQ_CLS" if "Sequence" in type(model).__name__ else None)  # fmt: skip
+    task = "SEQ_CLS" if "Sequence" in type(model).__name__ else None
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights="corda", task_type=task)
     found = calibrate(model, config, batches(model, padded))
     return {name: each.inputs for name, each in next(iter(found.requests.values())).items()}
 
