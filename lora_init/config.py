@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_init.field_types import check_field_types
 from lora_init.json_types import json_value
 from lora_init.peft_fields import accepts_peft_fields
 from lora_init.registry import (
@@ -158,6 +159,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         self._normalize()
         self._check_targets()
+        check_field_types(self)
         self._check_numbers()
         self._check_variants()
         if self.task_type is not None and self.task not in TASK_TYPES:
@@ -306,35 +308,10 @@ class LoraConfig:
             check_alpha(f"alpha_pattern[{key!r}]", alpha)
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            if not (value is None or isinstance(value, str) or _are(str, value)):
-                hint = ', or "all-linear"' if name == "target_modules" else ""
-                raise TypeError(
-                    f"{name}={value!r} is not supported: must be a list of names, one regular "
-                    f"expression{hint}, or None. Pass one of these."
-                )
-        indices = self.layers_to_transform
-        if not (indices is None or _is_index(indices) or _are(int, indices)):
-            raise TypeError(
-                f"layers_to_transform={indices!r} is not supported: must be an integer, a list of "
-                "integers, or None. Pass one of these."
-            )
         for name in ("modules_to_save", "rank_pattern", "alpha_pattern"):
             if isinstance(getattr(self, name), str):
                 kind = "a list of names" if name == "modules_to_save" else "a mapping"
                 raise ValueError(f"{name}={getattr(self, name)!r}; pass {kind}")
-        if self.modules_to_save is not None and not _are(str, self.modules_to_save):
-            raise TypeError(
-                f"modules_to_save={self.modules_to_save!r} is not supported: must be a list of "
-                "names, or None. Pass one of these."
-            )
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), dict):
-                raise TypeError(
-                    f"{name}={getattr(self, name)!r} is not supported: must be a mapping of "
-                    "names or regular expressions to numbers. Pass a mapping."
-                )
         selective = self.layers_to_transform is not None
         if self.layers_pattern is not None and not selective:
             raise ValueError(
@@ -354,12 +331,6 @@ class LoraConfig:
         for name in BOOLEANS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed are True and False")
-        for name in ("base_model_name_or_path", "revision"):
-            if not isinstance(getattr(self, name), str | None):
-                raise TypeError(
-                    f"{name}={getattr(self, name)!r} is not supported: must be a string, a path, "
-                    "or None. Pass one of these."
-                )
         if self.use_dora and self.lora_bias:
             raise ValueError(
                 "lora_bias=True with use_dora=True: DoRA scales the adapted weight, where a bias "
@@ -397,17 +368,6 @@ class LoraConfig:
 def options_class(name: str) -> type:
     """The options dataclass of a registered method, e.g. for `EvaConfig`."""
     return get_initializer(name).options
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are(kind: type, values: Any) -> bool:
-    """Whether `values` is a list of `kind`; a bool is not an int here."""
-    return isinstance(values, list) and all(
-        isinstance(value, kind) and not isinstance(value, bool) for value in values
-    )
 
 
 def check_rank(setting: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from lora_init.config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.modules import LINEAR_TYPES, module_type
 from lora_init.name_groups import grouped
 from lora_init.new_weights import are_known, new_modules
-from lora_init.targets import Selection, excluder, list_matcher, output_names
+from lora_init.targets import Selection, excluder, list_matcher, looks_linear, output_names
 
 # Tensors that multiply activations, by the last part of their name. Tables of positions, biases,
 # scales and learned tokens have two or three dimensions too.
@@ -76,15 +76,15 @@ def described(found: Iterable[LeftOut]) -> list[str]:
 
 
 def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterator[LeftOut]:
-    targets = set(selection.names)
-    passed = [*targets, *selection.modules_to_save, *output_names(model, config)]
-    inside = tuple(f"{name}." for name in passed)
+    whole = [*selection.modules_to_save, *output_names(model, config)]
+    passed = {*selection.names, *whole}
+    inside = tuple(f"{name}." for name in whole)
     excluded = excluder(config.exclude_modules)
     for name, module in model.named_modules():
         known = name in passed or name.startswith(inside) or excluded(name)
         if known or module_type(module) in LINEAR_TYPES:
             continue
-        if _looks_linear(module):
+        if looks_linear(module):
             inside += (f"{name}.",)  # one line for it, not one for each of its parts
             yield LeftOut(name, type(module).__name__, _unknown_class(module))
             continue
@@ -99,16 +99,14 @@ def _named(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterat
     meant = _meant(config)
     if meant is None:
         return
-    targets = set(selection.names)
+    candidates = {"", *selection.candidates} - {*selection.names}
     excluded = excluder(config.exclude_modules)
     for name, module in model.named_modules():
-        if name in targets or module_type(module) in LINEAR_TYPES or excluded(name):
-            continue
-        if name and name not in selection.candidates:
+        if name not in candidates or module_type(module) in LINEAR_TYPES or excluded(name):
             continue
         for part, tensor in _matrices(module):
             path = f"{name}.{part}".removeprefix(".")
-            if meant(path, tensor.ndim == 3) and not excluded(path):
+            if meant(path, tensor.ndim > 2) and not excluded(path):
                 yield _parameter(path, tensor, module)
 
 
@@ -139,14 +137,11 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if tensor is None or _NO_MATRIX.search(name):
             continue
         matrix = tensor.ndim == 2 and min(tensor.shape) > 1
-        stack = tensor.ndim == 3 and tensor.shape[0] > 1 and name in module._parameters
-        if stack or (matrix and _MATRIX.search(name)):
+        stack = tensor.ndim == 3 or (tensor.ndim == 4 and "proj" in name)  # 4: packed in blocks
+        if (stack and tensor.shape[0] > 1 and name in module._parameters) or (
+            matrix and _MATRIX.search(name)
+        ):
             yield name, tensor
-
-
-def _looks_linear(module: nn.Module) -> bool:
-    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    return all(isinstance(size, int) for size in sizes)
 
 
 def _unknown_class(module: nn.Module) -> str:

@@ -270,10 +270,18 @@ def _nothing_matched(model: nn.Module, target: Any, matched: list[str], config: 
         if config.layers_to_transform is not None
         else ""
     )
-    return (
-        f"target_modules={target!r}{layers} matches no module of {type(model).__name__}; "
-        f"linear modules there are called {_some(linear)}"
-    )
+    found = f"linear modules there are called {_some(linear)}"
+    if not linear:
+        unknown = {type(module).__name__ for module in model.modules() if looks_linear(module)}
+        found = "it has no linear module of a supported class"
+        found += f", but modules of {_some(unknown)}" if unknown else ""
+    return f"target_modules={target!r}{layers} matches no module of {type(model).__name__}; {found}"
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """Whether a module has the two sizes of a linear layer, whatever its class."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _some(names: Iterable[str], limit: int = 12) -> str:

@@ -33,7 +33,7 @@ class TokenRows:
         leading: torch.Size,
         shape: torch.Size | None,
         rows: Int[Tensor, " kept"] | None,
-    ) -> Int[Tensor, " kept"] | None:
+    ) -> Int[Tensor, " counted"] | None:
         """The rows of an input that count; None where all do.
 
         Args:

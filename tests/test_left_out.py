@@ -137,6 +137,11 @@ def test_all_linear_names_unknown_classes_and_nothing_else(layer, left_out):
     assert names(plan) == left_out
 
 
+def test_a_model_of_unknown_classes_alone_is_refused_with_their_names():
+    with pytest.raises(ValueError, match="no linear module of a supported class.*'Quantized'"):
+        dry(nn.Sequential(Quantized(), Quantized()), "all-linear")
+
+
 def test_plain_models_leave_nothing_out():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -1,5 +1,7 @@
 """Which targets of a saved adapter PEFT reads as other ones: compared with PEFT itself."""
 
+import warnings
+
 import peft
 import pytest
 from mixtures import mixture
@@ -68,3 +70,17 @@ def test_the_table_of_model_types_is_pefts():
         and get_checkpoint_conversion_mapping(kind) is not None
     }
     assert theirs == EXPERT_NAMES
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_the_differences_are_warned_about(dry_run):
+    config = LoraConfig(r=2, target_modules=["down_proj", "o_proj"])
+    with pytest.warns(UserWarning, match=r"PEFT would read .*layers\.0\.mlp\.down_proj, .*experts"):
+        get_peft_model(mixture("deepseek_v3"), config, dry_run=dry_run)
+
+
+def test_a_selection_that_peft_reads_alike_is_not_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for kind, targets in (("mixtral", ["q_proj"]), ("llama", ["down_proj"])):
+            get_peft_model(build(kind), LoraConfig(target_modules=targets), dry_run=True)
