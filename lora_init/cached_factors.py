@@ -3,11 +3,10 @@
 A method that promises `Nesting` gives, at rank r, the first r of what it gives at any higher rank,
 and depends on its inputs alone: on no seed, no layer's name, no other target. So its key holds the
 method and its options, the weight's bytes and the statistics' bytes, and neither rank nor scaling.
-What a balanced method returns is kept for s = 1: both of its factors fall with sqrt(s).
 
-A partial decomposition's last digits depend on how many triplets it was asked for, which is a power
-of two (`linalg.nesting_rank`), and part of the key: ranks that share it get the same factors with
-and without a cache.
+A hit equals a computation to the last bit, because both take one path. `canonical` says what is
+computed: the factors at the rank that is decomposed (`linalg.nesting_rank`) and, for a balanced
+method, at s = 1. `specific` makes a target's factors of them: the first r, times 1 / sqrt(s).
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.cache import Cache, fingerprint, key
+from lora_init import linalg
+from lora_init.cache import Cache, Entry, fingerprint, key
 from lora_init.calibration import LayerStatistics
 from lora_init.factors import Factors
-from lora_init.linalg import nesting_rank
 from lora_init.plan import Plan, Target
 from lora_init.registry import Nesting
 
@@ -36,6 +35,30 @@ class Input:
     generator: torch.Generator
 
 
+VERSION = 1
+"""The format of an entry. Raise it whenever the format changes."""
+
+
+def canonical(target: Target, nesting: Nesting) -> Target:
+    """The target at the rank and the scaling that are computed, whether or not there is a cache."""
+    rank = linalg.nesting_rank(target.rank, min(target.shape))
+    return replace(target, rank=rank, scaling=1.0 if nesting.balanced else target.scaling)
+
+
+def specific(factors: Factors, target: Target, nesting: Nesting) -> Factors:
+    """A target's factors, from those of its `canonical`.
+
+    The scaling is a product with a float32 number: a division by a number rounds differently on an
+    accelerator, and a hit is scaled on the CPU.
+    """
+    lora_A, lora_B = factors.lora_A[: target.rank], factors.lora_B[:, : target.rank]
+    if nesting.balanced:
+        root = target.scaling**-0.5
+        lora_A, lora_B = lora_A * root, lora_B * root
+    metrics = {name: _total(value, target.rank) for name, value in factors.metrics.items()}
+    return replace(factors, lora_A=lora_A, lora_B=lora_B, metrics=metrics)
+
+
 @dataclass(frozen=True)
 class CachedFactors:
     """The cache as one plan sees it."""
@@ -45,38 +68,38 @@ class CachedFactors:
     nesting: Nesting
 
     def key(self, target: Target, given: Input) -> str:
+        """The key of a canonical target's factors."""
         statistics = given.statistics
         inputs = None if statistics is None else statistics.inputs
         return key(
             self.plan.initializer.name,
             self.nesting.version,
+            VERSION,
             self.plan.options,
             target.module_type,
-            target.shape,  # of layers that share their input and are not read, nothing else differs
-            self.widened(target).rank,
+            target.shape,
+            target.rank,
             None if given.weight.is_meta else fingerprint(given.weight),
             None if inputs is None else _content(inputs),
         )
 
-    def widened(self, target: Target) -> Target:
-        """The target at the rank that is decomposed for it."""
-        rank = nesting_rank(target.rank, min(target.shape))
-        return replace(target, rank=rank)
-
     def get(self, key: str, target: Target) -> Factors | None:
+        """A canonical target's factors; None where no entry has them."""
         entry = self.cache.get(key, rank=target.rank)
-        if entry is None:
+        if entry is None or not _fits(entry, target):
             return None
-        root = target.scaling**0.5 if self.nesting.balanced else 1.0
-        lora_A, lora_B = (entry.tensors[name] / root for name in ("lora_A", "lora_B"))
-        metrics = entry.metadata | {"from_cache": True}
-        return truncated(Factors(lora_A, lora_B, metrics=metrics), target.rank)
+        metrics = {
+            name: torch.tensor(value) if isinstance(value, list) else value
+            for name, value in entry.metadata.items()
+        }
+        metrics["from_cache"] = True
+        return Factors(entry.tensors["lora_A"], entry.tensors["lora_B"], metrics=metrics)
 
     def put(self, key: str, target: Target, factors: Factors) -> None:
-        root = target.scaling**0.5 if self.nesting.balanced else 1.0
-        tensors = {"lora_A": factors.lora_A * root, "lora_B": factors.lora_B * root}
+        """Keep a canonical target's factors."""
+        tensors = {"lora_A": factors.lora_A, "lora_B": factors.lora_B}
         metrics = {
-            name: value.item() if isinstance(value, Tensor) else value
+            name: value.tolist() if isinstance(value, Tensor) else value
             for name, value in factors.metrics.items()
         }
         self.cache.put(key, tensors, metrics, rank=target.rank)
@@ -88,6 +111,14 @@ def _content(inputs: Any) -> dict[str, Any]:
     return {name: getattr(inputs, name) for name in shown}
 
 
-def truncated(factors: Factors, rank: int) -> Factors:
-    """The first `rank` of factors that nest."""
-    return replace(factors, lora_A=factors.lora_A[:rank], lora_B=factors.lora_B[:, :rank])
+def _fits(entry: Entry, target: Target) -> bool:
+    """Whether an entry holds factors of this target's shape; its checksum was checked before."""
+    rows, columns = target.shape
+    shapes = {"lora_A": (target.rank, columns), "lora_B": (rows, target.rank)}
+    found = {name: tuple(tensor.shape) for name, tensor in entry.tensors.items()}
+    return found == shapes and all(t.dtype == torch.float32 for t in entry.tensors.values())
+
+
+def _total(value: Any, rank: int) -> Any:
+    """A figure of the first `rank` components, where it is given for each of them."""
+    return value[:rank].sum() if isinstance(value, Tensor) and value.ndim == 1 else value

@@ -68,6 +68,8 @@ class Factors:
         lora_B: B0, shape (out, rank), float32.
         replacement: how to rebuild the base; for ``replace`` methods only.
         metrics: figures the method knows about itself (`error`, `captured_energy`, …) for reports.
+            A method whose factors nest gives a count as a vector with one entry for each component:
+            the report has the sum over the components that are used.
     """
 
     lora_A: Float[Tensor, "rank in"]

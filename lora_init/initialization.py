@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_init import linalg, schedule, sharing
 from lora_init.base_weights import BaseWeights
 from lora_init.cache import Cache
-from lora_init.cached_factors import CachedFactors, Input, truncated
+from lora_init.cached_factors import CachedFactors, Input, canonical, specific
 from lora_init.calibration import LayerStatistics
 from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
 from lora_init.finiteness import is_finite, refuse_non_finite
@@ -163,19 +163,32 @@ class _Worker:
 
     def _remembered(self, targets: tuple[Target, ...], inputs: list[Input]) -> list[Factors]:
         """From the cache where they are there; the others are computed, and kept."""
-        if self.cache is None or self._nesting is None:
+        nesting = self._nesting
+        if nesting is None:
             return self._computed(targets, inputs)
-        memory = CachedFactors(self.cache, self.plan, self._nesting)
+        wider = tuple(canonical(target, nesting) for target in targets)
+        if self.cache is None:
+            found = self._computed(wider, inputs)
+        else:
+            found = self._from_cache(CachedFactors(self.cache, self.plan, nesting), wider, inputs)
+        return [
+            specific(factors, target, nesting)
+            for target, factors in zip(targets, found, strict=True)
+        ]
+
+    def _from_cache(
+        self, memory: CachedFactors, targets: tuple[Target, ...], inputs: list[Input]
+    ) -> list[Factors]:
         keys = [memory.key(target, each) for target, each in zip(targets, inputs, strict=True)]
         found = [memory.get(key, target) for key, target in zip(keys, targets, strict=True)]
         missing = [index for index, factors in enumerate(found) if factors is None]
         if missing:
-            # All that the decomposition yields is kept, for ranks that share it.
-            wider = tuple(memory.widened(targets[index]) for index in missing)
-            made = self._computed(wider, [inputs[index] for index in missing])
-            for index, target, factors in zip(missing, wider, made, strict=True):
-                memory.put(keys[index], target, factors)
-                found[index] = truncated(factors, targets[index].rank)
+            made = self._computed(
+                tuple(targets[index] for index in missing), [inputs[index] for index in missing]
+            )
+            for index, factors in zip(missing, made, strict=True):
+                memory.put(keys[index], targets[index], factors)
+                found[index] = factors
         return found
 
     def _computed(self, targets: tuple[Target, ...], inputs: list[Input]) -> list[Factors]:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init import LoraConfig, cached_factors, get_peft_model, initialization, statistics
+from lora_init import (
+    LoraConfig,
+    cached_factors,
+    get_peft_model,
+    initialization,
+    list_initializers,
+    statistics,
+)
 from lora_init.cache import default_cache
 
 
@@ -40,10 +47,11 @@ def batches(seed: int = 1) -> list[torch.Tensor]:
     return [torch.randn(40, 60, generator=generator) for _ in range(3)]
 
 
-def started(method, *, rank: int = 4, alpha: float = 8.0, base=None, data=None, **settings):
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=["0", "2"], init_lora_weights=method
-    )
+def started(
+    method, *, rank: int = 4, alpha: float = 8.0, base=None, data=None, lora=(), **settings
+):
+    fields = {"target_modules": ["0", "2"], "init_lora_weights": method, **dict(lora)}
+    config = LoraConfig(r=rank, lora_alpha=alpha, **fields)
     return get_peft_model(
         network() if base is None else base,
         config,
@@ -52,23 +60,36 @@ def started(method, *, rank: int = 4, alpha: float = 8.0, base=None, data=None, 
     )
 
 
-def products(model) -> dict[str, torch.Tensor]:
+def assert_same(first, second) -> None:
+    """Equal to the last bit: trained factors, bases, initial factors and the report's figures."""
+    one, other = first.state_dict(), second.state_dict()
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    for name, layer in first.layers.items():
+        assert torch.equal(layer.base_layer.weight, second.layers[name].base_layer.weight)
+        for part in ("initial_lora_A", "initial_lora_B"):
+            mine, theirs = getattr(layer, part), getattr(second.layers[name], part)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
+    assert figures(first) == figures(second)
+
+
+def figures(model) -> dict[str, dict]:
     return {
-        name: layer.scaling * (layer.lora_B @ layer.lora_A).detach()
-        for name, layer in model.named_modules()
-        if hasattr(layer, "lora_A")
+        layer.name: {key: value for key, value in layer.details.items() if key != "from_cache"}
+        for layer in model.init_report().layers
     }
 
 
-def assert_same(first, second) -> None:
-    assert products(first).keys() == products(second).keys()
-    for name, product in products(first).items():
-        torch.testing.assert_close(product, products(second)[name], rtol=0, atol=1e-6)
-    for one, other in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+NESTING = ["pissa", "milora", "mica", "corda", {"name": "corda", "corda_method": "kpm"}]
 
 
-NESTING = ["pissa", "corda", {"name": "corda", "corda_method": "kpm"}, "eva"]
+def test_every_method_that_nests_is_tested_here():
+    named = {method["name"] if isinstance(method, dict) else method for method in NESTING}
+    assert named == {
+        spec.name for spec in list_initializers() if spec.nesting(spec.options()) is not None
+    }
 
 
 @pytest.mark.parametrize("method", NESTING, ids=str)
@@ -85,15 +106,92 @@ def test_a_second_start_computes_nothing_and_is_the_same(method, computed):
 
 
 @pytest.mark.parametrize("method", NESTING, ids=str)
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 1.0), (9, 8.0), (16, 32.0), (2, 2.0)])
-def test_one_decomposition_serves_smaller_ranks_and_every_scaling(method, rank, alpha, computed):
-    if method == "eva":  # its allocation is another for each rank; here none
-        method = {"name": "eva", "rho": 1.0}
-    started(method, rank=16)
+@pytest.mark.parametrize("rslora", [False, True], ids=["alpha/r", "rslora"])
+def test_one_decomposition_serves_smaller_ranks_and_every_scaling(method, rslora, computed):
+    started(method, rank=16, lora={"use_rslora": rslora})
+    for rank, alpha in ((4, 1.0), (9, 8.0), (16, 32.0), (2, 2.0), (3, 1.7), (16, 1.0)):
+        settings = {"rank": rank, "alpha": alpha, "lora": {"use_rslora": rslora}}
+        computed.clear()
+        cached = started(method, **settings)
+        assert computed == []
+        assert_same(cached, started(method, cache=False, **settings))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", NESTING, ids=str)
+def test_a_hit_equals_a_computation_in_every_dtype(method, dtype, adapter_dtype, computed):
+    def start(**settings):
+        return started(
+            method,
+            rank=3,
+            alpha=7.0,
+            base=network().to(dtype),
+            data=[batch.to(dtype) for batch in batches()],
+            adapter_dtype=adapter_dtype,
+            **settings,
+        )
+
+    plain, first = start(cache=False), start()
     computed.clear()
-    cached = started(method, rank=rank, alpha=alpha)
+    second = start()
     assert computed == []
-    assert_same(cached, started(method, rank=rank, alpha=alpha, cache=False))
+    assert_same(first, plain)
+    assert_same(second, plain)
+
+
+def images() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 20, 3), nn.Tanh(), nn.Conv2d(20, 6, 3), nn.Flatten())
+
+
+def words() -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(50, 30), nn.Flatten(), nn.Linear(60, 40))
+    with torch.no_grad():
+        base[2].weight[:, 2:] = base[2].weight[:, :1]  # of rank 2: the other components vanish
+    return base
+
+
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        *((images, method) for method in NESTING),
+        *((words, method) for method in ("pissa", "milora", "mica")),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_hit_equals_a_computation_for_other_modules(base, method, computed):
+    data = [torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(1))]
+    settings = {"rank": 3, "alpha": 5.0, "data": data}
+    plain = started(method, base=base(), cache=False, **settings)
+    first = started(method, base=base(), **settings)
+    computed.clear()
+    second = started(method, base=base(), **settings)
+    assert computed == []
+    assert_same(first, plain)
+    assert_same(second, plain)
+
+
+def test_a_partly_cached_start_equals_a_computed_one(computed):
+    """As after a kill in the middle of an initialization."""
+    plain = started("pissa", cache=False)
+    started("pissa", lora={"target_modules": ["0"]})
+    computed.clear()
+    assert_same(started("pissa"), plain)
+    assert computed == ["2"]
+
+
+READS_INPUTS = [spec.name for spec in list_initializers() if "inputs" in spec.needs]
+
+
+@pytest.mark.parametrize("method", READS_INPUTS)
+def test_cached_statistics_start_the_same_adapter(method, passes):
+    plain, first = started(method, cache=False), started(method)
+    passes.clear()
+    assert_same(first, plain)
+    assert_same(started(method), plain)
+    assert passes == []
 
 
 def test_ranks_of_one_power_of_two_share_whichever_comes_first(computed):

@@ -69,7 +69,7 @@ class CordaOptions:
     module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=lambda options: CalibrationRequest(smallest=options.corda_method == "kpm"),
     leading=lambda options: 1.0 if options.corda_method == "ipm" else None,
-    nesting=lambda options: Nesting(version=3),
+    nesting=lambda options: Nesting(version=4),
     workspace=lambda options: (1.0, 3.0) if options.corda_method == "ipm" else (7.0, 4.0),
 )
 def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
@@ -103,7 +103,7 @@ def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
         metrics={
             "algorithm": triplets.method,
             "residual": triplets.residual,
-            "evenly_split_components": int(degenerate.sum()),
+            "evenly_split_components": degenerate,  # by component
         },
     )
 

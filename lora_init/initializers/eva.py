@@ -30,7 +30,7 @@ from lora_init.allocation import LayerRequest, redistribute, redistribute_by_cos
 from lora_init.concurrency import over_cores
 from lora_init.factors import Factors
 from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import CalibrationRequest, Nesting, register_initializer
+from lora_init.registry import CalibrationRequest, register_initializer
 
 # Variances below this share of the largest are float32's rounding, not the data's: such directions
 # were never seen (fewer tokens than r), are worth no rank, and whitening them would scale noise up.
@@ -127,7 +127,6 @@ def _decompose(
     calibration=request,
     leading=lambda options: options.rho,
     allocate=allocate,
-    nesting=lambda options: Nesting(balanced=False, version=3),
     adjust_alpha=lambda options: options.adjust_scaling_factors,
     workspace=lambda options: (1.0, 5.0),
 )

@@ -31,7 +31,7 @@ from lora_init.registry import Nesting, register_initializer
     needs=("weights",),
     module_types=MODULE_TYPES,
     stacks=True,
-    nesting=lambda options: Nesting(version=3),
+    nesting=lambda options: Nesting(version=4),
     workspace=lambda options: (9.0, 0.0),
 )
 def milora(weight, rank, scaling, statistics, options, generator) -> Factors:
@@ -46,6 +46,6 @@ def milora(weight, rank, scaling, statistics, options, generator) -> Factors:
         metrics={
             "algorithm": triplets.method,
             "residual": triplets.residual,
-            "vanishing_components": (triplets.values <= rounding[..., None]).sum(-1),
+            "vanishing_components": triplets.values <= rounding[..., None],
         },
     )
