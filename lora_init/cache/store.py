@@ -17,21 +17,22 @@ Why no locks are needed:
   the header. A file that a power cut or a full disk has damaged, or that somebody put there, is
   removed and counts as a miss.
 
-A writer that was killed leaves a temporary file. Its name holds the host and the process id: the
-next look at the folder removes it if that process is gone, or if the file is an hour old.
+A writer that was killed leaves a temporary file. Its name holds the host and the process id. The
+next process that uses the cache removes it if that process is gone, or if the file is an hour old.
 
-A cache never fails its user. What goes wrong on the disk is said in one warning.
+A cache never fails its user. Whatever lies in an entry's place (a pipe, a folder, a link to
+nothing), a look-up is a miss. What goes wrong on the disk is said in one warning.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import secrets
 import socket
+import stat
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,12 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from lora_init.cache.keys import digest
+from lora_init.cache.entry import Entry, bytes_of, deserialized, serialized
 
 KEY = re.compile(r"[0-9a-f]{64}")
 SHARD = re.compile(r"[0-9a-f]{2}")
@@ -57,15 +55,6 @@ LOOKS = 64
 """A process looks at the whole folder after writing a 64th of the limit: by so much, for each other
 process that writes at the same time, the limit may be exceeded."""
 ABANDONED_SECONDS = 3600
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What was stored: tensors, on the CPU, metadata and the rank, if it has one."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
-    rank: int | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +78,7 @@ class Cache:
         self.folder = Path(folder)
         self.limit = limit
         self._unwatched = 0  # bytes that this process may write before it looks at the folder
+        self._swept = False
         self._warned: set[str] = set()
 
     def get(self, key: str, *, rank: int | None = None) -> Entry | None:
@@ -127,7 +117,7 @@ class Cache:
         ranks = self._ranks(key)
         if any(stored >= (rank or 0) for stored in ranks):
             return
-        data = _serialized(key, rank or 0, tensors, metadata)
+        data = serialized(key, rank or 0, tensors, metadata)
         if len(data) > self.limit * (1 - ROOM_AFTER_EVICTION):
             self._warn(
                 "size",
@@ -148,13 +138,13 @@ class Cache:
 
     def usage(self) -> Usage:
         """Entries and their bytes."""
-        sizes = [stat.st_size for _, stat in self._files(ENTRY)]
+        sizes = [found.st_size for _, found in self._files(ENTRY)]
         return Usage(len(sizes), sum(sizes))
 
     def clear(self) -> Usage:
         """Remove every entry, and what killed writers left; returns what the entries were."""
         self._sweep()
-        sizes = [stat.st_size for path, stat in self._files(ENTRY) if _remove(path)]
+        sizes = [found.st_size for path, found in self._files(ENTRY) if _remove(path)]
         return Usage(len(sizes), sum(sizes))
 
     def _path(self, key: str, rank: int) -> Path:
@@ -164,6 +154,8 @@ class Cache:
         """The ranks stored under this key, ascending; 0 is an entry that has none."""
         if not KEY.fullmatch(key):
             raise ValueError(f"cache: {key!r} is not a key; make one with lora_init.cache.key")
+        if not self._swept:
+            self._sweep()
         try:
             names = os.listdir(self.folder / key[:2])
         except FileNotFoundError:
@@ -177,44 +169,52 @@ class Cache:
     def _read(self, key: str, rank: int) -> Entry | None:
         path = self._path(key, rank)
         try:
-            # Not mapped: what was verified is what the caller gets, whatever becomes of the file.
-            data = path.read_bytes()
+            entry = deserialized(key, rank, bytes_of(path, self.limit))
         except FileNotFoundError:  # evicted since it was listed
             return None
         except OSError as error:
             self._warn_unusable(error)
             return None
-        try:
-            entry = _deserialized(key, rank, data)
-        except (ValueError, LookupError, TypeError, SafetensorError):
-            _remove(path)
-            self._warn(
-                "damage",
-                f"a damaged file in the cache, {path}, is removed and computed again; if this "
-                "happens again, check the disk",
-            )
+        except Exception:  # what a damaged file raises depends on the parser
+            self._discard(path)
             return None
         with contextlib.suppress(OSError):  # the order of eviction is best effort
             os.utime(path)
         return entry
 
+    def _discard(self, path: Path) -> None:
+        """Make room for the entry that belongs here; a folder with files in it stays."""
+        if _remove(path):
+            self._warn(
+                "damage",
+                f"a damaged file in the cache, {path}, was removed; its result is computed again. "
+                "If this happens again, check the disk",
+            )
+        else:
+            self._warn(
+                "obstacle",
+                f"{path} is not a file of the cache and cannot be removed; its result is computed "
+                "each time. Remove it",
+            )
+
     def _look_after(self) -> None:
         """Sweep, and evict the least recently used entries where the limit is exceeded."""
         self._sweep()
         entries = sorted(self._files(ENTRY), key=lambda file: file[1].st_mtime_ns)
-        total = sum(stat.st_size for _, stat in entries)
+        total = sum(found.st_size for _, found in entries)
         if total > self.limit:
-            for path, stat in entries:
+            for path, found in entries:
                 if total <= self.limit * (1 - ROOM_AFTER_EVICTION):
                     break
                 if _remove(path):
-                    total -= stat.st_size
+                    total -= found.st_size
         self._unwatched = min(self.limit // LOOKS, self.limit - total)
 
     def _sweep(self) -> None:
         """Remove the temporary files of killed writers."""
-        for path, stat in self._files(TEMPORARY):
-            if _is_abandoned(path.name, stat.st_mtime):
+        self._swept = True
+        for path, found in self._files(TEMPORARY):
+            if _is_abandoned(path.name, found.st_mtime):
                 _remove(path)
 
     def _files(self, names: re.Pattern[str]) -> Iterator[tuple[Path, os.stat_result]]:
@@ -224,7 +224,9 @@ class Cache:
                 for file in _listed(Path(shard.path)):
                     if names.fullmatch(file.name):
                         with contextlib.suppress(OSError):
-                            yield Path(file.path), file.stat()
+                            found = file.stat(follow_symlinks=False)
+                            if not stat.S_ISDIR(found.st_mode):
+                                yield Path(file.path), found
 
     def _warn_unusable(self, error: OSError) -> None:
         self._warn(
@@ -237,29 +239,6 @@ class Cache:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=4)
-
-
-def _serialized(
-    key: str, rank: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
-) -> bytes:
-    # Copies, because safetensors refuses views of one storage.
-    plain = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    text = json.dumps(dict(metadata))
-    return save(plain, {"metadata": text, "checksum": digest(key, rank, text, plain)})
-
-
-def _deserialized(key: str, rank: int, data: bytes) -> Entry:
-    """Fails on a damaged file as it may; with a ValueError on one that is not this entry."""
-    tensors = load(data)
-    header_bytes = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
-    text = header["metadata"]
-    if header["checksum"] != digest(key, rank, text, tensors):
-        raise ValueError("wrong checksum")
-    return Entry(tensors, json.loads(text), rank or None)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -298,10 +277,13 @@ def _host() -> str:
 
 
 def _remove(path: Path) -> bool:
-    """Whether the file is gone; Windows keeps one that somebody reads."""
+    """Remove a file or an empty folder; False if it stays, as on Windows while it is read."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+            return True
         return False
     return True
 

@@ -1,0 +1,70 @@
+"""One entry of the cache: what it holds, and its file."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lora_init.cache.keys import digest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was stored: tensors, on the CPU, metadata and the rank, if it has one."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    rank: int | None
+
+
+def bytes_of(path: Path, limit: int) -> bytes:
+    """The whole file, and not a map of it: what was verified is what the caller gets.
+
+    Raises:
+        ValueError: something else is there, which could block its reader or never end.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            raise ValueError("a link to nothing") from error
+        raise
+    if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+        raise ValueError("not an entry")
+    return path.read_bytes()
+
+
+def serialized(
+    key: str, rank: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> bytes:
+    """The bytes of an entry's file, with a checksum over all that it says."""
+    # Copies, because safetensors refuses views of one storage.
+    plain = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    text = json.dumps(dict(metadata))
+    return save(plain, {"metadata": text, "checksum": digest(key, rank, text, plain)})
+
+
+def deserialized(key: str, rank: int, data: bytes) -> Entry:
+    """Parse an entry and compare its checksum.
+
+    Raises:
+        ValueError: the data are another entry's. On damaged data, whatever the parser raises.
+    """
+    tensors = load(data)
+    header_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+    text = header["metadata"]
+    if header["checksum"] != digest(key, rank, text, tensors):
+        raise ValueError("wrong checksum")
+    return Entry(tensors, json.loads(text), rank or None)
