@@ -9,6 +9,7 @@ rank sees all of the data.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -45,7 +46,9 @@ def remembered(
         return collect()
     entry = cache.get(name)
     if entry is not None:
-        return Calibration.from_tensors(entry.tensors, entry.metadata)
+        # An entry of another form is a miss.
+        with contextlib.suppress(ValueError):
+            return Calibration.from_tensors(entry.tensors, entry.metadata)
     found = collect()
     cache.put(name, *found.to_tensors())
     return found

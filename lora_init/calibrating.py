@@ -140,7 +140,12 @@ def _check_fit(
 ) -> None:
     needs_all = plan.initializer.leading(plan.options) is None
     for target in plan.targets:
-        inputs = found.layers[target.name].inputs
+        inputs, gradient = found.layers[target.name].inputs, found.layers[target.name].gradient
+        if gradient is not None and tuple(gradient.shape) != target.shape:
+            raise ValueError(
+                f"calibration: the gradient of {target.name!r} is {tuple(gradient.shape)} and its "
+                f"weight {target.shape}; pass what lora_init.calibrate found on this model"
+            )
         if inputs is None:
             continue
         width = len(inputs.mean)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_init.adapters.writing import write_atomically
+from lora_init import calibration_file
 from lora_init.moments import InputStatistics, LeadingComponents
 from lora_init.quantization import Quantizer
 from lora_init.registry import CalibrationRequest
 from lora_init.sketch import SketchedStatistics
-
-HEADER_KEY = "lora_init_calibration"
-KINDS = {"moments": InputStatistics, "sketch": SketchedStatistics}
 
 
 @dataclass
@@ -111,20 +105,16 @@ class Calibration:
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything as tensors by key, on the CPU, and metadata that JSON can say."""
-        tensors: dict[str, Tensor] = {}
-        objects: dict[int, dict[str, Any]] = {}
-        requests = []
-        for request, layers in self.requests.items():
-            described = {}
-            for name, statistics in layers.items():
-                found = statistics.gradient if request.gradients else statistics.inputs
-                if id(found) not in objects:
-                    objects[id(found)] = _described(found, len(objects), tensors)
-                described[name] = objects[id(found)]["number"]
-            requests.append({**asdict(request), "layers": described})
-        return tensors, {
-            "requests": requests,
-            "objects": list(objects.values()),
+        tensors, metadata = calibration_file.described(
+            {
+                request: {
+                    name: statistics.gradient if request.gradients else statistics.inputs
+                    for name, statistics in layers.items()
+                }
+                for request, layers in self.requests.items()
+            }
+        )
+        return tensors, metadata | {
             "tokens": self.tokens,
             "batches": self.batches,
             "fingerprints": self.fingerprints,
@@ -134,46 +124,40 @@ class Calibration:
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     ) -> Calibration:
-        """The inverse of `to_tensors`."""
-        objects = [_restored(described, tensors) for described in metadata["objects"]]
+        """The inverse of `to_tensors`.
+
+        Raises:
+            ValueError: a tensor or an entry is missing, of another type or shape, or not finite.
+        """
+        found = calibration_file.content(tensors, metadata)
         requests = {}
-        for described in metadata["requests"]:
-            settings = {key: value for key, value in described.items() if key != "layers"}
-            request = CalibrationRequest(**settings)
+        for request, layers in found.requests.items():
             part = "gradient" if request.gradients else "inputs"
             requests[request] = {
-                name: LayerStatistics(**{part: objects[number]})
-                for name, number in described["layers"].items()
+                name: LayerStatistics(**{part: statistics}) for name, statistics in layers.items()
             }
-        return cls(
-            requests, metadata["tokens"], metadata["batches"], dict(metadata["fingerprints"])
-        )
+        return cls(requests, found.tokens, found.batches, found.fingerprints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; it appears whole or not at all."""
-        tensors, metadata = self.to_tensors()
-        header = {HEADER_KEY: json.dumps({"format_version": 1, **metadata})}
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        write_atomically(Path(path), lambda place: save_file(tensors, place, metadata=header))
+        calibration_file.write(Path(path), *self.to_tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file holds something else, or was written by a newer version.
+            FileNotFoundError: there is no file.
+            ValueError: the file is damaged, holds something else, or was written by a newer
+                version; with its name and the cause.
         """
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER_KEY)
-            metadata = {} if header is None else json.loads(header)
-            if metadata.get("format_version") != 1:
-                raise ValueError(
-                    f"{os.fspath(path)!r} is no calibration of this version; pass a file that "
-                    "Calibration.save wrote"
-                )
-            return cls.from_tensors(
-                {key: file.get_tensor(key) for key in file.offset_keys()}, metadata
-            )
+        tensors, metadata = calibration_file.read(Path(path))
+        try:
+            return cls.from_tensors(tensors, metadata)
+        except ValueError as error:
+            raise ValueError(
+                f"{os.fspath(path)} is damaged ({error}); run lora_init.calibrate again"
+            ) from error
 
 
 def merged(parts: Iterable[Calibration]) -> Calibration:
@@ -194,26 +178,6 @@ def _moved(layers: dict[str, LayerStatistics], device: torch.device) -> dict[str
         name: LayerStatistics(there[id(layer.inputs)], there[id(layer.gradient)])
         for name, layer in layers.items()
     }
-
-
-def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Put a gradient's or an input's tensors among the others; returns what else it has."""
-    if isinstance(found, Tensor):
-        tensors[f"{number}.gradient"] = found.cpu()
-        return {"number": number, "kind": "gradient"}
-    kind = "sketch" if isinstance(found, SketchedStatistics) else "moments"
-    values = {f.name: getattr(found, f.name) for f in fields(found) if not f.name.startswith("_")}
-    tensors |= {f"{number}.{k}": v.cpu() for k, v in values.items() if isinstance(v, Tensor)}
-    plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-    return {"number": number, "kind": kind, "values": plain}
-
-
-def _restored(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    prefix = f"{described['number']}."
-    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    if described["kind"] == "gradient":
-        return own["gradient"]
-    return KINDS[described["kind"]](**own, **described["values"])
 
 
 def _listed(requests: Iterable[CalibrationRequest]) -> str:
