@@ -8,13 +8,15 @@ STAMP := $(VENV)/.installed
 OVERRIDES ?=
 # Where results go.
 OUTPUTS ?= outputs
+# Arguments for the fuzzer, e.g. make fuzz FUZZ="--kind adapter --only 123"
+FUZZ ?= 10000
 # Arguments for pytest, e.g. make test PYTEST="-k pissa"
 PYTEST ?=
 
 # Torch's threads spin while they wait; beside any other busy process that costs ten times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help compare benchmark papers test test-all test-papers lint clean
+.PHONY: help compare benchmark papers test test-all test-papers fuzz lint clean
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
@@ -23,6 +25,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make test-all  the same, with every member of their products"
 	@echo "make test-papers  the page of docs/papers, measured again and held against it"
+	@echo "make fuzz      10,000 damaged adapters, caches, calibrations, checkpoints and runs"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
 
@@ -46,6 +49,10 @@ test-all: $(STAMP)
 # Each reproduction in its fast form, as `make papers` runs it: half an hour on two cores.
 test-papers: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m fast_form tests/experiments/papers $(PYTEST)
+
+# Ends after ten minutes, whatever it finds; a part of it is in `make test`.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests:tests/experiments $(BIN)/python tests/fuzz/campaign.py $(FUZZ)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

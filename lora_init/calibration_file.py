@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -60,8 +59,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: there is no file.
         ValueError: the file is damaged or holds something else; with its name and the cause.
     """
-    # A pipe would block its reader.
-    if not stat.S_ISREG(path.stat().st_mode):
+    if not path.exists() and not path.is_symlink():
+        raise FileNotFoundError(f"no file {str(path)!r}; pass a file that Calibration.save wrote")
+    if not path.is_file():  # a pipe would block its reader
         raise ValueError(f"{path} is not a file; pass a file that Calibration.save wrote")
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,0 +1,18 @@
+"""A part of `make fuzz`: no damage to a file hangs, crashes, or gives a wrong tensor."""
+
+from __future__ import annotations
+
+import pytest
+from campaign import FAULTS, SUBJECTS, campaign, report
+
+MUTATIONS = 80
+
+
+@pytest.mark.parametrize("kind", SUBJECTS)
+def test_damage_is_refused_or_harmless(kind):
+    tallies = campaign([kind], MUTATIONS, processes=1, seconds=240)
+    counts = tallies[kind].counts
+    assert counts["mutations"] == MUTATIONS
+    assert not any(counts[fault] for fault in FAULTS), "\n" + report(tallies)
+    assert counts["refused"]
+    assert counts["accepted and equal"]
