@@ -15,6 +15,7 @@ import pytest
 import torch
 from measures import assert_gap, assert_unchanged, largest_ratio, logits, snapshot, train
 from models import bert, gpt2, llama, t5, t5_batches, token_batches
+from products import every_pair
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -65,9 +66,18 @@ def assert_peft_agrees(model, base, folder, batches=None):
 # -- PEFT loads ours -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
-@pytest.mark.parametrize("method", KEPT + SUBTRACTING)
-@every_architecture
+@pytest.mark.parametrize(
+    ("architecture", "method", "use_rslora"),
+    every_pair(
+        [
+            pytest.param(name, method, rslora, id=f"{name}-{method}{'-rslora' * rslora}")
+            for name in ARCHITECTURES
+            for method in KEPT + SUBTRACTING
+            for rslora in (False, True)
+        ],
+        3,
+    ),
+)
 def test_peft_loads_ours(architecture, method, use_rslora, tmp_path):
     make, targets = ARCHITECTURES[architecture]
     base = make()

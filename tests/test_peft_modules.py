@@ -182,8 +182,17 @@ def assert_peft_agrees(model, case, folder):
 # -- PEFT loads ours -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["kaiming", "pissa"])
-@every_cell
+@pytest.mark.parametrize(
+    ("name", "variant", "method"),
+    every_pair(
+        [
+            pytest.param(name, variant, method, id=f"{name}-{variant}-{method}")
+            for name, variant in CELLS
+            for method in ("kaiming", "pissa")
+        ],
+        3,
+    ),
+)
 def test_peft_loads_ours(name, variant, method, tmp_path):
     case = CASES[name]
     model = train(adapted(case, init_lora_weights=method, **settings_of(case, variant)))

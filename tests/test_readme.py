@@ -76,6 +76,8 @@ def reduced(command, outputs):
     if "--config-name sweep_protocol" in command:
         command += "".join(f" hydra.sweeper.{word}" for word in PROTOCOL) + f" {IN_PROCESS}"
     # tests/experiments/test_sweep.py expands the pattern, and test_execution.py runs every method.
+    # test_rank_scaling.py loads the language model itself.
+    command = command.replace("model=smollm2", "model=local model.path=$LLAMA2 model.name=tiny")
     command = command.replace("'init=glob(*)'", "init=kaiming,eva").replace("seed=0,1", "seed=0")
     if not command.startswith(f"{MODULE}train"):
         return command.replace("outputs/", f"{outputs}/")
