@@ -21,6 +21,8 @@ REGEXES = [
     "(.*)*x!", "(a+)+$", "(.|.)*?!", r"(\w+\.?)+#", r"([a-z]+)*\d\d\d", "(.*.*)*=", "(((.+)+)+)+%",
     "[", "(?P<a>", "*", r"\K", "(?<=.*)a", "a{999999999}", "(?s:.*)*\\Z!", ".*query", "",
 ]  # fmt: skip
+PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern",
+            "modules_to_save")  # fmt: skip
 VALUES = [
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, -(2**63), 10**30, 10**400, 1.5, -0.0, 1e308,
     float("nan"), float("inf"), float("-inf"), "", "x", "0", "1", "true", "all-linear", "kaiming",
@@ -131,13 +133,18 @@ def changed(value: Json, draw: Draw) -> Json:
     found = places(value)
     if not found or draw.random() < 0.03:
         return draw.choice(VALUES)
-    path = draw.choice(found)
+    patterns = [path for path in found if path[-1] in PATTERNS]
+    chosen = bool(patterns) and draw.random() < 0.15
+    path = draw.choice(patterns if chosen else found)
     place = value
     for step in path[:-1]:
         place = place[step]
     last = path[-1]
     action = draw.random()
-    if action < 0.7:
+    if chosen:
+        regex = draw.choice(REGEXES)
+        place[last] = draw.choice((regex, [regex], {regex: draw.choice((2, 3, 4))}))
+    elif action < 0.7:
         place[last] = draw.choice(VALUES)
     elif action < 0.8:
         del place[last]
