@@ -17,6 +17,7 @@ from lora_init.layers import LoraLayer
 from lora_init.left_out import LeftOut, described
 from lora_init.modules import widened
 from lora_init.plan import Target
+from lora_init.precision import full_precision
 from lora_init.tables import render
 
 
@@ -115,6 +116,7 @@ class InitReport:
         return f"{self.method} {self.options}: {spent}{tokens}\n{render(header, rows)}{left_out}"
 
 
+@full_precision()
 def weight_figures(
     weight: Float[Tensor, "out in"], lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> dict[str, float | None]:

@@ -1,9 +1,15 @@
-"""Numbers in their own precision, whatever autocast the caller has on."""
+"""Products in the precision of their factors, whatever the process has set.
+
+Factors, statistics and edits of a base must not depend on a training script's settings. Autocast
+and reduced float32 products (TF32 on a GPU, bfloat16 on some CPUs) would round them.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -11,14 +17,64 @@ DEVICES = ("cpu", "cuda")
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Products in the dtype of their factors: autocast would round them to 16 bits.
-
-    Factors, statistics and edits of a base must not depend on whether a training script happens to
-    have autocast on where it adapts, merges or restores the model.
-    """
+def without_autocast() -> Iterator[None]:
+    """Products in the dtype of their factors. Reduced float32 products stay as they are set."""
     with ExitStack() as stack:
         for device in DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products in the dtype of their factors, float32 ones with all of their bits.
+
+    Not for the forward and backward pass of training, where the user decides.
+    """
+    with without_autocast():
+        if torch.compiler.is_compiling():
+            yield
+            return
+        _float32.enter()
+        try:
+            yield
+        finally:
+            _float32.leave()
+
+
+class _Float32Products:
+    """The process-wide settings of float32 products, exact while any thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = _settings()
+                for owner, name, _ in self._before:
+                    setattr(owner, name, "ieee" if name == "fp32_precision" else False)
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for owner, name, value in self._before:
+                    setattr(owner, name, value)
+
+
+def _settings() -> list[tuple[Any, str, Any]]:
+    """Owner, name and value of each setting that reduces float32 products now."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+        found = [(backend, "fp32_precision", backend.fp32_precision) for backend in backends]
+    else:
+        found = [(backends[0], "allow_tf32", backends[0].allow_tf32)]
+    return [setting for setting in found if setting[2] not in ("ieee", False)]
+
+
+_float32 = _Float32Products()

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from networks import Case
+from torch.utils._python_dispatch import TorchDispatchMode
 from uniform import uniform
 
-from lora_init import LoraConfig, calibrate, concurrency, get_peft_model, list_initializers
+from lora_init import LoraConfig, calibrate, concurrency, get_peft_model, linalg, list_initializers
+from lora_init.precision import full_precision
 
 METHODS = [spec.name for spec in list_initializers()]
 CASE = Case()
@@ -68,3 +70,70 @@ def test_statistics_are_summed_in_their_own_precision(method):
         assert torch.equal(other.inputs.second_moment, one.inputs.second_moment)
     else:  # through a backward pass in 16 bits
         torch.testing.assert_close(other.gradient, one.gradient, rtol=0.1, atol=1e-3)
+
+
+class Float32Products(TorchDispatchMode):
+    """Collects how float32 products are rounded, by operation, while it is active."""
+
+    PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "linalg_qr", "_linalg_eigh")
+
+    def __init__(self):
+        super().__init__()
+        self.settings = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, tuple) else result
+        if function.overloadpacket.__name__ in self.PRODUCTS and first.dtype == torch.float32:
+            self.settings.add(rounding_of_products())
+        return result
+
+
+def rounding_of_products():
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return tuple(backend.fp32_precision for backend in backends)
+
+
+@pytest.fixture
+def reduced_products():
+    """TF32 on a GPU and bfloat16 on a CPU, as a training script may have set them."""
+    torch.set_float32_matmul_precision("medium")
+    yield rounding_of_products()
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reduced_float32_products_are_not_used(method, reduced_products):
+    """Neither factors, merged weights nor the way back are computed with them."""
+    base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
+    found = calibrate(base, [config_of(method)], CASE.calibration()) if spec.calibration else None
+    assert "ieee" not in reduced_products
+    with Float32Products() as products:
+        life(method, base, found)
+    assert products.settings <= {("ieee", "ieee")}
+    assert rounding_of_products() == reduced_products
+
+
+@pytest.mark.parametrize("function", ["top_singular", "bottom_singular", "top_eigen", "leading_qr"])
+def test_linear_algebra_by_itself_is_exact(function, reduced_products):
+    matrix = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    matrix = matrix @ matrix.T if "eigen" in function else matrix
+    with Float32Products() as products:
+        getattr(linalg, function)(matrix, 3)
+    assert products.settings <= {("ieee", "ieee")}
+
+
+def test_settings_return_when_the_last_thread_leaves(reduced_products):
+    first, second = full_precision(), full_precision()
+    with first:
+        second.__enter__()
+    assert rounding_of_products() == ("ieee", "ieee")  # the second is still inside
+    second.__exit__(None, None, None)
+    assert rounding_of_products() == reduced_products
+
+
+def test_training_keeps_the_users_setting(reduced_products):
+    model = get_peft_model(CASE.build(), config_of("kaiming"), cache=False)
+    with Float32Products() as products:
+        model(CASE.inputs()).sum().backward()
+    assert products.settings == {reduced_products}

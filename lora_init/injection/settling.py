@@ -91,7 +91,11 @@ def settle_magnitude(
 
 
 def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Subtract s B0 A0 from a float32 or float64 weight, if that can be undone; whether it was done."""
+    """Subtract s B0 A0 from a weight of 32 bits or more where that can be undone.
+
+    Returns:
+        Whether it was subtracted.
+    """
     module = layer.base_layer
     if module.weight.dtype not in (torch.float32, torch.float64):
         return False

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.precision import full_precision
+from lora_init.precision import without_autocast
 
 
 class _Sum(torch.autograd.Function):
@@ -35,7 +35,7 @@ class _Sum(torch.autograd.Function):
         return unflattened(outputs, x)
 
     @staticmethod
-    @full_precision()  # whatever autocast the backward pass is called under
+    @without_autocast()  # whatever autocast the backward pass is called under
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, hidden = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_init.layers.adapted_product import gradients, unflattened
 from lora_init.layers.dora import above_rounding
-from lora_init.precision import full_precision
+from lora_init.precision import without_autocast
 
 
 class _Decomposed(torch.autograd.Function):
@@ -54,7 +54,7 @@ class _Decomposed(torch.autograd.Function):
         return unflattened(outputs, x)
 
     @staticmethod
-    @full_precision()  # whatever autocast the backward pass is called under
+    @without_autocast()  # whatever autocast the backward pass is called under
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, magnitude, inverse_norms, hidden, values, gain = (
             ctx.saved_tensors

@@ -23,11 +23,13 @@ from lora_init.linalg.inverse import cholesky, last_by_inverse, last_by_shifts, 
 from lora_init.linalg.krylov import start_block
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.singular import Generators
+from lora_init.precision import full_precision
 
 METHODS = ("auto", "exact", "gram", "inverse")
 
 
 @torch.no_grad()
+@full_precision()
 def bottom_singular(
     matrix: Float[Tensor, "*stack m n"] | Operator,
     rank: int,

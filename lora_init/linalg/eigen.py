@@ -12,12 +12,14 @@ from lora_init.linalg.dense import eigenpairs, has_partial_solver
 from lora_init.linalg.inverse import cholesky, last_by_shifts
 from lora_init.linalg.krylov import block_width, leading_eigenspace, start_block
 from lora_init.linalg.singular import Generators
+from lora_init.precision import full_precision
 
 TOP_METHODS = ("auto", "exact", "krylov")
 BOTTOM_METHODS = ("auto", "exact", "inverse")
 
 
 @torch.no_grad()
+@full_precision()
 def top_eigen(
     matrix: Float[Tensor, "*stack n n"],
     rank: int,
@@ -68,6 +70,7 @@ def top_eigen(
 
 
 @torch.no_grad()
+@full_precision()
 def bottom_eigen(
     matrix: Float[Tensor, "*stack n n"],
     rank: int,

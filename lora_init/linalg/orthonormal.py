@@ -7,9 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.linalg.decomposition import check
+from lora_init.precision import full_precision
 
 
 @torch.no_grad()
+@full_precision()
 def leading_qr(
     matrix: Float[Tensor, "*stack m n"], rank: int
 ) -> tuple[Float[Tensor, "*stack m rank"], Float[Tensor, "*stack rank n"]]:

@@ -15,6 +15,7 @@ from lora_init.linalg.krylov import Subspace, block_width, leading_eigenspace, s
 from lora_init.linalg.norm import frobenius_norm
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.powers import Generators, by_iterations, by_powers
+from lora_init.precision import full_precision
 
 QUALITY = ("exact", "gram", "gram-krylov", "krylov")
 """The methods that keep the promised quality."""
@@ -24,6 +25,7 @@ METHODS = ("auto", *QUALITY, *ITERATIONS)
 
 
 @torch.no_grad()
+@full_precision()
 def top_singular(
     matrix: Float[Tensor, "*stack m n"] | Operator,
     rank: int,
