@@ -68,7 +68,12 @@ def all_or_none(work: str) -> Iterator[None]:
 
 
 def _place(tensor: Tensor) -> torch.device:
-    """A device of which the process group takes tensors: nccl knows none but the accelerators."""
-    if distributed.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return tensor.device
+    """A device whose tensors the process group reduces: the tensor's own where it is one of them.
+
+    A CUDA tensor stays on its own device, which need not be the current one.
+    """
+    entries = distributed.get_backend_config().split(",")
+    kinds = [entry.partition(":")[0] for entry in entries]
+    if tensor.device.type in kinds:
+        return tensor.device
+    return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
