@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -143,7 +142,7 @@ def weight_figures(
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """A basis of the columns' span; directions that vanish beside the largest are left out."""
-    left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    left, values, _ = linalg.thin_svd(columns.double())
     return left[:, values > 1e-7 * values[0]].float()
 
 

@@ -71,8 +71,9 @@ every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 
 @pytest.fixture(autouse=True)
 def same_solver(monkeypatch):
-    """One eigensolver: on a CPU the library takes scipy's, whose last bits are others."""
+    """The CPU's own solvers on both devices: others differ in the last bits."""
     monkeypatch.setattr(choice, "PARTIAL_DIMENSION", float("inf"))
+    monkeypatch.setattr(choice, "LAPACK_DEVICES", ("cpu", "cuda"))
 
 
 def assert_on(model, where):

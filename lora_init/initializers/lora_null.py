@@ -21,8 +21,7 @@ PEFT.
 
 from __future__ import annotations
 
-import torch
-
+from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, register_initializer
@@ -42,7 +41,7 @@ PROPERTIES = {
 def lora_null(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A = W N Nᵀ, A Aᵀ = Bᵀ B = S / s."""
     unused = statistics.inputs.least_directions(rank)
-    left, values, turns = torch.linalg.svd(weight.double() @ unused, full_matrices=False)
+    left, values, turns = linalg.thin_svd(weight.double() @ unused)
     root = (values / scaling).sqrt()
     second_moment = statistics.inputs.second_moment
     used = (unused * (second_moment @ unused)).sum() / second_moment.trace()

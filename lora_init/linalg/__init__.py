@@ -13,6 +13,7 @@ from lora_init.linalg.norm import frobenius_norm
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.orthonormal import leading_qr
 from lora_init.linalg.singular import ITERATIONS, METHODS, QUALITY, top_singular
+from lora_init.linalg.thin import thin_svd
 
 __all__ = [
     "ITERATIONS",
@@ -26,6 +27,7 @@ __all__ = [
     "frobenius_norm",
     "leading_qr",
     "nesting_rank",
+    "thin_svd",
     "top_eigen",
     "top_singular",
 ]

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import choice
+from lora_init.linalg import choice, small
 from lora_init.linalg.decomposition import (
     Decomposition,
     check,
     fix_signs,
     flipped,
     from_right,
+    one_by_one,
     relative,
     swapped,
 )
@@ -23,6 +24,7 @@ from lora_init.linalg.inverse import cholesky, last_by_inverse, last_by_shifts, 
 from lora_init.linalg.krylov import start_block
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.singular import Generators
+from lora_init.linalg.thin import thin_qr
 from lora_init.precision import full_precision
 
 METHODS = ("auto", "exact", "gram", "inverse")
@@ -95,7 +97,13 @@ def _decomposed(
             # One-sided: a product with W^T would amplify what little of v_1 the vectors contain.
             return from_right(tall, right, attempt, largest=largest)
     dense = tall.to_dense()
-    left, values, right = torch.linalg.svd(dense, full_matrices=False)
+    if dense.ndim > 2:  # an SVD only of the members that need it
+
+        def alone(matrix: Tensor, *, generator: Generators | None, start: None) -> Decomposition:
+            return _decomposed(Operator.dense(matrix), rank, method, generator)
+
+        return one_by_one(alone, dense, generator)
+    left, values, right = small.svd(dense)
     return _last_of(dense, left, values, right.mT, rank)
 
 
@@ -211,7 +219,7 @@ def _by_dense_inverse(triangle: Tensor, rank: int) -> Tensor | None:
     values, vectors = eigenpairs(gram(inverse.mT, torch.float64), n - rank, n)
     if not bool((values[..., 0] > choice.BOTTOM_RESOLUTION * values[..., -1]).all()):
         return None
-    return torch.linalg.qr(_triangle_inverse(triangle)(vectors.flip(-1)))[0]
+    return thin_qr(_triangle_inverse(triangle)(vectors.flip(-1)))[0]
 
 
 def _well_conditioned(triangle: Tensor, largest: Tensor, resolution: float) -> bool:

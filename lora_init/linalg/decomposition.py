@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.linalg import small
 from lora_init.linalg.operators import Operator
+from lora_init.linalg.thin import thin_qr
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,50 @@ def from_right(
     )
 
 
+def one_by_one(
+    decompose: Callable[..., Decomposition],
+    stack: Float[Tensor, "*stack m n"],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    start: Float[Tensor, "*stack n k"] | None = None,
+) -> Decomposition:
+    """Decompose every matrix of a stack by itself.
+
+    Where one member needs a more careful method, the others keep theirs. The result's `method` is
+    the first one that differs from the first member's, if any does.
+
+    Args:
+        decompose: takes a matrix, and its generator and start by name.
+    """
+    leading = stack.shape[:-2]
+    members = stack.reshape(-1, *stack.shape[-2:])
+    single = generator is None or isinstance(generator, torch.Generator)
+    generators = [generator] * len(members) if single else generator
+    starts = [None] * len(members)
+    if start is not None:
+        starts = start.reshape(-1, *start.shape[-2:])
+    found = [
+        decompose(matrix, generator=draws, start=first)
+        for matrix, draws, first in zip(members, generators, starts, strict=True)
+    ]
+    methods = [one.method for one in found]
+    method = next((name for name in methods if name != methods[0]), methods[0])
+
+    def joined(name: str) -> Tensor:
+        part = torch.stack([getattr(one, name) for one in found])
+        return part.reshape(*leading, *part.shape[1:])
+
+    names = ("left", "values", "right", "residual", "largest")
+    return Decomposition(method=method, **{name: joined(name) for name in names})
+
+
 def rotated(
     right: Float[Tensor, "*stack n k"],
     image: Float[Tensor, "*stack m k"],
     rank: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(left, values, right) in the dtype of ``image = W right``: best in the span of `right`."""
-    basis, triangle = torch.linalg.qr(image)
-    inner, values, rotation = torch.linalg.svd(triangle.double())
+    basis, triangle = thin_qr(image)
+    inner, values, rotation = small.svd(triangle.double())
     left = (basis.double() @ inner[..., :rank]).to(image.dtype)
     right = (right.double() @ rotation.mT[..., :rank]).to(image.dtype)
     left, right = fix_signs(left, right)

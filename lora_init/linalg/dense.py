@@ -11,7 +11,7 @@ from jaxtyping import Float
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from lora_init.linalg import choice
+from lora_init.linalg import choice, small
 from lora_init.linalg.operators import Operator
 from lora_init.symmetric import accumulate_gram, mirror
 
@@ -50,7 +50,7 @@ def eigenpairs(
     """Eigenpairs first … last-1 of a symmetric matrix, ascending."""
     n = matrix.shape[-1]
     if not has_partial_solver(matrix) or 4 * (last - first) > n:
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = small.eigh(matrix)
         return values[..., first:last], vectors[..., first:last]
     # torch has no partial solver; LAPACK's computes r vectors in a quarter of the time of all.
     with _scipy_turn, _openblas().limit(limits=1):

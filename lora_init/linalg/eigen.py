@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import choice
+from lora_init.linalg import choice, small
 from lora_init.linalg.decomposition import check, fix_signs
 from lora_init.linalg.dense import eigenpairs, has_partial_solver
 from lora_init.linalg.inverse import cholesky, last_by_shifts
 from lora_init.linalg.krylov import block_width, leading_eigenspace, start_block
 from lora_init.linalg.singular import Generators
+from lora_init.linalg.thin import thin_qr
 from lora_init.precision import full_precision
 
 TOP_METHODS = ("auto", "exact", "krylov")
@@ -61,7 +62,7 @@ def top_eigen(
             lambda block: exact @ block, block, rank, each=True, foresee=True
         )
         if found is not None and found.converged:
-            values, vectors = found.values, torch.linalg.qr(found.vectors)[0]
+            values, vectors = found.values, thin_qr(found.vectors)[0]
     if values is None:
         values, vectors = eigenpairs(exact, n - rank, n)
         values, vectors = values.flip(-1), vectors.flip(-1)
@@ -121,7 +122,7 @@ def _by_inverse(
     basis = last_by_shifts(lifted, factor, rank, generator, rounding=2 * rounding)
     if basis is None:
         return None
-    values, turns = torch.linalg.eigh(basis.mT @ exact @ basis)
+    values, turns = small.eigh(basis.mT @ exact @ basis)
     return values, basis @ turns
 
 

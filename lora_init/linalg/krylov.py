@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.linalg import small
 from lora_init.linalg.choice import (
     ANGLE_TOLERANCE,
     FIRST_FORECAST,
@@ -32,6 +33,7 @@ from lora_init.linalg.choice import (
     SPACE_SHARE,
     TREND,
 )
+from lora_init.linalg.thin import thin_qr
 
 # Products before the first look at the eigenvalues, and in each round after it.
 FIRST_ROUND = 4
@@ -88,7 +90,7 @@ def start_block(
     if start is not None:
         known = start[..., :width].to(block)
         block = torch.cat([known, block[..., known.shape[-1] :]], dim=-1)
-    return torch.linalg.qr(block)[0]
+    return thin_qr(block)[0]
 
 
 def leading_eigenspace(
@@ -172,10 +174,10 @@ def leading_eigenspace(
             if half:
                 size = scale.sqrt() * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
             noise = noise.roll(1, dims=-2)  # shifted rows are new directions
-            block, first = torch.linalg.qr(block - known @ coefficients + size * noise)
+            block, first = thin_qr(block - known @ coefficients + size * noise)
             # Once leaves the rounding of the first projection behind, twice is enough.
-            block, second = torch.linalg.qr(block - known @ (known.mT @ block))
-        values, vectors = torch.linalg.eigh(projected[..., :used, :used], UPLO="L")
+            block, second = thin_qr(block - known @ (known.mT @ block))
+        values, vectors = small.eigh(projected[..., :used, :used], UPLO="L")
         values, vectors = values.flip(-1), vectors.flip(-1).to(block.dtype)
         # K V = V T + block (second first) E^T, E being the last columns of the identity.
         residuals = (second @ first) @ vectors[..., -width:, :rank]

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.linalg import choice
 from lora_init.linalg.decomposition import check
+from lora_init.linalg.thin import householder_signs, thin_qr
 from lora_init.precision import full_precision
 
 
@@ -18,11 +20,14 @@ def leading_qr(
     """Return the first `rank` columns of Q and rows of R, of the thin QR of the whole matrix.
 
     Column j of Q depends on the first j columns of W only, so ``Q = qr(W[:, :r])`` and
-    ``R = Q^T W`` are the same factors in O(m n r). Signs are LAPACK's.
+    ``R = Q^T W`` are the same factors in O(m n r). Signs are LAPACK's on every device.
 
     Raises:
         ValueError: as `top_singular`.
     """
     check(matrix, rank)
-    basis, triangle = torch.linalg.qr(matrix[..., :rank])
+    basis, triangle = thin_qr(matrix[..., :rank])
+    if matrix.device.type not in choice.LAPACK_DEVICES:
+        signs = householder_signs(basis)
+        basis, triangle = basis * signs[..., None, :], triangle * signs[..., :, None]
     return basis, torch.cat([triangle, basis.mT @ matrix[..., rank:]], dim=-1)

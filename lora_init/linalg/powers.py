@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_init.linalg import choice
+from lora_init.linalg import choice, small
 from lora_init.linalg.decomposition import (
     Decomposition,
     fix_signs,
@@ -33,6 +33,7 @@ from lora_init.linalg.decomposition import (
 )
 from lora_init.linalg.krylov import block_width, rounding_noise, start_block
 from lora_init.linalg.operators import Operator
+from lora_init.linalg.thin import thin_qr
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -77,7 +78,7 @@ def by_powers(
             noise = noise.roll(1, dims=-2)  # shifted rows are new directions
             size = coefficients.abs().amax((-2, -1), keepdim=True)
             # One projection leaves its rounding behind: Ritz values allow for that below.
-            block, _ = torch.linalg.qr(block - known @ coefficients + size * noise)
+            block, _ = thin_qr(block - known @ coefficients + size * noise)
     found = ritz_pairs(basis, images, rank)
     if found is None:
         return by_iterations(operator, rank, niter, generator, start)
@@ -85,7 +86,7 @@ def by_powers(
     smallest, largest = values[..., 0], values[..., -1]
     if bool((smallest < choice.POWERS_RESOLUTION * largest).any()):
         return by_iterations(operator, rank, niter, generator, start)
-    left, triangle = torch.linalg.qr(images @ vectors)  # the triangle is diagonal: W V = U S
+    left, triangle = thin_qr(images @ vectors)  # the triangle is diagonal: W V = U S
     # W^T U from the products that are there: U = (W V) triangle^-1, and its values span
     # `POWERS_RESOLUTION` at most, so that rounding grows by no more than that.
     backward = torch.linalg.solve_triangular(triangle, backs @ vectors, upper=True, left=False)
@@ -116,7 +117,7 @@ def ritz_pairs(basis: Tensor, images: Tensor, rank: int) -> tuple[Tensor, Tensor
     wide = images.double()
     whitened = torch.linalg.solve_triangular(triangle, wide.mT @ wide, upper=False)
     whitened = torch.linalg.solve_triangular(triangle, whitened.mT, upper=False)
-    squares, vectors = torch.linalg.eigh(whitened)
+    squares, vectors = small.eigh(whitened)
     vectors = torch.linalg.solve_triangular(triangle.mT, vectors[..., -rank:], upper=True)
     return squares[..., -rank:].clamp_min(0).sqrt(), vectors.to(basis.dtype)
 
@@ -139,7 +140,7 @@ def by_iterations(
         (*stack, n), width, generator, start, dtype=operator.dtype, device=operator.device
     )
     for _ in range(niter):
-        block, _ = torch.linalg.qr(operator.matmul(block))
-        block, _ = torch.linalg.qr(operator.rmatmul(block))
-    left, _ = torch.linalg.qr(operator.matmul(block))
+        block, _ = thin_qr(operator.matmul(block))
+        block, _ = thin_qr(operator.rmatmul(block))
+    left, _ = thin_qr(operator.matmul(block))
     return swapped(from_right(operator.transpose, left, "subspace", rank=rank))

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import choice
-from lora_init.linalg.decomposition import Decomposition, check, from_right, swapped
+from lora_init.linalg import choice, small
+from lora_init.linalg.decomposition import (
+    Decomposition,
+    check,
+    from_right,
+    one_by_one,
+    swapped,
+)
 from lora_init.linalg.dense import eigenpairs, gram
 from lora_init.linalg.krylov import Subspace, block_width, leading_eigenspace, start_block
 from lora_init.linalg.norm import frobenius_norm
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.powers import Generators, by_iterations, by_powers
+from lora_init.linalg.thin import thin_qr
 from lora_init.precision import full_precision
 
 QUALITY = ("exact", "gram", "gram-krylov", "krylov")
@@ -90,6 +98,9 @@ def top_singular(
         found, precise = _krylov(matrix, operator, rank, generator, start, tolerance)
         if found is not None:
             return from_right(precise, found.vectors, "krylov").to(operator.dtype)
+        if isinstance(matrix, Tensor) and matrix.ndim > 2:  # a dense solver only where it is needed
+            decompose = partial(top_singular, rank=rank, method=method, tolerance=tolerance)
+            return one_by_one(decompose, matrix, generator, start)
     dense = matrix
     if isinstance(matrix, Operator):
         # A product's spectrum falls like both factors' together: it is formed in float64.
@@ -143,7 +154,7 @@ def _chosen(matrix: Tensor | Operator, rank: int, *, warm: bool) -> str:
 
 
 def _exact(operator: Operator, dense: Tensor, rank: int) -> Decomposition:
-    right = torch.linalg.svd(dense, full_matrices=False)[2][..., :rank, :].mT
+    right = small.svd(dense)[2][..., :rank, :].mT
     return from_right(operator, right, "exact")
 
 
@@ -227,6 +238,6 @@ def _krylov(
 
 def _orthonormal(found: Subspace) -> Subspace:
     """Its vectors orthonormal to float64: from a large basis they are so to its rounding only."""
-    vectors, triangle = torch.linalg.qr(found.vectors.double())
+    vectors, triangle = thin_qr(found.vectors.double())
     signs = torch.sign(triangle.diagonal(dim1=-2, dim2=-1))
     return replace(found, vectors=vectors * signs[..., None, :])

@@ -1,0 +1,98 @@
+"""Thin QR and singular value decompositions of a tall block, or of a stack of them.
+
+On a CPU the QR decomposition is LAPACK's. On CUDA torch decomposes the blocks of a stack one after
+another. There the whole stack is decomposed by Cholesky's method, twice, with Gram matrices in
+float64:
+
+    Xᵀ X = L Lᵀ,    Q = X L⁻ᵀ,    R = Lᵀ.
+
+One pass loses orthogonality with the square of X's condition number; a second pass restores it to
+rounding where the first one left any. Blocks of which this is not so, such as rank-deficient ones,
+are decomposed by Householder's method: it completes them to an orthonormal basis.
+
+Source: Yamamoto, Nakatsukasa, Yanagisawa & Fukaya 2015 (CholeskyQR2); Ballard et al. 2014 (signs of
+Householder's method from an orthonormal basis).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lora_init.linalg import choice, small
+
+
+def thin_qr(
+    block: Float[Tensor, "*stack m k"],
+) -> tuple[Float[Tensor, "*stack m k"], Float[Tensor, "*stack k k"]]:
+    """Q with orthonormal columns and upper triangular R, of a block with no more columns than rows.
+
+    The signs of R's diagonal differ between devices.
+    """
+    if block.device.type in choice.LAPACK_DEVICES or block.shape[-1] > block.shape[-2]:
+        return torch.linalg.qr(block)
+    basis, triangle, good = cholesky_qr(block)
+    if bool(good.all()):
+        return basis, triangle
+    if block.ndim == 2:
+        return torch.linalg.qr(block)
+    # Only the blocks that need it.
+    basis, triangle = basis.clone(), triangle.clone()
+    basis[~good], triangle[~good] = torch.linalg.qr(block[~good])
+    return basis, triangle
+
+
+def thin_svd(
+    block: Float[Tensor, "*stack m k"],
+) -> tuple[Float[Tensor, "*stack m k"], Float[Tensor, "*stack k"], Float[Tensor, "*stack k k"]]:
+    """U, the singular values and Vᵀ of a block with no more columns than rows, by its QR."""
+    basis, triangle = thin_qr(block)
+    turns, values, right = small.svd(triangle)
+    return basis @ turns, values, right
+
+
+def cholesky_qr(
+    block: Float[Tensor, "*stack m k"],
+) -> tuple[Float[Tensor, "*stack m k"], Float[Tensor, "*stack k k"], Bool[Tensor, "*stack"]]:
+    """Q and R by Cholesky's method, twice, and of which blocks they are right."""
+    exact = block.double()
+    first, triangle, done = _pass(exact)
+    # What the first pass leaves shows how near to orthonormal it came.
+    basis, correction, again = _pass(first)
+    gram = correction.mT @ correction
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    near = (gram - identity).abs().amax((-2, -1)) <= choice.LARGEST_CORRECTION
+    return basis.to(block.dtype), (correction @ triangle).to(block.dtype), done & again & near
+
+
+def _pass(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass: Q, R, and which Gram matrices had a factor. Columns are normalized first."""
+    gram = block.mT @ block
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    gram = gram / (scale[..., :, None] * scale[..., None, :])
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, identity.expand_as(gram), upper=False)
+    basis = block @ (inverse.mT / scale[..., :, None])
+    return basis, lower.mT * scale[..., None, :], failed == 0
+
+
+def householder_signs(basis: Float[Tensor, "*stack m k"]) -> Float[Tensor, "*stack k"]:
+    """±1 for each column of an orthonormal basis: what makes it the one of Householder's method.
+
+    LAPACK turns each column into minus the sign of its pivot. The pivots follow from elimination
+    without exchanges on ``Q₁ - S``, Q₁ being the first k rows.
+    """
+    rest = basis[..., : basis.shape[-1], :].double().cpu().clone()
+    signs = torch.empty(rest.shape[:-1], dtype=torch.float64)
+    for column in range(rest.shape[-1]):
+        pivot = rest[..., column, column]
+        sign = torch.where(pivot >= 0, -1.0, 1.0).double()
+        signs[..., column] = sign
+        below = rest[..., column + 1 :, column] / (pivot - sign)[..., None]
+        rest[..., column + 1 :, column + 1 :] -= (
+            below[..., :, None] * rest[..., column, column + 1 :][..., None, :]
+        )
+    return signs.to(basis)
