@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,16 @@ class LayerStatistics:
     inputs: InputStatistics | SketchedStatistics | LeadingComponents | None = None
     gradient: Float[Tensor, "out in"] | None = None
     quantizer: Quantizer | None = None
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        """The same on another device; the same object where all is there already."""
+        parts = {"inputs": self.inputs, "gradient": self.gradient}
+        elsewhere = {
+            name: part.to(device)
+            for name, part in parts.items()
+            if part is not None and part.device != device
+        }
+        return replace(self, **elsewhere) if elsewhere else self
 
 
 @dataclass

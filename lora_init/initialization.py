@@ -130,6 +130,21 @@ class _Worker:
     cache: Cache | None
 
     def __call__(self, job: Job) -> list[InitializedLayer]:
+        """The job's layers. A device without enough memory gets smaller parts, then the CPU all."""
+        try:
+            return self._initialized(job)
+        except torch.OutOfMemoryError:
+            parts = job.parts()
+            if not parts:
+                raise
+        # Outside of the handler, whose traceback keeps the failed attempt's tensors.
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if parts[0].device != job.device:
+            _warn_of_memory(job)
+        return [layer for part in parts for layer in self(part)]
+
+    def _initialized(self, job: Job) -> list[InitializedLayer]:
         start = time.perf_counter()
         inputs = [self._input(target, job.device) for target in job.targets]
         factors = self._remembered(job.targets, inputs)
@@ -150,6 +165,8 @@ class _Worker:
         """What the method gets of one layer."""
         module = self.weights.model.get_submodule(target.name)
         statistics = self.statistics.get(target.name)
+        if statistics is not None:  # the inputs may have been on another device than the weight
+            statistics = statistics.to(device)
         if self.plan.reads_weight(target):
             weight = widened(self.weights.weight(target).to(device)).to(torch.float32)
         else:
@@ -303,6 +320,14 @@ def _warn_of_zeros(target: Target, spec: Initializer) -> None:
         f"target {target.name!r} starts with both factors zero under {spec.name} (its weight, "
         "or what the method decomposes, is zero): it gets no gradient and will not learn; "
         "leave it out (exclude_modules) or choose another method",
+        stacklevel=2,
+    )
+
+
+def _warn_of_memory(job: Job) -> None:
+    warnings.warn(
+        f"{job.device} has too little free memory to initialize one layer, so the CPU does it. "
+        "Free memory there, or pass device='cpu' to initialize all layers on the CPU",
         stacklevel=2,
     )
 

@@ -119,6 +119,13 @@ class LeadingComponents:
         """As of `InputStatistics`, up to the rank that was kept."""
         return leading(self.components[center], rank)
 
+    def to(self, device: torch.device) -> LeadingComponents:
+        parts = {
+            center: tuple(part.to(device) for part in found)
+            for center, found in self.components.items()
+        }
+        return LeadingComponents(parts, self.error)
+
 
 def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first `rank` of all components."""

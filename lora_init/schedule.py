@@ -9,7 +9,7 @@ methods that only draw, the factors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeVar
 
@@ -29,6 +29,17 @@ class Job:
     targets: tuple[Target, ...]
     device: torch.device
     numbers: int | None = None  # how large each one's work is; None: it is no matter of a CPU's
+
+    def parts(self) -> tuple[Job, ...]:
+        """Jobs that need less memory: half a stack each, or one layer on the CPU, or none."""
+        half = len(self.targets) // 2
+        if half:
+            return replace(self, targets=self.targets[:half]), replace(
+                self, targets=self.targets[half:]
+            )
+        if self.device.type == "cpu":
+            return ()
+        return (replace(self, device=torch.device("cpu")),)
 
 
 def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
