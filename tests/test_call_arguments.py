@@ -1,15 +1,17 @@
 """Wrong arguments of a call: each is named, with what it must be, and nothing is changed."""
 
-import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from models import llama, token_batches
 from networks import Chain, chain_calibration
+from processes import run_ranks
 
-from lora_init import LoraConfig, WithLoss, calibrate, get_peft_model
+from lora_init import LoraConfig, WithLoss, calibrate, get_peft_model, registry
 
 pytestmark = pytest.mark.wrong_types
 
@@ -83,22 +85,23 @@ def test_a_configuration_of_another_class_is_refused(config):
         calibrate(Chain(), config if config != {"r": 4} else [config], chain_calibration())
 
 
-FIRST_USE = """
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from lora_init.registry import get_initializer, list_initializers
-ready = threading.Barrier(8)
-def first(number):
-    ready.wait()
-    if number % 2:
-        return get_initializer("pissa").name
-    return next(spec.name for spec in list_initializers("pissa"))
-with ThreadPoolExecutor(8) as pool:
-    assert list(pool.map(first, range(8))) == ["pissa"] * 8
-"""
+def use_first(rank, folder):
+    """In a fork, which may forget that the methods were imported: eight threads ask for one."""
+    registry._registry, registry._loaded = {}, False
+    for name in [name for name in sys.modules if name.startswith("lora_init.initializers")]:
+        del sys.modules[name]
+    ready = threading.Barrier(8)
+
+    def first(number):
+        ready.wait()
+        if number % 2:
+            return registry.get_initializer("pissa").name
+        return next(spec.name for spec in registry.list_initializers("pissa"))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(first, range(8))) == ["pissa"] * 8
 
 
-def test_the_first_use_of_the_registry_may_come_from_many_threads():
-    """In a fresh process: every thread finds every method, whichever of them loads them."""
-    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_first_use_of_the_registry_may_come_from_many_threads(tmp_path):
+    """Every thread finds every method, whichever of them imports them."""
+    run_ranks(use_first, tmp_path, world=1)
