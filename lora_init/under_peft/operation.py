@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class KeepModes(Change):
-    """Nothing to make. Undoing it restores modes, hooks, gradients and flags as they are now."""
+    """Nothing to make. Undoing it restores modes, flags and gradients, and drops later hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [
-            (module, module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+            (module, module.training, {*module._forward_hooks, *module._forward_pre_hooks})
             for module in model.modules()
         ]
         self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -27,14 +27,11 @@ class KeepModes(Change):
         pass
 
     def undo(self) -> None:
-        for module, training, hooks, pre_hooks in self.modules:
+        for module, training, hooks in self.modules:
             module.training = training
-            for held, before in (
-                (module._forward_hooks, hooks),
-                (module._forward_pre_hooks, pre_hooks),
-            ):
-                held.clear()
-                held.update(before)
+            for held in (module._forward_hooks, module._forward_pre_hooks):
+                for key in held.keys() - hooks:
+                    del held[key]
         for parameter, flag, gradient in self.parameters:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
