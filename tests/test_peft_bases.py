@@ -106,7 +106,7 @@ def test_rows_without_an_adapter_get_the_base(kind):
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("kind", BASES)
 def test_merging_takes_the_start_along(kind, safe_merge):
-    model, base, x = started(kind)
+    model, _, x = started(kind)
     expected = outputs(train(model), x)
     loss = {"Linear4bit": 0.3, "Linear8bitLt": 0.03}.get(kind, 5 * tolerance(kind))
     model.merge_adapter(safe_merge=safe_merge)
@@ -219,7 +219,7 @@ def test_requantizing_stays_available(kind, tmp_path):
 
 def test_replicas_subtract_their_own_start():
     """What DataParallel does with a module: shallow copies, with other buffers."""
-    model, base, x = started("bfloat16")
+    model, _, x = started("bfloat16")
     layer = next(module for module in model.modules() if hasattr(module, "get_delta_weight"))
     replica = layer._replicate_for_data_parallel()
     inner = layer.base_layer._replicate_for_data_parallel()
@@ -232,7 +232,8 @@ def test_replicas_subtract_their_own_start():
 def test_a_language_model_with_a_reference_adapter():
     """As TRL makes its reference: a copy of the adapter next to it, cast apart from it."""
     base, batches = llama().bfloat16(), token_batches()
-    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules="all-linear"))
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    model = peft.get_peft_model(copy.deepcopy(base), config)
     initialize_peft_model(model, "pissa")
     model.add_adapter("ref", model.peft_config["default"])
     for name, parameter in model.named_parameters():

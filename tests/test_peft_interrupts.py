@@ -67,7 +67,8 @@ def state(model):
         "gradients": [name for name, t in tensors.items() if t.grad is not None],
         "modules": {name: type(module).__name__ for name, module in modules.items()},
         "modes": {name: module.training for name, module in modules.items()},
-        "hooks": {name: [hook.__name__ for hook in module._forward_hooks.values()]
+        "hooks": {name: [getattr(hook, "__name__", type(hook).__name__)
+                         for hook in module._forward_hooks.values()]
                   for name, module in modules.items()},
         "pre-hooks": sum(len(module._forward_pre_hooks) for module in modules.values()),
         "ranks": {name: (dict(module.r), dict(module.scaling), dict(module.lora_alpha))

@@ -367,3 +367,52 @@ def test_a_model_that_is_cast_stays_at_its_start(cast):
         actual = getattr(model, cast)()(x)
         expected = getattr(Case().build(), cast)()(x)
     assert_gap(actual, expected, 0.03)
+
+
+# -- layers that the model does not use ------------------------------------------------------------
+
+
+class Hidden(nn.Module):
+    """Calls one layer by its attribute, and the other one from a list or a closure."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.seen, self.hidden = nn.Linear(8, 8), nn.Linear(8, 8)
+        hidden = self.hidden
+        if how == "list":
+            self.held = [hidden]
+        self.call = lambda x: (self.held[0] if how == "list" else hidden)(x)
+
+    def forward(self, x):
+        return self.call(torch.tanh(self.seen(x)))
+
+
+@pytest.mark.parametrize("how", ["list", "closure"])
+@pytest.mark.parametrize("method", ["kaiming", "pissa", "olora", "loftq"])
+def test_a_layer_that_is_held_elsewhere_is_found(method, how):
+    config = peft.LoraConfig(r=2, target_modules=["seen", "hidden"])
+    model = peft.get_peft_model(Hidden(how), config)
+    x = torch.randn(4, 8)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="calls the original module of 'hidden'"):
+        initialize_peft_model(model, method, verify=[x])
+    before["state"] = model.state_dict()  # equal to the last bits
+    assert_unchanged(model, before)
+    initialize_peft_model(model, method)
+    with model.disable_adapter():
+        model(x)
+    with pytest.warns(UserWarning, match="1 of 2 adapted layers were not used .*: 'hidden'"):
+        model(x)
+    assert not any(module._forward_hooks for module in (model.base_model.model, model))
+    model(x)
+
+
+@pytest.mark.parametrize("method", ["kaiming", "pissa", "loftq"])
+def test_a_model_that_uses_its_layers_passes(method, recwarn):
+    model = wrapped()
+    initialize_peft_model(model, method, verify=Case().inputs())
+    outputs(model)
+    restore_peft_model(model)
+    initialize_peft_model(model, method)
+    outputs(model)
+    assert not [w for w in recwarn if "not used" in str(w.message)]

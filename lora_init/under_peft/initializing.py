@@ -26,6 +26,7 @@ from lora_init.injection.changes import Journal, SetItem, keep_plain
 from lora_init.modules import widened
 from lora_init.plan import Plan
 from lora_init.under_peft.applying import apply, drop_layer, set_config
+from lora_init.under_peft.first_pass import first_pass
 from lora_init.under_peft.guards import guard
 from lora_init.under_peft.layers import (
     AdaptedLayer,
@@ -44,6 +45,7 @@ from lora_init.under_peft.planning import (
     settings,
 )
 from lora_init.under_peft.start import Record, records
+from lora_init.verification import verify_adapted
 
 
 def initialize_peft_model(
@@ -59,6 +61,7 @@ def initialize_peft_model(
     quantized_base: str = "in_forward",
     keep_original: bool = True,
     cache: bool = True,
+    verify: Any = None,
 ) -> InitReport:
     """Start the LoRA layers of a live PEFT model as `method` says.
 
@@ -87,6 +90,9 @@ def initialize_peft_model(
         adapter_name: which of PEFT's adapters; rank, alpha, scaling and targets are its own.
         seed: of the initialization. Every layer has a stream of its own, keyed by its name.
         cache: as of `lora_init.get_peft_model`.
+        verify: one batch, run at the end. A model that calls an adapted module around its adapter,
+            or whose output changes under a method that preserves it, is refused. Without it, the
+            first forward pass warns of layers that it does not use.
         keep_original: keep the original of weights that cannot be computed back (16-bit, replaced,
             quantised; or far smaller than s B0 A0), in CPU memory, for `restore_peft_model` and for
             another call. Without, 16-bit weights come back up to rounding, replaced ones not at
@@ -119,11 +125,29 @@ def initialize_peft_model(
             default_cache() if cache else None, done, wrappers,
         )  # fmt: skip
         guard(peft_model, layers, done, load_adapter)
+        adapted = adapted_layers(peft_model, adapter_name)
+        if verify is not None:
+            _verify(peft_model, adapted, plan, verify)
+        else:
+            for change in first_pass(peft_model.base_model.model, adapted):
+                done.do(change)
         if not keep_original:
             records(peft_model)[adapter_name].changes = done.without_weights()
         return report
 
     return attempt(peft_model, adapter_name, start)
+
+
+def _verify(peft_model: nn.Module, layers: list[AdaptedLayer], plan: Plan, batch: Any) -> None:
+    """Refuse a model that does not use its adapted layers; see `initialize_peft_model`."""
+    preserved = plan.initializer.preserves_output and not plan.replaced
+    verify_adapted(
+        peft_model,
+        {layer.name: layer.module for layer in layers},
+        {layer.name: layer.base for layer in layers},
+        batch,
+        disabled=peft_model.disable_adapter if preserved else None,
+    )
 
 
 def _initialize(
