@@ -10,6 +10,7 @@ from measures import assert_gap, assert_unchanged, logits, snapshot, train
 from models import llama, token_batches
 from networks import Case
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from lora_init import (
@@ -129,6 +130,16 @@ def test_the_adapter_of_a_replaced_base_is_refused_alone():
     assert torch.equal(outputs(other), outputs(model))
     restore_peft_model(model)
     get_peft_model_state_dict(model)
+
+
+@by_dtype
+def test_swapping_factors_under_a_changed_base_is_refused(dtype, tmp_path):
+    model = started(dtype)
+    model.save_pretrained(tmp_path)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="hotswap_adapter is not supported"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    assert_unchanged(model, before)
 
 
 @by_dtype

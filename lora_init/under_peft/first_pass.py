@@ -17,6 +17,20 @@ from lora_init.under_peft.subtraction import AddHook
 from lora_init.verification import is_traced, unused_message
 
 
+class AddPassingHook(AddHook):
+    """A hook that is removed for good by the first forward pass."""
+
+    ended = False
+
+    def make(self) -> None:
+        if not self.ended:
+            super().make()
+
+    def end(self) -> None:
+        self.ended = True
+        self.undo()
+
+
 class FirstPass:
     """A forward hook of the base model, and through `Called` of the adapted layers.
 
@@ -28,13 +42,13 @@ class FirstPass:
     def __init__(self, layers: list[AdaptedLayer]) -> None:
         self.count = len(layers)
         self.layers = {layer.name: layer.module for layer in layers}
-        self.hooks: list[AddHook] = []
+        self.hooks: list[AddPassingHook] = []
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
         if is_traced() or any(m.disable_adapters or m.merged for m in self.layers.values()):
             return
         for hook in self.hooks:
-            hook.undo()
+            hook.end()
         if self.layers:
             warnings.warn(unused_message(list(self.layers), self.count), stacklevel=2)
 
@@ -53,6 +67,8 @@ class Called:
 def first_pass(base: nn.Module, layers: list[AdaptedLayer]) -> list[Change]:
     """The changes that check the first forward pass of a base model with adapted layers."""
     check = FirstPass(layers)
-    check.hooks = [AddHook(layer.module, Called(layer.name, check)) for layer in layers]
-    check.hooks.append(AddHook(base, check))
+    check.hooks = [
+        AddPassingHook(layer.module, Called(layer.name, check)) for layer in layers
+    ]
+    check.hooks.append(AddPassingHook(base, check))
     return list(check.hooks)

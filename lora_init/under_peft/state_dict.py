@@ -111,6 +111,7 @@ def export(model: nn.Module, state: dict[str, Tensor], prefix: str, _: dict[str,
     Raises:
         ValueError: an adapter that has no form on the original base.
     """
+    _refuse_hotswap(model)
     for path, layer in _changed(model, _started(model)):
         start = changed_start(layer)
         if start.replacement is not None:
@@ -210,18 +211,41 @@ def _edited(layer: AdaptedLayer, start: Start, weight: Tensor) -> Tensor:
 def _refuse_adapter_alone(model: nn.Module) -> None:
     """Refuse A and B without the base that they were trained on.
 
-    PEFT's function takes them from the state dict of the whole model, which is right; only its
-    caller tells the two apart.
-
     Raises:
         ValueError: `get_peft_model_state_dict` has asked.
     """
+    if _asks("get_peft_model_state_dict"):
+        raise ValueError(
+            f"get_peft_model_state_dict is not supported: adapter {base_owner(model)!r} has "
+            "replaced the base by a quantized one, and its A and B mean nothing on the original "
+            "base. Use peft_model.save_pretrained(), or merge_and_unload()"
+        )
+
+
+def _refuse_hotswap(model: nn.Module) -> None:
+    """Refuse other factors in the place of those that belong to a changed base.
+
+    Raises:
+        ValueError: PEFT's `hotswap_adapter` has asked.
+    """
+    if _asks("hotswap_adapter_from_state_dict"):
+        owner = base_owner(model)
+        raise ValueError(
+            f"hotswap_adapter is not supported: adapter {owner!r} has changed the base of this "
+            f"model. Call peft_model.load_adapter, or restore_peft_model(peft_model, {owner!r}) "
+            "first"
+        )
+
+
+def _asks(function: str) -> bool:
+    """Whether this function is among the callers.
+
+    PEFT's functions take the state dict of the whole model, as everybody does who saves that. Only
+    the name tells the two apart.
+    """
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "get_peft_model_state_dict":
-            raise ValueError(
-                f"get_peft_model_state_dict is not supported: adapter {base_owner(model)!r} has "
-                "replaced the base by a quantized one, and its A and B mean nothing on the "
-                "original base. Use peft_model.save_pretrained(), or merge_and_unload()"
-            )
+        if frame.f_code.co_name == function:
+            return True
         frame = frame.f_back
+    return False
