@@ -13,7 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from measures import EPSILON, assert_gap, assert_unchanged, logits, relative_gap, snapshot, train
+from measures import EPSILON, assert_gap, assert_unchanged, logits, snapshot, train
 from models import Batches, bert, llama, spread_weight, token_batches
 from networks import Case
 from packing import kept_plain

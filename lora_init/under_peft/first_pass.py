@@ -67,8 +67,6 @@ class Called:
 def first_pass(base: nn.Module, layers: list[AdaptedLayer]) -> list[Change]:
     """The changes that check the first forward pass of a base model with adapted layers."""
     check = FirstPass(layers)
-    check.hooks = [
-        AddPassingHook(layer.module, Called(layer.name, check)) for layer in layers
-    ]
+    check.hooks = [AddPassingHook(layer.module, Called(layer.name, check)) for layer in layers]
     check.hooks.append(AddPassingHook(base, check))
     return list(check.hooks)

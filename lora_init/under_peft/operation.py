@@ -37,9 +37,7 @@ class KeepModes(Change):
             parameter.grad = gradient
 
 
-def attempt(
-    peft_model: nn.Module, adapter_name: str, start: Callable[[Journal, Journal], T]
-) -> T:
+def attempt(peft_model: nn.Module, adapter_name: str, start: Callable[[Journal, Journal], T]) -> T:
     """Undo an adapter's present start, and call `start` for another one.
 
     If anything is raised, an interrupt included, the present start is made again.

@@ -88,7 +88,6 @@ class Start(nn.Module):
         dtype = factor_of(layer, adapter).dtype
         return self.initial_A.to(dtype), self.initial_B.to(dtype)
 
-
     def product(self) -> Float[Tensor, "out in"]:
         """s B0 A0 in float32 or wider."""
         return low_rank_product(*self.factors(), self.scaling)
