@@ -1,199 +1,288 @@
-"""Changes that know their inverse: how a model that another library built is changed, and back.
+"""Changes to a model that can be undone, also after an interrupt in the middle of one.
 
-A change is made by calling it once; what it returns is the change that undoes it. A list of those,
-called from its end, puts everything back: after a failure in the middle, or when its user asks.
-They are plain data, so that a copy of a model holds changes of its own modules.
+A change is recorded before it is made (`make`), and both directions may be repeated: `undo` after
+an interrupted `make`, or `make` after an interrupted `undo`, completes it. An exception at any
+line therefore loses nothing that is needed to go back.
+
+Changes are plain data. A copied or pickled model holds changes of its own modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_init import packed
-from lora_init.injection.editing import add_product
-from lora_init.injection.plain import hold_plain, release
-from lora_init.injection.weights import Held, exchange, hold, put_back, store_weight
-
-Change = Callable[[], Any]
+from lora_init.factors import low_rank_product
+from lora_init.injection.weights import Held, hold, put_back, store_weight
+from lora_init.modules import oriented_weight, widened
 
 
 class Absent:
-    """Stands for an attribute or an item that is not there."""
+    """Stands for an attribute or an item that does not exist."""
 
 
-@dataclass(frozen=True)
-class SetData:
-    """Give a parameter other data, of any shape; the parameter stays the same object."""
+class Change:
+    """Something that is done to a model, and how to undo it."""
 
-    parameter: nn.Parameter
-    data: Tensor
+    def make(self) -> None:
+        """Make the change, or complete it. Does nothing if it is made already."""
+        raise NotImplementedError
 
-    def __call__(self) -> SetData:
-        return SetData(self.parameter, exchange(self.parameter, self.data))
+    def undo(self) -> None:
+        """Undo the change, or complete that. Does nothing if it is not made."""
+        raise NotImplementedError
+
+    def without_weights(self) -> Change:
+        """The same change without a copy of the weight that it replaced."""
+        return self
 
 
-@dataclass(frozen=True)
-class SetAttribute:
-    """Set an attribute (of a module also a module), or delete it."""
+class Exchange(Change):
+    """A change of one value. Undoing it keeps the present value, which may be trained by then.
 
-    owner: Any
-    name: str
-    value: Any
+    Attributes:
+        old, new: the value before and after.
+    """
 
-    def __call__(self) -> SetAttribute:
-        before = getattr(self.owner, self.name) if self._is_set() else Absent
-        if self.value is Absent:
+    def __init__(self, new: Any) -> None:
+        self.old = self.get()
+        self.new = new
+
+    def get(self) -> Any:
+        raise NotImplementedError
+
+    def set(self, value: Any) -> None:
+        raise NotImplementedError
+
+    def is_old(self) -> bool:
+        now = self.get()
+        plain = (bool, int, float, str)
+        return now is self.old or (isinstance(now, plain) and now == self.old)
+
+    def make(self) -> None:
+        if self.is_old():
+            self.set(self.new)
+
+    def undo(self) -> None:
+        if not self.is_old():
+            self.new = self.get()
+            self.set(self.old)
+
+
+class SetData(Exchange):
+    """Give a parameter other data, of any shape. The parameter stays the same object."""
+
+    def __init__(self, parameter: nn.Parameter, data: Tensor) -> None:
+        self.parameter = parameter
+        super().__init__(data.to(parameter.device, parameter.dtype))
+
+    def get(self) -> Tensor:
+        return self.parameter.data
+
+    def set(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.parameter.data = value
+
+    def is_old(self) -> bool:
+        now = self.parameter.data
+        if (self.old.device, self.old.dtype) != (now.device, now.dtype):
+            self.old = self.old.to(now.device, now.dtype)  # the model was moved or cast since
+            return False
+        return now.data_ptr() == self.old.data_ptr() and now.shape == self.old.shape
+
+
+class SetAttribute(Exchange):
+    """Set an attribute (of a module also a submodule), or delete it with `Absent`."""
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self.owner, self.name = owner, name
+        super().__init__(value)
+
+    def get(self) -> Any:
+        # The object's own attributes only. One of its class is only covered.
+        for held in ("_modules", "_parameters", "_buffers"):
+            if isinstance(self.owner, nn.Module) and self.name in getattr(self.owner, held):
+                return getattr(self.owner, held)[self.name]
+        return vars(self.owner).get(self.name, Absent)
+
+    def set(self, value: Any) -> None:
+        if value is Absent:
             delattr(self.owner, self.name)
         else:
-            setattr(self.owner, self.name, self.value)
-        return SetAttribute(self.owner, self.name, before)
-
-    def _is_set(self) -> bool:
-        """On the object itself: what its class has, an attribute of its own only covers."""
-        if self.name in vars(self.owner):
-            return True
-        return isinstance(self.owner, nn.Module) and any(
-            self.name in held
-            for held in (self.owner._modules, self.owner._parameters, self.owner._buffers)
-        )
+            setattr(self.owner, self.name, value)
 
 
-@dataclass(frozen=True)
-class SetItem:
-    """Set an item of a mapping, or delete it."""
+class SetItem(Exchange):
+    """Set an item of a mapping, or delete it with `Absent`."""
 
-    owner: Any
-    key: str
-    value: Any
+    def __init__(self, owner: Any, key: str, value: Any) -> None:
+        self.owner, self.key = owner, key
+        super().__init__(value)
 
-    def __call__(self) -> SetItem:
+    def get(self) -> Any:
         # A ModuleDict has no `get`.
-        before = self.owner[self.key] if self.key in self.owner else Absent  # noqa: SIM401
-        if self.value is Absent:
+        return self.owner[self.key] if self.key in self.owner else Absent  # noqa: SIM401
+
+    def set(self, value: Any) -> None:
+        if value is Absent:
             del self.owner[self.key]
         else:
-            self.owner[self.key] = self.value
-        return SetItem(self.owner, self.key, before)
+            self.owner[self.key] = value
 
 
-@dataclass(frozen=True)
-class SetFlag:
+class SetFlag(Exchange):
     """Let a parameter require gradients, or not."""
 
-    parameter: nn.Parameter
-    requires_grad: bool
+    def __init__(self, parameter: nn.Parameter, requires_grad: bool) -> None:
+        self.parameter = parameter
+        super().__init__(requires_grad)
 
-    def __call__(self) -> SetFlag:
-        before = self.parameter.requires_grad
-        self.parameter.requires_grad_(self.requires_grad)
-        return SetFlag(self.parameter, before)
+    def get(self) -> bool:
+        return self.parameter.requires_grad
+
+    def set(self, value: bool) -> None:
+        self.parameter.requires_grad_(value)
 
 
-@dataclass(frozen=True)
-class StoreWeight:
-    """Give a module another weight (out, in); what it was waits in CPU memory.
+class StoreWeight(Change):
+    """Give a module another weight (out, in). The weight before it waits in CPU memory.
 
-    Attributes:
-        otherwise: the way back where that memory is not to be spent; see `forget`.
+    Args:
+        otherwise: the way back where that memory must not be spent.
     """
 
-    module: nn.Module
-    weight: Tensor
-    otherwise: Change
+    def __init__(self, module: nn.Module, weight: Tensor, otherwise: Change) -> None:
+        self.module, self.weight, self.otherwise = module, weight, otherwise
+        self.old = hold(module, on_cpu=True)
+        self.new: Held | None = None
+        self.made = False
 
-    def __call__(self) -> PutBack:
-        held = hold(self.module, on_cpu=True)
-        store_weight(self.module, self.weight)
-        return PutBack(self.module, held, self.otherwise)
+    def make(self) -> None:
+        if self.new is not None:
+            put_back(self.module, self.new)
+        elif not self.made:
+            store_weight(self.module, self.weight)
+        self.made, self.new, self.weight = True, None, None
+
+    def undo(self) -> None:
+        if self.made and self.new is None:
+            self.new = hold(self.module, on_cpu=True)
+        put_back(self.module, self.old)
+        self.made = False
+
+    def without_weights(self) -> Change:
+        return self.otherwise
 
 
-@dataclass(frozen=True)
-class PutBack:
-    """Give a module the weight that was held, to the bit."""
+class EditWeight(Change):
+    """Subtract s B0 A0 from a module's weight. The way back is computed; no copy is kept.
 
-    module: nn.Module
-    held: Held
-    otherwise: Change
-
-    def __call__(self) -> PutBack:
-        now = hold(self.module, on_cpu=True)
-        put_back(self.module, self.held)
-        return PutBack(self.module, now, self.otherwise)
-
-
-@dataclass(frozen=True)
-class EditWeight:
-    """Add ``sign · s B0 A0`` to a float weight; the way back is computed, nothing is kept.
+    The weight gets new memory both ways. Where an interrupt hits, that memory's address tells
+    whether the weight was exchanged.
 
     Attributes:
-        initial: has lora_A (rank, in), lora_B (out, rank) and the scaling.
+        initial: has initial_A (rank, in), initial_B (out, rank) and the scaling.
+        state: whether the edit is made, and the address of the weight that is being exchanged.
     """
 
-    module: nn.Module
-    initial: nn.Module
-    sign: int
+    def __init__(self, module: nn.Module, initial: nn.Module, *, made: bool = False) -> None:
+        self.module, self.initial = module, initial
+        self.state: tuple[bool, int | None] = made, None
 
-    def __call__(self) -> EditWeight:
+    def make(self) -> None:
+        self._bring(True)
+
+    def undo(self) -> None:
+        self._bring(False)
+
+    @torch.no_grad()
+    def _bring(self, wanted: bool) -> None:
+        made, address = self.state
+        if address is not None:  # interrupted
+            made = made if self.module.weight.data_ptr() == address else not made
+            self.state = made, None
+        if made == wanted:
+            return
         start = self.initial
-        add_product(self.module, start.lora_A, start.lora_B, start.scaling, self.sign)
-        return EditWeight(self.module, self.initial, -self.sign)
+        product = low_rank_product(start.initial_A, start.initial_B, start.scaling)
+        weight = widened(oriented_weight(self.module))
+        changed = torch.add(weight, product.to(weight.device), alpha=-1 if wanted else 1)
+        self.state = made, self.module.weight.data_ptr()
+        store_weight(self.module, changed)
+        self.state = wanted, None
 
 
-@dataclass(frozen=True)
-class HoldPlain:
-    """Keep bitsandbytes from repacking the packed modules of a model."""
+class KeepPlain(Change):
+    """Keep bitsandbytes from repacking a packed module."""
 
-    model: nn.Module
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.old = module, packed.held(module)
 
-    def __call__(self) -> Release:
-        return Release(self.model, hold_plain(self.model))
+    def make(self) -> None:
+        packed.keep_plain(self.module)
 
-
-@dataclass(frozen=True)
-class Release:
-    """Give packed modules back what `HoldPlain` took: their weights and bitsandbytes' habit."""
-
-    model: nn.Module
-    plain: dict[nn.Module, packed.Held]
-
-    def __call__(self) -> HoldPlain:
-        release(self.plain)
-        return HoldPlain(self.model)
+    def undo(self) -> None:
+        packed.put_back(self.module, self.old)
 
 
-@dataclass(frozen=True)
-class Lost:
-    """A weight that nobody has any more.
+class Lost(Change):
+    """A weight of which no copy exists.
 
-    Calling it:
+    Undoing it:
 
     Raises:
         RuntimeError: `message`.
     """
 
-    message: str
+    def __init__(self, message: str) -> None:
+        self.message = message
 
-    def __call__(self) -> None:
+    def make(self) -> None:
+        pass
+
+    def undo(self) -> None:
         raise RuntimeError(self.message)
 
 
-def forget(changes: Iterable[Change]) -> list[Change]:
-    """The same changes without the weights that they hold."""
-    return [change.otherwise if isinstance(change, PutBack) else change for change in changes]
+class Journal(list[Change]):
+    """The changes of one operation, in the order in which they were begun."""
+
+    def do(self, change: Change) -> None:
+        self.append(change)
+        change.make()
+
+    def make(self) -> None:
+        """Make all changes, as far as they are undone."""
+        for change in self:
+            change.make()
+
+    def undo(self) -> None:
+        """Undo all changes from the last to the first, as far as they are made."""
+        for change in reversed(self):
+            change.undo()
+
+    def take_back(self) -> None:
+        """Undo all changes, or none of them if anything is raised.
+
+        Raises:
+            RuntimeError: one of them is lost.
+        """
+        for change in self:
+            if isinstance(change, Lost):
+                change.undo()
+        try:
+            self.undo()
+        except BaseException:
+            self.make()
+            raise
+
+    def without_weights(self) -> Journal:
+        return Journal(change.without_weights() for change in self)
 
 
-def take_back(changes: Iterable[Change]) -> list[Change]:
-    """Call the inverses from the last to the first; returns the list that makes all of it again.
-
-    Raises:
-        RuntimeError: one of them is lost; nothing is done then.
-    """
-    changes = list(changes)
-    for change in changes:
-        if isinstance(change, Lost):
-            change()
-    return [change() for change in reversed(changes)]
+def keep_plain(model: nn.Module) -> list[KeepPlain]:
+    """A change for every packed module of a model."""
+    return [KeepPlain(module) for module in model.modules() if packed.is_quantized(module)]

@@ -210,6 +210,12 @@ def refuse_adapted(model: nn.Module) -> None:
                 f"{name or 'the model'!r} was injected by PEFT; pass the plain base model "
                 "(PEFT's model.unload() returns it)"
             )
+        if type(module).__module__.startswith("lora_init.under_peft."):
+            raise ValueError(
+                f"{name.rpartition('.')[0]!r} was started already, by initialize_peft_model, and "
+                "its weight or output is not the original one. Call unload() on that PEFT model, "
+                "or load the base model again"
+            )
 
 
 def _place(model: nn.Module, injection: Injection) -> None:

@@ -5,25 +5,28 @@
     Trainer(peft_model, …).train()
     peft_model.save_pretrained("adapter")          # for the original base, like any LoRA adapter
 
-The layers stay PEFT's, and so does the forward pass, ``base(x) + s B A x``. That sets the limits:
+The layers stay PEFT's. Subtracting methods (pissa, olora, corda) compute
+``(W - s B0 A0) x + s B A x``:
 
-- **subtracting methods** (pissa, olora, corda) edit the base weight: PEFT's layers cannot subtract
-  s B0 A0 in the forward pass. Float32 is as good as exact; a 16-bit base is rounded, a quantised
-  one quantised anew, and the report says what that costs at step 0. `lora_init.get_peft_model`
-  has neither error.
-- **tied weights** (a head that is the embedding) are refused under every method that changes the
-  base, because there is only one weight to change.
+- a float32 weight is edited, so the forward pass costs what PEFT's costs;
+- 16-bit, quantized and tied weights stay as they are, and a hook on the base module subtracts
+  s B0 A0 x. Step 0 is the base model there too, and so is a reference by `disable_adapter`.
+  ``quantized_base="requantize"`` quantizes the residual instead.
 
-What a changed base would silently spoil in PEFT is put right while it lasts:
+The base of the model is then not the one that A and B alone belong to. PEFT's methods and
+functions know that as long as it lasts:
 
-- `save_pretrained`, which Trainer calls for its checkpoints too, writes the adapter for the
-  **original** base, at rank 2r: PEFT, vLLM and anyone load it. `load_adapter`, which Trainer
-  resumes by, takes it apart again. In a new process `load_peft_checkpoint`, or the same call of
-  `initialize_peft_model`, comes first; without it, resuming fails by the tensors' shapes. No
-  callback is needed.
-- `disable_adapter` computes the original function (TRL's reference model): s B0 A0 is added back.
-  Not on a replaced base, nor for the rows of ``adapter_names="__base__"``.
+- `save_pretrained`, which Trainer calls for its checkpoints too, `state_dict` and
+  `get_peft_model_state_dict` describe the **original** base, at rank 2r: PEFT, vLLM and others
+  load it. `load_adapter`, which Trainer resumes by, and `load_state_dict` split it again. In a new
+  process `load_peft_checkpoint`, or the same call of `initialize_peft_model`, comes first; without
+  it, resuming fails by the tensors' shapes. No callback is needed.
+- `disable_adapter` and the rows of ``adapter_names="__base__"`` compute the original function
+  (not on a replaced base).
+- `merge_adapter` and `merge_and_unload` merge s (B A - B0 A0).
 - `unload` and `delete_adapter` put the original base back first.
+- What cannot be right is refused by name: sums of adapters, hot-swapping, other adapters for the
+  changed base, a second PEFT model around it, anything that needs the base while it is merged.
 
 Nothing here imports PEFT: its layers are known by their classes.
 """

@@ -22,19 +22,30 @@ from lora_init.diagnostics import InitReport, LayerReport, weight_figures
 from lora_init.factors import low_rank_product
 from lora_init.finiteness import refused_beside
 from lora_init.initialization import InitializedLayer, initialize, unread
-from lora_init.injection.changes import Change, HoldPlain, SetItem, forget, take_back
+from lora_init.injection.changes import Journal, SetItem, keep_plain
 from lora_init.modules import widened
 from lora_init.plan import Plan
-from lora_init.under_peft.applying import apply, drop_layer, set_config, take_off
+from lora_init.under_peft.applying import apply, drop_layer, set_config
+from lora_init.under_peft.first_pass import first_pass
 from lora_init.under_peft.guards import guard
 from lora_init.under_peft.layers import (
     AdaptedLayer,
     adapted_layers,
     check_peft_model,
     plain_base,
+    refuse_merged,
 )
-from lora_init.under_peft.planning import method_setting, plan_for, refuse_started, settings
+from lora_init.under_peft.loading import load_adapter
+from lora_init.under_peft.operation import attempt
+from lora_init.under_peft.planning import (
+    method_setting,
+    plan_for,
+    refuse_started,
+    refuse_strange_start,
+    settings,
+)
 from lora_init.under_peft.start import Record, records
+from lora_init.verification import verify_adapted
 
 
 def initialize_peft_model(
@@ -47,8 +58,10 @@ def initialize_peft_model(
     seed: int = 0,
     device: str | torch.device | None = None,
     original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
+    quantized_base: str = "in_forward",
     keep_original: bool = True,
     cache: bool = True,
+    verify: Any = None,
 ) -> InitReport:
     """Start the LoRA layers of a live PEFT model as `method` says.
 
@@ -62,10 +75,10 @@ def initialize_peft_model(
     becomes of the base:
 
     - kept: nothing;
-    - subtracted: the base weight is edited. PEFT's forward pass cannot subtract s B0 A0, so a
-      16-bit residual is rounded and a quantised one packed anew; `step_0_error` in the report's
-      details is ‖W - (base + s B0 A0)‖ / ‖W‖;
-    - replaced: a quantised weight takes its place.
+    - subtracted: a float32 weight is edited. 16-bit, quantized and tied weights stay as they are,
+      and the forward pass subtracts s B0 A0, so step 0 is exact there too. `step_0_error` in the
+      report's details is ‖W - (base + s B0 A0)‖ / ‖W‖;
+    - replaced: a quantized weight takes its place.
 
     Args:
         peft_model: what `peft.get_peft_model` returned, with ``init_lora_weights=True`` (PEFT's
@@ -73,10 +86,13 @@ def initialize_peft_model(
         method: as `LoraConfig.init_lora_weights`: a name, "pissa_niter_N", a mapping, an options
             object, True or False.
         options: the method's settings, a mapping or its options object; goes with a name.
-        calibration, device, original_weights: as of `lora_init.get_peft_model`.
+        calibration, device, original_weights, quantized_base: as of `lora_init.get_peft_model`.
         adapter_name: which of PEFT's adapters; rank, alpha, scaling and targets are its own.
         seed: of the initialization. Every layer has a stream of its own, keyed by its name.
         cache: as of `lora_init.get_peft_model`.
+        verify: one batch, run at the end. A model that calls an adapted module around its adapter,
+            or whose output changes under a method that preserves it, is refused. Without it, the
+            first forward pass warns of layers that it does not use.
         keep_original: keep the original of weights that cannot be computed back (16-bit, replaced,
             quantised; or far smaller than s B0 A0), in CPU memory, for `restore_peft_model` and for
             another call. Without, 16-bit weights come back up to rounding, replaced ones not at
@@ -87,35 +103,51 @@ def initialize_peft_model(
 
     Raises:
         ValueError, TypeError: as `lora_init.get_peft_model`; an adapter that is trained already;
-            tied weights and other adapters under a method that changes the base; a layer, variant
-            or convolution of PEFT's that cannot express it. By name; nothing is changed.
+            other adapters under a method that changes the base; a merged adapter; a base that
+            another PEFT model has changed; a layer, variant or convolution of PEFT's that cannot
+            express it. By name; nothing is changed.
         RuntimeError: called again where the original base was not kept.
     """
     check_peft_model(peft_model, adapter_name)
+    refuse_merged(peft_model, "initialize_peft_model")
+    refuse_strange_start(peft_model, adapter_name)
     layers = adapted_layers(peft_model, adapter_name)
     refuse_started(peft_model, layers)
     setting = method_setting(method, options)
-    # Once before anything is touched: a wrong name must not cost the present start.
-    plan_for(peft_model, layers, settings(peft_model, layers, setting))
     place = device_for(device)
-    taken = take_off(peft_model, adapter_name)
-    done: list[Change] = []
-    try:
+
+    def start(done: Journal, wrappers: Journal) -> InitReport:
         layers = adapted_layers(peft_model, adapter_name)
         config = settings(peft_model, layers, setting)
-        plan = plan_for(peft_model, layers, config)
+        plan = plan_for(peft_model, layers, config, quantized_base, wrappers)
         report = _initialize(
             peft_model, layers, config, plan, calibration, original_weights, seed, place,
-            default_cache() if cache else None, done,
+            default_cache() if cache else None, done, wrappers,
         )  # fmt: skip
-        if plan.initializer.base != "keep":
-            done += guard(peft_model)
-    except BaseException:
-        take_back(done)
-        take_back(taken)
-        raise
-    records(peft_model)[adapter_name].changes = done if keep_original else forget(done)
-    return report
+        guard(peft_model, layers, done, load_adapter)
+        adapted = adapted_layers(peft_model, adapter_name)
+        if verify is not None:
+            _verify(peft_model, adapted, plan, verify)
+        else:
+            for change in first_pass(peft_model.base_model.model, adapted):
+                done.do(change)
+        if not keep_original:
+            records(peft_model)[adapter_name].changes = done.without_weights()
+        return report
+
+    return attempt(peft_model, adapter_name, start)
+
+
+def _verify(peft_model: nn.Module, layers: list[AdaptedLayer], plan: Plan, batch: Any) -> None:
+    """Refuse a model that does not use its adapted layers; see `initialize_peft_model`."""
+    preserved = plan.initializer.preserves_output and not plan.replaced
+    verify_adapted(
+        peft_model,
+        {layer.name: layer.module for layer in layers},
+        {layer.name: layer.base for layer in layers},
+        batch,
+        disabled=peft_model.disable_adapter if preserved else None,
+    )
 
 
 def _initialize(
@@ -128,16 +160,18 @@ def _initialize(
     seed: int,
     device: torch.device | None,
     cache: Cache | None,
-    done: list[Change],
+    done: Journal,
+    wrappers: Journal,
 ) -> InitReport:
     """Everything after the checks that need no weights, timed step by step."""
     by_name = {layer.name: layer for layer in layers}
     seconds = {}
-    with plain_base(peft_model) as base:
+    with plain_base(peft_model, wrappers) as base:
         weights = BaseWeights(base, original_weights)
         check_call(plan, weights, calibration, False)
         # First: a calibration pass would have bitsandbytes round the scales of packed weights.
-        done.append(HoldPlain(base)())
+        for change in keep_plain(base):
+            done.do(change)
         start = time.perf_counter()
         (statistics,) = calibrated(plan, base, calibration, device, cache)
         seconds["calibration"] = time.perf_counter() - start
@@ -168,7 +202,7 @@ def _initialize(
     if plan.initializer.allocate is not None:
         set_config(peft_model.peft_config[layers[0].adapter], config, plan, done)
     record = Record(plan.explicit(config), plan, done)
-    done.append(SetItem(records(peft_model), layers[0].adapter, record)())
+    done.do(SetItem(records(peft_model), layers[0].adapter, record))
     seconds["apply"] = time.perf_counter() - mark
     seconds["total"] = sum(seconds.values())
     for row in rows:

@@ -11,13 +11,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.adapters.layout import file_shape
+from lora_init.injection.changes import Journal, SetAttribute
 from lora_init.plan import Target
 
 SERVED = ("Linear", "Embedding", "Conv2d", "Linear4bit", "Linear8bitLt")
 """Classes of PEFT's LoRA layers; Conv1D is one of its Linear's."""
 
-START = "lora_init"
-"""The attribute of a PEFT layer that holds its `Start`s by adapter; PEFT skips such names."""
+START = "initial_factors"
+"""The attribute of a PEFT layer that holds its `Start`s by adapter.
+
+Where the base is changed, the base module holds that one `Start` under the same name.
+"""
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,16 @@ def check_peft_model(peft_model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def adapted_layers(peft_model: nn.Module, adapter_name: str) -> list[AdaptedLayer]:
+def adapted_layers(
+    peft_model: nn.Module, adapter_name: str, *, checked: bool = True
+) -> list[AdaptedLayer]:
     """The layers that hold the adapter, in model order.
 
+    Args:
+        checked: refuse what cannot be initialized or written to a file.
+
     Raises:
-        TypeError: one of a class that is not served, or with a variant other than DoRA; by name.
+        TypeError: one of a class that is not supported, or with a variant other than DoRA; by name.
         ValueError: one whose adapter is merged, not in memory, or has a scaling of its own.
     """
     places: dict[int, list[Place]] = {}
@@ -153,34 +162,61 @@ def adapted_layers(peft_model: nn.Module, adapter_name: str) -> list[AdaptedLaye
         if not _is_of_peft(module, "LoraLayer") or adapter_name not in module.r:
             continue
         layer = AdaptedLayer(names[module_id], module, adapter_name, tuple(found))
-        _check_layer(layer, peft_model.peft_config[adapter_name])
+        if checked:
+            _check_layer(layer, peft_model.peft_config[adapter_name])
         layers.append(layer)
-    if not layers:
+    if checked and not layers:
         raise ValueError(f"no layer of the model holds the adapter {adapter_name!r}")
     return layers
 
 
 @contextmanager
-def plain_base(peft_model: nn.Module) -> Iterator[nn.Module]:
-    """The base model without PEFT's wrappers, which are back in their places afterwards.
+def plain_base(peft_model: nn.Module, wrappers: Journal | None = None) -> Iterator[nn.Module]:
+    """The base model without PEFT's wrappers, which are put back afterwards.
 
     Then everything that is written for a plain model applies: names, statistics, weights.
+
+    Args:
+        wrappers: gets the changes. Its `undo` completes the return to PEFT's wrappers if an
+            interrupt hits that.
     """
     base = peft_model.base_model.model
-    places = [place for _, place in _wrappers(base)]
-    wrappers = [getattr(place.parent, place.attribute) for place in places]
-    for place, wrapper in zip(places, wrappers, strict=True):
-        inside = (
-            wrapper.get_base_layer()
-            if _is_of_peft(wrapper, "BaseTunerLayer")
-            else wrapper.original_module
-        )
-        setattr(place.parent, place.attribute, inside)
+    wrappers = Journal() if wrappers is None else wrappers
     try:
+        for _, place in _wrappers(base):
+            wrapper = getattr(place.parent, place.attribute)
+            inside = (
+                wrapper.get_base_layer()
+                if _is_of_peft(wrapper, "BaseTunerLayer")
+                else wrapper.original_module
+            )
+            wrappers.do(SetAttribute(place.parent, place.attribute, inside))
         yield base
     finally:
-        for place, wrapper in zip(places, wrappers, strict=True):
-            setattr(place.parent, place.attribute, wrapper)
+        wrappers.undo()
+
+
+def wrapper_places(peft_model: nn.Module) -> Journal:
+    """Changes, not made, whose `undo` puts PEFT's wrappers back where they are now."""
+    found = [place for _, place in _wrappers(peft_model.base_model.model)]
+    return Journal(
+        SetAttribute(place.parent, place.attribute, getattr(place.parent, place.attribute))
+        for place in found
+    )
+
+
+def refuse_merged(peft_model: nn.Module, wanted: str) -> None:
+    """Refuse what would change factors that a base weight holds at the moment.
+
+    Raises:
+        ValueError: an adapter is merged.
+    """
+    for name, module in peft_model.base_model.model.named_modules():
+        if _is_of_peft(module, "BaseTunerLayer") and module.merged_adapters:
+            raise ValueError(
+                f"{wanted}: {name!r} has merged adapters ({', '.join(module.merged_adapters)}); "
+                "call unmerge_adapter() first"
+            )
 
 
 def saved_modules(peft_model: nn.Module, adapter_name: str) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from lora_init import adapters
 from lora_init.adapters.layout import (
@@ -24,17 +25,19 @@ from lora_init.adapters.layout import (
     part_key,
 )
 from lora_init.factors import Factors
-from lora_init.injection.changes import Change, HoldPlain, SetItem, forget, take_back
+from lora_init.injection.changes import Journal, SetData, SetItem, keep_plain
 from lora_init.plan import Target
-from lora_init.under_peft.applying import apply, drop_layer, set_config, take_off
+from lora_init.under_peft.applying import apply, check_subtraction, drop_layer, set_config
 from lora_init.under_peft.guards import guard
 from lora_init.under_peft.layers import (
     AdaptedLayer,
     adapted_layers,
     check_peft_model,
     plain_base,
+    refuse_merged,
 )
-from lora_init.under_peft.planning import adapter_dtype
+from lora_init.under_peft.operation import attempt
+from lora_init.under_peft.planning import adapter_dtype, refuse_strange_start
 from lora_init.under_peft.start import Record, Start, base_owner, records
 
 
@@ -68,16 +71,15 @@ def load_peft_checkpoint(
             is unchanged then.
     """
     check_peft_model(peft_model, adapter_name)
-    folder = Path(folder)
-    taken = take_off(peft_model, adapter_name)
-    done: list[Change] = []
-    try:
-        _load(peft_model, folder, adapter_name, original_weights, done)
-    except BaseException:
-        take_back(done)
-        take_back(taken)
-        raise
-    records(peft_model)[adapter_name].changes = done if keep_original else forget(done)
+    refuse_merged(peft_model, "load_peft_checkpoint")
+    refuse_strange_start(peft_model, adapter_name)
+
+    def start(done: Journal, wrappers: Journal) -> None:
+        _load(peft_model, Path(folder), adapter_name, original_weights, done, wrappers)
+        if not keep_original:
+            records(peft_model)[adapter_name].changes = done.without_weights()
+
+    attempt(peft_model, adapter_name, start)
 
 
 def _load(
@@ -85,15 +87,19 @@ def _load(
     folder: Path,
     adapter_name: str,
     original_weights: Any,
-    done: list[Change],
+    done: Journal,
+    wrappers: Journal,
 ) -> None:
     layers = {layer.name: layer for layer in adapted_layers(peft_model, adapter_name)}
     theirs = peft_model.peft_config[adapter_name]
-    with plain_base(peft_model) as base:
-        done.append(HoldPlain(base)())
+    with plain_base(peft_model, wrappers) as base:
+        for change in keep_plain(base):
+            done.do(change)
         loaded = adapters.read(folder, base, adapter_dtype(list(layers.values())), original_weights)
         plan, config = loaded.plan, loaded.config
         _refuse_other_model(folder, layers, plan, config, theirs)
+        for target in plan.targets:
+            check_subtraction(layers[target.name], target, plan)
         changed = plan.initializer.base != "keep"
         moved = {name: (layer.rank, layer.alpha) for name, layer in layers.items()} != {
             target.name: (target.rank, target.alpha) for target in plan.targets
@@ -106,18 +112,60 @@ def _load(
     if moved:
         set_config(theirs, config, plan, done)
     record = Record(plan.explicit(config), plan, done)
-    done.append(SetItem(records(peft_model), adapter_name, record)())
+    done.do(SetItem(records(peft_model), adapter_name, record))
     for name, expected in loaded.checksums.items():
         if layers[name].start.checksum != expected:
             warnings.warn(
-                f"the quantised base of {name!r} differs in some codes from the one the adapter "
+                f"the quantized base of {name!r} differs in some codes from the one the adapter "
                 "was trained on (another machine's arithmetic); outputs may move by one "
-                "quantisation step in few weights",
+                "quantization step in few weights",
                 stacklevel=4,
             )
-    if changed:
-        done += guard(peft_model)
-    fill(peft_model, folder, adapter_name, is_trainable=True)
+    guard(peft_model, [layers[name] for name in sorted(names)], done, load_adapter)
+    fill(peft_model, folder, adapter_name, done, is_trainable=True)
+
+
+def load_adapter(
+    peft_model: nn.Module,
+    model_id: str | PathLike,
+    adapter_name: str,
+    is_trainable: bool = False,
+    **settings: Any,
+) -> Any:
+    """PEFT's `load_adapter` on a changed base: files for the original base are split.
+
+    Raises:
+        ValueError: a file that cannot be right on this base; nothing is changed then.
+    """
+    refuse_merged(peft_model, "load_adapter")
+    folder = Path(model_id)
+    owner = base_owner(peft_model)
+    method = records(peft_model)[owner].plan.initializer.name
+    if read_header(folder) is None or adapter_name not in peft_model.peft_config:
+        raise ValueError(
+            f"load_adapter({str(model_id)!r}, {adapter_name!r}): {method} has changed the base of "
+            f"this model, and the adapter is for the original one; call "
+            f"restore_peft_model(peft_model, {owner!r}) first"
+        )
+    if not same_start(peft_model, folder):
+        if adapter_name != owner:
+            raise ValueError(
+                f"load_adapter({str(model_id)!r}, {adapter_name!r}): the adapter belongs to "
+                f"another start of {method} than adapter {owner!r} of this model"
+            )
+        load_peft_checkpoint(peft_model, folder, adapter_name)
+        result = _IncompatibleKeys([], [])
+    else:
+        done = Journal()
+        try:
+            settings |= {"is_trainable": is_trainable}
+            result = fill(peft_model, folder, adapter_name, done, **settings)
+        except BaseException:
+            done.undo()
+            raise
+    if not is_trainable:
+        peft_model.eval()
+    return result
 
 
 def _start_of(factors: Factors) -> Factors:
@@ -149,19 +197,22 @@ def _refuse_other_model(
             )
 
 
-def fill(peft_model: nn.Module, folder: Path, adapter_name: str, **settings: Any) -> Any:
+def fill(
+    peft_model: nn.Module, folder: Path, adapter_name: str, done: Journal, **settings: Any
+) -> Any:
     """Let PEFT load the trained values, from a file that holds them as it would have written them.
 
-    PEFT's own loader knows about modules trained whole, biases and everything else in there.
+    PEFT's own loader knows about modules trained whole, biases and everything else in there. The
+    hook of `load_state_dict` splits factors of rank 2r.
+
+    Args:
+        done: gets the present values, which PEFT's loader overwrites in place.
     """
     tensors = load_file(_weights_file(folder))
-    owner = base_owner(peft_model)
-    if owner is not None:
-        record = records(peft_model)[owner]
-        for target in record.plan.targets:
-            for part, axis in (("lora_A", 0), ("lora_B", 1)):
-                key = part_key(target, part)
-                tensors[key] = tensors[key].narrow(axis, 0, target.rank).contiguous()
+    last = {key.rpartition(".")[2] for key in tensors}
+    for name, parameter in peft_model.named_parameters():
+        if f".{adapter_name}." in f"{name}." or (name.endswith(".bias") and "bias" in last):
+            done.do(SetData(parameter, parameter.data.clone()))
     parts = (".replacement_A", ".replacement_B", ".initial_A", ".initial_B")
     tensors = {key: value for key, value in tensors.items() if not key.endswith(parts)}
     load = type(peft_model).load_adapter
@@ -184,7 +235,7 @@ def same_start(peft_model: nn.Module, folder: Path) -> bool:
 
 def _same_part(tensors: Mapping[str, Tensor], target: Target, start: Start, which: str) -> bool:
     axis, factor = ("lora_A", "lora_B").index(which), which[-1]
-    present = getattr(start, which)
+    present = start.factors()[axis]
     if start.replacement is not None:
         present = getattr(start.replacement, which)
         part = tensors.get(part_key(target, f"replacement_{factor}"))

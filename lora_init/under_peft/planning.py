@@ -15,13 +15,15 @@ from torch import nn
 
 from lora_init.adapters.layout import peft_computes
 from lora_init.config import LoraConfig
+from lora_init.injection.changes import Journal
 from lora_init.injection.places import module_paths
 from lora_init.plan import Plan
 from lora_init.planning import make_plan
 from lora_init.registry import get_initializer
 from lora_init.targets import exactly
-from lora_init.under_peft.layers import AdaptedLayer, plain_base, saved_modules
-from lora_init.under_peft.start import base_owner, records
+from lora_init.under_peft.applying import check_subtraction
+from lora_init.under_peft.layers import AdaptedLayer, adapted_layers, plain_base, saved_modules
+from lora_init.under_peft.start import Start, base_owner, records
 
 # What PEFT itself subtracts from the base, or replaces it by, when it makes a layer.
 CHANGED_BY_PEFT = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -81,24 +83,50 @@ def settings(
     )
 
 
-def plan_for(peft_model: nn.Module, layers: Sequence[AdaptedLayer], config: LoraConfig) -> Plan:
+def plan_for(
+    peft_model: nn.Module,
+    layers: Sequence[AdaptedLayer],
+    config: LoraConfig,
+    quantized_base: str,
+    wrappers: Journal,
+) -> Plan:
     """The plan of an initialization, all checks passed that need no data.
 
     Raises:
         ValueError, TypeError: as of `lora_init.get_peft_model`; and what PEFT's layers cannot hold.
     """
     spec, _ = config.initializer()
-    with plain_base(peft_model) as base:
-        # Residuals of packed weights are packed again: PEFT's forward pass subtracts nothing.
-        plan = make_plan(base, config, adapter_dtype(layers), quantized_base="requantize")
-        if spec.base != "subtract" or not any(target.quantized for target in plan.targets):
-            plan = dataclasses.replace(plan, quantized_base="in_forward")
+    with plain_base(peft_model, wrappers) as base:
+        plan = make_plan(base, config, adapter_dtype(layers), quantized_base=quantized_base)
         _refuse_other_adapters(peft_model, layers, plan)
         _refuse_tied_factors(layers)
         if spec.base != "keep":
             _refuse_shared(base, layers, plan)
             _refuse_other_geometry(layers, plan)
+        for layer, target in zip(layers, plan.targets, strict=True):
+            check_subtraction(layer, target, plan)
     return plan
+
+
+def refuse_strange_start(peft_model: nn.Module, adapter_name: str) -> None:
+    """Refuse a base that was changed for another PEFT model, or an adapter exchanged since.
+
+    Raises:
+        ValueError: a module holds the start of no adapter of this model.
+    """
+    known = {
+        id(start)
+        for name in records(peft_model)
+        for layer in adapted_layers(peft_model, name, checked=False)
+        if (start := layer.start) is not None
+    }
+    for name, module in peft_model.base_model.model.named_modules():
+        if isinstance(module, Start) and id(module) not in known:
+            raise ValueError(
+                f"adapter {adapter_name!r}: {name.rpartition('.')[0]!r} was started already, for "
+                "another PEFT model or for an adapter that is gone. Restore it there "
+                "(restore_peft_model, or peft_model.unload()), or load the base model again"
+            )
 
 
 def adapter_dtype(layers: Sequence[AdaptedLayer]) -> torch.dtype:
@@ -144,8 +172,8 @@ def refuse_started(peft_model: nn.Module, layers: Sequence[AdaptedLayer]) -> Non
         start = layer.start
         if start is not None:
             fresh = all(
-                torch.equal(layer.matrix(which), getattr(start, which))
-                for which in ("lora_A", "lora_B")
+                torch.equal(layer.matrix(which), initial.to(layer.factor(which).dtype))
+                for which, initial in zip(("lora_A", "lora_B"), start.factors(), strict=True)
             )
             fix = "restore_peft_model(peft_model) gives it up"
         else:
@@ -194,15 +222,15 @@ def _refuse_tied_factors(layers: Sequence[AdaptedLayer]) -> None:
 def _refuse_shared(base: nn.Module, layers: Sequence[AdaptedLayer], plan: Plan) -> None:
     paths = module_paths(base)
     for layer, target in zip(layers, plan.targets, strict=True):
-        elsewhere = list(target.shared_with)
+        # A subtracting method leaves a tied weight alone, but not a module that hangs twice.
+        elsewhere = [] if plan.initializer.base == "subtract" else list(target.shared_with)
         if len(paths[id(layer.base)]) > len(layer.places):
             elsewhere += [path for path in paths[id(layer.base)] if path != layer.name]
         if elsewhere:
             raise ValueError(
                 f"target {layer.name!r} shares its weight with {elsewhere[0]!r}, and "
-                f"{plan.initializer.name} changes it: PEFT's layers cannot subtract in the forward "
-                "pass. Leave it out (exclude_modules), untie them (tie_word_embeddings=False), or "
-                "use lora_init.get_peft_model, which can"
+                f"{plan.initializer.name} changes it. Leave it out (exclude_modules), untie them "
+                "(tie_word_embeddings=False), or use lora_init.get_peft_model"
             )
 
 

@@ -32,8 +32,15 @@ from lora_init.adapters.own import FORMAT_VERSION
 from lora_init.adapters.writing import exported_config, write_atomically
 from lora_init.config import CONFIG_NAME
 from lora_init.registry import describe
-from lora_init.under_peft.layers import START, AdaptedLayer, adapted_layers, check_peft_model
+from lora_init.under_peft.layers import AdaptedLayer, check_peft_model
 from lora_init.under_peft.start import Record, Start, base_owner, records
+from lora_init.under_peft.state_dict import (
+    changed_start,
+    extend,
+    layers_like,
+    plain_state_dict,
+    shorten,
+)
 
 
 def save_peft_model(
@@ -83,10 +90,8 @@ def save_pretrained(
             "path_initial_model_for_weight_conversion is given, but what save_pretrained writes is "
             "for the original base already; leave it out"
         )
-    owner = base_owner(peft_model)
     chosen = list(peft_model.peft_config) if selected_adapters is None else selected_adapters
-    changed = adapted_layers(peft_model, owner)
-    written = {name: _layers_like(peft_model, name, changed) for name in chosen}
+    written = {name: layers_like(peft_model, name) for name in chosen}
     state = settings.pop("state_dict", None)
     for name, layers in written.items():
         folder = Path(save_directory) / (name if name != "default" else "")
@@ -108,7 +113,7 @@ def _save_one(
 ) -> None:
     """Have PEFT write a converted state and configuration, and add the header."""
     record = records(peft_model)[base_owner(peft_model)]
-    starts = {layer.name: _changed_start(peft_model, layer) for layer in layers}
+    starts = {layer.name: changed_start(layer) for layer in layers}
     replaced = any(start.replacement is not None for start in starts.values())
     theirs = peft_model.peft_config[name]
     converted = copy.deepcopy(theirs)
@@ -117,13 +122,12 @@ def _save_one(
         converted.init_lora_weights = _notice(record)
     else:
         _double(converted, record)
-    state = dict(peft_model.state_dict() if state is None else state)
+    state = plain_state_dict(peft_model) if state is None else dict(state)
     paths = {id(module): path for path, module in peft_model.named_modules()}
     for layer in layers:
         path = paths[id(layer.module)]
-        if not replaced:
-            _extend(state, path, layer, starts[layer.name])
-        # PEFT saves an adapted embedding whole: here it is not the original one.
+        (shorten if replaced else extend)(state, path, layer)
+        # PEFT saves an adapted embedding whole. Its base is in the base model already.
         state.pop(f"{path}.base_layer.weight", None)
     if is_main_process:
         for stale in (CONFIG_NAME, OWN_WEIGHTS_NAME):
@@ -140,26 +144,6 @@ def _save_one(
         _add_header(folder, record, starts, replaced)
 
 
-def _layers_like(
-    peft_model: nn.Module, name: str, changed: list[AdaptedLayer]
-) -> list[AdaptedLayer]:
-    """The layers of an adapter, which must be those of the adapter that changed the base."""
-    layers = adapted_layers(peft_model, name)
-    wanted = [(layer.name, layer.rank, layer.scaling) for layer in changed]
-    if [(layer.name, layer.rank, layer.scaling) for layer in layers] != wanted:
-        owner = changed[0].adapter
-        raise ValueError(
-            f"adapter {name!r} has other layers, ranks or scalings than {owner!r}, whose start has "
-            "changed the base, so that it cannot be written for the original one; save "
-            f"selected_adapters=[{owner!r}]"
-        )
-    return layers
-
-
-def _changed_start(peft_model: nn.Module, layer: AdaptedLayer) -> Start:
-    return getattr(layer.module, START)[base_owner(peft_model)]
-
-
 def _double(converted: Any, record: Record) -> None:
     """PEFT's configuration of the same adapter at rank 2r."""
     doubled = exported_config(record.config, record.plan)
@@ -167,19 +151,6 @@ def _double(converted: Any, record: Record) -> None:
         setattr(converted, name, getattr(doubled, name))
     converted.init_lora_weights = True
     converted.eva_config, converted.corda_config, converted.loftq_config = None, None, {}
-
-
-def _extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer, start: Start) -> None:
-    """A and B of a layer become [A; A0] and [B, -B0] in a state dict."""
-    for which, axis, sign in (("lora_A", 0, 1), ("lora_B", 1, -1)):
-        key = f"{path}.{layer.container(which)}.{layer.adapter}"
-        key += "" if layer.is_embedding else ".weight"
-        if key not in state:  # a process that does not write is handed an empty one
-            continue
-        initial = sign * getattr(start, which)
-        shape = list(state[key].shape)
-        shape[axis] = initial.shape[axis]
-        state[key] = torch.cat([state[key], initial.view(shape).to(state[key])], dim=axis)
 
 
 def _notice(record: Record) -> str:
@@ -219,12 +190,13 @@ def _add_header(folder: Path, record: Record, starts: Mapping[str, Start], repla
             if start.from_original_weights
         }
         for target in record.plan.targets:
-            start = starts[target.name]
-            source, part = (start, "initial") if start.replacement is None else (
-                start.replacement, "replacement")  # fmt: skip
-            for factor in "AB":
-                value = getattr(source, f"lora_{factor}").detach().cpu().contiguous()
-                tensors[part_key(target, f"{part}_{factor}")] = value
+            start, part = starts[target.name], "initial"
+            factors = start.factors()
+            if start.replacement is not None:
+                factors, part = (start.replacement.lora_A, start.replacement.lora_B), "replacement"
+            for factor, value in zip("AB", factors, strict=True):
+                key = part_key(target, f"{part}_{factor}")
+                tensors[key] = value.detach().cpu().contiguous()
     metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
     name = OWN_WEIGHTS_NAME if replaced else WEIGHTS_NAME
     write_atomically(
