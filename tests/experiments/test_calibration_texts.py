@@ -38,7 +38,7 @@ def test_batches_are_the_texts(questions, configured, tiny_decoder):
         ('{"question": "?"}\n{"querstion": "?"}', "question", "line 2 .*did you mean 'querstion'"),
         ('{"question": "?"}', "text", "calibration.field='text'.*it has question"),
         ('{"question": " "}', "question", "line 1"),
-        ("question: ?", "question", "line 1 is no JSON"),
+        ("question: ?", "question", "JSON lines: line 1: Expecting value"),
         ("[1]", "question", "it has none"),
         ("\n", "question", "no lines"),
     ],

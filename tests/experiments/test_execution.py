@@ -208,7 +208,7 @@ def test_a_diverged_run_leaves_a_note(configured, tiny):
     ("overrides", "message"),
     [
         (["init=pissa", "init.niter=-1"], "niter=-1"),
-        (["lora.r=0"], "init=kaiming: r=0"),
+        (["lora.r=0"], r"lora\.r=0 is not supported: must be an integer >= 1"),
         (["lora.target_modules=[nothing]"], "nothing"),
         (["init=orthogonal", "lora.r=3"], "even"),
         (["data.text_column=txt"], "did you mean|has no such column"),
