@@ -94,4 +94,5 @@ class ProtocolConfig:
 
 
 def refusal(name: str, value: object, must_be: str, hint: str = "") -> ConfigurationError:
-    return bounds.refusal(f"hydra.sweeper.{name}", value, must_be, hint.strip().removesuffix("?"))
+    told = f"hydra.sweeper.{name}={value} is not supported: must be {must_be}. {hint}"
+    return ConfigurationError(told.strip())

@@ -87,7 +87,9 @@ class Broken(Recorder):
         return self.do("init")
 
 
-ERRORS = (RuntimeError("no\nserver"), TypeError("x"), TimeoutError(), OSError(28, "full"), SystemExit(1))
+ERRORS = (
+    RuntimeError("no\nserver"), TypeError("x"), TimeoutError(), OSError(28, "full"), SystemExit(1)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
