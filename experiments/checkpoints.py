@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from experiments.errors import DamagedFile, RunFailed
-from experiments.files import kind_of, read_regular
+from experiments.files import as_object, kind_of, read_regular
 from experiments.runs import RunFolder, read_metrics, write_bytes
 
 FORMAT = 2
@@ -277,7 +277,7 @@ def parsed(file: bytes) -> Saved:
         ValueError, KeyError, TypeError, SafetensorError: it is damaged.
     """
     size = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + size])["__metadata__"]
+    header = as_object(file[8 : 8 + size])["__metadata__"]
     digest = header["sha256"].encode()
     blank = file.replace(EMPTY_SEAL.replace(b"0" * 64, digest), EMPTY_SEAL, 1)
     if hashlib.sha256(blank).hexdigest().encode() != digest:

@@ -21,9 +21,9 @@ def as_settings(composed: DictConfig, kind: type[Settings]) -> Settings:
             adds), or a value that its dataclass refuses.
     """
     refuse_unknown(composed, "")
-    for key in sorted(OmegaConf.missing_keys(composed)):
-        raise ConfigurationError(f"{key} is not set; give it on the command line as {key}=…")
     try:
+        for key in sorted(OmegaConf.missing_keys(composed)):
+            raise ConfigurationError(f"{key} is not set; give it on the command line as {key}=…")
         settings = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigurationError(str(error).splitlines()[0]) from error

@@ -133,8 +133,11 @@ class RunFolder:
 
     def remove_scratch(self) -> None:
         """Remove files that a killed process was in the middle of writing."""
-        for path in (*self.path.glob(".*"), *self.checkpoint_file.parent.glob(".*")):
-            remove(path)
+        folders = [self.path, self.checkpoint_file.parent]
+        for folder in folders:
+            if not folder.is_symlink():
+                for path in folder.glob(".*"):
+                    remove(path)
 
     def forget_checkpoint(self) -> None:
         remove(self.checkpoint_file.parent)
