@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.bounds import SEEDS
+from experiments.bounds import MOST, SEEDS
 
 REQUIRED = ("run_id", "method", "seed", "metric")
 TEXTS = {"model": "unknown model", "data": "unknown data", "control": "none"}
@@ -154,7 +154,7 @@ def is_text(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     if type(value) is int:
-        return abs(value) <= LARGEST
+        return abs(value) <= MOST
     return type(value) is float and math.isfinite(value) and abs(value) <= LARGEST
 
 
