@@ -13,6 +13,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
     "constant": lambda done: 1.0,
 }
+FASTEST = 1e36
+"""Learning rates stay so far below the largest float32 that the optimizer's products fit too."""
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -77,12 +79,13 @@ class TrainingConfig:
             check_integer(f"training.{name}", getattr(self, name), 1)
         for name in ("validate_every", "generate_limit"):
             check_integer(f"training.{name}", getattr(self, name), 0, fix="0 means none")
-        check_number("training.learning_rate", self.learning_rate, above=0)
+        check_number("training.learning_rate", self.learning_rate, above=0, below=FASTEST)
         check_number(
-            "training.lora_plus_ratio", self.lora_plus_ratio, above=0, fix="1: A and B alike"
-        )
+            "training.lora_plus_ratio", self.lora_plus_ratio, above=0,
+            below=FASTEST / self.learning_rate, fix="1: A and B alike",
+        )  # fmt: skip
         check_number(
-            "training.head_learning_rate", self.head_learning_rate, above=0,
+            "training.head_learning_rate", self.head_learning_rate, above=0, below=FASTEST,
             null="the same as training.learning_rate",
         )  # fmt: skip
         check_number("training.weight_decay", self.weight_decay, least=0)

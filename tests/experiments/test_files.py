@@ -57,7 +57,8 @@ def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, killed_writer)
      (f".result.json-{host()}-1-0123abcd.tmp", 9e9, True),
      (".result.json-00000000-1-0123abcd.tmp", 60, True),
      (".result.json-00000000-1-0123abcd.tmp", 2 * 24 * 3600, False),
-     (".hidden", 9e9, True), ("result.json.tmp", 9e9, True), (".result.json-0123abcd.tmp", 9e9, True)],
+     (".hidden", 9e9, True), ("result.json.tmp", 9e9, True),
+     (".result.json-0123abcd.tmp", 9e9, True)],
 )  # fmt: skip
 def test_only_what_dead_writers_left_is_removed(tmp_path, name, age, stays):
     """Of another machine, whose processes are not known here, only what is a day old."""

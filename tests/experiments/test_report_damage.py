@@ -130,7 +130,7 @@ def test_a_value_of_another_type_is_named_and_the_page_is_drawn(
 def test_a_damaged_file_is_named_and_the_page_is_drawn(whole, tmp_path, monkeypatch, file):
     runs = tmp_path / "runs"
     shutil.copytree(whole, runs)
-    for number, (name, damage) in enumerate(BYTES.items()):
+    for number, damage in enumerate(BYTES.values()):
         damage(harmed(whole, runs, f"run-{number}") / file)
     # A folder of runs lists those that have a result; a sweep's manifest lists them all.
     entries = [{"folder": str(path), "status": "finished"} for path in sorted(runs.iterdir())]

@@ -39,6 +39,8 @@ WRONG = [
     *((name, value) for name in SHARES for value in (-0.1, 1.0, 2, NAN, INFINITE, "half")),
     *((name, value) for name in SEEDS for value in (2**64, 2**63, -(2**63) - 1, 1.5, None, True)),
     *((name, value) for name in SWITCHES for value in ("maybe", 2, None)),
+    *(("training.learning_rate", value) for value in (1e36, 1e39)),
+    ("training.lora_plus_ratio", 1e40),
     *(("training.weight_decay", value) for value in (-1, NAN, INFINITE)),
     *(("data.test_share", value) for value in (0, 1.0, -1, NAN, 0.95)),
     *(("runtime.threads", value) for value in (1025, 100_000)),
