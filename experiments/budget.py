@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from experiments.bounds import check_integer
 from experiments.errors import ConfigurationError
 from experiments.schedule import TrainingConfig
 from experiments.tasks import SeededBatches, Task
@@ -35,9 +36,7 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "trainable_parameters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"budget.{name}={value}; allowed are null and integers >= 1")
+            check_integer(f"budget.{name}", getattr(self, name), 1, null="no budget")
 
 
 def limit_steps(

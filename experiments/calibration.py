@@ -7,11 +7,11 @@ questions about the world for a model that is going to learn mathematics.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.data import Completion, Example
+from experiments.bounds import check_integer, check_path
+from experiments.data import Completion, Example, json_lines
 from experiments.errors import ConfigurationError, nearest
 
 
@@ -28,6 +28,11 @@ class CalibrationConfig:
     batch_size: int = 32
     path: str | None = None
     field: str = "question"
+
+    def __post_init__(self) -> None:
+        check_integer("calibration.samples", self.samples, 1)
+        check_integer("calibration.batch_size", self.batch_size, 1)
+        check_path("calibration.path", self.path, null="training examples")
 
     def contents(self) -> str:
         """A hash of the file: edited texts under an old path are another run."""
@@ -56,15 +61,14 @@ def texts_of(settings: CalibrationConfig, task_type: str) -> list[Example]:
             "set calibration.path=null"
         )
     examples: list[Example] = []
-    for number, line in enumerate(existing(settings).read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"calibration.path={settings.path!r}: line {number} is no JSON: {error}"
-            ) from error
+    try:
+        lines = list(json_lines.read_lines(existing(settings)))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"calibration.path={settings.path!r}: not readable as JSON lines: {error}; correct "
+            "the file"
+        ) from error
+    for number, row in lines:
         text = row.get(settings.field) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             known = list(row) if isinstance(row, dict) else []

@@ -5,10 +5,14 @@ generators' states as tensors, and everything else as JSON in the file's header.
 pickled. The base is not in it: a continued run initializes again, which gives the same factors and
 the same base on the same machine, and on another one the base follows the saved initial factors
 (`lora_init.checkpoints`).
+
+The header also holds a checksum of the whole file, and of the files of the run that a continued run
+keeps. A run whose files differ by a single bit starts over.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
@@ -20,14 +24,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from experiments.errors import RunFailed
-from experiments.runs import RunFolder, write_bytes
+from experiments.errors import DamagedFile, RunFailed
+from experiments.files import as_object, kind_of, read_regular
+from experiments.runs import RunFolder, read_metrics, write_bytes
 
-FORMAT = 1
+FORMAT = 2
+EMPTY_SEAL = b'"sha256":"' + b"0" * 64 + b'"'
+"""What the header holds in the place of the checksum while that is computed."""
 
 
 @dataclass
@@ -103,9 +110,21 @@ class Checkpoints:
     def restore(
         self, optimizer: torch.optim.Optimizer, schedule: Any, accelerator: Accelerator
     ) -> None:
-        """Set the optimizer, the schedule and the gradient scaler back to the saved step."""
+        """Set the optimizer, the schedule and the gradient scaler back to the saved step.
+
+        Raises:
+            DamagedFile: the checkpoint does not fit them.
+        """
         if self.saved is None:
             return
+        try:
+            self.restore_optimizer(optimizer, schedule, accelerator)
+        except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+            raise DamagedFile(self.folder.checkpoint_file, error) from error
+
+    def restore_optimizer(
+        self, optimizer: torch.optim.Optimizer, schedule: Any, accelerator: Accelerator
+    ) -> None:
         facts = self.saved.facts
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in self.saved.part("optimizer.").items():
@@ -122,8 +141,11 @@ class Checkpoints:
         found = self.saved.part(part) if self.saved else {}
         if not found:
             return  # begun now, or by fewer processes
-        facts = self.saved.facts["generators"][accelerator.process_index]
-        set_generators(found, facts, accelerator.device)
+        try:
+            facts = self.saved.facts["generators"][accelerator.process_index]
+            set_generators(found, facts, accelerator.device)
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
+            raise DamagedFile(self.folder.checkpoint_file, error) from error
 
     def step_done(
         self,
@@ -185,7 +207,8 @@ class Checkpoints:
             "format": FORMAT,
             "run_id": self.folder.id,
             "progress": asdict(self.progress),
-            "metrics_size": self.metrics_size(),
+            "metrics_size": (size := self.metrics_size()),
+            "files": checksums(self.folder, size),
             "param_groups": state["param_groups"],
             "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -193,22 +216,76 @@ class Checkpoints:
         }
         # Copies: safetensors takes no two tensors that share memory, as tied ones do.
         content = {k: v.detach().cpu().contiguous().clone() for k, v in content.items()}
-        header = {"training": json.dumps(described)}
-        write_bytes(self.folder.checkpoint_file, save(content, header))
+        header = {"training": json.dumps(described), "sha256": "0" * 64}
+        write_bytes(self.folder.checkpoint_file, sealed(save(content, header)))
 
 
 def read_checkpoint(folder: RunFolder) -> Saved | None:
-    """The run's checkpoint, if there is one that can be gone on from."""
+    """The run's checkpoint; None where there is none.
+
+    Raises:
+        DamagedFile: it, or a file of the run that belongs to it, cannot be gone on from.
+    """
+    path = folder.checkpoint_file
     try:
-        with safe_open(folder.checkpoint_file, "pt") as file:
-            facts = json.loads((file.metadata() or {})["training"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        enough = folder.metrics_file.stat().st_size >= facts["metrics_size"]
-        enough &= folder.init_file.exists()
-        fits = (facts["format"], facts["run_id"]) == (FORMAT, folder.id)
-        return Saved(tensors, facts) if enough and fits else None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        if kind_of(folder.path) != "a folder":
+            raise DamagedFile(folder.path, f"it is {kind_of(folder.path)}, not a folder")
+        if kind_of(path.parent) != "a folder":
+            raise DamagedFile(path.parent, f"it is {kind_of(path.parent)}, not a folder")
+        saved = parsed(read_regular(path, links=False))
+        if saved.facts["run_id"] != folder.id:
+            raise ValueError("it is another run's")
+        recorded, size = saved.facts["files"], saved.metrics_size
+    except FileNotFoundError:
         return None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(path, error) from error
+    for name, digest in checksums(folder, size).items():
+        if recorded.get(name) != digest:
+            raise DamagedFile(folder.path / name, "it is not what the checkpoint was made with")
+    read_metrics(folder.metrics_file, size)
+    return saved
+
+
+def checksums(folder: RunFolder, metrics_size: int) -> dict[str, str | None]:
+    """By name, the SHA-256 of each file that a continued run keeps; None where one is missing."""
+    found: dict[str, str | None] = {}
+    for path in (folder.metrics_file, folder.init_file, folder.spectra_file):
+        try:
+            content = read_regular(path, links=False)
+        except FileNotFoundError:
+            found[path.name] = None
+            continue
+        except (OSError, ValueError) as error:
+            raise DamagedFile(path, error) from error
+        if path == folder.metrics_file:
+            content = content[:metrics_size]
+        found[path.name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def sealed(file: bytes) -> bytes:
+    """The file with its checksum in the header, computed while that place holds zeros."""
+    digest = hashlib.sha256(file).hexdigest().encode()
+    return file.replace(EMPTY_SEAL, EMPTY_SEAL.replace(b"0" * 64, digest), 1)
+
+
+def parsed(file: bytes) -> Saved:
+    """What a checkpoint file holds.
+
+    Raises:
+        ValueError, KeyError, TypeError, SafetensorError: it is damaged.
+    """
+    size = int.from_bytes(file[:8], "little")
+    header = as_object(file[8 : 8 + size])["__metadata__"]
+    digest = header["sha256"].encode()
+    blank = file.replace(EMPTY_SEAL.replace(b"0" * 64, digest), EMPTY_SEAL, 1)
+    if hashlib.sha256(blank).hexdigest().encode() != digest:
+        raise ValueError("its checksum is wrong")
+    facts = json.loads(header["training"])
+    if facts["format"] != FORMAT:
+        raise ValueError(f"its format is {facts['format']}, and this version reads {FORMAT}")
+    return Saved(load(file), facts)
 
 
 def get_generators(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,9 +13,9 @@ import calendar
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -26,12 +26,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from experiments.console import say
-from experiments.errors import RunElsewhere
+from experiments.errors import ConfigurationError, RunElsewhere
+from experiments.files import kind_of, read_object, remove
 from experiments.runs import RunFolder, write_json
 
 HEARTBEAT = 10.0
 STALE = 120.0
 POLL = 0.5
+REMOVALS = 1000
+"""So often a lock's folder may vanish while the lock is made, before that is an error."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """What a file system answers that has no locks at all: heartbeats alone have to do there."""
 CLOCK = "%Y-%m-%dT%H:%M:%SZ"
@@ -57,7 +60,8 @@ class Claim:
     def begin(self) -> None:
         """The folder is ready: tell of the work in it, again and again."""
         write_json(self.folder.running_file, {**self.facts, "updated": now()})
-        self.thread.start()
+        if self.thread.ident is None:
+            self.thread.start()
 
     def reached(self, step: int, steps: int) -> None:
         """Steps done and planned (fewer where a budget ends first), for the next heartbeat."""
@@ -107,7 +111,7 @@ def claim(
         mine.end()
         if held is not None:
             if not interrupted:
-                folder.running_file.unlink(missing_ok=True)
+                remove(folder.running_file)
             release(folder, held)
 
 
@@ -129,12 +133,14 @@ def acquire(folder: RunFolder, wait: bool) -> int:
 
 
 def lock(path: Path) -> int | None:
-    """Lock the file, made if there is none; None if another process holds it for a while."""
+    """Lock the file, made if there is none; None if another process holds it for a while.
+
+    Raises:
+        ConfigurationError: something else stands in the file's place, or it cannot be made.
+    """
     tries = 0
     while tries < 3:  # `is_held` of another process may be looking at this instant
         descriptor = open_lock(path)
-        if descriptor is None:
-            continue
         if try_lock(descriptor):
             # Its last holder removes the file: a lock on the removed one would keep nobody out.
             with contextlib.suppress(FileNotFoundError):
@@ -146,17 +152,43 @@ def lock(path: Path) -> int | None:
     return None
 
 
-def open_lock(path: Path) -> int | None:
-    """The file, opened; None where its folder was removed, being empty, in the same instant."""
+def open_lock(path: Path) -> int:
+    """The file, opened. Another process may remove its folder, being empty, in the same instant.
+
+    Raises:
+        ConfigurationError: it cannot be made.
+    """
+    for attempt in range(REMOVALS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open_regular(path, os.O_RDWR | os.O_CREAT)
+        except (FileNotFoundError, FileExistsError) as error:
+            if attempt + 1 == REMOVALS or path.parent.is_symlink() or path.parent.is_file():
+                raise ConfigurationError(f"{path} cannot be made ({error})") from error
+        except OSError as error:
+            raise ConfigurationError(f"{path} cannot be opened ({error})") from error
+    raise AssertionError
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A descriptor of the file itself: never of what a link leads to, never waiting for a pipe.
+
+    Raises:
+        ConfigurationError: a link, a folder or a pipe has its name.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError:
-        return None
-    except FileExistsError:
-        if path.parent.is_file():
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-        return None
+        descriptor = None
+    if descriptor is None or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if descriptor is not None:
+            os.close(descriptor)
+        raise ConfigurationError(
+            f"{path} is {kind_of(path)}, and a lock must be a file. Remove it."
+        )
+    return descriptor
 
 
 def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
@@ -182,8 +214,8 @@ def is_held(folder: RunFolder) -> bool:
     """Whether a process works on the run at this moment."""
     try:
         # Shared, for which reading is enough: the run may be another user's.
-        descriptor = os.open(folder.lock_file, os.O_RDONLY)
-    except FileNotFoundError:
+        descriptor = open_regular(folder.lock_file, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError, ConfigurationError):
         return beats_elsewhere(folder)
     try:
         return not try_lock(descriptor, fcntl.LOCK_SH) or beats_elsewhere(folder)
@@ -197,12 +229,18 @@ def wait_until_free(folder: RunFolder) -> None:
 
 
 def heartbeat(folder: RunFolder) -> dict[str, Any] | None:
-    """What `running.json` holds, and `age`, the seconds since it was written; None without one."""
+    """What `running.json` holds, and `age`, the seconds since it was written; None without one, or
+    where it is damaged."""
     try:
-        facts = json.loads(folder.running_file.read_text())
-        return {**facts, "age": max(time.time() - seconds(facts["updated"]), 0.0)}
+        facts = read_object(folder.running_file)
+        age = time.time() - seconds(facts["updated"])
+        numbers = [facts["pid"], facts["step"], facts["steps"]]
+        if not isinstance(facts["host"], str) or any(type(n) is not int for n in numbers):
+            return None
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    # Clocks differ a little. What comes from further ahead is damage, and would never be too old.
+    return None if age < -STALE else {**facts, "age": max(age, 0.0)}
 
 
 def beats_elsewhere(folder: RunFolder) -> bool:

@@ -8,7 +8,6 @@ party's method has one as soon as its package is installed.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
@@ -17,6 +16,14 @@ from omegaconf import II, MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import data, models
+from experiments.bounds import (
+    check_choice,
+    check_integer,
+    check_names,
+    check_number,
+    check_seed,
+    check_switches,
+)
 from experiments.budget import BudgetConfig
 from experiments.calibration import CalibrationConfig
 from experiments.controls import check_control
@@ -24,6 +31,7 @@ from experiments.data import DataConfig
 from experiments.launching import register_launchers
 from experiments.measures import MeasuresConfig
 from experiments.models import ModelConfig
+from experiments.names import check_name, check_outputs, sweep_path
 from experiments.protocol.settings import ProtocolConfig
 from experiments.resolving import as_settings
 from experiments.schedule import TrainingConfig, steps_of
@@ -58,6 +66,20 @@ class LoraSettings:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_integer("lora.r", self.r, 1)
+        check_number("lora.lora_alpha", self.lora_alpha, above=0)
+        check_number("lora.lora_dropout", self.lora_dropout, least=0, below=1)
+        layers = 'Give the names of layers, such as [q_proj,v_proj], or "all-linear"'
+        check_names("lora.target_modules", self.target_modules, null="the model's own", fix=layers)
+        for name in ("exclude_modules", "layers_pattern", "modules_to_save"):
+            check_names(f"lora.{name}", getattr(self, name), null="none")
+        check_switches("lora.", self, "use_rslora", "use_dora", "lora_bias")
+        for name, rank in self.rank_pattern.items():
+            check_integer(f"lora.rank_pattern.{name}", rank, 1)
+        for name, alpha in self.alpha_pattern.items():
+            check_number(f"lora.alpha_pattern.{name}", alpha, above=0)
+
 
 @dataclass
 class Seeds:
@@ -67,6 +89,10 @@ class Seeds:
     data: int = II("seed")
     calibration: int = II("seed")
     head: int = II("seed")
+
+
+MOST_THREADS = 1024
+"""Some machines end a process that starts many thousands."""
 
 
 @dataclass
@@ -103,23 +129,20 @@ class Runtime:
     calibration_gib: float | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "checkpoint_minutes",
-            "checkpoint_every",
-            "time_limit_minutes",
-            "micro_batch_size",
-            "calibration_gib",
-        ):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"runtime.{name}={value}; allowed are numbers > 0, and null for none"
-                )
-        if self.device not in ("auto", "cpu"):
-            raise ValueError(
-                f"runtime.device={self.device!r}; allowed are auto and cpu (which accelerator: "
-                "CUDA_VISIBLE_DEVICES; several: `accelerate launch -m experiments.train …`)"
-            )
+        for name in ("checkpoint_every", "micro_batch_size"):
+            check_integer(f"runtime.{name}", getattr(self, name), 1, null="none")
+        for name in ("checkpoint_minutes", "time_limit_minutes", "calibration_gib"):
+            check_number(f"runtime.{name}", getattr(self, name), above=0, null="none")
+        check_integer(
+            "runtime.threads", self.threads, 1, MOST_THREADS, null="torch chooses",
+            fix="More threads than cores make a run slower",
+        )  # fmt: skip
+        check_switches("runtime.", self, "rerun", "cache", "gradient_checkpointing")
+        check_choice(
+            "runtime.device", self.device, ("auto", "cpu"),
+            fix="CUDA_VISIBLE_DEVICES chooses an accelerator, and `accelerate launch -m "
+            "experiments.train …` uses several",
+        )  # fmt: skip
 
 
 @dataclass
@@ -127,6 +150,9 @@ class Paths:
     """Where results go: runs to `<outputs>/runs`, manifests of sweeps to `<outputs>/sweeps`."""
 
     outputs: str = "outputs"
+
+    def __post_init__(self) -> None:
+        check_outputs(self.outputs)
 
 
 @dataclass
@@ -156,6 +182,13 @@ class RunConfig:
     runtime: Runtime = field(default_factory=Runtime)
     paths: Paths = field(default_factory=Paths)
 
+    def __post_init__(self) -> None:
+        check_name("sweep", self.sweep)
+        check_seed("seed", self.seed)
+        for source in fields(Seeds):
+            check_seed(f"seeds.{source.name}", getattr(self.seeds, source.name))
+        check_switches("", self, "read_test")
+
 
 def init_schema(method: Initializer) -> type:
     """A dataclass of a method's name and options, for OmegaConf to check YAML against."""
@@ -183,6 +216,9 @@ def register_schemas() -> None:
     """Put every schema into Hydra's ConfigStore, under `schema/` in its group."""
     register_launchers()
     OmegaConf.register_new_resolver("steps_of", steps_of, replace=True)
+    OmegaConf.register_new_resolver(
+        "sweep_path", lambda outputs, sweep: str(sweep_path(outputs, sweep)), replace=True
+    )
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for method in list_initializers():

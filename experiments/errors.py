@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 
 class ConfigurationError(ValueError):
@@ -26,6 +27,14 @@ class RunFailed(RuntimeError):
     def __reduce__(self) -> tuple:
         """Launchers send it from process to process."""
         return partial(type(self), reason=self.reason, **self.facts), self.args
+
+
+class DamagedFile(RuntimeError):
+    """A file in a run's folder that the run cannot go on with; it is replaced."""
+
+    def __init__(self, path: Path, reason: object) -> None:
+        super().__init__(f"{path} is damaged ({reason})")
+        self.path = path
 
 
 class RunElsewhere(RuntimeError):

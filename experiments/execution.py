@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +16,17 @@ from experiments.checkpoints import Checkpoints
 from experiments.claims import Claim, claim
 from experiments.config import RunConfig
 from experiments.console import say, training_bar
-from experiments.continuing import already_finished, prepare_folder, restore_adapter
+from experiments.continuing import (
+    already_finished,
+    prepare_folder,
+    read_first_start,
+    restore_adapter,
+    tell_damage,
+)
 from experiments.controls import control_of
 from experiments.data import Splits, load_data
 from experiments.environment import describe_environment
+from experiments.errors import DamagedFile
 from experiments.evaluation import evaluate
 from experiments.failures import record_failure, refuse_to_diverge_again
 from experiments.held_out import (
@@ -32,10 +39,11 @@ from experiments.held_out import (
 )
 from experiments.initializing import base_again, initialize
 from experiments.models import LoadedModel, checkpoint_activations, load_model
+from experiments.outputs import open_outputs
 from experiments.recording import recording
 from experiments.runs import RunFolder, identify, write_json
 from experiments.tasks import Evaluation, Task, make_task
-from experiments.training import TrainingSummary, make_accelerator, train
+from experiments.training import TrainingSummary, make_accelerator, refuse_divergence, train
 
 
 def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
@@ -52,6 +60,7 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
     folder = identify(run)
     if (done := already_finished(run, folder)) is not None:
         return done
+    open_outputs(Path(run.paths.outputs), folder.path.parent, folder.path)
     if run.runtime.threads is not None:
         torch.set_num_threads(run.runtime.threads)
     accelerator = make_accelerator(run.training, run.runtime.device)
@@ -59,11 +68,19 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
         if (done := already_finished(run, folder)) is not None:
             return done  # by the process that held it before
         if not run.runtime.rerun and (waiting := folder.finished()) is not None:
-            return read_test_set(run, folder, waiting, accelerator)
+            try:
+                return read_test_set(run, folder, waiting, accelerator)
+            except DamagedFile as damage:
+                tell_damage(damage)
         if not run.runtime.rerun:
             refuse_to_diverge_again(folder)
         try:
-            return carry_out(run, folder, accelerator, claimed)
+            try:
+                return carry_out(run, folder, accelerator, claimed)
+            except DamagedFile as damage:  # raised before the first step of this process
+                tell_damage(damage)
+                folder.forget_checkpoint()
+                return carry_out(run, folder, accelerator, claimed)
         except Exception as error:
             if accelerator.is_main_process:
                 record_failure(folder, error)
@@ -94,10 +111,10 @@ def carry_out(
     model, init, originals = initialize(run, data, task, loaded, accelerator.device)
     saved = restore_adapter(saved, model)
     if saved is not None:
-        init = json.loads(folder.init_file.read_text())  # of the first start
+        init = read_first_start(folder)
     elif main:
         write_json(folder.init_file, init)
-        write_json(folder.path / "spectra.json", measures.describe_spectra(model, originals))
+        write_json(folder.spectra_file, measures.describe_spectra(model, originals))
 
     keep = saved.metrics_size if saved else 0
     with (
@@ -110,6 +127,8 @@ def carry_out(
             if data.validation:
                 validation = evaluate(model, task, data.validation, settings, accelerator)
                 record({"step": step, "split": "validation", **validation.metrics})
+                loss = validation.metrics["loss"]
+                refuse_divergence("the validation loss", loss, step, settings)
 
         def advance(step: int, loss: float) -> None:
             claimed.reached(step, settings.steps)
@@ -144,10 +163,13 @@ def carry_out(
         test = evaluate(model, task, data.test, settings, accelerator) if run.read_test else None
         if test is not None:
             record({"step": summary.steps, "split": "test", **test.metrics})
+            refuse_divergence("the test loss", test.metrics["loss"], summary.steps, settings)
         if not settings.validate_at_end:
             validation = None  # of an earlier step: not of the model that is saved
         elif validation is None and data.validation:  # gone on with after its last step
             validation = evaluate(model, task, data.validation, settings, accelerator)
+            loss = validation.metrics["loss"]
+            refuse_divergence("the validation loss", loss, summary.steps, settings)
 
     held_out = {**validation_fields(task, validation), **test_fields(task, data, test)}
     result = describe_result(run, folder, data, task, loaded, init, summary, held_out)

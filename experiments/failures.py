@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from experiments.console import say
 from experiments.errors import ConfigurationError, RunFailed
+from experiments.files import read_object
 from experiments.runs import RunFolder, write_json
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,17 +68,18 @@ def record_failure(folder: RunFolder, error: Exception) -> None:
     try:
         folder.remove_scratch()
         write_json(folder.failed_file, failure)
-    except OSError as second:
+    except (OSError, ConfigurationError) as second:
         say(f"  cannot write {folder.failed_file}: {second}", style="red")
 
 
 def read_failure(folder: RunFolder) -> dict[str, Any] | None:
     """What `failed.json` holds, if it is this run's."""
     try:
-        failure = json.loads(folder.failed_file.read_text())
+        failure = read_object(folder.failed_file)
     except (OSError, ValueError):
         return None
-    return failure if isinstance(failure, dict) and failure.get("run_id") == folder.id else None
+    known = failure.get("run_id") == folder.id and isinstance(failure.get("reason"), str)
+    return failure if known else None
 
 
 def refuse_to_diverge_again(folder: RunFolder) -> None:
@@ -90,4 +91,4 @@ def refuse_to_diverge_again(folder: RunFolder) -> None:
     failure = read_failure(folder)
     if failure is not None and failure.get("reason") == "diverged":
         again = "it did so before and is not repeated (runtime.rerun=true does)"
-        raise RunFailed(f"{failure['message']}; {again}", reason="diverged")
+        raise RunFailed(f"{failure.get('message')}; {again}", reason="diverged")

@@ -8,22 +8,24 @@ saved adapter is loaded and scored.
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from experiments.config import RunConfig
 from experiments.console import say
 from experiments.data import Splits, load_data
-from experiments.errors import ConfigurationError
+from experiments.errors import ConfigurationError, DamagedFile
 from experiments.evaluation import evaluate
 from experiments.initializing import placed
 from experiments.models import load_model
 from experiments.recording import recording
-from experiments.runs import RunFolder, write_json, write_text
+from experiments.runs import RunFolder, read_metrics, write_bytes, write_json, write_text
 from experiments.tasks import Evaluation, Task, make_task
 from lora_init import LoraModel
 
@@ -36,6 +38,11 @@ def refuse_unscorable(run: RunConfig, data: Splits) -> None:
             put off whose adapter will not be there.
     """
     settings = run.training
+    if data.task_type == "CAUSAL_LM" and settings.generate_limit == 0:
+        raise ConfigurationError(
+            "training.generate_limit=0 is not supported for language models: must be an integer "
+            ">= 1. The score is the share of right answers, and none would be generated."
+        )
     if settings.validate_every and not data.validation:
         raise ConfigurationError(
             "training.validate_every is set, and the validation split is empty; raise "
@@ -91,7 +98,9 @@ def write_predictions(folder: RunFolder, test: Evaluation) -> None:
     `answers.jsonl`, where answers are generated: what was said, to hold the judge against, and
     whether the model came to its end.
     """
-    np.savez(folder.path / "predictions.npz", id=test.ids, correct=test.correct, score=test.score)
+    archive = io.BytesIO()
+    np.savez(archive, id=test.ids, correct=test.correct, score=test.score)
+    write_bytes(folder.path / "predictions.npz", archive.getvalue())
     if test.said is not None:
         lines = [
             json.dumps({"id": number, "correct": right, "ended": said.ended, "said": said.text})
@@ -104,9 +113,14 @@ def write_predictions(folder: RunFolder, test: Evaluation) -> None:
 
 def outcome(result: dict[str, Any]) -> str:
     """The result in a few words."""
+    metric = result.get("metric", "score")
     if result["tested"]:
-        return f"{result['metric']} {result['score']:.4f}"
-    return f"validation {result['metric']} {result['validation_score']:.4f}, test set unread"
+        return f"{metric} {told(result.get('score'))}"
+    return f"validation {metric} {told(result.get('validation_score'))}, test set unread"
+
+
+def told(score: float | None) -> str:
+    return "not known" if score is None else f"{score:.4f}"
 
 
 def read_test_set(
@@ -117,19 +131,26 @@ def read_test_set(
     The figures are those of a run tested at once, up to the rounding of the rebuilt base.
 
     Raises:
-        FileNotFoundError, ValueError: its adapter is gone, damaged, or another base's.
+        DamagedFile: its adapter or its metrics are gone, damaged, or another base's.
     """
     started = time.monotonic()
+    kept = size_before_test(folder)
     data = load_data(run.data)
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
-    model = LoraModel.from_pretrained(
-        placed(loaded, accelerator.device),
-        folder.path / "adapter",
-        is_trainable=False,
-        original_weights=loaded.original_weights,
-    )
+    base = placed(loaded, accelerator.device)
+    try:
+        model = LoraModel.from_pretrained(
+            base,
+            folder.path / "adapter",
+            is_trainable=False,
+            original_weights=loaded.original_weights,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds, by what is wrong with its files
+        raise DamagedFile(folder.path / "adapter", error) from error
     task = make_task(data.task_type, loaded.tokenizer, run.training, data.judge)
     test = evaluate(model, task, data.test, run.training, accelerator)
     completed = {
@@ -140,7 +161,7 @@ def read_test_set(
     }
     if accelerator.is_main_process:
         write_predictions(folder, test)
-        with recording(run, folder, True, size_before_test(folder)) as (record, _):
+        with recording(run, folder, True, kept) as (record, _):
             record({"step": result["steps"], "split": "test", **test.metrics})
         write_json(folder.result_file, completed)
         say(f"  {task.metric} {completed['score']:.4f} on the test set -> {folder.path}")
@@ -149,6 +170,16 @@ def read_test_set(
 
 
 def size_before_test(folder: RunFolder) -> int:
-    """Bytes of metrics.jsonl without the rows of a test that was broken off."""
-    lines = folder.metrics_file.read_bytes().splitlines(keepends=True)
-    return sum(len(line) for line in lines if json.loads(line)["split"] != "test")
+    """Bytes of metrics.jsonl without the rows of a test that was broken off, which come last.
+
+    Raises:
+        DamagedFile: it holds no such rows.
+    """
+    size = 0
+    rows = read_metrics(folder.metrics_file)
+    lines = [line for line in folder.metrics_file.read_bytes().split(b"\n") if line]
+    for line, row in zip(lines, rows, strict=True):
+        if row["split"] == "test":
+            break
+        size += len(line) + 1
+    return size

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.errors import ConfigurationError
+from experiments.errors import ConfigurationError, nearest
 
 Settings = TypeVar("Settings")
 
@@ -16,11 +17,13 @@ def as_settings(composed: DictConfig, kind: type[Settings]) -> Settings:
     """The composition as `kind`, the dataclass that its schema was made of, or a subclass.
 
     Raises:
-        ConfigurationError: a mandatory setting left out, or a value that its dataclass refuses.
+        ConfigurationError: a mandatory setting left out, one that does not exist (which Hydra's "+"
+            adds), or a value that its dataclass refuses.
     """
-    for key in sorted(OmegaConf.missing_keys(composed)):
-        raise ConfigurationError(f"{key} is not set; give it on the command line as {key}=…")
+    refuse_unknown(composed, "")
     try:
+        for key in sorted(OmegaConf.missing_keys(composed)):
+            raise ConfigurationError(f"{key} is not set; give it on the command line as {key}=…")
         settings = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigurationError(str(error).splitlines()[0]) from error
@@ -28,3 +31,24 @@ def as_settings(composed: DictConfig, kind: type[Settings]) -> Settings:
         raise ConfigurationError(str(error)) from error
     assert isinstance(settings, kind)
     return settings
+
+
+def refuse_unknown(node: DictConfig, prefix: str) -> None:
+    """Refuse settings that no dataclass has: nothing would read them.
+
+    Raises:
+        ConfigurationError: it names the first one and the nearest known one.
+    """
+    kind = OmegaConf.get_type(node)
+    known = [field.name for field in fields(kind)] if is_dataclass(kind) else None
+    for key in node:
+        if known is not None and key not in known:
+            hint = nearest(str(key), known)
+            raise ConfigurationError(
+                f"{prefix}{key} is not a setting: {hint}must be one of {', '.join(known)}. Leave "
+                "it out, or correct its name."
+            )
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            value = node[key]
+            if isinstance(value, DictConfig):
+                refuse_unknown(value, f"{prefix}{key}.")

@@ -13,14 +13,15 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from experiments.config import RunConfig
+from experiments.errors import DamagedFile
+from experiments.files import as_object, read_object, read_regular, remove, scratch_path
 
+LONGEST_PART = 60
 OUTSIDE_IDENTITY = ("paths", "tracking", "runtime", "measures", "sweep", "read_test")
 
 CAME_LATER: dict[str, dict[str, Any]] = {
@@ -55,6 +56,18 @@ class RunFolder:
         return self.path / "init.json"
 
     @property
+    def spectra_file(self) -> Path:
+        return self.path / "spectra.json"
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -70,29 +83,64 @@ class RunFolder:
     def finished(self) -> dict[str, Any] | None:
         """The result if the run is complete, else None."""
         try:
-            result = json.loads(self.result_file.read_text())
+            result = read_object(self.result_file)
+            self.check_result(result)
         except (OSError, ValueError):
             return None
-        complete = (
-            isinstance(result, dict)
-            and result.get("run_id") == self.id
-            and result.get("status") == "finished"
-        )
-        return result if complete else None
+        return result
+
+    def check_result(self, result: dict[str, Any]) -> None:
+        """Refuse a result that is not this run's, or that lacks what is read from it.
+
+        Raises:
+            ValueError: it says why.
+        """
+        if result.get("run_id") != self.id or result.get("status") != "finished":
+            raise ValueError("it is not the result of this run")
+        tested = result.setdefault("tested", result.get("score") is not None)  # older ones lack it
+        if type(tested) is not bool:
+            raise ValueError(f"tested must be true or false, not {tested!r}")
+        for name in ("score", "validation_score"):
+            value = result.get(name)
+            needed = tested and name == "score" and name in result
+            if type(value) not in (int, float) and (needed or value is not None):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+
+    def damage(self) -> DamagedFile | None:
+        """What is wrong with a result that is there and does not count."""
+        try:
+            self.check_result(read_object(self.result_file))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return DamagedFile(self.result_file, error)
+        return None
 
     def start_over(self) -> None:
-        """Leave an empty folder, whatever a killed or failed run left in it."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        """Leave an empty folder, whatever a killed or failed run left in it.
+
+        Raises:
+            ConfigurationError: what is there cannot be removed.
+        """
+        remove(self.path)
         self.path.mkdir(parents=True)
+
+    def keep(self, *names: str) -> None:
+        """Remove everything but these: a killed process may have left it incomplete."""
+        for path in self.path.iterdir():
+            if path.name not in names:
+                remove(path)
 
     def remove_scratch(self) -> None:
         """Remove files that a killed process was in the middle of writing."""
-        for path in (*self.path.glob(".*"), *self.checkpoint_file.parent.glob(".*")):
-            path.unlink(missing_ok=True)
+        folders = [self.path, self.checkpoint_file.parent]
+        for folder in folders:
+            if not folder.is_symlink():
+                for path in folder.glob(".*"):
+                    remove(path)
 
     def forget_checkpoint(self) -> None:
-        shutil.rmtree(self.checkpoint_file.parent, ignore_errors=True)
+        remove(self.checkpoint_file.parent)
 
 
 def identify(run: RunConfig) -> RunFolder:
@@ -115,8 +163,13 @@ def identify(run: RunConfig) -> RunFolder:
     text = json.dumps(identity, sort_keys=True)
     run_id = hashlib.sha256(text.encode()).hexdigest()[:10]
     parts = [run.init.name, run.model.name, run.data.name, f"s{run.seed}", run_id]
-    name = "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+    name = "-".join(shortened(re.sub(r"[^\w.]+", "_", part)) for part in parts)
     return RunFolder(run_id, Path(run.paths.outputs) / "runs" / name)
+
+
+def shortened(part: str) -> str:
+    """A part of a folder's name. All of them fit into what file systems hold, 255 bytes."""
+    return part.encode()[:LONGEST_PART].decode(errors="ignore")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -132,16 +185,15 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Temporary file, fsync, rename: no reader and no crash ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    scratch = scratch_path(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with scratch.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide results from other users
         os.replace(scratch, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 
@@ -160,12 +212,15 @@ class MetricsFile:
     Attributes:
         earlier: the rows of the first `keep` bytes, which a continued run keeps; what follows them
             came after its checkpoint, and is cut off.
+
+    Raises:
+        DamagedFile: there are no such rows in it.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
+        self.earlier = read_metrics(path, keep) if keep else []
         self.file: TextIO = path.open("a")
         self.file.truncate(keep)
-        self.earlier = [json.loads(line) for line in path.read_text().splitlines()]
 
     @property
     def size(self) -> int:
@@ -182,3 +237,20 @@ class MetricsFile:
 
     def __exit__(self, *exception: object) -> None:
         self.file.close()
+
+
+def read_metrics(path: Path, size: int | None = None) -> list[dict[str, Any]]:
+    """The rows of the first `size` bytes (None: of all) of a `metrics.jsonl`.
+
+    Raises:
+        DamagedFile: it is not a file of so many bytes, or a line is not a row with step and split.
+    """
+    try:
+        lines = read_regular(path, links=False)[:size].split(b"\n")
+        rows = [as_object(line) for line in lines if line]
+        for number, row in enumerate(rows, start=1):
+            if type(row.get("step")) is not int or not isinstance(row.get("split"), str):
+                raise ValueError(f"row {number} has no step or no split")
+    except (OSError, ValueError) as error:
+        raise DamagedFile(path, error) from error
+    return rows

@@ -6,11 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from experiments.bounds import check_choice, check_integer, check_number, check_switches
+
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
     "constant": lambda done: 1.0,
 }
+FASTEST = 1e36
+"""Learning rates stay so far below the largest float32 that the optimizer's products fit too."""
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -19,7 +23,13 @@ def steps_of(epochs: float, examples: int, batch_size: int) -> int:
 
     For configurations: `steps: ${steps_of:3,${data.train_limit},${training.batch_size}}`. The
     number is known before anything is loaded, and belongs to the run's identity.
+
+    Raises:
+        ConfigurationError: a number out of range.
     """
+    check_number("steps_of: epochs", epochs, above=0)
+    check_integer("steps_of: examples", examples, 1)
+    check_integer("steps_of: batch size", batch_size, 1)
     return max(1, math.ceil(epochs * examples / batch_size))
 
 
@@ -66,30 +76,27 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "max_length", "eval_batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"training.{name}={getattr(self, name)}; allowed are integers >= 1"
-                )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(
-                f"training.learning_rate={self.learning_rate}; allowed are finite numbers > 0"
-            )
-        if not (math.isfinite(self.lora_plus_ratio) and self.lora_plus_ratio > 0):
-            raise ValueError(
-                f"training.lora_plus_ratio={self.lora_plus_ratio}; allowed are finite numbers > 0 "
-                "(1: A and B at the same rate)"
-            )
-        if not 0.0 <= self.warmup < 1.0:
-            raise ValueError(f"training.warmup={self.warmup}; allowed are shares 0.0 <= x < 1.0")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"training.schedule={self.schedule!r}; allowed are {', '.join(SCHEDULES)}"
-            )
-        if self.mixed_precision not in PRECISIONS:
-            raise ValueError(
-                f"training.mixed_precision={self.mixed_precision!r}; allowed are "
-                f"{', '.join(PRECISIONS)}"
-            )
+            check_integer(f"training.{name}", getattr(self, name), 1)
+        for name in ("validate_every", "generate_limit"):
+            check_integer(f"training.{name}", getattr(self, name), 0, fix="0 means none")
+        check_number("training.learning_rate", self.learning_rate, above=0, below=FASTEST)
+        check_number(
+            "training.lora_plus_ratio", self.lora_plus_ratio, above=0,
+            below=FASTEST / self.learning_rate, fix="1: A and B alike",
+        )  # fmt: skip
+        check_number(
+            "training.head_learning_rate", self.head_learning_rate, above=0, below=FASTEST,
+            null="the same as training.learning_rate",
+        )  # fmt: skip
+        check_number("training.weight_decay", self.weight_decay, least=0)
+        check_number("training.warmup", self.warmup, least=0, below=1)
+        check_number(
+            "training.max_grad_norm", self.max_grad_norm, above=0, null="gradients are not clipped"
+        )
+        check_choice("training.schedule", self.schedule, SCHEDULES)
+        check_choice("training.mixed_precision", self.mixed_precision, PRECISIONS)
+        switches = ("validate_at_start", "validate_at_end", "save_adapter")
+        check_switches("training.", self, *switches)
 
 
 def learning_rate_factor(step: int, settings: TrainingConfig) -> float:

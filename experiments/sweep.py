@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,20 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.claims import try_lock
+from experiments.claims import open_regular, try_lock
 from experiments.composition import run_of
 from experiments.errors import ConfigurationError
+from experiments.files import kind_of, remove
+from experiments.job_files import read_jobs, remove_damaged, sweep_facts
+from experiments.names import sweep_path
+from experiments.outputs import open_outputs
 from experiments.returning import finish_sweep
 from experiments.runs import RunFolder, identify, write_json
 from experiments.states import state_of
+
+LOCKS = (".lock", ".at_work")
+WRITTEN = (*LOCKS, "jobs", "multirun.yaml", "optimization_results.yaml")
+"""What is written in place in a sweep's folder, by Hydra too; the other files are replaced."""
 
 
 class Manifest(Callback):
@@ -49,16 +56,25 @@ class Manifest(Callback):
         self.presence: int | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = sweep_folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Begin the list.
+
+        Raises:
+            SystemExit: the sweep's folder cannot be written, or would lie outside `paths.outputs`.
+        """
+        try:
+            self.begin(config, open_sweep(config))
+        except ConfigurationError as error:
+            raise SystemExit(str(error)) from error  # Hydra turns other errors into warnings
+
+    def begin(self, config: DictConfig, folder: Path) -> None:
         planned = planned_jobs(config)
         with FileLock(folder / ".lock"):
             # Held, shared, as long as this process lives: who can have it alone is alone.
-            self.presence = os.open(folder / ".at_work", os.O_RDWR | os.O_CREAT, 0o644)
+            self.presence = open_regular(folder / ".at_work", os.O_RDWR | os.O_CREAT)
             if try_lock(self.presence):
-                shutil.rmtree(folder / "jobs", ignore_errors=True)
+                remove(folder / "jobs")
             elif planned is not None:
-                known = json.loads((folder / "sweep.json").read_text()).get("planned") or []
+                known = sweep_facts(folder)["planned"] or []
                 planned = known + [job for job in planned if job not in known]
             fcntl.flock(self.presence, fcntl.LOCK_SH)
             facts = {
@@ -136,20 +152,46 @@ def reload(config: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def sweep_folder(config: DictConfig) -> Path:
-    return Path(config.paths.outputs) / "sweeps" / config.sweep
+    """The folder of the sweep.
+
+    Raises:
+        ConfigurationError: its name is not that of one folder below `paths.outputs`.
+    """
+    return sweep_path(config.paths.outputs, config.sweep)
+
+
+def open_sweep(config: DictConfig) -> Path:
+    """The folder of the sweep, made and found to be writable.
+
+    Raises:
+        ConfigurationError: it cannot be written, or a link leads from it out of `paths.outputs`.
+    """
+    folder = sweep_folder(config)
+    written = [folder, *(folder / name for name in WRITTEN)]
+    open_outputs(Path(config.paths.outputs), *written)
+    for name in LOCKS:
+        if os.path.lexists(folder / name) and kind_of(folder / name) != "a file":
+            raise ConfigurationError(
+                f"{folder / name} is {kind_of(folder / name)}, and a lock must be a file. Remove "
+                "it."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be made ({error}). Remove it.") from error
+    return folder
 
 
 def listed(folder: Path, planned: list[list[str]] | None) -> list[dict[str, Any]]:
     """The jobs' files in the order of the plan, or as they were numbered where there is none."""
     places = {tuple(job): place for place, job in enumerate(planned or [])}
-    jobs = [json.loads(path.read_text()) for path in folder.glob("jobs/*.json")]
+    jobs = [job for _, job in read_jobs(folder)]
     return sorted(jobs, key=lambda job: (places.get(tuple(job["overrides"]), 0), job["job"]))
 
 
 def refresh(folder: Path) -> None:
     """Look again at what has become of jobs that were started, and gather."""
-    for path in folder.glob("jobs/*.json"):
-        job = json.loads(path.read_text())
+    for path, job in read_jobs(folder):
         if job["status"] == "started" and job["folder"] is not None:
             run = RunFolder(job["run_id"], Path(job["folder"]))
             write_json(path, {**job, "status": status_of(run, ended=True)})
@@ -159,7 +201,7 @@ def refresh(folder: Path) -> None:
 def complete(folder: Path) -> None:
     """A sweeper that decided as it went has come to its end: what was begun is all there is."""
     with FileLock(folder / ".lock"):
-        facts = json.loads((folder / "sweep.json").read_text())
+        facts = sweep_facts(folder)
         facts["total"] = len(distinct(listed(folder, None)))
         write_json(folder / "sweep.json", facts)
     gather(folder)
@@ -174,7 +216,8 @@ def gather(folder: Path) -> None:
     """Write the manifest from the files of the jobs. The lock keeps parallel jobs from writing a
     list that another one has already extended."""
     with FileLock(folder / ".lock"):
-        facts = json.loads((folder / "sweep.json").read_text())
+        remove_damaged(folder)
+        facts = sweep_facts(folder)
         runs = distinct(listed(folder, facts.pop("planned")))
         finished = sum(run["status"] == "finished" for run in runs)
         status = "finished" if finished and finished == facts["total"] else "incomplete"
@@ -212,8 +255,5 @@ def position() -> str:
     if hydra.mode != RunMode.MULTIRUN:
         return ""
     number = hydra.job.num + 1
-    try:
-        facts = json.loads((Path(hydra.sweep.dir) / "sweep.json").read_text())
-    except (OSError, ValueError):
-        return str(number)
+    facts = sweep_facts(Path(hydra.sweep.dir))
     return f"{number}/{facts['total']}" if facts["total"] else str(number)

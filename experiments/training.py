@@ -83,7 +83,7 @@ def train(
         micro_batch_size: examples of one forward pass of a process; None: its whole batch.
 
     Raises:
-        RunFailed: a loss that is not finite, or no time left.
+        RunFailed: a loss, a gradient or a trained weight that is not finite, or no time left.
     """
     checkpoints = checkpoints or Checkpoints()
     begun = checkpoints.progress
@@ -119,24 +119,20 @@ def train(
         rate = schedule.get_last_lr()[0]
         loss = backward(model, batch, task, accelerator, micro_batch_size)
         loss = accelerator.reduce(loss, "mean").item()
-        if not math.isfinite(loss):
-            raise RunFailed(
-                f"the loss is {loss} at step {step} of {settings.steps}: training diverged; "
-                f"lower training.learning_rate={settings.learning_rate:g} (PiSSA, OLoRA and CorDA "
-                "stand a lower rate than kaiming), or lower training.max_grad_norm",
-                reason="diverged",
-                step=step,
-                loss=str(loss),
-                learning_rate=settings.learning_rate,
-            )
+        refuse_divergence("the loss", loss, step, settings)
         accelerator.unscale_gradients(optimizer)  # fp16 scales them; norms are of the true ones
         if step == 1:
             first_norms = gradient_norms(groups)
         norm = clip(groups, settings.max_grad_norm)
+        if accelerator.scaler is None:  # which leaves out steps that overflow, and scales less
+            refuse_divergence("the gradient's norm", norm, step, settings)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
 
+        if step == settings.steps:  # no further loss would tell
+            size = float(torch.nn.utils.get_total_norm([p for g in groups.values() for p in g]))
+            refuse_divergence("the norm of the trained weights", size, step, settings)
         seen = int(accelerator.reduce(batch["attention_mask"].sum(), "sum"))
         tokens += seen
         seconds = time.perf_counter() - step_started
@@ -164,6 +160,25 @@ def train(
         paused += time.perf_counter() - pause
     return TrainingSummary(
         settings.steps, time.perf_counter() - started - paused, tokens, first_norms
+    )
+
+
+def refuse_divergence(figure: str, value: float, step: int, settings: TrainingConfig) -> None:
+    """End a run whose figures are no longer finite.
+
+    Raises:
+        RunFailed: this one is not.
+    """
+    if math.isfinite(value):
+        return
+    raise RunFailed(
+        f"{figure} is {value} at step {step} of {settings.steps}: training diverged; lower "
+        f"training.learning_rate={settings.learning_rate:g} (PiSSA, OLoRA and CorDA need a lower "
+        "rate than kaiming), or lower training.max_grad_norm",
+        reason="diverged",
+        step=step,
+        loss=str(value),
+        learning_rate=settings.learning_rate,
     )
 
 

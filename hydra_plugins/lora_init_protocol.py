@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ class ProtocolSweeper(Sweeper):
 
         folder = Path(self.config.hydra.sweep.dir)
         plain = OmegaConf.to_container(OmegaConf.create(self.given))
-        settings = ProtocolConfig(**plain)
         try:
+            for key in plain.keys() - {field.name for field in fields(ProtocolConfig)}:
+                raise ConfigurationError(f"hydra.sweeper.{key} is not a setting. Leave it out.")
+            settings = ProtocolConfig(**plain)
             settings.check()
             parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
             parsed = parser.parse_overrides(arguments)

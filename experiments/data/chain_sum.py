@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experiments.bounds import check_integer, check_seed
 from experiments.data.examples import Completion, DataConfig, Splits, split_of
 from experiments.errors import ConfigurationError
+
+ORDER = "The most must not be less than the fewest"
 
 
 @dataclass
@@ -26,6 +29,14 @@ class ChainSum(DataConfig):
     max_terms: int = 2
     min_digits: int = 1
     max_digits: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("data.generator_seed", self.generator_seed)
+        check_integer("data.min_terms", self.min_terms, 1)
+        check_integer("data.max_terms", self.max_terms, self.min_terms, fix=f"{ORDER} terms")
+        check_integer("data.min_digits", self.min_digits, 1)
+        check_integer("data.max_digits", self.max_digits, self.min_digits, fix=f"{ORDER} digits")
 
 
 def load(config: ChainSum) -> Splits:

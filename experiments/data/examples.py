@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from experiments.bounds import check_integer, check_label, check_number, refusal
 from experiments.data.judges import Judge, says_exactly
 
 
@@ -24,6 +25,29 @@ class DataConfig:
     train_limit: int | None = None
     validation_limit: int | None = None
     test_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_label("data.name", self.name)
+        for split, least in (("train", 1), ("validation", 0), ("test", 1)):
+            limit = getattr(self, f"{split}_limit")
+            check_integer(f"data.{split}_limit", limit, least, null="all examples")
+
+
+def check_shares(validation: float, test: float) -> None:
+    """Refuse shares of one source that leave a split without examples.
+
+    Raises:
+        ConfigurationError: a share out of range, or nothing left to train on.
+    """
+    check_number("data.validation_share", validation, least=0, below=1)
+    check_number("data.test_share", test, above=0, below=1)
+    if validation + test >= 1:
+        raise refusal(
+            "data.validation_share",
+            validation,
+            f"less than 1 together with data.test_share={test}",
+            "The rest is the training split",
+        )
 
 
 @dataclass(frozen=True)

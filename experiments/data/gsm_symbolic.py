@@ -14,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from experiments.data.examples import Completion, DataConfig, Splits, split_of
+from experiments.bounds import check_seed, check_switches
+from experiments.data.examples import Completion, DataConfig, Splits, check_shares, split_of
+from experiments.errors import ConfigurationError
 
 PROMPT = "Question: {question}\nAnswer:"
 
@@ -39,6 +41,12 @@ class GsmSymbolic(DataConfig):
     validation_share: float = 0.1
     test_share: float = 0.2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("data.generator_seed", self.generator_seed)
+        check_switches("data.", self, "reasoning")
+        check_shares(self.validation_share, self.test_share)
+
 
 def templates(config: GsmSymbolic) -> dict[str, list[int]]:
     """The numbers of the sound templates in each split."""
@@ -56,6 +64,14 @@ def load(config: GsmSymbolic) -> Splits:
     numbers = templates(config)
     limits = (config.train_limit, config.validation_limit, config.test_limit)
     # A split's ids start a million apart: unique over the splits and steady when a limit changes.
+    for (split, found), limit in zip(numbers.items(), limits, strict=True):
+        if not found and limit != 0:
+            raise ConfigurationError(
+                f"data=gsm_symbolic: no template is left for the {split} split with "
+                f"data.validation_share={config.validation_share} and "
+                f"data.test_share={config.test_share}; change the shares, or set "
+                f"data.{split}_limit=0"
+            )
     drawn = [
         draw(numbers[split], 512 if limit is None else limit, first * 1_000_000, config)
         for first, (split, limit) in enumerate(zip(numbers, limits, strict=True))

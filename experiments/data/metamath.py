@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.bounds import check_integer
 from experiments.data import gsm8k
 from experiments.data.examples import Completion, Splits, bucket, take
 from experiments.data.judges import says_the_number
@@ -59,6 +60,10 @@ class MetaMath(WordProblems):
     validation_limit: int | None = 128
     validation_share: float = 0.02
     max_characters: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("data.max_characters", self.max_characters, 1, null="all rows")
 
     def files(self) -> list[Path]:
         return [located(source, self.path, self.name) for source in (TRAIN, gsm8k.TEST)]

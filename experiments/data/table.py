@@ -9,13 +9,14 @@ they are.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from omegaconf import MISSING
 
+from experiments.bounds import check_number, check_path
+from experiments.data import json_lines
 from experiments.data.examples import (
     Completion,
     DataConfig,
@@ -33,23 +34,30 @@ SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 def read_jsonl(path: Path) -> pd.DataFrame:
     """One object a line; pandas' own reader would guess types and dates."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from error
+    for number, row in json_lines.read_lines(path):
         if not isinstance(row, dict):
             raise ValueError(f"line {number} holds a {type(row).__name__}, not an object")
         rows.append(row)
     return pd.DataFrame(rows, dtype=object)
 
 
+def read_separated(path: Path, separator: str) -> pd.DataFrame:
+    """A CSV or TSV file as strings; a field in quotes may hold line ends."""
+    # Without a header: pandas then refuses rows that have more fields than the first.
+    table = pd.read_csv(
+        path, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig", header=None
+    )
+    names = table.iloc[0].tolist()
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the header names the column {name!r} more than once")
+    return table.iloc[1:].set_axis(names, axis=1).reset_index(drop=True)
+
+
 READERS = {
     "jsonl": read_jsonl,
-    "csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
-    "tsv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t"),
+    "csv": lambda path: read_separated(path, ","),
+    "tsv": lambda path: read_separated(path, "\t"),
 }
 
 
@@ -76,6 +84,15 @@ class Table(DataConfig):
     group_column: str | None = None
     validation_share: float = 0.1
     test_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("data.path", self.path)
+        for split in ("validation", "test"):
+            path = getattr(self, f"{split}_path")
+            check_path(f"data.{split}_path", path, null="a share of data.path")
+            share = getattr(self, f"{split}_share")
+            check_number(f"data.{split}_share", share, above=0, below=1)
 
     def contents(self) -> str:
         """A hash of the files: a changed table is another run, under the same path."""

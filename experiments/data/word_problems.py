@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.bounds import check_number, check_path
+from experiments.data import json_lines
 from experiments.data.examples import DataConfig
 from experiments.errors import ConfigurationError
 
@@ -44,13 +45,14 @@ class WordProblems(DataConfig):
     marker: str = "The answer is:"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("data.path", self.path, null="the Hugging Face hub")
         if "{query}" not in self.prompt:
             raise ValueError(
                 f"data.prompt={self.prompt!r} has no place for the question; write {{query}} there"
             )
         share = getattr(self, "validation_share", 0.0)
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"data.validation_share={share}; allowed are shares 0.0 <= x < 1.0")
+        check_number("data.validation_share", share, least=0, below=1)
 
     def prompted(self, question: str) -> str:
         return self.prompt.replace("{query}", question)
@@ -111,11 +113,9 @@ def read_rows(path: Path, fields: Iterable[str]) -> list[dict[str, Any]]:
         if path.suffix == ".parquet":
             rows = pd.read_parquet(path).to_dict("records")
         elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json_lines.parse(path.read_bytes())
         else:
-            # Not splitlines: JSON strings may hold other line separators than \n.
-            lines = path.read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
+            rows = [row for _, row in json_lines.read_lines(path)]
     except (ValueError, OSError) as error:
         raise ConfigurationError(
             f"{path}: not readable as {path.suffix.lstrip('.')}: {error}; get the file again"

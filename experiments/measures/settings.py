@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experiments.bounds import check_integer
+
 
 @dataclass
 class MeasuresConfig:
@@ -28,15 +30,13 @@ class MeasuresConfig:
     spectra_layers: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("update_every", "forgetting_texts", "intruder_layers", "spectra_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"measures.{name}={value}; allowed are integers >= 0 (0: none)")
-        if self.intruder_directions < 1:
-            raise ValueError(
-                f"measures.intruder_directions={self.intruder_directions}; allowed are integers "
-                ">= 1 (no intruder dimensions at all: measures.intruder_layers=0)"
-            )
+        for name in ("update_every", "forgetting_texts", "spectra_layers"):
+            check_integer(f"measures.{name}", getattr(self, name), 0, fix="0 means none")
+        check_integer("measures.intruder_layers", self.intruder_layers, 0, null="all layers")
+        check_integer(
+            "measures.intruder_directions", self.intruder_directions, 1,
+            fix="measures.intruder_layers=0 turns this measure off",
+        )  # fmt: skip
 
 
 def spread(items: list[str], count: int | None) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 
 from experiments.errors import ConfigurationError
 from experiments.models import local, minilm, quantizing, smollm2
-from experiments.models.checkpoint import Checkpoint, ModelConfig, check_dtype
+from experiments.models.checkpoint import Checkpoint, ModelConfig
 from experiments.models.loading import checkpoint_activations, load_checkpoint
 
 SOURCES: dict[type[ModelConfig], Callable[[Any], Checkpoint]] = {
@@ -47,7 +47,6 @@ def load_model(
     names.
     """
     try:
-        check_dtype(config.dtype)
         quantizing.check_format(config.quantization)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error

@@ -7,7 +7,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.errors import ConfigurationError, nearest
+from experiments.bounds import check_choice, check_label, check_number
+from experiments.errors import ConfigurationError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,6 +33,11 @@ class ModelConfig:
     quantization: str | None = None
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        check_label("model.name", self.name)
+        check_number("model.dropout", self.dropout, least=0, below=1, null="the model's own")
+        check_choice("model.dtype", self.dtype, DTYPES)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -41,13 +47,6 @@ class Checkpoint:
     revision: str | None = None
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
-
-
-def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(
-            f"model.dtype={dtype!r}; {nearest(dtype, DTYPES)}allowed are {', '.join(DTYPES)}"
-        )
 
 
 def packaged(package: str, file: str, fix: str) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from experiments.bounds import check_path, check_switches
 from experiments.errors import ConfigurationError
 from experiments.models.checkpoint import Checkpoint, ModelConfig
 
@@ -27,6 +28,11 @@ class LocalModel(ModelConfig):
     revision: str | None = None
     trust_remote_code: bool = False
     notes: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_path("model.path", self.path)
+        check_switches("model.", self, "trust_remote_code")
 
 
 def locate(config: LocalModel) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments.bounds import refusal
 from experiments.errors import ConfigurationError, nearest
 from experiments.models.checkpoint import Checkpoint
 from lora_init.config import HEADS
@@ -21,10 +22,9 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 def check_format(quantization: str | None) -> None:
     if quantization is not None and quantization not in FORMATS:
-        raise ValueError(
-            f"model.quantization={quantization!r}; {nearest(quantization, FORMATS)}allowed are "
-            f"null, {', '.join(FORMATS)}"
-        )
+        hint = nearest(quantization, FORMATS).strip()
+        must_be = f"null or one of {', '.join(FORMATS)}"
+        raise refusal("model.quantization", quantization, must_be, hint.removesuffix("?"))
 
 
 def loading_arguments(

@@ -12,11 +12,11 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.errors import ConfigurationError
+from experiments.files import scratch_path
 from experiments.models.checkpoint import Checkpoint, ModelConfig, packaged, sha256
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,7 +50,8 @@ def converted_folder(cache: Path) -> Path:
     if intact(target, source_hash):
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
+    scratch = scratch_path(target)
+    scratch.mkdir()
     try:
         convert(source, scratch)
         # The manifest is written last: a folder that has one is complete.
@@ -59,7 +60,6 @@ def converted_folder(cache: Path) -> Path:
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2))
         if target.exists() and not intact(target, source_hash):
             shutil.rmtree(target)
-        scratch.chmod(0o755)  # mkdtemp's 0700 would hide a shared cache from other users
         try:
             scratch.rename(target)
         except OSError:

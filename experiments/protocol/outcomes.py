@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.runs import RunFolder
+from experiments.errors import DamagedFile
+from experiments.files import read_object
+from experiments.runs import RunFolder, read_metrics
 
 UPDATE_STEP = 100
 
@@ -37,20 +38,23 @@ class Outcome:
             raise ValueError(f"{self.folder.path} has not finished")
         if self.result is None:
             return -math.inf
-        loss = self.result["validation"]["loss"]
-        figure = -math.inf if loss is None else -loss  # JSON has null for what was not finite
-        return self.result["validation_score"] if select_by == "score" else figure
+        figure = self.result.get("validation_score")
+        if select_by == "loss":
+            loss = (self.result.get("validation") or {}).get("loss")
+            figure = -loss if type(loss) in (int, float) else None
+        # JSON has null for what was not finite.
+        return figure if type(figure) in (int, float) else -math.inf
 
     def update_size(self) -> float | None:
         """‖s(BA - B0 A0)‖ / ‖W‖ after `UPDATE_STEP` steps, or at the end of a shorter run."""
         try:
-            lines = (self.folder.path / "metrics.jsonl").read_text().splitlines()
-        except OSError:
+            rows = read_metrics(self.folder.metrics_file)
+        except DamagedFile:
             return None
         sizes = {
             row["step"]: row["update_size"]
-            for row in map(json.loads, lines)
-            if row["split"] == "update"
+            for row in rows
+            if row["split"] == "update" and type(row.get("update_size")) in (int, float)
         }
         early = [step for step in sizes if step <= UPDATE_STEP]
         return sizes[max(early)] if early else None
@@ -61,7 +65,7 @@ def outcome(folder: RunFolder) -> Outcome:
     if result is not None:
         return Outcome("finished", folder, result)
     try:
-        failure = json.loads((folder.path / "failed.json").read_text())
+        failure = read_object(folder.failed_file)
     except (OSError, ValueError):
         return Outcome("missing", folder)
     return Outcome("diverged" if failure.get("reason") == "diverged" else "missing", folder)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from experiments import bounds
 from experiments.errors import ConfigurationError, nearest
 from lora_init import list_initializers
 
@@ -68,7 +68,8 @@ class ProtocolConfig:
         known = [spec.name for spec in list_initializers()]
         for name in self.methods:
             if name not in known:
-                raise refusal("methods", name, ", ".join(known), hint=nearest(name, known))
+                must_be = f"one of {', '.join(known)}"
+                raise refusal("methods", name, must_be, hint=nearest(name, known))
         for name in set(self.methods) & set(self.controls):
             raise refusal("controls", name, "names that are not among the methods")
         if self.baseline not in self.arms:
@@ -76,18 +77,22 @@ class ProtocolConfig:
         for name in self.learning_rates:
             if name not in self.arms:
                 raise refusal("learning_rates", name, f"rates of {', '.join(self.arms)}")
+        for rank in self.ranks:
+            bounds.check_integer("hydra.sweeper.ranks", rank, 1)
+        for seed in self.seeds:
+            bounds.check_seed("hydra.sweeper.seeds", seed)
         for name, rate in {"": self.learning_rate, **self.learning_rates}.items():
-            if not (math.isfinite(rate) and rate > 0):
-                setting = f"learning_rates.{name}" if name else "learning_rate"
-                raise refusal(setting, rate, "finite numbers > 0")
+            setting = f"learning_rates.{name}" if name else "learning_rate"
+            bounds.check_number(f"hydra.sweeper.{setting}", rate, above=0)
         for name, least in (("grid", 1), ("per_decade", 1), ("max_extensions", 0)):
-            if getattr(self, name) < least:
-                raise refusal(name, getattr(self, name), f"integers >= {least}")
-        if self.scaling is not None and not (math.isfinite(self.scaling) and self.scaling > 0):
-            raise refusal("scaling", self.scaling, "finite numbers > 0, or null")
-        if self.select_by not in SELECTORS:
-            raise refusal("select_by", self.select_by, " or ".join(SELECTORS))
+            bounds.check_integer(f"hydra.sweeper.{name}", getattr(self, name), least)
+        bounds.check_number(
+            "hydra.sweeper.scaling", self.scaling, above=0, null="lora.lora_alpha stays"
+        )
+        bounds.check_choice("hydra.sweeper.select_by", self.select_by, SELECTORS)
+        bounds.check_switches("hydra.sweeper.", self, "equal_update", "dry_run")
 
 
-def refusal(name: str, value: object, allowed: str, hint: str = "") -> ConfigurationError:
-    return ConfigurationError(f"hydra.sweeper.{name}={value}; {hint}allowed are {allowed}")
+def refusal(name: str, value: object, must_be: str, hint: str = "") -> ConfigurationError:
+    told = f"hydra.sweeper.{name}={value} is not supported: must be {must_be}. {hint}"
+    return ConfigurationError(told.strip())

@@ -8,8 +8,11 @@ from typing import Any
 
 import yaml
 
+from experiments.files import read_regular
+
 from .runs import Run, read_json
 from .sweeps import Sweep
+from .validation import is_number, is_text
 from .wording import mantissa
 
 NAMED = 8
@@ -37,9 +40,10 @@ def read_setting(folder: Path) -> tuple[float, str] | None:
     try:
         if read_json(folder / "failed.json").get("reason") != "diverged":
             return None
-        config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        config: dict[str, Any] = yaml.safe_load(read_regular(folder / "config.yaml"))
         known = {"method": config["init"]["name"], "control": config.get("control")}
         name = f"{Run(folder, known).method} r={config['lora']['r']}"
-        return float(config["training"]["learning_rate"]), name
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        rate = config["training"]["learning_rate"]
+        return (float(rate), name) if is_number(rate) and is_text(known["method"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
         return None

@@ -66,7 +66,7 @@ def metric_rows(run: Run) -> Iterable[dict[str, Any]]:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    return {"run_id": run.run_id, "method": run.method, "seed": int(run.result["seed"])}
+    return {"run_id": run.run_id, "method": run.method, "seed": run.result["seed"]}
 
 
 def runs_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:

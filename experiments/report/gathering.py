@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from experiments.files import scratch_path
+
 from .frames import layer_rows, metric_rows, run_row, runs_frame
-from .runs import Problem, read_run
+from .runs import Problem, Run, read_run
 from .sweeps import Sweep, check_entry
 
 FORMAT = "4"  # of the tables; another format is read anew
@@ -56,9 +57,11 @@ def gather(sweep: Sweep, cache: Path, progress: Callable[[str], None]) -> Gather
                 run, found = read_run(entry.folder)
                 gaps = json.dumps([[gap.run, gap.reason] for gap in found])
                 run_id = run.run_id
-                add = lambda run=run, s=stamp, g=gaps: fresh.add(run, s, g)  # noqa: E731
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            problems.append(Problem(entry.label, str(error)))
+                rows = Rows.of(run, stamp, gaps)
+                add = lambda rows=rows: fresh.add(rows)  # noqa: E731
+        except Exception as error:  # whatever is odd about one run, the others are shown
+            told = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+            problems.append(Problem(entry.label, told))
             continue
         if run_id in seen:
             reason = f"the same run as {seen[run_id]}, which is read instead"
@@ -74,18 +77,32 @@ def gather(sweep: Sweep, cache: Path, progress: Callable[[str], None]) -> Gather
     return Gathered(**tables, problems=problems, reused=len(reused))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """One run's rows of every table."""
+
+    run: dict[str, Any]
+    layers: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, run: Run, stamp: str, gaps: str) -> Rows:
+        row = {**run_row(run), "stamp": stamp, "gaps": gaps}
+        return cls(row, list(layer_rows(run)), list(metric_rows(run)))
+
+
 class Fresh:
-    """The rows of the runs that were read anew."""
+    """The rows of the runs that were read for this report."""
 
     def __init__(self) -> None:
         self.runs: list[dict[str, Any]] = []
         self.layers: list[dict[str, Any]] = []
         self.metrics: list[dict[str, Any]] = []
 
-    def add(self, run, stamp: str, gaps: str) -> None:
-        self.runs.append({**run_row(run), "stamp": stamp, "gaps": gaps})
-        self.layers += layer_rows(run)
-        self.metrics += metric_rows(run)
+    def add(self, rows: Rows) -> None:
+        self.runs.append(rows.run)
+        self.layers += rows.layers
+        self.metrics += rows.metrics
 
 
 def stamp_of(folder: Path) -> str:
@@ -120,12 +137,13 @@ def read_tables(cache: Path) -> dict[str, pd.DataFrame]:
     for name in TABLES:
         try:
             table = pq.read_table(cache / f"{name}.parquet")
-        except (OSError, pa.ArrowInvalid):
+        except (OSError, ValueError, pa.ArrowException):
             return dict.fromkeys(TABLES, empty)
         if (table.schema.metadata or {}).get(b"format") != FORMAT.encode():
             return dict.fromkeys(TABLES, empty)
         found[name] = table.to_pandas()
-    return found
+    known = set(empty.columns) <= set(found["runs"].columns)
+    return found if known else dict.fromkeys(TABLES, empty)
 
 
 def write_tables(tables: dict[str, pd.DataFrame], cache: Path) -> None:
@@ -134,12 +152,10 @@ def write_tables(tables: dict[str, pd.DataFrame], cache: Path) -> None:
     for name in TABLES:
         table = pa.Table.from_pandas(tables[name], preserve_index=False)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), "format": FORMAT})
-        handle, scratch = tempfile.mkstemp(prefix=f".{name}-", dir=cache)
-        os.close(handle)
+        scratch = scratch_path(cache / f"{name}.parquet")
         try:
             pq.write_table(table, scratch)
-            os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide the tables from other users
             os.replace(scratch, cache / f"{name}.parquet")
         except BaseException:
-            Path(scratch).unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
             raise

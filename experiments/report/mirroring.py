@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from experiments.errors import ConfigurationError
+from experiments.tracking import LONGEST_NAME, shortened
 
 from .tables import columns
 from .writing import Report
@@ -37,9 +38,9 @@ def log_to_wandb(report: Report, project: str = "lora_init", group: str | None =
     run = wandb.init(
         project=project,
         mode=os.environ.get("WANDB_MODE", "offline"),
-        group=group or report.name,
+        group=shortened(group or report.name, LONGEST_NAME),
         job_type=JOB_TYPE,
-        name=f"report of {report.name}",
+        name=shortened(f"report of {report.name}", LONGEST_NAME),
         config={"heading": report.heading, "metric": report.metric},
         dir=str(report.page.parent),
         settings=wandb.Settings(silent=True, console="off"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-REQUIRED = ("run_id", "method", "seed", "metric")
+from experiments.files import read_object, read_regular
+
+from .validation import Gaps, clean_layers, clean_metrics, clean_result
 
 
 @dataclass(frozen=True)
@@ -65,66 +68,60 @@ def read_run(folder: Path) -> tuple[Run, list[Problem]]:
 
     Raises:
         FileNotFoundError: there is no folder, or no result in it.
+        OSError: its result cannot be read.
         ValueError: its result cannot be used.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"its folder '{folder}' does not exist")
-    if not (folder / "result.json").is_file():
+    found = Gaps()
+    try:
+        result = clean_result(read_json(folder / "result.json"), found)
+    except FileNotFoundError as error:
         reason = told_failure(folder)
-        raise FileNotFoundError(f"it has no result.json: it did not finish{reason}")
-    result = read_json(folder / "result.json")
-    check_result(result)
+        raise FileNotFoundError(f"it has no result.json: it did not finish{reason}") from error
     label = f"{result['method']}, seed {result['seed']} ({result['run_id']})"
     gaps: list[Problem] = []
 
-    def attempt(name: str, read, default, optional: bool = False):
+    def attempt(name: str, read, clean, default, optional: bool = False):
+        left_out = Gaps()
         try:
-            return read(folder / name)
+            content = clean(read(folder / name), left_out)
         except FileNotFoundError as error:
             if not optional:
                 gaps.append(Problem(label, f"{name} cannot be read: {error}", fatal=False))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return default
+        except (OSError, ValueError) as error:
             gaps.append(Problem(label, f"{name} cannot be read: {error}", fatal=False))
-        return default
+            return default
+        if reason := left_out.reason():
+            gaps.append(Problem(label, f"{name}: left out: {reason}", fatal=False))
+        return content
 
-    init = attempt("init.json", read_json, {})
-    end = attempt("end.json", read_json, {}, optional=True)
-    metrics = attempt("metrics.jsonl", read_lines, [])
+    if reason := found.reason():
+        gaps.append(Problem(label, f"result.json: left out: {reason}", fatal=False))
+    init = attempt("init.json", read_json, clean_layers, {})
+    end = attempt("end.json", read_json, clean_layers, {}, optional=True)
+    metrics = attempt("metrics.jsonl", read_lines, clean_metrics, [])
     return Run(folder, result, init, end, metrics), gaps
 
 
-def check_result(result: dict[str, Any]) -> None:
-    """Refuse a result that no figure can be drawn from."""
-    missing = [key for key in REQUIRED if result.get(key) is None]
-    if result.get("score") is None and result.get("validation_score") is None:
-        missing.append("score")
-    if missing:
-        raise ValueError(f"its result.json lacks {', '.join(missing)}")
-    if result.get("status", "finished") != "finished":
-        raise ValueError(f"its result.json says '{result['status']}'")
-    for key in ("score", "validation_score"):
-        if result.get(key) is not None and not np.isfinite(float(result[key])):
-            raise ValueError(f"its {key} is {result[key]}: the run diverged")
+read_json = read_object
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_bytes())
-    if not isinstance(value, dict):
-        raise ValueError(f"'{path.name}' holds a {type(value).__name__}, not an object")
-    return value
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file. A last line cut short by a kill is not an error."""
-    lines = path.read_bytes().splitlines()
-    try:  # one call for the whole file takes half the time of one for each line
-        return json.loads(b"[" + b",".join(lines) + b"]")
-    except json.JSONDecodeError:
-        rows = [json.loads(line) for line in lines[:-1]]
+def read_lines(path: Path) -> list[Any]:
+    """Values of a JSONL file. A last line cut short by a kill is not an error."""
+    lines = [line for line in read_regular(path).split(b"\n") if line.strip()]
     try:
-        return [*rows, json.loads(lines[-1])]
-    except json.JSONDecodeError:
-        return rows
+        try:  # one call for the whole file takes half the time of one for each line
+            return json.loads(b"[" + b",".join(lines) + b"]")
+        except json.JSONDecodeError:
+            rows = [json.loads(line) for line in lines[:-1]]
+        try:
+            return [*rows, json.loads(lines[-1])]
+        except json.JSONDecodeError:
+            return rows
+    except RecursionError as error:
+        raise ValueError("its lists and objects are nested too deeply") from error
 
 
 def read_predictions(folder: Path, score: float) -> tuple[np.ndarray, np.ndarray]:
@@ -134,8 +131,12 @@ def read_predictions(folder: Path, score: float) -> tuple[np.ndarray, np.ndarray
         OSError: there are no predictions.
         ValueError: they are damaged, or not those that `score` was made of.
     """
-    with np.load(folder / "predictions.npz", allow_pickle=False) as archive:
-        ids, correct = archive["id"], archive["correct"].astype(bool)
+    content = io.BytesIO(read_regular(folder / "predictions.npz"))
+    try:
+        with np.load(content, allow_pickle=False) as archive:
+            ids, correct = archive["id"], archive["correct"].astype(bool)
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     if ids.shape != correct.shape or ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"id has shape {ids.shape} and correct {correct.shape}")
     if len(np.unique(ids)) != len(ids):

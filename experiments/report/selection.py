@@ -7,7 +7,7 @@ score shown was also what chose it, and is too high by what the best of several 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -121,3 +121,11 @@ def without_repeats(runs: pd.DataFrame) -> pd.DataFrame:
     key = ["task", "arm", "learning_rate", "seed"]
     tested = runs.groupby(key, dropna=False)["tested"].transform("any")
     return runs[runs["tested"] | ~tested]
+
+
+def with_kept_runs(choice: Choice, runs: pd.DataFrame) -> Choice:
+    """The choice by the runs that are left without repeats: some were chosen by a repeat."""
+    setting = runs[(runs["task"] == choice.task) & (runs["arm"] == choice.arm)]
+    setting = setting[same(setting["learning_rate"], choice.learning_rate)]["run_id"]
+    named = setting[setting.isin(choice.runs)]
+    return replace(choice, runs=tuple(named if len(named) else setting))

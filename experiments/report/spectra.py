@@ -9,6 +9,7 @@ import pandas as pd
 
 from .frames import short_names
 from .runs import Problem, read_json
+from .validation import is_text
 
 LAYERS, DIRECTIONS = 12, 64
 COLUMNS = ("arm", "method", "rank", "task", "order", "layer", "index", "value", "taken")
@@ -32,7 +33,7 @@ def spectra(chosen: pd.DataFrame, arms: list[str], problems: list[Problem]) -> p
             continue
         try:
             pieces += layer_pieces(run, read_json(path)["layers"], arms.index(run.arm))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
             label = f"{run.method}, seed {run.seed} ({run.run_id})"
             reason = f"spectra.json cannot be read: {error}"
             problems.append(Problem(label, reason, fatal=False))
@@ -51,6 +52,8 @@ def layer_pieces(run, layers: list[dict], order: int) -> list[pd.DataFrame]:
         # None: a start whose A is zero takes nothing.
         shares = layer["taken"] or [0.0] * len(layer["singular_values"])
         taken = np.asarray(shares, dtype=float)[:DIRECTIONS]
+        if not is_text(layer["name"]) or not np.isfinite([*values, *taken]).all():
+            raise ValueError("a layer has no name, or values that are not finite")
         if len(values) == 0 or len(values) != len(taken) or not values[0] > 0:
             raise ValueError(
                 f"{layer['name']} has {len(values)} singular values and {len(taken)} shares"

@@ -191,7 +191,7 @@ def align_examples(
     for run in runs.itertuples():
         try:
             predicted[run.run_id] = read_predictions(Path(run.folder), run.score)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             label = f"{run.method}, seed {run.seed} ({run.run_id})"
             reason = f"predictions.npz cannot be read: {error}"
             problems.append(Problem(label, reason, fatal=False))

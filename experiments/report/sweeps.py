@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .runs import Problem, read_json, told_failure
+from .validation import is_text
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_protocol(folder: Path, part: str) -> dict[str, dict[str, Any]]:
         return {}
     try:
         return {str(arm): dict(told) for arm, told in read_json(path).get(part, {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = f"'{path}' is no protocol: {error}. Run the sweep's command again."
         raise ValueError(reason) from error
 
@@ -96,16 +96,20 @@ def list_runs(folder: Path) -> Listing:
     manifest_path = folder / "manifest.json"
     if manifest_path.exists():
         try:
-            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-            entries = [listed_run(entry, folder) for entry in manifest["runs"]]
-            planned = manifest.get("total")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            manifest = read_json(manifest_path)
+            listed = list(manifest["runs"])
+            entries = [listed_run(entry, folder, n) for n, entry in enumerate(listed, start=1)]
+            if listed and not any(isinstance(entry, dict) for entry in listed):
+                raise TypeError("no entry is an object")
+            planned = manifest.get("total") if type(manifest.get("total")) is int else None
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"'{manifest_path}' is no manifest: it needs \"runs\", a list of entries that each "
                 f'have a "folder" ({error}). Run the sweep again to rewrite it.'
             ) from error
         name = str(manifest.get("sweep", folder.name))
-        return Listing(name, manifest.get("heading"), entries, planned)
+        heading = manifest.get("heading")
+        return Listing(name, heading if is_text(heading) else None, entries, planned)
     if (folder / "result.json").exists():
         found = [folder]
     else:
@@ -119,9 +123,14 @@ def list_runs(folder: Path) -> Listing:
     return Listing(folder.resolve().name, None, entries)
 
 
-def listed_run(entry: dict[str, Any], sweep_folder: Path) -> Entry:
-    overrides = " ".join(map(str, entry.get("overrides") or []))
-    given = entry.get("folder")
+def listed_run(entry: Any, sweep_folder: Path, number: int) -> Entry:
+    """An entry of a manifest; one that is odd is listed too, as a run that has no folder."""
+    if not isinstance(entry, dict):
+        return Entry(None, "damaged", f"entry {number} of the manifest")
+    overrides, given = entry.get("overrides") or [], entry.get("folder")
+    overrides = " ".join(map(str, overrides)) if isinstance(overrides, list) else str(overrides)
+    if not (given is None or (is_text(given) and "\0" not in given)):
+        return Entry(None, "damaged", overrides or f"entry {number} of the manifest")
     label = f"{overrides} ({given})" if overrides and given else overrides or str(given)
     folder = locate(given, sweep_folder) if given else None
     return Entry(folder, str(entry.get("status", "finished")), label)

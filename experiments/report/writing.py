@@ -19,7 +19,7 @@ from .page import Page, render
 from .peft_results import load_peft_results
 from .pictures import Pictures
 from .runs import Problem
-from .selection import at_equal_update, choose, mark_best, without_repeats
+from .selection import at_equal_update, choose, mark_best, with_kept_runs, without_repeats
 from .summary import Row, Summarizer
 from .sweeps import Sweep
 from .tables import latex_table, markdown_table
@@ -132,6 +132,7 @@ def judge(sweep: Sweep, runs: pd.DataFrame) -> tuple[pd.DataFrame, Summarizer, l
     equal = at_equal_update(runs, choices, sweep.equal_update)
     equal_rows = Summarizer(runs, equal).all_rows() if equal else []
     runs = mark_best(without_repeats(runs), choices)
+    choices = [with_kept_runs(choice, runs) for choice in choices]
     return runs, Summarizer(runs, choices), equal_rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from experiments.claims import heartbeat
 from experiments.failures import read_failure
+from experiments.files import read_object
+from experiments.job_files import read_jobs, sweep_facts
 from experiments.runs import RunFolder
 from experiments.states import state_of
 
@@ -77,8 +78,8 @@ def find_sweep(given: str) -> Path:
 
 def survey(folder: Path) -> Survey:
     """Look at every run of the sweep in `folder`."""
-    facts = json.loads((folder / "sweep.json").read_text())
-    jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
+    facts = sweep_facts(folder)
+    jobs = [job for _, job in read_jobs(folder)]
     jobs.sort(key=lambda job: job["job"])
     outputs = folder.resolve().parent.parent
     begun = {tuple(job["overrides"]): inspect(job, outputs) for job in jobs}
@@ -99,8 +100,9 @@ def inspect(job: dict[str, Any], outputs: Path) -> Line:
     state = state_of(folder)
     if state == "finished":
         result = folder.finished() or {}
-        seconds = result.get("init_seconds", 0.0) + result.get("train_seconds", 0.0)
-        steps = result.get("steps")
+        parts = (result.get("init_seconds"), result.get("train_seconds"))
+        seconds = sum(part for part in parts if type(part) in (int, float))
+        steps = result.get("steps") if type(result.get("steps")) is int else None
         return Line(name, method, state, step=steps, steps=steps, seconds=seconds)
     failure = read_failure(folder) if state == "failed" else None
     if state == "missing" and job["status"] == "failed":
@@ -115,7 +117,7 @@ def inspect(job: dict[str, Any], outputs: Path) -> Line:
         steps=beat.get("steps"),
         age=beat.get("age"),
         worker=f"{beat['host']}:{beat['pid']}" if beat else None,
-        reason=failure.get("reason", failure.get("error")) if failure else None,
+        reason=failure["reason"] if failure else None,
     )
 
 
@@ -127,13 +129,12 @@ def not_begun(overrides: Sequence[str]) -> Line:
 def staged(folder: Path, begun: set[str]) -> list[Line]:
     """Runs of a protocol's stages that no job has begun."""
     try:
-        stages = json.loads((folder / "protocol.json").read_text())["stages"]
-    except (OSError, ValueError, KeyError):
+        runs = {
+            run: name
+            for stage in read_object(folder / "protocol.json")["stages"]
+            for run, name in zip(map(str, stage["runs"]), map(str, stage["folders"]), strict=True)
+            if run not in begun
+        }
+    except (OSError, ValueError, KeyError, TypeError):
         return []
-    runs = {
-        run: name
-        for stage in stages
-        for run, name in zip(stage["runs"], stage["folders"], strict=True)
-        if run not in begun
-    }
     return [Line(name, name.split("-")[0], "missing") for name in runs.values()]

@@ -94,12 +94,12 @@ def test_an_unknown_method_is_refused_with_the_known_ones(composed):
     [
         ("training.steps=0", "training.steps=0"),
         ("training.schedule=step", "linear, cosine, constant"),
-        ("training.learning_rate=-1", "finite numbers > 0"),
+        ("training.learning_rate=-1", "must be a finite number > 0"),
         ("training.warmup=1.5", "training.warmup=1.5"),
         ("training.lora_plus_ratio=0", "training.lora_plus_ratio=0.*A and B"),
         ("training.mixed_precision=int4", "bf16"),
-        ("tracking.backend=mlflow", "none and wandb"),
-        ("runtime.device=tpu", "auto and cpu"),
+        ("tracking.backend=mlflow", "must be one of none, wandb"),
+        ("runtime.device=tpu", "must be one of auto, cpu"),
         ("runtime.micro_batch_size=0", "runtime.micro_batch_size=0.*null"),
     ],
 )

@@ -131,3 +131,69 @@ def test_too_few_rows_to_split(tmp_path):
     (tmp_path / "two.csv").write_text("text,label\nhello,a\nbye,b\n")
     with pytest.raises(ConfigurationError, match=r"data\.(validation|test)_share"):
         load_data(settings(tmp_path / "two.csv"))
+
+
+ENDS = ["\u2028", "\u2029", "\u0085", "\x1c", "\x1d", "\x1e", "\x0b", "\x0c", "\r", "\n", "\u00a0"]
+"""What `str.splitlines` cuts, and more; JSON strings may hold most of them as they are."""
+
+
+@pytest.mark.parametrize("end", ENDS, ids=ascii)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "mark"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n", "\n \r\n"], ids=ascii)
+def test_jsonl_of_any_editor(tmp_path, end, mark, line_end):
+    """Raw separators in strings, a byte order mark, other line ends, blank lines."""
+    path = tmp_path / "pairs.jsonl"
+    plain = end >= " "  # JSON escapes control characters
+    lines = [
+        json.dumps({"q": f"{i}{end}+ 1", "a": f"{i}"}, ensure_ascii=not plain) for i in range(60)
+    ]
+    path.write_bytes((mark + line_end.join(lines) + line_end).encode())
+    splits = load_data(Table(path=str(path), prompt_column="q", completion_column="a"))
+    assert len(everything(splits)) == 60
+    assert all(example.prompt == f"{example.id}{end}+ 1" for example in everything(splits))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [(b"{", "line 3: Expecting"), (b"[1]", "line 3 holds a list"), (b"5", "line 3 holds a int"),
+     (b'{"q": "\xff"}', "line 3: .*utf-8"), (b'{"q": "a\nb"}', "line 3: Unterminated"),
+     (b'{"q": "a", "a": "b", "q": "c"}', "line 3: the key 'q' occurs more than once"),
+     (b"[" * 100_000, "line 3: .*nested too deeply"), (b'{"q": "a"} {"q": "b"}', "line 3: Extra"),
+     (b"version https://git-lfs.github.com/spec/v1", "line 3: Expecting")],
+)  # fmt: skip
+def test_a_line_that_is_no_object_is_named(tmp_path, line, told):
+    path = tmp_path / "pairs.jsonl"
+    good = b'{"q": "x\xe2\x80\xa8y", "a": "b"}'
+    path.write_bytes(b"\n".join([good, b"", line, good]))
+    with pytest.raises(ConfigurationError, match=rf"(?s)data\.path=.*{told}"):
+        load_data(Table(path=str(path), prompt_column="q", completion_column="a"))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("end", [e for e in ENDS if e != "\r"], ids=ascii)
+@pytest.mark.parametrize("quoted", [True, False])
+def test_separated_values_of_any_editor(tmp_path, suffix, end, quoted):
+    """A byte order mark before a quoted name, line ends in quotes, CRLF, a blank last line."""
+    between = {"csv": ",", "tsv": "\t"}[suffix]
+    head = f'"text"{between}"label"' if quoted else f"text{between}label"
+    rows = [f'"{i}{end}x"{between}{"ab"[i % 2]}' for i in range(60)]
+    path = tmp_path / f"t.{suffix}"
+    path.write_bytes(("\ufeff" + "\r\n".join([head, *rows]) + "\r\n\r\n").encode())
+    splits = load_data(settings(path))
+    assert sorted(example.id for example in everything(splits)) == list(range(60))
+    assert all(example.text == f"{example.id}{end}x" for example in everything(splits))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("text,label\na,b,c\n", "line 2, saw 3"), ("text,label\na,b,\nc,d,\n", "line 2, saw 3"),
+     ("text,text\na,b\n", "'text' more than once"), ("", "No columns"),
+     ('text,label\n"a,b\n', "EOF inside string"), ("text,label\na\n", "empty"),
+     ("text,label\n", "no rows")],
+)  # fmt: skip
+def test_a_ragged_table_is_refused(tmp_path, content, told):
+    """pandas shifts or cuts the columns of some of these without a word."""
+    path = tmp_path / "t.csv"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError, match=told):
+        load_data(settings(path))

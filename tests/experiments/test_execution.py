@@ -204,11 +204,39 @@ def test_a_diverged_run_leaves_a_note(configured, tiny):
     assert folder.finished() is None
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_held_out_loss_that_is_not_finite_is_a_failed_run(
+    configured, tiny, monkeypatch, split, value
+):
+    evaluate, calls = execution.evaluate, []
+
+    def spoilt(*arguments):
+        found = evaluate(*arguments)
+        calls.append(found)
+        if len(calls) == {"validation": 1, "test": 2}[split]:
+            found.metrics["loss"] = value
+        return found
+
+    monkeypatch.setattr(execution, "evaluate", spoilt)
+    run = configured(*tiny)
+    with pytest.raises(RunFailed, match=rf"the {split} loss is {value}") as error:
+        execute(run)
+    assert error.value.reason == "diverged"
+    assert identify(run).finished() is None
+    assert json.loads(identify(run).failed_file.read_text())["reason"] == "diverged"
+
+
+def test_answers_are_needed_for_a_score(configured, tiny_causal):
+    with pytest.raises(ConfigurationError, match=r"training\.generate_limit=0"):
+        execute(configured(*tiny_causal, "training.generate_limit=0"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["init=pissa", "init.niter=-1"], "niter=-1"),
-        (["lora.r=0"], "init=kaiming: r=0"),
+        (["lora.r=0"], r"lora\.r=0 is not supported: must be an integer >= 1"),
         (["lora.target_modules=[nothing]"], "nothing"),
         (["init=orthogonal", "lora.r=3"], "even"),
         (["data.text_column=txt"], "did you mean|has no such column"),

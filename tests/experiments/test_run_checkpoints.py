@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -190,9 +191,11 @@ def test_a_checkpoint_that_does_not_fit_is_not_gone_on_from(configured, tiny, br
         )
         broken_off(other, 3)
         found = identify(other)
-        folder.metrics_file.write_bytes(found.metrics_file.read_bytes())
-        content = found.checkpoint_file.read_bytes()
-        path.write_bytes(content.replace(found.id.encode(), folder.id.encode()))
+        for name in ("metrics.jsonl", "init.json", "spectra.json"):
+            (folder.path / name).write_bytes((found.path / name).read_bytes())
+        content = found.checkpoint_file.read_bytes().replace(found.id.encode(), folder.id.encode())
+        seal = rb'"sha256":"[0-9a-f]{64}"'
+        path.write_bytes(module.sealed(re.sub(seal, module.EMPTY_SEAL, content, count=1)))
         assert read_checkpoint(folder) is not None
     execute(run)
     assert [row["step"] for row in rows(folder) if row["split"] == "train"] == [1, 2, 3]

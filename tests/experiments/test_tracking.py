@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import random
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-from experiments.errors import ConfigurationError
 from experiments.execution import execute
 from experiments.tracking import TrackingConfig, mirror, track
 
@@ -63,13 +66,84 @@ def test_wandb_is_closed_after_a_failure(monkeypatch, tmp_path, error):
     assert wandb.codes == [1]
 
 
-def test_a_missing_wandb_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with (
-        pytest.raises(ConfigurationError, match="pip install wandb"),
-        open_tracker(TrackingConfig(backend="wandb"), tmp_path),
-    ):
-        pass
+class Broken(Recorder):
+    """The package wandb with one call that fails, and that draws random numbers in each."""
+
+    def __init__(self, call: str, error: BaseException):
+        super().__init__()
+        self.call, self.error, self.calls = call, error, []
+        methods = ("log", "finish")
+        self.run = SimpleNamespace(**{m: functools.partial(self.do, m) for m in methods})
+
+    def do(self, call, *arguments, **settings):
+        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+        self.calls.append(call)
+        if call == self.call:
+            raise self.error
+        return self.run
+
+    def init(self, **settings):
+        settings["config"]["run_id"] = "changed"
+        return self.do("init")
+
+
+ERRORS = (
+    RuntimeError("no\nserver"), TypeError("x"), TimeoutError(), OSError(28, "full"), SystemExit(1)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("call", ["Settings", "init", "log", "finish"])
+def test_a_failing_wandb_is_one_warning(monkeypatch, tmp_path, capsys, call, error):
+    wandb = Broken(call, error)
+    if call == "Settings":
+        monkeypatch.setattr(Broken, "Settings", lambda self, **more: self.do("Settings"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    before = random.getstate(), torch.get_rng_state()
+    with open_tracker(TrackingConfig(backend="wandb"), tmp_path) as log:
+        for step in range(3):
+            log({"step": step, "split": "train", "loss": 1.0})
+    told = capsys.readouterr().out
+    assert told.count("tracking=wandb") == 1
+    assert type(error).__name__ in told
+    assert len(told.splitlines()) == 1
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert wandb.calls.count("log") == {"log": 1, "finish": 3}.get(call, 0)
+    assert wandb.calls.count("finish") == (call in ("log", "finish")), "an open run is closed"
+
+
+def test_a_run_is_the_same_whatever_wandb_does(configured, tiny, monkeypatch, tmp_path, capsys):
+    """Without the package, and with one that fails in the middle."""
+    unmeasured = ("measures.forgetting_texts=0", "measures.intruder_layers=0",
+                  "measures.spectra_layers=0", "model.dropout=0.1")  # fmt: skip
+    expected = execute(configured(*tiny, *unmeasured, f"paths.outputs={tmp_path}/none"))
+    for name, wandb in (("missing", None), ("broken", Broken("log", RuntimeError("gone")))):
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        outputs = f"paths.outputs={tmp_path}/{name}"
+        result = execute(configured(*tiny, *unmeasured, "tracking=wandb", outputs))
+        assert result["test"] == expected["test"]
+        assert result["first_step_gradient_norms"] == expected["first_step_gradient_norms"]
+        assert capsys.readouterr().out.count("tracking=wandb: ") == 1
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 128, 129, 5000])
+def test_names_fit_into_wandbs_limits(monkeypatch, tmp_path, length):
+    """wandb's server refuses longer ones when an offline run is synced."""
+    wandb = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    limits = {"name": 128, "group": 128, "job_type": 64}
+    sent = []
+    for last in "xy":
+        given = dict.fromkeys(limits, "é" * (length - 1) + last)
+        settings = TrackingConfig(backend="wandb")
+        with track(settings, run_id="abc", config={}, folder=tmp_path, **given):
+            pass
+        sent.append({key: wandb.started[key] for key in given})
+        for key, most in limits.items():
+            assert len(sent[-1][key]) == min(length, most)
+            assert sent[-1][key] == given[key] or sent[-1][key].startswith("é" * (most - 9) + "-")
+    assert all(sent[0][key] != sent[1][key] for key in limits), "different names stay different"
 
 
 def test_mirror():

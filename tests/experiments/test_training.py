@@ -198,3 +198,46 @@ def test_evaluation_leaves_the_mode_as_it_was():
 def test_accelerators_of_one_process_do_not_share_their_state():
     assert make_accelerator(TrainingConfig(mixed_precision="bf16"), "cpu").mixed_precision == "bf16"
     assert make_accelerator(TrainingConfig(), "cpu").mixed_precision == "no"
+
+
+class Diverging(Toy):
+    """Turns one figure of one step into another."""
+
+    def __init__(self, figure: str, step: int, value: float):
+        super().__init__()
+        self.figure, self.step, self.value = figure, step, value
+
+    def forward(self, **batch):
+        output = super().forward(**batch)
+        if len(self.seen) == self.step:
+            if self.figure == "loss":
+                output.loss = output.loss * self.value
+            elif self.figure == "gradient":
+                self.head.register_hook(lambda gradient: gradient * self.value)
+        return output
+
+
+@pytest.mark.parametrize("clipped", [1.0, None])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("figure", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run_in_any_step(figure, step, value, clipped):
+    settings = TrainingConfig(steps=3, batch_size=4, max_grad_norm=clipped)
+    model = Diverging(figure, step, value)
+    before = []
+    with pytest.raises(RunFailed, match=r"training diverged; lower") as error:
+        run_toy(model, settings, advance=lambda done, loss: before.append(done))
+    assert (error.value.reason, error.value.facts["step"]) == ("diverged", step)
+    assert before == list(range(1, step))
+    assert torch.isfinite(model.head).all(), "the step is not done"
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_weights_that_the_last_step_ruins_end_the_run(steps):
+    """No further loss would tell."""
+    settings = TrainingConfig(
+        steps=steps, batch_size=4, learning_rate=1e30, warmup=0.0, schedule="constant"
+    )
+    with pytest.raises(RunFailed, match="training diverged") as error:
+        run_toy(Toy(), settings)
+    assert error.value.reason == "diverged"

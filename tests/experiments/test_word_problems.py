@@ -11,6 +11,7 @@ from experiments.data import load_data
 from experiments.data.gsm8k import Gsm8k
 from experiments.data.judges import Generated, says_the_number
 from experiments.data.metamath import MetaMath, template_of
+from experiments.data.word_problems import read_rows
 from experiments.errors import ConfigurationError
 from experiments.runs import identify
 
@@ -203,3 +204,25 @@ def test_an_edited_file_is_another_run(configured, word_problems, tmp_path):
     with (tmp_path / "test.jsonl").open("a") as file:
         file.write('{"question": "1 + 1?", "answer": "#### 2"}\n')
     assert identify(run).id != before
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "mark"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_rows_of_any_editor(tmp_path, suffix, mark):
+    path = tmp_path / f"rows.{suffix}"
+    rows = [json.dumps({"q": f"{i}\u2028x"}, ensure_ascii=False).encode() for i in range(3)]
+    between = b",\r\n" if suffix == "json" else b"\r\n"
+    content = between.join(rows)
+    path.write_bytes(mark + (b"[" + content + b"]" if suffix == "json" else content + b"\r\n"))
+    assert [row["q"] for row in read_rows(path, ["q"])] == [f"{i}\u2028x" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b'{"q": "x"}\n{"q": ', "line 2"), (b'{"q": "x"}\n\xff', "line 2"), (b"[" * 99_999, "deeply")],
+)
+def test_a_damaged_row_is_named(tmp_path, content, told):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=told):
+        read_rows(path, ["q"])
