@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_init.adapters.writing import write_atomically
+from lora_init.adapters.atomic_file import write_atomically
 from lora_init.moments import InputStatistics, LeadingComponents
 from lora_init.quantization import Quantizer
 from lora_init.registry import CalibrationRequest
