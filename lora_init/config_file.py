@@ -126,8 +126,10 @@ def settings(
         if method_of(method) != name:
             chosen.pop(f"{name}_config", None)  # left over from another start
     for name in ("layers_pattern", "layers_to_transform", "exclude_modules", "modules_to_save"):
-        if name in chosen and _is_empty(chosen[name]) and chosen[name] != 0:
+        if name in chosen and _is_empty(chosen[name]) and not _is_whole(chosen[name]):
             del chosen[name]
+    if "layers_to_transform" not in chosen:
+        chosen.pop("layers_pattern", None)
     for name, value in chosen.items():
         chosen[name] = _checked(name, value)
     for name, defaults in nested.items():

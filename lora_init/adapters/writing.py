@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,12 @@ def save(
     for name, trained in injection.trained.items():
         for key, value in trained.trained_module.state_dict().items():
             tensors[f"{PREFIX}{names[name]}.{key}"] = given.trained(name, key, value)
-    tensors |= _copies(model, names, copied, layers)
+    copied = _copied(model, names, copied, layers)
+    tensors |= {
+        f"{PREFIX}{name}.{key}": value
+        for name, module in copied.items()
+        for key, value in module.state_dict().items()
+    }
     targeted = [target.name for target in plain.targets]
     if rows_are_needed(
         model,
@@ -215,24 +220,24 @@ def _parts(
     return parts
 
 
-def _copies(
-    model: nn.Module, names: Mapping[str, str], copied: Collection[str], layers: Collection[str]
-) -> dict[str, Tensor]:
-    """The base's own tensors of modules that PEFT takes for trained ones."""
+def _copied(
+    model: nn.Module, names: Mapping[str, str], besides: Iterable[str], layers: Collection[str]
+) -> dict[str, nn.Module]:
+    """The modules that PEFT takes for trained ones, and whose own tensors are written for it."""
     own = {short: name for name, short in names.items()}
-    tensors: dict[str, Tensor] = {}
-    for name in copied:
-        values = model.get_submodule(own[name]).state_dict()
+    modules: dict[str, nn.Module] = {}
+    for name in besides:
+        module = model.get_submodule(own[name])
         adapted = any(f"{layer}.".startswith(f"{name}.") for layer in layers)
-        if adapted or any(value.is_meta for value in values.values()):
+        if adapted or any(value.is_meta for value in module.state_dict().values()):
             warnings.warn(
                 f"PEFT cannot load this adapter: it takes {name!r} for a trained module, whose "
                 "name ends like one of modules_to_save; load it with LoraModel.from_pretrained",
                 stacklevel=4,
             )
-            continue
-        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in values.items()}
-    return tensors
+        else:
+            modules[name] = module
+    return modules
 
 
 def exported_config(config: LoraConfig, plan: Plan) -> LoraConfig:
