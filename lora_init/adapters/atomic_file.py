@@ -27,8 +27,10 @@ def write_atomically(
     # Not mkstemp, whose files nobody else may read, whatever the umask says.
     temporary = Path(tempfile.mktemp(dir=path.parent, prefix=prefix))
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode  # safetensors gives its own
     try:
         write(temporary)
+        os.chmod(temporary, mode)
         last()
         os.replace(temporary, path)
     except BaseException:

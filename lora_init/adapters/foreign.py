@@ -172,11 +172,12 @@ def _copies(
     for name, value in (*_named(base.named_parameters), *_named(base.named_buffers)):
         copies[f"{PREFIX}{name}"] = value
     for target in plan.targets:
+        module, start = base.get_submodule(target.name), factors[target.name]
+        for name, value in module.named_parameters():
+            copies[f"{PREFIX}{target.name}.base_layer.{name}"] = value
         key = f"{PREFIX}{target.name}.base_layer.weight"
         if key not in left:
             continue
-        module, start = base.get_submodule(target.name), factors[target.name]
-        copies[key] = module.weight
         if plan.initializer.base == "subtract":  # there it is the residual
             product = low_rank_product(start.lora_A, start.lora_B, target.scaling)
             copies[key] = stored_weight(module, widened(weights.present(target)) - product)

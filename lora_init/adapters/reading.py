@@ -87,6 +87,8 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = json.loads(metadata[HEADER_KEY]) if HEADER_KEY in metadata else None
+        if HEADER_KEY in metadata and not isinstance(header, dict):
+            raise ValueError(f"its header must be a JSON object, not {metadata[HEADER_KEY]:.40}")
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy or save it again") from error
     for key, value in tensors.items():

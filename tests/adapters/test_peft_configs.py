@@ -180,15 +180,18 @@ def test_a_pointer_in_the_place_of_the_tensors_is_named(tmp_path):
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_a_named_error_or_right(name, value):
+    message = None
     try:
         config = LoraConfig.from_dict(VALUES | {name: value})
     except ValueError as error:
-        assert name in str(error) or "registered" in str(error)
-    else:
+        message = str(error)
+    if message is None:
         assert getattr(config, name) == value
+    else:
+        assert name in message or "registered" in message
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "Gaussian", "EVA", "orthogonal", "mica"])
+@pytest.mark.parametrize("start", [True, False, "gaussian", "Gaussian", "EVA", "mica"])
 def test_a_kept_base_loads_however_it_was_started(start, tmp_path):
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)

@@ -36,14 +36,16 @@ def test_a_keyword_of_trainers_is_accepted(name, tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path / "plain")
     model.save_pretrained(str(tmp_path / "with"), **{name: ACCEPTED[name]})
-    first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("plain", "with"))
+    files = (tmp_path / folder / "adapter_model.safetensors" for folder in ("plain", "with"))
+    first, second = map(load_file, files)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_the_order_is_pefts():
     theirs = list(inspect.signature(peft.PeftModel.save_pretrained).parameters)[2:-1]
-    assert list(inspect.signature(LoraModel.save_pretrained).parameters)[2 : 2 + len(theirs)] == theirs
+    ours = list(inspect.signature(LoraModel.save_pretrained).parameters)[2:]
+    assert ours[: len(theirs)] == theirs
 
 
 @pytest.mark.parametrize(

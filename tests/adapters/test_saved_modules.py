@@ -1,6 +1,5 @@
-"""Modules trained whole: PEFT selects them by the raw end of a name, and files say which they are."""
+"""Modules trained whole: PEFT selects them by the raw end of a name, and files say which."""
 
-import copy
 import functools
 from types import SimpleNamespace
 
@@ -141,7 +140,7 @@ def test_a_head_that_peft_does_not_save_is_named(tmp_path):
 def test_a_module_that_peft_cannot_tell_from_an_adapted_one_is_named(tmp_path):
     config = LoraConfig(r=2, target_modules=["pre_classifier"], modules_to_save=["classifier"])
     model = train(get_peft_model(distilbert(), config))
-    with pytest.warns(UserWarning, match="PEFT cannot load this adapter: it takes 'pre_classifier'"):
+    with pytest.warns(UserWarning, match="PEFT cannot load this adapter.*'pre_classifier'"):
         model.save_pretrained(tmp_path)
     ours = LoraModel.from_pretrained(distilbert(), tmp_path).eval()
     assert_gap(logits(ours, token_batches()), logits(model, token_batches()), 1e-6)

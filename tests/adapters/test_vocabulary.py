@@ -29,7 +29,7 @@ def resized(make, size=SIZE, seed=1):
     model.resize_token_embeddings(size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+        for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             new = module.weight[before:]
             new.copy_(0.3 * torch.randn(new.shape, generator=generator))
     return model.eval()
@@ -119,7 +119,8 @@ def test_auto_saves_adapted_embeddings_as_peft_does(targets, method, tmp_path):
     model = train(get_peft_model(resized(llama), config))
     expected = logits(model, with_new_tokens(token_batches))
     model.save_pretrained(tmp_path / "ours")
-    rows = {k for k in load_file(tmp_path / "ours" / "adapter_model.safetensors") if "lora_" not in k}
+    written = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    rows = {key for key in written if "lora_" not in key}
     theirs = peft.get_peft_model(resized(llama), peft.LoraConfig(r=2, target_modules=targets))
     theirs.save_pretrained(tmp_path / "theirs")
     others = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
