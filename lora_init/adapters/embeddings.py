@@ -40,6 +40,7 @@ def embeddings(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in plain.items()
         if isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.is_floating_point()  # not packed
     }
 
 
@@ -122,12 +123,18 @@ def rows_are_needed(
     return before is not None and before != size
 
 
-def rows(model: nn.Module, trained: set[str], originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rows(
+    model: nn.Module, left_out: set[str], originals: Mapping[str, Tensor], required: bool
+) -> dict[str, Tensor]:
     """The embeddings' tensors by key.
 
     Args:
-        trained: names of modules that the file holds anyway.
+        left_out: names of modules that the file holds anyway, or whose original is gone.
         originals: weights of adapted modules before injection, as they are stored, by name.
+        required: refuse weights that are not loaded; else they are left out.
+
+    Raises:
+        ValueError: a required weight is not loaded.
     """
     found = embeddings(model)
     if not found:
@@ -139,7 +146,7 @@ def rows(model: nn.Module, trained: set[str], originals: Mapping[str, Tensor]) -
     tensors: dict[str, Tensor] = {}
     owners = {id(module.weight): name for name, module in reversed(found.items())}
     for name, module in found.items():
-        if name in trained:
+        if name in left_out or (module.weight.is_meta and not required):
             continue
         if module.weight.is_meta:
             raise ValueError(

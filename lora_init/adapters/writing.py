@@ -108,12 +108,8 @@ def save(
         config.base_model_name_or_path,
         injection.embedding_rows,
     ):
-        originals = {
-            t.name: stored_weight(injection.layers[t.name].base_layer, injection.original_weight(t))
-            for t in plan.targets
-            if t.name in embeddings(model) and not replaced
-        }
-        for key, value in rows(model, set(injection.trained), originals).items():
+        saved_rows = _rows(model, plan, injection, required=save_embedding_layers is True)
+        for key, value in saved_rows.items():
             module, _, last = key.removeprefix(PREFIX).rpartition(".")
             tensors.setdefault(f"{PREFIX}{names[module]}.{last}", value)
     written.modules_to_save = entries or config.modules_to_save
@@ -130,6 +126,25 @@ def save(
     }
     own = replaced or not all(map(peft_computes, _base_modules(injection)))
     _write(folder, tensors, header, written, own)
+
+
+def _rows(
+    model: nn.Module, plan: Plan, injection: Injection, *, required: bool
+) -> dict[str, Tensor]:
+    """The embeddings before injection; not those whose weight was replaced."""
+    originals: dict[str, Tensor] = {}
+    left_out = set(injection.trained)
+    names = embeddings(model)
+    for target in plan.targets:
+        if target.name not in names:
+            continue
+        layer = injection.layers[target.name]
+        if layer.base_state == "replaced" or (layer.base_layer.weight.is_meta and not required):
+            left_out.add(target.name)
+        elif not layer.base_layer.weight.is_meta:
+            weight = stored_weight(layer.base_layer, injection.original_weight(target))
+            originals[target.name] = weight.to(layer.base_layer.weight.dtype)
+    return rows(model, left_out, originals, required)
 
 
 def _write(

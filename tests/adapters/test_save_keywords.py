@@ -88,7 +88,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize(("method", "make", "settings"), CASES.values(), ids=CASES)
 def test_a_gathered_state_dict_is_what_is_written(method, make, settings, prefix, tmp_path):
     model = adapted(method, make, **settings)

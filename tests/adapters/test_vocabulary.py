@@ -43,7 +43,7 @@ def with_new_tokens(batches):
     ]
 
 
-@pytest.mark.parametrize("method", ["kaiming", "pissa"])
+@pytest.mark.parametrize("method", ["pissa"])
 @every_model
 def test_the_rows_travel_with_the_adapter(make, targets, batches, method, tmp_path):
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights=method)
@@ -112,15 +112,18 @@ def test_auto_compares_with_the_saved_base(size, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-@pytest.mark.parametrize("method", ["kaiming", "pissa"])
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
 @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"], "all-linear"])
 def test_auto_saves_adapted_embeddings_as_peft_does(targets, method, tmp_path):
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights=method)
     model = train(get_peft_model(resized(llama), config))
     expected = logits(model, with_new_tokens(token_batches))
     model.save_pretrained(tmp_path / "ours")
-    written = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    rows = {key for key in written if "lora_" not in key}
+    written = load_file(next((tmp_path / "ours").glob("*.safetensors")))
+    rows = {key for key in written if "lora_" not in key and "replacement" not in key}
+    if method == "loftq":  # adapted embeddings have other weights now, and no rows to save
+        assert not any("base_layer" in key for key in rows)
+        return
     theirs = peft.get_peft_model(resized(llama), peft.LoraConfig(r=2, target_modules=targets))
     theirs.save_pretrained(tmp_path / "theirs")
     others = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
