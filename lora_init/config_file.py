@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_init.peft_fields import SWITCHES
+
 CONFIG_NAME = "adapter_config.json"
 
 FILE_ONLY = ("peft_type", "peft_version", "auto_mapping", "runtime_config")
@@ -26,9 +28,6 @@ FILE_ONLY = ("peft_type", "peft_version", "auto_mapping", "runtime_config")
 
 FORMER_FIELDS = {"enable_lora": None, "merge_weights": False}
 """Fields of PEFT 0.2. The first one splits a layer; the second one never changes the function."""
-
-SWITCHES = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}
-"""Settings that have a meaning only where another one is in use."""
 
 METHODS_OF_CONFIGS = ("corda", "eva", "loftq", "lora_ga")
 """Methods whose options PEFT keeps in a field `<name>_config`."""

@@ -25,7 +25,7 @@ from lora_init.factors import Factors, Replacement
 from lora_init.plan import Plan, Target
 from lora_init.planning import make_plan
 from lora_init.presence import factor_device
-from lora_init.targets import exactly, pattern_value
+from lora_init.targets import PatternValues, exactly
 
 
 class Contents:
@@ -102,9 +102,9 @@ class Contents:
             return config
         patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
         for setting, explicit in patterns.items():
+            values = PatternValues(setting, getattr(config, setting), None)
             for name in self.layers:
-                value = pattern_value(setting, getattr(config, setting), self.names(name), None)
-                if value is not None:
+                if (value := values(self.names(name))) is not None:
                     explicit[f"^{re.escape(name)}"] = value
         return dataclasses.replace(config, **patterns)
 

@@ -14,7 +14,7 @@ from typing import Any
 from lora_init.adapters.contents import Contents
 from lora_init.config import LoraConfig
 from lora_init.plan import Plan
-from lora_init.targets import name_matches, pattern_value, select
+from lora_init.targets import PatternValues, name_matches, select
 
 KEPT_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq", "mica")
 """Values of init_lora_weights under which PEFT leaves the base alone."""
@@ -55,12 +55,13 @@ def followed(
         _check_selection(contents, theirs, plan)
     _check_modules_to_save(values, plan)
     moved = False
+    ranks = PatternValues("rank_pattern", theirs.rank_pattern, theirs.r)
+    alphas = PatternValues("alpha_pattern", theirs.alpha_pattern, theirs.lora_alpha)
     for target in plan.targets:
         name = contents.names(target.name)
-        rank = pattern_value("rank_pattern", theirs.rank_pattern, name, theirs.r)
+        rank, alpha = ranks(name), alphas(name)
         if rank != doubled * target.rank:
             raise _contradiction("r (or rank_pattern)", rank, doubled * target.rank)
-        alpha = pattern_value("alpha_pattern", theirs.alpha_pattern, name, theirs.lora_alpha)
         moved |= not math.isclose(theirs.scaling(rank, alpha), target.scaling, rel_tol=1e-9)
     if moved and fixed:
         raise ValueError(

@@ -38,6 +38,7 @@ from lora_init.adapters.saved_modules import selected_by_peft
 from lora_init.config import CONFIG_NAME, LoraConfig
 from lora_init.injection import Injection
 from lora_init.modules import stored_weight
+from lora_init.peft_selection import describe_differences, different_in_peft
 from lora_init.plan import Plan, Target
 from lora_init.registry import describe, resolve
 
@@ -117,6 +118,12 @@ def save(
         written = portable_config(written, largest)
     elif (warning := read_differently(plan, written, ranks)) is not None and not replaced:
         warnings.warn(warning, stacklevel=3)
+    if not replaced and (differences := different_in_peft(model, plain)):
+        warnings.warn(
+            "PEFT would read the saved adapter otherwise; load it with LoraModel.from_pretrained: "
+            f"{describe_differences(differences)}",
+            stacklevel=3,
+        )
     header = {
         **(_plain_header(written) if portable else _header(config, plain, injection, names)),
         "fingerprints": {names[n]: value for n, value in injection.fingerprints.items()},
