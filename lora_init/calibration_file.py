@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_init.adapters.writing import write_atomically
+from lora_init.adapters.atomic_file import write_atomically
 from lora_init.cache import key
 from lora_init.finiteness import is_finite
 from lora_init.moments import InputStatistics

@@ -8,13 +8,14 @@ model is checked where plans are made (`lora_init.planning`). Files are PEFT's
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_init import config_file
+from lora_init.config_file import CONFIG_NAME
 from lora_init.field_types import check_field_types
 from lora_init.json_types import json_value
 from lora_init.peft_fields import accepts_peft_fields
@@ -27,8 +28,6 @@ from lora_init.registry import (
     method_name,
     resolve,
 )
-
-CONFIG_NAME = "adapter_config.json"
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose file format is written."""
@@ -66,8 +65,6 @@ PEFT_ONLY_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 ALL_LINEAR = "all-linear"
 
 BOOLEANS = ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out", "inference_mode")
-
-FILE_ONLY = ("peft_type", "peft_version", "auto_mapping")
 
 METHOD_CONFIGS = ("eva", "corda", "loftq")
 """Methods whose options PEFT keeps in a field of their own, `<name>_config`."""
@@ -243,41 +240,31 @@ class LoraConfig:
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: not JSON, another kind of adapter, an unknown field, or a field of PEFT
-                that lora_init does not serve and that is not at its default.
+            ValueError: not JSON, another kind of adapter, or a setting of PEFT that is in use and
+                not supported; with the file's name.
         """
         path = Path(folder) / CONFIG_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no {CONFIG_NAME} in {str(folder)!r}; pass an adapter's folder"
-            )
+        values = config_file.read_json(path)
         try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged") from error
-        return cls.from_dict(values)
+            return cls.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
-        """The inverse of `to_dict`; PEFT's own fields are accepted at their defaults."""
-        values = dict(values)
-        kind = values.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise ValueError(f"peft_type={kind!r}; only 'LORA' adapters can be read")
-        for name in FILE_ONLY:
-            values.pop(name, None)
-        _drop_defaults(values, PEFT_ONLY_DEFAULTS, "")
-        for name, defaults in PEFT_ONLY_METHOD_DEFAULTS.items():
-            if isinstance(values.get(name), dict):
-                values[name] = dict(values[name])
-                _drop_defaults(values[name], defaults, f"{name}.")
+        """Make a configuration from what `to_dict` returns, or from a file of PEFT.
+
+        Empty settings of PEFT are unused, and unknown names are ignored with a warning; see
+        `lora_init.config_file`.
+
+        Raises:
+            ValueError: another kind of adapter, a value of a wrong type, or a setting of PEFT that
+                is in use and not supported.
+        """
         known = [f.name for f in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown field {name!r} in the adapter configuration{hint}")
-        return cls(**values)
+        return cls(
+            **config_file.settings(values, known, PEFT_ONLY_DEFAULTS, PEFT_ONLY_METHOD_DEFAULTS)
+        )
 
     # -- checks ------------------------------------------------------------------------------
 

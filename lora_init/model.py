@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -201,15 +202,81 @@ class LoraModel(nn.Module):
         injection.reinstate(self.base_model, detached)
         self._injection = detached
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter; see `lora_init.adapters` for the files. The base is not read.
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        portable: bool = False,
+        save_function: Any = None,
+        max_shard_size: Any = None,
+        push_to_hub: bool = False,
+    ) -> None:
+        """Write the adapter; see `lora_init.adapters` for the files.
+
+        The arguments are PEFT's and transformers', in PEFT's order.
+
+        Args:
+            folder: made if it does not exist.
+            safe_serialization: True; a pickle is never written.
+            selected_adapters: None or ["default"]: there is one adapter.
+            save_embedding_layers: whether the file holds the base's embeddings too. "auto": where
+                they are adapted, or the vocabulary has another size than the base was saved with.
+            is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: not needed, since the file is for the
+                original base anyway; ignored with a warning.
+            state_dict: the model's state dict where a trainer has gathered it from shards.
+            portable: write a file that PEFT, vLLM and llama.cpp scale alike. It is loaded as a
+                plain adapter of its rank, 2r after a subtracting start.
+            save_function, max_shard_size: ignored: an adapter is one file, written atomically.
+            push_to_hub: must be False.
 
         Raises:
             RuntimeError: it is merged or disabled at the moment.
+            ValueError: a setting that is not supported; nothing is written then.
         """
         self.refuse_in_between("save_pretrained")
-        live = self._whole_injection("save_pretrained", without_base=True)
-        adapters.save(Path(folder), self.peft_config, self.plan, live)
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False is not supported: must be True, since a pickle can run "
+                "code when it is loaded. Leave it out"
+            )
+        if selected_adapters is not None and list(selected_adapters) != ["default"]:
+            raise ValueError(
+                f"selected_adapters={selected_adapters!r} is not supported: must be None or "
+                "['default'], the one adapter of this model. Leave it out"
+            )
+        if push_to_hub:
+            raise ValueError(
+                "push_to_hub=True is not supported: must be False. Save the adapter, then upload "
+                "the folder with huggingface_hub.upload_folder"
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            warnings.warn(
+                "path_initial_model_for_weight_conversion is ignored: the file is for the original "
+                "base model already",
+                stacklevel=2,
+            )
+        if not is_main_process:
+            return
+        live = self._live_injection()
+        if state_dict is None:
+            live = self._whole_injection("save_pretrained", without_base=True)
+        adapters.save(
+            Path(folder),
+            self.base_model,
+            self.peft_config,
+            self.plan,
+            live,
+            state=state_dict,
+            save_embedding_layers=save_embedding_layers,
+            portable=portable,
+        )
 
     @classmethod
     def from_pretrained(
@@ -238,21 +305,23 @@ class LoraModel(nn.Module):
         injection.refuse_adapted(base)
         loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
         loaded.config.inference_mode = not is_trainable
-        plain = injection.hold_plain(base)
-        try:
-            done = injection.inject(
-                base,
-                loaded.plan,
-                loaded.factors,
-                weights=loaded.weights,
-                plain=plain,
-                keep_original=keep_original,
-                initial_known=loaded.plan.initializer.base != "keep",
-            )
-        except BaseException:
-            injection.release(plain)
-            raise
-        adapters.fill(done, loaded)
+        with adapters.rows_in_place(base, loaded.rows):
+            plain = injection.hold_plain(base)
+            try:
+                done = injection.inject(
+                    base,
+                    loaded.plan,
+                    loaded.factors,
+                    weights=loaded.weights,
+                    plain=plain,
+                    keep_original=keep_original,
+                    initial_known=loaded.plan.initializer.base != "keep",
+                )
+            except BaseException:
+                injection.release(plain)
+                raise
+            adapters.fill(done, loaded)
+        done.embedding_rows = bool(loaded.rows)
         spec = loaded.plan.initializer
         report = InitReport(
             method=spec.name,

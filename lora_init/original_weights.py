@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -229,17 +229,29 @@ def _index(index: Path) -> dict[str, Path]:
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {key: index.parent / shard for key, shard in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"original_weights: {index} is damaged ({error!r}); allowed is a JSON object whose "
             "'weight_map' gives each tensor's file. Download it again"
         ) from error
+    # By the names alone: a cache of downloads has links to files elsewhere in these places.
+    if outside := sorted({shard for shard in shards.values() if not _is_inside(shard)}):
+        raise ValueError(
+            f"original_weights: {index} names {_listed(outside)}, outside of its folder; an index "
+            "must name files in its folder. Download it again"
+        )
     if missing := sorted({file.name for file in files.values() if not file.is_file()}):
         raise FileNotFoundError(
             f"original_weights: {index} names {_listed(missing)}, not in the folder; download the "
             "missing files"
         )
     return files
+
+
+def _is_inside(shard: str) -> bool:
+    """Whether a file's name, as an index has it, stays in the folder of the index."""
+    shard = shard.replace("\\", "/")
+    return not PurePosixPath(shard).is_absolute() and ".." not in shard.split("/")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,11 +68,13 @@ def make_plan(
     calibration_memory: int | None = None,
     calibration_sketch: int | None = None,
     any_rank: bool = False,
+    modules_to_save: Sequence[str] | None = None,
 ) -> Plan:
     """Decide and check everything that can be known before statistics are collected.
 
     Args:
         any_rank: do not check the ranks: an adapter from a file needs no initialization.
+        modules_to_save: full names, as of `lora_init.targets.select`.
 
     Raises:
         ValueError: see `lora_init.targets.select`; a rank that a layer or the method cannot
@@ -88,7 +91,7 @@ def make_plan(
             f"quantized_base={quantized_base!r}; allowed are {', '.join(QUANTIZED_BASES)}"
         )
     spec, options = config.initializer()
-    selection = select(model, config)
+    selection = select(model, config, modules_to_save)
     owners = extents(model)
     ranks = PatternValues("rank_pattern", config.rank_pattern, config.r)
     alphas = PatternValues("alpha_pattern", config.alpha_pattern, config.lora_alpha)

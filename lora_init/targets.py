@@ -37,8 +37,14 @@ class Selection:
     candidates: tuple[str, ...]
 
 
-def select(model: nn.Module, config: LoraConfig) -> Selection:
+def select(
+    model: nn.Module, config: LoraConfig, modules_to_save: Iterable[str] | None = None
+) -> Selection:
     """Match the configuration against the model's module names.
+
+    Args:
+        modules_to_save: full names of the modules to train whole, where a file decides them; else
+            the configuration's rule does.
 
     Raises:
         ValueError: nothing matches, an invalid regular expression, an architecture without
@@ -46,7 +52,7 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     names = list(modules)
-    saved = _modules_to_save(names, config)
+    saved = _modules_to_save(names, config) if modules_to_save is None else list(modules_to_save)
     unmatched: list[tuple[str, str]] = []
     target = config.target_modules if config.target_modules is not None else _defaults(model)
     excluded = excluder(config.exclude_modules)

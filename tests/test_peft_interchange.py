@@ -5,7 +5,6 @@ subtracted ones.
 """
 
 import copy
-import functools
 import json
 import shutil
 import warnings
@@ -625,14 +624,13 @@ def test_pefts_copies_of_the_base_must_be_the_bases(tmp_path):
     assert_gap(logits(loaded, token_batches()), expected, 1e-6)
     for key in ("model.embed_tokens", "lm_head"):
         key = f"base_model.model.{key}.base_layer.weight"
-        for change in (lambda t, k: t.update({k: t[k][:-1]}), lambda t, k: t[k].add_(0.1)):
-            folder = tmp_path / "changed"
-            shutil.copytree(tmp_path, folder, ignore=lambda *_: {"changed"}, dirs_exist_ok=True)
-            change_file(folder, functools.partial(change, k=key))
-            before = snapshot(base)
-            with pytest.raises(ValueError, match=f"holds another '{key}' than this base model"):
-                LoraModel.from_pretrained(base, folder)
-            assert_unchanged(base, before)
+        folder = tmp_path / "changed"
+        shutil.copytree(tmp_path, folder, ignore=lambda *_: {"changed"}, dirs_exist_ok=True)
+        change_file(folder, lambda tensors, k=key: tensors.update({k: tensors[k][:-1]}))
+        before = snapshot(base)
+        with pytest.raises(ValueError, match=f"holds another '{key}' than this base model"):
+            LoraModel.from_pretrained(base, folder)
+        assert_unchanged(base, before)
 
 
 def test_former_pefts_bias_all_wrote_whatever_is_called_bias(tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.keys import as_in, plain_names
 from lora_init.adapters.layout import (
     FIRST_FACTOR,
     PREFIX,
@@ -17,29 +20,36 @@ from lora_init.adapters.layout import (
     part_key,
 )
 from lora_init.config import LoraConfig
+from lora_init.eligibility import FLOAT_DTYPES
 from lora_init.factors import Factors, Replacement
 from lora_init.plan import Plan, Target
 from lora_init.planning import make_plan
 from lora_init.presence import factor_device
-from lora_init.targets import exactly
+from lora_init.targets import PatternValues, exactly
 
 
 class Contents:
     """What a file holds. Every tensor is taken once; what is left in the end is refused.
 
     Attributes:
-        tensors: those not taken yet.
+        tensors: those not taken yet, under the names of the base's modules.
+        names: what the adapted layers are called in the file.
         base: the model that the adapter is for; only read.
         dtype: of the factors in the model.
     """
 
     def __init__(self, tensors: dict[str, Tensor], base: nn.Module, dtype: torch.dtype) -> None:
-        self.tensors = tensors
+        self.tensors, self.names = as_in(base, tensors)
         self.base = base
         self.dtype = dtype
 
-    def plan(self, config: LoraConfig, quantized_base: str = "in_forward") -> Plan:
-        """The plan whose targets are the layers that the file names, all of which must exist."""
+    @property
+    def layers(self) -> list[str]:
+        """The names of the adapted modules, in the order of the file.
+
+        Raises:
+            ValueError: there are none.
+        """
         names = [
             key[len(PREFIX) : -len(suffix)]
             for key in self.tensors
@@ -48,13 +58,21 @@ class Contents:
         ]
         if not names:
             raise ValueError("the adapter file holds no lora_A; it is no LoRA adapter, or damaged")
-        modules = dict(self.base.named_modules())
-        for name in names:
-            if name not in modules:
-                raise ValueError(
-                    f"the adapter has a layer {name!r}, which {type(self.base).__name__} does not "
-                    "have; load the base model it was trained on"
-                )
+        return names
+
+    def plan(
+        self,
+        config: LoraConfig,
+        quantized_base: str = "in_forward",
+        modules_to_save: Sequence[str] | None = None,
+    ) -> tuple[LoraConfig, Plan]:
+        """The plan for the layers that the file holds, and the configuration that describes it.
+
+        Args:
+            modules_to_save: full names; None leaves it to the configuration's rule.
+        """
+        names = self.layers
+        config = self._with_base_names(config)
         by_name = dataclasses.replace(
             config,
             target_modules=exactly(names),
@@ -63,7 +81,12 @@ class Contents:
             layers_pattern=None,
         )
         plan = make_plan(
-            self.base, by_name, self.dtype, quantized_base=quantized_base, any_rank=True
+            self.base,
+            by_name,
+            self.dtype,
+            quantized_base=quantized_base,
+            any_rank=True,
+            modules_to_save=modules_to_save,
         )
         missing = set(names) - {target.name for target in plan.targets}
         if missing:
@@ -71,7 +94,19 @@ class Contents:
                 f"the adapter's layer {sorted(missing)[0]!r} lies inside modules_to_save="
                 f"{config.modules_to_save!r}; the files contradict each other"
             )
-        return plan
+        return config, plan
+
+    def _with_base_names(self, config: LoraConfig) -> LoraConfig:
+        """`config` with patterns that mean the base's names, where the file has other ones."""
+        if all(name == self.names(name) for name in self.layers):
+            return config
+        patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
+        for setting, explicit in patterns.items():
+            values = PatternValues(setting, getattr(config, setting), None)
+            for name in self.layers:
+                if (value := values(self.names(name))) is not None:
+                    explicit[f"^{re.escape(name)}"] = value
+        return dataclasses.replace(config, **patterns)
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
         if key not in self.tensors:
@@ -84,10 +119,23 @@ class Contents:
             )
         return self.tensors.pop(key)
 
+    def take_float(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """Take a tensor that is trained.
+
+        Raises:
+            ValueError: as `take`, or its dtype cannot be trained.
+        """
+        if key in self.tensors and self.tensors[key].dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{key!r} has dtype {self.tensors[key].dtype}, which is not supported: must be one "
+                f"of {', '.join(map(str, FLOAT_DTYPES))}; the file is damaged, or save it again"
+            )
+        return self.take(key, shape)
+
     def part(self, target: Target, part: str, rank: int) -> Tensor:
         """One part of a layer's adapter, as the layers hold it."""
         module = self.base.get_submodule(target.name)
-        value = self.take(part_key(target, part), file_shape(target, module, part, rank))
+        value = self.take_float(part_key(target, part), file_shape(target, module, part, rank))
         return matrix(part, value)
 
     def parts(self, plan: Plan, doubled: int = 1) -> dict[str, dict[str, Tensor]]:
@@ -120,19 +168,43 @@ class Contents:
         """The state of every module trained whole."""
         return {
             name: {
-                key: self.take(f"{PREFIX}{name}.{key}", tuple(value.shape))
+                key: self._like(f"{PREFIX}{name}.{key}", value)
                 for key, value in self.base.get_submodule(name).state_dict().items()
             }
             for name in plan.modules_to_save
         }
 
+    def _like(self, key: str, value: Tensor) -> Tensor:
+        if value.dtype in FLOAT_DTYPES:
+            return self.take_float(key, tuple(value.shape))
+        taken = self.take(key, tuple(value.shape))
+        if taken.dtype != value.dtype:
+            raise ValueError(
+                f"{key!r} has dtype {taken.dtype}, this base model has {value.dtype}; load the "
+                "base model the adapter was trained on"
+            )
+        return taken
+
     def biases(self, plan: Plan) -> dict[str, Tensor]:
         """The trained biases, by the names of their parameters."""
         layers = {target.name: target for target in plan.targets}
         return {
-            name: self.take(bias_key(name, layers), tuple(self.base.get_parameter(name).shape))
+            name: self.take_float(
+                bias_key(name, layers), tuple(self.base.get_parameter(name).shape)
+            )
             for name in plan.trained_biases
         }
+
+    def in_base(self, names: Iterable[str]) -> list[str]:
+        """The base's names of modules that a file's header names without wrappers."""
+        found = {short: name for name, short in plain_names(self.base).items()}
+        return [found.get(name, name) for name in names]
+
+    def drop(self, modules: Iterable[str]) -> None:
+        """Leave out the tensors of modules whose copies are there for another loader."""
+        beginnings = tuple(f"{PREFIX}{name}." for name in modules)
+        for key in [key for key in self.tensors if key.startswith(beginnings)]:
+            del self.tensors[key]
 
     def refuse_surplus(self, known: Mapping[str, Tensor] | None = None) -> None:
         """Refuse what nothing has asked for.

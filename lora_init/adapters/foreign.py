@@ -22,17 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.contents import Contents
+from lora_init.adapters.edited import KEPT_STARTS, listed
+from lora_init.adapters.embeddings import take_rows
 from lora_init.adapters.layout import PREFIX, peft_computes
 from lora_init.adapters.loaded import LoadedAdapter
+from lora_init.adapters.saved_modules import in_file
 from lora_init.base_weights import BaseWeights
-from lora_init.config import METHOD_CONFIGS, LoraConfig
+from lora_init.config import LoraConfig
+from lora_init.config_file import method_of
 from lora_init.factors import Factors, low_rank_product
-from lora_init.modules import stored_weight, widened
+from lora_init.modules import module_type, stored_weight, widened
 from lora_init.plan import Plan, Target
+from lora_init.targets import select
 
-# Methods of PEFT that leave the base alone: their files are plain adapters.
-KEPT = (True, False, "gaussian", "eva", "orthogonal", "loftq", "mica")
 REBUILT = ("pissa", "olora")
+CHANGED = ("pissa", "olora", "corda", "lora_ga")
 
 CONVERT = "convert it with PEFT's path_initial_model_for_weight_conversion first"
 
@@ -40,24 +44,23 @@ CONVERT = "convert it with PEFT's path_initial_model_for_weight_conversion first
 def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any]) -> LoadedAdapter:
     """Check PEFT's file against the base; `values` are its adapter_config.json."""
     base = contents.base
-    method = values.get("init_lora_weights", True)
-    if method not in KEPT and method not in REBUILT:
-        raise ValueError(
-            f"a PEFT adapter with init_lora_weights={method!r} changed its base by factors that "
-            f"cannot be computed again (they depended on a random stream or on data); {CONVERT}"
-        )
+    method = method_of(values.get("init_lora_weights"))
+    method = True if method is None else method
+    if method not in KEPT_STARTS and method not in REBUILT:
+        raise ValueError(_unknown_start(method))
     values = dict(values)
     # How a kept adapter was started does not matter any more, and PEFT's options may be at values
     # that we would refuse to run.
     values["init_lora_weights"] = method if method in REBUILT else True
-    for name in METHOD_CONFIGS:
-        values.pop(f"{name}_config", None)
     if method == "olora" and any(key.endswith(".lora_embedding_A") for key in contents.tensors):
         raise ValueError(f"an unconverted olora adapter of PEFT has an embedding; {CONVERT}")
     config = LoraConfig.from_dict(values)
     if method == "pissa":
         config.init_lora_weights = {"name": "pissa", "method": "exact"}
-    plan = contents.plan(config)
+    written = config
+    saved = in_file(base, contents.tensors, contents.layers, config)
+    config, plan = contents.plan(config, modules_to_save=saved)
+    _warn_of_missing_layers(contents, written, plan)
     weights.check_unloaded(plan.targets)
     for target in plan.targets:
         _refuse_unlike_ours(target, base.get_submodule(target.name), method)
@@ -77,8 +80,45 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
         factors[target.name] = contents.factors(target, *start)
     modules = contents.trained_modules(plan)
     biases = contents.biases(plan)
+    rows = {} if method in REBUILT else take_rows(base, contents.tensors)
     contents.refuse_surplus(_copies(contents, weights, plan, factors, modules))
-    return LoadedAdapter(config, plan, weights, factors, parts, modules, biases)
+    return LoadedAdapter(config, plan, weights, factors, parts, modules, biases, rows)
+
+
+def _unknown_start(method: Any) -> str:
+    if isinstance(method, str) and method.startswith(CHANGED):
+        return (
+            f"a PEFT adapter with init_lora_weights={method!r} changed its base by factors that "
+            f"cannot be computed again (they depended on a random stream or on data); {CONVERT}"
+        )
+    return (
+        f"init_lora_weights={method!r} is not supported: whether this method of PEFT changes the "
+        "base is not known. If it leaves the base weights alone, set init_lora_weights to true in "
+        f"adapter_config.json; else {CONVERT}"
+    )
+
+
+def _warn_of_missing_layers(contents: Contents, config: LoraConfig, plan: Plan) -> None:
+    """Warn where the configuration selects more layers than the file holds."""
+    if config.target_modules is None or config.target_modules == []:
+        return
+    try:
+        chosen = select(contents.base, config, plan.modules_to_save).names
+    except ValueError:  # names of the file's own, or none that match here
+        return
+    present = {target.name for target in plan.targets}
+    missing = [
+        name
+        for name in chosen
+        if name not in present
+        and module_type(contents.base.get_submodule(name)) in plan.initializer.module_types
+    ]
+    if missing:
+        warnings.warn(
+            f"the adapter file holds nothing for {listed(missing)}, which target_modules selects; "
+            "these layers stay as they are in the base model",
+            stacklevel=5,
+        )
 
 
 def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -132,11 +172,12 @@ def _copies(
     for name, value in (*_named(base.named_parameters), *_named(base.named_buffers)):
         copies[f"{PREFIX}{name}"] = value
     for target in plan.targets:
+        module, start = base.get_submodule(target.name), factors[target.name]
+        for name, value in module.named_parameters():
+            copies[f"{PREFIX}{target.name}.base_layer.{name}"] = value
         key = f"{PREFIX}{target.name}.base_layer.weight"
         if key not in left:
             continue
-        module, start = base.get_submodule(target.name), factors[target.name]
-        copies[key] = module.weight
         if plan.initializer.base == "subtract":  # there it is the residual
             product = low_rank_product(start.lora_A, start.lora_B, target.scaling)
             copies[key] = stored_weight(module, widened(weights.present(target)) - product)

@@ -24,6 +24,7 @@ class LoadedAdapter:
         parts: the trained parts of every layer (lora_A, lora_B, …) by target and part name.
         trained_modules: tensors of the modules trained whole, by module and parameter name.
         biases: trained biases by parameter name.
+        rows: of the base's embeddings, by parameter name, where the file holds other ones.
         checksums: of the replaced bases as they were when the adapter was saved.
     """
 
@@ -34,4 +35,5 @@ class LoadedAdapter:
     parts: dict[str, dict[str, Tensor]]
     trained_modules: dict[str, dict[str, Tensor]]
     biases: dict[str, Tensor]
+    rows: dict[str, Tensor] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)

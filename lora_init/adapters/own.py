@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
 from lora_init.adapters.contents import Contents
+from lora_init.adapters.edited import followed, listed
+from lora_init.adapters.embeddings import check_vocabulary, take_rows
+from lora_init.adapters.header import check_header
 from lora_init.adapters.loaded import LoadedAdapter
+from lora_init.adapters.saved_modules import in_file
 from lora_init.base_weights import BaseWeights
 from lora_init.config import LoraConfig
 from lora_init.factors import Replacement
@@ -21,32 +25,40 @@ from lora_init.quantization import Quantizer
 FORMAT_VERSION = 1
 
 
-def read_own(contents: Contents, weights: BaseWeights, header: Mapping[str, Any]) -> LoadedAdapter:
-    """Check a file with our header against the base."""
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"the adapter was written in format {header.get('format_version')!r}; this version of "
-            f"lora_init reads format {FORMAT_VERSION}"
-        )
-    config = LoraConfig.from_dict(header["config"])
-    config.init_lora_weights = header["method"]
-    config.eva_config, config.corda_config, config.loftq_config = None, None, {}
-    plan = contents.plan(config, header.get("quantized_base", "in_forward"))
-    quantizers = header.get("quantizers", {})
-    weights = _originals(weights, plan, header)
-    weights.check_unloaded(plan.targets)
+def read_own(
+    contents: Contents, weights: BaseWeights, header: Mapping[str, Any], values: Mapping[str, Any]
+) -> LoadedAdapter:
+    """Check a file with our header against the base; `values` are its adapter_config.json."""
+    check_header(header, FORMAT_VERSION)
+    config = _config(header)
+    saved = header.get("modules_to_save")
+    if saved is None:  # a file of a PEFT model, whose rule selected them
+        saved = in_file(contents.base, contents.tensors, contents.layers, config)
+    else:
+        contents.drop(contents.in_base(header.get("copied_modules", [])))
+        saved = contents.in_base(saved)
+    quantizers = _quantizers(header)
+    settings = header.get("quantized_base", "in_forward"), saved
+    config, plan = contents.plan(config, *settings)
+    _refuse_missing_layers(contents, plan, header.get("fingerprints", {}))
     doubled = 2 if plan.initializer.base == "subtract" and not quantizers else 1
+    edited = followed(contents, config, plan, values, doubled, fixed=bool(quantizers))
+    if edited is not config:
+        config, plan = contents.plan(edited, *settings)
+    weights = _originals(weights, plan, header, contents)
+    weights.check_unloaded(plan.targets)
     parts = contents.parts(plan, doubled)
     factors = {}
     for target in plan.targets:
         mine, r = parts[target.name], target.rank
+        name = contents.names(target.name)
         lora_A, lora_B, replacement = mine["lora_A"], mine["lora_B"], None
         if doubled == 2:
             mine["lora_A"], mine["lora_B"] = lora_A[:r], lora_B[:, :r]
             lora_A, lora_B = lora_A[r:].contiguous(), -lora_B[:, r:].contiguous()
-        elif target.name in quantizers:
+        elif name in quantizers:
             replacement = Replacement(
-                Quantizer.from_dict(quantizers[target.name]),
+                quantizers[name],
                 contents.part(target, "replacement_A", r),
                 contents.part(target, "replacement_B", r),
             )
@@ -57,13 +69,70 @@ def read_own(contents: Contents, weights: BaseWeights, header: Mapping[str, Any]
         factors[target.name] = contents.factors(target, lora_A, lora_B, replacement)
     modules = contents.trained_modules(plan)
     biases = contents.biases(plan)
+    rows = take_rows(contents.base, contents.tensors)
     contents.refuse_surplus()
-    _compare_base(weights, plan, header.get("fingerprints", {}), quantizers)
+    replaced_rows = {name.rpartition(".")[0] for name in rows}
+    fingerprints = header.get("fingerprints", {})
+    _compare_base(weights, plan, fingerprints, quantizers, contents, replaced_rows)
+    known = {*replaced_rows, *modules, *(target.name for target in plan.targets)}
+    recorded = header.get("vocabulary", {})
+    names = dict(zip(contents.in_base(recorded), recorded.values(), strict=True))
+    check_vocabulary(contents.base, names, known)
     checksums = header.get("checksums", {})
-    return LoadedAdapter(config, plan, weights, factors, parts, modules, biases, checksums)
+    checksums = {
+        target.name: checksums[contents.names(target.name)]
+        for target in plan.targets
+        if contents.names(target.name) in checksums
+    }
+    return LoadedAdapter(config, plan, weights, factors, parts, modules, biases, rows, checksums)
 
 
-def _originals(weights: BaseWeights, plan: Plan, header: Mapping[str, Any]) -> BaseWeights:
+def _config(header: Mapping[str, Any]) -> LoraConfig:
+    """The configuration of the training.
+
+    Raises:
+        ValueError: the header's is damaged.
+    """
+    try:
+        config = LoraConfig.from_dict(header["config"])
+        config.init_lora_weights = header["method"]
+        config.eva_config, config.corda_config, config.loftq_config = None, None, {}
+        config.initializer()
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the adapter file's header is damaged ({error!r})") from error
+    return config
+
+
+def _quantizers(header: Mapping[str, Any]) -> dict[str, Quantizer]:
+    try:
+        return {
+            name: Quantizer.from_dict(values)
+            for name, values in header.get("quantizers", {}).items()
+        }
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"the adapter file's quantizers are damaged ({error!r})") from error
+
+
+def _refuse_missing_layers(
+    contents: Contents, plan: Plan, fingerprints: Mapping[str, str]
+) -> None:
+    """Refuse a file that lacks whole layers: the header has a fingerprint of each.
+
+    Raises:
+        ValueError: their names.
+    """
+    present = {contents.names(target.name) for target in plan.targets}
+    missing = sorted(fingerprints.keys() - present)
+    if missing:
+        raise ValueError(
+            f"the adapter file lacks all tensors of {listed(missing)}, which were adapted when it "
+            "was saved; it is damaged or incomplete, copy it or save it again"
+        )
+
+
+def _originals(
+    weights: BaseWeights, plan: Plan, header: Mapping[str, Any], contents: Contents
+) -> BaseWeights:
     """What the replaced bases were computed from, checked while nothing has been changed.
 
     Raises:
@@ -81,7 +150,7 @@ def _originals(weights: BaseWeights, plan: Plan, header: Mapping[str, Any]) -> B
         )
     weights.check(plan.targets)
     for target in plan.targets:
-        expected = needed.get(target.name)
+        expected = needed.get(contents.names(target.name))
         if expected is not None and not has_fingerprint(weights.weight(target), expected):
             raise ValueError(
                 f"original_weights: the weight of {target.name!r} is not the one that the "
@@ -100,11 +169,18 @@ def _check_quantizer(target: Target, module: nn.Module, replacement: Replacement
 
 
 def _compare_base(
-    weights: BaseWeights, plan: Plan, fingerprints: Mapping[str, str], quantizers: Mapping[str, Any]
+    weights: BaseWeights,
+    plan: Plan,
+    fingerprints: Mapping[str, str],
+    quantizers: Mapping[str, Any],
+    contents: Contents,
+    known: Collection[str],
 ) -> None:
     for target in plan.targets:
-        expected = fingerprints.get(target.name)
-        if expected is None or has_fingerprint(weights.present(target), expected):
+        expected = fingerprints.get(contents.names(target.name))
+        if expected is None or target.name in known:
+            continue
+        if has_fingerprint(weights.present(target), expected):
             continue
         message = (
             f"the base weight of {target.name!r} is not the one the adapter was trained on; load "

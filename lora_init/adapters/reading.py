@@ -19,7 +19,8 @@ from lora_init.adapters.layout import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
 from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.adapters.own import read_own
 from lora_init.base_weights import BaseWeights
-from lora_init.config import CONFIG_NAME
+from lora_init.config_file import CONFIG_NAME, read_json, refuse_lfs_pointer
+from lora_init.eligibility import FLOAT_DTYPES
 from lora_init.injection import Injection
 
 
@@ -38,19 +39,24 @@ def read(
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; pass one that save_pretrained wrote")
-    values = _config_values(folder)
+    values = read_json(folder / CONFIG_NAME)
     tensors, header = _tensors(folder)
     weights = BaseWeights(base, original_weights)
-    contents = Contents(tensors, base, adapter_dtype)
-    if header is not None:
-        return read_own(contents, weights, header)
-    return read_foreign(contents, weights, values)
+    try:
+        contents = Contents(tensors, base, adapter_dtype)
+        if header is not None:
+            return read_own(contents, weights, header, values)
+        return read_foreign(contents, weights, values)
+    except (ValueError, TypeError) as error:  # a layer of a type that has no adapter is the file's
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def fill(injection: Injection, loaded: LoadedAdapter) -> None:
     """Copy the trained values into a model injected with the loaded adapter's factors."""
     for name, expected in loaded.checksums.items():
-        if injection.checksums[name] != expected:
+        if injection.checksums.get(name) != expected:
             warnings.warn(
                 f"the quantised base of {name!r} differs in some codes from the one the adapter "
                 "was trained on (another machine's arithmetic); outputs may move by one "
@@ -67,19 +73,6 @@ def fill(injection: Injection, loaded: LoadedAdapter) -> None:
             injection.biases[name][0].copy_(value)
 
 
-def _config_values(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {str(folder)!r}; pass an adapter's folder")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; the file is damaged")
-    return values
-
-
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     path = folder / OWN_WEIGHTS_NAME
     if not path.is_file():
@@ -88,14 +81,17 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         pickled = " (adapter_model.bin is a pickle, which is never loaded; convert it with PEFT)"
         hint = pickled if (folder / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {str(folder)!r}{hint}")
+    refuse_lfs_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = json.loads(metadata[HEADER_KEY]) if HEADER_KEY in metadata else None
-    except (SafetensorError, ValueError) as error:
+        if HEADER_KEY in metadata and not isinstance(header, dict):
+            raise ValueError(f"its header must be a JSON object, not {metadata[HEADER_KEY]:.40}")
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy or save it again") from error
     for key, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
+        if value.dtype in FLOAT_DTYPES and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path}: tensor {key!r} holds NaN or infinite values")
     return tensors, header

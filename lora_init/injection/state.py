@@ -38,6 +38,8 @@ class Injection:
         unmerged: what the base weights (and biases) were before the adapter was merged into them.
         untied: the shared parameter of each layer that got one of its own when it was merged.
         plain: packed modules as they were before they were kept plain.
+        embedding_rows: whether the base's embeddings came from an adapter's file, which a new file
+            must hold too.
     """
 
     weights: BaseWeights
@@ -55,6 +57,7 @@ class Injection:
     unmerged: dict[str, tuple[Held, Tensor | None]] = field(default_factory=dict)
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
     plain: dict[nn.Module, packed.Held] = field(default_factory=dict)
+    embedding_rows: bool = False
 
     @property
     def merged(self) -> bool:

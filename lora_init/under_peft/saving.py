@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_init.adapters.atomic_file import write_atomically
 from lora_init.adapters.layout import (
     HEADER_KEY,
     OWN_WEIGHTS_NAME,
@@ -29,7 +30,7 @@ from lora_init.adapters.layout import (
     part_key,
 )
 from lora_init.adapters.own import FORMAT_VERSION
-from lora_init.adapters.writing import exported_config, write_atomically
+from lora_init.adapters.writing import exported_config
 from lora_init.config import CONFIG_NAME
 from lora_init.registry import describe
 from lora_init.under_peft.layers import AdaptedLayer, check_peft_model

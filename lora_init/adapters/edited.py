@@ -1,0 +1,123 @@
+"""An `adapter_config.json` that was edited after the adapter was saved.
+
+PEFT follows such a file. So what can be followed exactly is followed: the scaling and the dropout.
+Anything else contradicts the tensors or the header, and is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_init.adapters.contents import Contents
+from lora_init.config import LoraConfig
+from lora_init.plan import Plan
+from lora_init.targets import PatternValues, name_matches, select
+
+KEPT_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq", "mica")
+"""Values of init_lora_weights under which PEFT leaves the base alone."""
+
+FIXED = ("use_dora", "lora_bias", "bias")
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout")
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def followed(
+    contents: Contents,
+    config: LoraConfig,
+    plan: Plan,
+    values: Mapping[str, Any],
+    doubled: int,
+    *,
+    fixed: bool,
+) -> LoraConfig:
+    """The configuration of the training with the edits of the file; itself where there are none.
+
+    Args:
+        values: the content of adapter_config.json.
+        doubled: how many times a layer's rank the file's rank is.
+        fixed: whether the scaling cannot change, since the base was replaced.
+
+    Raises:
+        ValueError: an edit that contradicts the adapter, by the name of the field.
+    """
+    read = (*FIXED, *SCALING, *SELECTION)
+    chosen = {name: values[name] for name in read if name in values} | {"peft_type": "LORA"}
+    theirs = LoraConfig.from_dict(chosen)
+    for name in FIXED:
+        if getattr(theirs, name) != getattr(config, name):
+            raise _contradiction(name, getattr(theirs, name), getattr(config, name))
+    if not fixed and values.get("init_lora_weights", True) not in KEPT_STARTS:
+        raise _contradiction("init_lora_weights", values["init_lora_weights"], True)
+    if all(name == contents.names(name) for name in contents.layers):
+        _check_selection(contents, theirs, plan)
+    _check_modules_to_save(values, plan)
+    moved = False
+    ranks = PatternValues("rank_pattern", theirs.rank_pattern, theirs.r)
+    alphas = PatternValues("alpha_pattern", theirs.alpha_pattern, theirs.lora_alpha)
+    for target in plan.targets:
+        name = contents.names(target.name)
+        rank, alpha = ranks(name), alphas(name)
+        if rank != doubled * target.rank:
+            raise _contradiction("r (or rank_pattern)", rank, doubled * target.rank)
+        moved |= not math.isclose(theirs.scaling(rank, alpha), target.scaling, rel_tol=1e-9)
+    if moved and fixed:
+        raise ValueError(
+            "lora_alpha, use_rslora or alpha_pattern in adapter_config.json was edited, but the "
+            "base of this adapter was computed with the former scaling; put them back"
+        )
+    if theirs.lora_dropout != config.lora_dropout:
+        config = dataclasses.replace(config, lora_dropout=theirs.lora_dropout)
+    if not moved:
+        return config
+    factor = 1.0 if doubled == 1 else math.sqrt(2) if theirs.use_rslora else 2.0
+    return dataclasses.replace(
+        config,
+        use_rslora=theirs.use_rslora,
+        lora_alpha=theirs.lora_alpha / factor,
+        alpha_pattern={key: alpha / factor for key, alpha in theirs.alpha_pattern.items()},
+    )
+
+
+def _check_selection(contents: Contents, theirs: LoraConfig, plan: Plan) -> None:
+    if theirs.target_modules is None:
+        return
+    try:
+        chosen = select(contents.base, theirs, plan.modules_to_save).names
+    except ValueError:
+        chosen = ()
+    wanted = [target.name for target in plan.targets]
+    if set(chosen) != set(wanted):
+        differing = sorted(set(chosen) ^ set(wanted))
+        raise ValueError(
+            f"target_modules={theirs.target_modules!r} (with {', '.join(SELECTION[1:])}) in "
+            f"adapter_config.json contradicts the adapter, which has other layers: they differ in "
+            f"{listed(differing)}. Put the field back"
+        )
+
+
+def _check_modules_to_save(values: Mapping[str, Any], plan: Plan) -> None:
+    entries = values.get("modules_to_save") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"modules_to_save={entries!r} is not supported: must be a list of names")
+    for name in plan.candidates:
+        if any(name_matches(name, entry) for entry in entries):
+            raise ValueError(
+                f"modules_to_save={entries!r} in adapter_config.json contradicts the adapter, "
+                f"which holds no tensors of {name!r}. Put the field back"
+            )
+
+
+def _contradiction(name: str, found: Any, wanted: Any) -> ValueError:
+    return ValueError(
+        f"{name}={found!r} in adapter_config.json contradicts the adapter, which was saved with "
+        f"{wanted!r}. Put the field back"
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names and the number of the others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more

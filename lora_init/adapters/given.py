@@ -1,0 +1,58 @@
+"""The adapter's tensors from a state dict, where a trainer has gathered them there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lora_init.adapters.keys import plain_names, without_wrappers
+
+
+class Given:
+    """The tensors to write: those of a state dict of the `LoraModel`, or the model's own.
+
+    A state dict is what DeepSpeed, FSDP and Accelerate gather from shards. Keys are the model's,
+    with or without the parts that wrappers add.
+
+    Args:
+        state: None for the model's own tensors.
+        model: the injected base.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor] | None, model: nn.Module) -> None:
+        self.names = plain_names(model)
+        self.state: dict[str, Tensor] | None = None
+        if state is not None:
+            self.state = {
+                without_wrappers(key).removeprefix("base_model."): value
+                for key, value in state.items()
+            }
+
+    def part(self, layer: str, part: str, own: Tensor) -> Tensor:
+        return self._value(f"{self.names[layer]}.{part}", own)
+
+    def trained(self, module: str, key: str, own: Tensor) -> Tensor:
+        return self._value(f"{self.names[module]}.trained_module.{key}", own)
+
+    def bias(self, name: str, own: Tensor) -> Tensor:
+        module, _, last = name.rpartition(".")
+        plain = f"{self.names[module]}.{last}".removeprefix(".")
+        inside = f"{self.names[module]}.base_layer.{last}"
+        return self._value(inside if self.state and inside in self.state else plain, own)
+
+    def _value(self, key: str, own: Tensor) -> Tensor:
+        if self.state is None:
+            return own.detach()
+        found = self.state.get(without_wrappers(key))
+        if found is None:
+            raise ValueError(
+                f"state_dict lacks 'base_model.{key}'; pass what the LoraModel's state_dict() "
+                "returns, or leave state_dict out"
+            )
+        if found.shape != own.shape and own.numel():
+            raise ValueError(
+                f"state_dict: 'base_model.{key}' has shape {tuple(found.shape)}, the model has "
+                f"{tuple(own.shape)}; pass the state dict of this model, gathered from its shards"
+            )
+        return found.detach()

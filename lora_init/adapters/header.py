@@ -1,0 +1,69 @@
+"""The header of our own files: JSON in the metadata of the safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def check_header(header: Any, version: int) -> None:
+    """Check the types of everything in a header, so that what reads it can rely on them.
+
+    Raises:
+        ValueError: another version, or a part that is missing or has another type, by name.
+    """
+    if not isinstance(header, dict):
+        raise ValueError(f"the adapter file's header must be an object, not {header!r:.80}")
+    found = header.get("format_version")
+    if found != version:
+        raise ValueError(
+            f"the adapter was written in format {found!r}; this version of lora_init reads format "
+            f"{version}"
+        )
+    for name, (required, accepts) in PARTS.items():
+        if name not in header:
+            if required:
+                raise ValueError(f"the adapter file's header lacks {name!r}; it is damaged")
+        elif not accepts(header[name]):
+            raise ValueError(
+                f"the adapter file's header is damaged: {name!r} has another type than it must have"
+            )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _vocabulary(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_embedding, value.values()))
+
+
+def _embedding(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("shape"), list):
+        return False
+    shape = value["shape"]
+    return bool(shape) and all(isinstance(size, int) for size in shape) and isinstance(
+        value.get("fingerprint", ""), str
+    )
+
+
+PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
+    "config": (True, lambda value: isinstance(value, dict)),
+    "method": (True, lambda value: isinstance(value, str | dict | bool)),
+    "quantized_base": (False, lambda value: isinstance(value, str)),
+    "fingerprints": (False, _texts),
+    "quantizers": (
+        False,
+        lambda value: isinstance(value, dict) and all(isinstance(q, dict) for q in value.values()),
+    ),
+    "checksums": (False, _texts),
+    "from_original_weights": (False, _texts),
+    "modules_to_save": (False, _names),
+    "copied_modules": (False, _names),
+    "vocabulary": (False, _vocabulary),
+}
+"""Whether each part must be there, and what it must be."""

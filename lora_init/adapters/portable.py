@@ -1,0 +1,109 @@
+"""Adapters that mean the same to every loader.
+
+Loaders scale B A differently, where a file uses more than `r` and `lora_alpha`:
+
+| loader | scaling of a layer |
+|---|---|
+| PEFT | alpha / r of the layer's patterns, or alpha / sqrt(r) with rsLoRA |
+| vLLM | lora_alpha / r, or lora_alpha / sqrt(r): it ignores patterns |
+| llama.cpp | lora_alpha over the tensor's rank: it ignores rsLoRA and patterns |
+
+A portable file has the scaling inside B, one rank for all layers (padded with zeros) and
+lora_alpha = r: all three rules give 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lora_init.config import LoraConfig
+from lora_init.modules import widened
+from lora_init.plan import Plan, Target
+
+PORTABLE_TYPES = ("Linear", "Linear4bit", "Linear8bitLt")
+"""Modules whose adapters vLLM and llama.cpp read as PEFT does."""
+
+
+def refuse_not_portable(plan: Plan) -> None:
+    """Refuse what vLLM or llama.cpp would leave out or not read.
+
+    Raises:
+        ValueError: its setting or its layer, by name.
+    """
+    if (obstacle := _obstacle(plan)) is not None:
+        raise ValueError(
+            f"portable=True is not supported with {obstacle}: vLLM and llama.cpp read factors of "
+            f"{', '.join(PORTABLE_TYPES)} only. Save without portable, or merge the adapter"
+        )
+
+
+def _obstacle(plan: Plan) -> str | None:
+    settings = {
+        "use_dora=True": plan.use_dora,
+        "lora_bias=True": plan.lora_bias,
+        f"bias={plan.bias!r}": bool(plan.trained_biases),
+        f"modules_to_save={list(plan.modules_to_save)!r}": bool(plan.modules_to_save),
+        f"init_lora_weights={plan.initializer.name!r} on a replaced base": bool(plan.replaced),
+    }
+    for setting, used in settings.items():
+        if used:
+            return setting
+    for target in plan.targets:
+        if target.module_type not in PORTABLE_TYPES:
+            return f"the {target.module_type} {target.name!r}"
+    return None
+
+
+def portable_config(config: LoraConfig, rank: int) -> LoraConfig:
+    """An exported configuration as every loader reads it; its scaling is 1."""
+    return dataclasses.replace(
+        config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
+    )
+
+
+def portable_factors(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> tuple:
+    """A and s B, padded with zeros to `rank`; in float32, so that s is not rounded away."""
+    missing = rank - lora_A.shape[0]
+    lora_A, lora_B = widened(lora_A), widened(lora_B) * scaling
+    return (
+        torch.nn.functional.pad(lora_A, (0, 0, 0, missing)),
+        torch.nn.functional.pad(lora_B, (0, missing)),
+    )
+
+
+def read_differently(
+    plan: Plan, config: LoraConfig, targets: Mapping[str, tuple[int, Target]]
+) -> str | None:
+    """Which loaders would scale a file's layers differently; None if all agree.
+
+    A file that they do not read at all is none of these.
+
+    Args:
+        config: as it is written.
+        targets: by name, the rank in the file and the layer.
+    """
+    if _obstacle(plan) is not None:
+        return None
+    root = math.sqrt(config.r) if config.use_rslora else config.r
+    vllm = [n for n, (_, t) in targets.items() if not _equal(config.lora_alpha / root, t.scaling)]
+    llama = [n for n, (r, t) in targets.items() if not _equal(config.lora_alpha / r, t.scaling)]
+    reasons = []
+    if vllm:
+        reasons.append(f"vLLM ignores rank_pattern and alpha_pattern ({len(vllm)} layers)")
+    if llama:
+        reasons.append(f"llama.cpp divides lora_alpha by the tensor's rank ({len(llama)} layers)")
+    if not reasons:
+        return None
+    return (
+        f"other loaders would scale this adapter differently: {'; '.join(reasons)}. "
+        "save_pretrained(folder, portable=True) writes a file that all of them read alike"
+    )
+
+
+def _equal(left: float, right: float) -> bool:
+    return math.isclose(left, right, rel_tol=1e-9)
