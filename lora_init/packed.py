@@ -99,6 +99,17 @@ def quantizer_of(module: nn.Module) -> Quantizer:
     return Quantizer(state.quant_type, 4, state.blocksize, _original(state, "nested"))
 
 
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that the weight had before it was quantized.
+
+    Linear8bitLt does not record it: that of its bias stands for it, else float16, which
+    bitsandbytes quantizes from.
+    """
+    if not _is_8bit(module):
+        return _original(_quant_state(module), "dtype")
+    return torch.float16 if module.bias is None else module.bias.dtype
+
+
 def description(module: nn.Module) -> str:
     """What the weight is quantised to: "nf4/64 double", "fp4/64", "int8"."""
     return quantizer_of(module).name.replace("+", " ")
