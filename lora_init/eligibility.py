@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_init.modules import module_type
+from lora_init.modules import module_type, refusal, replaced_forward
 from lora_init.packed import is_packed, quantizer_of
 from lora_init.presence import is_offloaded
 from lora_init.registry import Initializer
@@ -65,6 +65,11 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
     """
     module = model.get_submodule(name)
     kind = module_type(module)
+    if (reason := refusal(module)) is not None:
+        raise TypeError(
+            f"target {name!r} is a {type(module).__name__}, which is not supported: {reason}. "
+            "Leave it out with exclude_modules"
+        )
     if kind not in spec.module_types:
         raise TypeError(
             f"target {name!r} is a {kind}{_stacked(module)}, which {spec.name} does not serve; "
@@ -79,13 +84,6 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         raise TypeError(
             f"target {name!r} is an Embedding with max_norm={module.max_norm}, which rescales its "
             "weight in every forward pass; leave it out with exclude_modules"
-        )
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        raise TypeError(
-            f"target {name!r} belongs to an nn.TransformerEncoderLayer, whose fused kernel reads "
-            "its weight in eval mode and would never call an adapter; leave it out "
-            "(exclude_modules)"
         )
     weight = module._parameters.get("weight")
     if weight is None:
@@ -120,6 +118,27 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
             f"target {name!r}: its weight has dtype {weight.dtype}; allowed are "
             f"{', '.join(map(str, FLOAT_DTYPES))}"
         )
+
+
+def computes_product(name: str, module: nn.Module) -> bool:
+    """Whether the target computes exactly the product with its stored weight, plus its bias.
+
+    A quantizer may have set a forward on the instance that rounds inputs or weights: then the base
+    is not edited.
+
+    Raises:
+        TypeError: the forward on the instance computes another function.
+    """
+    found = replaced_forward(module)
+    if found is None or found.reason is None:
+        return True
+    if not found.is_close:
+        raise TypeError(
+            f"target {name!r}: a forward was set on this {type(module).__name__}, and "
+            f"{found.reason}. Leave it out with exclude_modules, or restore the forward of its "
+            "class"
+        )
+    return False
 
 
 def _stacked(module: nn.Module) -> str:

@@ -13,6 +13,7 @@ from lora_init.eligibility import (
     check_module,
     check_target_rank,
     check_values,
+    computes_product,
     extents,
     sharers,
 )
@@ -76,6 +77,7 @@ def make_plan(
                 scaling=config.scaling(rank, alpha),
                 quantized=is_packed(module),
                 shared_with=sharers(name, module, owners),
+                exact=computes_product(name, module),
             )
         )
     if config.fan_in_fan_out and all(target.module_type == "Linear" for target in targets):

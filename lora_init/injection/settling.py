@@ -41,7 +41,8 @@ def settle_base(
         _replace(layer, target, factors.replacement, injection, weights, keep_original)
         return
     # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
-    editable = not (target.shared_with or target.quantized or module.weight.is_meta)
+    fixed = target.shared_with or target.quantized or module.weight.is_meta
+    editable = target.exact and not fixed
     if not editable or not _edit(layer, factors.lora_A, factors.lora_B):
         layer.base_state = "in_forward"
 
@@ -91,7 +92,7 @@ def settle_magnitude(
 
 
 def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Subtract s B0 A0 from a float32 or float64 weight, if that can be undone; whether it was done."""
+    """Subtract s B0 A0 from a float32 or float64 weight; returns whether that was possible."""
     module = layer.base_layer
     if module.weight.dtype not in (torch.float32, torch.float64):
         return False

@@ -109,9 +109,9 @@ class LoraLayer(nn.Module):
         # Tying weights again assigns the parameter that the base has already.
         elif value is not getattr(self.base_layer, name):
             raise RuntimeError(
-                f"{name}: it cannot be set on an adapted {self.module_type}, because it is computed "
-                f"from the base's {name} and the adapter. Set it before get_peft_model, or set "
-                f"base_layer.{name} for a change under the adapter"
+                f"{name}: it cannot be set on an adapted {self.module_type}, because it is the sum "
+                f"of the base's {name} and the adapter. Set it before get_peft_model, or set "
+                f"base_layer.{name} to change the base under the adapter"
             )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LoraLayer:
