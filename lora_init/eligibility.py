@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -161,6 +162,48 @@ def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
                 f"{setting} trains {name!r}, which is on the meta device (offloaded, or not "
                 "loaded); leave it out, or load this part of the model into memory first"
             )
+
+
+def check_trained(model: nn.Module, name: str, owners: Mapping[int, list[Extent]]) -> None:
+    """Refuse a module to save that cannot be wrapped; warn where its copy is untied.
+
+    Raises:
+        ValueError: it is a container, which is never called.
+    """
+    module = model.get_submodule(name)
+    if type(module).forward is nn.Module.forward:
+        inside = [child for child, _ in module.named_children()]
+        fix = f"name what it contains, e.g. {name}.{inside[0]}" if inside else "leave it out"
+        raise ValueError(
+            f"modules_to_save={name!r} is not supported: it is a {type(module).__name__}, which "
+            f"has no forward and is never called. It must be a module that is called: {fix}"
+        )
+    inner = {id(part) for part in module.modules()}
+    for path, part in module.named_modules(prefix=name):
+        for key, parameter in part._parameters.items():
+            if parameter is None or is_packed(part):
+                continue
+            own = extent(f"{path}.{key}", parameter)
+            others = (other for other in owners.get(own.storage, ()) if own.overlaps(other))
+            if shared := [other.name for other in others if other.owner not in inner]:
+                warnings.warn(
+                    f"modules_to_save: {own.name!r} shares its memory with {shared[0]!r}. The "
+                    "trained copy does not: it is untied, and the other keeps the original. To "
+                    "train both, adapt them as target_modules",
+                    stacklevel=4,
+                )
+
+
+def warn_of_float16(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Warn of parts of the base that are trained in float16, in place."""
+    names = [name for name, tensor in tensors if tensor.dtype == torch.float16]
+    if names:
+        warnings.warn(
+            f"{setting} trains {len(names)} float16 parameters in place, the first is "
+            f"{names[0]!r}. torch.amp.GradScaler refuses float16 gradients: load the base in "
+            "bfloat16 or float32, or train without a scaler",
+            stacklevel=4,
+        )
 
 
 def _check_presence(name: str, module: nn.Module, weight: Tensor) -> None:

@@ -126,6 +126,19 @@ def verify_adapted(
         warnings.warn(unused_message(unused, len(layers)), stacklevel=3)
 
 
+def is_traced() -> bool:
+    """Whether a compiler or a tracer runs this code."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def has_compiled_part(model: nn.Module) -> bool:
+    """Whether some module is compiled: a hook on a layer inside would compile it again."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+
+
 def bypassed_message(names: list[str]) -> str:
     return (
         f"verify: the model calls the original module of {listed(names)} and ignores its adapter. "

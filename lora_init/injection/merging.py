@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+import torch
+
 from lora_init import linalg, packed
 from lora_init.injection.state import Injection
 from lora_init.injection.switching import set_adapter_enabled
@@ -32,6 +34,7 @@ def set_merged(injection: Injection, merged: bool) -> None:
         raise
 
 
+@torch.inference_mode(False)
 def _unfold(injection: Injection) -> None:
     for name, (held, bias) in injection.unmerged.items():
         layer = injection.layers[name]
@@ -42,6 +45,7 @@ def _unfold(injection: Injection) -> None:
     injection.unmerged = {}
 
 
+@torch.inference_mode(False)
 def fold(injection: Injection, *, hold_weights: bool = False) -> None:
     """Merge layer by layer; remembers what weights and biases were, if they are to be held.
 
