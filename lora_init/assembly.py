@@ -29,7 +29,7 @@ from lora_init.model import LoraModel
 from lora_init.plan import Plan, Target
 from lora_init.planning import make_plan
 from lora_init.presence import first_unloaded
-from lora_init.verification import verify_adapted
+from lora_init.verification import original_output, verify_adapted
 
 
 @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
@@ -209,6 +209,9 @@ def _assemble(
             part = None  # the next pass needs its room
 
         figures = _figures_before_replacement(weights, initialized)
+        preserved = spec.preserves_output and not plan.replaced
+        checked = verify is not None and preserved
+        expected = original_output(model, verify) if checked else None
         with _timed(seconds, "inject"):
             done = injection.inject(
                 model,
@@ -238,7 +241,7 @@ def _assemble(
     made = LoraModel(model, config, plan, done, report, metrics, times)
     if verify is not None:
         try:
-            _verify(made, verify)
+            _verify(made, verify, expected)
         except BaseException:
             made.unload()
             raise
@@ -247,17 +250,17 @@ def _assemble(
     return made
 
 
-def _verify(model: LoraModel, batch: Any) -> None:
+def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
     """Refuse a model that does not use its adapted layers; see `get_peft_model`."""
-    layers, plan = model.layers, model.plan
-    preserved = plan.initializer.preserves_output and not plan.replaced
+    layers = model.layers
     verify_adapted(
         model,
         layers | model.trained_modules(),
         {name: layer.base_layer for name, layer in layers.items()}
         | {name: part.original_module for name, part in model.trained_modules().items()},
         batch,
-        disabled=model.disable_adapter if preserved else None,
+        expected=expected,
+        disabled=model.disable_adapter,
     )
     model.assume_used()
 

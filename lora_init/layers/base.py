@@ -29,6 +29,10 @@ BaseState = Literal["kept", "edited", "in_forward", "replaced"]
 """
 
 
+CONSTANTS = ("base_square_norms", "initial_projection")
+"""Buffers that DoRA's norm is computed from."""
+
+
 class LoraLayer(nn.Module):
     """``h = base(x) + s (B A x + b)`` around a module, with the way back to the original.
 
@@ -115,11 +119,13 @@ class LoraLayer(nn.Module):
             )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LoraLayer:
-        """Move or convert; another dtype rounds the weight, so DoRA's constants are recomputed."""
-        before = self.lora_A.dtype
+        """Move or convert; DoRA's constants stay float32, because 16 bits overflow and round."""
+        before = {name: getattr(self, name) for name in CONSTANTS}
         super()._apply(fn, recurse)
-        if self.use_dora and self.lora_A.dtype != before and not self.base_layer.weight.is_meta:
-            self.settle_norms(self._oriented_weight())
+        for name, wide in before.items():
+            now = getattr(self, name)
+            if now is not None and now.dtype.itemsize < wide.dtype.itemsize:
+                setattr(self, name, wide.to(now.device))
         return self
 
     @property
