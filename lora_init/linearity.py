@@ -181,8 +181,10 @@ def _errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
 
 def _relative_errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
     """The error at each scale of the inputs, relative to the norm of the outputs."""
-    x = _cases(twin, kind)[0]
-    rows = [x] if kind == "Embedding" else [x[i :: len(SCALES)] for i in range(len(SCALES))]
+    rows = _cases(twin, kind)[:1]
+    if kind != "Embedding":  # both signs of each row: a gate opens for one of them
+        rows = [rows[0][first :: len(SCALES)] for first in range(len(SCALES))]
+        rows = [torch.cat([part, -part]) for part in rows]
     errors = []
     for part in rows:
         found, wanted = _called(function, part), _product(twin, part, kind)

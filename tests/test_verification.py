@@ -11,7 +11,7 @@ from lora_init import LoraConfig, get_peft_model
 
 
 class HeldElsewhere(nn.Module):
-    """`aside` is also in a list, in a closure or an attribute of a plain object, which is called."""
+    """`aside` is also in a list, in a closure or in a plain attribute, and called there."""
 
     def __init__(self, how="list"):
         super().__init__()

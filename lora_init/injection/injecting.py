@@ -110,6 +110,7 @@ def _prepare(
         weights if unloaded else BaseWeights(model, None),
         requires_grad=[(p, p.requires_grad) for p in model.parameters()],
         shared=frozenset(target.name for target in plan.targets if target.shared_with),
+        inexact=frozenset(target.name for target in plan.targets if not target.exact),
     )
     for target in plan.targets:
         module = modules[target.name]

@@ -91,6 +91,13 @@ def _warn_of_merging(injection: Injection, errors: Mapping[str, float]) -> None:
             "unquantised model to avoid it",
             stacklevel=5,
         )
+    if injection.inexact:
+        names = sorted(injection.inexact)
+        warnings.warn(
+            f"merged into {len(names)} weights that a quantizer's forward rounds again, the first "
+            f"is {names[0]!r}, which adds an error; merge into the unquantized model to avoid it",
+            stacklevel=5,
+        )
     for name in sorted(injection.shared):
         warnings.warn(
             f"{name!r} shared its weight with another module and now has one of its own; untie "
