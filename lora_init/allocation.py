@@ -48,7 +48,8 @@ def redistribute(
     """
     names = list(spectra)
     scores = torch.cat([spectra[name].double().cpu() for name in names])
-    owners = torch.cat([torch.full((len(spectra[n]),), i) for i, n in enumerate(names)])
+    lengths = torch.tensor([len(spectra[name]) for name in names], device="cpu")
+    owners = torch.arange(len(names), device="cpu").repeat_interleave(lengths)
     order = torch.sort(scores, descending=True, stable=True).indices[:budget]
     chosen = owners[order[scores[order] > 0]]
     counts = torch.bincount(chosen, minlength=len(names))

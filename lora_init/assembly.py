@@ -31,8 +31,10 @@ from lora_init.peft_selection import describe_differences, different_in_peft
 from lora_init.plan import Plan, Target
 from lora_init.planning import check_model, checked_config, make_plan
 from lora_init.presence import first_unloaded
+from lora_init.verification import original_output, verify_adapted
 
 
+@torch.inference_mode(False)  # tensors made in inference mode cannot be trained
 def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig,
@@ -49,6 +51,7 @@ def get_peft_model(
     keep_original: bool = False,
     allow_unmatched: bool = False,
     cache: bool = True,
+    verify: Any = None,
 ) -> LoraModel | Plan:
     """Give `model` a low-rank adapter, started as `peft_config.init_lora_weights` says.
 
@@ -97,6 +100,10 @@ def get_peft_model(
         cache: keep decompositions, and statistics of batches given as a list, in the user's cache
             folder, and take those that are there (see `lora_init.cache`). The environment's
             LORA_INIT_CACHE=off switches it off everywhere.
+        verify: one batch, run once the adapter is in place (see `lora_init.verification`). A model
+            that ignores an adapted layer, or whose output changes under a method that preserves
+            it, is refused and put back as it was. A layer that the batch does not reach is warned
+            about.
 
     Returns:
         A `LoraModel`, or the `Plan`.
@@ -130,7 +137,7 @@ def get_peft_model(
     try:
         return _assemble(
             model, peft_config, plan, weights, plain, calibration, place, seed,
-            keep_original, default_cache() if cache else None,
+            keep_original, default_cache() if cache else None, verify,
         )  # fmt: skip
     except BaseException:
         injection.release(plain)
@@ -173,6 +180,7 @@ def _assemble(
     seed: int,
     keep_original: bool,
     cache: Cache | None,
+    verify: Any,
 ) -> LoraModel:
     """Everything after the checks, timed step by step."""
     spec = plan.initializer
@@ -205,6 +213,9 @@ def _assemble(
             part = None  # the next pass needs its room
 
         figures = _figures_before_replacement(weights, initialized)
+        preserved = spec.preserves_output and not plan.replaced
+        checked = verify is not None and preserved
+        expected = original_output(model, verify) if checked else None
         with _timed(seconds, "inject"):
             done = injection.inject(
                 model,
@@ -212,7 +223,7 @@ def _assemble(
                 {layer.target.name: layer.factors for layer in initialized},
                 weights=weights,
                 plain=plain,
-                keep_original=keep_original,
+                keep_original=keep_original or verify is not None,
                 ready=looked_at,
             )
     seconds["total"] = sum(seconds.values())
@@ -231,7 +242,31 @@ def _assemble(
     for name, error in errors.items():
         metrics[name]["calibration_error"] = error
     times = {layer.target.name: layer.seconds for layer in initialized}
-    return LoraModel(model, config, plan, done, report, metrics, times)
+    made = LoraModel(model, config, plan, done, report, metrics, times)
+    if verify is not None:
+        try:
+            _verify(made, verify, expected)
+        except BaseException:
+            made.unload()
+            raise
+        if not keep_original:
+            injection.forget_originals(model, done)
+    return made
+
+
+def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
+    """Refuse a model that does not use its adapted layers; see `get_peft_model`."""
+    layers = model.layers
+    verify_adapted(
+        model,
+        layers | model.trained_modules(),
+        {name: layer.base_layer for name, layer in layers.items()}
+        | {name: part.original_module for name, part in model.trained_modules().items()},
+        batch,
+        expected=expected,
+        disabled=model.disable_adapter,
+    )
+    model.assume_used()
 
 
 @contextmanager

@@ -59,7 +59,10 @@ def moved(batch: Any, device: torch.device) -> Any:
         return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
         return [moved(value, device) for value in batch]
-    return batch.to(device) if isinstance(batch, Tensor) else batch
+    if not isinstance(batch, Tensor):
+        return batch
+    # A tensor made in inference mode has no version, by which in-place writes are noticed.
+    return batch.to(device, copy=batch.is_inference())
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

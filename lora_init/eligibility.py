@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora_init.modules import module_type
+from lora_init.modules import module_type, refusal, replaced_forward
 from lora_init.packed import is_packed, quantizer_of
 from lora_init.presence import is_offloaded
 from lora_init.registry import Initializer
@@ -65,6 +66,11 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
     """
     module = model.get_submodule(name)
     kind = module_type(module)
+    if (reason := refusal(module)) is not None:
+        raise TypeError(
+            f"target {name!r} is a {type(module).__name__}, which is not supported: {reason}. "
+            "Leave it out with exclude_modules"
+        )
     if kind not in spec.module_types:
         raise TypeError(
             f"target {name!r} is a {kind}{_stacked(module)}, which {spec.name} does not serve; "
@@ -79,13 +85,6 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         raise TypeError(
             f"target {name!r} is an Embedding with max_norm={module.max_norm}, which rescales its "
             "weight in every forward pass; leave it out with exclude_modules"
-        )
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        raise TypeError(
-            f"target {name!r} belongs to an nn.TransformerEncoderLayer, whose fused kernel reads "
-            "its weight in eval mode and would never call an adapter; leave it out "
-            "(exclude_modules)"
         )
     weight = module._parameters.get("weight")
     if weight is None:
@@ -122,6 +121,27 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         )
 
 
+def computes_product(name: str, module: nn.Module) -> bool:
+    """Whether the target computes exactly the product with its stored weight, plus its bias.
+
+    A quantizer may have set a forward on the instance that rounds inputs or weights: then the base
+    is not edited.
+
+    Raises:
+        TypeError: the forward on the instance computes another function.
+    """
+    found = replaced_forward(module)
+    if found is None or found.reason is None:
+        return True
+    if not found.is_close:
+        raise TypeError(
+            f"target {name!r}: a forward was set on this {type(module).__name__}, and "
+            f"{found.reason}. Leave it out with exclude_modules, or restore the forward of its "
+            "class"
+        )
+    return False
+
+
 def _stacked(module: nn.Module) -> str:
     """What a mixture of experts' module holds, for messages."""
     # A three-dimensional `weight` is a Conv1d's or a Bilinear's.
@@ -142,6 +162,48 @@ def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
                 f"{setting} trains {name!r}, which is on the meta device (offloaded, or not "
                 "loaded); leave it out, or load this part of the model into memory first"
             )
+
+
+def check_trained(model: nn.Module, name: str, owners: Mapping[int, list[Extent]]) -> None:
+    """Refuse a module to save that cannot be wrapped; warn where its copy is untied.
+
+    Raises:
+        ValueError: it is a container, which is never called.
+    """
+    module = model.get_submodule(name)
+    if type(module).forward is nn.Module.forward:
+        inside = [child for child, _ in module.named_children()]
+        fix = f"name what it contains, e.g. {name}.{inside[0]}" if inside else "leave it out"
+        raise ValueError(
+            f"modules_to_save={name!r} is not supported: it is a {type(module).__name__}, which "
+            f"has no forward and is never called. It must be a module that is called: {fix}"
+        )
+    inner = {id(part) for part in module.modules()}
+    for path, part in module.named_modules(prefix=name):
+        for key, parameter in part._parameters.items():
+            if parameter is None or is_packed(part):
+                continue
+            own = extent(f"{path}.{key}", parameter)
+            others = (other for other in owners.get(own.storage, ()) if own.overlaps(other))
+            if shared := [other.name for other in others if other.owner not in inner]:
+                warnings.warn(
+                    f"modules_to_save: {own.name!r} shares its memory with {shared[0]!r}. The "
+                    "trained copy does not: it is untied, and the other keeps the original. To "
+                    "train both, adapt them as target_modules",
+                    stacklevel=4,
+                )
+
+
+def warn_of_float16(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Warn of parts of the base that are trained in float16, in place."""
+    names = [name for name, tensor in tensors if tensor.dtype == torch.float16]
+    if names:
+        warnings.warn(
+            f"{setting} trains {len(names)} float16 parameters in place, the first is "
+            f"{names[0]!r}. torch.amp.GradScaler refuses float16 gradients: load the base in "
+            "bfloat16 or float32, or train without a scaler",
+            stacklevel=4,
+        )
 
 
 def _check_presence(name: str, module: nn.Module, weight: Tensor) -> None:

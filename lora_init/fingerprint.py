@@ -52,5 +52,7 @@ def _samples(weight: Float[Tensor, "out in"]) -> Tensor:
 @cache
 def _places(size: int) -> tuple[int, ...]:
     """Numbers, not a tensor: that would keep the default device and mode of whoever came first."""
-    places = torch.linspace(0, size - 1, min(SAMPLES_A_SIDE, size), device="cpu")
+    places = torch.linspace(
+        0, size - 1, min(SAMPLES_A_SIDE, size), dtype=torch.float32, device="cpu"
+    )
     return tuple(places.long().tolist())

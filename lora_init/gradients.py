@@ -127,7 +127,7 @@ class _Sums:
             place: where the sums of layers live that no batch of this rank has reached.
         """
         reached = [name in self._sums for name in self.modules]
-        tally = over_ranks(torch.tensor([count, *reached])).tolist()
+        tally = over_ranks(torch.tensor([count, *reached], device="cpu")).tolist()
         check_count(tally[0])
         means = {}
         for (name, module), reaching in zip(self.modules.items(), tally[1:], strict=True):
@@ -138,7 +138,9 @@ class _Sums:
                 )
             total = self._sums.pop(name, None)
             if total is None:
-                total = torch.zeros(weight_shape(module), device=self.device or place)
+                total = torch.zeros(
+                    weight_shape(module), dtype=torch.float32, device=self.device or place
+                )
             means[name] = over_ranks(total).div_(tally[0])
             # The norm takes no memory; only where it leaves float32's range the entries are asked.
             norm = torch.linalg.vector_norm(means[name])
@@ -197,7 +199,7 @@ def _tapped(
     model: nn.Module, modules: Mapping[str, nn.Module], add: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[Tensor]:
     """Taps in place, eval mode and gradients on, all undone whatever happens; yields the anchor."""
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
 
     def tap(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:

@@ -170,7 +170,8 @@ class _Worker:
         if self.plan.reads_weight(target):
             weight = widened(self.weights.weight(target).to(device)).to(torch.float32)
         else:
-            weight = torch.empty(target.shape, device="meta")  # its shape is all that is read
+            # Its shape is all that is read.
+            weight = torch.empty(target.shape, dtype=torch.float32, device="meta")
         if target.quantized:
             statistics = replace(statistics or LayerStatistics(), quantizer=quantizer_of(module))
         # The factors of a method whose factors nest depend on what they are made from alone.

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from lora_init import adapters, checkpoints, injection
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, LayerReport, describe_layer
-from lora_init.layers import LoraLayer
+from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.packed import parameter_count
 from lora_init.plan import Plan
 from lora_init.planning import check_model
 from lora_init.presence import HOOK_ATTRIBUTES, absence, first_unloaded
 from lora_init.signatures import blank, with_forward_of
+from lora_init.verification import Uses, has_compiled_part, is_traced, unused_message
 
 
 class LoraModel(nn.Module):
@@ -65,13 +66,63 @@ class LoraModel(nn.Module):
         if peft_config.inference_mode:
             self.requires_grad_(False)
         self.training = base_model.training  # parts that their owner keeps in eval mode stay so
+        self._use_pending = True  # whether no forward pass has shown which layers are used
         self.checkpoint_prefix = ""  # of the state dict that is being loaded
         checkpoints.register(self)
         if first_unloaded(base_model) is not None:
             self.register_forward_pre_hook(_refuse_unloaded)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._use_pending and not is_traced():
+            return self._first_forward(*args, **kwargs)
         return self.base_model(*args, **kwargs)
+
+    def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass and warn of adapted layers that it does not use.
+
+        A pass that fails, or runs without the adapter, leaves the check for the next one.
+        """
+        live = self._injection
+        if live is None or has_compiled_part(self.base_model):
+            self._use_pending = False
+            return self.base_model(*args, **kwargs)
+        if live.merged or not live.enabled:
+            return self.base_model(*args, **kwargs)
+        layers = {**live.layers, **live.trained}
+        with Uses(layers) as uses:
+            output = self.base_model(*args, **kwargs)
+        self._use_pending = False
+        if unused := [name for name in layers if name not in uses.used]:
+            warnings.warn(unused_message(unused, len(layers)), stacklevel=4)
+        return output
+
+    def assume_used(self) -> None:
+        """Skip the check of the first forward pass: the layers have been checked already."""
+        self._use_pending = False
+
+    def trained_modules(self) -> dict[str, TrainedModule]:
+        """The modules that are trained whole, by name."""
+        return dict(self._live_injection().trained)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: injection keeps the base's ties, and unties what it must on purpose."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the vocabulary as the base model does, where no embedding is adapted.
+
+        Raises:
+            ValueError: the input or output embedding is adapted or trained whole.
+        """
+        base = self.base_model
+        for find in (base.get_input_embeddings, base.get_output_embeddings):
+            module = find()
+            if (args or kwargs) and isinstance(module, LoraLayer | TrainedModule):
+                raise ValueError(
+                    "resize_token_embeddings: the adapter contains the model's input or output "
+                    "embedding, whose size is fixed. Resize the base model before get_peft_model, "
+                    "or leave both embeddings out of target_modules and modules_to_save"
+                )
+        return base.resize_token_embeddings(*args, **kwargs)
 
     def __reduce__(self) -> tuple:
         family = getattr(type(self), "family", type(self))
@@ -279,6 +330,7 @@ class LoraModel(nn.Module):
         )
 
     @classmethod
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
     def from_pretrained(
         cls,
         base: nn.Module,

@@ -14,6 +14,7 @@ Everything else in the package sees weights as ``(out, in)``:
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init import packed
+from lora_init.linearity import Finding, probe
+from lora_init.presence import HOOK_ATTRIBUTES
 
 LINEAR_TYPES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 MODULE_TYPES = (*LINEAR_TYPES, "Conv2d", "Embedding")
@@ -34,29 +37,89 @@ def class_names(module: nn.Module) -> set[str]:
     return {cls.__name__ for cls in type(module).__mro__}
 
 
+_FLOAT_CLASSES = (("Linear", nn.Linear), ("Conv2d", nn.Conv2d), ("Embedding", nn.Embedding))
+
+# Probing evaluates the module, and `module_type` is called often: one probe a module.
+_FINDINGS: weakref.WeakKeyDictionary[nn.Module, Finding] = weakref.WeakKeyDictionary()
+_LINEAR_CLASSES: weakref.WeakSet[type] = weakref.WeakSet()
+
+
 def module_type(module: nn.Module) -> str:
     """Name the module's type as the registry spells it (`MODULE_TYPES`), else its class name.
 
-    Decided by class, never by dtype. A subclass counts only if it inherits its forward:
-    the out_proj of nn.MultiheadAttention, for one, is read by a fused kernel that would never see
-    an adapter. The exception are transformers' scaled word embeddings, whose forward multiplies by
-    `embed_scale`, which the adapted layer does too.
+    Decided by class, never by dtype. A subclass with its own forward counts if a probe shows that
+    it computes the same function (see `lora_init.linearity`). The exception are transformers'
+    scaled word embeddings, whose forward multiplies by `embed_scale`, as the adapted layer does.
     """
-    names = class_names(module)
     if packed.is_packed(module):
-        return "Linear4bit" if "Linear4bit" in names else "Linear8bitLt"
-    if names & QUANTIZED_CLASSES or "NonDynamicallyQuantizableLinear" in names:
+        return "Linear4bit" if "Linear4bit" in class_names(module) else "Linear8bitLt"
+    kind, has_own_forward = _derived_type(module)
+    if kind is None or (has_own_forward and refusal(module) is not None):
         return type(module).__name__
-    for name, cls in (("Linear", nn.Linear), ("Conv2d", nn.Conv2d), ("Embedding", nn.Embedding)):
-        if isinstance(module, cls) and type(module).forward is cls.forward:
-            return name
-    if isinstance(module, nn.Embedding) and embedding_scale(module) is not None:
-        return "Embedding"
-    if "Conv1D" in names and any(
-        c.__module__.startswith("transformers") for c in type(module).__mro__
-    ):
-        return "Conv1D"
-    return type(module).__name__
+    return kind
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a subclass of a supported type cannot be adapted; None where it can, or for other types.
+
+    For messages: "a GatedLinear, whose ...".
+    """
+    kind, has_own_forward = _derived_type(module)
+    if kind is None or not has_own_forward:
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point():
+        return "it does not store its weight as a floating-point parameter `weight`"
+    if weight.is_meta:
+        if type(module) in _LINEAR_CLASSES:  # probed on a module whose weight is in memory
+            return None
+        return (
+            "it has its own forward, and its weight is on the meta device: whether it computes a "
+            "product with its weight cannot be probed"
+        )
+    if type(weight.data).__name__ not in ("Tensor", "Parameter"):
+        return f"it has its own forward, and its weight is a {type(weight.data).__name__}"
+    if module not in _FINDINGS:
+        _FINDINGS[module] = probe(module, kind)
+        if _FINDINGS[module].reason is None:
+            _LINEAR_CLASSES.add(type(module))
+    reason = _FINDINGS[module].reason
+    return None if reason is None else f"it has its own forward, and {reason}"
+
+
+def replaced_forward(module: nn.Module) -> Finding | None:
+    """What a forward that was set on the instance computes; None where none was set.
+
+    Quantizers set one, to round inputs or weights. The wrapper that Accelerate's hooks set does not
+    count: it runs the class's forward.
+    """
+    if "forward" not in vars(module) or packed.is_packed(module):
+        return None
+    kind, _ = _derived_type(module)
+    if kind is None or module.weight.is_meta:
+        return None
+    if hasattr(module, HOOK_ATTRIBUTES[0]):
+        inner = vars(module).get(HOOK_ATTRIBUTES[1])
+        if getattr(inner, "__func__", None) is type(module).forward:
+            return None
+        return Finding("a forward under Accelerate's hook was set on the instance", False)
+    return probe(module, kind)
+
+
+def _derived_type(module: nn.Module) -> tuple[str | None, bool]:
+    """The float type that the module's class derives from, and whether its forward differs."""
+    names = class_names(module)
+    if names & QUANTIZED_CLASSES:
+        return None, False
+    for name, cls in _FLOAT_CLASSES:
+        if isinstance(module, cls):
+            has_own = type(module).forward is not cls.forward
+            is_scaled = name == "Embedding" and embedding_scale(module) is not None
+            return name, has_own and not is_scaled
+    for cls in type(module).__mro__:
+        if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers"):
+            return "Conv1D", type(module).forward is not cls.forward
+    return None, False
 
 
 def embedding_scale(module: nn.Embedding) -> float | Tensor | None:

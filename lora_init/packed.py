@@ -99,6 +99,17 @@ def quantizer_of(module: nn.Module) -> Quantizer:
     return Quantizer(state.quant_type, 4, state.blocksize, _original(state, "nested"))
 
 
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that the weight had before it was quantized.
+
+    Linear8bitLt does not record it: that of its bias stands for it, else float16, which
+    bitsandbytes quantizes from.
+    """
+    if not _is_8bit(module):
+        return _original(_quant_state(module), "dtype")
+    return torch.float16 if module.bias is None else module.bias.dtype
+
+
 def parameter_count(parameter: Tensor) -> int:
     """How many numbers a parameter stands for: 4-bit codes lie two in a byte of their storage."""
     if type(parameter).__name__ == "Params4bit":

@@ -36,6 +36,8 @@ class Target:
         rank, alpha, scaling: r, alpha and the s they give.
         quantized: whether the weight is packed.
         shared_with: parameters of other modules that lie in the same memory.
+        exact: the module computes the product with its stored weight. False where a quantizer's
+            forward rounds inputs or weights: the base is then not edited.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Target:
     scaling: float
     quantized: bool = False
     shared_with: tuple[str, ...] = ()
+    exact: bool = True
 
     @property
     def parameters(self) -> int:

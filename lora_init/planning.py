@@ -14,10 +14,13 @@ from lora_init.eligibility import (
     FLOAT_DTYPES,
     check_module,
     check_target_rank,
+    check_trained,
     check_values,
+    computes_product,
     extents,
     rank_excess,
     sharers,
+    warn_of_float16,
 )
 from lora_init.left_out import LeftOut, described, left_out
 from lora_init.modules import module_type, weight_description, weight_shape
@@ -130,6 +133,7 @@ def make_plan(
                 scaling=config.scaling(rank, alpha),
                 quantized=is_packed(module),
                 shared_with=sharers(name, module, owners),
+                exact=computes_product(name, module),
             )
         )
     if not targets:
@@ -144,6 +148,7 @@ def make_plan(
             stacklevel=3,
         )
     for name in selection.modules_to_save:
+        check_trained(model, name, owners)
         inside = dict(model.get_submodule(name).named_modules(prefix=name))
         check_values("modules_to_save", model.get_submodule(name).named_parameters(name))
         quantized = [path for path, module in inside.items() if is_packed(module)]
@@ -160,8 +165,9 @@ def make_plan(
             "it out (exclude_modules), or lora_bias=False"
         )
     trained_biases = _trained_biases(model, config.bias, targets, selection.modules_to_save)
-    biases = ((name, model.get_parameter(name)) for name in trained_biases)
+    biases = [(name, model.get_parameter(name)) for name in trained_biases]
     check_values(f"bias={config.bias!r}", biases)
+    warn_of_float16(f"bias={config.bias!r}", biases)
     plan = Plan(
         initializer=spec,
         options=options,

@@ -20,6 +20,17 @@ HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward")
 that is taken off is deleted where it seems to be."""
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook runs around the module's forward, or the instance has a forward attribute."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
 def absence(parameter: Tensor) -> str | None:
     """Why the matrix cannot be read or exchanged in place; None where it can."""
     if type(parameter.data).__name__ == "DTensor":

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.accumulation import Moments, RunningSums
+from lora_init.draws import normal
 from lora_init.moments import Components, LeadingComponents, leading
 
 SEED = 0
@@ -173,4 +174,4 @@ class RunningSketch(RunningSums):
 def random_basis(width: int, columns: int, device: torch.device) -> Float[Tensor, "in columns"]:
     """Ω: orthonormal columns whose span is uniformly distributed, drawn on the CPU."""
     generator = torch.Generator().manual_seed(SEED)
-    return torch.linalg.qr(torch.randn(width, columns, generator=generator))[0].to(device)
+    return torch.linalg.qr(normal(width, columns, generator=generator))[0].to(device)

@@ -139,7 +139,7 @@ def _collect_gradients(
     loss = getattr(batches, "loss", own_loss)
     gradients = collect_gradients(model, names, counted, loss=loss, device=device)
     layers = {name: LayerStatistics(gradient=found) for name, found in gradients.items()}
-    tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count])).tolist()
+    tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu")).tolist()
     return Calibration({request: layers}, tokens, count)
 
 
@@ -164,7 +164,7 @@ def _collect_inputs(
                 forward(model, batch)
             if observer.deferred and isinstance(batches, Iterator):
                 raise ValueError(_only_once(budget, observer.deferred))
-    tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count])).tolist()
+    tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu")).tolist()
     check_count(count)
     layers = {request: {} for request in requests}
     for (name, label), moments in _reduced(observer):

@@ -88,6 +88,7 @@ def verify_adapted(
     bases: Mapping[str, nn.Module],
     batch: Any,
     *,
+    expected: Any = None,
     disabled: Callable[[], AbstractContextManager] | None = None,
     tolerance: float | None = None,
 ) -> None:
@@ -100,8 +101,10 @@ def verify_adapted(
         layers: its adapted layers by name, ours or PEFT's.
         bases: the original module inside each, by the same names.
         batch: a mapping is passed as ``model(**batch)``, a sequence as ``model(*batch)``.
-        disabled: gives a context in which the model computes its original function. With it, the
-            outputs of the two are compared, for methods that preserve the output.
+        expected: what `original_output` returned before injection. With it, the output is compared,
+            for methods that preserve it.
+        disabled: gives a context in which the model computes its original function. With it, that
+            output is compared with `expected` too.
         tolerance: of that comparison, relative to the largest entry; by default 1e-4, and four
             times the epsilon of a 16-bit output.
 
@@ -117,13 +120,21 @@ def verify_adapted(
             output = forward(model, batch)
         if uses.bypassed:
             raise ValueError(bypassed_message([name for name in layers if name in uses.bypassed]))
-        if disabled is not None:
+        if expected is not None:
+            _compare(_tensors(output), _tensors(expected), tolerance)
+        if expected is not None and disabled is not None:
             with disabled():
-                original = forward(model, batch)
-            _compare(_tensors(output), _tensors(original), tolerance)
+                _compare(_tensors(forward(model, batch)), _tensors(expected), tolerance)
     unused = [name for name in layers if name not in uses.used]
     if unused:
         warnings.warn(unused_message(unused, len(layers)), stacklevel=3)
+
+
+def original_output(model: nn.Module, batch: Any) -> Any:
+    """The output of a model before injection, in eval mode, for `verify_adapted`."""
+    batch = moved(batch, home(model))
+    with _undisturbed(model):
+        return forward(model, batch)
 
 
 def is_traced() -> bool:

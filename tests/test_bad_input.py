@@ -120,9 +120,17 @@ class Attention(nn.Module):
         return self.inner(x, x, x)
 
 
-def test_a_projection_that_a_fused_kernel_reads_is_refused():
-    with pytest.raises(TypeError, match="NonDynamicallyQuantizableLinear"):
-        get_peft_model(Attention(), LoraConfig(r=2, target_modules=["out_proj"]))
+def test_a_projection_that_a_fused_kernel_reads_is_adapted():
+    """The kernel is given the effective weight; in eval mode too, where it is fused."""
+    base, x = Attention().eval(), torch.randn(3, 8)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["out_proj"]))
+    with torch.no_grad():
+        before = model(x)[0]
+        model.layers["inner.out_proj"].lora_B += 1
+        after = model(x)[0]
+        assert not torch.allclose(after, before)
+        model.train()
+        assert torch.allclose(model(x)[0], after, atol=1e-6)
 
 
 def test_views_of_one_flat_buffer_are_not_tied():

@@ -30,6 +30,7 @@ from lora_init.adapters.saved_modules import in_file
 from lora_init.base_weights import BaseWeights
 from lora_init.config import LoraConfig
 from lora_init.config_file import method_of
+from lora_init.draws import zeros
 from lora_init.factors import Factors, low_rank_product
 from lora_init.modules import module_type, stored_weight, widened
 from lora_init.plan import Plan, Target
@@ -125,7 +126,7 @@ def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, 
     """The initial factors, by the decomposition that PEFT took."""
     if target.module_type == "Embedding":
         rows, columns = target.shape
-        return torch.zeros(target.rank, columns), torch.zeros(rows, target.rank)
+        return zeros(target.rank, columns), zeros(rows, target.rank)
     weight = widened(weights.present(target)).float()
     made = plan.initializer.function(
         weight, target.rank, target.scaling, None, plan.options, torch.Generator()

@@ -138,5 +138,5 @@ def eva(weight, rank, scaling, statistics, options, generator) -> Factors:
         seen = values > UNSEEN * values[0]
         lora_A = lora_A / torch.where(seen, values, 1.0).sqrt()[:, None]
     explained = float(values.sum() / total) if total > 0 else 0.0
-    lora_B = torch.zeros(weight.shape[0], rank, device=lora_A.device)
+    lora_B = torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=lora_A.device)
     return Factors(lora_A.contiguous(), lora_B, metrics={"explained_variance": explained})

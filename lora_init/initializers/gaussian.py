@@ -10,8 +10,7 @@ the same as `kaiming`: A = 0, B ~ N(0, 1).
 
 from __future__ import annotations
 
-import torch
-
+from lora_init.draws import normal, zeros
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import embedding
 from lora_init.modules import MODULE_TYPES
@@ -27,5 +26,5 @@ from lora_init.registry import register_initializer
 def gaussian(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) normal with standard deviation 1/rank, B (out, rank) zero; float32."""
     rows, columns = weight.shape
-    lora_A = torch.randn(rank, columns, generator=generator).div_(rank)
-    return Factors(lora_A, torch.zeros(rows, rank))
+    lora_A = normal(rank, columns, generator=generator).div_(rank)
+    return Factors(lora_A, zeros(rows, rank))

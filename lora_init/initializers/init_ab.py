@@ -19,8 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from lora_init.draws import uniform
 from lora_init.factors import Factors
 from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
@@ -71,6 +70,6 @@ def init_ab(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32, uniform within ±gamma/sqrt(in). Reads no weight."""
     rows, columns = weight.shape
     bound = options.gamma * columns**-0.5
-    lora_A = (2 * torch.rand(rank, columns, generator=generator) - 1) * bound
-    lora_B = (2 * torch.rand(rows, rank, generator=generator) - 1) * bound
+    lora_A = (2 * uniform(rank, columns, generator=generator) - 1) * bound
+    lora_B = (2 * uniform(rows, rank, generator=generator) - 1) * bound
     return Factors(lora_A, lora_B)

@@ -12,8 +12,7 @@ rows of entries that occur are ever moved.
 
 from __future__ import annotations
 
-import torch
-
+from lora_init.draws import normal, uniform, zeros
 from lora_init.factors import Factors
 from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
@@ -22,7 +21,7 @@ from lora_init.registry import register_initializer
 def embedding(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, entries) zero, B (width, rank) standard normal; float32."""
     rows, columns = weight.shape
-    return Factors(torch.zeros(rank, columns), torch.randn(rows, rank, generator=generator))
+    return Factors(zeros(rank, columns), normal(rows, rank, generator=generator))
 
 
 @register_initializer(
@@ -35,5 +34,5 @@ def kaiming(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) uniform within ±1/sqrt(in), B (out, rank) zero; float32. Reads no weight."""
     rows, columns = weight.shape
     bound = columns**-0.5
-    lora_A = torch.rand(rank, columns, generator=generator).mul_(2 * bound).sub_(bound)
-    return Factors(lora_A, torch.zeros(rows, rank))
+    lora_A = uniform(rank, columns, generator=generator).mul_(2 * bound).sub_(bound)
+    return Factors(lora_A, zeros(rows, rank))

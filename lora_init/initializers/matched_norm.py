@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_init.draws import normal
 from lora_init.factors import Factors
 from lora_init.modules import MODULE_TYPES
 from lora_init.registry import get_initializer, list_initializers, register_initializer
@@ -66,8 +67,8 @@ def references() -> list[str]:
 def matched_norm(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank) of equal Frobenius norm, float32."""
     rows, columns = weight.shape
-    lora_A = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
-    lora_B = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
+    lora_A = normal(rank, columns, generator=generator, dtype=torch.float64)
+    lora_B = normal(rows, rank, generator=generator, dtype=torch.float64)
     lora_A, lora_B = lora_A / lora_A.norm(), lora_B / lora_B.norm()
     spec = get_initializer(options.reference)
     start = spec.function(weight, rank, scaling, statistics, spec.options(), generator)

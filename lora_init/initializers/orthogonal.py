@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from lora_init.draws import normal
 from lora_init.factors import Factors
 from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
@@ -37,11 +38,11 @@ def orthogonal(weight, rank, scaling, statistics, options, generator) -> Factors
     rows, columns = weight.shape
     # Multiplied in float64 and rounded once: the product then vanishes to float32's rounding of its
     # terms. The normal numbers are float32's, whose drawing takes a fifth of float64's time.
-    square = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+    square = normal(rank, rank, generator=generator, dtype=torch.float64)
     basis, upper = torch.linalg.qr(square)
     basis = basis * torch.sign(torch.diagonal(upper))  # Haar-distributed, not LAPACK's sign choice
-    first = torch.randn(rank // 2, columns, generator=generator).double()
-    second = torch.randn(rows, rank // 2, generator=generator).double()
+    first = normal(rank // 2, columns, generator=generator).double()
+    second = normal(rows, rank // 2, generator=generator).double()
     lora_A = basis[1::2].T @ first / 10
     lora_B = second @ basis[0::2] / 10
     return Factors(lora_A.float(), lora_B.float())

@@ -10,8 +10,7 @@ N(0, 1); PEFT draws from the global generator.
 
 from __future__ import annotations
 
-import torch
-
+from lora_init.draws import uniform
 from lora_init.factors import Factors
 from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
@@ -26,6 +25,6 @@ from lora_init.registry import register_initializer
 def random(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) within ±1/sqrt(in), B (out, rank) within ±1/sqrt(rank); float32."""
     rows, columns = weight.shape
-    lora_A = (2 * torch.rand(rank, columns, generator=generator) - 1) * columns**-0.5
-    lora_B = (2 * torch.rand(rows, rank, generator=generator) - 1) * rank**-0.5
+    lora_A = (2 * uniform(rank, columns, generator=generator) - 1) * columns**-0.5
+    lora_B = (2 * uniform(rows, rank, generator=generator) - 1) * rank**-0.5
     return Factors(lora_A, lora_B)

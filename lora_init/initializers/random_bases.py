@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.draws import normal
 from lora_init.factors import Factors
 from lora_init.initializers.pissa import PissaOptions, pissa
 from lora_init.modules import MODULE_TYPES
@@ -45,6 +46,6 @@ def random_bases(weight, rank, scaling, statistics, options, generator) -> Facto
 
 def orthonormal(size: int, count: int, generator: torch.Generator) -> Float[Tensor, "size count"]:
     """`count` orthonormal columns, Haar-distributed; float64 on the CPU."""
-    drawn = torch.randn(size, count, generator=generator, dtype=torch.float64)
+    drawn = normal(size, count, generator=generator, dtype=torch.float64)
     basis, triangle = torch.linalg.qr(drawn)
     return basis * torch.sign(torch.diagonal(triangle))  # Haar, not LAPACK's choice of signs

@@ -6,10 +6,10 @@ fails in the middle (memory, an interrupt), what was done is undone.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from lora_init import packed
@@ -23,11 +23,12 @@ from lora_init.injection.plain import hold_plain, release
 from lora_init.injection.settling import settle_base, settle_magnitude
 from lora_init.injection.state import Injection
 from lora_init.injection.switching import set_adapter_enabled
-from lora_init.layers import LoraLayer, TrainedModule, layer_class
+from lora_init.layers import LoraLayer, TrainedModule, layer_class, trainable_copy
 from lora_init.plan import Plan
 from lora_init.presence import factor_device, is_unloaded
 
 
+@torch.inference_mode(False)
 def inject(
     model: nn.Module,
     plan: Plan,
@@ -77,6 +78,12 @@ def inject(
     return injection
 
 
+def forget_originals(model: nn.Module, injection: Injection) -> None:
+    """Let go of the originals of replaced bases, which were kept for a while."""
+    injection.originals.clear()
+    _forget_lost(model, injection)
+
+
 def _forget_lost(model: nn.Module, injection: Injection) -> None:
     """Let go of packed originals that nobody asked to keep, which would stay in memory."""
     lost = injection.lost()
@@ -103,6 +110,7 @@ def _prepare(
         weights if unloaded else BaseWeights(model, None),
         requires_grad=[(p, p.requires_grad) for p in model.parameters()],
         shared=frozenset(target.name for target in plan.targets if target.shared_with),
+        inexact=frozenset(target.name for target in plan.targets if not target.exact),
     )
     for target in plan.targets:
         module = modules[target.name]
@@ -123,11 +131,12 @@ def _prepare(
         injection.fingerprints[target.name] = fingerprint(weights.present(target))
     for name in plan.modules_to_save:
         original = model.get_submodule(name)
-        trained = copy.deepcopy(original).requires_grad_(True)
+        trained = trainable_copy(original, plan.adapter_dtype)
         injection.trained[name] = TrainedModule(original, trained)
     return injection
 
 
+@torch.inference_mode(False)
 def restore(model: nn.Module, injection: Injection) -> nn.Module:
     """Give the model back as it was: modules, weights, biases and requires_grad flags.
 
@@ -152,6 +161,7 @@ def restore(model: nn.Module, injection: Injection) -> nn.Module:
     return model
 
 
+@torch.inference_mode(False)
 def reinstate(model: nn.Module, injection: Injection) -> None:
     """The inverse of `restore`: the same adapter, where it was, as trained."""
     for parameter, _ in injection.requires_grad:
@@ -186,7 +196,7 @@ def merge(model: nn.Module, injection: Injection) -> nn.Module:
     merged = {layer.base_layer for layer in injection.layers.values()}
     release({module: held for module, held in injection.plain.items() if module not in merged})
     flags = {id(parameter): flag for parameter, flag in injection.requires_grad}
-    _unwrap(model, injection, lambda trained: trained.trained_module)
+    _unwrap(model, injection, TrainedModule.merged_module)
     for name, parameter in injection.untied.items():
         injection.layers[name].base_layer.weight.requires_grad_(flags[id(parameter)])
     return model

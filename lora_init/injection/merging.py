@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+import torch
+
 from lora_init import linalg, packed
 from lora_init.injection.state import Injection
 from lora_init.injection.switching import set_adapter_enabled
@@ -32,6 +34,7 @@ def set_merged(injection: Injection, merged: bool) -> None:
         raise
 
 
+@torch.inference_mode(False)
 def _unfold(injection: Injection) -> None:
     for name, (held, bias) in injection.unmerged.items():
         layer = injection.layers[name]
@@ -42,6 +45,7 @@ def _unfold(injection: Injection) -> None:
     injection.unmerged = {}
 
 
+@torch.inference_mode(False)
 def fold(injection: Injection, *, hold_weights: bool = False) -> None:
     """Merge layer by layer; remembers what weights and biases were, if they are to be held.
 
@@ -85,6 +89,13 @@ def _warn_of_merging(injection: Injection, errors: Mapping[str, float]) -> None:
             f"merged into {len(errors)} quantised weights, which adds a relative error of "
             f"{mean:.1e} on average and {errors[worst]:.1e} in {worst!r}; merge into the "
             "unquantised model to avoid it",
+            stacklevel=5,
+        )
+    if injection.inexact:
+        names = sorted(injection.inexact)
+        warnings.warn(
+            f"merged into {len(names)} weights that a quantizer's forward rounds again, the first "
+            f"is {names[0]!r}, which adds an error; merge into the unquantized model to avoid it",
             stacklevel=5,
         )
     for name in sorted(injection.shared):

@@ -41,7 +41,8 @@ def settle_base(
         _replace(layer, target, factors.replacement, injection, weights, keep_original)
         return
     # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
-    editable = not (target.shared_with or target.quantized or module.weight.is_meta)
+    fixed = target.shared_with or target.quantized or module.weight.is_meta
+    editable = target.exact and not fixed
     if not editable or not _edit(layer, factors.lora_A, factors.lora_B):
         layer.base_state = "in_forward"
 

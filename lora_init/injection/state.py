@@ -28,6 +28,7 @@ class Injection:
             is on, its trained value while it is off.
         originals: what each replaced base was, where it was kept.
         shared: layers whose weight another module reads too.
+        inexact: layers whose forward rounds inputs or weights.
         fingerprints: of each target's original weight.
         replacements: how to rebuild each replaced base.
         checksums: of each replaced base.
@@ -48,6 +49,7 @@ class Injection:
     biases: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     originals: dict[str, Held] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
+    inexact: frozenset[str] = frozenset()
     fingerprints: dict[str, str] = field(default_factory=dict)
     replacements: dict[str, Replacement] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)

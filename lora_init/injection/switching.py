@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from lora_init.injection.state import Injection
 from lora_init.injection.weights import exchange, hold, put_back
 
 
+@torch.inference_mode(False)
 def set_adapter_enabled(injection: Injection, enabled: bool) -> bool:
     """Switch the adapter on, or off: then the model computes its original function.
 

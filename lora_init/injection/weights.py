@@ -44,7 +44,8 @@ def put_back(module: nn.Module, held: Held) -> None:
     if held.packed is not None:
         packed.put_back(module, held.packed)
         return
-    data = held.data.to(held.parameter.device)
+    # A model that was converted since (half, double) stays in its dtype.
+    data = held.data.to(held.parameter.device, held.parameter.dtype)
     if held.parameter.data.data_ptr() != data.data_ptr():
         held.parameter.data = data
     module.weight = held.parameter

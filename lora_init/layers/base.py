@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from lora_init.factors import low_rank_product
 from lora_init.layers import dora
-from lora_init.modules import module_type, oriented_weight, widened
+from lora_init.layers.effective_weight import effective_weight
+from lora_init.layers.input import only_input
+from lora_init.modules import module_type, orient, widened
+from lora_init.packed import dequantized, float_dtype, is_packed
 from lora_init.presence import HOOK_ATTRIBUTES
 
 BaseState = Literal["kept", "edited", "in_forward", "replaced"]
@@ -23,6 +27,10 @@ BaseState = Literal["kept", "edited", "in_forward", "replaced"]
   another module reads too; and edits too large to be undone in float32);
 - ``replaced``: the base weight is a quantised one.
 """
+
+
+CONSTANTS = ("base_square_norms", "initial_projection")
+"""Buffers that DoRA's norm is computed from."""
 
 
 class LoraLayer(nn.Module):
@@ -42,9 +50,11 @@ class LoraLayer(nn.Module):
         scaling: s.
         base_state: see `BaseState`.
         merged: the base weight holds the adapter at the moment, and the forward pass adds nothing.
+        on_read: called whenever `weight` is read; see `lora_init.verification`.
     """
 
     drops_inputs = True
+    on_read: Callable[[], object] | None = None
 
     lora_bias: Tensor | None
     lora_magnitude_vector: Tensor | None
@@ -88,7 +98,7 @@ class LoraLayer(nn.Module):
         self.training = self.dropout.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
-        """What this class lacks (weight, bias, in_features, stride, …) is the base layer's."""
+        """Look up what this class lacks (in_features, stride, …) in the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -97,13 +107,35 @@ class LoraLayer(nn.Module):
                 raise
             return getattr(self.base_layer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("weight", "bias"):
+            super().__setattr__(name, value)
+        # Tying weights again assigns the parameter that the base has already.
+        elif value is not getattr(self.base_layer, name):
+            raise RuntimeError(
+                f"{name}: it cannot be set on an adapted {self.module_type}, because it is the sum "
+                f"of the base's {name} and the adapter. Set it before get_peft_model, or set "
+                f"base_layer.{name} to change the base under the adapter"
+            )
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> LoraLayer:
+        """Move or convert; DoRA's constants stay float32, because 16 bits overflow and round."""
+        before = {name: getattr(self, name) for name in CONSTANTS}
+        super()._apply(fn, recurse)
+        for name, wide in before.items():
+            now = getattr(self, name)
+            if now is not None and now.dtype.itemsize < wide.dtype.itemsize:
+                setattr(self, name, wide.to(now.device))
+        return self
+
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
     # -- the forward pass ------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = only_input(self.base_layer, args, kwargs)
         if self.merged:
             return self.base_layer(x)
         if not self.adapter_enabled:
@@ -172,7 +204,7 @@ class LoraLayer(nn.Module):
                 "meta device); keep the adapted modules in memory, or train without use_dora"
             )
         return dora.adapted_norms(
-            oriented_weight(self.base_layer) if weight is None else weight,
+            self._oriented_weight() if weight is None else weight,
             self.base_square_norms,
             self.lora_A,
             self.lora_B,
@@ -194,6 +226,65 @@ class LoraLayer(nn.Module):
         return (result + initial).to(result.dtype)
 
     # -- the weights -----------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that this layer multiplies by now, as its module stores it.
+
+        It is computed: writing to it changes nothing. Gradients reach the adapter through it. It
+        has the module's dtype; of packed modules it holds the dequantized values. Dropout does not
+        apply.
+        """
+        if self.on_read is not None:
+            self.on_read()
+        try:
+            return self._present_weight()
+        except AttributeError as error:  # else torch would look for another attribute `weight`
+            raise RuntimeError(f"the effective weight cannot be computed: {error}") from error
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that this layer adds now, in the module's dtype."""
+        bias = self.base_layer.bias
+        if self.merged or not self.adapter_enabled or self.lora_bias is None:
+            return bias
+        added_bias = self.scaling * widened(self.lora_bias)
+        if bias is None:
+            return added_bias.to(self._float_dtype())
+        return (widened(bias) + added_bias).to(bias.dtype)
+
+    def _present_weight(self) -> Tensor:
+        stored = self.base_layer.weight
+        if stored.is_meta:
+            return stored
+        if is_packed(self.base_layer):
+            stored = dequantized(self.base_layer)
+        dtype = self._float_dtype()
+        initial = None
+        if self.base_state in ("edited", "in_forward"):
+            initial = self.initial_lora_A, self.initial_lora_B
+        if self.merged or (not self.adapter_enabled and self.base_state != "edited"):
+            return stored.to(dtype)
+        if not self.adapter_enabled:
+            factors, initial, gain = initial, None, None
+        else:
+            factors = self.lora_A, self.lora_B
+            initial = initial if self.base_state == "in_forward" else None
+            gain = self.gain() if self.use_dora else None
+        return effective_weight(
+            stored, *factors, self.scaling,
+            module_type=self.module_type, dtype=dtype, initial=initial, gain=gain,
+        )  # fmt: skip
+
+    def _float_dtype(self) -> torch.dtype:
+        base = self.base_layer
+        return float_dtype(base) if is_packed(base) else base.weight.dtype
+
+    def _oriented_weight(self) -> Float[Tensor, "out in"]:
+        """The base's present weight; of packed modules the values."""
+        if is_packed(self.base_layer):
+            return dequantized(self.base_layer)
+        return orient(self.module_type, self.base_layer.weight.detach())
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """s (B A - B0 A0), in float32 or wider; s B A on a kept or replaced base.
@@ -217,12 +308,12 @@ class LoraLayer(nn.Module):
         """
         if self.base_state == "replaced":
             raise RuntimeError("the base weight was replaced; the layer does not hold the original")
-        weight = widened(oriented_weight(self.base_layer))
+        weight = widened(self._oriented_weight())
         return weight + self.initial_product() if self.base_state == "edited" else weight
 
     def merged_weight(self) -> Float[Tensor, "out in"]:
         """The weight of a plain layer that computes what this one does now (dropout off)."""
-        weight = widened(oriented_weight(self.base_layer))
+        weight = widened(self._oriented_weight())
         merged = weight + low_rank_product(self.lora_A, self.lora_B, self.scaling)
         if self.base_state == "in_forward":
             merged -= self.initial_product()

@@ -12,6 +12,7 @@ from lora_init.layers.adapted_product import adapted_product
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.layers.decomposed_product import decomposed_product
 from lora_init.layers.transforms import is_transformed
+from lora_init.presence import is_hooked
 
 STACKED_POSITIONS = 2048
 """Up to so many, a copy of the inputs costs less than reading the weight once more."""
@@ -32,11 +33,12 @@ class LinearLayer(LoraLayer):
 
     def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         base = self.base_layer
-        if self.module_type == "Linear":
-            return functional.linear(x, base.weight), base.bias
-        if self.module_type == "Conv1D":
-            return x @ base.weight, base.bias
-        result = base(x)  # a packed weight: only its own kernel can multiply by it
+        if not is_watched(base):
+            if self.module_type == "Linear":
+                return functional.linear(x, base.weight), base.bias
+            if self.module_type == "Conv1D":
+                return x @ base.weight, base.bias
+        result = base(x)  # only its own forward knows how to multiply
         return (result, None) if base.bias is None else (result - base.bias, base.bias)
 
     # -- in one step of the graph, where that is the same function ---------------------------------
@@ -89,16 +91,12 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody counts on `module` being called: a hook, or a forward put over its own.
+    """Whether the module must be called: it has a hook, or another forward than its type's.
 
-    A module that was put in the base's place since may have another forward, too.
+    A module that replaced the base after injection may have another forward, too.
     """
     return bool(
         not (type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D")
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or is_hooked(module)
         or _has_any_global_hook()
     )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class TrainedModule(nn.Module):
-    """A trained copy of a module beside the untouched original.
+    """A trained copy of a module and the untouched original.
 
-    Attributes of the module inside are reachable through this one.
+    The copy may be float32 where the model is float16: gradient scaling needs that. Its inputs are
+    then cast to its dtype, and its outputs to the original's. Attributes of the active module are
+    reachable through this one.
     """
 
     def __init__(self, original_module: nn.Module, trained_module: nn.Module) -> None:
@@ -25,7 +30,23 @@ class TrainedModule(nn.Module):
         return self.trained_module if self.adapter_enabled else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.active_module(*args, **kwargs)
+        if not self.adapter_enabled:
+            return self.original_module(*args, **kwargs)
+        own, given = float_dtype(self.trained_module), float_dtype(self.original_module)
+        if own == given:
+            return self.trained_module(*args, **kwargs)
+        args, kwargs = cast(args, given, own), cast(kwargs, given, own)
+        return cast(self.trained_module(*args, **kwargs), own, given)
+
+    def merged_module(self) -> nn.Module:
+        """The trained module in the dtypes of the original, to take its place."""
+        originals = dict(self.original_module.named_parameters())
+        originals |= dict(self.original_module.named_buffers())
+        own = (*self.trained_module.named_parameters(), *self.trained_module.named_buffers())
+        for name, tensor in own:
+            tensor.data = tensor.data.to(originals[name].dtype)
+            tensor.grad = None
+        return self.trained_module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -33,4 +54,42 @@ class TrainedModule(nn.Module):
         except AttributeError:
             if name in ("original_module", "trained_module"):
                 raise
-            return getattr(self.active_module, name)
+            value = getattr(self.active_module, name)
+            if isinstance(value, nn.Parameter) and self.adapter_enabled:
+                # Who reads a weight multiplies it by inputs of the model's dtype.
+                dtype = getattr(self.original_module, name).dtype
+                return value if value.dtype == dtype else value.to(dtype)
+            return value
+
+
+def trainable_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy that requires gradients, in `dtype` where that is wider than the module's."""
+    trained = copy.deepcopy(module).requires_grad_(True)
+
+    def widen(tensor: Tensor) -> Tensor:
+        wider = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+        return tensor.to(dtype) if wider else tensor
+
+    return trained._apply(widen)
+
+
+def float_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's first floating-point parameter."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def cast(value: Any, before: torch.dtype | None, after: torch.dtype | None) -> Any:
+    """Tensors of dtype `before` in the dtype `after`, inside lists, tuples and mappings too."""
+    return _mapped(lambda t: t.to(after) if t.dtype == before else t, value)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        changed = {key: _mapped(change, part) for key, part in value.items()}
+        return changed if type(value) is dict else type(value)(**changed)
+    if isinstance(value, list | tuple):
+        parts = [_mapped(change, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value

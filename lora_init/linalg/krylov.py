@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.draws import normal
 from lora_init.linalg import small
 from lora_init.linalg.choice import (
     ANGLE_TOLERANCE,
@@ -82,9 +83,9 @@ def start_block(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     if isinstance(generator, torch.Generator):
-        block = torch.randn(n, width, generator=generator).expand(*stack, n, width)
+        block = normal(n, width, generator=generator).expand(*stack, n, width)
     else:
-        drawn = [torch.randn(n, width, generator=each) for each in generator]
+        drawn = [normal(n, width, generator=each) for each in generator]
         block = torch.stack(drawn).reshape(*stack, n, width)
     block = block.to(device, dtype)
     if start is not None:
@@ -241,5 +242,5 @@ def rounding_noise(block: Tensor) -> Tensor:
     much in random directions changes nothing else.
     """
     n, width = block.shape[-2:]
-    drawn = torch.randn(n, width, generator=torch.Generator().manual_seed(1)).to(block)
+    drawn = normal(n, width, generator=torch.Generator().manual_seed(1)).to(block)
     return drawn * (torch.finfo(block.dtype).eps / n**0.5)

@@ -43,7 +43,7 @@ class Grid:
             if cells > LARGEST_GRID:
                 raise ValueError(f"boundaries nearer than {2 / LARGEST_GRID}: {boundaries}")
         counts = torch.bincount(places, minlength=cells)
-        boundary = torch.full((cells,), torch.inf)
+        boundary = boundaries.new_full((cells,), torch.inf)
         boundary[places] = boundaries
         return cls((counts.cumsum(0) - counts).to(torch.int32), boundary)
 

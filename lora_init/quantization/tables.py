@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -34,15 +35,24 @@ FP4_UNSCALED = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_ASCENDING = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 
+# Tables are cached, so they must not depend on the default dtype and device of the first caller.
+def _float32(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+def _linspace64(first: float, last: float, count: int) -> Tensor:
+    return torch.linspace(first, last, count, dtype=torch.float64, device="cpu")
+
+
 @cache
 def table_of(kind: str, bits: int) -> Tensor:
     if kind == "nf4":
-        return torch.tensor(NF4_TABLE)
+        return _float32(NF4_TABLE)
     if kind == "fp4":
-        return torch.tensor([*FP4_UNSCALED, *(-value for value in FP4_UNSCALED)]) / 12
+        return _float32([*FP4_UNSCALED, *(-value for value in FP4_UNSCALED)]) / 12
     if kind == "nf2":
         return normal_float_table(2)
-    return torch.linspace(-1, 1, 2**bits)
+    return torch.linspace(-1, 1, 2**bits, dtype=torch.float32, device="cpu")
 
 
 def normal_float_table(
@@ -61,7 +71,7 @@ def normal_float_table(
     half = 2 ** (bits - 1)
 
     def quantiles(first: float, last: float, count: int) -> Tensor:
-        return torch.special.ndtri(torch.linspace(first, last, count, dtype=torch.float64))
+        return torch.special.ndtri(_linspace64(first, last, count))
 
     if symmetric:
         edges = quantiles(1 - offset, offset, 2 * half + 1)
@@ -70,7 +80,7 @@ def normal_float_table(
         # Both series start at the offset and end before the median, which is the 0 between them.
         positive = quantiles(offset, 0.5, half + 1)[:-1]
         negative = -quantiles(offset, 0.5, half)[:-1]
-        values = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive])
+        values = torch.cat([negative, positive.new_zeros(1), positive])
     values = values.sort().values
     return (values / values.max()).float()
 
@@ -84,10 +94,10 @@ def dynamic_table() -> Float[Tensor, " codes"]:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = (10 ** (i - 6) * ((edges[1:] + edges[:-1]) / 2)).tolist()
         values += middles + [-middle for middle in middles]
-    return torch.tensor(sorted(values))
+    return _float32(sorted(values))
 
 
 def midpoints(ascending: Float[Tensor, " codes"]) -> Float[Tensor, " codes-1"]:

@@ -45,7 +45,7 @@ from lora_init.under_peft.planning import (
     settings,
 )
 from lora_init.under_peft.start import Record, records
-from lora_init.verification import verify_adapted
+from lora_init.verification import original_output, verify_adapted
 
 
 def initialize_peft_model(
@@ -120,6 +120,10 @@ def initialize_peft_model(
         layers = adapted_layers(peft_model, adapter_name)
         config = settings(peft_model, layers, setting)
         plan = plan_for(peft_model, layers, config, quantized_base, wrappers)
+        expected = None
+        if verify is not None and plan.initializer.preserves_output and not plan.replaced:
+            with peft_model.disable_adapter():
+                expected = original_output(peft_model, verify)
         report = _initialize(
             peft_model, layers, config, plan, calibration, original_weights, seed, place,
             default_cache() if cache else None, done, wrappers,
@@ -127,7 +131,7 @@ def initialize_peft_model(
         guard(peft_model, layers, done, load_adapter)
         adapted = adapted_layers(peft_model, adapter_name)
         if verify is not None:
-            _verify(peft_model, adapted, plan, verify)
+            _verify(peft_model, adapted, verify, expected)
         else:
             for change in first_pass(peft_model.base_model.model, adapted):
                 done.do(change)
@@ -138,15 +142,17 @@ def initialize_peft_model(
     return attempt(peft_model, adapter_name, start)
 
 
-def _verify(peft_model: nn.Module, layers: list[AdaptedLayer], plan: Plan, batch: Any) -> None:
+def _verify(
+    peft_model: nn.Module, layers: list[AdaptedLayer], batch: Any, expected: Any
+) -> None:
     """Refuse a model that does not use its adapted layers; see `initialize_peft_model`."""
-    preserved = plan.initializer.preserves_output and not plan.replaced
     verify_adapted(
         peft_model,
         {layer.name: layer.module for layer in layers},
         {layer.name: layer.base for layer in layers},
         batch,
-        disabled=peft_model.disable_adapter if preserved else None,
+        expected=expected,
+        disabled=peft_model.disable_adapter,
     )
 
 

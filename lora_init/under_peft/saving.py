@@ -210,7 +210,8 @@ def _add_header(folder: Path, record: Record, starts: Mapping[str, Start], repla
 def _bar(folder: Path, record: Record) -> None:
     """Make sure that nobody loads A and B alone."""
     first = record.plan.targets[0]
-    stub = {part_key(first, "lora_A"): torch.empty(0, first.shape[1])}
+    empty = torch.empty(0, first.shape[1], dtype=torch.float32, device="cpu")
+    stub = {part_key(first, "lora_A"): empty}
     write_atomically(
         folder / WEIGHTS_NAME,
         lambda temporary: save_file(stub, temporary, metadata={"format": "pt"}),

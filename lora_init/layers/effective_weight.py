@@ -1,0 +1,56 @@
+"""The weight that an adapted layer multiplies by, for models that read it themselves.
+
+Some models pass `layer.weight` to a function instead of calling the layer: attention kernels,
+state-space models, fused losses, and convolutions with the weight of a linear layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.modules import TRANSPOSED_TYPES, widened
+from lora_init.precision import full_precision
+
+
+def effective_weight(
+    stored: Tensor,
+    lora_A: Float[Tensor, "rank in"],
+    lora_B: Float[Tensor, "out rank"],
+    scaling: float,
+    *,
+    module_type: str,
+    dtype: torch.dtype,
+    initial: tuple[Tensor, Tensor] | None = None,
+    gain: Float[Tensor, " out"] | None = None,
+) -> Tensor:
+    """g (W + s B A - s B0 A0) as the module stores it, differentiable in g, W, A and B.
+
+    Args:
+        stored: W as a module of type `module_type` stores it; of packed modules the values.
+        initial: A0, B0 where the forward pass subtracts their product.
+        gain: DoRA's g.
+        dtype: of the result. The sum is computed in float32 or wider and rounded once.
+    """
+    transposed = module_type in TRANSPOSED_TYPES
+    with full_precision():
+        weight = widened(stored).flatten(1)
+        lora_A, lora_B = widened(lora_A), widened(lora_B)
+        wide = torch.promote_types(weight.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
+        weight = weight.to(wide)
+        left, right = _oriented(lora_A.to(wide), lora_B.to(wide) * scaling, transposed)
+        if initial is None:
+            total = torch.addmm(weight, left, right)
+        else:
+            initial_A, initial_B = (widened(factor).to(wide) for factor in initial)
+            first = _oriented(initial_A, initial_B * scaling, transposed)
+            # Two products of the same shapes: at step 0 they cancel to the last bit.
+            total = weight + (left @ right - first[0] @ first[1])
+        if gain is not None:
+            total = total * (gain if transposed else gain[:, None])
+        return total.to(dtype).view(stored.shape)
+
+
+def _oriented(lora_A: Tensor, lora_B: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    return (lora_A.T, lora_B.T) if transposed else (lora_B, lora_A)

@@ -1,0 +1,51 @@
+"""Results do not depend on torch's default dtype or device."""
+
+import contextlib
+
+import pytest
+import torch
+from networks import Case
+
+from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init.quantization import tables
+
+
+@contextlib.contextmanager
+def default(setting):
+    if setting == "meta":
+        with torch.device("meta"):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setting)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def factors(method, kind, base, setting):
+    case = Case(kind)
+    config = LoraConfig(r=4, target_modules=list(case.shapes), init_lora_weights=method)
+    with default(setting):
+        model = get_peft_model(base, config, calibration=case.calibration(), cache=False)
+    return {
+        f"{name}.{part}": getattr(layer, part)
+        for name, layer in model.layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+@pytest.mark.parametrize("setting", [torch.float64, torch.float16, "meta"], ids=str)
+@pytest.mark.parametrize("spec", list_initializers(), ids=lambda spec: spec.name)
+def test_every_method_gives_the_same_factors(spec, setting):
+    kinds = [kind for kind in ("Linear", "Embedding") if kind in spec.module_types]
+    for kind in kinds[: 1 if "weights" in spec.needs else 2]:
+        tables.table_of.cache_clear()
+        wanted = factors(spec.name, kind, Case(kind).build(), torch.float32)
+        tables.table_of.cache_clear()
+        found = factors(spec.name, kind, Case(kind).build(), setting)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert found[name].dtype == torch.float32
+            assert torch.equal(found[name], value), name
