@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_init.injection import Transaction
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.presence import FSDP1, is_flattened
 
@@ -81,6 +82,7 @@ def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
 def _keep_adapter_only(
     model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
 ) -> None:
+    model.undo_broken_loading()
     wanted = {prefix + key for key in adapter_keys(model)}
     if not wanted:
         return  # unloaded: a plain model's state
@@ -108,6 +110,7 @@ def _check_and_settle(
         RuntimeError: the adapter is merged or disabled at the moment.
     """
     _refuse_fsdp1(model, prefix)
+    model.undo_broken_loading()
     wanted = adapter_keys(model)
     model.checkpoint_prefix = prefix
     if not wanted:
@@ -160,8 +163,17 @@ def _check_and_settle(
                 "and calibration data first"
             )
         moved[names[id(module)]] = initial
+    transaction = Transaction()
+    owners = {
+        _without(HIDDEN, name): module
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+    for name in wanted:
+        owner, _, own_name = name.rpartition(".")
+        transaction.values(owners[owner], own_name)
+    model.loading = transaction
     for name, (initial_A, initial_B) in moved.items():
-        model.move_initial_factors(name, initial_A, initial_B)
+        model.move_initial_factors(name, initial_A, initial_B, transaction)
 
 
 def _after_loading(model: nn.Module, incompatible: Any) -> None:
@@ -171,3 +183,4 @@ def _after_loading(model: nn.Module, incompatible: Any) -> None:
         base = f"{model.checkpoint_prefix}base_model."
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if not key.startswith(base)]
+    model.loading = None  # the last statement: the checkpoint is loaded

@@ -20,7 +20,8 @@ decomposition; `pissa_niter_N`, `corda` and `lora_ga` cannot be (their factors d
 stream or on data), and are refused.
 """
 
+from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.adapters.reading import fill, read
 from lora_init.adapters.writing import save
 
-__all__ = ["fill", "read", "save"]
+__all__ = ["LoadedAdapter", "fill", "read", "save"]
