@@ -19,7 +19,7 @@ from lora_init.diagnostics import InitReport, LayerReport, describe_layer
 from lora_init.layers import LoraLayer
 from lora_init.plan import Plan
 from lora_init.presence import HOOK_ATTRIBUTES, absence, first_unloaded
-from lora_init.signatures import blank, with_forward_of
+from lora_init.signatures import blank, bound_to_base, with_forward_of
 
 
 class LoraModel(nn.Module):
@@ -48,7 +48,7 @@ class LoraModel(nn.Module):
         metrics: dict[str, dict[str, Any]],
         seconds_by_layer: dict[str, float],
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the class may also be transformers' PreTrainedModel
         self.base_model = base_model
         self.peft_config = peft_config
         self.plan = plan
@@ -82,7 +82,7 @@ class LoraModel(nn.Module):
             ValueError, RuntimeError: see `lora_init.checkpoints`.
         """
         try:
-            return super().load_state_dict(*args, **kwargs)
+            return nn.Module.load_state_dict(self, *args, **kwargs)
         except BaseException:
             self.undo_broken_loading()
             raise
@@ -106,6 +106,11 @@ class LoraModel(nn.Module):
 
     def __repr__(self) -> str:
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            value = bound_to_base(value, self, self.base_model)
+        super().__setattr__(name, value)
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -262,13 +267,21 @@ class LoraModel(nn.Module):
         transaction.attributes(self, "_injection")
         self._injection = detached
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the adapter; see `lora_init.adapters` for the files. The base is not read.
 
         Raises:
             RuntimeError: it is merged or disabled at the moment.
         """
         self.refuse_in_between("save_pretrained")
+        if not is_main_process:
+            return
         live = self._whole_injection("save_pretrained", without_base=True)
         adapters.save(Path(folder), self.peft_config, self.plan, live)
 
