@@ -87,6 +87,13 @@ class LoraModel(nn.Module):
             self.undo_broken_loading()
             raise
 
+    def get_extra_state(self) -> Tensor:
+        """What names the start of the adapter in a state dict, see `lora_init.checkpoints`."""
+        return torch.empty(0) if self._injection is None else checkpoints.start_of(self)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: a checkpoint of another start was refused before."""
+
     def undo_broken_loading(self) -> None:
         """Undo what a `load_state_dict` did that never came to its end.
 

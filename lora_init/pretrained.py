@@ -63,7 +63,8 @@ def _saving_for_trainers(save: Callable[..., None]) -> Callable[..., None]:
             state = kwargs["state_dict"]
             state = self.state_dict() if state is None else state
             path = Path(folder) / TRAINING_STATE_NAME
-            save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+            state = {key: value.contiguous() for key, value in state.items()}
+            save_file(state, path, metadata={"format": "pt"})
 
     return save_pretrained
 

@@ -33,6 +33,7 @@ STATES = {
     "in_forward": (lambda: Chain(dtype=torch.bfloat16), "pissa", {}),
     "replaced": (Chain, "loftq", {}),
     "calibrated": (Chain, "corda", {}),
+    "gradients": (Chain, "lora_ga", {}),
     "dora": (Chain, "olora", {"use_dora": True}),
     "biases": (Chain, "pissa", {"bias": "all", "lora_bias": True}),
     "whole module": (Chain, "pissa", {"modules_to_save": ["wide"]}),
@@ -217,10 +218,12 @@ def check_interrupts(state, operation, folder, points, error):
                 run(subject)
             seen = description(subject)
             reason = difference(seen, before)
-            if reason is not None and operation not in ("get_peft_model", "from_pretrained"):
-                # A new model that nobody got must be undone; other operations may be complete.
-                if difference(seen, after) is None or refuses_half_merged(subject.model):
-                    reason = None
+            # A new model that nobody got must be undone; other operations may be complete.
+            others = reason is not None and operation not in ("get_peft_model", "from_pretrained")
+            if others and (
+                difference(seen, after) is None or refuses_half_merged(subject.model)
+            ):
+                reason = None
             if reason is None:
                 try:
                     run(subject)

@@ -1,12 +1,10 @@
 """A LoraModel in the trainers of other libraries: what they save, and what they replace."""
 
-import copy
 import inspect
 
 import pytest
-import torch
-from measures import assert_gap, logits, relative_gap, train
-from models import VOCABULARY, bert, gpt2, llama, token_batches
+from measures import assert_gap, logits
+from models import bert, gpt2, llama, token_batches
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
