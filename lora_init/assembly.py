@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_init import injection
 from lora_init.allocation import LayerRequest
+from lora_init.base_methods import uncover_methods
 from lora_init.base_weights import BaseWeights
 from lora_init.cache import Cache, default_cache
 from lora_init.calibrating import calibrated, for_allocation
@@ -174,6 +175,7 @@ def _assemble(
 ) -> LoraModel:
     """Everything after the checks, timed step by step."""
     spec = plan.initializer
+    transaction.undo_by(partial(uncover_methods, model))
     plain = injection.hold_plain(model, transaction)
     seconds = dict.fromkeys(("calibration", "allocation", "initialize", "inject"), 0.0)
     parts = calibrated(plan, model, calibration, device, cache)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_init import adapters, checkpoints, injection
+from lora_init.base_methods import cover_methods, uncover_methods
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, LayerReport, describe_layer
+from lora_init.hub import push_adapter
 from lora_init.layers import LoraLayer
 from lora_init.plan import Plan
 from lora_init.presence import HOOK_ATTRIBUTES, absence, first_unloaded
@@ -65,6 +67,7 @@ class LoraModel(nn.Module):
         self.checkpoint_prefix = ""  # of the state dict that is being loaded
         self.loading: injection.Transaction | None = None  # what undoes it, until it is loaded
         checkpoints.register(self)
+        cover_methods(self, base_model)
         if first_unloaded(base_model) is not None:
             self.register_forward_pre_hook(_refuse_unloaded)
 
@@ -106,6 +109,11 @@ class LoraModel(nn.Module):
     def __reduce__(self) -> tuple:
         family = getattr(type(self), "family", type(self))
         return blank, (family, type(self.base_model)), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._injection is not None:
+            cover_methods(self, self.base_model)
 
     def _get_name(self) -> str:
         """The base model's, by which Trainer's label smoothing knows that labels are shifted."""
@@ -260,6 +268,8 @@ class LoraModel(nn.Module):
         transaction: injection.Transaction,
     ) -> nn.Module:
         """Take the adapter off the base model in one of two ways, and forget it."""
+        transaction.undo_by(partial(cover_methods, self, self.base_model))
+        uncover_methods(self.base_model)
         way(self.base_model, live, transaction)
         transaction.attributes(self, "_injection")
         self._injection = None
@@ -270,7 +280,9 @@ class LoraModel(nn.Module):
         injection.atomically(partial(self._attach, detached))
 
     def _attach(self, detached: injection.Injection, transaction: injection.Transaction) -> None:
+        transaction.undo_by(partial(uncover_methods, self.base_model))
         injection.reinstate(self.base_model, detached, transaction)
+        cover_methods(self, self.base_model)
         transaction.attributes(self, "_injection")
         self._injection = detached
 
@@ -291,6 +303,16 @@ class LoraModel(nn.Module):
             return
         live = self._whole_injection("save_pretrained", without_base=True)
         adapters.save(Path(folder), self.peft_config, self.plan, live)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
+        """Upload the adapter, with a model card, to the Hugging Face Hub.
+
+        Args:
+            repo_id: such as "user/adapter"; made if it does not exist.
+            settings: see `lora_init.hub.push_adapter`.
+        """
+        method = self.plan.initializer.name
+        return push_adapter(self.save_pretrained, self.peft_config, method, repo_id, **settings)
 
     @classmethod
     def from_pretrained(
@@ -328,6 +350,7 @@ class LoraModel(nn.Module):
         keep_original: bool,
         transaction: injection.Transaction,
     ) -> LoraModel:
+        transaction.undo_by(partial(uncover_methods, base))
         done = injection.inject(
             base,
             loaded.plan,
