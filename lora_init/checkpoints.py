@@ -2,9 +2,9 @@
 
 It holds A, B, A0, B0 (and magnitudes, biases, modules trained whole), never the base: small, free
 of the base's tied tensors, and what Accelerate, transformers' Trainer and DistributedDataParallel
-store without being told. One more tensor names the method and the layers' scalings, with which the
-others mean something else in another run. A checkpoint may come from another start (another seed, other calibration
-data): the base follows, W - s B0 A0 being made anew from the loaded initial factors.
+store by themselves. One more tensor names the method and the layers' scalings: under others, the
+tensors mean something else. A checkpoint may come from another start (another seed, other
+calibration data): the base follows, W - s B0 A0 being computed from the loaded initial factors.
 
 What takes a model apart by its state dict and expects all of it is given the base model instead, as
 in ``accelerate.cpu_offload(model.base_model)``.
@@ -34,6 +34,8 @@ PARTS = (
 HIDDEN = (FSDP1, "_checkpoint_wrapped_module")
 """Parts of modules' names that are in no state dict: FSDP1 and activation checkpointing hide them;
 torch.compile, whose wrapper is "_orig_mod", does not."""
+WRAPPERS = (*HIDDEN, "_orig_mod", "module")
+"""Parts of names that depend on what a model is wrapped in, DistributedDataParallel included."""
 
 
 START = "_extra_state"
@@ -143,6 +145,19 @@ def _without(wrappers: tuple[str, ...], name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
+def _rename(state: dict[str, Tensor], prefix: str, wanted: list[str]) -> None:
+    """Give a checkpoint of a model in other wrappers the names that this model has.
+
+    A name is changed only where this model lacks it, and lacks another that is equal without its
+    wrappers: a module of a user may be called "module", too.
+    """
+    missing = {_without(WRAPPERS, name): name for name in wanted if prefix + name not in state}
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key[len(prefix) :]
+        if name not in wanted and (own := missing.pop(_without(WRAPPERS, name), None)) is not None:
+            state[prefix + own] = state.pop(key)
+
+
 def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
     """Refuse what FullyShardedDataParallel asks: it wants every tensor that it has flattened.
 
@@ -202,6 +217,7 @@ def _check_and_settle(
             "load_state_dict(assign=True) would exchange the trained biases of the base, and their "
             "originals would not be put back; leave assign out"
         )
+    _rename(state, prefix, [*wanted, START])
     start = state.pop(prefix + START, None)
     own = dict(model.named_parameters(remove_duplicate=False))
     own |= dict(model.named_buffers(remove_duplicate=False))
@@ -213,6 +229,12 @@ def _check_and_settle(
         if key.startswith(prefix)
         and (key[len(prefix) :] in wanted or value is not own.get(key[len(prefix) :]))
     }
+    if not given:
+        raise ValueError(
+            f"checkpoint: no name in it begins with {prefix!r}; load it into the LoraModel itself, "
+            "which torch.compile keeps as model._orig_mod and DistributedDataParallel as "
+            "model.module"
+        )
     for name in [*(key for key in wanted if key not in given), *sorted(given - set(wanted))]:
         where = "this model" if name in wanted else "the checkpoint"
         raise ValueError(f"checkpoint: {name!r} is only in {where}; it is another run's")

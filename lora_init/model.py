@@ -137,8 +137,9 @@ class LoraModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # base_model: not set yet, and must not recurse.
-            if name in ("base_model", *HOOK_ATTRIBUTES):
+            # base_model: not set yet, and must not recurse. The last: of a compiled base, which
+            # does not make this model compiled.
+            if name in ("base_model", *HOOK_ATTRIBUTES, "get_compiler_config"):
                 raise
             return getattr(self.base_model, name)
 
@@ -290,10 +291,17 @@ class LoraModel(nn.Module):
         self,
         folder: str | Path,
         *,
+        safe_serialization: bool = True,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the adapter; see `lora_init.adapters` for the files. The base is not read.
+
+        Args:
+            folder: made if it does not exist.
+            safe_serialization: a pickle is never written.
+            is_main_process: False writes nothing.
+            state_dict: passed by trainers, for which `model.safetensors` is written, too.
 
         Raises:
             RuntimeError: it is merged or disabled at the moment.

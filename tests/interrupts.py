@@ -72,7 +72,8 @@ def sample_interrupts(make, operation, check, points=40, error=KeyboardInterrupt
     Raises:
         AssertionError: names the lines after which the state was wrong, and why.
     """
-    total = count_lines(lambda model=make(): operation(model))
+    model = make()
+    total = count_lines(lambda: operation(model))
     step = max(1, total // points)
     wrong = []
     for number in range(1, total + 1, step):

@@ -98,7 +98,7 @@ def test_a_wrapper_around_the_base_saves_the_adapter(tmp_path):
     del model
     model = get_peft_model(Keeper(llama()), LoraConfig(r=4, target_modules=["q_proj"]))
     for save in (model.save, model.base_model.save, model.base_model.model.save_pretrained):
-        with pytest.raises(NotImplementedError, match="of a model with an adapter is not supported"):
+        with pytest.raises(NotImplementedError, match="of a model with an adapter is not"):
             save(tmp_path)
 
 
@@ -116,11 +116,13 @@ def test_push_to_hub_uploads_the_adapter(monkeypatch, tmp_path):
         def upload_folder(self, *, repo_id, folder_path, **settings):
             LoraModel.from_pretrained(llama(), folder_path)
             with open(f"{folder_path}/README.md") as card:
-                text = card.read()
-            calls.append(("upload", repo_id, settings["commit_message"], "library_name: peft" in text))
+                is_card = "library_name: peft" in card.read()
+            calls.append(("upload", repo_id, settings["commit_message"], is_card))
             return "commit"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     made = adapted().push_to_hub("adapter", private=True, token="t", commit_message="m")
     assert made == "commit"
-    assert calls == [("token", "t"), ("create", "adapter", True), ("upload", "me/adapter", "m", True)]
+    assert calls == [
+        ("token", "t"), ("create", "adapter", True), ("upload", "me/adapter", "m", True)
+    ]  # fmt: skip

@@ -9,6 +9,7 @@ from models import bert, llama, token_batches
 from networks import Chain, chain_calibration, chain_inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers, reinitialize
 
@@ -220,6 +221,83 @@ def test_an_edit_that_grows_too_large_moves_to_the_forward_pass():
     assert_gap(model(x), Chain()(x), 1e-5 * 100)
     restored = model.unload()
     assert (restored.square.weight - Chain().square.weight).abs().max() <= 1e-6
+
+
+# -- of a model in other wrappers ------------------------------------------------------------------
+
+
+def compiled_base(model):
+    model.base_model = torch.compile(model.base_model, backend="eager")
+    return model
+
+
+def compiled_layer(model):
+    model.base_model.tall = torch.compile(model.base_model.tall, backend="eager")
+    return model
+
+
+def checkpointed_layer(model):
+    model.base_model.tall = checkpoint_wrapper(model.base_model.tall)
+    return model
+
+
+INNER = [lambda model: model, compiled_base, compiled_layer, checkpointed_layer]
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_parallel(model):
+    return nn.ModuleDict({"module": model})  # as DistributedDataParallel names it
+
+
+@pytest.mark.parametrize("outer", [lambda model: model, compiled, in_parallel])
+@pytest.mark.parametrize("loaded", INNER)
+@pytest.mark.parametrize("saved", INNER)
+def test_wrapped_and_plain_models_load_each_others_checkpoints(saved, loaded, outer):
+    variant = {"bias": "all"}  # whose names are the base's own
+    model = train(start(**variant))
+    expected = model(chain_inputs(20))
+    state = copied(outer(saved(model)).state_dict())
+    resumed = loaded(start(seed=1, **variant))
+    result = resumed.load_state_dict(state)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert_gap(resumed(chain_inputs(20)), expected, 1e-6)
+    other = loaded(start(True, **variant))
+    with pytest.raises(ValueError, match="it is of init_lora_weights='pissa'"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("outer", [compiled, in_parallel])
+def test_a_plain_checkpoint_names_the_wrapper_that_it_does_not_reach(outer):
+    state = copied(train(start()).state_dict())
+    with pytest.raises(ValueError, match=r"load it into the LoraModel itself.*_orig_mod"):
+        outer(start()).load_state_dict(state)
+
+
+class Module(nn.Module):
+    """A user's module with a part called "module"."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = Chain()
+        self.tall = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.module(self.tall(x))
+
+
+def test_a_part_called_module_keeps_its_name():
+    def model():
+        config = LoraConfig(r=2, target_modules=["tall"], init_lora_weights="orthogonal")
+        return get_peft_model(Module(), config)
+
+    source = train(model())
+    resumed = model()
+    resumed.load_state_dict(copied(source.state_dict()))
+    after = resumed.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in source.state_dict().items())
 
 
 # -- of another method or scaling ------------------------------------------------------------------

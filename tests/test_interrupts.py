@@ -191,7 +191,8 @@ def difference(seen, expected, tolerance=2e-6):
         if seen[part].keys() != value.keys():
             return f"keys of {part}"
         for key, tensor in value.items():
-            slack = tolerance * float(tensor.abs().float().max()) if tensor.is_floating_point() else 0.0
+            slack = tolerance * float(tensor.abs().float().max())
+            slack = slack if tensor.is_floating_point() else 0.0
             if not torch.allclose(seen[part][key].double(), tensor.double(), rtol=0, atol=slack):
                 return f"{part} {key}"
     return None
