@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_init import injection
 from lora_init.allocation import LayerRequest
+from lora_init.base_methods import uncover_methods
 from lora_init.base_weights import BaseWeights
 from lora_init.batches import check_batches
 from lora_init.cache import Cache, default_cache
@@ -133,15 +134,12 @@ def get_peft_model(
     weights = BaseWeights(model, original_weights)
     check_call(plan, weights, calibration, allow_unmatched)
     place = device_for(device)
-    plain = injection.hold_plain(model)
-    try:
-        return _assemble(
-            model, peft_config, plan, weights, plain, calibration, place, seed,
+    return injection.atomically(
+        partial(
+            _assemble, model, peft_config, plan, weights, calibration, place, seed,
             keep_original, default_cache() if cache else None, verify,
-        )  # fmt: skip
-    except BaseException:
-        injection.release(plain)
-        raise
+        )
+    )  # fmt: skip
 
 
 def reinitialize(model: LoraModel, peft_config: LoraConfig, **settings: Any) -> LoraModel | Plan:
@@ -157,16 +155,21 @@ def reinitialize(model: LoraModel, peft_config: LoraConfig, **settings: Any) -> 
         RuntimeError: a base was replaced and its original not kept.
         ValueError, TypeError: as `get_peft_model`; the model keeps its adapter as it is then.
     """
-    before = model.detach_adapter()
-    base = model.base_model
-    try:
-        made = get_peft_model(base, peft_config, **settings)
-    except BaseException:
-        model.attach_adapter(before)
-        raise
-    if isinstance(made, Plan):
-        model.attach_adapter(before)
-    return made
+    return injection.atomically(partial(_restart, model, peft_config, settings))
+
+
+def _restart(
+    model: LoraModel,
+    peft_config: LoraConfig,
+    settings: Mapping[str, Any],
+    transaction: injection.Transaction,
+) -> LoraModel | Plan:
+    model.detach_adapter(transaction)
+    if settings.get("dry_run"):
+        plan = get_peft_model(model.base_model, peft_config, **settings)
+        transaction.roll_back()
+        return plan
+    return get_peft_model(model.base_model, peft_config, **settings)  # nothing may fail after it
 
 
 def _assemble(
@@ -174,16 +177,18 @@ def _assemble(
     config: LoraConfig,
     plan: Plan,
     weights: BaseWeights,
-    plain: dict,
     calibration: Iterable[Any] | Calibration | None,
     device: torch.device | None,
     seed: int,
     keep_original: bool,
     cache: Cache | None,
     verify: Any,
+    transaction: injection.Transaction,
 ) -> LoraModel:
     """Everything after the checks, timed step by step."""
     spec = plan.initializer
+    transaction.undo_by(partial(uncover_methods, model))
+    plain = injection.hold_plain(model, transaction)
     seconds = dict.fromkeys(("calibration", "allocation", "initialize", "inject"), 0.0)
     parts = calibrated(plan, model, calibration, device, cache)
     if spec.allocate is not None:
@@ -221,6 +226,7 @@ def _assemble(
                 model,
                 plan,
                 {layer.target.name: layer.factors for layer in initialized},
+                transaction=transaction,
                 weights=weights,
                 plain=plain,
                 keep_original=keep_original or verify is not None,
@@ -244,11 +250,7 @@ def _assemble(
     times = {layer.target.name: layer.seconds for layer in initialized}
     made = LoraModel(model, config, plan, done, report, metrics, times)
     if verify is not None:
-        try:
-            _verify(made, verify, expected)
-        except BaseException:
-            made.unload()
-            raise
+        _verify(made, verify, expected)
         if not keep_original:
             injection.forget_originals(model, done)
     return made

@@ -2,8 +2,9 @@
 
 It holds A, B, A0, B0 (and magnitudes, biases, modules trained whole), never the base: small, free
 of the base's tied tensors, and what Accelerate, transformers' Trainer and DistributedDataParallel
-store without being told. A checkpoint may come from another start (another seed, other calibration
-data): the base follows, W - s B0 A0 being made anew from the loaded initial factors.
+store by themselves. One more tensor names the method and the layers' scalings: under others, the
+tensors mean something else. A checkpoint may come from another start (another seed, other
+calibration data): the base follows, W - s B0 A0 being computed from the loaded initial factors.
 
 What takes a model apart by its state dict and expects all of it is given the base model instead, as
 in ``accelerate.cpu_offload(model.base_model)``.
@@ -11,11 +12,14 @@ in ``accelerate.cpu_offload(model.base_model)``.
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_init.injection import Transaction
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.presence import FSDP1, is_flattened
 
@@ -30,6 +34,84 @@ PARTS = (
 HIDDEN = (FSDP1, "_checkpoint_wrapped_module")
 """Parts of modules' names that are in no state dict: FSDP1 and activation checkpointing hide them;
 torch.compile, whose wrapper is "_orig_mod", does not."""
+WRAPPERS = (*HIDDEN, "_orig_mod", "module")
+"""Parts of names that depend on what a model is wrapped in, DistributedDataParallel included."""
+
+
+START = "_extra_state"
+"""The key of the start's identification, which torch knows as a module's extra state."""
+NAME_BYTES = 32
+
+
+def start_of(model: nn.Module) -> Tensor:
+    """The method and the layers' scalings as bytes: equal for runs that may load each other's.
+
+    A tensor, since safetensors stores nothing else; and on the CPU, of a length that the layers
+    alone decide, so that torch.distributed.checkpoint can load it in place.
+    """
+    name = model.plan.initializer.name.encode()
+    if len(name) > NAME_BYTES:
+        name = hashlib.sha256(name).hexdigest()[:NAME_BYTES].encode()
+    scalings = [model.layers[layer].scaling for layer in sorted(model.layers)]
+    content = name.ljust(NAME_BYTES, b"\0") + struct.pack(f"<{len(scalings)}d", *scalings)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _refuse_other_start(model: nn.Module, start: Tensor | None, state: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint whose tensors mean something else in this model.
+
+    Args:
+        start: of the checkpoint; None in one of a former version.
+        state: the adapter's tensors in the checkpoint, by their names in this model.
+
+    Raises:
+        ValueError: its method or the scaling of a layer is another one.
+    """
+    if start is None:
+        _refuse_other_zeros(model, state)
+        return
+    own = start_of(model)
+    if start.dtype != own.dtype or start.shape != own.shape:
+        raise ValueError(
+            f"checkpoint: {START!r} has dtype {start.dtype} and shape {tuple(start.shape)}, this "
+            f"model {own.dtype} and {tuple(own.shape)}; it is another run's, or damaged"
+        )
+    given, expected = bytes(start.cpu().tolist()), bytes(own.tolist())
+    names = [content[:NAME_BYTES].rstrip(b"\0") for content in (given, expected)]
+    if names[0] != names[1]:
+        found, wanted = (name.decode(errors="replace") for name in names)
+        raise ValueError(
+            f"checkpoint: it is of init_lora_weights={found!r}, this model of {wanted!r}; "
+            f"initialize with {found!r} first (lora_init.reinitialize starts a model again)"
+        )
+    if given != expected:
+        count = len(model.layers)
+        scalings = [struct.unpack(f"<{count}d", one[NAME_BYTES:]) for one in (given, expected)]
+        for layer, found, wanted in zip(sorted(model.layers), *scalings, strict=True):
+            if found != wanted:
+                raise ValueError(
+                    f"checkpoint: the scaling of {layer!r} is {found:g}, in this model {wanted:g}; "
+                    "initialize with the checkpoint's r, lora_alpha, alpha_pattern and use_rslora"
+                )
+
+
+def _refuse_other_zeros(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint without identification that is certainly of another method.
+
+    Methods that keep the base may start at B = 0, in every layer. One that subtracts does not.
+    """
+    own = [layer.initial_lora_B for layer in model.layers.values()]
+    given = [value for name, value in state.items() if name.endswith("initial_lora_B")]
+    if not given or any(value is None for value in own):
+        return
+    starts_at_zero = [not any(bool(value.any()) for value in values) for values in (own, given)]
+    if starts_at_zero[0] != starts_at_zero[1]:
+        kind = ["another B", "B = 0"]
+        raise ValueError(
+            f"checkpoint: its layers started at {kind[starts_at_zero[1]]}, this model's at "
+            f"{kind[starts_at_zero[0]]}: it is of another init_lora_weights than "
+            f"{model.plan.initializer.name!r}; initialize with the checkpoint's method first"
+        )
 
 
 def register(model: nn.Module) -> None:
@@ -63,6 +145,19 @@ def _without(wrappers: tuple[str, ...], name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
+def _rename(state: dict[str, Tensor], prefix: str, wanted: list[str]) -> None:
+    """Give a checkpoint of a model in other wrappers the names that this model has.
+
+    A name is changed only where this model lacks it, and lacks another that is equal without its
+    wrappers: a module of a user may be called "module", too.
+    """
+    missing = {_without(WRAPPERS, name): name for name in wanted if prefix + name not in state}
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key[len(prefix) :]
+        if name not in wanted and (own := missing.pop(_without(WRAPPERS, name), None)) is not None:
+            state[prefix + own] = state.pop(key)
+
+
 def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
     """Refuse what FullyShardedDataParallel asks: it wants every tensor that it has flattened.
 
@@ -81,13 +176,16 @@ def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
 def _keep_adapter_only(
     model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
 ) -> None:
+    model.undo_broken_loading()
     wanted = {prefix + key for key in adapter_keys(model)}
     if not wanted:
+        state.pop(prefix + START, None)
         return  # unloaded: a plain model's state
     if model.trained_biases():  # which hold other values while the adapter is off or merged
         model.refuse_in_between("state_dict")
     for key in [key for key in state if key.startswith(prefix) and key not in wanted]:
-        del state[key]
+        if key != prefix + START:
+            del state[key]
 
 
 def _check_and_settle(
@@ -108,6 +206,7 @@ def _check_and_settle(
         RuntimeError: the adapter is merged or disabled at the moment.
     """
     _refuse_fsdp1(model, prefix)
+    model.undo_broken_loading()
     wanted = adapter_keys(model)
     model.checkpoint_prefix = prefix
     if not wanted:
@@ -118,6 +217,8 @@ def _check_and_settle(
             "load_state_dict(assign=True) would exchange the trained biases of the base, and their "
             "originals would not be put back; leave assign out"
         )
+    _rename(state, prefix, [*wanted, START])
+    start = state.pop(prefix + START, None)
     own = dict(model.named_parameters(remove_duplicate=False))
     own |= dict(model.named_buffers(remove_duplicate=False))
     own = {_without(HIDDEN, name): value for name, value in own.items()}
@@ -128,6 +229,12 @@ def _check_and_settle(
         if key.startswith(prefix)
         and (key[len(prefix) :] in wanted or value is not own.get(key[len(prefix) :]))
     }
+    if not given:
+        raise ValueError(
+            f"checkpoint: no name in it begins with {prefix!r}; load it into the LoraModel itself, "
+            "which torch.compile keeps as model._orig_mod and DistributedDataParallel as "
+            "model.module"
+        )
     for name in [*(key for key in wanted if key not in given), *sorted(given - set(wanted))]:
         where = "this model" if name in wanted else "the checkpoint"
         raise ValueError(f"checkpoint: {name!r} is only in {where}; it is another run's")
@@ -140,6 +247,8 @@ def _check_and_settle(
             )
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"checkpoint: {name!r} holds NaN or infinite values")
+    start = start if isinstance(start, Tensor) else None  # torch has a stand-in for a missing one
+    _refuse_other_start(model, start, {name: state[prefix + name] for name in wanted})
     moved = {}
     names = {id(layer): name for name, layer in model.layers.items()}
     for name, module in model.named_modules():
@@ -160,14 +269,29 @@ def _check_and_settle(
                 "and calibration data first"
             )
         moved[names[id(module)]] = initial
+    transaction = Transaction()
+    owners = {
+        _without(HIDDEN, name): module
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+    for name in wanted:
+        owner, _, own_name = name.rpartition(".")
+        transaction.values(owners[owner], own_name)
+    model.loading = transaction
     for name, (initial_A, initial_B) in moved.items():
-        model.move_initial_factors(name, initial_A, initial_B)
+        model.move_initial_factors(name, initial_A, initial_B, transaction)
 
 
 def _after_loading(model: nn.Module, incompatible: Any) -> None:
-    """The base is not in a checkpoint, so nothing of it is missing."""
+    """The base is not in a checkpoint, so nothing of it is missing.
+
+    Neither is the start's identification, which was looked at before and is not in former ones.
+    """
+    missing = incompatible.missing_keys
+    start = model.checkpoint_prefix + START
     if adapter_keys(model):
         # The list is the whole tree's: another module's missing keys stay.
         base = f"{model.checkpoint_prefix}base_model."
-        missing = incompatible.missing_keys
         missing[:] = [key for key in missing if not key.startswith(base)]
+    missing[:] = [key for key in missing if key != start]
+    model.loading = None  # the last statement: the checkpoint is loaded

@@ -209,13 +209,12 @@ def _tapped(
         return hook
 
     training = {module: module.training for module in model.modules()}
-    handles = [
-        module.register_forward_hook(tap(name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    for module in training:
-        module.training = getattr(module, "gradient_checkpointing", False) is True
+    handles = []
     try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(tap(name), with_kwargs=True))
+        for module in training:
+            module.training = getattr(module, "gradient_checkpointing", False) is True
         with torch.random.fork_rng(_accelerators(model)), torch.enable_grad():
             yield anchor
     finally:

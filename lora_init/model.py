@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_init import adapters, checkpoints, injection
+from lora_init.base_methods import cover_methods, uncover_methods
 from lora_init.config import LoraConfig
 from lora_init.diagnostics import InitReport, LayerReport, describe_layer
+from lora_init.hub import push_adapter
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.packed import parameter_count
 from lora_init.plan import Plan
 from lora_init.planning import check_model
 from lora_init.presence import HOOK_ATTRIBUTES, absence, first_unloaded
-from lora_init.signatures import blank, with_forward_of
+from lora_init.signatures import blank, bound_to_base, with_forward_of
 from lora_init.verification import Uses, has_compiled_part, is_traced, unused_message
 
 
@@ -52,7 +54,7 @@ class LoraModel(nn.Module):
         metrics: dict[str, dict[str, Any]],
         seconds_by_layer: dict[str, float],
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the class may also be transformers' PreTrainedModel
         self.base_model = base_model
         self.peft_config = peft_config
         self.plan = plan
@@ -68,11 +70,15 @@ class LoraModel(nn.Module):
         self.training = base_model.training  # parts that their owner keeps in eval mode stay so
         self._use_pending = True  # whether no forward pass has shown which layers are used
         self.checkpoint_prefix = ""  # of the state dict that is being loaded
+        self.loading: injection.Transaction | None = None  # what undoes it, until it is loaded
         checkpoints.register(self)
+        cover_methods(self, base_model)
         if first_unloaded(base_model) is not None:
             self.register_forward_pre_hook(_refuse_unloaded)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.loading is not None:
+            self.undo_broken_loading()
         if self._use_pending and not is_traced():
             return self._first_forward(*args, **kwargs)
         return self.base_model(*args, **kwargs)
@@ -124,9 +130,44 @@ class LoraModel(nn.Module):
                 )
         return base.resize_token_embeddings(*args, **kwargs)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the adapter of a checkpoint, as `torch.nn.Module.load_state_dict` does.
+
+        The model is unchanged where that fails.
+
+        Raises:
+            ValueError, RuntimeError: see `lora_init.checkpoints`.
+        """
+        try:
+            return nn.Module.load_state_dict(self, *args, **kwargs)
+        except BaseException:
+            self.undo_broken_loading()
+            raise
+
+    def get_extra_state(self) -> Tensor:
+        """What names the start of the adapter in a state dict, see `lora_init.checkpoints`."""
+        return torch.empty(0) if self._injection is None else checkpoints.start_of(self)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: a checkpoint of another start was refused before."""
+
+    def undo_broken_loading(self) -> None:
+        """Undo what a `load_state_dict` did that never came to its end.
+
+        One of a module around this one ends unseen; the next call on this model finds it here.
+        """
+        if self.loading is not None:
+            self.loading.roll_back()
+            self.loading = None
+
     def __reduce__(self) -> tuple:
         family = getattr(type(self), "family", type(self))
         return blank, (family, type(self.base_model)), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._injection is not None:
+            cover_methods(self, self.base_model)
 
     def _get_name(self) -> str:
         """The base model's, by which Trainer's label smoothing knows that labels are shifted."""
@@ -134,6 +175,11 @@ class LoraModel(nn.Module):
 
     def __repr__(self) -> str:
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            value = bound_to_base(value, self, self.base_model)
+        super().__setattr__(name, value)
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -145,8 +191,9 @@ class LoraModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # base_model: not set yet, and must not recurse.
-            if name in ("base_model", *HOOK_ATTRIBUTES):
+            # base_model: not set yet, and must not recurse. The last: of a compiled base, which
+            # does not make this model compiled.
+            if name in ("base_model", *HOOK_ATTRIBUTES, "get_compiler_config"):
                 raise
             return getattr(self.base_model, name)
 
@@ -198,15 +245,22 @@ class LoraModel(nn.Module):
         Raises:
             RuntimeError: where a base was replaced and no copy of the original was kept.
         """
-        live = self._live_injection()
+        live = self._live_injection("disable_adapter")
         if live.originals or live.biases:  # data is exchanged; else the forward pass does it
             self._whole_injection("disable_adapter")
-        before = injection.set_adapter_enabled(live, False)
+        before = live.enabled
         try:
-            yield
-        finally:
-            if self._injection is live:  # else it was unloaded inside, and is off for good
-                injection.set_adapter_enabled(live, before)
+            try:
+                injection.atomically(partial(injection.set_adapter_enabled, live, False))
+                yield
+            finally:
+                self._switch(live, before)
+        finally:  # once more, for an interrupt of the first time
+            self._switch(live, before)
+
+    def _switch(self, live: injection.Injection, enabled: bool) -> None:
+        if self._injection is live:  # else it was unloaded inside, and is off for good
+            injection.atomically(partial(injection.set_adapter_enabled, live, enabled))
 
     def merge_adapter(self) -> None:
         """Fold the adapter into the base weights, for inference; `unmerge_adapter` undoes it.
@@ -216,17 +270,24 @@ class LoraModel(nn.Module):
         Raises:
             ValueError: a layer has a lora_bias and its base no bias.
         """
-        injection.set_merged(self._whole_injection("merge_adapter"), True)
+        live = self._whole_injection("merge_adapter")
+        injection.atomically(partial(injection.set_merged, live, True))
 
     def unmerge_adapter(self) -> None:
         """Take the adapter out of the base weights again."""
-        injection.set_merged(self._live_injection(), False)
+        live = self._live_injection("unmerge_adapter")
+        injection.atomically(partial(injection.set_merged, live, False))
 
     def merge_and_unload(self) -> nn.Module:
-        """Fold the adapter into the base weights and return the plain base model."""
-        model = injection.merge(self.base_model, self._whole_injection("merge_and_unload"))
-        self._injection = None
-        return model
+        """Fold the adapter into the base weights and return the plain base model.
+
+        It needs the memory of one more weight, so what is merged cannot be taken out again. Where
+        it fails in the middle, the model still computes the same; call it again to finish.
+        """
+        live = self._whole_injection("merge_and_unload", half_merged=True)
+        if not live.merged:
+            injection.fold(live)
+        return injection.atomically(partial(self._remove, injection.unwrap_merged, live))
 
     def unload(self) -> nn.Module:
         """Remove the adapter and return the base model with its original weights.
@@ -234,23 +295,51 @@ class LoraModel(nn.Module):
         Raises:
             RuntimeError: where a base was replaced and no copy of the original was kept.
         """
-        self.detach_adapter()
-        return self.base_model
+        live = self._whole_injection("unload", without_base=True)
+        return injection.atomically(partial(self._remove, injection.restore, live))
 
     def delete_adapter(self) -> nn.Module:
         """The same as `unload`: one adapter a model."""
         return self.unload()
 
-    def detach_adapter(self) -> injection.Injection:
-        """Unload, and return what `attach_adapter` needs to undo it."""
+    def detach_adapter(
+        self, transaction: injection.Transaction | None = None
+    ) -> injection.Injection:
+        """Unload, and return what `attach_adapter` needs to undo it.
+
+        Args:
+            transaction: puts the adapter back where something later fails.
+        """
         live = self._whole_injection("unload", without_base=True)
-        injection.restore(self.base_model, live)
-        self._injection = None
+        if transaction is None:
+            injection.atomically(partial(self._remove, injection.restore, live))
+        else:
+            self._remove(injection.restore, live, transaction)
         return live
+
+    def _remove(
+        self,
+        way: Callable[[nn.Module, injection.Injection, injection.Transaction], None],
+        live: injection.Injection,
+        transaction: injection.Transaction,
+    ) -> nn.Module:
+        """Take the adapter off the base model in one of two ways, and forget it."""
+        transaction.undo_by(partial(cover_methods, self, self.base_model))
+        uncover_methods(self.base_model)
+        way(self.base_model, live, transaction)
+        transaction.attributes(self, "_injection")
+        self._injection = None
+        return self.base_model
 
     def attach_adapter(self, detached: injection.Injection) -> None:
         """Put an adapter back that `detach_adapter` took off, as trained."""
-        injection.reinstate(self.base_model, detached)
+        injection.atomically(partial(self._attach, detached))
+
+    def _attach(self, detached: injection.Injection, transaction: injection.Transaction) -> None:
+        transaction.undo_by(partial(uncover_methods, self.base_model))
+        injection.reinstate(self.base_model, detached, transaction)
+        cover_methods(self, self.base_model)
+        transaction.attributes(self, "_injection")
         self._injection = detached
 
     def save_pretrained(
@@ -281,11 +370,12 @@ class LoraModel(nn.Module):
             is_main_process: False writes nothing.
             path_initial_model_for_weight_conversion: not needed, since the file is for the
                 original base anyway; ignored with a warning.
-            state_dict: the model's state dict where a trainer has gathered it from shards.
+            state_dict: the model's state dict, as trainers pass it, gathered from shards. For them
+                `model.safetensors` is written too.
             portable: write a file that PEFT, vLLM and llama.cpp scale alike. It is loaded as a
                 plain adapter of its rank, 2r after a subtracting start.
             save_function, max_shard_size: ignored: an adapter is one file, written atomically.
-            push_to_hub: must be False.
+            push_to_hub: must be False; call `push_to_hub` of the model.
 
         Raises:
             RuntimeError: it is merged or disabled at the moment.
@@ -304,8 +394,7 @@ class LoraModel(nn.Module):
             )
         if push_to_hub:
             raise ValueError(
-                "push_to_hub=True is not supported: must be False. Save the adapter, then upload "
-                "the folder with huggingface_hub.upload_folder"
+                "push_to_hub=True is not supported: must be False. Call model.push_to_hub(repo_id)"
             )
         if path_initial_model_for_weight_conversion is not None:
             warnings.warn(
@@ -315,7 +404,7 @@ class LoraModel(nn.Module):
             )
         if not is_main_process:
             return
-        live = self._live_injection()
+        live = self._live_injection("save_pretrained")
         if state_dict is None:
             live = self._whole_injection("save_pretrained", without_base=True)
         adapters.save(
@@ -328,6 +417,16 @@ class LoraModel(nn.Module):
             save_embedding_layers=save_embedding_layers,
             portable=portable,
         )
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
+        """Upload the adapter, with a model card, to the Hugging Face Hub.
+
+        Args:
+            repo_id: such as "user/adapter"; made if it does not exist.
+            settings: see `lora_init.hub.push_adapter`.
+        """
+        method = self.plan.initializer.name
+        return push_adapter(self.save_pretrained, self.peft_config, method, repo_id, **settings)
 
     @classmethod
     @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
@@ -357,22 +456,29 @@ class LoraModel(nn.Module):
         injection.refuse_adapted(base)
         loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
         loaded.config.inference_mode = not is_trainable
-        with adapters.rows_in_place(base, loaded.rows):
-            plain = injection.hold_plain(base)
-            try:
-                done = injection.inject(
-                    base,
-                    loaded.plan,
-                    loaded.factors,
-                    weights=loaded.weights,
-                    plain=plain,
-                    keep_original=keep_original,
-                    initial_known=loaded.plan.initializer.base != "keep",
-                )
-            except BaseException:
-                injection.release(plain)
-                raise
-            adapters.fill(done, loaded)
+        return injection.atomically(partial(cls._filled, base, loaded, keep_original))
+
+    @classmethod
+    def _filled(
+        cls,
+        base: nn.Module,
+        loaded: adapters.LoadedAdapter,
+        keep_original: bool,
+        transaction: injection.Transaction,
+    ) -> LoraModel:
+        transaction.undo_by(partial(uncover_methods, base))
+        adapters.put_rows(base, loaded.rows, transaction)
+        done = injection.inject(
+            base,
+            loaded.plan,
+            loaded.factors,
+            transaction=transaction,
+            weights=loaded.weights,
+            plain=injection.hold_plain(base, transaction),
+            keep_original=keep_original,
+            initial_known=loaded.plan.initializer.base != "keep",
+        )
+        adapters.fill(done, loaded)
         done.embedding_rows = bool(loaded.rows)
         spec = loaded.plan.initializer
         report = InitReport(
@@ -390,28 +496,55 @@ class LoraModel(nn.Module):
         """The base's biases that are trained, by name, and what they were."""
         return {} if self._injection is None else dict(self._injection.biases)
 
-    def move_initial_factors(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
+    def move_initial_factors(
+        self,
+        name: str,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        transaction: injection.Transaction | None = None,
+    ) -> None:
         """Give a layer the initial factors of another start, and its base what belongs to them."""
         wanted = "load_state_dict with other initial factors"
         live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
-        injection.move_initial_factors(live.layers[name], lora_A, lora_B)
+        move = partial(injection.move_initial_factors, live.layers[name], lora_A, lora_B)
+        if transaction is None:
+            injection.atomically(move)
+        else:
+            move(transaction)
 
-    def _live_injection(self) -> injection.Injection:
+    def _live_injection(self, wanted: str | None = None) -> injection.Injection:
+        """The injection.
+
+        Args:
+            wanted: what cannot be done while the adapter is half merged.
+
+        Raises:
+            RuntimeError: there is none any more, or `merge_and_unload` failed in the middle.
+        """
+        self.undo_broken_loading()
         if self._injection is None:
             raise RuntimeError("the adapter was unloaded; call get_peft_model again")
+        if wanted is not None and (name := self._injection.half_merged()) is not None:
+            raise RuntimeError(
+                f"{wanted}: merge_and_unload failed after {name!r} had been merged; call "
+                "merge_and_unload again, or reload the base model"
+            )
         return self._injection
 
-    def _whole_injection(self, wanted: str, *, without_base: bool = False) -> injection.Injection:
+    def _whole_injection(
+        self, wanted: str, *, without_base: bool = False, half_merged: bool = False
+    ) -> injection.Injection:
         """The live injection, all of whose tensors are in this process's memory.
 
         Args:
             without_base: base weights may be on the meta device, as long as they are as they were
                 before injection: `wanted` does not touch them.
+            half_merged: `wanted` may follow a `merge_and_unload` that failed in the middle.
 
         Raises:
             RuntimeError: one is sharded, partitioned, offloaded or not loaded.
         """
-        live = self._live_injection()
+        live = self._live_injection(None if half_merged else wanted)
         for name, layer in live.layers.items():
             for part in ("lora_A", "lora_B", "base_layer.weight"):
                 parameter = layer.get_parameter(part)
@@ -429,7 +562,7 @@ class LoraModel(nn.Module):
 
     def refuse_in_between(self, wanted: str) -> None:
         """Refuse what would read or write other values while the adapter is merged or off."""
-        live = self._live_injection()
+        live = self._live_injection(wanted)
         if live.merged:
             raise RuntimeError(f"{wanted}: the adapter is merged; call unmerge_adapter() first")
         if not live.enabled:

@@ -126,15 +126,15 @@ class Observer:
     def observing(self, model: nn.Module) -> Iterator[None]:
         """Hooks in place and eval mode on, both undone whatever happens."""
         training = {module: module.training for module in model.modules()}
-        handles = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name, module in self.modules.items()
-        ]
-        self._encoder_decoder = is_encoder_decoder(model)
-        if self._encoder_decoder:
-            handles.append(model.get_encoder().register_forward_hook(self._note_encoder_output))
-        model.eval()
+        handles = []
         try:
+            for name, module in self.modules.items():
+                hook = self._hook(name)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._encoder_decoder = is_encoder_decoder(model)
+            if self._encoder_decoder:
+                handles.append(model.get_encoder().register_forward_hook(self._note_encoder_output))
+            model.eval()
             yield
         finally:
             for handle in handles:

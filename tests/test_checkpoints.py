@@ -7,7 +7,9 @@ import torch
 from measures import assert_gap, assert_unchanged, logits, snapshot, train
 from models import bert, llama, token_batches
 from networks import Chain, chain_calibration, chain_inputs
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers, reinitialize
 
@@ -44,6 +46,7 @@ def copied(state):
 def test_it_holds_the_adapter_only(method, variant):
     model = start(method, **variant)
     state = model.state_dict()
+    state.pop("_extra_state")  # the start: see the section below
     further = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_bias", "bias": "bias"}
     assert {key.rpartition(".")[2] for key in state} == {
         "lora_A", "lora_B", "initial_lora_A", "initial_lora_B", *(further[name] for name in variant)
@@ -87,7 +90,7 @@ def test_a_tied_model(target):
     base = llama(tied=True)
     model = train(get_peft_model(copy.deepcopy(base), config))
     state = copied(model.state_dict())
-    assert len(state) == 4 * len(target)
+    assert len(state) == 4 * len(target) + 1
     assert not any(key.endswith(("lm_head.weight", "embed_tokens.weight")) for key in state)
     resumed = get_peft_model(copy.deepcopy(base), config)
     resumed.load_state_dict(state)
@@ -218,6 +221,156 @@ def test_an_edit_that_grows_too_large_moves_to_the_forward_pass():
     assert_gap(model(x), Chain()(x), 1e-5 * 100)
     restored = model.unload()
     assert (restored.square.weight - Chain().square.weight).abs().max() <= 1e-6
+
+
+# -- of a model in other wrappers ------------------------------------------------------------------
+
+
+def compiled_base(model):
+    model.base_model = torch.compile(model.base_model, backend="eager")
+    return model
+
+
+def compiled_layer(model):
+    model.base_model.tall = torch.compile(model.base_model.tall, backend="eager")
+    return model
+
+
+def checkpointed_layer(model):
+    model.base_model.tall = checkpoint_wrapper(model.base_model.tall)
+    return model
+
+
+INNER = [lambda model: model, compiled_base, compiled_layer, checkpointed_layer]
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_parallel(model):
+    return nn.ModuleDict({"module": model})  # as DistributedDataParallel names it
+
+
+@pytest.mark.parametrize("outer", [lambda model: model, compiled, in_parallel])
+@pytest.mark.parametrize("loaded", INNER)
+@pytest.mark.parametrize("saved", INNER)
+def test_wrapped_and_plain_models_load_each_others_checkpoints(saved, loaded, outer):
+    variant = {"bias": "all"}  # whose names are the base's own
+    model = train(start(**variant))
+    expected = model(chain_inputs(20))
+    state = copied(outer(saved(model)).state_dict())
+    resumed = loaded(start(seed=1, **variant))
+    result = resumed.load_state_dict(state)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert_gap(resumed(chain_inputs(20)), expected, 1e-6)
+    other = loaded(start(True, **variant))
+    with pytest.raises(ValueError, match="it is of init_lora_weights='pissa'"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("outer", [compiled, in_parallel])
+def test_a_plain_checkpoint_names_the_wrapper_that_it_does_not_reach(outer):
+    state = copied(train(start()).state_dict())
+    with pytest.raises(ValueError, match=r"load it into the LoraModel itself.*_orig_mod"):
+        outer(start()).load_state_dict(state)
+
+
+class Module(nn.Module):
+    """A user's module with a part called "module"."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = Chain()
+        self.tall = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.module(self.tall(x))
+
+
+def test_a_part_called_module_keeps_its_name():
+    def model():
+        config = LoraConfig(r=2, target_modules=["tall"], init_lora_weights="orthogonal")
+        return get_peft_model(Module(), config)
+
+    source = train(model())
+    resumed = model()
+    resumed.load_state_dict(copied(source.state_dict()))
+    after = resumed.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in source.state_dict().items())
+
+
+# -- of another method or scaling ------------------------------------------------------------------
+
+
+def stored(state, how, folder):
+    """The state dict as a training framework reads it back."""
+    if how == "safetensors":
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / "a")
+        return load_file(folder / "a")
+    if how == "torch":
+        torch.save(state, folder / "a")
+        return torch.load(folder / "a", weights_only=True)
+    return copied(state)
+
+
+@pytest.mark.parametrize("how", ["memory", "torch", "safetensors"])
+@pytest.mark.parametrize("owned", [False, True], ids=["alone", "owned"])
+@pytest.mark.parametrize(
+    ("other", "mine"),
+    [("pissa", True), (True, "pissa"), ("orthogonal", "pissa"), ("gaussian", True)],
+)
+def test_another_methods_checkpoint_is_refused(other, mine, owned, how, tmp_path):
+    source, model = train(start(other)), start(mine)
+    if owned:
+        source, model = nn.ModuleDict({"m": source}), nn.ModuleDict({"m": model})
+    state = stored(source.state_dict(), how, tmp_path)
+    whole = model["m"] if owned else model
+    before = snapshot(whole.base_model)
+    named = "kaiming" if other is True else other
+    with pytest.raises(ValueError, match=f"it is of init_lora_weights='{named}'"):
+        model.load_state_dict(state)
+    assert_unchanged(whole.base_model, before)
+
+
+@pytest.mark.parametrize("how", ["memory", "safetensors"])
+@pytest.mark.parametrize("method", ["pissa", True, "loftq"])
+@pytest.mark.parametrize(
+    "other",
+    [{"lora_alpha": 12}, {"use_rslora": True}, {"alpha_pattern": {"tall": 12}}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_another_scaling_is_refused(other, method, how, tmp_path):
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["square", "tall"]}
+    config["init_lora_weights"] = method
+    source = get_peft_model(Chain(), LoraConfig(**config | other))
+    model = get_peft_model(Chain(), LoraConfig(**config))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"the scaling of '(square|tall)' is 3, in this model 1.5"):
+        model.load_state_dict(stored(source.state_dict(), how, tmp_path))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("method", ["pissa", True, "loftq"])
+def test_a_checkpoint_of_a_former_version_is_loaded(method):
+    model = train(start(method))
+    state = copied(model.state_dict())
+    del state["_extra_state"]
+    resumed = start(method)
+    result = resumed.load_state_dict(state)
+    assert result.missing_keys == []
+    assert torch.equal(resumed(chain_inputs(20)), model(chain_inputs(20)))
+
+
+@pytest.mark.parametrize(("other", "mine"), [("pissa", True), (True, "pissa")])
+def test_a_former_checkpoint_of_another_base_is_refused(other, mine):
+    state = copied(train(start(other)).state_dict())
+    del state["_extra_state"]
+    model = start(mine)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="is of another init_lora_weights than"):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
 
 
 def test_a_reinitialized_model_continues_another_methods_checkpoint():

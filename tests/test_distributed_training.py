@@ -192,7 +192,7 @@ def sharded(case, rank, folder):
         )
     after = get_model_state_dict(model, options=FULL)
     unchanged = all(torch.equal(after[name], value) for name, value in state.items())
-    doubled = {k: v * (1 if "initial" in k else 2) for k, v in state.items()}
+    doubled = {k: v * (2 if ".lora_" in k else 1) for k, v in state.items()}
     set_model_state_dict(model, copy.copy(doubled), options=FULL)
     loaded = get_model_state_dict(model, options=FULL)
     optimize(model, [half(batches_for(case)[0], rank)])  # and on it goes

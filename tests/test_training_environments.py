@@ -9,7 +9,6 @@ offloading are in `test_distributed_training`.
 import copy
 import inspect
 import io
-import json
 import pickle
 
 import pytest
@@ -338,7 +337,7 @@ def test_trainer_on_a_four_bit_base(four_bits, use_dora, tmp_path):
     losses = logged(made, "loss")
     assert min(losses[5], losses[6]) < losses[1]
     saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
-    assert all("lora_" in name for name in saved)
+    assert {name for name in saved if "lora_" not in name} == {"_extra_state"}
     resumed = trainer(quantised(four_bits, use_dora=use_dora), tmp_path, examples, **steps)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert logged(resumed, "loss") == losses
@@ -658,4 +657,5 @@ def test_checkpoint_of_trainer_is_small(tmp_path):
     made.save_model()
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == model.state_dict().keys()
-    assert json.dumps(sorted(saved)) == json.dumps(sorted(k for k in saved if "lora_" in k))
+    adapter = {name for name in saved if "lora_" in name}
+    assert saved.keys() - adapter == {"_extra_state"}  # the method and the scalings

@@ -1,111 +1,99 @@
-"""TRL's trainers with PEFT models that were started: right at step 0, and what they save."""
+"""A LoraModel in TRL's trainers, which replace its forward and read the backbone's attributes."""
 
-import math
-import warnings
+import copy
 
-import peft
 import pytest
 import torch
-from measures import assert_gap, relative_gap
-from packing import packed
-from substitutes import random_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from measures import assert_gap, logits
+from models import VOCABULARY, llama, token_batches
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_init import initialize_peft_model
+from lora_init import LoraConfig, LoraModel, get_peft_model
 
-datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),
-]
+ARGUMENTS = {
+    "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "logging_steps": 1,
+    "report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False,
+    "bf16": False, "save_strategy": "no",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return random_llama(tmp_path_factory.mktemp("llama"), 64)
-
-
-def base_model(folder, kind):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():  # so that logits depend on the adapted weights
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-    if kind == "bfloat16":
-        return model.bfloat16()
-    return model if kind == "float32" else packed(model, kind)
-
-
-def configuration():
-    return peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+def tokenizer():
+    words = {f"w{index}": index for index in range(3, VOCABULARY)}
+    made = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "?": 2} | words, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="?"
     )
 
 
-def arguments(cls, folder, **settings):
-    return cls(
-        str(folder), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
-        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", bf16=False,
-        logging_steps=1, dataloader_pin_memory=False, gradient_checkpointing=False, **settings,
-    )  # fmt: skip
+def sentences(count, length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
+    return [" ".join(f"w{index}" for index in row) for row in ids]
 
 
-def trainer_of(task, folder, model, output, peft_config=None):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if task == "sft":
-        rows = [{"text": f"{n} + {n} = {2 * n}"} for n in range(8)]
-        return trl.SFTTrainer(
-            model, arguments(trl.SFTConfig, output), train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer, peft_config=peft_config,
-        )  # fmt: skip
-    rows = [
-        {"prompt": f"{n} + {n} = ", "chosen": f"{2 * n}", "rejected": f"{3 * n + 1}"}
-        for n in range(8)
-    ]
-    return trl.DPOTrainer(
-        model, args=arguments(trl.DPOConfig, output),
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
-        peft_config=peft_config,
-    )  # fmt: skip
+def adapted(method, base=None):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=method)
+    return get_peft_model(llama() if base is None else base, config)
 
 
-def logits(model):
-    ids = torch.arange(3, 15)[None]
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits.float()
-
-
-CASES = [
-    ("sft", "float32", "prebuilt", "pissa"), ("sft", "nf4", "inside", "pissa"),
-    ("sft", "nf4", "prebuilt", "olora"), ("dpo", "float32", "inside", "pissa"),
-    ("dpo", "bfloat16", "prebuilt", "olora"), ("dpo", "nf4", "prebuilt", "pissa"),
-    ("dpo", "nf4", "inside", "olora"), ("dpo", "int8", "prebuilt", "pissa"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("task", "kind", "where", "method"), CASES)
-def test_a_started_model_in_a_trainer(task, kind, where, method, folder, tmp_path):
-    expected = logits(base_model(folder, kind))
-    model = base_model(folder, kind)
-    if where == "prebuilt":
-        model = peft.get_peft_model(model, configuration())
-        initialize_peft_model(model, method)
-        trainer = trainer_of(task, folder, model, tmp_path)
-    else:
-        trainer = trainer_of(task, folder, model, tmp_path, configuration())
-        initialize_peft_model(trainer.model, method)
-    # Trainers cast the adapters of quantized models to bfloat16.
-    step_0 = 1e-5 if kind == "float32" else 2e-2
-    assert_gap(logits(trainer.model), expected, step_0)
+def losses(trainer):
     trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if task == "dpo":  # policy and reference agree at the first step
-        assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4 if kind == "float32" else 0.02)
-    trained = logits(trainer.model)
-    assert relative_gap(trained, expected) > 2 * step_0
-    trainer.save_model(tmp_path / "saved")
-    with warnings.catch_warnings():
-        loaded = peft.PeftModel.from_pretrained(base_model(folder, kind), tmp_path / "saved")
-    assert_gap(logits(loaded), trained, 1e-5 if kind == "float32" else 2e-2)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def fine_tuned(model, folder, tokenizer, **settings):
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(folder), **ARGUMENTS | settings),
+        train_dataset=datasets.Dataset.from_dict({"text": sentences(8, 12, 0)}),
+        processing_class=tokenizer,
+    )
+    return trainer, losses(trainer)
+
+
+def test_sft_equals_pefts(tokenizer, tmp_path):
+    model = adapted(True)
+    model.save_pretrained(tmp_path / "start")
+    theirs = PeftModel.from_pretrained(llama(), tmp_path / "start", is_trainable=True)
+    _, expected = fine_tuned(theirs, tmp_path, tokenizer)
+    trainer, found = fine_tuned(model, tmp_path, tokenizer)
+    assert found == pytest.approx(expected, abs=1e-5)
+    trainer.save_model(tmp_path / "end")
+    loaded = LoraModel.from_pretrained(llama(), tmp_path / "end")
+    assert_gap(logits(loaded, token_batches()), logits(theirs, token_batches()), 1e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_sft_starts_at_the_base_models_loss(bf16, tokenizer, tmp_path):
+    _, found = fine_tuned(adapted("pissa"), tmp_path, tokenizer, bf16=bf16)
+    _, expected = fine_tuned(adapted(True), tmp_path, tokenizer, bf16=bf16)
+    assert found[0] == pytest.approx(expected[0], abs=1e-2 if bf16 else 1e-5)
+    assert found[1] != expected[1]
+
+
+@pytest.mark.parametrize("reference", ["given", "loaded", "computed before"])
+@pytest.mark.parametrize("method", ["pissa", True])
+def test_dpo(method, reference, tokenizer, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    pairs = zip(("prompt", "chosen", "rejected"), (1, 2, 3), strict=True)
+    trainer = trl.DPOTrainer(
+        adapted(method, base),
+        ref_model=copy.deepcopy(llama()) if reference == "given" else None,
+        args=trl.DPOConfig(
+            str(tmp_path), precompute_ref_log_probs=reference == "computed before", **ARGUMENTS
+        ),
+        train_dataset=datasets.Dataset.from_dict({k: sentences(8, 5, seed) for k, seed in pairs}),
+        processing_class=tokenizer,
+    )
+    found = losses(trainer)
+    # At step 0 the model is its reference: the loss is log 2.
+    assert found[0] == pytest.approx(0.693147, abs=1e-5)
+    assert found[1] != found[0]

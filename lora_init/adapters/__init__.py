@@ -20,8 +20,9 @@ decomposition; `pissa_niter_N`, `corda` and `lora_ga` cannot be (their factors d
 stream or on data), and are refused.
 """
 
-from lora_init.adapters.embeddings import rows_in_place
+from lora_init.adapters.embeddings import put_rows
+from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.adapters.reading import fill, read
 from lora_init.adapters.writing import save
 
-__all__ = ["fill", "read", "rows_in_place", "save"]
+__all__ = ["LoadedAdapter", "fill", "put_rows", "read", "save"]

@@ -7,8 +7,7 @@ and a file without them records what they were: loading it onto another vocabula
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.layout import PREFIX
 from lora_init.fingerprint import fingerprint, has_fingerprint
+from lora_init.injection import Transaction
 from lora_init.layers import LoraLayer
 from lora_init.targets import name_matches
 
@@ -192,28 +192,19 @@ def take_rows(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@contextmanager
-def rows_in_place(base: nn.Module, rows: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put a file's rows into the base's embeddings; they stay unless the block raises."""
+def put_rows(base: nn.Module, rows: Mapping[str, Tensor], transaction: Transaction) -> None:
+    """Put a file's rows into the base's embeddings, where they stay."""
     if rows:
         warnings.warn(
             f"the adapter file holds other rows of {', '.join(map(repr, rows))} than the base "
             "model, which gets them, as in PEFT: its vocabulary was resized, or they were trained",
-            stacklevel=4,
+            stacklevel=5,
         )
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
+    for name, value in rows.items():
+        path, _, own_name = name.rpartition(".")
+        transaction.values(base.get_submodule(path), own_name)
         with torch.no_grad():
-            for name, value in rows.items():
-                parameter = base.get_parameter(name)
-                before.append((parameter, parameter.detach().clone()))
-                parameter.copy_(value)
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in reversed(before):
-                parameter.copy_(value)
-        raise
+            base.get_parameter(name).copy_(value)
 
 
 def same_rows(value: Tensor, expected: Tensor) -> bool:

@@ -61,7 +61,7 @@ def fill(injection: Injection, loaded: LoadedAdapter) -> None:
                 f"the quantised base of {name!r} differs in some codes from the one the adapter "
                 "was trained on (another machine's arithmetic); outputs may move by one "
                 "quantisation step in few weights",
-                stacklevel=3,
+                stacklevel=5,
             )
     with torch.no_grad():
         for name, parts in loaded.parts.items():

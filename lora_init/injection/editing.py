@@ -1,10 +1,8 @@
-"""A float weight plus or minus s B A, and the same bits whichever way it goes.
+"""A float weight plus or minus s B A, with the same bits in its own memory and in new memory.
 
-In the weight's own memory, some rows at a time, where nobody else could see that; else in new
-memory, which the module is given, because the old one is another's, or a checkpoint mapped from
-disk whose pages would be copied one by one on the first write (six times slower on MiniLM). New
-memory is dear too: 46 MB take 11 ms to fill with a product where they have been in use and 24 to 46
-where they are fresh (two virtual machines).
+The weight is changed in its own memory where no other tensor shows that memory. Otherwise the
+module gets new memory: the old one belongs to another tensor, or is a checkpoint mapped from disk,
+whose pages the first write would copy one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from lora_init import fresh_memory
 from lora_init.factors import low_rank_product
 from lora_init.injection.exclusive import is_exclusive
+from lora_init.injection.transaction import Transaction
 from lora_init.injection.weights import store_weight
 from lora_init.modules import oriented_weight, widened
 from lora_init.precision import full_precision
@@ -24,39 +23,102 @@ from lora_init.precision import full_precision
 
 @torch.no_grad()
 def add_product(
-    module: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: Literal[1, -1]
+    module: nn.Module,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    sign: Literal[1, -1],
+    transaction: Transaction | None = None,
 ) -> None:
     """Add ``sign · s B A`` to the float weight of `module`, rounded to its dtype.
 
     An interrupt leaves the weight as it was, but for the rounding of rows that were undone.
+
+    Args:
+        transaction: takes the product off again where a later change fails.
     """
-    wide = torch.promote_types(widened(lora_A).dtype, widened(lora_B).dtype)
-    devices = {lora_A.device.type, lora_B.device.type}
-    own = devices == {"cpu"} and wide == module.weight.dtype and is_exclusive(module.weight)
-    weight = oriented_weight(module)
-    # Of a convolution in channels_last the matrix is a copy.
-    if own and weight.data_ptr() == module.weight.data_ptr():
-        _in_place(weight, lora_A, lora_B, scaling, sign)
-        return
-    weight = widened(weight)
-    product = low_rank_product(lora_A, lora_B, scaling).to(weight.device)
-    if product.dtype == weight.dtype:
-        changed = torch.add(weight, product, alpha=sign, out=product)
-    else:
-        changed = torch.add(weight, product, alpha=sign)
-    store_weight(module, changed)
-
-
-def _in_place(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: int) -> None:
-    before = weight._version
+    edit = _Edit(module, lora_A, lora_B, scaling, sign)
+    if transaction is not None:
+        transaction.undo_by(edit.undo)
     try:
-        with full_precision():
-            for part, product in fresh_memory.products(widened(lora_B) * scaling, widened(lora_A)):
-                weight[part].add_(product, alpha=sign)
+        edit.make()
     except BaseException:
-        # Counted by torch: a signal may arrive after an addition and before any line of ours.
-        parts = weight._version - before
-        done = min(len(weight), parts * fresh_memory.rows_together(weight.shape[1]))
-        if done:
-            _in_place(weight[:done], lora_A, lora_B[:done], scaling, -sign)
+        edit.undo()
         raise
+
+
+class _Edit:
+    """A product that is added to a weight, and taken off again as far as it was added.
+
+    While it is being added, the weight says how far: it has another address, or torch has counted
+    the parts that were written. A signal may arrive after an addition and before any line of ours.
+    """
+
+    def __init__(
+        self, module: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: int
+    ) -> None:
+        self.module = module
+        self.factors = lora_A, lora_B, scaling
+        self.sign = sign
+        self._begin()
+
+    def _begin(self) -> None:
+        weight = self.module.weight
+        # No reference to the memory is kept: its holders are counted.
+        self.address = weight.data_ptr()
+        self.version = None if weight.is_inference() else weight._version
+        self.is_made = False
+
+    def make(self) -> None:
+        lora_A, lora_B, scaling = self.factors
+        module = self.module
+        wide = torch.promote_types(widened(lora_A).dtype, widened(lora_B).dtype)
+        devices = {lora_A.device.type, lora_B.device.type}
+        own = devices == {"cpu"} and wide == module.weight.dtype and is_exclusive(module.weight)
+        weight = oriented_weight(module)
+        # Of a convolution in channels_last the matrix is a copy.
+        if own and weight.data_ptr() == module.weight.data_ptr():
+            _add_in_place(weight, lora_A, lora_B, scaling, self.sign)
+        else:
+            weight = widened(weight)
+            product = low_rank_product(lora_A, lora_B, scaling).to(weight.device)
+            out = {"out": product} if product.dtype == weight.dtype else {}
+            store_weight(module, torch.add(weight, product, alpha=self.sign, **out))
+        self.is_made = True
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Take off what was added since this edit began; nothing is left to undo afterwards."""
+        weight = self.module.weight
+        if self.is_made or weight.data_ptr() != self.address:
+            inverse = _Edit(self.module, *self.factors, -self.sign)
+            try:
+                inverse.make()
+            except BaseException:
+                inverse.undo()
+                raise
+        elif self.version is not None and weight._version != self.version:
+            parts, start = weight._version - self.version, weight._version
+            try:
+                self._add_parts(parts, -self.sign)
+            except BaseException:
+                self._add_parts(weight._version - start, self.sign)
+                self.version = weight._version - parts
+                raise
+        self._begin()
+
+    def _add_parts(self, parts: int, sign: int) -> None:
+        """Add the product to the first `parts` parts of the weight."""
+        lora_A, lora_B, scaling = self.factors
+        matrix = oriented_weight(self.module)
+        rows = min(len(matrix), parts * fresh_memory.rows_together(matrix.shape[1]))
+        if rows:
+            _add_in_place(matrix[:rows], lora_A, lora_B[:rows], scaling, sign)
+
+
+def _add_in_place(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: int
+) -> None:
+    with full_precision():
+        for part, product in fresh_memory.products(widened(lora_B) * scaling, widened(lora_A)):
+            weight[part].add_(product, alpha=sign)

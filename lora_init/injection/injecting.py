@@ -1,7 +1,7 @@
 """Injecting a plan's factors, and the ways out: restored, merged, and back in.
 
-What can fail for a reason in the settings or the numbers has been checked before; if the machine
-fails in the middle (memory, an interrupt), what was done is undone.
+What can fail for a reason in the settings or the numbers has been checked before. If the machine
+fails in the middle (memory, an interrupt), the transaction undoes what was done.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from lora_init.base_weights import BaseWeights
 from lora_init.factors import Factors
 from lora_init.fingerprint import fingerprint
 from lora_init.injection.editing import add_product
-from lora_init.injection.merging import fold, set_merged
+from lora_init.injection.merging import set_merged
 from lora_init.injection.places import replace_modules
 from lora_init.injection.plain import hold_plain, release
 from lora_init.injection.settling import settle_base, settle_magnitude
 from lora_init.injection.state import Injection
 from lora_init.injection.switching import set_adapter_enabled
+from lora_init.injection.transaction import Transaction, set_gradient_flags
 from lora_init.layers import LoraLayer, TrainedModule, layer_class, trainable_copy
 from lora_init.plan import Plan
 from lora_init.presence import factor_device, is_unloaded
@@ -34,6 +35,7 @@ def inject(
     plan: Plan,
     factors: Mapping[str, Factors],
     *,
+    transaction: Transaction,
     weights: BaseWeights,
     plain: Mapping[nn.Module, packed.Held],
     keep_original: bool = False,
@@ -46,6 +48,7 @@ def inject(
         model: changed in place.
         plan: targets, modules to save, biases to train.
         factors: by target name; already checked, on the right device and in the adapter's dtype.
+        transaction: undoes everything where this or something after it fails.
         weights: what replaced bases are computed from, and weights that are not in memory read.
         plain: from `hold_plain`, which the model's packed modules have gone through.
         keep_original: keep what replaced bases were: float weights in CPU memory.
@@ -56,24 +59,24 @@ def inject(
     injection = _prepare(model, plan, factors, weights, initial_known)
     ready()
     injection.plain = dict(plain)
-    trained_biases = [(name, model.get_parameter(name)) for name in plan.trained_biases]
-    try:
-        for parameter, _ in injection.requires_grad:
-            parameter.requires_grad_(False)
-        for target in plan.targets:
-            layer = injection.layers[target.name]
-            settle_base(
-                layer, target, plan, factors[target.name], injection, weights, keep_original
-            )
-            if layer.use_dora:
-                settle_magnitude(layer, target, injection, weights)
-        for name, bias in trained_biases:
-            injection.biases[name] = (bias, bias.detach().clone())
-            bias.requires_grad_(True)
-        _place(model, injection)
-    except BaseException as error:
-        _roll_back(model, injection, error)
-        raise
+    transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
+    for parameter, _ in injection.requires_grad:
+        parameter.requires_grad_(False)
+    for target in plan.targets:
+        layer = injection.layers[target.name]
+        settle_base(
+            layer, target, plan, factors[target.name], injection, weights, keep_original,
+            transaction,
+        )  # fmt: skip
+        if layer.use_dora:
+            settle_magnitude(layer, target, injection, weights)
+    for name in plan.trained_biases:
+        bias = model.get_parameter(name)
+        injection.biases[name] = (bias, bias.detach().clone())
+        module, _, own_name = name.rpartition(".")
+        transaction.values(model.get_submodule(module), own_name)
+        bias.requires_grad_(True)
+    _place(model, injection, transaction)
     _forget_lost(model, injection)
     return injection
 
@@ -137,45 +140,41 @@ def _prepare(
 
 
 @torch.inference_mode(False)
-def restore(model: nn.Module, injection: Injection) -> nn.Module:
+def restore(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
     """Give the model back as it was: modules, weights, biases and requires_grad flags.
 
     Raises:
         RuntimeError: if a base was replaced and no copy of it kept; nothing is changed then.
     """
     injection.refuse_lost("unload")
-    set_merged(injection, False)
-    for name, layer in injection.layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"unload: merge_and_unload failed after {name!r} had been merged; call it again, "
-                "or reload the base model"
-            )
-    set_adapter_enabled(injection, False)
+    set_merged(injection, False, transaction)
+    set_adapter_enabled(injection, False, transaction)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
             start = layer.initial_lora_A, layer.initial_lora_B
-            add_product(layer.base_layer, *start, layer.scaling, 1)
-    release(injection.plain)
-    _unwrap(model, injection, lambda trained: trained.original_module)
-    return model
+            add_product(layer.base_layer, *start, layer.scaling, 1, transaction)
+    release(injection.plain, transaction)
+    _unwrap(model, injection, lambda trained: trained.original_module, transaction)
 
 
 @torch.inference_mode(False)
-def reinstate(model: nn.Module, injection: Injection) -> None:
+def reinstate(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
     """The inverse of `restore`: the same adapter, where it was, as trained."""
+    transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
+    transaction.gradient_flags(bias for bias, _ in injection.biases.values())
+    transaction.attributes(injection, "plain")
     for parameter, _ in injection.requires_grad:
         parameter.requires_grad_(False)
     _follow(injection)
-    injection.plain = hold_plain(model)
+    injection.plain = hold_plain(model, transaction)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
             start = layer.initial_lora_A, layer.initial_lora_B
-            add_product(layer.base_layer, *start, layer.scaling, -1)
+            add_product(layer.base_layer, *start, layer.scaling, -1, transaction)
     for bias, _ in injection.biases.values():
         bias.requires_grad_(True)
-    _place(model, injection)
-    set_adapter_enabled(injection, True)
+    _place(model, injection, transaction)
+    set_adapter_enabled(injection, True, transaction)
 
 
 def _follow(injection: Injection) -> None:
@@ -189,17 +188,20 @@ def _follow(injection: Injection) -> None:
             trained.trained_module.to(home.device)
 
 
-def merge(model: nn.Module, injection: Injection) -> nn.Module:
-    """Fold every adapter into its base weight and unwrap; trained modules take their places."""
-    if not injection.merged:
-        fold(injection)
+def unwrap_merged(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
+    """Take the merged base layers out of their adapters; trained modules take their places."""
     merged = {layer.base_layer for layer in injection.layers.values()}
-    release({module: held for module, held in injection.plain.items() if module not in merged})
+    left = {module: held for module, held in injection.plain.items() if module not in merged}
+    release(left, transaction)
     flags = {id(parameter): flag for parameter, flag in injection.requires_grad}
-    _unwrap(model, injection, TrainedModule.merged_module)
+    for trained in injection.trained.values():
+        for tensor in (*trained.trained_module.parameters(), *trained.trained_module.buffers()):
+            transaction.data(tensor)
+    _unwrap(model, injection, TrainedModule.merged_module, transaction)
     for name, parameter in injection.untied.items():
-        injection.layers[name].base_layer.weight.requires_grad_(flags[id(parameter)])
-    return model
+        weight = injection.layers[name].base_layer.weight
+        transaction.gradient_flags([weight])
+        weight.requires_grad_(flags[id(parameter)])
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -228,29 +230,20 @@ def refuse_adapted(model: nn.Module) -> None:
             )
 
 
-def _place(model: nn.Module, injection: Injection) -> None:
-    replace_modules(model, ((layer.base_layer, layer) for layer in injection.layers.values()))
-    replace_modules(model, ((t.original_module, t) for t in injection.trained.values()))
+def _place(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
+    layers, trained = injection.layers.values(), injection.trained.values()
+    replace_modules(model, ((layer.base_layer, layer) for layer in layers), transaction)
+    replace_modules(model, ((one.original_module, one) for one in trained), transaction)
 
 
 def _unwrap(
-    model: nn.Module, injection: Injection, pick: Callable[[TrainedModule], nn.Module]
+    model: nn.Module,
+    injection: Injection,
+    pick: Callable[[TrainedModule], nn.Module],
+    transaction: Transaction,
 ) -> None:
-    replace_modules(model, ((layer, layer.base_layer) for layer in injection.layers.values()))
-    replace_modules(model, ((t, pick(t)) for t in injection.trained.values()))
-    for parameter, flag in injection.requires_grad:
-        parameter.requires_grad_(flag)
-
-
-def _roll_back(model: nn.Module, injection: Injection, error: BaseException) -> None:
-    for name in injection.lost():
-        layer = injection.layers[name]
-        if layer.base_layer in injection.plain:
-            layer.base_state = "kept"  # its packed original is released
-    lost = injection.lost()
-    if lost:
-        raise RuntimeError(
-            f"injection was interrupted after {len(lost)} base weights had been replaced, the "
-            f"first of {lost[0]!r}; reload the base model"
-        ) from error
-    restore(model, injection)
+    layers, trained = injection.layers.values(), injection.trained.values()
+    replace_modules(model, ((layer, layer.base_layer) for layer in layers), transaction)
+    replace_modules(model, ((one, pick(one)) for one in trained), transaction)
+    transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
+    set_gradient_flags(injection.requires_grad)

@@ -1,10 +1,13 @@
-"""Where modules hang in a model, and putting others in their places."""
+"""Where modules hang in a model, and how others are put there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from torch import nn
+
+from lora_init.injection.transaction import Transaction
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:
@@ -15,11 +18,15 @@ def module_paths(model: nn.Module) -> dict[int, list[str]]:
     return paths
 
 
-def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    """Put the second of each pair wherever the first hangs; absent ones are passed over."""
+def replace_modules(
+    model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]], transaction: Transaction
+) -> None:
+    """Put the second of each pair wherever the first hangs; absent ones are skipped."""
     pairs = list(pairs)
     paths = module_paths(model) if pairs else {}
     for present, wanted in pairs:
         for path in paths.get(id(present), ()):
             parent, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, wanted)
+            owner = model.get_submodule(parent)
+            transaction.undo_by(partial(setattr, owner, attribute, present))
+            setattr(owner, attribute, wanted)

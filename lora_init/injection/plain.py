@@ -7,21 +7,30 @@ and then trains needs all of its 4-bit modules plain, adapted or not.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from lora_init import packed
+from lora_init.injection.transaction import Transaction
 
 
-def hold_plain(model: nn.Module) -> dict[nn.Module, packed.Held]:
+def hold_plain(
+    model: nn.Module, transaction: Transaction | None = None
+) -> dict[nn.Module, packed.Held]:
     """Make every packed module plain; returns what they were, for `release`."""
     modules = [module for module in model.modules() if packed.is_quantized(module)]
     held = {module: packed.held(module) for module in modules}
+    if transaction is not None:
+        transaction.undo_by(partial(release, held))
     for module in modules:
         packed.keep_plain(module)
     return held
 
 
-def release(held: dict[nn.Module, packed.Held]) -> None:
+def release(held: dict[nn.Module, packed.Held], transaction: Transaction | None = None) -> None:
     """Give the modules back their weights and bitsandbytes' own habit."""
     for module, one in held.items():
+        if transaction is not None:
+            transaction.weight(module)
         packed.put_back(module, one)

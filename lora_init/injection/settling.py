@@ -10,6 +10,7 @@ from lora_init.factors import Factors, Replacement, low_rank_product
 from lora_init.fingerprint import checksum, fingerprint
 from lora_init.injection.editing import add_product
 from lora_init.injection.state import Injection
+from lora_init.injection.transaction import Transaction
 from lora_init.injection.weights import hold, store_weight
 from lora_init.layers import LoraLayer
 from lora_init.modules import oriented_weight, widened
@@ -28,22 +29,23 @@ def settle_base(
     injection: Injection,
     weights: BaseWeights,
     keep_original: bool,
+    transaction: Transaction,
 ) -> None:
-    """Edit or replace the base weight where the method does so, one layer's memory at a time.
+    """Edit or replace the base weight where the method does so.
 
-    The layer's `base_state` changes after an edit, which must not be undone if it was not done,
-    and before a replacement, which must not pass for the original if it was.
+    An edit needs the memory of one weight. Replaced weights stay in memory until the transaction
+    ends, because nothing else could restore them.
     """
     module = layer.base_layer
     if plan.initializer.base == "keep":
         return
     if factors.replacement is not None:
-        _replace(layer, target, factors.replacement, injection, weights, keep_original)
+        _replace(layer, target, factors.replacement, injection, weights, keep_original, transaction)
         return
     # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
     fixed = target.shared_with or target.quantized or module.weight.is_meta
     editable = target.exact and not fixed
-    if not editable or not _edit(layer, factors.lora_A, factors.lora_B):
+    if not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):
         layer.base_state = "in_forward"
 
 
@@ -54,6 +56,7 @@ def _replace(
     injection: Injection,
     weights: BaseWeights,
     keep_original: bool,
+    transaction: Transaction,
 ) -> None:
     """Put a quantised weight in the base's place; one that is not loaded has nothing to put it in.
 
@@ -70,6 +73,7 @@ def _replace(
         injection.originals[target.name] = hold(module, on_cpu=not (shared or absent))
     layer.base_state = "replaced"
     if not absent:
+        transaction.weight(module)
         store_weight(module, replaced, own=shared)
     injection.replacements[target.name] = replacement
     if target.quantized and weights.originals is not None:
@@ -91,7 +95,7 @@ def settle_magnitude(
     layer.lora_magnitude_vector.data = layer.adapted_norms(present)
 
 
-def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> bool:
+def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor, transaction: Transaction) -> bool:
     """Subtract s B0 A0 from a weight of 32 bits or more where that can be undone.
 
     Returns:
@@ -102,7 +106,7 @@ def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> bool:
         return False
     if not comes_back(oriented_weight(module), lora_A, lora_B, layer.scaling):
         return False
-    add_product(module, lora_A, lora_B, layer.scaling, -1)
+    add_product(module, lora_A, lora_B, layer.scaling, -1, transaction)
     layer.base_state = "edited"
     return True
 
@@ -119,15 +123,19 @@ def comes_back(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
     return float(_largest(residual)) <= LARGEST_EDIT_GROWTH * largest
 
 
-def move_initial_factors(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> None:
+def move_initial_factors(
+    layer: LoraLayer, lora_A: Tensor, lora_B: Tensor, transaction: Transaction
+) -> None:
     """Give a layer the initial factors of another start, and its base what belongs to them."""
+    transaction.attributes(layer, "base_state", "initial_lora_A", "initial_lora_B")
     if layer.base_state == "edited":
         start = layer.initial_lora_A, layer.initial_lora_B
-        add_product(layer.base_layer, *start, layer.scaling, 1)
+        add_product(layer.base_layer, *start, layer.scaling, 1, transaction)
         layer.base_state = "in_forward"
-        _edit(layer, lora_A, lora_B)
+        _edit(layer, lora_A, lora_B, transaction)
     layer.initial_lora_A, layer.initial_lora_B = lora_A.clone(), lora_B.clone()
     if layer.use_dora:
+        transaction.attributes(layer, "base_square_norms", "initial_projection")
         layer.settle_norms(oriented_weight(layer.base_layer))
 
 

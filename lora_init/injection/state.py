@@ -65,6 +65,12 @@ class Injection:
     def merged(self) -> bool:
         return bool(self.unmerged)
 
+    def half_merged(self) -> str | None:
+        """The first layer that a `merge_and_unload` merged before it failed."""
+        if self.merged:
+            return None
+        return next((name for name, layer in self.layers.items() if layer.merged), None)
+
     def original_weight(self, target: Target) -> Float[Tensor, "out in"]:
         """The weight of a layer before injection, in float32 or wider, from where it is.
 

@@ -1,0 +1,107 @@
+"""Changes of a model that are undone together when one of them fails.
+
+An undo is recorded before its change is made. It restores what was there, so it is right whether
+the change was made, was broken off, or was never begun, and it may run twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.injection.weights import hold, put_back
+
+Result = TypeVar("Result")
+Undo = Callable[[], Any]
+
+
+class Transaction:
+    """The undos of the changes made so far."""
+
+    def __init__(self) -> None:
+        self._undos: list[Undo] = []
+
+    def undo_by(self, undo: Undo) -> None:
+        """Record an undo that may be called at any moment, and twice."""
+        self._undos.append(undo)
+
+    def attributes(self, owner: Any, *names: str) -> None:
+        """The named attributes of `owner` will change: flags, submodules, buffers, dictionaries."""
+        values = {name: getattr(owner, name) for name in names}
+        before = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in values.items()}
+        self.undo_by(partial(_set_attributes, owner, before))
+
+    def weight(self, module: nn.Module) -> None:
+        """The weight of `module` will be exchanged. The old one stays in memory until the end."""
+        self.undo_by(partial(put_back, module, hold(module)))
+
+    def data(self, parameter: nn.Parameter) -> None:
+        """The data of `parameter` will be exchanged; the old memory is not written to."""
+        self.undo_by(partial(setattr, parameter, "data", parameter.data))
+
+    def values(self, module: nn.Module, name: str) -> None:
+        """The numbers of a parameter or buffer will be overwritten: they are copied now."""
+        held = module._parameters if name in module._parameters else module._buffers
+        value = held[name]
+        self.undo_by(partial(_set_values, held, name, value, value.detach().clone()))
+
+    def gradient_flags(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The `requires_grad` flags of `parameters` will change."""
+        flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+        self.undo_by(partial(set_gradient_flags, flags))
+
+    def roll_back(self) -> None:
+        """Undo all changes, the last one first. An interrupt is raised when that is done.
+
+        Raises:
+            RuntimeError: a change could not be undone; the others are.
+        """
+        failure, interrupt = None, None
+        while self._undos:
+            try:
+                self._undos[-1]()
+            except KeyboardInterrupt as error:  # of an impatient user: the undo is called again
+                interrupt = error
+                continue
+            except Exception as error:
+                failure = failure or error
+            self._undos.pop()
+        if failure is not None:
+            raise RuntimeError(
+                f"a change that failed could not be undone ({failure!r}); reload the base model"
+            ) from failure
+        if interrupt is not None:
+            raise interrupt
+
+
+def atomically(make: Callable[[Transaction], Result]) -> Result:
+    """Call ``make(transaction)``; whatever it raises, its changes are undone first."""
+    transaction = Transaction()
+    try:
+        return make(transaction)  # no line runs after it, in which a signal could arrive
+    except BaseException:
+        transaction.roll_back()
+        raise
+
+
+def set_gradient_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def _set_attributes(owner: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(owner, name, value)
+
+
+@torch.no_grad()
+def _set_values(
+    held: dict[str, Tensor | None], name: str, tensor: Tensor, values: Tensor
+) -> None:
+    held[name] = tensor
+    tensor.copy_(values)
