@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def usable_checkpoint(folder: RunFolder) -> Saved | None:
     if damage is not None:
         tell_damage(damage, goes_on=saved is not None)
     return saved
+
+
+def restarted(folder: RunFolder, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work. Where it finds a damaged file, before its first step, do it from the start."""
+    try:
+        return work()
+    except DamagedFile as damage:
+        tell_damage(damage)
+        folder.forget_checkpoint()
+    return work()
 
 
 def tell_damage(damage: DamagedFile, goes_on: bool = False) -> None:

@@ -20,6 +20,7 @@ from experiments.continuing import (
     already_finished,
     prepare_folder,
     read_first_start,
+    restarted,
     restore_adapter,
     tell_damage,
 )
@@ -75,12 +76,7 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
         if not run.runtime.rerun:
             refuse_to_diverge_again(folder)
         try:
-            try:
-                return carry_out(run, folder, accelerator, claimed)
-            except DamagedFile as damage:  # raised before the first step of this process
-                tell_damage(damage)
-                folder.forget_checkpoint()
-                return carry_out(run, folder, accelerator, claimed)
+            return restarted(folder, lambda: carry_out(run, folder, accelerator, claimed))
         except Exception as error:
             if accelerator.is_main_process:
                 record_failure(folder, error)

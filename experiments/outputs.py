@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 from experiments.errors import ConfigurationError
-from experiments.files import scratch_path
-from experiments.names import refuse_way_out
+from experiments.files import kind_of, scratch_path
+from experiments.names import refuse_way_out, sweep_path
 
 BLOCK = bytes(4096)
+LOCKS = (".lock", ".at_work")
+WRITTEN = (*LOCKS, "jobs", "multirun.yaml", "optimization_results.yaml")
+"""What is written in place in a sweep's folder, by Hydra too; the other files are replaced."""
 
 
 def open_outputs(outputs: Path, *inside: Path) -> None:
@@ -40,6 +43,26 @@ def open_outputs(outputs: Path, *inside: Path) -> None:
         ) from error
     finally:
         probe.unlink(missing_ok=True)
+
+
+def open_sweep(outputs: str, sweep: str) -> Path:
+    """The folder of a sweep, made and found to be writable.
+
+    Raises:
+        ConfigurationError: its name is not that of one folder, it cannot be written, or a link
+            leads from it out of `outputs`.
+    """
+    folder = sweep_path(outputs, sweep)
+    open_outputs(Path(outputs), folder, *(folder / name for name in WRITTEN))
+    for path in (folder / name for name in LOCKS):
+        if os.path.lexists(path) and kind_of(path) != "a file":
+            message = f"{path} is {kind_of(path)}, and a lock must be a file. Remove it."
+            raise ConfigurationError(message)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be made ({error}). Remove it.") from error
+    return folder
 
 
 def refusal(outputs: Path) -> str:

@@ -31,17 +31,13 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.claims import open_regular, try_lock
 from experiments.composition import run_of
 from experiments.errors import ConfigurationError
-from experiments.files import kind_of, remove
+from experiments.files import remove
 from experiments.job_files import read_jobs, remove_damaged, sweep_facts
 from experiments.names import sweep_path
-from experiments.outputs import open_outputs
+from experiments.outputs import open_sweep
 from experiments.returning import finish_sweep
 from experiments.runs import RunFolder, identify, write_json
 from experiments.states import state_of
-
-LOCKS = (".lock", ".at_work")
-WRITTEN = (*LOCKS, "jobs", "multirun.yaml", "optimization_results.yaml")
-"""What is written in place in a sweep's folder, by Hydra too; the other files are replaced."""
 
 
 class Manifest(Callback):
@@ -62,7 +58,7 @@ class Manifest(Callback):
             SystemExit: the sweep's folder cannot be written, or would lie outside `paths.outputs`.
         """
         try:
-            self.begin(config, open_sweep(config))
+            self.begin(config, open_sweep(config.paths.outputs, config.sweep))
         except ConfigurationError as error:
             raise SystemExit(str(error)) from error  # Hydra turns other errors into warnings
 
@@ -158,28 +154,6 @@ def sweep_folder(config: DictConfig) -> Path:
         ConfigurationError: its name is not that of one folder below `paths.outputs`.
     """
     return sweep_path(config.paths.outputs, config.sweep)
-
-
-def open_sweep(config: DictConfig) -> Path:
-    """The folder of the sweep, made and found to be writable.
-
-    Raises:
-        ConfigurationError: it cannot be written, or a link leads from it out of `paths.outputs`.
-    """
-    folder = sweep_folder(config)
-    written = [folder, *(folder / name for name in WRITTEN)]
-    open_outputs(Path(config.paths.outputs), *written)
-    for name in LOCKS:
-        if os.path.lexists(folder / name) and kind_of(folder / name) != "a file":
-            raise ConfigurationError(
-                f"{folder / name} is {kind_of(folder / name)}, and a lock must be a file. Remove "
-                "it."
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"{folder} cannot be made ({error}). Remove it.") from error
-    return folder
 
 
 def listed(folder: Path, planned: list[list[str]] | None) -> list[dict[str, Any]]:
