@@ -229,7 +229,7 @@ def test_a_checkpoint_holds_four_factors_and_continues(small_llama):
             layer.lora_B.add_(0.1)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     keys = {key.rsplit(".", 1)[-1] for key in state}
-    assert keys == {"lora_A", "lora_B", "initial_lora_A", "initial_lora_B"}
+    assert keys == {"lora_A", "lora_B", "initial_lora_A", "initial_lora_B", "_extra_state"}
     other = build()
     other.load_state_dict(state)
     ids = torch.arange(10)[None]
