@@ -101,10 +101,10 @@ def verify_adapted(
         layers: its adapted layers by name, ours or PEFT's.
         bases: the original module inside each, by the same names.
         batch: a mapping is passed as ``model(**batch)``, a sequence as ``model(*batch)``.
-        expected: what `original_output` returned before injection. The output is compared with it,
-            for methods that preserve the output.
-        disabled: gives a context in which the model computes its original function. That output
-            is compared with `expected`, or takes its place.
+        expected: what `original_output` returned before injection. With it, the output is compared,
+            for methods that preserve it.
+        disabled: gives a context in which the model computes its original function. With it, that
+            output is compared with `expected` too.
         tolerance: of that comparison, relative to the largest entry; by default 1e-4, and four
             times the epsilon of a 16-bit output.
 
@@ -120,14 +120,11 @@ def verify_adapted(
             output = forward(model, batch)
         if uses.bypassed:
             raise ValueError(bypassed_message([name for name in layers if name in uses.bypassed]))
-        wanted = expected
-        if disabled is not None:
+        if expected is not None:
+            _compare(_tensors(output), _tensors(expected), tolerance)
+        if expected is not None and disabled is not None:
             with disabled():
-                original = forward(model, batch)
-            wanted = original if expected is None else expected
-            _compare(_tensors(original), _tensors(wanted), tolerance)
-        if wanted is not None:
-            _compare(_tensors(output), _tensors(wanted), tolerance)
+                _compare(_tensors(forward(model, batch)), _tensors(expected), tolerance)
     unused = [name for name in layers if name not in uses.used]
     if unused:
         warnings.warn(unused_message(unused, len(layers)), stacklevel=3)
