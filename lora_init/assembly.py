@@ -35,7 +35,6 @@ from lora_init.presence import first_unloaded
 from lora_init.verification import original_output, verify_adapted
 
 
-@torch.inference_mode(False)  # tensors made in inference mode cannot be trained
 def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig,
@@ -172,6 +171,7 @@ def _restart(
     return get_peft_model(model.base_model, peft_config, **settings)  # nothing may fail after it
 
 
+@torch.inference_mode(False)  # tensors made in inference mode cannot be trained
 def _assemble(
     model: nn.Module,
     config: LoraConfig,
@@ -266,7 +266,7 @@ def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
         | {name: part.original_module for name, part in model.trained_modules().items()},
         batch,
         expected=expected,
-        disabled=model.disable_adapter,
+        disabled=None if expected is None else model.disable_adapter,
     )
     model.assume_used()
 

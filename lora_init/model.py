@@ -429,7 +429,6 @@ class LoraModel(nn.Module):
         return push_adapter(self.save_pretrained, self.peft_config, method, repo_id, **settings)
 
     @classmethod
-    @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
     def from_pretrained(
         cls,
         base: nn.Module,

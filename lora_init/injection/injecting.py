@@ -81,6 +81,10 @@ def inject(
     return injection
 
 
+def _normal(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def forget_originals(model: nn.Module, injection: Injection) -> None:
     """Let go of the originals of replaced bases, which were kept for a while."""
     injection.originals.clear()
@@ -117,7 +121,8 @@ def _prepare(
     )
     for target in plan.targets:
         module = modules[target.name]
-        lora_A, lora_B = factors[target.name].lora_A, factors[target.name].lora_B
+        # Read from a file in inference mode, they could not be part of a graph.
+        lora_A, lora_B = map(_normal, (factors[target.name].lora_A, factors[target.name].lora_B))
         layer = layer_class(module)(
             module,
             lora_A.clone(),

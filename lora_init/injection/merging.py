@@ -49,7 +49,6 @@ def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> 
     injection.unmerged = {}
 
 
-@torch.inference_mode(False)
 def fold(injection: Injection) -> None:
     """Merge layer by layer, in the memory of one more weight.
 
@@ -65,6 +64,7 @@ def fold(injection: Injection) -> None:
     _warn_of_merging(injection, errors, stacklevel=4)
 
 
+@torch.inference_mode(False)  # a weight made in inference mode could not be trained
 def _fold(
     name: str, injection: Injection, errors: dict[str, float], transaction: Transaction
 ) -> None:
