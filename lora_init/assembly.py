@@ -259,8 +259,8 @@ def _assemble(
 def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
     """Refuse a model that does not use its adapted layers; see `get_peft_model`."""
     layers = model.layers
-    verify_adapted(
-        model,
+    uses = verify_adapted(
+        model.base_model,  # its own first pass would watch the layers too
         layers | model.trained_modules(),
         {name: layer.base_layer for name, layer in layers.items()}
         | {name: part.original_module for name, part in model.trained_modules().items()},
@@ -268,7 +268,7 @@ def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
         expected=expected,
         disabled=None if expected is None else model.disable_adapter,
     )
-    model.assume_used()
+    model.assume_used(uses)
 
 
 @contextmanager

@@ -121,6 +121,17 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         )
 
 
+def unobserved(model: nn.Module, name: str, spec: Initializer) -> str | None:
+    """Why the method cannot see the target's inputs; None where it can, or does not need them."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if spec.calibration is None or not isinstance(parent, nn.MultiheadAttention):
+        return None
+    return (
+        f"nn.MultiheadAttention reads its weight instead of calling it, and {spec.name} needs its "
+        "inputs"
+    )
+
+
 def computes_product(name: str, module: nn.Module) -> bool:
     """Whether the target computes exactly the product with its stored weight, plus its bias.
 

@@ -25,7 +25,13 @@ from lora_init.plan import Plan
 from lora_init.planning import check_model
 from lora_init.presence import HOOK_ATTRIBUTES, absence, first_unloaded
 from lora_init.signatures import blank, bound_to_base, with_forward_of
-from lora_init.verification import Uses, has_compiled_part, is_traced, unused_message
+from lora_init.verification import (
+    Uses,
+    has_compiled_part,
+    is_traced,
+    read_message,
+    unused_message,
+)
 
 
 class LoraModel(nn.Module):
@@ -69,6 +75,7 @@ class LoraModel(nn.Module):
             self.requires_grad_(False)
         self.training = base_model.training  # parts that their owner keeps in eval mode stay so
         self._use_pending = True  # whether no forward pass has shown which layers are used
+        self._read_layers: list[str] = []  # whose weight was read there, without a call
         self.checkpoint_prefix = ""  # of the state dict that is being loaded
         self.loading: injection.Transaction | None = None  # what undoes it, until it is loaded
         checkpoints.register(self)
@@ -97,14 +104,15 @@ class LoraModel(nn.Module):
         layers = {**live.layers, **live.trained}
         with Uses(layers) as uses:
             output = self.base_model(*args, **kwargs)
-        self._use_pending = False
+        self.assume_used(uses)
         if unused := [name for name in layers if name not in uses.used]:
             warnings.warn(unused_message(unused, len(layers)), stacklevel=4)
         return output
 
-    def assume_used(self) -> None:
-        """Skip the check of the first forward pass: the layers have been checked already."""
+    def assume_used(self, uses: Uses) -> None:
+        """Remember how the layers are used, and check it no more."""
         self._use_pending = False
+        self._read_layers = [name for name in self.layers if name in uses.used - uses.called]
 
     def trained_modules(self) -> dict[str, TrainedModule]:
         """The modules that are trained whole, by name."""
@@ -404,6 +412,8 @@ class LoraModel(nn.Module):
             )
         if not is_main_process:
             return
+        if self._read_layers:
+            warnings.warn(read_message(self._read_layers), stacklevel=2)
         live = self._live_injection("save_pretrained")
         if state_dict is None:
             live = self._whole_injection("save_pretrained", without_base=True)

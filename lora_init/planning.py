@@ -20,6 +20,7 @@ from lora_init.eligibility import (
     extents,
     rank_excess,
     sharers,
+    unobserved,
     warn_of_float16,
 )
 from lora_init.left_out import LeftOut, described, left_out
@@ -112,7 +113,16 @@ def make_plan(
         if reason is not None:
             omitted.append(LeftOut(name, type(module).__name__, reason))
             continue
-        check_module(model, name, spec)
+        try:
+            check_module(model, name, spec)
+            reason = unobserved(model, name, spec) if everything else None
+        except TypeError as error:
+            if not everything:
+                raise
+            reason = str(error).removeprefix(f"target {name!r}").lstrip(": ")
+        if reason is not None:
+            omitted.append(LeftOut(name, type(module).__name__, reason))
+            continue
         shape = weight_shape(module)
         rank = ranks(name)
         if not any_rank:

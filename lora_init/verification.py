@@ -30,6 +30,7 @@ class Uses:
 
     Attributes:
         used: names of layers that were called, or whose weight was read.
+        called: names of layers that were called.
         bypassed: names of layers whose original module was called from elsewhere.
     """
 
@@ -37,6 +38,7 @@ class Uses:
         self, layers: Mapping[str, nn.Module], bases: Mapping[str, nn.Module] | None = None
     ) -> None:
         self.used: set[str] = set()
+        self.called: set[str] = set()
         self.bypassed: set[str] = set()
         self._layers = dict(layers)
         self._bases = dict(bases or {})
@@ -64,6 +66,7 @@ class Uses:
     def _watch(self, name: str, layer: nn.Module) -> None:
         def start(*_: Any) -> None:
             self.used.add(name)
+            self.called.add(name)
             self._running[name] += 1
 
         def end(*_: Any) -> None:
@@ -91,7 +94,7 @@ def verify_adapted(
     expected: Any = None,
     disabled: Callable[[], AbstractContextManager] | None = None,
     tolerance: float | None = None,
-) -> None:
+) -> Uses:
     """Run one batch and refuse a model that does not use its adapted layers.
 
     The batch runs in eval mode and without gradients. Modes and random states are restored.
@@ -107,6 +110,9 @@ def verify_adapted(
             output is compared with `expected` too.
         tolerance: of that comparison, relative to the largest entry; by default 1e-4, and four
             times the epsilon of a 16-bit output.
+
+    Returns:
+        Which layers the batch used, and how.
 
     Raises:
         ValueError: the original module of a layer was called from elsewhere, or the outputs differ.
@@ -128,6 +134,7 @@ def verify_adapted(
     unused = [name for name in layers if name not in uses.used]
     if unused:
         warnings.warn(unused_message(unused, len(layers)), stacklevel=3)
+    return uses
 
 
 def original_output(model: nn.Module, batch: Any) -> Any:
@@ -165,6 +172,14 @@ def unused_message(names: list[str], count: int) -> str:
         "unused part of the model), or the model holds the original module elsewhere and ignores "
         "the adapter. In the second case leave them out (exclude_modules); "
         "get_peft_model(..., verify=<batch>) finds out"
+    )
+
+
+def read_message(names: list[str]) -> str:
+    return (
+        f"the model reads the weight of {listed(names)} instead of calling the layer. PEFT and "
+        "others ignore an adapter there, so this file computes another function in them. Load it "
+        "with LoraModel.from_pretrained, or save the merged model"
     )
 
 

@@ -1,6 +1,7 @@
 """Models that read `layer.weight` instead of calling the layer."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -289,3 +290,23 @@ def test_functional_transforms_see_through_the_weight():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert gap(found[name], parameter.grad) < 1e-5
+
+
+@pytest.mark.parametrize("check", ["first pass", "verify"])
+def test_saving_says_where_peft_would_ignore_the_adapter(check, tmp_path):
+    base, batch, targets = wavlm()
+    settings = {"verify": batch} if check == "verify" else {}
+    config = LoraConfig(r=2, target_modules=targets)
+    model = get_peft_model(base, config, **settings)
+    if check == "first pass":
+        run(model, batch)
+    with pytest.warns(UserWarning, match=r"reads the weight of .*q_proj.* PEFT and others ignore"):
+        model.save_pretrained(tmp_path)
+
+
+def test_saving_says_nothing_where_every_layer_is_called(tmp_path):
+    model = get_peft_model(llama(), LoraConfig(r=2))
+    run(model, {"input_ids": torch.arange(3, 9)[None]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)

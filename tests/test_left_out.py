@@ -290,3 +290,34 @@ def test_a_narrow_layer_that_is_named_is_an_error():
 )
 def test_names_are_grouped_by_their_numbers(given, shown):
     assert grouped(given) == shown
+
+
+class Attention(nn.Module):
+    """An attention that reads a weight, and a layer whose weight is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.plain = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.plain(self.normed(self.attention(x, x, x)[0]))
+
+
+@pytest.mark.parametrize("method", ["pissa", "eva"])
+def test_all_linear_passes_over_what_cannot_be_adapted(method):
+    batches = [torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))]
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=method)
+    with pytest.warns(UserWarning, match=r"normed: its weight is computed"):
+        model = get_peft_model(Attention(), config, calibration=batches)
+    observed = {"plain"} if method == "eva" else {"attention.out_proj", "plain"}
+    assert model.layers.keys() == observed
+    reasons = {each.name: each.reason for each in model.plan.left_out}
+    assert ("attention.out_proj" in reasons) == (method == "eva")
+
+
+def test_a_computed_weight_that_is_named_is_an_error():
+    config = LoraConfig(r=2, target_modules=["normed"])
+    with pytest.raises(TypeError, match=r"'normed': its weight is computed"):
+        get_peft_model(Attention(), config)
