@@ -115,8 +115,9 @@ def test_a_value_of_another_type_is_named_and_the_page_is_drawn(
     runs = tmp_path / "runs"
     shutil.copytree(whole, runs)
     count = 0
-    for path in PATHS[file]:
-        for value in ODD if file != "spectra.json" else ODD[::3]:
+    step = {"result.json": 4, "spectra.json": 3}.get(file, 1)  # to save time
+    for number, path in enumerate(PATHS[file]):
+        for value in ODD[number % step :: step]:
             folder = harmed(whole, runs, f"run-{count}")
             if file == "spectra.json":  # it is read of one run an arm
                 harm(folder, "result.json", ("config", "init", "niter"), count)
@@ -149,7 +150,7 @@ def test_a_damaged_file_is_named_and_the_page_is_drawn(whole, tmp_path, monkeypa
 def test_hundreds_of_runs_and_one_huge_number(whole, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     shutil.copytree(whole, runs)
-    for number in range(300):
+    for number in range(200):
         harmed(whole, runs, f"run-{number}")
     harm(runs / "run-7", "result.json", "score", 10**400)
     told = check(runs, tmp_path / "report", monkeypatch)
