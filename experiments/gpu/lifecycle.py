@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from experiments.gpu.specimens import PACKED
 from lora_init import LoraModel
 from lora_init.layers import LoraLayer
 from lora_init.modules import oriented_weight
@@ -20,6 +23,22 @@ FLOAT32_TOLERANCE = 2e-6
 UNLOAD_TOLERANCE = 1e-6
 MERGE_FACTOR, DISABLE_FACTOR = 9, 3
 PACKED_MERGE = 0.4  # a merge quantizes the weight again
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Float32 convolutions with all bits. cuDNN rounds their factors to TF32 unless told not to."""
+    cudnn = torch.backends.cudnn
+    if hasattr(getattr(cudnn, "conv", None), "fp32_precision"):  # since torch 2.9
+        owner, name, exact = cudnn.conv, "fp32_precision", "ieee"
+    else:
+        owner, name, exact = cudnn, "allow_tf32", False
+    before = getattr(owner, name)
+    setattr(owner, name, exact)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 @dataclass(frozen=True)
@@ -48,8 +67,7 @@ def lived(model: LoraModel, base: nn.Module, x: Tensor, *, keeps_output: bool) -
     names = list(model.layers)
     dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
     epsilon = FLOAT32_TOLERANCE if dtype == torch.float32 else torch.finfo(dtype).eps
-    packed = any(layer.module_type.startswith("Linear") and layer.module_type != "Linear"
-                 for layer in model.layers.values())  # fmt: skip
+    packed = any(layer.module_type in PACKED for layer in model.layers.values())
     ratios = {name: ratio(model.layers[name], base.get_submodule(name)) for name in names}
     largest = max(ratios.values())
     with torch.no_grad():

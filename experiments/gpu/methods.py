@@ -66,7 +66,7 @@ def run(task: Task) -> None:
     exact = exactness.Exact(model.get_submodule(sampled).weight)
     subject = Subject(model, shape, sampled, exact)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for method in methods():
+    for method in methods()[:6] if task.small else methods():
         if not task.affords(method, 5):
             continue
         with task.guarded(method):
@@ -145,9 +145,7 @@ def adapt(
 ) -> LoraModel:
     method = SPELLED.get(method, method)
     config = LoraConfig(r=rank, target_modules=names, init_lora_weights=method)
-    return get_peft_model(
-        subject.model, config, calibration=found, keep_original=True, cache=False
-    )
+    return get_peft_model(subject.model, config, calibration=found, keep_original=True, cache=False)
 
 
 def statistics(task: Task, subject: Subject, method: str, blocks: int) -> Calibration | None:
@@ -202,10 +200,14 @@ def quality(
         epsilon = torch.finfo(x.dtype).eps
         ratio = max(1.0, float(exactness.product(layer).norm() / subject.exact.weight.norm()))
         if not figures["step_0"] <= epsilon * ratio:
-            task.record.refute(f"{method} r={layer.rank}: step 0 differs by {figures['step_0']:.1e}")
+            task.record.refute(
+                f"{method} r={layer.rank}: step 0 differs by {figures['step_0']:.1e}"
+            )
     if spec.base == "replace":
         (row,) = [row for row in model.init_report().layers if row.name == subject.sampled]
         figures["error"], plain = row.error, row.details.get("error_without_adapter")
         if plain is not None and not row.error < plain:
-            task.record.refute(f"{method} r={layer.rank}: error {row.error:.3g}, without {plain:.3g}")
+            task.record.refute(
+                f"{method} r={layer.rank}: error {row.error:.3g}, without {plain:.3g}"
+            )
     return figures

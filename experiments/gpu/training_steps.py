@@ -32,9 +32,7 @@ PEERS = {"PEFT LoRA": False, "PEFT DoRA": True}
 
 
 def run(task: Task) -> None:
-    shape, blocks, rows, length = (
-        (TINY, 1, 2, 16) if task.small else (LLAMA_2_7B, 4, 4, 2048)
-    )
+    shape, blocks, rows, length = (TINY, 1, 2, 16) if task.small else (LLAMA_2_7B, 4, 4, 2048)
     base = llama(shape, blocks, task.device, spectra=False)
     names = targets(blocks)
     (batch,) = token_batches(shape, 1, rows, length, task.device)
