@@ -47,7 +47,7 @@ def run(task: Task) -> None:
         every_method(task, Specimen("Linear", FLOAT32, 400), width, placements=("device",))
     for name, check in minis.CHECKS.items():
         if task.affords(name, 2):
-            with task.guarded(name):
+            with task.guarded(name, refutes=True):
                 minis.record(task, name, check)
     task.record.note("float32 convolutions are compared with TF32 switched off")
     with exact_convolutions():
@@ -77,7 +77,7 @@ def every_method(
         if not task.affords(name, 15 if specimen.width > 1000 else 3):
             return
         use_dora = specimen.kind != "Linear" and number % 2 == 1
-        with task.guarded(name):
+        with task.guarded(name, refutes=True):
             figures = compared(task, spec, specimen, placements, use_dora)
             if specimen.width == width:
                 figures |= vars(life(task, spec, specimen, number % 2 == 1))

@@ -64,6 +64,7 @@ class Work:
     quantized: int = 0
 
 
+# Counted for pissa, milora, loftq, eva, corda and lora_null; by analogy for the others.
 METHODS: dict[str, Work] = {
     "kaiming": Work(copies=0),
     "gaussian": Work(copies=0),
@@ -84,6 +85,22 @@ METHODS: dict[str, Work] = {
         width=8, qr=34, eigh=7, solves=17, factors=2, stacked=False, inputs=True, copies=24
     ),
     "lora_ga": Work(products=24, qr=20, eigh=4, stacked=False),
+    "qera": Work(products=54, qr=15, eigh=3, stacked=False, copies=60, quantized=1),
+    "gora": Work(products=2, copies=20, stacked=False),
+    "loram": Work(products=1, copies=14, draws=False),
+    "matched_norm": Work(products=18, qr=21, eigh=3, stacked=False),
+    "random_bases": Work(products=18, qr=21, eigh=3, stacked=False),
+}
+METHODS |= {
+    other: METHODS[method]
+    for method, others in {
+        "kaiming": ("init_ab", "init_ab_subtracted", "random"),
+        "milora": ("mica",),
+        "loftq": ("qpissa",),
+        "lora_null": ("lora_null_frozen",),
+        "lora_ga": ("lora_one",),
+    }.items()
+    for other in others
 }
 
 

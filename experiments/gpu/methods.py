@@ -7,6 +7,8 @@ model are scaled from the blocks that were measured.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +93,9 @@ def once(
     task: Task, subject: Subject, method: str, rank: int, found: Calibration | None
 ) -> dict[str, Any]:
     """One block: first watched, which also loads kernels; then timed undisturbed and judged."""
-    with timed_phases(task.device) as phases, counted_synchronizations() as waits:
-        model = adapt(subject, method, rank, targets(1), fresh(found))
-    inject = spent(model)["inject"]
-    model.unload()
+    start = adapted(subject, method, rank, targets(1), fresh(found))
+    with timed_phases(task.device) as phases, counted_synchronizations() as waits, start as model:
+        inject = spent(model)["inject"]
     figures, judged = measured(task, subject, method, rank, 1, found, judge=True)
     return task.record.row(
         f"{method} r={rank}",
@@ -119,9 +120,12 @@ def measured(
     """Seconds and peak memory of one call, also scaled to the whole model; then its quality."""
     given = fresh(found)
     watch = peak_watch(task.device)
-    call, model = timed(lambda: adapt(subject, method, rank, targets(blocks), given), task.device)
-    peak = watch.rise() / 2**30
-    taken = spent(model)
+    with ExitStack() as stack:
+        start = adapted(subject, method, rank, targets(blocks), given)
+        call, model = timed(lambda: stack.enter_context(start), task.device)
+        peak = watch.rise() / 2**30
+        taken = spent(model)
+        judged = quality(task, subject, method, model, found) if judge else {}
     seconds = taken["allocation"] + taken["initialize"] + taken["inject"]
     figures = {
         "blocks": blocks,
@@ -130,8 +134,6 @@ def measured(
         "model_seconds": subject.shape.blocks / blocks * seconds,
         "peak_gib": peak,
     }
-    judged = quality(task, subject, method, model, found) if judge else {}
-    model.unload()
     return figures, judged
 
 
@@ -140,12 +142,20 @@ def spent(model: LoraModel) -> dict[str, float]:
     return model._report.seconds
 
 
-def adapt(
+@contextmanager
+def adapted(
     subject: Subject, method: str, rank: int, names: list[str], found: Calibration | None
-) -> LoraModel:
-    method = SPELLED.get(method, method)
-    config = LoraConfig(r=rank, target_modules=names, init_lora_weights=method)
-    return get_peft_model(subject.model, config, calibration=found, keep_original=True, cache=False)
+) -> Iterator[LoraModel]:
+    """The model with the adapter, which is removed again whatever happens inside."""
+    settings = SPELLED.get(method, method)
+    config = LoraConfig(r=rank, target_modules=names, init_lora_weights=settings)
+    model = get_peft_model(
+        subject.model, config, calibration=found, keep_original=True, cache=False
+    )
+    try:
+        yield model
+    finally:
+        model.unload()
 
 
 def statistics(task: Task, subject: Subject, method: str, blocks: int) -> Calibration | None:

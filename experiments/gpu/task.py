@@ -46,12 +46,18 @@ class Task:
         return False
 
     @contextmanager
-    def guarded(self, name: str) -> Iterator[None]:
-        """Record an exception as a failed row and continue."""
+    def guarded(self, name: str, *, refutes: bool = False) -> Iterator[None]:
+        """Record an exception as a failed row and continue.
+
+        Args:
+            refutes: the exception is a wrong result, because the CPU raises none.
+        """
         try:
             yield
         except Exception as error:
             self.record.row(name, failed=brief(error))
+            if refutes:
+                self.record.refute(f"{name}: {brief(error)}")
 
     def free(self) -> None:
         """Give back the memory of the last measurement, on a device that needs it."""

@@ -176,6 +176,12 @@ def test_an_exception_is_a_failed_row_and_the_next_row_follows(task):
     assert task.record.rows[1] == {"name": "second", "ms": 1.0}
 
 
+def test_a_method_that_raises_on_the_device_is_a_wrong_result(task):
+    with task.guarded("pissa", refutes=True):
+        raise RuntimeError("no kernel")
+    assert "pissa" in task.record.wrong[0]
+
+
 def test_an_exception_of_a_part_is_recorded(tmp_path, monkeypatch):
     def run(task):
         task.record.row("first", ms=1.0)
@@ -204,8 +210,11 @@ def test_the_documented_expectations_are_the_computed_ones():
     assert expected.table() in (ROOT / "docs" / "gpu.md").read_text()
 
 
+def test_every_method_has_an_expectation():
+    assert {spec.name for spec in list_initializers()} <= set(expected.METHODS)
+
+
 def test_make_gpu_installs_nothing():
-    done = subprocess.run(
-        ["make", "-n", "gpu", "PYTHON=python3"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = ["make", "-n", "gpu", "PYTHON=python3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["python3", "-m", "experiments.gpu"]
