@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = settings.output or Path("outputs/gpu") / device_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     records = run_parts(parts, folder, settings.small, settings.seconds)
-    report.write(folder, records)
-    report.print_table(records)
+    report.write(folder, records, settings.small)
+    report.print_table(records, settings.small)
     say(f"wrote {folder / 'report.md'} and {folder / 'report.json'}")
     return 1 if report.wrong_results(records) else 0
 

@@ -68,8 +68,8 @@ GOALS = (
 )  # fmt: skip
 
 
-def verdicts(records: Records) -> list[dict[str, object]]:
-    """Each goal with the figure that was found and whether it is met."""
+def verdicts(records: Records, small: bool = False) -> list[dict[str, object]]:
+    """Each goal, the figure that was found, and whether it is met. The small form judges none."""
     made = []
     for goal in GOALS:
         found = goal.figure(records)
@@ -78,7 +78,7 @@ def verdicts(records: Records) -> list[dict[str, object]]:
                 "goal": goal.name,
                 "wanted": f"{'at least' if goal.least else 'at most'} {goal.limit:g} {goal.unit}",
                 "found": found,
-                "met": None if found is None else goal.met(found),
+                "met": None if found is None or small else goal.met(found),
             }
         )
     return made

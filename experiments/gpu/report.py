@@ -15,22 +15,24 @@ from experiments.gpu.goals import verdicts
 from experiments.gpu.parts import PARTS
 from experiments.gpu.record import Record
 
-ANSWER = {True: "yes", False: "NO", None: "not measured"}
+SMALL = "This is the small form: its times mean nothing."
+ANSWER = {True: "yes", False: "NO", None: "not judged"}
 
 
 def wrong_results(records: dict[str, Record]) -> list[str]:
     return [f"{name}: {text}" for name, record in records.items() for text in record.wrong]
 
 
-def write(folder: Path, records: dict[str, Record]) -> None:
+def write(folder: Path, records: dict[str, Record], small: bool = False) -> None:
     """Write report.json and report.md; each appears whole."""
     with_expectations(records)
     whole = {
-        "goals": verdicts(records),
+        "small": small,
+        "goals": verdicts(records, small),
         "wrong": wrong_results(records),
         "parts": {name: record.to_dict() for name, record in records.items()},
     }
-    for name, text in (("json", json.dumps(whole, indent=1)), ("md", page(records))):
+    for name, text in (("json", json.dumps(whole, indent=1)), ("md", page(records, small))):
         temporary = folder / f"report.{name}.tmp"
         temporary.write_text(text)
         os.replace(temporary, folder / f"report.{name}")
@@ -44,12 +46,13 @@ def with_expectations(records: dict[str, Record]) -> None:
             row["expected_seconds"] = expected_seconds(method, int(rank))
 
 
-def page(records: dict[str, Record]) -> str:
+def page(records: dict[str, Record], small: bool = False) -> str:
     """The Markdown page."""
     lines = ["# lora_init on a GPU", ""]
+    lines += [SMALL, ""] if small else []
     wrong = wrong_results(records)
     lines += ["Wrong results:", "", *(f"- {text}" for text in wrong), ""] if wrong else []
-    lines += ["## Goals", "", *markdown(verdicts(records)), "", "## Parts", ""]
+    lines += ["## Goals", "", *markdown(verdicts(records, small)), "", "## Parts", ""]
     lines += [*markdown(part_rows(records)), ""]
     for part in PARTS:
         record = records.get(part.name)
@@ -115,9 +118,9 @@ def shown(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-def print_table(records: dict[str, Record], console: rich.console.Console | None = None) -> None:
+def print_table(records: dict[str, Record], small: bool = False) -> None:
     """Parts and goals, on one screen."""
-    table = Table(title="lora_init on a GPU", show_lines=False)
+    table = Table(title="lora_init on a GPU", caption=SMALL if small else None)
     for column in ("what", "result", "seconds", "remarks"):
         table.add_column(column, overflow="fold")
     for row in part_rows(records):
@@ -131,12 +134,12 @@ def print_table(records: dict[str, Record], console: rich.console.Console | None
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         table.add_row(row["part"], row["status"], seconds, "; ".join(filter(None, remarks)))
     table.add_section()
-    for goal in verdicts(records):
+    for goal in verdicts(records, small):
         found = "" if goal["found"] is None else f"found {shown(goal['found'])}"
         table.add_row(
             goal["goal"], ANSWER[goal["met"]], "", f"{goal['wanted']}; {found}".strip("; ")
         )
-    console = console or rich.get_console()
+    console = rich.get_console()
     console.print(table, markup=False)
     for text in wrong_results(records):
         console.print(f"WRONG: {text}", style="red", markup=False, highlight=False)

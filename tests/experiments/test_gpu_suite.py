@@ -61,6 +61,15 @@ def test_the_report_has_every_part_and_goal(records, tmp_path):
         assert goal["goal"] in page
 
 
+def test_goals_are_judged_in_the_full_form_only():
+    record = Record("methods", rows=[{"name": "pissa r=16", "model_seconds": 3.0}])
+    for small, met in ((False, False), (True, None)):
+        (goal,) = [
+            one for one in verdicts({"methods": record}, small) if "r=16" in one["goal"]
+        ]
+        assert (goal["found"], goal["met"]) == (3.0, met)
+
+
 def test_a_part_runs_in_a_process_without_optional_packages(tmp_path, monkeypatch):
     for package in OPTIONAL:
         (tmp_path / f"{package}.py").write_text("raise ModuleNotFoundError(__name__)")
