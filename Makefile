@@ -16,11 +16,12 @@ PYTEST ?=
 # Torch's threads spin while they wait; beside any other busy process that costs ten times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help compare benchmark papers test test-all test-papers fuzz lint clean
+.PHONY: help compare benchmark gpu papers test test-all test-papers fuzz lint clean
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
 	@echo "make benchmark lora_init beside PEFT and torch.linalg: initializers, calibration, memory"
+	@echo "make gpu       checks and measurements on a GPU, eight minutes; installs nothing"
 	@echo "make papers    published claims measured again, then docs/papers"
 	@echo "make test      the tests"
 	@echo "make test-all  the same, with every member of their products"
@@ -35,6 +36,10 @@ compare: $(STAMP)
 
 benchmark: $(STAMP)
 	$(BIN)/python -m experiments.benchmark outputs=$(OUTPUTS) $(OVERRIDES)
+
+# In the Python that is there (PYTHON=...): a machine with a GPU has its own torch.
+gpu:
+	$(PYTHON) -m experiments.gpu $(OVERRIDES)
 
 papers: $(STAMP)
 	$(BIN)/python -m experiments.papers output=$(OUTPUTS)/papers page=docs/papers $(OVERRIDES)

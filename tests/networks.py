@@ -7,7 +7,7 @@ import copy
 import functools
 from typing import NamedTuple
 
-import bitsandbytes
+import pytest
 import torch
 from models import Batches, spread_weight
 from torch import nn
@@ -53,9 +53,11 @@ def linear(kind, weight, bias=None, **settings):
         module = Conv1D(rows, columns)
         weight = weight.T
     elif kind == "Linear4bit":
+        bitsandbytes = pytest.importorskip("bitsandbytes")
         settings = {"quant_type": "nf4", "compress_statistics": True} | settings
         module = bitsandbytes.nn.Linear4bit(columns, rows, bias=with_bias, **settings)
     else:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
         settings = {"has_fp16_weights": False} | settings
         module = bitsandbytes.nn.Linear8bitLt(columns, rows, bias=with_bias, **settings)
     with torch.no_grad():

@@ -2,8 +2,8 @@
 
 import copy
 
+import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 from lora_init.packed import is_packed, keep_plain
@@ -28,7 +28,7 @@ def on_device(model, device):
     """
     model.to(device)
     for module in model.modules():
-        if isinstance(module, Linear8bitLt) and module.weight.CB is not None:
+        if type(module).__name__ == "Linear8bitLt" and module.weight.CB is not None:
             weight = module.weight
             weight.CB, weight.SCB = weight.data, weight.SCB.to(device)
     return model
@@ -42,15 +42,16 @@ def packed(model, kind, skip=("lm_head", "classifier")):
             which rounds their scales on some CPUs.
         skip: last parts of the names of layers that stay as they are.
     """
+    modules = pytest.importorskip("bitsandbytes.nn")
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or path.rpartition(".")[2] in skip:
             continue
         sizes, bias = (module.in_features, module.out_features), module.bias is not None
         if kind == "int8":
-            new = Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
+            new = modules.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
         else:
             name, *double = kind.split()
-            new = Linear4bit(
+            new = modules.Linear4bit(
                 *sizes, bias=bias, compute_dtype=torch.float32, quant_type=name,
                 compress_statistics=bool(double),
             )  # fmt: skip
