@@ -80,7 +80,8 @@ def over_cores(
         return
     # Longest first, so that no core is left with a long one at the end.
     small.sort(key=lambda pair: -pair[0])
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threaded = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    with full_precision(), threaded as pool:
         futures = [pool.submit(_plainly, work, item) for _, item in small]
         try:
             for future in as_completed(futures):

@@ -6,7 +6,6 @@ and reduced float32 products (TF32 on a GPU, bfloat16 on some CPUs) would round 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,44 +29,25 @@ def without_autocast() -> Iterator[None]:
 def full_precision() -> Iterator[None]:
     """Products in the dtype of their factors, float32 ones with all of their bits.
 
-    Not for the forward and backward pass of training, where the user decides.
+    Not for the forward and backward pass of training, where the user decides. torch has these
+    settings for the whole process. Nothing is set, and nothing restored, where they are exact
+    already: work that is shared out to threads enters this context before the threads do.
     """
     with without_autocast():
         if torch.compiler.is_compiling():
             yield
             return
-        _float32.enter()
+        reduced = _reduced_products()
         try:
+            for owner, name, _ in reduced:
+                setattr(owner, name, "ieee" if name == "fp32_precision" else False)
             yield
         finally:
-            _float32.leave()
+            for owner, name, value in reduced:
+                setattr(owner, name, value)
 
 
-class _Float32Products:
-    """The process-wide settings of float32 products, exact while any thread is inside."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before: list[tuple[Any, str, Any]] = []
-
-    def enter(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = _settings()
-                for owner, name, _ in self._before:
-                    setattr(owner, name, "ieee" if name == "fp32_precision" else False)
-            self._inside += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                for owner, name, value in self._before:
-                    setattr(owner, name, value)
-
-
-def _settings() -> list[tuple[Any, str, Any]]:
+def _reduced_products() -> list[tuple[Any, str, Any]]:
     """Owner, name and value of each setting that reduces float32 products now."""
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
@@ -75,6 +55,3 @@ def _settings() -> list[tuple[Any, str, Any]]:
     else:
         found = [(backends[0], "allow_tf32", backends[0].allow_tf32)]
     return [setting for setting in found if setting[2] not in ("ieee", False)]
-
-
-_float32 = _Float32Products()

@@ -1,6 +1,7 @@
 """Autocast around an initialization, a merge or a way back changes no number of ours."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -123,12 +124,38 @@ def test_linear_algebra_by_itself_is_exact(function, reduced_products):
     assert products.settings <= {("ieee", "ieee")}
 
 
-def test_settings_return_when_the_last_thread_leaves(reduced_products):
-    first, second = full_precision(), full_precision()
-    with first:
-        second.__enter__()
-    assert rounding_of_products() == ("ieee", "ieee")  # the second is still inside
-    second.__exit__(None, None, None)
+def test_threads_that_share_the_work_are_exact_until_the_last_one_is_done(
+    reduced_products, monkeypatch
+):
+    monkeypatch.setattr(concurrency, "POOLED", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        settings = list(
+            concurrency.over_cores(
+                lambda seconds: (time.sleep(seconds), rounding_of_products())[1],
+                [0.0, 0.01, 0.05],
+                lambda item: 100,
+            )
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert settings == [("ieee", "ieee")] * 3
+    assert rounding_of_products() == reduced_products
+
+
+def test_an_error_restores_the_users_setting(reduced_products):
+    inside = []
+
+    @full_precision()
+    def interrupted():
+        with full_precision():
+            inside.append(rounding_of_products())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert inside == [("ieee", "ieee")]
     assert rounding_of_products() == reduced_products
 
 
