@@ -155,7 +155,8 @@ def life(spec, case, use_dora, model_on, device, folder):
     station("unmerged")
 
     state = model.state_dict()
-    assert {place(value) for value in state.values()} == {model_on}
+    tensors = [value for name, value in state.items() if not name.endswith("_extra_state")]
+    assert {place(value) for value in tensors} == {model_on}  # the other names the start
     seen |= {f"state.{name}": value for name, value in on_cpu(state).items()}
     model.save_pretrained(folder)
     loaded = LoraModel.from_pretrained(
