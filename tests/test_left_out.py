@@ -125,7 +125,7 @@ class Mixed(nn.Module):
         (Quantized(), {"odd"}),
         (Quantized(sizes=False), {"odd.qweight"}),
         (Shifted(16, 16), {"odd"}),
-        (nn.MultiheadAttention(16, 2), {"odd.in_proj_weight", "odd.out_proj"}),
+        (nn.MultiheadAttention(16, 2), {"odd.in_proj_weight"}),
         (nn.Bilinear(4, 4, 8), {"odd.weight"}),
         (nn.LSTM(16, 8), {"odd.weight_ih_l0", "odd.weight_hh_l0"}),
         (nn.Linear(16, 4), set()),
