@@ -30,20 +30,16 @@ class Given:
             }
 
     def part(self, layer: str, part: str, own: Tensor) -> Tensor:
-        return self._value(f"{self._plain(layer)}.{part}", own)
+        return self._value(f"{self.names[layer]}.{part}", own)
 
     def trained(self, module: str, key: str, own: Tensor) -> Tensor:
-        return self._value(f"{self._plain(module)}.trained_module.{key}", own)
+        return self._value(f"{self.names[module]}.trained_module.{key}", own)
 
     def bias(self, name: str, own: Tensor) -> Tensor:
         module, _, last = name.rpartition(".")
-        plain = f"{self._plain(module)}.{last}".removeprefix(".")
-        inside = f"{self._plain(module)}.base_layer.{last}"
+        plain = f"{self.names[module]}.{last}".removeprefix(".")
+        inside = f"{self.names[module]}.base_layer.{last}"
         return self._value(inside if self.state and inside in self.state else plain, own)
-
-    def _plain(self, name: str) -> str:
-        """A module's name without wrappers; those that came after injection are not in it."""
-        return self.names.get(name, name)
 
     def _value(self, key: str, own: Tensor) -> Tensor:
         if self.state is None:

@@ -50,9 +50,16 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS[:3])
 
 
-def plain_names(model: nn.Module) -> dict[str, str]:
+class PlainNames(dict[str, str]):
+    """Names without wrappers, by the names with them."""
+
+    def __missing__(self, name: str) -> str:
+        return name  # from before the model was wrapped
+
+
+def plain_names(model: nn.Module) -> PlainNames:
     """Every module's name as if no wrapper were in the model, by its name."""
-    plain = {"": ""}
+    plain = PlainNames({"": ""})
     for name, _ in model.named_modules(remove_duplicate=False):
         if not name:
             continue
