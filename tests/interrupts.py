@@ -8,6 +8,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+import torch
+
 import lora_init
 
 PACKAGE = str(Path(lora_init.__file__).parent)
@@ -54,8 +56,12 @@ def interrupted_at(number, error=KeyboardInterrupt):
     Yields the `Lines`, whose `where` stays None if the block executed fewer lines.
     """
     lines = Lines(number, error)
+    # A tracer may raise between a `with` block and its end, where no signal is handled: torch's
+    # no_grad would then stay on.
+    enabled = torch.is_grad_enabled()
     with contextlib.suppress(error), traced(lines):
         yield lines
+    torch.set_grad_enabled(enabled)
 
 
 def sample_interrupts(make, operation, check, points=40, error=KeyboardInterrupt, finish=None):
