@@ -79,7 +79,7 @@ def optimizer_of(model, name="sgd"):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "sgd":
         return torch.optim.SGD(trainable, lr=0.02, momentum=0.9)
-    return torch.optim.AdamW(trainable, lr=1e-3)
+    return torch.optim.AdamW(trainable, lr=8e-4)
 
 
 def optimize(model, batches, optimizer=None, backward=torch.Tensor.backward):
