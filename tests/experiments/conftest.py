@@ -50,6 +50,12 @@ def composition(config: str, overrides: tuple[str, ...]):
         return compose(config, overrides=list(overrides))
 
 
+@pytest.fixture(scope="session")
+def whole_composition():
+    """What Hydra makes of a primary configuration and overrides: `composition(name, overrides)`."""
+    return composition
+
+
 @functools.cache
 def parsed(override: str):
     return OverridesParser.create().parse_override(override)

@@ -61,10 +61,8 @@ CUT_SHORT = {"missing", "cut", "half", "empty"}
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory, tiny_encoder, reviews_csv):
+def pristine(tmp_path_factory, tiny_encoder, reviews_csv, whole_composition):
     """A run that was broken off after its second step, and its configuration."""
-    from conftest import composition
-
     from experiments.config import resolve
 
     outputs = tmp_path_factory.mktemp("pristine")
@@ -74,7 +72,7 @@ def pristine(tmp_path_factory, tiny_encoder, reviews_csv):
         "training.steps=3", "training.batch_size=4", "lora.r=2", "runtime.device=cpu",
         "runtime.checkpoint_every=1", f"paths.outputs={outputs}", "init=pissa", *UNMEASURED,
     )  # fmt: skip
-    run = resolve(composition("train", overrides))
+    run = resolve(whole_composition("train", overrides))
     backward, steps = training.backward, iter(range(2))
 
     def interrupted(*arguments):

@@ -63,10 +63,8 @@ def changed(run: RunConfig, setting: str, value) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def plain() -> RunConfig:
-    from conftest import composition
-
-    return resolve(composition("train", ()))
+def plain(whole_composition) -> RunConfig:
+    return resolve(whole_composition("train", ()))
 
 
 @pytest.mark.parametrize(("setting", "value"), WRONG)
