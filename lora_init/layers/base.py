@@ -119,13 +119,13 @@ class LoraLayer(nn.Module):
             )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LoraLayer:
-        """Move or convert; DoRA's constants stay float32, because 16 bits overflow and round."""
+        """Move or convert; DoRA's constants are at least float32: 16 bits overflow and round."""
         before = {name: getattr(self, name) for name in CONSTANTS}
         super()._apply(fn, recurse)
         for name, wide in before.items():
             now = getattr(self, name)
-            if now is not None and now.dtype.itemsize < wide.dtype.itemsize:
-                setattr(self, name, wide.to(now.device))
+            if now is not None and now.dtype.itemsize < 4:
+                setattr(self, name, wide.to(now.device, torch.float32))
         return self
 
     @property
