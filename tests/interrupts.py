@@ -59,9 +59,23 @@ def interrupted_at(number, error=KeyboardInterrupt):
     # A tracer may raise between a `with` block and its end, where no signal is handled: torch's
     # no_grad would then stay on.
     enabled = torch.is_grad_enabled()
-    with contextlib.suppress(error), traced(lines):
-        yield lines
-    torch.set_grad_enabled(enabled)
+    try:
+        with traced(lines):
+            yield lines
+    except BaseException as raised:
+        if not _comes_from(raised, error):
+            raise
+    finally:
+        torch.set_grad_enabled(enabled)
+
+
+def _comes_from(raised, error):
+    """Whether it is the interrupt, or an error made of it: a pattern may take all memory."""
+    while raised is not None:
+        if isinstance(raised, error) and "interrupted at line" in str(raised):
+            return True
+        raised = raised.__cause__ or raised.__context__
+    return False
 
 
 def sample_interrupts(make, operation, check, points=40, error=KeyboardInterrupt, finish=None):

@@ -84,10 +84,11 @@ def followed(
 def _check_selection(contents: Contents, theirs: LoraConfig, plan: Plan) -> None:
     if theirs.target_modules is None:
         return
+    failure = None
     try:
         chosen = select(contents.base, theirs, plan.modules_to_save).names
-    except ValueError:
-        chosen = ()
+    except ValueError as error:
+        chosen, failure = (), error
     wanted = [target.name for target in plan.targets]
     if set(chosen) != set(wanted):
         differing = sorted(set(chosen) ^ set(wanted))
@@ -95,7 +96,7 @@ def _check_selection(contents: Contents, theirs: LoraConfig, plan: Plan) -> None
             f"target_modules={theirs.target_modules!r} (with {', '.join(SELECTION[1:])}) in "
             f"adapter_config.json contradicts the adapter, which has other layers: they differ in "
             f"{listed(differing)}. Put the field back"
-        )
+        ) from failure
 
 
 def _check_modules_to_save(values: Mapping[str, Any], plan: Plan) -> None:
