@@ -72,6 +72,13 @@ class Contents:
             modules_to_save: full names; None leaves it to the configuration's rule.
         """
         names = self.layers
+        modules = dict(self.base.named_modules())
+        for name in modules_to_save or ():
+            if name not in modules:
+                raise ValueError(
+                    f"the adapter trains a module {name!r} whole, which {type(self.base).__name__} "
+                    "does not have. Load the base model it was trained on"
+                )
         config = self._with_base_names(config)
         by_name = dataclasses.replace(
             config,
