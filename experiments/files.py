@@ -69,12 +69,29 @@ def read_object(path: Path, *, links: bool = True) -> dict[str, Any]:
 
 
 def as_object(text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its lists and objects are nested too deeply") from error
+    value = as_value(text)
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def as_value(text: bytes) -> Any:
+    """The JSON value of a text.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+        ValueError: it is nested too deeply, or half of a surrogate pair stands alone in a string:
+            such a string cannot be written to any file.
+    """
+    try:
+        value = json.loads(text)
+        if b"\\u" in text or b"\xed" in text:  # how a surrogate is written
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("its lists and objects are nested too deeply") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"it holds half of a surrogate pair, {half!r}") from error
     return value
 
 

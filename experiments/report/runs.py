@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.files import read_object, read_regular
+from experiments.files import as_value, read_object, read_regular
 
 from .validation import Gaps, clean_layers, clean_metrics, clean_result
 
@@ -111,17 +111,14 @@ read_json = read_object
 def read_lines(path: Path) -> list[Any]:
     """Values of a JSONL file. A last line cut short by a kill is not an error."""
     lines = [line for line in read_regular(path).split(b"\n") if line.strip()]
+    try:  # one call for the whole file takes half the time of one for each line
+        return as_value(b"[" + b",".join(lines) + b"]")
+    except json.JSONDecodeError:
+        rows = [as_value(line) for line in lines[:-1]]
     try:
-        try:  # one call for the whole file takes half the time of one for each line
-            return json.loads(b"[" + b",".join(lines) + b"]")
-        except json.JSONDecodeError:
-            rows = [json.loads(line) for line in lines[:-1]]
-        try:
-            return [*rows, json.loads(lines[-1])]
-        except json.JSONDecodeError:
-            return rows
-    except RecursionError as error:
-        raise ValueError("its lists and objects are nested too deeply") from error
+        return [*rows, as_value(lines[-1])]
+    except json.JSONDecodeError:
+        return rows
 
 
 def read_predictions(folder: Path, score: float) -> tuple[np.ndarray, np.ndarray]:

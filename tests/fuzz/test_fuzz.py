@@ -16,3 +16,17 @@ def test_damage_is_refused_or_harmless(kind):
     assert not any(counts[fault] for fault in FAULTS), "\n" + report(tallies)
     assert counts["refused"]
     assert counts["accepted and equal"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("adapter", 1310),  # our header is gone: PEFT's file, of twice the rank
+        ("adapter with a quantized base", 188),  # a module's name is no regular expression
+        ("finished run", 82),  # half of a surrogate pair
+        ("finished run", 359),
+    ],
+)
+def test_what_a_campaign_found(kind, number):
+    tallies = campaign([kind], 1, processes=1, seconds=240, only=number)
+    assert not tallies[kind].faults
