@@ -5,7 +5,7 @@ in two that meet, seldom in three: `make test` runs members in which all of thes
 `make test-all` every one.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import combinations
 
 import pytest
@@ -39,3 +39,9 @@ def every_pair(parameters: list, count: int) -> list:
         parameters,
         *(lambda *v, i=i, j=j: (str(v[i]), str(v[j])) for i, j in combinations(range(count), 2)),
     )
+
+
+def chosen(parameters: Iterable, *ids: Hashable) -> list:
+    """`parameters` with those marked `exhaustive` whose values are not among `ids`."""
+    rest = pytest.mark.exhaustive
+    return [pytest.param(p, marks=() if p in ids else rest) for p in parameters]

@@ -78,7 +78,7 @@ def combinations():
 COMBINATIONS = list(combinations())
 # The scope lets all tests of one combination follow each other: they share a start.
 every_combination = pytest.mark.parametrize(
-    ("method", "case", "variant"), COMBINATIONS, scope="module"
+    ("method", "case", "variant"), every_pair(COMBINATIONS, 3), scope="module"
 )
 # Without two of the scalings that the factors and the files are tested at: what is undone or folded
 # in is s B A, whatever s is.

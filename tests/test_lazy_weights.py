@@ -519,6 +519,7 @@ def large_checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's high-water mark"
 )

@@ -52,6 +52,14 @@ def commands(block):
 
 
 COMMANDS = [commands(block) for block in blocks("bash")]
+LONG = ("experiments.papers", "sweep_protocol")
+"""Each has tests of its own, in a smaller form."""
+
+
+def block_of(number):
+    first = COMMANDS[number][0]
+    long = any(word in first for word in LONG)
+    return pytest.param(number, id=first[:60], marks=pytest.mark.exhaustive if long else ())
 
 
 def reduced(command, outputs):
@@ -139,7 +147,7 @@ def no_charts(summarizer, views, majority, metric, diverged):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(len(COMMANDS)), ids=lambda n: COMMANDS[n][0][:60])
+@pytest.mark.parametrize("block", map(block_of, range(len(COMMANDS))))
 def test_every_command_works(block, run, tmp_path, monkeypatch):
     """Those of a block in their order: a report needs the sweep above it."""
     monkeypatch.setenv("MODEL", str(MINILM))

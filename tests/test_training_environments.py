@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from models import VOCABULARY, bert, gpt2, llama, token_batches
+from products import chosen
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -356,7 +357,9 @@ def test_trainer_refuses_a_four_bit_base_without_an_adapter(four_bits, tmp_path)
 # -- torch.compile ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["edited", "kept tied", "in the forward pass", "dora"])
+@pytest.mark.parametrize(
+    "case", chosen(["edited", "kept tied", "in the forward pass", "dora"], "edited", "dora")
+)
 def test_compiled_is_eager(case, pytestconfig):
     """One graph, the same output and gradients, and another graph when the adapter is switched."""
     if pytestconfig.getoption("--check-shapes"):

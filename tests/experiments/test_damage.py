@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from products import thinned
 
 from experiments import training
 from experiments.checkpoints import Checkpoints, read_checkpoint
@@ -330,8 +331,18 @@ def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch,
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, nowhere], ids=["folder", "pipe", "link"])
-@pytest.mark.parametrize("name", ["run", "sweeps/default/.lock", "sweeps/default/.at_work"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    thinned(
+        [
+            pytest.param(name, make, id=f"{name}-{kind}")
+            for name in ("run", "sweeps/default/.lock", "sweeps/default/.at_work")
+            for kind, make in (("folder", Path.mkdir), ("pipe", os.mkfifo), ("link", nowhere))
+        ],
+        lambda name, make: name,
+        lambda name, make: make,
+    ),
+)
 def test_a_lock_that_is_no_file_is_refused(command, configured, tiny, tmp_path, name, make):
     path = tmp_path / "outputs" / name
     if name == "run":

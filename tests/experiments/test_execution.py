@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from products import chosen
 
 from experiments import execution
 from experiments.errors import ConfigurationError, RunFailed
@@ -28,7 +29,12 @@ def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", [method.name for method in list_initializers()])
+METHODS = [method.name for method in list_initializers()]
+KINDS = ("kaiming", "pissa", "eva", "lora_ga", "loftq", "loram", "gora")
+"""One of each: drawn, from weights, inputs and gradients, a replaced base, scaled, ranked."""
+
+
+@pytest.mark.parametrize("method", chosen(METHODS, *KINDS))
 def test_every_method_runs(configured, tiny, method):
     run = configured(*tiny, f"init={method}")
     folder = identify(run)

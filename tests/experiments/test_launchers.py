@@ -74,6 +74,7 @@ def test_submitit(command, tiny, tmp_path, in_processes):
     assert [result["method"] for result in results(tmp_path / "outputs")] == ["kaiming"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_local_ray_cluster(command, tiny, tmp_path, in_processes):
     """With two GPUs that Ray is told of: each job is bound to one of its own, as on a machine that
@@ -123,6 +124,7 @@ def test_optuna_looks_for_a_rate_and_takes_up_its_trials(command, tiny, tmp_path
     assert (status, printed.count("finished before, skipped")) == (0, 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_processes_train_one_run(configured, tiny, tmp_path, in_processes):
     """`accelerate launch`: the losses of one process, in one folder, and one result."""

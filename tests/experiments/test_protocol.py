@@ -262,6 +262,7 @@ def test_what_the_protocol_sets_is_refused_on_the_command_line():
     refuse_owned(["lora.lora_alpha", "init.niter"], ProtocolConfig(scaling=None))
 
 
+@pytest.mark.exhaustive
 def test_the_whole_protocol_in_small(command, tiny, tmp_path, monkeypatch):
     overrides = [
         *(each for each in tiny if not each.startswith("lora.r=")), "training.validate_every=0",

@@ -91,6 +91,7 @@ def test_what_diverged_is_told_under_the_curve(tmp_path, monkeypatch):
     assert sum("diverged: RunFailed" in problem.reason for problem in report.problems) == 2
 
 
+@pytest.mark.exhaustive
 def test_many_runs_make_a_small_page_and_only_what_is_needed_is_read(tmp_path, monkeypatch):
     """240 runs; those that tables and curves are of are 2 methods x 2 ranks x 3 seeds."""
     only(set(), monkeypatch)

@@ -67,6 +67,7 @@ def machines():
             machine.remove()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_sweep_by_addresses(machines, tiny, tmp_path):
     pytest.importorskip("ray")

@@ -99,6 +99,7 @@ def test_a_single_run_that_is_taken_says_so(command, configured, tiny):
     assert "another process works on this run" in told
 
 
+@pytest.mark.exhaustive
 def test_two_different_sweeps_of_one_name_share_a_list(command, tiny, tmp_path):
     """While one is at work, the other adds its runs; alone, it begins the list anew."""
     assert command("-m", *tiny, "init=kaiming")[0] == 0

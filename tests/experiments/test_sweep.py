@@ -141,6 +141,7 @@ def sample_package(tmp_path) -> Path:
     return site
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_package):
     # All that the pattern finds but our own, of which one is enough here.

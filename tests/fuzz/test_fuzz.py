@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from campaign import FAULTS, SUBJECTS, campaign, report
 
-MUTATIONS = 80
+MUTATIONS = 40
 
 
 @pytest.mark.parametrize("kind", SUBJECTS)

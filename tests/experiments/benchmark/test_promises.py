@@ -62,6 +62,7 @@ def calls():
     return dict(zip(map(str, METHODS), told, strict=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_call_takes_what_its_plan_says(calls, method):
     for promised, taken in calls[str(method)]:

@@ -135,6 +135,7 @@ def test_first_gradient_is_the_dense_one():
     assert row["span"] <= ceiling.share(2)
 
 
+@pytest.mark.exhaustive
 def test_rows_are_those_of_plain_backward_passes(smoke, composed_paper):
     """B.grad of the injected model, of a method that reads inputs and one that reads weights."""
     settings = composed_paper("eva_variance", "smoke", "device=cpu")

@@ -8,6 +8,7 @@ from pathlib import Path
 from string import printable
 
 import pytest
+from products import chosen
 from substitutes import random_llama
 
 from experiments.errors import ConfigurationError
@@ -17,7 +18,7 @@ from experiments.papers.results import read_result, write_result
 from experiments.papers.verdicts import Verdict
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", chosen(FORMS, "fast"))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_form_composes(composed_paper, name, form):
     settings = composed_paper(name, form)
@@ -41,7 +42,7 @@ def text_model(tmp_path_factory) -> Path:
     return random_llama(tmp_path_factory.mktemp("text-model"), width=64, characters=printable)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", chosen(NAMES, "first_step", "corda_knowledge"))
 def test_the_smoke_form_runs_to_its_files(smoke, composed_paper, text_model, tmp_path, name):
     replaced = {}
     if name in SUBSTITUTED:

@@ -19,6 +19,7 @@ def subject():
     return load_subject("smollm2")
 
 
+@pytest.mark.exhaustive
 def test_norms_and_losses_are_those_of_a_plain_backward_pass(subject, smoke, composed_paper):
     """A training by hand, on the one block that the smoke form adapts."""
     settings = composed_paper("rank_scaling", "smoke")
