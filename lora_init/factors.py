@@ -30,12 +30,14 @@ class Replacement:
 
     ``Q = dequantize(quantize(W - s lora_B lora_A))``. The factors are those of the method's last
     quantisation step, not the ones it returns: storing r(m + n) numbers instead of m n codes is
-    enough to rebuild Q, because the quantiser is a deterministic map.
+    enough to rebuild Q, because the quantiser is a deterministic map. `checksum` is that of Q in
+    the file that these come from, if any (see `lora_init.checksum`).
     """
 
     quantizer: Quantizer
     lora_A: Float[Tensor, "rank in"]
     lora_B: Float[Tensor, "out rank"]
+    checksum: str | None = None
 
     def residual(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:
         """W - s B A, what is quantised, in float32.

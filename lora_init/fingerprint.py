@@ -1,9 +1,11 @@
-"""Telling one base weight from another, cheaply and by samples; or exactly, by all its bytes."""
+"""Telling one base weight from another, cheaply and by samples.
+
+`lora_init.checksum` compares all bytes.
+"""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 from functools import cache
 
 import numpy as np
@@ -37,11 +39,6 @@ def has_fingerprint(weight: Float[Tensor, "out in"], expected: str) -> bool:
     # Entries near zero owe their last bits to the largest ones, through a restored subtraction.
     slack = 1e-5 * theirs.abs().max()
     return bool(((ours - theirs).abs() <= RELATIVE_TOLERANCE * theirs.abs() + slack).all())
-
-
-def checksum(weight: Tensor) -> str:
-    """SHA-256 of all bytes of a weight as float32, 16 hexadecimal digits."""
-    return hashlib.sha256(weight.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _samples(weight: Float[Tensor, "out in"]) -> Tensor:

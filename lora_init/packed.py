@@ -22,8 +22,8 @@ Deviations:
       a CPU with AVX512 restarts them at each row when it dequantises, so its training forward is
       wrong there; its evaluation forward fails. `dequantized` gives the values that were stored.
     - `requantize` computes codes and scales in float32 by our `Quantizer`, on every device. For
-      Linear4bit on a CPU they are bitsandbytes' own, to the bit. Linear8bitLt's `.to` would round
-      the weight to float16 first; we do not.
+      Linear4bit on a CPU they are bitsandbytes' own, to the bit (double quantization: to the
+      rounding of a mean). Linear8bitLt's `.to` would round the weight to float16 first; we do not.
 """
 
 from __future__ import annotations

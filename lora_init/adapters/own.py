@@ -61,6 +61,7 @@ def read_own(
                 quantizers[name],
                 contents.part(target, "replacement_A", r),
                 contents.part(target, "replacement_B", r),
+                header.get("checksums", {}).get(name),
             )
             _check_quantizer(target, contents.base.get_submodule(target.name), replacement)
         elif plan.initializer.base == "subtract":

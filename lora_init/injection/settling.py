@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lora_init.base_weights import BaseWeights
+from lora_init.checksum import base_checksum
 from lora_init.factors import Factors, Replacement, low_rank_product
-from lora_init.fingerprint import checksum, fingerprint
+from lora_init.fingerprint import fingerprint
 from lora_init.injection.editing import add_product
 from lora_init.injection.state import Injection
 from lora_init.injection.transaction import Transaction
@@ -79,7 +80,7 @@ def _replace(
     if target.quantized and weights.originals is not None:
         injection.from_original_weights[target.name] = fingerprint(weight)
     stored = replaced.to(module.weight.dtype) if absent else oriented_weight(module)
-    injection.checksums[target.name] = checksum(stored)
+    injection.checksums[target.name] = base_checksum(replacement, weight, target.scaling, stored)
 
 
 def settle_magnitude(

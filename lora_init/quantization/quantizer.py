@@ -20,7 +20,8 @@ mean, in blocks of 256, to a table of 256 values of graded precision (Dettmers e
 
     scale_b = mean + table[code_b] * largest,    largest = max_b |scale_b - mean| of 256 blocks
 
-Codes, scales and values of nf4, fp4 and int8 are those of bitsandbytes 0.50 on a CPU, to the bit.
+Codes, scales and values of nf4, fp4 and int8 are those of bitsandbytes 0.50 on a CPU, to the bit;
+with `double` they are within a rounding of the mean.
 
 Deviations:
     - uniform: LoftQ's two programs differ. This is the one for language models (blocks, a table);
@@ -31,6 +32,9 @@ Deviations:
       other blocks' scales. Ours, and those of its other kernels, do not.
     - nf4, fp4, double: its CUDA kernels may choose the other neighbour on a tie, and they search
       the table of the scales without rounding to 2^16 steps first, as its CPU kernel and ours do.
+    - double: the mean of the scales is taken in float64 and rounded once. bitsandbytes sums it in
+      float32, where the last bit depends on the device and on the number of threads.
+    - uniform: mean and std are taken in float64, too.
     - int8: bitsandbytes' Linear8bitLt rounds the weight to float16 first; we start from float32.
 """
 
@@ -158,12 +162,22 @@ class Quantizer:
             )
         return cls(**values)
 
+    @property
+    def averages(self) -> bool:
+        """Whether scales depend on a mean, and so on its rounding."""
+        return self.kind == "uniform" or self.double
+
     @torch.no_grad()
-    def quantize(self, weight: Float[Tensor, "out in"]) -> Quantized:
+    def quantize(
+        self, weight: Float[Tensor, "out in"], *, averages_in: torch.dtype = torch.float64
+    ) -> Quantized:
         """Return the nearest codes; on a tie the lower one (int8: the even one).
 
         Args:
             weight: (out, in), any float dtype; computed in float32.
+            averages_in: dtype of means and deviations, which are rounded to float32 once. In
+                float64 the order of a device's sums does not change them; float32 is only for bases
+                of older files.
 
         Raises:
             ValueError: `weight` is not a 2-D float tensor.
@@ -183,7 +197,10 @@ class Quantizer:
         grid = grid_of(self.kind, self.bits).to(weight.device)
         codes, scales = [], []
         for blocks in _blocks(weight.reshape(-1), self.block_size):
-            scale = _deviation_scale(blocks) if self.kind == "uniform" else blocks.abs().amax(dim=1)
+            if self.kind == "uniform":
+                scale = _deviation_scale(blocks.to(averages_in)).float()
+            else:
+                scale = blocks.abs().amax(dim=1)
             divisor = scale.clamp(min=SMALLEST_SCALE)[:, None]
             # As bitsandbytes does, whose rounding this is: full blocks are multiplied by the
             # reciprocal, a short last one is divided.
@@ -195,7 +212,7 @@ class Quantizer:
             scales.append(scale)
         found, scale, nested = torch.cat(codes).reshape(weight.shape), torch.cat(scales), None
         if self.double:
-            nested = _nested(scale)
+            nested = _nested(scale, averages_in)
             table = dynamic_table().to(scale.device)
             scale = expanded(nested.codes, nested.scale, table, DOUBLE_BLOCK) + nested.offset
         return Quantized(found, scale, self, nested)
@@ -244,9 +261,9 @@ def expanded(
     return values
 
 
-def _nested(scale: Float[Tensor, " blocks"]) -> NestedScale:
+def _nested(scale: Float[Tensor, " blocks"], averages_in: torch.dtype) -> NestedScale:
     """Double quantisation of the scales, with the rounding of bitsandbytes' CPU kernel."""
-    offset = scale.mean()
+    offset = scale.mean(dtype=averages_in).float()
     boundaries = midpoints(dynamic_table().to(scale.device))
     codes, largest = [], []
     for blocks in _blocks(scale - offset, DOUBLE_BLOCK):

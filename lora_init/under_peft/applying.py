@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.base_weights import BaseWeights
+from lora_init.checksum import base_checksum
 from lora_init.config import LoraConfig
 from lora_init.factors import Factors, low_rank_product
-from lora_init.fingerprint import checksum, fingerprint
+from lora_init.fingerprint import fingerprint
 from lora_init.injection.changes import (
     EditWeight,
     Journal,
@@ -220,7 +221,7 @@ def _change_base(
         )
         start.base, start.replacement = "replaced", replacement
         done.do(StoreWeight(base, make(weight, target.scaling), lost))
-        start.checksum = checksum(oriented_weight(base))
+        start.checksum = base_checksum(replacement, weight, target.scaling, oriented_weight(base))
         if target.quantized and weights.originals is not None:
             start.from_original_weights = fingerprint(weight)
     elif subtracts_in_forward(layer, target, plan) or not _holds_edit(layer, start, weight):
