@@ -5,17 +5,21 @@ are read once: hundredths of a pass. Only for batches that are all there, a list
 loader will give cannot be known without using it up, and next time it may give them in another
 order. Not for a loss of the user's, whose code has no key, nor under `torch.distributed`, where no
 rank sees all of the data.
+
+Results that are larger than the cache's limit are neither copied nor hashed. Where the model and
+the method tell so before the pass, the model is not hashed either.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_init.budget import sums_dtype
 from lora_init.cache import Cache, key
 from lora_init.calibration import Calibration
 from lora_init.reduction import rank_count
@@ -29,17 +33,23 @@ def remembered(
     collect: Callable[[], Calibration],
     cache: Cache | None,
     model: nn.Module,
-    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, int]],
     requests: Collection[CalibrationRequest],
     batches: Iterable[Any],
     sketch: int | None,
 ) -> Calibration:
-    """What `collect` would find, from the cache if it is there; else it is kept there."""
+    """What `collect` would find, from the cache if it is there; else it is kept there.
+
+    Args:
+        shapes: of the targets' weights as (out, in), by name.
+    """
     if cache is None or not isinstance(batches, list | tuple) or rank_count() > 1:
+        return collect()
+    if not cache.has_room(least_bytes(shapes, requests, sketch)):
         return collect()
     try:
         name = key(
-            "calibration", VERSION, torch.__version__, _described(model), sorted(names),
+            "calibration", VERSION, torch.__version__, _described(model), sorted(shapes),
             sorted(map(str, requests)), sketch, [_plain(batch) for batch in batches],
         )  # fmt: skip
     except TypeError:  # a batch of something else than numbers and tensors
@@ -52,6 +62,28 @@ def remembered(
     found = collect()
     cache.put(name, *found.to_tensors())
     return found
+
+
+def least_bytes(
+    shapes: Mapping[str, tuple[int, int]],
+    requests: Collection[CalibrationRequest],
+    sketch: int | None,
+) -> int:
+    """What the results take at least, as far as it is known before the pass.
+
+    Layers in one module that are equally wide may read one input. Layers in different modules are
+    taken to read different ones. Sketches may be of any lower rank.
+    """
+    gradients = [request for request in requests if request.gradients]
+    moments = [request for request in requests if not request.gradients]
+    widths = {(name.rpartition(".")[0], columns) for name, (_, columns) in shapes.items()}
+    of_inputs = sum(
+        sums_dtype(moments).itemsize * width**2
+        for _, width in widths
+        if sketch is None or width <= sketch
+    )
+    of_gradients = sum(4 * rows * columns for rows, columns in shapes.values())
+    return bool(moments) * of_inputs + len(gradients) * of_gradients
 
 
 def _described(model: nn.Module) -> list[Any]:

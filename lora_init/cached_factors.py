@@ -3,8 +3,11 @@
 A method that promises `Nesting` gives, at rank r, the first r of what it gives at any higher rank,
 and depends on its inputs alone: on no seed, no layer's name, no other target. So its key holds the
 method and its options, the weight's bytes and the statistics' bytes, and neither rank nor scaling.
+It holds the kind of the device and torch's version too, because both decide the last bits.
 
-A hit equals a computation to the last bit, because both take one path. `canonical` says what is
+A hit equals a computation on that device with the same number of threads, to the last bit, because
+both take one path. Only an accelerator's last bits may depend on which other layers were computed
+in the same stack. `canonical` says what is
 computed: the factors at the rank that is decomposed (`linalg.nesting_rank`) and, for a balanced
 method, at s = 1. `specific` makes a target's factors of them: the first r, times 1 / sqrt(s).
 """
@@ -19,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.cache import Cache, Entry, fingerprint, key
+from lora_init.cache import Cache, Entry, key
 from lora_init.calibration import LayerStatistics
 from lora_init.factors import Factors
 from lora_init.plan import Plan, Target
@@ -28,11 +31,15 @@ from lora_init.registry import Nesting
 
 @dataclass(frozen=True)
 class Input:
-    """What an initializer gets of one layer; the weight is on the meta device if it is not read."""
+    """What an initializer gets of one layer; the weight is on the meta device if it is not read.
+
+    `content` is the hash of the weight as it is stored, where a key is made of it.
+    """
 
     weight: Float[Tensor, "out in"]
     statistics: LayerStatistics | None
     generator: torch.Generator
+    content: str | None = None
 
 
 VERSION = 1
@@ -61,11 +68,12 @@ def specific(factors: Factors, target: Target, nesting: Nesting) -> Factors:
 
 @dataclass(frozen=True)
 class CachedFactors:
-    """The cache as one plan sees it."""
+    """The cache as one plan sees it on one device."""
 
     cache: Cache
     plan: Plan
     nesting: Nesting
+    device: torch.device
 
     def key(self, target: Target, given: Input) -> str:
         """The key of a canonical target's factors."""
@@ -75,11 +83,12 @@ class CachedFactors:
             self.plan.initializer.name,
             self.nesting.version,
             VERSION,
+            arithmetic(self.device),
             self.plan.options,
             target.module_type,
             target.shape,
             target.rank,
-            None if given.weight.is_meta else fingerprint(given.weight),
+            given.content,
             None if inputs is None else _content(inputs),
         )
 
@@ -102,7 +111,22 @@ class CachedFactors:
             name: value.tolist() if isinstance(value, Tensor) else value
             for name, value in factors.metrics.items()
         }
-        self.cache.put(key, tensors, metrics, rank=target.rank)
+        # Not worth a wait for the disk at every layer: a lost entry is soon computed again.
+        self.cache.put(key, tensors, metrics, rank=target.rank, durable=False)
+
+
+def has_room(cache: Cache | None, target: Target, nesting: Nesting | None) -> bool:
+    """Whether a target's factors can be cached, so that its weight is worth a hash."""
+    if cache is None or nesting is None:
+        return False
+    wider = canonical(target, nesting)
+    return cache.has_room(4 * wider.rank * sum(wider.shape))
+
+
+def arithmetic(device: torch.device) -> list[str]:
+    """What decides a result's last bits and is not an input: device and version of torch."""
+    name = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    return [device.type, *name, torch.__version__]
 
 
 def _content(inputs: Any) -> dict[str, Any]:

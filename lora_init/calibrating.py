@@ -106,7 +106,8 @@ def calibrated(
         def collect() -> Calibration:
             return collect_all(model, names, [request], calibration, device=device, sketch=sketch)
 
-        found = remembered(collect, cache, model, names, [request], calibration, sketch)
+        shapes = {target.name: target.shape for target in plan.targets}
+        found = remembered(collect, cache, model, shapes, [request], calibration, sketch)
         yield found.of(names, request, device)
     else:
         yield from collect_in_passes(

@@ -114,7 +114,7 @@ class Calibration:
         return Calibration(dict.fromkeys(self.requests, layers), self.tokens, self.batches)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything as tensors by key, on the CPU, and metadata that JSON can say."""
+        """Everything as tensors by key, where they are, and metadata that JSON can say."""
         tensors, metadata = calibration_file.described(
             {
                 request: {

@@ -47,7 +47,7 @@ class Content:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write the file; it appears whole or not at all."""
     text = json.dumps({"format_version": FORMAT_VERSION, **metadata})
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     header = {HEADER_KEY: text, CHECKSUM_KEY: _checksum(text, plain)}
     write_atomically(path, lambda place: save_file(plain, place, metadata=header))
 
@@ -85,7 +85,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def described(requests: Mapping[CalibrationRequest, Mapping[str, Any]]) -> tuple[dict, dict]:
-    """Statistics as tensors by name, on the CPU, and the JSON that says whose they are."""
+    """Statistics as tensors by name, where they are, and the JSON that says whose they are."""
     tensors: dict[str, Tensor] = {}
     objects: dict[int, dict[str, Any]] = {}
     listed = []
@@ -126,11 +126,11 @@ def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Conte
 def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Put a gradient's or an input's tensors among the others; returns what else it has."""
     if isinstance(found, Tensor):
-        tensors[f"{number}.gradient"] = found.cpu()
+        tensors[f"{number}.gradient"] = found
         return {"number": number, "kind": "gradient"}
     kind = "sketch" if isinstance(found, SketchedStatistics) else "moments"
     values = {f.name: getattr(found, f.name) for f in fields(found) if not f.name.startswith("_")}
-    tensors |= {f"{number}.{k}": v.cpu() for k, v in values.items() if isinstance(v, Tensor)}
+    tensors |= {f"{number}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
     plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
     return {"number": number, "kind": kind, "values": plain}
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_init.concurrency import POOLED
+from lora_init.streams import wait_for_writes
 
 
 def is_finite(values: Tensor) -> bool:
@@ -53,6 +54,7 @@ def refused_beside(weights: Mapping[str, Tensor]) -> Iterator[Callable[[], None]
         look()
         yield lambda: None
         return
+    wait_for_writes(weight.device for weight in weights.values())
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         looking = pool.submit(look)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_init import linalg, schedule, sharing
 from lora_init.base_weights import BaseWeights
-from lora_init.cache import Cache
-from lora_init.cached_factors import CachedFactors, Input, canonical, specific
+from lora_init.cache import Cache, fingerprint
+from lora_init.cached_factors import CachedFactors, Input, canonical, has_room, specific
 from lora_init.calibration import LayerStatistics
 from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
 from lora_init.finiteness import is_finite, refuse_non_finite
@@ -27,6 +27,7 @@ from lora_init.quantization import Quantizer
 from lora_init.registry import Initializer, Nesting
 from lora_init.schedule import Job
 from lora_init.seeding import layer_generator
+from lora_init.streams import wait_for_writes
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def initialize(
     with tracking(len(plan.targets), f"initializing ({plan.initializer.name})") as advance:
 
         def run(own: Sequence[Job]) -> list[InitializedLayer]:
+            wait_for_writes([*homes.values(), *devices.values()])  # threads read the weights
             done: list[InitializedLayer] = []
             for layers in schedule.run(worker, own):
                 done += layers
@@ -147,7 +149,7 @@ class _Worker:
     def _initialized(self, job: Job) -> list[InitializedLayer]:
         start = time.perf_counter()
         inputs = [self._input(target, job.device) for target in job.targets]
-        factors = self._remembered(job.targets, inputs)
+        factors = self._remembered(job, inputs)
         settled = [
             self._settled(target, each, one)
             for target, each, one in zip(job.targets, inputs, factors, strict=True)
@@ -167,8 +169,12 @@ class _Worker:
         statistics = self.statistics.get(target.name)
         if statistics is not None:  # the inputs may have been on another device than the weight
             statistics = statistics.to(device)
+        content = None
         if self.plan.reads_weight(target):
-            weight = widened(self.weights.weight(target).to(device)).to(torch.float32)
+            stored = self.weights.weight(target).to(device)
+            if has_room(self.cache, target, self._nesting):
+                content = fingerprint(stored)
+            weight = widened(stored).to(torch.float32)
         else:
             # Its shape is all that is read.
             weight = torch.empty(target.shape, dtype=torch.float32, device="meta")
@@ -177,21 +183,22 @@ class _Worker:
         # The factors of a method whose factors nest depend on what they are made from alone.
         seeded = self._nesting is None
         generator = layer_generator(self.seed, target.name) if seeded else layer_generator(0, "")
-        return Input(weight, statistics, generator)
+        return Input(weight, statistics, generator, content)
 
-    def _remembered(self, targets: tuple[Target, ...], inputs: list[Input]) -> list[Factors]:
+    def _remembered(self, job: Job, inputs: list[Input]) -> list[Factors]:
         """From the cache where they are there; the others are computed, and kept."""
         nesting = self._nesting
         if nesting is None:
-            return self._computed(targets, inputs)
-        wider = tuple(canonical(target, nesting) for target in targets)
-        if self.cache is None:
-            found = self._computed(wider, inputs)
+            return self._computed(job.targets, inputs)
+        wider = tuple(canonical(target, nesting) for target in job.targets)
+        if all(has_room(self.cache, target, nesting) for target in job.targets):
+            memory = CachedFactors(self.cache, self.plan, nesting, job.device)
+            found = self._from_cache(memory, wider, inputs)
         else:
-            found = self._from_cache(CachedFactors(self.cache, self.plan, nesting), wider, inputs)
+            found = self._computed(wider, inputs)
         return [
             specific(factors, target, nesting)
-            for target, factors in zip(targets, found, strict=True)
+            for target, factors in zip(job.targets, found, strict=True)
         ]
 
     def _from_cache(

@@ -51,7 +51,9 @@ def simulated_cuda():
     values = {
         "_lazy_init": lambda: None,
         "current_device": lambda: 0,
+        "current_stream": lambda device=None: operations.stream,
         "device_count": lambda: 1,
+        "get_device_name": lambda device=None: "simulated",
         "is_available": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: True,
         "is_initialized": lambda: True,
@@ -261,6 +263,13 @@ def is_draw(func):
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
+class Stream:
+    """The only one. There is nothing to wait for."""
+
+    def synchronize(self):
+        pass
+
+
 class Operations(TorchDispatchMode):
     """Compares the places of an operation's tensors, and gives the results theirs."""
 
@@ -268,6 +277,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.making = None
         self.random_state = torch.Generator().manual_seed(20_26).get_state()
+        self.stream = Stream()
 
     @classmethod
     def _should_skip_dynamo(cls):

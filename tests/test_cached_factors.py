@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+
 import pytest
 import torch
+from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 
 from lora_init import (
     LoraConfig,
     cached_factors,
+    calibrate,
     get_peft_model,
     initialization,
     list_initializers,
     statistics,
 )
-from lora_init.cache import default_cache
+from lora_init.cache import Cache, default_cache, keys
+from lora_init.cached_calibration import least_bytes, remembered
+from lora_init.calibration import Calibration
+from lora_init.registry import CalibrationRequest
 
 
 @pytest.fixture(autouse=True)
@@ -313,3 +321,90 @@ def test_layers_that_share_an_input_and_not_a_width():
         assert {n: layer.lora_B.shape[0] for n, layer in model.layers.items()} == {
             "query": 64, "key": 48,
         }  # fmt: skip
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The tensors that were hashed for keys."""
+    found = []
+    original = keys.fingerprint
+
+    def recording(tensor):
+        found.append(tensor)
+        return original(tensor)
+
+    monkeypatch.setattr(keys, "fingerprint", recording)
+    monkeypatch.setattr(initialization, "fingerprint", recording)
+    return found
+
+
+def test_a_key_is_made_of_the_weight_as_it_is_stored(hashed):
+    """Half the bytes of its float32 copy."""
+    started("pissa", base=network().bfloat16())
+    weights = [tensor for tensor in hashed if tensor.dtype == torch.bfloat16]
+    assert sorted(map(tuple, (weight.shape for weight in weights))) == [(50, 60), (70, 50)]
+
+
+def test_another_device_or_torch_is_another_entry(computed, monkeypatch):
+    started("pissa")
+    with simulated_cuda():
+        computed.clear()
+        started("pissa", device="cuda")
+        assert sorted(computed) == ["0", "2"]
+        computed.clear()
+        started("pissa", device="cuda")
+        assert computed == []
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    started("pissa")
+    assert sorted(computed) == ["0", "2"]
+
+
+def test_nothing_is_hashed_for_factors_larger_than_the_limit(hashed, monkeypatch):
+    monkeypatch.setenv("LORA_INIT_CACHE_BYTES", "7000")  # of 16 · (60 + 50) and 16 · (50 + 70)
+    with pytest.warns(UserWarning, match="a result of 7040 bytes or more is not cached"):
+        started("pissa", rank=16)
+    assert hashed == []
+
+
+REQUESTS = [
+    (CalibrationRequest(), None, 4 * (60**2 + 50**2)),
+    (CalibrationRequest(smallest=True), 55, 8 * 50**2),
+    (CalibrationRequest(gradients=True), None, 4 * (60 * 50 + 50 * 70)),
+]
+
+
+@pytest.mark.parametrize(("asked", "sketch", "least"), REQUESTS, ids=str)
+@pytest.mark.parametrize("fits", [True, False])
+def test_no_model_is_hashed_for_statistics_larger_than_the_limit(
+    asked, sketch, least, fits, hashed, tmp_path
+):
+    cache = Cache(tmp_path / "cache", least / 0.9 + (1 if fits else -10))
+    shapes = {"a.0": (50, 60), "a.2": (70, 50)}
+    given = cache, network(), shapes, [asked], batches(), sketch
+    collected = Calibration()
+    with nullcontext() if fits else pytest.warns(UserWarning, match=f"of {least} bytes or more"):
+        assert remembered(lambda: collected, *given) is collected
+    assert bool(hashed) == fits
+
+
+def test_layers_of_one_module_may_share_their_input():
+    shapes = {"a.q": (9, 8), "a.k": (5, 8), "a.o": (8, 9), "b.q": (9, 8)}
+    assert least_bytes(shapes, [CalibrationRequest()], None) == 4 * (8**2 + 9**2 + 8**2)
+
+
+def test_statistics_stay_on_their_device_until_it_is_known_that_they_fit():
+    with simulated_cuda():
+        data = [batch.cuda() for batch in batches()]
+        config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="corda")
+        found = calibrate(network().cuda(), config, data)
+        tensors, _ = found.to_tensors()
+        assert {place(tensor) for tensor in tensors.values()} == {CUDA}
+
+
+@pytest.mark.parametrize(("method", "waits"), [("pissa", 0), ("eva", 1)])
+def test_only_a_calibration_waits_for_the_disk(method, waits, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    started(method)
+    assert len(synced) == waits
+    assert default_cache().usage().entries > 0

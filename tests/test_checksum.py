@@ -154,9 +154,10 @@ def test_a_file_for_the_same_codes_loads_without_a_warning(under_peft, older, tm
             loaded(under_peft, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "quantizer", [Quantizer(), Quantizer(double=True), Quantizer("uniform", 2)], ids=lambda q: q.name
-)
+QUANTIZERS = [Quantizer(), Quantizer(double=True), Quantizer("uniform", 2)]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.name)
 def test_the_checksum_of_an_older_file_counts_for_equal_codes_alone(quantizer):
     weight, factor = torch.randn(64, 640), torch.randn(2, 640)
     plain = Replacement(quantizer, factor, torch.zeros(64, 2))

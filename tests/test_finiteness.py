@@ -3,9 +3,10 @@
 import pytest
 import torch
 from measures import assert_unchanged, snapshot
+from simulated_device import Stream, simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, finiteness, get_peft_model
+from lora_init import LoraConfig, finiteness, get_peft_model, schedule
 from lora_init.finiteness import is_finite, refused_beside
 
 
@@ -60,6 +61,26 @@ def test_a_body_can_wait_before_it_changes_anything(monkeypatch):
     with pytest.raises(ValueError, match="target 'b'"):
         body()
     assert reached == ["drawn"]
+
+
+def test_a_thread_looks_at_weights_that_are_written(monkeypatch):
+    """It has the default stream, on which another stream's writes may still be missing."""
+    events = []
+    monkeypatch.setattr(finiteness, "POOLED", 1)
+    monkeypatch.setattr(finiteness, "is_finite", lambda values: not events.append("read"))
+    monkeypatch.setattr(Stream, "synchronize", lambda stream: events.append("waited"))
+    with simulated_cuda():
+        weights = {name: torch.ones(4, 4, device="cuda") for name in "ab"}
+        with refused_beside(weights):
+            pass
+        assert events == ["waited", "read", "read"]
+        model = nn.Linear(8, 8, device="cuda")
+        config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
+        events.clear()
+        monkeypatch.setattr(schedule, "run", lambda worker, own: events.append("read") or [])
+        with pytest.raises(KeyError):
+            get_peft_model(nn.Sequential(model), config, device="cpu")
+    assert events == ["waited", "read"]
 
 
 def test_an_error_of_the_body_is_its_own(looks):

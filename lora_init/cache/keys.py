@@ -4,8 +4,8 @@ A part is brought into a canonical form first, in which no two different parts l
 as JSON (1, 1.0, True and "1" differ), lists and tuples as arrays, and everything else as an object
 with the name of its kind, e.g. ``{"tensor": <fingerprint>}``.
 
-Tensors are hashed whole. The samples and the 64-bit checksum of `lora_init.fingerprint` tell one
-base model from another after rounding; a key must tell any two tensors apart, whatever differs.
+Tensors are hashed whole. The samples of `lora_init.fingerprint` tell one base model from another
+after rounding; a key must tell any two tensors apart, whatever differs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lora_init.multilinear import block_sums
 
 CHUNK_BYTES = 1 << 20
 """Large enough that a chunk's overhead does not count, small enough to stay in a core's cache.
@@ -50,13 +52,16 @@ def digest(*parts: Any) -> str:
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and values, wherever and however they are laid out.
+    """SHA-256 of a tensor's dtype, shape and values, however they are laid out.
 
     The values are cut into chunks of whole rows, and the digests of the chunks are hashed: so
     torch's threads share the work (hashlib and torch let go of the interpreter's lock), and of a
-    strided tensor or one on an accelerator no more than a chunk a thread is copied. SHA-256 and not
-    BLAKE2, because today's processors have instructions for it: a 45 MB weight takes about 25 ms
-    a core with them.
+    strided tensor no more than a chunk a thread is copied. SHA-256 and not BLAKE2, because today's
+    processors have instructions for it.
+
+    A CUDA device sums its values up first (see `lora_init.multilinear`), and SHA-256 hashes the
+    sums: no weight is copied to the host, and no other thread reads it while it may be written to.
+    So a tensor's fingerprint on a CPU differs from its fingerprint on a CUDA device.
 
     Args:
         tensor: of any dtype, shape, strides and device.
@@ -64,6 +69,9 @@ def fingerprint(tensor: Tensor) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    described = _text([str(tensor.dtype), list(tensor.shape)]).encode()
+    if tensor.device.type == "cuda":
+        return hashlib.sha256(b"".join([described, b"sums", block_sums(tensor)])).hexdigest()
     rows = tensor.detach().flatten(0, -2) if tensor.ndim > 1 else tensor.detach().reshape(-1)
     row_bytes = rows.element_size() * (rows.shape[1] if rows.ndim > 1 else 1)
     chunks = rows.split(max(1, CHUNK_BYTES // max(1, row_bytes)))
@@ -73,7 +81,6 @@ def fingerprint(tensor: Tensor) -> str:
             digests = list(pool.map(_chunk_digest, chunks))
     else:
         digests = [_chunk_digest(chunk) for chunk in chunks]
-    described = _text([str(tensor.dtype), list(tensor.shape)]).encode()
     return hashlib.sha256(b"".join([described, *digests])).hexdigest()
 
 

@@ -95,6 +95,17 @@ class Cache:
                     return entry
         return None
 
+    def has_room(self, size: int) -> bool:
+        """Whether the limit admits a result of so many bytes; warns once where it does not."""
+        if size <= self.limit * (1 - ROOM_AFTER_EVICTION):
+            return True
+        self._warn(
+            "size",
+            f"a result of {size} bytes or more is not cached, because the cache is limited to "
+            f"{self.limit} bytes. Set LORA_INIT_CACHE_BYTES to a larger limit",
+        )
+        return False
+
     def put(
         self,
         key: str,
@@ -102,14 +113,19 @@ class Cache:
         metadata: Mapping[str, Any],
         *,
         rank: int | None = None,
+        durable: bool = True,
     ) -> None:
         """Store an entry, unless one of this or a larger rank is there; smaller ones are replaced.
+
+        A result that is larger than the limit is neither copied nor hashed.
 
         Args:
             key: from `lora_init.cache.key`.
             tensors: of any device and strides, by names.
             metadata: what JSON can say; tuples come back as lists.
             rank: of a decomposition that serves every smaller rank too; None if it serves no other.
+            durable: wait until the disk has it. Without, a power cut shortly after may lose the
+                entry, which is then a miss; the end of a process loses nothing.
 
         Raises:
             TypeError: metadata that JSON cannot say. Trouble with the disk is only warned of.
@@ -117,16 +133,13 @@ class Cache:
         ranks = self._ranks(key)
         if any(stored >= (rank or 0) for stored in ranks):
             return
+        if not self.has_room(sum(tensor.nbytes for tensor in tensors.values())):
+            return
         data = serialized(key, rank or 0, tensors, metadata)
-        if len(data) > self.limit * (1 - ROOM_AFTER_EVICTION):
-            self._warn(
-                "size",
-                f"a result of {len(data)} bytes is not kept, because the cache is limited to "
-                f"{self.limit} (LORA_INIT_CACHE_BYTES)",
-            )
+        if not self.has_room(len(data)):
             return
         try:
-            _write(self._path(key, rank or 0), data)
+            _write(self._path(key, rank or 0), data, durable)
         except OSError as error:
             self._warn_unusable(error)
             return
@@ -241,15 +254,16 @@ class Cache:
             warnings.warn(message, stacklevel=4)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, durable: bool) -> None:
     """Write a file that is there completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{_host()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         _remove(temporary)

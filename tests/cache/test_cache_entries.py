@@ -76,10 +76,10 @@ def test_a_larger_rank_written_meanwhile_stays(store, monkeypatch):
     name = key("svd", 1)
     write = store_module._write
 
-    def overtaken(path, data):
+    def overtaken(path, data, durable):
         monkeypatch.setattr(store_module, "_write", write)
         store.put(name, {"S": torch.arange(16)}, {}, rank=16)
-        write(path, data)
+        write(path, data, durable)
 
     monkeypatch.setattr(store_module, "_write", overtaken)
     store.put(name, {"S": torch.arange(8)}, {}, rank=8)

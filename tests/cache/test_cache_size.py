@@ -47,10 +47,18 @@ def test_the_limit_holds_over_many_entries(tmp_path, no_warnings):
 def test_a_result_larger_than_the_cache_is_not_kept(tmp_path):
     store = Cache(tmp_path / "cache", 5000)
     store.put(key("svd", 1, 0), {"U": torch.zeros(100)}, {})
-    with pytest.warns(UserWarning, match=r"limited to 5000 \(LORA_INIT_CACHE_BYTES\)"):
+    with pytest.warns(UserWarning, match="limited to 5000 bytes. Set LORA_INIT_CACHE_BYTES"):
         store.put(key("svd", 1, 1), {"U": torch.zeros(2000)}, {})
     assert store.get(key("svd", 1, 0)) is not None
     assert store.get(key("svd", 1, 1)) is None
+
+
+def test_a_result_larger_than_the_cache_is_neither_copied_nor_hashed(tmp_path):
+    store = Cache(tmp_path / "cache", LARGE)
+    nowhere = torch.empty(50_000, 50_000, device="meta")  # its values cannot be read
+    with pytest.warns(UserWarning, match="a result of 10000000000 bytes or more is not cached"):
+        store.put(key("svd", 1, 0), {"U": nowhere}, {})
+    assert not store.folder.exists()
 
 
 def test_a_look_at_the_folder_is_rare(tmp_path, monkeypatch):
