@@ -52,7 +52,7 @@ def remembered(
             "calibration", VERSION, torch.__version__, _described(model), sorted(shapes),
             sorted(map(str, requests)), sketch, [_plain(batch) for batch in batches],
         )  # fmt: skip
-    except TypeError:  # a batch of something else than numbers and tensors
+    except TypeError:  # other things than numbers in a batch, or weights that are offloaded
         return collect()
     entry = cache.get(name)
     if entry is not None:

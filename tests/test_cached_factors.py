@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import nullcontext
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lora_init import (
     LoraConfig,
@@ -408,3 +410,15 @@ def test_only_a_calibration_waits_for_the_disk(method, waits, monkeypatch):
     started(method)
     assert len(synced) == waits
     assert default_cache().usage().entries > 0
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "wrapped"])
+def test_a_model_whose_weights_cannot_be_hashed_is_calibrated(kind, passes):
+    base = network()
+    if kind == "offloaded":
+        pytest.importorskip("accelerate").cpu_offload(base, execution_device="cpu")
+    else:
+        base[1].scale = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    for _ in range(2):
+        assert started("eva", base=copy.deepcopy(base)).layers
+    assert len(passes) == 2

@@ -15,6 +15,7 @@ import torch
 from experiments.benchmark.timing import synchronize
 
 STREAM_BYTES = 2**28  # far beyond any cache
+DRAWN_BYTES = 2**20
 PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 DECOMPOSED = 768
 TAKES = 5
@@ -43,7 +44,9 @@ class Rates:
 
 
 def measure_rates(device: torch.device) -> Rates:
-    source = torch.zeros(STREAM_BYTES, dtype=torch.uint8, device=device)
+    # Random bytes: a GPU copies zeros faster than data.
+    drawn = torch.randint(256, (DRAWN_BYTES,), dtype=torch.uint8, device=device)
+    source = drawn.repeat(STREAM_BYTES // DRAWN_BYTES)
     sink = torch.empty_like(source)
     copied = best(lambda: sink.copy_(source), device)
     del source, sink

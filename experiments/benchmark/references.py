@@ -2,9 +2,9 @@
 
 A synthetic weight's singular vectors are known from how it was made. Others are taken from a
 float64 SVD, of up to four layers of a shape, spread over the model, or of one where decompositions
-are dear; products W R and second moments likewise. What no CPU decomposes in seconds has no
-reference: its figures stay empty. Where the first triplets alone are asked for, they are found by
-`leading.py`, as exactly and at a tenth of the cost.
+are dear; products W R and second moments likewise. What the device does not decompose in seconds
+has no reference: its figures stay empty. Where the first triplets alone are asked for, they are
+found by `leading.py`, as exactly and at a tenth of the cost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from lora_init.quantization import Quantizer
 
 PER_SHAPE = 4
 DEAR = 2**32  # m n min(m, n) from which one layer of a shape has to do
-TOO_DEAR = 2**34  # and beyond which a CPU is not asked for an SVD
+TOO_DEAR = {"cpu": 2**34, "cuda": 2**37}
+"""Beyond so many a device is not asked for an SVD. CUDA does twice 4096³, and not 11008 · 4096²:
+that takes minutes in float64."""
 PARTIAL = 10  # so many times less than an SVD the first triplets take
 # CorDA lifts R by this share of its mean diagonal, which keeps W R's last triplets unique where
 # R is singular in float32. Stated in lora_init/initializers/corda.py; a test compares the two.
@@ -160,7 +162,7 @@ class References:
         return Ends(left[:, : self.rank].clone(), left[:, -self.rank :].clone())
 
     def _too_dear(self, operations: int) -> bool:
-        return self.subject.device.type == "cpu" and operations > TOO_DEAR
+        return operations > TOO_DEAR[self.subject.device.type]
 
 
 def spread(targets: Sequence[Target]) -> list[str]:

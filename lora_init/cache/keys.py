@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_init.multilinear import block_sums
 
@@ -41,7 +42,7 @@ def key(algorithm: str, version: int, *parts: Any) -> str:
         64 hexadecimal digits, the same in every process and on every platform.
 
     Raises:
-        TypeError: a part of another type.
+        TypeError: a part of another type, or a tensor that cannot be hashed.
     """
     return digest("lora_init", algorithm, version, parts)
 
@@ -68,7 +69,16 @@ def fingerprint(tensor: Tensor) -> str:
 
     Returns:
         64 hexadecimal digits.
+
+    Raises:
+        TypeError: the tensor has no memory with its values: on the meta device, as offloaded
+            weights are, or a subclass around other tensors.
     """
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"cache key: a {type(tensor).__name__} on {tensor.device} has no values to hash; pass "
+            "a plain tensor on a CPU or an accelerator"
+        )
     described = _text([str(tensor.dtype), list(tensor.shape)]).encode()
     if tensor.device.type == "cuda":
         return hashlib.sha256(b"".join([described, b"sums", block_sums(tensor)])).hexdigest()

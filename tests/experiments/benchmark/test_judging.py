@@ -1,5 +1,7 @@
 """Peers, floors and judges against small computations by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from known_rates import RATES
@@ -139,7 +141,7 @@ def test_the_reference_of_an_alternation(arena):
 
 
 def test_what_is_too_dear_has_no_reference(arena, monkeypatch):
-    monkeypatch.setattr(references, "TOO_DEAR", 1)
+    monkeypatch.setattr(references, "TOO_DEAR", {"cpu": 1})
     made = arena("decoder")
     made.provisions.calibrate(made.request(2, "eva"))
     truths = made.provisions.references
@@ -152,6 +154,25 @@ def test_what_is_too_dear_has_no_reference(arena, monkeypatch):
         for figure, measure in measures.items():
             if figure != "difference":
                 assert measure(name, layer, truths, {}) is None
+
+
+def test_a_gpu_is_not_asked_for_decompositions_that_take_minutes():
+    subject = SimpleNamespace(device=torch.device("cuda"))
+    truths = references.References(subject, [], 2)
+    square, tall = (torch.empty(rows, 4096, device="meta") for rows in (4096, 11008))
+    assert truths._decomposed(tall) is None
+    assert truths._decomposed(square) is not None
+
+
+def test_the_bandwidth_is_that_of_data(monkeypatch):
+    """A GPU copies zeros faster."""
+    sinks, empty_like = [], torch.empty_like
+    monkeypatch.setattr(rates, "STREAM_BYTES", 2**21)
+    monkeypatch.setattr(rates, "PRODUCT_SIZE", {"cpu": 8})
+    monkeypatch.setattr(rates, "DECOMPOSED", 8)
+    monkeypatch.setattr(torch, "empty_like", lambda x: sinks.append(empty_like(x)) or sinks[-1])
+    rates.measure_rates(CPU)
+    assert len(sinks[0].unique()) == 256
 
 
 def test_judged_layers_are_spread():
