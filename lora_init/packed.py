@@ -210,7 +210,7 @@ def put_back(module: nn.Module, held: Held) -> None:
     parameter.data = held.data.to(device)
     module.weight = parameter
     if _is_8bit(module):
-        moved = [None if value is None else value.to(device) for value in held.state]
+        moved = [_moved(value, held.data, parameter.data) for value in held.state]
         parameter.CB, parameter.SCB, module.state.CB, module.state.SCB = moved
         return
     # A copy, because the next forward may rewrite it and `held` may be put back again.
@@ -220,6 +220,13 @@ def put_back(module: nn.Module, held: Held) -> None:
     module.support_avx512bf16_for_cpu = held.repacks
     if device.type != "cpu" and _is_repacked(state):
         keep_plain(module)  # only a CPU reads that layout
+
+
+def _moved(value: Tensor | None, codes: Tensor, codes_there: Tensor) -> Tensor | None:
+    """A part of an 8-bit state, where its module is now; the codes share the weight's memory."""
+    if value is None:
+        return None
+    return codes_there if value.data_ptr() == codes.data_ptr() else value.to(codes_there.device)
 
 
 @torch.no_grad()

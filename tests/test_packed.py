@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from packing import on_device
+from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 
 from lora_init import packed
@@ -317,6 +319,20 @@ def test_put_back_of_a_module_that_had_run(kind):
     assert torch.equal(module.weight.data, data)
     assert torch.equal(packed.dequantized(module), values)
     assert torch.equal(product_with_identity(module, training=False), product)
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_8_bit_codes_that_are_put_back_elsewhere_take_their_memory_once(ran):
+    module = make("int8", gaussian(64, 128))
+    if ran:
+        product_with_identity(module, training=False)
+    held = packed.held(module)
+    packed.requantize(module, gaussian(64, 128, seed=1))
+    with simulated_cuda():
+        packed.put_back(on_device(module, "cuda"), held)
+        codes, scale = packed._int8_state(module)
+        assert place(codes) == place(scale) == place(module.weight.data) == CUDA
+        assert codes.data_ptr() == module.weight.data_ptr()
 
 
 @every_kind

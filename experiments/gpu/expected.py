@@ -20,7 +20,8 @@ TRANSFER = 6e9  # bytes a second, pageable memory
 EIGH_96, EIGH_544 = 0.8e-3, 36e-3  # one core, float64
 QR_LAUNCHES = 22
 FACTOR_STEP = 2e-6  # a column of a batched Cholesky factor or triangular solve
-HASH = 1.24e9  # bytes a second of SHA-256, one core
+HASHED_BYTES = 22  # read and written for a bfloat16 weight's checksum
+HASH_LAUNCHES = 26
 QUANTIZER_BYTES = 190  # a weight, for one pass of quantizing and dequantizing
 
 BLOCKS = 32
@@ -137,7 +138,9 @@ def estimate(method: str, rank: int) -> dict[str, float]:
         "synchronizations": SYNCHRONIZATION * (7 * MATRICES + calls * (work.qr + 3 * work.eigh)),
         "draws": DRAW * MATRICES * columns * 5083 if work.draws else 0.0,
         "quantizer": work.quantized * entries * QUANTIZER_BYTES / BANDWIDTH,
-        "checksum on the host": 4 * entries / HASH if work.quantized else 0.0,
+        "checksum": (HASHED_BYTES * entries / BANDWIDTH
+                     + MATRICES * (HASH_LAUNCHES * LAUNCH + 2 * SYNCHRONIZATION))
+        if work.quantized else 0.0,
     }  # fmt: skip
     return {name: seconds for name, seconds in steps.items() if seconds}
 

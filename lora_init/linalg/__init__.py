@@ -1,8 +1,10 @@
 """Partial decompositions: the few singular triplets that an initializer wants, and no more.
 
-Seeded (test blocks are drawn on the CPU), deterministic on a device, free of global state, for one
-matrix or a stack of equal shapes, and for products that are never formed. `choice` holds what
-decides between the algorithms, and the measurements behind it.
+Seeded (test blocks are drawn on the CPU), free of global state, for one matrix or a stack of equal
+shapes, and for products that are never formed. The same call on the same device gives the same
+bits. The last bits of a matrix may differ between devices, numbers of threads, versions of torch
+and, on an accelerator, with the other members of its stack. `choice` holds what decides between the
+algorithms, and the measurements behind it.
 """
 
 from lora_init.linalg.bottom import bottom_singular
