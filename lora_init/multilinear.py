@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def block_sums(tensor: Tensor) -> bytes:
     rows = tensor.detach().flatten(0, -2) if tensor.ndim > 1 else tensor.detach().reshape(-1)
     if not rows.numel():
         return b""
-    multipliers = torch.from_numpy(_multipliers()).to(rows.device)
+    multipliers = torch.from_numpy(_multipliers(WORDS)).to(rows.device)
     row_bytes = rows.element_size() * (rows.shape[1] if rows.ndim > 1 else 1)
     sums = [
         torch.stack([(words * one).sum(1) for one in multipliers], dim=1)
@@ -66,7 +67,11 @@ def _blocks(chunk: Tensor) -> Iterator[Tensor]:
         yield last.view(torch.int32).view(1, WORDS)
 
 
-def _multipliers() -> np.ndarray:
-    """(2, WORDS) fixed random numbers: the same in every process and version."""
-    stream = hashlib.shake_256(b"lora_init multilinear").digest(2 * 8 * WORDS)
-    return np.frombuffer(stream, "<i8").astype(np.int64).reshape(2, WORDS)
+@cache
+def _multipliers(words: int) -> np.ndarray:
+    """(2, words) fixed random numbers: the same in every process and version.
+
+    An array, because a tensor would keep the default device and mode of its first caller.
+    """
+    stream = hashlib.shake_256(b"lora_init multilinear").digest(2 * 8 * words)
+    return np.frombuffer(stream, "<i8").astype(np.int64).reshape(2, words)

@@ -35,7 +35,7 @@ FILE = "lora_init_adapter.safetensors"
 def plain_sums(tensor):
     """The formula of the module, in Python's integers."""
     words = np.frombuffer(tensor.contiguous().view(torch.uint8).numpy().tobytes(), "<i4")
-    rows = multilinear._multipliers().tolist()
+    rows = multilinear._multipliers(multilinear.WORDS).tolist()
     size = len(rows[0])
     sums = []
     for start in range(0, len(words), size):
