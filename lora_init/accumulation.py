@@ -1,12 +1,6 @@
-"""Sums over rows that arrive in pieces of any size: gathered, shifted, and merged with others.
+"""Sums over rows that arrive in pieces of any size, and the moments that follow from them.
 
-Sums about zero would lose a variance that is small beside the squared mean, as it is behind many
-activation functions. So rows are taken about a shift near their mean, the mean of the first ones.
-They are copied into a block of ROWS rows, which stays in a core's cache, and on the way shifted,
-widened and freed of masked ones: memory is read once and not written. A full block goes
-into one matrix product, so that small batches are multiplied at the rate of large ones. Beside the
-products of the activations as they lie in memory that is 3 to 8 % slower (2 CPU cores, 384 to 1536
-columns, blocks of 512 rows; of 256: up to 35 %, of 2048: up to 15 %).
+Rows are summed about a shift, in blocks whose size depends on the device (`lora_init.row_blocks`).
 """
 
 from __future__ import annotations
@@ -22,8 +16,7 @@ from torch import Tensor
 
 from lora_init.precision import full_precision
 from lora_init.reduction import over_ranks, rank_count
-
-ROWS = 512
+from lora_init.row_blocks import ROWS, Block, row_blocks
 
 
 @dataclass(frozen=True)
@@ -95,10 +88,8 @@ class RunningSums(ABC):
         self, width: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.tokens = 0
-        self._shift: Tensor | None = None
         self._total = torch.zeros(width, dtype=torch.float64, device=device)
-        self._block = torch.empty(ROWS, width, dtype=dtype, device=device)
-        self._filled = 0
+        self._blocks = row_blocks(width, device, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -111,42 +102,30 @@ class RunningSums(ABC):
 
     def add(self, rows: Float[Tensor, "rows in"], kept: Int[Tensor, " n"] | None = None) -> None:
         """Add `rows`, of any float dtype and device, or those with the indices `kept`."""
-        count = len(rows) if kept is None else len(kept)
-        start = 0
-        while start < count:
-            end = min(count, start + ROWS - self._filled)
-            taken = rows[start:end] if kept is None else rows[kept[start:end]]
-            self._gather(taken.to(self.device))
-            start = end
+        if rows.device != self.device:  # one copy for all blocks
+            rows = (rows if kept is None else rows[kept]).to(self.device)
+            kept = None
+        for block in self._blocks.add(rows, kept):
+            self._multiply(block)
 
-    def _gather(self, rows: Tensor) -> None:
-        if self._shift is None:
-            self._shift = rows.mean(0, dtype=self._block.dtype)
-        filled = self._filled + len(rows)
-        torch.sub(rows, self._shift, out=self._block[self._filled : filled])
-        self._filled = filled
-        if filled == ROWS:
-            self._multiply()
-
-    def _multiply(self) -> None:
-        rows = self._block[: self._filled]
-        self._total += rows.sum(0)
+    def _multiply(self, block: Block) -> None:
+        self._total += block.rows.sum(0)
         with full_precision():
-            self._accumulate(rows)
-        self.tokens += self._filled
-        self._filled = 0
+            self._accumulate(block)
+        self.tokens += len(block.rows)
 
     @cached_property
     def moments(self) -> Moments:
         """Of all rows added; nothing can be added after."""
-        self._multiply()
-        del self._block
+        for block in self._blocks.rest():
+            self._multiply(block)
         offset = self._total / max(self.tokens, 1)
-        mean = offset if self._shift is None else self._shift + offset
+        shift = self._blocks.shift
+        mean = offset if shift is None else shift + offset
         return self._centred(mean, offset)
 
     @abstractmethod
-    def _accumulate(self, rows: Float[Tensor, "rows in"]) -> None:
+    def _accumulate(self, block: Block) -> None:
         """Add the products of some shifted rows."""
 
     @abstractmethod

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from lora_init.device_numbers import on_host
 from lora_init.progress import tracked
 
 
@@ -33,18 +35,22 @@ class Counted:
 
     Attributes:
         count: how many batches have passed.
-        tokens: how many unmasked tokens they held.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.count = 0
-        self.tokens = 0
+        self._tokens: list[Tensor] = []
         self._batches = batches
+
+    @property
+    def tokens(self) -> int:
+        """How many unmasked tokens they held. Only this property waits for the masks' device."""
+        return sum(on_host(self._tokens))
 
     def __iter__(self) -> Iterator[Any]:
         for batch in tracked(self._batches, "calibrating"):
             self.count += 1
-            self.tokens += token_count(batch)
+            self._tokens.append(token_count(batch))
             yield batch
 
 
@@ -74,13 +80,13 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def token_count(batch: Any) -> int:
-    """Unmasked tokens of a tokenizer's batch; 0 for any other."""
+def token_count(batch: Any) -> Int[Tensor, ""]:
+    """Unmasked tokens of a tokenizer's batch, on the device of its mask; 0 for any other."""
     fields = batch if isinstance(batch, Mapping) else {}
     mask, ids = fields.get("attention_mask"), fields.get("input_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return int(mask.bool().sum())
-    return ids.numel() if isinstance(ids, Tensor) else 0
+        return mask.bool().sum()
+    return torch.tensor(ids.numel() if isinstance(ids, Tensor) else 0, device="cpu")
 
 
 BATCHES = (

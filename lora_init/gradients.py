@@ -15,13 +15,14 @@ backward pass reaches a layer, g xᵀ is added to the layer's sum and x and g ar
 - products and sums are float32 (float64 for float64 models) whatever the model computes in.
 
 Memory: the sums, 4 bytes a weight; the activations of one batch, as in training; one layer's
-gradient. The model runs in eval mode: no dropout, so that G does not depend on a random state.
+gradient where the sums are on another device or the model is float64. The model runs in eval mode: no dropout, so that G does not depend on a random state.
 transformers' layers checkpoint activations in training mode only, so where that is enabled these
 modules alone, not what they contain, are in it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,9 +32,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.batches import check_count, forward, home, moved
+from lora_init.device_numbers import on_host
 from lora_init.finiteness import refuse_non_finite
 from lora_init.modules import input_rows, module_type, weight_shape, widened
 from lora_init.precision import full_precision
+from lora_init.product_sum import add_product
 from lora_init.reduction import all_or_none, over_ranks
 
 
@@ -112,12 +115,16 @@ class _Sums:
         """Add g xᵀ of one call of a layer."""
         module = self.modules[name]
         inputs, outputs = input_rows(module, x), _output_rows(module, gradient)
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(
+                weight_shape(module), dtype=torch.float32, device=self.device or x.device
+            )
+        total = self._sums[name]
         with full_precision():
-            product = (widened(outputs).mT @ widened(inputs)).to(self.device, torch.float32)
-        if name in self._sums:
-            self._sums[name] += product
-        else:
-            self._sums[name] = product
+            if total.device == x.device and inputs.dtype == outputs.dtype != torch.float64:
+                add_product(total, outputs.mT, inputs)
+            else:
+                total += (widened(outputs).mT @ widened(inputs)).to(total)
 
     def mean(self, count: int, place: torch.device) -> dict[str, Tensor]:
         """The sums over the batches of all ranks, divided by their number.
@@ -142,14 +149,20 @@ class _Sums:
                     weight_shape(module), dtype=torch.float32, device=self.device or place
                 )
             means[name] = over_ranks(total).div_(tally[0])
-            # The norm takes no memory; only where it leaves float32's range the entries are asked.
-            norm = torch.linalg.vector_norm(means[name])
-            if not bool(norm.isfinite()) and not bool(means[name].isfinite().all()):
-                raise ValueError(
-                    f"calibration: the gradient of {name!r} is not finite; check the batches, the "
-                    "model's weights, and its dtype (float16 overflows at 65504)"
-                )
+        _check_finite(means)
         return means
+
+
+def _check_finite(means: Mapping[str, Tensor]) -> None:
+    """Refuse non-finite gradients by name. Each device is waited for once."""
+    # A norm takes no memory. It may leave float32's range where all entries are finite.
+    norms = [torch.linalg.vector_norm(mean) for mean in means.values()]
+    for (name, mean), norm in zip(means.items(), on_host(norms), strict=True):
+        if not math.isfinite(norm) and not bool(mean.isfinite().all()):
+            raise ValueError(
+                f"calibration: the gradient of {name!r} is not finite; check the batches, the "
+                "model's weights, and its dtype (float16 overflows at 65504)"
+            )
 
 
 def _check_loss(loss: Any, number: int, modules: Mapping[str, nn.Module]) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.accumulation import Moments, RunningSums
-from lora_init.symmetric import accumulate_gram, mirror
+from lora_init.product_sum import Support, mixed_support
+from lora_init.row_blocks import Block
+from lora_init.symmetric import accumulate_gram, accumulate_gram_of_parts, mirror, two_parts
 
 SMALLEST_DECOMPOSITION = 32
 
@@ -134,21 +136,31 @@ def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tenso
 
 
 class RunningMoments(RunningSums):
-    """All products of the rows added so far, in float32 or float64."""
+    """All products of the rows added so far, in float32 or float64.
+
+    Where a GPU adds products of bfloat16 numbers in float32, float32 sums over the rows of a 16-bit
+    model take the shifted rows in two bfloat16 parts. Each of their numbers is then right to 2^-17, and
+    each product of two of them to 2^-15.
+    """
 
     def __init__(
         self, width: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(width, device, dtype)
         self._gram = torch.zeros(width, width, dtype=dtype, device=device)
+        fast = mixed_support(device, torch.bfloat16) is not Support.NONE
+        self._in_parts = fast and dtype == torch.float32
 
     @staticmethod
     def bytes(width: int, dtype: torch.dtype = torch.float32) -> int:
         """Memory while rows are added."""
         return dtype.itemsize * width**2 + RunningSums.block_bytes(width, dtype)
 
-    def _accumulate(self, rows: Float[Tensor, "rows in"]) -> None:
-        accumulate_gram(self._gram, rows)
+    def _accumulate(self, block: Block) -> None:
+        if self._in_parts and block.sixteen_bits:
+            accumulate_gram_of_parts(self._gram, *two_parts(block.rows))
+        else:
+            accumulate_gram(self._gram, block.rows)
 
     def _centred(self, mean: Float[Tensor, " in"], offset: Float[Tensor, " in"]) -> Moments:
         covariance = self._gram.div_(max(self.tokens, 1))

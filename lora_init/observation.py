@@ -21,7 +21,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,12 +71,14 @@ class _Mask:
     """The positions that count, for some of the labels.
 
     Attributes:
-        rows: indices into the flattened positions; None if all count.
+        rows: indices into the flattened positions; None if all count. They stay where the batch
+            was given: for one in main memory, no device is waited for.
     """
 
     labels: frozenset[Label]
     shape: torch.Size | None = None
     rows: Int[Tensor, " kept"] | None = None
+    _elsewhere: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, labels: Collection[Label], mask: Bool[Tensor, "batch length"] | None) -> _Mask:
@@ -84,6 +86,18 @@ class _Mask:
             return cls(frozenset(labels))
         rows = mask.flatten().nonzero().squeeze(1)
         return cls(frozenset(labels), mask.shape, None if len(rows) == mask.numel() else rows)
+
+    def placed(self, rows: Int[Tensor, " counted"], device: torch.device) -> Tensor:
+        """`rows`, or indices that follow from them, on `device`; copied there once a batch."""
+        if rows.device == device:
+            return rows
+        # From pageable memory the host waits for the copy alone, and not for the device's work.
+        ahead = rows.device.type == "cpu"
+        if rows is not self.rows:
+            return rows.to(device, non_blocking=ahead)
+        if device not in self._elsewhere:
+            self._elsewhere[device] = rows.to(device, non_blocking=ahead)
+        return self._elsewhere[device]
 
 
 class Observer:
@@ -144,7 +158,11 @@ class Observer:
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
-        """A batch's forward pass: its masks count."""
+        """A batch's forward pass: its masks count.
+
+        Args:
+            batch: as the caller gave it, before it was moved to the model's device.
+        """
         self._read_masks(batch)
         yield
         while self._held:
@@ -171,7 +189,7 @@ class Observer:
         del self._sums[source]
 
     def _read_masks(self, batch: Any) -> None:
-        fields = batch if isinstance(batch, dict) else {}
+        fields = batch if isinstance(batch, Mapping) else {}
         self._encoder_output = lambda: None
         self._encoder_done = False
         mask = _as_mask(fields.get("attention_mask"))
@@ -244,7 +262,7 @@ class Observer:
                     leading, counted = held.tensor.shape[:-1], None
                     if len(rows) == leading.numel():  # not the patches of an image
                         counted = self._rows.counted(first, leading, mask.shape, mask.rows)
-                    total.add(rows, None if counted is None else counted.to(rows.device))
+                    total.add(rows, None if counted is None else mask.placed(counted, rows.device))
 
     def _sums_of(
         self, source: Source, module: nn.Module, device: torch.device

@@ -40,6 +40,7 @@ from lora_init import linalg
 from lora_init.accumulation import Moments, RunningSums
 from lora_init.draws import normal
 from lora_init.moments import Components, LeadingComponents, leading
+from lora_init.row_blocks import Block
 
 SEED = 0
 """Ω is the same in every process, pass and run."""
@@ -159,7 +160,8 @@ class RunningSketch(RunningSums):
         """Memory while rows are added, Ω included, which inputs of one width share."""
         return (8 + 4) * width * columns + RunningSums.block_bytes(width)
 
-    def _accumulate(self, rows: Float[Tensor, "rows in"]) -> None:
+    def _accumulate(self, block: Block) -> None:
+        rows = block.rows
         self._products += rows.T @ (rows @ self._basis)
         self._squares += rows.square().sum()
 

@@ -20,6 +20,7 @@ reduced in float64: all ranks get what one process would get from all the data.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -31,6 +32,7 @@ from lora_init.accumulation import Moments, joined_over_ranks
 from lora_init.batches import Counted, WithLoss, check_count, forward, home, moved
 from lora_init.budget import Budget, statistics_of, sums_dtype
 from lora_init.calibration import Calibration, LayerStatistics
+from lora_init.device_numbers import on_host
 from lora_init.gradients import collect_gradients, own_loss
 from lora_init.observation import Label, Observer
 from lora_init.reduction import all_or_none, from_ranks, over_ranks
@@ -159,23 +161,27 @@ def _collect_inputs(
     counted = Counted(batches)
     with all_or_none("calibration"), observer.observing(model), torch.no_grad():
         for batch in counted:
-            batch = moved(batch, home(model))
             with observer.batch(batch):
-                forward(model, batch)
+                forward(model, moved(batch, home(model)))
             if observer.deferred and isinstance(batches, Iterator):
                 raise ValueError(_only_once(budget, observer.deferred))
     tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu")).tolist()
     check_count(count)
+    totals = list(_reduced(observer))
+    _check_finite([(keys[0][0], total) for keys, total in totals])
     layers = {request: {} for request in requests}
-    for (name, label), moments in _reduced(observer):
-        for request in requests:
-            if request.ignore_label == label:
-                layers[request][name] = LayerStatistics(inputs=moments)
+    while totals:
+        keys, total = totals.pop(0)
+        found = statistics_of(total)
+        for name, label in keys:
+            for request in requests:
+                if request.ignore_label == label:
+                    layers[request][name] = LayerStatistics(inputs=found)
     return Calibration(layers, tokens, count)
 
 
-def _reduced(observer: Observer) -> Iterator[tuple[tuple[str, Label], Any]]:
-    """By layer and label, the statistics over all ranks; one object for all who share them.
+def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Moments]]:
+    """Layers and labels that share their inputs, and the moments of these over all ranks.
 
     Which layers share their inputs, and which found no room, is known by each rank for itself; what
     is shared on every rank is shared.
@@ -195,24 +201,25 @@ def _reduced(observer: Observer) -> Iterator[tuple[tuple[str, Label], Any]]:
             uses[source] -= 1
             if not uses[source]:  # a reduced total is another tensor
                 observer.release(source)
-        _check_moments(name, total)
-        found = statistics_of(total)
-        yield from ((key, found) for key in keys)
+        if total.tokens == 0:
+            raise ValueError(
+                f"calibration: no token reached the target {name!r}; exclude it "
+                "(exclude_modules) or pass batches that use it"
+            )
+        yield keys, total
 
 
-def _check_moments(name: str, moments: Moments) -> None:
-    if moments.tokens == 0:
-        raise ValueError(
-            f"calibration: no token reached the target {name!r}; exclude it "
-            "(exclude_modules) or pass batches that use it"
-        )
+def _check_finite(totals: Collection[tuple[str, Moments]]) -> None:
+    """Refuse non-finite inputs by name. Each device is waited for once."""
     # The trace is a sum of squares: it is finite exactly if every value seen was (or their squares
     # left float32's range, which no decomposition survives either).
-    if not bool(torch.isfinite(moments.variance + moments.mean.sum())):
-        raise ValueError(
-            f"calibration: the inputs of {name!r} are not finite; check the batches, the model's "
-            "weights, and its dtype (float16 overflows at 65504)"
-        )
+    traces = [moments.variance + moments.mean.sum() for _, moments in totals]
+    for (name, _), trace in zip(totals, on_host(traces), strict=True):
+        if not math.isfinite(trace):
+            raise ValueError(
+                f"calibration: the inputs of {name!r} are not finite; check the batches, the "
+                "model's weights, and its dtype (float16 overflows at 65504)"
+            )
 
 
 def _only_once(budget: Budget, deferred: Collection[str]) -> str:

@@ -10,7 +10,8 @@ and tensors behave as torch's do with regard to it:
   without a dimension as operands, CPU indices into a CUDA tensor, and copies;
 - ``.numpy()`` and numpy's own conversions, a CPU generator for a draw on CUDA, and a CPU result
   memory for CUDA operands raise;
-- draws on CUDA without a generator come from a stream of their own, not from the CPU's.
+- draws on CUDA without a generator come from a stream of their own, not from the CPU's;
+- products of 16-bit factors with float32 results (`out_dtype`) are computed on CUDA only.
 
 Two modes do it: one sees the calls that Python code makes, the other the operations below autograd,
 which are where devices are compared. No tensor subclass is involved, so that parameters, ``.data``
@@ -43,6 +44,13 @@ WITHOUT_TENSORS = {int, float, bool, str, type(None), torch.dtype, torch.device,
 COPIES = {"copy_", "_foreach_copy_", "set_", "lift_fresh"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 WITHOUT_SCALARS = {"cat", "stack"}
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+WITH_OUT_DTYPE = {
+    getattr(product, name): product.default
+    for product in PRODUCTS
+    for name in ("dtype", "dtype_out")
+    if hasattr(product, name)
+}
 
 
 @contextmanager
@@ -258,6 +266,17 @@ def refuse_generator(generator, where):
         )
 
 
+def product_with_out_dtype(product, *args, out=None, **kwargs):
+    """What CUDA's kernels compute: exact products of 16-bit factors, summed in float32."""
+    *tensors, out_dtype = args
+    if out_dtype != torch.float32 or tensors[-1].dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError("out_dtype must be fp32, for fp16/bf16 inputs")
+    if tensors[-1].dtype != tensors[-2].dtype:
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+    result = product(*(tensor.to(out_dtype) for tensor in tensors), **kwargs)
+    return result if out is None else out.copy_(result)
+
+
 @functools.cache
 def is_draw(func):
     return torch.Tag.nondeterministic_seeded in func.tags
@@ -293,6 +312,8 @@ class Operations(TorchDispatchMode):
                 refuse_generator(kwargs.get("generator"), CUDA if where == CUDA else CPU)
             if draws and where == CUDA:
                 result = self._drawn(func, *args, **kwargs)
+            elif where == CUDA and func in WITH_OUT_DTYPE:
+                result = product_with_out_dtype(WITH_OUT_DTYPE[func], *args, **kwargs)
             else:
                 result = func(*args, **kwargs)
             for tensor in tensors_in(result):
