@@ -25,7 +25,7 @@ from lora_init.calibration import Calibration
 from lora_init.reduction import rank_count
 from lora_init.registry import CalibrationRequest
 
-VERSION = 2
+VERSION = 3
 """Of the sums, raised whenever their values change."""
 
 
@@ -37,6 +37,7 @@ def remembered(
     requests: Collection[CalibrationRequest],
     batches: Iterable[Any],
     sketch: int | None,
+    device: torch.device | None,
 ) -> Calibration:
     """What `collect` would find, from the cache if it is there; else it is kept there.
 
@@ -51,6 +52,7 @@ def remembered(
         name = key(
             "calibration", VERSION, torch.__version__, _described(model), sorted(shapes),
             sorted(map(str, requests)), sketch, [_plain(batch) for batch in batches],
+            _places(model, device),
         )  # fmt: skip
     except TypeError:  # other things than numbers in a batch, or weights that are offloaded
         return collect()
@@ -95,6 +97,12 @@ def _described(model: nn.Module) -> list[Any]:
         dict(model.named_parameters()),
         dict(model.named_buffers()),
     ]
+
+
+def _places(model: nn.Module, device: torch.device | None) -> list[Any]:
+    """Kinds of devices that compute: they round sums differently."""
+    sums = None if device is None else device.type
+    return [sorted({parameter.device.type for parameter in model.parameters()}), sums]
 
 
 def _plain(batch: Any) -> Any:

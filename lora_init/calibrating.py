@@ -107,7 +107,7 @@ def calibrated(
             return collect_all(model, names, [request], calibration, device=device, sketch=sketch)
 
         shapes = {target.name: target.shape for target in plan.targets}
-        found = remembered(collect, cache, model, shapes, [request], calibration, sketch)
+        found = remembered(collect, cache, model, shapes, [request], calibration, sketch, device)
         yield found.of(names, request, device)
     else:
         yield from collect_in_passes(

@@ -15,9 +15,10 @@ backward pass reaches a layer, g xᵀ is added to the layer's sum and x and g ar
 - products and sums are float32 (float64 for float64 models) whatever the model computes in.
 
 Memory: the sums, 4 bytes a weight; the activations of one batch, as in training; one layer's
-gradient where the sums are on another device or the model is float64. The model runs in eval mode: no dropout, so that G does not depend on a random state.
-transformers' layers checkpoint activations in training mode only, so where that is enabled these
-modules alone, not what they contain, are in it.
+gradient where the sums are on another device or the model is float64. The model runs in eval mode:
+no dropout, so that G does not depend on a random state. transformers' layers checkpoint
+activations in training mode only, so where that is enabled these modules alone, not what they
+contain, are in it.
 """
 
 from __future__ import annotations

@@ -138,9 +138,9 @@ def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tenso
 class RunningMoments(RunningSums):
     """All products of the rows added so far, in float32 or float64.
 
-    Where a GPU adds products of bfloat16 numbers in float32, float32 sums over the rows of a 16-bit
-    model take the shifted rows in two bfloat16 parts. Each of their numbers is then right to 2^-17, and
-    each product of two of them to 2^-15.
+    On a GPU that adds products of bfloat16 numbers in float32, float32 sums take the shifted rows
+    of a 16-bit model in two bfloat16 parts. Each number is then right to 2^-17, and each product of
+    two numbers to 2^-15.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Products of 16-bit matrices that are added to float32 sums without rounding the products.
 
-A product of two bfloat16 or float16 numbers is exact in float32. CUDA's tensor cores multiply 16-bit
-numbers and add in float32, at many times the rate of float32 products; torch calls this `out_dtype`.
-Elsewhere the factors are converted to float32 first, which gives the same products.
+A product of two bfloat16 or float16 numbers is exact in float32. Tensor cores of a GPU multiply
+16-bit numbers and add in float32, at many times the rate of float32 products. torch calls this
+`out_dtype`. Elsewhere the factors are converted to float32 first, which gives the same products.
 """
 
 from __future__ import annotations

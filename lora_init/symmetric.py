@@ -43,7 +43,7 @@ from torch import Tensor
 from lora_init.product_sum import add_product
 
 SMALLEST_BLOCK = {"cpu": 256, "cuda": 2048}
-"""Columns that are not split any further. A GPU needs blocks of 1024 or more to use all its cores."""
+"""Columns that are not split any further. Smaller blocks would leave cores of a GPU idle."""
 
 # Halves begin at a whole cache line (and a GPU's tile) of the columns.
 ALIGNMENT = 16
@@ -112,12 +112,12 @@ def _accumulate_parts(gram: Tensor, high: Tensor, low: Tensor) -> None:
 def two_parts(
     rows: Float[Tensor, "k n"],
 ) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]:
-    """Two bfloat16 parts of float32 rows; their sum differs from the rows by 2^-17 or less, relative.
+    """Two bfloat16 parts of float32 rows, whose sum is right to 2^-17 of each number.
 
     bfloat16 has the range of float32, so that neither part overflows.
     """
     high = rows.to(torch.bfloat16)
-    return high, torch.sub(rows, high).to(torch.bfloat16)
+    return high, torch.sub(rows, high, out=torch.empty_like(high))
 
 
 def mirror(gram: Float[Tensor, "n n"]) -> None:
