@@ -31,6 +31,7 @@ from torch import nn
 from lora_init import (
     LoraConfig,
     LoraModel,
+    accumulation,
     get_peft_model,
     initialize_peft_model,
     linalg,
@@ -41,6 +42,7 @@ from lora_init import (
 )
 from lora_init.linalg import choice
 from lora_init.quantization import Quantizer
+from lora_init.row_blocks import CachedBlocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:merged into .* quantised weights"),
@@ -71,7 +73,8 @@ every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 
 @pytest.fixture(autouse=True)
 def same_solver(monkeypatch):
-    """The CPU's own solvers on both devices: others differ in the last bits."""
+    """The CPU's own solvers and blocks of rows on both devices: others differ in the last bits."""
+    monkeypatch.setattr(accumulation, "row_blocks", CachedBlocks)
     monkeypatch.setattr(choice, "PARTIAL_DIMENSION", float("inf"))
     monkeypatch.setattr(choice, "LAPACK_DEVICES", ("cpu", "cuda"))
 
