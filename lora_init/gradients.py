@@ -115,14 +115,16 @@ class _Sums:
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add g xᵀ of one call of a layer."""
         module = self.modules[name]
-        inputs, outputs = input_rows(module, x), _output_rows(module, gradient)
+        # A layer at the boundary of a device map moves its input itself.
+        inputs = input_rows(module, x).to(gradient.device)
+        outputs = _output_rows(module, gradient)
         if name not in self._sums:
             self._sums[name] = torch.zeros(
-                weight_shape(module), dtype=torch.float32, device=self.device or x.device
+                weight_shape(module), dtype=torch.float32, device=self.device or gradient.device
             )
         total = self._sums[name]
         with full_precision():
-            if total.device == x.device and inputs.dtype == outputs.dtype != torch.float64:
+            if total.device == gradient.device and inputs.dtype == outputs.dtype != torch.float64:
                 add_product(total, outputs.mT, inputs)
             else:
                 total += (widened(outputs).mT @ widened(inputs)).to(total)

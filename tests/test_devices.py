@@ -11,6 +11,7 @@ import itertools
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from models import (
     VOCABULARY,
     Batches,
@@ -31,6 +32,7 @@ from torch import nn
 from lora_init import (
     LoraConfig,
     LoraModel,
+    WithLoss,
     accumulation,
     get_peft_model,
     initialize_peft_model,
@@ -332,6 +334,35 @@ def test_a_model_on_two_devices(cuda, method, device, first, second):
         return on_cpu(dict(model.named_parameters()))
 
     assert_same(factors(first, second, device), factors(CPU, CPU, None))
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Conv2d(8, 8, 3)])
+@pytest.mark.parametrize("method", ["kaiming", "pissa", "eva", "lora_ga"])
+def test_a_layer_whose_hook_moves_its_input(cuda, method, make, use_dora):
+    """At a boundary of `device_map`, Accelerate's hook moves the input inside the layer's call."""
+
+    def run(where):
+        torch.manual_seed(0)
+        model = nn.Sequential(make(), make())
+        if where == CUDA:
+            hook = AlignDevicesHook(execution_device=torch.device(where, 0))
+            add_hook_to_module(model[1].to(where), hook)
+        x = torch.randn(3, 8, 8, 8)
+        batches = WithLoss([x], lambda model, x: model(x).square().mean())
+        config = LoraConfig(
+            r=2, target_modules=["0", "1"], init_lora_weights=method, use_dora=use_dora
+        )
+        model = get_peft_model(model, config, calibration=batches)
+        second = model.layers["1"]
+        assert_on(second, where)
+        output = model(x)
+        output.sum().backward()
+        return on_cpu({"output": output, "A": second.lora_A, "gradient": second.lora_B.grad})
+
+    expected = run(CPU)
+    for name, value in run(CUDA).items():  # a layer with a hook computes in another order
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 # -- what initializers are made of -----------------------------------------------------------------

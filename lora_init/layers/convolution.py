@@ -25,7 +25,7 @@ class ConvolutionLayer(LoraLayer):
         dtype = common_dtype(x, lora_A)
         kernels = lora_A.to(dtype).unflatten(1, self.base_layer.weight.shape[1:])
         # torch's own method applies stride, dilation and all padding modes of the base.
-        hidden = nn.Conv2d._conv_forward(self.base_layer, x.to(dtype), kernels, None)
+        hidden = nn.Conv2d._conv_forward(self.base_layer, x.to(lora_A.device, dtype), kernels, None)
         hidden = hidden * self.scaling
         return functional.conv2d(hidden, lora_B.to(dtype)[:, :, None, None])
 

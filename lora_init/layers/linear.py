@@ -28,7 +28,7 @@ class LinearLayer(LoraLayer):
         lora_B: Float[Tensor, "out rank"],
     ) -> Float[Tensor, "*batch out"]:
         dtype = common_dtype(x, lora_A)
-        hidden = functional.linear(x.to(dtype), lora_A.to(dtype)) * self.scaling
+        hidden = functional.linear(x.to(lora_A.device, dtype), lora_A.to(dtype)) * self.scaling
         return functional.linear(hidden, lora_B.to(dtype))
 
     def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
