@@ -15,6 +15,7 @@ from experiments.gpu.stopwatch import best_of
 from experiments.gpu.task import Task
 from lora_init.linalg import small
 from lora_init.linalg.thin import cholesky_qr
+from lora_init.moments import RunningMoments
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -22,6 +23,7 @@ FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 def run(task: Task) -> None:
     bandwidth(task)
     products(task)
+    sums_of_inputs(task)
     if task.cuda:
         mixed_products(task)
         launches(task)
@@ -85,6 +87,19 @@ def products(task: Task) -> None:
             setattr(matmul, setting, before)
         if seconds:
             task.record.rows[-1]["tflop_per_s"] = 2 * side**3 / seconds / 1e12
+
+
+def sums_of_inputs(task: Task) -> None:
+    """Second moments of one input and batch, as calibration sums them, and their errors."""
+    count, width = (64, 128) if task.small else (2048, 4096)
+    rows = draw(task, count, width, dtype=BFLOAT16)
+    exact = (rows.double() - rows.double().mean(0)).T.cov(correction=0)
+    for name, dtype in (("float32 sums", FLOAT32), ("float64 sums", FLOAT64)):
+        sums = RunningMoments(width, task.device, dtype)
+        if measure(task, f"second moments {count}x{width}, {name}", lambda s=sums: s.add(rows)):
+            found = sums.moments.products.double()
+            task.record.rows[-1]["error"] = float((found - exact).norm() / exact.norm())
+    task.record.write()
 
 
 def mixed_products(task: Task) -> None:
