@@ -280,7 +280,13 @@ def counted(request, monkeypatch, count, data=CPU, device=None):
         {"x": spread_rows(1200, 16, dtype=torch.bfloat16)[None], "attention_mask": mask}
         for _ in range(count)
     ]
-    moves, move = Counter(), simulated_device.moved
+    moves, move, target_of = Counter(), simulated_device.moved, simulated_device.target_of
+
+    def targeted(tensor, *settings, non_blocking=False, **more):
+        target = target_of(tensor, *settings, **more)
+        waits = place(tensor) == CPU and target[0] == CUDA and not non_blocking
+        moves["waiting for the device"] += waits
+        return target
 
     def noted(tensor, where, *settings, **more):
         moves[place(tensor), where] += place(tensor) != where
@@ -293,6 +299,7 @@ def counted(request, monkeypatch, count, data=CPU, device=None):
             batches = WithLoss(batches, lambda model, x: model(**x).float().square().mean())
         product_sum.mixed_support(torch.device("cuda", 0), torch.bfloat16)  # once a process
         monkeypatch.setattr(simulated_device, "moved", noted)
+        monkeypatch.setattr(simulated_device, "target_of", targeted)
         with Operations() as seen:
             collect(model, ["query", "key", "out"], request, batches, device=device)
         monkeypatch.undo()
@@ -316,6 +323,7 @@ def test_kernels_and_waits_are_those_in_the_documents(monkeypatch, name, data):
     ours = sum(each.values()) - each["index"] - 4
     if data == CPU:
         assert sum(more.waits.values()) == sum(few.waits.values()) == 3 * waits
+        assert moves["waiting for the device"] == 0
         assert moves[CUDA, CPU] == at_end
     else:
         ours -= 4  # the mask as truth values, twice, their sum, and which are true
