@@ -385,7 +385,7 @@ def test_no_model_is_hashed_for_statistics_larger_than_the_limit(
     given = cache, network(), shapes, [asked], batches(), sketch
     collected = Calibration()
     with nullcontext() if fits else pytest.warns(UserWarning, match=f"of {least} bytes or more"):
-        assert remembered(lambda: collected, *given) is collected
+        assert remembered(lambda: collected, *given, None) is collected
     assert bool(hashed) == fits
 
 
