@@ -20,6 +20,10 @@ import pytest
 import torch
 from simulated_device import simulated_cuda
 
+# Else each process that a test starts compiles all of lora_init and experiments, for seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 
 def pytest_addoption(parser):
     parser.addoption(
