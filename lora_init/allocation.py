@@ -74,9 +74,9 @@ def redistribute_by_cost(
         One rank per layer, in the order of `spectra`, possibly 0. Ties go to the earlier layer.
     """
     pool = [
-        (float(score) / costs[name], name)
+        (score / costs[name], name)
         for name, scores in spectra.items()
-        for score in scores
+        for score in scores.tolist()  # one copy from a device, not one for each score
         if score > 0
     ]
     pool.sort(key=lambda entry: entry[0], reverse=True)  # stable: ties stay in order

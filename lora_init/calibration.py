@@ -27,11 +27,13 @@ class LayerStatistics:
         inputs: moments of its inputs, where the method asked for them.
         gradient: of the loss with respect to its weight, likewise.
         quantizer: how the base is quantised; None for a float base.
+        planned_rank: the layer's rank before an allocation; None without one.
     """
 
     inputs: InputStatistics | SketchedStatistics | LeadingComponents | None = None
     gradient: Float[Tensor, "out in"] | None = None
     quantizer: Quantizer | None = None
+    planned_rank: int | None = None
 
     def to(self, device: torch.device) -> LayerStatistics:
         """The same on another device; the same object where all is there already."""

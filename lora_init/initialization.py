@@ -180,6 +180,8 @@ class _Worker:
             weight = torch.empty(target.shape, dtype=torch.float32, device="meta")
         if target.quantized:
             statistics = replace(statistics or LayerStatistics(), quantizer=quantizer_of(module))
+        if statistics is not None and target.planned_rank is not None:
+            statistics = replace(statistics, planned_rank=target.planned_rank)
         # The factors of a method whose factors nest depend on what they are made from alone.
         seeded = self._nesting is None
         generator = layer_generator(self.seed, target.name) if seeded else layer_generator(0, "")

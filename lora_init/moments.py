@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,14 +71,25 @@ class InputStatistics:
         decomposed is rounded up to a power of two: LAPACK's last bits depend on how many vectors it
         is asked for, and a layer's may not depend on what the others asked for.
         """
-        size = linalg.nesting_rank(max(rank, SMALLEST_DECOMPOSITION), len(self.mean))
+        size = decomposed_size(rank, len(self.mean))
         if (center, size) not in self._components:
-            matrix = self.covariance if center else self.second_moment
-            values, vectors = linalg.top_eigen(matrix, size)
-            total = matrix.diagonal().sum().clamp_min(0)
-            figures = (values.clamp_min(0), vectors, total)
-            self._components[center, size] = tuple(figure.float() for figure in figures)
+            matrix = self.matrix(center)
+            self.keep(center, size, matrix, *linalg.top_eigen(matrix, size))
         return leading(self._components[center, size], rank)
+
+    def has_components(self, center: bool, size: int) -> bool:
+        """Whether a decomposition of this size is kept."""
+        return (center, size) in self._components
+
+    def matrix(self, center: bool) -> Float[Tensor, "in in"]:
+        """The covariance, or with `center=False` the second moment."""
+        return self.covariance if center else self.second_moment
+
+    def keep(self, center: bool, size: int, matrix: Tensor, values: Tensor, vectors: Tensor):
+        """Keep the decomposition of `matrix(center)` for `principal_components`."""
+        total = matrix.diagonal().sum().clamp_min(0)
+        figures = (values.clamp_min(0), vectors, total)
+        self._components[center, size] = tuple(figure.float() for figure in figures)
 
     def least_directions(self, rank: int) -> Float[Tensor, "in rank"]:
         """The last `rank` eigenvectors of `second_moment`, the least of all first, in float64.
@@ -98,7 +109,14 @@ class InputStatistics:
         )
 
     def to(self, device: torch.device) -> InputStatistics:
-        return InputStatistics(self.covariance.to(device), self.mean.to(device), self.tokens)
+        """The same on another device, with the decompositions that are kept."""
+        components = {
+            key: tuple(part.to(device) for part in found) for key, found in self._components.items()
+        }
+        least = {size: vectors.to(device) for size, vectors in self._least.items()}
+        return InputStatistics(
+            self.covariance.to(device), self.mean.to(device), self.tokens, components, least
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,34 @@ class LeadingComponents:
             for center, found in self.components.items()
         }
         return LeadingComponents(parts, self.error)
+
+
+def decomposed_size(rank: int, width: int) -> int:
+    """How many components are computed where `rank` of them are asked for."""
+    return linalg.nesting_rank(max(rank, SMALLEST_DECOMPOSITION), width)
+
+
+def decompose_together(
+    inputs: Sequence[InputStatistics], rank: int, center: bool, *, memory: int
+) -> None:
+    """Compute the principal components of inputs of one width, as stacks on an accelerator.
+
+    Each of them keeps the result for `principal_components`.
+
+    Args:
+        memory: in bytes, of the float64 matrices of one stack; one matrix may exceed it.
+    """
+    width = len(inputs[0].mean)
+    size = decomposed_size(rank, width)
+    waiting = [one for one in inputs if not one.has_components(center, size)]
+    together = max(1, memory // (8 * width**2))
+    for first in range(0, len(waiting), together):
+        some = waiting[first : first + together]
+        matrices = torch.stack([one.matrix(center) for one in some])
+        for one, matrix, values, vectors in zip(
+            some, matrices, *linalg.top_eigen(matrices, size), strict=True
+        ):
+            one.keep(center, size, matrix, values, vectors)
 
 
 def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,7 @@ class Target:
         shared_with: parameters of other modules that lie in the same memory.
         exact: the module computes the product with its stored weight. False where a quantizer's
             forward rounds inputs or weights: the base is then not edited.
+        planned_rank: r before an allocation chose another one; None without an allocation.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Target:
     quantized: bool = False
     shared_with: tuple[str, ...] = ()
     exact: bool = True
+    planned_rank: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -202,7 +204,11 @@ class Plan:
             check_target_rank(target.name, rank, target.shape, self.initializer)
             targets.append(
                 dataclasses.replace(
-                    target, rank=rank, alpha=alpha, scaling=config.scaling(rank, alpha)
+                    target,
+                    rank=rank,
+                    alpha=alpha,
+                    scaling=config.scaling(rank, alpha),
+                    planned_rank=target.rank,
                 )
             )
         kept = {f"{target.name}.bias" for target in targets}

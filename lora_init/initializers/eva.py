@@ -21,15 +21,19 @@ budget="parameters" keeps that number instead, by variance explained per paramet
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lora_init.allocation import LayerRequest, redistribute, redistribute_by_cost
-from lora_init.concurrency import over_cores
+from lora_init.concurrency import STACK_BYTES, over_cores
 from lora_init.factors import Factors
 from lora_init.modules import LINEAR_TYPES
+from lora_init.moments import InputStatistics, decompose_together, leading
 from lora_init.registry import CalibrationRequest, register_initializer
 
 # Variances below this share of the largest are float32's rounding, not the data's: such directions
@@ -82,16 +86,10 @@ def request(options: EvaOptions) -> CalibrationRequest:
 def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[str, int]:
     """Pool explained-variance ratios over layers and keep the best that the budget holds."""
     limits = {
-        name: min(int(layer.rank * options.rho), *layer.shape) for name, layer in requests.items()
+        name: largest_rank(layer.rank, layer.shape, options) for name, layer in requests.items()
     }
     _decompose(requests, limits, options.center)
-    spectra = {}
-    for name, layer in requests.items():
-        inputs = layer.statistics.inputs
-        values, _, total = inputs.principal_components(limits[name], options.center)
-        values = torch.where(values > UNSEEN * values[0], values, 0.0)
-        # A layer whose inputs never vary explains nothing and asks for no rank.
-        spectra[name] = values / total if total > 0 else torch.zeros_like(values)
+    spectra = _spectra(requests, limits, options.center)
     if options.budget == "parameters":
         costs = {name: sum(layer.shape) for name, layer in requests.items()}
         budget = sum(layer.rank * costs[name] for name, layer in requests.items())
@@ -99,23 +97,66 @@ def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[
     return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
 
 
+def largest_rank(rank: int, shape: tuple[int, int], options: EvaOptions) -> int:
+    """The rank up to which a layer of planned rank `rank` may grow."""
+    return min(int(rank * options.rho), *shape)
+
+
+def _distinct(
+    requests: Mapping[str, LayerRequest], limits: Mapping[str, int]
+) -> dict[tuple[int, int], str]:
+    """By input and limit, one layer that asks for it."""
+    distinct: dict[tuple[int, int], str] = {}
+    for name, layer in requests.items():
+        distinct.setdefault((id(layer.statistics.inputs), limits[name]), name)
+    return distinct
+
+
 def _decompose(
     requests: Mapping[str, LayerRequest], limits: Mapping[str, int], center: bool
 ) -> None:
-    """Every distinct input once, over all cores: it keeps its components for whoever asks next."""
-    distinct = {}
-    for name, layer in requests.items():
-        distinct.setdefault((id(layer.statistics.inputs), limits[name]), name)
+    """Decompose every distinct input once. It keeps its components for all later calls.
+
+    A CPU shares the inputs out over its cores. An accelerator takes those of one width as stacks.
+    """
+    on_cpu, stacks = [], defaultdict(list)
+    for name in _distinct(requests, limits).values():
+        inputs = requests[name].statistics.inputs
+        if inputs.device.type == "cpu" or not isinstance(inputs, InputStatistics):
+            on_cpu.append(name)
+        else:
+            stacks[requests[name].shape[1], limits[name], inputs.device].append(inputs)
 
     def decompose(name: str) -> None:
         requests[name].statistics.inputs.principal_components(limits[name], center)
 
-    def numbers(name: str) -> int | None:
-        columns = requests[name].shape[1]
-        return columns**2 if requests[name].statistics.inputs.device.type == "cpu" else None
-
-    for _ in over_cores(decompose, list(distinct.values()), numbers):
+    for _ in over_cores(decompose, on_cpu, lambda name: requests[name].shape[1] ** 2):
         pass
+    for (_, limit, _), inputs in stacks.items():
+        decompose_together(inputs, limit, center, memory=STACK_BYTES)
+
+
+def _spectra(
+    requests: Mapping[str, LayerRequest], limits: Mapping[str, int], center: bool
+) -> dict[str, Float[Tensor, " candidates"]]:
+    """Explained-variance ratios of every layer, on the CPU, by one copy from each device."""
+    distinct = _distinct(requests, limits)
+    by_device = defaultdict(dict)
+    for key, name in distinct.items():
+        inputs = requests[name].statistics.inputs
+        values, _, total = inputs.principal_components(limits[name], center)
+        values = torch.where(values > UNSEEN * values[0], values, 0.0)
+        # A layer whose inputs never vary explains nothing and asks for no rank.
+        by_device[inputs.device][key] = torch.where(total > 0, values / total, 0.0)
+    spectra = {}
+    for found in by_device.values():
+        together = torch.cat(list(found.values())).cpu()
+        lengths = [len(values) for values in found.values()]
+        spectra |= dict(zip(found, together.split(lengths), strict=True))
+    return {
+        name: spectra[id(layer.statistics.inputs), limits[name]]
+        for name, layer in requests.items()
+    }
 
 
 @register_initializer(
@@ -132,11 +173,15 @@ def _decompose(
 )
 def eva(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) with orthonormal rows unless whitened, B (out, rank) zero; float32."""
-    values, vectors, total = statistics.inputs.principal_components(rank, options.center)
+    size = rank
+    if statistics.planned_rank is not None:  # `allocate` has decomposed the inputs at this size
+        size = largest_rank(statistics.planned_rank, weight.shape, options)
+    components = statistics.inputs.principal_components(size, options.center)
+    values, vectors, total = leading(components, rank)
     lora_A = vectors.T
     if options.whiten:
         seen = values > UNSEEN * values[0]
         lora_A = lora_A / torch.where(seen, values, 1.0).sqrt()[:, None]
-    explained = float(values.sum() / total) if total > 0 else 0.0
+    explained = torch.where(total > 0, values.sum() / total, 0.0)
     lora_B = torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=lora_A.device)
     return Factors(lora_A.contiguous(), lora_B, metrics={"explained_variance": explained})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -53,7 +56,8 @@ def top_eigen(
     dense = choice.PARTIAL_FIRST if has_partial_solver(exact) else choice.DENSE_DIMENSION
     small = n <= dense or rank > choice.DENSE_SHARE * n
     values = None
-    if method == "krylov" or (method == "auto" and not small):
+    iterates = method == "krylov" or (method == "auto" and not small)
+    if iterates:
         block = start_block(
             exact.shape[:-1], block_width(rank, n), generator, None,
             dtype=exact.dtype, device=exact.device,
@@ -63,6 +67,8 @@ def top_eigen(
         )
         if found is not None and found.converged:
             values, vectors = found.values, thin_qr(found.vectors)[0]
+        elif found is not None and exact.ndim > 2:  # a dense solver only where it is needed
+            return _each(partial(top_eigen, rank=rank, method=method), matrix, generator)
     if values is None:
         values, vectors = eigenpairs(exact, n - rank, n)
         values, vectors = values.flip(-1), vectors.flip(-1)
@@ -106,6 +112,22 @@ def bottom_eigen(
     values, vectors = eigenpairs(exact, 0, rank) if found is None else found
     vectors = fix_signs(vectors, vectors)[0]
     return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _each(
+    decompose: Callable[..., tuple[Tensor, Tensor]], stack: Tensor, generator: Generators | None
+) -> tuple[Tensor, Tensor]:
+    """`decompose` of every matrix of a stack by itself."""
+    members = stack.reshape(-1, *stack.shape[-2:])
+    single = generator is None or isinstance(generator, torch.Generator)
+    generators = [generator] * len(members) if single else generator
+    pairs = [
+        decompose(matrix, generator=draws)
+        for matrix, draws in zip(members, generators, strict=True)
+    ]
+    values, vectors = (torch.stack(part) for part in zip(*pairs, strict=True))
+    leading = stack.shape[:-2]
+    return values.reshape(*leading, *values.shape[1:]), vectors.reshape(*leading, *vectors.shape[1:])
 
 
 def _by_inverse(

@@ -92,3 +92,22 @@ def test_bottom_eigen_of_a_second_moment(tokens, monkeypatch):
         assert overlap(vectors, basis[:, :8]) >= 0.999
     else:
         assert (moment @ vectors).norm() <= 1e-13 * expected[-1]
+
+
+def test_one_member_of_a_stack_needs_a_dense_solver(monkeypatch):
+    """It alone gets one: the others keep what the iteration found."""
+    basis = orthonormal(300, 300, 3)
+    falling = (basis * torch.arange(1, 301).double() ** -1.5) @ basis.T
+    flat = (basis * (1 + 1e-9 * torch.arange(300).double())) @ basis.T
+    sizes, solve = [], eigen.eigenpairs
+    monkeypatch.setattr(
+        eigen,
+        "eigenpairs",
+        lambda matrix, *where: sizes.append(matrix.shape) or solve(matrix, *where),
+    )
+    values, vectors = top_eigen(torch.stack([falling, flat]), 4, method="krylov")
+    assert sizes == [flat.shape]
+    for index, matrix in enumerate([falling, flat]):
+        alone = top_eigen(matrix, 4, method="krylov")
+        torch.testing.assert_close(values[index], alone[0], rtol=0, atol=1e-12)
+        assert torch.equal(vectors[index], alone[1])
