@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,14 @@ class Calibration:
             raise ValueError(
                 f"{os.fspath(path)} is damaged ({error}); run lora_init.calibrate again"
             ) from error
+
+
+def stacked_gradients(statistics: Sequence[LayerStatistics | None]) -> LayerStatistics | None:
+    """The gradients of layers of one shape as a stack; None where no layer has one."""
+    gradients = [None if one is None else one.gradient for one in statistics]
+    if gradients[0] is None:
+        return None
+    return LayerStatistics(gradient=torch.stack(gradients))
 
 
 def merged(parts: Iterable[Calibration]) -> Calibration:

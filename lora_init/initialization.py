@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init import linalg, schedule, sharing
+from lora_init import draws, linalg, schedule, sharing
 from lora_init.base_weights import BaseWeights
 from lora_init.cache import Cache, fingerprint
 from lora_init.cached_factors import CachedFactors, Input, canonical, has_room, specific
-from lora_init.calibration import LayerStatistics
+from lora_init.calibration import LayerStatistics, stacked_gradients
+from lora_init.factor_checks import FactorNorms, check_shapes, moved_together
 from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
 from lora_init.finiteness import is_finite, refuse_non_finite
 from lora_init.modules import widened
@@ -24,7 +25,7 @@ from lora_init.plan import Plan, Target
 from lora_init.presence import factor_device
 from lora_init.progress import tracking
 from lora_init.quantization import Quantizer
-from lora_init.registry import Initializer, Nesting
+from lora_init.registry import Nesting
 from lora_init.schedule import Job
 from lora_init.seeding import layer_generator
 from lora_init.streams import wait_for_writes
@@ -100,7 +101,8 @@ def initialize(
                 advance(len(layers))
             return done
 
-        done = sharing.shared(run, planned, plan, weights, seed)
+        with draws.shared_blocks():
+            done = sharing.shared(run, planned, plan, weights, seed)
     found = {layer.target.name: layer.moved(homes[layer.target.name]) for layer in done}
     return [found[target.name] for target in plan.targets]
 
@@ -149,14 +151,31 @@ class _Worker:
     def _initialized(self, job: Job) -> list[InitializedLayer]:
         start = time.perf_counter()
         inputs = [self._input(target, job.device) for target in job.targets]
-        factors = self._remembered(job, inputs)
+        try:
+            factors = self._remembered(job, inputs)
+            norms = FactorNorms.of(factors)
+            homes = [self.homes[target.name] for target in job.targets]
+            settled = [
+                self._settled(target, each, one)
+                for target, each, one in zip(
+                    job.targets, inputs, moved_together(factors, homes), strict=True
+                )
+            ]
+            # The copy of these numbers is what waits for the device; until then work is queued.
+            figures = norms.checked(
+                job.targets, self.plan.initializer, [dict(one.metrics) for one in settled]
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # Most often a weight that is not finite: then that is the error to report.
+            for target, one in zip(job.targets, inputs, strict=True):
+                if not one.weight.is_meta:
+                    refuse_non_finite(target.name, one.weight)
+            raise
         settled = [
-            self._settled(target, each, one)
-            for target, each, one in zip(job.targets, inputs, factors, strict=True)
+            replace(one, metrics=numbers) for one, numbers in zip(settled, figures, strict=True)
         ]
-        for place in {job.device, *(self.homes[target.name] for target in job.targets)}:
-            if place.type == "cuda":  # else the time is that of handing over the work
-                torch.cuda.synchronize(place)
         seconds = (time.perf_counter() - start) / len(job.targets)
         return [
             InitializedLayer(target, each, seconds)
@@ -214,44 +233,38 @@ class _Worker:
                 tuple(targets[index] for index in missing), [inputs[index] for index in missing]
             )
             for index, factors in zip(missing, made, strict=True):
-                memory.put(keys[index], targets[index], factors)
+                if is_finite(factors.lora_A) and is_finite(factors.lora_B):
+                    memory.put(keys[index], targets[index], factors)
                 found[index] = factors
         return found
 
     def _computed(self, targets: tuple[Target, ...], inputs: list[Input]) -> list[Factors]:
-        """The method's own work, on one layer or on a stack; a failure is explained."""
+        """The method's own work, on one layer, on a stack, or on the layers of a stack in turn."""
         first, spec = targets[0], self.plan.initializer
         function = spec.function_for(first.module_type)
-        try:
-            if len(targets) == 1:
-                (one,) = inputs
-                arguments = one.weight, first.rank, first.scaling, one.statistics
-                made = [function(*arguments, self.plan.options, one.generator)]
-            else:
-                stack = torch.stack([one.weight for one in inputs])
-                generators = [one.generator for one in inputs]
-                arguments = stack, first.rank, first.scaling, None, self.plan.options, generators
-                made = unstacked(function(*arguments), len(targets))
-            for target, factors in zip(targets, made, strict=True):
-                _check_factors(target, spec, factors)
-        except Exception:
-            # Most often a weight that is not finite: then that is the error to report.
-            for target, one in zip(targets, inputs, strict=True):
-                if not one.weight.is_meta:
-                    refuse_non_finite(target.name, one.weight)
-            raise
+
+        def call(weight: Tensor, statistics: LayerStatistics | None, generator: Any) -> Factors:
+            given = weight, first.rank, first.scaling, statistics, self.plan.options, generator
+            return function(*given)
+
+        if len(targets) == 1 or not spec.stacks:
+            made = [call(one.weight, one.statistics, one.generator) for one in inputs]
+        else:
+            stack = torch.stack([one.weight for one in inputs])
+            statistics = stacked_gradients([one.statistics for one in inputs])
+            found = call(stack, statistics, [one.generator for one in inputs])
+            made = unstacked(found, len(targets))
+        for target, factors in zip(targets, made, strict=True):
+            check_shapes(target, spec, factors)
         return made
 
     def _settled(self, target: Target, given: Input, factors: Factors) -> Factors:
         home, dtype = self.homes[target.name], self.plan.adapter_dtype
-        if _vanishes(factors.lora_A) and _vanishes(factors.lora_B):
-            _warn_of_zeros(target, self.plan.initializer)
         factors = replace(
             factors,
             lora_A=_settled(factors.lora_A, home, dtype),
             lora_B=_settled(factors.lora_B, home, dtype),
             replacement=_settled_replacement(factors.replacement, home),
-            metrics={name: _plain(value) for name, value in factors.metrics.items()},
         )
         if self.plan.requantizes_base(target):
             factors = _requantized(
@@ -274,21 +287,22 @@ def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Qu
     product = low_rank_product(lora_A, lora_B, target.scaling)
     error = linalg.frobenius_norm(weight - replacement.base(weight, target.scaling) - product)
     figures = {
-        "error": float(error / norm),
-        "error_without_adapter": float(before),
+        "error": error / norm,
+        "error_without_adapter": before,
         "quantizer": quantizer.name,
     }
     return replace(factors, replacement=replacement, metrics={**factors.metrics, **figures})
 
 
 def _settled(factor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    factor = factor.detach()
+    if not any(factor.stride()):  # one number in memory: it is repeated on the device
+        number = factor[(0,) * factor.ndim] if factor.numel() else factor.new_zeros(())
+        return number.to(device, dtype).expand(factor.shape).clone(
+            memory_format=torch.contiguous_format
+        )
     # A contiguous tensor of its own: a view would keep the whole decomposition in memory.
-    return factor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _vanishes(factor: Tensor) -> bool:
-    # The first row answers for whatever is not zero.
-    return not bool(factor[:1].any()) and not bool(factor.any())
+    return factor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _settled_replacement(
@@ -303,37 +317,6 @@ def _settled_replacement(
     )
 
 
-def _check_factors(target: Target, spec: Initializer, factors: Factors) -> None:
-    rows, columns = target.shape
-    for name, factor, shape in (
-        ("lora_A", factors.lora_A, (target.rank, columns)),
-        ("lora_B", factors.lora_B, (rows, target.rank)),
-    ):
-        if tuple(factor.shape) != shape:
-            raise ValueError(
-                f"{spec.name} returned {name} of shape {tuple(factor.shape)} for target "
-                f"{target.name!r}; expected {shape}"
-            )
-        if not is_finite(factor):
-            raise ValueError(
-                f"{spec.name} returned non-finite values in {name} for target {target.name!r}"
-            )
-    if (factors.replacement is not None) != (spec.base == "replace"):
-        raise ValueError(
-            f"{spec.name} is registered with base={spec.base!r} but its result "
-            f"{'has' if factors.replacement is not None else 'lacks'} a replacement"
-        )
-
-
-def _warn_of_zeros(target: Target, spec: Initializer) -> None:
-    warnings.warn(
-        f"target {target.name!r} starts with both factors zero under {spec.name} (its weight, "
-        "or what the method decomposes, is zero): it gets no gradient and will not learn; "
-        "leave it out (exclude_modules) or choose another method",
-        stacklevel=2,
-    )
-
-
 def _warn_of_memory(job: Job) -> None:
     warnings.warn(
         f"{job.device} has too little free memory to initialize one layer, so the CPU does it. "
@@ -341,7 +324,3 @@ def _warn_of_memory(job: Job) -> None:
         stacklevel=2,
     )
 
-
-def _plain(value: Any) -> Any:
-    """A metric as a number; those of linalg are tensors."""
-    return value.item() if isinstance(value, Tensor) else value

@@ -91,8 +91,9 @@ class Initializer:
             rank r needs; None: all there are, so that no sketch serves (see `lora_init.sketch`).
         allocate: ``(requests, options) -> ranks``; chooses all layers' ranks from their statistics
             before any layer is initialized (see `lora_init.allocation`). None keeps them.
-        stacks: whether the function also takes a stack of weights (k, out, in) of one shape, with a
-            list of generators, and returns stacked factors and metrics.
+        stacks: whether the function also takes a stack of weights (k, out, in) of one shape, a
+            stack of gradients where it needs them, and a list of generators. It then returns
+            stacked factors and metrics. Not for methods that need inputs.
         nesting: ``options -> Nesting | None``: whether the factors nest.
         adjust_alpha: ``options -> bool``: whether a layer whose rank was re-allocated keeps its
             scaling (its alpha is changed to that end).

@@ -17,7 +17,6 @@ import torch
 
 from lora_init.concurrency import STACK_BYTES, over_cores
 from lora_init.plan import Plan, Target
-from lora_init.registry import Initializer
 
 Result = TypeVar("Result")
 
@@ -48,7 +47,7 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
     waiting: dict[tuple, list[Target]] = {}
     for target in plan.targets:
         device = devices[target.name]
-        if device.type == "cpu" or not stackable(plan.initializer, target):
+        if device.type == "cpu" or not stackable(plan, target):
             numbers = _numbers(target, plan) if device.type == "cpu" else None
             made.append(Job((target,), device, numbers))
             continue
@@ -61,8 +60,14 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
     return made
 
 
-def stackable(initializer: Initializer, target: Target) -> bool:
-    return initializer.stacks and not target.quantized
+def stackable(plan: Plan, target: Target) -> bool:
+    """Whether the target may be initialized with others of its shape.
+
+    Factors that are only drawn are made one by one, and then moved together.
+    """
+    if plan.initializer.needs:
+        return plan.initializer.stacks and not target.quantized
+    return not plan.requantizes_base(target)
 
 
 def run(work: Callable[[Job], Result], planned: Sequence[Job]) -> Iterator[Result]:

@@ -13,6 +13,7 @@ from lora_init import LoraConfig, concurrency, get_peft_model, list_initializers
 from lora_init.assembly import device_for
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
 from lora_init.planning import make_plan
+from lora_init.statistics import LayerStatistics
 
 CPU = torch.device("cpu")
 
@@ -161,7 +162,8 @@ def test_a_stack_gives_what_its_layers_give(shape, method, niter):
     stack = (left * spectrum) @ right.mT
 
     def call(weight, generator):
-        return spec.function(weight, 4, 2.0, None, options, generator)
+        statistics = LayerStatistics(gradient=weight) if "gradients" in spec.needs else None
+        return spec.function(weight, 4, 2.0, statistics, options, generator)
 
     together = call(stack, generators)
     for index, weight in enumerate(stack):

@@ -72,6 +72,7 @@ def rank_rule(rank: int, rows: int, columns: int) -> str | None:
     module_types=(*LINEAR_TYPES, "Conv2d"),
     rank_rule=rank_rule,
     calibration=lambda options: CalibrationRequest(gradients=True),
+    stacks=True,
     workspace=lambda options: (4.0, 0.0),
 )
 def lora_ga(weight, rank, scaling, statistics, options, generator) -> Factors:

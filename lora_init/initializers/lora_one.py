@@ -56,6 +56,7 @@ class LoraOneOptions:
     needs=("gradients",),
     module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=lambda options: CalibrationRequest(gradients=True),
+    stacks=True,
 )
 def lora_one(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / (gamma S_1)."""

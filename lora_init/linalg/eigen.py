@@ -127,7 +127,7 @@ def _each(
     ]
     values, vectors = (torch.stack(part) for part in zip(*pairs, strict=True))
     leading = stack.shape[:-2]
-    return values.reshape(*leading, *values.shape[1:]), vectors.reshape(*leading, *vectors.shape[1:])
+    return tuple(part.reshape(*leading, *part.shape[1:]) for part in (values, vectors))
 
 
 def _by_inverse(

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.draws import normal
+from lora_init.draws import normal_block
 from lora_init.linalg import small
 from lora_init.linalg.choice import (
     ANGLE_TOLERANCE,
@@ -82,12 +82,17 @@ def start_block(
     *stack, n = shape
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    if isinstance(generator, torch.Generator):
-        block = normal(n, width, generator=generator).expand(*stack, n, width)
+    single = isinstance(generator, torch.Generator)
+    drawn = [
+        normal_block(n, width, generator=each) for each in ([generator] if single else generator)
+    ]
+    if all(one is drawn[0] for one in drawn):
+        block = drawn[0].to(device, dtype)
+        if start is None:  # orthonormalized once
+            return thin_qr(block)[0].expand(*stack, n, width)
+        block = block.expand(*stack, n, width)
     else:
-        drawn = [normal(n, width, generator=each) for each in generator]
-        block = torch.stack(drawn).reshape(*stack, n, width)
-    block = block.to(device, dtype)
+        block = torch.stack(drawn).reshape(*stack, n, width).to(device, dtype)
     if start is not None:
         known = start[..., :width].to(block)
         block = torch.cat([known, block[..., known.shape[-1] :]], dim=-1)
@@ -242,5 +247,5 @@ def rounding_noise(block: Tensor) -> Tensor:
     much in random directions changes nothing else.
     """
     n, width = block.shape[-2:]
-    drawn = normal(n, width, generator=torch.Generator().manual_seed(1)).to(block)
+    drawn = normal_block(n, width, generator=torch.Generator().manual_seed(1)).to(block)
     return drawn * (torch.finfo(block.dtype).eps / n**0.5)
