@@ -19,6 +19,7 @@ from lora_init.calibration import LayerStatistics, stacked_gradients
 from lora_init.factor_checks import FactorNorms, check_shapes, moved_together
 from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
 from lora_init.finiteness import is_finite, refuse_non_finite
+from lora_init.mixed_products import is_narrow
 from lora_init.modules import widened
 from lora_init.packed import quantizer_of
 from lora_init.plan import Plan, Target
@@ -190,10 +191,11 @@ class _Worker:
             statistics = statistics.to(device)
         content = None
         if self.plan.reads_weight(target):
-            stored = self.weights.weight(target).to(device)
+            weight = self.weights.weight(target).to(device)
             if has_room(self.cache, target, self._nesting):
-                content = fingerprint(stored)
-            weight = widened(stored).to(torch.float32)
+                content = fingerprint(weight)
+            if not (self.plan.initializer.narrow and is_narrow(weight.dtype)):
+                weight = widened(weight).to(torch.float32)
         else:
             # Its shape is all that is read.
             weight = torch.empty(target.shape, dtype=torch.float32, device="meta")

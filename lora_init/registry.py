@@ -94,6 +94,8 @@ class Initializer:
         stacks: whether the function also takes a stack of weights (k, out, in) of one shape, a
             stack of gradients where it needs them, and a list of generators. It then returns
             stacked factors and metrics. Not for methods that need inputs.
+        narrow: whether the function takes weights in bfloat16 and float16 as they are stored. They
+            are converted to float32 for other methods.
         nesting: ``options -> Nesting | None``: whether the factors nest.
         adjust_alpha: ``options -> bool``: whether a layer whose rank was re-allocated keeps its
             scaling (its alpha is changed to that end).
@@ -119,6 +121,7 @@ class Initializer:
     leading: Callable[[Any], float | None] = lambda options: None
     allocate: Callable[..., dict[str, int]] | None = None
     stacks: bool = False
+    narrow: bool = False
     nesting: Callable[[Any], Nesting | None] = lambda options: None
     adjust_alpha: Callable[[Any], bool] = lambda options: True
     spellings: Mapping[str, Callable[[re.Match], Any]] = field(default_factory=dict)

@@ -28,6 +28,7 @@ from lora_init.registry import Nesting, register_initializer
     module_types=MODULE_TYPES,
     frozen=("lora_B",),
     stacks=True,
+    narrow=True,
     nesting=lambda options: Nesting(balanced=False, version=3),
     workspace=lambda options: (9.0, 0.0),
 )
@@ -36,7 +37,7 @@ def mica(weight, rank, scaling, statistics, options, generator) -> Factors:
     size = linalg.nesting_rank(rank, min(weight.shape[-2:]))
     triplets = linalg.bottom_singular(weight, size, generator=generator).leading(rank)
     return Factors(
-        lora_A=weight.new_zeros(*weight.shape[:-2], rank, weight.shape[-1]),
+        lora_A=triplets.left.new_zeros(*weight.shape[:-2], rank, weight.shape[-1]),
         lora_B=triplets.left,
         metrics={"algorithm": triplets.method, "residual": triplets.residual},
     )

@@ -31,6 +31,7 @@ from lora_init.registry import Nesting, register_initializer
     needs=("weights",),
     module_types=MODULE_TYPES,
     stacks=True,
+    narrow=True,
     nesting=lambda options: Nesting(version=4),
     workspace=lambda options: (9.0, 0.0),
 )

@@ -27,6 +27,7 @@ from lora_init.registry import register_initializer
     needs=("weights",),
     module_types=(*LINEAR_TYPES, "Conv2d"),
     stacks=True,
+    narrow=True,
 )
 def olora(weight, rank, scaling, statistics, options, generator) -> Factors:
     """B (out, rank) with orthonormal columns, A (rank, in) upper trapezoidal; float32."""

@@ -57,6 +57,7 @@ class PissaOptions:
     module_types=MODULE_TYPES,
     spellings={r"pissa_niter_(\d+)": lambda match: PissaOptions(niter=int(match[1]))},
     stacks=True,
+    narrow=True,
     nesting=lambda options: Nesting(version=2) if options.niter is None else None,
 )
 def pissa(weight, rank, scaling, statistics, options, generator) -> Factors:

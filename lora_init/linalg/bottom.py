@@ -58,17 +58,17 @@ def bottom_singular(
           values; for singular ones "exact".
 
     Args:
-        matrix: (m, n), float32 or float64, any device; a stack of such; or an `Operator`.
+        matrix: as of `top_singular`.
         rank: 1 to min(m, n).
         generator: as `top_singular`.
 
     Returns:
-        A `Decomposition` in the matrix's dtype, signs fixed by `fix_signs`.
+        A `Decomposition` in the matrix's dtype (float32 for 16 bits), signs fixed by `fix_signs`.
 
     Raises:
         ValueError: as `top_singular`.
     """
-    check(matrix, rank)
+    check(matrix, rank, narrow=True)
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}.")
     given = isinstance(matrix, Operator)
@@ -79,7 +79,7 @@ def bottom_singular(
         exact = Operator.dense(dense.mT if wide else dense)
     found = _decomposed(exact, rank, method, generator)
     found = flipped(swapped(found) if wide else found)
-    return found.to(matrix.dtype)
+    return found.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _decomposed(

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_init.linalg import small
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.thin import thin_qr
+from lora_init.mixed_products import NARROW
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,11 @@ def fix_signs(
     return left * signs, right * signs
 
 
-def check(matrix: Tensor | Operator, rank: int) -> None:
+def check(matrix: Tensor | Operator, rank: int, *, narrow: bool = False) -> None:
     """Refuse what no decomposition takes.
+
+    Args:
+        narrow: whether bfloat16 and float16 are supported, too.
 
     Raises:
         ValueError: not a float32 or float64 matrix (or stack), or a rank outside 1 … min(m, n).
@@ -178,9 +182,12 @@ def check(matrix: Tensor | Operator, rank: int) -> None:
         raise ValueError(
             f"matrix has shape {tuple(matrix.shape)}; allowed is (m, n), or a stack (…, m, n)."
         )
-    if matrix.dtype not in (torch.float32, torch.float64):
+    supported = (torch.float32, torch.float64, *(NARROW if narrow else ()))
+    if matrix.dtype not in supported:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
         raise ValueError(
-            f"matrix has dtype {matrix.dtype}; allowed are float32 and float64: call .float()."
+            f"matrix with dtype={matrix.dtype} is not supported: must be one of {names}. "
+            "Call .float()."
         )
     m, n = matrix.shape[-2:]
     limit = min(m, n)

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init import mixed_products
+
 CACHED_BYTES = 2**19
 LEAST_ROWS = 64
 """Rows of a matrix that are taken at a time: what a core keeps near, but no fewer than these."""
@@ -35,7 +37,7 @@ class Operator:
         upcast: makes the same map in float64, for spectra that float32 cannot resolve; without it
             such a map is formed as a matrix.
         factors: the two matrices of a product, which `bottom_singular` inverts one by one.
-        matrix: of a dense map.
+        matrix: of a dense map; it may have 16 bits where `dtype` is float32.
         both: (*stack, n, k) -> (matmul(block), rmatmul(matmul(block))); None: one after the other.
     """
 
@@ -81,7 +83,19 @@ class Operator:
 
     @classmethod
     def dense(cls, matrix: Float[Tensor, "*stack m n"]) -> Operator:
-        """``x -> matrix x``."""
+        """``x -> matrix x``; a matrix of 16 bits gives float32, if possible without a copy."""
+        if mixed_products.has_mixed_products(matrix):
+            return cls(
+                shape=tuple(matrix.shape),
+                matmul=lambda block: mixed_products.product(matrix, block),
+                rmatmul=lambda block: mixed_products.transposed_product(matrix, block),
+                dtype=torch.float32,
+                device=matrix.device,
+                upcast=lambda: cls.dense(matrix.double()),
+                matrix=matrix,
+            )
+        if mixed_products.is_narrow(matrix.dtype):
+            matrix = matrix.float()
         return cls(
             shape=tuple(matrix.shape),
             matmul=lambda block: matrix @ block,
@@ -124,7 +138,7 @@ class Operator:
     def to_dense(self) -> Float[Tensor, "*stack m n"]:
         """The matrix itself; of a map without factors by products with its smaller identity."""
         if self.matrix is not None:
-            return self.matrix
+            return self.matrix.to(self.dtype)
         if self.factors is not None:
             first, second = self.factors
             return first @ second

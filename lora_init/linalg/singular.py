@@ -23,6 +23,7 @@ from lora_init.linalg.norm import frobenius_norm
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.powers import Generators, by_iterations, by_powers
 from lora_init.linalg.thin import thin_qr
+from lora_init.mixed_products import has_mixed_products, is_narrow
 from lora_init.precision import full_precision
 
 QUALITY = ("exact", "gram", "gram-krylov", "krylov")
@@ -65,7 +66,8 @@ def top_singular(
     result's `method` says which one did.
 
     Args:
-        matrix: (m, n), float32 or float64, any device; a stack of such; or an `Operator`.
+        matrix: (m, n), float32, float64, bfloat16 or float16, any device; a stack of such; or an
+            `Operator`. A matrix of 16 bits is decomposed in float32.
         rank: 1 to min(m, n).
         niter: the number of power iterations of "powers" and "subspace"; others take none.
         generator: a CPU generator for the test block, one for each matrix of a stack, drawn in
@@ -77,18 +79,21 @@ def top_singular(
             error. None: `choice.KRYLOV_TOLERANCE`.
 
     Returns:
-        A `Decomposition` in the matrix's dtype, signs fixed by `fix_signs`.
+        A `Decomposition` in the matrix's dtype (float32 for 16 bits), signs fixed by `fix_signs`.
 
     Raises:
-        ValueError: `matrix` is no float32 or float64 matrix, or an argument is outside the values
+        ValueError: `matrix` is not such a matrix, or an argument is outside the values
             above.
 
     References:
         Halko, Martinsson & Tropp 2011 (subspace iteration); Musco & Musco 2015 (block Krylov).
     """
-    check(matrix, rank)
+    check(matrix, rank, narrow=True)
     _check_settings(matrix, method, niter, start)
+    if isinstance(matrix, Tensor) and is_narrow(matrix.dtype) and not has_mixed_products(matrix):
+        matrix = matrix.float()
     operator = matrix if isinstance(matrix, Operator) else Operator.dense(matrix)
+    given = operator.dtype
     if niter is not None:
         spend = by_iterations if method == "subspace" else by_powers
         return spend(operator, rank, niter, generator, start)
@@ -105,9 +110,11 @@ def top_singular(
     if isinstance(matrix, Operator):
         # A product's spectrum falls like both factors' together: it is formed in float64.
         dense = matrix.widened().to_dense()
+    elif dense.dtype != given:
+        dense = dense.to(given)
     operator = Operator.dense(dense)
     if method == "exact":
-        return _exact(operator, dense, rank).to(matrix.dtype)
+        return _exact(operator, dense, rank).to(given)
     wide = dense.shape[-2] < dense.shape[-1]
     tall = dense.mT if wide else dense
     found, how = None, "gram-krylov"
@@ -116,9 +123,9 @@ def top_singular(
     if found is None:
         found, how = _gram(tall, rank), "gram"
     if found is None:
-        return _exact(operator, dense, rank).to(matrix.dtype)
+        return _exact(operator, dense, rank).to(given)
     made = from_right(operator.transpose if wide else operator, found.vectors, how)
-    made = made.to(matrix.dtype)
+    made = made.to(given)
     return swapped(made) if wide else made
 
 
