@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import calibration_file
-from lora_init.moments import InputStatistics, LeadingComponents
+from lora_init.moments import InputStatistics, LeadingComponents, StackedInputs
 from lora_init.quantization import Quantizer
 from lora_init.registry import CalibrationRequest
 from lora_init.sketch import SketchedStatistics
@@ -30,7 +30,7 @@ class LayerStatistics:
         planned_rank: the layer's rank before an allocation; None without one.
     """
 
-    inputs: InputStatistics | SketchedStatistics | LeadingComponents | None = None
+    inputs: InputStatistics | SketchedStatistics | LeadingComponents | StackedInputs | None = None
     gradient: Float[Tensor, "out in"] | None = None
     quantizer: Quantizer | None = None
     planned_rank: int | None = None
@@ -172,12 +172,16 @@ class Calibration:
             ) from error
 
 
-def stacked_gradients(statistics: Sequence[LayerStatistics | None]) -> LayerStatistics | None:
-    """The gradients of layers of one shape as a stack; None where no layer has one."""
-    gradients = [None if one is None else one.gradient for one in statistics]
-    if gradients[0] is None:
+def stacked(statistics: Sequence[LayerStatistics | None]) -> LayerStatistics | None:
+    """The statistics of layers of one shape as a stack; None where no layer has any."""
+    if statistics[0] is None:
         return None
-    return LayerStatistics(gradient=torch.stack(gradients))
+    inputs = [one.inputs for one in statistics]
+    gradients = [one.gradient for one in statistics]
+    return LayerStatistics(
+        inputs=None if inputs[0] is None else StackedInputs(inputs),
+        gradient=None if gradients[0] is None else torch.stack(gradients),
+    )
 
 
 def merged(parts: Iterable[Calibration]) -> Calibration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -35,17 +35,27 @@ class Replacement:
     """
 
     quantizer: Quantizer
-    lora_A: Float[Tensor, "rank in"]
-    lora_B: Float[Tensor, "out rank"]
+    lora_A: Float[Tensor, "*stack rank in"]
+    lora_B: Float[Tensor, "*stack out rank"]
     checksum: str | None = None
 
-    def residual(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:
+    def members(self) -> list[Replacement]:
+        """Of a stack: each layer's."""
+        pairs = zip(self.lora_A, self.lora_B, strict=True)
+        return [replace(self, lora_A=lora_A, lora_B=lora_B) for lora_A, lora_B in pairs]
+
+    def residual(
+        self, weight: Float[Tensor, "*stack out in"], scaling: float
+    ) -> Float[Tensor, "*stack out in"]:
         """W - s B A, what is quantised, in float32.
 
         The product is taken in float64 and rounded once: another thread count or device may sum
         it in another order, and a float32 sum that moved in its last bit could cross one of the
         quantiser's thresholds.
         """
+        if weight.ndim > 2:
+            pairs = zip(self.members(), weight, strict=True)
+            return torch.stack([one.residual(matrix, scaling) for one, matrix in pairs])
         lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
         residual = fresh_memory.empty(weight.shape, torch.float32, weight.device)
         rows = fresh_memory.rows_together(weight.shape[1])
@@ -56,7 +66,9 @@ class Replacement:
             into.copy_(torch.sub(some, product, out=product))
         return residual
 
-    def base(self, weight: Float[Tensor, "out in"], scaling: float) -> Float[Tensor, "out in"]:
+    def base(
+        self, weight: Float[Tensor, "*stack out in"], scaling: float
+    ) -> Float[Tensor, "*stack out in"]:
         """Q in float32, from the original weight."""
         return self.quantizer.roundtrip(self.residual(weight, scaling))
 
@@ -88,10 +100,12 @@ def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Te
 
 def unstacked(stack: Factors, count: int) -> list[Factors]:
     """The factors of each layer of a stack; so are metrics that are tensors."""
+    replacements = [None] * count if stack.replacement is None else stack.replacement.members()
     return [
         Factors(
             stack.lora_A[index],
             stack.lora_B[index],
+            replacements[index],
             metrics={
                 name: value[index] if isinstance(value, Tensor) else value
                 for name, value in stack.metrics.items()

@@ -15,7 +15,7 @@ from lora_init import draws, linalg, schedule, sharing
 from lora_init.base_weights import BaseWeights
 from lora_init.cache import Cache, fingerprint
 from lora_init.cached_factors import CachedFactors, Input, canonical, has_room, specific
-from lora_init.calibration import LayerStatistics, stacked_gradients
+from lora_init.calibration import LayerStatistics, stacked
 from lora_init.factor_checks import FactorNorms, check_shapes, moved_together
 from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
 from lora_init.finiteness import is_finite, refuse_non_finite
@@ -253,7 +253,7 @@ class _Worker:
             made = [call(one.weight, one.statistics, one.generator) for one in inputs]
         else:
             stack = torch.stack([one.weight for one in inputs])
-            statistics = stacked_gradients([one.statistics for one in inputs])
+            statistics = stacked([one.statistics for one in inputs])
             found = call(stack, statistics, [one.generator for one in inputs])
             made = unstacked(found, len(targets))
         for target, factors in zip(targets, made, strict=True):

@@ -113,10 +113,39 @@ class InputStatistics:
         components = {
             key: tuple(part.to(device) for part in found) for key, found in self._components.items()
         }
-        least = {size: vectors.to(device) for size, vectors in self._least.items()}
+        kept = {size: vectors.to(device) for size, vectors in self._least.items()}
         return InputStatistics(
-            self.covariance.to(device), self.mean.to(device), self.tokens, components, least
+            self.covariance.to(device), self.mean.to(device), self.tokens, components, kept
         )
+
+
+@dataclass(frozen=True)
+class StackedInputs:
+    """The inputs of layers of one shape, for a method that works on a stack of them.
+
+    Layers that share their inputs share their statistics, too.
+    """
+
+    members: Sequence[InputStatistics]
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].device
+
+    @property
+    def second_moment(self) -> Float[Tensor, "*stack in in"]:
+        return torch.stack([one.second_moment for one in self.members])
+
+    def least_directions(self, rank: int) -> Float[Tensor, "*stack in rank"]:
+        """As of `InputStatistics`; distinct inputs are decomposed together."""
+        size = linalg.nesting_rank(rank, len(self.members[0].mean))
+        waiting = {id(one): one for one in self.members if size not in one._least}
+        if waiting:
+            moments = torch.stack([one.second_moment for one in waiting.values()])
+            found = linalg.bottom_eigen(moments, size)[1]
+            for one, vectors in zip(waiting.values(), found, strict=True):
+                one._least[size] = vectors
+        return torch.stack([one.least_directions(rank) for one in self.members])
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,22 @@ from torch import Tensor
 Number = bool | int | float
 
 
-def read(numbers: Sequence[Tensor]) -> list[Number]:
-    """The values of one-element tensors, as `Tensor.item` gives them, by one copy a device."""
+def read(numbers: Sequence[Tensor]) -> list[Number | list[Number]]:
+    """The values of numbers and vectors, as `Tensor.tolist` gives them, by one copy a device."""
     by_device = defaultdict(list)
     for index, number in enumerate(numbers):
         by_device[number.device].append(index)
-    values: list[Number] = [0.0] * len(numbers)
+    values: list[Number | list[Number]] = [0.0] * len(numbers)
     for indices in by_device.values():
         # float64 holds every float32 number and all counts below 2^53.
-        some = [numbers[index].detach().reshape(()).double() for index in indices]
-        for index, value in zip(indices, torch.stack(some).tolist(), strict=True):
-            values[index] = _as(numbers[index].dtype, value)
+        some = [numbers[index].detach().flatten().double() for index in indices]
+        together = torch.cat(some).cpu().split([len(part) for part in some])
+        for index, part in zip(indices, together, strict=True):
+            given = numbers[index]
+            values[index] = part.to(given.dtype).reshape(given.shape).tolist()
     return values
 
 
-def _as(dtype: torch.dtype, value: float) -> Number:
-    if dtype == torch.bool:
-        return bool(value)
-    return value if dtype.is_floating_point else int(value)
+def read_named(**numbers: Tensor) -> dict[str, Number | list[Number]]:
+    """The same by name."""
+    return dict(zip(numbers, read(list(numbers.values())), strict=True))

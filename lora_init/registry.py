@@ -91,9 +91,9 @@ class Initializer:
             rank r needs; None: all there are, so that no sketch serves (see `lora_init.sketch`).
         allocate: ``(requests, options) -> ranks``; chooses all layers' ranks from their statistics
             before any layer is initialized (see `lora_init.allocation`). None keeps them.
-        stacks: whether the function also takes a stack of weights (k, out, in) of one shape, a
-            stack of gradients where it needs them, and a list of generators. It then returns
-            stacked factors and metrics. Not for methods that need inputs.
+        stacks: whether the function also takes a stack of weights (k, out, in) of one shape, with
+            stacked statistics where it needs them (`lora_init.calibration.stacked`) and a list of
+            generators. It then returns stacked factors and metrics.
         narrow: whether the function takes weights in bfloat16 and float16 as they are stored. They
             are converted to float32 for other methods.
         nesting: ``options -> Nesting | None``: whether the factors nest.

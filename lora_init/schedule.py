@@ -54,10 +54,16 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
         alike = target.shape, target.rank, target.scaling, target.module_type, device
         stack = waiting.setdefault(alike, [])
         stack.append(target)
-        if 4 * prod(target.shape) * (len(stack) + 1) > STACK_BYTES:
+        if 4 * _stacked_numbers(target, plan) * (len(stack) + 1) > STACK_BYTES:
             made.append(Job(tuple(waiting.pop(alike)), device))
     made += [Job(tuple(stack), alike[-1]) for alike, stack in waiting.items()]
     return made
+
+
+def _stacked_numbers(target: Target, plan: Plan) -> int:
+    """Of the weight, or of its inputs' second moment where a method reads that."""
+    moment = target.shape[1] ** 2 if "inputs" in plan.initializer.needs else 0
+    return max(prod(target.shape), moment)
 
 
 def stackable(plan: Plan, target: Target) -> bool:

@@ -11,9 +11,10 @@ from torch import nn
 
 from lora_init import LoraConfig, concurrency, get_peft_model, list_initializers, schedule
 from lora_init.assembly import device_for
+from lora_init.calibration import LayerStatistics, stacked
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
+from lora_init.moments import InputStatistics
 from lora_init.planning import make_plan
-from lora_init.statistics import LayerStatistics
 
 CPU = torch.device("cpu")
 
@@ -143,8 +144,12 @@ def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
     assert stacks() == [["0", "2", "3"], ["1"], ["4"]]
     monkeypatch.setattr(schedule, "STACK_BYTES", 4 * 2 * 48)
     assert stacks() == [["0", "2"], ["1"], ["3"], ["4"]]
-    loftq = plan_of(shapes, "loftq")
-    assert all(len(job.targets) == 1 for job in schedule.jobs(loftq, devices))
+    gora = plan_of(shapes, "gora")  # works on one layer at a time
+    assert all(len(job.targets) == 1 for job in schedule.jobs(gora, devices))
+    # Second moments are larger than the weights of layers with many inputs.
+    wide = plan_of([(8, 40)] * 4, "corda")
+    monkeypatch.setattr(schedule, "STACK_BYTES", 4 * 2 * 40**2)
+    assert [len(job.targets) for job in schedule.jobs(wide, devices)] == [2, 2]
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (300, 280)])
@@ -161,13 +166,19 @@ def test_a_stack_gives_what_its_layers_give(shape, method, niter):
     left, right = (torch.linalg.qr(torch.randn(3, n, min(shape)))[0] for n in shape)
     stack = (left * spectrum) @ right.mT
 
-    def call(weight, generator):
-        statistics = LayerStatistics(gradient=weight) if "gradients" in spec.needs else None
+    statistics = [None] * 3
+    if spec.calibration is not None:
+        rows = torch.randn(3, 500, shape[1]) * torch.arange(1, shape[1] + 1) ** -0.5
+        inputs = [InputStatistics.of_rows(some) for some in rows]
+        inputs[1] = inputs[0]  # two layers that read one input
+        statistics = [LayerStatistics(*pair) for pair in zip(inputs, stack, strict=True)]
+
+    def call(weight, statistics, generator):
         return spec.function(weight, 4, 2.0, statistics, options, generator)
 
-    together = call(stack, generators)
+    together = call(stack, stacked(statistics), generators)
     for index, weight in enumerate(stack):
-        alone = call(weight, torch.Generator().manual_seed(index))
+        alone = call(weight, statistics[index], torch.Generator().manual_seed(index))
         gap = together.lora_B[index] @ together.lora_A[index] - alone.lora_B @ alone.lora_A
         assert gap.norm() <= 1e-6 * weight.norm()
 

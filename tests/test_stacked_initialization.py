@@ -79,9 +79,9 @@ def test_blocks_are_kept_for_one_call_and_within_bounds():
 
 
 def test_numbers_are_read_in_their_own_types():
-    numbers = [torch.tensor(True), torch.tensor(7), torch.tensor([0.1]), torch.tensor(0.1).double()]
-    assert readings.read(numbers) == [number.item() for number in numbers]
-    assert [type(value) for value in readings.read(numbers)] == [bool, int, float, float]
+    numbers = [torch.tensor(True), torch.tensor(7), torch.tensor(0.1), torch.tensor([0.1, 2.0])]
+    assert readings.read(numbers) == [number.tolist() for number in numbers]
+    assert [type(value) for value in readings.read(numbers)] == [bool, int, float, list]
 
 
 @pytest.mark.parametrize("device", [None, "cuda"])

@@ -68,6 +68,7 @@ class CordaOptions:
     needs=("weights", "inputs"),
     module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=lambda options: CalibrationRequest(smallest=options.corda_method == "kpm"),
+    stacks=True,
     leading=lambda options: 1.0 if options.corda_method == "ipm" else None,
     nesting=lambda options: Nesting(version=4),
     workspace=lambda options: (1.0, 3.0) if options.corda_method == "ipm" else (7.0, 4.0),
@@ -75,17 +76,13 @@ class CordaOptions:
 def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A is the projection U Uᵀ W."""
     second_moment = statistics.inputs.second_moment
-    mean_diagonal = second_moment.diagonal().mean()
-    size = linalg.nesting_rank(rank, min(weight.shape))
+    mean_diagonal = second_moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    size = linalg.nesting_rank(rank, min(weight.shape[-2:]))
     if options.corda_method == "ipm":
         lifted = second_moment
         if options.damping:
             lifted = _lift(second_moment, options.damping * mean_diagonal)
-        operator = replace(
-            linalg.Operator.product(weight, lifted.to(weight.dtype)),
-            # Massive activations put s_r at 1e-6 of s_1, where R rounded to float32 is not enough.
-            upcast=lambda: linalg.Operator.product(weight.double(), lifted),
-        )
+        operator = _in_the_metric(weight, lifted)
         triplets = linalg.top_singular(operator, size, generator=generator)
     else:
         lifted = _lift(second_moment, max(options.damping, NULL_SPACE_LIFT) * mean_diagonal)
@@ -95,11 +92,12 @@ def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
     triplets = triplets.leading(rank)
     left = triplets.left.to(weight.dtype)
     values = triplets.values.to(weight.dtype)
-    degenerate = values <= torch.finfo(torch.float32).eps * triplets.largest.to(weight.dtype)
+    largest = triplets.largest.to(weight.dtype)
+    degenerate = values <= torch.finfo(torch.float32).eps * largest[..., None]
     split = torch.where(degenerate, torch.ones_like(values), values)
     return Factors(
-        lora_A=(left.T @ weight) / (split * scaling).sqrt()[:, None],
-        lora_B=left * (split / scaling).sqrt(),
+        lora_A=(left.mT @ weight) / (split * scaling).sqrt()[..., None],
+        lora_B=left * (split / scaling).sqrt()[..., None, :],
         metrics={
             "algorithm": triplets.method,
             "residual": triplets.residual,
@@ -108,7 +106,23 @@ def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
     )
 
 
+def _in_the_metric(weight, moment):
+    """W R, in float32 or where that is not enough in float64."""
+    operator = linalg.Operator.product(weight, moment.to(weight.dtype))
+
+    def members():
+        pairs = zip(weight, moment, strict=True)
+        return [_in_the_metric(*pair) for pair in pairs]
+
+    return replace(
+        operator,
+        # Massive activations put s_r at 1e-6 of s_1, where R rounded to float32 is not enough.
+        upcast=lambda: linalg.Operator.product(weight.double(), moment),
+        members=members if weight.ndim > 2 else None,
+    )
+
+
 def _lift(matrix, amount):
     lifted = matrix.clone()
-    lifted.diagonal().add_(amount)
+    lifted.diagonal(dim1=-2, dim2=-1).add_(amount[..., None])
     return lifted

@@ -19,13 +19,16 @@ bit; a checksum stored beside them is compared when an adapter is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_init import linalg
 from lora_init.factors import Factors, Replacement
 from lora_init.modules import MODULE_TYPES
 from lora_init.quantization import Quantizer
+from lora_init.readings import read_named
 from lora_init.registry import register_initializer
 
 NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
@@ -110,14 +113,15 @@ def layer_quantizer(options, statistics) -> Quantizer:
     preserves_output=False,
     needs=("weights", "quantizer"),
     module_types=MODULE_TYPES,
+    stacks=True,
     workspace=lambda options: (6.5, 0.0),
 )
 def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank), float32, and the recipe of the quantised base."""
-    rows, columns = weight.shape
+    *stack, rows, columns = weight.shape
     norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
     quantizer = layer_quantizer(options, statistics)
-    lora_A, lora_B = weight.new_zeros(rank, columns), weight.new_zeros(rows, rank)
+    lora_A, lora_B = weight.new_zeros(*stack, rank, columns), weight.new_zeros(*stack, rows, rank)
     start, errors, plain = None, [], None
     for _ in range(options.loftq_iter):
         replacement = Replacement(quantizer, lora_A, lora_B)
@@ -125,25 +129,33 @@ def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
         residual = torch.sub(weight, base, out=base)
         before = linalg.frobenius_norm(residual)
         if plain is None:
-            plain = float(before / norm)
+            plain = before / norm
         # The noise of a quantiser has a flat spectrum: the last iteration's subspace is the best
         # guess there is, and the objective, not the subspace, decides when to stop.
         triplets = linalg.top_singular(residual, rank, generator=generator, start=start)
         start = triplets.right
         root = (triplets.values / scaling).sqrt()
-        lora_A, lora_B = root[:, None] * triplets.right.T, triplets.left * root
+        lora_A, lora_B = root[..., None] * triplets.right.mT, triplets.left * root[..., None, :]
         # U S Vᵀ is a projection of the residual: what is left needs no third matrix.
-        left = before.square() - triplets.values.double().square().sum()
-        errors.append(float(left.clamp_min(0).sqrt() / norm))
+        left = before.square() - triplets.values.double().square().sum(-1)
+        errors.append(left.clamp_min(0).sqrt() / norm)
     return Factors(
         lora_A,
         lora_B,
         replacement=replacement,
-        metrics={
-            "error": errors[-1],
-            "error_by_iteration": errors,
-            "error_without_adapter": plain,
-            "quantizer": quantizer.name,
-            "algorithm": triplets.method,
-        },
+        metrics=error_figures(errors, plain)
+        | {"quantizer": quantizer.name, "algorithm": triplets.method},
     )
+
+
+def error_figures(errors: list[Tensor], plain: Tensor) -> dict[str, Any]:
+    """A method's relative errors, after each iteration and without an adapter.
+
+    Numbers for one layer, read in one copy; tensors for a stack.
+    """
+    figures = {
+        "error": errors[-1],
+        "error_by_iteration": torch.stack(errors, dim=-1),
+        "error_without_adapter": plain,
+    }
+    return figures if plain.ndim else read_named(**figures)

@@ -32,6 +32,7 @@ PROPERTIES = {
     "needs": ("weights", "inputs"),
     "module_types": (*LINEAR_TYPES, "Conv2d"),
     "calibration": lambda options: CalibrationRequest(smallest=True),
+    "stacks": True,
     "workspace": lambda options: (2.0, 6.5),
 }
 
@@ -44,9 +45,10 @@ def lora_null(weight, rank, scaling, statistics, options, generator) -> Factors:
     left, values, turns = linalg.thin_svd(weight.double() @ unused)
     root = (values / scaling).sqrt()
     second_moment = statistics.inputs.second_moment
-    used = (unused * (second_moment @ unused)).sum() / second_moment.trace()
+    total = second_moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    used = (unused * (second_moment @ unused)).sum((-2, -1)) / total
     return Factors(
-        lora_A=(root[:, None] * (turns @ unused.T)).float(),
-        lora_B=(left * root).float(),
+        lora_A=(root[..., None] * (turns @ unused.mT)).float(),
+        lora_B=(left * root[..., None, :]).float(),
         metrics={"inputs_used": used.clamp_min(0)},
     )

@@ -62,22 +62,36 @@ def references() -> list[str]:
     base="subtract",
     needs=("weights",),
     module_types=MODULE_TYPES,
+    stacks=True,
     control=True,
 )
 def matched_norm(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank) of equal Frobenius norm, float32."""
-    rows, columns = weight.shape
-    lora_A = normal(rank, columns, generator=generator, dtype=torch.float64)
-    lora_B = normal(rows, rank, generator=generator, dtype=torch.float64)
-    lora_A, lora_B = lora_A / lora_A.norm(), lora_B / lora_B.norm()
-    spec = get_initializer(options.reference)
-    start = spec.function(weight, rank, scaling, statistics, spec.options(), generator)
-    wanted = product_norm(start.lora_A, start.lora_B)
-    size = (wanted / product_norm(lora_A, lora_B).to(wanted.device)).sqrt()
-    return Factors((size * lora_A.to(size.device)).float(), (size * lora_B.to(size.device)).float())
+    rows, columns = weight.shape[-2:]
+    drawn = []
+    for each in generator if weight.ndim > 2 else [generator]:
+        lora_A = normal(rank, columns, generator=each, dtype=torch.float64)
+        lora_B = normal(rows, rank, generator=each, dtype=torch.float64)
+        drawn.append((lora_A / lora_A.norm(), lora_B / lora_B.norm()))
+    lora_A, lora_B = (torch.stack(part).to(weight.device) for part in zip(*drawn, strict=True))
+    if weight.ndim == 2:
+        lora_A, lora_B = lora_A[0], lora_B[0]
+    wanted = _reference_norm(options.reference, weight, rank, scaling, generator)
+    size = (wanted / product_norm(lora_A, lora_B)).sqrt()[..., None, None]
+    return Factors((size * lora_A).float(), (size * lora_B).float())
+
+
+def _reference_norm(name, weight, rank, scaling, generator) -> Tensor:
+    """‖B' A'‖ of the reference, of one layer or of each of a stack."""
+    spec = get_initializer(name)
+    if weight.ndim > 2 and not spec.stacks:
+        pairs = zip(weight, generator, strict=True)
+        return torch.stack([_reference_norm(name, w, rank, scaling, each) for w, each in pairs])
+    start = spec.function(weight, rank, scaling, None, spec.options(), generator)
+    return product_norm(start.lora_A, start.lora_B)
 
 
 def product_norm(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """‖B A‖, from the factors' r × r Gram matrices in float64."""
     lora_A, lora_B = lora_A.double(), lora_B.double()
-    return ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum().clamp_min(0).sqrt()
+    return ((lora_B.mT @ lora_B) * (lora_A @ lora_A.mT)).sum((-2, -1)).clamp_min(0).sqrt()

@@ -29,7 +29,6 @@ Saving and loading: the base is quant(W) itself, rebuilt from the original weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +41,7 @@ from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.loftq import block_quantizer, layer_quantizer
 from lora_init.modules import LINEAR_TYPES
 from lora_init.quantization import Quantizer
+from lora_init.readings import read_named
 from lora_init.registry import CalibrationRequest, register_initializer
 
 
@@ -77,57 +77,73 @@ class QeraOptions:
     needs=("weights", "inputs", "quantizer"),
     module_types=(*LINEAR_TYPES, "Conv2d"),
     calibration=lambda options: CalibrationRequest(),
+    stacks=True,
     workspace=lambda options: (5.0, 3.0),
 )
 def qera(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in), B (out, rank) with orthonormal columns, float32, and plain quantisation."""
-    rows, columns = weight.shape
+    *stack, rows, columns = weight.shape
     quantizer = layer_quantizer(options, statistics)
     error = weight - quantizer.roundtrip(weight)
     moment = statistics.inputs.second_moment
     # Unseen directions hold rounding; lifted, they are told apart by the weight's error instead.
-    moment.diagonal().add_(NULL_SPACE_LIFT * moment.diagonal().mean())
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(NULL_SPACE_LIFT * diagonal.mean(-1, keepdim=True))
     rounded = moment.to(error.dtype)
-    operator = output_error(error, rounded, upcast=lambda: output_error(error.double(), moment))
+    operator = output_error(error, rounded, moment)
     triplets = linalg.top_singular(operator, rank, generator=generator)
-    projected = triplets.left.T @ error
+    projected = triplets.left.mT @ error
     norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo().tiny)
     plain = linalg.frobenius_norm(error)
-    left = (plain.square() - projected.double().square().sum()).clamp_min(0).sqrt()
-    outputs = ((error @ rounded) * error).sum(dtype=torch.float64).clamp_min(torch.finfo().tiny)
+    left = (plain.square() - projected.double().square().sum((-2, -1))).clamp_min(0).sqrt()
+    outputs = ((error @ rounded) * error).sum((-2, -1), dtype=torch.float64)
+    outputs = outputs.clamp_min(torch.finfo().tiny)
+    figures = {
+        "error": left / norm,
+        "error_without_adapter": plain / norm,
+        # Of plain quantisation's root mean square output error, the share that is left.
+        "output_error_share": (1 - triplets.values.sum(-1) / outputs).clamp_min(0).sqrt(),
+    }
     return Factors(
         lora_A=projected / scaling,
         lora_B=triplets.left,
         replacement=Replacement(
-            quantizer, weight.new_zeros(rank, columns), weight.new_zeros(rows, rank)
+            quantizer,
+            weight.new_zeros(*stack, rank, columns),
+            weight.new_zeros(*stack, rows, rank),
         ),
-        metrics={
-            "error": float(left / norm),
-            "error_without_adapter": float(plain / norm),
-            # Of plain quantisation's root mean square output error, the share that is left.
-            "output_error_share": float((1 - triplets.values.sum() / outputs).clamp_min(0).sqrt()),
-            "quantizer": quantizer.name,
-            "algorithm": triplets.method,
-        },
+        metrics=(figures if stack else read_named(**figures))
+        | {"quantizer": quantizer.name, "algorithm": triplets.method},
     )
 
 
 def output_error(
-    error: Float[Tensor, "out in"],
-    moment: Float[Tensor, "in in"],
-    upcast: Callable[[], linalg.Operator] | None = None,
+    error: Float[Tensor, "*stack out in"],
+    moment: Float[Tensor, "*stack in in"],
+    exact: Float[Tensor, "*stack in in"] | None = None,
 ) -> linalg.Operator:
-    """``x -> E R Eᵀ x``, a symmetric map of the outputs, by its products."""
-    dense = linalg.Operator.dense(error)
+    """``x -> E R Eᵀ x``, a symmetric map of the outputs, by its products.
 
-    def multiply(block: Float[Tensor, "out k"]) -> Float[Tensor, "out k"]:
+    Args:
+        exact: R in float64, for the same map in float64; None where `moment` is exact.
+    """
+    dense = linalg.Operator.dense(error)
+    *stack, rows, _ = error.shape
+
+    def multiply(block: Float[Tensor, "*stack out k"]) -> Float[Tensor, "*stack out k"]:
         return dense.matmul(moment @ dense.rmatmul(block))
 
+    def members() -> list[linalg.Operator]:
+        wide = [None] * len(error) if exact is None else exact
+        return [output_error(*each) for each in zip(error, moment, wide, strict=True)]
+
+    upcast = None if exact is None else lambda: output_error(error.double(), exact)
     return linalg.Operator(
-        shape=(len(error), len(error)),
+        shape=(*stack, rows, rows),
         matmul=multiply,
         rmatmul=multiply,
         dtype=error.dtype,
         device=error.device,
         upcast=upcast,
+        members=members if stack else None,
     )

@@ -25,7 +25,12 @@ import torch
 
 from lora_init import linalg
 from lora_init.factors import Factors, Replacement
-from lora_init.initializers.loftq import block_quantizer, check_count, layer_quantizer
+from lora_init.initializers.loftq import (
+    block_quantizer,
+    check_count,
+    error_figures,
+    layer_quantizer,
+)
 from lora_init.modules import MODULE_TYPES
 from lora_init.quantization import Quantizer
 from lora_init.registry import register_initializer
@@ -66,6 +71,7 @@ class QpissaOptions:
     preserves_output=False,
     needs=("weights", "quantizer"),
     module_types=MODULE_TYPES,
+    stacks=True,
     workspace=lambda options: (7.5, 0.0),
 )
 def qpissa(weight, rank, scaling, statistics, options, generator) -> Factors:
@@ -80,21 +86,18 @@ def qpissa(weight, rank, scaling, statistics, options, generator) -> Factors:
         start = triplets.right  # W - Q holds the last product and noise: its subspace moves little
         root = (triplets.values / scaling).sqrt()
         replacement = Replacement(
-            quantizer, lora_A=root[:, None] * triplets.right.T, lora_B=triplets.left * root
+            quantizer,
+            lora_A=root[..., None] * triplets.right.mT,
+            lora_B=triplets.left * root[..., None, :],
         )
         base = replacement.base(weight, scaling)
         residual = torch.sub(weight, base, out=base)
-        lost = residual - (triplets.left * triplets.values) @ triplets.right.T
-        errors.append(float(linalg.frobenius_norm(lost) / norm))
+        product = (triplets.left * triplets.values[..., None, :]) @ triplets.right.mT
+        errors.append(linalg.frobenius_norm(torch.sub(residual, product, out=product)) / norm)
     return Factors(
         replacement.lora_A,
         replacement.lora_B,
         replacement=replacement,
-        metrics={
-            "error": errors[-1],
-            "error_by_iteration": errors,
-            "error_without_adapter": float(plain),
-            "quantizer": quantizer.name,
-            "algorithm": triplets.method,
-        },
+        metrics=error_figures(errors, plain)
+        | {"quantizer": quantizer.name, "algorithm": triplets.method},
     )

@@ -31,16 +31,24 @@ from lora_init.registry import register_initializer
     base="subtract",
     needs=("weights",),
     module_types=MODULE_TYPES,
+    stacks=True,
+    narrow=True,
     control=True,
 )
 def random_bases(weight, rank, scaling, statistics, options, generator) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced as PiSSA's: A Aᵀ = Bᵀ B = S_r / s."""
-    rows, columns = weight.shape
-    left, right = orthonormal(rows, rank, generator), orthonormal(columns, rank, generator)
+    rows, columns = weight.shape[-2:]
+    bases = [
+        (orthonormal(rows, rank, each), orthonormal(columns, rank, each))
+        for each in (generator if weight.ndim > 2 else [generator])
+    ]
+    left, right = (torch.stack(part) for part in zip(*bases, strict=True))
+    if weight.ndim == 2:
+        left, right = left[0], right[0]
     principal = pissa(weight, rank, scaling, statistics, PissaOptions(), generator)
-    root = torch.linalg.vector_norm(principal.lora_A, dim=1, dtype=torch.float64)
-    lora_A = root[:, None] * right.T.to(root.device)
-    lora_B = left.to(root.device) * root
+    root = torch.linalg.vector_norm(principal.lora_A, dim=-1, dtype=torch.float64)
+    lora_A = root[..., None] * right.mT.to(root.device)
+    lora_B = left.to(root.device) * root[..., None, :]
     return Factors(lora_A.float(), lora_B.float())
 
 

@@ -96,13 +96,17 @@ def _decomposed(
         if right is not None:
             # One-sided: a product with W^T would amplify what little of v_1 the vectors contain.
             return from_right(tall, right, attempt, largest=largest)
+    if len(tall.shape) > 2:  # an SVD only of the members that need it
+
+        def alone(
+            matrix: Tensor | Operator, *, generator: Generators | None, start: None
+        ) -> Decomposition:
+            one = matrix if isinstance(matrix, Operator) else Operator.dense(matrix)
+            return _decomposed(one, rank, method, generator)
+
+        members = tall.to_dense() if tall.members is None else tall.members()
+        return one_by_one(alone, members, generator)
     dense = tall.to_dense()
-    if dense.ndim > 2:  # an SVD only of the members that need it
-
-        def alone(matrix: Tensor, *, generator: Generators | None, start: None) -> Decomposition:
-            return _decomposed(Operator.dense(matrix), rank, method, generator)
-
-        return one_by_one(alone, dense, generator)
     left, values, right = small.svd(dense)
     return _last_of(dense, left, values, right.mT, rank)
 

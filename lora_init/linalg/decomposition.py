@@ -88,7 +88,7 @@ def from_right(
 
 def one_by_one(
     decompose: Callable[..., Decomposition],
-    stack: Float[Tensor, "*stack m n"],
+    stack: Float[Tensor, "*stack m n"] | Sequence[Operator],
     generator: torch.Generator | Sequence[torch.Generator] | None,
     start: Float[Tensor, "*stack n k"] | None = None,
 ) -> Decomposition:
@@ -99,9 +99,12 @@ def one_by_one(
 
     Args:
         decompose: takes a matrix, and its generator and start by name.
+        stack: of matrices; or maps.
     """
-    leading = stack.shape[:-2]
-    members = stack.reshape(-1, *stack.shape[-2:])
+    leading, members = (len(stack),), stack
+    if isinstance(stack, Tensor):
+        leading = stack.shape[:-2]
+        members = stack.reshape(-1, *stack.shape[-2:])
     single = generator is None or isinstance(generator, torch.Generator)
     generators = [generator] * len(members) if single else generator
     starts = [None] * len(members)

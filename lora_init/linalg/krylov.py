@@ -34,7 +34,7 @@ from lora_init.linalg.choice import (
     SPACE_SHARE,
     TREND,
 )
-from lora_init.linalg.thin import thin_qr
+from lora_init.linalg.thin import thin_qr, unchecked_qr
 
 # Products before the first look at the eigenvalues, and in each round after it.
 FIRST_ROUND = 4
@@ -113,6 +113,7 @@ def leading_eigenspace(
     rounds: int = KRYLOV_ROUNDS,
     products: int = 0,
     foresee: bool = False,
+    careful: bool = False,
 ) -> Subspace | None:
     """The `rank` leading eigenpairs of the map, or None where no space of them would be small.
 
@@ -139,7 +140,10 @@ def leading_eigenspace(
             products that it saves.
         foresee: with `each`, give up as soon as the residuals fall too slowly to come to rest in
             the rounds that are left.
+        careful: check every QR decomposition at once. Otherwise an accelerator is asked once a
+            round; where one was wrong, all is done again with care.
     """
+    given = block
     *stack, n, width = block.shape
     kept = width + OVERSAMPLING
     first_round = ROUND if warm else FIRST_ROUND
@@ -157,6 +161,16 @@ def leading_eigenspace(
     noise = rounding_noise(block)
     scale = block.new_zeros(*stack, 1, 1)
     used = 0
+    good: list[Tensor] = []
+
+    def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
+        if careful:
+            return thin_qr(columns)
+        found, triangle, right = unchecked_qr(columns)
+        if right is not None:
+            good.append(right)
+        return found, triangle
+
     distances: list[float] = []
     for round_ in range(rounds):
         # Of a long basis a fourth is added at a time: each look costs more than the one before.
@@ -180,9 +194,16 @@ def leading_eigenspace(
             if half:
                 size = scale.sqrt() * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
             noise = noise.roll(1, dims=-2)  # shifted rows are new directions
-            block, first = thin_qr(block - known @ coefficients + size * noise)
+            block, first = orthonormal(block - known @ coefficients + size * noise)
             # Once leaves the rounding of the first projection behind, twice is enough.
-            block, second = thin_qr(block - known @ (known.mT @ block))
+            block, second = orthonormal(block - known @ (known.mT @ block))
+        if good and not bool(torch.stack(good).all()):
+            return leading_eigenspace(
+                multiply, given, rank, half=half, trace=trace, limit=limit, each=each, warm=warm,
+                tolerance=tolerance, rounds=rounds, products=products, foresee=foresee,
+                careful=True,
+            )  # fmt: skip
+        good.clear()
         values, vectors = small.eigh(projected[..., :used, :used], UPLO="L")
         values, vectors = values.flip(-1), vectors.flip(-1).to(block.dtype)
         # K V = V T + block (second first) E^T, E being the last columns of the identity.

@@ -7,7 +7,7 @@ reading of it (`round_trip`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,6 +38,7 @@ class Operator:
             such a map is formed as a matrix.
         factors: the two matrices of a product, which `bottom_singular` inverts one by one.
         matrix: of a dense map; it may have 16 bits where `dtype` is float32.
+        members: of a stack: the maps one by one.
         both: (*stack, n, k) -> (matmul(block), rmatmul(matmul(block))); None: one after the other.
     """
 
@@ -50,6 +51,7 @@ class Operator:
     factors: tuple[Tensor, Tensor] | None = None
     matrix: Tensor | None = None
     both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    members: Callable[[], Sequence[Operator]] | None = None
 
     @classmethod
     def product(cls, first: Float[Tensor, "*stack m j"], second: Float[Tensor, "*stack j n"]):
@@ -70,6 +72,10 @@ class Operator:
                 f"Operator.product got dtypes {first.dtype} and {second.dtype}; cast one of them."
             )
         stack = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
+
+        def members() -> list[Operator]:
+            return [cls.product(*pair) for pair in zip(first, second, strict=True)]
+
         return cls(
             shape=(*stack, first.shape[-2], second.shape[-1]),
             matmul=lambda block: first @ (second @ block),
@@ -79,6 +85,7 @@ class Operator:
             upcast=lambda: cls.product(first.double(), second.double()),
             factors=(first, second),
             both=lambda block: through(first, second, block),
+            members=members if first.ndim == second.ndim == 3 else None,
         )
 
     @classmethod

@@ -103,9 +103,10 @@ def top_singular(
         found, precise = _krylov(matrix, operator, rank, generator, start, tolerance)
         if found is not None:
             return from_right(precise, found.vectors, "krylov").to(operator.dtype)
-        if isinstance(matrix, Tensor) and matrix.ndim > 2:  # a dense solver only where it is needed
+        members = matrix if isinstance(matrix, Tensor) else matrix.members and matrix.members()
+        if members is not None and len(matrix.shape) > 2:  # a dense solver only where it is needed
             decompose = partial(top_singular, rank=rank, method=method, tolerance=tolerance)
-            return one_by_one(decompose, matrix, generator, start)
+            return one_by_one(decompose, members, generator, start)
     dense = matrix
     if isinstance(matrix, Operator):
         # A product's spectrum falls like both factors' together: it is formed in float64.

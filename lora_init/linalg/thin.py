@@ -43,6 +43,20 @@ def thin_qr(
     return basis, triangle
 
 
+def unchecked_qr(
+    block: Float[Tensor, "*stack m k"],
+) -> tuple[
+    Float[Tensor, "*stack m k"], Float[Tensor, "*stack k k"], Bool[Tensor, "*stack"] | None
+]:
+    """As `thin_qr`, without a wait for the device: whether each block is right is returned.
+
+    None: all are.
+    """
+    if block.device.type in choice.LAPACK_DEVICES or block.shape[-1] > block.shape[-2]:
+        return *torch.linalg.qr(block), None
+    return cholesky_qr(block)
+
+
 def thin_svd(
     block: Float[Tensor, "*stack m k"],
 ) -> tuple[Float[Tensor, "*stack m k"], Float[Tensor, "*stack k"], Float[Tensor, "*stack k k"]]:
@@ -57,26 +71,28 @@ def cholesky_qr(
 ) -> tuple[Float[Tensor, "*stack m k"], Float[Tensor, "*stack k k"], Bool[Tensor, "*stack"]]:
     """Q and R by Cholesky's method, twice, and of which blocks they are right."""
     exact = block.double()
-    first, triangle, done = _pass(exact)
-    # What the first pass leaves shows how near to orthonormal it came.
-    basis, correction, again = _pass(first)
-    gram = correction.mT @ correction
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    near = (gram - identity).abs().amax((-2, -1)) <= choice.LARGEST_CORRECTION
-    return basis.to(block.dtype), (correction @ triangle).to(block.dtype), done & again & near
-
-
-def _pass(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass: Q, R, and which Gram matrices had a factor. Columns are normalized first."""
-    gram = block.mT @ block
+    # Columns are normalized: then the squares of the first pass lose less.
+    gram = exact.mT @ exact
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = norms.clamp_min(torch.finfo(norms.dtype).tiny)
     gram = gram / (scale[..., :, None] * scale[..., None, :])
     lower, failed = torch.linalg.cholesky_ex(gram)
+    inverse = _solved(lower, torch.diag_embed(1 / scale))
+    basis, triangle = exact @ inverse.mT, lower.mT * scale[..., None, :]
+    # What the first pass leaves shows how near to orthonormal it came.
+    gram = basis.mT @ basis
+    lower, again = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, identity.expand_as(gram), upper=False)
-    basis = block @ (inverse.mT / scale[..., :, None])
-    return basis, lower.mT * scale[..., None, :], failed == 0
+    distance = torch.linalg.vector_norm(gram - identity, ord=torch.inf, dim=(-2, -1))
+    basis = basis @ _solved(lower, identity.expand_as(lower)).mT
+    triangle = lower.mT @ triangle
+    good = (distance <= choice.LARGEST_CORRECTION) & (failed + again == 0)
+    return basis.to(block.dtype), triangle.to(block.dtype), good
+
+
+def _solved(lower: Tensor, block: Tensor) -> Tensor:
+    """``L^-1 block``."""
+    return torch.linalg.solve_triangular(lower, block, upper=False)
 
 
 def householder_signs(basis: Float[Tensor, "*stack m k"]) -> Float[Tensor, "*stack k"]:

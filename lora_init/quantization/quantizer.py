@@ -235,8 +235,10 @@ class Quantizer:
         table = table_of(self.kind, self.bits).to(codes.device)
         return expanded(codes, scale, table, self.block_size).reshape(codes.shape)
 
-    def roundtrip(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def roundtrip(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
         """``dequantize(quantize(weight))``: the values a model with this weight computes with."""
+        if weight.ndim > 2:  # a scale may depend on all of one weight
+            return torch.stack([self.roundtrip(one) for one in weight])
         return self.dequantize(self.quantize(weight))
 
 
