@@ -49,9 +49,10 @@ def full_precision() -> Iterator[None]:
 
 def _reduced_products() -> list[tuple[Any, str, Any]]:
     """Owner, name and value of each setting that reduces float32 products now."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+    cuda = torch.backends.cuda.matmul
+    if hasattr(cuda, "fp32_precision"):  # since torch 2.9, as the module for the CPU
+        backends = cuda, torch.backends.mkldnn.matmul
         found = [(backend, "fp32_precision", backend.fp32_precision) for backend in backends]
     else:
-        found = [(backends[0], "allow_tf32", backends[0].allow_tf32)]
+        found = [(cuda, "allow_tf32", cuda.allow_tf32)]
     return [setting for setting in found if setting[2] not in ("ieee", False)]

@@ -7,6 +7,7 @@ except views and allocations. Two Linear layers in bfloat16 are so large that Kr
 as for large layers. Statistics are there already, and no cache is used.
 """
 
+import functools
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from unittest import mock
@@ -119,6 +120,7 @@ def counting(counts):
         yield
 
 
+@functools.cache
 def weight_of(seed):
     generator = torch.Generator().manual_seed(seed)
     left, right = (
@@ -148,7 +150,7 @@ def counted(setting):
     torch.manual_seed(0)
     base = nn.Sequential(*(nn.Linear(COLUMNS, ROWS, bias=False) for _ in range(2)))
     for seed, layer in enumerate(base):
-        layer.weight.data = weight_of(seed)
+        layer.weight.data = weight_of(seed).clone()
     base.to(torch.bfloat16)
     counts = Counts()
     config = LoraConfig(r=RANK, target_modules=["0", "1"], init_lora_weights=setting)

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,3 +165,13 @@ def test_training_keeps_the_users_setting(reduced_products):
     with Float32Products() as products:
         model(CASE.inputs()).sum().backward()
     assert products.settings == {reduced_products}
+
+
+def test_versions_of_torch_without_precision_settings(monkeypatch):
+    """Before 2.9 there is one switch, and no module for products on the CPU."""
+    matmul = SimpleNamespace(allow_tf32=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())
+    with full_precision():
+        assert matmul.allow_tf32 is False
+    assert matmul.allow_tf32 is True
