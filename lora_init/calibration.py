@@ -31,7 +31,7 @@ class LayerStatistics:
     """
 
     inputs: InputStatistics | SketchedStatistics | LeadingComponents | StackedInputs | None = None
-    gradient: Float[Tensor, "out in"] | None = None
+    gradient: Float[Tensor, "*stack out in"] | None = None
     quantizer: Quantizer | None = None
     planned_rank: int | None = None
 

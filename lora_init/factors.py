@@ -86,8 +86,8 @@ class Factors:
             the report has the sum over the components that are used.
     """
 
-    lora_A: Float[Tensor, "rank in"]
-    lora_B: Float[Tensor, "out rank"]
+    lora_A: Float[Tensor, "*stack rank in"]
+    lora_B: Float[Tensor, "*stack out rank"]
     replacement: Replacement | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
