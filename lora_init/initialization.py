@@ -298,11 +298,9 @@ def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Qu
 
 def _settled(factor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     factor = factor.detach()
-    if not any(factor.stride()):  # one number in memory: it is repeated on the device
-        number = factor[(0,) * factor.ndim] if factor.numel() else factor.new_zeros(())
-        return number.to(device, dtype).expand(factor.shape).clone(
-            memory_format=torch.contiguous_format
-        )
+    if factor.device.type == "cpu" and not any(factor.stride()):  # one number in memory
+        number = factor[(0,) * factor.ndim].item()
+        return torch.full(factor.shape, number, dtype=dtype, device=device)
     # A contiguous tensor of its own: a view would keep the whole decomposition in memory.
     return factor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
