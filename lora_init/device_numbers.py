@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Num
 from torch import Tensor
 
+Value = bool | int | float | list
 
-def on_host(numbers: Sequence[Num[Tensor, ""]]) -> list[float | int]:
-    """The values of tensors with one number each, with one copy from each device."""
+
+def on_host(numbers: Sequence[Tensor]) -> list[Value]:
+    """The values of numbers and vectors, as `Tensor.tolist` gives them, by one copy a device."""
     places: dict[torch.device, list[int]] = {}
     for index, number in enumerate(numbers):
         places.setdefault(number.device, []).append(index)
-    found: dict[int, float | int] = {}
+    found: dict[int, Value] = {}
     for indices in places.values():
-        values = torch.stack([numbers[index] for index in indices]).cpu().tolist()
-        found |= dict(zip(indices, values, strict=True))
+        some = [numbers[index].detach() for index in indices]
+        # float64 holds every float32 number and all counts below 2^53.
+        if len({number.dtype for number in some}) > 1:
+            some = [number.double() for number in some]
+        values = torch.cat([number.flatten() for number in some]).cpu()
+        parts = values.split([number.numel() for number in some])
+        for index, part in zip(indices, parts, strict=True):
+            given = numbers[index]
+            found[index] = part.to(given.dtype).reshape(given.shape).tolist()
     return [found[index] for index in range(len(numbers))]
+
+
+def named_on_host(**numbers: Tensor) -> dict[str, Value]:
+    """The same by name."""
+    return dict(zip(numbers, on_host(list(numbers.values())), strict=True))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_init.device_numbers import on_host
 from lora_init.factors import Factors
 from lora_init.finiteness import is_finite
 from lora_init.plan import Target
-from lora_init.readings import read
 from lora_init.registry import Initializer
 
 
@@ -47,7 +47,7 @@ class FactorNorms:
             ValueError: a factor has NaN or infinite values; with the name of its target.
         """
         tensors = [v for layer in metrics for v in layer.values() if isinstance(v, Tensor)]
-        values = iter(read([*self.norms, *tensors]))
+        values = iter(on_host([*self.norms, *tensors]))
         for target, factors in zip(targets, self.factors, strict=True):
             norm_A, norm_B = next(values), next(values)
             _refuse_non_finite(target, spec, "lora_A", factors.lora_A, norm_A)

@@ -19,24 +19,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-NARROW = (torch.bfloat16, torch.float16)
+from lora_init.product_sum import SIXTEEN_BITS, Support, mixed_support
+
 FLOAT16_STEP = 2.0**11
 """How much smaller the second part in float16 is than the first."""
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
     """Whether it is one of the 16-bit types that weights are stored in."""
-    return dtype in NARROW
+    return dtype in SIXTEEN_BITS
 
 
 def has_mixed_products(matrix: Tensor) -> bool:
     """Whether the matrix's device multiplies it with float32 results: CUDA, from torch 2.8 on."""
-    if not is_narrow(matrix.dtype) or matrix.device.type != "cuda" or torch.version.hip:
+    if not is_narrow(matrix.dtype):
         return False
-    if "dtype" not in torch.ops.aten.bmm.overloads():
-        return False
-    exact = matrix.dtype == torch.float16
-    return exact or torch.cuda.is_bf16_supported(including_emulation=False)
+    return mixed_support(matrix.device, matrix.dtype) is not Support.NONE
 
 
 def product(

@@ -22,6 +22,7 @@ from lora_init import LoraConfig, assembly, get_peft_model, list_initializers
 from lora_init.calibration import Calibration, LayerStatistics
 from lora_init.linalg import choice
 from lora_init.moments import InputStatistics
+from lora_init.product_sum import mixed_support
 
 ROWS, COLUMNS, RANK = 320, 288, 4
 # As for matrices of thousands of rows: Krylov spaces of W, not dense solvers of its Gram matrix.
@@ -165,6 +166,7 @@ def counted(setting):
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(choice, **LIKE_LARGE_MATRICES))
         stack.enter_context(simulated_cuda())
+        mixed_support(torch.device(CUDA, 0), torch.bfloat16)  # asked once in a process
         plan = get_peft_model(base, config, dry_run=True)
         calibration = None
         if plan.calibration is not None:

@@ -7,9 +7,9 @@ import torch
 from simulated_device import simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model, linalg, mixed_products
+from lora_init import LoraConfig, get_peft_model, linalg, mixed_products, product_sum
 
-every_narrow_dtype = pytest.mark.parametrize("dtype", mixed_products.NARROW, ids=str)
+every_narrow_dtype = pytest.mark.parametrize("dtype", product_sum.SIXTEEN_BITS, ids=str)
 NARROW_METHODS = ["pissa", "pissa_niter_4", "olora", "milora", "mica"]
 
 

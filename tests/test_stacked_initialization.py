@@ -8,7 +8,7 @@ import torch
 from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, draws, get_peft_model, list_initializers, readings
+from lora_init import LoraConfig, device_numbers, draws, get_peft_model, list_initializers
 
 DRAWN = [spec.name for spec in list_initializers() if not spec.needs]
 
@@ -80,8 +80,8 @@ def test_blocks_are_kept_for_one_call_and_within_bounds():
 
 def test_numbers_are_read_in_their_own_types():
     numbers = [torch.tensor(True), torch.tensor(7), torch.tensor(0.1), torch.tensor([0.1, 2.0])]
-    assert readings.read(numbers) == [number.tolist() for number in numbers]
-    assert [type(value) for value in readings.read(numbers)] == [bool, int, float, list]
+    assert device_numbers.on_host(numbers) == [number.tolist() for number in numbers]
+    assert [type(value) for value in device_numbers.on_host(numbers)] == [bool, int, float, list]
 
 
 @pytest.mark.parametrize("device", [None, "cuda"])

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from lora_init import linalg
+from lora_init.device_numbers import named_on_host
 from lora_init.factors import Factors, Replacement
 from lora_init.modules import MODULE_TYPES
 from lora_init.quantization import Quantizer
-from lora_init.readings import read_named
 from lora_init.registry import register_initializer
 
 NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
@@ -158,4 +158,4 @@ def error_figures(errors: list[Tensor], plain: Tensor) -> dict[str, Any]:
         "error_by_iteration": torch.stack(errors, dim=-1),
         "error_without_adapter": plain,
     }
-    return figures if plain.ndim else read_named(**figures)
+    return figures if plain.ndim else named_on_host(**figures)

@@ -36,12 +36,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
+from lora_init.device_numbers import named_on_host
 from lora_init.factors import Factors, Replacement
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.loftq import block_quantizer, layer_quantizer
 from lora_init.modules import LINEAR_TYPES
 from lora_init.quantization import Quantizer
-from lora_init.readings import read_named
 from lora_init.registry import CalibrationRequest, register_initializer
 
 
@@ -112,7 +112,7 @@ def qera(weight, rank, scaling, statistics, options, generator) -> Factors:
             weight.new_zeros(*stack, rank, columns),
             weight.new_zeros(*stack, rows, rank),
         ),
-        metrics=(figures if stack else read_named(**figures))
+        metrics=(figures if stack else named_on_host(**figures))
         | {"quantizer": quantizer.name, "algorithm": triplets.method},
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_init.linalg import small
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.thin import thin_qr
-from lora_init.mixed_products import NARROW
+from lora_init.product_sum import SIXTEEN_BITS
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def check(matrix: Tensor | Operator, rank: int, *, narrow: bool = False) -> None
         raise ValueError(
             f"matrix has shape {tuple(matrix.shape)}; allowed is (m, n), or a stack (…, m, n)."
         )
-    supported = (torch.float32, torch.float64, *(NARROW if narrow else ()))
+    supported = (torch.float32, torch.float64, *(SIXTEEN_BITS if narrow else ()))
     if matrix.dtype not in supported:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
         raise ValueError(
