@@ -23,8 +23,8 @@ help:
 	@echo "make benchmark lora_init beside PEFT and torch.linalg: initializers, calibration, memory"
 	@echo "make gpu       checks and measurements on a GPU, eight minutes; installs nothing"
 	@echo "make papers    published claims measured again, then docs/papers"
-	@echo "make test      the tests"
-	@echo "make test-all  the same, with every member of their products"
+	@echo "make test      the tests, in under ten minutes on two cores"
+	@echo "make test-all  the same, with long runs and every member of their products"
 	@echo "make test-papers  the page of docs/papers, measured again and held against it"
 	@echo "make fuzz      10,000 damaged adapters, caches, calibrations, checkpoints and runs"
 	@echo "make lint      ruff"
@@ -47,7 +47,7 @@ papers: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST)
 
-# Every member of every product of methods, modules and settings (tests/products.py).
+# Long runs too, and every member of every product of methods and settings (tests/products.py).
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not fast_form" $(PYTEST)
 
