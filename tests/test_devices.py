@@ -42,6 +42,7 @@ from lora_init import (
     reinitialize,
     restore_peft_model,
 )
+from lora_init.layers import linear, two_parts
 from lora_init.linalg import choice
 from lora_init.quantization import Quantizer
 from lora_init.row_blocks import CachedBlocks
@@ -79,6 +80,8 @@ def same_solver(monkeypatch):
     monkeypatch.setattr(accumulation, "row_blocks", CachedBlocks)
     monkeypatch.setattr(choice, "PARTIAL_DIMENSION", float("inf"))
     monkeypatch.setattr(choice, "LAPACK_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(linear, "STACKED_POSITIONS", {"cpu": 2048, "cuda": 2048})
+    monkeypatch.setattr(two_parts, "HAS_WIDE_PRODUCTS", False)
 
 
 def assert_on(model, where):

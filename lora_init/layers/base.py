@@ -99,13 +99,19 @@ class LoraLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Look up what this class lacks (in_features, stride, …) in the base layer."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # base_layer: not set yet. Protocols (copying, pickling) are this class's own.
-            if name in ("base_layer", *HOOK_ATTRIBUTES) or name.startswith("__"):
-                raise
-            return getattr(self.base_layer, name)
+        # torch's own lookup, without its call: a forward pass asks for half a dozen of them.
+        own = self.__dict__
+        if "_modules" in own:
+            if name in own["_parameters"]:
+                return own["_parameters"][name]
+            if name in own["_modules"]:
+                return own["_modules"][name]
+            if name in own["_buffers"]:
+                return own["_buffers"][name]
+        # base_layer: not set yet. Protocols (copying, pickling) are this class's own.
+        if name in ("base_layer", *HOOK_ATTRIBUTES) or name.startswith("__"):
+            return super().__getattr__(name)  # raises
+        return getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("weight", "bias"):
@@ -135,7 +141,7 @@ class LoraLayer(nn.Module):
     # -- the forward pass ------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = only_input(self.base_layer, args, kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else only_input(self.base_layer, args, kwargs)
         if self.merged:
             return self.base_layer(x)
         if not self.adapter_enabled:
@@ -175,7 +181,8 @@ class LoraLayer(nn.Module):
         return (result if bias is None else result + bias).to(dtype)
 
     def _drops(self) -> bool:
-        return self.dropout.training and isinstance(self.dropout, nn.Dropout)
+        dropout = self.dropout
+        return isinstance(dropout, nn.Dropout) and dropout.training
 
     def _adapted_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
         """V x without dropout, the bias, and the dtype of the base's own output."""

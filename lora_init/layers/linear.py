@@ -11,11 +11,15 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_init.layers.adapted_product import adapted_product
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.layers.decomposed_product import decomposed_product
+from lora_init.layers.mixed_product import mixed_product, wide_dtype
 from lora_init.layers.transforms import is_transformed
 from lora_init.presence import is_hooked
 
-STACKED_POSITIONS = 2048
-"""Up to so many, a copy of the inputs costs less than reading the weight once more."""
+STACKED_POSITIONS = {"cpu": 2048}
+"""By device: up to so many, a copy of the inputs costs less than reading the weight once more."""
+
+FEW_NUMBERS = 16_384
+"""An input of this size or less is computed in less time than an autograd function's own calls."""
 
 
 class LinearLayer(LoraLayer):
@@ -44,16 +48,30 @@ class LinearLayer(LoraLayer):
     # -- in one step of the graph, where that is the same function ---------------------------------
 
     def _adapted_output(self, x: Tensor) -> Tensor:
-        weight = self._plain_weight(x)
-        if weight is None or self._drops() or self.lora_bias is not None:
+        if self.lora_bias is not None or self._drops() or not self._is_product(x):
             return super()._adapted_output(x)
-        bias = self.base_layer.bias
-        return adapted_product(x, weight, self.lora_A, self.lora_B, bias, self.scaling)
+        base, lora_A, lora_B = self.base_layer, self.lora_A, self.lora_B
+        initial = None
+        if self.base_state == "in_forward":
+            initial = self.initial_lora_A, self.initial_lora_B
+        one_dtype = initial is None and x.dtype is lora_A.dtype and x.dtype is lora_B.dtype
+        if x.numel() <= FEW_NUMBERS and not torch.compiler.is_compiling():
+            dtype = x.dtype if one_dtype else wide_dtype(x, lora_A)
+            wide = cast(x, dtype)
+            delta = applied(wide, lora_A, lora_B)
+            if initial is not None:  # two products of the same shapes cancel to the last bit
+                delta = delta - applied(wide, *initial)
+            # Scaled before the sum is rounded, so that gradients are not rounded before that.
+            return cast(torch.add(base.forward(x), delta, alpha=self.scaling), x.dtype)
+        weight = base.weight.T if self.module_type == "Linear" else base.weight
+        if one_dtype:
+            return adapted_product(x, weight, lora_A, lora_B, base.bias, self.scaling)
+        return mixed_product(x, weight, lora_A, lora_B, base.bias, initial, self.scaling)
 
     def _decomposed_output(self, x: Tensor) -> Tensor:
         weight = self._plain_weight(x)
         is_wide = x.dtype == self.lora_magnitude_vector.dtype and x.dtype.itemsize >= 4
-        is_short = x.numel() <= STACKED_POSITIONS * x.shape[-1]
+        is_short = x.numel() <= STACKED_POSITIONS.get(x.device.type, 0) * x.shape[-1]
         # Norms are not rounded to 16 bits, so only wide products are fit for them.
         if weight is None or self._drops() or not (is_wide and is_short):
             return super()._decomposed_output(x)
@@ -71,17 +89,42 @@ class LinearLayer(LoraLayer):
 
     def _plain_weight(self, x: Tensor) -> Float[Tensor, "in out"] | None:
         """The base's, if all that happens here are products of one dtype which add up to V x."""
-        base = self.base_layer
-        if self.module_type not in ("Linear", "Conv1D") or self.base_state == "in_forward":
+        if self.base_state == "in_forward" or not self._is_product(x):
             return None
-        weight, bias = base.weight, base.bias
-        if weight.is_meta or is_watched(base) or not all(map(is_plain, (x, weight))):
+        if not x.dtype == self.lora_A.dtype == self.lora_B.dtype:
             return None
-        parts = x, weight, self.lora_A, self.lora_B, *(() if bias is None else (bias,))
-        is_rounded = len({p.dtype for p in parts}) > 1 or torch.is_autocast_enabled(x.device.type)
-        if is_rounded or is_transformed():
-            return None
+        weight = self.base_layer.weight
         return weight.T if self.module_type == "Linear" else weight
+
+    def _is_product(self, x: Tensor) -> bool:
+        """Whether the base's output is x W + bias, of plain tensors of x's dtype, and no more.
+
+        Asked at every call: a hook or another weight may come at any time.
+        """
+        base = self.base_layer
+        if self.module_type not in ("Linear", "Conv1D") or is_watched(base):
+            return False
+        weight, bias = base.weight, base.bias
+        if weight.is_meta or not (is_plain(x) and is_plain(weight)):
+            return False
+        if x.dtype is not weight.dtype or not (bias is None or bias.dtype is x.dtype):
+            return False
+        return not torch.is_autocast_enabled(x.device.type) and not is_transformed()
+
+
+def applied(
+    x: Float[Tensor, "*batch in"],
+    lora_A: Float[Tensor, "rank in"],
+    lora_B: Float[Tensor, "out rank"],
+) -> Float[Tensor, "*batch out"]:
+    """B A x, in x's dtype."""
+    hidden = functional.linear(x, cast(lora_A, x.dtype))
+    return functional.linear(hidden, cast(lora_B, x.dtype))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, whose call takes a microsecond even where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -1,0 +1,137 @@
+"""``x W + bias + s (x Aᵀ) Bᵀ - s (x A0ᵀ) B0ᵀ`` of a 16-bit base and float32 factors, as one step.
+
+Autograd would keep a float32 copy of x and make float32 blocks of outputs. Here the adapter's part
+is added into the base's own block and rounded once, and what is kept for the backward pass is x
+itself and the few numbers a position between A and B.
+
+The two low-rank products are computed as one whose factors are differences:
+
+    B A - B0 A0 = (B - B0) A + B0 (A - A0).
+
+At step 0 it is zero to the last bit, whatever order a device adds in.
+
+| | products with the factors |
+|---|---|
+| bfloat16 on a GPU | of bfloat16 parts, added up in float32 (see `lora_init.layers.two_parts`) |
+| everything else | in the wider dtype, at least float32 |
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.layers import two_parts, wide_products
+from lora_init.layers.adapted_product import unflattened
+from lora_init.precision import without_autocast
+
+HALF_PRODUCTS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether 16-bit products of this CPU are slower than a float32 copy and a float32 product."""
+
+Initial = tuple[Tensor, Tensor]
+"""A0, B0."""
+
+
+def wide_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
+    """The dtype of the products with the factors."""
+    if lora_A.dtype is torch.float32 and x.dtype is not torch.float64:
+        return torch.float32
+    return torch.promote_types(torch.promote_types(x.dtype, lora_A.dtype), torch.float32)
+
+
+class _MixedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        initial_A: Tensor | None,
+        initial_B: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        inputs = x.reshape(-1, x.shape[-1])
+        block = inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
+        dtype = wide_dtype(x, lora_A)
+        A, B = differences(lora_A, lora_B, initial_A, initial_B, dtype)
+        products = two_parts if two_parts.apply_to(x, dtype) else wide_products
+        hidden = products.left_by_factor(inputs, A.T)
+        products.add_product(block, hidden, B.T, scaling)
+        kept = hidden if initial_A is None else hidden[:, : len(lora_A)].contiguous()
+        ctx.save_for_backward(x, weight, lora_A, lora_B, initial_A, initial_B, kept)
+        ctx.scaling = scaling
+        return unflattened(block, x)
+
+    @staticmethod
+    @without_autocast()  # whatever autocast the backward pass is called under
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, initial_A, initial_B, hidden = ctx.saved_tensors
+        of_x, of_weight, of_A, of_B, of_bias = ctx.needs_input_grad[:5]
+        inputs, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        dtype = wide_dtype(x, lora_A)
+        A, B = differences(lora_A, lora_B, initial_A, initial_B, dtype)
+        products, rows, wide = two_parts, inputs, gradient
+        if torch.is_grad_enabled() or not two_parts.apply_to(x, dtype):
+            products, wide = wide_products, gradient.to(dtype)
+            rows = inputs.to(dtype) if of_A else inputs
+        if torch.is_grad_enabled():  # for a second derivative, `hidden` knows no way back
+            hidden = products.left_by_factor(inputs, lora_A.to(dtype).T)
+        by_x = by_A = by_B = by_hidden = None
+        if of_x or of_A:
+            by_hidden = products.left_by_factor(wide, B)
+        if of_x:
+            if HALF_PRODUCTS_ARE_SLOW and not x.is_cuda:
+                by_x = gradient.to(dtype) @ weight.T.to(dtype)
+            else:
+                by_x = gradient @ weight.T
+            by_x = products.add_product(by_x, by_hidden, A, ctx.scaling).to(x.dtype).view(x.shape)
+        if of_A:
+            by_A = products.factor_by_right(folded(by_hidden, len(lora_A)), rows)
+            by_A = (by_A * ctx.scaling).to(lora_A.dtype)
+        if of_B:
+            by_B = products.factor_by_right(hidden, wide).T
+            by_B = (by_B * ctx.scaling).to(lora_B.dtype)
+        by_weight = inputs.T @ gradient if of_weight else None
+        by_bias = gradient.sum(0) if of_bias else None
+        return by_x, by_weight, by_A, by_B, by_bias, None, None, None
+
+
+def differences(
+    lora_A: Float[Tensor, "rank in"],
+    lora_B: Float[Tensor, "out rank"],
+    initial_A: Float[Tensor, "rank in"] | None,
+    initial_B: Float[Tensor, "out rank"] | None,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "ranks in"], Float[Tensor, "out ranks"]]:
+    """[A; A - A0] and [B - B0, B0], whose product is B A - B0 A0; A and B without the latter."""
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    if initial_A is None:
+        return lora_A, lora_B
+    initial_A, initial_B = initial_A.to(dtype), initial_B.to(dtype)
+    return torch.cat([lora_A, lora_A - initial_A]), torch.cat([lora_B - initial_B, initial_B], 1)
+
+
+def folded(by_hidden: Float[Tensor, "positions ranks"], rank: int) -> Tensor:
+    """gradient B, of gradient [B - B0, B0]."""
+    if by_hidden.shape[1] == rank:
+        return by_hidden
+    return by_hidden[:, :rank] + by_hidden[:, rank:]
+
+
+def mixed_product(
+    x: Float[Tensor, "*batch in"],
+    weight: Float[Tensor, "in out"],
+    lora_A: Float[Tensor, "rank in"],
+    lora_B: Float[Tensor, "out rank"],
+    bias: Float[Tensor, " out"] | None,
+    initial: Initial | None,
+    scaling: float,
+) -> Float[Tensor, "*batch out"]:
+    """x W + bias + s (x Aᵀ) Bᵀ - s (x A0ᵀ) B0ᵀ in x's dtype, without the last without `initial`.
+
+    x, W and bias have one dtype. Differentiable, twice too, in every tensor but A0 and B0.
+    """
+    return _MixedSum.apply(x, weight, lora_A, lora_B, bias, *(initial or (None, None)), scaling)
