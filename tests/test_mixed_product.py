@@ -4,11 +4,15 @@
 """
 
 import copy
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from simulated_device import simulated_cuda
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
 from lora_init import LoraConfig, get_peft_model
@@ -76,11 +80,11 @@ def test_output_and_gradients(name, leading, with_bias, subtracts, parts):
     torch.testing.assert_close(found[1].float(), by_weight, rtol=epsilon, atol=epsilon)
 
 
-@pytest.mark.parametrize("size", [0, linear.FEW_NUMBERS], ids=["as if large", "small"])
+@pytest.mark.parametrize("size", [False, True], ids=["large", "small"])
 @pytest.mark.parametrize("conv", [False, True], ids=["Linear", "Conv1D"])
 @pytest.mark.parametrize("name", HALVES)
 def test_step_0_is_the_base_to_the_bit(name, conv, size, parts, monkeypatch):
-    monkeypatch.setattr(linear, "FEW_NUMBERS", size)
+    monkeypatch.setattr(linear, "is_small", lambda x: size)
     torch.manual_seed(0)
     base = nn.Sequential(Conv1D(40, 48) if conv else nn.Linear(48, 40)).to(HALVES[name])
     for method in ("kaiming", "pissa"):
@@ -96,9 +100,9 @@ def test_step_0_is_the_base_to_the_bit(name, conv, size, parts, monkeypatch):
 def test_only_the_16_bit_input_is_kept(method, parts):
     """And the few numbers a position between A and B."""
     positions, width, rank = 512, 64, 4
-    assert positions * width > linear.FEW_NUMBERS
     config = LoraConfig(r=rank, target_modules=["0"], init_lora_weights=method)
     model = get_peft_model(nn.Sequential(nn.Linear(width, width)).bfloat16(), config)
+    ranks = rank if method == "kaiming" else 2 * rank
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -109,10 +113,32 @@ def test_only_the_16_bit_input_is_kept(method, parts):
         return tensor
 
     x = torch.randn(positions, width).bfloat16().requires_grad_()
+    assert not linear.is_small(x)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         outputs = model(x)
-    assert sum(kept.values()) <= positions * (2 * width + 4 * rank)
+    assert sum(kept.values()) <= positions * (2 * width + 4 * ranks)
     outputs.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["kaiming", "pissa"])
+def test_compiled_is_eager_in_one_graph(method, parts, pytestconfig):
+    if pytestconfig.getoption("--check-shapes"):
+        pytest.skip("torch.compile cannot trace the checks")
+    torch._dynamo.reset()
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=method)
+    model = get_peft_model(nn.Sequential(nn.Linear(32, 32)).bfloat16(), config)
+    with torch.no_grad():
+        model.layers["0"].lora_B += 0.1
+    x = torch.randn(64, 32).bfloat16().requires_grad_()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    results = []
+    for one in (model, compiled):
+        model.zero_grad()
+        outputs = one(x)
+        outputs.sum().backward()
+        results.append([outputs.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-5, atol=1e-5)
 
 
 def test_first_and_second_derivatives_by_differences():
@@ -142,10 +168,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("size", [0, linear.FEW_NUMBERS], ids=["as if large", "small"])
+@pytest.mark.parametrize("size", [False, True], ids=["large", "small"])
 def test_a_call_sees_every_change_since_the_last(change, size, monkeypatch):
     """Nothing that was decided in one call holds in the next."""
-    monkeypatch.setattr(linear, "FEW_NUMBERS", size)
+    monkeypatch.setattr(linear, "is_small", lambda x: size)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(16, 16, bias=False)).bfloat16()
     config = LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa")
@@ -170,3 +196,93 @@ def test_a_call_sees_every_change_since_the_last(change, size, monkeypatch):
     assert (layer.lora_A.grad is None) == (change == "a frozen factor")
     same = change in ("other dtypes", "16-bit factors", "a frozen factor")
     assert same == torch.allclose(before.double(), actual.double(), atol=0.02)
+
+
+def test_autocast_gets_the_input_as_it_is():
+    """It converts what it multiplies; a float32 copy made before that would be wasted."""
+    layer = get_peft_model(
+        nn.Sequential(nn.Linear(64, 64)).bfloat16(), LoraConfig(r=4, target_modules=["0"])
+    ).layers["0"]
+    x = torch.randn(512, 64).bfloat16()
+    with Kernels() as seen, torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert seen.conversions_of(x.numel()) == 0
+
+
+VIEWS = {
+    "_unsafe_view", "alias", "detach", "expand", "lift_fresh", "new_empty", "permute",
+    "promote_types", "select", "slice", "split", "t", "transpose", "unsqueeze", "view",
+}  # fmt: skip
+
+
+class Kernels(TorchDispatchMode):
+    """The operations that a device computes, views left out, while on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.calls.append((name, result.numel() if isinstance(result, torch.Tensor) else 0))
+        return result
+
+    def conversions_of(self, size):
+        return self.calls.count(("_to_copy", size))
+
+
+def promised_kernels():
+    """{(base, start): (forward, backward)} of the table in docs/gpu.md."""
+    text = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    section = text.split("## Training step")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:3] == "| `"]
+    return {row[0].strip("`"): tuple(map(int, row[1:3])) for row in rows}
+
+
+STEPS = {
+    "kept": ("kaiming", False, False),
+    "subtracted": ("pissa", False, False),
+    "kept, small": ("kaiming", False, True),
+    "subtracted, small": ("pissa", False, True),
+    "kept, DoRA": ("kaiming", True, False),
+    "subtracted, DoRA": ("pissa", True, False),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_kernels_of_a_step_on_a_gpu(name, monkeypatch):
+    """No more than docs/gpu.md says: they would be launched for every layer and step."""
+    method, use_dora, small = STEPS[name]
+    monkeypatch.setattr(linear, "is_small", lambda x: small)
+    with simulated_cuda():
+        base = nn.Sequential(nn.Linear(64, 64)).bfloat16().cuda()
+        config = LoraConfig(
+            r=4, target_modules=["0"], init_lora_weights=method, use_dora=use_dora
+        )  # fmt: skip
+        layer = get_peft_model(base, config, cache=False).layers["0"]
+        x = torch.randn(32, 64, dtype=torch.bfloat16).cuda().requires_grad_()
+        with Kernels() as forward, one_kernel_a_product(monkeypatch) as products:
+            outputs = layer(x)
+        forward = len(forward.calls) + len(products)
+        gradient = torch.ones_like(outputs)
+        with Kernels() as backward, one_kernel_a_product(monkeypatch) as products:
+            outputs.backward(gradient)
+        backward = len(backward.calls) + len(products)
+    assert (forward, backward) == promised_kernels()[name]
+
+
+@contextmanager
+def one_kernel_a_product(monkeypatch):
+    """A float32 product of 16-bit matrices, which a CPU takes three operations for."""
+    made = []
+
+    def product(left, right):
+        made.append((left.shape, right.shape))
+        with _disable_current_modes():
+            return left.float() @ right.float()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(two_parts, "wide_product", product)
+        yield made

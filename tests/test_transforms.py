@@ -106,10 +106,10 @@ def test_a_forward_put_over_the_base_is_called():
     torch.testing.assert_close(layer(inputs()), expected)
 
 
-@pytest.fixture(params=[0, linear.FEW_NUMBERS], ids=["as if large", "small"])
+@pytest.fixture(params=[False, True], ids=["large", "small"])
 def size(request, monkeypatch):
     """Large inputs take an autograd function, small ones torch's own operations."""
-    monkeypatch.setattr(linear, "FEW_NUMBERS", request.param)
+    monkeypatch.setattr(linear, "is_small", lambda x: request.param)
     return request.param
 
 
@@ -157,7 +157,7 @@ def test_a_forward_of_another_class_is_called():
 
 def test_a_backward_pass_under_autocast(model, monkeypatch):
     """Our autograd functions do not round there; torch's own operations, for small inputs, do."""
-    monkeypatch.setattr(linear, "FEW_NUMBERS", 0)
+    monkeypatch.setattr(linear, "is_small", lambda x: False)
     model.float()
     x = inputs().float()
     plain = torch.autograd.grad(model(x).square().sum(), list(trained(model).values()))

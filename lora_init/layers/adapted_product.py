@@ -14,6 +14,9 @@ from torch import Tensor
 
 from lora_init.precision import without_autocast
 
+HALF_PRODUCTS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether 16-bit products of this CPU are slower than a float32 copy and a float32 product."""
+
 
 class _Sum(torch.autograd.Function):
     @staticmethod
@@ -62,13 +65,25 @@ def gradients(
     of_x, of_weight, of_A, of_B = needed[:4]
     by_hidden = (gradient @ lora_B) * scaling if of_x or of_A else None
     return (
-        (gradient @ weight.T).addmm_(by_hidden, lora_A).view(x.shape) if of_x else None,
+        _by_x(gradient, weight, by_hidden, lora_A).view(x.shape) if of_x else None,
         inputs.T @ gradient if of_weight else None,
         by_hidden.T @ inputs if of_A else None,
         # Not gradientᵀ hidden: a product that reads the large matrix row by row is faster (512
         # tokens, 1536 outputs, rank 8: 0.9 ms instead of 1.5).
         (hidden.T @ gradient).T.contiguous() if of_B else None,
     )
+
+
+def _by_x(gradient: Tensor, weight: Tensor, by_hidden: Tensor, lora_A: Tensor) -> Tensor:
+    if converts(gradient):
+        by_weight = gradient.float() @ weight.T.float()
+        return by_weight.addmm_(by_hidden.float(), lora_A.float()).to(gradient.dtype)
+    return (gradient @ weight.T).addmm_(by_hidden, lora_A)
+
+
+def converts(gradient: Tensor) -> bool:
+    """Whether the product of a gradient and the weight is one of float32 copies."""
+    return HALF_PRODUCTS_ARE_SLOW and gradient.dtype.itemsize < 4 and gradient.device.type == "cpu"
 
 
 def unflattened(outputs: Float[Tensor, "positions out"], x: Tensor) -> Float[Tensor, "*batch out"]:

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.layers import two_parts
 from lora_init.layers.transforms import is_transformed
 from lora_init.modules import widened
 
@@ -44,6 +45,8 @@ def projection(
 ) -> Float[Tensor, "out rank"]:
     """W Aᵀ in float32 or wider."""
     dtype = torch.promote_types(widened(weight).dtype, widened(lora_A).dtype)
+    if two_parts.apply_to(weight, dtype) and not is_transformed():
+        return two_parts.left_by_factor(weight, lora_A.to(dtype).T)  # no float32 copy of W
     return weight.to(dtype) @ lora_A.to(dtype).T
 
 

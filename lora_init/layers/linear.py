@@ -18,9 +18,6 @@ from lora_init.presence import is_hooked
 STACKED_POSITIONS = {"cpu": 2048}
 """By device: up to so many, a copy of the inputs costs less than reading the weight once more."""
 
-FEW_NUMBERS = 16_384
-"""An input of this size or less is computed in less time than an autograd function's own calls."""
-
 
 class LinearLayer(LoraLayer):
     """``h = base(x) + s B A x``, x (..., in) and h (..., out)."""
@@ -31,9 +28,12 @@ class LinearLayer(LoraLayer):
         lora_A: Float[Tensor, "rank in"],
         lora_B: Float[Tensor, "out rank"],
     ) -> Float[Tensor, "*batch out"]:
-        dtype = common_dtype(x, lora_A)
-        hidden = functional.linear(x.to(lora_A.device, dtype), lora_A.to(dtype)) * self.scaling
-        return functional.linear(hidden, lora_B.to(dtype))
+        dtype, x = common_dtype(x, lora_A), x.to(lora_A.device)
+        if dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
+            x, lora_A, lora_B = (cast(tensor, dtype) for tensor in (x, lora_A, lora_B))
+        # Autocast converts them for its own products, all but float64.
+        hidden = functional.linear(x, lora_A) * self.scaling
+        return functional.linear(hidden, lora_B)
 
     def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         base = self.base_layer
@@ -55,7 +55,7 @@ class LinearLayer(LoraLayer):
         if self.base_state == "in_forward":
             initial = self.initial_lora_A, self.initial_lora_B
         one_dtype = initial is None and x.dtype is lora_A.dtype and x.dtype is lora_B.dtype
-        if x.numel() <= FEW_NUMBERS and not torch.compiler.is_compiling():
+        if is_small(x) and not torch.compiler.is_compiling():
             dtype = x.dtype if one_dtype else wide_dtype(x, lora_A)
             wide = cast(x, dtype)
             delta = applied(wide, lora_A, lora_B)
@@ -110,6 +110,17 @@ class LinearLayer(LoraLayer):
         if x.dtype is not weight.dtype or not (bias is None or bias.dtype is x.dtype):
             return False
         return not torch.is_autocast_enabled(x.device.type) and not is_transformed()
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether calling the operations on this input takes longer than computing them.
+
+    Then torch's own operations are best: their backward pass runs without Python. On a GPU the size
+    is an estimate, 512 positions of width 4096. A CPU takes long for 16-bit products.
+    """
+    if x.is_cuda:
+        return x.numel() <= 2**21
+    return x.numel() <= (2**10 if x.dtype.itemsize < 4 else 2**14)
 
 
 def applied(

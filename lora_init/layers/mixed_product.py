@@ -23,11 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.layers import two_parts, wide_products
-from lora_init.layers.adapted_product import unflattened
+from lora_init.layers.adapted_product import converts, unflattened
 from lora_init.precision import without_autocast
-
-HALF_PRODUCTS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
-"""Whether 16-bit products of this CPU are slower than a float32 copy and a float32 product."""
 
 Initial = tuple[Tensor, Tensor]
 """A0, B0."""
@@ -60,8 +57,8 @@ class _MixedSum(torch.autograd.Function):
         products = two_parts if two_parts.apply_to(x, dtype) else wide_products
         hidden = products.left_by_factor(inputs, A.T)
         products.add_product(block, hidden, B.T, scaling)
-        kept = hidden if initial_A is None else hidden[:, : len(lora_A)].contiguous()
-        ctx.save_for_backward(x, weight, lora_A, lora_B, initial_A, initial_B, kept)
+        hidden = hidden[:, : len(lora_A)]  # x Aᵀ
+        ctx.save_for_backward(x, weight, lora_A, lora_B, initial_A, initial_B, hidden)
         ctx.scaling = scaling
         return unflattened(block, x)
 
@@ -83,7 +80,7 @@ class _MixedSum(torch.autograd.Function):
         if of_x or of_A:
             by_hidden = products.left_by_factor(wide, B)
         if of_x:
-            if HALF_PRODUCTS_ARE_SLOW and not x.is_cuda:
+            if converts(gradient):
                 by_x = gradient.to(dtype) @ weight.T.to(dtype)
             else:
                 by_x = gradient @ weight.T
@@ -92,8 +89,8 @@ class _MixedSum(torch.autograd.Function):
             by_A = products.factor_by_right(folded(by_hidden, len(lora_A)), rows)
             by_A = (by_A * ctx.scaling).to(lora_A.dtype)
         if of_B:
-            by_B = products.factor_by_right(hidden, wide).T
-            by_B = (by_B * ctx.scaling).to(lora_B.dtype)
+            by_B = products.factor_by_right(hidden, wide)
+            by_B = (by_B * ctx.scaling).T.to(lora_B.dtype)
         by_weight = inputs.T @ gradient if of_weight else None
         by_bias = gradient.sum(0) if of_bias else None
         return by_x, by_weight, by_A, by_B, by_bias, None, None, None

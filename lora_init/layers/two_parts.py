@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 """Whether a GPU's product of bfloat16 matrices can be float32: since torch 2.8."""
@@ -28,19 +28,24 @@ The product of the last two orders is high · high + high · low + low · high.
 def apply_to(matrix: Tensor, wide: torch.dtype) -> bool:
     """Whether products of this matrix with factors of the dtype `wide` take parts of them."""
     is_half = matrix.is_cuda and matrix.dtype is torch.bfloat16
-    return HAS_WIDE_PRODUCTS and is_half and wide is torch.float32
+    is_plain = type(matrix) in (Tensor, nn.Parameter)
+    return HAS_WIDE_PRODUCTS and is_half and is_plain and wide is torch.float32
 
 
 def in_parts(
     wide: Float[Tensor, "rows columns"], order: tuple[int, slice, int], dim: int
 ) -> Float[Tensor, "rows_in_parts columns_in_parts"]:
     """The bfloat16 parts of a float32 matrix, one block after the other along `dim`."""
-    count, high, low = order
+    count, places, low = order
     shape = (*wide.shape[:dim], count, *wide.shape[dim:])
     parts = wide.new_empty(shape, dtype=torch.bfloat16)
-    highs = parts[high] if dim == 0 else parts[:, high]
+    highs = parts[places] if dim == 0 else parts[:, places]
     highs.copy_(wide.unsqueeze(dim))
-    torch.sub(wide, parts.select(dim, 0), out=parts.select(dim, low))
+    high, rest = parts.select(dim, 0), parts.select(dim, low)
+    if torch.compiler.is_compiling():  # it refuses `out` with strides, and fuses these two
+        rest.copy_(wide - high)
+    else:
+        torch.sub(wide, high, out=rest)
     return parts.flatten(dim, dim + 1)
 
 
