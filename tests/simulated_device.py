@@ -212,9 +212,6 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if "pin_memory" in kwargs:
             kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
-        if func is torch.mm and kwargs.get("out_dtype") is not None and place(args[0]) == CUDA:
-            # CPUs have no product wider than its factors: the same sums of exact products.
-            args, kwargs = tuple(a.to(kwargs["out_dtype"]) for a in args), {}
         if func in self.on_cuda:
             answer = self.on_cuda[func] if place(args[0]) == CUDA else func
             return answer(*args, **kwargs)

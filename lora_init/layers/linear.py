@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_init.layers.adapted_product import adapted_product
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.layers.decomposed_product import decomposed_product
-from lora_init.layers.mixed_product import mixed_product, wide_dtype
+from lora_init.layers.low_rank_sum import low_rank_sum, wide_dtype
 from lora_init.layers.transforms import is_transformed
 from lora_init.presence import is_hooked
 
@@ -66,7 +66,7 @@ class LinearLayer(LoraLayer):
         weight = base.weight.T if self.module_type == "Linear" else base.weight
         if one_dtype:
             return adapted_product(x, weight, lora_A, lora_B, base.bias, self.scaling)
-        return mixed_product(x, weight, lora_A, lora_B, base.bias, initial, self.scaling)
+        return low_rank_sum(x, weight, lora_A, lora_B, base.bias, initial, self.scaling)
 
     def _decomposed_output(self, x: Tensor) -> Tensor:
         weight = self._plain_weight(x)

@@ -4,7 +4,6 @@
 """
 
 import copy
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,11 @@ import torch
 from simulated_device import simulated_cuda
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.layers import linear, mixed_product, two_parts
+from lora_init.layers import linear, low_rank_sum, two_parts
 
 SCALING = 1.5
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +56,7 @@ def in_float64(base, x, A, B, initial):
 def test_output_and_gradients(name, leading, with_bias, subtracts, parts):
     (x, weight, A, B, bias), initial = operands(*leading, dtype=HALVES[name])
     bias, initial = bias if with_bias else None, initial if subtracts else None
-    actual = mixed_product.mixed_product(x, weight, A, B, bias, initial, SCALING)
+    actual = low_rank_sum.low_rank_sum(x, weight, A, B, bias, initial, SCALING)
     assert actual.dtype == x.dtype
     rounded = nn.functional.linear(x, weight.T, bias).detach().double()
     wide = [t.detach().double().requires_grad_() for t in (x, A, B)]
@@ -147,7 +146,7 @@ def test_first_and_second_derivatives_by_differences():
     tensors, initial = operands(2, dtype=torch.float64, factors=torch.float64, sizes=(3, 2, 1))
 
     def subtracted(*tensors):
-        return mixed_product.mixed_product(*tensors, initial, SCALING)
+        return low_rank_sum.low_rank_sum(*tensors, initial, SCALING)
 
     assert gradcheck(subtracted, tensors)
     assert gradgradcheck(subtracted, tensors)
@@ -265,26 +264,11 @@ def test_kernels_of_a_step_on_a_gpu(name, monkeypatch):
         )  # fmt: skip
         layer = get_peft_model(base, config, cache=False).layers["0"]
         x = torch.randn(32, 64, dtype=torch.bfloat16).cuda().requires_grad_()
-        with Kernels() as forward, one_kernel_a_product(monkeypatch) as products:
+        with Kernels() as forward:
             outputs = layer(x)
-        forward = len(forward.calls) + len(products)
+        forward = len(forward.calls)
         gradient = torch.ones_like(outputs)
-        with Kernels() as backward, one_kernel_a_product(monkeypatch) as products:
+        with Kernels() as backward:
             outputs.backward(gradient)
-        backward = len(backward.calls) + len(products)
+        backward = len(backward.calls)
     assert (forward, backward) == promised_kernels()[name]
-
-
-@contextmanager
-def one_kernel_a_product(monkeypatch):
-    """A float32 product of 16-bit matrices, which a CPU takes three operations for."""
-    made = []
-
-    def product(left, right):
-        made.append((left.shape, right.shape))
-        with _disable_current_modes():
-            return left.float() @ right.float()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(two_parts, "wide_product", product)
-        yield made

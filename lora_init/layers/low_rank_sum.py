@@ -37,7 +37,7 @@ def wide_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, lora_A.dtype), torch.float32)
 
 
-class _MixedSum(torch.autograd.Function):
+class _LowRankSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
@@ -118,7 +118,7 @@ def folded(by_hidden: Float[Tensor, "positions ranks"], rank: int) -> Tensor:
     return by_hidden[:, :rank] + by_hidden[:, rank:]
 
 
-def mixed_product(
+def low_rank_sum(
     x: Float[Tensor, "*batch in"],
     weight: Float[Tensor, "in out"],
     lora_A: Float[Tensor, "rank in"],
@@ -131,4 +131,4 @@ def mixed_product(
 
     x, W and bias have one dtype. Differentiable, twice too, in every tensor but A0 and B0.
     """
-    return _MixedSum.apply(x, weight, lora_A, lora_B, bias, *(initial or (None, None)), scaling)
+    return _LowRankSum.apply(x, weight, lora_A, lora_B, bias, *(initial or (None, None)), scaling)
