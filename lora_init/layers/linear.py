@@ -59,9 +59,9 @@ class LinearLayer(LoraLayer):
             dtype = x.dtype if one_dtype else wide_dtype(x, lora_A)
             wide = cast(x, dtype)
             delta = applied(wide, lora_A, lora_B)
-            if initial is not None:  # two products of the same shapes cancel to the last bit
+            if initial is not None:  # two products of the same shapes: exactly zero at step 0
                 delta = delta - applied(wide, *initial)
-            # Scaled before the sum is rounded, so that gradients are not rounded before that.
+            # Scaling comes before rounding: then the gradients are not rounded first.
             return cast(torch.add(base.forward(x), delta, alpha=self.scaling), x.dtype)
         weight = base.weight.T if self.module_type == "Linear" else base.weight
         if one_dtype:
@@ -97,9 +97,9 @@ class LinearLayer(LoraLayer):
         return weight.T if self.module_type == "Linear" else weight
 
     def _is_product(self, x: Tensor) -> bool:
-        """Whether the base's output is x W + bias, of plain tensors of x's dtype, and no more.
+        """Whether the base only computes x W + bias, from plain tensors of x's dtype.
 
-        Asked at every call: a hook or another weight may come at any time.
+        Nothing is cached: a hook, a dtype or a weight can change between two calls.
         """
         base = self.base_layer
         if self.module_type not in ("Linear", "Conv1D") or is_watched(base):
@@ -113,10 +113,10 @@ class LinearLayer(LoraLayer):
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether calling the operations on this input takes longer than computing them.
+    """Whether the calls of operations on this input take longer than their arithmetic.
 
-    Then torch's own operations are best: their backward pass runs without Python. On a GPU the size
-    is an estimate, 512 positions of width 4096. A CPU takes long for 16-bit products.
+    Such inputs use torch's own operations, whose backward pass runs without Python. The size for a
+    GPU is an estimate: 512 positions of width 4096. On a CPU, 16-bit products are slow.
     """
     if x.is_cuda:
         return x.numel() <= 2**21

@@ -1,19 +1,19 @@
-"""``x W + bias + s (x Aᵀ) Bᵀ - s (x A0ᵀ) B0ᵀ`` of a 16-bit base and float32 factors, as one step.
+"""``x W + bias + s (x Aᵀ) Bᵀ - s (x A0ᵀ) B0ᵀ``: a 16-bit base with float32 factors, in one step.
 
-Autograd would keep a float32 copy of x and make float32 blocks of outputs. Here the adapter's part
-is added into the base's own block and rounded once, and what is kept for the backward pass is x
-itself and the few numbers a position between A and B.
+Autograd would save a float32 copy of x and allocate float32 outputs. Here the adapter's part is
+added to the base's own output in place, and rounded once. The backward pass needs x as it is, and
+the hidden values between A and B.
 
-The two low-rank products are computed as one whose factors are differences:
+The two low-rank products are computed as one, from differences of the factors:
 
     B A - B0 A0 = (B - B0) A + B0 (A - A0).
 
-At step 0 it is zero to the last bit, whatever order a device adds in.
+At step 0 this is exactly zero, in whatever order a device adds.
 
-| | products with the factors |
+| base | products with the factors |
 |---|---|
-| bfloat16 on a GPU | of bfloat16 parts, added up in float32 (see `lora_init.layers.two_parts`) |
-| everything else | in the wider dtype, at least float32 |
+| bfloat16 on a GPU | in bfloat16 parts, summed in float32 (see `lora_init.layers.two_parts`) |
+| any other | in the widest dtype of x and the factors, at least float32 |
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _LowRankSum(torch.autograd.Function):
         if torch.is_grad_enabled() or not two_parts.apply_to(x, dtype):
             products, wide = wide_products, gradient.to(dtype)
             rows = inputs.to(dtype) if of_A else inputs
-        if torch.is_grad_enabled():  # for a second derivative, `hidden` knows no way back
+        if torch.is_grad_enabled():  # a second derivative: the saved `hidden` has no graph
             hidden = products.left_by_factor(inputs, lora_A.to(dtype).T)
         by_x = by_A = by_B = by_hidden = None
         if of_x or of_A:
@@ -112,7 +112,7 @@ def differences(
 
 
 def folded(by_hidden: Float[Tensor, "positions ranks"], rank: int) -> Tensor:
-    """gradient B, of gradient [B - B0, B0]."""
+    """Compute gradient B from gradient [B - B0, B0]."""
     if by_hidden.shape[1] == rank:
         return by_hidden
     return by_hidden[:, :rank] + by_hidden[:, rank:]
