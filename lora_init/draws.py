@@ -5,8 +5,9 @@ torch's defaults for dtype and device are the caller's: results must not depend 
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -16,13 +17,15 @@ from torch import Tensor
 KEPT_BLOCKS = 8
 """More shapes of layers than these alternate in few models."""
 
-_kept: ContextVar[OrderedDict | None] = ContextVar("kept blocks", default=None)
+_kept: ContextVar[Callable[[], OrderedDict | None]] = ContextVar("kept blocks")
 
 
 @contextmanager
 def shared_blocks() -> Iterator[None]:
     """Inside it, this thread draws equal blocks once (see `normal_block`)."""
-    token = _kept.set(OrderedDict())
+    kept = OrderedDict()
+    # Weak: should an interrupt prevent the reset, the blocks end with this context all the same.
+    token = _kept.set(weakref.ref(kept))
     try:
         yield
     finally:
@@ -35,7 +38,7 @@ def normal_block(rows: int, columns: int, *, generator: torch.Generator) -> Tens
     Inside `shared_blocks`, generators in the same state get the same tensor. Each ends in the state
     that drawing leaves it in. The last `KEPT_BLOCKS` blocks are kept.
     """
-    kept = _kept.get()
+    kept = _kept.get(lambda: None)()
     if kept is None:
         return normal(rows, columns, generator=generator)
     key = rows, columns, generator.get_state().numpy().tobytes()

@@ -41,6 +41,11 @@ def every_pair(parameters: list, count: int) -> list:
     )
 
 
+def every_value(parameters: Iterable, count: int) -> list:
+    """The same, with every one of the `count` values somewhere."""
+    return thinned(list(parameters), *(lambda *v, i=i: str(v[i]) for i in range(count)))
+
+
 def chosen(parameters: Iterable, *ids: Hashable) -> list:
     """`parameters` with those marked `exhaustive` whose values are not among `ids`."""
     rest = pytest.mark.exhaustive

@@ -146,7 +146,7 @@ def ratio(model):
         ],
         lambda architecture, spec: spec.name,
         lambda architecture, spec: (architecture, spec.base),
-        lambda architecture, spec: (architecture, spec.calibration),
+        lambda architecture, spec: spec.calibration and architecture,
     ),
     indirect=["case"],
 )

@@ -280,6 +280,7 @@ def test_3_rank_above_a_grouped_head_is_refused(method):
 # -- 4: independence -------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", [s.name for s in list_initializers()])
 def test_4_factors_do_not_depend_on_the_other_targets(method):
     options = {"name": method, **uniform(method)}

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from models import bert, gpt2, llama, token_batches
 from processes import run_ranks
+from products import chosen
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -272,7 +273,7 @@ def test_a_pickled_model_in_a_fresh_process(tmp_path):
     assert done.stdout.split() == ["LoraModel[Sequential]", "True"], done.stderr
 
 
-@every_case
+@pytest.mark.parametrize("case", chosen(CASES, "dora"))
 def test_every_process_starts_the_same(found, case):
     expected = adapted(case).state_dict()
     for one in found:

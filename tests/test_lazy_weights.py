@@ -5,6 +5,7 @@ be the same to the bit, because a matrix product's rounding depends on how its i
 """
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import torch
 from measures import logits
 from models import bert, gpt2, llama, token_batches
 from networks import Case
+from products import every_value
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -87,8 +89,9 @@ def assert_near_logits(model, expected, tolerance=1e-5):
 # -- on the meta device ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "method"), every_value(itertools.product(["llama", "gpt2"], METHODS), 2)
+)
 def test_the_loaded_models_adapter(name, method, folders, tmp_path):
     folder = folders[name]
     lazy = get_peft_model(unloaded(MODELS[name]), config(method), original_weights=folder)

@@ -22,7 +22,7 @@ from measures import (
 from models import Batches, llama, spread_weight, token_batches
 from networks import PACKED_SHAPES, Chain, chain_inputs, linear
 from packing import kept_plain
-from products import every_pair
+from products import every_pair, every_value
 from safetensors.torch import save_file
 from torch import nn
 
@@ -45,6 +45,9 @@ SUBTRACTING = [spec.name for spec in list_initializers() if spec.base == "subtra
 REPLACING = [spec.name for spec in list_initializers() if spec.base == "replace"]
 DECOMPOSING = [s.name for s in list_initializers() if s.base == "subtract" and "weights" in s.needs]
 every_subtracting = pytest.mark.parametrize("method", SUBTRACTING)
+each_packing_and_method = pytest.mark.parametrize(
+    ("method", "packing"), every_value(itertools.product(SUBTRACTING, PACKINGS), 2)
+)
 every_replacing = pytest.mark.parametrize("method", REPLACING)
 repacking_cpu = pytest.mark.skipif(
     not bitsandbytes.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 only"
@@ -219,8 +222,7 @@ def test_unadapted_packed_layers_are_given_back_as_they_were(packing):
 # -- the residual packed anew ----------------------------------------------------------------------
 
 
-@every_packing
-@every_subtracting
+@each_packing_and_method
 def test_requantized_residual_reports_its_error(method, packing):
     base = packed_chain(packing)
     weights = {name: oriented_weight(base.get_submodule(name)) for name in PACKED_SHAPES}
@@ -244,8 +246,7 @@ def test_requantized_residual_reports_its_error(method, packing):
         assert_gap(layer(x), expected, tolerance)
 
 
-@every_packing
-@every_subtracting
+@each_packing_and_method
 def test_requantized_base_is_lost_or_kept(method, packing):
     base, x = packed_chain(packing), inputs()
     model = train(adapt(base, method, quantized_base="requantize"))

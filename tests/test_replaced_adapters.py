@@ -12,6 +12,7 @@ import torch
 from measures import assert_unchanged, logits, snapshot, train
 from models import VOCABULARY, built_once, spread, token_batches
 from packing import packed
+from products import every_value
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -75,12 +76,25 @@ def assert_same_logits(actual, expected):
     assert all(torch.equal(a, e) for a, e in pairs)
 
 
+VARIANTS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "rslora-patterns": {"use_rslora": True, "rank_pattern": {"q.*": 2}},
+}
+
+
 @pytest.mark.parametrize(
-    "variant",
-    [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True, "rank_pattern": {"q.*": 2}}],
-    ids=["plain", "dora", "lora_bias", "rslora-patterns"],
+    ("case", "variant"),
+    every_value(
+        [
+            pytest.param(case, variant, id=f"{case}-{name}")
+            for case in CASES
+            for name, variant in VARIANTS.items()
+        ],
+        2,
+    ),
 )
-@every_case
 def test_it_comes_back_to_the_bit(case, variant, tmp_path):
     model = adapted(case, **variant)
     assert {layer.base_state for layer in model.layers.values()} == {"replaced"}

@@ -1,11 +1,13 @@
 """A LoraModel in the trainers of other libraries: what they save, and what they replace."""
 
 import inspect
+from itertools import product
 
 import pytest
 from measures import assert_gap, logits
 from models import bert, gpt2, llama, token_batches
 from peft import PeftModel
+from products import every_value
 from transformers import Trainer, TrainingArguments
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
@@ -41,8 +43,10 @@ def losses(made):
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    every_value(product(METHODS, [{}, {"use_dora": True}, {"bias": "all"}]), 2),
+)
 def test_what_trainer_saves_is_an_adapter(method, settings, tmp_path):
     made = trainer(adapted(method, **settings), tmp_path / "run", save_steps=2)
     made.train()

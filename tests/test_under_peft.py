@@ -651,6 +651,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.exhaustive
 def test_trainer_resumes_in_a_new_process(tmp_path):
     """Re-initialized by the same line (olora), or without it, from the checkpoint alone."""
     pytest.importorskip("accelerate")

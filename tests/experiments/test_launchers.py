@@ -66,6 +66,7 @@ def test_a_ray_cluster_that_is_there_is_joined_with_its_own_store():
     assert node.ray.init.object_store_memory is None
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_submitit(command, tiny, tmp_path, in_processes):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -107,6 +108,7 @@ def test_a_gpu_a_job_where_there_are_any(monkeypatch):
         assert launching.gpus_a_job() == expected
 
 
+@pytest.mark.exhaustive
 def test_optuna_looks_for_a_rate_and_takes_up_its_trials(command, tiny, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     search = ("--config-name", "sweep_optuna", *tiny, "training.validate_every=2")

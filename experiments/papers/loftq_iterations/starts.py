@@ -128,11 +128,10 @@ class Ground:
         moment = self.calibration.layers[name].inputs.second_moment
         moment.diagonal().add_(NULL_SPACE_LIFT * moment.diagonal().mean())
         triplets = linalg.top_singular(
-            output_error(
-                lost, moment.float(), upcast=lambda: output_error(lost.double(), moment)
-            ),
-            rank, generator=layer_generator(self.seed, name),
-        )  # fmt: skip
+            output_error(lost, moment.float(), moment),
+            rank,
+            generator=layer_generator(self.seed, name),
+        )
         return triplets.left.T @ lost / scaling, triplets.left
 
 

@@ -61,7 +61,9 @@ def test_every_strategy_on_a_language_model(arena, method):
         assert len(case.seconds["peft"]) == 2
 
 
-@pytest.mark.parametrize("method", ["olora", "corda_kpm", "eva", "bottom"])
+@pytest.mark.parametrize(
+    "method", chosen(["olora", "corda_kpm", "eva", "bottom"], "olora", "corda_kpm")
+)
 def test_a_single_layer_needs_no_tokenizer(arena, method):
     made, told = arena("layer"), []
     assert "lora_ga" not in made.methods, "it has no loss"
