@@ -81,6 +81,13 @@ with contextlib.suppress(ImportError):  # a machine that runs the GPU's tests ma
 
 
 @pytest.fixture(autouse=True)
+def one_thread():
+    """A run of experiments sets its process's number, and two workers of two threads wait."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     if torch.accelerator.is_available():
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from measures import assert_gap, assert_unchanged, largest_ratio, logits, snapshot, train
 from models import bert, gpt2, llama, t5, t5_batches, token_batches
-from products import every_pair
+from products import every_value
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,7 +67,7 @@ def assert_peft_agrees(model, base, folder, batches=None):
 
 @pytest.mark.parametrize(
     ("architecture", "method", "use_rslora"),
-    every_pair(
+    every_value(
         [
             pytest.param(name, method, rslora, id=f"{name}-{method}{'-rslora' * rslora}")
             for name in ARCHITECTURES

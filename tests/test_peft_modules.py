@@ -24,7 +24,7 @@ from models import (
     token_batches,
 )
 from packing import packed
-from products import every_pair, thinned
+from products import every_value, thinned
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -184,7 +184,7 @@ def assert_peft_agrees(model, case, folder):
 
 @pytest.mark.parametrize(
     ("name", "variant", "method"),
-    every_pair(
+    every_value(
         [
             pytest.param(name, variant, method, id=f"{name}-{variant}-{method}")
             for name, variant in CELLS
@@ -250,7 +250,7 @@ def test_a_subtracting_dora_is_written_at_twice_the_rank(name, use_rslora, tmp_p
 # -- ours loads PEFT's, and both write the same keys -----------------------------------------------
 
 
-@every_cell
+@pytest.mark.parametrize(("name", "variant"), every_value(CELLS, 2))
 def test_ours_loads_pefts_and_writes_the_same_keys(name, variant, tmp_path):
     case = CASES[name]
     settings = settings_of(case, variant)

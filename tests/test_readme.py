@@ -27,7 +27,7 @@ MINILM = (
 
 # What makes a full command small; which of them apply depends on the command's model and data.
 SMALL = [
-    "training.steps=2", "training.batch_size=4", "calibration.samples=8",
+    "runtime.threads=1", "training.steps=2", "training.batch_size=4", "calibration.samples=8",
     "measures.forgetting_texts=2", "measures.intruder_layers=0", "measures.spectra_layers=1",
 ]  # fmt: skip
 SENTENCES = ["data.train_limit=40", "data.validation_limit=8", "data.test_limit=16"]

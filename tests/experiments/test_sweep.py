@@ -83,6 +83,7 @@ def test_a_multirun_keeps_its_own_list(command, tiny, tmp_path, monkeypatch):
     assert (outputs / "sweeps" / "default" / "multirun.yaml").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_parallel_jobs_share_one_list(command, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

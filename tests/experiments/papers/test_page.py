@@ -38,6 +38,7 @@ def page(result, tmp_path_factory):
     return write_page([result], tmp_path_factory.mktemp("page"))
 
 
+@pytest.mark.exhaustive
 def test_the_page_has_every_claim_with_its_verdict(page, result):
     text = page.read_text()
     for claim in result.claims[1:]:
