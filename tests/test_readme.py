@@ -147,7 +147,7 @@ def no_charts(summarizer, views, majority, metric, diverged):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", map(block_of, range(len(COMMANDS))))
+@pytest.mark.parametrize("block", [block_of(number) for number in range(len(COMMANDS))])
 def test_every_command_works(block, run, tmp_path, monkeypatch):
     """Those of a block in their order: a report needs the sweep above it."""
     monkeypatch.setenv("MODEL", str(MINILM))
