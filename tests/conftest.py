@@ -80,14 +80,6 @@ with contextlib.suppress(ImportError):  # a machine that runs the GPU's tests ma
     settings.load_profile("lora_init")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def collected():
-    """What a file leaves behind, caches and modules, is looked through once: runs collect often."""
-    yield
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     """A run of experiments sets its process's number, and two workers of two threads wait."""

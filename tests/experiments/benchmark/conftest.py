@@ -1,5 +1,6 @@
 """The benchmark in small, on tiny models. No time is asserted: a test machine has neighbours."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -25,6 +26,12 @@ from experiments.benchmark.subjects import load_subject
 
 register_schema()
 TINY = LlamaShape(2, hidden=16, intermediate=24, heads=4, key_value_heads=2, vocabulary=11)
+
+
+@pytest.fixture(autouse=True)
+def frozen(monkeypatch):
+    """A measurement ends by unfreezing everything, and each later collection goes through it."""
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
 
 
 @pytest.fixture
