@@ -580,7 +580,7 @@ def lives_under_peft(tmp_path_factory):
             if not dora or method in ONE_OF_EACH
         ],
         lambda method, use_dora, placement: method,
-        lambda method, use_dora, placement: method in ONE_OF_EACH and (method, use_dora, placement),
+        lambda method, use_dora, placement: (use_dora, placement),
     ),
 )
 def test_under_peft(lives_under_peft, method, use_dora, placement, tmp_path):

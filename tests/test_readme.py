@@ -52,7 +52,7 @@ def commands(block):
 
 
 COMMANDS = [commands(block) for block in blocks("bash")]
-LONG = ("experiments.papers", "sweep_protocol")
+LONG = ("experiments.papers", "sweep_protocol", "model=smollm2")
 """Each has tests of its own, in a smaller form."""
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from measures import assert_gap
 from models import Batches
+from products import every_pair
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from uniform import uniform
@@ -54,9 +55,16 @@ def one_module(kind, base):
     return model.eval(), x, weight
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize(
-    ("spec", "kind", "base"), CELLS, ids=[f"{s.name}-{k}-{b}" for s, k, b in CELLS]
+    ("spec", "kind", "base", "use_dora"),
+    every_pair(
+        [
+            pytest.param(spec, kind, base, dora, id=f"{spec.name}-{kind}-{base}{'-dora' * dora}")
+            for spec, kind, base in CELLS
+            for dora in (False, True)
+        ],
+        4,
+    ),
 )
 def test_a_cell_is_true(spec, kind, base, use_dora):
     model, x, original = one_module(kind, base)

@@ -357,9 +357,8 @@ def test_trainer_refuses_a_four_bit_base_without_an_adapter(four_bits, tmp_path)
 # -- torch.compile ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "case", chosen(["edited", "kept tied", "in the forward pass", "dora"], "dora")
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", ["edited", "kept tied", "in the forward pass", "dora"])
 def test_compiled_is_eager(case, pytestconfig):
     """One graph, the same output and gradients, and another graph when the adapter is switched."""
     if pytestconfig.getoption("--check-shapes"):

@@ -222,6 +222,7 @@ def test_command_line(sweep, tmp_path, capsys, monkeypatch):
     assert "no folder" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_it_runs_as_a_module():
     command = [sys.executable, "-m", "experiments.report", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -17,6 +17,7 @@ def write_two(folder):
         write_run(folder / f"{method}-0", method, 0, blocks=1, steps=20)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_pictures_table_and_page_arrive_in_the_sweeps_group(tmp_path, monkeypatch, capsys):
     import wandb

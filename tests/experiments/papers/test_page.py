@@ -49,6 +49,7 @@ def test_the_page_has_every_claim_with_its_verdict(page, result):
     assert "https://" not in text.split("<script>")[0]
 
 
+@pytest.mark.exhaustive
 def test_the_markdown_has_the_same_with_pictures(page, result):
     text = (page.parent / "README.md").read_text()
     assert "\\| a" in text
