@@ -21,6 +21,8 @@ NUMBERS = (
     "trainable_parameters", "total_parameters", "steps", "learning_rate", "rank",
 )  # fmt: skip
 GROUPS = ("output_gap", "start", "end", "environment", "config", "init")
+NESTED = ("output_gap", "gradient_norms")
+"""Objects within a group: no table shows them."""
 ROW_TEXTS = ("name", "module_type", "base", "split")
 LARGEST = 1e30
 """Sums and squares of such numbers are still finite."""
@@ -77,7 +79,9 @@ def clean_result(result: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
         cleaned[key] = group(cleaned, key, gaps)
     for key in ("output_gap", "start", "end"):
         for name in list(cleaned[key]):
-            if name != "forgetting_kind":
+            if name in NESTED:
+                cleaned[key][name] = group(cleaned[key], name, gaps)
+            elif name != "forgetting_kind":
                 keep_number(cleaned[key], name, gaps, f"{key}.{name}")
             elif not is_text(cleaned[key][name]):
                 gaps.add(f"{key}.{name}", cleaned[key].pop(name), "a name")

@@ -91,7 +91,10 @@ def write_run(
         result["validation_score"] = min(max(validation, 0.05), 1.0)
         result["validation"] = {"accuracy": result["validation_score"]}
     if ended:
-        result["start"] = {"norm_A": 1.0, "norm_B": 0.0, "relative_norm": relative_norm}
+        result["start"] = {
+            "norm_A": 1.0, "norm_B": 0.0, "relative_norm": relative_norm,
+            "output_gap": {"max_abs_logit": 0.0, "kl": 0.0}, "gradient_norms": {"total": 0.5},
+        }  # fmt: skip
         result["end"] = {"update_size": update, "forgetting": forgetting,
                          "forgetting_kind": "1 - mean cosine of pooled representations",
                          "intruder_dimensions": 3.0, "angle_A": 20.0, "angle_B": 50.0}  # fmt: skip

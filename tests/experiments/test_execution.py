@@ -14,6 +14,7 @@ from experiments import execution
 from experiments.errors import ConfigurationError, RunFailed
 from experiments.execution import execute
 from experiments.probe import PeakMemory, output_gap
+from experiments.report.runs import read_run
 from experiments.runs import identify
 from lora_init import list_initializers
 
@@ -67,6 +68,7 @@ def test_every_method_runs(configured, tiny, method):
     assert result["end"]["update_size"] > 0
     assert result["end"]["forgetting"] > 0
     assert result["control"] == (method if method in CONTROLS else "none")
+    assert read_run(folder.path)[1] == [], "a report leaves nothing out"
 
 
 def test_a_finished_run_is_skipped(configured, tiny, capsys, monkeypatch):
