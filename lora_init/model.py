@@ -340,7 +340,17 @@ class LoraModel(nn.Module):
         return self.base_model
 
     def attach_adapter(self, detached: injection.Injection) -> None:
-        """Put an adapter back that `detach_adapter` took off, as trained."""
+        """Put an adapter back that `detach_adapter` took off, as trained.
+
+        Nothing happens where it is back already.
+
+        Raises:
+            RuntimeError: another adapter is attached.
+        """
+        if self._injection is detached:
+            return
+        if self._injection is not None:
+            raise RuntimeError("another adapter is attached; call detach_adapter() first")
         injection.atomically(partial(self._attach, detached))
 
     def _attach(self, detached: injection.Injection, transaction: injection.Transaction) -> None:

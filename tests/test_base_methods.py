@@ -126,3 +126,15 @@ def test_push_to_hub_uploads_the_adapter(monkeypatch, tmp_path):
     assert calls == [
         ("token", "t"), ("create", "adapter", True), ("upload", "me/adapter", "m", True)
     ]  # fmt: skip
+
+
+def test_attaching_twice_changes_nothing():
+    model = adapted()
+    detached = model.detach_adapter()
+    model.attach_adapter(detached)
+    layers = dict(model.base_model.named_modules())
+    model.attach_adapter(detached)
+    assert dict(model.base_model.named_modules()) == layers
+    other = adapted().detach_adapter()
+    with pytest.raises(RuntimeError, match="another adapter is attached"):
+        model.attach_adapter(other)
