@@ -53,7 +53,7 @@ def commands(block):
 
 COMMANDS = [commands(block) for block in blocks("bash")]
 LONG = ("experiments.papers", "sweep_protocol", "model=smollm2")
-"""Each has tests of its own, in a smaller form."""
+"""Other tests run these commands in a smaller form."""
 
 
 def block_of(number):

@@ -2,7 +2,7 @@
 
 A synthetic weight's singular vectors are known from how it was made. Others are taken from a
 float64 SVD, of up to four layers of a shape, spread over the model, or of one where decompositions
-are dear; products W R and second moments likewise. What the device does not decompose in seconds
+are expensive, and so are products W R and second moments. What the device does not decompose in seconds
 has no reference: its figures stay empty. Where the first triplets alone are asked for, they are
 found by `leading.py`, as exactly and at a tenth of the cost.
 """

@@ -30,7 +30,7 @@ def triangle(columns: int, diagonal: int, corner: int) -> tuple[int, int]:
     """Entries of XᵀX that are computed, with repetitions, and the products that it takes.
 
     Args:
-        diagonal, corner: products for a block on the diagonal, and beside it.
+        diagonal, corner: products for a block on the diagonal, and for one off it.
     """
     if columns <= SMALLEST_BLOCK["cuda"]:
         return diagonal * columns**2, diagonal

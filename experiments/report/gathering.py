@@ -23,7 +23,7 @@ from .frames import layer_rows, metric_rows, run_row, runs_frame
 from .runs import Problem, Run, read_run
 from .sweeps import Sweep, check_entry
 
-FORMAT = "5"  # of the tables; another format is read anew
+FORMAT = "5"  # of the tables; tables of another format are made again
 TABLES = ("layers", "metrics", "runs")  # runs last: what it lists is complete in the others
 
 
