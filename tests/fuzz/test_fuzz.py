@@ -22,7 +22,7 @@ def test_damage_is_refused_or_harmless(kind):
     ("kind", "number"),
     [
         ("adapter", 1310),  # our header is gone: PEFT's file, of twice the rank
-        ("adapter with a quantized base", 188),  # a name in a list was taken for a regular expression
+        ("adapter with a quantized base", 188),  # the module name "("
         ("finished run", 82),  # half of a surrogate pair
         ("finished run", 359),
     ],
