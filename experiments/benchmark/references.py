@@ -1,10 +1,10 @@
 """Float64 truths that quality is measured against, each computed once for all strategies.
 
 The singular vectors of a synthetic weight are known from how it was made. Those of other weights
-come from a float64 SVD. It is taken of up to four layers of each shape, spread over the model, or of one
-layer where decompositions are expensive. The same holds for products W R and second moments. What
-the device cannot decompose in seconds has no reference, and its figures stay empty. Where only the
-first triplets are needed, `leading.py` finds them as exactly, at a tenth of the cost.
+come from a float64 SVD. It is taken of up to four layers of each shape, spread over the model, or
+of one layer where decompositions are expensive. The same holds for products W R and second moments.
+What the device cannot decompose in seconds has no reference, and its figures stay empty. Where only
+the first triplets are needed, `leading.py` finds them as exactly, at a tenth of the cost.
 """
 
 from __future__ import annotations
