@@ -131,13 +131,15 @@ def load_state(subject):
     subject.model.load_state_dict(state)
 
 
+def new_factors(subject):
+    """Fixed beforehand: an operation that is complete may be run once more."""
+    subject.moved = "chain.tall" if subject.state == "tied" else "tall"
+    layer = subject.model.layers[subject.moved]
+    subject.factors = layer.initial_lora_A * 0.5, layer.initial_lora_B
+
+
 def move(subject):
-    layer = subject.model.layers["chain.tall" if subject.state == "tied" else "tall"]
-    subject.model.move_initial_factors(
-        "chain.tall" if subject.state == "tied" else "tall",
-        layer.initial_lora_A * 0.5,
-        layer.initial_lora_B,
-    )
+    subject.model.move_initial_factors(subject.moved, *subject.factors)
 
 
 OPERATIONS = {
@@ -153,7 +155,7 @@ OPERATIONS = {
     "merge_and_unload": (None, lambda subject: subject.model.merge_and_unload()),
     "disable_adapter": (None, disable),
     "load_state_dict": (None, load_state),
-    "move_initial_factors": (None, move),
+    "move_initial_factors": (new_factors, move),
 }
 
 
