@@ -16,7 +16,7 @@ from experiments.bounds import check_integer
 from experiments.errors import ConfigurationError
 from experiments.schedule import TrainingConfig
 from experiments.tasks import SeededBatches, Task
-from lora_init.plan import Plan
+from lora_init.plan.plan import Plan
 
 
 @dataclass

@@ -4,7 +4,7 @@
 generators' states as tensors, and everything else as JSON in the file's header. Nothing in it is
 pickled. The base is not in it: a continued run initializes again, which gives the same factors and
 the same base on the same machine, and on another one the base follows the saved initial factors
-(`lora_init.checkpoints`).
+(`lora_init.state_dict`).
 
 The header also holds a checksum of the whole file, and of the files of the run that a continued run
 keeps. A run whose files differ by a single bit starts over.

@@ -19,7 +19,7 @@ from experiments.models import LoadedModel, load_model
 from experiments.probe import PeakMemory, output_gap, probe
 from experiments.tasks import Task, draw
 from lora_init import LoraConfig, LoraModel, get_peft_model
-from lora_init.base_weights import BaseWeights
+from lora_init.weights.source import BaseWeights
 
 PROBED_EXAMPLES = 16
 

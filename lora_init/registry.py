@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from lora_init.factors import Base, Factors
-from lora_init.modules import LINEAR_TYPES, MODULE_TYPES
+from lora_init.weights.kinds import LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
@@ -53,7 +53,7 @@ class CalibrationRequest:
 @dataclass(frozen=True)
 class Nesting:
     """The promise of a method whose factors of rank r are the first r of those of any higher rank,
-    and which draws nothing at random: a cache may keep them (see `lora_init.cached_factors`).
+    and which draws nothing at random: a cache may keep them (see `lora_init.initialize.cached`).
 
     Attributes:
         version: of the method's code, raised whenever its results change.
@@ -88,11 +88,13 @@ class Initializer:
         rank_rule: ``(rank, out, in) -> str | None``: why this rank cannot be served, or None.
         calibration: ``options -> CalibrationRequest``; None for methods without calibration.
         leading: ``options -> multiple of r``: how many leading directions of the inputs a layer of
-            rank r needs; None: all there are, so that no sketch serves (see `lora_init.sketch`).
+            rank r needs; None: all there are, so that no sketch serves (see
+            `lora_init.calibration.sketch`).
         allocate: ``(requests, options) -> ranks``; chooses all layers' ranks from their statistics
             before any layer is initialized (see `lora_init.allocation`). None keeps them.
         stacks: whether the function also takes a stack of weights (k, out, in) of one shape, with
-            stacked statistics where it needs them (`lora_init.calibration.stacked`) and a list of
+            stacked statistics where it needs them (`lora_init.calibration.result.stacked`) and a
+            list of
             generators. It then returns stacked factors and metrics.
         narrow: whether the function takes weights in bfloat16 and float16 as they are stored. They
             are converted to float32 for other methods.

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
-from lora_init.architectures import DEFAULT_TARGETS
+from lora_init.plan.architectures import DEFAULT_TARGETS
 
 METHODS = list_initializers()
 

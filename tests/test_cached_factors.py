@@ -12,18 +12,13 @@ from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from lora_init import (
-    LoraConfig,
-    cached_factors,
-    calibrate,
-    get_peft_model,
-    initialization,
-    list_initializers,
-    statistics,
-)
+from lora_init import LoraConfig, calibrate, get_peft_model, list_initializers
 from lora_init.cache import Cache, default_cache, keys
-from lora_init.cached_calibration import least_bytes, remembered
-from lora_init.calibration import Calibration
+from lora_init.calibration import collect
+from lora_init.calibration.cached import least_bytes, remembered
+from lora_init.calibration.result import Calibration
+from lora_init.initialize import cached as cached_factors
+from lora_init.initialize import run
 from lora_init.registry import CalibrationRequest
 
 
@@ -37,13 +32,13 @@ def folder(tmp_path, monkeypatch):
 def computed(monkeypatch):
     """Names of the layers that were computed, and not taken from the cache."""
     names = []
-    original = initialization._Worker._computed
+    original = run._Worker._computed
 
     def counting(self, targets, inputs):
         names.extend(target.name for target in targets)
         return original(self, targets, inputs)
 
-    monkeypatch.setattr(initialization._Worker, "_computed", counting)
+    monkeypatch.setattr(run._Worker, "_computed", counting)
     return names
 
 
@@ -250,7 +245,7 @@ def test_a_raised_version_computes_again(monkeypatch, computed):
     started("pissa")
     computed.clear()
     nesting = cached_factors.Nesting(version=99)
-    monkeypatch.setattr(initialization._Worker, "_nesting", nesting)
+    monkeypatch.setattr(run._Worker, "_nesting", nesting)
     started("pissa")
     assert sorted(computed) == ["0", "2"]
 
@@ -271,13 +266,13 @@ def test_a_damaged_entry_is_computed_again(folder, computed):
 def passes(monkeypatch):
     """How many calibration passes were made."""
     made = []
-    original = statistics._collect_inputs
+    original = collect._collect_inputs
 
     def counting(*arguments):
         made.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(statistics, "_collect_inputs", counting)
+    monkeypatch.setattr(collect, "_collect_inputs", counting)
     return made
 
 
@@ -336,7 +331,7 @@ def hashed(monkeypatch):
         return original(tensor)
 
     monkeypatch.setattr(keys, "fingerprint", recording)
-    monkeypatch.setattr(initialization, "fingerprint", recording)
+    monkeypatch.setattr(run, "fingerprint", recording)
     return found
 
 

@@ -33,7 +33,7 @@ from uniform import uniform
 
 from lora_init import LoraConfig, LoraModel, WithLoss, get_peft_model, list_initializers
 from lora_init.layers import LoraLayer
-from lora_init.modules import module_type, oriented_weight
+from lora_init.weights.kinds import module_type, oriented_weight
 
 RANK = 4
 METHODS = [spec.name for spec in list_initializers()]

@@ -6,8 +6,10 @@ from measures import assert_unchanged, snapshot
 from simulated_device import Stream, simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, finiteness, get_peft_model, schedule
-from lora_init.finiteness import is_finite, refused_beside
+from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize import jobs
+from lora_init.linalg import finite
+from lora_init.linalg.finite import is_finite, refused_beside
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -29,7 +31,7 @@ def test_a_sum_beyond_the_range_is_no_infinity():
 def looks(request, monkeypatch):
     """Whether there is a thread for it."""
     if request.param == "beside":
-        monkeypatch.setattr(finiteness, "POOLED", 1)
+        monkeypatch.setattr(finite, "POOLED", 1)
     return request.param
 
 
@@ -46,7 +48,7 @@ def test_the_first_bad_weight_is_named_after_the_body(looks):
 
 
 def test_a_body_can_wait_before_it_changes_anything(monkeypatch):
-    monkeypatch.setattr(finiteness, "POOLED", 1)
+    monkeypatch.setattr(finite, "POOLED", 1)
     with refused_beside({"a": torch.ones(4, 4)}) as looked_at:
         looked_at()
     reached = []
@@ -66,8 +68,8 @@ def test_a_body_can_wait_before_it_changes_anything(monkeypatch):
 def test_a_thread_looks_at_weights_that_are_written(monkeypatch):
     """It has the default stream, on which another stream's writes may still be missing."""
     events = []
-    monkeypatch.setattr(finiteness, "POOLED", 1)
-    monkeypatch.setattr(finiteness, "is_finite", lambda values: not events.append("read"))
+    monkeypatch.setattr(finite, "POOLED", 1)
+    monkeypatch.setattr(finite, "is_finite", lambda values: not events.append("read"))
     monkeypatch.setattr(Stream, "synchronize", lambda stream: events.append("waited"))
     with simulated_cuda():
         weights = {name: torch.ones(4, 4, device="cuda") for name in "ab"}
@@ -77,7 +79,7 @@ def test_a_thread_looks_at_weights_that_are_written(monkeypatch):
         model = nn.Linear(8, 8, device="cuda")
         config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
         events.clear()
-        monkeypatch.setattr(schedule, "run", lambda worker, own: events.append("read") or [])
+        monkeypatch.setattr(jobs, "run", lambda worker, own: events.append("read") or [])
         with pytest.raises(KeyError):
             get_peft_model(nn.Sequential(model), config, device="cpu")
     assert events == ["waited", "read"]

@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
-from lora_init.injection import settling
-from lora_init.modules import oriented_weight
-from lora_init.packed import quantizer_of
+from lora_init.injection import base as settling
+from lora_init.weights.bitsandbytes import quantizer_of
+from lora_init.weights.kinds import oriented_weight
 
 PACKINGS = {
     "nf4 double": ("Linear4bit", {}),

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init import LoraConfig, concurrency, get_peft_model, list_initializers, schedule
-from lora_init.assembly import device_for
-from lora_init.calibration import LayerStatistics, stacked
+from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init.api import device_for
+from lora_init.calibration.result import LayerStatistics, stacked
+from lora_init.initialize import jobs
+from lora_init.layer import InputStatistics
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
-from lora_init.moments import InputStatistics
-from lora_init.planning import make_plan
+from lora_init.linalg import cores as concurrency
+from lora_init.plan.make import make_plan
 
 CPU = torch.device("cpu")
 
@@ -39,7 +41,7 @@ def test_every_small_layer_has_a_thread_of_its_own_with_one_core(monkeypatch):
     monkeypatch.setattr(concurrency, "POOLED", 200)
     plan = plan_of([(12, 12)] * 6)
     main = threading.get_ident()
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
 
     def work(job):
         assert threading.get_ident() != main
@@ -47,7 +49,7 @@ def test_every_small_layer_has_a_thread_of_its_own_with_one_core(monkeypatch):
         assert torch.get_num_threads() == 1
         return job.targets[0].name
 
-    assert sorted(schedule.run(work, planned)) == [t.name for t in plan.targets]
+    assert sorted(jobs.run(work, planned)) == [t.name for t in plan.targets]
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -55,9 +57,9 @@ def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
     monkeypatch.setattr(concurrency, "ALONE", 100)
     monkeypatch.setattr(concurrency, "POOLED", 100)
     plan = plan_of([(12, 12), *[(4, 4)] * 7, (20, 12)])
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
     main = threading.get_ident()
-    where = dict(schedule.run(lambda job: (job.targets[0].name, threading.get_ident()), planned))
+    where = dict(jobs.run(lambda job: (job.targets[0].name, threading.get_ident()), planned))
     assert where["0"] == where["8"] == main
     assert all(where[str(index)] != main for index in range(1, 8))
 
@@ -65,7 +67,7 @@ def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
 @pytest.mark.usefixtures("three_threads")
 def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
     plan = plan_of([(12, 12)] * 3)
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
     main = threading.get_ident()
 
     def work(job):
@@ -73,7 +75,7 @@ def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
         assert torch.get_num_threads() == 1
         return job.targets[0].name
 
-    results = schedule.run(work, planned)
+    results = jobs.run(work, planned)
     assert next(results) == "0"
     assert torch.get_num_threads() == 3, "also between two results"
     assert list(results) == ["1", "2"]
@@ -84,9 +86,9 @@ def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
 )
 def test_a_layer_is_as_large_as_what_is_worked_on(method, numbers):
     """The factors where they are only drawn: no weight's size makes that a matter of all cores."""
-    (job,) = schedule.jobs(plan_of([(12, 20)], method), {"0": CPU})
+    (job,) = jobs.jobs(plan_of([(12, 20)], method), {"0": CPU})
     assert job.numbers == numbers
-    (job,) = schedule.jobs(plan_of([(12, 20)], method), {"0": torch.device("cuda")})
+    (job,) = jobs.jobs(plan_of([(12, 20)], method), {"0": torch.device("cuda")})
     assert job.numbers is None
 
 
@@ -94,7 +96,7 @@ def test_a_single_thread_is_the_callers():
     """A pool of one would compute the same, later."""
     assert torch.get_num_threads() == 1
     plan = plan_of([(12, 12)] * 3)
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
     main = threading.get_ident()
 
     def work(job):
@@ -102,7 +104,7 @@ def test_a_single_thread_is_the_callers():
         assert not torch.is_grad_enabled()
         return job.targets[0].name
 
-    assert list(schedule.run(work, planned)) == [t.name for t in plan.targets]
+    assert list(jobs.run(work, planned)) == [t.name for t in plan.targets]
     assert torch.is_grad_enabled()
 
 
@@ -110,8 +112,8 @@ def test_a_single_thread_is_the_callers():
 def test_the_number_of_threads_is_left_alone():
     before = torch.get_num_threads()
     plan = plan_of([(8, 8)] * 3)
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
-    list(schedule.run(lambda job: job, planned))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    list(jobs.run(lambda job: job, planned))
     assert torch.get_num_threads() == before
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -122,13 +124,13 @@ def test_the_number_of_threads_is_left_alone():
 
 def test_an_error_ends_the_rest_and_is_raised():
     plan = plan_of([(8, 8)] * 20)
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
 
     def work(job):
         raise ValueError(job.targets[0].name)
 
     with pytest.raises(ValueError, match=r"\d+"):
-        list(schedule.run(work, planned))
+        list(jobs.run(work, planned))
 
 
 def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
@@ -139,17 +141,17 @@ def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
     devices = dict.fromkeys((t.name for t in plan.targets), cuda)
 
     def stacks() -> list[list[str]]:
-        return sorted([t.name for t in job.targets] for job in schedule.jobs(plan, devices))
+        return sorted([t.name for t in job.targets] for job in jobs.jobs(plan, devices))
 
     assert stacks() == [["0", "2", "3"], ["1"], ["4"]]
-    monkeypatch.setattr(schedule, "STACK_BYTES", 4 * 2 * 48)
+    monkeypatch.setattr(jobs, "STACK_BYTES", 4 * 2 * 48)
     assert stacks() == [["0", "2"], ["1"], ["3"], ["4"]]
     gora = plan_of(shapes, "gora")  # works on one layer at a time
-    assert all(len(job.targets) == 1 for job in schedule.jobs(gora, devices))
+    assert all(len(job.targets) == 1 for job in jobs.jobs(gora, devices))
     # Second moments are larger than the weights of layers with many inputs.
     wide = plan_of([(8, 40)] * 4, "corda")
-    monkeypatch.setattr(schedule, "STACK_BYTES", 4 * 2 * 40**2)
-    assert [len(job.targets) for job in schedule.jobs(wide, devices)] == [2, 2]
+    monkeypatch.setattr(jobs, "STACK_BYTES", 4 * 2 * 40**2)
+    assert [len(job.targets) for job in jobs.jobs(wide, devices)] == [2, 2]
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (300, 280)])

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from lora_init import Calibration, LoraConfig, calibrate, get_peft_model
-from lora_init.moments import InputStatistics, RunningMoments
+from lora_init.calibration.collect import collect
+from lora_init.layer import InputStatistics, RunningMoments
 from lora_init.registry import CalibrationRequest
-from lora_init.statistics import collect
 
 PLAIN = CalibrationRequest()
 

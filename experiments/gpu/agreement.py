@@ -20,7 +20,7 @@ from experiments.gpu.specimens import KINDS, PACKED, Specimen
 from experiments.gpu.task import Task
 from lora_init import Calibration, Initializer, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init import list_initializers as initializers
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 8
 GOAL, PROMISE = 1e-6, 1e-5

@@ -24,8 +24,8 @@ from experiments.gpu.stopwatch import timed
 from experiments.gpu.synchronizations import counted_synchronizations
 from experiments.gpu.task import Task
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
-from lora_init.calibration import LayerStatistics
-from lora_init.moments import InputStatistics
+from lora_init.calibration.result import LayerStatistics
+from lora_init.layer import InputStatistics
 from lora_init.registry import list_initializers, resolve
 
 WORTH = (

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.linalg import top_singular
-from lora_init.modules import widened
+from lora_init.weights.kinds import widened
 
 THRESHOLD = 0.5
 

@@ -28,8 +28,8 @@ import torch
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, Nesting, register_initializer
+from lora_init.weights.kinds import LINEAR_TYPES
 
 # R comes from float32 sums: directions without any input carry noise of this size, relative to the
 # mean diagonal. Lifting R by it keeps W R's thin decomposition unique there (the limit is that of W

@@ -30,11 +30,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.allocation import LayerRequest, redistribute, redistribute_by_cost
-from lora_init.concurrency import STACK_BYTES, over_cores
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
-from lora_init.moments import InputStatistics, decompose_together, leading
+from lora_init.layer import InputStatistics, decompose_together, leading
+from lora_init.linalg.cores import STACK_BYTES, over_cores
 from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.weights.kinds import LINEAR_TYPES
 
 # Variances below this share of the largest are float32's rounding, not the data's: such directions
 # were never seen (fewer tokens than r), are worth no rank, and whitening them would scale noise up.

@@ -10,11 +10,11 @@ the same as `kaiming`: A = 0, B ~ N(0, 1).
 
 from __future__ import annotations
 
-from lora_init.draws import normal, zeros
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import embedding
-from lora_init.modules import MODULE_TYPES
+from lora_init.linalg.draws import normal, zeros
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 @register_initializer(

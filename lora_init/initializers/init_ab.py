@@ -19,10 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lora_init.draws import uniform
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
+from lora_init.linalg.draws import uniform
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 PAPER = "Li et al. 2025, arXiv 2505.23194"
 

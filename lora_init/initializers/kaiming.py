@@ -12,10 +12,10 @@ rows of entries that occur are ever moved.
 
 from __future__ import annotations
 
-from lora_init.draws import normal, uniform, zeros
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
+from lora_init.linalg.draws import normal, uniform, zeros
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 def embedding(weight, rank, scaling, statistics, options, generator) -> Factors:

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.device_numbers import named_on_host
 from lora_init.factors import Factors, Replacement
-from lora_init.modules import MODULE_TYPES
+from lora_init.linalg.device_numbers import named_on_host
 from lora_init.quantization import Quantizer
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
 

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.weights.kinds import LINEAR_TYPES
 
 # B takes the last half of the triplets, where a subspace that is good in total is worst. On
 # MiniLM's gradients, r = 8, this brings 1 - overlap from 3e-4 to 1e-5, for no time to speak of.

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.weights.kinds import LINEAR_TYPES
 
 PROPERTIES = {
     "paper": "Tang et al. 2025, arXiv 2503.02659",

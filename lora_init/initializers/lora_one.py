@@ -28,8 +28,8 @@ import torch
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.weights.kinds import LINEAR_TYPES
 
 
 @dataclass

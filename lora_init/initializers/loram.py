@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 def rank_rule(rank: int, rows: int, columns: int) -> str | None:

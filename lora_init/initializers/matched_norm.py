@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_init.draws import normal
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
+from lora_init.linalg.draws import normal
 from lora_init.registry import get_initializer, list_initializers, register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 @dataclass

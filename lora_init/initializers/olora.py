@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import LINEAR_TYPES
 
 
 @register_initializer(

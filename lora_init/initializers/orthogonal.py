@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import torch
 
-from lora_init.draws import normal
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
+from lora_init.linalg.draws import normal
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 def even_rank(rank: int, rows: int, columns: int) -> str | None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
 from lora_init.registry import Nesting, register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 @dataclass

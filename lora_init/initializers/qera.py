@@ -36,13 +36,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.device_numbers import named_on_host
 from lora_init.factors import Factors, Replacement
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.loftq import block_quantizer, layer_quantizer
-from lora_init.modules import LINEAR_TYPES
+from lora_init.linalg.device_numbers import named_on_host
 from lora_init.quantization import Quantizer
 from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.weights.kinds import LINEAR_TYPES
 
 
 @dataclass

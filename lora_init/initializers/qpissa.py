@@ -31,9 +31,9 @@ from lora_init.initializers.loftq import (
     error_figures,
     layer_quantizer,
 )
-from lora_init.modules import MODULE_TYPES
 from lora_init.quantization import Quantizer
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 @dataclass

@@ -10,10 +10,10 @@ N(0, 1); PEFT draws from the global generator.
 
 from __future__ import annotations
 
-from lora_init.draws import uniform
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
+from lora_init.linalg.draws import uniform
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 @register_initializer(

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.draws import normal
 from lora_init.factors import Factors
 from lora_init.initializers.pissa import PissaOptions, pissa
-from lora_init.modules import MODULE_TYPES
+from lora_init.linalg.draws import normal
 from lora_init.registry import register_initializer
+from lora_init.weights.kinds import MODULE_TYPES
 
 
 @register_initializer(

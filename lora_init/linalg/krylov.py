@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.draws import normal_block
 from lora_init.linalg import small
 from lora_init.linalg.choice import (
     ANGLE_TOLERANCE,
@@ -34,6 +33,7 @@ from lora_init.linalg.choice import (
     SPACE_SHARE,
     TREND,
 )
+from lora_init.linalg.draws import normal_block
 from lora_init.linalg.thin import thin_qr, unchecked_qr
 
 # Products before the first look at the eigenvalues, and in each round after it.

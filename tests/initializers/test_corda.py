@@ -7,10 +7,10 @@ from models import llama, spread_weight, token_batches
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.calibration.collect import LayerStatistics
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.corda import CordaOptions, corda
-from lora_init.moments import InputStatistics
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.layer import InputStatistics
 
 SHAPES = [(48, 48), (80, 32), (32, 80)]
 RANK = 6

@@ -12,11 +12,12 @@ from networks import Chain, chain_inputs
 from simulated_device import simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, calibrate, concurrency, get_peft_model, linalg
+from lora_init import LoraConfig, calibrate, get_peft_model, linalg
 from lora_init.allocation import LayerRequest
+from lora_init.calibration.collect import LayerStatistics
 from lora_init.initializers.eva import EvaOptions, allocate, eva
-from lora_init.moments import InputStatistics
-from lora_init.statistics import LayerStatistics
+from lora_init.layer import InputStatistics
+from lora_init.linalg import cores
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 
@@ -99,7 +100,7 @@ def test_is_pca_of_the_unmasked_inputs(center):
 
 def test_cores_share_the_allocation_and_change_nothing(monkeypatch):
     """Layers that read one input share what is found, however many threads look for it."""
-    monkeypatch.setattr(concurrency, "POOLED", 5000)  # eight inputs of 32 numbers or more: a pool
+    monkeypatch.setattr(cores, "POOLED", 5000)  # eight inputs of 32 numbers or more: a pool
     base, config = llama(), config_for(LLAMA_TARGETS, rho=2.0)
     found = calibrate(base, config, token_batches())
     alone, together = (copy.deepcopy(found) for _ in range(2))

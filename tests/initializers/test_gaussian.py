@@ -4,8 +4,8 @@ import pytest
 import torch
 from scipy import stats
 
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.gaussian import gaussian
-from lora_init.seeding import layer_generator
 
 
 @pytest.mark.parametrize(("rank", "columns"), [(1, 4096), (4, 2048), (16, 768)])

@@ -11,10 +11,10 @@ from networks import SHAPES, Chain, chain_inputs
 
 from lora_init import LoraConfig, WithLoss, calibrate, get_peft_model
 from lora_init.allocation import LayerRequest
+from lora_init.calibration.collect import LayerStatistics
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.gora import GoraOptions, allocate, gora
-from lora_init.modules import oriented_weight
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 GAMMA = 0.05

@@ -8,9 +8,9 @@ from measures import EPSILON, assert_gap, relative_gap
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.init_ab import InitAbOptions, InitAbSubtractedOptions, init_ab
-from lora_init.modules import oriented_weight
-from lora_init.seeding import layer_generator
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 TEXT = pytest.param("1", marks=pytest.mark.wrong_types)

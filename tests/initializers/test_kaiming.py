@@ -3,8 +3,8 @@
 import torch
 from scipy import stats
 
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.kaiming import kaiming
-from lora_init.seeding import layer_generator
 
 
 def draw(rank, columns, name="layer", seed=0):

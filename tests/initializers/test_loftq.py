@@ -9,9 +9,9 @@ from models import spread_weight
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.loftq import LoftqOptions, loftq
 from lora_init.quantization import Quantizer
-from lora_init.seeding import layer_generator
 
 RANK = 8
 SCALINGS = [1 / 16, 2.0, 16.0]

@@ -11,10 +11,10 @@ from networks import Chain, chain_inputs, linear
 from torch import nn
 
 from lora_init import LoraConfig, WithLoss, get_peft_model
+from lora_init.calibration.collect import LayerStatistics
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.lora_ga import LoraGaOptions, lora_ga
-from lora_init.modules import oriented_weight
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 GAMMA = 16.0

@@ -6,11 +6,11 @@ from measures import relative_gap
 from models import llama, spread_weight, token_batches
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.calibration.collect import LayerStatistics
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.lora_null import lora_null
-from lora_init.moments import InputStatistics
+from lora_init.layer import InputStatistics
 from lora_init.registry import NoOptions
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
 
 SHAPES = [(48, 48), (80, 32), (32, 80)]
 RANK = 6

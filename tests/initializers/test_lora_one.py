@@ -9,10 +9,10 @@ from measures import relative_gap
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, WithLoss, get_peft_model
+from lora_init.calibration.collect import LayerStatistics
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.lora_one import LoraOneOptions, lora_one
-from lora_init.modules import oriented_weight
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 GAMMA = 128.0

@@ -7,8 +7,8 @@ import torch
 from models import spread_weight
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.matched_norm import MatchedNormOptions, matched_norm, references
-from lora_init.seeding import layer_generator
 
 
 def factors_of(weight, rank, scaling=2.0, seed=0, **options):

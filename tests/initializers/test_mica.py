@@ -10,10 +10,10 @@ from models import spread_weight
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.mica import mica
-from lora_init.modules import oriented_weight
 from lora_init.registry import NoOptions
-from lora_init.seeding import layer_generator
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 SHAPES = [(40, 40), (96, 24), (24, 96)]

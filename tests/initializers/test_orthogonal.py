@@ -9,8 +9,8 @@ from networks import Chain
 from scipy import stats
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.orthogonal import orthogonal
-from lora_init.seeding import layer_generator
 
 
 def draw(rows, columns, rank, seed=0):

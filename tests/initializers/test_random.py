@@ -6,8 +6,8 @@ from networks import Chain, chain_inputs
 from scipy import stats
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.random import random
-from lora_init.seeding import layer_generator
 
 
 def test_distribution():

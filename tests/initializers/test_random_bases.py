@@ -5,8 +5,8 @@ import torch
 from models import spread_weight
 
 from lora_init import list_initializers
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.random_bases import orthonormal, random_bases
-from lora_init.seeding import layer_generator
 
 
 def factors_of(weight, rank, scaling=2.0, seed=0):

@@ -24,14 +24,14 @@ from experiments.papers.eva_variance.variance import (
 from experiments.papers.subjects import Layer, Subject
 from experiments.papers.tasks import Batches
 from lora_init.allocation import LayerRequest
-from lora_init.calibration import LayerStatistics
+from lora_init.calibration.collect import collect
+from lora_init.calibration.result import LayerStatistics
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.eva import EvaOptions
-from lora_init.modules import oriented_weight, weight_shape
-from lora_init.moments import InputStatistics
+from lora_init.layer import InputStatistics
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest, get_initializer
-from lora_init.seeding import layer_generator
-from lora_init.statistics import collect
+from lora_init.weights.kinds import oriented_weight, weight_shape
 
 RANDOM = ("kaiming", "gaussian")
 THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "all of other films"

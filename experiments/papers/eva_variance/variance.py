@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.accumulation import Moments, joined
-from lora_init.calibration import LayerStatistics
+from lora_init.calibration.result import LayerStatistics
+from lora_init.calibration.sums import Moments, joined
 from lora_init.initializers.eva import EvaOptions, eva
-from lora_init.moments import InputStatistics
+from lora_init.layer import InputStatistics
 
 INDEPENDENT = 1e-6
 

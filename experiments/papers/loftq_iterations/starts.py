@@ -28,12 +28,12 @@ from experiments.errors import ConfigurationError
 from experiments.papers.loftq_iterations.errors import base_error
 from experiments.papers.subjects import Layer, Subject
 from lora_init import Calibration, LoraConfig, LoraModel, get_peft_model, linalg
-from lora_init.calibration import LayerStatistics
+from lora_init.calibration.result import LayerStatistics
+from lora_init.initialize.seeding import layer_generator
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.qera import output_error
-from lora_init.moments import InputStatistics
+from lora_init.layer import InputStatistics
 from lora_init.registry import get_initializer
-from lora_init.seeding import layer_generator
 
 PLAIN, LOFTQ, SVD_FIRST, QPISSA = "quantised only", "loftq", "svd first", "qpissa"
 QERA, DIAGONAL, LOFTQ_QERA = "qera", "qera, diagonal", "loftq + qera"

@@ -21,8 +21,8 @@ from experiments.schedule import TrainingConfig
 from experiments.tasks.text_classification import TextClassification
 from experiments.training import make_accelerator, train
 from lora_init import LoraModel
+from lora_init.initialize.seeding import layer_generator
 from lora_init.registry import get_initializer
-from lora_init.seeding import layer_generator
 
 BITS = 2
 TASK = "SEQ_CLS"

@@ -14,7 +14,7 @@ from experiments.papers.subjects import Subject, load_subject
 from experiments.tasks import draw
 from experiments.tasks.text_classification import TextClassification
 from lora_init import LoraConfig, LoraModel, get_peft_model
-from lora_init.config import HEADS
+from lora_init.config.lora_config import HEADS
 
 HEAD_RATE = 1e-2
 Batch = dict[str, Tensor]

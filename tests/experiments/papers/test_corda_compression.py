@@ -21,9 +21,9 @@ from experiments.papers.corda_compression.projections import (
 )
 from experiments.papers.perplexity import block_losses
 from experiments.papers.verdicts import Verdict
-from lora_init.calibration import LayerStatistics
+from lora_init.calibration.result import LayerStatistics
 from lora_init.initializers.corda import CordaOptions, corda
-from lora_init.moments import InputStatistics
+from lora_init.layer import InputStatistics
 
 SHAPES = [(12, 12), (20, 9), (9, 20)]
 
