@@ -173,7 +173,7 @@ def counted(setting):
             calibration = statistics_of(["0", "1"], plan.calibration, 7)
         for name in ("initialize", "allocated"):
             stack.enter_context(
-                mock.patch.object(assembly, name, counts_calls(getattr(assembly, name)))
+                mock.patch.object(api, name, counts_calls(getattr(api, name)))
             )
         get_peft_model(base.cuda(), config, calibration=calibration, cache=False)
     return counts
