@@ -44,7 +44,7 @@ def initialize(
     with PeakMemory() as memory, naming_the_method(run):
         # Made for methods that calibrate only; a list, whose statistics the cache can keep.
         batches = None
-        if spec.calibration is not None:
+        if spec.needs_data:
             batches = list(calibration_batches(run, data, task, device))
         memory_limit = run.runtime.calibration_gib
         adapted = get_peft_model(

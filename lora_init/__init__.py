@@ -11,6 +11,8 @@ from lora_init.calibration.calibrate import calibrate
 from lora_init.calibration.result import Calibration
 from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors, Replacement
+from lora_init.initialize.single import init_factors
+from lora_init.layer import Layer
 from lora_init.model.lora_model import LoraModel
 from lora_init.peft_models import (
     initialize_peft_model,
@@ -22,6 +24,8 @@ from lora_init.plan.plan import Plan
 from lora_init.registry import (
     CalibrationRequest,
     Initializer,
+    Options,
+    batched,
     list_initializers,
     register_initializer,
 )
@@ -35,13 +39,17 @@ __all__ = [
     "Factors",
     "InitReport",
     "Initializer",
+    "Layer",
     "LoraConfig",
     "LoraModel",
+    "Options",
     "Plan",
     "Replacement",
     "WithLoss",
+    "batched",
     "calibrate",
     "get_peft_model",
+    "init_factors",
     "initialize_peft_model",
     "list_initializers",
     "load_peft_checkpoint",

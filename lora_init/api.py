@@ -22,8 +22,8 @@ from lora_init.calibration.batches import check_batches
 from lora_init.calibration.calibrate import calibrated, for_allocation
 from lora_init.calibration.result import Calibration
 from lora_init.config.lora_config import LoraConfig
-from lora_init.initialize.run import InitializedLayer, initialize, unread
-from lora_init.linalg.finite import refuse_non_finite, refused_beside
+from lora_init.initialize.run import InitializedLayer, initialize
+from lora_init.linalg.finite import refuse_non_finite
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
 from lora_init.model.verification import original_output, verify_adapted
@@ -192,7 +192,7 @@ def _assemble(
     plain = injection.hold_plain(model, transaction)
     seconds = dict.fromkeys(("calibration", "allocation", "initialize", "inject"), 0.0)
     parts = calibrated(plan, model, calibration, device, cache)
-    if spec.allocate is not None:
+    if spec.allocates:
         with _timed(seconds, "calibration"):
             whole = for_allocation(plan, parts)
         with _timed(seconds, "allocation"):
@@ -202,37 +202,35 @@ def _assemble(
 
     initialized: list[InitializedLayer] = []
     errors: dict[str, float] = {}
-    with refused_beside(unread(weights, plan)) as looked_at:
-        while True:
-            with _timed(seconds, "calibration"):
-                part = next(parts, None)
-            if part is None:
-                break
-            with _timed(seconds, "initialize"):
-                here = plan.only(part.layers)
-                initialized += initialize(
-                    weights, here, part.layers, seed=seed, device=device, cache=cache
-                )
-            if plan.calibration_sketch is not None:
-                errors |= part.errors()
-            tokens = part.tokens
-            part = None  # the next pass needs its room
-
-        figures = _figures_before_replacement(weights, initialized)
-        preserved = spec.preserves_output and not plan.replaced
-        checked = verify is not None and preserved
-        expected = original_output(model, verify) if checked else None
-        with _timed(seconds, "inject"):
-            done = injection.inject_factors(
-                model,
-                plan,
-                {layer.target.name: layer.factors for layer in initialized},
-                transaction=transaction,
-                weights=weights,
-                plain=plain,
-                keep_original=keep_original or verify is not None,
-                ready=looked_at,
+    while True:
+        with _timed(seconds, "calibration"):
+            part = next(parts, None)
+        if part is None:
+            break
+        with _timed(seconds, "initialize"):
+            here = plan.only(part.layers)
+            initialized += initialize(
+                weights, here, part.layers, seed=seed, device=device, cache=cache
             )
+        if plan.calibration_sketch is not None:
+            errors |= part.errors()
+        tokens = part.tokens
+        part = None  # the next pass needs its room
+
+    figures = _figures_before_replacement(weights, initialized)
+    preserved = spec.preserves_output and not plan.replaced
+    checked = verify is not None and preserved
+    expected = original_output(model, verify) if checked else None
+    with _timed(seconds, "inject"):
+        done = injection.inject_factors(
+            model,
+            plan,
+            {layer.target.name: layer.factors for layer in initialized},
+            transaction=transaction,
+            weights=weights,
+            plain=plain,
+            keep_original=keep_original or verify is not None,
+        )
     seconds["total"] = sum(seconds.values())
     report = InitReport(
         method=spec.name,
@@ -367,7 +365,7 @@ def allocated(
         )
         for target in plan.targets
     }
-    ranks = plan.initializer.allocate(requests, plan.options)
+    ranks = plan.options.allocate(requests)
     if not any(ranks.values()):
         raise ValueError(
             f"{plan.initializer.name}: no layer's inputs vary over the calibration data, so no "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_init.linalg import memory
 from lora_init.linalg.precision import full_precision
-from lora_init.quantization import Quantizer
-from lora_init.weights.kinds import widened
+
+if TYPE_CHECKING:
+    from lora_init.quantization import Quantizer
 
 Base = Literal["keep", "subtract", "replace"]
 """What a method does to the base weight W, given the scaling s and its factors B0, A0:
@@ -113,3 +114,7 @@ def unstacked(stack: Factors, count: int) -> list[Factors]:
         )
         for index in range(count)
     ]
+
+def widened(weight: Tensor) -> Tensor:
+    """The tensor in at least float32: 16-bit weights are converted before any computation."""
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()

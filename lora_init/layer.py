@@ -1,245 +1,168 @@
-"""First and second moments of one layer's inputs, accumulated in one pass, and their directions."""
+"""What an initializer is given: one layer, or a stack of layers of one shape."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init import linalg
-from lora_init.calibration.sums import Moments, RunningSums
-from lora_init.linalg.gram import accumulate_gram, accumulate_gram_of_parts, mirror, two_parts
-from lora_init.linalg.product_sum import Support, mixed_support
-from lora_init.linalg.row_blocks import Block
+from lora_init.factors import widened
+from lora_init.moments import InputStatistics, LeadingComponents, StackedInputs
 
-SMALLEST_DECOMPOSITION = 32
+if TYPE_CHECKING:
+    from lora_init.quantization import Quantizer
 
-Components = tuple[Float[Tensor, " rank"], Float[Tensor, "in rank"], Float[Tensor, ""]]
-"""Top variances (descending), their directions (columns), and the total variance."""
+Inputs = InputStatistics | LeadingComponents | StackedInputs
+
+
+STACKED = "stored_weight", "gradient"
 
 
 @dataclass
-class InputStatistics:
-    """Moments of one distinct input. Shared by all layers that read it.
+class LayerStatistics:
+    """What a calibration found out about one layer.
 
     Attributes:
-        covariance: sum (x - mean)(x - mean)ᵀ / tokens, float32; float64 where the method asks for
-            that (`CalibrationRequest.smallest`).
-        mean: sum x / tokens, float64.
-        tokens: how many rows were counted.
+        inputs: moments of its inputs, if the method reads them.
+        gradient: of the loss with respect to its weight, if the method reads it.
     """
 
-    covariance: Float[Tensor, "in in"]
-    mean: Float[Tensor, " in"]
-    tokens: int
-    _components: dict[tuple[bool, int], Components] = field(default_factory=dict, repr=False)
-    _least: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    inputs: Inputs | None = None
+    gradient: Float[Tensor, "out in"] | None = None
 
-    error = 0.0
-    """Nothing is left out (see `lora_init.calibration.sketch`)."""
-
-    @classmethod
-    def of_rows(cls, rows: Float[Tensor, "tokens in"]) -> InputStatistics:
-        """The moments of inputs at hand, without a model: for tests and experiments."""
-        sums = RunningMoments(rows.shape[1], rows.device)
-        sums.add(rows)
-        return cls.of(sums.moments)
-
-    @classmethod
-    def of(cls, moments: Moments) -> InputStatistics:
-        return cls(moments.products, moments.mean, moments.tokens)
-
-    @property
-    def device(self) -> torch.device:
-        return self.mean.device
-
-    @property
-    def second_moment(self) -> Float[Tensor, "in in"]:
-        """sum x xᵀ / tokens, uncentred, in float64: a large mean would drown the covariance."""
-        wide = self.covariance.double()
-        # In place where that was a copy: these are as large as anything an initializer holds.
-        add = torch.addr if wide is self.covariance else Tensor.addr_
-        return add(wide, self.mean, self.mean)
-
-    def principal_components(self, rank: int, center: bool) -> Components:
-        """Top `rank` variances (descending), their directions, and the total variance.
-
-        Kept, so that the layers sharing this input, and an allocator before them, pay once. What is
-        decomposed is rounded up to a power of two: LAPACK's last bits depend on how many vectors it
-        is asked for, and a layer's may not depend on what the others asked for.
-        """
-        size = decomposed_size(rank, len(self.mean))
-        if (center, size) not in self._components:
-            matrix = self.matrix(center)
-            self.keep(center, size, matrix, *linalg.top_eigen(matrix, size))
-        return leading(self._components[center, size], rank)
-
-    def has_components(self, center: bool, size: int) -> bool:
-        """Whether a decomposition of this size is kept."""
-        return (center, size) in self._components
-
-    def matrix(self, center: bool) -> Float[Tensor, "in in"]:
-        """The covariance, or with `center=False` the second moment."""
-        return self.covariance if center else self.second_moment
-
-    def keep(self, center: bool, size: int, matrix: Tensor, values: Tensor, vectors: Tensor):
-        """Keep the decomposition of `matrix(center)` for `principal_components`."""
-        total = matrix.diagonal().sum().clamp_min(0)
-        figures = (values.clamp_min(0), vectors, total)
-        self._components[center, size] = tuple(figure.float() for figure in figures)
-
-    def least_directions(self, rank: int) -> Float[Tensor, "in rank"]:
-        """The last `rank` eigenvectors of `second_moment`, the least of all first, in float64.
-
-        Kept, and rounded up, like `principal_components`.
-        """
-        size = linalg.nesting_rank(rank, len(self.mean))
-        if size not in self._least:
-            self._least[size] = linalg.bottom_eigen(self.second_moment, size)[1]
-        return self._least[size][:, :rank]
-
-    def condensed(self, rank: int) -> LeadingComponents:
-        """What `principal_components` gives for ranks up to `rank`, without the covariance."""
-        components = {center: self.principal_components(rank, center) for center in (True, False)}
-        return LeadingComponents(
-            {center: tuple(part.clone() for part in found) for center, found in components.items()}
-        )
-
-    def to(self, device: torch.device) -> InputStatistics:
-        """The same on another device, with the decompositions that are kept."""
-        components = {
-            key: tuple(part.to(device) for part in found) for key, found in self._components.items()
+    def to(self, device: torch.device) -> LayerStatistics:
+        """The same statistics on another device; this object if they are there already."""
+        parts = {"inputs": self.inputs, "gradient": self.gradient}
+        elsewhere = {
+            name: part.to(device)
+            for name, part in parts.items()
+            if part is not None and part.device != device
         }
-        kept = {size: vectors.to(device) for size, vectors in self._least.items()}
-        return InputStatistics(
-            self.covariance.to(device), self.mean.to(device), self.tokens, components, kept
-        )
+        return replace(self, **elsewhere) if elsewhere else self
 
 
 @dataclass(frozen=True)
-class StackedInputs:
-    """The inputs of layers of one shape, for a method that works on a stack of them.
+class Layer:
+    """One layer as an initializer sees it, or a stack of layers that are alike.
 
-    Layers that share their inputs share their statistics, too.
-    """
-
-    members: Sequence[InputStatistics]
-
-    @property
-    def device(self) -> torch.device:
-        return self.members[0].device
-
-    @property
-    def second_moment(self) -> Float[Tensor, "*stack in in"]:
-        return torch.stack([one.second_moment for one in self.members])
-
-    def least_directions(self, rank: int) -> Float[Tensor, "*stack in rank"]:
-        """As of `InputStatistics`; distinct inputs are decomposed together."""
-        size = linalg.nesting_rank(rank, len(self.members[0].mean))
-        waiting = {id(one): one for one in self.members if size not in one._least}
-        if waiting:
-            moments = torch.stack([one.second_moment for one in waiting.values()])
-            found = linalg.bottom_eigen(moments, size)[1]
-            for one, vectors in zip(waiting.values(), found, strict=True):
-                one._least[size] = vectors
-        return torch.stack([one.least_directions(rank) for one in self.members])
-
-
-@dataclass(frozen=True)
-class LeadingComponents:
-    """Principal components alone: n · rank numbers where the covariance has n².
+    A function marked with `lora_init.registry.batched` may get a stack: then the weight, the
+    statistics and the factors have a leading dimension, and `names` has an entry for each layer.
+    What the method does not declare in `reads` is None; the weight then raises an error.
 
     Attributes:
-        components: by whether the mean is subtracted.
-        error: of the statistics they come from.
+        names: qualified names of the modules; a single one unless it is a stack.
+        kind: the module type, such as "Linear" or "Embedding".
+        shape: (out, in).
+        rank: r of the factors to return.
+        scaling: s, by which the layer multiplies B A.
+        seed: the initialization seed.
+        stored_weight: W (out, in), or (stack, out, in): in 16 bits if the model stores it so,
+            otherwise in float32.
+        inputs: moments of the layer's inputs.
+        gradient: of the loss with respect to W, float32, shaped like W.
+        quantizer: of a base that is quantized already; None for a float base.
+        planned_rank: r before ranks were allocated; None without an allocation.
     """
 
-    components: Mapping[bool, Components]
-    error: float = 0.0
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    seed: int = 0
+    stored_weight: Float[Tensor, "*stack out in"] | None = None
+    inputs: Inputs | None = None
+    gradient: Float[Tensor, "*stack out in"] | None = None
+    quantizer: Quantizer | None = None
+    planned_rank: int | None = None
+    is_stack: bool = False
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "*stack out in"]:
+        """W in float32, dequantized where the base is quantized.
+
+        Raises:
+            AttributeError: the method did not declare that it reads the weight.
+        """
+        if self.stored_weight is None:
+            raise AttributeError(
+                "layer.weight is not available: the method must declare reads=('weight', ...) "
+                "when it is registered"
+            )
+        return widened(self.stored_weight).to(torch.float32)
+
+    @cached_property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return tuple(layer_generator(self.seed, name) for name in self.names)
 
     @property
-    def device(self) -> torch.device:
-        return self.components[True][0].device
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """A CPU generator for each layer, seeded by the initialization seed and its name."""
+        return self._generators
 
-    def principal_components(self, rank: int, center: bool) -> Components:
-        """As of `InputStatistics`, up to the rank that was kept."""
-        return leading(self.components[center], rank)
+    @property
+    def generator(self) -> torch.Generator | tuple[torch.Generator, ...]:
+        """The layer's generator; for a stack one for each layer."""
+        return self._generators if self.is_stack else self._generators[0]
 
-    def to(self, device: torch.device) -> LeadingComponents:
-        parts = {
-            center: tuple(part.to(device) for part in found)
-            for center, found in self.components.items()
-        }
-        return LeadingComponents(parts, self.error)
+    @property
+    def is_random(self) -> bool:
+        """Whether a method has asked for a generator, so that its factors depend on the seed."""
+        return "_generators" in vars(self)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading dimensions of weight and factors: (layers,) of a stack, else ()."""
+        return (len(self.names),) if self.is_stack else ()
+
+    def members(self) -> list[Layer]:
+        """The layers of a stack, one by one."""
+        weights = self.stored_weight if self.stored_weight is not None else [None] * len(self.names)
+        inputs = self.inputs.members if self.inputs is not None else [None] * len(self.names)
+        gradients = self.gradient if self.gradient is not None else [None] * len(self.names)
+        return [
+            replace(
+                self,
+                names=(name,),
+                stored_weight=weight,
+                inputs=moments,
+                gradient=gradient,
+                is_stack=False,
+            )
+            for name, weight, moments, gradient in zip(
+                self.names, weights, inputs, gradients, strict=True
+            )
+        ]
 
 
-def decomposed_size(rank: int, width: int) -> int:
-    """How many components are computed where `rank` of them are asked for."""
-    return linalg.nesting_rank(max(rank, SMALLEST_DECOMPOSITION), width)
+def stacked(layers: Sequence[Layer]) -> Layer:
+    """Layers of one kind, shape, rank and scaling as a stack."""
+    first = layers[0]
+    weights, gradients = ([getattr(one, name) for one in layers] for name in STACKED)
+    return replace(
+        first,
+        names=tuple(one.names[0] for one in layers),
+        stored_weight=None if first.stored_weight is None else torch.stack(weights),
+        inputs=None if first.inputs is None else StackedInputs([one.inputs for one in layers]),
+        gradient=None if first.gradient is None else torch.stack(gradients),
+        is_stack=True,
+    )
 
 
-def decompose_together(
-    inputs: Sequence[InputStatistics], rank: int, center: bool, *, memory: int
-) -> None:
-    """Compute the principal components of inputs of one width, as stacks on an accelerator.
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """The CPU generator of the layer `name` under `seed`.
 
-    Each of them keeps the result for `principal_components`.
-
-    Args:
-        memory: in bytes, of the float64 matrices of one stack; one matrix may exceed it.
+    Its seed is the first 63 bits of SHA-256 of ``"{seed}:{name}"``. So the numbers depend neither
+    on which other layers are targeted, nor on their order, the device or the process. They are
+    drawn on the CPU because CUDA's generator gives other numbers.
     """
-    width = len(inputs[0].mean)
-    size = decomposed_size(rank, width)
-    waiting = [one for one in inputs if not one.has_components(center, size)]
-    together = max(1, memory // (8 * width**2))
-    for first in range(0, len(waiting), together):
-        some = waiting[first : first + together]
-        matrices = torch.stack([one.matrix(center) for one in some])
-        for one, matrix, values, vectors in zip(
-            some, matrices, *linalg.top_eigen(matrices, size), strict=True
-        ):
-            one.keep(center, size, matrix, values, vectors)
-
-
-def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `rank` of all components."""
-    values, vectors, total = components
-    return values[:rank], vectors[:, :rank], total
-
-
-class RunningMoments(RunningSums):
-    """All products of the rows added so far, in float32 or float64.
-
-    On a GPU that adds products of bfloat16 numbers in float32, float32 sums take the shifted rows
-    of a 16-bit model in two bfloat16 parts. Each number is then right to 2^-17, and each product of
-    two numbers to 2^-15.
-    """
-
-    def __init__(
-        self, width: int, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(width, device, dtype)
-        self._gram = torch.zeros(width, width, dtype=dtype, device=device)
-        fast = mixed_support(device, torch.bfloat16) is not Support.NONE
-        self._in_parts = fast and dtype == torch.float32
-
-    @staticmethod
-    def bytes(width: int, dtype: torch.dtype = torch.float32) -> int:
-        """Memory while rows are added."""
-        return dtype.itemsize * width**2 + RunningSums.block_bytes(width, dtype)
-
-    def _accumulate(self, block: Block) -> None:
-        if self._in_parts and block.sixteen_bits:
-            accumulate_gram_of_parts(self._gram, *two_parts(block.rows))
-        else:
-            accumulate_gram(self._gram, block.rows)
-
-    def _centred(self, mean: Float[Tensor, " in"], offset: Float[Tensor, " in"]) -> Moments:
-        covariance = self._gram.div_(max(self.tokens, 1))
-        mirror(covariance)
-        offset = offset.to(covariance)
-        covariance.addr_(offset, offset, alpha=-1)
-        return Moments(self.tokens, mean, covariance, covariance.diagonal().sum().double())
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return generator

@@ -87,17 +87,10 @@ def figures(model) -> dict[str, dict]:
     }
 
 
-NESTING = ["pissa", "milora", "mica", "corda", {"name": "corda", "corda_method": "kpm"}]
+CACHED = ["pissa", "milora", "mica", "corda", {"name": "corda", "corda_method": "kpm"}]
 
 
-def test_every_method_that_nests_is_tested_here():
-    named = {method["name"] if isinstance(method, dict) else method for method in NESTING}
-    assert named == {
-        spec.name for spec in list_initializers() if spec.nesting(spec.options()) is not None
-    }
-
-
-@pytest.mark.parametrize("method", NESTING, ids=str)
+@pytest.mark.parametrize("method", CACHED, ids=str)
 def test_a_second_start_computes_nothing_and_is_the_same(method, computed):
     plain = started(method, cache=False)
     first = started(method)
@@ -110,21 +103,9 @@ def test_a_second_start_computes_nothing_and_is_the_same(method, computed):
         assert one.name == other.name
 
 
-@pytest.mark.parametrize("method", NESTING, ids=str)
-@pytest.mark.parametrize("rslora", [False, True], ids=["alpha/r", "rslora"])
-def test_one_decomposition_serves_smaller_ranks_and_every_scaling(method, rslora, computed):
-    started(method, rank=16, lora={"use_rslora": rslora})
-    for rank, alpha in ((4, 1.0), (9, 8.0), (16, 32.0), (2, 2.0), (3, 1.7), (16, 1.0)):
-        settings = {"rank": rank, "alpha": alpha, "lora": {"use_rslora": rslora}}
-        computed.clear()
-        cached = started(method, **settings)
-        assert computed == []
-        assert_same(cached, started(method, cache=False, **settings))
-
-
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method", NESTING, ids=str)
+@pytest.mark.parametrize("method", CACHED, ids=str)
 def test_a_hit_equals_a_computation_in_every_dtype(method, dtype, adapter_dtype, computed):
     def start(**settings):
         return started(
@@ -161,7 +142,7 @@ def words() -> nn.Module:
 @pytest.mark.parametrize(
     ("base", "method"),
     [
-        *((images, method) for method in NESTING),
+        *((images, method) for method in CACHED),
         *((words, method) for method in ("pissa", "milora", "mica")),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -199,17 +180,6 @@ def test_cached_statistics_start_the_same_adapter(method, passes):
     assert passes == []
 
 
-def test_ranks_of_one_power_of_two_share_whichever_comes_first(computed):
-    started("pissa", rank=3)
-    computed.clear()
-    cached = started("pissa", rank=14)
-    assert computed == []
-    assert_same(cached, started("pissa", rank=14, cache=False))
-    computed.clear()
-    started("pissa", rank=20)
-    assert sorted(computed) == ["0", "2"]
-
-
 def test_another_weight_option_or_input_is_another_entry(computed):
     started("pissa")
     started("corda")
@@ -217,6 +187,8 @@ def test_another_weight_option_or_input_is_another_entry(computed):
     with torch.no_grad():
         changed[2].weight[0, 0] += 1e-6
     for settings, expected in (
+        ({"method": "pissa", "rank": 3}, ["0", "2"]),
+        ({"method": "pissa", "alpha": 1.7}, ["0", "2"]),
         ({"method": "pissa", "base": changed}, ["2"]),
         ({"method": {"name": "pissa", "method": "exact"}}, ["0", "2"]),
         ({"method": "corda", "data": batches(seed=2)}, ["0", "2"]),
@@ -228,7 +200,7 @@ def test_another_weight_option_or_input_is_another_entry(computed):
 
 
 @pytest.mark.parametrize("method", ["gaussian", "olora", "pissa_niter_2", "loftq"])
-def test_methods_that_promise_no_nesting_keep_nothing(method):
+def test_factors_that_are_cheap_or_random_are_not_kept(method):
     started(method)
     assert default_cache().usage().entries == 0
 
@@ -244,8 +216,7 @@ def test_switched_off_keeps_nothing(monkeypatch, folder):
 def test_a_raised_version_computes_again(monkeypatch, computed):
     started("pissa")
     computed.clear()
-    nesting = cached_factors.Nesting(version=99)
-    monkeypatch.setattr(run._Worker, "_nesting", nesting)
+    monkeypatch.setitem(cached_factors.VERSIONS, "pissa", 99)
     started("pissa")
     assert sorted(computed) == ["0", "2"]
 
@@ -331,7 +302,7 @@ def hashed(monkeypatch):
         return original(tensor)
 
     monkeypatch.setattr(keys, "fingerprint", recording)
-    monkeypatch.setattr(run, "fingerprint", recording)
+    monkeypatch.setattr(cached_factors, "fingerprint", recording)
     return found
 
 

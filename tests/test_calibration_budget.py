@@ -13,7 +13,7 @@ from lora_init import LoraConfig, get_peft_model
 from lora_init.calibration import collect
 from lora_init.calibration.memory import Budget
 from lora_init.calibration.sketch import RunningSketch, SketchedStatistics, random_basis
-from lora_init.layer import InputStatistics
+from lora_init.moments import InputStatistics
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_init import LoraConfig, WithLoss, get_peft_model
 from lora_init.calibration.collect import collect
 from lora_init.calibration.sketch import RunningSketch, random_basis
-from lora_init.layer import RunningMoments
+from lora_init.calibration.sums import RunningMoments
 from lora_init.linalg import gram, product_sum
 from lora_init.linalg.product_sum import Support, add_product
 from lora_init.linalg.row_blocks import LARGEST_BLOCK

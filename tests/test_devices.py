@@ -119,7 +119,7 @@ def adapt(spec, case, model_on, device, seed=0, **settings):
     return get_peft_model(
         on_device(case.build(), model_on),
         config_of({"name": spec.name, **SETTINGS.get(spec.name, {})}, case.shapes, **settings),
-        calibration=case.calibration() if spec.calibration else None,
+        calibration=case.calibration() if spec.needs_data else None,
         device=device,
         seed=seed,
         original_weights=case.originals() if spec.base == "replace" else None,

@@ -132,7 +132,7 @@ def adapt(spec, case, base, *, use_dora=False, **arguments):
     return get_peft_model(
         base,
         config,
-        calibration=case.calibration() if spec.calibration else None,
+        calibration=case.calibration() if spec.needs_data else None,
         original_weights=case.originals() if spec.base == "replace" else None,
         **arguments,
     )

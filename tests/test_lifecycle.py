@@ -46,7 +46,7 @@ def settings_for(method, case, **settings):
     config = {"r": 4, "lora_alpha": 8, "target_modules": list(case.shapes)}
     return {
         "peft_config": LoraConfig(**config | {"init_lora_weights": method} | settings),
-        "calibration": case.calibration() if spec.calibration else None,
+        "calibration": case.calibration() if spec.needs_data else None,
         "original_weights": case.originals() if spec.base == "replace" else None,
         "keep_original": spec.base == "replace",
     }

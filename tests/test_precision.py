@@ -50,7 +50,7 @@ def test_autocast_changes_nothing(method, alone, monkeypatch):
     monkeypatch.setattr(cores, "ALONE", 0 if alone else cores.ALONE)
     base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
     found = None
-    if spec.calibration:
+    if spec.needs_data:
         found = calibrate(base, [config_of(method)], CASE.calibration())
     plain = life(method, base, found)
     with torch.autocast("cpu", torch.bfloat16):
@@ -109,7 +109,7 @@ def reduced_products():
 def test_reduced_float32_products_are_not_used(method, reduced_products):
     """Neither factors, merged weights nor the way back are computed with them."""
     base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
-    found = calibrate(base, [config_of(method)], CASE.calibration()) if spec.calibration else None
+    found = calibrate(base, [config_of(method)], CASE.calibration()) if spec.needs_data else None
     assert "ieee" not in reduced_products
     with Float32Products() as products:
         life(method, base, found)

@@ -80,7 +80,7 @@ def adapt(base, method, *, alpha=8, targets=tuple(PACKED_SHAPES), settings=None,
         init_lora_weights=method,
         **settings or {},
     )
-    calibrated = config.initializer()[0].calibration is not None
+    calibrated = config.initializer()[0].needs_data
     data = Batches(inputs(40, seed) for seed in (2, 3))
     return get_peft_model(base, config, calibration=data if calibrated else None, **arguments)
 
@@ -482,7 +482,7 @@ def test_a_quantised_llama(packing, tmp_path):
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=method)
         spec = config.initializer()[0]
         model = get_peft_model(
-            copy.deepcopy(base), config, calibration=batches if spec.calibration else None,
+            copy.deepcopy(base), config, calibration=batches if spec.needs_data else None,
             original_weights=floating.state_dict() if spec.base == "replace" else None,
             keep_original=spec.base == "replace",
         )  # fmt: skip

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layers import layer_of
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
 from lora_init.api import device_for
-from lora_init.calibration.result import LayerStatistics, stacked
 from lora_init.initialize import jobs
-from lora_init.layer import InputStatistics
+from lora_init.layer import stacked
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
 from lora_init.linalg import cores as concurrency
+from lora_init.moments import InputStatistics
 from lora_init.plan.make import make_plan
 
 CPU = torch.device("cpu")
@@ -155,7 +156,7 @@ def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (300, 280)])
-@pytest.mark.parametrize("method", [spec.name for spec in list_initializers() if spec.stacks])
+@pytest.mark.parametrize("method", [spec.name for spec in list_initializers() if spec.is_batched])
 @pytest.mark.parametrize("niter", [None, 2])
 def test_a_stack_gives_what_its_layers_give(shape, method, niter):
     """Within 1e-6 of ‖W‖ in the product: batched kernels round in another order."""
@@ -164,23 +165,24 @@ def test_a_stack_gives_what_its_layers_give(shape, method, niter):
     (spec,) = [spec for spec in list_initializers() if spec.name == method]
     options = spec.options(niter=niter) if niter is not None else spec.options()
     spectrum = torch.arange(1, min(shape) + 1) ** -0.7
-    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     left, right = (torch.linalg.qr(torch.randn(3, n, min(shape)))[0] for n in shape)
     stack = (left * spectrum) @ right.mT
 
-    statistics = [None] * 3
-    if spec.calibration is not None:
+    parts = [{} for _ in stack]
+    if spec.reads & {"inputs", "gradient"}:
         rows = torch.randn(3, 500, shape[1]) * torch.arange(1, shape[1] + 1) ** -0.5
         inputs = [InputStatistics.of_rows(some) for some in rows]
         inputs[1] = inputs[0]  # two layers that read one input
-        statistics = [LayerStatistics(*pair) for pair in zip(inputs, stack, strict=True)]
-
-    def call(weight, statistics, generator):
-        return spec.function(weight, 4, 2.0, statistics, options, generator)
-
-    together = call(stack, stacked(statistics), generators)
+        parts = [
+            {"inputs": some, "gradient": gradient}
+            for some, gradient in zip(inputs, stack, strict=True)
+        ]
+    layers = [
+        layer_of(weight, 4, name=str(index), **parts[index]) for index, weight in enumerate(stack)
+    ]
+    together = spec.function(stacked(layers), options)
     for index, weight in enumerate(stack):
-        alone = call(weight, statistics[index], torch.Generator().manual_seed(index))
+        alone = spec.function(layers[index], options)
         gap = together.lora_B[index] @ together.lora_A[index] - alone.lora_B @ alone.lora_A
         assert gap.norm() <= 1e-6 * weight.norm()
 

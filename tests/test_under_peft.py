@@ -156,7 +156,7 @@ def test_the_start_is_ours_and_goes_back(method, kind):
         target_modules=targets,
         init_lora_weights={"name": method, **kept},
     )
-    calibration = batches if spec.calibration else None
+    calibration = batches if spec.needs_data else None
     ours = get_peft_model(
         copy.deepcopy(base), config, calibration=calibration, original_weights=originals
     )
@@ -711,10 +711,13 @@ def test_all_spellings_of_a_method(method, options):
 def test_frozen_factors_stay_frozen(monkeypatch):
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
-    @register_initializer("half", frozen=("lora_B",))
-    def half(weight, rank, scaling, statistics, options, generator):
-        rows, columns = weight.shape
-        return Factors(torch.zeros(rank, columns), torch.ones(rows, rank))
+    class FrozenOptions(registry.Options):
+        frozen = ("lora_B",)
+
+    @register_initializer("half", options=FrozenOptions)
+    def half(layer, options):
+        rows, columns = layer.shape
+        return Factors(torch.zeros(layer.rank, columns), torch.ones(rows, layer.rank))
 
     model = wrapped(llama(), ["q_proj"])
     initialize_peft_model(model, "half")

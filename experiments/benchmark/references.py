@@ -21,7 +21,7 @@ from torch import Tensor
 from experiments.benchmark.leading import leading, leading_left
 from experiments.benchmark.strategies import LOFTQ_ITERATIONS
 from experiments.benchmark.subjects import Subject
-from lora_init.layer import InputStatistics
+from lora_init.moments import InputStatistics
 from lora_init.plan.plan import Target
 from lora_init.quantization import Quantizer
 from lora_init.weights.kinds import oriented_weight

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lora_init.layer import InputStatistics
 from lora_init.layers import LoraLayer
+from lora_init.moments import InputStatistics
 
 LIMITS = {"excess": 1e-4, "tail": 1e-3, "gap": 1e-5, "missing": 1e-4}
 """The most that each figure may be. They are the promises of the methods' documentation, and for

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.gpu.stopwatch import best_of
 from experiments.gpu.task import Task
-from lora_init.layer import RunningMoments
+from lora_init.calibration.sums import RunningMoments
 from lora_init.linalg import small
 from lora_init.linalg.thin import cholesky_qr
 

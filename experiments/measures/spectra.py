@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experiments.measures.angles import span
+from lora_init.factors import widened
 from lora_init.layers import LoraLayer
 from lora_init.linalg import top_singular
-from lora_init.weights.kinds import widened
 
 LEADING = 64  # directions: what ranks of practice reach, and enough to draw a spectrum's fall
 

@@ -29,11 +29,11 @@ from lora_init.adapters.saved_modules import in_file
 from lora_init.adapters.tensors import Contents
 from lora_init.config.file import method_of
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import Factors, low_rank_product
+from lora_init.factors import Factors, low_rank_product, widened
 from lora_init.linalg.draws import zeros
 from lora_init.plan.match import select
 from lora_init.plan.plan import Plan, Target
-from lora_init.weights.kinds import module_type, stored_weight, widened
+from lora_init.weights.kinds import module_type, stored_weight
 from lora_init.weights.source import BaseWeights
 
 REBUILT = ("pissa", "olora")
@@ -112,7 +112,7 @@ def _warn_of_missing_layers(contents: Contents, config: LoraConfig, plan: Plan) 
         name
         for name in chosen
         if name not in present
-        and module_type(contents.base.get_submodule(name)) in plan.initializer.module_types
+        and module_type(contents.base.get_submodule(name)) in plan.initializer.modules
     ]
     if missing:
         warnings.warn(

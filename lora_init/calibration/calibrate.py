@@ -12,8 +12,9 @@ from lora_init.cache import Cache
 from lora_init.calibration.batches import BATCHES, check_batches
 from lora_init.calibration.cached import remembered
 from lora_init.calibration.collect import collect_all, collect_in_passes
-from lora_init.calibration.result import Calibration, LayerStatistics, merged
+from lora_init.calibration.result import Calibration, merged
 from lora_init.config.lora_config import LoraConfig
+from lora_init.layer import LayerStatistics
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan
@@ -140,7 +141,6 @@ def _condensed(plan: Plan, parts: Iterator[Calibration]) -> Iterator[Calibration
 def _check_fit(
     plan: Plan, model: nn.Module, found: Calibration, fingerprints: dict[str, str]
 ) -> None:
-    needs_all = plan.initializer.leading(plan.options) is None
     for target in plan.targets:
         inputs, gradient = found.layers[target.name].inputs, found.layers[target.name].gradient
         if gradient is not None and tuple(gradient.shape) != target.shape:
@@ -156,7 +156,7 @@ def _check_fit(
                 f"calibration: the inputs of {target.name!r} are {width} wide there and "
                 f"{target.shape[1]} in the model; pass what lora_init.calibrate found on this model"
             )
-        if needs_all and inputs.error > 0:
+        if inputs.error > 0 and plan.directions(target) is None:
             raise ValueError(
                 f"calibration: it holds a sketch of the inputs of {target.name!r}, and "
                 f"{plan.initializer.name} ({plan.options}) needs more than leading directions; "

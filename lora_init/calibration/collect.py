@@ -34,9 +34,10 @@ from lora_init.calibration.batches import Counted, WithLoss, check_count, forwar
 from lora_init.calibration.gradients import collect_gradients, own_loss
 from lora_init.calibration.hooks import Label, Observer
 from lora_init.calibration.memory import Budget, statistics_of, sums_dtype
-from lora_init.calibration.result import Calibration, LayerStatistics
+from lora_init.calibration.result import Calibration
 from lora_init.calibration.sums import Moments, joined_over_ranks
 from lora_init.distributed import all_or_none, from_ranks, over_ranks
+from lora_init.layer import LayerStatistics
 from lora_init.linalg.device_numbers import on_host
 from lora_init.registry import CalibrationRequest
 

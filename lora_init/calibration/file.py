@@ -23,8 +23,8 @@ from torch import Tensor
 from lora_init.cache import key
 from lora_init.calibration.sketch import SketchedStatistics
 from lora_init.files import write_atomically
-from lora_init.layer import InputStatistics
 from lora_init.linalg.finite import is_finite
+from lora_init.moments import InputStatistics
 from lora_init.registry import CalibrationRequest
 
 HEADER_KEY = "lora_init_calibration"

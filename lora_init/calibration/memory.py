@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.calibration.sketch import RunningSketch, SketchedStatistics, random_basis
-from lora_init.calibration.sums import Moments, RunningSums
-from lora_init.layer import InputStatistics, RunningMoments
+from lora_init.calibration.sums import Moments, RunningMoments, RunningSums
+from lora_init.moments import InputStatistics
 from lora_init.registry import CalibrationRequest
 
 
@@ -65,5 +65,6 @@ class Budget:
 
 def statistics_of(moments: Moments) -> InputStatistics | SketchedStatistics:
     """What sums of either kind say of the inputs."""
-    kind = InputStatistics if moments.basis is None else SketchedStatistics
-    return kind.of(moments)
+    if moments.basis is not None:
+        return SketchedStatistics.of(moments)
+    return InputStatistics(moments.products, moments.mean, moments.tokens)

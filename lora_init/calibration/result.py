@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.calibration import file
-from lora_init.calibration.sketch import SketchedStatistics
-from lora_init.layer import InputStatistics, LeadingComponents, StackedInputs
-from lora_init.quantization import Quantizer
+from lora_init.layer import LayerStatistics
 from lora_init.registry import CalibrationRequest
-
-
-@dataclass
-class LayerStatistics:
-    """What is known about one layer beside its weight.
-
-    Attributes:
-        inputs: moments of its inputs, where the method asked for them.
-        gradient: of the loss with respect to its weight, likewise.
-        quantizer: how the base is quantised; None for a float base.
-        planned_rank: the layer's rank before an allocation; None without one.
-    """
-
-    inputs: InputStatistics | SketchedStatistics | LeadingComponents | StackedInputs | None = None
-    gradient: Float[Tensor, "*stack out in"] | None = None
-    quantizer: Quantizer | None = None
-    planned_rank: int | None = None
-
-    def to(self, device: torch.device) -> LayerStatistics:
-        """The same on another device; the same object where all is there already."""
-        parts = {"inputs": self.inputs, "gradient": self.gradient}
-        elsewhere = {
-            name: part.to(device)
-            for name, part in parts.items()
-            if part is not None and part.device != device
-        }
-        return replace(self, **elsewhere) if elsewhere else self
 
 
 @dataclass
@@ -171,18 +141,6 @@ class Calibration:
             raise ValueError(
                 f"{os.fspath(path)} is damaged ({error}); run lora_init.calibrate again"
             ) from error
-
-
-def stacked(statistics: Sequence[LayerStatistics | None]) -> LayerStatistics | None:
-    """The statistics of layers of one shape as a stack; None where no layer has any."""
-    if statistics[0] is None:
-        return None
-    inputs = [one.inputs for one in statistics]
-    gradients = [one.gradient for one in statistics]
-    return LayerStatistics(
-        inputs=None if inputs[0] is None else StackedInputs(inputs),
-        gradient=None if gradients[0] is None else torch.stack(gradients),
-    )
 
 
 def merged(parts: Iterable[Calibration]) -> Calibration:

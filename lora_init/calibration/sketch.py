@@ -38,9 +38,9 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.calibration.sums import Moments, RunningSums
-from lora_init.layer import Components, LeadingComponents, leading
 from lora_init.linalg.draws import normal
 from lora_init.linalg.row_blocks import Block
+from lora_init.moments import Components, LeadingComponents, leading
 
 SEED = 0
 """Ω is the same in every process, pass and run."""
@@ -54,7 +54,7 @@ ROUNDING = 1e-5
 
 @dataclass
 class SketchedStatistics:
-    """As `lora_init.layer.InputStatistics`, from C̃ in the place of C.
+    """As `lora_init.moments.InputStatistics`, from C̃ in the place of C.
 
     Attributes:
         factor: F with C̃ = F Fᵀ.

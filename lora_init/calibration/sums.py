@@ -16,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_init.distributed import over_ranks, rank_count
+from lora_init.linalg.gram import accumulate_gram, accumulate_gram_of_parts, mirror, two_parts
 from lora_init.linalg.precision import full_precision
+from lora_init.linalg.product_sum import Support, mixed_support
 from lora_init.linalg.row_blocks import ROWS, Block, row_blocks
 
 
@@ -132,3 +134,38 @@ class RunningSums(ABC):
     @abstractmethod
     def _centred(self, mean: Float[Tensor, " in"], offset: Float[Tensor, " in"]) -> Moments:
         """The moments, from sums about mean - offset."""
+
+
+class RunningMoments(RunningSums):
+    """All products of the rows added so far, in float32 or float64.
+
+    On a GPU that adds products of bfloat16 numbers in float32, float32 sums take the shifted rows
+    of a 16-bit model in two bfloat16 parts. Each number is then right to 2^-17, and each product of
+    two numbers to 2^-15.
+    """
+
+    def __init__(
+        self, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(width, device, dtype)
+        self._gram = torch.zeros(width, width, dtype=dtype, device=device)
+        fast = mixed_support(device, torch.bfloat16) is not Support.NONE
+        self._in_parts = fast and dtype == torch.float32
+
+    @staticmethod
+    def bytes(width: int, dtype: torch.dtype = torch.float32) -> int:
+        """Memory while rows are added."""
+        return dtype.itemsize * width**2 + RunningSums.block_bytes(width, dtype)
+
+    def _accumulate(self, block: Block) -> None:
+        if self._in_parts and block.sixteen_bits:
+            accumulate_gram_of_parts(self._gram, *two_parts(block.rows))
+        else:
+            accumulate_gram(self._gram, block.rows)
+
+    def _centred(self, mean: Float[Tensor, " in"], offset: Float[Tensor, " in"]) -> Moments:
+        covariance = self._gram.div_(max(self.tokens, 1))
+        mirror(covariance)
+        offset = offset.to(covariance)
+        covariance.addr_(offset, offset, alpha=-1)
+        return Moments(self.tokens, mean, covariance, covariance.diagonal().sum().double())

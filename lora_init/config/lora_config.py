@@ -21,7 +21,6 @@ from lora_init.config.json_types import json_value
 from lora_init.config.peft_fields import accepts_peft_fields
 from lora_init.registry import (
     Initializer,
-    NoOptions,
     build_options,
     describe,
     get_initializer,
@@ -345,7 +344,7 @@ class LoraConfig:
         """PEFT's spelling of the method where there is one, else the mapping form."""
         if spec.name in ("kaiming", "random"):
             return spec.name == "kaiming"
-        if by_field or spec.options is NoOptions or options == spec.options():
+        if by_field or not dataclasses.fields(spec.options) or options == spec.options():
             return spec.name
         if spec.name == "pissa" and options == type(options)(niter=options.niter):
             return f"pissa_niter_{options.niter}"

@@ -50,8 +50,9 @@ class FactorNorms:
         values = iter(on_host([*self.norms, *tensors]))
         for target, factors in zip(targets, self.factors, strict=True):
             norm_A, norm_B = next(values), next(values)
-            _refuse_non_finite(target, spec, "lora_A", factors.lora_A, norm_A)
-            _refuse_non_finite(target, spec, "lora_B", factors.lora_B, norm_B)
+            if not (math.isfinite(norm_A) and math.isfinite(norm_B)):
+                # The norm of large finite numbers may overflow.
+                refuse_non_finite_factors(target.name, spec, factors)
             # Squares of the smallest numbers underflow.
             if norm_A == norm_B == 0 and not (factors.lora_A.any() or factors.lora_B.any()):
                 _warn_of_zeros(target, spec)
@@ -64,17 +65,19 @@ class FactorNorms:
         ]
 
 
-def check_shapes(target: Target, spec: Initializer, factors: Factors) -> None:
-    """Raises ValueError where a method returned other factors than it is registered for."""
-    rows, columns = target.shape
-    for name, factor, shape in (
-        ("lora_A", factors.lora_A, (target.rank, columns)),
-        ("lora_B", factors.lora_B, (rows, target.rank)),
+def check_shapes(
+    name: str, shape: tuple[int, int], rank: int, spec: Initializer, factors: Factors
+) -> None:
+    """Raises ValueError if a method returned other factors than it is registered for."""
+    rows, columns = shape
+    for which, factor, expected in (
+        ("lora_A", factors.lora_A, (rank, columns)),
+        ("lora_B", factors.lora_B, (rows, rank)),
     ):
-        if tuple(factor.shape) != shape:
+        if tuple(factor.shape) != expected:
             raise ValueError(
-                f"{spec.name} returned {name} of shape {tuple(factor.shape)} for target "
-                f"{target.name!r}; expected {shape}"
+                f"{spec.name} returned {which} of shape {tuple(factor.shape)} for target "
+                f"{name!r}; expected {expected}"
             )
     if (factors.replacement is not None) != (spec.base == "replace"):
         raise ValueError(
@@ -98,14 +101,13 @@ def moved_together(factors: Sequence[Factors], devices: Sequence[torch.device]) 
     return result
 
 
-def _refuse_non_finite(
-    target: Target, spec: Initializer, name: str, factor: Tensor, norm: float
-) -> None:
-    # The norm of large finite numbers may overflow.
-    if not math.isfinite(norm) and not is_finite(factor):
-        raise ValueError(
-            f"{spec.name} returned non-finite values in {name} for target {target.name!r}"
-        )
+def refuse_non_finite_factors(name: str, spec: Initializer, factors: Factors) -> None:
+    """Raises ValueError if a factor has NaN or infinite values."""
+    for which, factor in (("lora_A", factors.lora_A), ("lora_B", factors.lora_B)):
+        if not is_finite(factor):
+            raise ValueError(
+                f"{spec.name} returned non-finite values in {which} for target {name!r}"
+            )
 
 
 def _warn_of_zeros(target: Target, spec: Initializer) -> None:

@@ -62,7 +62,7 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
 
 def _stacked_numbers(target: Target, plan: Plan) -> int:
     """Of the weight, or of its inputs' second moment where a method reads that."""
-    moment = target.shape[1] ** 2 if "inputs" in plan.initializer.needs else 0
+    moment = target.shape[1] ** 2 if "inputs" in plan.initializer.reads else 0
     return max(prod(target.shape), moment)
 
 
@@ -71,8 +71,8 @@ def stackable(plan: Plan, target: Target) -> bool:
 
     Factors that are only drawn are made one by one, and then moved together.
     """
-    if plan.initializer.needs:
-        return plan.initializer.stacks and not target.quantized
+    if plan.initializer.reads:
+        return plan.initializer.is_batched and not target.quantized
     return not plan.requantizes_base(target)
 
 
@@ -83,5 +83,5 @@ def run(work: Callable[[Job], Result], planned: Sequence[Job]) -> Iterator[Resul
 
 def _numbers(target: Target, plan: Plan) -> int:
     """How many one layer's work is on; more threads than they keep busy wait for each other."""
-    drawn = not plan.initializer.needs and not plan.requantizes_base(target)
+    drawn = not plan.initializer.reads and not plan.requantizes_base(target)
     return target.rank * sum(target.shape) if drawn else prod(target.shape)

@@ -6,30 +6,26 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.cache import Cache, fingerprint
-from lora_init.calibration.result import LayerStatistics, stacked
-from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
+from lora_init.cache import Cache
+from lora_init.factors import Factors, Replacement, low_rank_product, unstacked, widened
 from lora_init.initialize import jobs, shared
-from lora_init.initialize.cached import CachedFactors, Input, canonical, has_room, specific
+from lora_init.initialize.cached import CachedFactors, cacheable
 from lora_init.initialize.checks import FactorNorms, check_shapes, moved_together
 from lora_init.initialize.jobs import Job
-from lora_init.initialize.seeding import layer_generator
+from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
-from lora_init.linalg.finite import is_finite, refuse_non_finite
+from lora_init.linalg.finite import refuse_non_finite
 from lora_init.linalg.mixed_products import is_narrow
 from lora_init.linalg.streams import wait_for_writes
 from lora_init.plan.plan import Plan, Target
 from lora_init.progress import tracking
 from lora_init.quantization import Quantizer
-from lora_init.registry import Nesting
 from lora_init.weights.bitsandbytes import quantizer_of
-from lora_init.weights.kinds import widened
 from lora_init.weights.offload import factor_device
 from lora_init.weights.source import BaseWeights
 
@@ -85,7 +81,7 @@ def initialize(
 
     Raises:
         ValueError: a weight that the method reads or a factor is not finite, or a factor has the
-            wrong shape; by name. Of the other weights see `unread`.
+            wrong shape; by name.
     """
     homes = {
         target.name: factor_device(weights.model.get_submodule(target.name))
@@ -108,21 +104,6 @@ def initialize(
             done = shared.shared(run, planned, plan, weights, seed)
     found = {layer.target.name: layer.moved(homes[layer.target.name]) for layer in done}
     return [found[target.name] for target in plan.targets]
-
-
-def unread(weights: BaseWeights, plan: Plan) -> dict[str, Tensor]:
-    """The weights, by target, of which the plan's method reads the shape alone: plain ones in
-    memory, which nothing else would look at (see `lora_init.linalg.finite`)."""
-    modules = {
-        target.name: weights.model.get_submodule(target.name)
-        for target in plan.targets
-        if not target.quantized and not plan.reads_weight(target)
-    }
-    return {
-        name: module.weight.detach()
-        for name, module in modules.items()
-        if not module.weight.is_meta
-    }
 
 
 @dataclass(frozen=True)
@@ -153,15 +134,15 @@ class _Worker:
 
     def _initialized(self, job: Job) -> list[InitializedLayer]:
         start = time.perf_counter()
-        inputs = [self._input(target, job.device) for target in job.targets]
+        layers = [self._layer(target, job.device) for target in job.targets]
         try:
-            factors = self._remembered(job, inputs)
+            factors = self._factors(job, layers)
             norms = FactorNorms.of(factors)
             homes = [self.homes[target.name] for target in job.targets]
             settled = [
-                self._settled(target, each, one)
-                for target, each, one in zip(
-                    job.targets, inputs, moved_together(factors, homes), strict=True
+                self._settled(target, layer, one)
+                for target, layer, one in zip(
+                    job.targets, layers, moved_together(factors, homes), strict=True
                 )
             ]
             # The copy of these numbers is what waits for the device; until then work is queued.
@@ -172,9 +153,9 @@ class _Worker:
             raise
         except Exception:
             # Most often a weight that is not finite: then that is the error to report.
-            for target, one in zip(job.targets, inputs, strict=True):
-                if not one.weight.is_meta:
-                    refuse_non_finite(target.name, one.weight)
+            for target, layer in zip(job.targets, layers, strict=True):
+                if layer.stored_weight is not None:
+                    refuse_non_finite(target.name, layer.weight)
             raise
         settled = [
             replace(one, metrics=numbers) for one, numbers in zip(settled, figures, strict=True)
@@ -185,84 +166,61 @@ class _Worker:
             for target, each in zip(job.targets, settled, strict=True)
         ]
 
-    def _input(self, target: Target, device: torch.device) -> Input:
-        """What the method gets of one layer."""
-        module = self.weights.model.get_submodule(target.name)
-        statistics = self.statistics.get(target.name)
-        if statistics is not None:  # the inputs may have been on another device than the weight
-            statistics = statistics.to(device)
-        content = None
+    def _layer(self, target: Target, device: torch.device) -> Layer:
+        """What the method gets of one target, on `device`."""
+        spec = self.plan.initializer
+        weight = None
         if self.plan.reads_weight(target):
             weight = self.weights.weight(target).to(device)
-            if has_room(self.cache, target, self._nesting):
-                content = fingerprint(weight)
-            if not (self.plan.initializer.narrow and is_narrow(weight.dtype)):
-                weight = widened(weight).to(torch.float32)
-        else:
-            # Its shape is all that is read.
-            weight = torch.empty(target.shape, dtype=torch.float32, device="meta")
+            if not is_narrow(weight.dtype):
+                weight = weight.to(torch.float32)
+        statistics = self.statistics.get(target.name, LayerStatistics()).to(device)
+        quantizer = None
         if target.quantized:
-            statistics = replace(statistics or LayerStatistics(), quantizer=quantizer_of(module))
-        if statistics is not None and target.planned_rank is not None:
-            statistics = replace(statistics, planned_rank=target.planned_rank)
-        # The factors of a method whose factors nest depend on what they are made from alone.
-        seeded = self._nesting is None
-        generator = layer_generator(self.seed, target.name) if seeded else layer_generator(0, "")
-        return Input(weight, statistics, generator, content)
+            quantizer = quantizer_of(self.weights.model.get_submodule(target.name))
+        return Layer(
+            names=(target.name,),
+            kind=target.module_type,
+            shape=target.shape,
+            rank=target.rank,
+            scaling=target.scaling,
+            seed=self.seed,
+            stored_weight=weight if "weight" in spec.reads else None,
+            inputs=statistics.inputs,
+            gradient=statistics.gradient,
+            quantizer=quantizer,
+            planned_rank=target.planned_rank,
+        )
 
-    def _remembered(self, job: Job, inputs: list[Input]) -> list[Factors]:
-        """From the cache where they are there; the others are computed, and kept."""
-        nesting = self._nesting
-        if nesting is None:
-            return self._computed(job.targets, inputs)
-        wider = tuple(canonical(target, nesting) for target in job.targets)
-        if all(has_room(self.cache, target, nesting) for target in job.targets):
-            memory = CachedFactors(self.cache, self.plan, nesting, job.device)
-            found = self._from_cache(memory, wider, inputs)
-        else:
-            found = self._computed(wider, inputs)
-        return [
-            specific(factors, target, nesting)
-            for target, factors in zip(job.targets, found, strict=True)
-        ]
-
-    def _from_cache(
-        self, memory: CachedFactors, targets: tuple[Target, ...], inputs: list[Input]
-    ) -> list[Factors]:
-        keys = [memory.key(target, each) for target, each in zip(targets, inputs, strict=True)]
-        found = [memory.get(key, target) for key, target in zip(keys, targets, strict=True)]
+    def _factors(self, job: Job, layers: list[Layer]) -> list[Factors]:
+        """The factors of a job: from the cache if they are there, otherwise computed."""
+        if not cacheable(self.cache, self.plan.initializer, job.targets):
+            return self._computed(job.targets, layers)
+        memory = CachedFactors(self.cache, self.plan, job.device)
+        keys = [memory.key(layer) for layer in layers]
+        found = [memory.get(key, layer) for key, layer in zip(keys, layers, strict=True)]
         missing = [index for index, factors in enumerate(found) if factors is None]
         if missing:
             made = self._computed(
-                tuple(targets[index] for index in missing), [inputs[index] for index in missing]
+                tuple(job.targets[index] for index in missing), [layers[index] for index in missing]
             )
             for index, factors in zip(missing, made, strict=True):
-                if is_finite(factors.lora_A) and is_finite(factors.lora_B):
-                    memory.put(keys[index], targets[index], factors)
                 found[index] = factors
+                memory.put(keys[index], layers[index], factors)
         return found
 
-    def _computed(self, targets: tuple[Target, ...], inputs: list[Input]) -> list[Factors]:
-        """The method's own work, on one layer, on a stack, or on the layers of a stack in turn."""
-        first, spec = targets[0], self.plan.initializer
-        function = spec.function_for(first.module_type)
-
-        def call(weight: Tensor, statistics: LayerStatistics | None, generator: Any) -> Factors:
-            given = weight, first.rank, first.scaling, statistics, self.plan.options, generator
-            return function(*given)
-
-        if len(targets) == 1 or not spec.stacks:
-            made = [call(one.weight, one.statistics, one.generator) for one in inputs]
+    def _computed(self, targets: tuple[Target, ...], layers: list[Layer]) -> list[Factors]:
+        """The method's own work: on one layer, on a stack, or on the layers of a stack in turn."""
+        spec, options = self.plan.initializer, self.plan.options
+        if len(layers) == 1 or not spec.is_batched:
+            made = [spec.function(layer, options) for layer in layers]
         else:
-            stack = torch.stack([one.weight for one in inputs])
-            statistics = stacked([one.statistics for one in inputs])
-            found = call(stack, statistics, [one.generator for one in inputs])
-            made = unstacked(found, len(targets))
+            made = unstacked(spec.function(stacked(layers), options), len(layers))
         for target, factors in zip(targets, made, strict=True):
-            check_shapes(target, spec, factors)
+            check_shapes(target.name, target.shape, target.rank, spec, factors)
         return made
 
-    def _settled(self, target: Target, given: Input, factors: Factors) -> Factors:
+    def _settled(self, target: Target, given: Layer, factors: Factors) -> Factors:
         home, dtype = self.homes[target.name], self.plan.adapter_dtype
         factors = replace(
             factors,
@@ -271,14 +229,9 @@ class _Worker:
             replacement=_settled_replacement(factors.replacement, home),
         )
         if self.plan.requantizes_base(target):
-            factors = _requantized(
-                factors, given.weight.to(home), target, given.statistics.quantizer
-            )
+            weight = widened(self.weights.weight(target).to(home)).float()
+            factors = _requantized(factors, weight, target, given.quantizer)
         return factors
-
-    @property
-    def _nesting(self) -> Nesting | None:
-        return self.plan.initializer.nesting(self.plan.options)
 
 
 def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Quantizer) -> Factors:

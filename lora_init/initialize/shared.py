@@ -47,7 +47,7 @@ def shared(
 
 def _is_alike(plan: Plan, weights: BaseWeights, seed: int) -> bool:
     """Whether every rank would compute the same; all ranks come to the same answer."""
-    reads = bool(plan.initializer.needs)
+    reads = bool(plan.initializer.reads)
     mine = key(
         plan.initializer.name,
         1,

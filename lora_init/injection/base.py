@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_init.factors import Factors, Replacement, low_rank_product
+from lora_init.factors import Factors, Replacement, low_rank_product, widened
 from lora_init.injection.editing import add_product
 from lora_init.injection.record import Injection
 from lora_init.injection.transaction import Transaction
@@ -14,7 +14,7 @@ from lora_init.layers import LoraLayer
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
-from lora_init.weights.kinds import oriented_weight, widened
+from lora_init.weights.kinds import oriented_weight
 from lora_init.weights.source import BaseWeights
 
 # An edited float32 weight comes back within (growth + 1) 2^-24 max|W|, where growth is how much

@@ -40,7 +40,6 @@ def inject_factors(
     plain: Mapping[nn.Module, bitsandbytes.Held],
     keep_original: bool = False,
     initial_known: bool = True,
-    ready: Callable[[], None] = lambda: None,
 ) -> Injection:
     """Wrap the plan's targets, edit or replace their bases, freeze everything else.
 
@@ -54,10 +53,8 @@ def inject_factors(
         keep_original: keep what replaced bases were: float weights in CPU memory.
         initial_known: whether the factors are those of step 0 (False: a trained adapter was
             loaded onto a kept base).
-        ready: called when all is prepared and nothing changed; may wait, or refuse by raising.
     """
     injection = _prepare(model, plan, factors, weights, initial_known)
-    ready()
     injection.plain = dict(plain)
     transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
     for parameter, _ in injection.requires_grad:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import Factors, low_rank_product
+from lora_init.factors import Factors, low_rank_product, widened
 from lora_init.injection.base import comes_back
 from lora_init.peft_models.changes import (
     EditWeight,
@@ -29,7 +29,7 @@ from lora_init.peft_models.subtraction import AddHook, complete_output, subtract
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
-from lora_init.weights.kinds import oriented_weight, widened
+from lora_init.weights.kinds import oriented_weight
 from lora_init.weights.source import BaseWeights
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.factors import low_rank_product
+from lora_init.factors import low_rank_product, widened
 from lora_init.injection.weights import Held, hold, put_back, store_weight
 from lora_init.weights import bitsandbytes
-from lora_init.weights.kinds import oriented_weight, widened
+from lora_init.weights.kinds import oriented_weight
 
 
 class Absent:

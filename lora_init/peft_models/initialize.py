@@ -17,9 +17,8 @@ from lora_init.cache import Cache, default_cache
 from lora_init.calibration.calibrate import calibrated
 from lora_init.calibration.result import Calibration
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import low_rank_product
-from lora_init.initialize.run import InitializedLayer, initialize, unread
-from lora_init.linalg.finite import refused_beside
+from lora_init.factors import low_rank_product, widened
+from lora_init.initialize.run import InitializedLayer, initialize
 from lora_init.model.verification import original_output, verify_adapted
 from lora_init.peft_models.apply import apply, drop_layer, set_config
 from lora_init.peft_models.changes import Journal, SetItem, keep_plain
@@ -44,7 +43,6 @@ from lora_init.peft_models.plan import (
 from lora_init.peft_models.start import Record, records
 from lora_init.plan.plan import Plan
 from lora_init.report import InitReport, LayerReport, weight_figures
-from lora_init.weights.kinds import widened
 from lora_init.weights.source import BaseWeights
 
 
@@ -183,20 +181,14 @@ def _initialize(
         seconds["calibration"] = time.perf_counter() - start
 
         mark = time.perf_counter()
-        if plan.initializer.allocate is not None:
+        if plan.initializer.allocates:
             plan = allocated(plan, config, statistics, weights)
         seconds["allocation"] = time.perf_counter() - mark
 
         mark = time.perf_counter()
-        with refused_beside(unread(weights, plan)):
-            initialized = initialize(
-                weights,
-                plan,
-                statistics.layers,
-                seed=seed,
-                device=device,
-                cache=cache,
-            )
+        initialized = initialize(
+            weights, plan, statistics.layers, seed=seed, device=device, cache=cache
+        )
         rows = [_row(weights, plan, layer) for layer in initialized]
         seconds["initialize"] = time.perf_counter() - mark
 
@@ -205,7 +197,7 @@ def _initialize(
         errors = apply(by_name, plan, factors, weights, done)
     for name in by_name.keys() - factors.keys():
         drop_layer(by_name[name], done)
-    if plan.initializer.allocate is not None:
+    if plan.initializer.allocates:
         set_config(peft_model.peft_config[layers[0].adapter], config, plan, done)
     record = Record(plan.explicit(config), plan, done)
     done.do(SetItem(records(peft_model), layers[0].adapter, record))

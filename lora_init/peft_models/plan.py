@@ -198,7 +198,7 @@ def _refuse_other_adapters(
             f"{owner!r} has changed the base; call restore_peft_model(peft_model, {owner!r}) first"
         )
     for layer in layers:
-        if layer.others and (spec.base != "keep" or spec.allocate is not None):
+        if layer.others and (spec.base != "keep" or spec.allocates):
             what = "changes the base" if spec.base != "keep" else "moves ranks between layers"
             raise ValueError(
                 f"{layer.name!r} holds the adapter {layer.others[0]!r} too, and {spec.name} {what}:"

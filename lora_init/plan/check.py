@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_init.registry import Initializer
+from lora_init.registry import Initializer, Options
 from lora_init.weights.bitsandbytes import is_packed, quantizer_of
 from lora_init.weights.kinds import module_type, refusal, replaced_forward
 from lora_init.weights.offload import is_offloaded
@@ -71,10 +71,10 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
             f"target {name!r} is a {type(module).__name__}, which is not supported: {reason}. "
             "Leave it out with exclude_modules"
         )
-    if kind not in spec.module_types:
+    if kind not in spec.modules:
         raise TypeError(
             f"target {name!r} is a {kind}{_stacked(module)}, which {spec.name} does not serve; "
-            f"allowed are {', '.join(sorted(spec.module_types))}. Leave it out with exclude_modules"
+            f"allowed are {', '.join(sorted(spec.modules))}. Leave it out with exclude_modules"
         )
     if kind == "Conv2d" and module.groups != 1:
         raise TypeError(
@@ -124,7 +124,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
 def unobserved(model: nn.Module, name: str, spec: Initializer) -> str | None:
     """Why the method cannot see the target's inputs; None where it can, or does not need them."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    if spec.calibration is None or not isinstance(parent, nn.MultiheadAttention):
+    if not spec.needs_data or not isinstance(parent, nn.MultiheadAttention):
         return None
     return (
         f"nn.MultiheadAttention reads its weight instead of calling it, and {spec.name} needs its "
@@ -258,15 +258,17 @@ def rank_excess(rank: int, shape: tuple[int, int], spec: Initializer) -> bool:
     Methods that read weights, inputs or gradients take directions from them, of which there are
     min(out, in).
     """
-    return bool(spec.needs) and rank > min(shape)
+    return bool(spec.reads) and rank > min(shape)
 
 
-def check_target_rank(name: str, rank: int, shape: tuple[int, int], spec: Initializer) -> None:
+def check_target_rank(
+    name: str, rank: int, shape: tuple[int, int], spec: Initializer, options: Options
+) -> None:
+    """Raises ValueError if a method does not support this rank on a weight of this shape."""
     if rank_excess(rank, shape, spec):
         raise ValueError(
             f"target {name!r}: rank {rank} exceeds min(out, in) = {min(shape)} of its "
             f"{shape[0]}×{shape[1]} weight; lower r, or set rank_pattern for it"
         )
-    reason = spec.rank_rule(rank, *shape) if spec.rank_rule else None
-    if reason:
+    if reason := options.refuse_rank(rank, shape):
         raise ValueError(f"target {name!r}: {spec.name} cannot have rank {rank}: {reason}")

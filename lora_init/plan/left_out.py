@@ -16,7 +16,8 @@ from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.name_groups import grouped
 from lora_init.plan.match import Selection, excluder, list_matcher, looks_linear, output_names
 from lora_init.plan.new_weights import are_known, new_modules
-from lora_init.weights.kinds import LINEAR_TYPES, module_type
+from lora_init.weights.kinds import module_type
+from lora_init.weights.module_types import LINEAR_TYPES
 
 # Tensors that multiply activations, by the last part of their name. Tables of positions, biases,
 # scales and learned tokens have two or three dimensions too.

@@ -130,7 +130,7 @@ def make_plan(
             if narrow and everything and not ranks.matches(name):
                 omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
                 continue
-            check_target_rank(name, rank, shape, spec)
+            check_target_rank(name, rank, shape, spec, options)
         alpha = alphas(name)
         targets.append(
             Target(
@@ -183,7 +183,7 @@ def make_plan(
         options=options,
         targets=tuple(targets),
         modules_to_save=selection.modules_to_save,
-        calibration=spec.calibration(options) if spec.calibration else None,
+        calibration=spec.request(options),
         unmatched=selection.unmatched,
         candidates=selection.candidates,
         adapter_dtype=adapter_dtype,
@@ -213,7 +213,7 @@ def _check_memory(plan: Plan) -> None:
     name = plan.initializer.name
     if plan.calibration.gradients:
         needed, why = plan.statistics_bytes, f"{name}'s gradients, which one pass collects,"
-    elif plan.initializer.allocate is not None and plan.initializer.leading(plan.options) is None:
+    elif plan.initializer.allocates and plan.directions(plan.targets[0]) is None:
         needed, why = plan.statistics_bytes, f"{name}, which needs all statistics to choose ranks,"
     else:
         widest = max(plan.targets, key=plan.input_bytes)

@@ -17,7 +17,8 @@ from torch import nn
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.architectures import DEFAULT_TARGETS
 from lora_init.plan.patterns import Expression
-from lora_init.weights.kinds import LINEAR_TYPES, module_type
+from lora_init.weights.kinds import module_type
+from lora_init.weights.module_types import LINEAR_TYPES
 
 
 @dataclass(frozen=True)

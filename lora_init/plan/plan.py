@@ -26,6 +26,10 @@ from lora_init.plan.match import portable_targets
 from lora_init.registry import CalibrationRequest, Initializer
 from lora_init.tables import render
 
+WEIGHT_COPIES, MOMENT_COPIES = 9, 7
+"""How many float32 copies of a weight, and of its inputs' moments, a decomposition needs at most
+while it runs; measured over all methods at ranks far below the layer's sizes."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -119,7 +123,7 @@ class Plan:
 
     def reads_weight(self, target: Target) -> bool:
         """Whether the method is given the weight's values, and not its shape alone."""
-        return "weights" in self.initializer.needs or self.requantizes_base(target)
+        return "weight" in self.initializer.reads or self.requantizes_base(target)
 
     @property
     def replaced(self) -> tuple[Target, ...]:
@@ -169,15 +173,14 @@ class Plan:
 
     def directions(self, target: Target) -> int | None:
         """How many leading directions of a target's inputs the method reads; None: all."""
-        multiple = self.initializer.leading(self.options)
-        return None if multiple is None else min(math.ceil(multiple * target.rank), *target.shape)
+        return self.options.directions(target.rank, target.shape)
 
     @property
     def workspace_bytes(self) -> int:
-        """Of the initializer on a CPU, for the weights that are worked on at a time: a large one,
-        or one for each core.
-        """
-        weights, moments = self.initializer.workspace(self.options)
+        """At most, of the initializer on a CPU: for one large weight, or one for each core."""
+        reads = self.initializer.reads
+        weights = WEIGHT_COPIES if reads & {"weight", "gradient"} else 1
+        moments = MOMENT_COPIES if "inputs" in reads else 0
         numbers = (
             (rows * columns, weights * rows * columns + moments * columns**2)
             for rows, columns in (target.shape for target in self.targets)
@@ -199,10 +202,12 @@ class Plan:
                 left_out.append(LeftOut(target.name, target.module_type, reason))
                 continue
             alpha = target.alpha
-            if self.initializer.adjust_alpha(self.options):
+            if self.options.keeps_scaling():
                 ratio = rank / target.rank
                 alpha *= ratio**0.5 if config.use_rslora else ratio
-            check_target_rank(target.name, rank, target.shape, self.initializer)
+            check_target_rank(
+                target.name, rank, target.shape, self.initializer, self.options
+            )
             targets.append(
                 dataclasses.replace(
                     target,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import weakref
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,8 +24,6 @@ from lora_init.weights import bitsandbytes
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 from lora_init.weights.probe import Finding, probe
 
-LINEAR_TYPES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-MODULE_TYPES = (*LINEAR_TYPES, "Conv2d", "Embedding")
 TRANSPOSED_TYPES = ("Conv1D", "Embedding")
 
 # Forwards of quantised layers read codes; what they are is decided by class, never by dtype.
@@ -190,8 +187,3 @@ def weight_description(module: nn.Module) -> str:
     if bitsandbytes.is_packed(module):
         return bitsandbytes.description(module)
     return str(module.weight.dtype).removeprefix("torch.")
-
-
-def widened(weight: Tensor) -> Tensor:
-    """At least float32: 16-bit weights are never calculated with."""
-    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()

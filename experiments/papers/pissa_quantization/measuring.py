@@ -40,7 +40,7 @@ from experiments.papers.pissa_quantization.settings import (
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.subjects import Layer, Subject, place
 from lora_init import LoraConfig, calibrate
-from lora_init.initialize.seeding import layer_generator
+from lora_init.layer import layer_generator
 from lora_init.progress import tracking
 
 AS_IT_IS = "as it is"

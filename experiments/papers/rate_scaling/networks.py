@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.initialize.seeding import layer_generator
+from lora_init.layer import layer_generator
 from lora_init.registry import get_initializer
 
 NETWORKS = ("square", "narrow")

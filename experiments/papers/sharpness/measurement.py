@@ -29,7 +29,7 @@ from experiments.papers.sharpness.starts import (
 )
 from experiments.papers.subjects import Subject, place
 from lora_init import list_initializers
-from lora_init.initialize.seeding import layer_generator
+from lora_init.layer import layer_generator
 from lora_init.progress import tracked
 
 HEADS = ("new", "trained")

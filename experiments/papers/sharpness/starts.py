@@ -64,7 +64,7 @@ def started(
             r=rank, lora_alpha=scaling * rank, target_modules="all-linear", task_type="SEQ_CLS",
             init_lora_weights=method,
         )  # fmt: skip
-        needed = config.initializer()[0].calibration is not None
+        needed = config.initializer()[0].needs_data
         model = get_peft_model(
             subject.model, config, calibration=calibration if needed else None, seed=seed,
             cache=False, keep_original=True,
