@@ -55,10 +55,16 @@ class Mixed(nn.Module):
 NETWORKS = {"dense": Dense, "mixed": Mixed}
 
 
+@functools.cache
+def load(name: str) -> dict[str, Tensor]:
+    """All tensors of one golden file."""
+    return load_file(DATA / f"{name}.safetensors")
+
+
 def read(name: str, part: str = "") -> dict[str, Tensor]:
     """The tensors of one golden file whose names begin with `part/`, without it."""
     prefix = f"{part}/" if part else ""
-    tensors = load_file(DATA / f"{name}.safetensors")
+    tensors = load(name)
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 

@@ -311,6 +311,7 @@ SWEEP = ["-m", *RUN, "init=kaiming,pissa", "sweep=golden"]
 STOPPED = [*RUN, "init=corda", "training.steps=4", "runtime.checkpoint_every=1"]
 LIMIT = "runtime.time_limit_minutes=0.0001"
 UNREAD = [*RUN, "init=eva"]
+AGAIN = ["-m", *RUN, "init=kaiming,eva", "sweep=golden"]
 
 
 def write_runs() -> None:
@@ -334,7 +335,7 @@ def write_runs() -> None:
     for name in ("environment", "result"):
         for path in target.rglob(f"*{name}.json"):
             path.write_text(json.dumps(anonymous(json.loads(path.read_text())), indent=1) + "\n")
-    write_json("runs", {"sweep": SWEEP, "stopped": STOPPED, "unread": UNREAD})
+    write_json("runs", {"stopped": STOPPED, "again": AGAIN})
 
 
 def run(folder: Path, arguments: list[str], status: int | None = 0) -> None:
@@ -391,6 +392,7 @@ def write(name: str, tensors: dict[str, Tensor]) -> None:
     DATA.mkdir(exist_ok=True)
     tensors = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
     save_file(tensors, DATA / f"{name}.safetensors")
+    golden.load.cache_clear()
 
 
 def write_json(name: str, content: Any) -> None:
