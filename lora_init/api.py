@@ -41,7 +41,6 @@ def get_peft_model(
     *,
     calibration: Iterable[Any] | Calibration | None = None,
     calibration_memory: int | None = None,
-    calibration_sketch: int | None = None,
     adapter_dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -70,10 +69,6 @@ def get_peft_model(
             there are several passes over the batches, each for the layers that fit, which are
             initialized before the next: the same result for more time. Needs batches that can be
             read again.
-        calibration_sketch: sum so many columns of a random projection in the place of all n, for
-            inputs that are wider: 12 n l bytes, one pass. For methods that need leading directions
-            only (eva, corda's ipm); a few times the rank. `init_report()` has `calibration_error`,
-            the share of the inputs' variance that is left out: a bound on the error in every norm.
         adapter_dtype: of the factors; float32 also for 16-bit bases, where rounded factors cost
             accuracy (relative error 2.3e-3 against 4.5e-4 on a bfloat16 base).
         device: where the decompositions run, e.g. "cuda", wherever the model is; "auto": on CUDA
@@ -125,7 +120,6 @@ def get_peft_model(
         adapter_dtype,
         quantized_base=quantized_base,
         calibration_memory=calibration_memory,
-        calibration_sketch=calibration_sketch,
     )
     plan.warn_of_left_out()
     _warn_of_peft(model, plan)
@@ -201,7 +195,6 @@ def _assemble(
         parts = iter([whole])
 
     initialized: list[InitializedLayer] = []
-    errors: dict[str, float] = {}
     while True:
         with _timed(seconds, "calibration"):
             part = next(parts, None)
@@ -212,8 +205,6 @@ def _assemble(
             initialized += initialize(
                 weights, here, part.layers, seed=seed, device=device, cache=cache
             )
-        if plan.calibration_sketch is not None:
-            errors |= part.errors()
         tokens = part.tokens
         part = None  # the next pass needs its room
 
@@ -244,8 +235,6 @@ def _assemble(
     metrics = {layer.target.name: dict(layer.factors.metrics) for layer in initialized}
     for name, taken in figures.items():
         metrics[name] = taken | metrics[name]
-    for name, error in errors.items():
-        metrics[name]["calibration_error"] = error
     times = {layer.target.name: layer.seconds for layer in initialized}
     made = LoraModel(model, config, plan, done, report, metrics, times)
     if verify is not None:

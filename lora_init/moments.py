@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
+from lora_init.linalg.row_blocks import ROWS
 
 SMALLEST_DECOMPOSITION = 32
 
@@ -33,9 +34,6 @@ class InputStatistics:
     tokens: int
     _components: dict[tuple[bool, int], Components] = field(default_factory=dict, repr=False)
     _least: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    error = 0.0
-    """Nothing is left out (see `lora_init.calibration.sketch`)."""
 
     @classmethod
     def of_rows(cls, rows: Float[Tensor, "tokens in"]) -> InputStatistics:
@@ -147,11 +145,9 @@ class LeadingComponents:
 
     Attributes:
         components: by whether the mean is subtracted.
-        error: of the statistics they come from.
     """
 
     components: Mapping[bool, Components]
-    error: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +162,12 @@ class LeadingComponents:
             center: tuple(part.to(device) for part in found)
             for center, found in self.components.items()
         }
-        return LeadingComponents(parts, self.error)
+        return LeadingComponents(parts)
+
+
+def sums_bytes(width: int, dtype: torch.dtype) -> int:
+    """Memory of the sums of one input during a calibration: all products, and a block of rows."""
+    return dtype.itemsize * (width**2 + ROWS * width)
 
 
 def decomposed_size(rank: int, width: int) -> int:

@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
+
 from lora_init.allocation import LayerRequest
 from lora_init.factors import Base, Factors
 from lora_init.layer import Layer
@@ -55,6 +57,12 @@ class CalibrationRequest:
     ignore_label: int | None = None
     smallest: bool = False
     gradients: bool = False
+
+
+def sums_dtype(requests: Iterable[CalibrationRequest]) -> torch.dtype:
+    """The dtype in which one pass sums the inputs for all of these requests."""
+    precise = any(request.smallest for request in requests)
+    return torch.float64 if precise else torch.float32
 
 
 @dataclass

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_init import LoraConfig, WithLoss, get_peft_model
 from lora_init.calibration.collect import collect
-from lora_init.calibration.sketch import RunningSketch, random_basis
 from lora_init.calibration.sums import RunningMoments
 from lora_init.linalg import gram, product_sum
 from lora_init.linalg.product_sum import Support, add_product
@@ -97,19 +96,6 @@ def test_rows_of_changing_dtypes():
     parts = [x[:2000], x[2000:2100].float(), x[2100:2200], x[2200:].float()]
     products = moments_on_cuda(parts, 40)[1]
     assert relative_gap(products, x.double().T.cov(correction=0)) <= 2**-18
-
-
-def test_a_sketch_on_the_device():
-    x = spread_rows(3000, 60)
-    basis = random_basis(60, 20, CPU_DEVICE)
-    expected = RunningSketch(basis)
-    expected.add(x)
-    with simulated_cuda():
-        sums = RunningSketch(basis.cuda())
-        for part in x.split(700):
-            sums.add(part.cuda())
-        found = sums.moments.products.cpu()
-    assert relative_gap(found, expected.moments.products) <= 1e-6
 
 
 def test_rows_that_wait_are_copies():

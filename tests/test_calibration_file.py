@@ -26,20 +26,18 @@ def config(method) -> LoraConfig:
     return LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=method)
 
 
-def collected(*methods, sketch=None) -> Calibration:
+def collected(*methods) -> Calibration:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(20, 12, generator=generator) for _ in range(2)]
     return calibrate(
         network(),
         [config(method) for method in methods],
         WithLoss(batches, lambda model, batch: model(batch).square().mean()),
-        sketch=sketch,
     )
 
 
 KINDS = {
     "moments": lambda: collected("eva", {"name": "corda", "corda_method": "kpm"}),
-    "sketch": lambda: collected("eva", sketch=6),
     "gradient": lambda: collected("lora_ga", "corda"),
 }
 

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.cache import Cache, key
-from lora_init.calibration.memory import sums_dtype
 from lora_init.calibration.result import Calibration
 from lora_init.distributed import rank_count
-from lora_init.registry import CalibrationRequest
+from lora_init.registry import CalibrationRequest, sums_dtype
 
-VERSION = 3
+VERSION = 4
 """Of the sums, raised whenever their values change."""
 
 
@@ -36,7 +35,6 @@ def remembered(
     shapes: Mapping[str, tuple[int, int]],
     requests: Collection[CalibrationRequest],
     batches: Iterable[Any],
-    sketch: int | None,
     device: torch.device | None,
 ) -> Calibration:
     """What `collect` would find, from the cache if it is there; else it is kept there.
@@ -46,12 +44,12 @@ def remembered(
     """
     if cache is None or not isinstance(batches, list | tuple) or rank_count() > 1:
         return collect()
-    if not cache.has_room(least_bytes(shapes, requests, sketch)):
+    if not cache.has_room(least_bytes(shapes, requests)):
         return collect()
     try:
         name = key(
             "calibration", VERSION, torch.__version__, _described(model), sorted(shapes),
-            sorted(map(str, requests)), sketch, [_plain(batch) for batch in batches],
+            sorted(map(str, requests)), [_plain(batch) for batch in batches],
             _places(model, device),
         )  # fmt: skip
     except TypeError:  # other things than numbers in a batch, or weights that are offloaded
@@ -69,21 +67,16 @@ def remembered(
 def least_bytes(
     shapes: Mapping[str, tuple[int, int]],
     requests: Collection[CalibrationRequest],
-    sketch: int | None,
 ) -> int:
     """What the results take at least, as far as it is known before the pass.
 
     Layers in one module that are equally wide may read one input. Layers in different modules are
-    taken to read different ones. Sketches may be of any lower rank.
+    taken to read different ones.
     """
     gradients = [request for request in requests if request.gradients]
     moments = [request for request in requests if not request.gradients]
     widths = {(name.rpartition(".")[0], columns) for name, (_, columns) in shapes.items()}
-    of_inputs = sum(
-        sums_dtype(moments).itemsize * width**2
-        for _, width in widths
-        if sketch is None or width <= sketch
-    )
+    of_inputs = sum(sums_dtype(moments).itemsize * width**2 for _, width in widths)
     of_gradients = sum(4 * rows * columns for rows, columns in shapes.values())
     return bool(moments) * of_inputs + len(gradients) * of_gradients
 

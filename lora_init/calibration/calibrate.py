@@ -29,7 +29,6 @@ def calibrate(
     batches: Iterable[Any],
     *,
     device: str | torch.device | None = None,
-    sketch: int | None = None,
 ) -> Calibration:
     """Collect once what `get_peft_model` needs for all of these configurations, at any rank.
 
@@ -44,7 +43,6 @@ def calibrate(
         configs: whose layers, by methods that need data. Their ranks do not matter.
         batches: as of `get_peft_model`; a list or loader if both passes are needed.
         device: where the sums live; None keeps them beside the activations.
-        sketch: as `calibration_sketch` of `get_peft_model`.
 
     Returns:
         A `Calibration`, which can be saved.
@@ -64,7 +62,7 @@ def calibrate(
     plans = [
         plan
         for config in configs
-        if (plan := make_plan(model, config, calibration_sketch=sketch)).calibration is not None
+        if (plan := make_plan(model, config)).calibration is not None
     ]
     if not plans:
         methods = ", ".join(repr(config.init_lora_weights) for config in configs)
@@ -75,7 +73,7 @@ def calibrate(
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
     requests = list(dict.fromkeys(plan.calibration for plan in plans))
     place = None if device is None else torch.device(device)
-    found = collect_all(model, names, requests, batches, device=place, sketch=sketch)
+    found = collect_all(model, names, requests, batches, device=place)
     found.fingerprints = {name: fingerprint(weight) for name, weight in _weights(model, names)}
     return found
 
@@ -103,13 +101,11 @@ def calibrated(
         _check_fit(plan, model, found, calibration.fingerprints)
         yield found
     elif plan.calibration_memory is None or request.gradients:
-        sketch = plan.calibration_sketch
-
         def collect() -> Calibration:
-            return collect_all(model, names, [request], calibration, device=device, sketch=sketch)
+            return collect_all(model, names, [request], calibration, device=device)
 
         shapes = {target.name: target.shape for target in plan.targets}
-        found = remembered(collect, cache, model, shapes, [request], calibration, sketch, device)
+        found = remembered(collect, cache, model, shapes, [request], calibration, device)
         yield found.of(names, request, device)
     else:
         yield from collect_in_passes(
@@ -119,7 +115,6 @@ def calibrated(
             calibration,
             memory=plan.calibration_memory,
             device=device,
-            sketch=plan.calibration_sketch,
         )
 
 
@@ -155,12 +150,6 @@ def _check_fit(
             raise ValueError(
                 f"calibration: the inputs of {target.name!r} are {width} wide there and "
                 f"{target.shape[1]} in the model; pass what lora_init.calibrate found on this model"
-            )
-        if inputs.error > 0 and plan.directions(target) is None:
-            raise ValueError(
-                f"calibration: it holds a sketch of the inputs of {target.name!r}, and "
-                f"{plan.initializer.name} ({plan.options}) needs more than leading directions; "
-                "collect it without sketch="
             )
     for name, weight in _weights(model, [target.name for target in plan.targets]):
         if name in fingerprints and not has_fingerprint(weight, fingerprints[name]):

@@ -11,10 +11,8 @@ that ask for it, it takes the loss's gradients (see `lora_init.calibration.gradi
 runs in eval
 mode, and is left as it was.
 
-Where the sums of all inputs do not fit into memory, there are as many passes as it takes, each for
-the inputs that fit (exact), or sketches (see `lora_init.calibration.sketch`). The data are read
-from beginning
-to end once a pass, and never begun again within one.
+If the sums of all inputs do not fit into memory, several passes are made, each for the inputs that
+fit. The data are read from beginning to end once a pass.
 
 Under `torch.distributed` every rank runs batches of its own, as many as it has, and the sums are
 reduced in float64: all ranks get what one process would get from all the data.
@@ -33,13 +31,13 @@ from torch import nn
 from lora_init.calibration.batches import Counted, WithLoss, check_count, forward, home, moved
 from lora_init.calibration.gradients import collect_gradients, own_loss
 from lora_init.calibration.hooks import Label, Observer
-from lora_init.calibration.memory import Budget, statistics_of, sums_dtype
+from lora_init.calibration.memory import Budget, statistics_of
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sums import Moments, joined_over_ranks
 from lora_init.distributed import all_or_none, from_ranks, over_ranks
 from lora_init.layer import LayerStatistics
 from lora_init.linalg.device_numbers import on_host
-from lora_init.registry import CalibrationRequest
+from lora_init.registry import CalibrationRequest, sums_dtype
 
 __all__ = ["Calibration", "LayerStatistics", "collect", "collect_all", "collect_in_passes"]
 
@@ -51,7 +49,6 @@ def collect(
     batches: Iterable[Any],
     *,
     device: torch.device | None = None,
-    sketch: int | None = None,
 ) -> Calibration:
     """Run `batches` through `model` once and collect the statistics of the layers `names`.
 
@@ -62,14 +59,13 @@ def collect(
         batches: any iterable; a mapping is passed as keyword arguments, a list or tuple as
             positional ones, anything else as the only argument. Tensors move to the model's device.
         device: where the sums live; None keeps them beside the activations.
-        sketch: sum products with so many columns in the place of all, for inputs that are wider.
 
     Raises:
         ValueError: if there is no batch, a layer is never reached, or sees a non-finite value
             (each by name), or the batches are exhausted by an earlier use.
         RuntimeError: another rank failed.
     """
-    return collect_all(model, names, [request], batches, device=device, sketch=sketch)
+    return collect_all(model, names, [request], batches, device=device)
 
 
 def collect_all(
@@ -79,14 +75,13 @@ def collect_all(
     batches: Iterable[Any],
     *,
     device: torch.device | None = None,
-    sketch: int | None = None,
 ) -> Calibration:
     """`collect` for several requests: one pass for all that read inputs, one for gradients."""
     names = list(names)
     whole = Calibration()
     for_inputs = [request for request in requests if not request.gradients]
     if for_inputs:
-        budget = Budget(columns=sketch, dtype=sums_dtype(for_inputs))
+        budget = Budget(dtype=sums_dtype(for_inputs))
         whole = _collect_inputs(model, names, for_inputs, batches, budget, device)
     for request in set(requests) - set(for_inputs):
         found = _collect_gradients(model, names, request, batches, device)
@@ -102,7 +97,6 @@ def collect_in_passes(
     *,
     memory: int,
     device: torch.device | None = None,
-    sketch: int | None = None,
 ) -> Iterator[Calibration]:
     """`collect`, with the sums of so many inputs at a time as fit into memory.
 
@@ -121,12 +115,12 @@ def collect_in_passes(
     """
     waiting = list(names)
     while waiting:
-        budget = Budget(memory, sketch, sums_dtype([request]))
+        budget = Budget(memory, sums_dtype([request]))
         found = _collect_inputs(model, waiting, [request], batches, budget, device)
         if not found.layers:
             raise ValueError(
                 f"calibration_memory={memory}: the inputs that {waiting[0]!r} reads in the course "
-                "of the data do not fit together; pass more, or calibration_sketch"
+                "of the data do not fit together; pass more"
             )
         waiting = [name for name in waiting if name not in found.layers]
         yield found
@@ -228,6 +222,6 @@ def _check_finite(totals: Collection[tuple[str, Moments]]) -> None:
 def _only_once(budget: Budget, deferred: Collection[str]) -> str:
     return (
         f"calibration_memory={budget.memory} has no room for the inputs of {min(deferred)!r} "
-        "beside those of other layers, so that the batches must be read again, and a generator "
-        "gives them once; pass a list or a loader, more memory, or calibration_sketch"
+        "together with those of other layers. The batches must be read again, and a generator "
+        "gives them once; pass a list or a loader, or more memory"
     )

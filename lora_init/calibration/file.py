@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_init.cache import key
-from lora_init.calibration.sketch import SketchedStatistics
 from lora_init.files import write_atomically
 from lora_init.linalg.finite import is_finite
 from lora_init.moments import InputStatistics
@@ -128,11 +126,10 @@ def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str,
     if isinstance(found, Tensor):
         tensors[f"{number}.gradient"] = found
         return {"number": number, "kind": "gradient"}
-    kind = "sketch" if isinstance(found, SketchedStatistics) else "moments"
     values = {f.name: getattr(found, f.name) for f in fields(found) if not f.name.startswith("_")}
     tensors |= {f"{number}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
     plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-    return {"number": number, "kind": kind, "values": plain}
+    return {"number": number, "kind": "moments", "values": plain}
 
 
 def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
@@ -164,10 +161,10 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
         covariance = tensor("covariance", torch.float32, torch.float64, shape=(width, width))
         return InputStatistics(covariance, mean, tokens)
     if kind == "sketch":
-        factor = tensor("factor", torch.float32, shape=(width, None))
-        variance, error = _share(values, "variance"), _share(values, "error")
-        return SketchedStatistics(factor, mean, tokens, variance, error)
-    raise ValueError(f"kind={kind!r} must be one of moments, sketch, gradient")
+        raise ValueError(
+            "it holds sketches of the inputs, which this version does not read any more"
+        )
+    raise ValueError(f"kind={kind!r} must be moments or gradient")
 
 
 def _request(found: Any) -> CalibrationRequest:
@@ -212,13 +209,6 @@ def _count(values: Any, name: str) -> int:
     if not 0 <= value <= LARGEST_COUNT:
         raise ValueError(f"{name} must be between 0 and {LARGEST_COUNT}")
     return value
-
-
-def _share(values: Any, name: str) -> float:
-    value = _entry(values, name, float, int)
-    if not 0 <= value <= sys.float_info.max:
-        raise ValueError(f"{name} must be a finite number >= 0")
-    return float(value)
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

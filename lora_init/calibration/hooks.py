@@ -30,7 +30,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lora_init.calibration.memory import Budget
-from lora_init.calibration.sums import Moments, RunningSums, joined
+from lora_init.calibration.sums import Moments, RunningMoments, joined
 from lora_init.calibration.token_rows import TokenRows
 from lora_init.weights.kinds import input_rows, reading, weight_shape
 
@@ -125,7 +125,7 @@ class Observer:
         self.deferred: set[str] = set()
         self._budget = budget
         self._device = device
-        self._sums: dict[Source, RunningSums] = {}
+        self._sums: dict[Source, RunningMoments] = {}
         self._seen: set[frozenset[str]] = set()
         self._held: OrderedDict[tuple, _Held] = OrderedDict()
         # Whether the input that a layer is the first to read is written to while it waits.
@@ -267,7 +267,7 @@ class Observer:
 
     def _sums_of(
         self, source: Source, module: nn.Module, device: torch.device
-    ) -> RunningSums | None:
+    ) -> RunningMoments | None:
         """None if there is no room for them."""
         if source not in self._sums and not source.readers <= self.deferred:
             width = weight_shape(module)[1]

@@ -70,11 +70,6 @@ class Calibration:
             layers = _moved(layers, device)
         return Calibration({request: layers}, self.tokens, self.batches)
 
-    def errors(self) -> dict[str, float]:
-        """The share of their inputs' variance that sketches leave out, by layer."""
-        inputs = {name: layer.inputs for name, layer in self.layers.items()}
-        return {name: found.error for name, found in inputs.items() if found is not None}
-
     def condensed(self, ranks: Mapping[str, int]) -> Calibration:
         """The leading components of the inputs alone, as many as these layers need."""
         sharers: dict[int, list[str]] = {}

@@ -70,7 +70,6 @@ def make_plan(
     *,
     quantized_base: str = "in_forward",
     calibration_memory: int | None = None,
-    calibration_sketch: int | None = None,
     any_rank: bool = False,
     modules_to_save: Sequence[str] | None = None,
 ) -> Plan:
@@ -189,7 +188,6 @@ def make_plan(
         adapter_dtype=adapter_dtype,
         quantized_base=quantized_base,
         calibration_memory=calibration_memory,
-        calibration_sketch=calibration_sketch,
         trained_biases=trained_biases,
         bias=config.bias,
         dropout=config.lora_dropout,
@@ -199,7 +197,6 @@ def make_plan(
     )
     if plan.calibration is not None:
         _check_memory(plan)
-        _check_sketch(plan)
     return plan
 
 
@@ -221,33 +218,7 @@ def _check_memory(plan: Plan) -> None:
     if memory < needed:
         raise ValueError(
             f"calibration_memory={memory}: {why} take {needed} bytes; pass as many, or None"
-            + ("" if plan.directions(plan.targets[0]) is None else ", or calibration_sketch")
         )
-
-
-def _check_sketch(plan: Plan) -> None:
-    """Refuse a sketch that cannot hold what the method reads."""
-    columns = plan.calibration_sketch
-    if columns is None or plan.calibration.gradients:
-        return
-    if isinstance(columns, bool) or not isinstance(columns, int) or columns <= 0:
-        raise ValueError(f"calibration_sketch={columns!r}; allowed are an int > 0, and None")
-    for target in plan.targets:
-        if target.shape[1] <= columns:
-            continue
-        directions = plan.directions(target)
-        if directions is None:
-            raise ValueError(
-                f"calibration_sketch={columns}: {plan.initializer.name} ({plan.options}) reads "
-                "more of the inputs than their leading directions; leave it out, and pass "
-                "calibration_memory for a bound that stays exact"
-            )
-        if columns < directions:
-            raise ValueError(
-                f"calibration_sketch={columns}: {plan.initializer.name} reads {directions} "
-                f"directions of the inputs of {target.name!r}; pass at least as many, better "
-                f"{4 * directions}"
-            )
 
 
 def _too_narrow(spec: Initializer, rank: int, shape: tuple[int, int]) -> str:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from lora_init.calibration.memory import Budget, sums_dtype
 from lora_init.config.lora_config import LoraConfig
 from lora_init.linalg.cores import largest_together
+from lora_init.moments import sums_bytes
 from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets
-from lora_init.registry import CalibrationRequest, Initializer
+from lora_init.registry import CalibrationRequest, Initializer, sums_dtype
 from lora_init.tables import render
 
 WEIGHT_COPIES, MOMENT_COPIES = 9, 7
@@ -76,7 +76,7 @@ class Plan:
         candidates: names of all modules that target_modules could have meant.
         quantized_base: what a subtracting method does to packed weights: "in_forward" leaves them
             and subtracts in the forward pass, "requantize" packs the residual.
-        calibration_memory, calibration_sketch: as of `get_peft_model`.
+        calibration_memory: as of `get_peft_model`.
         trained_biases: names of the bias parameters that are trained, as `bias` says.
         bias, dropout, use_dora, lora_bias: as in the configuration.
         left_out: what gets no adapter although it looks like a linear map, and why.
@@ -92,7 +92,6 @@ class Plan:
     adapter_dtype: torch.dtype = torch.float32
     quantized_base: str = "in_forward"
     calibration_memory: int | None = None
-    calibration_sketch: int | None = None
     trained_biases: tuple[str, ...] = ()
     bias: str = "none"
     dropout: float = 0.0
@@ -148,12 +147,7 @@ class Plan:
 
     def input_bytes(self, target: Target) -> int:
         """Memory of the sums over one target's inputs."""
-        return self._budget().bytes(target.shape[1])
-
-    def _budget(self) -> Budget:
-        """For one pass over the calibration data."""
-        dtype = sums_dtype([self.calibration])
-        return Budget(self.calibration_memory, self.calibration_sketch, dtype)
+        return sums_bytes(target.shape[1], sums_dtype([self.calibration]))
 
     @property
     def passes(self) -> int:
@@ -164,11 +158,17 @@ class Plan:
             return 0
         if self.calibration.gradients:
             return 1
-        waiting, passes = list(self.targets), 0
+        if self.calibration_memory is None:
+            return 1
+        waiting, passes = [self.input_bytes(target) for target in self.targets], 0
         while waiting:
-            budget = self._budget()
-            waiting = [target for target in waiting if not budget.admits(target.shape[1])]
-            passes += 1
+            used, later = 0, []
+            for size in waiting:
+                if used + size > self.calibration_memory:
+                    later.append(size)
+                else:
+                    used += size
+            waiting, passes = later, passes + 1
         return passes
 
     def directions(self, target: Target) -> int | None:
@@ -284,8 +284,6 @@ class Plan:
             f"memory: factors {_mib(self.factor_bytes)}, statistics at most "
             f"{_mib(self.statistics_bytes)}, workspace {_mib(self.workspace_bytes)}",
         ]
-        if self.calibration is not None and self.calibration_sketch is not None:
-            lines.append(f"inputs wider than {self.calibration_sketch} are sketched")
         if self.passes > 1:
             lines.append(
                 f"up to {self.passes} passes over the calibration data, with "

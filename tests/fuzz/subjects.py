@@ -186,7 +186,7 @@ class ForeignAdapter(Adapter):
 
 
 class CalibrationFile(Subject):
-    """Moments, gradients and a sketch of one network."""
+    """Moments and gradients of one network."""
 
     kind = "calibration"
 
@@ -196,19 +196,18 @@ class CalibrationFile(Subject):
         data = WithLoss(batches, lambda model, batch: model(batch).square().mean())
         configs = {
             "moments.safetensors": ["eva", {"name": "corda", "corda_method": "kpm"}, "lora_ga"],
-            "sketch.safetensors": ["eva"],
+            "inputs.safetensors": ["eva"],
         }
         for name, methods in configs.items():
             chosen = [
                 LoraConfig(r=2, target_modules=names_of(model), init_lora_weights=method)
                 for method in methods
             ]
-            sketch = 4 if name.startswith("sketch") else None
-            calibrate(model, chosen, data, sketch=sketch).save(folder / name)
+            calibrate(model, chosen, data).save(folder / name)
 
     def read(self, folder: Path) -> Mapping[str, Any]:
         found = {}
-        for name in ("moments.safetensors", "sketch.safetensors"):
+        for name in ("moments.safetensors", "inputs.safetensors"):
             tensors, metadata = Calibration.load(folder / name).to_tensors()
             found |= {f"{name} {key}": tensor for key, tensor in tensors.items()}
             found[name] = metadata

@@ -107,7 +107,7 @@ def start(
         cache: use the cache folder of the environment.
     """
     config = LoraConfig(init_lora_weights=case["method"], **case["settings"])
-    if config.initializer()[0].calibration is None:
+    if not config.initializer()[0].needs & {"inputs", "gradients"}:
         data = None
     elif data is None:
         data = calibration(case["network"])

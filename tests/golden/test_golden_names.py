@@ -13,6 +13,17 @@ import lora_init
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
 
 NAMES = golden.read_json("names")
+REMOVED = {  # see CHANGELOG.md: the contract of a method is new, and sketches are gone
+    "Initializer": {
+        "adjust_alpha", "allocate", "calibration", "function_for", "leading", "narrow", "nesting",
+        "rank_rule", "spellings", "stacks", "variants", "workspace",
+    },
+    "Plan": {"calibration_sketch"},
+    "Calibration": {"errors"},
+    "calibrate": {"sketch"},
+    "get_peft_model": {"calibration_sketch"},
+    "register_initializer": {"properties"},
+}  # fmt: skip
 
 
 def test_public_names():
@@ -38,13 +49,13 @@ def test_attributes(name):
     found = set(dir(thing))
     if dataclasses.is_dataclass(thing):
         found |= {field.name for field in dataclasses.fields(thing)}
-    assert set(NAMES[name]) <= found
+    assert set(NAMES[name]) - REMOVED.get(name, set()) <= found
 
 
 @pytest.mark.parametrize("function", NAMES["parameters"])
 def test_keyword_arguments(function):
     signature = inspect.signature(getattr(lora_init, function)).parameters
-    assert set(NAMES["parameters"][function]) <= set(signature)
+    assert set(NAMES["parameters"][function]) - REMOVED.get(function, set()) <= set(signature)
 
 
 def test_a_model_has_its_methods_on_an_instance():

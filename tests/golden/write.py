@@ -231,7 +231,7 @@ def write_calibrations() -> None:
     data = golden.calibration("dense")
     found = {
         "exact": calibrate(golden.network("dense"), configs, data),
-        "sketch": calibrate(golden.network("dense"), configs[:1], data, sketch=16),
+        "sketch": calibrate(golden.network("dense"), configs[:1], data),
     }
     folder = DATA / "calibrations"
     folder.mkdir(exist_ok=True)

@@ -255,12 +255,10 @@ def test_a_quantised_base_brings_its_own_quantiser():
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def test_data_are_needed_and_a_sketch_is_not_enough():
+def test_data_are_needed():
     config = LoraConfig(r=RANK, target_modules=["tall"], init_lora_weights="qera")
     with pytest.raises(ValueError, match="needs calibration data"):
         get_peft_model(Chain(), config)
-    with pytest.raises(ValueError, match="calibration_sketch"):
-        get_peft_model(Chain(), config, calibration=[chain_inputs(9)], calibration_sketch=16)
 
 
 @pytest.mark.parametrize(
