@@ -15,7 +15,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from substitutes import random_llama, write_word_problems
 
-from experiments.report import writing
+from experiments.report import output as writing
 from experiments.report.gallery import make_canvas
 from lora_init import LoraConfig, get_peft_model, list_initializers, registry
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .mirroring import log_to_wandb
+from .findings import compared
+from .mirror import log_to_wandb
+from .output import Report, write_report
+from .result_table import terminal_table
 from .sweeps import load_sweeps
-from .tables import terminal_table
-from .wording import compared
-from .writing import Report, write_report
 
 SHOWN = 20  # problems that the terminal names
 

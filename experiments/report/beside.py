@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from .comparison import FIGURES, Comparison, Figure
+from .findings import mantissa, signed
 from .peft_results import PeftRow
-from .tables import count, scientific, seconds
-from .wording import mantissa, signed
+from .result_table import count, scientific, seconds
 
 
 def change_cell(figure: Figure, kind: str) -> str:

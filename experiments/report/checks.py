@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from .choices import TEST, Choice
 from .palette import BASELINE
 from .runs import Problem
-from .selection import TEST, Choice
 from .summary import Row
 
 MEASURED = {

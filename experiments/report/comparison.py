@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .arms import without_rank
 from .runs import Problem
-from .settings import without_rank
 from .statistics import Bootstrap, Interval, seed_interval
 from .summary import align_examples
 

@@ -10,10 +10,10 @@ import yaml
 
 from experiments.files import read_regular
 
+from .findings import mantissa
 from .runs import Run, read_json
 from .sweeps import Sweep
 from .validation import is_number, is_text
-from .wording import mantissa
 
 NAMED = 8
 

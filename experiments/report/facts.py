@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from .settings import flatten
-from .wording import distinct, listing, mantissa
+from .arms import flatten
+from .findings import distinct, listing, mantissa
 
 
 def facts(runs: pd.DataFrame) -> list[tuple[str, str]]:

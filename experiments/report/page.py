@@ -16,17 +16,18 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import facts, wording
+from . import facts
+from . import findings as wording
 from .beside import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows
 from .canvas import Canvas, Chart
+from .choices import Choice
 from .comparison import Comparison
 from .peft_results import PeftRow
+from .result_table import columns as table_columns
 from .runs import Problem
-from .selection import Choice
 from .specification import VEGA_LITE, columns, page_specification
 from .summary import Row, Summarizer
 from .sweeps import Sweep
-from .tables import columns as table_columns
 from .views import Views
 
 HERE = Path(__file__).parent

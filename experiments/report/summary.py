@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .choices import Choice
 from .palette import BASELINE, ordered
 from .runs import Problem, read_predictions
-from .selection import Choice
 from .statistics import LEAST_SEEDS, Bootstrap, Interval, seed_interval
 
 MAX_SEEDS_FOR_ALL_SUBSETS = 4

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .arms import without_rank
+from .choices import Choice
 from .curves import held_out, smoothed_training, updates
 from .frames import END, short_names
-from .selection import Choice
-from .settings import without_rank
 from .spectra import spectra
 from .statistics import interquartile_mean
 from .summary import Row, Summarizer

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from synthetic_sweeps import EXAMPLES, STEPS, SYNTHETIC, no_charts, write_run, write_sweep
 
-from experiments.report import writing
+from experiments.report import output as writing
 from experiments.report.__main__ import main, make
 from experiments.report.pictures import Pictures
-from experiments.report.tables import latex
+from experiments.report.result_table import latex
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 from synthetic_sweeps import SYNTHETIC, write_grid, write_protocol, write_sweep
 
+from experiments.report.output import write_report
 from experiments.report.pictures import Pictures
 from experiments.report.sweeps import load_sweeps
-from experiments.report.writing import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from synthetic_sweeps import no_charts, write_grid, write_protocol
 
-from experiments.report import writing
+from experiments.report import output as writing
 from experiments.report.__main__ import main, make
 from experiments.report.peft_results import load_peft_results
 

@@ -12,7 +12,8 @@ from markupsafe import escape
 from products import chosen
 from synthetic_sweeps import no_charts, write_run
 
-from experiments.report import page, writing
+from experiments.report import output as writing
+from experiments.report import page
 from experiments.report.__main__ import make
 from experiments.report.pictures import Pictures
 

@@ -7,13 +7,13 @@ import shutil
 import pytest
 from synthetic_sweeps import STEPS, write_protocol, write_run, write_sweep
 
-from experiments.report import gathering
+from experiments.report import archive as gathering
 from experiments.report.__main__ import make
+from experiments.report.archive import gather
+from experiments.report.arms import differences, with_arms
 from experiments.report.checks import choice_warnings, empty_columns, equal_scores
-from experiments.report.gathering import gather
+from experiments.report.choices import PROTOCOL, TEST, VALIDATION, choose
 from experiments.report.pictures import Pictures
-from experiments.report.selection import PROTOCOL, TEST, VALIDATION, choose
-from experiments.report.settings import differences, with_arms
 from experiments.report.sweeps import load_sweeps
 
 

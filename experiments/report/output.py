@@ -8,21 +8,23 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import checks, facts, settings, wording
+from . import arms as settings
+from . import checks, facts
+from . import findings as wording
+from .archive import gather
 from .beside import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows, plain_markdown
 from .canvas import Canvas, Chart
+from .choices import at_equal_update, choose, mark_best, with_kept_runs, without_repeats
 from .comparison import Comparison, compare
 from .divergence import diverged
 from .gallery import draw
-from .gathering import gather
 from .page import Page, render
 from .peft_results import load_peft_results
 from .pictures import Pictures
+from .result_table import latex_table, markdown_table
 from .runs import Problem
-from .selection import at_equal_update, choose, mark_best, with_kept_runs, without_repeats
 from .summary import Row, Summarizer
 from .sweeps import Sweep
-from .tables import latex_table, markdown_table
 from .views import make_views
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+from .findings import mantissa, signed
 from .palette import BASELINE
 from .summary import Row
-from .wording import mantissa, signed
 
 LONG_NAME = 16  # characters that leave room for every column
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 
+from .choices import PROTOCOL, TEST, VALIDATION, Choice
 from .comparison import Comparison
 from .palette import BASELINE
-from .selection import PROTOCOL, TEST, VALIDATION, Choice
 from .statistics import LEAST_SEEDS, Interval
 from .summary import BOTH, SEEDS, Row
 

@@ -6,9 +6,9 @@ import pytest
 from synthetic_sweeps import no_charts, write_run
 
 from experiments.errors import ConfigurationError
-from experiments.report import writing
+from experiments.report import output as writing
 from experiments.report.__main__ import main, make
-from experiments.report.mirroring import log_to_wandb
+from experiments.report.mirror import log_to_wandb
 from experiments.report.pictures import Pictures
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from experiments.errors import ConfigurationError
 from experiments.tracking import LONGEST_NAME, shortened
 
-from .tables import columns
-from .writing import Report
+from .output import Report
+from .result_table import columns
 
 JOB_TYPE = "report"
 
