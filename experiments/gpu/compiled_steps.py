@@ -50,7 +50,7 @@ def missing_compiler(task: Task) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if shutil.which("gcc") is None and shutil.which("cc") is None:
-        return "there is no C compiler, which triton needs"
+        return "triton needs a C compiler, which is missing"
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=task.device))
     except Exception as error:

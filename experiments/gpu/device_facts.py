@@ -29,7 +29,7 @@ def run(task: Task) -> None:
     task.record.row("precision", **precision_settings())
     if not task.cuda:
         task.record.row("device", device="cpu")
-        task.record.note("there is no CUDA device: its facts are missing")
+        task.record.note("no CUDA device: its facts are missing")
         return
     properties = torch.cuda.get_device_properties(task.device)
     free, total = torch.cuda.mem_get_info(task.device)

@@ -40,7 +40,7 @@ SECONDS = {
 
 
 def expected_seconds(method: str, rank: int) -> float | None:
-    """The expected seconds of a whole model; None where there is no estimate."""
+    """The expected seconds of a whole model; None without an estimate."""
     return dict(zip((16, 128), SECONDS.get(method, ()), strict=False)).get(rank)
 
 

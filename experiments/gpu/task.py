@@ -98,7 +98,7 @@ def pick_device(small: bool) -> torch.device:
     """The current CUDA device, or the CPU for the small form.
 
     Raises:
-        RuntimeError: there is no CUDA device for the full form.
+        RuntimeError: the full form needs a CUDA device.
     """
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

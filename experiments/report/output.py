@@ -1,4 +1,4 @@
-"""Everything that a report consists of, into one folder."""
+"""Everything that a report consists of, written into one folder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import arms as settings
-from . import checks, facts
-from . import findings as wording
+from . import arms, checks, comparison, facts, peft_results
 from .archive import gather
-from .beside import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows, plain_markdown
-from .canvas import Canvas, Chart
+from .cells import listing, markdown
 from .choices import at_equal_update, choose, mark_best, with_kept_runs, without_repeats
-from .comparison import Comparison, compare
-from .divergence import diverged
+from .findings import heading
 from .gallery import draw
 from .page import Page, render
-from .peft_results import load_peft_results
-from .pictures import Pictures
+from .pictures import write_pictures
 from .result_table import latex_table, markdown_table
 from .runs import Problem
 from .summary import Row, Summarizer
@@ -30,12 +25,12 @@ from .views import make_views
 
 @dataclass(frozen=True)
 class Report:
-    """What a caller needs once the files are there.
+    """The files of a report, and what it found.
 
     Attributes:
         figures: by name, the path of each chart's PNG, and of the page under "page".
-        rows: the chosen settings' rows, of all tasks one after the other.
-        reused: runs that had not changed since the last report and were not read again.
+        rows: the rows of the chosen settings, one task after the other.
+        reused: the number of unchanged runs, which were not read again.
     """
 
     page: Path
@@ -46,7 +41,7 @@ class Report:
     problems: list[Problem]
     warnings: list[str]
     figures: dict[str, Path] = field(default_factory=dict)
-    comparison: Comparison | None = None
+    comparison: comparison.Comparison | None = None
     reused: int = 0
 
 
@@ -62,14 +57,14 @@ def write_report(
 
     Args:
         sweep: what `load_sweeps` found.
-        output: the folder to write to; made if it does not exist.
-        progress: told what is being done, at the start of each step.
-        other: a sweep of the same settings over another version of the code, to compare with.
-        peft: results of PEFT's own method comparison, to show beside these.
-        alone: a file for the page once more, without links to what lies beside it.
+        output: the folder to write to; created if it does not exist.
+        progress: called with the name of each step at its start.
+        other: a sweep of the same settings with another version of the code, to compare with.
+        peft: results of PEFT's own method comparison, to show next to these.
+        alone: a file for a second page without links to other files.
 
     Raises:
-        ValueError: no run is finished, so there is nothing to report.
+        ValueError: no run is finished, so that there is nothing to report.
     """
     gathered = gather(sweep, output, progress)
     if gathered.runs.empty:
@@ -78,37 +73,54 @@ def write_report(
     progress("intervals")
     runs, summarizer, equal_rows = judge(sweep, gathered.runs)
     choices, rows = summarizer.choices, summarizer.all_rows()
-    majority = majorities(runs) if summarizer.quantity == "score" else {}
+    tested = summarizer.quantity == "score"
+    majority = majorities(runs) if tested else {}
     only = majority.get(summarizer.tasks[0]) if len(summarizer.tasks) == 1 else None
-    metric = wording.listing([str(m).replace("_", " ") for m in runs["metric"].unique()])
-    if summarizer.quantity == "validation_score":
-        metric = f"validation {metric}"
-    heading = wording.heading(choices, len(summarizer.seeds), sweep.heading)
+    metric = listing(str(m).replace("_", " ") for m in runs["metric"].unique())
+    metric = metric if tested else f"validation {metric}"
     views = make_views(runs, gathered.layers, gathered.metrics, summarizer)
     problems = gathered.problems + summarizer.problems + checks.shared_seeds(runs)
-    comparison, beside = None, []
+    compared, peers = None, []
     if other is not None:
         progress("comparing sweeps")
-        comparison = compare_with(other, runs, sweep.name, output, problems, progress)
+        theirs = gather(other, output / "compared", progress)
+        if theirs.runs.empty:
+            raise ValueError(f"--compare: no finished run in '{other.name}'")
+        others = without_repeats(arms.with_arms(theirs.runs))
+        compared = comparison.compare(runs, others, (sweep.name, other.name), problems)
     if peft is not None:
-        beside, unread = load_peft_results(peft)
+        peers, unread = peft_results.load_peft_results(peft)
         problems += unread
     warnings = [
-        *checks.setting_warnings(settings.differences(runs)),
+        *checks.setting_warnings(arms.differences(runs)),
         *checks.choice_warnings(runs, choices),
         *checks.baseline_warnings(rows, only),
         *checks.empty_columns(runs, gathered.layers, gathered.metrics),
         *checks.equal_scores(runs),
     ]
-    charts, canvas = draw(summarizer, views, majority, metric, diverged(sweep))
+    charts, canvas = draw(summarizer, views, majority, metric, checks.diverged(sweep))
     page = Page(
-        sweep=sweep, heading=heading, metric=metric, majority=only, choices=choices, rows=rows,
-        equal_rows=equal_rows, runs=runs, charts=charts, canvas=canvas, views=views,
-        problems=problems, warnings=warnings, summarizer=summarizer, comparison=comparison,
-        peft=beside,
-    )  # fmt: skip
+        sweep=sweep,
+        heading=heading(choices, len(summarizer.seeds), sweep.heading),
+        metric=metric,
+        rows=rows,
+        equal_rows=equal_rows,
+        runs=runs,
+        charts=charts,
+        canvas=canvas,
+        views=views,
+        problems=problems,
+        warnings=warnings,
+        summarizer=summarizer,
+        comparison=compared,
+        peft=peers,
+    )
     write_tables(page, output)
-    figures = export_all(charts, canvas, views.tables, output, progress)
+    figures = {}
+    for chart in charts:
+        progress(f"chart: {chart.title}")
+        names = write_pictures(chart, canvas, views.tables, output)
+        figures |= {name: output / f"{name}.png" for name in names}
     progress("page")
     path = output / "index.html"
     path.write_text(render(page, output), encoding="utf-8")
@@ -116,15 +128,14 @@ def write_report(
         alone.parent.mkdir(parents=True, exist_ok=True)
         alone.write_text(render(page, None), encoding="utf-8")
     return Report(
-        path, sweep.name, heading, metric, rows, problems, warnings, {**figures, "page": path},
-        comparison, gathered.reused,
+        path, sweep.name, page.heading, metric, rows, problems, warnings,
+        {**figures, "page": path}, compared, gathered.reused,
     )  # fmt: skip
 
 
 def judge(sweep: Sweep, runs: pd.DataFrame) -> tuple[pd.DataFrame, Summarizer, list[Row]]:
-    """The runs with their arms and choices marked, what sums them up, and the rows at equal update
-    size."""
-    runs = settings.with_arms(runs).sort_values(["method", "seed", "run_id"])
+    """The runs with their arms and choices, their summary, and the rows at equal update size."""
+    runs = arms.with_arms(runs).sort_values(["method", "seed", "run_id"])
     choices = choose(runs[~runs["run_id"].isin(only_matched(sweep))], sweep.selected)
     if not choices:
         raise ValueError(
@@ -139,71 +150,37 @@ def judge(sweep: Sweep, runs: pd.DataFrame) -> tuple[pd.DataFrame, Summarizer, l
 
 
 def majorities(runs: pd.DataFrame) -> dict[str, float]:
-    """By task, the score of always answering the majority class, if all runs agree on it."""
-    found = {}
-    for task, group in runs.groupby("task"):
-        known = group["majority"].dropna().unique()
-        if len(known) == 1:
-            found[task] = float(known[0])
-    return found
+    """The majority class's score by task, if all runs of the task agree on it."""
+    known = {task: group["majority"].dropna().unique() for task, group in runs.groupby("task")}
+    return {task: float(values[0]) for task, values in known.items() if len(values) == 1}
 
 
 def only_matched(sweep: Sweep) -> set[str]:
-    """Runs made for equal update size alone: no part of what a learning rate was chosen among."""
-    ids = [
-        {run for told in part.values() for run in told.get("runs") or []}
+    """Runs that were made only to match the update size. No learning rate is chosen among them."""
+    matched, selected = (
+        {run for one in part.values() for run in one.get("runs") or []}
         for part in (sweep.equal_update, sweep.selected)
-    ]
-    return ids[0] - ids[1]
-
-
-def compare_with(
-    other: Sweep,
-    runs: pd.DataFrame,
-    name: str,
-    output: Path,
-    problems: list[Problem],
-    progress: Callable[[str], None],
-) -> Comparison:
-    """Gather the other sweep, whose tables are kept in `output/compared`, and compare."""
-    gathered = gather(other, output / "compared", progress)
-    if gathered.runs.empty:
-        raise ValueError(f"--compare: no finished run in '{other.name}'")
-    others = without_repeats(settings.with_arms(gathered.runs))
-    return compare(runs, others, (name, other.name), problems)
+    )
+    return matched - selected
 
 
 def write_tables(page: Page, output: Path) -> None:
-    """Every table of the page as Markdown, and that of the results in LaTeX too."""
-    notes = [f"{note} ({who})" for note, who in facts.notes(page.runs)]
+    """Write every table of the page as Markdown, and the results as LaTeX too."""
+    notes = [f"{note} ({methods})" for note, methods in facts.notes(page.runs)]
     notes += [f"left out: {p.run}: {p.reason}" for p in page.problems if p.fatal]
     texts = {
         "table.md": markdown_table(page.rows, page.metric, page.heading, notes),
         "table.tex": latex_table(page.rows, page.metric, page.heading, notes),
     }
     if page.equal_rows:
-        heading = "at equal update size"
-        texts["equal_update.md"] = markdown_table(page.equal_rows, page.metric, heading, [])
+        title = "at equal update size"
+        texts["equal_update.md"] = markdown_table(page.equal_rows, page.metric, title, [])
     if page.comparison is not None:
         title = f"{page.comparison.name} against {page.comparison.other}"
-        texts["comparison.md"] = plain_markdown(title, CHANGE_HEADERS, change_rows(page.comparison))
+        cells = [change.cells() for change in page.comparison.changes]
+        texts["comparison.md"] = markdown(title, comparison.HEADERS, cells)
     if page.peft:
-        texts["peft.md"] = plain_markdown("PEFT's own results", PEFT_HEADERS, peft_rows(page.peft))
+        cells = [row.cells() for row in page.peft]
+        texts["peft.md"] = markdown("PEFT's own results", peft_results.HEADERS, cells)
     for name, text in texts.items():
         (output / name).write_text(text, encoding="utf-8")
-
-
-def export_all(
-    charts: list[Chart],
-    canvas: Canvas,
-    tables: dict[str, pd.DataFrame],
-    output: Path,
-    progress: Callable[[str], None],
-) -> dict[str, Path]:
-    """Every chart as SVG, PDF and PNG; returns the paths of the PNG files by name."""
-    figures = {}
-    for chart in charts:
-        progress(f"chart: {chart.title}")
-        for name in Pictures(chart, canvas, tables).write(output):
-            figures[name] = output / f"{name}.png"
-    return figures
