@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lora_init.adapters.atomic_file import write_atomically
+from lora_init.files import write_atomically
 
 from .frames import layer_rows, metric_rows, run_row, runs_frame
 from .runs import Problem, read_run
