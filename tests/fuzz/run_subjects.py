@@ -15,7 +15,7 @@ from synthetic_sweeps import write_run
 
 from experiments import errors
 from experiments.checkpoints import Checkpoints, Progress, read_checkpoint
-from experiments.report.gathering import gather
+from experiments.report.archive import gather
 from experiments.report.sweeps import load_sweeps
 from experiments.runs import MetricsFile, RunFolder
 from lora_init import LoraConfig, LoraModel, get_peft_model

@@ -1,8 +1,8 @@
-"""The setting that each arm is judged at: its learning rate, and by what it was chosen.
+"""The setting at which each arm is compared: its learning rate, and how it was chosen.
 
-A protocol's own choice comes first. Otherwise the learning rate of the highest mean validation
-score is taken, and where no validation score was recorded that of the highest test score: then the
-score shown was also what chose it, and is too high by what the best of several tries gains by luck.
+A protocol's choice comes first. Otherwise the learning rate with the highest mean validation score
+is chosen. Without validation scores it is the one with the highest test score. The test score is
+then too high, because it is the best of several.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Choice:
     """One arm's chosen setting.
 
     Attributes:
-        runs: the runs that it is judged by, one a seed.
-        rates: how many learning rates there were to choose from.
-        at_edge: whether the chosen rate is the lowest or the highest of several, and another did
-            worse: the best may lie beyond.
-        by: what chose it: "protocol", "validation score" or "test score".
+        runs: the runs at this setting, one per seed.
+        rates: the number of learning rates to choose from.
+        at_edge: whether the chosen rate is the lowest or the highest of several, and another rate
+            was worse. The best may then lie beyond.
+        by: the criterion: "protocol", "validation score" or "test score".
     """
 
     task: str
@@ -46,19 +46,19 @@ def choose(runs: pd.DataFrame, selected: dict[Any, dict[str, Any]]) -> list[Choi
 
     Args:
         runs: the table of runs, with `task` and `arm`.
-        selected: what a protocol chose; empty where there was none.
+        selected: what a protocol chose; empty without a protocol.
     """
-    named = {str(run): told for told in selected.values() for run in told.get("runs") or []}
+    named = {str(run): one for one in selected.values() for run in one.get("runs") or []}
     choices = []
     for (task, arm), group in runs.groupby(["task", "arm"], sort=False):
         chosen = group[group["run_id"].isin(named)]
         if len(chosen):
-            told = named[chosen["run_id"].iloc[0]]
+            recorded = named[chosen["run_id"].iloc[0]]
             rate = chosen["learning_rate"].iloc[0]
             chosen = chosen[same(chosen["learning_rate"], rate)]
-            by, edge = PROTOCOL, told.get("at_edge")
+            by, edge = PROTOCOL, recorded.get("at_edge")
         elif selected:
-            continue  # a protocol that chose nothing here: it is not done with this arm
+            continue  # the protocol has not finished this arm
         else:
             by, rate, others_are_worse = best_rate(group)
             chosen = group[same(group["learning_rate"], rate)]
@@ -79,19 +79,20 @@ def choose(runs: pd.DataFrame, selected: dict[Any, dict[str, Any]]) -> list[Choi
 def at_equal_update(
     runs: pd.DataFrame, choices: list[Choice], matched: dict[Any, dict[str, Any]]
 ) -> list[Choice]:
-    """Each arm at the rate at which its weights moved as far as the baseline's, and the baselines
-    at their chosen ones; nothing where a protocol has not made this comparison."""
+    """Each arm at the rate at which its weights moved as far as the baseline's.
+
+    The baselines are at their chosen rates. The list is empty if no protocol compared this.
+    """
     found = choose(runs, matched) if matched else []
     arms = {choice.arm for choice in found}
     return [c for c in choices if found and c.arm not in arms and c.method == BASELINE] + found
 
 
 def best_rate(arm: pd.DataFrame) -> tuple[str, float, bool]:
-    """The criterion, the learning rate of its highest mean over seeds, and whether any other's is
-    lower.
+    """The criterion, the learning rate with its highest mean, and whether another mean is lower.
 
-    Only rates that the most seeds finished at count: where some diverged, the mean over the rest
-    flatters.
+    Only rates with the most finished seeds count: if seeds diverged, the mean over the others is
+    too high.
     """
     validated = arm["validation_score"].notna().all()
     column = "validation_score" if validated else "score"
@@ -102,7 +103,7 @@ def best_rate(arm: pd.DataFrame) -> tuple[str, float, bool]:
 
 
 def same(values: pd.Series, value: float) -> pd.Series:
-    """Equality, with a missing learning rate equal to a missing one."""
+    """Equality in which a missing learning rate equals a missing one."""
     return values.isna() if value != value else values == value
 
 
@@ -116,15 +117,17 @@ def mark_best(runs: pd.DataFrame, choices: list[Choice]) -> pd.DataFrame:
 
 
 def without_repeats(runs: pd.DataFrame) -> pd.DataFrame:
-    """A protocol tests its chosen setting with runs that repeat those of its grid: of two runs of
-    one setting and seed, the one that was tested stays if the other was not."""
+    """Drop runs without a test score if a tested run of the same setting and seed exists.
+
+    A protocol tests its chosen setting with new runs of settings of its grid.
+    """
     key = ["task", "arm", "learning_rate", "seed"]
     tested = runs.groupby(key, dropna=False)["tested"].transform("any")
     return runs[runs["tested"] | ~tested]
 
 
 def with_kept_runs(choice: Choice, runs: pd.DataFrame) -> Choice:
-    """The choice by the runs that are left without repeats: some were chosen by a repeat."""
+    """The choice with its runs that are left after `without_repeats`."""
     setting = runs[(runs["task"] == choice.task) & (runs["arm"] == choice.arm)]
     setting = setting[same(setting["learning_rate"], choice.learning_rate)]["run_id"]
     named = setting[setting.isin(choice.runs)]

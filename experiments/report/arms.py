@@ -1,8 +1,8 @@
-"""Which settings differ between runs, and hence which runs may be averaged.
+"""Which settings differ between runs, and hence which runs are compared and which averaged.
 
-Runs of one method that differ in nothing but seeds, learning rate and task (model and data) form an
+Runs of one method that differ only in seeds, learning rate and task (model and data) form an
 *arm*: what is compared. Its runs at one learning rate are a *setting*: what is averaged. A method
-at two ranks, or with two values of an option, is two arms, not one blurred one.
+at two ranks, or with two values of an option, is two arms.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ IGNORED = {
 }  # fmt: skip
 MEASURED = ("metric", "n_test")
 RECORDED = ("model", "data", "steps", "learning_rate", "rank")
-RATE = "training.learning_rate"
+RATES = ("training.learning_rate", "learning_rate")
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Each run's configuration as a row of dotted keys, without seeds, paths and tracking.
 
-    Values are their JSON text, NaN where a run has no such key, so that they compare exactly.
+    Values are JSON text, so that they compare exactly; NaN where a run lacks the key.
     """
     rows = []
     for config, *recorded in runs[["config", *MEASURED, *RECORDED]].itertuples(index=False):
@@ -36,15 +36,15 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
             for key, value in flatten(json.loads(config) or {})
             if not is_ignored(key) and not is_seed(key)
         }
-        # A configuration says the rest; where there is none, the result's own fields must do.
-        names = (MEASURED + RECORDED)[: len(MEASURED) if settings else None]
+        # Without a configuration, the result's own fields stand in for it.
+        names = MEASURED if settings else MEASURED + RECORDED
         settings |= {k: json.dumps(v) for k, v in zip(names, recorded, strict=False) if v == v}
         rows.append(settings)
     return pd.DataFrame(rows, index=runs.index, dtype=object)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Walk nested mappings; lists and scalars are leaves."""
+    """Dotted keys and values of nested mappings. Lists are values."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
@@ -57,16 +57,16 @@ def is_seed(key: str) -> bool:
 
 
 def is_ignored(key: str) -> bool:
-    # `model.path` says which model: only whole groups, and names of outputs, are left out.
+    # `model.path` names the model, so that only whole groups and names of outputs are ignored.
     parts = key.split(".")
     return parts[0] in IGNORED or (parts[-1] in IGNORED and parts[-1] != "path")
 
 
 def with_arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns `task` (model and data, or which of them differs) and `arm` (method, rank,
-    what else differs).
+    """Add the columns `task` (model and data, or the one that differs) and `arm`.
 
-    >>> # pissa at two ranks: "pissa · r=8", "pissa · r=32"
+    An arm is named by its method, its rank, and the other settings that differ, such as
+    "pissa · r=8, niter=4".
     """
     settings = settings_table(runs)
     model, data = runs["model"].astype(str), runs["data"].astype(str)
@@ -74,19 +74,22 @@ def with_arms(runs: pd.DataFrame) -> pd.DataFrame:
     ranked = runs["rank"].nunique() > 1
     arm = pd.Series("", index=runs.index)
     for method, group in runs.groupby("method", sort=False):
-        keys = free_settings(settings.loc[group.index], group.assign(task=task))
-        named = [f"r={rank:g}" if ranked and rank == rank else "" for rank in group["rank"]]
-        for key in keys:
-            values = zip(named, settings.loc[group.index, key], strict=True)
-            named = [f"{name}, {short(key)}={told(v)}".lstrip(", ") for name, v in values]
-        arm[group.index] = [f"{method} · {suffix}" if suffix else method for suffix in named]
+        labels = [f"r={rank:g}" if ranked and rank == rank else "" for rank in group["rank"]]
+        for key in free_settings(settings.loc[group.index], group.assign(task=task)):
+            short = key.rsplit(".", 1)[-1]
+            values = settings.loc[group.index, key].fillna("none").str.strip('"')
+            labels = [
+                f"{label}, {short}={value}".lstrip(", ")
+                for label, value in zip(labels, values, strict=True)
+            ]
+        arm[group.index] = [f"{method} · {label}" if label else method for label in labels]
     return runs.assign(task=task, arm=arm)
 
 
 def free_settings(settings: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     """Keys that differ between runs of one method at equal task, rank and learning rate.
 
-    Those that follow from these three (an alpha of twice the rank, say) tell nothing new.
+    Keys that follow from these three, such as an alpha of twice the rank, are not free.
     """
     axes = [runs["task"], runs["rank"].fillna(0), runs["learning_rate"].fillna(0)]
     differing = [key for key in settings if settings[key].nunique(dropna=False) > 1]
@@ -95,11 +98,11 @@ def free_settings(settings: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
 
 
 def differences(runs: pd.DataFrame) -> dict[str, list[Any]]:
-    """Settings that differ between methods although a fair comparison holds them equal.
+    """Settings that differ between methods although a fair comparison keeps them equal.
 
-    The method and its options (`init`, `method`) may differ; so may seeds, paths and tracking; so
-    may a setting that every method was tried at with the same values, and learning rates that
-    each method was given several of. Controls differ on purpose.
+    Three kinds may differ: the method's own options; a setting for which every method was tried
+    with the same values; and learning rates, if each method was tried at several. Controls differ
+    on purpose.
     """
     runs = runs[~runs["is_control"]]
     settings = settings_table(runs)
@@ -110,30 +113,16 @@ def differences(runs: pd.DataFrame) -> dict[str, list[Any]]:
             continue
         tried = settings[key].fillna("").groupby(runs["method"]).agg(frozenset)
         several = tried.map(len).min() > 1
-        if (tried.nunique() == 1 and several) or (key in (RATE, "learning_rate") and several):
+        if several and (tried.nunique() == 1 or key in RATES):
             continue
         unfair[key] = [None if v != v else json.loads(v) for v in values]
     return unfair
 
 
 def without_rank(arm: str) -> str:
-    """The arm's name without its rank: what a line over ranks joins.
+    """The arm's name without its rank, which a line over ranks joins.
 
     >>> without_rank("pissa · r=8, niter=4")
     'pissa · niter=4'
     """
     return re.sub(r" · $", "", re.sub(r"(?<= · )r=[^,]+(, )?", "", arm))
-
-
-def told(value: Any) -> str:
-    """A setting's JSON text as a label shows it."""
-    return "none" if value != value else value.strip('"')
-
-
-def short(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
-
-
-def rates_per_arm(runs: pd.DataFrame) -> pd.Series:
-    """How many learning rates each arm was tried at on each task, by (task, arm)."""
-    return runs.groupby(["task", "arm"])["learning_rate"].nunique()

@@ -6,10 +6,9 @@ import pytest
 from synthetic_sweeps import no_charts, write_run
 
 from experiments.errors import ConfigurationError
-from experiments.report import writing
+from experiments.report import output
 from experiments.report.__main__ import main, make
-from experiments.report.mirroring import log_to_wandb
-from experiments.report.pictures import Pictures
+from experiments.report.mirror import log_to_wandb
 
 
 def write_two(folder):
@@ -26,13 +25,13 @@ def test_pictures_table_and_page_arrive_in_the_sweeps_group(tmp_path, monkeypatc
     drawn, begun = [], {}
     init = wandb.init
     monkeypatch.setattr(wandb, "init", lambda **kw: (begun.update(kw), init(**kw))[1])
-    original = Pictures.write
+    original = output.write_pictures
 
-    def first_only(self, output):
-        drawn.append(self.chart.name)
-        return original(self, output) if len(drawn) == 1 else []
+    def first_only(chart, *given):
+        drawn.append(chart.name)
+        return original(chart, *given) if len(drawn) == 1 else []
 
-    monkeypatch.setattr(Pictures, "write", first_only)
+    monkeypatch.setattr(output, "write_pictures", first_only)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert main([str(tmp_path / "two"), "--wandb", "mine"]) == 0
     assert "upload with `wandb sync`" in capsys.readouterr().out
@@ -48,7 +47,7 @@ def test_pictures_table_and_page_arrive_in_the_sweeps_group(tmp_path, monkeypatc
 
 def test_a_missing_wandb_is_named(tmp_path, monkeypatch):
     write_two(tmp_path / "two")
-    monkeypatch.setattr(writing, "draw", no_charts)
+    monkeypatch.setattr(output, "draw", no_charts)
     report = make([tmp_path / "two"], tmp_path / "report")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigurationError, match="pip install wandb"):

@@ -1,7 +1,7 @@
-"""The report in wandb: its pictures, its table and its page, in the group of the sweep's runs.
+"""The report in wandb: its pictures, table and page, in the group of the sweep's runs.
 
-The files are the truth; wandb gets a copy. Offline unless WANDB_MODE says otherwise: `wandb sync`
-uploads it later, and the report then stands in the group beside the runs that it was made of.
+The local files stay the reference. The run is offline unless WANDB_MODE says otherwise, and
+`wandb sync` uploads it into the group of the runs.
 """
 
 from __future__ import annotations
@@ -12,19 +12,14 @@ from pathlib import Path
 from experiments.errors import ConfigurationError
 from experiments.tracking import LONGEST_NAME, shortened
 
-from .tables import columns
-from .writing import Report
+from .output import Report
+from .result_table import columns
 
 JOB_TYPE = "report"
 
 
-def log_to_wandb(report: Report, project: str = "lora_init", group: str | None = None) -> Path:
-    """Log pictures, the table of results and the page; returns the folder of the wandb run.
-
-    Args:
-        report: what `write_report` gave.
-        project: wandb's.
-        group: the runs' group; the sweep's name unless given.
+def log_to_wandb(report: Report, project: str = "lora_init") -> Path:
+    """Log pictures, the results table and the page. Return the folder of the wandb run.
 
     Raises:
         ConfigurationError: the package wandb is not installed.
@@ -33,12 +28,13 @@ def log_to_wandb(report: Report, project: str = "lora_init", group: str | None =
         import wandb
     except ImportError as error:
         raise ConfigurationError(
-            "--wandb: the package wandb is not installed; `pip install wandb`, or leave it out"
+            "--wandb: the package wandb is not installed. Install it by `pip install wandb`, or "
+            "omit --wandb."
         ) from error
     run = wandb.init(
         project=project,
         mode=os.environ.get("WANDB_MODE", "offline"),
-        group=shortened(group or report.name, LONGEST_NAME),
+        group=shortened(report.name, LONGEST_NAME),
         job_type=JOB_TYPE,
         name=shortened(f"report of {report.name}", LONGEST_NAME),
         config={"heading": report.heading, "metric": report.metric},
@@ -57,7 +53,7 @@ def log_to_wandb(report: Report, project: str = "lora_init", group: str | None =
             for name, path in report.figures.items()
             if path.suffix == ".png"
         }
-        page = wandb.Html(report.figures["page"].read_text(encoding="utf-8"), inject=False)
+        page = wandb.Html(report.page.read_text(encoding="utf-8"), inject=False)
         run.log({"results": table, "page": page, **pictures})
         failed = False
         return Path(run.dir).parent
