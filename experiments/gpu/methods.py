@@ -176,7 +176,7 @@ def adapted(
 def statistics(task: Task, subject: Subject, method: str, blocks: int) -> Calibration | None:
     """The statistics of random tokens that the method needs; None if it needs none."""
     settings = SETTINGS.get(method, method)
-    if resolve(settings)[0].calibration is None:
+    if not resolve(settings)[0].needs_data:
         return None
     config = LoraConfig(r=1, target_modules=targets(blocks), init_lora_weights=settings)
     batches = token_batches(subject.shape, 1, 4, 32 if task.small else 2048, task.device)
