@@ -18,12 +18,12 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.config import register_schemas, resolve
+from experiments.config.schema import register_schemas, resolve
 from experiments.console import say
 from experiments.errors import ConfigurationError, RunElsewhere, RunFailed
-from experiments.execution import execute
-from experiments.returning import tell_failure
-from experiments.sweep import by_return_value, decided_ahead, position
+from experiments.run.execute import execute
+from experiments.sweep.finish import tell_failure
+from experiments.sweep.manifest import by_return_value, decided_ahead, position
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
 
@@ -35,8 +35,8 @@ def main(composed: DictConfig) -> float | None:
     """Hydra's entry point: one run. Returns its validation score, by which a sweeper may choose.
 
     A run of a list that goes wrong is marked in its folder, and the list goes on; the end of the
-    sweep names it (`experiments.sweep`). A sweeper that chooses by what this returns has to know:
-    it gets the exception, as does who started one run alone.
+    sweep names it. A sweeper that chooses by what this returns gets the exception, and so does a
+    run that was started alone.
     """
     context = HydraConfig.get()
     many = context.mode == RunMode.MULTIRUN

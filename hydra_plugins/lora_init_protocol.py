@@ -1,4 +1,4 @@
-"""Hydra's side of `experiments.protocol`: a sweeper that composes and launches its trials."""
+"""Hydra's side of `experiments.sweep.protocol`: a sweeper that composes and launches its trials."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class ProtocolSweeper(Sweeper):
-    """Configured by `experiments.protocol.settings.ProtocolConfig`, as `hydra/sweeper: protocol`.
+    """Configured by `ProtocolConfig`, as `hydra/sweeper: protocol`.
 
     What it needs of `experiments` is imported when it is used: Hydra imports every plugin each time
     any Hydra application starts.
@@ -46,11 +46,11 @@ class ProtocolSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         from experiments.errors import ConfigurationError
-        from experiments.protocol.record import Record
-        from experiments.protocol.settings import ProtocolConfig
-        from experiments.protocol.stages import Stages, refuse_incomplete
-        from experiments.protocol.trials import refuse_owned
-        from experiments.sweep import complete
+        from experiments.sweep.manifest import complete
+        from experiments.sweep.protocol.record import Record
+        from experiments.sweep.protocol.settings import ProtocolConfig
+        from experiments.sweep.protocol.stages import Stages, refuse_incomplete
+        from experiments.sweep.protocol.trials import refuse_owned
 
         folder = Path(self.config.hydra.sweep.dir)
         plain = OmegaConf.to_container(OmegaConf.create(self.given))
@@ -78,8 +78,8 @@ class ProtocolSweeper(Sweeper):
             raise CompactHydraException(str(error)) from error
 
     def folder(self, overrides: Sequence[str]) -> Any:
-        from experiments.composition import run_of
-        from experiments.runs import identify
+        from experiments.config.composition import run_of
+        from experiments.run.folder import identify
 
         key = tuple(overrides)
         if key not in self.folders:

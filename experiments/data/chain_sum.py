@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.bounds import check_integer, check_seed
+from experiments.config.bounds import check_integer, check_seed
 from experiments.data.examples import Completion, DataConfig, Splits, split_of
 from experiments.errors import ConfigurationError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from experiments.bounds import check_integer, check_label, check_number, refusal
+from experiments.config.bounds import check_integer, check_label, check_number, refusal
 from experiments.data.judges import Judge, says_exactly
 
 

@@ -67,7 +67,7 @@ def load(config: Gsm8k) -> Splits:
         training[: config.train_limit],
         take(validation, config.validation_limit),
         take(examples(test, config, first=1_000_000), config.test_limit),
-        notes=("scored by the number that a generated solution gives (experiments/answers.py)",),
+        notes=("scored by the number of a generated solution (experiments/data/answers.py)",),
         judge=says_the_number,
     )
 

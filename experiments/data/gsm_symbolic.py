@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from experiments.bounds import check_seed, check_switches
+from experiments.config.bounds import check_seed, check_switches
 from experiments.data.examples import Completion, DataConfig, Splits, check_shares, split_of
 from experiments.errors import ConfigurationError
 

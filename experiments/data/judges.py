@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from experiments.answers import extract_number
+from experiments.data.answers import extract_number
 
 if TYPE_CHECKING:
     from experiments.data.examples import Completion
@@ -31,7 +31,7 @@ def says_exactly(said: Generated, example: Completion) -> bool:
 
 
 def says_the_number(said: Generated, example: Completion) -> bool:
-    """The number that the text gives as its answer (`experiments.answers`) is the example's.
+    """The number that the text gives as its answer (`experiments.data.answers`) is the example's.
 
     An example whose answer is no number (a formula) has to be met letter by letter, after the last
     statement of an answer.

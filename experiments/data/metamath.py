@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.bounds import check_integer
+from experiments.config.bounds import check_integer
 from experiments.data import gsm8k
 from experiments.data.examples import Completion, Splits, bucket, take
 from experiments.data.judges import says_the_number
@@ -99,7 +99,7 @@ def load(config: MetaMath) -> Splits:
         gsm8k.test_set(config, first=1_000_000),
         notes=(
             "train and validation share no original question; tested on GSM8K's test set",
-            "scored by the number that a generated solution gives (experiments/answers.py)",
+            "scored by the number of a generated solution (experiments/data/answers.py)",
         ),
         judge=says_the_number,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import MISSING
 
-from experiments.bounds import check_number, check_path
+from experiments.config.bounds import check_number, check_path
 from experiments.data import json_lines
 from experiments.data.examples import (
     Completion,

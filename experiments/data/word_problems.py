@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.bounds import check_number, check_path
+from experiments.config.bounds import check_number, check_path
 from experiments.data import json_lines
 from experiments.data.examples import DataConfig
 from experiments.errors import ConfigurationError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.bounds import check_integer
+from experiments.config.bounds import check_integer
 
 
 @dataclass

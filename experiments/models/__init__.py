@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from experiments.errors import ConfigurationError
-from experiments.models import local, minilm, quantizing, smollm2
-from experiments.models.checkpoint import Checkpoint, ModelConfig
+from experiments.models import local, minilm, quantization, smollm2
 from experiments.models.loading import checkpoint_activations, load_checkpoint
+from experiments.models.source import Checkpoint, ModelConfig
 
 SOURCES: dict[type[ModelConfig], Callable[[Any], Checkpoint]] = {
     minilm.MiniLM: minilm.locate,
@@ -47,7 +47,7 @@ def load_model(
     names.
     """
     try:
-        quantizing.check_format(config.quantization)
+        quantization.check_format(config.quantization)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     checkpoint = SOURCES[type(config)](config)
@@ -64,4 +64,4 @@ def load_model(
     if config.quantization is None:
         return LoadedModel(model, tokenizer, notes)
     notes = (*notes, f"base quantised by bitsandbytes: {config.quantization}")
-    return LoadedModel(model, tokenizer, notes, quantizing.original_folder(checkpoint))
+    return LoadedModel(model, tokenizer, notes, quantization.original_folder(checkpoint))

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from experiments.errors import ConfigurationError
-from experiments.models.checkpoint import Checkpoint
-from experiments.models.quantizing import loading_arguments
+from experiments.models.quantization import loading_arguments
+from experiments.models.source import Checkpoint
 
 DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 

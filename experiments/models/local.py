@@ -7,9 +7,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from experiments.bounds import check_path, check_switches
+from experiments.config.bounds import check_path, check_switches
 from experiments.errors import ConfigurationError
-from experiments.models.checkpoint import Checkpoint, ModelConfig
+from experiments.models.source import Checkpoint, ModelConfig
 
 
 @dataclass

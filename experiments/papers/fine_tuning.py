@@ -12,8 +12,8 @@ from torch import Tensor
 
 from experiments.console import training_bar
 from experiments.papers.corpora import language_batches
-from experiments.schedule import TrainingConfig
-from experiments.training import make_accelerator, train
+from experiments.training.loop import make_accelerator, train
+from experiments.training.schedule import TrainingConfig
 
 
 class Blocks:
@@ -40,7 +40,7 @@ def fine_tune(
     device: str = "auto",
     observe: Callable[[int], None] = lambda step: None,
 ) -> Trace:
-    """Train `model` in place by `experiments.training.train`.
+    """Train `model` in place by `experiments.training.loop.train`.
 
     Args:
         seed: the order of the blocks: equal for all that are compared.

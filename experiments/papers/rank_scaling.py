@@ -40,7 +40,7 @@ from experiments.papers.subjects import Layer, Subject, load_subject, place
 from experiments.papers.tasks import measured_layers
 from experiments.papers.verdicts import Claim, judge
 from experiments.report.canvas import SOFT
-from experiments.schedule import TrainingConfig
+from experiments.training.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 
 SCALINGS = {False: "alpha / r", True: "alpha / √r"}

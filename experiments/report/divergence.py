@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from experiments.files import read_regular
+from experiments.run.files import read_regular
 
 from .runs import Run, read_json
 from .sweeps import Sweep

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.files import scratch_path
+from experiments.run.files import scratch_path
 
 from .frames import layer_rows, metric_rows, run_row, runs_frame
 from .runs import Problem, Run, read_run

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.budget import BudgetConfig, check_parameters, limit_steps
 from experiments.errors import ConfigurationError
-from experiments.execution import execute
-from experiments.runs import identify
-from experiments.schedule import TrainingConfig
+from experiments.run.budget import BudgetConfig, check_parameters, limit_steps
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 from experiments.tasks import SeededBatches
+from experiments.training.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.gora import GoraOptions
 from lora_init.registry import get_initializer

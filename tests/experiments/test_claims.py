@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from experiments import claims
-from experiments.claims import acquire, claim, heartbeat, is_held, lock, release
 from experiments.errors import RunElsewhere
-from experiments.execution import execute
-from experiments.runs import RunFolder, identify, write_json
-from experiments.states import state_of
-from experiments.training import TrainingConfig, make_accelerator
+from experiments.run import lock as claims
+from experiments.run.execute import execute
+from experiments.run.folder import RunFolder, identify, write_json
+from experiments.run.lock import acquire, claim, heartbeat, is_held, lock, release
+from experiments.run.state import state_of
+from experiments.training.loop import TrainingConfig, make_accelerator
 
 
 @pytest.fixture

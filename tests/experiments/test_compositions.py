@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hydra.errors import HydraException
 
-from experiments.config import InitConfig, RunConfig
+from experiments.config.schema import InitConfig, RunConfig
 from experiments.errors import ConfigurationError
 from lora_init import list_initializers
 from lora_init.registry import resolve as resolve_initializer

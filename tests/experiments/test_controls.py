@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.config import resolve
-from experiments.controls import control_of
+from experiments.config.controls import control_of
+from experiments.config.schema import resolve
 from experiments.errors import ConfigurationError
 
 

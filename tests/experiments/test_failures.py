@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import execution, runs, training
 from experiments.errors import ConfigurationError, RunFailed
-from experiments.execution import execute
-from experiments.failures import reason_of
-from experiments.runs import identify
+from experiments.run import execute as execution
+from experiments.run import folder as runs
+from experiments.run.execute import execute
+from experiments.run.failures import reason_of
+from experiments.run.folder import identify
+from experiments.training import loop as training
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.files import host, read_object, read_regular, remove, scratch_path
-from experiments.runs import write_bytes, write_json
+from experiments.run.files import host, read_object, read_regular, remove, scratch_path
+from experiments.run.folder import write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
 import sys, time
 from pathlib import Path
-from experiments import runs
+from experiments.run import folder as runs
 runs.os.fsync = lambda descriptor: (print("half", flush=True), time.sleep(60))
 runs.write_bytes(Path(sys.argv[1]), b"half of it")
 """

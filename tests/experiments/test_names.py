@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.config.names import check_name, sweep_path
 from experiments.errors import ConfigurationError
-from experiments.execution import execute
-from experiments.names import check_name, sweep_path
-from experiments.runs import identify
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 
 HOSTILE = [
     "../../victim", "..", ".", "", "a/../../../victim", "/victim", "~", "~root/x", "a/b", "a\\b",
@@ -134,7 +134,7 @@ def test_links_inside_a_run_are_replaced_and_not_followed(configured, tmp_path, 
 
 def test_the_folder_of_all_results_may_be_a_link(configured, tiny, tmp_path, monkeypatch):
     """As to a larger disk."""
-    from experiments import execution
+    from experiments.run import execute as execution
 
     (tmp_path / "disk").mkdir()
     (tmp_path / "outputs").symlink_to(tmp_path / "disk")

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from experiments.errors import ConfigurationError
-from experiments.protocol.costs import Costs, duration
-from experiments.protocol.equal_update import rate_for
-from experiments.protocol.grid import first_steps, next_step, rate
-from experiments.protocol.outcomes import Outcome
-from experiments.protocol.record import Record
-from experiments.protocol.selection import choose
-from experiments.protocol.settings import ProtocolConfig
-from experiments.protocol.stages import Stages, refuse_incomplete
-from experiments.protocol.trials import Entry, Trial, refuse_owned
-from experiments.runs import RunFolder, write_json
+from experiments.run.folder import RunFolder, write_json
+from experiments.sweep.protocol.costs import Costs, duration
+from experiments.sweep.protocol.equal_update import rate_for
+from experiments.sweep.protocol.grid import first_steps, next_step, rate
+from experiments.sweep.protocol.outcomes import Outcome
+from experiments.sweep.protocol.record import Record
+from experiments.sweep.protocol.selection import choose
+from experiments.sweep.protocol.settings import ProtocolConfig
+from experiments.sweep.protocol.stages import Stages, refuse_incomplete
+from experiments.sweep.protocol.trials import Entry, Trial, refuse_owned
 
 INF = math.inf
 

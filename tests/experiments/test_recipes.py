@@ -9,8 +9,8 @@ import pytest
 from products import chosen
 
 from experiments.errors import ConfigurationError
-from experiments.execution import execute
-from experiments.schedule import steps_of
+from experiments.run.execute import execute
+from experiments.training.schedule import steps_of
 
 ALL = "all-linear"
 METAMATH = ("metamath", 100_000)

@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 
-from experiments.config import RunConfig, resolve
+from experiments.config.schema import RunConfig, resolve
 from experiments.errors import ConfigurationError
 
 NAN, INFINITE = float("nan"), float("inf")

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from experiments.environment import describe_environment
-from experiments.runs import MetricsFile, identify, write_json
+from experiments.run.environment import describe_environment
+from experiments.run.folder import MetricsFile, identify, write_json
 
 RESULT = {"status": "finished", "metric": "accuracy", "score": 0.5}
 

@@ -12,9 +12,9 @@ import pytest
 from processes import start
 
 from experiments import train
-from experiments.execution import execute
-from experiments.runs import identify
-from experiments.status.survey import survey
+from experiments.run.execute import execute
+from experiments.run.folder import identify
+from experiments.sweep.status.survey import survey
 
 
 def losses(folder) -> list[tuple]:
@@ -89,7 +89,7 @@ def test_a_failing_run_ends_neither_sweep_nor_silence(command, tiny, tmp_path):
 
 
 def test_a_single_run_that_is_taken_says_so(command, configured, tiny):
-    from experiments.claims import acquire, release
+    from experiments.run.lock import acquire, release
 
     folder = identify(configured(*tiny))
     held = acquire(folder, wait=False)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.execution import execute
-from experiments.tracking import TrackingConfig, mirror, track
+from experiments.run.execute import execute
+from experiments.run.tracking import TrackingConfig, mirror, track
 
 
 def open_tracker(settings, folder):

@@ -13,7 +13,7 @@ from experiments.data.judges import Generated, says_the_number
 from experiments.data.metamath import MetaMath, template_of
 from experiments.data.word_problems import read_rows
 from experiments.errors import ConfigurationError
-from experiments.runs import identify
+from experiments.run.folder import identify
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

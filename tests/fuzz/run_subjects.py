@@ -14,10 +14,10 @@ from subjects import SUBJECTS, Subject, generators, network
 from synthetic_sweeps import write_run
 
 from experiments import errors
-from experiments.checkpoints import Checkpoints, Progress, read_checkpoint
 from experiments.report.gathering import gather
 from experiments.report.sweeps import load_sweeps
-from experiments.runs import MetricsFile, RunFolder
+from experiments.run.folder import MetricsFile, RunFolder
+from experiments.training.checkpoint import Checkpoints, Progress, read_checkpoint
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
 CONFIG = LoraConfig(r=2, target_modules=["query_projection"], init_lora_weights="pissa")

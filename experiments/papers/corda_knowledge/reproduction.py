@@ -25,7 +25,7 @@ from experiments.papers.findings import Findings
 from experiments.papers.paper import Paper, PaperSettings
 from experiments.papers.perplexity import spread
 from experiments.papers.subjects import Subject, load_subject, place
-from experiments.schedule import TrainingConfig
+from experiments.training.schedule import TrainingConfig
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init.injection import Injection
 

@@ -29,7 +29,7 @@ from experiments.papers.fast_svd.settings import FastSvdSettings
 from experiments.papers.fine_tuning import fine_tune
 from experiments.papers.perplexity import block_losses
 from experiments.papers.subjects import Subject
-from experiments.schedule import TrainingConfig
+from experiments.training.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 
 EXACT = "exact"

@@ -17,9 +17,9 @@ from experiments.papers.loftq_iterations.measuring import Study, at_equal_distan
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, Ground
 from experiments.papers.subjects import place
-from experiments.schedule import TrainingConfig
 from experiments.tasks.text_classification import TextClassification
-from experiments.training import make_accelerator, train
+from experiments.training.loop import make_accelerator, train
+from experiments.training.schedule import TrainingConfig
 from lora_init import LoraModel
 from lora_init.registry import get_initializer
 from lora_init.seeding import layer_generator

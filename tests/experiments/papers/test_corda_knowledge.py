@@ -27,7 +27,7 @@ from experiments.papers.corda_knowledge.trajectories import (
     trajectory,
 )
 from experiments.papers.verdicts import Verdict
-from experiments.schedule import TrainingConfig
+from experiments.training.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 
 

@@ -1,0 +1,109 @@
+"""The initialization of a run: what is measured around it, and the adapter itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from experiments.config.schema import RunConfig
+from experiments.data import Example, Splits
+from experiments.data.calibration_texts import texts_of
+from experiments.errors import ConfigurationError
+from experiments.measures import Originals, measure_originals
+from experiments.measures.probe import PeakMemory, output_gap, probe
+from experiments.models import LoadedModel, load_model
+from experiments.run.budget import check_parameters
+from experiments.tasks import Task, draw
+from lora_init import LoraConfig, LoraModel, get_peft_model
+from lora_init.base_weights import BaseWeights
+
+PROBED_EXAMPLES = 16
+
+
+def initialize(
+    run: RunConfig, data: Splits, task: Task, loaded: LoadedModel, device: torch.device
+) -> tuple[LoraModel, dict[str, Any], Originals]:
+    """Add the adapter; returns the model, what `init.json` holds, and facts about the base."""
+    model = placed(loaded, device)
+    batch = task.collate(data.train[:PROBED_EXAMPLES])
+    mask = task.probed(batch)
+    before = probe(model, batch, mask)
+    with naming_the_method(run):
+        config = LoraConfig(
+            **asdict(run.lora), task_type=data.task_type, init_lora_weights=asdict(run.init)
+        )
+        spec = config.initializer()[0]
+        plan = get_peft_model(model, config, dry_run=True)
+        check_parameters(plan, run.budget, rank=run.lora.r, allocated=False)
+        stored = loaded.original_weights if spec.base == "replace" else None
+        originals = measure_originals(plan, BaseWeights(model, stored), run.measures)
+    with PeakMemory() as memory, naming_the_method(run):
+        # Made for methods that calibrate only; a list, whose statistics the cache can keep.
+        batches = None
+        if spec.calibration is not None:
+            batches = list(calibration_batches(run, data, task, device))
+        memory_limit = run.runtime.calibration_gib
+        adapted = get_peft_model(
+            model,
+            config,
+            calibration=batches,
+            seed=run.seeds.init,
+            original_weights=stored,
+            cache=run.runtime.cache,
+            calibration_memory=None if memory_limit is None else int(memory_limit * 2**30),
+        )
+        check_parameters(adapted.plan, run.budget, rank=run.lora.r, allocated=True)
+    trainable, total = adapted.get_nb_trainable_parameters()
+    report = {
+        **adapted.init_report().to_dict(),
+        "peak_memory_bytes": memory.bytes,
+        "peak_memory_kind": memory.kind,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "output_gap": output_gap(before, probe(adapted, batch, mask)),
+    }
+    return adapted, report, originals
+
+
+def calibration_batches(
+    run: RunConfig, data: Splits, task: Task, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Examples drawn by `seeds.calibration`, one batch at a time."""
+    settings = run.calibration
+    examples: Sequence[Example] = data.train
+    if settings.path is not None:
+        examples = texts_of(settings, data.task_type)
+    chosen = draw(len(examples), settings.samples, run.seeds.calibration)
+    for start in range(0, len(chosen), settings.batch_size):
+        some = [examples[index] for index in chosen[start : start + settings.batch_size]]
+        yield {key: value.to(device) for key, value in task.collate(some).items()}
+
+
+@contextmanager
+def naming_the_method(run: RunConfig) -> Iterator[None]:
+    """The library's refusals, as errors of the configuration."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigurationError(f"init={run.init.name}: {error}") from error
+
+
+def placed(loaded: LoadedModel, device: torch.device) -> torch.nn.Module:
+    """The model on the device. A quantised one is where it was loaded, and must not be moved."""
+    return loaded.model if loaded.original_weights else loaded.model.to(device)
+
+
+def base_again(
+    run: RunConfig, data: Splits, device: torch.device
+) -> tuple[torch.nn.Module, str | None]:
+    """The original base, for methods that replaced its weights, and where unquantised ones are."""
+    loaded = load_model(
+        run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
+    )
+    return placed(loaded, device), loaded.original_weights

@@ -1,0 +1,71 @@
+"""One point of the protocol: an arm at a rank, a learning rate and a seed, as Hydra's overrides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.errors import ConfigurationError
+from experiments.sweep.protocol.settings import ProtocolConfig
+
+OWNED = ("init", "control", "seed", "lora.r", "training.learning_rate", "read_test")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An arm at a rank: what is given a learning rate of its own."""
+
+    arm: str
+    rank: int
+
+    def label(self, settings: ProtocolConfig) -> str:
+        """The arm's name, with the rank where there are several."""
+        return self.arm if len(settings.ranks) == 1 else f"{self.arm} r={self.rank}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run to be made."""
+
+    entry: Entry
+    rate: float
+    seed: int
+
+    def overrides(self, settings: ProtocolConfig, read_test: bool) -> list[str]:
+        """What is put behind the overrides of the command line."""
+        scaled = settings.scaling is not None
+        return [
+            settings.arms[self.entry.arm],
+            f"lora.r={self.entry.rank}",
+            *([f"lora.lora_alpha={settings.scaling * self.entry.rank:g}"] if scaled else []),
+            f"training.learning_rate={self.rate:g}",
+            f"seed={self.seed}",
+            f"read_test={str(read_test).lower()}",
+        ]
+
+
+def entries(settings: ProtocolConfig) -> list[Entry]:
+    return [Entry(arm, rank) for rank in settings.ranks for arm in settings.arms]
+
+
+def trials(settings: ProtocolConfig, entry: Entry, rate: float) -> list[Trial]:
+    """The runs of one setting: one a seed."""
+    return [Trial(entry, rate, seed) for seed in settings.seeds]
+
+
+def refuse_owned(keys: list[str], settings: ProtocolConfig) -> None:
+    """The protocol sets these itself; on the command line they would be lost without a word.
+
+    Raises:
+        ConfigurationError: one of them is given.
+    """
+    owned = (*OWNED, *(["lora.lora_alpha"] if settings.scaling is not None else []))
+    fixes = {
+        "init": "hydra.sweeper.methods=[…]", "control": "hydra.sweeper.controls=[…]",
+        "seed": "hydra.sweeper.seeds=[…]", "lora.r": "hydra.sweeper.ranks=[…]",
+        "lora.lora_alpha": "hydra.sweeper.scaling=… (alpha / r), or hydra.sweeper.scaling=null",
+        "training.learning_rate": "hydra.sweeper.learning_rate=…",
+        "read_test": "nothing: the test set is read once the learning rates are chosen",
+    }  # fmt: skip
+    for key in keys:
+        if key in owned:
+            raise ConfigurationError(f"{key}=… is set by the protocol; give {fixes[key]}")

@@ -1,0 +1,31 @@
+"""Evaluation of a model on a split, over however many processes there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from experiments.tasks import Evaluation, Task, collect
+from experiments.training.schedule import TrainingConfig
+
+
+def evaluate(
+    model: torch.nn.Module,
+    task: Task,
+    examples: Sequence[Any],
+    settings: TrainingConfig,
+    accelerator: Accelerator,
+) -> Evaluation:
+    """Evaluate in evaluation mode; several processes share the work and all get the result."""
+    part = (accelerator.process_index, accelerator.num_processes)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), accelerator.autocast():
+        rows = task.rows(model, examples, settings.eval_batch_size, accelerator.device, part)
+        gathered = gather_object(list(rows))
+    model.train(was_training)
+    return collect(gathered, task.metric)
