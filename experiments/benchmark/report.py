@@ -23,7 +23,7 @@ from experiments.benchmark.summary import summary
 from experiments.benchmark.tables import markdown_table
 from experiments.report.specification import VEGA_LITE
 from experiments.run.environment import cpu_name, describe_environment, version
-from experiments.run.folder import write_json, write_text
+from experiments.run.files import write_json, write_text
 
 
 def environment(settings: BenchmarkConfig) -> dict[str, Any]:

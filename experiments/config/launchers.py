@@ -1,7 +1,7 @@
-"""Launchers that suit this work: defaults over those of Hydra's plugins, which all stay available.
+"""Presets for Hydra's launchers: other defaults for the plugins' own settings.
 
-They are registered after the plugins' own, under the same names: Hydra would take a YAML file in
-`conf/hydra/launcher` for a clash with the plugin's schema, and warn at each start.
+They are registered after the plugins' own, under the same names. Hydra would treat a YAML file in
+`conf/hydra/launcher` as a clash with the plugin's schema, and warn at each start.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ THREADS = 4
 OBJECT_STORE_BYTES = 78_643_200
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Each of n_jobs processes gets its share of the cores as threads: joblib sees to that.
+    # joblib gives each of n_jobs processes its share of the cores as threads.
     "joblib": {"n_jobs": "${jobs_at_once:}"},
-    # Ray gives a task as many threads as CPUs, and starts one that was killed again: it goes on
-    # from its checkpoint. Ray refuses a size of its store when it joins a cluster that is there.
+    # Ray gives a task as many threads as CPUs, and restarts a killed one, which continues from its
+    # checkpoint. Ray refuses a store size when it joins an existing cluster.
     "ray": {
         "ray": {
             "init": {"address": None, "object_store_memory": "${object_store:${.address}}"},
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         }
     },
-    # A run that Slurm's time limit ends is queued again, and goes on from its checkpoint.
+    # Slurm queues a run again that reaches its time limit; it continues from its checkpoint.
     "submitit_slurm": {
         "cpus_per_task": THREADS,
         "timeout_min": 240,
@@ -43,10 +43,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def register_launchers() -> None:
-    """Lay the presets over the plugins that are installed."""
+    """Merge the presets into the settings of the installed plugins."""
     for function in (jobs_at_once, threads_at_once, gpus_a_job, object_store):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
-    Plugins.instance()  # which registers the plugins' own
+    Plugins.instance()  # registers the plugins' own
     store = ConfigStore.instance()
     installed = store.list("hydra/launcher")
     for name, preset in PRESETS.items():
@@ -61,7 +61,7 @@ def cores() -> int:
 
 
 def jobs_at_once() -> int:
-    """A run for each `THREADS` cores; two at least, else a parallel launcher would be none."""
+    """One run per `THREADS` cores; at least two, since a parallel launcher was asked for."""
     return max(cores() // THREADS, 2)
 
 
@@ -75,5 +75,5 @@ def gpus_a_job() -> int:
 
 
 def object_store(address: str | None) -> int | None:
-    """Runs pass nothing through Ray's store: the least that it takes, unless it exists already."""
+    """The least store that Ray accepts, since runs pass nothing through it; None when joining."""
     return OBJECT_STORE_BYTES if address is None else None

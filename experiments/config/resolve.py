@@ -1,24 +1,45 @@
-"""From Hydra's composition to the application's own dataclass: OmegaConf ends here."""
+"""The way from Hydra's composition to the application's dataclass: OmegaConf ends here."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config.run_config import RunConfig, check_control
 from experiments.errors import ConfigurationError, nearest
 
 Settings = TypeVar("Settings")
+
+
+def resolve(composed: DictConfig) -> RunConfig:
+    """The run that a composition describes.
+
+    Raises:
+        ConfigurationError: a mandatory setting is missing, or its dataclass refuses a value.
+    """
+    run = as_settings(composed, RunConfig)
+    check_control(run)
+    return run
+
+
+def run_of(config: DictConfig) -> RunConfig:
+    """The run that Hydra would hand to the application; `config` still has its `hydra` part."""
+    composed = copy.deepcopy(config)
+    with open_dict(composed), read_write(composed):
+        del composed["hydra"]  # as Hydra itself does before it calls the job
+    return resolve(composed)
 
 
 def as_settings(composed: DictConfig, kind: type[Settings]) -> Settings:
     """The composition as `kind`, the dataclass that its schema was made of, or a subclass.
 
     Raises:
-        ConfigurationError: a mandatory setting left out, one that does not exist (which Hydra's "+"
-            adds), or a value that its dataclass refuses.
+        ConfigurationError: a mandatory setting is missing, one does not exist (Hydra's "+" adds
+            such), or the dataclass refuses a value.
     """
     refuse_unknown(composed, "")
     try:
@@ -34,7 +55,7 @@ def as_settings(composed: DictConfig, kind: type[Settings]) -> Settings:
 
 
 def refuse_unknown(node: DictConfig, prefix: str) -> None:
-    """Refuse settings that no dataclass has: nothing would read them.
+    """Refuse settings that no dataclass has, since nothing would read them.
 
     Raises:
         ConfigurationError: it names the first one and the nearest known one.

@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from experiments.config.bounds import check_integer, check_seed
-from experiments.data.examples import Completion, DataConfig, Splits, split_of
+from experiments.config.inputs import DataConfig
+from experiments.data.examples import Completion
+from experiments.data.splits import Splits, split_of
 from experiments.errors import ConfigurationError
 
 ORDER = "The most must not be less than the fewest"

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.data.examples import Completion, Splits, bucket, take
+from experiments.data.examples import Completion
 from experiments.data.judges import says_the_number
+from experiments.data.splits import Splits, bucket, take
 from experiments.data.word_problems import (
     Source,
     WordProblems,

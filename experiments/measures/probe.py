@@ -1,4 +1,4 @@
-"""Measured around an initialization: how far the output moved, and how much memory it took."""
+"""Probes around an initialization: the change of the output, and the peak memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def probe(
 
 
 def output_gap(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
-    """How far the model's function moved: the largest change of a logit, and the mean KL.
+    """How far the model's output changed: the largest change of a logit, and the mean KL.
 
-    KL(before || after) is a mean over rows, in nats. Rounding makes it slightly negative where the
-    two agree; it is cut off at zero.
+    KL(before || after) is a mean over rows, in nats. Rounding can make it slightly negative, so it
+    is clamped at zero.
     """
     divergence = F.kl_div(
         F.log_softmax(after, -1), F.log_softmax(before, -1), log_target=True, reduction="batchmean"
@@ -42,8 +42,8 @@ def output_gap(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
 class PeakMemory:
     """The highest memory use while a block runs: the GPU's, else the process's resident set.
 
-    On Linux the kernel's high-water mark is reset first. Elsewhere it cannot be: the figure is then
-    the peak since the process began, and `kind` says so.
+    On Linux the kernel's high-water mark is reset first. Elsewhere that is not possible: the figure
+    is then the peak since the process started, and `kind` says so.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Quantised base models: bitsandbytes' formats by name, and where the weights came from."""
+"""Quantized base models: the formats of bitsandbytes, by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_format(quantization: str | None) -> None:
 def loading_arguments(
     quantization: str | None, task_type: str, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """What `from_pretrained` needs for a format. The head is trained, so it is not quantised."""
+    """The arguments of `from_pretrained` for a format; the head is not quantized."""
     if quantization is None:
         return {}
     try:
@@ -51,7 +51,7 @@ def loading_arguments(
 
 
 def original_folder(checkpoint: Checkpoint) -> str:
-    """The folder of the unquantised checkpoint, for methods that read its weights."""
+    """The folder of the unquantized checkpoint, for methods that read its weights."""
     if Path(checkpoint.source).is_dir():
         return checkpoint.source
     from huggingface_hub import snapshot_download

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from experiments.config.training import TrainingConfig
 from experiments.console import training_bar
 from experiments.papers.corpora import language_batches
 from experiments.training.loop import make_accelerator, train
-from experiments.training.schedule import TrainingConfig
 
 
 class Blocks:

@@ -19,7 +19,7 @@ from experiments.papers.paper import Paper, PaperSettings
 from experiments.papers.tables import cells, claims_markdown, numeric, table_markdown
 from experiments.papers.verdicts import Claim, as_claim
 from experiments.run.environment import describe_environment
-from experiments.run.folder import write_json, write_text
+from experiments.run.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = (

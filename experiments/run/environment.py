@@ -1,4 +1,4 @@
-"""Where a run took place: versions, commit, hardware. Recorded with every result."""
+"""Where a run took place: versions, commit and hardware, recorded with every result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-@functools.cache  # a look through the installed files: a tenth of a second for all of them
+@functools.cache
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -42,30 +42,24 @@ def version(package: str) -> str | None:
         return None
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def git_state() -> dict[str, Any]:
     """The commit of this source tree and whether it has changes; None outside a repository."""
 
     def git(*arguments: str) -> str | None:
+        command = ["git", *arguments]
+        settings = {"capture_output": True, "text": True, "timeout": 10, "check": True}
         try:
-            done = subprocess.run(
-                ["git", *arguments],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            )
+            return subprocess.run(command, cwd=Path(__file__).parent, **settings).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip()
 
     commit = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain") if commit else None
     return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

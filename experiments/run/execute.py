@@ -11,8 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from experiments import measures
-from experiments.config.controls import control_of
-from experiments.config.schema import RunConfig
+from experiments.config.run_config import RunConfig, control_of
 from experiments.console import say, training_bar
 from experiments.data import Splits, load_data
 from experiments.errors import DamagedFile
@@ -20,7 +19,8 @@ from experiments.models import LoadedModel, checkpoint_activations, load_model
 from experiments.run.budget import limit_steps
 from experiments.run.environment import describe_environment
 from experiments.run.failures import record_failure, refuse_to_diverge_again
-from experiments.run.folder import RunFolder, identify, write_json
+from experiments.run.files import kind_of, write_json
+from experiments.run.folder import RunFolder, identify
 from experiments.run.held_out import (
     outcome,
     read_test_set,
@@ -33,29 +33,31 @@ from experiments.run.lock import Claim, claim
 from experiments.run.metrics import recording
 from experiments.run.outputs import open_outputs
 from experiments.run.resume import (
-    already_finished,
+    make_checkpoints,
     prepare_folder,
     read_first_start,
     restarted,
     restore_adapter,
-    tell_damage,
+    say_damage,
 )
-from experiments.run.start import base_again, initialize
+from experiments.run.start import initialize, load_base
 from experiments.tasks import Evaluation, Task, make_task
-from experiments.training.checkpoint import Checkpoints
 from experiments.training.evaluate import evaluate
 from experiments.training.loop import TrainingSummary, make_accelerator, refuse_divergence, train
 
 
 def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
-    """Do the run, go on with it, or find it done; returns what `result.json` holds.
+    """Do the run, continue it, or skip it if it has finished.
 
     Args:
-        wait: for a process that works on the same run, and take its result.
+        wait: if another process works on the same run, wait for its result.
+
+    Returns:
+        The content of `result.json`.
 
     Raises:
-        ConfigurationError: a setting that cannot work.
-        RunFailed: training diverged or its time is over; `failed.json` in the run's folder says so.
+        ConfigurationError: a setting cannot work.
+        RunFailed: training diverged or its time is over; `failed.json` has the reason.
         RunElsewhere: another process works on the run, and `wait` is False.
     """
     folder = identify(run)
@@ -67,12 +69,12 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
     accelerator = make_accelerator(run.training, run.runtime.device)
     with claim(folder, run.training.steps, accelerator, wait=wait) as claimed:
         if (done := already_finished(run, folder)) is not None:
-            return done  # by the process that held it before
-        if not run.runtime.rerun and (waiting := folder.finished()) is not None:
+            return done  # by the process that held the lock before
+        if not run.runtime.rerun and (untested := folder.finished()) is not None:
             try:
-                return read_test_set(run, folder, waiting, accelerator)
+                return read_test_set(run, folder, untested, accelerator)
             except DamagedFile as damage:
-                tell_damage(damage)
+                say_damage(damage)
         if not run.runtime.rerun:
             refuse_to_diverge_again(folder)
         try:
@@ -83,6 +85,17 @@ def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:
             raise
         finally:
             accelerator.free_memory()
+
+
+def already_finished(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:
+    """The result of a run that is complete, including its test if one is asked for."""
+    done = None if run.runtime.rerun else folder.finished()
+    if done is None or (run.read_test and not done["tested"]):
+        return None
+    if kind_of(folder.path) == "a folder":
+        folder.forget_checkpoint()  # a process may have been killed right after its result
+    say(f"  finished before, skipped: {folder.path} ({outcome(done)})")
+    return done
 
 
 def carry_out(
@@ -132,7 +145,6 @@ def carry_out(
 
         if settings.validate_at_start and saved is None:
             validate(0)
-        limit = runtime.time_limit_minutes
         summary = train(
             model,
             task,
@@ -146,14 +158,7 @@ def carry_out(
                 model, originals, run.measures, settings.steps, record
             ),
             advance=advance,
-            checkpoints=Checkpoints(
-                folder,
-                saved,
-                every=runtime.checkpoint_every,
-                minutes=runtime.checkpoint_minutes,
-                deadline=None if limit is None else started + 60.0 * limit,
-                metrics_size=metrics_size,
-            ),
+            checkpoints=make_checkpoints(run, folder, saved, metrics_size, started),
             micro_batch_size=runtime.micro_batch_size,
         )
         test = evaluate(model, task, data.test, settings, accelerator) if run.read_test else None
@@ -161,8 +166,8 @@ def carry_out(
             record({"step": summary.steps, "split": "test", **test.metrics})
             refuse_divergence("the test loss", test.metrics["loss"], summary.steps, settings)
         if not settings.validate_at_end:
-            validation = None  # of an earlier step: not of the model that is saved
-        elif validation is None and data.validation:  # gone on with after its last step
+            validation = None  # of an earlier step, not of the model that is saved
+        elif validation is None and data.validation:  # continued after its last step
             validation = evaluate(model, task, data.validation, settings, accelerator)
             loss = validation.metrics["loss"]
             refuse_divergence("the validation loss", loss, summary.steps, settings)
@@ -183,9 +188,8 @@ def carry_out(
             model.save_pretrained(folder.path / "adapter")
         if test is not None:
             write_predictions(folder, test)
-        original = measures.OriginalModel(model, lambda: base_again(run, data, accelerator.device))
         end = measures.measure_end(
-            original,
+            measures.OriginalModel(model, lambda: load_base(run, data, accelerator.device)),
             originals,
             run.measures,
             task_type=data.task_type,
@@ -216,7 +220,7 @@ def describe_result(
     summary: TrainingSummary,
     held_out: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that a comparison needs of this run."""
+    """Everything that a comparison needs from this run."""
     return {
         "run_id": folder.id,
         "folder": str(folder.path),

@@ -11,20 +11,20 @@ import torch
 
 from experiments.console import say
 from experiments.errors import ConfigurationError, RunFailed
-from experiments.run.files import read_object
-from experiments.run.folder import RunFolder, write_json
+from experiments.run.files import read_object, write_json
+from experiments.run.folder import RunFolder
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SPACE_TOLD = tuple(f"(os error {number})" for number in NO_SPACE)
-NO_MEMORY_TOLD = ("can't allocate memory", "not enough memory")
+NO_SPACE_TEXTS = tuple(f"(os error {number})" for number in NO_SPACE)
+NO_MEMORY_TEXTS = ("can't allocate memory", "not enough memory")
 LINES_KEPT = 20
 
 
 def reason_of(error: BaseException) -> str:
     """diverged, time limit, out of memory, disk full, configuration or error.
 
-    Libraries wrap what went wrong below them, so the chain of causes is searched too; safetensors
-    and torch's CPU allocator tell in their messages alone.
+    Libraries wrap errors, so the chain of causes is searched too. safetensors and torch's CPU
+    allocator give the reason only in their messages.
     """
     for link in chain(error):
         if isinstance(link, RunFailed):
@@ -33,10 +33,10 @@ def reason_of(error: BaseException) -> str:
             return "out of memory"
         if isinstance(link, OSError) and link.errno in NO_SPACE:
             return "disk full"
-        told = str(link)
-        if any(sign in told for sign in NO_SPACE_TOLD):
+        text = str(link)
+        if any(sign in text for sign in NO_SPACE_TEXTS):
             return "disk full"
-        if isinstance(link, RuntimeError) and any(sign in told for sign in NO_MEMORY_TOLD):
+        if isinstance(link, RuntimeError) and any(sign in text for sign in NO_MEMORY_TEXTS):
             return "out of memory"
     return "configuration" if isinstance(error, ConfigurationError) else "error"
 
@@ -47,18 +47,24 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def say_failure(error: Exception) -> None:
+    """Print one line about a failed run of a sweep that continues without it."""
+    reason = reason_of(error)
+    kind = f"{type(error).__name__}: " if reason == "error" else ""
+    say(f"  failed ({reason}): {kind}{str(error) or type(error).__name__}", style="red")
+
+
 def record_failure(folder: RunFolder, error: Exception) -> None:
-    """Write `failed.json`; a wrong setting found before the run had a folder leaves none."""
+    """Write `failed.json`, unless a setting was wrong and the run has no folder yet."""
     reason = reason_of(error)
     if reason == "configuration" and not folder.path.exists():
         return
-    facts = getattr(error, "facts", {})
     failure = {
         "run_id": folder.id,
         "reason": reason,
         "error": type(error).__name__,
         "message": str(error),
-        **facts,
+        **getattr(error, "facts", {}),
     }
     if reason not in ("configuration", "diverged", "time limit"):
         lines = "".join(traceback.format_exception(error)).splitlines()
@@ -73,7 +79,7 @@ def record_failure(folder: RunFolder, error: Exception) -> None:
 
 
 def read_failure(folder: RunFolder) -> dict[str, Any] | None:
-    """What `failed.json` holds, if it is this run's."""
+    """The content of `failed.json`, if it belongs to this run."""
     try:
         failure = read_object(folder.failed_file)
     except (OSError, ValueError):
@@ -83,12 +89,12 @@ def read_failure(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def refuse_to_diverge_again(folder: RunFolder) -> None:
-    """The same configuration diverges at the same step: say so, and spare the time.
+    """Refuse a run that has diverged before: it would diverge at the same step.
 
     Raises:
         RunFailed: it diverged before.
     """
     failure = read_failure(folder)
-    if failure is not None and failure.get("reason") == "diverged":
-        again = "it did so before and is not repeated (runtime.rerun=true does)"
+    if failure is not None and failure["reason"] == "diverged":
+        again = "this happened before and is not repeated (runtime.rerun=true repeats it)"
         raise RunFailed(f"{failure.get('message')}; {again}", reason="diverged")

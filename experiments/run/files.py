@@ -1,30 +1,23 @@
-"""Files that are read whole, replaced whole, and found out when they are something else.
+"""Files that are read whole or refused, and replaced whole or not at all.
 
-A reader gets the bytes of a regular file, or an error: a pipe in a file's place does not make it
-wait. A writer names its temporary file after its process. The next writer in that folder removes
-those of processes that are gone.
+A reader gets the bytes of a regular file or an error: a pipe in its place does not block it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
-import re
 import secrets
 import shutil
-import socket
 import stat
-import time
 from pathlib import Path
 from typing import Any
 
 from experiments.errors import ConfigurationError
+from lora_init.adapters.atomic_file import write_atomically
 
-SCRATCH = re.compile(r"\..+-(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{8}\.tmp")
 KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}
-ABANDONED_SECONDS = 24 * 3600
-"""Age at which a temporary file of another machine, whose processes are unknown here, is old."""
 
 
 def read_regular(path: Path, *, links: bool = True) -> bytes:
@@ -34,14 +27,14 @@ def read_regular(path: Path, *, links: bool = True) -> bytes:
         links: whether the path may be a symbolic link.
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: there is no such file.
         OSError: it cannot be read.
         ValueError: it is a folder, a pipe, a device or, without `links`, a symbolic link.
     """
     kind = kind_of(path, links)
     if kind != "a file":
         raise ValueError(f"it is {kind}, not a file")
-    # O_NONBLOCK: a pipe that comes in between does not make the reader wait.
+    # O_NONBLOCK: a pipe that replaced the file meanwhile does not block the reader.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(descriptor, "rb") as file:
         return file.read()
@@ -51,7 +44,7 @@ def kind_of(path: Path, links: bool = False) -> str:
     """ "a file", "a folder", "a symbolic link" or "a pipe or a device".
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: there is nothing at the path.
     """
     mode = (os.stat if links else os.lstat)(path).st_mode
     return KINDS.get(stat.S_IFMT(mode), "a pipe or a device")
@@ -61,9 +54,9 @@ def read_object(path: Path, *, links: bool = True) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: there is no such file.
         OSError: it cannot be read.
-        ValueError: it is no regular file, or it holds no JSON object.
+        ValueError: it is not a regular file, or it does not hold a JSON object.
     """
     return as_object(read_regular(path, links=links))
 
@@ -79,9 +72,8 @@ def as_value(text: bytes) -> Any:
     """The JSON value of a text.
 
     Raises:
-        json.JSONDecodeError: it is not JSON.
-        ValueError: it is nested too deeply, or half of a surrogate pair stands alone in a string:
-            such a string cannot be written to any file.
+        ValueError: it is not JSON, it is nested too deeply, or a string in it holds half of a
+            surrogate pair, which cannot be written to any file.
     """
     try:
         value = json.loads(text)
@@ -95,45 +87,45 @@ def as_value(text: bytes) -> Any:
     return value
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file, completely or not at all."""
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file, completely or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file, completely or not at all: after a crash the old content is still there."""
+
+    def write(scratch: Path) -> None:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
+
+
 def scratch_path(path: Path) -> Path:
-    """Where to write what is going to be `path`; removes what killed writers left there."""
-    remove_abandoned(path.parent)
-    return path.parent / f".{path.name}-{host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    """A hidden path next to `path`, to write to before renaming."""
+    return path.parent / f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files and folders of processes that are gone."""
-    try:
-        found = [entry.path for entry in os.scandir(folder) if SCRATCH.fullmatch(entry.name)]
-    except OSError:
-        return
-    for path in map(Path, found):
-        if is_abandoned(path):
-            remove(path)
-
-
-def is_abandoned(path: Path) -> bool:
-    match = SCRATCH.fullmatch(path.name)
-    if match["host"] != host():
-        try:
-            return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
-        except OSError:
-            return False
-    try:
-        os.kill(int(match["pid"]), 0)  # only asks
-    except (ProcessLookupError, OverflowError):
-        return True
-    except OSError:  # it lives, and is another user's
-        return False
-    return False
-
-
-def host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+def finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; never what a link leads to.
+    """Remove a file, a link or a whole folder; what a link leads to stays.
 
     Raises:
         ConfigurationError: it cannot be removed.

@@ -1,9 +1,8 @@
-"""The held-out splits in a result, and the test set read later than the training.
+"""The held-out splits in a result, and the test set of a run that was trained earlier.
 
-Choosing a learning rate by its test score flatters the method with the most settings. A run with
-`read_test=false` therefore leaves the test set alone: its result has a validation score only. When
-the setting has been chosen, the same run asked for with `read_test=true` is not trained again; its
-saved adapter is loaded and scored.
+Choosing a learning rate by its test score favors the method with the most settings. A run with
+`read_test=false` therefore leaves the test set unread. When the setting is chosen, the same run
+with `read_test=true` is not trained again: its saved adapter is loaded and scored.
 """
 
 from __future__ import annotations
@@ -17,36 +16,36 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from experiments.config.schema import RunConfig
+from experiments.config.run_config import RunConfig
 from experiments.console import say
 from experiments.data import Splits, load_data
 from experiments.errors import ConfigurationError, DamagedFile
 from experiments.models import load_model
-from experiments.run.folder import RunFolder, read_metrics, write_bytes, write_json, write_text
-from experiments.run.metrics import recording
-from experiments.run.start import placed
+from experiments.run.files import write_bytes, write_json, write_text
+from experiments.run.folder import RunFolder
+from experiments.run.metrics import read_metrics, recording
+from experiments.run.start import on_device
 from experiments.tasks import Evaluation, Task, make_task
 from experiments.training.evaluate import evaluate
 from lora_init import LoraModel
 
 
 def refuse_unscorable(run: RunConfig, data: Splits) -> None:
-    """Find before training that a run would end with nothing to judge it by.
+    """Refuse, before training, a run that could not be scored.
 
     Raises:
-        ConfigurationError: no validation where one is asked for or is all there is, or a test
-            put off whose adapter will not be there.
+        ConfigurationError: a validation or a test is asked for that cannot take place.
     """
     settings = run.training
     if data.task_type == "CAUSAL_LM" and settings.generate_limit == 0:
         raise ConfigurationError(
             "training.generate_limit=0 is not supported for language models: must be an integer "
-            ">= 1. The score is the share of right answers, and none would be generated."
+            ">= 1. The score is the share of right generated answers."
         )
     if settings.validate_every and not data.validation:
         raise ConfigurationError(
-            "training.validate_every is set, and the validation split is empty; raise "
-            "data.validation_limit, or set training.validate_every=0"
+            "training.validate_every is set, and the validation split is empty. Raise "
+            "data.validation_limit, or set training.validate_every=0."
         )
     if run.read_test:
         return
@@ -57,19 +56,18 @@ def refuse_unscorable(run: RunConfig, data: Splits) -> None:
             else "an empty validation split"
         )
         raise ConfigurationError(
-            f"read_test=false with {missing} leaves nothing to judge the run by; allow the "
-            "validation (training.validate_at_end=true, data.validation_limit=null), or set "
-            "read_test=true"
+            f"read_test=false with {missing} leaves nothing to score the run by. Set "
+            "training.validate_at_end=true and data.validation_limit=null, or read_test=true."
         )
     if not settings.save_adapter:
         raise ConfigurationError(
-            "read_test=false with training.save_adapter=false: the test set could never be read "
-            "later; set training.save_adapter=true"
+            "read_test=false with training.save_adapter=false is not supported: a later test "
+            "needs the adapter. Set training.save_adapter=true."
         )
 
 
 def validation_fields(task: Task, validation: Evaluation | None) -> dict[str, Any]:
-    """What `result.json` says of the validation split after the last step."""
+    """The fields of `result.json` for the validation split after the last step."""
     figures = None if validation is None else validation.metrics
     return {
         "validation_score": None if figures is None else figures[task.metric],
@@ -78,7 +76,7 @@ def validation_fields(task: Task, validation: Evaluation | None) -> dict[str, An
 
 
 def test_fields(task: Task, data: Splits, test: Evaluation | None) -> dict[str, Any]:
-    """What `result.json` says of the test set: null in every field while it is unread."""
+    """The fields of `result.json` for the test set; null in each while it is unread."""
     if test is None:
         unread = ("score", "n_test", "majority", "loss_test", "test")
         return {"tested": False, **dict.fromkeys(unread)}
@@ -93,20 +91,15 @@ def test_fields(task: Task, data: Splits, test: Evaluation | None) -> dict[str, 
 
 
 def write_predictions(folder: RunFolder, test: Evaluation) -> None:
-    """`predictions.npz`: each test example's id, whether it was answered right, and its score.
-
-    `answers.jsonl`, where answers are generated: what was said, to hold the judge against, and
-    whether the model came to its end.
-    """
+    """Write each test example's outcome to `predictions.npz`, and texts to `answers.jsonl`."""
     archive = io.BytesIO()
     np.savez(archive, id=test.ids, correct=test.correct, score=test.score)
     write_bytes(folder.path / "predictions.npz", archive.getvalue())
     if test.said is not None:
+        rows = zip(test.ids.tolist(), test.correct.tolist(), test.said, strict=True)
         lines = [
             json.dumps({"id": number, "correct": right, "ended": said.ended, "said": said.text})
-            for number, right, said in zip(
-                test.ids.tolist(), test.correct.tolist(), test.said, strict=True
-            )
+            for number, right, said in rows
         ]
         write_text(folder.path / "answers.jsonl", "\n".join(lines) + "\n")
 
@@ -115,11 +108,11 @@ def outcome(result: dict[str, Any]) -> str:
     """The result in a few words."""
     metric = result.get("metric", "score")
     if result["tested"]:
-        return f"{metric} {told(result.get('score'))}"
-    return f"validation {metric} {told(result.get('validation_score'))}, test set unread"
+        return f"{metric} {readable(result.get('score'))}"
+    return f"validation {metric} {readable(result.get('validation_score'))}, test set unread"
 
 
-def told(score: float | None) -> str:
+def readable(score: float | None) -> str:
     return "not known" if score is None else f"{score:.4f}"
 
 
@@ -128,10 +121,10 @@ def read_test_set(
 ) -> dict[str, Any]:
     """Score a finished, untested run by its saved adapter; returns the completed result.
 
-    The figures are those of a run tested at once, up to the rounding of the rebuilt base.
+    The figures equal those of a run tested at once, up to the rounding of the rebuilt base.
 
     Raises:
-        DamagedFile: its adapter or its metrics are gone, damaged, or another base's.
+        DamagedFile: its adapter or its metrics are missing, damaged, or made for another base.
     """
     started = time.monotonic()
     kept = size_before_test(folder)
@@ -139,7 +132,7 @@ def read_test_set(
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
-    base = placed(loaded, accelerator.device)
+    base = on_device(loaded, accelerator.device)
     try:
         model = LoraModel.from_pretrained(
             base,
@@ -149,7 +142,7 @@ def read_test_set(
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of many kinds, by what is wrong with its files
+    except Exception as error:  # its type depends on what is wrong with the files
         raise DamagedFile(folder.path / "adapter", error) from error
     task = make_task(data.task_type, loaded.tokenizer, run.training, data.judge)
     test = evaluate(model, task, data.test, run.training, accelerator)
@@ -170,10 +163,10 @@ def read_test_set(
 
 
 def size_before_test(folder: RunFolder) -> int:
-    """Bytes of metrics.jsonl without the rows of a test that was broken off, which come last.
+    """Bytes of metrics.jsonl without the last rows, which an interrupted test has written.
 
     Raises:
-        DamagedFile: it holds no such rows.
+        DamagedFile: it does not hold rows.
     """
     size = 0
     rows = read_metrics(folder.metrics_file)

@@ -1,10 +1,9 @@
-"""One process a run: a lock of the operating system beside the run's folder, a heartbeat inside it.
+"""One process per run: a file lock next to the run's folder, and a heartbeat inside it.
 
-The kernel frees the lock however its process ends, kill -9 included: a free lock means that nobody
-works on the run. NFS and Lustre (`-o flock`) pass such locks on to other machines. On a network
-file system that does not, the heartbeat stands in: a run that another machine said to work on less
-than `STALE` seconds ago is taken, and one that it abandoned is free again after that. There two
-machines that begin the same run within the same instant may both get it.
+The operating system frees the lock when its process ends, also by kill -9. Some network file
+systems do not share locks between machines. There the heartbeat decides: a run is taken while
+another machine has reported progress within the last `STALE` seconds. Two machines that start the
+same run at the same instant may then both get it.
 """
 
 from __future__ import annotations
@@ -12,36 +11,34 @@ from __future__ import annotations
 import calendar
 import contextlib
 import errno
-import fcntl
 import os
 import socket
-import stat
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 from experiments.console import say
 from experiments.errors import ConfigurationError, RunElsewhere
-from experiments.run.files import kind_of, read_object, remove
-from experiments.run.folder import RunFolder, write_json
+from experiments.run.files import kind_of, read_object, remove, write_json
+from experiments.run.folder import RunFolder
 
 HEARTBEAT = 10.0
 STALE = 120.0
 POLL = 0.5
-REMOVALS = 1000
-"""So often a lock's folder may vanish while the lock is made, before that is an error."""
+LOOK_SECONDS = 0.2
+"""How long to try for a lock: a process that asks whether it is held holds it for an instant."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What a file system answers that has no locks at all: heartbeats alone have to do there."""
+"""The errors of a file system without locks, where only heartbeats are left."""
 CLOCK = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class Claim:
-    """The right to work on a run, told to others by `running.json`."""
+    """The right to work on a run, which `running.json` shows to others."""
 
     def __init__(self, folder: RunFolder, steps: int) -> None:
         self.folder = folder
@@ -54,24 +51,26 @@ class Claim:
             "steps": steps,
         }
         self.ended = threading.Event()
-        # A thread: an initialization may take longer than STALE without a step in between.
+        # A thread, because an initialization may take longer than STALE.
         self.thread = threading.Thread(target=self.keep_beating, daemon=True)
 
     def begin(self) -> None:
-        """The folder is ready: tell of the work in it, again and again."""
-        write_json(self.folder.running_file, {**self.facts, "updated": now()})
+        """Start the heartbeat; the folder must be ready."""
+        self.beat()
         if self.thread.ident is None:
             self.thread.start()
 
+    def beat(self) -> None:
+        write_json(self.folder.running_file, {**self.facts, "updated": now()})
+
     def reached(self, step: int, steps: int) -> None:
-        """Steps done and planned (fewer where a budget ends first), for the next heartbeat."""
+        """Set steps done and planned (a budget may lower them) for the next heartbeat."""
         self.facts.update(step=step, steps=steps)
 
     def keep_beating(self) -> None:
         while not self.ended.wait(HEARTBEAT):
-            # A full disk ends the run where it matters, not here.
-            with contextlib.suppress(OSError):
-                write_json(self.folder.running_file, {**self.facts, "updated": now()})
+            with contextlib.suppress(OSError):  # a full disk must not end the run here
+                self.beat()
 
     def end(self) -> None:
         self.ended.set()
@@ -83,12 +82,12 @@ class Claim:
 def claim(
     folder: RunFolder, steps: int, accelerator: Accelerator, *, wait: bool = False
 ) -> Iterator[Claim]:
-    """Hold the run; of several processes that train it together, the first holds it for all.
+    """Hold the run. If several processes train it together, the first holds it for all.
 
-    `running.json` is left behind by a process that is interrupted, as by one that is killed.
+    An interrupted process leaves `running.json` behind, as a killed one does.
 
     Raises:
-        RunElsewhere: another process works on it, and `wait` is False.
+        RunElsewhere: another process works on the run, and `wait` is False.
     """
     held, refusal = None, None
     if accelerator.is_main_process:
@@ -115,135 +114,90 @@ def claim(
             release(folder, held)
 
 
-def acquire(folder: RunFolder, wait: bool) -> int:
-    """The descriptor of the locked file."""
-    told = False
+def acquire(folder: RunFolder, wait: bool) -> FileLock:
+    """The run's lock, held.
+
+    Raises:
+        RunElsewhere: another process works on the run, and `wait` is False.
+        ConfigurationError: the lock's file cannot be made.
+    """
+    said = False
     while True:
-        descriptor = lock(folder.lock_file)
-        if descriptor is not None:
+        held = lock(folder)
+        if held is not None:
             if not beats_elsewhere(folder):
-                return descriptor
-            os.close(descriptor)
+                return held
+            held.release()
         if not wait:
             raise RunElsewhere(f"{describe(folder)}; its results will be in {folder.path}")
-        if not told:
+        if not said:
             say(f"  waiting: {describe(folder)}")
-            told = True
+            said = True
         time.sleep(POLL)
 
 
-def lock(path: Path) -> int | None:
-    """Lock the file, made if there is none; None if another process holds it for a while.
-
-    Raises:
-        ConfigurationError: something else stands in the file's place, or it cannot be made.
-    """
-    tries = 0
-    while tries < 3:  # `is_held` of another process may be looking at this instant
-        descriptor = open_lock(path)
-        if try_lock(descriptor):
-            # Its last holder removes the file: a lock on the removed one would keep nobody out.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-        os.close(descriptor)
-        tries += 1
-        time.sleep(0.02)
-    return None
-
-
-def open_lock(path: Path) -> int:
-    """The file, opened. Another process may remove its folder, being empty, in the same instant.
-
-    Raises:
-        ConfigurationError: it cannot be made.
-    """
-    for attempt in range(REMOVALS):
-        try:
+def lock(folder: RunFolder) -> FileLock | None:
+    """Lock the run; None if another process holds the lock."""
+    path = folder.lock_file
+    held = FileLock(path, timeout=LOOK_SECONDS, poll_interval=0.02, thread_local=False)
+    try:
+        if os.path.lexists(path) and (kind := kind_of(path)) != "a file":
+            raise ConfigurationError(f"{path} is {kind}, and a lock must be a file. Remove it.")
+        for _ in range(100):  # another process may remove the empty folder meanwhile
             path.parent.mkdir(parents=True, exist_ok=True)
-            return open_regular(path, os.O_RDWR | os.O_CREAT)
-        except (FileNotFoundError, FileExistsError) as error:
-            if attempt + 1 == REMOVALS or path.parent.is_symlink() or path.parent.is_file():
-                raise ConfigurationError(f"{path} cannot be made ({error})") from error
-        except OSError as error:
-            raise ConfigurationError(f"{path} cannot be opened ({error})") from error
-    raise AssertionError
-
-
-def open_regular(path: Path, flags: int) -> int:
-    """A descriptor of the file itself: never of what a link leads to, never waiting for a pipe.
-
-    Raises:
-        ConfigurationError: a link, a folder or a pipe has its name.
-    """
-    try:
-        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            with contextlib.suppress(FileNotFoundError):
+                held.acquire()
+                return held
+        raise FileNotFoundError(path)
+    except Timeout:
+        return None
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        descriptor = None
-    if descriptor is None or not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        if descriptor is not None:
-            os.close(descriptor)
-        raise ConfigurationError(
-            f"{path} is {kind_of(path)}, and a lock must be a file. Remove it."
-        )
-    return descriptor
+        if error.errno in NO_LOCKS:
+            return held
+        raise ConfigurationError(f"{path} cannot be locked ({error}). Remove it.") from error
 
 
-def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
-def release(folder: RunFolder, descriptor: int) -> None:
-    """Remove the lock file while it is still locked, then unlock."""
+def release(folder: RunFolder, held: FileLock) -> None:
+    """Remove the lock's file while it is locked, then unlock it."""
     folder.lock_file.unlink(missing_ok=True)
-    os.close(descriptor)
+    held.release()
     with contextlib.suppress(OSError):
-        folder.path.parent.rmdir()  # a mistake found before the first run leaves nothing behind
+        folder.path.parent.rmdir()  # only if it is empty, as after a wrong setting
 
 
 def is_held(folder: RunFolder) -> bool:
     """Whether a process works on the run at this moment."""
-    try:
-        # Shared, for which reading is enough: the run may be another user's.
-        descriptor = open_regular(folder.lock_file, os.O_RDONLY)
-    except (FileNotFoundError, NotADirectoryError, ConfigurationError):
-        return beats_elsewhere(folder)
-    try:
-        return not try_lock(descriptor, fcntl.LOCK_SH) or beats_elsewhere(folder)
-    finally:
-        os.close(descriptor)
-
-
-def wait_until_free(folder: RunFolder) -> None:
-    while is_held(folder):
-        time.sleep(POLL)
+    if folder.lock_file.is_file():
+        try:
+            with FileLock(folder.lock_file, blocking=False, thread_local=False):
+                pass
+        except Timeout:
+            return True
+        except OSError:  # a file of another user: only the heartbeat can say
+            return (heartbeat(folder) or {"age": STALE})["age"] < STALE
+    return beats_elsewhere(folder)
 
 
 def heartbeat(folder: RunFolder) -> dict[str, Any] | None:
-    """What `running.json` holds, and `age`, the seconds since it was written; None without one, or
-    where it is damaged."""
+    """What `running.json` holds, and `age`, the seconds since it was written.
+
+    Returns:
+        None if there is no such file, or if it is damaged.
+    """
     try:
         facts = read_object(folder.running_file)
-        age = time.time() - seconds(facts["updated"])
+        age = time.time() - calendar.timegm(time.strptime(facts["updated"], CLOCK))
         numbers = [facts["pid"], facts["step"], facts["steps"]]
         if not isinstance(facts["host"], str) or any(type(n) is not int for n in numbers):
             return None
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    # Clocks differ a little. What comes from further ahead is damage, and would never be too old.
+    # Clocks differ a little. A time further ahead is damage, and would never become stale.
     return None if age < -STALE else {**facts, "age": max(age, 0.0)}
 
 
 def beats_elsewhere(folder: RunFolder) -> bool:
+    """Whether another machine has reported work on the run lately."""
     facts = heartbeat(folder)
     return facts is not None and facts["host"] != socket.gethostname() and facts["age"] < STALE
 
@@ -260,7 +214,3 @@ def describe(folder: RunFolder) -> str:
 
 def now() -> str:
     return time.strftime(CLOCK, time.gmtime())
-
-
-def seconds(clock: str) -> float:
-    return calendar.timegm(time.strptime(clock, CLOCK))

@@ -1,4 +1,4 @@
-"""The initialization of a run: what is measured around it, and the adapter itself."""
+"""The start of a run: the adapter, and what is measured around its initialization."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from experiments.config.schema import RunConfig
-from experiments.data import Example, Splits
-from experiments.data.calibration_texts import texts_of
+from experiments.config.run_config import RunConfig
+from experiments.data import Example, Splits, calibration_texts
 from experiments.errors import ConfigurationError
 from experiments.measures import Originals, measure_originals
 from experiments.measures.probe import PeakMemory, output_gap, probe
@@ -27,8 +26,8 @@ PROBED_EXAMPLES = 16
 def initialize(
     run: RunConfig, data: Splits, task: Task, loaded: LoadedModel, device: torch.device
 ) -> tuple[LoraModel, dict[str, Any], Originals]:
-    """Add the adapter; returns the model, what `init.json` holds, and facts about the base."""
-    model = placed(loaded, device)
+    """Add the adapter; returns the model, the content of `init.json`, and facts on the base."""
+    model = on_device(loaded, device)
     batch = task.collate(data.train[:PROBED_EXAMPLES])
     mask = task.probed(batch)
     before = probe(model, batch, mask)
@@ -36,15 +35,15 @@ def initialize(
         config = LoraConfig(
             **asdict(run.lora), task_type=data.task_type, init_lora_weights=asdict(run.init)
         )
-        spec = config.initializer()[0]
+        method = config.initializer()[0]
         plan = get_peft_model(model, config, dry_run=True)
         check_parameters(plan, run.budget, rank=run.lora.r, allocated=False)
-        stored = loaded.original_weights if spec.base == "replace" else None
+        stored = loaded.original_weights if method.base == "replace" else None
         originals = measure_originals(plan, BaseWeights(model, stored), run.measures)
     with PeakMemory() as memory, naming_the_method(run):
-        # Made for methods that calibrate only; a list, whose statistics the cache can keep.
+        # Only for methods that calibrate. A list, so that the cache can keep its statistics.
         batches = None
-        if spec.calibration is not None:
+        if method.calibration is not None:
             batches = list(calibration_batches(run, data, task, device))
         memory_limit = run.runtime.calibration_gib
         adapted = get_peft_model(
@@ -72,11 +71,11 @@ def initialize(
 def calibration_batches(
     run: RunConfig, data: Splits, task: Task, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Examples drawn by `seeds.calibration`, one batch at a time."""
+    """Examples that `seeds.calibration` draws, one batch at a time."""
     settings = run.calibration
     examples: Sequence[Example] = data.train
     if settings.path is not None:
-        examples = texts_of(settings, data.task_type)
+        examples = calibration_texts.texts_of(settings, data.task_type)
     chosen = draw(len(examples), settings.samples, run.seeds.calibration)
     for start in range(0, len(chosen), settings.batch_size):
         some = [examples[index] for index in chosen[start : start + settings.batch_size]]
@@ -85,7 +84,7 @@ def calibration_batches(
 
 @contextmanager
 def naming_the_method(run: RunConfig) -> Iterator[None]:
-    """The library's refusals, as errors of the configuration."""
+    """Turn the library's refusals into configuration errors that name the method."""
     try:
         yield
     except ConfigurationError:
@@ -94,16 +93,16 @@ def naming_the_method(run: RunConfig) -> Iterator[None]:
         raise ConfigurationError(f"init={run.init.name}: {error}") from error
 
 
-def placed(loaded: LoadedModel, device: torch.device) -> torch.nn.Module:
-    """The model on the device. A quantised one is where it was loaded, and must not be moved."""
+def on_device(loaded: LoadedModel, device: torch.device) -> torch.nn.Module:
+    """The model on the device; a quantized model must stay where it was loaded."""
     return loaded.model if loaded.original_weights else loaded.model.to(device)
 
 
-def base_again(
+def load_base(
     run: RunConfig, data: Splits, device: torch.device
 ) -> tuple[torch.nn.Module, str | None]:
-    """The original base, for methods that replaced its weights, and where unquantised ones are."""
+    """The original base, and where the unquantized weights of a quantized one are."""
     loaded = load_model(
         run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
     )
-    return placed(loaded, device), loaded.original_weights
+    return on_device(loaded, device), loaded.original_weights

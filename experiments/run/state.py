@@ -1,4 +1,4 @@
-"""What became of a run, by its files and its lock: finished, running, failed, died or missing."""
+"""The state of a run, from its files and its lock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ STATES = ("finished", "running", "failed", "died", "missing")
 
 
 def state_of(folder: RunFolder) -> str:
-    """One of `STATES`; died: it was begun, has no end, and nobody works on it."""
+    """One of `STATES`. "died": the run started, has no result, and is not being worked on."""
     if folder.result_file.exists() and folder.finished() is not None:
         return "finished"
     if is_held(folder):

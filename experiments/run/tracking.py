@@ -1,7 +1,7 @@
-"""Following a run elsewhere than in its folder: wandb, offline unless asked otherwise.
+"""A mirror of a run in wandb, offline unless asked otherwise.
 
-The local files are the truth; a tracker only mirrors them. Whatever goes wrong in a tracker is one
-warning: the run goes on without it, and its result is the same.
+The local files are the truth. An error of the tracker is one warning: the run continues without
+it, and its result is the same.
 """
 
 from __future__ import annotations
@@ -10,55 +10,25 @@ import contextlib
 import copy
 import hashlib
 import random
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from experiments.config.bounds import check_choice, refusal
+from experiments.config.records import TrackingConfig
 from experiments.console import say
 
 Log = Callable[[dict[str, Any]], None]
-BACKENDS = ("none", "wandb")
-MODES = ("offline", "online", "disabled")
-PROJECT = re.compile(r"[^/\\#?%:\x00-\x1f\x7f]{1,128}")
-
 LONGEST_NAME, LONGEST_JOB_TYPE = 128, 64
-"""Characters that wandb's server takes. An offline run meets these limits when it is synced."""
+"""Characters that wandb's server allows, also for an offline run that is synced later."""
 TIMEOUTS = {"init_timeout": 60.0, "finish_timeout": 600.0}
 """Seconds. Older versions of wandb have fewer timeouts."""
 
 
-@dataclass
-class TrackingConfig:
-    """Where a run is mirrored to.
-
-    Attributes:
-        backend: none or wandb.
-        project, mode: wandb's; offline runs are uploaded later with `wandb sync`.
-    """
-
-    backend: str = "none"
-    project: str = "lora_init"
-    mode: str = "offline"
-
-    def __post_init__(self) -> None:
-        check_choice("tracking.backend", self.backend, BACKENDS)
-        check_choice("tracking.mode", self.mode, MODES)
-        if not (isinstance(self.project, str) and PROJECT.fullmatch(self.project)):
-            raise refusal(
-                "tracking.project",
-                self.project,
-                r"1 to 128 characters without / \ # ? % : and control characters",
-            )
-
-
 class Mirror:
-    """A tracker's run. The first error of wandb ends the mirror and is one warning."""
+    """The run in wandb. The first error of wandb ends the mirror with one warning."""
 
     def __init__(self) -> None:
         self.run: Any = None
@@ -84,7 +54,7 @@ class Mirror:
                 self.run.log(*mirror(row))
 
     def close(self, exit_code: int) -> None:
-        """Close the run, also after an error: an open one would take the next run's rows."""
+        """Close the run, also after an error: an open one would get the next run's rows."""
         run, self.run = self.run, None
         if run is not None:
             with self.guarded("finish"):
@@ -92,16 +62,16 @@ class Mirror:
 
     @contextlib.contextmanager
     def guarded(self, call: str) -> Iterator[None]:
-        """Turn an error of wandb into one warning; leave the random generators as they were."""
+        """Turn an error of wandb into one warning, and restore the random generators."""
         state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         try:
             yield
         except (Exception, SystemExit) as error:
             fix = "; `pip install wandb`" if isinstance(error, ImportError) else ""
-            told = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             say(
-                f"  tracking=wandb: {call} failed ({type(error).__name__}: {told}){fix}. The run "
-                "goes on without it; its own files are complete",
+                f"  tracking=wandb: {call} failed ({type(error).__name__}: {message}){fix}. The "
+                "run continues without it; its own files are complete",
                 style="yellow",
             )
             if call == "log":
@@ -128,10 +98,10 @@ def track(
     config: dict[str, Any],
     folder: Path,
 ) -> Iterator[Log]:
-    """Open the tracker, yield its log function, and close it whatever happens.
+    """Open the tracker, yield its log function, and close it in every case.
 
-    Hydra's basic launcher runs all jobs of a sweep in one process: a wandb run left open would
-    swallow the metrics of the next.
+    Hydra's basic launcher runs all jobs of a sweep in one process: a wandb run left open would get
+    the metrics of the next.
     """
     if settings.backend == "none":
         yield lambda row: None
@@ -154,7 +124,7 @@ def track(
 
 
 def shortened(name: str, most: int) -> str:
-    """The name, or its beginning and a hash of the whole where it is longer than `most`."""
+    """The name; a longer one than `most` is cut and gets a hash of the whole."""
     if len(name) <= most:
         return name
     mark = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -162,6 +132,6 @@ def shortened(name: str, most: int) -> str:
 
 
 def mirror(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """A line of metrics.jsonl as wandb wants it: `split/metric`, and the step beside it."""
+    """A row of metrics.jsonl in wandb's form: `split/metric`, and the step."""
     rest = {key: value for key, value in row.items() if key not in ("step", "split")}
     return {f"{row['split']}/{key}": value for key, value in rest.items()}, row["step"]

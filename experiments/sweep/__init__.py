@@ -1,1 +1,1 @@
-"""Many runs: their plan, their manifest, the terminal's view of them and the fair protocol."""
+"""Many runs: their plan, their manifest, what the terminal shows of them, and the fair protocol."""

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from experiments.data.judges import Judge, says_exactly
+from experiments.config.training import TrainingConfig
+from experiments.data import Judge, says_exactly
 from experiments.tasks.batches import SeededBatches, draw
 from experiments.tasks.causal_lm import CausalLM
 from experiments.tasks.evaluation import Evaluation, collect
 from experiments.tasks.text_classification import TextClassification
-from experiments.training.schedule import TrainingConfig
 
 __all__ = ["Evaluation", "SeededBatches", "Task", "collect", "draw", "make_task"]
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from experiments.data import Completion
-from experiments.data.judges import Generated, Judge, says_exactly
+from experiments.data import Completion, Generated, Judge, says_exactly
 from experiments.tasks.batches import by_length
 
 IGNORED = -100

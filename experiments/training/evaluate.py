@@ -1,4 +1,4 @@
-"""Evaluation of a model on a split, over however many processes there are."""
+"""The evaluation of a model on a split, shared by all processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from experiments.config.training import TrainingConfig
 from experiments.tasks import Evaluation, Task, collect
-from experiments.training.schedule import TrainingConfig
 
 
 def evaluate(
@@ -20,7 +20,7 @@ def evaluate(
     settings: TrainingConfig,
     accelerator: Accelerator,
 ) -> Evaluation:
-    """Evaluate in evaluation mode; several processes share the work and all get the result."""
+    """Evaluate in evaluation mode. Processes share the work, and each gets the whole result."""
     part = (accelerator.process_index, accelerator.num_processes)
     was_training = model.training
     model.eval()

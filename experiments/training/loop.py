@@ -1,4 +1,4 @@
-"""The training loop: Accelerate, AdamW, a warm-up and a decay; the same for every method."""
+"""The training loop: AdamW with a warm-up and a decay, the same for every method."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
+from experiments.config.training import SCHEDULES, TrainingConfig
 from experiments.errors import RunFailed
 from experiments.tasks import SeededBatches, Task
 from experiments.training.checkpoint import Checkpoints, Progress
 from experiments.training.micro_batches import backward
-from experiments.training.schedule import TrainingConfig, learning_rate_factor
 
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What the loop knows afterwards; the gradient norms are the first step's, before clipping."""
+    """The totals of a training, and the gradient norms of its first step before clipping."""
 
     steps: int
     seconds: float
@@ -32,14 +32,14 @@ class TrainingSummary:
 
 
 def make_accelerator(settings: TrainingConfig, device: str) -> Accelerator:
-    """A fresh accelerator. Its state outlives a run, and a sweep has many runs in one process."""
+    """A new accelerator. Its global state is reset: a sweep has many runs in one process."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision=settings.mixed_precision,
-        # A batch is split over the processes, so that their number changes no batch.
+        # A batch is split over the processes, so their number does not change a batch.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
 
@@ -73,17 +73,17 @@ def train(
     """Train `model` in place.
 
     Args:
-        seed: the order of the examples, and the dropout masks of models that have any.
-        record: called once a step with the figures of that step.
+        seed: decides the order of the examples, and the dropout masks.
+        record: called once per step with the figures of that step.
         validate: called with the number of steps done, when validation is due.
-        observe: called with the number of steps done after every step, to read the model; neither
-            this nor validation counts as time of training.
+        observe: called with the number of steps done after every step, to read the model. Neither
+            this nor validation counts as training time.
         advance: called with the number of steps done and the loss.
-        checkpoints: where to go on from, and when to save. The saved adapter is in `model` already.
-        micro_batch_size: examples of one forward pass of a process; None: its whole batch.
+        checkpoints: where to continue, and when to save. `model` already has the saved adapter.
+        micro_batch_size: examples per forward pass of a process; None takes its whole batch.
 
     Raises:
-        RunFailed: a loss, a gradient or a trained weight that is not finite, or no time left.
+        RunFailed: a loss, a gradient or a trained weight is not finite, or the time is over.
     """
     checkpoints = checkpoints or Checkpoints()
     begun = checkpoints.progress
@@ -120,17 +120,17 @@ def train(
         loss = backward(model, batch, task, accelerator, micro_batch_size)
         loss = accelerator.reduce(loss, "mean").item()
         refuse_divergence("the loss", loss, step, settings)
-        accelerator.unscale_gradients(optimizer)  # fp16 scales them; norms are of the true ones
+        accelerator.unscale_gradients(optimizer)  # fp16 scales them; norms are of unscaled ones
         if step == 1:
             first_norms = gradient_norms(groups)
         norm = clip(groups, settings.max_grad_norm)
-        if accelerator.scaler is None:  # which leaves out steps that overflow, and scales less
+        if accelerator.scaler is None:  # a scaler skips steps that overflow
             refuse_divergence("the gradient's norm", norm, step, settings)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
 
-        if step == settings.steps:  # no further loss would tell
+        if step == settings.steps:  # no later loss would show it
             size = float(torch.nn.utils.get_total_norm([p for g in groups.values() for p in g]))
             refuse_divergence("the norm of the trained weights", size, step, settings)
         seen = int(accelerator.reduce(batch["attention_mask"].sum(), "sum"))
@@ -163,11 +163,19 @@ def train(
     )
 
 
+def learning_rate_factor(step: int, settings: TrainingConfig) -> float:
+    """The factor on the peak rate at `step`, counted from 0; it is never 0."""
+    warmup = round(settings.warmup * settings.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return SCHEDULES[settings.schedule]((step - warmup) / max(settings.steps - warmup, 1))
+
+
 def refuse_divergence(figure: str, value: float, step: int, settings: TrainingConfig) -> None:
-    """End a run whose figures are no longer finite.
+    """End a run that has diverged.
 
     Raises:
-        RunFailed: this one is not.
+        RunFailed: the value is not finite.
     """
     if math.isfinite(value):
         return
@@ -183,19 +191,19 @@ def refuse_divergence(figure: str, value: float, step: int, settings: TrainingCo
 
 
 def gradient_norms(groups: dict[str, list[torch.nn.Parameter]]) -> dict[str, float]:
-    """The gradient's norm in total, by factor and of the head."""
+    """The norm of the whole gradient, and of A, B and the head."""
     norms = {name: float(norm_of(group)) for name, group in groups.items()}
     return {"total": math.sqrt(sum(norm**2 for norm in norms.values())), **norms}
 
 
 def norm_of(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """The Euclidean norm of all gradients together. They were averaged over processes before."""
+    """The Euclidean norm of all gradients together, which were averaged over processes."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients) if gradients else torch.tensor(0.0)
 
 
 def clip(groups: dict[str, list[torch.nn.Parameter]], limit: float | None) -> float:
-    """Scale the gradients down to `limit`; returns their norm before."""
+    """Scale the gradients down to `limit`; returns their norm before that."""
     parameters = [parameter for group in groups.values() for parameter in group]
     norm = norm_of(parameters)
     if limit is not None:

@@ -1,9 +1,9 @@
-"""A batch in pieces that fit into memory, with the gradient of the whole.
+"""Gradient accumulation: a batch in pieces that fit into memory, with the whole batch's gradient.
 
-The loss of a batch is a mean over what is learnt in it: tokens, or texts. A piece's mean counts by
-its share of them, so that the sum over pieces is the batch's mean, and its gradient the batch's, up
-to the order of summation. Averaging the pieces' means instead would let a token count for more in a
-piece that has few. Dropout, where there is any, draws other masks.
+A batch's loss is a mean over what is learned in it: tokens or texts. Each piece's mean is weighted
+by its share of them, so the sum over pieces is the batch's mean, up to the order of summation.
+Averaging the pieces' means instead would give more weight to tokens of pieces that have few.
+Dropout, where there is any, draws other masks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from experiments.tasks import Task
 def pieces(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
     """The rows of `batch`, at most `size` at a time, longest first.
 
-    Rows of similar length come together, and columns of padding on the right that none of them
-    reaches into are cut off.
+    Rows of similar length are together, and columns of padding on the right are cut off.
     """
     order = batch["attention_mask"].sum(1).argsort(descending=True, stable=True)
     for chosen in order.split(size):
@@ -44,12 +43,12 @@ def backward(
     if size is None or size >= len(batch["attention_mask"]):
         return one_pass(model, batch, accelerator)
     counted = [(part, task.counted(part)) for part in pieces(batch, size)]
-    # A piece with nothing to learn has no mean; in a batch of such the loss is none either.
+    # A piece without anything to learn has no mean. A batch of only such pieces has no loss either.
     counted = [(part, count) for part, count in counted if count > 0] or counted[-1:]
     total = sum(count for _, count in counted)
     losses = []
     for part, count in counted[:-1]:
-        with accelerator.no_sync(model):  # processes exchange gradients once a batch
+        with accelerator.no_sync(model):  # processes exchange gradients once per batch
             losses.append(one_pass(model, part, accelerator, count / total))
     part, count = counted[-1]
     losses.append(one_pass(model, part, accelerator, count / total))
@@ -62,7 +61,7 @@ def one_pass(
     accelerator: Accelerator,
     share: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Forward and backward pass of one piece, whose loss counts by `share`."""
+    """Forward and backward pass of one piece, whose loss is weighted by `share`."""
     with accelerator.autocast():
         loss = model(**batch).loss
     if share is not None:

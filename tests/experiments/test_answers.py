@@ -10,7 +10,8 @@ import pytest
 
 from experiments.data import Completion
 from experiments.data.answers import extract_number
-from experiments.data.judges import Generated, says_exactly, says_the_number
+from experiments.data.examples import Generated
+from experiments.data.judges import says_exactly, says_the_number
 
 REAL = Path(__file__).parent / "fixtures" / "answers_smollm2.jsonl"
 

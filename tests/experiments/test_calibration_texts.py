@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from experiments.data.calibration_texts import CalibrationConfig, texts_of
+from experiments.config.inputs import CalibrationConfig
+from experiments.data.calibration_texts import texts_of
 from experiments.errors import ConfigurationError
 from experiments.run.start import calibration_batches
 from experiments.tasks.causal_lm import CausalLM

@@ -18,8 +18,8 @@ from experiments.errors import ConfigurationError
 from experiments.measures.angles import mean_angle, principal_angles
 from experiments.measures.forgetting import pooled_distance, token_divergence
 from experiments.measures.intruders import intruder_dimensions
+from experiments.measures.originals import spread
 from experiments.measures.products import product_norm, update_norm
-from experiments.measures.settings import spread
 from experiments.measures.spectra import leading_spectrum, taken
 from experiments.measures.updates import is_due
 from experiments.models import load_model

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from experiments.config.training import TrainingConfig
 from experiments.data import Completion, Labelled
 from experiments.run.execute import execute
 from experiments.run.folder import identify
@@ -18,7 +19,6 @@ from experiments.tasks.causal_lm import CausalLM
 from experiments.tasks.text_classification import TextClassification
 from experiments.training.loop import make_accelerator
 from experiments.training.micro_batches import backward, pieces
-from experiments.training.schedule import TrainingConfig
 
 CPU = make_accelerator(TrainingConfig(), "cpu")
 # Answers of very different lengths: an average of the pieces' means is far from the batch's mean.

@@ -8,12 +8,13 @@ import logging
 import pytest
 import torch
 
+from experiments.config.inputs import ModelConfig
 from experiments.errors import ConfigurationError
 from experiments.models import checkpoint_activations, load_model, minilm, smollm2
-from experiments.models.loading import newly_drawn, set_dropout
 from experiments.models.local import LocalModel, locate
 from experiments.models.minilm import MiniLM
-from experiments.models.source import Checkpoint, ModelConfig
+from experiments.models.pretrained import newly_drawn, set_dropout
+from experiments.models.source import Checkpoint
 
 CLASSES = {"task_type": "SEQ_CLS", "labels": ("rotten", "fresh")}
 

@@ -95,8 +95,7 @@ def test_a_sweep_deletes_nothing_elsewhere(command, tiny, tmp_path, victim, name
 @pytest.mark.parametrize(
     ("link", "target"),
     [("sweeps", ""), ("sweeps/default", ""), ("sweeps/default/jobs", "jobs"),
-     ("sweeps/default/multirun.yaml", "multirun.yaml"), ("sweeps/default/.lock", "result.json"),
-     ("sweeps/default/.at_work", "result.json")],
+     ("sweeps/default/multirun.yaml", "multirun.yaml"), ("sweeps/default/.lock", "result.json")],
 )  # fmt: skip
 def test_a_link_out_of_the_results_is_refused(command, tiny, tmp_path, victim, link, target):
     place = tmp_path / "outputs" / link

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from products import chosen
 
+from experiments.config.training import steps_of
 from experiments.errors import ConfigurationError
 from experiments.run.execute import execute
-from experiments.training.schedule import steps_of
 
 ALL = "all-linear"
 METAMATH = ("metamath", 100_000)

@@ -16,9 +16,10 @@ from experiments.errors import RunFailed
 from experiments.run import metrics as recording
 from experiments.run.execute import execute
 from experiments.run.folder import identify
+from experiments.run.resume import read_checkpoint
 from experiments.training import checkpoint as module
 from experiments.training import loop as training
-from experiments.training.checkpoint import get_generators, read_checkpoint, set_generators
+from experiments.training.checkpoint import get_generators, set_generators
 
 METHODS = ("pissa", "eva", "loftq")  # base edited, ranks redistributed, base replaced
 LENGTH = ("training.steps=9", "training.validate_every=3", "training.schedule=cosine")

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.data import Completion, Labelled
-from experiments.data.judges import Generated, says_the_number
+from experiments.data.examples import Generated
+from experiments.data.judges import says_the_number
 from experiments.tasks import SeededBatches, collect, draw
 from experiments.tasks.batches import by_length
 from experiments.tasks.causal_lm import IGNORED, CausalLM

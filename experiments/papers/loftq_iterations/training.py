@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pandas as pd
 import torch
 
+from experiments.config.training import TrainingConfig
 from experiments.console import say
 from experiments.data import Labelled, rotten_tomatoes
 from experiments.papers.loftq_iterations.measuring import Study, at_equal_distances
@@ -19,7 +20,6 @@ from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, 
 from experiments.papers.subjects import place
 from experiments.tasks.text_classification import TextClassification
 from experiments.training.loop import make_accelerator, train
-from experiments.training.schedule import TrainingConfig
 from lora_init import LoraModel
 from lora_init.registry import get_initializer
 from lora_init.seeding import layer_generator

@@ -1,16 +1,12 @@
 """The fair comparison as a Hydra sweeper: `--config-name sweep_protocol`.
 
-    settings       what is compared, under `hydra.sweeper`
-    grid           log-spaced learning rates, and how a grid goes on
-    trials         an arm at a rank, a rate and a seed, as overrides
-    outcomes       what became of a trial
-    selection      the best rate, by validation figures alone
-    equal_update   the rate at which an arm moves as far as the baseline
-    costs          what is left to do, and how long that takes
-    tables         what the terminal shows
-    record         protocol.json
-    stages         the stages in their order
+    rates      log-spaced learning rates, the choice, the rate of an equal update size
+    trials     an arm at a rank, a rate and a seed, as overrides
+    outcomes   what became of a trial
+    overview   what is left to do, and the grid, as tables
+    record     protocol.json
+    stages     the stages in their order
 
-Imports point up that list only. The Hydra plugin itself, which composes and launches, is
-`hydra_plugins/lora_init_protocol.py`: Hydra finds plugins nowhere else.
+The settings are `experiments.config.protocol`. Hydra finds plugins only in `hydra_plugins/`, so the
+sweeper that composes and launches is `hydra_plugins/lora_init_protocol.py`.
 """

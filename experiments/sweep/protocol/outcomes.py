@@ -1,4 +1,4 @@
-"""What became of a trial, read from its run's folder."""
+"""The outcome of a trial, from its run's folder."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 
 from experiments.errors import DamagedFile
 from experiments.run.files import read_object
-from experiments.run.folder import RunFolder, read_metrics
+from experiments.run.folder import RunFolder
+from experiments.run.metrics import read_metrics
 
 UPDATE_STEP = 100
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run.
+    """The outcome of one run.
 
     Attributes:
-        state: finished, diverged (the setting's fault: it counts, as the worst there is), or
-            missing (not begun, killed, failed: nothing can be said of the setting).
-        result: what result.json holds, where finished.
-        folder: the run's.
+        state: finished; diverged, which counts as the worst figure; or missing (not started,
+            killed or failed), which says nothing about the setting.
+        folder: the run's folder.
+        result: the content of result.json if it is finished.
     """
 
     state: str
@@ -29,10 +30,10 @@ class Outcome:
     result: dict[str, Any] | None = None
 
     def merit(self, select_by: str) -> float:
-        """The validation figure to choose by, greater is better; -inf where training diverged.
+        """The validation figure to choose by, greater is better; -inf if training diverged.
 
         Raises:
-            ValueError: missing.
+            ValueError: the run is missing.
         """
         if self.state == "missing":
             raise ValueError(f"{self.folder.path} has not finished")

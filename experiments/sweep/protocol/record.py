@@ -1,4 +1,4 @@
-"""`protocol.json` in the sweep's folder: what was run in which stage, and what was chosen."""
+"""`protocol.json` in the sweep's folder: the runs of each stage, and the chosen settings."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.run.folder import RunFolder, write_json
-from experiments.sweep.protocol.settings import ProtocolConfig
+from experiments.config.protocol import ProtocolConfig
+from experiments.run.files import write_json
+from experiments.run.folder import RunFolder
 
 
 @dataclass
 class Record:
-    """Rewritten whole before every stage, so that a sweep can be looked at while it runs.
+    """The content of the file, written before every stage so that others can follow the sweep.
 
     Attributes:
         path: of the file.
-        stages: each stage's name and its runs, the one under way last.
+        stages: each stage's name and its runs; the current one is last.
         selected: by arm (and rank): the setting chosen on validation data, and its runs' ids.
         equal_update: by arm (and rank): the rate of equal update size, and its runs' ids.
     """

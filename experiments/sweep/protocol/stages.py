@@ -1,8 +1,7 @@
 """The stages of a protocol: grid, extensions, choice, test, equal update size.
 
-Every decision is taken from what the runs' folders hold, and every trial is asked for again each
-time: finished runs are skipped by themselves. Hence the same command completes what a kill, a
-failure or a full disk left open, and comes to the same choices.
+Decisions are made from the runs' folders alone, and finished runs are skipped. The same command
+therefore completes what a kill, a failure or a full disk left open, with the same choices.
 """
 
 from __future__ import annotations
@@ -13,34 +12,31 @@ from typing import Protocol
 
 import rich
 
+from experiments.config.protocol import ProtocolConfig
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.run.folder import RunFolder
-from experiments.sweep.protocol.costs import Costs
-from experiments.sweep.protocol.equal_update import rate_for
-from experiments.sweep.protocol.grid import first_steps, next_step, rate
 from experiments.sweep.protocol.outcomes import Outcome, outcome
+from experiments.sweep.protocol.overview import Costs, grid_table, plan_table
+from experiments.sweep.protocol.rates import Choice, choose, first_steps, next_step, rate, rate_for
 from experiments.sweep.protocol.record import Record
-from experiments.sweep.protocol.selection import Choice, choose
-from experiments.sweep.protocol.settings import ProtocolConfig
-from experiments.sweep.protocol.tables import grid_table, plan_table
 from experiments.sweep.protocol.trials import Entry, Trial, entries, trials
 
 
 class Jobs(Protocol):
-    """What composes and launches; a Hydra launcher behind it."""
+    """What composes and launches trials: a Hydra launcher."""
 
     workers: int
 
     def folder(self, overrides: Sequence[str]) -> RunFolder:
-        """The run's folder that these overrides lead to."""
+        """The folder of the run that these overrides describe."""
 
     def launch(self, batch: Sequence[Sequence[str]]) -> None:
-        """Do them all; a run that fails leaves its reason in its folder and ends nothing."""
+        """Run them all; a failed run leaves its reason in its folder and stops nothing."""
 
 
 class Stages:
-    """One protocol on its way."""
+    """A protocol in progress."""
 
     def __init__(self, settings: ProtocolConfig, jobs: Jobs, record: Record) -> None:
         settings.check()
@@ -48,16 +44,16 @@ class Stages:
         self.tried: dict[Entry, dict[int, float]] = {}
 
     def run(self) -> list[str]:
-        """Every stage; returns the labels of the arms that could not be completed."""
+        """Do every stage; returns the labels of the arms that are incomplete."""
         settings = self.settings
         for entry in entries(settings):
             self.tried[entry] = {k: self.rate(entry, k) for k in first_steps(settings.grid)}
         grid = self.settings_of(self.tried)
         arms, seeds = len(self.tried), len(settings.seeds)
         count = f"{arms} arms at {settings.grid} learning rates and {seeds} seeds"
-        say(f"protocol: {count}, {len(grid)} runs to begin with", style="bold")
+        say(f"protocol: {count}, {len(grid)} runs in the first grid", style="bold")
         if not self.plan(grid) and not settings.dry_run:
-            say("one run first, to know how long they take")
+            say("one run first, to estimate the time")
             self.jobs.launch([grid[0].overrides(settings, read_test=False)])
             self.plan(grid)
         if settings.dry_run:
@@ -71,13 +67,12 @@ class Stages:
         return [entry.label(settings) for entry in self.tried if entry not in choices]
 
     def rate(self, entry: Entry, step: int) -> float:
-        """The rate so many places above the middle of the arm's grid."""
+        """The rate `step` places above the middle of the arm's grid."""
         middle = self.settings.learning_rates.get(entry.arm, self.settings.learning_rate)
         return rate(middle, step, self.settings.per_decade)
 
     def settings_of(self, tried: dict[Entry, dict[int, float]]) -> list[Trial]:
-        """Seeds outermost: after a third of the time each setting has a run, not a third of the
-        settings three."""
+        """All trials, seeds outermost: early on, each setting already has one run."""
         all_trials = [
             trial
             for entry, rates in tried.items()
@@ -91,14 +86,14 @@ class Stages:
         return outcome(self.jobs.folder(trial.overrides(self.settings, read_test=False)))
 
     def plan(self, grid: list[Trial]) -> bool:
-        """Show what is left; returns whether its time could be told."""
+        """Show what is left; returns whether its time is known."""
         outcomes = [(trial, self.outcome(trial)) for trial in grid]
         costs, workers = Costs(outcomes), self.jobs.workers
         missing = [trial for trial, outcome in outcomes if outcome.state == "missing"]
         tested = len(self.tried) * len(self.settings.seeds)
         parts = {"grid": costs.train(missing, workers)}
         if self.settings.max_extensions:
-            # Each arm may go on, or not: one place further is what is to be expected.
+            # An arm may extend its grid or not; one place is a fair guess.
             further = [t for entry in self.tried for t in trials(self.settings, entry, 1.0)]
             parts["extensions, one an arm"] = costs.train(further, workers)
         parts["test of the chosen"] = costs.test(tested, workers)
@@ -112,12 +107,12 @@ class Stages:
     def train(self, stage: str, wanted: list[Trial], read_test: bool = False) -> None:
         say(f"stage {stage}: {len(wanted)} runs", style="bold")
         overrides = [trial.overrides(self.settings, read_test) for trial in wanted]
-        # Before they run: `experiments.sweep.status` shows those that are missing.
+        # Before they run, so that `experiments.status` shows missing ones.
         self.record.stage(stage, [self.jobs.folder(each) for each in overrides])
         self.jobs.launch(overrides)
 
     def merits(self, entry: Entry) -> dict[float, list[float]] | None:
-        """Each tried rate's figures, one a seed; None while one of them is missing."""
+        """The figures of each tried rate, one per seed; None while one is missing."""
         found: dict[float, list[float]] = {}
         for each in self.tried[entry].values():
             outcomes = [self.outcome(trial) for trial in trials(self.settings, entry, each)]
@@ -127,7 +122,7 @@ class Stages:
         return found
 
     def extend(self) -> None:
-        """Go on beyond the edges at which an arm's best lies, all arms together."""
+        """Extend the grids whose best rate is at an edge, all arms together."""
         left = dict.fromkeys(self.tried, self.settings.max_extensions)
         for turn in range(1, self.settings.max_extensions + 1):
             further: list[Trial] = []
@@ -147,7 +142,7 @@ class Stages:
             self.train(f"extension {turn}", further)
 
     def choose(self) -> dict[Entry, Choice]:
-        """The best rate of each arm whose runs are all there."""
+        """The best rate of each arm that is complete."""
         found = {entry: self.merits(entry) for entry in self.tried}
         whole = {entry: merits for entry, merits in found.items() if merits is not None}
         choices = {entry: choose(merits) for entry, merits in whole.items()}
@@ -179,7 +174,7 @@ class Stages:
         return choices
 
     def test(self, choices: dict[Entry, Choice]) -> None:
-        """Read the test set for the chosen settings; a diverged run has nothing to test."""
+        """Read the test set for the chosen settings, except for diverged runs."""
         wanted = [
             trial
             for entry, choice in choices.items()
@@ -190,7 +185,7 @@ class Stages:
             self.train("test", wanted, read_test=True)
 
     def match_updates(self, choices: dict[Entry, Choice]) -> None:
-        """Run each arm at the rate at which it moves as far as the baseline of its rank."""
+        """Run each arm at the rate that gives the baseline's update size at the same rank."""
         matched: dict[Entry, dict[str, float]] = {}
         for entry in choices:
             anchor = Entry(self.settings.baseline, entry.rank)
@@ -202,8 +197,8 @@ class Stages:
             found = rate_for(known, target) if target is not None and len(known) > 1 else None
             if found is None:
                 say(
-                    f"  {entry.label(self.settings)}: no rate tried so far moves its weights as "
-                    "far as the baseline's: left out of the comparison at equal update size"
+                    f"  {entry.label(self.settings)} is not compared at equal update size: no rate "
+                    "tried so far reaches the baseline's size"
                 )
                 continue
             matched[entry] = {"learning_rate": found, "target": target}
@@ -227,19 +222,19 @@ class Stages:
         self.record.write()
 
     def update_size(self, entry: Entry, at: float) -> float | None:
-        """The mean over seeds; None where a run has none."""
+        """The mean over seeds; None if a run has none."""
         sizes = [self.outcome(t).update_size() for t in trials(self.settings, entry, at)]
         return None if None in sizes else fmean(sizes)
 
 
 def refuse_incomplete(labels: list[str]) -> None:
-    """Say at the end which arms have no choice yet.
+    """Name the arms that have no choice yet.
 
     Raises:
-        ConfigurationError: there are any.
+        ConfigurationError: there are such arms.
     """
     if labels:
         raise ConfigurationError(
-            f"runs are missing of {', '.join(labels)}: no learning rate was chosen for them; the "
-            "same command completes what is missing (each failed run's failed.json says why)"
+            f"no learning rate was chosen for {', '.join(labels)}: runs are missing. Give the same "
+            "command again to complete them; each failed run's failed.json has the reason."
         )

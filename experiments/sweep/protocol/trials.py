@@ -1,24 +1,33 @@
-"""One point of the protocol: an arm at a rank, a learning rate and a seed, as Hydra's overrides."""
+"""One trial of the protocol as Hydra overrides: an arm at a rank, a learning rate and a seed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experiments.config.protocol import ProtocolConfig
 from experiments.errors import ConfigurationError
-from experiments.sweep.protocol.settings import ProtocolConfig
 
-OWNED = ("init", "control", "seed", "lora.r", "training.learning_rate", "read_test")
+SETTINGS = {
+    "init": "hydra.sweeper.methods=[…]",
+    "control": "hydra.sweeper.controls=[…]",
+    "seed": "hydra.sweeper.seeds=[…]",
+    "lora.r": "hydra.sweeper.ranks=[…]",
+    "lora.lora_alpha": "hydra.sweeper.scaling=… (alpha / r), or hydra.sweeper.scaling=null",
+    "training.learning_rate": "hydra.sweeper.learning_rate=…",
+    "read_test": "nothing: the test set is read once the learning rates are chosen",
+}
+"""What the protocol sets for each run, and what to set instead."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An arm at a rank: what is given a learning rate of its own."""
+    """An arm at a rank; each gets its own learning rate."""
 
     arm: str
     rank: int
 
     def label(self, settings: ProtocolConfig) -> str:
-        """The arm's name, with the rank where there are several."""
+        """The arm's name, with the rank if there are several."""
         return self.arm if len(settings.ranks) == 1 else f"{self.arm} r={self.rank}"
 
 
@@ -31,7 +40,7 @@ class Trial:
     seed: int
 
     def overrides(self, settings: ProtocolConfig, read_test: bool) -> list[str]:
-        """What is put behind the overrides of the command line."""
+        """What is appended to the overrides of the command line."""
         scaled = settings.scaling is not None
         return [
             settings.arms[self.entry.arm],
@@ -48,24 +57,17 @@ def entries(settings: ProtocolConfig) -> list[Entry]:
 
 
 def trials(settings: ProtocolConfig, entry: Entry, rate: float) -> list[Trial]:
-    """The runs of one setting: one a seed."""
+    """The runs of one setting: one per seed."""
     return [Trial(entry, rate, seed) for seed in settings.seeds]
 
 
 def refuse_owned(keys: list[str], settings: ProtocolConfig) -> None:
-    """The protocol sets these itself; on the command line they would be lost without a word.
+    """Refuse overrides that the protocol would replace.
 
     Raises:
         ConfigurationError: one of them is given.
     """
-    owned = (*OWNED, *(["lora.lora_alpha"] if settings.scaling is not None else []))
-    fixes = {
-        "init": "hydra.sweeper.methods=[…]", "control": "hydra.sweeper.controls=[…]",
-        "seed": "hydra.sweeper.seeds=[…]", "lora.r": "hydra.sweeper.ranks=[…]",
-        "lora.lora_alpha": "hydra.sweeper.scaling=… (alpha / r), or hydra.sweeper.scaling=null",
-        "training.learning_rate": "hydra.sweeper.learning_rate=…",
-        "read_test": "nothing: the test set is read once the learning rates are chosen",
-    }  # fmt: skip
     for key in keys:
-        if key in owned:
-            raise ConfigurationError(f"{key}=… is set by the protocol; give {fixes[key]}")
+        own = key != "lora.lora_alpha" or settings.scaling is not None
+        if key in SETTINGS and own:
+            raise ConfigurationError(f"{key}=… is set by the protocol; give {SETTINGS[key]}")

@@ -1,4 +1,4 @@
-"""A survey on the screen."""
+"""A survey as a table on the screen, or as JSON."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.run.lock import STALE
-from experiments.sweep.status.forecast import seconds_left
-from experiments.sweep.status.survey import Line, Survey
+from experiments.sweep.status.survey import Line, Survey, seconds_left
 
-COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "died": "red"}
+COLORS = {"finished": "green", "running": "cyan", "failed": "red", "died": "red"}
 FIRST = ("running", "failed", "died", "missing", "finished")
 SHOWN = 40
 
@@ -29,7 +28,7 @@ def as_json(found: Survey) -> dict[str, Any]:
 
 
 def as_page(found: Survey) -> Group:
-    """A headline, and the runs that are of most interest first."""
+    """A headline, then the runs: running and failed ones first."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("state", "run", "steps", "%", "heartbeat", "process"):
         numeric = heading in ("steps", "%", "heartbeat")
@@ -57,7 +56,7 @@ def cells(line: Line) -> list[Text]:
     age = "" if line.age is None else f"{readable(line.age)} ago"
     late = "yellow" if line.age is not None and line.age > STALE else ""
     return [
-        Text(state, style=COLOURS.get(line.state, "dim")),
+        Text(state, style=COLORS.get(line.state, "dim")),
         Text(line.name),
         Text(steps),
         Text(share),

@@ -1,10 +1,11 @@
-"""What became of each run that a sweep planned or began."""
+"""The state of each run that a sweep planned or started."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from experiments.run.failures import read_failure
@@ -15,6 +16,7 @@ from experiments.run.state import state_of
 from experiments.sweep.jobs import read_jobs, sweep_facts
 
 SWEEPS = Path("outputs") / "sweeps"
+REMAINING = ("running", "missing", "died", "failed")
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,13 @@ class Line:
     """A run of a sweep.
 
     Attributes:
-        name: its folder's name, or its overrides where it has no folder yet.
+        name: its folder's name, or its overrides while it has no folder.
         method: the initializer, by which durations are compared; None while it is not known.
         state: one of `experiments.run.state.STATES`.
-        step, steps, age: of its heartbeat (seconds); None without one.
+        step, steps, age: of its heartbeat (age in seconds); None without one.
         worker: the host and process that last worked on it.
         reason: why it failed.
-        seconds: what it took, initialization and training; None unless it is finished.
+        seconds: duration of initialization and training; None unless it is finished.
     """
 
     name: str
@@ -44,14 +46,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Survey:
-    """A sweep and its runs, in the order of the plan; total is None where nothing was planned."""
+    """A sweep and its runs, in the order of the plan; total is None without a plan."""
 
     sweep: str
     total: int | None
     lines: list[Line]
 
     def counted(self) -> dict[str, int]:
-        """How many runs are in each state, and those that failed by reason."""
+        """How many runs are in each state; failed ones by reason."""
         counts: dict[str, int] = {}
         for line in self.lines:
             name = f"failed ({line.reason})" if line.state == "failed" else line.state
@@ -60,7 +62,7 @@ class Survey:
 
 
 def find_sweep(given: str) -> Path:
-    """The folder of a sweep, given itself or by its name under `outputs/sweeps`.
+    """The folder of a sweep, from its path or its name under `outputs/sweeps`.
 
     Raises:
         FileNotFoundError: there is no such sweep.
@@ -79,20 +81,19 @@ def find_sweep(given: str) -> Path:
 def survey(folder: Path) -> Survey:
     """Look at every run of the sweep in `folder`."""
     facts = sweep_facts(folder)
-    jobs = [job for _, job in read_jobs(folder)]
-    jobs.sort(key=lambda job: job["job"])
+    jobs = sorted(read_jobs(folder), key=lambda job: job["job"])
     outputs = folder.resolve().parent.parent
     begun = {tuple(job["overrides"]): inspect(job, outputs) for job in jobs}
-    planned = [tuple(job) for job in facts.get("planned") or begun]
+    planned = [tuple(job) for job in facts["planned"] or begun]
     lines = [begun.get(job) or not_begun(job) for job in planned]
     lines += staged(folder, {job["run_id"] for job in jobs})
-    # A protocol asks for a run again to have it tested: one line all the same.
+    # A protocol asks for a run twice, to train and to test it.
     distinct = {line.name: line for line in lines}
     return Survey(facts["sweep"], facts["total"], list(distinct.values()))
 
 
 def inspect(job: dict[str, Any], outputs: Path) -> Line:
-    """A job that was begun. Folders are looked for beside the sweep, wherever it was moved to."""
+    """A job that has started. Its folder is looked up next to the sweep, which may have moved."""
     if job["folder"] is None:
         return Line(" ".join(job["overrides"]), None, "failed", reason="configuration")
     folder = RunFolder(job["run_id"], outputs / "runs" / Path(job["folder"]).name)
@@ -104,10 +105,9 @@ def inspect(job: dict[str, Any], outputs: Path) -> Line:
         seconds = sum(part for part in parts if type(part) in (int, float))
         steps = result.get("steps") if type(result.get("steps")) is int else None
         return Line(name, method, state, step=steps, steps=steps, seconds=seconds)
-    failure = read_failure(folder) if state == "failed" else None
-    if state == "missing" and job["status"] == "failed":
-        # Refused before it had a folder: a wrong setting.
+    if state == "missing" and job["status"] == "failed":  # a wrong setting, before it had a folder
         return Line(name, method, "failed", reason="configuration")
+    failure = read_failure(folder) if state == "failed" else None
     beat = heartbeat(folder) or {}
     return Line(
         name,
@@ -127,7 +127,7 @@ def not_begun(overrides: Sequence[str]) -> Line:
 
 
 def staged(folder: Path, begun: set[str]) -> list[Line]:
-    """Runs of a protocol's stages that no job has begun."""
+    """Runs of a protocol's stages whose jobs have not started."""
     try:
         runs = {
             run: name
@@ -138,3 +138,29 @@ def staged(folder: Path, begun: set[str]) -> list[Line]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [Line(name, name.split("-")[0], "missing") for name in runs.values()]
+
+
+def seconds_left(lines: list[Line]) -> float | None:
+    """The remaining time, by the durations of finished runs; None without a finished run.
+
+        sum over runs of (mean duration of its method) * (share of steps not done) / workers
+
+    A method without a finished run is assumed to take as long as the mean of all finished runs.
+    """
+    durations: dict[str | None, list[float]] = {}
+    for line in lines:
+        if line.seconds is not None:
+            durations.setdefault(line.method, []).append(line.seconds)
+    known = [seconds for each in durations.values() for seconds in each]
+    # A diverged run is not repeated.
+    left = [line for line in lines if line.state in REMAINING and line.reason != "diverged"]
+    if not left:
+        return 0.0
+    if not known:
+        return None
+    workers = max(sum(line.state == "running" for line in lines), 1)
+    return sum(mean(durations.get(line.method, known)) * undone(line) for line in left) / workers
+
+
+def undone(line: Line) -> float:
+    return 1.0 - line.step / line.steps if line.step and line.steps else 1.0

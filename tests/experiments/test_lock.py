@@ -1,4 +1,4 @@
-"""Nobody works on a run that another process works on, and a dead process holds nothing."""
+"""The lock of a run: one process at a time, and nothing is held by a dead process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import time
 
 import pytest
 
+from experiments.config.training import TrainingConfig
 from experiments.errors import RunElsewhere
-from experiments.run import lock as claims
+from experiments.run import lock
 from experiments.run.execute import execute
-from experiments.run.folder import RunFolder, identify, write_json
-from experiments.run.lock import acquire, claim, heartbeat, is_held, lock, release
+from experiments.run.files import write_json
+from experiments.run.folder import RunFolder, identify
+from experiments.run.lock import acquire, claim, heartbeat, is_held, release
 from experiments.run.state import state_of
-from experiments.training.loop import TrainingConfig, make_accelerator
+from experiments.training.loop import make_accelerator
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def alone():
     return make_accelerator(TrainingConfig(), "cpu")
 
 
-def test_a_claimed_run_is_left_alone(configured, tiny):
+def test_a_run_of_another_process_is_left_alone(configured, tiny):
     run = configured(*tiny)
     folder = identify(run)
     held = acquire(folder, wait=False)
@@ -43,17 +45,17 @@ def test_a_claimed_run_is_left_alone(configured, tiny):
     assert not folder.lock_file.exists()
 
 
-def test_who_waits_says_so_and_takes_the_result(configured, tiny, capsys, monkeypatch):
-    monkeypatch.setattr(claims, "POLL", 0.01)
+def test_a_waiting_process_says_so_and_takes_the_result(configured, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "POLL", 0.01)
     run = configured(*tiny)
     held = acquire(identify(run), wait=False)
-    threading.Timer(0.3, release, (identify(run), held)).start()
+    threading.Timer(0.5, release, (identify(run), held)).start()
     assert execute(run, wait=True)["status"] == "finished"
     assert "waiting: another process works on this run" in capsys.readouterr().out
 
 
-def test_the_heartbeat_tells_how_far_it_is(folder, alone, monkeypatch):
-    monkeypatch.setattr(claims, "HEARTBEAT", 0.01)
+def test_the_heartbeat_reports_the_progress(folder, alone, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
     with claim(folder, 200, alone) as mine:
         mine.begin()
         assert heartbeat(folder)["step"] == 0
@@ -63,15 +65,15 @@ def test_the_heartbeat_tells_how_far_it_is(folder, alone, monkeypatch):
         facts = json.loads(folder.running_file.read_text())
         assert (facts["run_id"], facts["pid"], facts["steps"]) == (folder.id, os.getpid(), 90)
         assert set(facts) == {"run_id", "host", "pid", "started", "step", "steps", "updated"}
-        told = rf"process {os.getpid()} on .* \(step 7 of 90, \d+ s ago\)"
-        with pytest.raises(RunElsewhere, match=told):
+        message = rf"process {os.getpid()} on .* \(step 7 of 90, \d+ s ago\)"
+        with pytest.raises(RunElsewhere, match=message):
             acquire(folder, wait=False)
     assert heartbeat(folder) is None
     assert not is_held(folder)
 
 
-def test_a_heartbeat_does_not_need_the_disk(folder, alone, monkeypatch):
-    monkeypatch.setattr(claims, "HEARTBEAT", 0.001)
+def test_a_full_disk_does_not_stop_the_heartbeat(folder, alone, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.001)
     with claim(folder, 90, alone) as mine:
         mine.begin()
         tried = []
@@ -80,13 +82,13 @@ def test_a_heartbeat_does_not_need_the_disk(folder, alone, monkeypatch):
             tried.append(arguments)
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(claims, "write_json", full)
+        monkeypatch.setattr(lock, "write_json", full)
         while len(tried) < 3:
             time.sleep(0.001)
 
 
 @pytest.mark.parametrize(("error", "left"), [(ValueError, False), (KeyboardInterrupt, True)])
-def test_who_fails_tidies_up_and_who_is_interrupted_leaves_a_trace(folder, alone, error, left):
+def test_only_an_interrupted_run_leaves_a_heartbeat(folder, alone, error, left):
     def work():
         with claim(folder, 9, alone) as mine:
             mine.begin()
@@ -98,38 +100,23 @@ def test_who_fails_tidies_up_and_who_is_interrupted_leaves_a_trace(folder, alone
     assert state_of(folder) == "died"
 
 
-def test_another_machine_is_believed_while_it_is_heard_of(folder, alone):
-    """A network file system whose locks do not reach other machines."""
-    told = {"host": "elsewhere", "pid": 5, "step": 3, "steps": 9}
-    write_json(folder.running_file, {**told, "updated": claims.now()})
+def test_another_machines_heartbeat_holds_the_run_while_it_is_fresh(folder, alone):
+    """A network file system does not share its locks."""
+    facts = {"host": "elsewhere", "pid": 5, "step": 3, "steps": 9}
+    write_json(folder.running_file, {**facts, "updated": lock.now()})
     assert is_held(folder)
     with pytest.raises(RunElsewhere, match="process 5 on elsewhere"), claim(folder, 9, alone):
         pass
-    old = time.strftime(claims.CLOCK, time.gmtime(time.time() - claims.STALE - 5))
-    write_json(folder.running_file, {**told, "updated": old})
+    old = time.strftime(lock.CLOCK, time.gmtime(time.time() - lock.STALE - 5))
+    write_json(folder.running_file, {**facts, "updated": old})
     assert state_of(folder) == "died"
     with claim(folder, 9, alone):
         pass
 
 
-def test_a_lock_on_a_removed_file_keeps_nobody_out(tmp_path):
-    """Two wait for a lock; its holder removes the file. They must not get one file each."""
-    path = tmp_path / "lock"
-    first = lock(path)
-    waiting = os.open(path, os.O_RDWR)
-    path.unlink()
-    os.close(first)
-    assert claims.try_lock(waiting)  # on a file that nobody else can find
-    second = lock(path)
-    assert second is not None
-    assert os.stat(path).st_ino == os.fstat(second).st_ino
-    os.close(waiting)
-    os.close(second)
-
-
 def test_many_hold_it_one_at_a_time(folder, tmp_path, monkeypatch):
-    """The kernel's lock belongs to the open file: threads stand for processes here."""
-    monkeypatch.setattr(claims, "POLL", 0.0001)
+    """The kernel's lock belongs to the open file, so threads behave like processes here."""
+    monkeypatch.setattr(lock, "POLL", 0.0001)
     log = []
 
     def work():

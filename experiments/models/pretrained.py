@@ -1,4 +1,4 @@
-"""Checkpoint -> model and tokenizer: dropout as configured, the new head from a seed of its own."""
+"""Loads a checkpoint: dropout as configured, and a new head drawn from its own seed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide progress bars and the loading report, which `newly_drawn` replaces; nothing else."""
+    """Hide progress bars and the loading report, which `newly_drawn` replaces."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     logger = logging.getLogger("transformers.modeling_utils")
     transformers.utils.logging.disable_progress_bar()
-    logger.addFilter(is_no_report)
+    logger.addFilter(is_not_report)
     try:
         yield
     finally:
-        logger.removeFilter(is_no_report)
+        logger.removeFilter(is_not_report)
         if bars:
             transformers.utils.logging.enable_progress_bar()
 
 
-def is_no_report(record: logging.LogRecord) -> bool:
+def is_not_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
@@ -57,11 +57,11 @@ def load_checkpoint(
 ) -> tuple[torch.nn.Module, Any, tuple[str, ...]]:
     """Load `checkpoint` for a task: the model, its tokenizer, and notes on it.
 
-    Whatever the checkpoint lacks (a classification head) is drawn after `manual_seed(head_seed)`,
-    so it is the same for every method; the global generator is left where it was.
+    What the checkpoint lacks, such as a head, is drawn from `head_seed`: it is the same for every
+    method. The global generator is restored.
     """
     common = {"revision": checkpoint.revision, "trust_remote_code": checkpoint.trust_remote_code}
-    # torch.random.fork_rng forks the CUDA generators as well, wherever a model is put later on.
+    # fork_rng also restores the CUDA generators.
     with readable_errors(name, checkpoint), quiet_loading(), torch.random.fork_rng():
         config = transformers.AutoConfig.from_pretrained(checkpoint.source, **common)
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.source, **common)
@@ -75,7 +75,7 @@ def load_checkpoint(
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: number for number, label in enumerate(labels)}
             if getattr(config, "pad_token_id", None) is None:
-                config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token by it
+                config.pad_token_id = tokenizer.pad_token_id  # finds the last token
             auto = transformers.AutoModelForSequenceClassification
         else:
             refuse_encoder(config, name)
@@ -95,10 +95,10 @@ def load_checkpoint(
 
 
 def checkpoint_activations(model: torch.nn.Module) -> None:
-    """Keep the inputs of each block only, and compute the rest again in the backward pass.
+    """Keep only the inputs of each block, and recompute the rest in the backward pass.
 
     Raises:
-        ConfigurationError: transformers has no such thing for this model.
+        ConfigurationError: transformers does not support it for this model.
     """
     try:
         if hasattr(model, "activation_checkpointing_enable"):
@@ -109,13 +109,12 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
         raise ConfigurationError(
             f"runtime.gradient_checkpointing=true: {error}; set it to false"
         ) from error
-    # Caching keys and values is for generating; while blocks are computed twice it is only warned
-    # of. Generation, in evaluation mode, asks for its cache itself.
+    # transformers warns if this cache is on while blocks are recomputed. Generation turns it on.
     model.config.use_cache = False
 
 
 def set_dropout(config: Any, rate: float) -> None:
-    """Write `rate` over every dropout rate in a transformers configuration, whatever its name."""
+    """Set every dropout rate in a transformers configuration, whatever its name."""
     for key, value in config.to_dict().items():
         is_rate = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
         if is_rate and ("dropout" in key or key.endswith("_pdrop")):
@@ -123,7 +122,7 @@ def set_dropout(config: Any, rate: float) -> None:
 
 
 def refuse_encoder(config: Any, name: str) -> None:
-    """An encoder would load as a language model, with a head of noise: refuse it instead."""
+    """Refuse an encoder, which would load as a language model with a random head."""
     architectures = config.architectures or []
     if architectures and not any(kind in known for known in architectures for kind in DECODERS):
         raise ConfigurationError(
@@ -135,7 +134,7 @@ def refuse_encoder(config: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def readable_errors(name: str, checkpoint: Checkpoint) -> Iterator[None]:
-    """Say which setting led to a checkpoint that transformers cannot load."""
+    """Name the setting if transformers cannot load the checkpoint."""
     try:
         yield
     except ConfigurationError:
