@@ -2,20 +2,20 @@ r"""The number that a written solution of a word problem gives as its answer.
 
 The rule, in this order:
 
-1. What follows another problem that the model goes on to write ("### Instruction", "Question:") is
-   not read.
+1. If the model starts another problem ("### Instruction", "Question:"), the text from there on is
+   ignored.
 2. An answer is *stated* by "answer is" (or "answer:"), by \boxed{…}, or by a last line "#### 42".
-   The last statement with anything in it counts. Its first sentence is read: the number after its
-   last "=", else its first number. A statement without one ("The answer is: none") is no number.
-3. Without a statement, the last number of the last sentence, if the text has come to its end and
-   does not end on a question. Where generation was cut off, the answer was still to come.
+   The last statement that is not empty counts. In its first sentence, the answer is the number
+   after the last "=", else the first number. "The answer is: none" gives None.
+3. Without a statement, the answer is the last number of the last sentence. This applies only if
+   the model ended the text, and not on a question: a text that was cut off has no answer yet.
 
 A number may have a sign, thousands separators, a decimal part, a currency or a unit, and may be a
-fraction (3/4, \frac{3}{4}, 1 1/2). A percent sign is a unit: 50% is 50. Numbers are compared as
-fractions, exactly: 42 is 42.0 and 3/4 is 0.75, and 33.33 is not 100/3.
+fraction (3/4, \frac{3}{4}, 1 1/2). A percent sign is a unit: 50% is 50. Numbers are compared
+exactly, as fractions: 42 equals 42.0, 3/4 equals 0.75, and 33.33 differs from 100/3.
 
-Deviations: MetaMath's own script counts a text without "The answer is: " as wrong, and rounds to
-integers, by which 41.6 is a right answer where 42 is. GSM8K's answers are integers.
+Deviations: MetaMath's own script counts a text without "The answer is: " as wrong. It also rounds
+to integers, so that it accepts 41.6 for 42. GSM8K's answers are integers.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ NUMBER = re.compile(
 
 
 def extract_number(text: str, ended: bool = True) -> Fraction | None:
-    """The answer that `text` gives, by the rule above, or None.
+    """The answer of `text` by the rule above, or None.
 
     Args:
-        ended: the model ended the text by itself.
+        ended: whether the model ended the text before the limit of tokens.
     """
     own, *others = GOES_ON.split(text, maxsplit=1)
     plain = as_plain(HEADING.sub("\n", own)).strip()
@@ -76,7 +76,7 @@ def numbers(text: str) -> list[Fraction]:
 
 
 def value_of(match: re.Match[str]) -> Fraction | None:
-    """None for a fraction over zero."""
+    """The number of a match; None for a division by zero."""
     part = match.groupdict()
     sign = -1 if part["sign"] == "-" else 1
     if part["plain"]:
@@ -86,7 +86,7 @@ def value_of(match: re.Match[str]) -> Fraction | None:
 
 
 def as_plain(text: str) -> str:
-    """LaTeX, Markdown and currencies taken out of the way of the numbers."""
+    """The text without LaTeX, Markdown and currencies around its numbers."""
     text = text.replace("\N{MINUS SIGN}", "-").replace("**", "").replace("{,}", ",")
     text = re.sub(r"\\[,;:! ]", "", text)  # LaTeX's spaces, as in 1\,000
     text = re.sub(r"(?<=\d)(?=\\[dtc]?frac)", " ", text)  # 1\frac{1}{2}

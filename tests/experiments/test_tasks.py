@@ -106,11 +106,11 @@ def test_the_prompt_is_not_learnt(causal):
 
 
 def test_a_long_example_keeps_its_answer(causal):
-    ids, labels, answer = causal.tokenise(Completion(0, "1" * 30 + "=", "42", reasoning="2+2"))
+    ids, labels, answer = causal.tokenize(Completion(0, "1" * 30 + "=", "42", reasoning="2+2"))
     assert len(ids) == len(labels) == 16
     assert causal.tokenizer.decode(ids).endswith("=2+242[EOS]")
     assert answer == 3
-    ids, labels, _ = causal.tokenise(Completion(0, "1=", "42", reasoning="3" * 40))
+    ids, labels, _ = causal.tokenize(Completion(0, "1=", "42", reasoning="3" * 40))
     assert len(ids) == 16
     assert causal.tokenizer.decode(ids).endswith("342[EOS]")
 
