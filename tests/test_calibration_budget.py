@@ -9,10 +9,11 @@ from measures import assert_unchanged, relative_gap, snapshot
 from models import llama, token_batches
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model, statistics
-from lora_init.budget import Budget
+from lora_init import LoraConfig, get_peft_model
+from lora_init.calibration import collect
+from lora_init.calibration.memory import Budget
+from lora_init.calibration.sketch import RunningSketch, SketchedStatistics, random_basis
 from lora_init.moments import InputStatistics
-from lora_init.sketch import RunningSketch, SketchedStatistics, random_basis
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CPU = torch.device("cpu")
@@ -95,8 +96,8 @@ def test_batches_that_can_be_read_only_once_are_refused_at_the_first():
 def test_statistics_are_let_go_before_the_next_pass(method, monkeypatch):
     alive = weakref.WeakSet()
     largest = []
-    collect_inputs = statistics._collect_inputs
-    statistics_of = statistics.statistics_of
+    collect_inputs = collect._collect_inputs
+    statistics_of = collect.statistics_of
 
     def before_a_pass(*args):
         gc.collect()
@@ -108,8 +109,8 @@ def test_statistics_are_let_go_before_the_next_pass(method, monkeypatch):
         alive.add(found.covariance)
         return found
 
-    monkeypatch.setattr(statistics, "_collect_inputs", before_a_pass)
-    monkeypatch.setattr(statistics, "statistics_of", noted)
+    monkeypatch.setattr(collect, "_collect_inputs", before_a_pass)
+    monkeypatch.setattr(collect, "statistics_of", noted)
     adapted(method, calibration_memory=WIDE)
     assert largest == [0] * 8
 

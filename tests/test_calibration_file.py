@@ -12,15 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_init import (
-    Calibration,
-    LoraConfig,
-    WithLoss,
-    calibrate,
-    calibration_file,
-    get_peft_model,
-)
-from lora_init.calibration_file import CHECKSUM_KEY, HEADER_KEY
+from lora_init import Calibration, LoraConfig, WithLoss, calibrate, get_peft_model
+from lora_init.calibration import file as calibration_file
+from lora_init.calibration.file import CHECKSUM_KEY, HEADER_KEY
 
 
 def network() -> nn.Module:

@@ -13,9 +13,9 @@ from processes import run_ranks
 from torch import distributed, nn
 
 from lora_init import LoraConfig, calibrate, get_peft_model
-from lora_init.budget import Budget
+from lora_init.calibration.collect import collect
+from lora_init.calibration.memory import Budget
 from lora_init.registry import CalibrationRequest
-from lora_init.statistics import collect
 
 WORLD = 2
 BATCHES = token_batches(count=5, size=6)

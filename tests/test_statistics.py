@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from lora_init import Calibration, LoraConfig, calibrate, get_peft_model
-from lora_init.moments import InputStatistics, RunningMoments
+from lora_init.calibration.collect import collect
+from lora_init.calibration.memory import statistics_of
+from lora_init.calibration.sums import RunningMoments
 from lora_init.registry import CalibrationRequest
-from lora_init.statistics import collect
 
 PLAIN = CalibrationRequest()
 
@@ -73,7 +74,7 @@ def test_sums_of_any_batch_size_are_those_of_float64(batch, mean):
     assert found.tokens == 2400
     assert (found.products - covariance).abs().max() <= 1e-5 * scale
     assert (found.mean - x.mean(0)).abs().max() <= 1e-5 * scale.sqrt()
-    statistics = InputStatistics.of(found)
+    statistics = statistics_of(found)
     second_moment = x.T @ x / len(x)
     gap = (statistics.second_moment - second_moment).abs().max()
     assert gap <= 1e-5 * second_moment.diagonal().mean()

@@ -23,7 +23,7 @@ from experiments.config.training import TrainingConfig, steps_of
 from lora_init import list_initializers
 from lora_init.registry import Initializer
 
-SUPPLIED = {"weight", "weights", "inputs", "gradient", "gradients", "output_moments", "quantizer"}
+SUPPLIED = {"weight", "inputs", "gradient", "quantizer"}
 """What a run gives to a method; a second data set or a second checkpoint is not part of it."""
 
 
@@ -52,7 +52,7 @@ def supports(kind: Any, default: Any) -> bool:
 
 def missing_inputs(method: Initializer) -> list[str]:
     """What a method reads and no run supplies."""
-    return sorted(set(getattr(method, "reads", None) or method.needs) - SUPPLIED)
+    return sorted(set(method.reads) - SUPPLIED)
 
 
 def leave_out_unsupplied() -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from experiments.gpu.specimens import KINDS, PACKED, Specimen
 from experiments.gpu.task import Task
 from lora_init import Calibration, Initializer, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init import list_initializers as initializers
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 8
 GOAL, PROMISE = 1e-6, 1e-5
@@ -95,7 +95,7 @@ def compared(
 ) -> dict[str, float]:
     """The gap between the device's adapter and the CPU's for each place of the model."""
     found = None
-    if spec.calibration and specimen.dtype != FLOAT32:
+    if spec.needs_data and specimen.dtype != FLOAT32:
         base = specimen.build()
         found = calibrate(base, config(spec, base), specimen.calibration("cpu"))
     reference = adapted(spec, specimen, "cpu", None, found, use_dora)
@@ -123,7 +123,7 @@ def adapted(
     """The specimen on `place` with the method's adapter, computed on `device`."""
     base = moved(specimen.build(), place) if base is None else base
     calibration = found
-    if spec.calibration and found is None:
+    if spec.needs_data and found is None:
         calibration = specimen.calibration(place)
     originals = specimen.originals() if spec.base == "replace" else None
     return get_peft_model(

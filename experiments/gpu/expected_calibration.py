@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from experiments.gpu.blocks import LINEAR, LLAMA_1B, LLAMA_2_7B, Shape
 from experiments.gpu.expected import BANDWIDTH, FLOAT64, LAUNCH
-from lora_init.symmetric import SMALLEST_BLOCK
+from lora_init.linalg.gram import SMALLEST_BLOCK
 
 TOKENS, BATCH = 16384, 2048
 BFLOAT16 = 600e12  # operations a second of products

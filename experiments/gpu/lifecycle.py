@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from experiments.gpu.specimens import PACKED
 from lora_init import LoraModel
 from lora_init.layers import LoraLayer
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 FLOAT32_TOLERANCE = 2e-6
 UNLOAD_TOLERANCE = 1e-6
@@ -157,7 +157,7 @@ def twin(model: nn.Module) -> nn.Module:
     made = copy.deepcopy(model)
     for module in made.modules():
         if type(module).__name__ == "Linear4bit":
-            from lora_init.packed import keep_plain
+            from lora_init.weights.bitsandbytes import keep_plain
 
             keep_plain(module)
     return made

@@ -24,7 +24,7 @@ from experiments.gpu.stopwatch import timed
 from experiments.gpu.synchronizations import counted_synchronizations
 from experiments.gpu.task import Task
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
-from lora_init.calibration import LayerStatistics
+from lora_init.layer import LayerStatistics
 from lora_init.moments import InputStatistics
 from lora_init.registry import list_initializers, resolve
 
@@ -161,7 +161,7 @@ def adapted(
 def statistics(task: Task, subject: Subject, method: str, blocks: int) -> Calibration | None:
     """What the method reads, from random tokens; None for one that reads none."""
     spec, _ = resolve(SPELLED.get(method, method))
-    if spec.calibration is None:
+    if not spec.needs_data:
         return None
     method = SPELLED.get(method, method)
     config = LoraConfig(r=1, target_modules=targets(blocks), init_lora_weights=method)

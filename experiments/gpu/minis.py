@@ -12,9 +12,9 @@ from experiments.gpu.lifecycle import relative
 from experiments.gpu.specimens import Specimen, decaying
 from experiments.gpu.task import Task
 from lora_init import LoraConfig, get_peft_model, linalg
-from lora_init.checksum import checksum
-from lora_init.fingerprint import fingerprint
 from lora_init.quantization import Quantizer
+from lora_init.weights.checksum import checksum
+from lora_init.weights.fingerprint import fingerprint
 
 FLOAT32 = torch.float32
 QUANTIZERS = (

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from experiments.gpu.stopwatch import best_of
 from experiments.gpu.task import Task
+from lora_init.calibration.sums import RunningMoments
 from lora_init.linalg import small
 from lora_init.linalg.thin import cholesky_qr
-from lora_init.moments import RunningMoments
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 

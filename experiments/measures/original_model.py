@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init import LoraModel
-from lora_init.base_weights import BaseWeights
-from lora_init.plan import Target
+from lora_init.plan.plan import Target
+from lora_init.weights.source import BaseWeights
 
 
 class OriginalModel:

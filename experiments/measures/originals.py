@@ -9,8 +9,8 @@ import torch
 
 from experiments.config.records import MeasuresConfig
 from experiments.measures.spectra import Spectrum, leading_spectrum
-from lora_init.base_weights import BaseWeights
-from lora_init.plan import Plan
+from lora_init.plan.plan import Plan
+from lora_init.weights.source import BaseWeights
 
 
 @dataclass(frozen=True)

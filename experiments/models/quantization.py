@@ -8,7 +8,7 @@ from typing import Any
 from experiments.config.bounds import refusal
 from experiments.errors import ConfigurationError, nearest
 from experiments.models.source import Checkpoint
-from lora_init.config import HEADS
+from lora_init.config.lora_config import HEADS
 
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},

@@ -25,7 +25,7 @@ from experiments.errors import ConfigurationError, nearest
 from experiments.papers.subjects import Subject
 from experiments.report.palette import ordered
 from lora_init import Calibration, LoraConfig, calibrate, get_peft_model, list_initializers
-from lora_init.gradients import collect_gradients
+from lora_init.calibration.gradients import collect_gradients
 from lora_init.registry import Initializer, resolve
 
 UNCENTRED = "eva_uncentred"

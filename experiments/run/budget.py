@@ -10,7 +10,7 @@ from typing import Any
 from experiments.config.training import BudgetConfig, TrainingConfig
 from experiments.errors import ConfigurationError
 from experiments.tasks import SeededBatches, Task
-from lora_init.plan import Plan
+from lora_init.plan.plan import Plan
 
 
 def limit_steps(

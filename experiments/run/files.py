@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import ConfigurationError
-from lora_init.adapters.atomic_file import write_atomically
+from lora_init.files import write_atomically
 
 KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}
 

@@ -18,7 +18,7 @@ from experiments.models import LoadedModel, load_model
 from experiments.run.budget import check_parameters
 from experiments.tasks import Task, draw
 from lora_init import LoraConfig, LoraModel, get_peft_model
-from lora_init.base_weights import BaseWeights
+from lora_init.weights.source import BaseWeights
 
 PROBED_EXAMPLES = 16
 
@@ -43,7 +43,7 @@ def initialize(
     with PeakMemory() as memory, naming_the_method(run):
         # Only for methods that calibrate. A list, so that the cache can keep its statistics.
         batches = None
-        if method.calibration is not None:
+        if method.needs_data:
             batches = list(calibration_batches(run, data, task, device))
         memory_limit = run.runtime.calibration_gib
         adapted = get_peft_model(

@@ -67,7 +67,7 @@ def test_a_glob_finds_every_method_once_and_no_preset():
 
 def test_a_method_without_its_input_is_not_in_the_glob(monkeypatch, capsys):
     """A second checkpoint, say, which no run supplies."""
-    method = dataclasses.replace(get_initializer("pissa"), needs=frozenset({"second_checkpoint"}))
+    method = dataclasses.replace(get_initializer("pissa"), reads=frozenset({"second_checkpoint"}))
     others = [method, get_initializer("kaiming")]
     monkeypatch.setattr(store, "list_initializers", lambda: others)
     options = dict(ConfigStore.instance().repo["init"])

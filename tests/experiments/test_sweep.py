@@ -110,19 +110,19 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_init import Factors, register_initializer
+from lora_init import Factors, Options, register_initializer
 
 
 @dataclass
-class SampleOptions:
+class SampleOptions(Options):
     size: float = 0.01
 
 
 @register_initializer("sample", options=SampleOptions, paper="none")
-def sample(weight, rank, scaling, statistics, options, generator):
-    rows, columns = weight.shape
-    lora_A = options.size * torch.randn(rank, columns, generator=generator)
-    return Factors(lora_A, torch.zeros(rows, rank))
+def sample(layer, options):
+    rows, columns = layer.shape
+    lora_A = options.size * torch.randn(layer.rank, columns, generator=layer.generator)
+    return Factors(lora_A, torch.zeros(rows, layer.rank))
 """
 
 

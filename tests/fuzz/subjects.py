@@ -14,16 +14,9 @@ from mutation import joined, split
 from safetensors.torch import load
 from torch import nn
 
-from lora_init import (
-    Calibration,
-    LoraConfig,
-    LoraModel,
-    WithLoss,
-    calibrate,
-    calibration_file,
-    get_peft_model,
-)
+from lora_init import Calibration, LoraConfig, LoraModel, WithLoss, calibrate, get_peft_model
 from lora_init.cache import Cache, key
+from lora_init.calibration import file
 
 
 class Subject:
@@ -225,10 +218,10 @@ class CalibrationFile(Subject):
         texts = header.get("__metadata__", {})
         try:
             tensors = load(joined(header, payload))
-            checksum = calibration_file._checksum(texts[calibration_file.HEADER_KEY], tensors)
+            checksum = file._checksum(texts[file.HEADER_KEY], tensors)
         except Exception:
             return  # no checksum makes a file of this header
-        texts[calibration_file.CHECKSUM_KEY] = checksum
+        texts[file.CHECKSUM_KEY] = checksum
 
     def wrong(self, found: Mapping[str, Any]) -> str:
         """Another shape, with a checksum that fits, is another calibration."""

@@ -19,8 +19,8 @@ from experiments.papers.corda_knowledge.tradeoff import means
 from experiments.papers.fine_tuning import fine_tune
 from experiments.papers.perplexity import block_losses
 from lora_init import LoraModel
-from lora_init.fingerprint import fingerprint
-from lora_init.modules import oriented_weight
+from lora_init.weights.fingerprint import fingerprint
+from lora_init.weights.kinds import oriented_weight
 
 
 @dataclass(frozen=True)

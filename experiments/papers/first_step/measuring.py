@@ -1,6 +1,7 @@
 """From settings to rows: every method's first step in every layer, on its own data and on others'.
 
-One row a model, layer, method and batch. Gradients are those of `lora_init.gradients`; those of one
+One row a model, layer, method and batch. Gradients are those of `lora_init.calibration.gradients`;
+those of one
 batch are held at a time, and whatever else is m × n is one layer's. What a gradient alone decides
 (the bounds, its signs) is computed once for all methods that share it.
 """
@@ -33,7 +34,7 @@ from experiments.papers.starts import (
 )
 from experiments.papers.subjects import Layer, Subject, short_name
 from experiments.papers.tasks import Batches, load_with_task, measured_layers, task_batches
-from lora_init.gradients import collect_gradients
+from lora_init.calibration.gradients import collect_gradients
 from lora_init.progress import tracked
 from lora_init.registry import Initializer, resolve
 

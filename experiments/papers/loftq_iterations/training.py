@@ -20,9 +20,7 @@ from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, 
 from experiments.papers.subjects import place
 from experiments.tasks.text_classification import TextClassification
 from experiments.training.loop import make_accelerator, train
-from lora_init import LoraModel
-from lora_init.registry import get_initializer
-from lora_init.seeding import layer_generator
+from lora_init import LoraModel, init_factors
 
 BITS = 2
 TASK = "SEQ_CLS"
@@ -68,11 +66,8 @@ def arms(ground: Ground, rank: int, iterations: int) -> Iterator[tuple[str, Lora
     with ground.started(rank, chosen, task_type=TASK) as model:
         ground.refit(model, ground.best_for_weight)
         yield SVD_FIRST, model
-    kaiming = get_initializer("kaiming")
-
     def drawn(name, lost, rank, scaling):
-        function, options = kaiming.function_for("Linear"), kaiming.options()
-        made = function(lost, rank, scaling, None, options, layer_generator(ground.seed, name))
+        made = init_factors(lost, "kaiming", r=rank, seed=ground.seed, name=name)
         return made.lora_A, made.lora_B
 
     with ground.started(rank, {"name": "qera", "bits": BITS}, task_type=TASK) as model:

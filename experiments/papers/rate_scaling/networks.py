@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.layer import layer_generator
 from lora_init.registry import get_initializer
-from lora_init.seeding import layer_generator
 
 NETWORKS = ("square", "narrow")
 STARTS = ("A", "B")

@@ -29,8 +29,8 @@ from experiments.papers.sharpness.starts import (
 )
 from experiments.papers.subjects import Subject, place
 from lora_init import list_initializers
+from lora_init.layer import layer_generator
 from lora_init.progress import tracked
-from lora_init.seeding import layer_generator
 
 HEADS = ("new", "trained")
 METHODS = (

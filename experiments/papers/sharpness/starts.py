@@ -14,7 +14,7 @@ from experiments.papers.subjects import Subject, load_subject
 from experiments.tasks import draw
 from experiments.tasks.text_classification import TextClassification
 from lora_init import LoraConfig, LoraModel, get_peft_model
-from lora_init.config import HEADS
+from lora_init.config.lora_config import HEADS
 
 HEAD_RATE = 1e-2
 Batch = dict[str, Tensor]
@@ -64,7 +64,7 @@ def started(
             r=rank, lora_alpha=scaling * rank, target_modules="all-linear", task_type="SEQ_CLS",
             init_lora_weights=method,
         )  # fmt: skip
-        needed = config.initializer()[0].calibration is not None
+        needed = config.initializer()[0].needs_data
         model = get_peft_model(
             subject.model, config, calibration=calibration if needed else None, seed=seed,
             cache=False, keep_original=True,
