@@ -24,6 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
+from experiments.config.resolve import as_settings
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.catalogue import NAMES, check_names
@@ -31,7 +32,6 @@ from experiments.papers.page import write_page
 from experiments.papers.paper import FORMS
 from experiments.papers.results import Result, read_result
 from experiments.papers.summary import summary_table
-from experiments.resolving import as_settings
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
 

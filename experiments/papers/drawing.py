@@ -18,7 +18,7 @@ from experiments.papers.findings import Figure
 from experiments.report.canvas import inline
 from experiments.report.palette import marks
 from experiments.report.specification import VEGA_LITE, themed
-from experiments.runs import write_bytes, write_text
+from experiments.run.files import write_bytes, write_text
 
 
 def chart(frame: pd.DataFrame) -> alt.Chart:

@@ -17,7 +17,7 @@ from experiments.papers.summary import counted, summary_markdown
 from experiments.papers.tables import CLAIM_HEADERS, claims_markdown, markdown
 from experiments.papers.verdicts import Claim, Verdict, as_claim
 from experiments.report.page import as_script, bundle
-from experiments.runs import write_json, write_text
+from experiments.run.files import write_json, write_text
 
 HERE = Path(__file__).parent
 STYLE = HERE.parent / "report" / "page.css"

@@ -25,6 +25,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from experiments.config.training import TrainingConfig
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.corpora import joined_blocks, load_texts
@@ -40,7 +41,6 @@ from experiments.papers.subjects import Layer, Subject, load_subject, place
 from experiments.papers.tasks import measured_layers
 from experiments.papers.verdicts import Claim, judge
 from experiments.report.canvas import SOFT
-from experiments.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 
 SCALINGS = {False: "alpha / r", True: "alpha / √r"}

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.environment import describe_environment
 from experiments.papers.drawing import page_specification, write_pictures
 from experiments.papers.findings import Findings, Table
 from experiments.papers.paper import Paper, PaperSettings
 from experiments.papers.tables import cells, claims_markdown, numeric, table_markdown
 from experiments.papers.verdicts import Claim, as_claim
-from experiments.runs import write_json, write_text
+from experiments.run.environment import describe_environment
+from experiments.run.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = (

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from experiments.errors import ConfigurationError
-from experiments.tracking import LONGEST_NAME, shortened
+from experiments.run.tracking import LONGEST_NAME, shortened
 
 from .output import Report
 from .result_table import columns

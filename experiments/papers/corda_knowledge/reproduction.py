@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
+from experiments.config.training import TrainingConfig
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.corda_knowledge import claims, figures
@@ -25,7 +26,6 @@ from experiments.papers.findings import Findings
 from experiments.papers.paper import Paper, PaperSettings
 from experiments.papers.perplexity import spread
 from experiments.papers.subjects import Subject, load_subject, place
-from experiments.schedule import TrainingConfig
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init.injection import Injection
 

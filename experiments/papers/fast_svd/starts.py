@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from experiments.config.training import TrainingConfig
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.corpora import joined_blocks, load_texts
@@ -29,7 +30,6 @@ from experiments.papers.fast_svd.settings import FastSvdSettings
 from experiments.papers.fine_tuning import fine_tune
 from experiments.papers.perplexity import block_losses
 from experiments.papers.subjects import Subject
-from experiments.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 
 EXACT = "exact"
