@@ -44,6 +44,7 @@ register_schema()
 # PEFT calls a method of transformers under its old name. It also imports bitsandbytes, which
 # reports that no accelerator is installed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+warnings.filterwarnings("ignore", message="Full backward hook is firing")  # PEFT's LoRA-GA
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

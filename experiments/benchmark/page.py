@@ -23,7 +23,8 @@ The time is that of the whole `get_peft_model` call without passes over data. A 
 210 layers" means that all contenders adapt the same sample of layers, because the peer decomposes
 whole matrices; "whole model" is then the time of lora_init for all layers. torch.linalg is the
 textbook computation in float32, without an adapter. The error is the largest over the sampled
-layers, compared with float64; 0 is exact:
+layers, compared with float64; 0 is exact. Layers that are too large for a float64 decomposition
+have no error:
 
 """,
     "calibration": """\
