@@ -15,7 +15,7 @@ from experiments.benchmark.reference import Given, Truth
 from experiments.benchmark.schema import BenchmarkConfig
 from experiments.benchmark.strategies import STRATEGIES
 from experiments.benchmark.workload import Batch, Workload, load_workload, sampled
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 
 class Material:
