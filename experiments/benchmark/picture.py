@@ -61,7 +61,7 @@ def panel(marks: pd.DataFrame, name: str) -> alt.LayerChart:
         "method:N", sort=list(dict.fromkeys(marks["method"])), title=None,
         axis=alt.Axis(ticks=False, domain=False, grid=True, labelPadding=8),
     )  # fmt: skip
-    axis = alt.Axis(labelExpr=SECONDS, labelOverlap=True, tickCount=6)
+    axis = alt.Axis(labelExpr=SECONDS, labelOverlap=True, values=ticks(marks["seconds"]))
     legend = alt.Legend(title=None, orient="bottom", direction="horizontal")
     base = alt.Chart(marks)
     joined = base.mark_rule(color="#d0d7de", strokeWidth=2).encode(
@@ -85,3 +85,9 @@ def panel(marks: pd.DataFrame, name: str) -> alt.LayerChart:
         height=ROW_HEIGHT * marks["method"].nunique(),
         title=alt.TitleParams(name, anchor="start", fontSize=13),
     )
+
+
+def ticks(seconds: pd.Series) -> list[float]:
+    """Return the values 1 and 3 times a power of ten within the range of the axis."""
+    steps = [step * 10.0**power for power in range(-5, 5) for step in (1, 3)]
+    return [step for step in steps if 0.8 * seconds.min() <= step <= 1.2 * seconds.max()]
