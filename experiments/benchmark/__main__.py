@@ -104,7 +104,10 @@ def line(row: Row) -> str:
     rank = "" if row.rank is None else f" r={row.rank}"
     parts = [f"{row.section:14s} {row.model}{rank} {row.case}: {amount(row.ours, row.unit)}"]
     if row.ratio is not None:
-        parts.append(f"{row.peer} / lora_init {ratio(row)}")
+        text = f"{row.peer} / lora_init"
+        if row.section == "calibration":
+            text = f"multiple of {row.peer}"
+        parts.append(f"{text} {ratio(row)}")
     if row.error is not None:
         parts.append(f"error {error(row.error)} ({row.kind})")
     return "; ".join([*parts, *([row.note] if row.note else [])])
