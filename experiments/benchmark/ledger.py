@@ -61,8 +61,9 @@ class Ledger:
         self._write("finished" if finished else "unfinished")
         drawing = picture_of(self.rows)
         if drawing is not None:
-            for ending in ("png", "svg", "html"):
+            for ending in ("png", "svg"):
                 drawing.save(self.folder / f"{PICTURE}.{ending}", scale_factor=2)
+            drawing.save(self.folder / f"{PICTURE}.html", inline=True)  # works offline
         if finished and self.settings.page is not None:
             page = Path(self.settings.page)
             write_text(page, page_of(self.rows, self.known, "finished"))
