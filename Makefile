@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
-	@echo "make benchmark lora_init beside PEFT and torch.linalg: initializers, calibration, memory"
+	@echo "make benchmark lora_init compared with PEFT and torch.linalg, then docs/performance.md"
 	@echo "make gpu       checks and measurements on a GPU, eight minutes; installs nothing"
 	@echo "make papers    published claims measured again, then docs/papers"
 	@echo "make test      the tests, in under ten minutes on two cores"
@@ -35,7 +35,7 @@ compare: $(STAMP)
 	$(BIN)/python -m experiments.report $(OUTPUTS)/sweeps/compare
 
 benchmark: $(STAMP)
-	$(BIN)/python -m experiments.benchmark outputs=$(OUTPUTS) $(OVERRIDES)
+	$(BIN)/python -m experiments.benchmark outputs=$(OUTPUTS) page=docs/performance.md $(OVERRIDES)
 
 # In the Python that is there (PYTHON=...): a machine with a GPU has its own torch.
 gpu:

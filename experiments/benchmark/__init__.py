@@ -1,21 +1,17 @@
-"""lora_init beside Hugging Face PEFT: one run, one machine, quality beside the speed, as ratios.
+"""Compare the cost of lora_init with Hugging Face PEFT and with plain `torch.linalg`.
 
     python -m experiments.benchmark
-    python -m experiments.benchmark sections=[steps] steps.models=[minilm] device=cuda
+    python -m experiments.benchmark model=smollm2 sections=[steps]
     python -m experiments.benchmark model=llama2_7b_shapes device=cuda
 
-A section is one file with a function `run(settings, hear, clock) -> list[Row]` that tells each row
-as soon as it is known:
+Each section is one module with a function `cases(settings)`. It returns the cases in their order;
+a case measures one comparison and yields its rows:
 
-- `initialization`: every strategy on every model beside PEFT and torch.linalg, its time, peak and
-  floor, and what it computed;
-- `calibration`: the pass that collects second moments, against plain forward passes;
-- `injection`: `get_peft_model` where the initialization itself costs next to nothing;
-- `memory`: the peak of an injection above the loaded model;
-- `steps`: a training step of LoRA and of DoRA; ten minutes, so it is run when asked for.
+- `initialization`: every method, with the error of its factors;
+- `calibration`: the pass that collects second moments, compared with plain forward passes;
+- `memory`: the peak of `get_peft_model`;
+- `steps`: training steps of LoRA and DoRA.
 
-A ratio is the peer's figure over ours: above 1 ours takes less. Contenders take turns within one
-process, in an order that favours neither, and the ratios are taken within each turn: what slows
-the machine down for a moment slows both. The library's cache is off: everything is computed.
-The whole of it ends within `seconds`, at the cost of turns and of dear peers (`clock.py`).
+Contenders alternate within one process, so that a slow moment of the machine hits all of them.
+A ratio is the peer's figure divided by ours: above 1, lora_init takes less.
 """

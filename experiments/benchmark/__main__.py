@@ -1,41 +1,50 @@
-"""Hydra's entry point: run the chosen sections, print each table, write the results.
+"""Hydra's entry point: measure every case within the time limit, and write the results.
 
-Every setting is listed by `python -m experiments.benchmark --cfg job`.
+`python -m experiments.benchmark --cfg job` lists every setting.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
+from collections import deque
 from pathlib import Path
 
-# Before transformers and PEFT are imported: bars of their own inside a measurement would be noise.
+# Before transformers and PEFT are imported: their progress bars would disturb the measurements.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["LORA_INIT_CACHE"] = "off"  # what was stored by an earlier call would cost nothing
 
 import hydra
 import rich
 import torch
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.benchmark.clock import Clock
-from experiments.benchmark.report import Ledger
-from experiments.benchmark.sections import SECTIONS
-from experiments.benchmark.settings import BenchmarkConfig, register_schema, resolve
-from experiments.benchmark.tables import terminal_table
+from experiments.benchmark import calibration, initialization, memory, steps
+from experiments.benchmark.ledger import Ledger
+from experiments.benchmark.page import amount, error, ratio
+from experiments.benchmark.row import Case, Row
+from experiments.benchmark.schema import BenchmarkConfig, register_schema, resolve
 from experiments.console import say
 from experiments.errors import ConfigurationError, RunFailed
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "benchmark"
+CASES = {
+    "initialization": initialization.cases,
+    "calibration": calibration.cases,
+    "memory": memory.cases,
+    "steps": steps.cases,
+}
 
 register_schema()
 
-# PEFT calls a method of transformers that has a new name, and imports bitsandbytes, which reports
-# an accelerator package that nobody asked for.
+# PEFT calls a method of transformers under its old name. It also imports bitsandbytes, which
+# reports that no accelerator is installed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+warnings.filterwarnings("ignore", message="Full backward hook is firing")  # PEFT's LoRA-GA
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -49,28 +58,59 @@ def main(composed: DictConfig) -> None:
 
 
 def benchmark(settings: BenchmarkConfig) -> Path:
-    """Run the sections in their order and write everything; returns the folder.
+    """Measure all cases and return the folder of results.
 
-    What breaks off leaves the rows and charts of what was measured by then.
+    An interrupted run keeps the rows and the picture of what it measured.
     """
+    start = time.monotonic()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    clock, ledger = Clock(settings.seconds), Ledger(settings)
+    waiting = deque(case for name in settings.sections for case in CASES[name](settings))
+    ledger = Ledger(settings)
+    finished = False
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     try:
-        for section in settings.sections:
-            module = SECTIONS[section]
-            say(f"{section}: {module.TITLE}")
-            measured = module.run(settings, ledger.hear, clock)
-            console, extra = rich.get_console(), {} if hasattr(module, "EXTRA") else None
-            console.print(terminal_table(measured, extra, console.width))
-    except BaseException:
+        with Progress(*columns, console=rich.get_console(), transient=True) as progress:
+            bar = progress.add_task("", total=len(waiting))
+            while waiting:
+                case = waiting.popleft()  # a model is freed with its last case
+                progress.update(bar, description=f"{case.section}: {case.model}, {case.name}")
+                over = settings.seconds is not None and time.monotonic() - start > settings.seconds
+                for row in [unmeasured(case, settings)] if over else case.measure():
+                    ledger.add(row)
+                    say(line(row))
+                progress.advance(bar)
+        finished = True
+    finally:
         if ledger.rows:
-            ledger.draw()
-            say(f"benchmark: broken off; what was measured before is in {ledger.output}")
-        raise
-    ledger.finish()
-    say(f"benchmark: {ledger.output}")
-    return ledger.output
+            ledger.close(finished)
+            ending = "" if finished else "the run ended early; what it measured is in "
+            say(f"benchmark: {ending}{ledger.folder}")
+    return ledger.folder
+
+
+def unmeasured(case: Case, settings: BenchmarkConfig) -> Row:
+    note = f"not measured: seconds={settings.seconds:g} were over"
+    return Row(case.section, case.model, case.name, case.rank, note=note)
+
+
+def line(row: Row) -> str:
+    """Return a row as one line for the terminal."""
+    rank = "" if row.rank is None else f" r={row.rank}"
+    parts = [f"{row.section:14s} {row.model}{rank} {row.case}: {amount(row.ours, row.unit)}"]
+    if row.ratio is not None:
+        text = f"{row.peer} / lora_init"
+        if row.section == "calibration":
+            text = f"multiple of {row.peer}"
+        parts.append(f"{text} {ratio(row)}")
+    if row.error is not None:
+        parts.append(f"error {error(row.error)} ({row.kind})")
+    return "; ".join([*parts, *([row.note] if row.note else [])])
 
 
 if __name__ == "__main__":

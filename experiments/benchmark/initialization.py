@@ -1,107 +1,165 @@
-"""Every strategy on every model: what ours, PEFT and torch.linalg take, and what came out of it.
+"""The time of `get_peft_model` for every method, and the error of the factors.
 
-The time of an initialization is `get_peft_model` less the same call with `init_lora_weights=False`,
-paired within a round, less the pass over calibration data, on both sides: `contest.py` measures all
-of it, a process for a model. Our pass is made before, once, by `lora_init.calibrate`. Where factors
-are only drawn (kaiming, gaussian, orthogonal) the difference is noise, and the whole calls are
-compared. The peer is PEFT, or the straightforward torch.linalg computation where PEFT gives no
-figure.
-
-- quality: `judging.py` has the definitions; the worst of the judged layers (`references.py`), and
-  what is demanded of it;
-- gap: how far the adapted model's logits are from the base model's at step 0. LoftQ changes the
-  function by design;
-- peak: of ours above the model, over the judged layers, beside what the plan and a plain forward
-  pass allow for them;
-- floors: how many times the least that bytes and operations need ours takes (`floors.py`).
+Passes over calibration data are excluded for all contenders. Where peers decompose whole matrices,
+all contenders adapt the same sample of layers; our time for the whole model is a separate figure.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import copy
+import gc
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any
 
 import torch
+from torch import nn
 
-from experiments.benchmark.cases import NAMES
-from experiments.benchmark.clock import Clock
-from experiments.benchmark.commentary import Commentary
-from experiments.benchmark.comparison import PARTS
-from experiments.benchmark.contest import contest
-from experiments.benchmark.isolated import run_isolated
-from experiments.benchmark.rates import Rates, measure_rates
-from experiments.benchmark.rows import Hear, Row, ignore
-from experiments.benchmark.settings import BenchmarkConfig
-from experiments.benchmark.tables import NOTHING, figure
-from experiments.console import say
+from experiments.benchmark.contenders import Passes, Request, adapt_ours, adapt_peft, factors
+from experiments.benchmark.material import Material
+from experiments.benchmark.quality import JUDGES
+from experiments.benchmark.reference import FORMULAS, Given
+from experiments.benchmark.row import LINALG, OURS, PEFT, Case, Row
+from experiments.benchmark.schema import BenchmarkConfig
+from experiments.benchmark.timing import Contender, Turn, alternate, paired_ratio
 
-TITLE = (
-    "get_peft_model less the same call with init_lora_weights=False, calibration passes counted "
-    "apart; for kaiming, gaussian and orthogonal the whole call"
-)
-EXTRA = {
-    "gap at step 0, ours (PEFT)": lambda row: pair(row, "ours gap", "PEFT gap"),
-    "floors": lambda row: figure("floors", row.figures.get("floors")),
-    "peak (allowed)": lambda row: pair(row, "peak, MiB", "allowed, MiB"),
-    "call − without − pass": lambda row: parts(row, "ours"),
-    "the same, PEFT": lambda row: parts(row, "PEFT"),
-    "our pass": lambda row: figure("s, s", row.figures.get("our pass, s")),
-    "turns": lambda row: " / ".join(
-        figure("", row.figures[key])
-        for name in NAMES.values()
-        if (key := f"{name} turns") in row.figures
-    ),
-}  # fmt: skip
-"""The section's columns; all figures are in `result.json`."""
+TITLE = "Initialization"
+WHOLE = "lora_init, whole model"
 
 
-def run(
-    settings: BenchmarkConfig,
-    hear: Hear = ignore,
-    clock: Clock | None = None,
-) -> list[Row]:
-    rates = measure_rates(torch.device(settings.device))
-    say(f"  this machine: {rates}")
-    clock, rows = clock or Clock(), []
-    names = settings.initialization.models
-    for place, name in enumerate(names):
-        say(f"  {name}")
-        shares = [settings.models[other].share for other in names[place:]]
-        rows += measure(name, settings, rates, hear, clock.part(shares[0] / sum(shares)))
-    return rows
+def cases(settings: BenchmarkConfig) -> Iterator[Case]:
+    for name in settings.initialization.models:
+        chosen, starts = settings.models[name], Starts(name, settings)
+        for rank in chosen.ranks:
+            for method in settings.initialization.methods:
+                if chosen.methods is None or method in chosen.methods:
+                    measure = partial(starts.measure, rank, method)
+                    yield Case("initialization", name, method, measure, rank)
 
 
-def measure(
-    name: str,
-    settings: BenchmarkConfig,
-    rates: Rates,
-    hear: Hear = ignore,
-    clock: Clock | None = None,
-) -> list[Row]:
-    """One model's rows. A process that breaks off costs the strategy at hand; another goes on."""
-    clock = clock or Clock()
-    with Commentary(name, settings, rates, hear, clock) as commentary:
-        while True:
-            begun = list(commentary.begun)
-            outcome = run_isolated(
-                contest, settings, settings.initialization.process_limit, hear=commentary.hear,
-                name=name, rates=asdict(rates), begun=begun, ends=clock.ends,
-            )  # fmt: skip
-            commentary.conclude(outcome.failure)
-            if outcome.failure is None:
-                return commentary.rows
-            if len(commentary.begun) == len(begun):  # it never came to a strategy
-                row = Row("initialization", name, "all", "s", note=outcome.failure)
-                hear(row)
-                return [*commentary.rows, row]
+class Starts(Material):
+    """The comparison of the methods on one model."""
+
+    def measure(self, rank: int, method: str) -> Iterator[Row]:
+        """Time the contenders of one method in alternation."""
+        request, whole = self.request(rank, method), None
+        if request.strategy.decomposes and len(self.sample) < len(self.shapes):
+            whole, request = request, replace(request, names=self.sample)
+        given = self.given(request)
+        taking, notes = self.contenders(request, whole, given), []
+        seconds, errors = defaultdict(list), {}
+        for turn in self.turns(taking):
+            if isinstance(turn.result, Exception):
+                notes.append(f"{turn.name} failed: {turn.result}")
+                continue
+            seconds[turn.name].append(turn.seconds)
+            if turn.name in (OURS, PEFT):
+                adapted, passed = turn.result
+                seconds[turn.name][-1] -= passed
+                # PEFT's CorDA scales R in another way, so its factors have another optimum.
+                if turn.round == 0 and not (turn.name == PEFT and method.startswith("corda")):
+                    errors[turn.name] = self.error(request, factors(adapted), given)
+                del adapted
+            del turn
+            gc.collect()
+        yield self.row(request, whole, seconds, errors, notes)
+
+    def turns(self, taking: Mapping[str, Contender]) -> Iterator[Turn]:
+        chosen = self.settings.initialization
+        return alternate(taking, chosen.rounds, chosen.budget, self.workload.device)
+
+    def row(
+        self,
+        request: Request,
+        whole: Request | None,
+        seconds: Mapping[str, list[float]],
+        errors: Mapping[str, float | None],
+        notes: list[str],
+    ) -> Row:
+        medians = {name: median(found) for name, found in seconds.items()}
+        peer = PEFT if PEFT in medians else LINALG
+        ratio = paired_ratio(seconds[peer], seconds[OURS]) if peer in medians else None
+        if whole is not None:
+            notes.insert(0, f"{len(request.names)} of {len(self.shapes)} layers")
+        judge = JUDGES.get(request.method)
+        return Row(
+            "initialization", self.name, request.method, request.rank,
+            ours=medians.get(OURS), peft=medians.get(PEFT), linalg=medians.get(LINALG),
+            whole=medians.get(WHOLE), ratio=ratio, peer=peer,
+            error=errors.get(OURS), peft_error=errors.get(PEFT),
+            kind=judge.kind if judge else "", note="; ".join(dict.fromkeys(notes)),
+        )  # fmt: skip
+
+    def contenders(
+        self, request: Request, whole: Request | None, given: Mapping[str, Given]
+    ) -> dict[str, Contender]:
+        strategy = request.strategy
+        compared = self.chosen.peers is None or request.method in self.chosen.peers
+        taking = {OURS: self.ours(request)}
+        if compared and strategy.peft is not None:
+            taking[PEFT] = self.peft(request)
+        if compared and strategy.formula is not None:
+            taking[LINALG] = Contender(
+                lambda: {name: layer.to(torch.float32) for name, layer in given.items()},
+                partial(compute, strategy.formula),
+            )
+        if whole is not None:
+            taking[WHOLE] = self.ours(whole)
+        if strategy.reads is None:  # load code and buffers; one small layer is enough
+            smallest = min(self.shapes, key=lambda name: (self.shapes[name], name))
+            small = replace(request, names=(smallest,))
+            for contender in (self.ours(small), forgiving(self.peft(small))):
+                contender.run(contender.prepare())
+        # A peer that fails stops taking part. Our own failure ends the benchmark.
+        return {
+            name: contender if name in (OURS, WHOLE) else forgiving(contender)
+            for name, contender in taking.items()
+        }
+
+    def ours(self, request: Request) -> Contender:
+        return Contender(
+            lambda: (copy.deepcopy(self.workload.model), self.statistics(request)),
+            lambda prepared: (adapt_ours(prepared[0], request, prepared[1]), 0.0),
+        )
+
+    def peft(self, request: Request) -> Contender:
+        reads = request.strategy.reads
+        batches = self.batches[reads] if reads else []
+        if reads and request.names is None:  # its CorDA and LoRA-GA ignore "all-linear"
+            request = replace(request, names=tuple(self.shapes))
+
+        def run(model: nn.Module) -> tuple[nn.Module, float]:
+            passes = Passes(self.workload.device)
+            return adapt_peft(model, request, batches, passes), passes.seconds
+
+        return Contender(lambda: copy.deepcopy(self.workload.model), run)
 
 
-def pair(row: Row, ours: str, other: str) -> str:
-    """Two figures in one cell, the second in brackets."""
-    first, second = (figure(name, row.figures.get(name)) for name in (ours, other))
-    return first if second == NOTHING else f"{first} ({second})"
+def compute(formula: str, given: Mapping[str, Given]) -> None:
+    """Run the textbook computation; layers share that of their common inputs."""
+    done = set()
+    for layer in given.values():
+        if formula == "eigh":
+            if id(layer.covariance) in done:
+                continue
+            done.add(id(layer.covariance))
+        FORMULAS[formula](layer)
 
 
-def parts(row: Row, name: str) -> str:
-    """The call, less the call without the method, less the pass over data."""
-    taken = [figure("s, s", row.figures.get(f"{name} {part}, s")) for part in PARTS]
-    return " − ".join(text for text in taken if text != NOTHING)
+def forgiving(contender: Contender) -> Contender:
+    """Return the same contender; its failure becomes its result, and it skips later rounds."""
+    failed: list[Exception] = []
+
+    def run(prepared: Any) -> Any:
+        if failed:
+            return failed[0]
+        try:
+            return contender.run(prepared)
+        except Exception as error:
+            failed.append(error)
+            return error
+
+    return replace(contender, run=run)

@@ -1,64 +1,144 @@
-"""What an initialization is worth, computed independently of both contenders."""
+"""The error of a method's factors, computed independently of both libraries. 0 is exact."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.benchmark.contenders import LayerFactors
+from experiments.benchmark.reference import Given, Truth
+from experiments.benchmark.strategies import STRATEGIES
+
+EXCESS = "excess"
+SUBSPACE = "subspace"
+DIFFERENCE = "difference"
+OBJECTIVE = "objective"
+MEANINGS = {
+    EXCESS: "how much larger the remaining norm is than with the best factors of that rank",
+    SUBSPACE: "the mean squared sine of the angles to the exact subspace",
+    DIFFERENCE: "the relative distance to the exact factors",
+    OBJECTIVE: "how much larger ‖W − Q − B A‖ is than with exact decompositions; "
+    "below 0 it is smaller",
+}
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Judge:
+    """A method's error: its kind, and a function of (layer, factors, given, truth)."""
+
+    kind: str
+    measure: Callable[[str, LayerFactors, Given, Truth], float | None]
+
+
+def worst_error(
+    method: str, made: Mapping[str, LayerFactors], given: Mapping[str, Given], truth: Truth
+) -> float | None:
+    """Return the largest error over the layers of `given`; None without a reference."""
+    if method not in JUDGES:
+        return None
+    measure = JUDGES[method].measure
+    found = [measure(name, made[name], layer, truth) for name, layer in given.items()]
+    return max((error for error in found if error is not None), default=None)
+
+
+def product(layer: LayerFactors) -> Float[Tensor, "out in"]:
+    """Return s B A in float64."""
+    return layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
+
+
 def excess(
     matrix: Float[Tensor, "m n"],
     approximation: Float[Tensor, "m n"],
     left: Float[Tensor, "m r"],
 ) -> float:
-    """‖M - approximation‖ / ‖M - U_r U_rᵀ M‖ - 1, U_r the first left singular vectors: 0 is best.
+    """‖M - approximation‖ / ‖M - U_r U_rᵀ M‖ - 1, U_r the first left singular vectors.
 
-    A subspace that is off by ε makes the optimum larger by ε² only.
+    A subspace that is off by ε changes it by ε² only.
     """
-    optimum = distance(matrix, left @ (left.T @ matrix))
-    return distance(matrix, approximation) / optimum - 1
+    optimum = (matrix - left @ (left.T @ matrix)).norm()
+    return float((matrix - approximation).norm() / optimum) - 1
 
 
-@torch.no_grad()
-def overlap(found: Float[Tensor, "n k"], exact: Float[Tensor, "n r"]) -> float:
-    """The mean squared cosine of the angles between two subspaces, 1 where they are the same."""
+def subspace_error(found: Float[Tensor, "n k"], exact: Float[Tensor, "n r"]) -> float:
+    """The mean squared sine of the angles between two subspaces."""
     first, second = (torch.linalg.qr(basis.double())[0] for basis in (found, exact))
-    return float((first.T @ second).square().sum() / min(found.shape[1], exact.shape[1]))
+    # The part of `first` outside of `second`; 1 - cos² would lose all digits near 0.
+    outside = first - second @ (second.T @ first)
+    return float(outside.square().sum() / first.shape[1])
 
 
 @torch.no_grad()
-def difference(found: Tensor, exact: Tensor) -> float:
-    """‖found - exact‖ / ‖exact‖."""
-    return distance(found.double(), exact.double()) / float(exact.double().norm())
-
-
-def distance(first: Tensor, second: Tensor) -> float:
-    return float((first - second).norm())
+def pissa(name: str, layer: LayerFactors, given: Given, truth: Truth) -> float | None:
+    """Of ‖W - s B A‖."""
+    left = truth.first(name, "svd of W", given, len(layer.lora_A))
+    return None if left is None else excess(given.weight.double(), product(layer), left)
 
 
 @torch.no_grad()
-def product(layer: LayerFactors) -> Float[Tensor, "out in"]:
-    """s B A in float64."""
-    return layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
+def corda_ipm(name: str, layer: LayerFactors, given: Given, truth: Truth) -> float | None:
+    """Of ‖W R - P W R‖, P the projection on the columns of B."""
+    left = truth.first(name, "svd of W R", given, len(layer.lora_A))
+    if left is None:
+        return None
+    target = given.weight.double() @ given.moment.double()
+    basis = torch.linalg.qr(layer.lora_B.double())[0]
+    return excess(target, basis @ (basis.T @ target), left)
 
 
 @torch.no_grad()
-def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The model's logits in evaluation mode, where the mask says that they mean something."""
-    was_training = model.training
-    model.eval()
-    given = {key: value for key, value in batch.items() if key != "labels"}
-    result = model(**given).logits
-    model.train(was_training)
-    return result[given["attention_mask"].bool()] if result.ndim == 3 else result
+def smallest(
+    name: str, layer: LayerFactors, given: Given, truth: Truth, formula: str
+) -> float | None:
+    """Of the columns of B, compared with the last left singular vectors."""
+    last = truth.last(name, formula, given, len(layer.lora_A))
+    return None if last is None else subspace_error(layer.lora_B, last)
 
 
-def output_gap(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖."""
-    return difference(actual, expected)
+@torch.no_grad()
+def olora(name: str, layer: LayerFactors, given: Given, truth: Truth) -> float:
+    """Of both factors, compared with a float64 QR of the first columns of W."""
+    weight = given.weight.double()
+    basis = torch.linalg.qr(weight[:, : len(layer.lora_A)])[0]
+    pairs = ((layer.lora_B.double(), basis), (layer.lora_A.double(), basis.T @ weight))
+    return max(float((found - exact).norm() / exact.norm()) for found, exact in pairs)
+
+
+@torch.no_grad()
+def loftq(name: str, layer: LayerFactors, given: Given, truth: Truth) -> float | None:
+    """Of the objective after the last alternation."""
+    best = truth.of(name, "alternation", given)
+    if best is None:
+        return None
+    left = given.weight.double() - layer.base.double() - product(layer)
+    return float(left.norm() / best) - 1
+
+
+@torch.no_grad()
+def eva(name: str, layer: LayerFactors, given: Given, truth: Truth) -> float | None:
+    """Of the rows of A, compared with the first principal directions of the inputs."""
+    exact = truth.first(name, "eigh", given, len(layer.lora_A))
+    return None if exact is None else subspace_error(layer.lora_A.T, exact)
+
+
+@torch.no_grad()
+def lora_ga(name: str, layer: LayerFactors, given: Given, truth: Truth) -> float | None:
+    """Of the columns of B, compared with the gradient's left vectors r to 2r."""
+    rank = len(layer.lora_A)
+    exact = truth.first(name, "svd of G", given, 2 * rank)
+    return None if exact is None else subspace_error(layer.lora_B, exact[:, rank:])
+
+
+JUDGES: dict[str, Judge] = {
+    **{name: Judge(EXCESS, pissa) for name in STRATEGIES if name.startswith("pissa")},
+    "olora": Judge(DIFFERENCE, olora),
+    "corda_ipm": Judge(EXCESS, corda_ipm),
+    "corda_kpm": Judge(SUBSPACE, lambda *given: smallest(*given, "svd of W R lifted")),
+    "bottom": Judge(SUBSPACE, lambda *given: smallest(*given, "svd of W")),
+    "loftq": Judge(OBJECTIVE, loftq),
+    "eva": Judge(SUBSPACE, eva),
+    "lora_ga": Judge(SUBSPACE, lora_ga),
+}

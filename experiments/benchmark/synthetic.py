@@ -1,50 +1,27 @@
-"""Models without a checkpoint: Llama's shapes, and a single layer, with power-law weights."""
+"""Llama models without a checkpoint, with power-law weights."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from experiments.benchmark.powerlaw import PowerLaw
-from experiments.benchmark.settings import LayerShape, LlamaShape
+from experiments.benchmark.schema import LlamaShape
 from experiments.errors import ConfigurationError
 
-LARGE = 2**31  # parameters that no CPU decomposes in an evening
-COPIES = 2.3  # the model, a fresh copy to inject into, and a workspace
-
-
-class SingleLayer(nn.Module):
-    """One linear layer, called like a model: `model(x=rows).logits`."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        super().__init__()
-        self.layer = nn.Linear(shape.columns, shape.rows, bias=False)
-
-    def forward(self, x: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.layer(x))
-
-
-def single_layer(
-    shape: LayerShape, device: torch.device, seed: int
-) -> tuple[nn.Module, dict[str, PowerLaw]]:
-    """The layer in float32 on `device`, and what its weight is."""
-    with torch.device(device):
-        model = SingleLayer(shape)
-    return model, filled(model, seed)
+LARGE = 2**31  # parameters; a CPU would decompose more than these for hours
+COPIES = 2.3  # the model, a copy to inject into, and a workspace
 
 
 def llama(
     name: str, shape: LlamaShape, device: torch.device, seed: int
 ) -> tuple[nn.Module, dict[str, PowerLaw]]:
-    """A Llama of `shape`, made on `device` and nowhere else, and what its linear weights are.
-
-    Embeddings, head and norms are drawn as transformers does.
+    """Return a Llama of `shape`, made on `device`, and the spectra of its linear weights.
 
     Raises:
-        ConfigurationError: it does not fit where it should be.
+        ConfigurationError: the model does not fit on the device.
     """
     import transformers
 
@@ -63,11 +40,11 @@ def llama(
         dtype = getattr(torch, shape.dtype)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     head = model.get_output_embeddings()
-    return model.eval(), filled(model, seed, without=head)
+    return model.eval(), fill(model, seed, without=head)
 
 
 @torch.no_grad()
-def filled(model: nn.Module, seed: int, without: nn.Module | None = None) -> dict[str, PowerLaw]:
+def fill(model: nn.Module, seed: int, without: nn.Module | None = None) -> dict[str, PowerLaw]:
     """Write a power-law weight into every linear layer, one after the other, on its device."""
     known = {}
     for name, module in model.named_modules():
@@ -80,24 +57,27 @@ def filled(model: nn.Module, seed: int, without: nn.Module | None = None) -> dic
 def refuse_too_large(name: str, shape: LlamaShape, device: torch.device) -> None:
     count = parameters(shape)
     needed = COPIES * count * getattr(torch, shape.dtype).itemsize
-    told = f"models.{name}.llama has {count / 1e9:.1f}e9 parameters in {shape.dtype}"
-    fix = f"or build fewer layers, e.g. models.{name}.llama.layers=1"
+    setting = (
+        f"models.{name}.llama with {count / 1e9:.1f}e9 parameters in {shape.dtype} is not supported"
+    )
+    fix = f"or build fewer layers, e.g. models.{name}.llama.layers=1."
     if device.type == "cpu" and count > LARGE:
         raise ConfigurationError(
-            f"{told}; allowed on a CPU are {LARGE / 1e9:.1f}e9: use device=cuda on a GPU with "
-            f"{math.ceil(needed / 2**30)} GiB, {fix}"
+            f"{setting} on a CPU: must be at most {LARGE / 1e9:.1f}e9. Use device=cuda on a GPU "
+            f"with {math.ceil(needed / 2**30)} GiB, {fix}"
         )
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if needed > free:
             raise ConfigurationError(
-                f"{told} and needs {needed / 2**30:.0f} GiB; {torch.cuda.get_device_name(device)} "
-                f"has {free / 2**30:.0f} GiB free: use a larger GPU, {fix}"
+                f"{setting} on {torch.cuda.get_device_name(device)}: it needs "
+                f"{needed / 2**30:.0f} GiB and {free / 2**30:.0f} GiB are free. Use a larger GPU, "
+                f"{fix}"
             )
 
 
 def parameters(shape: LlamaShape) -> int:
-    """Of the linear layers and both embeddings."""
+    """Return the number of weights in the linear layers and both embeddings."""
     kept = shape.hidden * shape.key_value_heads // shape.heads
     attention = 2 * shape.hidden * (shape.hidden + kept)
     block = attention + 3 * shape.hidden * shape.intermediate

@@ -1,56 +1,76 @@
-"""Contenders take turns: one call each a round, in an order that favours none of them."""
+"""Contenders are timed in alternation, and compared within each round.
+
+`torch.utils.benchmark.Timer` runs its statement at least twice on the same objects before it
+measures. A model can only be injected into once, so the rounds here prepare fresh objects instead.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import bootstrap
 
-from lora_init.progress import tracked
+LEAST_PAIRS = 5
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed: `run(prepare(round))`, of which only `run` counts."""
+    """What is timed: `run(prepare())`, of which only `run` counts."""
 
-    prepare: Callable[[int], Any]
+    prepare: Callable[[], Any]
     run: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One measured call. `result` is what it returned; let go of it before the next turn."""
+    """One timed call and its result."""
 
     round: int
-    contender: str
+    name: str
     seconds: float
     result: Any
 
 
-def take_turns(
-    contenders: dict[str, Contender], rounds: int, device: torch.device, description: str
+@dataclass(frozen=True)
+class Ratio:
+    """A median of ratios with its 95 % interval; the interval is None for few pairs."""
+
+    estimate: float
+    interval: tuple[float, float] | None = None
+
+
+def alternate(
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    least: int = 1,
 ) -> Iterator[Turn]:
-    """Each round every contender once. A contender taken out of the mapping stops taking part.
+    """Time each contender once per round; every other round in reverse order.
 
-    The garbage collector runs before each turn's preparation and is off while the clock runs.
+    Args:
+        rounds: the most rounds.
+        seconds: no round starts after so many, except the first `least` rounds.
     """
-    gc.collect()
-    gc.freeze()  # what is there by now need not be looked through before every turn (0.2 s each)
-    try:
-        for number in tracked(range(rounds), description):
-            for name in order(list(contenders), number):
-                yield take_turn(number, name, contenders[name], device)
-    finally:
-        gc.unfreeze()
+    start = time.perf_counter()
+    names = list(contenders)
+    for number in range(rounds):
+        if number >= least and time.perf_counter() - start > seconds:
+            return
+        for name in names if number % 2 == 0 else reversed(names):
+            yield timed(contenders[name], number, name, device)
 
 
-def take_turn(number: int, name: str, contender: Contender, device: torch.device) -> Turn:
+def timed(contender: Contender, number: int, name: str, device: torch.device) -> Turn:
+    """Run one contender once, without garbage collection inside the measured time."""
+    prepared = contender.prepare()
     gc.collect()
-    prepared = contender.prepare(number)
     gc.disable()
     try:
         synchronize(device)
@@ -62,17 +82,26 @@ def take_turn(number: int, name: str, contender: Contender, device: torch.device
         gc.enable()
 
 
-def order(names: list[str], number: int) -> list[str]:
-    """The sequence of round `number`: for two, alternating; for 2n, Williams' square.
+def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
+    """Return the median of above[i] / below[i] with its bootstrap interval.
 
-    In 2n rounds everyone stands once in each place and follows every other exactly once, so that
-    caches left behind by a neighbour even out.
+    Pairs come from the same round. A burst of other work hits both members of most pairs.
+
+    Raises:
+        ValueError: no pair, or lengths that differ.
     """
-    count = len(names)
-    first = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]
-    return [names[(index + number) % count] for index in first]
+    if not above or len(above) != len(below):
+        raise ValueError(f"pairs={len(above)} and {len(below)} is not supported: must be equal")
+    ratios = np.asarray(above, dtype=float) / np.asarray(below, dtype=float)
+    estimate = float(np.median(ratios))
+    if len(ratios) < LEAST_PAIRS:
+        return Ratio(estimate)
+    found = bootstrap((ratios,), np.median, method="percentile", rng=np.random.default_rng(0))
+    low, high = found.confidence_interval
+    return Ratio(estimate, (float(low), float(high)))
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a plan says that an initializer holds, beside what the kernel says that it held."""
+"""A plan's estimate of memory, compared with the peak that the kernel reports."""
 
 import json
 import os
@@ -40,17 +40,17 @@ def call(method, rows, columns):
 
 
 for method in json.loads(sys.argv[1]):
-    call(method, 96, 96)  # loads code, and buffers that have nothing to do with a layer's size
+    call(method, 96, 96)  # loads code, and buffers that do not depend on a layer's size
     print(json.dumps([call(method, 1536, 768), call(method, 768, 1536)]))
 """
 
 
 @pytest.fixture(scope="module")
 def calls():
-    """By method, what was promised and taken for a tall layer and a wide one.
+    """By method, the estimate and the peak for a tall layer and a wide one.
 
-    In a process of their own, which hands every large block back from its beginning: the heap of
-    one that has trained models has room for them, and keeps it.
+    They come from a fresh process. The heap of a process that has trained models keeps free memory,
+    which would hide a part of the peak.
     """
     done = subprocess.run(
         [sys.executable, "-c", CALLS, json.dumps(METHODS)],
@@ -58,12 +58,12 @@ def calls():
         cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    return dict(zip(map(str, METHODS), told, strict=True))
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip(map(str, METHODS), lines, strict=True))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_call_takes_what_its_plan_says(calls, method):
-    for promised, taken in calls[str(method)]:
-        assert 0.3 * promised < taken < 1.05 * promised + MIB
+def test_peak_matches_the_plans_estimate(calls, method):
+    for planned, taken in calls[str(method)]:
+        assert 0.3 * planned < taken < 1.05 * planned + MIB

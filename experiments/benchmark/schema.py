@@ -1,0 +1,197 @@
+"""The settings of the benchmark: the schema of `conf/benchmark/benchmark.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from experiments.benchmark.strategies import METHODS
+from experiments.errors import nearest
+from experiments.resolving import as_settings
+
+SECTIONS = ("initialization", "calibration", "memory", "steps")
+TASKS = ("SEQ_CLS", "CAUSAL_LM")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class LlamaShape:
+    """The sizes of a Llama model with power-law weights."""
+
+    layers: int = 1
+    hidden: int = 2048
+    intermediate: int = 5632
+    heads: int = 32
+    key_value_heads: int = 4
+    vocabulary: int = 720
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "intermediate", "heads", "key_value_heads", "vocabulary"):
+            at_least(f"models.*.llama.{name}", getattr(self, name), 1)
+        one_of("models.*.llama.dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class ModelSettings:
+    """One model and its batches.
+
+    Attributes:
+        source: "minilm", "smollm2", or a folder or hub name that transformers loads.
+        llama: a synthetic model in place of `source`.
+        task: "SEQ_CLS" (sentences padded to `tokens`) or "CAUSAL_LM" (text without padding).
+        batch_size, tokens: the shape of a training batch.
+        rows, row_tokens, batches: the shape of a calibration batch, and how many there are.
+        ranks: the ranks of the section `initialization`.
+        exclude: a regular expression of layers that no contender adapts.
+        sample: how many layers of each shape are timed where peers decompose whole matrices,
+            and judged; None for all.
+        methods: the methods that are measured; None for all.
+        peers: the methods in which PEFT and torch.linalg take part; None for all.
+    """
+
+    source: str | None = None
+    llama: LlamaShape | None = None
+    task: str = "CAUSAL_LM"
+    batch_size: int = 4
+    tokens: int = 128
+    rows: int = 4
+    row_tokens: int = 512
+    batches: int = 1
+    ranks: list[int] = field(default_factory=lambda: [16])
+    exclude: str | None = None
+    sample: int | None = 2
+    methods: list[str] | None = None
+    peers: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        one_of("models.*.task", self.task, TASKS)
+        for name in ("batch_size", "rows", "batches"):
+            at_least(f"models.*.{name}", getattr(self, name), 1)
+        for name in ("tokens", "row_tokens"):
+            at_least(f"models.*.{name}", getattr(self, name), 2)
+        for rank in self.ranks:
+            at_least("models.*.ranks", rank, 1)
+        if self.sample is not None:
+            at_least("models.*.sample", self.sample, 1)
+        for name in ("methods", "peers"):
+            for method in getattr(self, name) or ():
+                one_of(f"models.*.{name}", method, METHODS)
+        if self.source is not None and self.llama is not None:
+            raise ValueError(
+                "models.*.source and models.*.llama are not supported together: must be one of "
+                "them. Leave the other out."
+            )
+
+
+@dataclass
+class SectionSettings:
+    """One section.
+
+    Attributes:
+        models: the models that it measures.
+        methods: the initializations that it measures, where it has a choice.
+        rounds: the most rounds of a comparison.
+        budget: the seconds after which a comparison starts no further round.
+    """
+
+    models: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    rounds: int = 7
+    budget: float = 10.0
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            one_of("*.methods", method, METHODS)
+        at_least("*.rounds", self.rounds, 1)
+        at_least("*.budget", self.budget, 0)
+
+
+@dataclass
+class BenchmarkConfig:
+    """The whole benchmark.
+
+    Attributes:
+        seconds: no comparison starts after so many seconds; None for no limit.
+        rank, alpha: of the adapters; `initialization` has the ranks of each model.
+        threads: of torch; None for its default.
+        page: where a finished run writes its page, with a picture in the same folder.
+    """
+
+    sections: list[str] = field(default_factory=lambda: list(SECTIONS))
+    models: dict[str, ModelSettings] = field(default_factory=dict)
+    initialization: SectionSettings = field(default_factory=SectionSettings)
+    calibration: SectionSettings = field(default_factory=SectionSettings)
+    memory: SectionSettings = field(default_factory=SectionSettings)
+    steps: SectionSettings = field(default_factory=SectionSettings)
+    seconds: float | None = None
+    rank: int = 8
+    alpha: float = 16.0
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+    outputs: str = "outputs"
+    page: str | None = None
+
+    def __post_init__(self) -> None:
+        for section in self.sections:
+            one_of("sections", section, SECTIONS)
+            for name in getattr(self, section).models:
+                self._check_model(section, name)
+        at_least("rank", self.rank, 1)
+        if not self.alpha > 0:
+            raise ValueError(f"alpha={self.alpha!r} is not supported: must be above 0.")
+        for name in ("threads", "seconds"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={self.device!r} is not supported: must be a device of torch, e.g. cpu or "
+                "cuda."
+            ) from error
+
+    def _check_model(self, section: str, name: str) -> None:
+        one_of(f"{section}.models", name, tuple(self.models))
+        model = self.models[name]
+        if model.source is None and model.llama is None:
+            raise ValueError(
+                f"models.{name}.source=None is not supported: must be a folder or a hub name that "
+                f"transformers loads, because {section}.models has {name!r}."
+            )
+        if model.source is None and section != "initialization":
+            raise ValueError(
+                f"{section}.models={name!r} is not supported: must be a model with a source, "
+                "because synthetic models have no tokenizer."
+            )
+
+
+def one_of(setting: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        hint = nearest(str(value), allowed)
+        raise ValueError(
+            f"{setting}={value!r} is not supported: {hint}must be one of {', '.join(allowed)}."
+        )
+
+
+def at_least(setting: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{setting}={value!r} is not supported: must be {least} or more.")
+
+
+def register_schema() -> None:
+    ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+
+
+def resolve(composed: DictConfig) -> BenchmarkConfig:
+    """Return Hydra's composition as plain dataclasses.
+
+    Raises:
+        ConfigurationError: a value that is not supported.
+    """
+    return as_settings(composed, BenchmarkConfig)
