@@ -18,8 +18,8 @@ from experiments.benchmark.page import page_of
 from experiments.benchmark.picture import picture_of
 from experiments.benchmark.row import Row
 from experiments.benchmark.schema import BenchmarkConfig
-from experiments.environment import cpu_name, describe_environment, version
-from experiments.runs import write_json, write_text
+from experiments.run.environment import cpu_name, describe_environment, version
+from experiments.run.files import write_json, write_text
 
 PICTURE = "benchmark"
 BUSY = 2.0  # the load average above which other work shares the machine

@@ -10,8 +10,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from experiments.benchmark.strategies import METHODS
+from experiments.config.resolve import as_settings
 from experiments.errors import nearest
-from experiments.resolving import as_settings
 
 SECTIONS = ("initialization", "calibration", "memory", "steps")
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
