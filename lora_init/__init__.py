@@ -5,13 +5,11 @@ from lora_init import LoraConfig, get_peft_model
 model = get_peft_model(model, LoraConfig(r=16, init_lora_weights="pissa"))
 """
 
-from lora_init.api import get_peft_model, reinitialize
+from lora_init.api import calibrate, get_peft_model, init_factors, reinitialize
 from lora_init.calibration.batches import WithLoss
-from lora_init.calibration.calibrate import calibrate
 from lora_init.calibration.result import Calibration
 from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors, Replacement
-from lora_init.initialize.single import init_factors
 from lora_init.layer import Layer
 from lora_init.model.lora_model import LoraModel
 from lora_init.peft_models import (

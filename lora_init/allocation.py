@@ -5,31 +5,11 @@ Runs between statistics and initializers, because it must see all layers at once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from lora_init.layer import LayerStatistics
-
-
-@dataclass(frozen=True)
-class LayerRequest:
-    """What an allocator knows of a layer.
-
-    Attributes:
-        rank: the planned one.
-        shape: (out, in).
-        statistics: what its method asked for.
-        weight: reads the original weight, (out, in), whole; for one layer at a time.
-    """
-
-    rank: int
-    shape: tuple[int, int]
-    statistics: LayerStatistics
-    weight: Callable[[], Float[Tensor, "out in"]]
 
 
 def redistribute(

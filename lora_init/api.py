@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from lora_init import injection
 from lora_init.adapters.peft_selection import describe_differences, different_in_peft
-from lora_init.allocation import LayerRequest
 from lora_init.cache import Cache, default_cache
 from lora_init.calibration.batches import check_batches
-from lora_init.calibration.calibrate import calibrated, for_allocation
+from lora_init.calibration.calibrate import calibrate, calibrated, for_allocation
 from lora_init.calibration.result import Calibration
 from lora_init.config.lora_config import LoraConfig
 from lora_init.initialize.run import InitializedLayer, initialize
+from lora_init.initialize.single import init_factors
+from lora_init.layer import LayerRequest
 from lora_init.linalg.finite import refuse_non_finite
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
@@ -33,6 +34,8 @@ from lora_init.plan.plan import Plan, Target
 from lora_init.report import InitReport, weight_figures
 from lora_init.weights.offload import first_unloaded
 from lora_init.weights.source import BaseWeights
+
+__all__ = ["calibrate", "get_peft_model", "init_factors", "reinitialize"]
 
 
 def get_peft_model(

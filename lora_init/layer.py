@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -45,6 +45,23 @@ class LayerStatistics:
             if part is not None and part.device != device
         }
         return replace(self, **elsewhere) if elsewhere else self
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """What an allocator knows of a layer.
+
+    Attributes:
+        rank: the planned one.
+        shape: (out, in).
+        statistics: what its method asked for.
+        weight: reads the original weight, (out, in), whole; for one layer at a time.
+    """
+
+    rank: int
+    shape: tuple[int, int]
+    statistics: LayerStatistics
+    weight: Callable[[], Float[Tensor, "out in"]]
 
 
 @dataclass(frozen=True)

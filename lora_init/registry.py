@@ -29,9 +29,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from lora_init.allocation import LayerRequest
 from lora_init.factors import Base, Factors
-from lora_init.layer import Layer
+from lora_init.layer import Layer, LayerRequest
 from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_init.name_groups import grouped
 from lora_init.plan.match import name_matches, portable_targets
 from lora_init.plan.plan import Plan
+from lora_init.tables import grouped
 
 _QWEN2_MOE = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
               "down_proj": "down_proj"}  # fmt: skip

@@ -29,9 +29,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.allocation import LayerRequest, redistribute, redistribute_by_cost
+from lora_init.allocation import redistribute, redistribute_by_cost
 from lora_init.factors import Factors
-from lora_init.layer import Layer
+from lora_init.layer import Layer, LayerRequest
 from lora_init.linalg.cores import STACK_BYTES, over_cores
 from lora_init.moments import InputStatistics, decompose_together, leading
 from lora_init.registry import CalibrationRequest, Options, register_initializer

@@ -33,10 +33,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_init.allocation import LayerRequest
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import kaiming
-from lora_init.layer import Layer
+from lora_init.layer import Layer, LayerRequest
 from lora_init.registry import Options, register_initializer
 from lora_init.weights.module_types import LINEAR_TYPES
 

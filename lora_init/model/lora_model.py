@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_init import adapters, injection
-from lora_init import state_dict as checkpoints
 from lora_init.adapters.hub import push_adapter
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layers import LoraLayer, TrainedModule
+from lora_init.model import state_dict as checkpoints
 from lora_init.model.base_methods import cover_methods, uncover_methods
 from lora_init.model.signatures import blank, bound_to_base, with_forward_of
 from lora_init.model.verification import (

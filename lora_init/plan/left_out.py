@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
-from lora_init.name_groups import grouped
 from lora_init.plan.match import Selection, excluder, list_matcher, looks_linear, output_names
 from lora_init.plan.new_weights import are_known, new_modules
+from lora_init.tables import grouped
 from lora_init.weights.kinds import module_type
 from lora_init.weights.module_types import LINEAR_TYPES
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init import linalg
-from lora_init.layers import LoraLayer
-from lora_init.plan.plan import Target
 from lora_init.weights.checkpoint import OriginalWeights
 from lora_init.weights.kinds import orient, oriented_weight
 from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, offloaded_weight
+
+if TYPE_CHECKING:
+    from lora_init.plan.plan import Target
 
 # bitsandbytes' coarsest, FP4, is 0.2 from a real weight; another checkpoint's is about 1.4 away.
 LARGEST_QUANTIZATION_ERROR = 0.7
@@ -123,7 +125,7 @@ class BaseWeights:
     def _module(self, target: Target) -> nn.Module:
         """The target's own module, which an adapted layer has inside."""
         module = self.model.get_submodule(target.name)
-        return module.base_layer if isinstance(module, LoraLayer) else module
+        return getattr(module, "base_layer", module)
 
     def _is_unloaded(self, target: Target) -> bool:
         return is_unloaded(self._module(target))

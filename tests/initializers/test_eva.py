@@ -14,9 +14,8 @@ from simulated_device import simulated_cuda
 from torch import nn
 
 from lora_init import LoraConfig, calibrate, get_peft_model, linalg
-from lora_init.allocation import LayerRequest
 from lora_init.initializers.eva import EvaOptions, eva
-from lora_init.layer import LayerStatistics
+from lora_init.layer import LayerRequest, LayerStatistics
 from lora_init.linalg import cores
 from lora_init.moments import InputStatistics
 

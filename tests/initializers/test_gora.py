@@ -11,9 +11,8 @@ from measures import relative_gap
 from networks import SHAPES, Chain, chain_inputs
 
 from lora_init import LoraConfig, WithLoss, calibrate, get_peft_model
-from lora_init.allocation import LayerRequest
 from lora_init.initializers.gora import GoraOptions, gora
-from lora_init.layer import LayerStatistics
+from lora_init.layer import LayerRequest, LayerStatistics
 from lora_init.weights.kinds import oriented_weight
 
 RANK = 4

@@ -24,10 +24,9 @@ from experiments.papers.eva_variance.variance import (
 from experiments.papers.subjects import Layer, Subject
 from experiments.papers.tasks import Batches
 from lora_init import init_factors
-from lora_init.allocation import LayerRequest
 from lora_init.calibration.collect import collect
 from lora_init.initializers.eva import EvaOptions
-from lora_init.layer import LayerStatistics
+from lora_init.layer import LayerRequest, LayerStatistics
 from lora_init.moments import InputStatistics
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest
