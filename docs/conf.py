@@ -8,8 +8,9 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
-import lora_init  # noqa: E402
 import registry_pages  # noqa: E402
+
+import lora_init  # noqa: E402
 
 project = "lora_init"
 author = "The lora_init authors"

@@ -93,7 +93,10 @@ def method_page(spec: Initializer) -> str:
     if source:
         parts += ["## Source", _linked(_markdown(source))]
     if deviations:
-        parts += ["## Differences from the paper, its code and PEFT", _markdown(_sentence(deviations))]
+        parts += [
+            "## Differences from the paper, its code and PEFT",
+            _markdown(_sentence(deviations)),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -129,16 +132,17 @@ def _sentence(text: str) -> str:
 
 
 def _use(spec: Initializer) -> str:
-    setting = f'LoraConfig(r=16, init_lora_weights="{spec.name}")'
-    arguments = "model, config"
-    if spec.needs & {"inputs", "gradients"}:
-        arguments += ", calibration=batches"
+    data = ", calibration=batches" if spec.needs & {"inputs", "gradients"} else ""
+    code = (
+        f'config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights="{spec.name}")\n'
+        f"model = get_peft_model(model, config{data})"
+    )
+    note = ""
+    if "gradients" in spec.needs:
+        note = "\n\nThe batches need labels, or a loss of your own: `WithLoss(batches, loss)`."
     if spec.base == "replace":
-        arguments += ', original_weights="model-folder"  # for a quantized model'
-        arguments = arguments.replace('"  #', '")  #')
-    else:
-        arguments += ")"
-    return f"```python\nconfig = {setting}\nmodel = get_peft_model({arguments}\n```"
+        note = "\n\nA model that is quantized already also needs `original_weights=`."
+    return f"```python\n{code}\n```{note}"
 
 
 def _options_table(spec: Initializer) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lora_init
 from lora_init import list_initializers
@@ -68,6 +69,22 @@ def test_a_page_explains_its_options(pages, spec):
         assert f"| `{option}` |  |" not in page
         row = next(line for line in page.splitlines() if line.startswith(f"| `{option}` |"))
         assert row.rpartition("` | ")[2].strip("| "), f"{option} has no description"
+
+
+@pytest.mark.parametrize("spec", list_initializers(), ids=lambda spec: spec.name)
+def test_the_code_of_a_page_runs(pages, spec):
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    scope = {
+        "LoraConfig": lora_init.LoraConfig,
+        "get_peft_model": lora_init.get_peft_model,
+        "model": torch.nn.Sequential(torch.nn.Linear(32, 32)),
+        "batches": lora_init.WithLoss([torch.randn(64, 32)], loss),
+    }
+    code = pages.method_page(spec).partition("```python\n")[2].partition("```")[0]
+    exec(code, scope)
+    assert scope["model"].peft_config.init_lora_weights == spec.name
 
 
 def test_the_reference_has_every_public_name():

@@ -121,7 +121,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-@pytest.mark.parametrize("block", [b for b in blocks() if b.language == "yaml"], ids=lambda b: b.page)
+@pytest.mark.parametrize(
+    "block", [b for b in blocks() if b.language == "yaml"], ids=lambda b: b.page
+)
 def test_yaml_blocks_parse(block):
     assert yaml.safe_load(block.code)
 
