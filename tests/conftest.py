@@ -47,8 +47,8 @@ def pytest_configure(config):
 def quick(items):
     """The selection of `make check`.
 
-    Of the contract: every method on nn.Linear in float32, at one scaling. Of each method's file: the
-    first test. Of the pages: the README. Of all other files: everything.
+    Of the contract: every method on nn.Linear in float32, at one scaling. Of each method's file:
+    the first test. Of the pages: the README. Of all other files: everything.
     """
     started = set()
     for item in items:

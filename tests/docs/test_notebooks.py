@@ -22,12 +22,12 @@ def code_cells(path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_cells_run(path, monkeypatch):
-    """With two training steps instead of forty, and few rows."""
+    """With two training steps instead of 25, and few rows."""
     monkeypatch.chdir(EXAMPLES)
     scope = {"__name__": path.stem}
     charts = 0
     for number, cell in enumerate(code_cells(path)):
-        source = cell.source.replace("steps=40", "steps=2")
+        source = cell.source.replace("steps=25", "steps=2")
         tree = ast.parse(source.replace("held_out_rows = 512, 256", "held_out_rows = 64, 16"))
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, f"cell {number}", "exec"), scope)
