@@ -75,7 +75,7 @@ def method_page(spec: Initializer) -> str:
         "## At a glance",
         "\n".join(
             [
-                "| | |",
+                "| property | value |",
                 "|---|---|",
                 f"| reads | {needs(spec)} |",
                 f"| base weight | {BASES[spec.base]} |",
