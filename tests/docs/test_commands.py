@@ -129,7 +129,7 @@ def test_make_compare_works(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("lines", sequences())
+@pytest.mark.parametrize("lines", list(sequences()))
 def test_commands_work(lines, run, tmp_path, monkeypatch):
     # `make compare` draws the charts, in processes of its own.
     monkeypatch.setattr(
