@@ -10,6 +10,11 @@ import nbformat
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SMALL = {
+    "steps=25": "steps=2",
+    "(3e-4, 1e-3, 3e-3)": "(1e-3,)",
+    "held_out_rows = 512, 256": "held_out_rows = 64, 16",
+}
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
@@ -22,13 +27,15 @@ def code_cells(path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_cells_run(path, monkeypatch):
-    """With two training steps instead of 25, and few rows."""
+    """With few training steps, rates and rows."""
     monkeypatch.chdir(EXAMPLES)
     scope = {"__name__": path.stem}
     charts = 0
     for number, cell in enumerate(code_cells(path)):
-        source = cell.source.replace("steps=25", "steps=2")
-        tree = ast.parse(source.replace("held_out_rows = 512, 256", "held_out_rows = 64, 16"))
+        source = cell.source
+        for full, small in SMALL.items():
+            source = source.replace(full, small)
+        tree = ast.parse(source)
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, f"cell {number}", "exec"), scope)
         if last is not None:
@@ -37,6 +44,11 @@ def test_the_cells_run(path, monkeypatch):
                 assert shown.to_dict()  # checks the chart
                 charts += 1
     assert charts >= 2
+
+
+def test_the_small_form_applies():
+    text = "".join(path.read_text() for path in NOTEBOOKS)
+    assert all(full in text for full in SMALL)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
