@@ -34,8 +34,8 @@ def phrase(spec: Initializer) -> str:
     return _sentence(line) + (f"; {frozen} is frozen" if frozen else "")
 
 
-def needs(spec: Initializer) -> str:
-    return ", ".join(sorted(spec.needs)) or "–"
+def reads(spec: Initializer) -> str:
+    return ", ".join(sorted(spec.reads)) or "–"
 
 
 def paper(spec: Initializer) -> str:
@@ -49,10 +49,10 @@ def methods_table(link: str = "") -> str:
     Args:
         link: a path with `{name}` in it, to the page of a method.
     """
-    lines = ["| name | what it does | needs | base | paper |", "|---|---|---|---|---|"]
+    lines = ["| name | what it does | reads | base | paper |", "|---|---|---|---|---|"]
     for spec in list_initializers():
         name = f"[`{spec.name}`]({link.format(name=spec.name)})" if link else f"`{spec.name}`"
-        lines.append(f"| {name} | {phrase(spec)} | {needs(spec)} | {spec.base} | {paper(spec)} |")
+        lines.append(f"| {name} | {phrase(spec)} | {reads(spec)} | {spec.base} | {paper(spec)} |")
     return "\n".join(lines)
 
 
@@ -77,11 +77,11 @@ def method_page(spec: Initializer) -> str:
             [
                 "| property | value |",
                 "|---|---|",
-                f"| reads | {needs(spec)} |",
+                f"| reads | {reads(spec)} |",
                 f"| base weight | {BASES[spec.base]} |",
                 f"| output at step 0 | {'unchanged' if spec.preserves_output else 'changes'} |",
                 f"| trains | {' and '.join(n for n in 'AB' if f'lora_{n}' not in spec.frozen)} |",
-                f"| modules | {', '.join(sorted(spec.module_types))} |",
+                f"| modules | {', '.join(sorted(spec.modules))} |",
                 f"| paper | {paper(spec)} |",
             ]
         ),
@@ -132,13 +132,13 @@ def _sentence(text: str) -> str:
 
 
 def _use(spec: Initializer) -> str:
-    data = ", calibration=batches" if spec.needs & {"inputs", "gradients"} else ""
+    data = ", calibration=batches" if spec.needs_data else ""
     code = (
         f'config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights="{spec.name}")\n'
         f"model = get_peft_model(model, config{data})"
     )
     note = ""
-    if "gradients" in spec.needs:
+    if "gradient" in spec.reads:
         note = "\n\nThe batches need labels, or a loss of your own: `WithLoss(batches, loss)`."
     if spec.base == "replace":
         note = "\n\nA model that is quantized already also needs `original_weights=`."

@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from substitutes import random_llama, write_word_problems
 from test_pages import MINILM, ROOT, blocks
 
-from experiments.report import writing
+from experiments.report import output
 from experiments.report.gallery import make_canvas
 
 # What makes a full command small; which of them apply depends on the command's model and data.
@@ -133,7 +133,7 @@ def test_make_compare_works(run, tmp_path):
 def test_commands_work(lines, run, tmp_path, monkeypatch):
     # `make compare` draws the charts, in processes of its own.
     monkeypatch.setattr(
-        writing, "draw", lambda summarizer, views, majority, metric, _: (
+        output, "draw", lambda summarizer, views, majority, metric, _: (
             [], make_canvas(summarizer, views, metric)
         ),
     )  # fmt: skip

@@ -37,10 +37,10 @@ def test_the_readme_has_the_table_of_the_registry(pages):
 def test_the_table_has_what_each_method_declares(pages):
     rows = pages.methods_table().splitlines()[2:]
     for spec, row in zip(list_initializers(), rows, strict=True):
-        name, what, needs, base, _ = row.strip("| ").split(" | ")
+        name, what, reads, base, _ = row.strip("| ").split(" | ")
         assert name == f"`{spec.name}`"
         assert len(what) > 10
-        assert set(needs.replace("–", "").split(", ")) - {""} == spec.needs
+        assert set(reads.replace("–", "").split(", ")) - {""} == spec.reads
         assert base == spec.base
 
 
