@@ -16,18 +16,26 @@ PYTEST ?=
 # Torch's threads spin while they wait; beside any other busy process that costs ten times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help compare benchmark gpu papers test test-all test-papers fuzz lint clean
+.PHONY: help compare benchmark gpu papers check test test-all test-papers fuzz lint format
+.PHONY: docs readme notebooks wheel check-lowest clean
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
 	@echo "make benchmark lora_init compared with PEFT and torch.linalg, then docs/performance.md"
 	@echo "make gpu       checks and measurements on a GPU, eight minutes; installs nothing"
 	@echo "make papers    published claims measured again, then docs/papers"
+	@echo "make check     the most important tests, in under 90 seconds"
 	@echo "make test      the tests, in under ten minutes on two cores"
 	@echo "make test-all  the same, with long runs and every member of their products"
 	@echo "make test-papers  the page of docs/papers, measured again and held against it"
 	@echo "make fuzz      10,000 damaged adapters, caches, calibrations, checkpoints and runs"
 	@echo "make lint      ruff"
+	@echo "make format    ruff format, on all files"
+	@echo "make docs      the documentation, in docs/_build/html; warnings are errors"
+	@echo "make readme    the table of methods in README.md, from the registry"
+	@echo "make notebooks the notebooks of examples/, executed again"
+	@echo "make wheel     build the package and check it in a clean environment"
+	@echo "make check-lowest  make check with the lowest supported torch and transformers"
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
 
 compare: $(STAMP)
@@ -43,6 +51,14 @@ gpu:
 
 papers: $(STAMP)
 	$(BIN)/python -m experiments.papers output=$(OUTPUTS)/papers page=docs/papers $(OVERRIDES)
+
+# The contract of each method on one module type, one reference test per method, the README's code and
+# the docstrings' examples (tests/conftest.py has the selection).
+CHECK := tests/test_contract.py tests/initializers
+
+check: $(STAMP)
+	$(BIN)/python -m pytest --check-only -m "not fast_form" -n logical --maxprocesses 8 \
+	  $(CHECK) tests/docs/test_pages.py tests/docs/test_docstrings.py $(PYTEST)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST)
@@ -62,8 +78,36 @@ fuzz: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+readme: $(STAMP)
+	$(BIN)/python docs/registry_pages.py
+
+notebooks: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/run_notebooks.py
+
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python tests/wheel/clean_install.py dist
+
+# The lower bounds of pyproject.toml, in an environment of their own.
+LOWEST := .venv-lowest
+check-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[experiments,dev]' \
+	  $$($(PYTHON) tests/wheel/lower_bounds.py torch transformers)
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps --requirement requirements-assets.txt
+	$(LOWEST)/bin/python -m pytest --check-only -m "not fast_form" -n logical --maxprocesses 8 $(CHECK)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST) docs/_build docs/methods docs/notebooks
 
 # The stamp is written last: an interrupted installation is done again.
 $(STAMP): pyproject.toml constraints.txt requirements-assets.txt requirements-launchers.txt requirements-trainers.txt
@@ -71,6 +115,6 @@ $(STAMP): pyproject.toml constraints.txt requirements-assets.txt requirements-la
 	  { echo "lora_init needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[experiments,launchers,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[experiments,launchers,dev,docs]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-assets.txt --requirement requirements-launchers.txt --requirement requirements-trainers.txt
 	@touch $@

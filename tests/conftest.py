@@ -31,6 +31,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="check the annotated types and tensor shapes of lora_init at every call",
     )
+    parser.addoption(
+        "--check-only",
+        action="store_true",
+        help="of the tests that are named, the quick selection of `make check`",
+    )
 
 
 def pytest_configure(config):
@@ -39,7 +44,31 @@ def pytest_configure(config):
         jaxtyping.install_import_hook("lora_init", "annotations.checked")
 
 
+def quick(items):
+    """The selection of `make check`.
+
+    Of the contract: every method on nn.Linear in float32, at one scaling. Of each method's file:
+    the first test. Of the pages: the README. Of all other files: everything.
+    """
+    started = set()
+    for item in items:
+        name = item.path.name
+        if name == "test_contract.py":
+            wanted = item.nodeid.endswith("-Linear-float32-s=2]")
+        elif name == "test_pages.py":
+            wanted = "test_python_blocks_run[README.md]" in item.nodeid
+        elif item.path.parent.name == "initializers":
+            wanted = item.path not in started
+            started.add(item.path)
+        else:
+            wanted = True
+        if wanted:
+            yield item
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--check-only"):
+        items[:] = quick(items)
     items.sort(key=lambda item: "slow" not in item.keywords)  # none of them begins last
     if config.getoption("--check-shapes"):
         # There the annotations refuse it first, with an error of their own.

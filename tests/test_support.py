@@ -1,7 +1,6 @@
-"""Every cell of the support table, and the README's copy of it."""
+"""Every cell of the support table."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from uniform import uniform
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
-from lora_init.support import bases, support, support_table
+from lora_init.support import bases, support
 from lora_init.weights.bitsandbytes import keep_plain
 from lora_init.weights.module_types import MODULE_TYPES
-
-README = Path(__file__).resolve().parent.parent / "README.md"
 
 CELLS = [
     (spec, kind, base)
@@ -98,7 +95,3 @@ def test_a_cell_is_true(spec, kind, base, use_dora):
         assert_gap(actual, expected, epsilon)
     actual.float().pow(2).sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in adapted.parameters())
-
-
-def test_the_readme_has_this_table():
-    assert support_table() in README.read_text()

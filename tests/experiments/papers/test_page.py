@@ -85,14 +85,6 @@ def test_questions_of_our_own_are_counted_apart(result):
     assert "(our own question)" in claims_markdown(claims).splitlines()[3]
 
 
-def test_the_readme_has_the_table_of_the_page():
-    root = application.CONFIGURATIONS.parents[1]
-    page = (root / "docs" / "papers" / "README.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(page) if line.startswith("| what was measured again"))
-    end = page.index("", start)
-    assert "\n".join(page[start:end]) in (root / "README.md").read_text()
-
-
 def test_pictures_that_are_no_longer_drawn_go(result, tmp_path):
     for name in (f"{NAME}-earlier.png", "another-one.png"):
         (tmp_path / name).touch()
