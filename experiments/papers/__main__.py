@@ -28,8 +28,8 @@ from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.catalogue import NAMES, check_names
 from experiments.papers.page import write_page
-from experiments.papers.paper import FORMS
-from experiments.papers.results import Result, read_result
+from experiments.papers.reproduction import FORMS
+from experiments.papers.result import Result, read_result
 from experiments.papers.summary import summary_table
 from experiments.resolving import as_settings
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable
 
 from experiments.errors import ConfigurationError, nearest
-from experiments.papers.paper import Paper
+from experiments.papers.reproduction import Paper
 
 NAMES = (
     "pissa_quantization",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.papers.verdicts import Claim
+from experiments.papers.claim import Claim
 
 
 @dataclass(frozen=True)

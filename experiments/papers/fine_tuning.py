@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from experiments.console import training_bar
-from experiments.papers.corpora import language_batches
+from experiments.papers.corpus import language_batches
 from experiments.schedule import TrainingConfig
 from experiments.training import make_accelerator, train
 

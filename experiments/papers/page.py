@@ -12,10 +12,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.papers.results import Result
+from experiments.papers.result import Result
 from experiments.papers.summary import counted, summary_markdown
-from experiments.papers.tables import CLAIM_HEADERS, claims_markdown, markdown
-from experiments.papers.verdicts import Claim, Verdict, as_claim
+from experiments.papers.text import CLAIM_HEADERS, claims_markdown, markdown
+from experiments.papers.claim import Claim, Verdict, as_claim
 from experiments.report.page import as_script, bundle
 from experiments.runs import write_json, write_text
 

@@ -27,18 +27,18 @@ from torch import Tensor
 
 from experiments.console import say
 from experiments.errors import ConfigurationError
-from experiments.papers.corpora import joined_blocks, load_texts
+from experiments.papers.corpus import joined_blocks, load_texts
 from experiments.papers.drawing import chart
 from experiments.papers.findings import Figure, Findings, Table
 from experiments.papers.fine_tuning import fine_tune
 from experiments.papers.fitting import PowerLaw, fit_power_law
-from experiments.papers.intervals import Interval, mean
-from experiments.papers.paper import Paper, PaperSettings
-from experiments.papers.perplexity import block_losses
-from experiments.papers.running import run
-from experiments.papers.subjects import Layer, Subject, load_subject, place
+from experiments.papers.interval import Interval, mean
+from experiments.papers.reproduction import Paper, PaperSettings
+from experiments.papers.language import block_losses
+from experiments.papers.application import run
+from experiments.papers.subject import Layer, Subject, load_subject, place
 from experiments.papers.tasks import measured_layers
-from experiments.papers.verdicts import Claim, judge
+from experiments.papers.claim import Claim, judge
 from experiments.report.canvas import SOFT
 from experiments.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model

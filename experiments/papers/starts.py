@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experiments.errors import ConfigurationError, nearest
-from experiments.papers.subjects import Subject
+from experiments.papers.subject import Subject
 from experiments.report.palette import ordered
 from lora_init import Calibration, LoraConfig, calibrate, get_peft_model, list_initializers
 from lora_init.gradients import collect_gradients

@@ -9,9 +9,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.papers.results import Result
-from experiments.papers.tables import STYLES, markdown
-from experiments.papers.verdicts import Claim, Verdict
+from experiments.papers.result import Result
+from experiments.papers.text import STYLES, markdown
+from experiments.papers.claim import Claim, Verdict
 
 OWN = "our own"
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from experiments.errors import ConfigurationError
-from experiments.papers.corpora import (
+from experiments.papers.corpus import (
     joined_blocks,
     language_batches,
     load_labelled,
     load_texts,
     sentence_batches,
 )
-from experiments.papers.subjects import Layer, Subject, load_subject, place
+from experiments.papers.subject import Layer, Subject, load_subject, place
 
 CLASSIFIER = "minilm"
 

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.papers.corda_knowledge.tradeoff import at_the_end, grid_edge
-from experiments.papers.intervals import Interval, mean
-from experiments.papers.verdicts import Claim, Verdict, judge
+from experiments.papers.interval import Interval, mean
+from experiments.papers.claim import Claim, Verdict, judge
 
 LABELS = {
     "kaiming": "LoRA",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from experiments.errors import RunFailed
 from experiments.papers.corda_knowledge.tradeoff import means
 from experiments.papers.fine_tuning import fine_tune
-from experiments.papers.perplexity import block_losses
+from experiments.papers.language import block_losses
 from experiments.schedule import TrainingConfig
 from lora_init import LoraModel
 from lora_init.fingerprint import fingerprint

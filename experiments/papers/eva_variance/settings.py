@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.paper import PaperSettings
+from experiments.papers.reproduction import PaperSettings
 from experiments.papers.starts import UNCENTRED, check_methods
 
 EVAS = ("eva", UNCENTRED)

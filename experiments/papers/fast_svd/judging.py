@@ -9,8 +9,8 @@ import pandas as pd
 from experiments.papers.fast_svd.decomposing import LOWRANK, PISSA
 from experiments.papers.fast_svd.settings import PAPER_ERRORS, PAPER_LOSSES, PAPER_SECONDS
 from experiments.papers.fast_svd.starts import EXACT, Training
-from experiments.papers.intervals import Interval, mean
-from experiments.papers.verdicts import Claim, Verdict, judge
+from experiments.papers.interval import Interval, mean
+from experiments.papers.claim import Claim, Verdict, judge
 
 MEASURES = ["difference", "excess", "entries", "overlap"]
 NO_NITER = -1

@@ -20,7 +20,7 @@ from experiments.errors import ConfigurationError
 from experiments.papers.fast_svd.decomposing import CONTENDERS, PISSA, exact
 from experiments.papers.fast_svd.errors import errors_of
 from experiments.papers.fast_svd.settings import FastSvdSettings
-from experiments.papers.subjects import Subject, place
+from experiments.papers.subject import Subject, place
 from lora_init.progress import tracked
 
 Result = TypeVar("Result")

@@ -13,8 +13,8 @@ from experiments.papers.fast_svd.settings import FastSvdSettings
 from experiments.papers.fast_svd.starts import adapted, train_all
 from experiments.papers.fast_svd.tables import tables
 from experiments.papers.findings import Findings
-from experiments.papers.paper import Paper
-from experiments.papers.subjects import load_subject
+from experiments.papers.reproduction import Paper
+from experiments.papers.subject import load_subject
 
 
 def reproduce(settings: FastSvdSettings) -> Findings:

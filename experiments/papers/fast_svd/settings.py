@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.paper import PaperSettings
+from experiments.papers.reproduction import PaperSettings
 
 PAPER_SHARE = 128 / 4096
 PAPER_ERRORS = {1: 1.93e-3, 16: 4.75e-4}

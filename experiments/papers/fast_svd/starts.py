@@ -24,11 +24,11 @@ from torch import nn
 
 from experiments.console import say
 from experiments.errors import ConfigurationError
-from experiments.papers.corpora import joined_blocks, load_texts
+from experiments.papers.corpus import joined_blocks, load_texts
 from experiments.papers.fast_svd.settings import FastSvdSettings
 from experiments.papers.fine_tuning import fine_tune
-from experiments.papers.perplexity import block_losses
-from experiments.papers.subjects import Subject
+from experiments.papers.language import block_losses
+from experiments.papers.subject import Subject
 from experiments.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 

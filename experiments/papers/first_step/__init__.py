@@ -25,8 +25,8 @@ from experiments.papers.first_step import charts, claims
 from experiments.papers.first_step.discussion import discussed
 from experiments.papers.first_step.measuring import measure
 from experiments.papers.first_step.settings import FirstStepSettings
-from experiments.papers.paper import Paper
-from experiments.papers.subjects import DESCRIBED, short_name
+from experiments.papers.reproduction import Paper
+from experiments.papers.subject import DESCRIBED, short_name
 from experiments.papers.tasks import described_data
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from experiments.papers.drawing import chart
 from experiments.papers.findings import Figure, Table
 from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START, SUBJECT, TOGETHER
-from experiments.papers.subjects import file_name
+from experiments.papers.subject import file_name
 from experiments.report.canvas import INK
 
 NAMES = {CALIBRATION: "its own data", FRESH: "other films", TOGETHER: "mean of other films"}

@@ -31,7 +31,7 @@ from experiments.papers.starts import (
     startable,
     started,
 )
-from experiments.papers.subjects import Layer, Subject, short_name
+from experiments.papers.subject import Layer, Subject, short_name
 from experiments.papers.tasks import Batches, load_with_task, measured_layers, task_batches
 from lora_init.gradients import collect_gradients
 from lora_init.progress import tracked

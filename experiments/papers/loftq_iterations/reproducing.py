@@ -16,9 +16,9 @@ from experiments.papers.loftq_iterations.measuring import (
 )
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.training import fine_tunings
-from experiments.papers.paper import Paper
-from experiments.papers.subjects import short_name
-from experiments.papers.verdicts import Claim
+from experiments.papers.reproduction import Paper
+from experiments.papers.subject import short_name
+from experiments.papers.claim import Claim
 
 
 def reproduce(settings: LoftqIterationsSettings) -> Findings:

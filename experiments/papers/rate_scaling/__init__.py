@@ -33,7 +33,7 @@ Source: Hayou, Ghosh & Yu 2024, "The Impact of Initialization on LoRA Finetuning
 
 from __future__ import annotations
 
-from experiments.papers.paper import Paper
+from experiments.papers.reproduction import Paper
 from experiments.papers.rate_scaling.scaling import RateScalingSettings, reproduce
 
 PAPER = Paper(

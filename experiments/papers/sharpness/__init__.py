@@ -28,7 +28,7 @@ Fine-tuning", arXiv 2602.04998, the analysis of the Hessian.
 
 from __future__ import annotations
 
-from experiments.papers.paper import Paper
+from experiments.papers.reproduction import Paper
 from experiments.papers.sharpness.measurement import SharpnessSettings, reproduce
 
 PAPER = Paper(

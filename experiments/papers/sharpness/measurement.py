@@ -12,7 +12,7 @@ import torch
 from experiments.console import say
 from experiments.errors import nearest
 from experiments.papers.findings import Findings
-from experiments.papers.paper import PaperSettings
+from experiments.papers.reproduction import PaperSettings
 from experiments.papers.sharpness.best_rates import protocol_rates
 from experiments.papers.sharpness.charts import figures, tables
 from experiments.papers.sharpness.claims import BASELINE, claims, discussion
@@ -27,7 +27,7 @@ from experiments.papers.sharpness.starts import (
     started,
     train_head,
 )
-from experiments.papers.subjects import Subject, place
+from experiments.papers.subject import Subject, place
 from lora_init import list_initializers
 from lora_init.progress import tracked
 from lora_init.seeding import layer_generator

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from experiments.data import Labelled, rotten_tomatoes
 from experiments.errors import ConfigurationError
-from experiments.papers.subjects import Subject, load_subject
+from experiments.papers.subject import Subject, load_subject
 from experiments.tasks import draw
 from experiments.tasks.text_classification import TextClassification
 from lora_init import LoraConfig, LoraModel, get_peft_model

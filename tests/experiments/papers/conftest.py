@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 from experiments.papers.catalogue import load_paper  # noqa: E402
 from experiments.papers.findings import Findings  # noqa: E402
-from experiments.papers.paper import PaperSettings  # noqa: E402
-from experiments.papers.running import register_schema, resolve  # noqa: E402
+from experiments.papers.reproduction import PaperSettings  # noqa: E402
+from experiments.papers.application import register_schema, resolve  # noqa: E402
 
 
 def settings_of(name: str, form: str, *overrides: str, **replaced: Any) -> PaperSettings:

@@ -19,8 +19,8 @@ from experiments.papers.corda_compression.projections import (
     Inputs,
     least_components,
 )
-from experiments.papers.perplexity import block_losses
-from experiments.papers.verdicts import Verdict
+from experiments.papers.language import block_losses
+from experiments.papers.claim import Verdict
 from lora_init.calibration import LayerStatistics
 from lora_init.initializers.corda import CordaOptions, corda
 from lora_init.moments import InputStatistics

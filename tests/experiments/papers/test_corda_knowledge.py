@@ -26,7 +26,7 @@ from experiments.papers.corda_knowledge.trajectories import (
     started_again,
     trajectory,
 )
-from experiments.papers.verdicts import Verdict
+from experiments.papers.claim import Verdict
 from experiments.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 

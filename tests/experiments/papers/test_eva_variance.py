@@ -29,7 +29,7 @@ from experiments.papers.eva_variance.variance import (
 )
 from experiments.papers.starts import configuration
 from experiments.papers.tasks import load_with_task, task_batches
-from experiments.papers.verdicts import Verdict
+from experiments.papers.claim import Verdict
 from lora_init import get_peft_model
 from lora_init.moments import InputStatistics
 

@@ -15,7 +15,7 @@ import pytest
 
 from experiments.papers.catalogue import NAMES
 from experiments.papers.page import read_verdicts
-from experiments.papers.results import read_result
+from experiments.papers.result import read_result
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = read_verdicts(ROOT / "docs" / "papers")

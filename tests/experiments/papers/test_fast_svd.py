@@ -15,8 +15,8 @@ from experiments.papers.fast_svd import decomposing, judging, measuring, starts
 from experiments.papers.fast_svd.decomposing import LOWRANK, NITER, PISSA, Pair, exact
 from experiments.papers.fast_svd.errors import errors_of
 from experiments.papers.fast_svd.settings import FastSvdSettings
-from experiments.papers.subjects import Subject
-from experiments.papers.verdicts import Verdict
+from experiments.papers.subject import Subject
+from experiments.papers.claim import Verdict
 
 HOLDS, DIRECTION = Verdict.REPRODUCED, Verdict.SAME_DIRECTION
 NOT, CONTRADICTS = Verdict.NOT_REPRODUCED, Verdict.CONTRADICTS

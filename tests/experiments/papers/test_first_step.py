@@ -17,7 +17,7 @@ from experiments.papers.first_step.alignment import (
 from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START
 from experiments.papers.starts import configuration
 from experiments.papers.tasks import load_with_task, task_batches
-from experiments.papers.verdicts import Verdict
+from experiments.papers.claim import Verdict
 from lora_init import get_peft_model
 
 

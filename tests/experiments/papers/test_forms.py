@@ -13,9 +13,9 @@ from substitutes import random_llama
 
 from experiments.errors import ConfigurationError
 from experiments.papers.catalogue import NAMES, load_paper
-from experiments.papers.paper import FORMS
-from experiments.papers.results import read_result, write_result
-from experiments.papers.verdicts import Verdict
+from experiments.papers.reproduction import FORMS
+from experiments.papers.result import read_result, write_result
+from experiments.papers.claim import Verdict
 
 
 @pytest.mark.parametrize("form", chosen(FORMS, "fast"))

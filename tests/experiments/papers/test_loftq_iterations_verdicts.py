@@ -20,7 +20,7 @@ from experiments.papers.loftq_iterations.starts import (
     QPISSA,
     SVD_FIRST,
 )
-from experiments.papers.verdicts import Verdict
+from experiments.papers.claim import Verdict
 
 CASES = [{"model": "m", "bits": bits, "rank": rank} for bits in (4, 2) for rank in (8, 32)]
 REPRODUCED, DIRECTION = Verdict.REPRODUCED, Verdict.SAME_DIRECTION

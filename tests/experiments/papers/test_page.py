@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.papers import __main__ as application
-from experiments.papers import running
+from experiments.papers import __main__ as command
+from experiments.papers import application as running
 from experiments.papers.catalogue import NAMES, load_paper
 from experiments.papers.page import read_verdicts, write_page
-from experiments.papers.results import fingerprint, read_result, write_result
+from experiments.papers.result import fingerprint, read_result, write_result
 from experiments.papers.summary import counted, summary_markdown
-from experiments.papers.tables import claims_markdown
-from experiments.papers.verdicts import Verdict
+from experiments.papers.text import claims_markdown
+from experiments.papers.claim import Verdict
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)  # fmt: skip
@@ -86,7 +86,7 @@ def test_questions_of_our_own_are_counted_apart(result):
 
 
 def test_the_readme_has_the_table_of_the_page():
-    root = application.CONFIGURATIONS.parents[1]
+    root = command.CONFIGURATIONS.parents[1]
     page = (root / "docs" / "papers" / "README.md").read_text().splitlines()
     start = next(i for i, line in enumerate(page) if line.startswith("| what was measured again"))
     end = page.index("", start)
@@ -154,7 +154,7 @@ def test_other_settings_or_a_wish_measure_again(result, composed_paper, override
 
 
 def test_the_fingerprint_follows_the_code(composed_paper, monkeypatch):
-    from experiments.papers import results
+    from experiments.papers import result as results
 
     settings = composed_paper(NAME, "smoke")
     before = fingerprint(NAME, settings)
@@ -188,12 +188,12 @@ def test_each_has_a_process_and_a_failure_is_named(monkeypatch, capsys):
         def __exit__(self, *exception):
             return None
 
-    monkeypatch.setattr(application.subprocess, "Popen", Started)
+    monkeypatch.setattr(command.subprocess, "Popen", Started)
     monkeypatch.setattr(
-        application.os, "sched_getaffinity", lambda process: range(6), raising=False
+        command.os, "sched_getaffinity", lambda process: range(6), raising=False
     )
-    settings = application.AllPapers(overrides=["device=cpu"], rerun=True, form="full", at_once=2)
-    assert application.measure_all(settings) == ["fast_svd"]
+    settings = command.AllPapers(overrides=["device=cpu"], rerun=True, form="full", at_once=2)
+    assert command.measure_all(settings) == ["fast_svd"]
     assert len(commands) == len(NAMES)
     assert commands[0] == [
         sys.executable, "-m", f"experiments.papers.{NAMES[0]}", "--config-name", "full",
@@ -205,9 +205,9 @@ def test_each_has_a_process_and_a_failure_is_named(monkeypatch, capsys):
 
 
 def test_what_failed_leaves_no_earlier_result_on_the_page(result):
-    settings = application.AllPapers(form="smoke", output=result.settings["output"])
-    assert [found.name for found in application.gather(settings)] == [NAME]
-    assert application.gather(settings, without=[NAME]) == []
+    settings = command.AllPapers(form="smoke", output=result.settings["output"])
+    assert [found.name for found in command.gather(settings)] == [NAME]
+    assert command.gather(settings, without=[NAME]) == []
 
 
 def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys):
@@ -216,8 +216,8 @@ def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys
         sys, "argv",
         ["papers", "measure=false", "form=smoke", f"output={output}", f"page={tmp_path}/page"],
     )  # fmt: skip
-    application.register_schema()  # a process that ran the module holds its `__main__`'s
-    application.main()
+    command.register_schema()  # a process that ran the module holds its `__main__`'s
+    command.main()
     assert (tmp_path / "page" / "index.html").is_file()
     assert NAME in capsys.readouterr().out
 
@@ -232,13 +232,13 @@ def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys
 )
 def test_what_is_misspelt_is_refused(monkeypatch, capsys, override, message):
     monkeypatch.setattr(sys, "argv", ["papers", "measure=false", override])
-    application.register_schema()
+    command.register_schema()
     with pytest.raises(SystemExit):
-        application.main()
+        command.main()
     assert message in capsys.readouterr().err
 
 
 def test_every_verdict_has_a_colour():
-    style = (application.CONFIGURATIONS.parents[1] / "experiments/papers/page.css").read_text()
+    style = (command.CONFIGURATIONS.parents[1] / "experiments/papers/page.css").read_text()
     for verdict in set(Verdict) - {Verdict.NOT_JUDGED}:
         assert f".verdict.{str(verdict).replace(' ', '-')} " in style

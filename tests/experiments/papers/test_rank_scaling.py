@@ -8,9 +8,9 @@ import torch
 
 from experiments.errors import ConfigurationError
 from experiments.papers import rank_scaling
-from experiments.papers.corpora import joined_blocks, load_texts
-from experiments.papers.subjects import load_subject
-from experiments.papers.verdicts import Verdict
+from experiments.papers.corpus import joined_blocks, load_texts
+from experiments.papers.subject import load_subject
+from experiments.papers.claim import Verdict
 from lora_init import LoraConfig, get_peft_model
 
 

@@ -26,7 +26,7 @@ from experiments.papers.rate_scaling.rates import (
     largest_stable_rate,
     peak_losses,
 )
-from experiments.papers.verdicts import Verdict
+from experiments.papers.claim import Verdict
 
 SHAPE = {"out": 3, "inputs": 5, "examples": 7, "teacher_rank": 2}
 

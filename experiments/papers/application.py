@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 
 from experiments.console import say
 from experiments.errors import ConfigurationError, RunFailed
-from experiments.papers.paper import Paper, PaperSettings
-from experiments.papers.results import Result, fingerprint, folder, read_result, write_result
-from experiments.papers.tables import terminal_claims, terminal_table
+from experiments.papers.reproduction import Paper, PaperSettings
+from experiments.papers.result import Result, fingerprint, folder, read_result, write_result
+from experiments.papers.text import terminal_claims, terminal_table
 from experiments.resolving import as_settings
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from experiments.papers.findings import Table
-from experiments.papers.verdicts import Claim, Verdict
+from experiments.papers.claim import Claim, Verdict
 
 NOTHING = "–"
 STYLES = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_llama import some_blocks, tiny_llama
 
-from experiments.papers.perplexity import block_losses, paired_error, perplexity, spread
+from experiments.papers.language import block_losses, paired_error, perplexity, spread
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from experiments.papers import intervals
+from experiments.papers import interval
 
 
 def test_a_mean_has_students_interval():
     values = [1.0, 2.5, 3.0, 4.25, 0.5]
-    found = intervals.mean(values)
+    found = interval.mean(values)
     known = ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert found.value == pytest.approx(np.mean(values))
     assert (found.low, found.high) == pytest.approx((known.low, known.high))
@@ -20,19 +20,19 @@ def test_a_mean_has_students_interval():
 
 def test_a_geometric_mean_is_a_mean_of_logarithms():
     values = [0.5, 0.25, 0.125]
-    found, logs = intervals.geometric_mean(values), intervals.mean(np.log(values))
+    found, logs = interval.geometric_mean(values), interval.mean(np.log(values))
     assert found.value == pytest.approx(0.25)
     assert (found.low, found.high) == pytest.approx((np.exp(logs.low), np.exp(logs.high)))
 
 
 def test_one_value_has_no_interval():
-    assert intervals.mean([2.0]) == intervals.Interval(2.0, 2.0, 2.0)
-    assert intervals.mean([2.0]).show(".1f") == "2.0"
-    assert intervals.mean([1.0, 3.0]).show(".1f") == "2.0 [-10.7, 14.7]"
+    assert interval.mean([2.0]) == interval.Interval(2.0, 2.0, 2.0)
+    assert interval.mean([2.0]).show(".1f") == "2.0"
+    assert interval.mean([1.0, 3.0]).show(".1f") == "2.0 [-10.7, 14.7]"
 
 
 def test_what_has_no_mean_is_refused():
     with pytest.raises(ValueError, match="no values"):
-        intervals.mean([])
+        interval.mean([])
     with pytest.raises(ValueError, match="positive"):
-        intervals.geometric_mean([1.0, 0.0])
+        interval.geometric_mean([1.0, 0.0])

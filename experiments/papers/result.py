@@ -16,15 +16,15 @@ from typing import Any
 from experiments.environment import describe_environment
 from experiments.papers.drawing import page_specification, write_pictures
 from experiments.papers.findings import Findings, Table
-from experiments.papers.paper import Paper, PaperSettings
-from experiments.papers.tables import cells, claims_markdown, numeric, table_markdown
-from experiments.papers.verdicts import Claim, as_claim
+from experiments.papers.reproduction import Paper, PaperSettings
+from experiments.papers.text import cells, claims_markdown, numeric, table_markdown
+from experiments.papers.claim import Claim, as_claim
 from experiments.runs import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = (
-    "subjects", "corpora", "tasks", "starts", "perplexity", "fine_tuning", "intervals", "fitting",
-    "verdicts", "drawing",
+    "subject", "corpus", "tasks", "starts", "language", "fine_tuning", "interval", "fitting",
+    "claim", "drawing",
 )  # fmt: skip
 OTHERS = ("training", "micro_batches", "schedule", "benchmark/powerlaw", "measures/forgetting")
 SOURCES = ("lora_init", "experiments/data", "experiments/models", "experiments/tasks")
