@@ -1,4 +1,4 @@
-"""What may be said of a paper's claim after measuring it again."""
+"""A claim of a paper with its figures, ours, and the verdict."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Verdict(StrEnum):
-    """How a claim fared on the model at hand, which is smaller than the paper's."""
+    """How a claim compares with the measurement, on a model smaller than the paper's."""
 
     REPRODUCED = "reproduced"
     SAME_DIRECTION = "same direction"
@@ -19,18 +19,18 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of a paper, the figures on both sides, and what follows.
+    """One statement, the figures on both sides, and the verdict.
 
     Attributes:
         statement: the claim in one sentence.
-        paper: the paper's figure, with its model; "–" where the paper has a statement only.
+        paper: the paper's figure, with its model; "–" where the paper gives no figure.
         ours: the figure measured here.
-        criterion: what decided, in words, and what would have contradicted it.
-        verdict: what it came to.
-        remark: one sentence on a claim that does not hold, or on what limits the comparison.
-        published: a paper says so; False for a question of our own beside its claims, which is
-            judged alike and counted apart.
-        timed: seconds decided, which another machine, or a busy one, may have otherwise.
+        criterion: what decides the verdict, in words, and what would contradict the claim.
+        verdict: the verdict by that criterion.
+        remark: one sentence on a claim that does not hold, or on a limit of the comparison.
+        published: True if a paper makes the claim; False for a question that this project adds.
+            Added questions are judged alike and counted separately.
+        timed: True if seconds decide the verdict, which depend on the machine and its load.
     """
 
     statement: str
@@ -43,21 +43,21 @@ class Claim:
     timed: bool = False
 
 
-def as_claim(kept: dict[str, Any]) -> Claim:
-    """A claim from its fields as JSON has them.
+def as_claim(values: dict[str, Any]) -> Claim:
+    """Build a claim from its fields in JSON.
 
     Raises:
-        KeyError, ValueError, TypeError: they are not a claim's.
+        KeyError, ValueError, TypeError: the fields are not those of a claim.
     """
-    return Claim(**{**kept, "verdict": Verdict(kept["verdict"])})
+    return Claim(**{**values, "verdict": Verdict(values["verdict"])})
 
 
 def judge(*, holds: bool, direction: bool, opposite: bool = False) -> Verdict:
-    """From three answers to one verdict.
+    """Turn three answers into one verdict.
 
     Args:
-        holds: everything that the criterion asks for was measured.
-        direction: not all of it, but the effect has the claimed sign.
+        holds: the measurement meets the whole criterion.
+        direction: it does not, but the effect has the claimed sign.
         opposite: the effect has the other sign, beyond the noise.
     """
     if holds:

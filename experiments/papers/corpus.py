@@ -95,6 +95,14 @@ def joined_blocks(
     return torch.tensor(stream[: count * length]).reshape(count, length)
 
 
+def plot_blocks(
+    tokenizer: Any, split: str, count: int, length: int
+) -> Int[Tensor, "blocks length"]:
+    """At most `count` blocks of film plots, each of `length` tokens."""
+    texts = load_texts("plots", split)
+    return joined_blocks(tokenizer, texts, length=length, tokens=count * length)
+
+
 def language_batches(blocks: Int[Tensor, "blocks length"], size: int) -> list[dict[str, Tensor]]:
     """Batches for a causal model; labels are the tokens themselves, as transformers shifts them."""
     return [

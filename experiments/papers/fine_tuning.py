@@ -25,10 +25,27 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a fine-tuning showed, step by step: the loss and the gradient's norm before clipping."""
+    """The losses of a fine-tuning and its gradient norms before clipping, by step."""
 
     losses: list[float]
     gradient_norms: list[float]
+
+    def steps(self) -> list[tuple[int, float, float]]:
+        """Number, loss and gradient norm of every step, from 1 on."""
+        numbers = range(1, len(self.losses) + 1)
+        return list(zip(numbers, self.losses, self.gradient_norms, strict=True))
+
+
+def constant_training(options: Any, max_grad_norm: float | None = None) -> TrainingConfig:
+    """Training at a constant rate, from options with steps, batch_size and learning_rate."""
+    return TrainingConfig(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        schedule="constant",
+        warmup=0.0,
+        max_grad_norm=max_grad_norm,
+    )
 
 
 def fine_tune(

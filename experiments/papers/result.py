@@ -1,7 +1,7 @@
-"""A reproduction's folder: claims, tables, pictures, and `result.json`, which is written last.
+"""The folder of a finished reproduction: claims, tables, pictures and `result.json`.
 
-A result is taken again only while nothing it depends on has changed: the settings, and the sources
-of `lora_init` and of the experiments that it may have used.
+`result.json` is written last. A result is used again while the options and the code that it depends
+on are the same.
 """
 
 from __future__ import annotations
@@ -14,25 +14,35 @@ from pathlib import Path
 from typing import Any
 
 from experiments.environment import describe_environment
-from experiments.papers.drawing import page_specification, write_pictures
-from experiments.papers.findings import Findings, Table
-from experiments.papers.reproduction import Paper, PaperSettings
-from experiments.papers.text import cells, claims_markdown, numeric, table_markdown
 from experiments.papers.claim import Claim, as_claim
+from experiments.papers.drawing import page_specification, write_pictures
+from experiments.papers.reproduction import (
+    OUTSIDE_IDENTITY,
+    Figure,
+    Findings,
+    Options,
+    Reproduction,
+    Table,
+)
+from experiments.papers.text import cells, claims_markdown, numeric, table_markdown
 from experiments.runs import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
+# Code that decides a measurement. The page and the command line are not part of it.
+SOURCES = (
+    "lora_init", "experiments/data", "experiments/models", "experiments/tasks",
+    "experiments/training.py", "experiments/micro_batches.py", "experiments/schedule.py",
+    "experiments/benchmark/powerlaw.py", "experiments/measures/forgetting.py",
+)  # fmt: skip
 SHARED = (
     "subject", "corpus", "tasks", "starts", "language", "fine_tuning", "interval", "fitting",
     "claim", "drawing",
 )  # fmt: skip
-OTHERS = ("training", "micro_batches", "schedule", "benchmark/powerlaw", "measures/forgetting")
-SOURCES = ("lora_init", "experiments/data", "experiments/models", "experiments/tasks")
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished reproduction as it is kept.
+    """A finished reproduction as `result.json` keeps it.
 
     Attributes:
         tables: each with name, title, note, headers, rows (text) and `right`, by column.
@@ -55,40 +65,39 @@ class Result:
     seconds: float
 
 
-def folder(name: str, settings: PaperSettings) -> Path:
-    return Path(settings.output) / settings.form / name
+def folder(name: str, options: Options) -> Path:
+    """The folder of one reproduction's result."""
+    return Path(options.output) / options.form / name
 
 
-def fingerprint(name: str, settings: PaperSettings) -> str:
-    """Of the settings that matter and of the code."""
-    outside = PaperSettings.OUTSIDE_IDENTITY
-    kept = {key: value for key, value in asdict(settings).items() if key not in outside}
-    told = json.dumps([name, kept, source_hash(name)], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+def fingerprint(name: str, options: Options) -> str:
+    """A hash of the options that decide the result, and of the code."""
+    kept = {key: value for key, value in asdict(options).items() if key not in OUTSIDE_IDENTITY}
+    text = json.dumps([name, kept, source_hash(name)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
 def source_hash(name: str) -> str:
-    """Of the library, the data and models, what all reproductions share, and this one's files."""
+    """A hash of the library, the shared modules, and the modules of one reproduction."""
     papers = ROOT / "experiments" / "papers"
-    files = [
-        *(path for source in SOURCES for path in (ROOT / source).rglob("*.py")),
+    places = [
+        *(ROOT / source for source in SOURCES),
         *(papers / f"{shared}.py" for shared in SHARED),
-        *(ROOT / "experiments" / f"{used}.py" for used in OTHERS),
-        *papers.glob(f"{name}*.py"),
-        *(papers / name).rglob("*.py"),
+        *papers.glob(f"{name}*"),
     ]
+    files = {file for path in places for file in (path.rglob("*.py") if path.is_dir() else [path])}
     digest = hashlib.sha256()
-    for path in sorted(files):
+    for path in sorted(file for file in files if file.exists()):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def write_result(
-    paper: Paper, settings: PaperSettings, findings: Findings, seconds: float
+    reproduction: Reproduction, options: Options, findings: Findings, seconds: float
 ) -> Result:
-    """Write everything into the reproduction's folder; `result.json` last and atomically."""
-    output = folder(paper.name, settings)
+    """Write the files of a result; `result.json` last and atomically."""
+    output = folder(reproduction.name, options)
     output.mkdir(parents=True, exist_ok=True)
     (output / "result.json").unlink(missing_ok=True)
     for figure in findings.figures:
@@ -98,34 +107,27 @@ def write_result(
         write_text(output / f"{table.name}.md", table_markdown(table) + "\n")
     write_text(output / "claims.md", claims_markdown(findings.claims) + "\n")
     result = Result(
-        name=paper.name,
-        title=paper.title,
-        source=paper.source,
-        question=paper.question,
-        form=settings.form,
+        name=reproduction.name,
+        title=reproduction.title,
+        source=reproduction.source,
+        question=reproduction.question,
+        form=options.form,
         claims=findings.claims,
         setting=findings.setting,
         discussion=findings.discussion,
-        tables=[kept(table) for table in findings.tables],
-        figures=[
-            {
-                "name": figure.name,
-                "title": figure.title,
-                "caption": figure.caption,
-                "specification": page_specification(figure),
-            }
-            for figure in findings.figures
-        ],
-        settings=asdict(settings),
+        tables=[table_fields(table) for table in findings.tables],
+        figures=[figure_fields(figure) for figure in findings.figures],
+        settings=asdict(options),
         environment=describe_environment(),
-        fingerprint=fingerprint(paper.name, settings),
+        fingerprint=fingerprint(reproduction.name, options),
         seconds=seconds,
     )
     write_json(output / "result.json", asdict(result))
     return result
 
 
-def kept(table: Table) -> dict[str, Any]:
+def table_fields(table: Table) -> dict[str, Any]:
+    """A table as `result.json` keeps it."""
     return {
         "name": table.name,
         "title": table.title,
@@ -136,8 +138,14 @@ def kept(table: Table) -> dict[str, Any]:
     }
 
 
+def figure_fields(figure: Figure) -> dict[str, Any]:
+    """A figure as `result.json` keeps it."""
+    words = {"name": figure.name, "title": figure.title, "caption": figure.caption}
+    return words | {"specification": page_specification(figure)}
+
+
 def read_result(path: Path) -> Result | None:
-    """The result in a folder; None where there is none, or no whole one."""
+    """The result in a folder, or None if it is missing or incomplete."""
     try:
         values = json.loads((path / "result.json").read_text())
         claims = list(map(as_claim, values["claims"]))

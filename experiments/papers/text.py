@@ -1,4 +1,4 @@
-"""Claims and tables as text: for a terminal, in Markdown, as cells of the page."""
+"""Claims and tables as text: for a terminal, in Markdown, and as cells of the page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from experiments.papers.findings import Table
 from experiments.papers.claim import Claim, Verdict
+from experiments.papers.reproduction import Table
 
 NOTHING = "–"
 STYLES = {
@@ -26,6 +26,7 @@ CLAIM_HEADERS = ("claim", "paper", "ours", "verdict", "decided by")
 
 
 def claim_cells(claim: Claim) -> list[str]:
+    """The texts of a claim under `CLAIM_HEADERS`."""
     statement = claim.statement if claim.published else f"{claim.statement} (our own question)"
     return [statement, claim.paper, claim.ours, str(claim.verdict), claim.criterion]
 
@@ -40,7 +41,7 @@ def cells(table: Table) -> list[list[str]]:
 
 
 def cell(value: Any, form: str | None = None) -> str:
-    """A number with three digits unless a format is given; nothing for what is missing."""
+    """One value as text: a number has three digits unless a format is given."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return NOTHING
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -53,11 +54,12 @@ def cell(value: Any, form: str | None = None) -> str:
 
 
 def numeric(table: Table) -> list[bool]:
-    """By column, whether it holds numbers."""
+    """Whether each column holds numbers."""
     return [pd.api.types.is_numeric_dtype(table.frame[name]) for name in table.frame]
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
+    """A Markdown table; `right` says which columns are aligned to the right."""
     rule = ["---:" if flag else ":---" for flag in right]
     lines = [list(headers), rule, *map(list, rows)]
     return "\n".join(
@@ -67,17 +69,19 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Seque
 
 
 def claims_markdown(claims: Sequence[Claim]) -> str:
+    """All claims as a Markdown table."""
     return markdown(CLAIM_HEADERS, [claim_cells(c) for c in claims], [False] * len(CLAIM_HEADERS))
 
 
 def table_markdown(table: Table) -> str:
+    """A table in Markdown."""
     return markdown(list(map(str, table.frame.columns)), cells(table), numeric(table))
 
 
 def terminal_claims(claims: Sequence[Claim]) -> RichTable:
-    """The claims with their verdicts; what decided is in the files."""
-    shown = RichTable(box=box.SIMPLE_HEAD, show_lines=False, padding=(0, 1))
-    for header, ratio in (("claim", 5), ("paper", 4), ("ours", 4), ("verdict", 2)):
+    """The claims for a terminal, without their criteria."""
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for header, ratio in zip(CLAIM_HEADERS[:4], (5, 4, 4, 2), strict=True):
         shown.add_column(header, ratio=ratio, overflow="fold")
     for claim in claims:
         style = STYLES[claim.verdict]
@@ -86,12 +90,13 @@ def terminal_claims(claims: Sequence[Claim]) -> RichTable:
     return shown
 
 
-def terminal_table(table: Table) -> RichTable:
-    shown = RichTable(
-        box=box.SIMPLE_HEAD, title=escape(table.title), title_justify="left", padding=(0, 1)
-    )
-    for name, right in zip(table.frame.columns, numeric(table), strict=True):
-        shown.add_column(escape(str(name)), justify="right" if right else "left")
-    for row in cells(table):
+def terminal_table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]
+) -> RichTable:
+    """A table for a terminal, from its texts."""
+    shown = RichTable(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
+    for name, flag in zip(headers, right, strict=True):
+        shown.add_column(escape(name), justify="right" if flag else "left")
+    for row in rows:
         shown.add_row(*map(escape, row))
     return shown

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.papers.findings import Findings
 from experiments.papers.first_step import charts, claims
 from experiments.papers.first_step.discussion import discussed
 from experiments.papers.first_step.measuring import measure
 from experiments.papers.first_step.settings import FirstStepSettings
-from experiments.papers.reproduction import Paper
+from experiments.papers.reproduction import Findings, Paper
 from experiments.papers.subject import DESCRIBED, short_name
 from experiments.papers.tasks import described_data
 

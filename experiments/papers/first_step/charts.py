@@ -6,8 +6,8 @@ import altair as alt
 import pandas as pd
 
 from experiments.papers.drawing import chart
-from experiments.papers.findings import Figure, Table
 from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START, SUBJECT, TOGETHER
+from experiments.papers.reproduction import Figure, Table
 from experiments.papers.subject import file_name
 from experiments.report.canvas import INK
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START, SUBJECT
 from experiments.papers.claim import Claim, judge
+from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START, SUBJECT
 
 SHARE = 0.95
 NEAR_BOUND = 0.01

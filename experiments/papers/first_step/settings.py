@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.reproduction import PaperSettings
+from experiments.papers.reproduction import Options
 from experiments.papers.starts import check_methods
 
 
@@ -44,7 +44,7 @@ class Data:
 
 
 @dataclass
-class FirstStepSettings(PaperSettings):
+class FirstStepSettings(Options):
     """Settings.
 
     Attributes:

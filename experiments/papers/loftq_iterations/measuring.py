@@ -17,6 +17,7 @@ from experiments.papers.corpus import (
     load_texts,
     sentence_batches,
 )
+from experiments.papers.language import spread
 from experiments.papers.loftq_iterations.errors import (
     mean_square_output,
     relative_norm,
@@ -26,7 +27,6 @@ from experiments.papers.loftq_iterations.errors import (
 from experiments.papers.loftq_iterations.outputs import HiddenStates, Measure, NextTokens
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.starts import LOFTQ, Ground, Start, starts
-from experiments.papers.language import spread
 from experiments.papers.subject import Layer, load_subject, place
 from lora_init import Calibration, LoraConfig, calibrate
 

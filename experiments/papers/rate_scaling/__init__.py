@@ -33,8 +33,8 @@ Source: Hayou, Ghosh & Yu 2024, "The Impact of Initialization on LoRA Finetuning
 
 from __future__ import annotations
 
-from experiments.papers.reproduction import Paper
 from experiments.papers.rate_scaling.scaling import RateScalingSettings, reproduce
+from experiments.papers.reproduction import Paper
 
 PAPER = Paper(
     name="rate_scaling",

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from experiments.papers.drawing import chart
-from experiments.papers.findings import Figure, Table
 from experiments.papers.rate_scaling.claims import EXPECTED, Exponents
 from experiments.papers.rate_scaling.networks import NETWORKS
+from experiments.papers.reproduction import Figure, Table
 from experiments.report.canvas import SOFT
 
 STARTS = {"A": "Init[A]", "B": "Init[B]"}

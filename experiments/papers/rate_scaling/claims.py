@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from experiments.papers.claim import Claim, judge
 from experiments.papers.fitting import PowerLaw, fit_power_law
 from experiments.papers.interval import geometric_mean
 from experiments.papers.rate_scaling.networks import NETWORKS
-from experiments.papers.claim import Claim, judge
 
 EXPECTED = {"A": -0.5, "B": -1.0}
 OTHER = {"A": EXPECTED["B"], "B": EXPECTED["A"]}

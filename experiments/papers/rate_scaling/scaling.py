@@ -12,9 +12,7 @@ import torch
 
 from experiments.console import say
 from experiments.errors import RunFailed
-from experiments.papers.findings import Findings
 from experiments.papers.fitting import PowerLaw, fit_power_law
-from experiments.papers.reproduction import PaperSettings
 from experiments.papers.rate_scaling.charts import QUANTITIES, figures, tables
 from experiments.papers.rate_scaling.claims import claims, discussion
 from experiments.papers.rate_scaling.descent import descend
@@ -25,12 +23,13 @@ from experiments.papers.rate_scaling.rates import (
     largest_stable_rate,
     peak_losses,
 )
+from experiments.papers.reproduction import Findings, Options
 from experiments.papers.subject import place
 from lora_init.progress import tracked
 
 
 @dataclass
-class RateScalingSettings(PaperSettings):
+class RateScalingSettings(Options):
     """Settings.
 
     Attributes:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.papers.drawing import chart, methods_color
-from experiments.papers.findings import Figure, Table
+from experiments.papers.reproduction import Figure, Table
 from experiments.papers.sharpness.claims import PAPER, first_steps, ratios
 from experiments.report.canvas import INK
 from experiments.report.palette import marks, ordered

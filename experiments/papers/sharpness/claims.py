@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test, rankdata
 
+from experiments.papers.claim import Claim, Verdict, judge
 from experiments.papers.fitting import PowerLaw, fit_power_law
 from experiments.papers.interval import Interval, geometric_mean
-from experiments.papers.claim import Claim, Verdict, judge
 
 BASELINE = "kaiming"
 # λmax over LoRA's on Qwen3-0.6B: about, or (OLoRA, LoRA-GA) up to.

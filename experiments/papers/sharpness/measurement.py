@@ -11,8 +11,7 @@ import torch
 
 from experiments.console import say
 from experiments.errors import nearest
-from experiments.papers.findings import Findings
-from experiments.papers.reproduction import PaperSettings
+from experiments.papers.reproduction import Findings, Options
 from experiments.papers.sharpness.best_rates import protocol_rates
 from experiments.papers.sharpness.charts import figures, tables
 from experiments.papers.sharpness.claims import BASELINE, claims, discussion
@@ -40,7 +39,7 @@ METHODS = (
 
 
 @dataclass
-class SharpnessSettings(PaperSettings):
+class SharpnessSettings(Options):
     """Settings.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from tiny_llama import some_blocks, tiny_llama
 
 from experiments.errors import ConfigurationError
+from experiments.papers.claim import Verdict
 from experiments.papers.corda_compression import claims
 from experiments.papers.corda_compression.dropping import dropped, losses_by_fraction, restored
 from experiments.papers.corda_compression.inputs import observe_inputs
@@ -20,7 +21,6 @@ from experiments.papers.corda_compression.projections import (
     least_components,
 )
 from experiments.papers.language import block_losses
-from experiments.papers.claim import Verdict
 from lora_init.calibration import LayerStatistics
 from lora_init.initializers.corda import CordaOptions, corda
 from lora_init.moments import InputStatistics

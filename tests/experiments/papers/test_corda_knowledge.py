@@ -11,6 +11,7 @@ import torch
 from tiny_llama import some_blocks, tiny_llama
 
 from experiments.errors import ConfigurationError, RunFailed
+from experiments.papers.claim import Verdict
 from experiments.papers.corda_knowledge import claims, trajectories
 from experiments.papers.corda_knowledge.reproduction import STARTS, adapted, improved
 from experiments.papers.corda_knowledge.tradeoff import (
@@ -26,7 +27,6 @@ from experiments.papers.corda_knowledge.trajectories import (
     started_again,
     trajectory,
 )
-from experiments.papers.claim import Verdict
 from experiments.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments.errors import ConfigurationError
+from experiments.papers.claim import Verdict
 from experiments.papers.eva_variance import claims, discussion
 from experiments.papers.eva_variance.costs import FULL_SVD
 from experiments.papers.eva_variance.gradients import Ceiling, FirstGradient
@@ -29,7 +30,6 @@ from experiments.papers.eva_variance.variance import (
 )
 from experiments.papers.starts import configuration
 from experiments.papers.tasks import load_with_task, task_batches
-from experiments.papers.claim import Verdict
 from lora_init import get_peft_model
 from lora_init.moments import InputStatistics
 

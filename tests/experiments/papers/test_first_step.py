@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments.errors import ConfigurationError
+from experiments.papers.claim import Verdict
 from experiments.papers.first_step import claims
 from experiments.papers.first_step.alignment import (
     adam_step,
@@ -17,7 +18,6 @@ from experiments.papers.first_step.alignment import (
 from experiments.papers.first_step.measuring import CALIBRATION, FRESH, OWN_START
 from experiments.papers.starts import configuration
 from experiments.papers.tasks import load_with_task, task_batches
-from experiments.papers.claim import Verdict
 from lora_init import get_peft_model
 
 

@@ -12,17 +12,17 @@ from products import chosen
 from substitutes import random_llama
 
 from experiments.errors import ConfigurationError
-from experiments.papers.catalogue import NAMES, load_paper
+from experiments.papers.catalogue import NAMES, load_reproduction
+from experiments.papers.claim import Verdict
 from experiments.papers.reproduction import FORMS
 from experiments.papers.result import read_result, write_result
-from experiments.papers.claim import Verdict
 
 
 @pytest.mark.parametrize("form", chosen(FORMS, "fast"))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_form_composes(composed_paper, name, form):
     settings = composed_paper(name, form)
-    assert type(settings) is load_paper(name).settings
+    assert type(settings) is load_reproduction(name).options
     assert settings.form == form
 
 
@@ -48,7 +48,7 @@ def test_the_smoke_form_runs_to_its_files(smoke, composed_paper, text_model, tmp
     if name in SUBSTITUTED:
         setting, others = SUBSTITUTED[name]
         replaced = {setting: str(text_model), **others}
-    findings, paper = smoke(name, **replaced), load_paper(name)
+    findings, paper = smoke(name, **replaced), load_reproduction(name)
     assert findings.claims
     assert findings.figures
     assert findings.tables
@@ -86,5 +86,7 @@ def test_a_misspelt_setting_is_refused_by_name(composed_paper, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bad_value_is_refused(composed_paper, name):
-    with pytest.raises(ConfigurationError, match="device='tpu'; allowed are auto, cpu and cuda"):
+    with pytest.raises(
+        ConfigurationError, match="device='tpu' is not supported: must be one of auto, cpu, cuda"
+    ):
         composed_paper(name, "fast", "device=tpu")

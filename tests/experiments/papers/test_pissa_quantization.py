@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from experiments.errors import ConfigurationError
 from experiments.models.smollm2 import SmolLM2, locate
+from experiments.papers.claim import Verdict
 from experiments.papers.interval import Interval
 from experiments.papers.pissa_quantization import grids, judging, measuring, reproduction
 from experiments.papers.pissa_quantization.errors import (
@@ -25,7 +26,6 @@ from experiments.papers.pissa_quantization.settings import PissaQuantizationSett
 from experiments.papers.pissa_quantization.tables import everything
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.subject import Layer, load_subject
-from experiments.papers.claim import Verdict
 from lora_init.quantization import Quantizer
 
 HOLDS, DIRECTION = Verdict.REPRODUCED, Verdict.SAME_DIRECTION

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experiments.errors import ConfigurationError, RunFailed
+from experiments.papers.claim import Verdict
 from experiments.papers.rate_scaling import descent, scaling
 from experiments.papers.rate_scaling.claims import (
     discussion,
@@ -26,7 +27,6 @@ from experiments.papers.rate_scaling.rates import (
     largest_stable_rate,
     peak_losses,
 )
-from experiments.papers.claim import Verdict
 
 SHAPE = {"out": 3, "inputs": 5, "examples": 7, "teacher_rank": 2}
 

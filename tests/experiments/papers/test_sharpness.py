@@ -14,13 +14,13 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
 from experiments.errors import ConfigurationError
+from experiments.papers.claim import Verdict
 from experiments.papers.interval import Interval
 from experiments.papers.sharpness import claims, measurement, starts
 from experiments.papers.sharpness.best_rates import protocol_rates
 from experiments.papers.sharpness.claims import correlate
 from experiments.papers.sharpness.curvature import Curvature
 from experiments.papers.sharpness.lanczos import extreme_eigenvalues
-from experiments.papers.claim import Verdict
 from lora_init import LoraConfig, get_peft_model
 
 
