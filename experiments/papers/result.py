@@ -28,16 +28,16 @@ from experiments.papers.text import cells, claims_markdown, numeric, table_markd
 from experiments.runs import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-# Code that decides a measurement. The page and the command line are not part of it.
+# Code that decides a measurement, as patterns. The page and the command line are not part of it.
 SOURCES = (
-    "lora_init", "experiments/data", "experiments/models", "experiments/tasks",
-    "experiments/training.py", "experiments/micro_batches.py", "experiments/schedule.py",
-    "experiments/benchmark/powerlaw.py", "experiments/measures/forgetting.py",
-)  # fmt: skip
+    *("lora_init", "experiments/data", "experiments/models", "experiments/tasks"),
+    *("experiments/training*", "experiments/micro_batches*", "experiments/schedule*"),
+    *("experiments/benchmark/powerlaw.py", "experiments/measures/forgetting.py"),
+)
 SHARED = (
-    "subject", "corpus", "tasks", "starts", "language", "fine_tuning", "interval", "fitting",
-    "claim", "drawing",
-)  # fmt: skip
+    *("subject", "corpus", "tasks", "starts", "language", "fine_tuning"),
+    *("reproduction", "interval", "claim", "drawing"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,12 @@ def fingerprint(name: str, options: Options) -> str:
 @functools.cache
 def source_hash(name: str) -> str:
     """A hash of the library, the shared modules, and the modules of one reproduction."""
-    papers = ROOT / "experiments" / "papers"
-    places = [
-        *(ROOT / source for source in SOURCES),
-        *(papers / f"{shared}.py" for shared in SHARED),
-        *papers.glob(f"{name}*"),
-    ]
-    files = {file for path in places for file in (path.rglob("*.py") if path.is_dir() else [path])}
+    patterns = [*SOURCES, *(f"experiments/papers/{shared}.py" for shared in (*SHARED, f"{name}*"))]
+    patterns.append(f"experiments/papers/{name}")
+    places = {place for pattern in patterns for place in ROOT.glob(pattern)}
+    files = {file for path in places for file in ([path] if path.is_file() else path.rglob("*.py"))}
     digest = hashlib.sha256()
-    for path in sorted(file for file in files if file.exists()):
+    for path in sorted(files):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -1,10 +1,10 @@
-"""Intervals of means and of ratios, against scipy's t test."""
+"""Tests of intervals of means, ratios and exponents, against scipy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import linregress, t, ttest_1samp
 
 from experiments.papers import interval
 
@@ -31,8 +31,24 @@ def test_one_value_has_no_interval():
     assert interval.mean([1.0, 3.0]).show(".1f") == "2.0 [-10.7, 14.7]"
 
 
-def test_what_has_no_mean_is_refused():
-    with pytest.raises(ValueError, match="no values"):
+def test_values_without_a_mean_are_refused():
+    with pytest.raises(ValueError, match="at least one value"):
         interval.mean([])
     with pytest.raises(ValueError, match="positive"):
         interval.geometric_mean([1.0, 0.0])
+
+
+def test_an_exponent_is_fitted_to_logarithms():
+    x = [4.0, 8.0, 16.0, 32.0]
+    exact = interval.fit_exponent(x, [3 * value**-0.5 for value in x])
+    assert exact.value == pytest.approx(-0.5)
+    noisy = interval.fit_exponent(x, [1.0, 0.8, 0.5, 0.4])
+    found = linregress(np.log(x), np.log([1.0, 0.8, 0.5, 0.4]))
+    assert noisy.value == pytest.approx(found.slope)
+    assert noisy.high - noisy.value == pytest.approx(t.ppf(0.975, 2) * found.stderr)
+    assert noisy.contains(noisy.value)
+    two = interval.fit_exponent(x[:2], [1.0, 2.0])
+    assert two.low == two.high == pytest.approx(1.0)
+    for bad in ([1.0], [1.0, 0.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="not supported"):
+            interval.fit_exponent(x[: len(bad)], bad)
