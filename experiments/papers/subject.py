@@ -1,4 +1,4 @@
-"""Pretrained models to measure on, and their linear layers by kind."""
+"""Pretrained models for measurements, and their linear layers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def short_name(model: str) -> str:
-    """What a model is called wherever its rows are shown."""
+    """The name of a model in tables and figures."""
     return SHORT.get(model, model)
 
 
 def file_name(model: str) -> str:
-    """A model's name, or its path, as a part of a file's name."""
+    """A model's name or path as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")
 
 
@@ -43,7 +43,7 @@ class Layer:
     Attributes:
         name: its qualified name in the model.
         block: the number of its transformer block.
-        kind: what it does, as the model calls it: "q_proj", "attention.output.dense", …
+        kind: its name in the block: "q_proj", "attention.output.dense", …
     """
 
     name: str
@@ -56,7 +56,7 @@ class Subject:
     """A pretrained model with its tokenizer.
 
     Attributes:
-        described: size and origin, for results.
+        described: size and origin in words.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Subject:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """The linear layers inside transformer blocks, in the model's order."""
+        """The linear layers of the transformer blocks, in the order of the model."""
         return [
             Layer(name, int(found[1]), name[found.end() :])
             for name, module in self.model.named_modules()
@@ -78,11 +78,11 @@ class Subject:
         ]
 
     def every(self, step: int) -> list[Layer]:
-        """The layers of every `step`-th block, beginning in the middle of the first `step`."""
+        """The layers of every `step`-th block, from the middle of the first `step` blocks on."""
         return [layer for layer in self.layers if layer.block % step == step // 2]
 
     def weight(self, layer: Layer) -> Float[Tensor, "out in"]:
-        """Its weight, float32, as (out, in); not a copy where it is that already."""
+        """The weight of a layer in float32 as (out, in), not copied if it already is."""
         return oriented_weight(self.model.get_submodule(layer.name)).detach().float()
 
     def weights(self, layers: list[Layer]) -> Iterator[tuple[Layer, Float[Tensor, "out in"]]]:
@@ -93,15 +93,15 @@ class Subject:
 def load_subject(
     name: str, *, task_type: str = "CAUSAL_LM", labels: tuple[str, ...] = (), head_seed: int = 0
 ) -> Subject:
-    """Load a packaged model by its name, or any folder or hub name by its path.
+    """Load a packaged model by name, or another one by its folder or hub name.
 
     Args:
         name: "minilm", "smollm2", a folder, or a hub name such as `organisation/model`.
-        task_type: "SEQ_CLS", with a head for `labels` drawn from `head_seed`; or "CAUSAL_LM", of
-            which an encoder has no head: minilm is then loaded with a head of two labels.
+        task_type: "SEQ_CLS" adds a head for `labels`, drawn from `head_seed`. "CAUSAL_LM" has no
+            head for an encoder, so minilm then gets a head of two labels.
 
     Raises:
-        ConfigurationError: no such model, or one that cannot be loaded.
+        ConfigurationError: the model does not exist or cannot be loaded.
     """
     if name in MODELS:
         config = MODELS[name]()
@@ -109,7 +109,9 @@ def load_subject(
         config = local.LocalModel(path=name)
     else:
         known = ", ".join(MODELS)
-        raise ConfigurationError(f"model={name!r}; allowed are {known}, a folder and a hub name")
+        raise ConfigurationError(
+            f"model={name!r} is not supported: must be one of {known}, a folder, or a hub name."
+        )
     if name == "minilm" and task_type == "CAUSAL_LM":
         task_type = "SEQ_CLS"
     loaded = load_model(
@@ -121,13 +123,15 @@ def load_subject(
 
 
 def place(device: str) -> torch.device:
-    """The device that a setting asks for.
+    """The device of an option.
 
     Raises:
-        ConfigurationError: "cuda" where there is none.
+        ConfigurationError: "cuda" without a CUDA device.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device=cuda: torch sees no CUDA device; set device=cpu")
+        raise ConfigurationError(
+            "device=cuda is not supported here: torch finds no CUDA device. Set device=cpu."
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)

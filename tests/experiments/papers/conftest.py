@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from experiments.papers.application import CONFIGURATIONS, register_schema, resolve
 from experiments.papers.catalogue import load_reproduction
-from experiments.papers.reproduction import Findings, Options
+from experiments.papers.reproduction import Findings, Measurement, Options, Reproduction
 
 
 def options_of(name: str, form: str, *overrides: str, **replaced: Any) -> Options:
@@ -24,9 +24,17 @@ def options_of(name: str, form: str, *overrides: str, **replaced: Any) -> Option
 
 
 @cache
-def smoke_findings(name: str, **replaced: Any) -> Findings:
+def smoke_measurement(name: str, **replaced: Any) -> Measurement:
     options = options_of(name, "smoke", "device=cpu", **replaced)
-    return load_reproduction(name).reproduce(options)
+    return load_reproduction(name).measure(options)
+
+
+@cache
+def smoke_findings(name: str, **replaced: Any) -> Findings:
+    reproduction = load_reproduction(name)
+    if isinstance(reproduction, Reproduction):
+        return reproduction.conclude(smoke_measurement(name, **replaced))
+    return reproduction.reproduce(options_of(name, "smoke", "device=cpu", **replaced))
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +47,9 @@ def composed_paper():
 def smoke():
     """`smoke("fast_svd")` returns the findings of the smoke form; options may be replaced."""
     return smoke_findings
+
+
+@pytest.fixture(scope="session")
+def smoke_rows():
+    """`smoke_rows("first_step")` returns the measurement of the smoke form."""
+    return smoke_measurement

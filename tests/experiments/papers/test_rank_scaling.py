@@ -126,7 +126,7 @@ def test_verdict_on_losses(plain, stable, noise, verdict):
     [
         ("ranks=[2,4,1000]", r"ranks=\[2, 4, 1000\].*must be from 1 to 576, .*up_proj"),
         ("target_modules=[v_prjo]", r"target_modules=\['v_prjo'\].*linear layers in smollm2"),
-        ("every=100", "every=100: smollm2 has too few blocks"),
+        ("every=100", "every=100 .*smollm2 has too few blocks"),
     ],
 )
 def test_layers_that_cannot_be_adapted_are_refused(subject, composed_paper, override, message):
