@@ -1,4 +1,4 @@
-"""What a user sees while a run works: one line before, a progress bar, one line after."""
+"""What a user sees while runs work: lines, a bar over steps, a bar over runs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import rich
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-ERASED = "\r\x1b[2K"
-"""An empty line, of a terminal, in the place of the one that the cursor stands in."""
+ERASE_LINE = "\r\x1b[2K"
+"""Moves a terminal's cursor to the start of its line and clears the line."""
 
 
 def say(line: str, style: str = "") -> None:
-    """One line on rich's console, from the first process only; markup in it is shown as it is."""
+    """Print one line on rich's console, from rank 0 only; markup in it is not interpreted."""
     if os.environ.get("RANK", "0") != "0":
         return
     console = rich.get_console()
     if console.is_terminal and not first_process():
-        console.file.write(ERASED)  # the first process's bar; it is drawn again below
+        console.file.write(ERASE_LINE)  # the first process's bar, which is drawn again below
     console.print(escape(line), style=style, highlight=False, soft_wrap=True)
 
 
 def first_process() -> bool:
-    """Whether this is no worker of a launcher on this machine."""
+    """Whether this process is not a launcher's worker on this machine."""
     return multiprocessing.current_process().name == "MainProcess"
 
 
@@ -37,8 +37,8 @@ def shows_bars() -> bool:
 
 @contextlib.contextmanager
 def training_bar(steps: int, shown: bool) -> Iterator[Callable[[int, float], None]]:
-    """A bar over the steps with the current loss; yields a function of (steps done, loss)."""
-    # Parallel workers share the terminal, where their bars would run into each other.
+    """Show a bar over the steps with the loss; yields a function of (steps done, loss)."""
+    # Parallel workers share the terminal and would overwrite each other's bars.
     if not (shown and first_process() and shows_bars()):
         yield lambda step, loss: None
         return
@@ -56,8 +56,10 @@ def training_bar(steps: int, shown: bool) -> Iterator[Callable[[int, float], Non
 
 @contextlib.contextmanager
 def sweep_bar() -> Iterator[Callable[[float, int, int], None] | None]:
-    """A bar over runs of other processes, in one line, which their lines may replace; yields a
-    function of (runs done, all runs, runs at work), or None where no bar can be shown.
+    """Show a bar over the runs of other processes.
+
+    Yields:
+        A function of (runs done, all runs, runs at work); None where a bar cannot be shown.
     """
     if not shows_bars():
         yield None

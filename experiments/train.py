@@ -4,7 +4,7 @@
     python -m experiments.train -m 'init=glob(*)' seed=0,1
     python -m experiments.train --config-name sweep_compare
 
-Every setting is listed by `python -m experiments.train --cfg job`.
+`python -m experiments.train --cfg job` lists every setting.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.config import register_schemas, resolve
+from experiments.config.resolve import resolve
+from experiments.config.store import register_schemas
 from experiments.console import say
 from experiments.errors import ConfigurationError, RunElsewhere, RunFailed
-from experiments.execution import execute
-from experiments.returning import tell_failure
-from experiments.sweep import by_return_value, decided_ahead, position
+from experiments.run.execute import execute
+from experiments.run.failures import say_failure
+from experiments.sweep.manifest import position
+from experiments.sweep.plan import by_return_value, decided_ahead
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
 
@@ -32,30 +34,29 @@ register_schemas()
 
 @hydra.main(config_path=str(CONFIGURATIONS), config_name="train", version_base="1.3")
 def main(composed: DictConfig) -> float | None:
-    """Hydra's entry point: one run. Returns its validation score, by which a sweeper may choose.
+    """Execute one run, and return its validation score for sweepers that choose by it.
 
-    A run of a list that goes wrong is marked in its folder, and the list goes on; the end of the
-    sweep names it (`experiments.sweep`). A sweeper that chooses by what this returns has to know:
-    it gets the exception, as does who started one run alone.
+    A failed run of a sweep is recorded in its folder, and the sweep continues; its end names the
+    run. A single run raises the error, and so does a run whose sweeper chooses by return values.
     """
     context = HydraConfig.get()
     many = context.mode == RunMode.MULTIRUN
     chooses = many and not decided_ahead(HydraConfig.instance().cfg)
-    goes_on = many and not (chooses and by_return_value(HydraConfig.instance().cfg))
+    continues = many and not (chooses and by_return_value(HydraConfig.instance().cfg))
     try:
         run = resolve(composed)
         say(" ".join(filter(None, ["run", position(), run.init.name, "seed", str(run.seed)])))
         return execute(run, wait=chooses).get("validation_score")
     except RunElsewhere as error:
-        if not goes_on:
+        if not continues:
             raise CompactHydraException(str(error)) from error
         say(f"  left to another process: {error}")
     except Exception as error:
-        if goes_on:
-            tell_failure(error)
-            traceback.clear_frames(error.__traceback__)  # which hold the failed run's model
+        if continues:
+            say_failure(error)
+            traceback.clear_frames(error.__traceback__)  # they hold the failed run's model
         elif isinstance(error, ConfigurationError | RunFailed):
-            # Hydra prints this kind as its message; HYDRA_FULL_ERROR=1 shows the rest.
+            # Hydra prints only the message of this kind; HYDRA_FULL_ERROR=1 shows the rest.
             raise CompactHydraException(str(error)) from error
         else:
             raise

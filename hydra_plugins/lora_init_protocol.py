@@ -1,4 +1,4 @@
-"""Hydra's side of `experiments.protocol`: a sweeper that composes and launches its trials."""
+"""The Hydra sweeper of the fair protocol: it composes and launches the trials."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class ProtocolSweeper(Sweeper):
-    """Configured by `experiments.protocol.settings.ProtocolConfig`, as `hydra/sweeper: protocol`.
+    """Configured by `ProtocolConfig`, as `hydra/sweeper: protocol`.
 
-    What it needs of `experiments` is imported when it is used: Hydra imports every plugin each time
-    any Hydra application starts.
+    It imports `experiments` only when it is used: Hydra imports every plugin at the start of every
+    Hydra application.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -39,32 +39,32 @@ class ProtocolSweeper(Sweeper):
 
     @property
     def workers(self) -> int:
-        """How many jobs the launcher runs at once, where it says so."""
+        """How many jobs the launcher runs at once, if its settings say so."""
         from joblib import effective_n_jobs
 
         return effective_n_jobs(self.config.hydra.launcher.get("n_jobs", 1))
 
     def sweep(self, arguments: list[str]) -> None:
+        from experiments.config.protocol import ProtocolConfig
         from experiments.errors import ConfigurationError
-        from experiments.protocol.record import Record
-        from experiments.protocol.settings import ProtocolConfig
-        from experiments.protocol.stages import Stages, refuse_incomplete
-        from experiments.protocol.trials import refuse_owned
-        from experiments.sweep import complete
+        from experiments.sweep.manifest import complete
+        from experiments.sweep.protocol.record import Record
+        from experiments.sweep.protocol.stages import Stages, refuse_incomplete
+        from experiments.sweep.protocol.trials import refuse_owned
 
         folder = Path(self.config.hydra.sweep.dir)
-        plain = OmegaConf.to_container(OmegaConf.create(self.given))
+        settings = OmegaConf.to_container(OmegaConf.create(self.given))
         try:
-            for key in plain.keys() - {field.name for field in fields(ProtocolConfig)}:
+            for key in settings.keys() - {field.name for field in fields(ProtocolConfig)}:
                 raise ConfigurationError(f"hydra.sweeper.{key} is not a setting. Leave it out.")
-            settings = ProtocolConfig(**plain)
+            settings = ProtocolConfig(**settings)
             settings.check()
             parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
             parsed = parser.parse_overrides(arguments)
             for override in parsed:
                 if override.is_sweep_override():
                     raise ConfigurationError(
-                        f"{override.input_line}: the protocol sweeps by itself; give one value"
+                        f"{override.input_line}: the protocol itself sweeps. Give one value."
                     )
             refuse_owned([override.get_key_element().lstrip("+~") for override in parsed], settings)
             self.fixed = arguments
@@ -78,8 +78,8 @@ class ProtocolSweeper(Sweeper):
             raise CompactHydraException(str(error)) from error
 
     def folder(self, overrides: Sequence[str]) -> Any:
-        from experiments.composition import run_of
-        from experiments.runs import identify
+        from experiments.config.resolve import run_of
+        from experiments.run.folder import identify
 
         key = tuple(overrides)
         if key not in self.folders:

@@ -5,27 +5,31 @@ from lora_init import LoraConfig, get_peft_model
 model = get_peft_model(model, LoraConfig(r=16, init_lora_weights="pissa"))
 """
 
-from lora_init.assembly import get_peft_model, reinitialize
-from lora_init.batches import WithLoss
-from lora_init.calibrating import calibrate
-from lora_init.calibration import Calibration
-from lora_init.config import LoraConfig
-from lora_init.diagnostics import InitReport
+from lora_init.api import get_peft_model, reinitialize
+from lora_init.calibration.batches import WithLoss
+from lora_init.calibration.calibrate import calibrate
+from lora_init.calibration.result import Calibration
+from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors, Replacement
-from lora_init.model import LoraModel
-from lora_init.plan import Plan
-from lora_init.registry import (
-    CalibrationRequest,
-    Initializer,
-    list_initializers,
-    register_initializer,
-)
-from lora_init.under_peft import (
+from lora_init.initialize.single import init_factors
+from lora_init.layer import Layer
+from lora_init.model.lora_model import LoraModel
+from lora_init.peft_models import (
     initialize_peft_model,
     load_peft_checkpoint,
     restore_peft_model,
     save_peft_model,
 )
+from lora_init.plan.plan import Plan
+from lora_init.registry import (
+    CalibrationRequest,
+    Initializer,
+    Options,
+    batched,
+    list_initializers,
+    register_initializer,
+)
+from lora_init.report import InitReport
 
 __version__ = "0.1.0"
 
@@ -35,13 +39,17 @@ __all__ = [
     "Factors",
     "InitReport",
     "Initializer",
+    "Layer",
     "LoraConfig",
     "LoraModel",
+    "Options",
     "Plan",
     "Replacement",
     "WithLoss",
+    "batched",
     "calibrate",
     "get_peft_model",
+    "init_factors",
     "initialize_peft_model",
     "list_initializers",
     "load_peft_checkpoint",

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.statistics import LayerStatistics
+from lora_init.layer import LayerStatistics
 
 
 @dataclass(frozen=True)

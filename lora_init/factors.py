@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init import fresh_memory
-from lora_init.modules import widened
-from lora_init.precision import full_precision
-from lora_init.quantization import Quantizer
+from lora_init.linalg import memory
+from lora_init.linalg.precision import full_precision
+
+if TYPE_CHECKING:
+    from lora_init.quantization import Quantizer
 
 Base = Literal["keep", "subtract", "replace"]
 """What a method does to the base weight W, given the scaling s and its factors B0, A0:
@@ -31,7 +32,7 @@ class Replacement:
     ``Q = dequantize(quantize(W - s lora_B lora_A))``. The factors are those of the method's last
     quantisation step, not the ones it returns: storing r(m + n) numbers instead of m n codes is
     enough to rebuild Q, because the quantiser is a deterministic map. `checksum` is that of Q in
-    the file that these come from, if any (see `lora_init.checksum`).
+    the file that these come from, if any (see `lora_init.weights.checksum`).
     """
 
     quantizer: Quantizer
@@ -57,8 +58,8 @@ class Replacement:
             pairs = zip(self.members(), weight, strict=True)
             return torch.stack([one.residual(matrix, scaling) for one, matrix in pairs])
         lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
-        residual = fresh_memory.empty(weight.shape, torch.float32, weight.device)
-        rows = fresh_memory.rows_together(weight.shape[1])
+        residual = memory.empty(weight.shape, torch.float32, weight.device)
+        rows = memory.rows_together(weight.shape[1])
         together = rows if weight.device.type == "cpu" else len(weight)
         parts = (t.split(together) for t in (weight, lora_B, residual))
         for some, of_some, into in zip(*parts, strict=True):
@@ -95,7 +96,7 @@ class Factors:
 def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
     """s B A in float32 or wider."""
     with full_precision():
-        return fresh_memory.product(widened(lora_B.detach()) * scaling, widened(lora_A.detach()))
+        return memory.product(widened(lora_B.detach()) * scaling, widened(lora_A.detach()))
 
 
 def unstacked(stack: Factors, count: int) -> list[Factors]:
@@ -113,3 +114,7 @@ def unstacked(stack: Factors, count: int) -> list[Factors]:
         )
         for index in range(count)
     ]
+
+def widened(weight: Tensor) -> Tensor:
+    """The tensor in at least float32: 16-bit weights are converted before any computation."""
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()

@@ -1,4 +1,4 @@
-"""First and second moments of one layer's inputs, accumulated in one pass, and their directions."""
+"""First and second moments of a layer's inputs, and their principal directions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.accumulation import Moments, RunningSums
-from lora_init.product_sum import Support, mixed_support
-from lora_init.row_blocks import Block
-from lora_init.symmetric import accumulate_gram, accumulate_gram_of_parts, mirror, two_parts
+from lora_init.linalg.row_blocks import ROWS
 
 SMALLEST_DECOMPOSITION = 32
 
@@ -38,19 +35,13 @@ class InputStatistics:
     _components: dict[tuple[bool, int], Components] = field(default_factory=dict, repr=False)
     _least: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    error = 0.0
-    """Nothing is left out (see `lora_init.sketch`)."""
-
     @classmethod
     def of_rows(cls, rows: Float[Tensor, "tokens in"]) -> InputStatistics:
-        """The moments of inputs at hand, without a model: for tests and experiments."""
-        sums = RunningMoments(rows.shape[1], rows.device)
-        sums.add(rows)
-        return cls.of(sums.moments)
-
-    @classmethod
-    def of(cls, moments: Moments) -> InputStatistics:
-        return cls(moments.products, moments.mean, moments.tokens)
+        """The moments of rows in memory, computed in float64 and rounded once."""
+        wide = rows.detach().double()
+        mean = wide.mean(0)
+        centered = wide - mean
+        return cls((centered.T @ centered / len(rows)).float(), mean, len(rows))
 
     @property
     def device(self) -> torch.device:
@@ -154,11 +145,9 @@ class LeadingComponents:
 
     Attributes:
         components: by whether the mean is subtracted.
-        error: of the statistics they come from.
     """
 
     components: Mapping[bool, Components]
-    error: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +162,12 @@ class LeadingComponents:
             center: tuple(part.to(device) for part in found)
             for center, found in self.components.items()
         }
-        return LeadingComponents(parts, self.error)
+        return LeadingComponents(parts)
+
+
+def sums_bytes(width: int, dtype: torch.dtype) -> int:
+    """Memory of the sums of one input during a calibration: all products, and a block of rows."""
+    return dtype.itemsize * (width**2 + ROWS * width)
 
 
 def decomposed_size(rank: int, width: int) -> int:
@@ -208,38 +202,3 @@ def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tenso
     """The first `rank` of all components."""
     values, vectors, total = components
     return values[:rank], vectors[:, :rank], total
-
-
-class RunningMoments(RunningSums):
-    """All products of the rows added so far, in float32 or float64.
-
-    On a GPU that adds products of bfloat16 numbers in float32, float32 sums take the shifted rows
-    of a 16-bit model in two bfloat16 parts. Each number is then right to 2^-17, and each product of
-    two numbers to 2^-15.
-    """
-
-    def __init__(
-        self, width: int, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(width, device, dtype)
-        self._gram = torch.zeros(width, width, dtype=dtype, device=device)
-        fast = mixed_support(device, torch.bfloat16) is not Support.NONE
-        self._in_parts = fast and dtype == torch.float32
-
-    @staticmethod
-    def bytes(width: int, dtype: torch.dtype = torch.float32) -> int:
-        """Memory while rows are added."""
-        return dtype.itemsize * width**2 + RunningSums.block_bytes(width, dtype)
-
-    def _accumulate(self, block: Block) -> None:
-        if self._in_parts and block.sixteen_bits:
-            accumulate_gram_of_parts(self._gram, *two_parts(block.rows))
-        else:
-            accumulate_gram(self._gram, block.rows)
-
-    def _centred(self, mean: Float[Tensor, " in"], offset: Float[Tensor, " in"]) -> Moments:
-        covariance = self._gram.div_(max(self.tokens, 1))
-        mirror(covariance)
-        offset = offset.to(covariance)
-        covariance.addr_(offset, offset, alpha=-1)
-        return Moments(self.tokens, mean, covariance, covariance.diagonal().sum().double())

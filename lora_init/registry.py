@@ -1,17 +1,17 @@
-"""The registry of initializers: what each is called, needs, does and serves.
+"""The registry of initializers: what each method is called, reads and does.
 
-A method is a pure function registered by a decorator in a file of its own::
+A method is a pure function in one file, registered by a decorator::
 
     @dataclass
-    class MyOptions:
+    class MyOptions(Options):
         strength: float = 1.0
 
-    @register_initializer("mine", options=MyOptions, paper="…", base="subtract")
-    def mine(weight, rank, scaling, statistics, options, generator):
+    @register_initializer("mine", options=MyOptions, reads=("weight",), base="subtract", paper="…")
+    def mine(layer: Layer, options: MyOptions) -> Factors:
         return Factors(lora_A=…, lora_B=…)
 
-Files in `lora_init/initializers/` are found by themselves. A third party's package is found through
-the entry-point group ``lora_init.initializers``, whose entries name modules to import.
+Files in `lora_init/initializers/` are imported automatically. Other packages name their modules in
+the entry-point group ``lora_init.initializers``.
 """
 
 from __future__ import annotations
@@ -23,26 +23,35 @@ import importlib.metadata
 import pkgutil
 import re
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
+
+from lora_init.allocation import LayerRequest
 from lora_init.factors import Base, Factors
-from lora_init.modules import LINEAR_TYPES, MODULE_TYPES
+from lora_init.layer import Layer
+from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
+
+Reads = Literal["weight", "inputs", "gradient", "quantizer"]
+"""What a method reads of a `Layer`, besides shape, rank, scaling and generator."""
+
+Method = Callable[[Layer, Any], Factors]
 
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """Which statistics of a layer a method wants: the moments of its inputs, or the gradient.
+    """Which statistics a calibration collects for a layer: moments of its inputs, or its gradient.
 
     Attributes:
-        ignore_label: token positions with this label are left out; None masks by attention only.
-        smallest: directions in which the inputs hardly vary matter, too: the moments are summed in
-            float64, for twice the time and memory.
-        gradients: the loss's gradient with respect to the weight, instead of the inputs' moments;
-            the batches then need labels.
+        ignore_label: positions with this label are left out; None masks by attention only.
+        smallest: the directions of least variance matter too, so the moments are summed in
+            float64. This doubles time and memory.
+        gradients: the gradient of the loss with respect to the weight instead of the inputs'
+            moments; the batches then need labels.
     """
 
     ignore_label: int | None = None
@@ -50,96 +59,123 @@ class CalibrationRequest:
     gradients: bool = False
 
 
-@dataclass(frozen=True)
-class Nesting:
-    """The promise of a method whose factors of rank r are the first r of those of any higher rank,
-    and which draws nothing at random: a cache may keep them (see `lora_init.cached_factors`).
-
-    Attributes:
-        version: of the method's code, raised whenever its results change.
-        balanced: whether both factors fall with the square root of the scaling; else neither does.
-    """
-
-    version: int = 1
-    balanced: bool = True
+def sums_dtype(requests: Iterable[CalibrationRequest]) -> torch.dtype:
+    """The dtype in which one pass sums the inputs for all of these requests."""
+    precise = any(request.smallest for request in requests)
+    return torch.float64 if precise else torch.float32
 
 
 @dataclass
-class NoOptions:
-    """For methods without a setting of their own."""
+class Options:
+    """Base class for the settings of a method: a dataclass that checks its values.
+
+    A subclass overrides what depends on the settings or on the layer's shape:
+
+    Attributes:
+        frozen: factors that are not trained, such as ``("lora_B",)``.
+        allocate: ``options.allocate(requests) -> ranks`` chooses the ranks of all layers from
+            their statistics; None keeps the planned ranks.
+    """
+
+    frozen: ClassVar[tuple[Literal["lora_A", "lora_B"], ...]] = ()
+    allocate: ClassVar[Callable[[Mapping[str, LayerRequest]], dict[str, int]] | None] = None
+
+    @classmethod
+    def from_name(cls, name: str) -> Options | None:
+        """The options that another spelling of the method stands for, such as "pissa_niter_4"."""
+        return None
+
+    def input_request(self) -> CalibrationRequest:
+        """Which moments to collect for a method that reads the inputs."""
+        return CalibrationRequest()
+
+    def refuse_rank(self, rank: int, shape: tuple[int, int]) -> str | None:
+        """Why the method does not support this rank on a weight (out, in); None if it does."""
+        return None
+
+    def keeps_scaling(self) -> bool:
+        """Whether alpha changes with an allocated rank so that alpha / r stays the same."""
+        return True
+
+    def directions(self, rank: int, shape: tuple[int, int]) -> int | None:
+        """How many leading directions of the inputs the method reads; None: all moments."""
+        return None
 
 
 @dataclass(frozen=True, repr=False)
 class Initializer:
-    """One registered method and everything the core must know before it runs it.
+    """One registered method.
 
     Attributes:
-        name: the registered name, e.g. ``"pissa"``.
-        function: ``(weight, rank, scaling, statistics, options, generator) -> Factors``; pure.
-        options: dataclass of the method's settings, validated in its ``__post_init__``.
+        name: for example "pissa".
+        function: ``(layer, options) -> Factors``; pure.
+        options: dataclass with the method's settings.
         paper: where the method comes from.
-        base: what becomes of the base weight (keep, subtract or replace).
-        preserves_output: whether the model's function at step 0 is the base model's.
-        needs: what it reads: "weights", "inputs" or "gradients" (calibration), "quantizer".
-        module_types: the module types it serves; by default the linear ones. "Conv2d" is served
-            through the unfolded matrix, "Embedding" as a linear map of one-hot inputs.
-        variants: another function for some module types, where the formula differs there.
-        frozen: factors that are not trained, e.g. ``("lora_B",)``.
-        rank_rule: ``(rank, out, in) -> str | None``: why this rank cannot be served, or None.
-        calibration: ``options -> CalibrationRequest``; None for methods without calibration.
-        leading: ``options -> multiple of r``: how many leading directions of the inputs a layer of
-            rank r needs; None: all there are, so that no sketch serves (see `lora_init.sketch`).
-        allocate: ``(requests, options) -> ranks``; chooses all layers' ranks from their statistics
-            before any layer is initialized (see `lora_init.allocation`). None keeps them.
-        stacks: whether the function also takes a stack of weights (k, out, in) of one shape, with
-            stacked statistics where it needs them (`lora_init.calibration.stacked`) and a list of
-            generators. It then returns stacked factors and metrics.
-        narrow: whether the function takes weights in bfloat16 and float16 as they are stored. They
-            are converted to float32 for other methods.
-        nesting: ``options -> Nesting | None``: whether the factors nest.
-        adjust_alpha: ``options -> bool``: whether a layer whose rank was re-allocated keeps its
-            scaling (its alpha is changed to that end).
-        spellings: regular expressions of further names, each with ``match -> options``.
-        workspace: ``options -> (weights, moments)``: how many float32 copies of a layer's weight
-            and of its inputs' second moment the function has in memory at its peak (at ranks far
-            below the layer's sizes), for the plan and the benchmark.
-        control: it is no proposal for a start, but isolates one cause of another method's effect.
+        base: what happens to the base weight: "keep", "subtract" or "replace".
+        preserves_output: whether the model computes the same at step 0 as without the adapter.
+        reads: what the method reads: "weight", "inputs", "gradient", "quantizer".
+        modules: the module types that the method supports. A Conv2d is seen as the matrix of its
+            patches, an Embedding as a linear map of one-hot vectors.
+        control: whether the method isolates one cause of another method's effect, and is not a
+            proposal for a start.
     """
 
     name: str
-    function: Callable[..., Factors]
-    options: type = NoOptions
+    function: Method
+    options: type[Options] = Options
     paper: str = ""
     base: Base = "keep"
     preserves_output: bool = True
-    needs: frozenset[str] = frozenset()
-    module_types: frozenset[str] = frozenset(LINEAR_TYPES)
-    variants: Mapping[str, Callable[..., Factors]] = field(default_factory=dict)
-    frozen: tuple[Literal["lora_A", "lora_B"], ...] = ()
-    rank_rule: Callable[[int, int, int], str | None] | None = None
-    calibration: Callable[[Any], CalibrationRequest] | None = None
-    leading: Callable[[Any], float | None] = lambda options: None
-    allocate: Callable[..., dict[str, int]] | None = None
-    stacks: bool = False
-    narrow: bool = False
-    nesting: Callable[[Any], Nesting | None] = lambda options: None
-    adjust_alpha: Callable[[Any], bool] = lambda options: True
-    spellings: Mapping[str, Callable[[re.Match], Any]] = field(default_factory=dict)
-    workspace: Callable[[Any], tuple[float, float]] = lambda options: (3.0, 0.0)
+    reads: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset(LINEAR_TYPES)
     control: bool = False
 
-    def function_for(self, module_type: str) -> Callable[..., Factors]:
-        return self.variants.get(module_type, self.function)
+    @property
+    def needs(self) -> frozenset[str]:
+        """`reads` as it was spelled before: "weights" and "gradients" in the plural."""
+        plural = {"weight": "weights", "gradient": "gradients"}
+        return frozenset(plural.get(one, one) for one in self.reads)
+
+    @property
+    def module_types(self) -> frozenset[str]:
+        """The former name of `modules`."""
+        return self.modules
+
+    @property
+    def frozen(self) -> tuple[Literal["lora_A", "lora_B"], ...]:
+        """Factors that are not trained."""
+        return self.options.frozen
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the function also takes a stack of layers."""
+        return getattr(self.function, "is_batched", False)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the method chooses the ranks of the layers."""
+        return self.options.allocate is not None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method needs calibration data: it reads inputs or a gradient."""
+        return bool(self.reads & {"inputs", "gradient"})
+
+    def request(self, options: Options) -> CalibrationRequest | None:
+        """What a calibration must collect; None for a method without calibration data."""
+        if "gradient" in self.reads:
+            return CalibrationRequest(gradients=True)
+        return options.input_request() if "inputs" in self.reads else None
 
     def __repr__(self) -> str:
         return (
-            f"Initializer({self.name!r}, base={self.base!r}, needs={sorted(self.needs)}, "
-            f"module_types={sorted(self.module_types)}, paper={self.paper!r}"
+            f"Initializer({self.name!r}, base={self.base!r}, reads={sorted(self.reads)}, "
+            f"modules={sorted(self.modules)}, paper={self.paper!r}"
             f"{', control=True' if self.control else ''})"
         )
 
     def __reduce__(self) -> tuple:
-        """Pickled as its name: a model knows its method, and lambdas cannot be pickled."""
+        """Pickled as its name: functions that a notebook defines cannot be pickled."""
         return get_initializer, (self.name,)
 
 
@@ -150,18 +186,29 @@ _loading = threading.RLock()
 """Held while methods are imported: other threads wait, the importing one may call back."""
 
 
-def register_initializer(name: str, **properties: Any) -> Callable[[Callable], Callable]:
-    """Register a function as the initializer `name`; `properties` are `Initializer`'s attributes.
+def register_initializer(
+    name: str,
+    *,
+    options: type[Options] = Options,
+    paper: str = "",
+    base: Base = "keep",
+    preserves_output: bool = True,
+    reads: Iterable[Reads] = (),
+    modules: Iterable[str] = LINEAR_TYPES,
+    control: bool = False,
+) -> Callable[[Method], Method]:
+    """Register a function as the initializer `name`; for the arguments see `Initializer`.
 
     Raises:
-        ValueError: if the name is taken, or is not lower-case letters, digits and underscores, or
-            if `needs` and `calibration` contradict each other.
+        TypeError: `options` is not a subclass of `Options`.
+        ValueError: the name is taken or malformed, or an argument has an unknown value.
     """
 
-    def decorate(function: Callable[..., Factors]) -> Callable[..., Factors]:
+    def decorate(function: Method) -> Method:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(
-                f"initializer name {name!r}: lower-case letters, digits and underscores are allowed"
+                f"initializer name {name!r} is not supported: must be lower-case letters, digits "
+                "and underscores, and begin with a letter"
             )
         known = _registry.get(name)
         if known is not None:
@@ -169,26 +216,47 @@ def register_initializer(name: str, **properties: Any) -> Callable[[Callable], C
                 f"initializer {name!r} is already registered by {known.function.__module__}; "
                 "choose another name"
             )
-        needs = frozenset(properties.pop("needs", ()))
-        module_types = frozenset(properties.pop("module_types", LINEAR_TYPES))
-        unknown = module_types - set(MODULE_TYPES)
-        if unknown:
-            raise ValueError(
-                f"initializer {name!r}: module_types has {', '.join(sorted(unknown))}; allowed are "
-                f"{', '.join(MODULE_TYPES)}"
+        if not (isinstance(options, type) and issubclass(options, Options)):
+            raise TypeError(
+                f"initializer {name!r}: options={options!r} must be a dataclass that inherits from "
+                "lora_init.registry.Options"
             )
-        spec = Initializer(name, function, needs=needs, module_types=module_types, **properties)
-        if bool(spec.needs & {"inputs", "gradients"}) != (spec.calibration is not None):
+        given = {"reads": frozenset(reads), "modules": frozenset(modules), "base": {base}}
+        supported = {"reads": get_args(Reads), "modules": MODULE_TYPES, "base": get_args(Base)}
+        for argument, values in given.items():
+            if unknown := sorted(values - set(supported[argument])):
+                raise ValueError(
+                    f"initializer {name!r}: {argument} has {', '.join(unknown)}; must be of "
+                    f"{', '.join(supported[argument])}"
+                )
+        if {"inputs", "gradient"} <= given["reads"]:
             raise ValueError(
-                f"initializer {name!r}: needs={sorted(spec.needs)} and calibration="
-                f"{spec.calibration!r} contradict each other; a method that needs 'inputs' or "
-                "'gradients' says which statistics, e.g. calibration=lambda options: "
-                "CalibrationRequest()"
+                f"initializer {name!r}: reads has 'inputs' and 'gradient'; one calibration "
+                "collects one of them: must be one or the other"
             )
-        _registry[name] = spec
+        _registry[name] = Initializer(
+            name,
+            function,
+            options=options,
+            paper=paper,
+            base=base,
+            preserves_output=preserves_output,
+            reads=given["reads"],
+            modules=given["modules"],
+            control=control,
+        )
         return function
 
     return decorate
+
+
+def batched(function: Method) -> Method:
+    """Mark a method that also takes a stack of layers (see `lora_init.layer.Layer`).
+
+    An accelerator then initializes layers of one shape by a single call.
+    """
+    function.is_batched = True
+    return function
 
 
 def list_initializers(pattern: str = "*") -> list[Initializer]:
@@ -210,7 +278,7 @@ def get_initializer(name: str) -> Initializer:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"init_lora_weights={given!r} is not a registered initializer: {hint}"
-            f"allowed are True (kaiming), False (random) and {', '.join(sorted(_registry))}"
+            f"must be True (kaiming), False (random) or one of {', '.join(sorted(_registry))}"
         )
     return _registry[name]
 
@@ -235,9 +303,8 @@ def resolve(setting: Any) -> tuple[Initializer, Any]:
         setting = "kaiming" if setting else "random"
     if isinstance(setting, str):
         for spec in _registry.values():
-            for expression, make in spec.spellings.items():
-                if match := re.fullmatch(expression, method_name(setting)):
-                    return spec, make(match)
+            if (options := spec.options.from_name(method_name(setting))) is not None:
+                return spec, options
         spec = get_initializer(setting)
         return spec, spec.options()
     if isinstance(setting, Mapping):
@@ -249,13 +316,13 @@ def resolve(setting: Any) -> tuple[Initializer, Any]:
             )
         spec = get_initializer(values.pop("name"))
         return spec, build_options(spec.options, values, f"init_lora_weights ({spec.name})")
-    if is_dataclass(setting) and not isinstance(setting, type) and type(setting) is not NoOptions:
+    if is_dataclass(setting) and not isinstance(setting, type) and type(setting) is not Options:
         for spec in _registry.values():
             if spec.options is type(setting):
                 return spec, setting
     raise TypeError(
-        f"init_lora_weights={setting!r} of type {type(setting).__name__}: allowed are a bool, a "
-        "name, a mapping with the key 'name', or a registered method's options"
+        f"init_lora_weights={setting!r} of type {type(setting).__name__} is not supported: must "
+        "be a bool, a name, a mapping with the key 'name', or a registered method's options"
     )
 
 
@@ -267,8 +334,8 @@ def build_options(options: type, values: Mapping[str, Any], setting: str) -> Any
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"{setting}: unknown option {key!r}; {hint}allowed are "
-                f"{', '.join(known) if known else 'none'}"
+                f"{setting}: unknown option {key!r}; {hint}must be "
+                f"{'one of ' + ', '.join(known) if known else 'left out: there are no options'}"
             )
     return options(**values)
 

@@ -12,8 +12,8 @@ Every method runs with rsLoRA and DoRA wherever it runs at all.
 
 from __future__ import annotations
 
-from lora_init.modules import MODULE_TYPES
 from lora_init.registry import Initializer, list_initializers
+from lora_init.weights.module_types import MODULE_TYPES
 
 FLOAT_BASES = ("float32", "16 bits")
 PACKED_TYPES = ("Linear4bit", "Linear8bitLt")
@@ -23,10 +23,10 @@ def support(spec: Initializer, module_type: str, base: str) -> str | None:
     """What becomes of a base under a method; None where it is refused by name.
 
     Args:
-        module_type: one of `lora_init.modules.MODULE_TYPES`.
+        module_type: one of `lora_init.weights.kinds.MODULE_TYPES`.
         base: "float32", "16 bits" or, for bitsandbytes' modules, "packed".
     """
-    if module_type not in spec.module_types:
+    if module_type not in spec.modules:
         return None
     if spec.base == "keep":
         return "kept"

@@ -18,11 +18,12 @@ from simulated_device import CPU, CUDA, place, simulated_cuda, tensors_in
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_init import LoraConfig, assembly, get_peft_model, list_initializers
-from lora_init.calibration import Calibration, LayerStatistics
+from lora_init import LoraConfig, api, get_peft_model, list_initializers
+from lora_init.calibration.result import Calibration
+from lora_init.layer import LayerStatistics
 from lora_init.linalg import choice
+from lora_init.linalg.product_sum import mixed_support
 from lora_init.moments import InputStatistics
-from lora_init.product_sum import mixed_support
 
 ROWS, COLUMNS, RANK = 320, 288, 4
 # As for matrices of thousands of rows: Krylov spaces of W, not dense solvers of its Gram matrix.
@@ -173,7 +174,7 @@ def counted(setting):
             calibration = statistics_of(["0", "1"], plan.calibration, 7)
         for name in ("initialize", "allocated"):
             stack.enter_context(
-                mock.patch.object(assembly, name, counts_calls(getattr(assembly, name)))
+                mock.patch.object(api, name, counts_calls(getattr(api, name)))
             )
         get_peft_model(base.cuda(), config, calibration=calibration, cache=False)
     return counts

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 EPSILON = {
     torch.float32: 2e-6,  # the promised figure, not float32's epsilon

@@ -127,7 +127,9 @@ class Batches(list):
 
     @staticmethod
     def loss(model, batch):
-        from lora_init.batches import forward  # not on top: lora_init may import `checked`
+        from lora_init.calibration.batches import (
+            forward,  # not on top: lora_init may import `checked`
+        )
 
         output = forward(model, batch)
         if not isinstance(output, tuple):

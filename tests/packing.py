@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init.packed import is_packed, keep_plain
+from lora_init.weights.bitsandbytes import is_packed, keep_plain
 
 
 def kept_plain(model):

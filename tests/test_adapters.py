@@ -227,7 +227,7 @@ def test_another_method_in_the_same_folder_replaces_the_files(tmp_path):
 
 
 def test_an_interrupted_save_leaves_the_old_file(folder, monkeypatch):
-    from lora_init.adapters import writing
+    from lora_init.adapters import save
 
     before = (folder / WEIGHTS).read_bytes()
 
@@ -235,7 +235,7 @@ def test_an_interrupted_save_leaves_the_old_file(folder, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(writing, "save_file", fail)
+    monkeypatch.setattr(save, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         trained("olora").save_pretrained(folder)
     assert (folder / WEIGHTS).read_bytes() == before

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
-from lora_init.architectures import DEFAULT_TARGETS
+from lora_init.plan.architectures import DEFAULT_TARGETS
 
 METHODS = list_initializers()
 
@@ -146,7 +146,7 @@ def ratio(model):
         ],
         lambda architecture, spec: spec.name,
         lambda architecture, spec: (architecture, spec.base),
-        lambda architecture, spec: spec.calibration and architecture,
+        lambda architecture, spec: spec.needs_data and architecture,
     ),
     indirect=["case"],
 )
@@ -154,7 +154,7 @@ def test_every_method_serves_the_architecture(case, spec, tmp_path):
     original, batches, targets, count, expected = case
     base = copy.deepcopy(original)
     config = LoraConfig(target_modules=targets, init_lora_weights=spec.name)
-    calibration = batches if spec.calibration else None
+    calibration = batches if spec.needs_data else None
 
     plan = get_peft_model(base, config, dry_run=True)
     assert len(plan.targets) == count

@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
-from lora_init.injection import settling
+from lora_init.injection import base as settling
 
 BATCHES = [{"input_ids": torch.arange(20).reshape(2, 10)}]
 

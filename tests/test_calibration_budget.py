@@ -1,4 +1,4 @@
-"""Calibration within a memory budget: exactly, in several passes, or by sketches with an error."""
+"""Calibration within a memory budget, in several passes."""
 
 import gc
 import weakref
@@ -9,15 +9,14 @@ from measures import assert_unchanged, relative_gap, snapshot
 from models import llama, token_batches
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model, statistics
-from lora_init.budget import Budget
-from lora_init.moments import InputStatistics
-from lora_init.sketch import RunningSketch, SketchedStatistics, random_basis
+from lora_init import LoraConfig, get_peft_model
+from lora_init.calibration import collect
+from lora_init.moments import sums_bytes
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CPU = torch.device("cpu")
 # What `llama`'s inputs take: down_proj reads one 96 wide, the others' are 64.
-WIDE, NARROW = Budget().bytes(96), Budget().bytes(64)
+WIDE, NARROW = sums_bytes(96, torch.float32), sums_bytes(64, torch.float32)
 EVA = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
 UNCENTRED = {"init_lora_weights": "eva", "eva_config": {"rho": 1.5, "center": False}}
 CORDA = {"init_lora_weights": "corda"}
@@ -95,8 +94,8 @@ def test_batches_that_can_be_read_only_once_are_refused_at_the_first():
 def test_statistics_are_let_go_before_the_next_pass(method, monkeypatch):
     alive = weakref.WeakSet()
     largest = []
-    collect_inputs = statistics._collect_inputs
-    statistics_of = statistics.statistics_of
+    collect_inputs = collect._collect_inputs
+    statistics_of = collect.statistics_of
 
     def before_a_pass(*args):
         gc.collect()
@@ -108,8 +107,8 @@ def test_statistics_are_let_go_before_the_next_pass(method, monkeypatch):
         alive.add(found.covariance)
         return found
 
-    monkeypatch.setattr(statistics, "_collect_inputs", before_a_pass)
-    monkeypatch.setattr(statistics, "statistics_of", noted)
+    monkeypatch.setattr(collect, "_collect_inputs", before_a_pass)
+    monkeypatch.setattr(collect, "statistics_of", noted)
     adapted(method, calibration_memory=WIDE)
     assert largest == [0] * 8
 
@@ -123,8 +122,6 @@ def test_the_plan_says_what_will_happen():
     assert (whole.passes, plan.statistics_bytes) == (1, whole.statistics_bytes)
     assert whole.statistics_bytes == 2 * (5 * NARROW + WIDE)
     assert "passes" not in str(whole)
-    sketched = get_peft_model(llama(), config, dry_run=True, calibration_sketch=8)
-    assert "wider than 8 are sketched" in str(sketched)
     none = get_peft_model(llama(), LoraConfig(target_modules=TARGETS), dry_run=True)
     assert none.passes == 0
 
@@ -146,7 +143,7 @@ def test_a_layer_whose_inputs_never_fit_together_ends_with_an_error():
     config = LoraConfig(r=2, target_modules=["first", "second"], **CORDA)
     with pytest.raises(ValueError, match="do not fit together"):
         get_peft_model(
-            Changing(), config, calibration=batches, calibration_memory=Budget().bytes(6)
+            Changing(), config, calibration=batches, calibration_memory=sums_bytes(6, torch.float32)
         )
 
 
@@ -157,13 +154,6 @@ def test_a_layer_whose_inputs_never_fit_together_ends_with_an_error():
         ({"calibration_memory": WIDE - 1}, CORDA, rf"down_proj' alone take {WIDE} bytes"),
         ({"calibration_memory": 0}, CORDA, "calibration_memory=0; allowed are"),
         ({"calibration_memory": 1e9}, CORDA, "calibration_memory=1000000000.0; allowed are"),
-        ({"calibration_sketch": True}, EVA, "calibration_sketch=True; allowed are"),
-        ({"calibration_sketch": 7}, EVA, "reads 8 directions .* better 32"),
-        (
-            {"calibration_sketch": 16},
-            {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}},
-            "corda .*kpm.* more of the inputs than their leading directions.*calibration_memory",
-        ),
         ({"calibration_memory": 10**4}, {"init_lora_weights": "lora_ga"}, "gradients.*one pass"),
     ],
 )
@@ -177,92 +167,6 @@ def test_limits_that_cannot_be_kept_are_refused_before_anything_happens(limits, 
 
 def test_methods_without_data_do_not_read_them():
     model = get_peft_model(
-        llama(), config_for({"init_lora_weights": "pissa"}), calibration_memory=1,
-        calibration_sketch=1,
-    )  # fmt: skip
+        llama(), config_for({"init_lora_weights": "pissa"}), calibration_memory=1
+    )
     assert len(model.layers) == 12
-
-
-# -- sketches --------------------------------------------------------------------------------------
-
-WIDTH = 120
-SPECTRA = {
-    "flat": torch.ones(WIDTH),
-    "power law": torch.arange(1, WIDTH + 1) ** -1.0,
-    "steep": 0.7 ** torch.arange(WIDTH),
-    "low rank": (torch.arange(WIDTH) < 10).float(),
-    "outlier": torch.cat([torch.tensor([1e6]), torch.ones(WIDTH - 1)]),
-    "zero": torch.zeros(WIDTH),
-}
-
-
-def rows_with(spectrum, mean, count=700):
-    generator = torch.Generator().manual_seed(5)
-    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0]
-    spread = torch.randn(count, WIDTH, generator=generator) * spectrum.sqrt()
-    return spread @ basis + mean * torch.randn(WIDTH, generator=generator)
-
-
-def sketched(rows, columns, batch=130):
-    sums = RunningSketch(random_basis(rows.shape[1], columns, CPU))
-    for part in rows.split(batch):
-        sums.add(part)
-    return SketchedStatistics.of(sums.moments)
-
-
-@pytest.mark.parametrize("mean", [0.0, 30.0])
-@pytest.mark.parametrize("columns", [8, 40])
-@pytest.mark.parametrize("name", SPECTRA)
-def test_the_stated_error_bounds_every_norm(name, columns, mean):
-    rows = rows_with(SPECTRA[name], mean)
-    found = sketched(rows, columns)
-    x = rows.double() - rows.double().mean(0)
-    exact = x.T @ x / len(x)
-    total = float(exact.trace())
-    off = torch.linalg.eigvalsh(exact - found.factor.double() @ found.factor.double().T)
-    assert found.tokens == len(rows)
-    assert abs(found.variance - total) <= 1e-5 * (total or 1.0)
-    allowed = found.error * total + 1e-5 * (mean**2 if name == "zero" else 0.0)
-    assert float(off.abs().sum()) <= allowed  # nuclear, hence Frobenius and spectral too
-    # And it is no idle bound: it is the nuclear norm itself, but for rounding.
-    assert found.error * total <= float(off.abs().sum()) + 2e-5 * total
-    if name == "low rank" and columns == 40:
-        assert found.error <= 2e-5
-
-
-@pytest.mark.parametrize("center", [True, False])
-def test_directions_of_a_sketch_are_those_of_its_covariance(center):
-    rows = rows_with(SPECTRA["steep"], 0.3)
-    found, exact = sketched(rows, 40), InputStatistics.of_rows(rows)
-    values, vectors, total = found.principal_components(6, center)
-    wanted, directions, everything = exact.principal_components(6, center)
-    assert relative_gap(total, everything) <= 1e-5
-    assert ((values - wanted).abs() <= 2 * found.error * everything).all()
-    assert (vectors * directions).sum(0).abs().min() >= 0.999
-    assert relative_gap(vectors.T @ vectors, torch.eye(6)) <= 1e-5
-    assert relative_gap(found.second_moment, exact.second_moment) <= 2 * found.error
-    with pytest.raises(ValueError, match="larger calibration_sketch"):
-        found.principal_components(42, center)
-
-
-@pytest.mark.parametrize("method", [EVA, CORDA], ids=["eva", "corda"])
-def test_a_sketch_takes_one_pass_and_reports_its_error(method):
-    model = Counting(llama())
-    batches = iter(token_batches(size=8))
-    found = adapted(method, batches, model, calibration_sketch=24)
-    assert model.calls == 3
-    details = [row.details for row in found.init_report().layers]
-    assert all(0 < row["calibration_error"] < 0.3 for row in details)
-
-
-def test_inputs_that_are_no_wider_than_the_sketch_are_exact():
-    found = adapted(CORDA, calibration_sketch=96)
-    assert_same_start(found, adapted(CORDA))
-    errors = {row.details["calibration_error"] for row in found.init_report().layers}
-    assert errors == {0.0}
-
-
-def test_a_sketch_within_a_budget():
-    budget = Budget(columns=16)
-    found = adapted(EVA, calibration_sketch=16, calibration_memory=budget.bytes(96))
-    assert_same_start(found, adapted(EVA, calibration_sketch=16))

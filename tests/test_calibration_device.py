@@ -12,13 +12,13 @@ from simulated_device import CPU, CUDA, place, simulated_cuda, tensors_in
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_init import LoraConfig, WithLoss, get_peft_model, product_sum, symmetric
-from lora_init.moments import RunningMoments
-from lora_init.product_sum import Support, add_product
+from lora_init import LoraConfig, WithLoss, get_peft_model
+from lora_init.calibration.collect import collect
+from lora_init.calibration.sums import RunningMoments
+from lora_init.linalg import gram, product_sum
+from lora_init.linalg.product_sum import Support, add_product
+from lora_init.linalg.row_blocks import LARGEST_BLOCK
 from lora_init.registry import CalibrationRequest
-from lora_init.row_blocks import LARGEST_BLOCK
-from lora_init.sketch import RunningSketch, random_basis
-from lora_init.statistics import collect
 
 PAGE = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
 REQUESTS = {
@@ -67,7 +67,7 @@ def test_two_16_bit_parts_are_as_precise_as_stated(dtype, mean, batch):
 
 @pytest.mark.parametrize("columns", [64, 200, 300])
 def test_two_parts_of_columns_that_are_halved(monkeypatch, columns):
-    monkeypatch.setitem(symmetric.SMALLEST_BLOCK, "cuda", 64)
+    monkeypatch.setitem(gram.SMALLEST_BLOCK, "cuda", 64)
     rows = spread_rows(1200, columns, dtype=torch.bfloat16)
     products = moments_on_cuda([rows], columns)[1]
     assert relative_gap(products, rows.double().T.cov(correction=0)) <= 2**-18
@@ -96,19 +96,6 @@ def test_rows_of_changing_dtypes():
     parts = [x[:2000], x[2000:2100].float(), x[2100:2200], x[2200:].float()]
     products = moments_on_cuda(parts, 40)[1]
     assert relative_gap(products, x.double().T.cov(correction=0)) <= 2**-18
-
-
-def test_a_sketch_on_the_device():
-    x = spread_rows(3000, 60)
-    basis = random_basis(60, 20, CPU_DEVICE)
-    expected = RunningSketch(basis)
-    expected.add(x)
-    with simulated_cuda():
-        sums = RunningSketch(basis.cuda())
-        for part in x.split(700):
-            sums.add(part.cuda())
-        found = sums.moments.products.cpu()
-    assert relative_gap(found, expected.moments.products) <= 1e-6
 
 
 def test_rows_that_wait_are_copies():

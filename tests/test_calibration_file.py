@@ -12,15 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_init import (
-    Calibration,
-    LoraConfig,
-    WithLoss,
-    calibrate,
-    calibration_file,
-    get_peft_model,
-)
-from lora_init.calibration_file import CHECKSUM_KEY, HEADER_KEY
+from lora_init import Calibration, LoraConfig, WithLoss, calibrate, get_peft_model
+from lora_init.calibration import file as calibration_file
+from lora_init.calibration.file import CHECKSUM_KEY, HEADER_KEY
 
 
 def network() -> nn.Module:
@@ -32,20 +26,18 @@ def config(method) -> LoraConfig:
     return LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=method)
 
 
-def collected(*methods, sketch=None) -> Calibration:
+def collected(*methods) -> Calibration:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(20, 12, generator=generator) for _ in range(2)]
     return calibrate(
         network(),
         [config(method) for method in methods],
         WithLoss(batches, lambda model, batch: model(batch).square().mean()),
-        sketch=sketch,
     )
 
 
 KINDS = {
     "moments": lambda: collected("eva", {"name": "corda", "corda_method": "kpm"}),
-    "sketch": lambda: collected("eva", sketch=6),
     "gradient": lambda: collected("lora_ga", "corda"),
 }
 

@@ -29,7 +29,7 @@ def start(method="pissa", *, base=None, seed=0, calibration=None, dtype=torch.fl
         r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=method, **settings
     )
     spec, _ = config.initializer()
-    data = (calibration or chain_calibration(dtype)) if spec.calibration else None
+    data = (calibration or chain_calibration(dtype)) if spec.needs_data else None
     base = Chain(dtype=dtype) if base is None else base
     return get_peft_model(base, config, calibration=data, seed=seed)
 

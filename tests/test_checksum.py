@@ -19,13 +19,13 @@ from lora_init import (
     get_peft_model,
     initialize_peft_model,
     load_peft_checkpoint,
-    multilinear,
     save_peft_model,
 )
-from lora_init.checksum import base_checksum, checksum
+from lora_init.cache import hash
+from lora_init.cache.hash import block_sums
 from lora_init.factors import Replacement
-from lora_init.multilinear import block_sums
 from lora_init.quantization import Quantizer
+from lora_init.weights.checksum import base_checksum, checksum
 
 SETTINGS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 UNIFORM = {"name": "loftq", "quantizer": "uniform"}
@@ -35,7 +35,7 @@ FILE = "lora_init_adapter.safetensors"
 def plain_sums(tensor):
     """The formula of the module, in Python's integers."""
     words = np.frombuffer(tensor.contiguous().view(torch.uint8).numpy().tobytes(), "<i4")
-    rows = multilinear._multipliers(multilinear.WORDS).tolist()
+    rows = hash._multipliers(hash.WORDS).tolist()
     size = len(rows[0])
     sums = []
     for start in range(0, len(words), size):
@@ -46,8 +46,8 @@ def plain_sums(tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_block_sums_are_their_formula(dtype, monkeypatch):
-    monkeypatch.setattr(multilinear, "WORDS", 64)
-    monkeypatch.setattr(multilinear, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(hash, "WORDS", 64)
+    monkeypatch.setattr(hash, "BLOCK_BYTES", 256)
     tensor = (50 * torch.randn(37, 52)).to(dtype)
     assert block_sums(tensor) == plain_sums(tensor)
 
@@ -55,7 +55,7 @@ def test_block_sums_are_their_formula(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("chunk", [256, 1 << 25])
 def test_block_sums_do_not_depend_on_layout_or_device(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(multilinear, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(hash, "CHUNK_BYTES", chunk)
     tensor = (50 * torch.rand(35, 31)).to(dtype)
     expected = block_sums(tensor)
     assert block_sums(tensor.T.contiguous().T) == expected

@@ -122,7 +122,7 @@ def refused(match, error=ValueError, **settings):
 def test_unknown_initializer_names_the_nearest():
     refused(r"'pisa' is not a registered.*did you mean 'pissa'", init_lora_weights="pisa")
     refused(r"niter_x", init_lora_weights="pissa_niter_x")
-    refused("allowed are a bool", TypeError, init_lora_weights=3)
+    refused("must be a bool", TypeError, init_lora_weights=3)
 
 
 @pytest.mark.wrong_types

@@ -33,7 +33,7 @@ from uniform import uniform
 
 from lora_init import LoraConfig, LoraModel, WithLoss, get_peft_model, list_initializers
 from lora_init.layers import LoraLayer
-from lora_init.modules import module_type, oriented_weight
+from lora_init.weights.kinds import module_type, oriented_weight
 
 RANK = 4
 METHODS = [spec.name for spec in list_initializers()]
@@ -114,7 +114,7 @@ def config_for(method, *, r=RANK, scaling="s=2", targets=tuple(SHAPES), **settin
 def adapt(method, base, *, seed=0, calibration=None, **settings):
     """`get_peft_model` with calibration data where the method needs them."""
     config = settings.pop("config", None) or config_for(method, **settings)
-    if calibration is None and spec_of(method).calibration is not None:
+    if calibration is None and spec_of(method).needs_data:
         calibration = chain_calibration(next(base.parameters()).dtype)
     return get_peft_model(base, config, seed=seed, calibration=calibration)
 
@@ -125,7 +125,7 @@ def adapt_case(method, case, variant, base, **arguments):
     return get_peft_model(
         base,
         config_for(method, targets=case.shapes, **VARIANTS[variant]),
-        calibration=case.calibration() if spec.calibration else None,
+        calibration=case.calibration() if spec.needs_data else None,
         original_weights=case.originals() if spec.base == "replace" else None,
         **arguments,
     )
@@ -247,7 +247,7 @@ def test_output_at_step_0_for_any_shape(
 ):
     spec = spec_of(method)
     assume(rank <= min(rows, columns))
-    assume(spec.rank_rule is None or spec.rank_rule(rank, rows, columns) is None)
+    assume(spec.options().refuse_rank(rank, (rows, columns)) is None)
     torch.manual_seed(seed)
     base = nn.Sequential(nn.Linear(columns, rows) if kind == "Linear" else Conv1D(rows, columns))
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_output_at_step_0_for_any_shape(
         init_lora_weights={"name": method, **uniform(method)},
     )
     x = chain_inputs(60, columns, seed=seed)
-    calibration = Batches([x]) if spec.calibration else None
+    calibration = Batches([x]) if spec.needs_data else None
     model = get_peft_model(copy.deepcopy(base), config, calibration=calibration, seed=seed)
     tolerance = EPSILON[torch.float32] * norm_ratio(model, base, "0")
     assert_gap(model(x), base(x), tolerance, without_bias(base[0], x))
@@ -737,8 +737,8 @@ def test_rank_above_the_layer_is_refused(method, kind, dtype):
 @every_kind
 @every_method
 def test_full_rank_is_served(method, kind):
-    rule, base = spec_of(method).rank_rule, Chain(kind)
-    rank = 24 if rule is None or rule(24, *SHAPES["wide"]) is None else 12
+    options, base = spec_of(method).options(), Chain(kind)
+    rank = 24 if options.refuse_rank(24, SHAPES["wide"]) is None else 12
     model = adapt(method, copy.deepcopy(base), r=rank, scaling="s=1")
     assert all(layer.rank == rank for layer in model.layers.values())
     x = chain_inputs(30)
@@ -825,7 +825,7 @@ def test_failing_write_leaves_the_model_unchanged(method):
 
 
 @pytest.mark.parametrize(
-    "method", [spec.name for spec in list_initializers() if spec.calibration is not None]
+    "method", [spec.name for spec in list_initializers() if spec.needs_data]
 )
 def test_failing_calibration_leaves_the_model_unchanged(method):
     base = Chain().train()
@@ -889,7 +889,7 @@ def test_dry_run_changes_nothing():
         assert [target.name for target in plan.targets] == list(SHAPES)
         assert [target.rank for target in plan.targets] == [RANK] * 3
         assert plan.parameters <= RANK * sum(sum(shape) for shape in SHAPES.values())
-        assert (plan.calibration is not None) == (spec_of(method).calibration is not None)
+        assert (plan.calibration is not None) == (spec_of(method).needs_data)
         assert method in str(plan)
         for name, (rows, columns) in SHAPES.items():
             assert name in str(plan)
@@ -903,6 +903,6 @@ def test_served_types_are_declared():
         assert spec.function.__doc__, f"{spec.name} says nothing of its factors"
         assert spec.base in ("keep", "subtract", "replace")
         if "inputs" in spec.needs:
-            assert spec.calibration is not None
+            assert spec.needs_data
     assert module_type(nn.Linear(2, 2)) == "Linear"
     assert module_type(Conv1D(2, 2)) == "Conv1D"

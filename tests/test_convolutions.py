@@ -13,8 +13,8 @@ from torch.nn import functional
 from uniform import uniform
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.calibration.collect import collect
 from lora_init.registry import CalibrationRequest
-from lora_init.statistics import collect
 
 GEOMETRIES = {
     "plain": {},

@@ -47,9 +47,9 @@ def step(method):
 def adapt(base, *, r=4, calibration=None, **settings):
     config = LoraConfig(r=r, **settings)
     spec, _ = config.initializer()
-    if spec.calibration and calibration is None:
+    if spec.needs_data and calibration is None:
         calibration = token_batches()
-    return get_peft_model(base, config, calibration=calibration if spec.calibration else None)
+    return get_peft_model(base, config, calibration=calibration if spec.needs_data else None)
 
 
 # -- 1: a base once mutated stays mutated ----------------------------------------------------------
@@ -170,7 +170,7 @@ def test_2_replaced_tied_head_gets_a_weight_of_its_own(make, batches_for, method
     assert_unchanged(restored, before)
 
 
-@pytest.mark.parametrize("method", [s.name for s in list_initializers() if not s.calibration])
+@pytest.mark.parametrize("method", [s.name for s in list_initializers() if not s.needs_data])
 @pytest.mark.parametrize(("make", "batches_for"), TIED)
 def test_2_merging_into_a_tied_head_leaves_the_embedding_alone(make, batches_for, method):
     base, batches = make(), batches_for()
@@ -569,7 +569,7 @@ def test_11_library_runs_without_optional_packages():
         for spec in list_initializers():
             base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
             config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=spec.name)
-            batches = WithLoss([torch.randn(20, 8)], loss) if spec.calibration else None
+            batches = WithLoss([torch.randn(20, 8)], loss) if spec.needs_data else None
             model = get_peft_model(base, config, calibration=batches)
             assert str(model.init_report())
             model(torch.randn(3, 8))

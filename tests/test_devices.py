@@ -33,7 +33,6 @@ from lora_init import (
     LoraConfig,
     LoraModel,
     WithLoss,
-    accumulation,
     get_peft_model,
     initialize_peft_model,
     linalg,
@@ -42,10 +41,11 @@ from lora_init import (
     reinitialize,
     restore_peft_model,
 )
+from lora_init.calibration import sums
 from lora_init.layers import linear, two_parts
 from lora_init.linalg import choice
+from lora_init.linalg.row_blocks import CachedBlocks
 from lora_init.quantization import Quantizer
-from lora_init.row_blocks import CachedBlocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:merged into .* quantised weights"),
@@ -77,7 +77,7 @@ every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.fixture(autouse=True)
 def same_solver(monkeypatch):
     """The CPU's own solvers and blocks of rows on both devices: others differ in the last bits."""
-    monkeypatch.setattr(accumulation, "row_blocks", CachedBlocks)
+    monkeypatch.setattr(sums, "row_blocks", CachedBlocks)
     monkeypatch.setattr(choice, "PARTIAL_DIMENSION", float("inf"))
     monkeypatch.setattr(choice, "LAPACK_DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(linear, "STACKED_POSITIONS", {"cpu": 2048, "cuda": 2048})
@@ -119,7 +119,7 @@ def adapt(spec, case, model_on, device, seed=0, **settings):
     return get_peft_model(
         on_device(case.build(), model_on),
         config_of({"name": spec.name, **SETTINGS.get(spec.name, {})}, case.shapes, **settings),
-        calibration=case.calibration() if spec.calibration else None,
+        calibration=case.calibration() if spec.needs_data else None,
         device=device,
         seed=seed,
         original_weights=case.originals() if spec.base == "replace" else None,

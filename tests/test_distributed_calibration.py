@@ -13,9 +13,9 @@ from processes import run_ranks
 from torch import distributed, nn
 
 from lora_init import LoraConfig, calibrate, get_peft_model
-from lora_init.budget import Budget
+from lora_init.calibration.collect import collect
+from lora_init.moments import sums_bytes
 from lora_init.registry import CalibrationRequest
-from lora_init.statistics import collect
 
 WORLD = 2
 BATCHES = token_batches(count=5, size=6)
@@ -28,14 +28,8 @@ METHODS = {
 LIMITS = {
     "unlimited": {},
     # Room for the widest input and one more.
-    "in passes": {"calibration_memory": Budget().bytes(96) + Budget().bytes(32)},
-    "sketched": {"calibration_sketch": 16},
+    "in passes": {"calibration_memory": sum(sums_bytes(n, torch.float32) for n in (96, 32))},
 }
-
-
-def tolerance(limit):
-    """Sums in another order differ by float32's rounding, which a sketch's inverse makes larger."""
-    return 1e-5 if limit == "sketched" else 1e-6
 
 
 def adapted(method, batches, **limits):
@@ -114,7 +108,7 @@ def work(rank, folder):
         for method in METHODS
         for share, parts in SHARES.items()
     }
-    for method, limit in (("corda", "in passes"), ("eva", "in passes"), ("eva", "sketched")):
+    for method, limit in (("corda", "in passes"), ("eva", "in passes")):
         own = BATCHES[SHARES["uneven"][rank]]
         found[method, limit, "uneven"] = factors(adapted(method, own, **LIMITS[limit]))
     config = LoraConfig(target_modules=["q_proj"], **METHODS["eva"])
@@ -151,7 +145,7 @@ def test_every_rank_gets_what_one_process_gets_from_all_batches(found, method, s
 
 
 @pytest.mark.parametrize(
-    ("method", "limit"), [("corda", "in passes"), ("eva", "in passes"), ("eva", "sketched")]
+    ("method", "limit"), [("corda", "in passes"), ("eva", "in passes")]
 )
 def test_within_limits_too(found, method, limit):
     expected = factors(adapted(method, BATCHES, **LIMITS[limit]))
@@ -163,7 +157,7 @@ def assert_same(found, case, expected):
         assert one[case].keys() == expected.keys()  # tokens, and layers with a rank above 0
         assert one[case]["tokens"] == expected["tokens"]
         for name in expected.keys() - {"tokens"}:
-            assert relative_gap(one[case][name], expected[name]) <= tolerance(case[1]), name
+            assert relative_gap(one[case][name], expected[name]) <= 1e-6, name
             assert torch.equal(one[case][name], found[0][case][name])
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
 from lora_init.layers import dora
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 SPECS = {spec.name: spec for spec in list_initializers()}
 KINDS = ["Linear", "Conv1D", "Conv2d", "Embedding", "Linear4bit"]

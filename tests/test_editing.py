@@ -11,13 +11,14 @@ from torch import nn
 from torch.utils.dlpack import to_dlpack
 from transformers.pytorch_utils import Conv1D
 
-from lora_init import LoraConfig, fresh_memory, get_peft_model
+from lora_init import LoraConfig, get_peft_model
 from lora_init.cache.keys import fingerprint
 from lora_init.factors import low_rank_product
 from lora_init.injection import editing
 from lora_init.injection.editing import add_product
 from lora_init.injection.exclusive import is_exclusive
-from lora_init.modules import oriented_weight
+from lora_init.linalg import memory
+from lora_init.weights.kinds import oriented_weight
 
 SCALING = 1.5
 
@@ -176,7 +177,7 @@ def embedding(rows, columns):
 @pytest.mark.parametrize("kind", [linear, conv1d, conv2d, channels_last, embedding])
 @pytest.mark.parametrize("together", [7, 1 << 20], ids=["in parts", "at once"])
 def test_both_ways_give_the_same_bits_and_lead_back(kind, together, monkeypatch):
-    monkeypatch.setattr(fresh_memory, "TOGETHER", together * 30)
+    monkeypatch.setattr(memory, "TOGETHER", together * 30)
     mine = kind(50, 30)
     watched = copy.deepcopy(mine)
     before = oriented_weight(mine).clone()
@@ -206,10 +207,10 @@ def test_dtypes(dtype, adapter_dtype):
 
 
 def test_an_interrupt_undoes_the_rows_that_were_done(monkeypatch):
-    monkeypatch.setattr(fresh_memory, "TOGETHER", 7 * 30)
+    monkeypatch.setattr(memory, "TOGETHER", 7 * 30)
     module = nn.Linear(30, 50)
     before = module.weight.detach().clone()
-    products = fresh_memory.products
+    products = memory.products
     left = iter([4])
 
     def interrupted(*args):
@@ -227,7 +228,7 @@ def test_an_interrupt_undoes_the_rows_that_were_done(monkeypatch):
 
 @pytest.mark.parametrize("part", [0, 3, 7])
 def test_a_signal_right_after_an_addition_is_undone_too(part, monkeypatch):
-    monkeypatch.setattr(fresh_memory, "TOGETHER", 7 * 30)
+    monkeypatch.setattr(memory, "TOGETHER", 7 * 30)
     module = nn.Linear(30, 50)
     before, calls, add = module.weight.detach().clone(), [], torch.Tensor.add_
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.modules import orient
+from lora_init.weights.kinds import orient
 
 KINDS = ("Linear", "Conv1D", "Conv2d", "Embedding", "Linear4bit", "Linear8bitLt")
 STARTS = {"pissa": {}, "olora": {}, "kaiming": {}, "pissa-dora": {"use_dora": True}}

@@ -11,7 +11,7 @@ from models import llama
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.expressions import Expression
+from lora_init.plan.patterns import Expression
 
 SLOW = [
     r"(.*)*x!",

@@ -23,7 +23,7 @@ from uniform import uniform
 from experiments.gpu.agreement import OBJECTIVE_PROMISE, PROMISE, gap, objective_gap
 from experiments.gpu.lifecycle import exact_convolutions
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers, reinitialize
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,7 +132,7 @@ def adapt(spec, case, base, *, use_dora=False, **arguments):
     return get_peft_model(
         base,
         config,
-        calibration=case.calibration() if spec.calibration else None,
+        calibration=case.calibration() if spec.needs_data else None,
         original_weights=case.originals() if spec.base == "replace" else None,
         **arguments,
     )

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lora_init import WithLoss
-from lora_init.gradients import collect_gradients
-from lora_init.modules import module_type, oriented_weight
+from lora_init.calibration.collect import collect
+from lora_init.calibration.gradients import collect_gradients
 from lora_init.registry import CalibrationRequest
-from lora_init.statistics import collect
+from lora_init.weights.kinds import module_type, oriented_weight
 
 GRADIENTS = CalibrationRequest(gradients=True)
 

@@ -11,8 +11,8 @@ from processes import run_ranks
 from torch import distributed, nn
 
 from lora_init import WithLoss
+from lora_init.calibration.collect import collect
 from lora_init.registry import CalibrationRequest
-from lora_init.statistics import collect
 
 NAMES = ["both", "first"]
 

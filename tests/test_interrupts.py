@@ -63,7 +63,7 @@ def started(state, base=None, method=None, seed=0):
     return get_peft_model(
         base,
         config,
-        calibration=Batches([inputs]) if spec.calibration else None,
+        calibration=Batches([inputs]) if spec.needs_data else None,
         keep_original=True,
         quantized_base="requantize" if state == "4-bit replaced" else "in_forward",
         seed=seed,

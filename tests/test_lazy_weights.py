@@ -25,15 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_init import (
-    LoraConfig,
-    LoraModel,
-    calibrate,
-    get_peft_model,
-    original_weights,
-    reinitialize,
-)
+from lora_init import LoraConfig, LoraModel, calibrate, get_peft_model, reinitialize
 from lora_init.layers import LoraLayer
+from lora_init.weights import checkpoint as original_weights
 
 METHODS = [True, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq", "qpissa"]
 MODELS = {"llama": llama, "tied": lambda: llama(tied=True), "gpt2": gpt2, "bert": bert}

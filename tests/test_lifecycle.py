@@ -19,9 +19,10 @@ from products import every_pair
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, list_initializers, reinitialize
-from lora_init.injection import injecting, merging
-from lora_init.modules import oriented_weight
-from lora_init.plan import Plan
+from lora_init.injection import inject
+from lora_init.injection import merge as merging
+from lora_init.plan.plan import Plan
+from lora_init.weights.kinds import oriented_weight
 
 CASES = [
     Case(),
@@ -45,7 +46,7 @@ def settings_for(method, case, **settings):
     config = {"r": 4, "lora_alpha": 8, "target_modules": list(case.shapes)}
     return {
         "peft_config": LoraConfig(**config | {"init_lora_weights": method} | settings),
-        "calibration": case.calibration() if spec.calibration else None,
+        "calibration": case.calibration() if spec.needs_data else None,
         "original_weights": case.originals() if spec.base == "replace" else None,
         "keep_original": spec.base == "replace",
     }
@@ -134,7 +135,7 @@ def test_failing_reinitialize_leaves_the_trained_adapter(method, case, monkeypat
         reinitialize(model, **settings_for(method, case, target_modules=["nothing"]))
     assert_as_before()
     with monkeypatch.context() as patch:
-        fail_at(patch, injecting, "_place", 1)
+        fail_at(patch, inject, "_place", 1)
         with pytest.raises(MemoryError):
             reinitialize(model, **settings_for(method, case))
     assert_as_before()

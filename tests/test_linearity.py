@@ -13,7 +13,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.modules import module_type, refusal
+from lora_init.weights.kinds import module_type, refusal
 
 
 class Transposed(nn.Linear):

@@ -7,7 +7,8 @@ import torch
 from simulated_device import simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model, linalg, mixed_products, product_sum
+from lora_init import LoraConfig, get_peft_model, linalg
+from lora_init.linalg import mixed_products, product_sum
 
 every_narrow_dtype = pytest.mark.parametrize("dtype", product_sum.SIXTEEN_BITS, ids=str)
 NARROW_METHODS = ["pissa", "pissa_niter_4", "olora", "milora", "mica"]

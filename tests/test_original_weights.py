@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_init import original_weights
-from lora_init.original_weights import OriginalWeights
+from lora_init.weights import checkpoint
+from lora_init.weights.checkpoint import OriginalWeights
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -117,8 +117,8 @@ def test_only_the_asked_tensor_is_read(tmp_path, layout, monkeypatch):
             read.append(key)
             return self.file.get_tensor(key)
 
-    real = original_weights.safe_open
-    monkeypatch.setattr(original_weights, "safe_open", Spy)
+    real = checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", Spy)
     original = OriginalWeights(layout(tmp_path, tensors()))
     assert original.has("model.norm")
     assert original.shape("model.layers.0.mlp.up") == (5, 4)

@@ -10,8 +10,8 @@ from packing import on_device
 from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 
-from lora_init import packed
 from lora_init.quantization import Quantizer
+from lora_init.weights import bitsandbytes as packed
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from lora_init import LoraConfig, calibrate
-from lora_init.token_rows import TokenRows
+from lora_init.calibration.token_rows import TokenRows
 
 LENGTHS = (7, 4)
 

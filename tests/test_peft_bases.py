@@ -13,8 +13,8 @@ from packing import kept_plain
 from torch import nn
 
 from lora_init import LoraModel, initialize_peft_model, restore_peft_model, save_peft_model
-from lora_init.modules import oriented_weight
-from lora_init.under_peft.layers import adapted_layers
+from lora_init.peft_models.layers import adapted_layers
+from lora_init.weights.kinds import oriented_weight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),

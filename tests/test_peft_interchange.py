@@ -35,7 +35,7 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 def adapt(base, config, batches=None, **options):
     spec, _ = config.initializer()
-    calibration = (batches or token_batches()) if spec.calibration else None
+    calibration = (batches or token_batches()) if spec.needs_data else None
     return get_peft_model(base, config, calibration=calibration, **options)
 
 

@@ -13,7 +13,7 @@ from networks import Case
 from packing import kept_plain
 
 from lora_init import initialize_peft_model, load_peft_checkpoint, restore_peft_model
-from lora_init.under_peft.start import records
+from lora_init.peft_models.start import records
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),

@@ -20,7 +20,7 @@ from lora_init import (
     load_peft_checkpoint,
     restore_peft_model,
 )
-from lora_init.under_peft.layers import adapted_layers
+from lora_init.peft_models.layers import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 

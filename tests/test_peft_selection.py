@@ -10,7 +10,7 @@ from peft.utils import transformers_weight_conversion as conversion
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.peft_selection import EXPERT_NAMES, different_in_peft
+from lora_init.adapters.peft_selection import EXPERT_NAMES, different_in_peft
 
 CASES = [
     ("deepseek_v3", "all-linear"),

@@ -10,8 +10,9 @@ from networks import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 from uniform import uniform
 
-from lora_init import LoraConfig, calibrate, concurrency, get_peft_model, linalg, list_initializers
-from lora_init.precision import full_precision
+from lora_init import LoraConfig, calibrate, get_peft_model, linalg, list_initializers
+from lora_init.linalg import cores
+from lora_init.linalg.precision import full_precision
 
 METHODS = [spec.name for spec in list_initializers()]
 CASE = Case()
@@ -46,10 +47,10 @@ def life(method, base, found):
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_changes_nothing(method, alone, monkeypatch):
     """Of layers that have a core each, and of those that all cores work on."""
-    monkeypatch.setattr(concurrency, "ALONE", 0 if alone else concurrency.ALONE)
+    monkeypatch.setattr(cores, "ALONE", 0 if alone else cores.ALONE)
     base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
     found = None
-    if spec.calibration:
+    if spec.needs_data:
         found = calibrate(base, [config_of(method)], CASE.calibration())
     plain = life(method, base, found)
     with torch.autocast("cpu", torch.bfloat16):
@@ -108,7 +109,7 @@ def reduced_products():
 def test_reduced_float32_products_are_not_used(method, reduced_products):
     """Neither factors, merged weights nor the way back are computed with them."""
     base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
-    found = calibrate(base, [config_of(method)], CASE.calibration()) if spec.calibration else None
+    found = calibrate(base, [config_of(method)], CASE.calibration()) if spec.needs_data else None
     assert "ieee" not in reduced_products
     with Float32Products() as products:
         life(method, base, found)
@@ -128,12 +129,12 @@ def test_linear_algebra_by_itself_is_exact(function, reduced_products):
 def test_threads_that_share_the_work_are_exact_until_the_last_one_is_done(
     reduced_products, monkeypatch
 ):
-    monkeypatch.setattr(concurrency, "POOLED", 1)
+    monkeypatch.setattr(cores, "POOLED", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         settings = list(
-            concurrency.over_cores(
+            cores.over_cores(
                 lambda seconds: (time.sleep(seconds), rounding_of_products())[1],
                 [0.0, 0.01, 0.05],
                 lambda item: 100,

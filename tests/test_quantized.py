@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
-from lora_init.injection import settling
-from lora_init.modules import oriented_weight
-from lora_init.packed import quantizer_of
+from lora_init.injection import base as settling
+from lora_init.weights.bitsandbytes import quantizer_of
+from lora_init.weights.kinds import oriented_weight
 
 PACKINGS = {
     "nf4 double": ("Linear4bit", {}),
@@ -80,7 +80,7 @@ def adapt(base, method, *, alpha=8, targets=tuple(PACKED_SHAPES), settings=None,
         init_lora_weights=method,
         **settings or {},
     )
-    calibrated = config.initializer()[0].calibration is not None
+    calibrated = config.initializer()[0].needs_data
     data = Batches(inputs(40, seed) for seed in (2, 3))
     return get_peft_model(base, config, calibration=data if calibrated else None, **arguments)
 
@@ -482,7 +482,7 @@ def test_a_quantised_llama(packing, tmp_path):
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=method)
         spec = config.initializer()[0]
         model = get_peft_model(
-            copy.deepcopy(base), config, calibration=batches if spec.calibration else None,
+            copy.deepcopy(base), config, calibration=batches if spec.needs_data else None,
             original_weights=floating.state_dict() if spec.base == "replace" else None,
             keep_original=spec.base == "replace",
         )  # fmt: skip

@@ -15,7 +15,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from substitutes import random_llama, write_word_problems
 
-from experiments.report import writing
+from experiments.report import output
 from experiments.report.gallery import make_canvas
 from lora_init import LoraConfig, get_peft_model, list_initializers, registry
 
@@ -154,7 +154,7 @@ def test_every_command_works(block, run, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA2", str(random_llama(tmp_path / "llama", width=64)))
     monkeypatch.setenv("METAMATH", str(write_word_problems(tmp_path)))
     # `make compare` draws them, in processes of its own.
-    monkeypatch.setattr(writing, "draw", no_charts)
+    monkeypatch.setattr(output, "draw", no_charts)
     for command in COMMANDS[block]:
         told = run(reduced(command, tmp_path))
         if "report" in command or "compare" in command:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributed
 
-from lora_init.reduction import _place
+from lora_init.distributed import _place
 
 
 class Somewhere:

@@ -10,6 +10,7 @@ from torch import nn
 from lora_init import (
     Factors,
     LoraConfig,
+    Options,
     get_peft_model,
     list_initializers,
     register_initializer,
@@ -37,7 +38,7 @@ def test_the_eight_are_listed_with_their_properties():
         assert dataclasses.is_dataclass(spec.options)
         spec.options()  # defaults are valid
     assert {n for n, s in specs.items() if s.base == "subtract"} >= {"olora", "pissa", "corda"}
-    assert {n for n, s in specs.items() if s.calibration} >= {"corda", "eva"}
+    assert {n for n, s in specs.items() if s.reads & {"inputs", "gradient"}} >= {"corda", "eva"}
     assert not specs["loftq"].preserves_output
     assert [spec.name for spec in list_initializers("o*")] == ["olora", "orthogonal"]
 
@@ -49,20 +50,35 @@ def test_a_name_is_registered_once(clean_registry):
         register_initializer("My-Method")(lambda *args: None)
 
 
-def test_needing_inputs_and_saying_which_go_together(clean_registry):
-    with pytest.raises(ValueError, match="'lost'.*contradict each other.*CalibrationRequest"):
-        register_initializer("lost", needs=("inputs",))(lambda *args: None)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reads": ("weights",)}, "reads has weights; must be of weight, inputs"),
+        ({"reads": ("inputs", "gradient")}, "reads has 'inputs' and 'gradient'"),
+        ({"modules": ("Dense",)}, "modules has Dense; must be of Linear"),
+        ({"base": "edit"}, "base has edit; must be of keep"),
+    ],
+)
+def test_a_wrong_declaration_is_refused_by_name(clean_registry, arguments, message):
+    with pytest.raises(ValueError, match=f"'lost': {message}"):
+        register_initializer("lost", **arguments)(lambda *args: None)
+
+
+def test_options_must_inherit_from_options(clean_registry):
+    with pytest.raises(TypeError, match="'lost': options=.*inherits from"):
+        register_initializer("lost", options=dict)(lambda *args: None)
 
 
 def test_a_method_of_ones_own(clean_registry):
     @dataclass
-    class ConstantOptions:
+    class ConstantOptions(Options):
         value: float = 0.5
 
-    @register_initializer("constant", options=ConstantOptions, paper="test", needs=("weights",))
-    def constant(weight, rank, scaling, statistics, options, generator):
-        rows, columns = weight.shape
-        return Factors(torch.full((rank, columns), options.value), torch.zeros(rows, rank))
+    @register_initializer("constant", options=ConstantOptions, paper="test", reads=("weight",))
+    def constant(layer, options):
+        rows, columns = layer.weight.shape
+        lora_A = torch.full((layer.rank, columns), options.value)
+        return Factors(lora_A, torch.zeros(rows, layer.rank))
 
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="constant")
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
@@ -75,17 +91,17 @@ def test_a_method_of_ones_own(clean_registry):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (lambda w, r: (torch.zeros(r, 9), torch.zeros(w.shape[0], r)), r"lora_A of shape \(2, 9\)"),
+        (lambda w, r: (torch.zeros(r, 9), torch.zeros(w[0], r)), r"lora_A of shape \(2, 9\)"),
         (
-            lambda w, r: (torch.full((r, w.shape[1]), float("nan")), torch.zeros(w.shape[0], r)),
+            lambda w, r: (torch.full((r, w[1]), float("nan")), torch.zeros(w[0], r)),
             "non-finite values in lora_A",
         ),
     ],
 )
 def test_a_wrong_result_is_refused_by_name_and_layer(clean_registry, result, message):
     @register_initializer("broken", paper="test")
-    def broken(weight, rank, scaling, statistics, options, generator):
-        return Factors(*result(weight, rank))
+    def broken(layer, options):
+        return Factors(*result(layer.shape, layer.rank))
 
     model = nn.Sequential(nn.Linear(4, 3))
     weight = model[0].weight.clone()
@@ -98,9 +114,13 @@ def test_a_wrong_result_is_refused_by_name_and_layer(clean_registry, result, mes
 
 
 def test_frozen_factors_are_not_trained(clean_registry):
-    @register_initializer("frozen_b", paper="test", frozen=("lora_B",))
-    def frozen_b(weight, rank, scaling, statistics, options, generator):
-        return Factors(torch.zeros(rank, weight.shape[1]), torch.ones(weight.shape[0], rank))
+    class FrozenOptions(Options):
+        frozen = ("lora_B",)
+
+    @register_initializer("frozen_b", paper="test", options=FrozenOptions)
+    def frozen_b(layer, options):
+        rows, columns = layer.shape
+        return Factors(torch.zeros(layer.rank, columns), torch.ones(rows, layer.rank))
 
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="frozen_b")
     plan = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config, dry_run=True)

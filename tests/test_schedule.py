@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layers import layer_of
 from torch import nn
 
-from lora_init import LoraConfig, concurrency, get_peft_model, list_initializers, schedule
-from lora_init.assembly import device_for
-from lora_init.calibration import LayerStatistics, stacked
+from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init.api import device_for
+from lora_init.initialize import jobs
+from lora_init.layer import stacked
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
+from lora_init.linalg import cores as concurrency
 from lora_init.moments import InputStatistics
-from lora_init.planning import make_plan
+from lora_init.plan.make import make_plan
 
 CPU = torch.device("cpu")
 
@@ -39,7 +42,7 @@ def test_every_small_layer_has_a_thread_of_its_own_with_one_core(monkeypatch):
     monkeypatch.setattr(concurrency, "POOLED", 200)
     plan = plan_of([(12, 12)] * 6)
     main = threading.get_ident()
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
 
     def work(job):
         assert threading.get_ident() != main
@@ -47,7 +50,7 @@ def test_every_small_layer_has_a_thread_of_its_own_with_one_core(monkeypatch):
         assert torch.get_num_threads() == 1
         return job.targets[0].name
 
-    assert sorted(schedule.run(work, planned)) == [t.name for t in plan.targets]
+    assert sorted(jobs.run(work, planned)) == [t.name for t in plan.targets]
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -55,9 +58,9 @@ def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
     monkeypatch.setattr(concurrency, "ALONE", 100)
     monkeypatch.setattr(concurrency, "POOLED", 100)
     plan = plan_of([(12, 12), *[(4, 4)] * 7, (20, 12)])
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
     main = threading.get_ident()
-    where = dict(schedule.run(lambda job: (job.targets[0].name, threading.get_ident()), planned))
+    where = dict(jobs.run(lambda job: (job.targets[0].name, threading.get_ident()), planned))
     assert where["0"] == where["8"] == main
     assert all(where[str(index)] != main for index in range(1, 8))
 
@@ -65,7 +68,7 @@ def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
 @pytest.mark.usefixtures("three_threads")
 def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
     plan = plan_of([(12, 12)] * 3)
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
     main = threading.get_ident()
 
     def work(job):
@@ -73,7 +76,7 @@ def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
         assert torch.get_num_threads() == 1
         return job.targets[0].name
 
-    results = schedule.run(work, planned)
+    results = jobs.run(work, planned)
     assert next(results) == "0"
     assert torch.get_num_threads() == 3, "also between two results"
     assert list(results) == ["1", "2"]
@@ -84,9 +87,9 @@ def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
 )
 def test_a_layer_is_as_large_as_what_is_worked_on(method, numbers):
     """The factors where they are only drawn: no weight's size makes that a matter of all cores."""
-    (job,) = schedule.jobs(plan_of([(12, 20)], method), {"0": CPU})
+    (job,) = jobs.jobs(plan_of([(12, 20)], method), {"0": CPU})
     assert job.numbers == numbers
-    (job,) = schedule.jobs(plan_of([(12, 20)], method), {"0": torch.device("cuda")})
+    (job,) = jobs.jobs(plan_of([(12, 20)], method), {"0": torch.device("cuda")})
     assert job.numbers is None
 
 
@@ -94,7 +97,7 @@ def test_a_single_thread_is_the_callers():
     """A pool of one would compute the same, later."""
     assert torch.get_num_threads() == 1
     plan = plan_of([(12, 12)] * 3)
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
     main = threading.get_ident()
 
     def work(job):
@@ -102,7 +105,7 @@ def test_a_single_thread_is_the_callers():
         assert not torch.is_grad_enabled()
         return job.targets[0].name
 
-    assert list(schedule.run(work, planned)) == [t.name for t in plan.targets]
+    assert list(jobs.run(work, planned)) == [t.name for t in plan.targets]
     assert torch.is_grad_enabled()
 
 
@@ -110,8 +113,8 @@ def test_a_single_thread_is_the_callers():
 def test_the_number_of_threads_is_left_alone():
     before = torch.get_num_threads()
     plan = plan_of([(8, 8)] * 3)
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
-    list(schedule.run(lambda job: job, planned))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    list(jobs.run(lambda job: job, planned))
     assert torch.get_num_threads() == before
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -122,13 +125,13 @@ def test_the_number_of_threads_is_left_alone():
 
 def test_an_error_ends_the_rest_and_is_raised():
     plan = plan_of([(8, 8)] * 20)
-    planned = schedule.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
+    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
 
     def work(job):
         raise ValueError(job.targets[0].name)
 
     with pytest.raises(ValueError, match=r"\d+"):
-        list(schedule.run(work, planned))
+        list(jobs.run(work, planned))
 
 
 def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
@@ -139,21 +142,21 @@ def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
     devices = dict.fromkeys((t.name for t in plan.targets), cuda)
 
     def stacks() -> list[list[str]]:
-        return sorted([t.name for t in job.targets] for job in schedule.jobs(plan, devices))
+        return sorted([t.name for t in job.targets] for job in jobs.jobs(plan, devices))
 
     assert stacks() == [["0", "2", "3"], ["1"], ["4"]]
-    monkeypatch.setattr(schedule, "STACK_BYTES", 4 * 2 * 48)
+    monkeypatch.setattr(jobs, "STACK_BYTES", 4 * 2 * 48)
     assert stacks() == [["0", "2"], ["1"], ["3"], ["4"]]
     gora = plan_of(shapes, "gora")  # works on one layer at a time
-    assert all(len(job.targets) == 1 for job in schedule.jobs(gora, devices))
+    assert all(len(job.targets) == 1 for job in jobs.jobs(gora, devices))
     # Second moments are larger than the weights of layers with many inputs.
     wide = plan_of([(8, 40)] * 4, "corda")
-    monkeypatch.setattr(schedule, "STACK_BYTES", 4 * 2 * 40**2)
-    assert [len(job.targets) for job in schedule.jobs(wide, devices)] == [2, 2]
+    monkeypatch.setattr(jobs, "STACK_BYTES", 4 * 2 * 40**2)
+    assert [len(job.targets) for job in jobs.jobs(wide, devices)] == [2, 2]
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (300, 280)])
-@pytest.mark.parametrize("method", [spec.name for spec in list_initializers() if spec.stacks])
+@pytest.mark.parametrize("method", [spec.name for spec in list_initializers() if spec.is_batched])
 @pytest.mark.parametrize("niter", [None, 2])
 def test_a_stack_gives_what_its_layers_give(shape, method, niter):
     """Within 1e-6 of ‖W‖ in the product: batched kernels round in another order."""
@@ -162,23 +165,24 @@ def test_a_stack_gives_what_its_layers_give(shape, method, niter):
     (spec,) = [spec for spec in list_initializers() if spec.name == method]
     options = spec.options(niter=niter) if niter is not None else spec.options()
     spectrum = torch.arange(1, min(shape) + 1) ** -0.7
-    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     left, right = (torch.linalg.qr(torch.randn(3, n, min(shape)))[0] for n in shape)
     stack = (left * spectrum) @ right.mT
 
-    statistics = [None] * 3
-    if spec.calibration is not None:
+    parts = [{} for _ in stack]
+    if spec.reads & {"inputs", "gradient"}:
         rows = torch.randn(3, 500, shape[1]) * torch.arange(1, shape[1] + 1) ** -0.5
         inputs = [InputStatistics.of_rows(some) for some in rows]
         inputs[1] = inputs[0]  # two layers that read one input
-        statistics = [LayerStatistics(*pair) for pair in zip(inputs, stack, strict=True)]
-
-    def call(weight, statistics, generator):
-        return spec.function(weight, 4, 2.0, statistics, options, generator)
-
-    together = call(stack, stacked(statistics), generators)
+        parts = [
+            {"inputs": some, "gradient": gradient}
+            for some, gradient in zip(inputs, stack, strict=True)
+        ]
+    layers = [
+        layer_of(weight, 4, name=str(index), **parts[index]) for index, weight in enumerate(stack)
+    ]
+    together = spec.function(stacked(layers), options)
     for index, weight in enumerate(stack):
-        alone = call(weight, statistics[index], torch.Generator().manual_seed(index))
+        alone = spec.function(layers[index], options)
         gap = together.lora_B[index] @ together.lora_A[index] - alone.lora_B @ alone.lora_A
         assert gap.norm() <= 1e-6 * weight.norm()
 

@@ -10,7 +10,9 @@ import torch
 from processes import run_ranks
 from torch import distributed, nn
 
-from lora_init import LoraConfig, get_peft_model, schedule, sharing
+from lora_init import LoraConfig, get_peft_model
+from lora_init.initialize import jobs as schedule
+from lora_init.initialize import shared as sharing
 
 NAMES = ["0", "2", "4"]
 CASES = {

@@ -8,7 +8,8 @@ import torch
 from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, device_numbers, draws, get_peft_model, list_initializers
+from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init.linalg import device_numbers, draws
 
 DRAWN = [spec.name for spec in list_initializers() if not spec.needs]
 
@@ -40,7 +41,7 @@ def test_drawn_factors_of_a_stack_are_those_of_each_layer(method):
 
 def test_equal_blocks_are_drawn_once(monkeypatch):
     """All stacks of PiSSA begin with the same block and use the same noise."""
-    monkeypatch.setattr("lora_init.schedule.STACK_BYTES", 2 * 4 * 320 * 300)
+    monkeypatch.setattr("lora_init.initialize.jobs.STACK_BYTES", 2 * 4 * 320 * 300)
     monkeypatch.setattr("lora_init.linalg.choice.GRAM_DIMENSION", 0)
     base, drawn, normal = layers_of(*[(320, 300)] * 4), [], draws.normal
 

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from lora_init import Calibration, LoraConfig, calibrate, get_peft_model
-from lora_init.moments import InputStatistics, RunningMoments
+from lora_init.calibration.collect import collect
+from lora_init.calibration.memory import statistics_of
+from lora_init.calibration.sums import RunningMoments
 from lora_init.registry import CalibrationRequest
-from lora_init.statistics import collect
 
 PLAIN = CalibrationRequest()
 
@@ -73,7 +74,7 @@ def test_sums_of_any_batch_size_are_those_of_float64(batch, mean):
     assert found.tokens == 2400
     assert (found.products - covariance).abs().max() <= 1e-5 * scale
     assert (found.mean - x.mean(0)).abs().max() <= 1e-5 * scale.sqrt()
-    statistics = InputStatistics.of(found)
+    statistics = statistics_of(found)
     second_moment = x.T @ x / len(x)
     gap = (statistics.second_moment - second_moment).abs().max()
     assert gap <= 1e-5 * second_moment.diagonal().mean()
@@ -415,7 +416,7 @@ def test_gradients_take_a_pass_of_their_own():
 
 def test_a_calibration_serves_every_rank_and_survives_a_file(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="lora_ga")
-    found = calibrate(small_llama(), [EVA, CORDA, config], labelled_batches(), sketch=24)
+    found = calibrate(small_llama(), [EVA, CORDA, config], labelled_batches())
     found.save(tmp_path / "found.safetensors")
     read = Calibration.load(tmp_path / "found.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["found.safetensors"]
@@ -452,13 +453,11 @@ def test_a_file_of_something_else_is_refused(tmp_path):
             "knows nothing of the target 'model.layers.0.self_attn.k_proj'",
         ),
         (CORDA, 1, "collected with another weight of 'model.layers.0.self_attn.q_proj'"),
-        (KPM, 0, "holds a sketch .* needs more than leading directions"),
     ],
-    ids=["another method", "another layer", "another model", "a sketch"],
+    ids=["another method", "another layer", "another model"],
 )
 def test_a_calibration_of_something_else_is_refused(config, seed, message):
-    found = calibrate(small_llama(), CORDA, token_batches(), sketch=24)
-    found.requests[CalibrationRequest(smallest=True)] = found.requests[PLAIN]
+    found = calibrate(small_llama(), CORDA, token_batches())
     model = small_llama(seed=seed)
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):

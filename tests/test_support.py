@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from uniform import uniform
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
-from lora_init.modules import MODULE_TYPES
-from lora_init.packed import keep_plain
 from lora_init.support import bases, support, support_table
+from lora_init.weights.bitsandbytes import keep_plain
+from lora_init.weights.module_types import MODULE_TYPES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_init.symmetric import SMALLEST_BLOCK, accumulate_gram, mirror
+from lora_init.linalg.gram import SMALLEST_BLOCK, accumulate_gram, mirror
 
 DTYPES = {torch.float32: 1e-6, torch.float64: 1e-14}
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.targets import pattern_value, select
+from lora_init.plan.match import pattern_value, select
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 11}
 

@@ -37,9 +37,9 @@ from lora_init import (
     save_peft_model,
 )
 from lora_init.initializers.pissa import PissaOptions
-from lora_init.modules import oriented_weight
-from lora_init.under_peft import applying
-from lora_init.under_peft.layers import adapted_layers
+from lora_init.peft_models import apply
+from lora_init.peft_models.layers import adapted_layers
+from lora_init.weights.kinds import oriented_weight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -156,7 +156,7 @@ def test_the_start_is_ours_and_goes_back(method, kind):
         target_modules=targets,
         init_lora_weights={"name": method, **kept},
     )
-    calibration = batches if spec.calibration else None
+    calibration = batches if spec.needs_data else None
     ours = get_peft_model(
         copy.deepcopy(base), config, calibration=calibration, original_weights=originals
     )
@@ -305,13 +305,13 @@ def test_nothing_is_changed_when_it_fails_in_the_middle(method, first, monkeypat
     before, config = snapshot(model), copy.deepcopy(model.peft_config["default"])
     calls = []
 
-    def failing(layer, plan, done, inner=applying._freeze):
+    def failing(layer, plan, done, inner=apply._freeze):
         calls.append(layer.name)
         if len(calls) == 4:
             raise MemoryError("no memory")
         inner(layer, plan, done)
 
-    monkeypatch.setattr(applying, "_freeze", failing)
+    monkeypatch.setattr(apply, "_freeze", failing)
     with pytest.raises(MemoryError):
         start(model, method, batches)
     assert len(calls) == 4
@@ -711,10 +711,13 @@ def test_all_spellings_of_a_method(method, options):
 def test_frozen_factors_stay_frozen(monkeypatch):
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
-    @register_initializer("half", frozen=("lora_B",))
-    def half(weight, rank, scaling, statistics, options, generator):
-        rows, columns = weight.shape
-        return Factors(torch.zeros(rank, columns), torch.ones(rows, rank))
+    class FrozenOptions(registry.Options):
+        frozen = ("lora_B",)
+
+    @register_initializer("half", options=FrozenOptions)
+    def half(layer, options):
+        rows, columns = layer.shape
+        return Factors(torch.zeros(layer.rank, columns), torch.ones(rows, layer.rank))
 
     model = wrapped(llama(), ["q_proj"])
     initialize_peft_model(model, "half")
@@ -743,7 +746,7 @@ def test_what_is_no_lora_model_is_refused():
     with pytest.raises(TypeError, match="LlamaForCausalLM; pass what peft.get_peft_model returned"):
         initialize_peft_model(llama(), "pissa")
     ours = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(TypeError, match="lora_init.model.LoraModel"):
+    with pytest.raises(TypeError, match="lora_init.model.lora_model.LoraModel"):
         initialize_peft_model(ours, "pissa")
     model = wrapped(llama(), ["q_proj"])
     refused(model, ValueError, "adapter_name='other'; the model has default", adapter_name="other")

@@ -1,6 +1,7 @@
 """What collecting second moments costs, in units of the plain forward passes over the same batches.
 
-`lora_init.statistics.collect` runs over all linear layers, and over query and value projections
+`lora_init.calibration.collect.collect` runs over all linear layers, and over query and value
+projections
 alone. Plain passes go on a second copy of the model, between the observed ones, batch by batch:
 each batch is a pair, and what slows the machine down for a moment slows both. What `collect` does
 before the first batch and after the last is spread over the batches of a whole calibration, of
@@ -29,7 +30,7 @@ from experiments.benchmark.settings import CALIBRATIONS, BenchmarkConfig, Calibr
 from experiments.benchmark.subjects import Batch, Subject, load_subject
 from experiments.benchmark.ticker import Ticker
 from experiments.benchmark.timing import synchronize
-from lora_init.statistics import collect
+from lora_init.calibration.collect import collect
 
 TITLE = "the pass that collects second moments, against plain forward passes"
 Q_AND_V = r".*(query|value|q_proj|v_proj)"

@@ -14,7 +14,7 @@ import lora_init
 from experiments.benchmark.strategies import LOFTQ_BITS, LOFTQ_ITERATIONS, STRATEGIES, Strategy
 from experiments.benchmark.timing import synchronize
 from experiments.errors import RunFailed
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from experiments.benchmark.settings import BenchmarkConfig
 from experiments.benchmark.strategies import STRATEGIES
 from experiments.benchmark.subjects import Subject, load_subject
 from experiments.benchmark.timing import Contender, Turn, take_turns
-from lora_init.plan import Plan
+from lora_init.plan.plan import Plan
 
 DEAR_FLOOR = 0.05  # seconds; what ours takes is two to sixty times its floor
 OVER = "not begun: the model's share of `seconds` is used up"

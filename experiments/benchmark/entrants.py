@@ -28,7 +28,7 @@ from experiments.benchmark.rates import Rates
 from experiments.benchmark.sampling import choose, compute
 from experiments.benchmark.settings import BenchmarkConfig
 from experiments.benchmark.timing import Contender
-from lora_init.plan import Plan
+from lora_init.plan.plan import Plan
 
 Report = Callable[[dict], None]
 WORTH_REMEMBERING = 2.0  # seconds: below, a decomposition is measured wherever it is needed

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.seeding import layer_generator
+from lora_init.layer import layer_generator
 
 EXPONENT = 0.7
 DEVIATION = 0.02

@@ -18,8 +18,8 @@ from experiments.benchmark.contenders import Request, Stopwatch, our_config, our
 from experiments.benchmark.exact import Given, distinct
 from experiments.benchmark.references import References
 from experiments.benchmark.subjects import Batch, Subject
-from lora_init.modules import oriented_weight
-from lora_init.plan import Plan
+from lora_init.plan.plan import Plan
+from lora_init.weights.kinds import oriented_weight
 
 GRADIENT_BATCHES = 1
 SHORT_TOKENS = 512

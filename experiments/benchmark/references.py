@@ -21,10 +21,10 @@ from torch import Tensor
 from experiments.benchmark.leading import leading, leading_left
 from experiments.benchmark.strategies import LOFTQ_ITERATIONS
 from experiments.benchmark.subjects import Subject
-from lora_init.modules import oriented_weight
 from lora_init.moments import InputStatistics
-from lora_init.plan import Target
+from lora_init.plan.plan import Target
 from lora_init.quantization import Quantizer
+from lora_init.weights.kinds import oriented_weight
 
 PER_SHAPE = 4
 DEAR = 2**32  # m n min(m, n) from which one layer of a shape has to do

@@ -21,9 +21,9 @@ from experiments.benchmark.sections import SECTIONS
 from experiments.benchmark.settings import BenchmarkConfig, to_plain
 from experiments.benchmark.summary import summary
 from experiments.benchmark.tables import markdown_table
-from experiments.environment import cpu_name, describe_environment, version
 from experiments.report.specification import VEGA_LITE
-from experiments.runs import write_json, write_text
+from experiments.run.environment import cpu_name, describe_environment, version
+from experiments.run.files import write_json, write_text
 
 
 def environment(settings: BenchmarkConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from experiments.benchmark.contenders import Stopwatch
 from experiments.benchmark.exact import COMPUTATIONS, Given, expected
 from experiments.benchmark.rates import Rates
 from experiments.benchmark.references import spread
-from lora_init.plan import Target
+from lora_init.plan.plan import Target
 
 Shapes = list[tuple[int, int]]
 

@@ -13,8 +13,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.benchmark.strategies import METHODS
+from experiments.config.resolve import as_settings
 from experiments.errors import nearest
-from experiments.resolving import as_settings
 
 SECTION_NAMES = ("initialization", "calibration", "injection", "memory", "steps")
 TASKS = ("SEQ_CLS", "CAUSAL_LM")

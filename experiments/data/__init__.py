@@ -1,4 +1,4 @@
-"""Data sources. The type of the config selects the source; a source is one file.
+"""Data sources. The type of the configuration selects the source; each source is one file.
 
 To add one: a dataclass derived from `DataConfig` and a `load(config) -> Splits` in a file here, a
 line in `SOURCES`, and a YAML in `conf/data/`.
@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments.data import (
-    chain_sum,
-    gsm8k,
-    gsm_symbolic,
-    metamath,
-    rotten_tomatoes,
-    table,
-)
-from experiments.data.examples import Completion, DataConfig, Example, Labelled, Splits
+from experiments.config.inputs import DataConfig
+from experiments.config.store import register_sources
+from experiments.data import chain_sum, gsm8k, gsm_symbolic, metamath, rotten_tomatoes, table
+from experiments.data.examples import Completion, Example, Generated, Judge, Labelled
+from experiments.data.judges import says_exactly
+from experiments.data.splits import Splits
 from experiments.errors import ConfigurationError
 
 SOURCES: dict[type[DataConfig], Callable[[Any], Splits]] = {
@@ -28,15 +25,27 @@ SOURCES: dict[type[DataConfig], Callable[[Any], Splits]] = {
     metamath.MetaMath: metamath.load,
     table.Table: table.load,
 }
+register_sources("data", SOURCES)
 
-__all__ = ["SOURCES", "Completion", "DataConfig", "Example", "Labelled", "Splits", "load_data"]
+__all__ = [
+    "SOURCES",
+    "Completion",
+    "DataConfig",
+    "Example",
+    "Generated",
+    "Judge",
+    "Labelled",
+    "Splits",
+    "load_data",
+    "says_exactly",
+]
 
 
 def load_data(config: DataConfig) -> Splits:
     """Load the examples that `config` describes.
 
     Raises:
-        ConfigurationError: what the source cannot serve, or no example to learn from or to test on.
+        ConfigurationError: the source cannot load them, or a split without examples is needed.
     """
     splits = SOURCES[type(config)](config)
     for split in ("train", "test"):

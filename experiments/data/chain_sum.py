@@ -1,16 +1,18 @@
-"""Chain sums: "12 + 7 - 3 =", the easy generator beside gsm_symbolic.
+"""Chain sums such as "12 + 7 - 3 =", an easier generator than gsm_symbolic.
 
-A 135M-parameter model solves hardly any word problem after a short training, and a table of zeros
-compares nothing; sums of two or three small numbers it learns. From reasoning-gym 0.1.25,
-`chain_sum`. An expression belongs to one split, by its own hash, and occurs once.
+A 135M-parameter model learns sums of a few small numbers in a short training, and hardly any word
+problem. From reasoning-gym 0.1.25, `chain_sum`. An expression occurs once; its hash decides its
+split.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.bounds import check_integer, check_seed
-from experiments.data.examples import Completion, DataConfig, Splits, split_of
+from experiments.config.bounds import check_integer, check_seed
+from experiments.config.inputs import DataConfig
+from experiments.data.examples import Completion
+from experiments.data.splits import Splits, split_of
 from experiments.errors import ConfigurationError
 
 ORDER = "The most must not be less than the fewest"
@@ -18,7 +20,7 @@ ORDER = "The most must not be less than the fewest"
 
 @dataclass
 class ChainSum(DataConfig):
-    """Settings of the generator; `generator_seed` is fixed over a comparison."""
+    """Settings of the generator; a comparison keeps `generator_seed` fixed."""
 
     name: str = "chain_sum"
     train_limit: int | None = 1024

@@ -1,8 +1,8 @@
 """GSM8K: 7,473 grade-school word problems to train on, 1,319 to test on.
 
-`train.jsonl` and `test.jsonl` of openai/grade-school-math (MIT licence): one
-{"question": …, "answer": "worked solution\\n#### 42"} a line. A share of the training questions, by
-a hash of their text, is held out for validation.
+`train.jsonl` and `test.jsonl` of openai/grade-school-math (MIT license): one
+{"question": …, "answer": "worked solution\\n#### 42"} per line. A hash of a training question
+decides whether it is held out for validation.
 
 Source: Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021, arXiv 2110.14168.
 """
@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.data.examples import Completion, Splits, bucket, take
+from experiments.data.examples import Completion
 from experiments.data.judges import says_the_number
+from experiments.data.splits import Splits, bucket, take
 from experiments.data.word_problems import (
     Source,
     WordProblems,
@@ -43,7 +44,7 @@ class Gsm8k(WordProblems):
     """Settings of the files; those of all sources of word problems are in `WordProblems`.
 
     Attributes:
-        validation_share: of the training questions.
+        validation_share: the share of the training questions.
     """
 
     name: str = "gsm8k"
@@ -67,13 +68,13 @@ def load(config: Gsm8k) -> Splits:
         training[: config.train_limit],
         take(validation, config.validation_limit),
         take(examples(test, config, first=1_000_000), config.test_limit),
-        notes=("scored by the number that a generated solution gives (experiments/answers.py)",),
+        notes=("scored by the number of a generated solution (experiments/data/answers.py)",),
         judge=says_the_number,
     )
 
 
 def test_set(config: WordProblems, first: int) -> list[Completion]:
-    """GSM8K's test questions, for data that train on others; ids from `first` on."""
+    """GSM8K's test questions, for other training data; ids start at `first`."""
     path = located(TEST, config.path, config.name)
     return take(examples(path, config, first), config.test_limit)
 

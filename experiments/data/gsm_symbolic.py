@@ -1,10 +1,9 @@
 """GSM-Symbolic: grade-school word problems from reasoning-gym's templates, split by template.
 
-reasoning-gym 0.1.25 holds 100 templates, 85 of which it marks as sound (`tasks_ok`). Its data set
-draws a template for every index, `Random(seed).choices(tasks_ok, k=size)`, and fills it by
-`generator(Random(seed + index))`. Two of its data sets with different seeds thus share every
-template. Here each template belongs to one split, by a hash of its number, and the drawing is
-confined to the split's own templates: a test problem is worded like none seen in training.
+reasoning-gym 0.1.25 has 100 templates and marks 85 as sound (`tasks_ok`). Its data set draws a
+template for every index, so two of its data sets with different seeds share every template. Here
+a hash of a template's number assigns it to one split, so the wording of a test problem is never
+seen in training.
 
 Source: Mirzadeh et al., "GSM-Symbolic", 2024, arXiv 2410.05229.
 """
@@ -14,8 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from experiments.bounds import check_seed, check_switches
-from experiments.data.examples import Completion, DataConfig, Splits, check_shares, split_of
+from experiments.config.bounds import check_seed, check_switches
+from experiments.config.inputs import DataConfig
+from experiments.data.examples import Completion
+from experiments.data.splits import Splits, check_shares, split_of
 from experiments.errors import ConfigurationError
 
 PROMPT = "Question: {question}\nAnswer:"
@@ -26,10 +27,10 @@ class GsmSymbolic(DataConfig):
     """Settings of the generator.
 
     Attributes:
-        generator_seed: fills the templates; not one of the run's seeds, since a comparison holds
+        generator_seed: fills the templates. It is not one of the run's seeds: a comparison keeps
             the problems fixed.
-        reasoning: learn the worked solution before the answer, instead of the answer alone.
-        validation_share, test_share: expected shares of the templates held out.
+        reasoning: learn the worked solution before the answer, not the answer alone.
+        validation_share, test_share: the expected shares of the templates.
     """
 
     name: str = "gsm_symbolic"
@@ -60,10 +61,10 @@ def templates(config: GsmSymbolic) -> dict[str, list[int]]:
 
 
 def load(config: GsmSymbolic) -> Splits:
-    """As many problems per split as its limit says (the generator has no end; None means 512)."""
+    """As many problems per split as its limit says; None means 512."""
     numbers = templates(config)
     limits = (config.train_limit, config.validation_limit, config.test_limit)
-    # A split's ids start a million apart: unique over the splits and steady when a limit changes.
+    # The ids of the splits start a million apart: they do not change with a limit.
     for (split, found), limit in zip(numbers.items(), limits, strict=True):
         if not found and limit != 0:
             raise ConfigurationError(

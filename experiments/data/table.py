@@ -1,9 +1,8 @@
 """The user's own table: JSONL, CSV or TSV with named columns.
 
 Two columns make the task: `text` and `label` for classification, `prompt` and `completion` for
-language modelling. One file is split by a hash of its rows' text (or of `group_column`, so that all
-rows of one author or film stay together); files of their own for validation and test are taken as
-they are.
+language modeling. One file is split by a hash of each row's text, or of `group_column`, which keeps
+all rows of one author or film together. Separate files for validation and test are not split.
 """
 
 from __future__ import annotations
@@ -15,24 +14,18 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import MISSING
 
-from experiments.bounds import check_number, check_path
+from experiments.config.bounds import check_number, check_path
+from experiments.config.inputs import DataConfig
 from experiments.data import json_lines
-from experiments.data.examples import (
-    Completion,
-    DataConfig,
-    Example,
-    Labelled,
-    Splits,
-    split_of,
-    take,
-)
+from experiments.data.examples import Completion, Example, Labelled
+from experiments.data.splits import Splits, split_of, take
 from experiments.errors import ConfigurationError, nearest
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 
 
 def read_jsonl(path: Path) -> pd.DataFrame:
-    """One object a line; pandas' own reader would guess types and dates."""
+    """One object per line. pandas' own reader would guess types and dates."""
     rows = []
     for number, row in json_lines.read_lines(path):
         if not isinstance(row, dict):
@@ -43,7 +36,7 @@ def read_jsonl(path: Path) -> pd.DataFrame:
 
 def read_separated(path: Path, separator: str) -> pd.DataFrame:
     """A CSV or TSV file as strings; a field in quotes may hold line ends."""
-    # Without a header: pandas then refuses rows that have more fields than the first.
+    # header=None: pandas then refuses rows with more fields than the first.
     table = pd.read_csv(
         path, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig", header=None
     )
@@ -63,14 +56,14 @@ READERS = {
 
 @dataclass
 class Table(DataConfig):
-    """Where the table lies and what its columns are called.
+    """Where the table is, and the names of its columns.
 
     Attributes:
         path: the file with the training rows, or with all rows.
-        validation_path, test_path: files of their own; without them the shares below are split off.
+        validation_path, test_path: separate files; without them, shares of `path` are held out.
         text_column, label_column: set both for classification.
-        prompt_column, completion_column: set both for language modelling.
-        group_column: rows with the same value are never split apart.
+        prompt_column, completion_column: set both for language modeling.
+        group_column: rows with the same value are in the same split.
     """
 
     name: str = "table"
@@ -95,7 +88,7 @@ class Table(DataConfig):
             check_number(f"data.{split}_share", share, above=0, below=1)
 
     def contents(self) -> str:
-        """A hash of the files: a changed table is another run, under the same path."""
+        """A hash of the files: a changed table under the same path is another run."""
         digest = hashlib.sha256()
         for path in filter(None, (self.path, self.validation_path, self.test_path)):
             digest.update(existing(path, "data.path").read_bytes())
@@ -103,7 +96,7 @@ class Table(DataConfig):
 
 
 def load(config: Table) -> Splits:
-    """Read the files, split what has no file of its own, and check that each split has rows."""
+    """Read the files, hold out the splits without a file, and check that each split has rows."""
     source, target = columns(config)
     frames = {"train": read(config, "path")}
     for split in ("validation", "test"):
@@ -126,7 +119,9 @@ def load(config: Table) -> Splits:
         own_file = split != "train" and getattr(config, f"{split}_path")
         made: list[Example] = []
         for row, given, wanted in zip(rows.index, rows[source], rows[target], strict=True):
-            number = int(row) + (offset if own_file else 0)  # rows of two files never share an id
+            number = int(row) + (
+                offset if own_file else 0
+            )  # unique over files
             if not classify:
                 made.append(Completion(number, given, " " + wanted.strip()))
             elif wanted in labels:
@@ -158,7 +153,7 @@ def columns(config: Table) -> tuple[str, str]:
             f"label_column={config.label_column!r}, prompt_column={config.prompt_column!r}, "
             f"completion_column={config.completion_column!r}; set either data.text_column and "
             "data.label_column (classification), or data.prompt_column and data.completion_column "
-            "(language modelling)"
+            "(language modeling)"
         )
     return complete[0]
 
@@ -174,13 +169,13 @@ def existing(path: str, setting: str) -> Path:
 
 
 def read(config: Table, field: str) -> pd.DataFrame:
-    """One file as strings, its columns checked, its empty rows refused by number."""
+    """One file as strings, after a check of its columns and for empty cells."""
     path = existing(getattr(config, field), f"data.{field}")
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise ConfigurationError(
-            f"data.{field}={str(path)!r}: files ending in {path.suffix!r} are not read; "
-            f"allowed are {', '.join(SUFFIXES)}"
+            f"data.{field}={str(path)!r} is not supported: must be a file ending in one of "
+            f"{', '.join(SUFFIXES)}. Rename or convert it."
         )
     try:
         table = READERS[kind](path)
@@ -211,7 +206,7 @@ def read(config: Table, field: str) -> pd.DataFrame:
 
 
 def separate(split: str, config: Table, frames: dict[str, pd.DataFrame], source: str) -> None:
-    """Move the split's share of the training rows out, unless it has a file of its own."""
+    """Move the split's share out of the training rows, unless the split has a file."""
     if split in frames:
         return
     rows = frames["train"]

@@ -1,8 +1,8 @@
-"""What the sources of grade-school word problems share: prompts, and files that are found or named.
+"""The common part of the sources of grade-school word problems: prompts and files.
 
-GSM8K's and MetaMathQA's files are not part of any package. They come from a folder of the user's,
-or from the Hugging Face hub where it is reached. Nothing is guessed: a file that is missing is
-named, with where to get it and the setting that says where it lies.
+GSM8K's and MetaMathQA's files are not part of any package. They come from a folder of the user or
+from the Hugging Face hub. The error for a missing file says where to get it, and which setting
+gives its folder.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.bounds import check_number, check_path
+from experiments.config.bounds import check_number, check_path
+from experiments.config.inputs import DataConfig
 from experiments.data import json_lines
-from experiments.data.examples import DataConfig
 from experiments.errors import ConfigurationError
 
 METAMATH_PROMPT = (
@@ -30,13 +30,13 @@ METAMATH_PROMPT = (
 
 @dataclass
 class WordProblems(DataConfig):
-    """What these sources have in common.
+    """The settings of these sources.
 
     Attributes:
-        path: the folder that the files are in; None asks the hub.
-        prompt: what comes before the solution, with {query} where the question goes.
-        gap: what stands between prompt and solution.
-        marker: what the solution ends with before its number.
+        path: the folder with the files; None asks the hub.
+        prompt: the text before the solution, with {query} in the place of the question.
+        gap: the text between prompt and solution.
+        marker: the text of a solution before its number.
     """
 
     path: str | None = None
@@ -63,9 +63,9 @@ class Source:
     """A file of a public data set.
 
     Attributes:
-        names: what the file may be called in the user's folder; the first is the official name.
-        address: where to get it, for people.
-        repository, file: where the hub has it.
+        names: the names that the file may have; the first is the official one.
+        address: where a user gets it.
+        repository, file: its place on the hub.
     """
 
     names: tuple[str, ...]
@@ -78,7 +78,7 @@ def located(source: Source, folder: str | None, data: str) -> Path:
     """The file in `folder`, or from the hub if no folder is given.
 
     Raises:
-        ConfigurationError: it is in neither.
+        ConfigurationError: it is not there.
     """
     official = source.names[0]
     if folder is not None:
@@ -95,7 +95,7 @@ def located(source: Source, folder: str | None, data: str) -> Path:
 
     try:
         return Path(hf_hub_download(source.repository, source.file, repo_type="dataset"))
-    except Exception as error:  # of a dozen kinds, from no network to no right to read
+    except Exception as error:  # of many types: no network, no permission, …
         raise ConfigurationError(
             f"data={data} needs the file {official}: the hub did not give {source.file} of "
             f"{source.repository} ({type(error).__name__}); get it from {source.address} and "
@@ -147,6 +147,6 @@ def hash_of(paths: Iterable[Path]) -> str:
 
 @functools.lru_cache(maxsize=16)
 def hash_of_file(path: Path, size: int, changed: int) -> bytes:
-    """Of the bytes, read in pieces; once a process while size and time of change stay."""
+    """The hash of a file; cached per process while its size and its time of change are equal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

@@ -1,60 +1,65 @@
-"""The same adapters as on the CPU, wherever the model and the decompositions are.
+"""The same adapters as on the CPU, for a model on either device.
 
 Every method runs twice on the device: for a model on the CPU, and for a model on the device. The
-reference is the CPU's own adapter. 16-bit models take their statistics from the CPU in each case:
-two devices round 16-bit activations differently, and the methods pass that on.
+reference is the adapter that the CPU computes. 16-bit models get statistics from the CPU in each
+case, because two devices round 16-bit activations differently.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from experiments.gpu import minis
+from experiments.gpu import promises
 from experiments.gpu.lifecycle import Life, exact_convolutions, lived, relative, twin
 from experiments.gpu.specimens import KINDS, PACKED, Specimen
 from experiments.gpu.task import Task
 from lora_init import Calibration, Initializer, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init import list_initializers as initializers
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 8
-GOAL, PROMISE = 1e-6, 1e-5
-"""Of s B A between two devices, as a share of ‖W‖."""
+PROMISE = 1e-5
+"""The most that s B A may differ between two devices, as a share of ‖W‖."""
 FACTOR_PROMISE = 1e-4
-"""Of the factors where their product is zero, as a share of their norm."""
-UNIFORM = {"eva": {"rho": 1.0}, "gora": {"smallest": 1.0, "largest": 1.0}}
-"""Options under which a method keeps the ranks that it was given."""
+"""The most that factors with a zero product may differ, as a share of their norm."""
 OBJECTIVE_PROMISE = 1e-3
-"""Of the error of methods that quantize, as a share of ‖W‖. One rounding that differs moves a code
-to its neighbor, the next iteration starts elsewhere, and s B A differs at the same error."""
+"""The most that the errors of quantizing methods may differ, as a share of ‖W‖. A different
+rounding changes the start of the next iteration, so that s B A differs at the same error."""
+SAME_RANKS = {"eva": {"rho": 1.0}, "gora": {"smallest": 1.0, "largest": 1.0}}
+"""Options under which a method keeps the given ranks."""
 KRYLOV = ("pissa", "corda", "lora_ga", "milora", "loftq")
 LIMITS = {"gap": PROMISE, "objective": OBJECTIVE_PROMISE, "difference": float("inf")}
-"""The most that a figure may be, by the first part of its name; 1 for shares of a tolerance."""
+"""The most that a figure may be, by the first part of its name; 1 for all others."""
 FEW = ("kaiming", "pissa", "eva", "loftq")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
 def run(task: Task) -> None:
     width, few = (32, FEW) if task.small else (96, None)
-    for specimen in (Specimen("Linear", FLOAT32, width), Specimen("Linear", BFLOAT16, width)):
-        every_method(task, specimen, width, few)
+    for dtype in (FLOAT32, BFLOAT16):
+        every_method(task, Specimen("Linear", dtype, width), width, few)
     if not task.small:
         every_method(task, Specimen("Linear", FLOAT32, 400), width, placements=("device",))
-    for name, check in minis.CHECKS.items():
+    for name, check in promises.CHECKS.items():
         if task.affords(name, 2):
             with task.guarded(name, refutes=True):
-                minis.record(task, name, check)
+                promises.record(task, name, check)
     task.record.note("float32 convolutions are compared with TF32 switched off")
     with exact_convolutions():
         for kind in KINDS[1:]:
             for dtype in (BFLOAT16,) if task.small else (FLOAT32, BFLOAT16):
                 every_method(task, Specimen(kind, dtype, width), width, few, ("device",))
-    quantized(task, few)
+    if task.small:
+        task.record.note("quantized bases: skipped in the small form")
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        task.record.note("quantized bases: skipped, bitsandbytes is not installed")
+    else:
+        for kind in PACKED:
+            every_method(task, Specimen(kind, torch.float16, 64), 64, few, ("device",))
     if not task.small:
         every_method(task, Specimen("Linear", FLOAT32, 1088), width, KRYLOV, ("device",))
 
@@ -66,36 +71,37 @@ def every_method(
     names: tuple[str, ...] | None = None,
     placements: tuple[str, ...] = ("cpu", "device"),
 ) -> None:
-    """One row a method: the largest gaps, and the shares of its life's tolerances.
+    """Record the gaps of each method, and the errors of its life over their tolerances.
 
     Args:
-        width: of the specimens whose adapters are also taken through their life.
+        width: specimens of this width also go through their life.
         placements: where the model is; "cpu" initializes it on the device.
     """
-    for number, spec in enumerate(served(specimen, names)):
+    specs = [
+        spec
+        for spec in initializers()
+        if specimen.kind in spec.module_types and (names is None or spec.name in names)
+    ]
+    for number, spec in enumerate(specs):
         name = f"{spec.name}, {specimen}"
         if not task.affords(name, 15 if specimen.width > 1000 else 3):
             return
-        use_dora = specimen.kind != "Linear" and number % 2 == 1
+        use_dora = number % 2 == 1
         with task.guarded(name, refutes=True):
-            figures = compared(task, spec, specimen, placements, use_dora)
+            figures = compared(
+                task, spec, specimen, placements, use_dora and specimen.kind != "Linear"
+            )
             if specimen.width == width:
-                figures |= vars(life(task, spec, specimen, number % 2 == 1))
+                figures |= vars(life(task, spec, specimen, use_dora))
             judged(task, name, figures)
-
-
-def served(specimen: Specimen, names: tuple[str, ...] | None) -> Iterator[Initializer]:
-    for spec in initializers():
-        if specimen.kind in spec.module_types and (names is None or spec.name in names):
-            yield spec
 
 
 def compared(
     task: Task, spec: Initializer, specimen: Specimen, placements: tuple[str, ...], use_dora: bool
 ) -> dict[str, float]:
-    """The gap between the device's adapter and the CPU's for each place of the model."""
+    """The gap between the device's adapter and the CPU's, for each placement of the model."""
     found = None
-    if spec.calibration and specimen.dtype != FLOAT32:
+    if spec.needs_data and specimen.dtype != FLOAT32:
         base = specimen.build()
         found = calibrate(base, config(spec, base), specimen.calibration("cpu"))
     reference = adapted(spec, specimen, "cpu", None, found, use_dora)
@@ -122,25 +128,27 @@ def adapted(
 ) -> LoraModel:
     """The specimen on `place` with the method's adapter, computed on `device`."""
     base = moved(specimen.build(), place) if base is None else base
-    calibration = found
-    if spec.calibration and found is None:
-        calibration = specimen.calibration(place)
-    originals = specimen.originals() if spec.base == "replace" else None
     return get_peft_model(
-        base, config(spec, base, use_dora), calibration=calibration, device=device, seed=3,
-        original_weights=originals, keep_original=True, cache=False,
-    )  # fmt: skip
+        base,
+        config(spec, base, use_dora),
+        calibration=specimen.calibration(place) if spec.needs_data and found is None else found,
+        device=device,
+        seed=3,
+        original_weights=specimen.originals() if spec.base == "replace" else None,
+        keep_original=True,
+        cache=False,
+    )
 
 
 def config(spec: Initializer, base: nn.Module, use_dora: bool = False) -> LoraConfig:
     names = [name for name, module in base.named_modules() if name.startswith("layers.")]
-    method = {"name": spec.name, **UNIFORM.get(spec.name, {})}
+    method = {"name": spec.name, **SAME_RANKS.get(spec.name, {})}
     rank = min(RANK, *(min(oriented_weight(base.get_submodule(name)).shape) for name in names))
     return LoraConfig(r=rank, target_modules=names, init_lora_weights=method, use_dora=use_dora)
 
 
 def moved(model: nn.Module, place: torch.device | str) -> nn.Module:
-    """The model on a device, with the scales that bitsandbytes leaves behind for 8 bits."""
+    """The model on a device, with the 8-bit scales that bitsandbytes does not move."""
     model.to(place)
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt" and module.weight.CB is not None:
@@ -150,7 +158,10 @@ def moved(model: nn.Module, place: torch.device | str) -> nn.Module:
 
 
 def gap(model: LoraModel, reference: LoraModel) -> float:
-    """The largest ‖difference of s B A‖ / ‖W‖; of factors, as a share of what their gap may be."""
+    """The largest ‖difference of s B A‖ / ‖W‖.
+
+    Where the product is zero, the factors are compared instead, on the scale of `FACTOR_PROMISE`.
+    """
     worst = 0.0
     for name, layer in model.layers.items():
         other = reference.layers[name]
@@ -161,9 +172,9 @@ def gap(model: LoraModel, reference: LoraModel) -> float:
         worst = max(worst, relative(product, expected, weight))
         if not expected.any():
             share = PROMISE / FACTOR_PROMISE
-            pairs = (layer.lora_A, other.lora_A), (layer.lora_B, other.lora_B)
-            gaps = [relative(a.detach().cpu(), b.detach()) for a, b in pairs if b.any()]
-            worst = max([worst, *(share * one for one in gaps)])
+            for a, b in ((layer.lora_A, other.lora_A), (layer.lora_B, other.lora_B)):
+                if b.any():
+                    worst = max(worst, share * relative(a.detach().cpu(), b.detach()))
     return worst
 
 
@@ -182,21 +193,9 @@ def life(task: Task, spec: Initializer, specimen: Specimen, use_dora: bool) -> L
 
 
 def judged(task: Task, name: str, figures: dict[str, Any]) -> None:
-    """Record the row, and what is wrong in it."""
+    """Record the row, and which of its figures are wrong."""
     task.record.row(name, **figures)
     for key, value in figures.items():
         limit = LIMITS.get(key.partition("_")[0], 1.0)
         if value is not None and not value <= limit:
             task.record.refute(f"{name}: {key} is {value:.1e}, must be at most {limit:.0e}")
-
-
-def quantized(task: Task, names: tuple[str, ...] | None) -> None:
-    if task.small:
-        task.record.note("quantized bases: skipped in the small form")
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        task.record.note("quantized bases: skipped, bitsandbytes is not installed")
-        return
-    for kind in PACKED:
-        specimen = Specimen(kind, torch.float16, 64)
-        every_method(task, specimen, 64, names, ("device",))

@@ -1,7 +1,7 @@
-"""Decoder blocks of Llama's shapes with synthetic weights, made where they will be.
+"""Llama decoder blocks with synthetic weights, built on the device where they will be used.
 
 The linear weights have power-law spectra (s_i = s_1 i^-0.7); embeddings and head are random. Times
-of these blocks are those of a real model of the same shapes; losses mean nothing.
+equal those of a real model of the same shapes. Losses mean nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LINEAR = (
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama model; `blocks` is how many blocks the whole model has."""
+    """The sizes of a Llama model. `blocks` is the number of blocks of the whole model."""
 
     name: str
     hidden: int
@@ -45,13 +45,13 @@ def llama(
     *,
     spectra: bool = True,
 ) -> nn.Module:
-    """A causal language model of so many blocks.
+    """A causal language model with this number of blocks.
 
     Args:
-        spectra: give the linear weights decaying spectra. Random ones do for a time that does not
-            depend on the weights.
+        spectra: give the linear weights power-law spectra. Random weights suffice where the time
+            does not depend on them.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
         hidden_size=shape.hidden,
@@ -64,13 +64,8 @@ def llama(
         use_cache=False,
     )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if spectra:
         with torch.no_grad():
             for name in targets(blocks):
@@ -87,10 +82,10 @@ def targets(blocks: int) -> list[str]:
 def token_batches(
     shape: Shape, count: int, rows: int, length: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """Random tokens, which are their own labels."""
+    """Random tokens with themselves as labels."""
     generator = torch.Generator().manual_seed(1)
-    made = []
-    for _ in range(count):
-        ids = torch.randint(shape.vocabulary, (rows, length), generator=generator).to(device)
-        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
-    return made
+    size = (count, rows, length)
+    tokens = torch.randint(shape.vocabulary, size, generator=generator).to(device)
+    return [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in tokens
+    ]

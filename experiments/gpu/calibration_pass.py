@@ -1,14 +1,12 @@
-"""A calibration pass compared with plain forward passes over the same 16k tokens."""
+"""Calibration compared with plain forward passes over the same 16k tokens."""
 
 from __future__ import annotations
 
 import torch
 
-from experiments.benchmark.peaks import peak_watch
 from experiments.gpu.blocks import LLAMA_1B, TINY, llama, targets, token_batches
-from experiments.gpu.stopwatch import timed
-from experiments.gpu.synchronizations import counted_synchronizations
 from experiments.gpu.task import Task
+from experiments.gpu.waits import LISTED, counted_waits
 from lora_init import LoraConfig, calibrate
 
 METHODS = {
@@ -16,20 +14,18 @@ METHODS = {
     "second moments in float64 (lora_null)": "lora_null",
     "gradients (lora_ga)": "lora_ga",
 }
-LINES = 12
 
 
 def run(task: Task) -> None:
     shape, count, rows, length = (TINY, 2, 2, 16) if task.small else (LLAMA_1B, 8, 1, 2048)
-    blocks = shape.blocks
-    model = llama(shape, blocks, task.device, spectra=False)
+    model = llama(shape, shape.blocks, task.device, spectra=False)
     batches = token_batches(shape, count, rows, length, task.device)
     tokens = count * rows * length
 
     @torch.no_grad()
     def forward() -> None:
         for batch in batches:
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     def backward() -> None:
         for batch in batches:
@@ -37,7 +33,7 @@ def run(task: Task) -> None:
             model.zero_grad()
 
     forward()
-    plain = min(timed(forward, task.device)[0] for _ in range(2))
+    plain = min(task.timed(forward)[0] for _ in range(2))
     task.record.row("plain forward", seconds=plain, tokens=tokens)
     for name, method in METHODS.items():
         if not task.affords(name, 4):
@@ -46,20 +42,20 @@ def run(task: Task) -> None:
             reference = plain
             if method == "lora_ga":
                 backward()
-                reference = timed(backward, task.device)[0]
+                reference = task.timed(backward)[0]
                 task.record.row("plain forward and backward", seconds=reference, tokens=tokens)
-            config = LoraConfig(r=8, target_modules=targets(blocks), init_lora_weights=method)
+            config = LoraConfig(r=8, target_modules=targets(shape.blocks), init_lora_weights=method)
             collect = lambda c=config: calibrate(model, c, batches)  # noqa: E731
-            with counted_synchronizations() as waits:
-                collect()  # loads kernels
-            watch = peak_watch(task.device)
-            seconds, _ = timed(collect, task.device)
-            task.record.row(
-                name,
-                seconds=seconds,
-                passes=seconds / reference,
-                peak_gib=watch.rise() / 2**30,
-                waits=sum(waits.values()),
-                waits_by_line=dict(waits.most_common(LINES)),
-            )
+            with counted_waits() as waits:
+                collect()  # also loads kernels
+            with task.peak_memory() as peak:
+                seconds, _ = task.timed(collect)
+                task.record.row(
+                    name,
+                    seconds=seconds,
+                    passes=seconds / reference,
+                    peak_gib=peak(),
+                    waits=sum(waits.values()),
+                    waits_by_line=dict(waits.most_common(LISTED)),
+                )
         task.free()

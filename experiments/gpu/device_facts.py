@@ -14,20 +14,22 @@ from experiments.gpu.task import Task
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "triton", "safetensors", "numpy", "scipy",
 )  # fmt: skip
+DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def run(task: Task) -> None:
+    versions = {package: version(package) for package in PACKAGES}
     task.record.row(
         "versions",
         lora_init=lora_init.__version__,
         python=platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **versions,
     )
     task.record.row("host", cores=torch.get_num_threads(), machine=platform.machine())
     task.record.row("precision", **precision_settings())
     if not task.cuda:
         task.record.row("device", device="cpu")
-        task.record.note("there is no CUDA device: its facts are missing")
+        task.record.note("no CUDA device: its facts are missing")
         return
     properties = torch.cuda.get_device_properties(task.device)
     free, total = torch.cuda.mem_get_info(task.device)
@@ -43,12 +45,12 @@ def run(task: Task) -> None:
         linalg=str(torch.backends.cuda.preferred_linalg_library()),
     )
     for package in ("transformers", "peft", "bitsandbytes", "triton"):
-        if version(package) is None:
-            task.record.note(f"{package} is not installed: what needs it is left out")
+        if versions[package] is None:
+            task.record.note(f"{package} is not installed: measurements that need it are skipped")
 
 
 def precision_settings() -> dict[str, object]:
-    """The process-wide settings of float32 products and convolutions."""
+    """The process-wide precision of float32 products and convolutions."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     found: dict[str, object] = {"deterministic": torch.are_deterministic_algorithms_enabled()}
     if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the two interfaces do not mix
@@ -62,7 +64,7 @@ def precision_settings() -> dict[str, object]:
 
 
 def version(package: str) -> str | None:
-    """The installed version; None where the package is missing."""
+    """The installed version; None if the package is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -70,10 +72,9 @@ def version(package: str) -> str | None:
 
 
 def driver_version() -> str | None:
-    """The driver's version; None where nvidia-smi does not say."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    """The driver's version; None if nvidia-smi does not print it."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(DRIVER, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+    return done.stdout.partition("\n")[0].strip() or None

@@ -1,6 +1,6 @@
-"""The promises of an adapter's life, measured on the device where it lives.
+"""The promises about an adapter from injection to unloading, measured on its device.
 
-Each figure is a relative error divided by its promised tolerance: above 1 a promise is broken.
+Each figure is a relative error divided by its promised tolerance. Above 1 the promise is broken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from experiments.gpu.specimens import PACKED
 from lora_init import LoraModel
 from lora_init.layers import LoraLayer
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 FLOAT32_TOLERANCE = 2e-6
 UNLOAD_TOLERANCE = 1e-6
@@ -27,7 +27,7 @@ PACKED_MERGE = 0.4  # a merge quantizes the weight again
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Float32 convolutions with all bits. cuDNN rounds their factors to TF32 unless told not to."""
+    """Switch TF32 off for float32 convolutions. cuDNN uses it by default."""
     cudnn = torch.backends.cudnn
     if hasattr(getattr(cudnn, "conv", None), "fp32_precision"):  # since torch 2.9
         owner, name, exact = cudnn.conv, "fp32_precision", "ieee"
@@ -43,7 +43,7 @@ def exact_convolutions() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Life:
-    """Shares of the tolerances: the output at step 0, then disabled, merged and unloaded."""
+    """Errors over their tolerances: the output at step 0, then disabled, merged and unloaded."""
 
     step_0: float | None
     disabled: float
@@ -52,12 +52,13 @@ class Life:
 
     @property
     def broken(self) -> list[str]:
-        """The names of the promises that are broken. NaN breaks a promise."""
+        """The names of the broken promises. NaN breaks a promise."""
         return [name for name, value in vars(self).items() if value is not None and not value <= 1]
 
 
+@torch.no_grad()
 def lived(model: LoraModel, base: nn.Module, x: Tensor, *, keeps_output: bool) -> Life:
-    """Take the adapter through its life; it is unloaded afterwards.
+    """Disable, merge, unmerge and unload the adapter, and measure each step.
 
     Args:
         base: the model before injection, on the same device.
@@ -69,40 +70,37 @@ def lived(model: LoraModel, base: nn.Module, x: Tensor, *, keeps_output: bool) -
     epsilon = FLOAT32_TOLERANCE if dtype == torch.float32 else torch.finfo(dtype).eps
     packed = any(layer.module_type in PACKED for layer in model.layers.values())
     ratios = {name: ratio(model.layers[name], base.get_submodule(name)) for name in names}
-    largest = max(ratios.values())
-    with torch.no_grad():
-        step_0 = None
-        if keeps_output:
-            step_0 = max(
-                gap / (epsilon * ratios[name]) for name, gap in layer_gaps(model, base, x).items()
-            )
-        expected = base(x)
-        disturb(model)
-        trained = model(x)
-        with model.disable_adapter():
-            disabled = relative(model(x), expected) / (DISABLE_FACTOR * epsilon * largest)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a packed merge warns of its error
-            model.merge_adapter()
-        allowed = PACKED_MERGE if packed else MERGE_FACTOR * epsilon * largest
-        merged = relative(model(x), trained) / allowed
-        model.unmerge_adapter()
-        plain = model.unload()
-        unloaded = 0.0
-        for name in names:
-            weight = oriented_weight(base.get_submodule(name))
-            error = (oriented_weight(plain.get_submodule(name)) - weight).abs().max()
-            unloaded = max(unloaded, float(error / weight.abs().max()) / UNLOAD_TOLERANCE)
+    tolerance = epsilon * max(ratios.values())
+    step_0 = None
+    if keeps_output:
+        gaps = layer_gaps(model, base, x)
+        step_0 = max(gap / (epsilon * ratios[name]) for name, gap in gaps.items())
+    expected = base(x)
+    disturb(model)
+    trained = model(x)
+    with model.disable_adapter():
+        disabled = relative(model(x), expected) / (DISABLE_FACTOR * tolerance)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a packed merge warns about its error
+        model.merge_adapter()
+    merged = relative(model(x), trained) / (PACKED_MERGE if packed else MERGE_FACTOR * tolerance)
+    model.unmerge_adapter()
+    plain = model.unload()
+    unloaded = 0.0
+    for name in names:
+        weight = oriented_weight(base.get_submodule(name))
+        error = (oriented_weight(plain.get_submodule(name)) - weight).abs().max()
+        unloaded = max(unloaded, float(error / weight.abs().max()) / UNLOAD_TOLERANCE)
     return Life(step_0, disabled, merged, unloaded)
 
 
 def layer_gaps(model: LoraModel, base: nn.Module, x: Tensor) -> dict[str, float]:
-    """Each adapted layer's output compared with its original module's, for the base's inputs."""
-    met: dict[str, tuple[Tensor, Tensor]] = {}
+    """Compare each adapted layer's output with its original module's, for the base's inputs."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str):
         def hook(module: nn.Module, given: tuple, result: Tensor) -> None:
-            met[name] = given[0], result
+            seen[name] = given[0], result
 
         return hook
 
@@ -114,12 +112,12 @@ def layer_gaps(model: LoraModel, base: nn.Module, x: Tensor) -> dict[str, float]
             handle.remove()
     return {
         name: relative(model.layers[name](given), result, without_bias(base, name, result))
-        for name, (given, result) in met.items()
+        for name, (given, result) in seen.items()
     }
 
 
 def without_bias(base: nn.Module, name: str, result: Tensor) -> Tensor:
-    """The output less the bias: the scale of the tolerance."""
+    """The output minus the bias: the scale of the tolerance."""
     module = base.get_submodule(name)
     bias = getattr(module, "bias", None)
     if bias is None:
@@ -136,7 +134,7 @@ def ratio(layer: LoraLayer, module: nn.Module) -> float:
 
 
 def disturb(model: nn.Module, size: float = 0.05) -> None:
-    """Move every trainable tensor, as training would."""
+    """Change every trainable tensor, as training does."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -157,7 +155,7 @@ def twin(model: nn.Module) -> nn.Module:
     made = copy.deepcopy(model)
     for module in made.modules():
         if type(module).__name__ == "Linear4bit":
-            from lora_init.packed import keep_plain
+            from lora_init.weights.bitsandbytes import keep_plain
 
             keep_plain(module)
     return made

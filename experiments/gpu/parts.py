@@ -1,4 +1,4 @@
-"""The parts in the order in which they run, the most valuable first, and their time limits."""
+"""The parts of the command in the order in which they run, and their time limits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from experiments.gpu.task import Task
 
 TOTAL_SECONDS = 480.0
-"""What all parts together may take, the start of their processes included. The limits of the parts
-add up to more: the first import of torch may read gigabytes from a cold disk."""
+"""The limit of all parts together, process starts included. The single limits add up to more,
+because the first import of torch may read gigabytes from a slow disk."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Part:
 PARTS = (
     Part("device", "device_facts", 40, "The device, its software, and its settings."),
     Part("unit_costs", "unit_costs", 35, "Bandwidth, products and small decompositions."),
-    Part("agreement", "agreement", 110, "The same adapters as on the CPU, and their way back."),
+    Part("agreement", "agreement", 110, "The same adapters as on the CPU, and their unloading."),
     Part("methods", "methods", 125, "All methods on Llama-2-7B's shapes in bfloat16."),
     Part("training", "training_steps", 45, "Training steps compared with PEFT's, eager."),
     Part("calibration", "calibration_pass", 35, "Calibration compared with plain forward passes."),
@@ -46,7 +46,7 @@ PARTS = (
 
 
 def selected(names: list[str] | None) -> list[Part]:
-    """The parts with these names, in their own order; all for None.
+    """The parts with these names, in the order of `PARTS`; all for None.
 
     Raises:
         ValueError: a name is unknown.
@@ -56,6 +56,6 @@ def selected(names: list[str] | None) -> list[Part]:
         if name not in known:
             raise ValueError(
                 f"--parts={name} is not supported: must be one of {', '.join(known)}. "
-                "Leave --parts out to run all of them."
+                "Omit --parts to run all of them."
             )
     return [part for part in PARTS if names is None or part.name in names]

@@ -3,50 +3,44 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import rich
 from rich.table import Table
 
-from experiments.gpu.expected import seconds as expected_seconds
-from experiments.gpu.goals import verdicts
+from experiments.gpu.expectations import expected_seconds, verdicts
 from experiments.gpu.parts import PARTS
 from experiments.gpu.record import Record
+from lora_init.files import write_atomically
 
 SMALL = "This is the small form: its times mean nothing."
 ANSWER = {True: "yes", False: "NO", None: "not judged"}
+Records = dict[str, Record]
 
 
-def wrong_results(records: dict[str, Record]) -> list[str]:
+def wrong_results(records: Records) -> list[str]:
     return [f"{name}: {text}" for name, record in records.items() for text in record.wrong]
 
 
-def write(folder: Path, records: dict[str, Record], small: bool = False) -> None:
-    """Write report.json and report.md; each appears whole."""
-    with_expectations(records)
+def write(folder: Path, records: Records, small: bool = False) -> None:
+    """Write report.json and report.md."""
+    for row in records["methods"].rows if "methods" in records else ():
+        method, _, rank = row["name"].partition(" r=")
+        if row.get("blocks") and rank.isdigit():
+            row["expected_seconds"] = expected_seconds(method, int(rank))
     whole = {
         "small": small,
         "goals": verdicts(records, small),
         "wrong": wrong_results(records),
         "parts": {name: record.to_dict() for name, record in records.items()},
     }
-    for name, text in (("json", json.dumps(whole, indent=1)), ("md", page(records, small))):
-        temporary = folder / f"report.{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, folder / f"report.{name}")
+    texts = {"report.json": json.dumps(whole, indent=1), "report.md": page(records, small)}
+    for name, text in texts.items():
+        write_atomically(folder / name, lambda path, text=text: path.write_text(text))
 
 
-def with_expectations(records: dict[str, Record]) -> None:
-    """Put the estimate of docs/gpu.md into the rows of methods on Llama-2-7B's shapes."""
-    for row in records["methods"].rows if "methods" in records else ():
-        method, _, rank = row["name"].partition(" r=")
-        if row.get("blocks") and rank in ("16", "128"):
-            row["expected_seconds"] = expected_seconds(method, int(rank))
-
-
-def page(records: dict[str, Record], small: bool = False) -> str:
+def page(records: Records, small: bool = False) -> str:
     """The Markdown page."""
     lines = ["# lora_init on a GPU", ""]
     lines += [SMALL, ""] if small else []
@@ -55,9 +49,9 @@ def page(records: dict[str, Record], small: bool = False) -> str:
     lines += ["## Goals", "", *markdown(verdicts(records, small)), "", "## Parts", ""]
     lines += [*markdown(part_rows(records)), ""]
     for part in PARTS:
-        record = records.get(part.name)
-        if record is None:
+        if part.name not in records:
             continue
+        record = records[part.name]
         lines += [f"## {part.name}", "", part.about, ""]
         lines += [f"- {note}" for note in record.notes] + [""] * bool(record.notes)
         lines += [*markdown(record.rows), ""] if record.rows else []
@@ -65,7 +59,7 @@ def page(records: dict[str, Record], small: bool = False) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def part_rows(records: dict[str, Record]) -> list[dict[str, Any]]:
+def part_rows(records: Records) -> list[dict[str, Any]]:
     return [
         {
             "part": name,
@@ -81,45 +75,36 @@ def part_rows(records: dict[str, Record]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of all columns that are not mappings."""
-    columns = list(
-        dict.fromkeys(
-            key for row in rows for key, value in row.items() if not isinstance(value, dict)
-        )
-    )
+    """A table of all columns except mappings."""
+    cells = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]
+    columns = list(dict.fromkeys(key for row in cells for key in row))
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [shown(row.get(column)).replace("|", "\\|") for column in columns]
-        lines.append(f"| {' | '.join(cells)} |")
+    for row in cells:
+        texts = [shown(row.get(column)).replace("|", "\\|") for column in columns]
+        lines.append(f"| {' | '.join(texts)} |")
     return lines
 
 
 def waits(record: Record) -> list[str]:
-    """The lines of our source that wait for the device, for each row that has them."""
-    listed = [
-        (row["name"], row["waits_by_line"]) for row in record.rows if row.get("waits_by_line")
+    """The lines of lora_init that wait for the device, for each row that has them."""
+    lines = [
+        f"- {row['name']}: " + ", ".join(f"{k} {v}" for k, v in row["waits_by_line"].items())
+        for row in record.rows
+        if row.get("waits_by_line")
     ]
-    if not listed:
-        return []
-    lines = ["Waits for the device, by line of lora_init:", ""]
-    for name, counts in listed:
-        told = ", ".join(f"{line} {count}" for line, count in counts.items())
-        lines.append(f"- {name}: {told}")
-    return [*lines, ""]
+    return ["Waits for the device, by line of lora_init:", "", *lines, ""] if lines else []
 
 
 def shown(value: Any) -> str:
-    if value is None:
-        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}"
-    return " ".join(str(value).split())
+    return "" if value is None else " ".join(str(value).split())
 
 
-def print_table(records: dict[str, Record], small: bool = False) -> None:
-    """Parts and goals, on one screen."""
+def print_table(records: Records, small: bool = False) -> None:
+    """Print parts, goals and wrong results."""
     table = Table(title="lora_init on a GPU", caption=SMALL if small else None)
     for column in ("what", "result", "seconds", "remarks"):
         table.add_column(column, overflow="fold")
@@ -135,10 +120,8 @@ def print_table(records: dict[str, Record], small: bool = False) -> None:
         table.add_row(row["part"], row["status"], seconds, "; ".join(filter(None, remarks)))
     table.add_section()
     for goal in verdicts(records, small):
-        found = "" if goal["found"] is None else f"found {shown(goal['found'])}"
-        table.add_row(
-            goal["goal"], ANSWER[goal["met"]], "", f"{goal['wanted']}; {found}".strip("; ")
-        )
+        found = "" if goal["found"] is None else f"; found {shown(goal['found'])}"
+        table.add_row(goal["goal"], ANSWER[goal["met"]], "", f"{goal['wanted']}{found}")
     console = rich.get_console()
     console.print(table, markup=False)
     for text in wrong_results(records):

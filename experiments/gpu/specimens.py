@@ -1,7 +1,7 @@
-"""Small networks of one module type each, their inputs, and calibration data.
+"""Small networks of one module type each, with inputs and calibration data.
 
-Weights have decaying spectra: flat ones hide a decomposition that takes the wrong triplets. Several
-layers share a shape, so that an accelerator works on a stack of them.
+Weights have decaying spectra: with a flat spectrum a decomposition that takes the wrong triplets
+goes unnoticed. Several layers share a shape, so that an accelerator works on a stack of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Specimen:
     Attributes:
         kind: the module type of all layers.
         dtype: of its weights.
-        width: of the layers that are alike; a last one is wider. Whole blocks of 64 if packed.
+        width: of the equal layers; the last layer is wider. A multiple of 64 if packed.
     """
 
     kind: str
@@ -39,13 +39,19 @@ class Specimen:
         return self.kind in PACKED
 
     def build(self) -> nn.Module:
-        """The network on the CPU, the same at every call."""
+        """The network on the CPU, with the same weights at every call."""
         generator = torch.Generator().manual_seed(0)
         width = self.width
         if self.kind == "Embedding":
             made: nn.Module = Words(width, generator)
         elif self.kind == "Conv2d":
-            made = Pictures(generator)
+            made = Chain(
+                [
+                    convolution(nn.Conv2d(4, 4, 3, padding=1), generator),
+                    convolution(nn.Conv2d(4, 4, 3, padding=1), generator),
+                    convolution(nn.Conv2d(4, 12, 3, stride=2, bias=False), generator),
+                ]
+            )
         else:
             shapes = [(width, width)] * 2 + [(3 * width // 2, width)]
             weights = [decaying(*shape, generator) for shape in shapes]
@@ -53,7 +59,7 @@ class Specimen:
         return made if self.packed else made.to(self.dtype)
 
     def originals(self) -> dict[str, Tensor] | None:
-        """The weights that a packed network was quantized from; None for a float one."""
+        """The weights before quantization of a packed network; None for others."""
         if not self.packed:
             return None
         return Specimen("Linear", torch.float32, self.width).build().state_dict()
@@ -71,13 +77,13 @@ class Specimen:
         return (drawn @ mix + 0.3).to(self.dtype)
 
     def calibration(self, device: torch.device | str) -> Batches:
-        """More rows than the network is wide, so that no direction is unseen."""
+        """More rows than the network is wide, so that the inputs span all directions."""
         rows = max(ROWS, 2 * self.width) if self.kind != "Conv2d" else ROWS
         return Batches(self.inputs(seed, rows).to(device) for seed in (11, 12))
 
 
 class Batches(list):
-    """Calibration batches with a loss for methods that read gradients: the mean square output."""
+    """Calibration batches with a loss for methods that need gradients: the mean square output."""
 
     @staticmethod
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ class Batches(list):
 
 
 class Chain(nn.Module):
-    """Linear layers one after another; float inputs of any dtype are cast to a packed layer's."""
+    """Layers one after another, with tanh between them."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -97,32 +103,8 @@ class Chain(nn.Module):
         return self.layers[-1](x)
 
 
-class Pictures(nn.Module):
-    """Two convolutions that are alike, and one that is strided."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                nn.Conv2d(4, 4, 3, padding=1),
-                nn.Conv2d(4, 4, 3, padding=1),
-                nn.Conv2d(4, 12, 3, stride=2, bias=False),
-            ]
-        )
-        with torch.no_grad():
-            for layer in self.layers:
-                rows, *rest = layer.weight.shape
-                weight = decaying(rows, math.prod(rest), generator)
-                layer.weight.copy_(weight.view_as(layer.weight))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = torch.tanh(layer(x))
-        return self.layers[-1](x)
-
-
 class Words(nn.Module):
-    """Two embeddings that are alike."""
+    """The sum of two equal embeddings."""
 
     def __init__(self, width: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -135,14 +117,22 @@ class Words(nn.Module):
         return torch.tanh(self.layers[0](ids)) + torch.tanh(self.layers[1](ids))
 
 
+@torch.no_grad()
+def convolution(module: nn.Conv2d, generator: torch.Generator) -> nn.Conv2d:
+    """The module with a weight of decaying spectrum."""
+    rows, *rest = module.weight.shape
+    module.weight.copy_(decaying(rows, math.prod(rest), generator).view_as(module.weight))
+    return module
+
+
+@torch.no_grad()
 def linear(kind: str, weight: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A linear module of this kind that holds the weight (out, in)."""
+    """A linear module of this kind with the given weight (out, in)."""
     rows, columns = weight.shape
     if kind == "Conv1D":
         from transformers.pytorch_utils import Conv1D
 
-        module = Conv1D(rows, columns)
-        weight = weight.T
+        module, weight = Conv1D(rows, columns), weight.T
     elif kind == "Linear":
         module = nn.Linear(columns, rows)
     else:
@@ -150,18 +140,16 @@ def linear(kind: str, weight: Tensor, dtype: torch.dtype) -> nn.Module:
 
         settings = {"compute_dtype": dtype} if kind == "Linear4bit" else {"has_fp16_weights": False}
         module = getattr(bitsandbytes.nn, kind)(columns, rows, bias=False, **settings)
-    with torch.no_grad():
-        module.weight.copy_(weight)
-        if getattr(module, "bias", None) is not None:
-            module.bias.fill_(0.1)
-    return module.to("cpu")  # which quantizes a packed one
+    module.weight.copy_(weight)
+    if getattr(module, "bias", None) is not None:
+        module.bias.fill_(0.1)
+    return module.to("cpu")  # quantizes a packed module
 
 
 def decaying(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Singular values 1, 2^-0.7, 3^-0.7, …; Frobenius norm sqrt(rows)."""
+    """A matrix with singular values 1, 2^-0.7, 3^-0.7, … and Frobenius norm sqrt(rows)."""
     size = min(rows, columns)
     left = torch.linalg.qr(torch.randn(rows, size, generator=generator))[0]
     right = torch.linalg.qr(torch.randn(columns, size, generator=generator))[0]
     values = torch.arange(1, size + 1) ** -0.7
-    weight = (left * values) @ right.T
-    return weight * (math.sqrt(rows) / values.norm())
+    return (left * values) @ right.T * (math.sqrt(rows) / values.norm())

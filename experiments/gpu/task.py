@@ -1,13 +1,14 @@
-"""What a part is given: a device, a size, a time limit, and a record to fill."""
+"""The context of a part: a device, a size, a time limit, and a record to fill."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,12 +17,12 @@ from experiments.gpu.record import Record, brief
 
 @dataclass
 class Task:
-    """One part's work.
+    """The context in which a part runs.
 
     Attributes:
         device: where the work runs.
-        small: use tiny sizes, for a test of the code.
-        ends: the reading of `time.monotonic` at which the part is killed.
+        small: use tiny sizes, to test the code itself.
+        ends: the value of `time.monotonic` at which the part is killed.
     """
 
     record: Record
@@ -39,7 +40,7 @@ class Task:
         return self.device.type == "cuda"
 
     def affords(self, name: str, seconds: float) -> bool:
-        """Whether `seconds` are left. If not, a note says that `name` was skipped."""
+        """Whether `seconds` are left. If not, note that `name` was skipped."""
         if self.left >= seconds:
             return True
         self.record.note(f"{name}: skipped, {max(self.left, 0):.0f} s of the time limit are left")
@@ -50,7 +51,7 @@ class Task:
         """Record an exception as a failed row and continue.
 
         Args:
-            refutes: the exception is a wrong result, because the CPU raises none.
+            refutes: count the exception as a wrong result, because the CPU raises none.
         """
         try:
             yield
@@ -59,18 +60,45 @@ class Task:
             if refutes:
                 self.record.refute(f"{name}: {brief(error)}")
 
+    def timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds of one call, and its result. The device's queue is empty before and after."""
+        self.synchronize()
+        start = time.perf_counter()
+        result = function()
+        self.synchronize()
+        return time.perf_counter() - start, result
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def peak_memory(self) -> Iterator[Callable[[], float | None]]:
+        """Yield a function that returns the peak of allocated memory since now, in GiB.
+
+        It returns None on a CPU.
+        """
+        self.free()
+        if not self.cuda:
+            yield lambda: None
+            return
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        yield lambda: (torch.cuda.max_memory_allocated(self.device) - before) / 2**30
+
     def free(self) -> None:
-        """Give back the memory of the last measurement, on a device that needs it."""
+        """Release the memory of the last measurement."""
         if self.cuda:
             gc.collect()
+            torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
 
 def pick_device(small: bool) -> torch.device:
-    """The first CUDA device, or the CPU for the small form.
+    """The current CUDA device, or the CPU for the small form.
 
     Raises:
-        RuntimeError: the full form was asked for and there is no CUDA device.
+        RuntimeError: the full form needs a CUDA device.
     """
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

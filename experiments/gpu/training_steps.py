@@ -1,13 +1,14 @@
 """Training steps of lora_init and PEFT on the same blocks: bfloat16 base, float32 factors.
 
-All contenders are in memory and take turns. `frozen` is the forward and backward pass of the base
-alone: what a step costs above it is the adapter's.
+All contenders are in memory and alternate. `frozen` is the forward and backward pass of the base
+alone: the rest of a step's time is the adapter's.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.benchmark.peaks import peak_watch
 from experiments.gpu.blocks import LLAMA_2_7B, TINY, llama, targets, token_batches
-from experiments.gpu.stopwatch import rounds
 from experiments.gpu.task import Task
 from lora_init import LoraConfig, get_peft_model
 
@@ -29,43 +28,42 @@ OURS = {
     "PiSSA with DoRA": ("pissa_niter_4", True),
 }
 PEERS = {"PEFT LoRA": False, "PEFT DoRA": True}
+RATIOS = (
+    ("PEFT LoRA", "LoRA"), ("PEFT DoRA", "DoRA"), ("PiSSA", "LoRA"), ("PEFT LoRA", "PiSSA"),
+)  # fmt: skip
 
 
 def run(task: Task) -> None:
     shape, blocks, rows, length = (TINY, 1, 2, 16) if task.small else (LLAMA_2_7B, 4, 4, 2048)
     base = llama(shape, blocks, task.device, spectra=False)
-    names = targets(blocks)
     (batch,) = token_batches(shape, 1, rows, length, task.device)
-    models = contenders(task, base, names)
-    steps: dict[str, Callable[[], Any]] = {}
-    peaks: dict[str, float] = {}
-    for name, model in models.items():
+    steps: dict[str, Callable[[], None]] = {}
+    peaks: dict[str, float | None] = {}
+    for name, model in contenders(task, base, targets(blocks)).items():
         with task.guarded(name):
             step = stepper(model, batch)
             step()  # loads kernels
-            watch = peak_watch(task.device)
-            step()
-            peaks[name] = watch.rise() / 2**30
+            with task.peak_memory() as peak:
+                step()
+                peaks[name] = peak()
             steps[name] = step
-    count = 2 if task.small else 8
-    seconds = rounds(steps, task.device, count)
+    seconds = alternated(task, steps, 2 if task.small else 8)
+    frozen = seconds.get("frozen", 0.0)
     for name, taken in seconds.items():
-        task.record.row(
-            name, ms=1e3 * taken, above_frozen_ms=1e3 * (taken - seconds.get("frozen", 0.0)),
-            peak_gib=peaks[name], tokens=rows * length, blocks=blocks,
-        )  # fmt: skip
-    compare(task, seconds)
+        extra = {"above_frozen_ms": 1e3 * (taken - frozen), "peak_gib": peaks[name]}
+        task.record.row(name, ms=1e3 * taken, **extra, tokens=rows * length, blocks=blocks)
+    record_ratios(task, seconds)
 
 
 def contenders(task: Task, base: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     """The base and its adapted copies, in training mode."""
     made: dict[str, nn.Module] = {"frozen": copy.deepcopy(base).requires_grad_(False)}
     for name, (method, use_dora) in OURS.items():
-        settings = LoraConfig(
+        config = LoraConfig(
             r=RANK, target_modules=names, init_lora_weights=method, use_dora=use_dora
         )
         with task.guarded(name):
-            made[name] = get_peft_model(copy.deepcopy(base), settings, cache=False)
+            made[name] = get_peft_model(copy.deepcopy(base), config, cache=False)
     if importlib.util.find_spec("peft") is None:
         task.record.note("PEFT's steps are missing: peft is not installed")
     else:
@@ -78,17 +76,15 @@ def contenders(task: Task, base: nn.Module, names: list[str]) -> dict[str, nn.Mo
                 made[name] = peft.get_peft_model(copy.deepcopy(base), theirs)
     for model in made.values():
         model.train()
-        # The first block's inputs need a gradient, as below a trained layer.
-        model.get_input_embeddings().register_forward_hook(require_gradient)
+        # The first block's inputs need a gradient, as they do above a trained layer.
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, given, result: result.requires_grad_()
+        )
     return made
 
 
-def require_gradient(module: nn.Module, given: tuple, result: torch.Tensor) -> torch.Tensor:
-    return result.requires_grad_()
-
-
-def stepper(model: nn.Module, batch: dict) -> Callable[[], None]:
-    """Forward and backward pass, and an update by AdamW where something is trained."""
+def stepper(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Forward and backward pass, and an update by AdamW if anything is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 
@@ -101,14 +97,17 @@ def stepper(model: nn.Module, batch: dict) -> Callable[[], None]:
     return step
 
 
-def compare(task: Task, seconds: dict[str, float]) -> None:
-    """The ratios that the goals are about."""
-    pairs = {
-        "PEFT LoRA / LoRA": ("PEFT LoRA", "LoRA"),
-        "PEFT DoRA / DoRA": ("PEFT DoRA", "DoRA"),
-        "PiSSA / LoRA": ("PiSSA", "LoRA"),
-        "PEFT LoRA / PiSSA": ("PEFT LoRA", "PiSSA"),
-    }
-    for name, (above, below) in pairs.items():
+def alternated(task: Task, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median seconds of each call. They alternate, so that a clock change affects all."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
+            taken[name].append(task.timed(calls[name])[0])
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def record_ratios(task: Task, seconds: dict[str, float]) -> None:
+    """The ratios of step times that have goals."""
+    for above, below in RATIOS:
         if above in seconds and below in seconds:
-            task.record.row(name, ratio=seconds[above] / seconds[below])
+            task.record.row(f"{above} / {below}", ratio=seconds[above] / seconds[below])

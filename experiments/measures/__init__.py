@@ -1,7 +1,7 @@
-"""What every run records besides its score: at the start, while it trains, and at the end.
+"""Measures besides the score: at the start, during training, and at the end.
 
-Measures read the model and the data; they draw no random number and change no parameter, so that a
-run's losses are the same to the bit with them and without.
+Measures read the model and the data. They do not draw random numbers or change parameters, so a
+run's losses are the same with and without them, to the bit.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from experiments.config.records import MeasuresConfig
 from experiments.measures.end import measure_end
 from experiments.measures.original_model import OriginalModel
 from experiments.measures.originals import Originals, measure_originals
-from experiments.measures.settings import MeasuresConfig
 from experiments.measures.spectra import describe_spectrum
 from experiments.measures.start import describe_start
 from experiments.measures.updates import is_due, update_size
@@ -37,7 +37,7 @@ def update_observer(
     steps: int,
     record: Callable[[dict[str, Any]], None],
 ) -> Callable[[int], None]:
-    """What the training loop calls after each step: records the update's size when it is due."""
+    """A function for the training loop that records the update's size when it is due."""
 
     def observe(step: int) -> None:
         if is_due(step, steps, settings.update_every):

@@ -1,8 +1,8 @@
-"""Principal angles between subspaces: how far training turned what a factor started with.
+"""Principal angles between subspaces: how far training rotated a factor's span.
 
 Cosines of the angles are the singular values of Qᵀ P, sines those of (I - Q Qᵀ) P, for orthonormal
-bases Q and P. Each angle is taken from whichever is well conditioned: an arc cosine near 1 loses
-half of the digits, so that angles below 45 degrees come from the sine.
+bases Q and P. An arc cosine near 1 loses half of the digits, so angles below 45 degrees are
+computed from the sine.
 
 Source: Björck & Golub, "Numerical Methods for Computing Angles Between Linear Subspaces",
 Mathematics of Computation, 1973.
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-VANISHING = 1e-7  # of the largest singular value: float32 factors know no direction below it
+VANISHING = 1e-7  # of the largest singular value: below it, float32 factors hold only rounding
 
 
 def span(columns: Float[Tensor, "size count"]) -> Float[Tensor, "size dimension"]:
@@ -29,7 +29,7 @@ def principal_angles(
 ) -> Float[Tensor, " angles"]:
     """Angles in degrees, ascending, between the spans of two sets of columns.
 
-    As many as the smaller span has dimensions: 0 means that it lies in the other.
+    There are as many as the smaller span has dimensions. All are 0 if it lies in the other.
     """
     larger, smaller = span(first), span(second)
     if larger.shape[1] < smaller.shape[1]:
@@ -41,6 +41,6 @@ def principal_angles(
 
 
 def mean_angle(initial: Float[Tensor, "size m"], final: Float[Tensor, "size n"]) -> float | None:
-    """The mean principal angle in degrees; None where either is zero and spans nothing."""
+    """The mean principal angle in degrees; None if either is zero."""
     angles = principal_angles(initial, final) if initial.any() and final.any() else None
     return None if angles is None else float(angles.mean())

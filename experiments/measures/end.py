@@ -1,17 +1,17 @@
-"""What training did, layer by layer (end.json) and in total (`end` of result.json)."""
+"""The effect of training, per layer (end.json) and in total (`end` in result.json)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.config.records import MeasuresConfig
 from experiments.measures.angles import mean_angle
 from experiments.measures.forgetting import KINDS, forgetting
 from experiments.measures.intruders import intruder_dimensions
 from experiments.measures.original_model import OriginalModel
-from experiments.measures.originals import Originals
+from experiments.measures.originals import Originals, spread
 from experiments.measures.products import update_norm
-from experiments.measures.settings import MeasuresConfig, spread
 from experiments.measures.updates import ratio, update_size
 from experiments.tasks import Task
 from lora_init import LoraModel
@@ -27,12 +27,12 @@ def measure_end(
     held_out: Sequence[Any],
     batch_size: int,
 ) -> dict[str, Any]:
-    """The totals, and `layers`: a row for each. What was not measured is None.
+    """The totals, and `layers` with a row for each. Figures that were not measured are None.
 
     Args:
-        original: the model before the adapter, and the trained one.
-        facts: of the original weights.
-        held_out: texts on which forgetting is measured; `measures.forgetting_texts` of them are.
+        original: the trained model, and the base before the adapter.
+        facts: the norms and spectra of the original weights.
+        held_out: texts to measure forgetting on; `measures.forgetting_texts` of them are used.
     """
     model = original.adapted
     layers = describe_layers(original, facts, settings)
@@ -76,6 +76,6 @@ def describe_layers(
 
 
 def mean_of(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    """Over the layers that have the figure."""
+    """The mean over the layers that have the figure."""
     values = [row[key] for row in rows if row[key] is not None]
     return sum(values) / len(values) if values else None

@@ -1,13 +1,12 @@
-"""Forgetting: how far the trained model has come from the original base on held-out texts.
+"""Forgetting: how far the trained model is from the original base on held-out texts.
 
-- Causal models: the mean of KL(original ‖ trained) in nats, over the next-token distributions at
-  every position that is no padding.
-- Classifiers: their head is new, and there is no output of the original to compare with. Compared
-  are the representations below the head, averaged over each text's tokens: 1 - cosine, averaged
-  over texts. 0: what a text meant to the encoder it still means, up to scale.
+- Causal models: the mean KL(original ‖ trained) of the next-token distributions, in nats, over all
+  positions without padding.
+- Classifiers: 1 - cosine of the representations below the head, averaged over each text's tokens
+  and then over texts. Their head is new, so outputs cannot be compared.
 
 The original is the base before the initialization, not the residual that a subtracting method
-trains on, and not the quantised weights of a replacing one.
+trains on, and not the quantized weights of a replacing one.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ def forgetting(
         values = compare(before, after, mask.to(after.device))
         total, count = total + float(values.sum()), count + len(values)
     adapted.train(was_training)
-    # Rounding makes it slightly negative where the two agree.
+    # Rounding can make it slightly negative.
     return max(total / count, 0.0) if count else None
 
 
 def batches(
     task: Task, examples: Sequence[Any], batch_size: int
 ) -> Iterator[tuple[dict[str, Tensor], Bool[Tensor, "batch length"]]]:
-    """Model inputs without labels, and where they are no padding."""
+    """Model inputs without labels, and a mask without padding."""
     for start in range(0, len(examples), batch_size):
         batch = task.collate(examples[start : start + batch_size])
         batch.pop("labels")
@@ -91,6 +90,6 @@ def pooled_distance(
 ) -> Float[Tensor, " batch"]:
     """1 - cosine of each text's mean representation, in float64."""
     weight = mask[..., None].double()
-    # A mean would only divide by the number of tokens, which no cosine sees.
+    # A sum instead of a mean: the cosine does not depend on the scale.
     first, second = ((x.to(mask.device).double() * weight).sum(1) for x in (before, after))
     return 1 - F.cosine_similarity(first, second, dim=-1)

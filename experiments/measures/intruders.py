@@ -1,13 +1,13 @@
-"""Intruder dimensions: leading directions of the trained weight that the original had nowhere.
+"""Intruder dimensions: leading directions of the trained weight that the original lacks.
 
-Of the k leading left singular vectors of W_tuned, those count whose largest |cosine| with any left
-singular vector of the original W is below 0.5.
+A leading left singular vector of W_tuned is an intruder if its |cosine| with every left singular
+vector of the original W is below 0.5.
 
 Source: Shuttleworth et al. 2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence", algorithm
 1, arXiv 2410.21228.
-Deviations: signs of singular vectors are arbitrary, so that |cosine| is compared; the leading
-vectors of W_tuned come from a partial decomposition. All singular vectors of W are compared with,
-as in the paper: leaving the small ones out would count directions that training only strengthened.
+Deviations: signs of singular vectors are arbitrary, so |cosine| is compared. The leading vectors of
+W_tuned come from a partial decomposition. As in the paper, all singular vectors of W are used:
+without the small ones, directions that training only strengthened would count.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.factors import widened
 from lora_init.linalg import top_singular
-from lora_init.modules import widened
 
 THRESHOLD = 0.5
 

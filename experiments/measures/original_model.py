@@ -1,4 +1,4 @@
-"""The original base model beside the trained one, whatever the method did to its weights."""
+"""The original base of a trained model, also if the method changed its weights."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init import LoraModel
-from lora_init.base_weights import BaseWeights
-from lora_init.plan import Target
+from lora_init.plan.plan import Target
+from lora_init.weights.source import BaseWeights
 
 
 class OriginalModel:
-    """The same model with its adapter off; where its weights were replaced, loaded once more.
+    """The model with its adapter off or, if its weights were replaced, loaded again.
 
-    Loading again costs seconds and memory after the training. A copy kept from the start would
-    weigh on the peak memory that is recorded for the initialization.
+    A copy kept from the start would count in the recorded peak memory of the initialization.
 
     Args:
         model: the adapted model.
-        load: loads the base again, and tells where its unquantised weights are, if they are apart.
+        load: loads the base again; returns it and the folder of its unquantized weights, if any.
     """
 
     def __init__(self, model: LoraModel, load: Callable[[], tuple[nn.Module, str | None]]) -> None:

@@ -1,4 +1,4 @@
-"""The base before any initializer touched it: its norms, and some layers' spectra."""
+"""Facts about the base before any initializer changed it: norms, and some spectra."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments.measures.settings import MeasuresConfig, spread
+from experiments.config.records import MeasuresConfig
 from experiments.measures.spectra import Spectrum, leading_spectrum
-from lora_init.base_weights import BaseWeights
-from lora_init.plan import Plan
+from lora_init.plan.plan import Plan
+from lora_init.weights.source import BaseWeights
 
 
 @dataclass(frozen=True)
 class Originals:
-    """Facts about the original weights, by layer; a replaced base cannot be asked later.
+    """Facts about the original weights, by layer, taken before a method may replace them.
 
     Attributes:
         norms: ‖W‖ (Frobenius) of every target.
-        spectra: of the few layers that `measures.spectra_layers` chooses.
+        spectra: of the layers that `measures.spectra_layers` chooses.
     """
 
     norms: Mapping[str, float]
@@ -37,3 +37,13 @@ def measure_originals(plan: Plan, weights: BaseWeights, settings: MeasuresConfig
         if target.name in chosen:
             spectra[target.name] = leading_spectrum(weight)
     return Originals(norms, spectra)
+
+
+def spread(items: list[str], count: int | None) -> list[str]:
+    """`count` of the items (None: all), evenly spaced: the middles of as many equal parts.
+
+    The starts of the parts would be the same kind of layer in every block of a model.
+    """
+    if count is None or count >= len(items):
+        return items
+    return [items[(2 * part + 1) * len(items) // (2 * count)] for part in range(count)]

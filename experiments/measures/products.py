@@ -1,4 +1,4 @@
-"""Norms of low-rank products from their factors; an out × in matrix is never formed.
+"""Norms of low-rank products, from their factors alone.
 
 ‖B A‖² = tr(Bᵀ B A Aᵀ), of two r × r Gram matrices, in float64: 2 r² (out + in) operations.
 """
@@ -17,15 +17,15 @@ def product_norm(lora_B: Float[Tensor, "out rank"], lora_A: Float[Tensor, "rank 
     """‖B A‖ (Frobenius)."""
     lora_B, lora_A = lora_B.double(), lora_A.double()
     square = ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum()
-    return float(square.clamp_min(0).sqrt())  # rounding can take a vanishing product below zero
+    return float(square.clamp_min(0).sqrt())  # rounding can make a tiny one negative
 
 
 @torch.no_grad()
 def update_norm(layer: LoraLayer) -> float:
-    """‖s (B A - B0 A0)‖ (Frobenius), what training changed; DoRA's magnitudes are left out.
+    """‖s (B A - B0 A0)‖ (Frobenius), the change by training, without DoRA's magnitudes.
 
-    Of B A - B0 A0 = [B - B0, B0] [A; A - A0]. The form [B, -B0] [A; A0] has the same size, but its
-    Gram matrices cancel to the square root of float64's rounding while the update is small.
+    It uses B A - B0 A0 = [B - B0, B0] [A; A - A0]. The form [B, -B0] [A; A0] has the same norm, but
+    for small updates its Gram matrices cancel.
     """
     lora_A, lora_B = layer.lora_A.double(), layer.lora_B.double()
     initial_A, initial_B = layer.initial_lora_A.double(), layer.initial_lora_B.double()

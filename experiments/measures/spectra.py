@@ -1,4 +1,4 @@
-"""The spectrum of a weight, and which part of it a start takes."""
+"""The spectrum of a weight, and the part of it that a start uses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experiments.measures.angles import span
+from lora_init.factors import widened
 from lora_init.layers import LoraLayer
 from lora_init.linalg import top_singular
-from lora_init.modules import widened
 
-LEADING = 64  # directions: what ranks of practice reach, and enough to draw a spectrum's fall
+LEADING = 64  # directions: as many as common ranks, and enough to draw how a spectrum falls
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def leading_spectrum(weight: Float[Tensor, "out in"]) -> Spectrum:
 def taken(spectrum: Spectrum, lora_A: Float[Tensor, "rank in"]) -> Float[Tensor, " k"] | None:
     """The share of each right singular vector v in the row space of A: ‖Qᵀ v‖², Q a basis of it.
 
-    It is the sum of squared cosines between v and the directions of A. None where A is zero.
+    It is the sum of squared cosines between v and the directions of A. None if A is zero.
     """
     basis = span(lora_A.detach().cpu().T)
     if basis.shape[1] == 0:
@@ -43,7 +43,7 @@ def taken(spectrum: Spectrum, lora_A: Float[Tensor, "rank in"]) -> Float[Tensor,
 
 
 def describe_spectrum(name: str, spectrum: Spectrum, layer: LoraLayer | None) -> dict[str, Any]:
-    """A row of spectra.json. A layer that was given no rank took nothing."""
+    """A row of spectra.json; a layer without an adapter uses nothing."""
     if layer is None:
         shares = torch.zeros_like(spectrum.values)
     else:

@@ -1,4 +1,4 @@
-"""What is known of a run before its first step: `start` of result.json."""
+"""Facts about a run before its first step: `start` in result.json."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def describe_start(
     """Sizes over all adapted layers together (square roots of sums of squares), gaps and costs.
 
     Args:
-        model: its initial factors are read, so that it may have been trained.
-        norms: of the original weights, by layer.
-        init: what init.json holds.
-        gradient_norms: of the first step, in total, of A, B and the head.
+        model: only its initial factors are read, so it may have been trained.
+        norms: the norms of the original weights, by layer.
+        init: the content of init.json.
+        gradient_norms: of the first step: in total, of A, of B and of the head.
     """
     layers = model.layers
     starts = [(layer.initial_lora_A, layer.initial_lora_B) for layer in layers.values()]

@@ -1,4 +1,4 @@
-"""How far training has moved the adapted weights, beside their size."""
+"""How far training has moved the adapted weights, relative to their norm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experiments.measures.products import update_norm
 from lora_init import LoraModel
 
 COMMON_STEP = 100
-"""Where runs of every length are comparable: update size here is one of the protocol's views."""
+"""The step at which the protocol compares the update sizes of runs of all lengths."""
 
 
 def is_due(step: int, steps: int, every: int) -> bool:
@@ -24,5 +24,5 @@ def update_size(model: LoraModel, norms: Mapping[str, float]) -> float | None:
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """None where the whole is zero."""
+    """part / whole; None if the whole is zero."""
     return part / whole if whole > 0 else None

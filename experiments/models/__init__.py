@@ -1,8 +1,8 @@
-"""Models. The type of the config selects the source; a source is one file.
+"""Models. The type of the configuration selects the source; each source is one file.
 
 To add one: a dataclass derived from `ModelConfig` and a `locate(config) -> Checkpoint` in a file
-here, a line in `SOURCES`, and a YAML in `conf/model/`. A model that already lies in a folder needs
-none of this: `model=local model.path=…`.
+here, a line in `SOURCES`, and a YAML in `conf/model/`. A model in a folder needs none of this:
+`model=local model.path=…`.
 """
 
 from __future__ import annotations
@@ -13,29 +13,31 @@ from typing import Any
 
 import torch
 
-from experiments.errors import ConfigurationError
-from experiments.models import local, minilm, quantizing, smollm2
-from experiments.models.checkpoint import Checkpoint, ModelConfig
-from experiments.models.loading import checkpoint_activations, load_checkpoint
+from experiments.config.inputs import ModelConfig
+from experiments.config.store import register_sources
+from experiments.models import local, minilm, quantization, smollm2
+from experiments.models.pretrained import checkpoint_activations, load_checkpoint
+from experiments.models.source import Checkpoint
 
 SOURCES: dict[type[ModelConfig], Callable[[Any], Checkpoint]] = {
     minilm.MiniLM: minilm.locate,
     smollm2.SmolLM2: smollm2.locate,
     local.LocalModel: local.locate,
 }
+register_sources("model", SOURCES)
 
 __all__ = ["SOURCES", "LoadedModel", "ModelConfig", "checkpoint_activations", "load_model"]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pretrained model with its tokenizer, and facts that belong into every result."""
+    """A pretrained model with its tokenizer, and facts for every result."""
 
     model: torch.nn.Module
     tokenizer: Any
     notes: tuple[str, ...]
     original_weights: str | None = None
-    """Where the unquantised weights of a quantised model are."""
+    """Where the unquantized weights of a quantized model are."""
 
 
 def load_model(
@@ -43,13 +45,10 @@ def load_model(
 ) -> LoadedModel:
     """Load the model of `config`, with a head for `labels` drawn from `head_seed`.
 
-    In `config.dtype`; the linear layers below the head in the format that `config.quantization`
-    names.
+    Raises:
+        ConfigurationError: the model cannot be loaded as configured.
     """
-    try:
-        quantizing.check_format(config.quantization)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
+    quantization.check_format(config.quantization)
     checkpoint = SOURCES[type(config)](config)
     model, tokenizer, notes = load_checkpoint(
         checkpoint,
@@ -63,5 +62,5 @@ def load_model(
     )
     if config.quantization is None:
         return LoadedModel(model, tokenizer, notes)
-    notes = (*notes, f"base quantised by bitsandbytes: {config.quantization}")
-    return LoadedModel(model, tokenizer, notes, quantizing.original_folder(checkpoint))
+    notes = (*notes, f"base quantized by bitsandbytes: {config.quantization}")
+    return LoadedModel(model, tokenizer, notes, quantization.original_folder(checkpoint))

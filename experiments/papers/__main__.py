@@ -25,6 +25,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.table import Table
 
+from experiments.config.resolve import as_settings
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.catalogue import NAMES, check_names
@@ -32,7 +33,6 @@ from experiments.papers.page import verdict_counts, write_page
 from experiments.papers.reproduction import FORMS, require
 from experiments.papers.result import Result, read_result
 from experiments.papers.text import terminal_table
-from experiments.resolving import as_settings
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
 

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from experiments.data import gsm_symbolic, rotten_tomatoes
-from experiments.data.examples import split_of
+from experiments.data.splits import split_of
 from experiments.errors import ConfigurationError
 
 CORPORA = ("plots", "reviews", "problems")

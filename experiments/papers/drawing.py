@@ -17,7 +17,7 @@ from experiments.papers.reproduction import Figure
 from experiments.report.canvas import INK, SOFT, inline
 from experiments.report.palette import MARKS, marks, ordered
 from experiments.report.specification import VEGA_LITE, themed
-from experiments.runs import write_bytes, write_text
+from experiments.run.files import write_bytes, write_text
 
 __all__ = ["INK", "MARKS", "SOFT", "marks", "ordered"]
 # Okabe and Ito's colors, which differ under the common color deficiencies.

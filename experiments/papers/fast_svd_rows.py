@@ -26,9 +26,8 @@ from experiments.papers.reproduction import (
     require_at_least,
 )
 from experiments.papers.subject import Subject, load_subject, place
-from lora_init import LoraConfig, get_peft_model
+from lora_init import LoraConfig, get_peft_model, init_factors
 from lora_init.progress import tracked
-from lora_init.registry import resolve
 
 PAPER_SHARE = 128 / 4096
 LOWRANK, NITER, PISSA = "torch.svd_lowrank", "pissa_niter_N", "pissa"
@@ -127,9 +126,8 @@ def decompose(method: str, weight: Tensor, rank: int, niter: int | None, seed: i
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return balanced(*torch.svd_lowrank(weight, rank, niter=niter))
-    initializer, options = resolve(PISSA if method == PISSA else f"pissa_niter_{niter}")
-    generator = torch.Generator().manual_seed(seed)
-    found = initializer.function(weight, rank, 1.0, None, options, generator)
+    name = PISSA if method == PISSA else f"pissa_niter_{niter}"
+    found = init_factors(weight, name, r=rank, seed=seed)
     return found.lora_A, found.lora_B
 
 

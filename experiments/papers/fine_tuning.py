@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from experiments.config.training import TrainingConfig
 from experiments.console import training_bar
 from experiments.papers.corpus import language_batches
-from experiments.schedule import TrainingConfig
-from experiments.training import make_accelerator, train
+from experiments.training.loop import make_accelerator, train
 
 
 class Blocks:
@@ -57,7 +57,7 @@ def fine_tune(
     device: str = "auto",
     observe: Callable[[int], None] = lambda step: None,
 ) -> Trace:
-    """Train `model` in place by `experiments.training.train`.
+    """Train `model` in place by `experiments.training.loop.train`.
 
     Args:
         seed: of the order of the blocks; compared trainings need the same.

@@ -49,7 +49,7 @@ from experiments.papers.tasks import (
     measured_layers,
     task_batches,
 )
-from lora_init.gradients import collect_gradients
+from lora_init.calibration.gradients import collect_gradients
 from lora_init.progress import tracked
 from lora_init.registry import Initializer, resolve
 

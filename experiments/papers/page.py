@@ -19,7 +19,7 @@ from experiments.papers.claim import Claim, Verdict, as_claim
 from experiments.papers.result import Result
 from experiments.papers.text import CLAIM_HEADERS, claims_markdown, markdown
 from experiments.report.page import as_script, bundle
-from experiments.runs import write_json, write_text
+from experiments.run.files import write_json, write_text
 
 HERE = Path(__file__).parent
 STYLE = HERE.parent / "report" / "page.css"

@@ -22,9 +22,9 @@ from experiments.console import say
 from experiments.errors import RunFailed
 from experiments.papers.reproduction import Measurement, Options, require, require_at_least
 from experiments.papers.subject import place
+from lora_init import init_factors
+from lora_init.layer import layer_generator
 from lora_init.progress import tracked
-from lora_init.registry import get_initializer
-from lora_init.seeding import layer_generator
 
 NETWORKS = ("square", "narrow")
 STARTS = ("A", "B")
@@ -151,11 +151,10 @@ def draw_start(
     a third of the paper's.
     """
     width, out = task.inputs.shape[1], task.frozen.shape[1]
-    weight = torch.empty(out, width, device="meta")  # both methods read only the shape
-    spec = get_initializer("kaiming" if start == "A" else "random")
-    factors = spec.function(
-        weight, rank, 1.0, None, spec.options(), layer_generator(seed, f"start {width}")
-    )
+    # Neither method reads the weight, so no memory is spent on its entries.
+    weight = torch.zeros(1, 1).expand(out, width)
+    method = "kaiming" if start == "A" else "random"
+    factors = init_factors(weight, method, r=rank, seed=seed, name=f"start {width}")
     lora_A = factors.lora_A if start == "A" else torch.zeros(rank, width)
     return lora_A, factors.lora_B
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.environment import describe_environment
 from experiments.papers.claim import Claim, as_claim
 from experiments.papers.drawing import page_specification, write_pictures
 from experiments.papers.reproduction import (
@@ -25,13 +24,14 @@ from experiments.papers.reproduction import (
     Table,
 )
 from experiments.papers.text import cells, claims_markdown, numeric, table_markdown
-from experiments.runs import write_json, write_text
+from experiments.run.environment import describe_environment
+from experiments.run.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 # Code that decides a measurement, as patterns. The page and the command line are not part of it.
 SOURCES = (
     *("lora_init", "experiments/data", "experiments/models", "experiments/tasks"),
-    *("experiments/training*", "experiments/micro_batches*", "experiments/schedule*"),
+    *("experiments/training", "experiments/config/training.py"),
     *("experiments/benchmark/powerlaw.py", "experiments/measures/forgetting.py"),
 )
 SHARED = (

@@ -27,9 +27,9 @@ from experiments.papers.subject import Subject, load_subject, place
 from experiments.tasks import draw
 from experiments.tasks.text_classification import TextClassification
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
-from lora_init.config import HEADS
+from lora_init.config.lora_config import HEADS
+from lora_init.layer import layer_generator
 from lora_init.progress import tracked
-from lora_init.seeding import layer_generator
 
 BASELINE = "kaiming"
 NEW, TRAINED = "new", "trained"
@@ -181,7 +181,7 @@ def started(
             task_type="SEQ_CLS",
             init_lora_weights=method,
         )
-        needed = config.initializer()[0].calibration is not None
+        needed = config.initializer()[0].needs_data
         model = get_peft_model(
             subject.model,
             config,

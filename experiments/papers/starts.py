@@ -25,7 +25,7 @@ from experiments.errors import ConfigurationError, nearest
 from experiments.papers.subject import Subject
 from experiments.report.palette import ordered
 from lora_init import Calibration, LoraConfig, calibrate, get_peft_model, list_initializers
-from lora_init.gradients import collect_gradients
+from lora_init.calibration.gradients import collect_gradients
 from lora_init.registry import Initializer, resolve
 
 UNCENTRED = "eva_uncentred"
@@ -104,7 +104,7 @@ def calibration_for(
     Raises:
         ConfigurationError: a method refuses the rank or the data.
     """
-    driven = [method for method in methods if resolve(setting(method, rank))[0].calibration]
+    driven = [method for method in methods if resolve(setting(method, rank))[0].needs_data]
     if not driven:
         return None
     configs = [configuration(method, names, rank) for method in driven]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.errors import ConfigurationError
 from experiments.models import load_model, local, minilm, smollm2
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 MODELS = {"minilm": minilm.MiniLM, "smollm2": smollm2.SmolLM2}
 DESCRIBED = {

@@ -1,4 +1,4 @@
-"""What all charts of one report share: rows, colours, filters, tooltips, round ticks."""
+"""What all charts of a report share: rows, colors, filters, tooltips, round ticks."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ OVER_TASKS = "indexof(methods, datum.method) >= 0 && indexof(ranks, datum.rank) 
 SEED_CHOSEN = f"{ARM_CHOSEN} && indexof(seeds, datum.seed) >= 0"
 RUN_CHOSEN = f"{SEED_CHOSEN} && (rates == 'all' || datum.best)"
 SUBSET_CHOSEN = f"{ARM_CHOSEN} && datum.seeds == join(seeds, ',')"
-# Where an interval's bar ends: at the mean itself where there is none, since an axis must begin
-# somewhere. Tooltips show `low` and `high`, which are then missing.
+# The ends of an interval's bar. Without an interval both are the mean, because axes need values.
+# Tooltips show `low` and `high`, which are then missing.
 BAR = {
     "bottom": "isValid(datum.low) ? datum.low : datum.score",
     "top": "isValid(datum.high) ? datum.high : datum.score",
 }
 INK, SOFT, GRID = "#24292f", "#57606a", "#e7eaee"
-ON_PAGE = "_on_page"  # ends the name of a layer that shows only under the mouse: files go without
+ON_PAGE = "_on_page"  # suffix of layers that show only under the mouse; files omit them
 CLOSE_TICKS = (1, 1.3, 1.6, 2, 2.5, 3, 4, 5, 6, 8)
 FEW_TICKS = alt.ExprRef("width < 320 ? 4 : 7")
+METHOD = ("arm:N", "method")
+RATE = ("learning_rate:Q", "learning rate", "~g")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with the words that belong to it.
+    """A drawing with its title and caption.
 
     Attributes:
-        section: the heading of the page that it stands under.
-        wide: whether it takes both columns of a wide page.
-        parameter, choices: a parameter of this chart alone, its values and their names, which the
-            page offers as a list; the first is what the chart begins with.
-        over: the filter that the drawing spans by itself: "ranks" or "tasks".
-        all_drawn: whether there are files of every choice, or of the first only.
+        section: the page's heading above it.
+        wide: whether it uses both columns of a wide page.
+        parameter, choices: a parameter of this chart, its values and their labels, which the page
+            offers as a list. The first value is the initial one.
+        over: the filter that the drawing ignores because it shows all values: "ranks" or "tasks".
+        all_drawn: whether every choice is drawn as a file, or only the first.
     """
 
     name: str
@@ -58,7 +60,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Canvas:
-    """The arms in order, the methods' marks, the filters' values and how they begin."""
+    """The arms in order, the methods' marks, the filters' values and their initial choice."""
 
     arms: list[str]
     marks: dict[str, Mark]
@@ -68,12 +70,11 @@ class Canvas:
 
     @property
     def rows_at_first(self) -> int:
-        """How many arms are shown before anyone filters, about."""
+        """About how many arms the initial filters show."""
         return -(-len(self.arms) * len(self.initial["ranks"]) // len(self.filters["ranks"]))
 
-    def told(self, chart: Chart) -> str:
-        """What a file of the chart must say in its title: the one rank and task of several that
-        it shows."""
+    def shown_first(self, chart: Chart) -> str:
+        """The suffix of a file's title: the one rank and task of several that it shows."""
         parts = []
         if chart.over != "ranks" and len(self.initial["ranks"]) < len(self.filters["ranks"]):
             parts.append(", ".join(f"rank {rank:g}" for rank in self.initial["ranks"]))
@@ -94,7 +95,7 @@ class Canvas:
         return alt.Y("arm:N", sort=arms, title=None, axis=axis)
 
     def color(self, legend: str | None) -> alt.Color:
-        """The methods' fixed colours; `legend` is its symbol, "stroke" or "symbol", or None."""
+        """The methods' fixed colors; the legend's symbol is "stroke", "symbol" or None."""
         scale = alt.Scale(domain=list(self.marks), range=[m.color for m in self.marks.values()])
         drawn = None if legend is None else self.legend(legend)
         return alt.Color("method:N", scale=scale, legend=drawn)
@@ -105,42 +106,35 @@ class Canvas:
 
     def legend(self, kind: str) -> alt.Legend:
         stroke = {"symbolType": "stroke", "symbolStrokeWidth": 3} if kind == "stroke" else {}
-        # The page sets `legend_columns` before it draws: with a number that followed the width
-        # the rows that appear while the chart is fitted would be cut off.
+        # The page sets `legend_columns` before it draws. If the number followed the width, rows
+        # that appear while Vega fits the chart would be cut off.
         return alt.Legend(
             title=None, orient="bottom", columns=alt.ExprRef("legend_columns"), symbolOpacity=1,
             offset=14, labelLimit=240, **stroke,
         )  # fmt: skip
 
     def score_tooltip(self) -> list[alt.Tooltip]:
-        return [
-            alt.Tooltip("arm:N", title="method"),
-            alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
-            alt.Tooltip("score:Q", title=f"{self.metric}, %", format=".2f"),
-            alt.Tooltip("low:Q", title="95 % from", format=".2f"),
-            alt.Tooltip("high:Q", title="to", format=".2f"),
-            alt.Tooltip("seeds:N", title="seeds"),
-        ]
+        score = ("score:Q", f"{self.metric}, %", ".2f")
+        return tooltip(METHOD, RATE, score, *interval_of("low", "high"), ("seeds:N", "seeds"))
 
-    def run_tooltip(self, *more: alt.Tooltip) -> list[alt.Tooltip]:
-        """Names the run that the mouse is over."""
-        return [
-            alt.Tooltip("arm:N", title="method"),
-            alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
-            alt.Tooltip("seed:N"),
-            *more,
-            alt.Tooltip("run_id:N", title="run"),
-        ]
+    def run_tooltip(self, *more: tuple[str, ...]) -> list[alt.Tooltip]:
+        """Names the run under the mouse."""
+        return tooltip(METHOD, RATE, ("seed:N", "seed"), *more, ("run_id:N", "run"))
+
+    def bars(self, base: alt.Chart, x: alt.X, high: str, tips: list[alt.Tooltip]) -> alt.Chart:
+        """An interval in each row of `base`, from the field of `x` to `high`."""
+        bar = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75)
+        return bar.encode(x=x, x2=alt.X2(f"{high}:Q"), tooltip=tips)
 
     def finish(
         self, chart: alt.LayerChart, height: float | alt.Step, legend: bool = False
     ) -> alt.LayerChart:
-        """Add what every chart has: its height, the filters, and the legend's own."""
+        """Add the height, the filters, and the selection of a legend."""
         params = [alt.param(name=name, value=value) for name, value in self.initial.items()]
         params += [alt.param(name="rates", value="best"), alt.param(name="legend_columns", value=4)]
         if legend:
-            # The first click on a legend keeps that method, further ones add or remove; the page
-            # passes the choice on to every chart.
+            # The first click on a legend keeps that method, further clicks add or remove. The page
+            # applies the choice to every chart.
             pick = alt.selection_point(
                 name="legend", fields=["method"], bind="legend", toggle="true"
             )
@@ -148,6 +142,18 @@ class Canvas:
             params.append(pick)
         chart.height = height  # Altair's `properties` copies every layer once more
         return chart.add_params(*params)
+
+
+def tooltip(*fields: tuple[str, ...]) -> list[alt.Tooltip]:
+    """Tooltips from tuples of a field, its title and its format."""
+    return [
+        alt.Tooltip(field, title=title, **({"format": form[0]} if form else {}))
+        for field, title, *form in fields
+    ]
+
+
+def interval_of(low: str, high: str, form: str = ".2f") -> list[tuple[str, ...]]:
+    return [(f"{low}:Q", "95 % from", form), (f"{high}:Q", "to", form)]
 
 
 def inline(frame: pd.DataFrame) -> alt.InlineData:
@@ -160,8 +166,10 @@ def records(frame: pd.DataFrame) -> list[dict]:
 
 
 def log_ticks(values: pd.Series) -> list[float]:
-    """Few, round ticks: 1, 2, 5 over a short range, 1, 3 over a longer one, then powers of ten;
-    more of them where all values lie within a factor of four."""
+    """A few round ticks: 1, 2, 5 over a short range, 1, 3 over a longer one, else powers of ten.
+
+    There are more of them if all values lie within a factor of four.
+    """
     positive = values[values > 0]
     low, high = math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))
     if positive.max() < 4 * positive.min():
@@ -171,6 +179,6 @@ def log_ticks(values: pd.Series) -> list[float]:
 
 
 def wants_log(values: pd.Series) -> bool:
-    """Whether a logarithmic axis serves: all positive, and over more than a factor of twenty."""
+    """Whether values suit a logarithmic axis: positive, and over a factor of more than twenty."""
     known = values.dropna()
     return len(known) > 0 and known.min() > 0 and known.max() > 20 * known.min()

@@ -1,13 +1,23 @@
-"""What a reader must know before believing a figure."""
+"""What a reader must know before trusting a figure."""
 
 from __future__ import annotations
 
-import pandas as pd
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import yaml
+
+from experiments.files import read_regular
+
+from .cells import mantissa, plural
+from .choices import TEST, Choice
 from .palette import BASELINE
-from .runs import Problem
-from .selection import TEST, Choice
+from .runs import Problem, Run, read_json
 from .summary import Row
+from .sweeps import Sweep
+from .validation import is_number, is_text
 
 MEASURED = {
     "score": "the score",
@@ -20,20 +30,21 @@ MEASURED = {
     "loss": "the loss",
 }
 CLEARLY_ABOVE_MAJORITY = 0.10
+VALUES, SETTINGS = 6, 8  # that one line lists
 
 
 def setting_warnings(different: dict[str, list]) -> list[str]:
-    """One line per setting that a fair comparison would hold equal and this one does not."""
-    return [
-        f"The runs differ in {key}: " + ", ".join("missing" if v is None else str(v) for v in shown)
-        + (f" and {len(values) - len(shown)} more" if len(values) > len(shown) else "")
-        for key, values in different.items()
-        for shown in [values[:6]]
-    ]  # fmt: skip
+    """One line per setting that differs although a fair comparison keeps it equal."""
+    warnings = []
+    for key, values in different.items():
+        shown = ["missing" if value is None else str(value) for value in values[:VALUES]]
+        more = f" and {len(values) - VALUES} more" if len(values) > VALUES else ""
+        warnings.append(f"The runs differ in {key}: {', '.join(shown)}{more}")
+    return warnings
 
 
 def empty_columns(*frames: pd.DataFrame) -> list[str]:
-    """Measured quantities that are missing everywhere, or zero everywhere: both look like bugs."""
+    """Measured quantities that are missing or zero in every run: both look like bugs."""
     warnings = []
     for column, label in MEASURED.items():
         if column == "score" and frames[0]["validation_score"].notna().any():
@@ -48,18 +59,18 @@ def empty_columns(*frames: pd.DataFrame) -> list[str]:
 
 
 def equal_scores(runs: pd.DataFrame) -> list[str]:
-    """Scores that tell nothing apart, most often because the task is too hard or too easy."""
+    """Equal scores everywhere compare nothing. Most often the task is too hard or too easy."""
     scores = runs["score"].dropna()
     if len(scores) < 2 or scores.nunique() > 1:
         return []
     return [
-        f"Every run has the same score, {100 * scores.iloc[0]:.1f} %: it tells no methods and no "
-        "learning rates apart. Look at the losses, or train for longer."
+        f"Every run has the same score, {100 * scores.iloc[0]:.1f} %. It does not distinguish "
+        "methods or learning rates. Look at the losses, or train for longer."
     ]
 
 
 def shared_seeds(runs: pd.DataFrame) -> list[Problem]:
-    """Runs of one setting with the same seed: each counts as a seed of its own, which it is not."""
+    """Several runs of one setting with the same seed, which do not count as several seeds."""
     counts = runs.groupby(["task", "arm", "learning_rate", "seed"], dropna=False).size()
     return [
         Problem(arm, f"{count} runs have seed {seed}; each is counted", fatal=False)
@@ -68,13 +79,13 @@ def shared_seeds(runs: pd.DataFrame) -> list[Problem]:
 
 
 def choice_warnings(runs: pd.DataFrame, choices: list[Choice]) -> list[str]:
-    """What weakens the choice of the settings that the methods are judged at."""
+    """What weakens the choice of the settings at which the methods are compared."""
     warnings = []
     missing = sorted(set(runs["method"]) - {choice.method for choice in choices})
     if missing:
         warnings.append(
-            f"The protocol has not chosen a setting for {', '.join(missing)}: it takes no part in "
-            "the comparison yet."
+            f"The protocol has not chosen a setting for {', '.join(missing)} yet. The comparison "
+            "leaves this out."
         )
     edges = [f"{c.arm} ({c.learning_rate:g})" for c in choices if c.at_edge]
     if edges:
@@ -84,30 +95,65 @@ def choice_warnings(runs: pd.DataFrame, choices: list[Choice]) -> list[str]:
         )
     if any(choice.by == TEST and choice.rates > 1 for choice in choices):
         warnings.append(
-            "The learning rates were chosen by the very test scores that are shown, because no "
-            "validation score was recorded: the scores are too high by what the best of several "
-            "tries gains by luck."
+            "The learning rates were chosen by the same test scores that are shown, because no "
+            "run has a validation score. The best of several scores is too high by chance."
         )
     tried = {choice.rates for choice in choices}
     if len(tried) > 1 and min(tried) == 1:
         alone = ", ".join(c.arm for c in choices if c.rates == 1)
         warnings.append(
-            f"Some methods were tuned and others not: one learning rate only for {alone}. "
-            "This is no fair comparison."
+            f"Only some methods were tuned. These had one learning rate only: {alone}. The "
+            "comparison is not fair."
         )
     return warnings
 
 
 def baseline_warnings(rows: list[Row], majority: float | None) -> list[str]:
-    """A comparison shows nothing where there is no baseline, or it has learned nothing."""
-    baselines = [row for row in rows if row.method == BASELINE]
+    """A comparison means little without a baseline, or with one that has learned nothing."""
+    baselines = [row for row in rows if row.is_baseline]
     if not baselines:
-        return [f"No run of {BASELINE}: there is no baseline to compare with."]
+        return [f"No run of {BASELINE}: the comparison has no baseline."]
     best = max(row.score.estimate for row in baselines)
     if majority is not None and best < majority + CLEARLY_ABOVE_MAJORITY:
-        points = 100 * (best - majority)
         return [
-            f"{BASELINE} is {points:+.1f} points from always answering the majority class: "
-            "with so little learned, differences between methods mean little."
+            f"{BASELINE} scores {100 * best:.1f} %; always answering the majority class scores "
+            f"{100 * majority:.1f} %. With so little learned, differences between methods mean "
+            "little."
         ]
     return []
+
+
+def diverged(sweep: Sweep) -> list[str]:
+    """The settings at which runs diverged, lowest rates first: "olora r=8 at 1e-2 (2 runs)".
+
+    Such runs have no score, so a curve without this list would look too good.
+    """
+    found: Counter[tuple[float, str]] = Counter()
+    for entry in sweep.entries:
+        if entry.status != "finished" and entry.folder is not None:
+            setting = diverged_setting(entry.folder)
+            if setting is not None:
+                found[setting] += 1
+    texts = [
+        f"{name} at {mantissa(rate)} ({plural(count, 'run')})"
+        for (rate, name), count in sorted(found.items())
+    ]
+    more = len(texts) - SETTINGS
+    return texts if more <= 0 else [*texts[:SETTINGS], f"{more} more settings"]
+
+
+def diverged_setting(folder: Path) -> tuple[float, str] | None:
+    """Learning rate and name of a diverged run; None of others and of damaged ones.
+
+    Damaged runs are already listed among the runs that were left out.
+    """
+    try:
+        if read_json(folder / "failed.json").get("reason") != "diverged":
+            return None
+        config: dict[str, Any] = yaml.safe_load(read_regular(folder / "config.yaml"))
+        known = {"method": config["init"]["name"], "control": config.get("control")}
+        name = f"{Run(folder, known).method} r={config['lora']['r']}"
+        rate = config["training"]["learning_rate"]
+        return (float(rate), name) if is_number(rate) and is_text(known["method"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+        return None

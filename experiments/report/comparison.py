@@ -1,9 +1,9 @@
-"""Two sweeps of the same settings over two versions of the code, side by side.
+"""Two sweeps of the same settings with two versions of the code, side by side.
 
-Runs are paired by task, method, rank, what else makes an arm, learning rate and seed. A figure is
-flagged where the 95 % interval of its paired difference leaves zero out: for scores by bootstrap
-over examples and seeds, where predictions were kept and the runs are few enough to read them, else
-by Student's t over seeds. Where no interval can be made nothing is flagged.
+Runs are paired by task, arm, learning rate and seed. A figure is flagged if the 95 % interval of
+its paired difference excludes zero. The interval of scores is a bootstrap over examples and seeds
+if there are predictions and not too many runs, else Student's t over seeds. Without an interval
+nothing is flagged.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .arms import without_rank
+from .cells import difference_text, mantissa, scientific, seconds
 from .runs import Problem
-from .settings import without_rank
 from .statistics import Bootstrap, Interval, seed_interval
 from .summary import align_examples
 
 SETTING = ("model", "data", "method", "rank", "series", "learning_rate")
 FIGURES = {"score": "score", "init_seconds": "init s", "output_gap": "output gap"}
-READ = 400  # runs whose predictions are read; of more, scores are compared over seeds alone
+READ = 400  # runs whose predictions are read; scores of more are compared over seeds alone
+HEADERS = (
+    "method", "task", "learning rate", "seeds", "score of", "difference, points", "init s",
+    "output gap", "differs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,19 @@ class Change:
 
     @property
     def flagged(self) -> list[str]:
-        return [words for name, words in FIGURES.items() if self.figures[name].differs]
+        """The figures that differ."""
+        return [label for name, label in FIGURES.items() if self.figures[name].differs]
+
+    def cells(self) -> list[str]:
+        """The change as text, in the order of `HEADERS`."""
+        score, time, gap = (self.figures[name] for name in FIGURES)
+        return [
+            self.arm, self.task, mantissa(self.learning_rate), str(self.seeds),
+            "test" if self.tested else "validation", difference_text(score.difference),
+            f"{seconds(known(time.theirs))} → {seconds(known(time.ours))}",
+            f"{scientific(known(gap.theirs))} → {scientific(known(gap.ours))}",
+            ", ".join(self.flagged),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,7 @@ class Comparison:
     Attributes:
         name, other: the sweeps' names.
         commits, other_commits: the code that each was run with.
-        alone, other_alone: runs without a partner.
+        alone, other_alone: the number of runs without a partner.
     """
 
     name: str
@@ -73,9 +90,18 @@ class Comparison:
     alone: int
     other_alone: int
 
-    @property
-    def flagged(self) -> list[Change]:
-        return [change for change in self.changes if change.flagged]
+    def facts(self) -> list[tuple[str, str]]:
+        """Labels with their values, for the head of the table."""
+        facts = [
+            ("This sweep", f"{self.name}, commit {', '.join(self.commits)}"),
+            ("Other sweep", f"{self.other}, commit {', '.join(self.other_commits)}"),
+            ("Settings in both", str(len(self.changes))),
+            ("Beyond their interval", str(sum(bool(change.flagged) for change in self.changes))),
+        ]
+        if self.alone or self.other_alone:
+            alone = f"{self.alone} here, {self.other_alone} there"
+            facts.append(("Runs without a partner", alone))
+        return facts
 
 
 def compare(
@@ -93,7 +119,7 @@ def compare(
     bootstraps = {}
     tested = pairs[pairs["tested"] & pairs["tested_other"]]
     if 2 * len(tested) <= READ:
-        for task, group in tested.groupby("task"):  # ours; theirs may be called otherwise
+        for task, group in tested.groupby("task"):  # the other sweep may name it differently
             bootstraps[task] = paired_bootstrap(group, problems)
     changes = [
         change(group, bootstraps.get(group["task"].iloc[0]))
@@ -109,8 +135,10 @@ def compare(
 def paired_bootstrap(
     pairs: pd.DataFrame, problems: list[Problem]
 ) -> tuple[dict[str, int], Bootstrap] | None:
-    """All predictions of both sides over the examples that they share. Equal configurations have
-    equal run ids on both sides, so that the rows are known by their folders."""
+    """All predictions of both sides over their common examples.
+
+    The rows are named by folder, because equal configurations have equal run ids.
+    """
     columns = ["folder", "score", "method", "seed"]
     ours = pairs[columns].assign(run_id=pairs["folder"])
     other = pairs[["folder_other", "score_other", "method", "seed"]].set_axis(columns, axis=1)
@@ -140,8 +168,12 @@ def change(pairs: pd.DataFrame, bootstrap: tuple[dict[str, int], Bootstrap] | No
     )  # fmt: skip
 
 
+def known(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
 def commits(runs: pd.DataFrame) -> list[str]:
-    """The commits that the runs name, short, with a word where the tree had changes."""
+    """The short commits of the runs, marked if the working tree had changes."""
     found = []
     for text in runs["environment"].unique():
         environment = json.loads(text) or {}

@@ -1,6 +1,6 @@
-"""Runs as tables: one row a run, one row a layer of a run, one row a logged step of a run.
+"""Runs as rows of three tables: one per run, per layer of a run, and per logged step of a run.
 
-These are what is written as Parquet, and what the charts draw from.
+The tables are saved as Parquet, and the charts are drawn from them.
 """
 
 from __future__ import annotations
@@ -13,26 +13,17 @@ from typing import Any
 import pandas as pd
 
 from .runs import Run
+from .validation import NUMBERS
 
-RESULT = (
-    "model", "data", "metric", "score", "validation_score", "tested", "n_test",
-    "majority", "loss_test", "init_seconds", "calibration_seconds", "train_seconds",
-    "peak_memory_bytes", "first_step_gradient_norm", "trainable_parameters", "total_parameters",
-    "steps", "learning_rate", "rank",
-)  # fmt: skip
+RESULT = ("model", "data", "metric", "tested", *NUMBERS)
 START = ("norm_A", "norm_B", "relative_norm", "calibration_tokens")
 END = ("update_size", "forgetting", "intruder_dimensions", "angle_A", "angle_B")
 NESTED = ("init", "notes", "environment", "config")
-NUMBERS = (
-    "score", "validation_score", "n_test", "majority", "loss_test", "init_seconds",
-    "calibration_seconds", "train_seconds", "peak_memory_bytes", "first_step_gradient_norm",
-    "trainable_parameters", "steps", "learning_rate", "rank", *START, *END, "output_gap",
-    "output_gap_kl",
-)  # fmt: skip
+MEASURED = (*NUMBERS, *START, *END, "output_gap", "output_gap_kl")
 
 
 def run_row(run: Run) -> dict[str, Any]:
-    """One row of the table of runs. Nested parts (configuration, environment) are JSON text."""
+    """A row of the table of runs. Nested parts (configuration, environment) are JSON text."""
     result = run.result
     gap, start, end = (result.get(key) or {} for key in ("output_gap", "start", "end"))
     row = identity(run)
@@ -51,18 +42,18 @@ def run_row(run: Run) -> dict[str, Any]:
 
 
 def layer_rows(run: Run) -> Iterable[dict[str, Any]]:
-    """One row per adapted layer: what the start was, and where training has taken it."""
+    """One row per adapted layer: its start, and how training changed it."""
     ends = {layer.get("name"): layer for layer in run.end.get("layers") or []}
-    who = identity(run)
+    names = identity(run)
     for layer in run.init.get("layers") or []:
-        merged = {**layer, **ends.get(layer["name"], {}), **who}
+        merged = {**layer, **ends.get(layer["name"], {}), **names}
         yield {k: v for k, v in merged.items() if not isinstance(v, (list, dict))}
 
 
 def metric_rows(run: Run) -> Iterable[dict[str, Any]]:
     """One row per line of `metrics.jsonl`."""
-    who = identity(run)
-    return ({**row, **who} for row in run.metrics)
+    names = identity(run)
+    return ({**row, **names} for row in run.metrics)
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -70,14 +61,14 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def runs_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows of runs as a table whose measured columns are numbers, measured or not."""
+    """Rows of runs as a table. Its measured columns are numbers even if no run has a value."""
     frame = pd.DataFrame(rows)
-    numbers = {key: pd.to_numeric(frame[key], errors="coerce").astype(float) for key in NUMBERS}
+    numbers = {key: pd.to_numeric(frame[key], errors="coerce").astype(float) for key in MEASURED}
     return frame.assign(**numbers, tested=frame["score"].notna())
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Drop the dotted parts that all names share at their start and their end.
+    """Drop the dotted parts that all names share at the start and at the end.
 
     >>> short_names(["encoder.layer.0.query", "encoder.layer.1.key"])
     ['0.query', '1.key']
@@ -92,6 +83,6 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def shared_parts(parts: list[list[str]]) -> int:
-    """How many leading parts are the same in all of them."""
+    """The number of leading parts that are equal in all names."""
     equal = (len(set(column)) == 1 for column in zip(*parts, strict=False))
     return sum(itertools.takewhile(bool, equal))

@@ -1,4 +1,4 @@
-"""Which charts a report has: every one for which something was measured."""
+"""Which charts a report has: all those with data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def draw(
     metric: str,
     diverged: list[str],
 ) -> tuple[list[Chart], Canvas]:
-    """All charts, in the page's order, and the canvas that they share."""
+    """All charts in the order of the page, and their canvas."""
     canvas = make_canvas(summarizer, views, metric)
     covers = " or ".join(sorted({row.interval for row in summarizer.all_rows()} - {"no interval"}))
     covers = covers or "seeds"
-    # Altair would check every part as it is made, and again the whole: the page's specification.
+    # Altair would validate every part, although the page validates the whole again.
     with debug_mode(False):
         drawn: list[Chart] = [
             *robustness.charts(canvas, views, covers, diverged),
@@ -36,8 +36,10 @@ def draw(
 
 
 def make_canvas(summarizer: Summarizer, views: Views, metric: str) -> Canvas:
-    """The filters' values are those of all runs; at first one rank and one task are shown, where
-    every method has several, since lines of all of them together cannot be told apart."""
+    """The filters offer the values of all runs.
+
+    Initially they show one rank and one task, because too many lines cannot be distinguished.
+    """
     runs = views.tables["runs"]
     methods = ordered(set(runs["method"]))
     filters = {

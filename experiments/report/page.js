@@ -13,7 +13,7 @@
   const complete = (kind) => state[kind].size === all[kind].length;
   const initially = (kind) => chosen(kind).join("\n") === report.initial[kind].join("\n");
 
-  // Tables travel by column, repeated texts once. Each chart gets rows of its own: Vega marks them.
+  // Tables are stored by column, repeated texts once. Each chart gets new rows, which Vega changes.
   function column(values) {
     return Array.isArray(values) ? values : values.codes.map((code) => values.texts[code] ?? null);
   }
@@ -100,7 +100,7 @@
     return view.runAsync();
   }
 
-  // A legend's own selection arrives here; once it equals the state there is nothing left to do.
+  // A legend's selection changes the state, unless it equals it already.
   function follow(view) {
     try { view.signal("legend"); } catch { return; }
     view.hasLegend = true;
@@ -118,10 +118,10 @@
     return Math.max(2, Math.min(6, Math.floor((place.clientWidth - 70) / (34 + 6.5 * longest))));
   }
 
-  // Vega-Lite warns of "fit-y" wherever a chart's height follows its rows, though only the width is
-  // fitted. Everything else that it says is shown.
+  // Vega-Lite warns about "fit-y" if a chart's height follows its rows, although only the width is
+  // fitted. All other warnings are shown.
   const warn = console.warn.bind(console);
-  console.warn = (...told) => { if (!/fit-y/.test(told.join(" "))) warn(...told); };
+  console.warn = (...parts) => { if (!/fit-y/.test(parts.join(" "))) warn(...parts); };
 
   async function draw(place) {
     const name = place.dataset.chart;
@@ -154,7 +154,7 @@
     const key = (row) => row.cells[index].dataset.value;
     const compare = (a, b) => {
       const [x, y] = [key(a), key(b)];
-      if (x === "" || y === "") return (x === "") - (y === ""); // unknown values last, either way
+      if (x === "" || y === "") return (x === "") - (y === ""); // unknown values last in both orders
       const order = Number.isNaN(Number(x)) || Number.isNaN(Number(y))
         ? x.localeCompare(y) : Number(x) - Number(y);
       return descending ? -order : order;
@@ -162,7 +162,7 @@
     table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
   }
 
-  // Marks the heading that is sorted by; returns whether downwards.
+  // Mark the heading of the sorted column; return whether the order is descending.
   function turn(header) {
     const descending = header.getAttribute("aria-sort") === "ascending";
     for (const other of header.parentNode.cells) other.removeAttribute("aria-sort");
@@ -170,7 +170,7 @@
     return descending;
   }
 
-  // The list of runs: the first of those that match, whatever their number.
+  // The list of runs: the first ones that match the filters.
   const runs = rows("runs").map((run, index) => ({
     ...run, folder: report.folders?.names[index],
     address: report.folders && `${report.folders.starts[report.folders.start[index]]}/`
@@ -259,7 +259,7 @@
   window.addEventListener("hashchange", () => { readAddress(); show(); });
 
   async function drawAll() {
-    // One after the other, so that the page answers while the later ones are drawn.
+    // One after the other, so that the page reacts while later charts are drawn.
     for (const place of document.querySelectorAll(".chart")) {
       await draw(place);
       await new Promise((done) => setTimeout(done));

@@ -1,4 +1,4 @@
-"""The self-contained page: one HTML file that loads nothing and talks to nobody."""
+"""The page: one HTML file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -16,23 +16,20 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import facts, wording
-from .beside import CHANGE_HEADERS, PEFT_HEADERS, change_rows, peft_rows
+from . import comparison, facts, findings, peft_results
 from .canvas import Canvas, Chart
-from .comparison import Comparison
-from .peft_results import PeftRow
+from .palette import BASELINE
+from .result_table import columns as table_columns
 from .runs import Problem
-from .selection import Choice
 from .specification import VEGA_LITE, columns, page_specification
 from .summary import Row, Summarizer
 from .sweeps import Sweep
-from .tables import columns as table_columns
 from .views import Views
 
 HERE = Path(__file__).parent
-# Many marks are slow as SVG elements; few are sharper.
+# SVG is sharper, but slow for many marks.
 CANVAS_ABOVE = 20_000
-LISTED = 200  # rows of a table without a filter; the Markdown file beside the page has all
+LISTED = 200  # rows of a table without a filter; the Markdown file has all
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,6 @@ class Page:
     sweep: Sweep
     heading: str
     metric: str
-    majority: float | None
-    choices: list[Choice]
     rows: list[Row]
     equal_rows: list[Row]
     runs: pd.DataFrame
@@ -53,60 +48,58 @@ class Page:
     problems: list[Problem]
     warnings: list[str]
     summarizer: Summarizer
-    comparison: Comparison | None
-    peft: list[PeftRow]
+    comparison: comparison.Comparison | None
+    peft: list[peft_results.PeftRow]
 
     @cached_property
     def specifications(self) -> dict[str, dict]:
-        """The charts' JSON, for the page and for the one that is handed on."""
+        """The charts as JSON, which both pages share."""
         return {chart.name: page_specification(chart.drawing) for chart in self.charts}
 
 
 def render(page: Page, output: Path | None) -> str:
-    """HTML of the whole report.
+    """The HTML of the whole report.
 
     Args:
-        output: the folder that the page lies in, with the pictures; links to run folders are
-            relative to it. None for a page that is handed on alone, without links.
+        output: the folder of the page and its pictures; links to run folders are relative to it.
+            None for a page without links.
     """
-    sweep, canvas, boots = page.sweep, page.canvas, page.summarizer.bootstraps
+    heading, given = page.heading, page.sweep.heading
+    choices, boots = page.summarizer.choices, page.summarizer.bootstraps
     examples = [bootstrap.examples for bootstrap in boots.values()]
-    failed = [p for p in page.problems if p.fatal]
-    several = len(page.summarizer.tasks) > 1
+    only = int(examples[0]) if len(examples) == 1 else None
+    changes = page.comparison.changes if page.comparison else []
     return environment().get_template("template.html.j2").render(
-        heading=page.heading,
+        heading=heading,
         alone=output is None,
-        subtitle=sweep.heading if sweep.heading and sweep.heading != page.heading else None,
-        name=sweep.name,
-        findings=wording.findings_by_task(page.rows, page.majority),
-        chosen=wording.how_chosen(page.choices),
-        rate_caveat=wording.rate_caveat(page.choices),
-        caveats=wording.caveats(
-            page.rows, page.summarizer.seeds, int(examples[0]) if len(examples) == 1 else None
-        ),
+        subtitle=given if given != heading else None,
+        name=page.sweep.name,
+        baseline=BASELINE,
+        findings=findings.findings(page.rows, page.metric),
+        chosen=findings.how_chosen(choices),
+        caveats=findings.caveats(page.rows, len(page.summarizer.seeds), only),
         facts=facts.facts(page.runs),
         notes=facts.notes(page.runs),
-        failed=failed,
+        failed=[p for p in page.problems if p.fatal],
         gaps=[p for p in page.problems if not p.fatal],
         warnings=page.warnings,
-        marks=canvas.marks,
-        filters=canvas.filters,
-        initial=canvas.initial,
+        marks=page.canvas.marks,
+        filters=page.canvas.filters,
+        initial=page.canvas.initial,
         sections=[(name, list(some)) for name, some in groupby(page.charts, lambda c: c.section)],
         columns=table_columns(page.metric, page.rows),
         rows=page.rows,
         equal_columns=table_columns(page.metric, page.equal_rows),
         equal_rows=page.equal_rows,
-        several_tasks=several,
-        several_rates=not wording.one_learning_rate(page.choices),
+        several_tasks=len(page.summarizer.tasks) > 1,
+        several_rates=not findings.one_learning_rate(choices),
         metric=page.metric,
         finished=len(page.runs),
         comparison=page.comparison,
-        compared=wording.compared(page.comparison) if page.comparison else None,
-        change_headers=CHANGE_HEADERS,
-        changes=change_rows(page.comparison)[:LISTED] if page.comparison else [],
-        peft_headers=PEFT_HEADERS,
-        peft=peft_rows(page.peft)[:LISTED],
+        change_headers=comparison.HEADERS,
+        changes=[change.cells() for change in changes[:LISTED]],
+        peft_headers=peft_results.HEADERS,
+        peft=[row.cells() for row in page.peft[:LISTED]],
         data=as_script(script_data(page, output)),
         libraries=Markup(bundle()),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
@@ -115,9 +108,9 @@ def render(page: Page, output: Path | None) -> str:
 
 
 def script_data(page: Page, output: Path | None) -> dict[str, Any]:
-    """What the page's script needs: charts without data, the tables once, the filters."""
+    """The data of the page's script: charts without data, each table once, and the filters."""
     tables = {name: table for name, table in page.views.tables.items() if len(table)}
-    # Of the spectra one layer is drawn at a time.
+    # Spectra are drawn for one layer at a time.
     marks = sum(len(table) for name, table in tables.items() if name != "spectra")
     return {
         "specifications": page.specifications,
@@ -132,41 +125,43 @@ def script_data(page: Page, output: Path | None) -> dict[str, Any]:
 
 
 def folders(runs: pd.DataFrame, output: Path) -> dict[str, Any]:
-    """The folders of the runs as seen from the page, their common beginning once."""
-    here = output.resolve()
-    parents = {folder: os.path.dirname(folder) for folder in runs["folder"]}
-    seen = {
-        parent: quote(wording.relative(os.path.realpath(parent), here))
-        for parent in set(parents.values())
-    }
-    starts = list(seen)
+    """The folders of the runs relative to the page, each parent folder once."""
+    parents = [os.path.dirname(folder) for folder in runs["folder"]]
+    distinct, here = list(dict.fromkeys(parents)), output.resolve()
     return {
-        "starts": [seen[parent] for parent in starts],
-        "start": [starts.index(parents[folder]) for folder in runs["folder"]],
+        "starts": [quote(relative(os.path.realpath(parent), here)) for parent in distinct],
+        "start": [distinct.index(parent) for parent in parents],
         "names": [os.path.basename(folder) for folder in runs["folder"]],
     }
 
 
+def relative(path: str, start: Path) -> str:
+    """`path` relative to `start`; absolute on another drive."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return os.path.abspath(path)
+
+
 @cache
 def bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, without a way to end its own element."""
+    """Vega, Vega-Lite and Vega-Embed as one script that cannot end its own element."""
     return vl_convert.javascript_bundle(vl_version=VEGA_LITE).replace("</script", "<\\/script")
 
 
 def environment() -> Environment:
-    loader = FileSystemLoader(HERE)
     return Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=keep_units,
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, finalize=keep_units,
     )  # fmt: skip
 
 
 def keep_units(value: Any) -> Any:
-    """No line break between a number and its per cent sign."""
+    """Prevent a line break between a number and its percent sign."""
     return value.replace(" %", "\u00a0%") if type(value) is str else value
 
 
 def as_script(data: dict[str, Any]) -> Markup:
-    """JSON that is safe inside a script element whatever the names in it are."""
+    """JSON that is safe inside a script element, whatever names it contains."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))

@@ -1,9 +1,8 @@
-"""One fixed colour and shape per method, in every chart and in every report.
+"""One fixed color and shape per method, in every chart and every report.
 
-The colours are those of Okabe and Ito, which stay apart under the common colour deficiencies,
-with its yellow (invisible on white) replaced by grey. Later methods take colours that are far
-from those and from each other; some come near each other without red-green vision. Shapes repeat
-the distinction, there and for prints without colour.
+The colors are those of Okabe and Ito, which people with common color deficiencies can tell apart;
+grey replaces their yellow, which is invisible on white. The reserve colors are far from these and
+from each other, but some are close without red-green vision. Shapes repeat the distinction.
 """
 
 from __future__ import annotations
@@ -35,29 +34,25 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 
 def ordered(methods: set[str]) -> list[str]:
-    """The known methods in their fixed order, then the others by name."""
+    """The methods of `MARKS` in their fixed order, then the others by name."""
     return [m for m in MARKS if m in methods] + sorted(methods - MARKS.keys())
 
 
 def marks(methods: list[str]) -> dict[str, Mark]:
-    """A mark for each method. A newcomer's colour follows from its name, whatever else is there
-    (unless two newcomers collide: then the later one in the alphabet moves on). Where there are
-    more of them than colours, a colour comes again with another shape."""
+    """A mark for each method. Other methods get a reserve color that depends on their name only.
+
+    If two of them collide, the later one in the alphabet gets the next color. With more methods
+    than colors, a color is used again with another shape.
+    """
     chosen = {m: MARKS[m] for m in methods if m in MARKS}
     taken: set[Mark] = set()
     for method in sorted(set(methods) - MARKS.keys()):
-        candidates = _candidates(method)
+        first = crc32(method.encode())
+        candidates = [
+            Mark(RESERVE[slot], SHAPES[(slot + turn) % len(SHAPES)])
+            for turn in range(len(SHAPES))
+            for slot in ((first + step) % len(RESERVE) for step in range(len(RESERVE)))
+        ]
         chosen[method] = next((m for m in candidates if m not in taken), candidates[0])
         taken.add(chosen[method])
     return {m: chosen[m] for m in methods}
-
-
-def _candidates(method: str) -> list[Mark]:
-    """Every colour from the method's own on, then all of them with the next shape, and so on."""
-    first, colors = crc32(method.encode()), len(RESERVE)
-    slots = [(first + step) % colors for step in range(colors)]
-    return [
-        Mark(RESERVE[slot], SHAPES[(slot + turn) % len(SHAPES)])
-        for turn in range(len(SHAPES))
-        for slot in slots
-    ]

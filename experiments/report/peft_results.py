@@ -1,9 +1,9 @@
-"""Result files of PEFT's own method comparison, as rows to read beside ours.
+"""Results of PEFT's own method comparison, shown next to ours.
 
-The files are those of github.com/huggingface/peft, `method_comparison/<task>/results/*.json`: each
-holds `run_info` (name, time, training and adapter configuration), `train_info` (status, metrics)
-and `meta_info` (versions). They come of another model, other data and another budget: they are
-marked as PEFT's, carry their own model and data, and are never averaged or paired with ours.
+The files are those of github.com/huggingface/peft, `method_comparison/<task>/results/*.json`. Each
+has `run_info` (name, time, training and adapter configuration), `train_info` (status, metrics) and
+`meta_info` (versions). Model, data and budget differ from ours, so that the results are marked as
+PEFT's and never averaged or paired with ours.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .cells import count, mantissa
 from .runs import Problem, read_json
 
 SCORE = "test accuracy"
+HEADERS = (
+    "PEFT’s experiment", "task", "model", "adapter", "init", "rank", "learning rate", "steps",
+    "trainable", "test accuracy, %", "PEFT",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PeftRow:
-    """One of PEFT's experiments, at its newest result.
+    """The newest result of one of PEFT's experiments.
 
     Attributes:
         task: the folder's name, such as "MetaMathQA".
-        init: `init_lora_weights` of the adapter's configuration; empty where there is none.
+        init: `init_lora_weights` of the adapter's configuration; empty if it has none.
         score: test accuracy, of one seed.
     """
 
@@ -41,14 +46,23 @@ class PeftRow:
     created: str
     version: str
 
+    def cells(self) -> list[str]:
+        """The result as text, in the order of `HEADERS`."""
+        rate = "—" if self.learning_rate is None else mantissa(self.learning_rate)
+        return [
+            self.experiment, self.task, self.model, self.adapter, self.init or "—",
+            count(self.rank), rate, count(self.steps), count(self.trainable),
+            f"{100 * self.score:.1f}", self.version or "—",
+        ]  # fmt: skip
+
 
 def load_peft_results(path: Path) -> tuple[list[PeftRow], list[Problem]]:
     """Read one file or every `*.json` of a folder, best score first.
 
-    Of several results of one experiment and model the newest is taken, as PEFT's own pages do.
+    The newest of several results of one experiment and model counts, as on PEFT's own pages.
 
     Raises:
-        FileNotFoundError: there is nothing there, or no JSON file in the folder.
+        FileNotFoundError: the path does not exist, or the folder has no JSON file.
     """
     if not path.exists():
         raise FileNotFoundError(f"--peft-results: no file or folder '{path}'")
@@ -64,8 +78,8 @@ def load_peft_results(path: Path) -> tuple[list[PeftRow], list[Problem]]:
         try:
             row = read_row(read_json(file), task_of(file))
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            told = f"no result of PEFT's comparison: {type(error).__name__}: {error}"
-            problems.append(Problem(f"PEFT's {file.name}", told))
+            reason = f"not a result of PEFT's comparison: {type(error).__name__}: {error}"
+            problems.append(Problem(f"PEFT's {file.name}", reason))
             continue
         known = newest.get((row.experiment, row.model))
         if known is None or known.created < row.created:
@@ -74,7 +88,7 @@ def load_peft_results(path: Path) -> tuple[list[PeftRow], list[Problem]]:
 
 
 def task_of(file: Path) -> str:
-    """`method_comparison/MetaMathQA/results/x.json` is of MetaMathQA."""
+    """The task's folder: MetaMathQA for `method_comparison/MetaMathQA/results/x.json`."""
     folder = file.resolve().parent
     return folder.parent.name if folder.name == "results" else folder.name
 
@@ -105,5 +119,5 @@ def read_row(content: dict[str, Any], task: str) -> PeftRow:
 
 def flags(adapter: dict[str, Any]) -> str:
     named = {"use_rslora": "rsLoRA", "use_dora": "DoRA"}
-    found = [words for key, words in named.items() if adapter.get(key)]
+    found = [label for key, label in named.items() if adapter.get(key)]
     return f" ({', '.join(found)})" if found else ""

@@ -1,23 +1,24 @@
-"""Read runs from disk. What cannot be read is named, never dropped in silence."""
+"""Read one run from its folder. Everything that cannot be read is reported by name."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.files import as_value, read_object, read_regular
+from experiments.run.files import as_value, read_object, read_regular
 
 from .validation import Gaps, clean_layers, clean_metrics, clean_result
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A run that takes no part in the figures, or a gap in one that does."""
+    """A run that is left out, or a gap in one that is not (`fatal` is then False)."""
 
     run: str
     reason: str
@@ -26,7 +27,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run as its folder tells it, without its predictions."""
+    """One finished run, without its predictions."""
 
     folder: Path
     result: dict[str, Any]
@@ -40,7 +41,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The initializer, with the control that the run stands for: an arm of its own."""
+        """The initializer with its control, which makes it another method to compare."""
         name = str(self.result["method"])
         if not self.is_control:
             return name
@@ -52,8 +53,8 @@ class Run:
         return self.result.get("control") not in (None, "none")
 
 
-def told_failure(folder: Path | None) -> str:
-    """What the run itself left in `failed.json`, if it could."""
+def failure_text(folder: Path | None) -> str:
+    """What the run wrote into `failed.json`; empty if it wrote nothing readable."""
     try:
         failure = read_json(folder / "failed.json")
         reason = failure.get("reason")
@@ -64,44 +65,43 @@ def told_failure(folder: Path | None) -> str:
 
 
 def read_run(folder: Path) -> tuple[Run, list[Problem]]:
-    """Read one run. Without a usable `result.json` it is no run; other gaps are reported.
+    """Read one run and list its gaps. Only `result.json` is required.
 
     Raises:
-        FileNotFoundError: there is no folder, or no result in it.
-        OSError: its result cannot be read.
-        ValueError: its result cannot be used.
+        FileNotFoundError: the folder or its result is missing.
+        OSError: the result cannot be read.
+        ValueError: the result cannot be used.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"its folder '{folder}' does not exist")
-    found = Gaps()
+    left_out = Gaps()
     try:
-        result = clean_result(read_json(folder / "result.json"), found)
+        result = clean_result(read_json(folder / "result.json"), left_out)
     except FileNotFoundError as error:
-        reason = told_failure(folder)
+        reason = failure_text(folder)
         raise FileNotFoundError(f"it has no result.json: it did not finish{reason}") from error
     label = f"{result['method']}, seed {result['seed']} ({result['run_id']})"
     gaps: list[Problem] = []
 
-    def attempt(name: str, read, clean, default, optional: bool = False):
+    def note(name: str, left_out: Gaps) -> None:
+        if reason := left_out.reason():
+            gaps.append(Problem(label, f"{name}: left out: {reason}", fatal=False))
+
+    def part(name: str, read: Callable, clean: Callable, default: Any, optional=False) -> Any:
         left_out = Gaps()
         try:
             content = clean(read(folder / name), left_out)
-        except FileNotFoundError as error:
-            if not optional:
+        except (OSError, ValueError) as error:
+            if not (optional and isinstance(error, FileNotFoundError)):
                 gaps.append(Problem(label, f"{name} cannot be read: {error}", fatal=False))
             return default
-        except (OSError, ValueError) as error:
-            gaps.append(Problem(label, f"{name} cannot be read: {error}", fatal=False))
-            return default
-        if reason := left_out.reason():
-            gaps.append(Problem(label, f"{name}: left out: {reason}", fatal=False))
+        note(name, left_out)
         return content
 
-    if reason := found.reason():
-        gaps.append(Problem(label, f"result.json: left out: {reason}", fatal=False))
-    init = attempt("init.json", read_json, clean_layers, {})
-    end = attempt("end.json", read_json, clean_layers, {}, optional=True)
-    metrics = attempt("metrics.jsonl", read_lines, clean_metrics, [])
+    note("result.json", left_out)
+    init = part("init.json", read_json, clean_layers, {})
+    end = part("end.json", read_json, clean_layers, {}, optional=True)
+    metrics = part("metrics.jsonl", read_lines, clean_metrics, [])
     return Run(folder, result, init, end, metrics), gaps
 
 
@@ -109,9 +109,9 @@ read_json = read_object
 
 
 def read_lines(path: Path) -> list[Any]:
-    """Values of a JSONL file. A last line cut short by a kill is not an error."""
+    """Values of a JSONL file, except a last line that a kill has cut short."""
     lines = [line for line in read_regular(path).split(b"\n") if line.strip()]
-    try:  # one call for the whole file takes half the time of one for each line
+    try:  # one call for the whole file takes half the time of one call per line
         return as_value(b"[" + b",".join(lines) + b"]")
     except json.JSONDecodeError:
         rows = [as_value(line) for line in lines[:-1]]
@@ -122,17 +122,17 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def read_predictions(folder: Path, score: float) -> tuple[np.ndarray, np.ndarray]:
-    """Example ids in ascending order and whether each was answered correctly.
+    """Example ids in ascending order, and whether each answer was correct.
 
     Raises:
-        OSError: there are no predictions.
-        ValueError: they are damaged, or not those that `score` was made of.
+        OSError: the predictions are missing.
+        ValueError: they are damaged, or do not give this score.
     """
     content = io.BytesIO(read_regular(folder / "predictions.npz"))
     try:
         with np.load(content, allow_pickle=False) as archive:
             ids, correct = archive["id"], archive["correct"].astype(bool)
-    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
+    except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if ids.shape != correct.shape or ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"id has shape {ids.shape} and correct {correct.shape}")

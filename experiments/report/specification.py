@@ -1,4 +1,4 @@
-"""A chart as Vega-Lite JSON: one definition, for the page and for the files."""
+"""A chart as Vega-Lite JSON: one definition for the page and for files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .canvas import GRID, INK, ON_PAGE, SOFT, records
 
 # Version 6.4 writes "undefined" for names in the tooltips of nearest-point selections.
 VEGA_LITE = "6.1"
-# Slanted labels reach a few pixels further to the right than Vega reckons.
+# Slanted labels extend a few pixels further to the right than Vega computes.
 PADDING = {"left": 6, "top": 6, "right": 14, "bottom": 6}
 FONT = "Inter, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 
 def page_specification(drawing: alt.LayerChart) -> dict:
-    """For the page: as wide as its card; the heading is the card's, the tables are the page's."""
+    """For the page: as wide as its card, without title and data, which the page has."""
     return themed(drawing.properties(width="container"))
 
 
@@ -30,14 +30,14 @@ def file_specification(
     parameters: dict[str, Any] | None = None,
     width: int = 640,
 ) -> dict:
-    """For a file: a fixed width, its title above it, its data inside.
+    """For a file: with a fixed width, a title and its data.
 
     Args:
-        tables: those that the drawing names, by name.
-        parameters: values to set instead of those that the chart begins with.
+        tables: by name, the tables that the drawing uses.
+        parameters: values instead of the chart's initial ones.
     """
     heading = alt.TitleParams(title, anchor="start", offset=18, fontSize=16)
-    # The page's specification of the same drawing has been validated; it takes half of the time.
+    # Validation takes half of the time, and the page has validated the same drawing.
     specification = themed(drawing.properties(width=width, title=heading), validate=False)
     drop_hidden_layers(specification)
     for parameter in specification.get("params", []):
@@ -49,7 +49,7 @@ def file_specification(
 
 
 def drop_hidden_layers(specification: dict) -> None:
-    """Take out what would only show under the mouse, and the selections that show it."""
+    """Remove layers that show only under the mouse, and their selections."""
     layers = specification.get("layer", [])
     hidden = {layer["name"] for layer in layers if layer.get("name", "").endswith(ON_PAGE)}
     if hidden:
@@ -59,7 +59,7 @@ def drop_hidden_layers(specification: dict) -> None:
 
 
 def used(specification: Any) -> set[str]:
-    """The names of the tables that a specification draws from."""
+    """The names of the tables that a specification uses."""
     if isinstance(specification, list):
         return set().union(*map(used, specification)) if specification else set()
     if not isinstance(specification, dict):
@@ -70,7 +70,7 @@ def used(specification: Any) -> set[str]:
 
 
 def columns(frame: pd.DataFrame) -> dict[str, Any]:
-    """The same by column, a repeated text once: about a fifth of the length."""
+    """A table as JSON by column, with each repeated text once: a fifth of the length of rows."""
     shown: dict[str, Any] = {}
     for name in frame:
         if pd.api.types.is_string_dtype(frame[name]) and frame[name].nunique() < len(frame) / 2:
@@ -82,9 +82,9 @@ def columns(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def themed(drawing: alt.TopLevelMixin, validate: bool = True) -> dict:
-    """A drawing of any kind in the look that all charts have, as JSON without an address."""
+    """Any drawing as JSON with the common look of all charts."""
     specification = drawing.to_dict(validate=validate)
-    specification.pop("$schema", None)  # an address, although nothing loads it
+    specification.pop("$schema", None)  # a URL, which a page without addresses must not contain
     given = specification.get("config", {})
     specification["config"] = {
         part: {**given[part], **value} if isinstance(given.get(part), dict) else value
@@ -95,7 +95,7 @@ def themed(drawing: alt.TopLevelMixin, validate: bool = True) -> dict:
 
 @cache
 def look() -> dict:
-    """The configuration of every chart. Altair's own `configure` copies the drawing each time."""
+    """The configuration of every chart, made once: Altair's `configure` copies the drawing."""
     plain = (
         alt.Chart().mark_point().configure(font=FONT, background="white", padding=PADDING)
         .configure_view(stroke=None)

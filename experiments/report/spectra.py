@@ -1,4 +1,4 @@
-"""The spectra of the chosen runs, read from their folders when a report is written."""
+"""The spectra of the chosen runs, read from their folders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ COLUMNS = ("arm", "method", "rank", "task", "order", "layer", "index", "value", 
 
 
 def spectra(chosen: pd.DataFrame, arms: list[str], problems: list[Problem]) -> pd.DataFrame:
-    """One row per direction of a layer, of the first seed of each chosen setting.
+    """One row per singular direction of a layer, for the first seed of each chosen setting.
 
-    At most `LAYERS` layers, evenly spread, and the leading `DIRECTIONS` of each. `value` is the
-    singular value over the first, `taken` the share of the direction that the start took.
+    There are at most `LAYERS` layers, evenly spread, and the leading `DIRECTIONS` of each.
+    `value` is the singular value over the first. `taken` is the share that the start uses.
 
     Args:
         chosen: the chosen runs, with `arm`, `task`, `rank` and `folder`.
@@ -49,7 +49,7 @@ def layer_pieces(run, layers: list[dict], order: int) -> list[pd.DataFrame]:
     pieces = []
     for layer in (layers[place] for place in places):
         values = np.asarray(layer["singular_values"], dtype=float)[:DIRECTIONS]
-        # None: a start whose A is zero takes nothing.
+        # None: a start with a zero A uses nothing.
         shares = layer["taken"] or [0.0] * len(layer["singular_values"])
         taken = np.asarray(shares, dtype=float)[:DIRECTIONS]
         if not is_text(layer["name"]) or not np.isfinite([*values, *taken]).all():

@@ -1,4 +1,4 @@
-"""Intervals for a score, by bootstrap over held-out examples and seeds.
+"""Confidence intervals of scores, by bootstrap over held-out examples and seeds.
 
 Let `c[i, k]` be 1 if run `i` answers example `k` correctly, for `N` examples and `S` seeds of an
 arm. Its score is the mean over both. One draw takes `N` examples with replacement, giving counts
@@ -6,32 +6,28 @@ arm. Its score is the mean over both. One draw takes `N` examples with replaceme
 
     score* = 1/S  sum_s  1/N  sum_k  w[k] c[j[s], k]
 
-The 95 % interval runs from the 2.5th to the 97.5th percentile of `score*` over all draws.
-The same `w` and the same `j` serve every arm. The paired difference of two arms is therefore
-`score*_a - score*_b` within each draw, over the seeds that both have: what a hard example or a
-lucky seed does to both at once cancels.
+The 95 % interval extends from the 2.5th to the 97.5th percentile of `score*`. All arms use the
+same `w` and `j`. The paired difference of two arms is `score*_a - score*_b` within each draw, over
+the seeds that both have. The effect of a hard example or a lucky seed on both cancels.
 
-What such an interval does not tell:
+Limits of such an interval:
 
-- Seeds: the variance among S resampled seeds is (S - 1)/S of its unbiased estimate. With two
-  seeds half of the seeds' variance is missing, with one all of it: the interval then speaks of
-  the examples only. Three to five seeds are the least for a claim about seeds.
-- It holds for these examples' population, this model, this learning rate. A method whose best
-  learning rate lies elsewhere may win there.
-- One comparison in twenty of equal methods falls outside its interval by chance, and a table has
-  many comparisons.
-- Percentiles are first-order accurate: within one percentage point of nominal coverage for
-  scores between 5 % and 95 % of 500 examples or more, too narrow for a handful of examples.
+- Seeds: the variance among S resampled seeds is (S - 1)/S of its unbiased estimate. With one seed
+  the interval covers the examples only. A claim about seeds needs three to five.
+- It holds for this population of examples, this model and this learning rate.
+- One of twenty comparisons of equal methods falls outside its interval by chance.
+- For scores between 5 % and 95 % of 500 examples or more, its coverage is within one percentage
+  point of 95 %. For few examples it is too narrow.
 
-Where no predictions were kept (validation scores, a whole curve of settings) an interval is made
-from the seeds alone, by Student's t: `m ± t(0.975, S - 1) s / sqrt(S)`, for three seeds or more.
-The percentile bootstrap would not do: of three seeds it can never reach beyond the lowest and the
-highest, and covers the true mean three times in four.
+Without predictions (validation scores, a whole curve of settings) an interval is Student's t over
+seeds: `m ± t(0.975, S - 1) s / sqrt(S)`, for three seeds or more. A bootstrap of three seeds never
+reaches beyond the lowest and the highest, and covers the true mean in three cases of four.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy.stats import t as student
@@ -81,7 +77,7 @@ class Bootstrap:
         self.uniforms = generator.random((draws, len(correct)))
 
     def score(self, rows: list[int]) -> Interval:
-        """Interval of the mean score of the runs `rows`: one run a seed."""
+        """Interval of the mean score of the runs `rows`, one per seed."""
         return _interval(self.means[rows].mean(), self._draws(rows))
 
     def difference(self, rows: list[int], baseline: list[int]) -> Interval:
@@ -98,7 +94,7 @@ class Bootstrap:
 
 
 def seed_interval(values: np.ndarray) -> Interval:
-    """Student's t interval of the mean of `values`, one a seed; NaN ends below three seeds."""
+    """Student's t interval of the mean over seeds. Its ends are NaN for fewer than three seeds."""
     estimate, count = float(np.mean(values)), len(values)
     if count < LEAST_SEEDS:
         return Interval(estimate, np.nan, np.nan)
@@ -106,6 +102,7 @@ def seed_interval(values: np.ndarray) -> Interval:
     return Interval(estimate, estimate - margin, estimate + margin)
 
 
+@cache
 def quantile(count: int) -> float:
     """t(0.975) with `count - 1` degrees of freedom."""
     return float(student.ppf(0.5 + LEVEL / 2, count - 1))
@@ -114,9 +111,9 @@ def quantile(count: int) -> float:
 def interquartile_mean(scores: list[np.ndarray], draws: int = 2000, seed: int = 0) -> Interval:
     """Mean of the middle half of all scores, with a stratified bootstrap interval.
 
-    Following Agarwal et al. 2021 (Deep Reinforcement Learning at the Edge of the Statistical
-    Precipice, arXiv 2108.13264): the scores of all tasks and seeds are pooled, the lowest and the
-    highest quarter are cut off, and for the interval seeds are drawn again within each task.
+    Agarwal et al. 2021 (Deep Reinforcement Learning at the Edge of the Statistical Precipice,
+    arXiv 2108.13264) pool the scores of all tasks and seeds, and cut off the lowest and the highest
+    quarter. The interval resamples seeds within each task.
 
     Args:
         scores: per task an array of the scores of its seeds.
@@ -130,7 +127,7 @@ def interquartile_mean(scores: list[np.ndarray], draws: int = 2000, seed: int = 
 
 
 def _middle_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis without its lowest and its highest quarter (rounded down)."""
+    """Mean over the last axis without the lowest and the highest quarter (rounded down)."""
     cut = values.shape[-1] // 4
     ordered = np.sort(values, axis=-1)
     return ordered[..., cut : values.shape[-1] - cut].mean(axis=-1)

@@ -1,8 +1,7 @@
-"""One row per arm at its chosen setting: score, interval, paired difference, cost."""
+"""One row per arm at its chosen setting: every measure with its interval, and the difference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .choices import Choice
 from .palette import BASELINE, ordered
 from .runs import Problem, read_predictions
-from .selection import Choice
 from .statistics import LEAST_SEEDS, Bootstrap, Interval, seed_interval
 
 MAX_SEEDS_FOR_ALL_SUBSETS = 4
@@ -21,14 +20,21 @@ BOTH, SEEDS, NONE = "examples and seeds", "seeds alone", "no interval"
 
 @dataclass(frozen=True)
 class Row:
-    """Means over the seeds of one arm. `score.low` is NaN where no interval could be made."""
+    """Means over the seeds of one arm. An interval's ends are NaN where there is none.
+
+    Attributes:
+        difference: of the score, paired with the baseline's.
+        interval: what the score's interval covers: "examples and seeds", "seeds alone" or
+            "no interval".
+        measures: all other measures by name. The output gap is the largest over seeds.
+    """
 
     choice: Choice
     seeds: tuple[int, ...]
     score: Interval
     difference: Interval | None
-    interval: str  # what it covers: "examples and seeds", "seeds alone", "no interval"
-    measured: dict[str, float]  # means over the seeds, of the output gap the largest
+    interval: str
+    measures: dict[str, Interval]
 
     @property
     def arm(self) -> str:
@@ -44,7 +50,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`baseline`, `tie` (zero lies within the paired interval), `above`, `below` or `—`."""
+        """`baseline`, `tie` (the paired interval contains zero), `above`, `below` or `—`."""
         if self.is_baseline:
             return "baseline"
         if self.difference is None or np.isnan(self.difference.low):
@@ -54,8 +60,8 @@ class Row:
         return "above" if self.difference.estimate > 0 else "below"
 
     def get(self, name: str) -> float | None:
-        """A measured mean, or None where nothing was measured."""
-        value = self.measured[name]
+        """The mean of a measure; None if no run has it."""
+        value = self.measures[name].estimate
         return None if np.isnan(value) else value
 
 
@@ -64,17 +70,18 @@ MEANS = (
     "first_step_gradient_norm", "relative_norm", "update_size", "forgetting",
     "intruder_dimensions",
 )  # fmt: skip
+LARGEST = ("output_gap", "output_gap_kl")
 
 
 class Summarizer:
-    """Rows for any choice of seeds, all from one set of bootstrap draws a task.
+    """Rows for any choice of seeds, all from the same bootstrap draws per task.
 
     Args:
         runs: the table of runs.
-        choices: the settings to judge; the predictions of their runs alone are read.
+        choices: the settings to summarize. Only the predictions of their runs are read.
 
     Attributes:
-        quantity: "score", or "validation_score" where a chosen run was not tested.
+        quantity: "score", or "validation_score" if a chosen run has no test score.
     """
 
     def __init__(self, runs: pd.DataFrame, choices: list[Choice], draws: int = 2000) -> None:
@@ -113,7 +120,7 @@ class Summarizer:
         return [row for task in self.tasks for row in self.rows(task)]
 
     def seed_subsets(self) -> list[tuple[int, ...]]:
-        """Every choice of seeds if they are few, else each one alone and all together."""
+        """Every choice of a few seeds. Of many seeds, each one alone and all together."""
         count = len(self.seeds)
         sizes = range(1, count + 1) if count <= MAX_SEEDS_FOR_ALL_SUBSETS else {1, count}
         return [subset for size in sizes for subset in combinations(self.seeds, size)]
@@ -121,27 +128,24 @@ class Summarizer:
     def _row(self, choice: Choice, frames: dict[str, pd.DataFrame], all_: list[Choice]) -> Row:
         mine = frames[choice.arm].sort_values("seed")
         baseline = baseline_of(choice, all_)
-        score, kind = self._interval(
-            mine, lambda boot, rows: boot.score(rows), mine[self.quantity].to_numpy()
-        )
+        score, kind = self._score(mine)
         difference = None
         if baseline is not None and choice.method != BASELINE:
             difference = self._difference(mine, frames[baseline.arm])
-        measured = {key: float(mine[key].mean()) for key in MEANS}
-        measured |= {key: float(mine[key].max()) for key in ("output_gap", "output_gap_kl")}
-        measured["init_seconds"] = self.costs.get(
-            (choice.task, choice.arm), measured["init_seconds"]
-        )
+        measures = {key: over_seeds(mine[key]) for key in MEANS}
+        measures |= {key: single(mine[key].max()) for key in LARGEST}
+        computed = self.costs.get((choice.task, choice.arm))
+        if computed is not None:
+            measures["init_seconds"] = single(computed)
         seeds = tuple(int(seed) for seed in mine["seed"])
-        return Row(choice, seeds, score, difference, kind, measured)
+        return Row(choice, seeds, score, difference, kind, measures)
 
-    def _interval(
-        self, runs: pd.DataFrame, resample: Callable[..., Interval], values: np.ndarray
-    ) -> tuple[Interval, str]:
-        """By bootstrap where every run's predictions are there, else by Student's t."""
+    def _score(self, runs: pd.DataFrame) -> tuple[Interval, str]:
+        """By bootstrap if all predictions are available, else by Student's t."""
         rows = [self.index.get(run) for run in runs["run_id"]]
         if None not in rows:
-            return resample(self.bootstraps[runs["task"].iloc[0]], rows), BOTH
+            return self.bootstraps[runs["task"].iloc[0]].score(rows), BOTH
+        values = runs[self.quantity].to_numpy()
         return seed_interval(values), SEEDS if len(values) >= LEAST_SEEDS else NONE
 
     def _difference(self, mine: pd.DataFrame, theirs: pd.DataFrame) -> Interval | None:
@@ -155,9 +159,21 @@ class Summarizer:
         return seed_interval((pairs[self.quantity] - pairs[f"{self.quantity}_baseline"]).to_numpy())
 
 
+def over_seeds(values: pd.Series) -> Interval:
+    """The mean of the known values with its interval."""
+    known = values.dropna().to_numpy()
+    return seed_interval(known) if len(known) else single(np.nan)
+
+
+def single(value: float) -> Interval:
+    """A value without an interval."""
+    return Interval(float(value), np.nan, np.nan)
+
+
 def computed_costs(runs: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """Seconds to initialize, by task and arm, where runs of the arm took what they needed from the
-    cache: those of the longest, which computed and stored it.
+    """Seconds to initialize, by task and arm, for arms with runs that used the cache.
+
+    They are those of the longest run, which computed what the others loaded.
     """
     arms = runs.groupby(["task", "arm"])
     cached = arms["from_cache"].any()
@@ -165,7 +181,7 @@ def computed_costs(runs: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def baseline_of(choice: Choice, choices: list[Choice]) -> Choice | None:
-    """The baseline's arm at the same settings, or else at the same rank, or the only one."""
+    """The baseline's arm at the same settings, else the one at the same rank, else the only one."""
     same_name = BASELINE + choice.arm[len(choice.method) :]
     baselines = [c for c in choices if c.method == BASELINE]
     for candidates in (
@@ -181,11 +197,13 @@ def baseline_of(choice: Choice, choices: list[Choice]) -> Choice | None:
 def align_examples(
     runs: pd.DataFrame, problems: list[Problem]
 ) -> tuple[dict[str, int], np.ndarray]:
-    """Stack the predictions of the runs of one task over the examples that they share.
+    """Stack the predictions of the runs of one task over their common examples.
+
+    Args:
+        problems: what is left out is added to it.
 
     Returns:
-        Row of each run id, and the matrix `(runs, examples)`. What had to be left out is added to
-        `problems`.
+        The row of each run id, and the matrix `(runs, examples)`.
     """
     predicted = {}
     for run in runs.itertuples():
@@ -205,7 +223,7 @@ def align_examples(
     largest = max(map(len, sets))
     if len(common) < largest:
         reason = f"the runs share {len(common)} of up to {largest} examples: " + (
-            "intervals use those" if len(common) else "no intervals of examples can be made"
+            "intervals use those" if len(common) else "intervals do not cover examples"
         )
         problems.append(Problem("held-out examples", reason, fatal=False))
     if len(common) == 0:

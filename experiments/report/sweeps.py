@@ -1,4 +1,4 @@
-"""Gather the runs of sweeps: what a manifest lists, or what lies in a folder."""
+"""The runs of sweeps: those that a manifest lists, or those in a folder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .runs import Problem, read_json, told_failure
+from .runs import Problem, failure_text, read_json
 from .validation import is_text
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A run as a sweep lists it. Without a folder it failed before it had one."""
+    """A run as a sweep lists it. It has no folder if it failed before it made one."""
 
     folder: Path | None
     status: str
@@ -22,6 +22,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
+    """The runs that one folder lists, and how many its sweep planned."""
+
     name: str
     heading: str | None
     entries: list[Entry]
@@ -30,7 +32,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every run that the given folders list, and what they say of them.
+    """Every run that the given folders list.
 
     Attributes:
         selected: by number of the folder and arm, the setting that its `protocol.json` chose.
@@ -49,7 +51,7 @@ def load_sweeps(folders: list[Path]) -> Sweep:
     """List the runs of sweep folders (with a `manifest.json`) and of plain folders of runs.
 
     Raises:
-        FileNotFoundError: a folder does not exist, or holds neither a manifest nor any run.
+        FileNotFoundError: a folder does not exist, or has neither a manifest nor a run.
         ValueError: a manifest or a protocol cannot be read.
     """
     names, headings, problems, entries = [], [], [], {}
@@ -67,25 +69,25 @@ def load_sweeps(folders: list[Path]) -> Sweep:
             if key not in entries or entry.status == "finished":  # a later job may have done it
                 entries[key] = entry
         for part, found in protocol.items():
-            found |= {(number, arm): told for arm, told in read_protocol(folder, part).items()}
+            found |= {(number, arm): one for arm, one in read_protocol(folder, part).items()}
     heading = headings[0] if len(set(headings)) == 1 else None
     return Sweep(" + ".join(names), heading, list(entries.values()), problems, **protocol)
 
 
 def read_protocol(folder: Path, part: str) -> dict[str, dict[str, Any]]:
-    """By arm, one part of what a protocol has recorded; nothing where no protocol ran."""
+    """One part of a protocol's record by arm; nothing without a protocol."""
     path = folder / "protocol.json"
     if not path.exists():
         return {}
     try:
-        return {str(arm): dict(told) for arm, told in read_json(path).get(part, {}).items()}
+        return {str(arm): dict(one) for arm, one in read_json(path).get(part, {}).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = f"'{path}' is no protocol: {error}. Run the sweep's command again."
+        reason = f"'{path}' is not a protocol: {error}. Run the sweep's command again."
         raise ValueError(reason) from error
 
 
 def list_runs(folder: Path) -> Listing:
-    """Every run that `folder` speaks of.
+    """Every run of one folder.
 
     Raises:
         FileNotFoundError: see `load_sweeps`.
@@ -93,38 +95,41 @@ def list_runs(folder: Path) -> Listing:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder '{folder}': pass a sweep folder or a folder of runs")
-    manifest_path = folder / "manifest.json"
-    if manifest_path.exists():
+    path = folder / "manifest.json"
+    if path.exists():
         try:
-            manifest = read_json(manifest_path)
+            manifest = read_json(path)
             listed = list(manifest["runs"])
-            entries = [listed_run(entry, folder, n) for n, entry in enumerate(listed, start=1)]
             if listed and not any(isinstance(entry, dict) for entry in listed):
                 raise TypeError("no entry is an object")
-            planned = manifest.get("total") if type(manifest.get("total")) is int else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"'{manifest_path}' is no manifest: it needs \"runs\", a list of entries that each "
-                f'have a "folder" ({error}). Run the sweep again to rewrite it.'
+                f"'{path}' is not a manifest: it needs \"runs\", a list of entries with a "
+                f'"folder" each ({error}). Run the sweep again to rewrite it.'
             ) from error
-        name = str(manifest.get("sweep", folder.name))
-        heading = manifest.get("heading")
-        return Listing(name, heading if is_text(heading) else None, entries, planned)
+        entries = [listed_run(entry, folder, n) for n, entry in enumerate(listed, start=1)]
+        planned, heading = manifest.get("total"), manifest.get("heading")
+        return Listing(
+            str(manifest.get("sweep", folder.name)),
+            heading if is_text(heading) else None,
+            entries,
+            planned if type(planned) is int else None,
+        )
     if (folder / "result.json").exists():
         found = [folder]
     else:
         found = sorted(path.parent for path in folder.glob("*/result.json"))
     if not found:
         raise FileNotFoundError(
-            f"'{folder}' holds neither a manifest.json nor a sub-folder with a result.json: "
-            "pass the folder of a sweep, or one whose sub-folders are finished runs"
+            f"'{folder}' has neither a manifest.json nor a subfolder with a result.json: "
+            "pass the folder of a sweep, or one whose subfolders are finished runs"
         )
     entries = [Entry(path, "finished", str(path)) for path in found]
     return Listing(folder.resolve().name, None, entries)
 
 
 def listed_run(entry: Any, sweep_folder: Path, number: int) -> Entry:
-    """An entry of a manifest; one that is odd is listed too, as a run that has no folder."""
+    """An entry of a manifest. A damaged one becomes a run without a folder."""
     if not isinstance(entry, dict):
         return Entry(None, "damaged", f"entry {number} of the manifest")
     overrides, given = entry.get("overrides") or [], entry.get("folder")
@@ -137,7 +142,7 @@ def listed_run(entry: Any, sweep_folder: Path, number: int) -> Entry:
 
 
 def locate(path: str, sweep_folder: Path) -> Path:
-    """Resolve a run's folder against the working directory, then the sweep's folder and above."""
+    """Find a run's folder below the working directory, the sweep's folder or one above that."""
     given = Path(path)
     if given.is_absolute():
         return given
@@ -149,6 +154,6 @@ def locate(path: str, sweep_folder: Path) -> Path:
 
 
 def check_entry(entry: Entry) -> None:
-    """Raise with the reason why a listed run takes no part, if the sweep gives one."""
+    """Raise with the sweep's reason if it did not finish this run."""
     if entry.status != "finished" or entry.folder is None:
-        raise ValueError(f"the sweep marked it '{entry.status}'{told_failure(entry.folder)}")
+        raise ValueError(f"the sweep marked it '{entry.status}'{failure_text(entry.folder)}")

@@ -1,7 +1,7 @@
-"""What a run's files may hold, so that tables and charts can be made of any of them.
+"""What a run's files may contain, so that every run fits into tables and charts.
 
-A value of another type, or a number that no chart can show, is left out and named. A run without
-what every figure needs is left out as a whole.
+Values of a wrong type and numbers that no chart can show are left out and reported. A run that
+lacks a required value is left out.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.bounds import MOST, SEEDS
+from experiments.config.bounds import MOST, SEEDS
 
 REQUIRED = ("run_id", "method", "seed", "metric")
 TEXTS = {"model": "unknown model", "data": "unknown data", "control": "none"}
-"""With what stands for one that is missing: these name the tasks and the arms."""
+"""Names of tasks and arms, with their replacements if they are missing."""
 NUMBERS = (
     "score", "validation_score", "n_test", "majority", "loss_test", "init_seconds",
     "calibration_seconds", "train_seconds", "peak_memory_bytes", "first_step_gradient_norm",
@@ -22,32 +22,32 @@ NUMBERS = (
 )  # fmt: skip
 GROUPS = ("output_gap", "start", "end", "environment", "config", "init")
 NESTED = ("output_gap", "gradient_norms")
-"""Objects within a group: no table shows them."""
+"""Objects within a group. No table shows them."""
 ROW_TEXTS = ("name", "module_type", "base", "split")
 LARGEST = 1e30
-"""Sums and squares of such numbers are still finite."""
+"""Sums and squares of such numbers are finite."""
 
 
 class Gaps:
-    """What was left out of one file, by setting."""
+    """What was left out of one file, by name."""
 
     def __init__(self) -> None:
-        self.told: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
 
     def add(self, name: str, value: object, must_be: str) -> None:
-        self.told.setdefault(name, f"{name}={shown(value)} is not {must_be}")
+        self.reasons.setdefault(name, f"{name}={shown(value)} is not {must_be}")
 
     def reason(self) -> str:
-        """The first few in one line; empty where nothing was left out."""
-        told = list(self.told.values())
-        return "; ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+        """The first three in one line; empty if nothing was left out."""
+        found = list(self.reasons.values())
+        return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def clean_result(result: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
-    """The result with values of the right types alone.
+    """The result without values of wrong types.
 
     Raises:
-        ValueError: it lacks what no figure can be drawn without.
+        ValueError: a required value is missing or wrong.
     """
     status = result.get("status", "finished")
     if status != "finished":
@@ -93,7 +93,7 @@ def clean_result(result: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
 
 
 def clean_layers(content: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
-    """`init.json` or `end.json` with the layers that have a name, and their numbers."""
+    """`init.json` or `end.json` with its named layers and their numbers."""
     layers = content.get("layers")
     if layers is None:
         return {**content, "layers": []}
@@ -113,7 +113,7 @@ def clean_layers(content: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
 
 
 def clean_metrics(rows: Iterable[Any], gaps: Gaps) -> list[dict[str, Any]]:
-    """The rows that have a step and a split, and their numbers."""
+    """The rows with a step and a split, and their numbers."""
     kept = []
     for row in rows:
         step = row.get("step") if isinstance(row, dict) else None
@@ -125,7 +125,7 @@ def clean_metrics(rows: Iterable[Any], gaps: Gaps) -> list[dict[str, Any]]:
 
 
 def clean_row(row: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
-    """Names where names belong, numbers everywhere else: a column of a table has one type."""
+    """The row with names in `ROW_TEXTS` and numbers elsewhere, so that columns have one type."""
     kept: dict[str, Any] = {}
     for key, value in row.items():
         good = is_text(value) if key in ROW_TEXTS else is_number(value)

@@ -1,7 +1,7 @@
-"""What the charts and the page's list of runs draw from: few tables, small enough to travel.
+"""The tables that the charts and the page's list of runs are drawn from, kept small.
 
-Curves and layers are those of the chosen settings only; everything is rounded to what a chart can
-show. A table is shared by all charts that name it.
+Curves and layers are those of the chosen settings only. Numbers are rounded to what a chart can
+show. Charts share tables by name.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .curves import held_out, smoothed_training, updates
+from .arms import without_rank
+from .choices import Choice
 from .frames import END, short_names
-from .selection import Choice
-from .settings import without_rank
 from .spectra import spectra
-from .statistics import interquartile_mean
+from .statistics import Interval, interquartile_mean
 from .summary import Row, Summarizer
 
 RUN = ("run_id", "arm", "method", "seed", "rank", "task")
@@ -28,16 +27,18 @@ LAYER = (
     "captured_energy", "relative_norm", "update_size", "intruder_dimensions", "angle_A", "angle_B",
 )  # fmt: skip
 DIGITS = 5
+POINTS, FEWER_POINTS = 120, 60
+MANY_RUNS = 60
 
 
 @dataclass(frozen=True)
 class Views:
-    """The tables by name, and what the whole report shares.
+    """The tables by name, and what their captions need.
 
     Attributes:
         curve: the quantity of the robustness curve: "score" or "validation_score".
-        forgetting: what the runs say that their forgetting is.
-        smoothing: width in logged steps of the window that losses were averaged over.
+        forgetting: the kind of forgetting that the runs measured.
+        smoothing: width of the window over which losses are averaged, in logged steps.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -56,7 +57,7 @@ def make_views(
 
     Args:
         runs: every run, with `arm`, `task` and `best`.
-        layers, metrics: of every run; those of the chosen settings are taken.
+        layers, metrics: of every run.
     """
     chosen = summarizer.runs[list(RUN)].assign(rank=summarizer.runs["rank"].fillna(0))
     training, window = smoothed_training(metrics, chosen)
@@ -77,12 +78,12 @@ def make_views(
 
 
 def curve_quantity(runs: pd.DataFrame) -> str:
-    """One quantity for a whole curve: the score if every run has it, else the validation score."""
+    """The score if every run has it, else the validation score."""
     return "score" if runs["tested"].all() else "validation_score"
 
 
 def points(runs: pd.DataFrame, quantity: str, curve: str) -> pd.DataFrame:
-    """One row a run: `score` and `curve` in per cent, what was measured, where it stands."""
+    """One row per run: its measures, with `score` and `curve` in percent."""
     frame = runs[[*RUN, "learning_rate", "best", *MEASURED]]
     return frame.assign(
         score=100 * runs[quantity], curve=100 * runs[curve], rank=runs["rank"].fillna(0)
@@ -90,7 +91,7 @@ def points(runs: pd.DataFrame, quantity: str, curve: str) -> pd.DataFrame:
 
 
 def score_rows(summarizer: Summarizer) -> pd.DataFrame:
-    """The rows of every choice of seeds that the page offers, scores in per cent."""
+    """The rows of every choice of seeds that the page offers, with scores in percent."""
     return pd.DataFrame(
         {
             "arm": row.arm,
@@ -102,7 +103,7 @@ def score_rows(summarizer: Summarizer) -> pd.DataFrame:
             **in_percent(row),
             "verdict": row.verdict,
             "series": without_rank(row.arm),
-            "init_seconds": row.measured["init_seconds"],
+            "init_seconds": row.measures["init_seconds"].estimate,
         }
         for task in summarizer.tasks
         for subset in summarizer.seed_subsets()
@@ -111,20 +112,71 @@ def score_rows(summarizer: Summarizer) -> pd.DataFrame:
 
 
 def in_percent(row: Row) -> dict[str, float]:
+    """Score and difference with the ends of their intervals."""
     nan = float("nan")
-    score, other = row.score, row.difference
+    score, other = row.score, row.difference or Interval(nan, nan, nan)
     return {
         "score": 100 * score.estimate,
         "low": 100 * score.low,
         "high": 100 * score.high,
-        "difference": 100 * other.estimate if other else nan,
-        "difference_low": 100 * other.low if other else nan,
-        "difference_high": 100 * other.high if other else nan,
+        "difference": 100 * other.estimate,
+        "difference_low": 100 * other.low,
+        "difference_high": 100 * other.high,
     }
 
 
+def smoothed_training(metrics: pd.DataFrame, chosen: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Each run's training losses and gradient norms, averaged over a window and thinned.
+
+    The window is centered and a twentieth of the logged steps wide (odd, at least 1). It shrinks
+    at both ends, so that the first and the last point are not shifted.
+
+    Returns:
+        The rows, and the window's width in logged rows.
+    """
+    training = of_split(metrics, chosen, "train", ["loss", "grad_norm"])
+    if training.empty:
+        return training, 1
+    training = training.sort_values(["run_id", "step"], ignore_index=True)
+    by_run = training.groupby("run_id", sort=False)
+    logged = int(by_run["step"].size().median())
+    window = max(1, logged // 20) | 1
+    for column in ("loss", "grad_norm"):
+        smooth = by_run[column].rolling(window, center=True, min_periods=1).mean()
+        training[column] = smooth.to_numpy()
+    count = POINTS if by_run.ngroups <= MANY_RUNS else FEWER_POINTS
+    # The same grid of steps for all seeds, so that they can be averaged.
+    spacing = training["step"].diff().where(training["run_id"].eq(training["run_id"].shift()))
+    grid = max(1, int(spacing.median() if spacing.notna().any() else 1)) * -(-logged // count)
+    kept = (training["step"] - by_run["step"].transform("min")) % grid == 0
+    return training[kept], window
+
+
+def held_out(metrics: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """Validation losses; empty for fewer than two steps."""
+    rows = of_split(metrics, chosen, "validation", ["loss"])
+    return rows if rows["step"].nunique() > 1 else rows.iloc[:0]
+
+
+def updates(metrics: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """‖ΔW‖ / ‖W‖ over all adapted layers at the measured steps."""
+    return of_split(metrics, chosen, "update", ["update_size"])
+
+
+def of_split(
+    metrics: pd.DataFrame, chosen: pd.DataFrame, split: str, values: list[str]
+) -> pd.DataFrame:
+    """The rows of one split that have the first of `values`, with the columns of `chosen`."""
+    columns = [*chosen.columns, "step", *values]
+    if metrics.empty or values[0] not in metrics:
+        return pd.DataFrame(columns=columns)
+    rows = metrics[(metrics["split"] == split) & metrics[values[0]].notna()]
+    rows = rows.reindex(columns=["run_id", "step", *values])
+    return rows.merge(chosen.reset_index(drop=True), on="run_id")[columns]
+
+
 def layer_values(layers: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-    """One row per layer of each chosen run; `layer_rank` is the layer's own, as EVA sets it."""
+    """One row per layer of each chosen run. `layer_rank` may differ between layers, as in EVA."""
     names = [*RUN, "layer", "shape", "layer_rank", "error", *LAYER]
     layers = layers[layers["run_id"].isin(chosen["run_id"])] if len(layers) else layers
     if layers.empty:
@@ -134,17 +186,13 @@ def layer_values(layers: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     known = list(dict.fromkeys(layers["name"]))
     short = dict(zip(known, short_names(known), strict=True))
     layers = layers.reindex(columns=[*layers, *(n for n in names if n not in layers)])
-    shape = [f"{o:g} × {i:g}" for o, i in zip(*sides(layers), strict=True)]
+    sides = layers.reindex(columns=["out_features", "in_features"])
+    shape = [f"{rows:g} × {columns:g}" for rows, columns in sides.itertuples(index=False)]
     return layers.assign(layer=layers["name"].map(short), shape=shape)[names]
 
 
-def sides(layers: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    missing = pd.Series(float("nan"), index=layers.index)
-    return layers.get("out_features", missing), layers.get("in_features", missing)
-
-
 def task_means(summarizer: Summarizer) -> pd.DataFrame:
-    """Interquartile mean over tasks and seeds of every arm that all tasks have; else no rows."""
+    """Interquartile mean over tasks and seeds, for arms that all of several tasks have."""
     tasks = summarizer.tasks
     by_arm: dict[str, dict[str, Choice]] = {}
     for choice in summarizer.choices:
@@ -171,7 +219,7 @@ def task_means(summarizer: Summarizer) -> pd.DataFrame:
 
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Floats to five significant digits: three times as short as JSON, and no chart shows more."""
+    """Floats with five significant digits, which makes the JSON three times shorter."""
     frame = frame.reset_index(drop=True)
     for name in frame.select_dtypes("float"):
         values = frame[name].to_numpy()

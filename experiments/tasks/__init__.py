@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from experiments.data.judges import Judge, says_exactly
-from experiments.schedule import TrainingConfig
+from experiments.config.training import TrainingConfig
+from experiments.data import Judge, says_exactly
 from experiments.tasks.batches import SeededBatches, draw
 from experiments.tasks.causal_lm import CausalLM
 from experiments.tasks.evaluation import Evaluation, collect
@@ -21,7 +21,7 @@ __all__ = ["Evaluation", "SeededBatches", "Task", "collect", "draw", "make_task"
 
 
 class Task(Protocol):
-    """What training and evaluation need to know of a task.
+    """The interface of a task for training and evaluation.
 
     Attributes:
         metric: the name of the score, the mean of the rows' `correct`.
@@ -30,10 +30,10 @@ class Task(Protocol):
     metric: str
 
     def collate(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Examples as one padded batch with labels: the keyword arguments of the model."""
+        """One padded batch with labels: the keyword arguments of the model."""
 
     def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How many things (tokens, texts) the model's loss on a batch is the mean of."""
+        """The number of tokens or texts over which the model's loss on a batch is a mean."""
 
     def rows(
         self,
@@ -43,13 +43,13 @@ class Task(Protocol):
         device: torch.device,
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[dict[str, Any]]:
-        """One row an example (see `evaluation.collect`), for part k of n of the batches."""
+        """One row per example (see `evaluation.collect`), for part k of n of the batches."""
 
     def probed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """A mask of the logits that mean something, or None for all."""
+        """A mask of the logits that count, or None for all."""
 
     def majority(self, examples: Sequence[Any]) -> float | None:
-        """The score of the constant answer that suits most examples, where there is one."""
+        """The score of the best constant answer, or None if there is no such answer."""
 
 
 def make_task(

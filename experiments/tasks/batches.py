@@ -1,4 +1,4 @@
-"""Which examples make a batch: a function of the seed, and of nothing that a method changes."""
+"""Which examples make a batch: a function of the seed alone, so equal for all methods."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from torch.utils.data import Sampler
 
 
 class SeededBatches(Sampler[list[int]]):
-    """`steps` batches of indices: permutations of all examples, one after another, cut evenly.
+    """`steps` full batches of indices, cut from consecutive permutations of all examples.
 
-    An epoch's rest and the next epoch's beginning share a batch, so that all batches are full. The
-    attributes `batch_size` and `drop_last` are read by Accelerate, which cuts each batch into as
-    many parts as there are processes.
+    Accelerate reads `batch_size` and `drop_last`, and splits each batch over the processes.
 
     Args:
-        start: leave out so many batches, which were trained on before.
+        start: how many batches to skip, which were trained on before.
     """
 
     drop_last = True
@@ -34,7 +32,7 @@ class SeededBatches(Sampler[list[int]]):
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A generator of its own: the global one stands elsewhere after each initialization.
+        # The state of the global generator depends on the initialization.
         generator = torch.Generator().manual_seed(self.seed)
         waiting: list[int] = []
         for step in range(self.steps):
@@ -54,7 +52,7 @@ def draw(examples: int, count: int, seed: int) -> list[int]:
 def by_length(
     lengths: Sequence[int], batch_size: int, part: tuple[int, int] = (0, 1)
 ) -> list[list[int]]:
-    """Batches of similar lengths, longest first: little padding, and memory peaks at once.
+    """Batches of similar lengths, which need little padding; the longest come first.
 
     `part` = (k, n) takes every n-th batch from the k-th on, for n processes.
     """

@@ -1,4 +1,4 @@
-"""Language modelling of prompt -> completion; generated answers are scored by the data's judge."""
+"""Language modeling of prompt and completion; the data's judge scores generated answers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from experiments.data import Completion
-from experiments.data.judges import Generated, Judge, says_exactly
+from experiments.data import Completion, Generated, Judge, says_exactly
 from experiments.tasks.batches import by_length
 
 IGNORED = -100
@@ -18,15 +17,14 @@ IGNORED = -100
 class CausalLM:
     """Learn the completion, not the prompt; generate greedily and compare.
 
-    The three parts of an example are tokenised one by one and joined, so that where the answer
-    begins is exact and not a guess about how tokens merge. Texts are padded on the right for the
-    loss and on the left for generation.
+    The parts of an example are tokenized one by one and joined, so the answer's first token is
+    known exactly. Texts are padded on the right for the loss and on the left for generation.
 
     Args:
-        generate_limit: generate for so many examples of a split (the first in its order): one
-            generated answer costs as much as many losses.
-        max_new_tokens: the length of a generated answer.
-        judge: when a generated text is right.
+        generate_limit: how many examples of a split to generate for, from the first on. A
+            generated answer takes much longer than a loss.
+        max_new_tokens: the greatest length of a generated answer.
+        judge: decides whether a generated text is right.
     """
 
     metric = "exact_match"
@@ -46,30 +44,30 @@ class CausalLM:
         self.generate_limit = generate_limit
         self.max_new_tokens = max_new_tokens
 
-    def tokenise(self, example: Completion) -> tuple[list[int], list[int], int]:
+    def tokenize(self, example: Completion) -> tuple[list[int], list[int], int]:
         """Token ids, labels (-100 on the prompt), and how many trailing tokens are the answer."""
         prompt = self.tokenizer(example.prompt)["input_ids"]
         reasoning = self.plain(example.reasoning)
         answer = [*self.plain(example.answer), self.tokenizer.eos_token_id]
         room = max(self.max_length - len(answer), 0)
-        # Too long: the beginning of the prompt goes, the question's end and the answer stay.
+        # If it is too long, the start of the prompt is cut.
         prompt = prompt[max(len(prompt) + len(reasoning) - room, 0) :]
         ids = prompt + reasoning[: max(room - len(prompt), 0)] + answer
         return ids, [IGNORED] * len(prompt) + ids[len(prompt) :], len(answer)
 
     def plain(self, text: str) -> list[int]:
-        """The tokens of a part that follows another."""
+        """The tokens of a part that follows another part."""
         if self.puts_space_first:
-            text = text.removeprefix(" ")  # else there are two
+            text = text.removeprefix(" ")  # the tokenizer adds one
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How many learnt tokens the model's loss on a batch is the mean of: a scalar."""
+        """The number of tokens over which the model's loss on a batch is a mean: a scalar."""
         return (batch["labels"][:, 1:] != IGNORED).sum()
 
     def collate(self, examples: Sequence[Completion]) -> dict[str, torch.Tensor]:
         """A batch padded on the right: input_ids, attention_mask, labels, each (batch, length)."""
-        rows = [self.tokenise(example)[:2] for example in examples]
+        rows = [self.tokenize(example)[:2] for example in examples]
         longest = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         return {
@@ -90,7 +88,7 @@ class CausalLM:
         device: torch.device,
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[dict[str, Any]]:
-        """One row an example; `correct` is None where no answer was generated."""
+        """One row per example; `correct` is None if no answer was generated."""
         limit = self.generate_limit
         for some, generate in ((examples[:limit], True), (examples[limit:], False)):
             lengths = [len(example.prompt) + len(example.reasoning) for example in some]
@@ -107,7 +105,7 @@ class CausalLM:
     def read(
         self, model: torch.nn.Module, examples: Sequence[Completion], device: torch.device
     ) -> Iterator[dict[str, Any]]:
-        """Figures of given completions; `loss` sums over learnt tokens, `weight` counts them."""
+        """The figures of completions; `loss` is a sum over learned tokens, `weight` counts them."""
         batch = {key: value.to(device) for key, value in self.collate(examples).items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
@@ -116,20 +114,20 @@ class CausalLM:
         )
         hits = logits.argmax(-1) == labels
         for i, example in enumerate(examples):
-            learnt = (labels[i] != IGNORED).nonzero().flatten()
-            answer = learnt[-self.tokenise(example)[2] :]
+            learned = (labels[i] != IGNORED).nonzero().flatten()
+            answer = learned[-self.tokenize(example)[2] :]
             yield {
                 "id": example.id,
                 "score": -float(losses[i, answer].sum()),
                 "loss": float(losses[i].sum()),
-                "weight": len(learnt),
+                "weight": len(learned),
                 "answer_token_accuracy": float(hits[i, answer].float().mean()),
             }
 
     def generate(
         self, model: torch.nn.Module, examples: Sequence[Completion], device: torch.device
     ) -> list[Generated]:
-        """What the model goes on to write, greedily, after each prompt."""
+        """Generate greedily after each prompt."""
         prompts = [self.tokenizer(e.prompt)["input_ids"][-self.max_length :] for e in examples]
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
@@ -148,7 +146,7 @@ class CausalLM:
         return [Generated(*answer) for answer in zip(texts, ended, strict=True)]
 
     def probed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The logits at padding mean nothing."""
+        """A mask without padding."""
         return batch["attention_mask"].bool()
 
     def majority(self, examples: Sequence[Completion]) -> float | None:
@@ -156,6 +154,6 @@ class CausalLM:
 
 
 def puts_space_first(tokenizer: Any) -> bool:
-    """Whether the tokenizer sets a space before whatever it is given, as Llama-2's does."""
+    """Whether the tokenizer puts a space before every text, as Llama-2's does."""
     first = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
     return any(token.startswith("▁") for token in tokenizer.convert_ids_to_tokens(first))

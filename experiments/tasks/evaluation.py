@@ -1,4 +1,4 @@
-"""What an evaluation says: figures over all examples, and one line an example."""
+"""The result of an evaluation: figures over all examples, and one row per example."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data.judges import Generated
+from experiments.data import Generated
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Evaluation:
         metrics: means over the split; holds "loss" and the task's own metric.
         ids: the examples' ids, in ascending order.
         correct: whether each was answered correctly; its mean is the score.
-        score: a finer figure an example, the log-probability of the right answer.
-        said: what was generated, where the task generates.
+        score: the log-probability of each right answer, a finer figure.
+        said: the generated texts, if the task generates.
     """
 
     metrics: dict[str, float]
@@ -30,11 +30,11 @@ class Evaluation:
 
 
 def collect(rows: list[dict[str, Any]], metric: str) -> Evaluation:
-    """Put rows of `id`, `correct`, `score`, `loss`, `weight`, `said` and others together.
+    """Combine rows of `id`, `correct`, `score`, `loss`, `weight`, `said` and others.
 
     "loss" is the mean over what `weight` counts (tokens, or examples); every other numeric column
-    is averaged over examples. The rows are summed in the order of their ids, so that the figures do
-    not depend on batches or processes.
+    is averaged over examples. Rows are summed in the order of their ids, so the figures do not
+    depend on batches or processes.
     """
     rows = sorted(rows, key=lambda row: row["id"])
     total = sum(row["weight"] for row in rows)

@@ -1,4 +1,4 @@
-"""Text classification: one label a text, scored by accuracy."""
+"""Text classification: one label per text, scored by accuracy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.tasks.batches import by_length
 
 
 class TextClassification:
-    """Tokenise, pad to the longest text of the batch, compare the logits with the label."""
+    """Tokenize, pad to the longest text of the batch, and compare the logits with the label."""
 
     metric = "accuracy"
 
@@ -41,7 +41,7 @@ class TextClassification:
         device: torch.device,
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[dict[str, Any]]:
-        """One row an example; `loss` is the negative log-probability of its label."""
+        """One row per example; `loss` is the negative log-probability of its label."""
         for indices in by_length([len(e.text) for e in examples], batch_size, part):
             chosen = [examples[index] for index in indices]
             batch = {key: value.to(device) for key, value in self.collate(chosen).items()}
@@ -55,14 +55,14 @@ class TextClassification:
                 }  # fmt: skip
 
     def counted(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How many texts the model's loss on a batch is the mean of: a scalar."""
+        """The number of texts over which the model's loss on a batch is a mean: a scalar."""
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
     def probed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """All logits mean something."""
+        """None: all logits count."""
         return None
 
     def majority(self, examples: Sequence[Labelled]) -> float:
-        """The accuracy of always naming the most frequent label of these examples."""
+        """The accuracy of always choosing the most frequent label of these examples."""
         counts = np.bincount([example.label for example in examples])
         return float(counts.max() / len(examples))

@@ -21,8 +21,8 @@ stream or on data), and are refused.
 """
 
 from lora_init.adapters.embeddings import put_rows
+from lora_init.adapters.load import fill, read
 from lora_init.adapters.loaded import LoadedAdapter
-from lora_init.adapters.reading import fill, read
-from lora_init.adapters.writing import save
+from lora_init.adapters.save import save_adapter
 
-__all__ = ["LoadedAdapter", "fill", "put_rows", "read", "save"]
+__all__ = ["LoadedAdapter", "fill", "put_rows", "read", "save_adapter"]

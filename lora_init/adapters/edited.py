@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_init.adapters.contents import Contents
-from lora_init.config import LoraConfig
-from lora_init.plan import Plan
-from lora_init.targets import PatternValues, name_matches, select
+from lora_init.adapters.tensors import Contents
+from lora_init.config.lora_config import LoraConfig
+from lora_init.plan.match import PatternValues, name_matches, select
+from lora_init.plan.plan import Plan
 
 KEPT_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq", "mica")
 """Values of init_lora_weights under which PEFT leaves the base alone."""

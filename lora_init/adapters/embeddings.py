@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.layout import PREFIX
-from lora_init.fingerprint import fingerprint, has_fingerprint
+from lora_init.adapters.format import PREFIX
 from lora_init.injection import Transaction
 from lora_init.layers import LoraLayer
-from lora_init.targets import name_matches
+from lora_init.plan.match import name_matches
+from lora_init.weights.fingerprint import fingerprint, has_fingerprint
 
 PEFT_NAMES = ("embed_tokens", "lm_head")
 """Names of the embeddings that PEFT saves where they are adapted."""

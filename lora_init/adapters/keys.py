@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lora_init.adapters.layout import FIRST_FACTOR, PREFIX
-from lora_init.plan import Plan
+from lora_init.adapters.format import FIRST_FACTOR, PREFIX
+from lora_init.plan.plan import Plan
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 """Names under which wrappers hold the module that they wrap."""

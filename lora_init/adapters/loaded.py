@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lora_init.base_weights import BaseWeights
-from lora_init.config import LoraConfig
+from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors
-from lora_init.plan import Plan
+from lora_init.plan.plan import Plan
+from lora_init.weights.source import BaseWeights
 
 
 @dataclass

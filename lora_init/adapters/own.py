@@ -8,19 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from lora_init.adapters.contents import Contents
 from lora_init.adapters.edited import followed, listed
 from lora_init.adapters.embeddings import check_vocabulary, take_rows
 from lora_init.adapters.header import check_header
 from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.adapters.saved_modules import in_file
-from lora_init.base_weights import BaseWeights
-from lora_init.config import LoraConfig
+from lora_init.adapters.tensors import Contents
+from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Replacement
-from lora_init.fingerprint import has_fingerprint
-from lora_init.packed import is_packed, quantizer_of
-from lora_init.plan import Plan, Target
+from lora_init.plan.plan import Plan, Target
 from lora_init.quantization import Quantizer
+from lora_init.weights.bitsandbytes import is_packed, quantizer_of
+from lora_init.weights.fingerprint import has_fingerprint
+from lora_init.weights.source import BaseWeights
 
 FORMAT_VERSION = 1
 

@@ -21,9 +21,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_init.config import LoraConfig
-from lora_init.modules import widened
-from lora_init.plan import Plan, Target
+from lora_init.config.lora_config import LoraConfig
+from lora_init.factors import widened
+from lora_init.plan.plan import Plan, Target
 
 PORTABLE_TYPES = ("Linear", "Linear4bit", "Linear8bitLt")
 """Modules whose adapters vLLM and llama.cpp read as PEFT does."""

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from lora_init.adapters.layout import PREFIX
-from lora_init.config import HEADS, LoraConfig
-from lora_init.targets import name_matches
+from lora_init.adapters.format import PREFIX
+from lora_init.config.lora_config import HEADS, LoraConfig
+from lora_init.plan.match import name_matches
 
 PEFT_HEADS = {
     "SEQ_CLS": ("classifier", "score"),

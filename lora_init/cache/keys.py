@@ -4,7 +4,8 @@ A part is brought into a canonical form first, in which no two different parts l
 as JSON (1, 1.0, True and "1" differ), lists and tuples as arrays, and everything else as an object
 with the name of its kind, e.g. ``{"tensor": <fingerprint>}``.
 
-Tensors are hashed whole. The samples of `lora_init.fingerprint` tell one base model from another
+Tensors are hashed whole. The samples of `lora_init.weights.fingerprint` tell one base model from
+another
 after rounding; a key must tell any two tensors apart, whatever differs.
 """
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lora_init.multilinear import block_sums
+from lora_init.cache.hash import block_sums
 
 CHUNK_BYTES = 1 << 20
 """Large enough that a chunk's overhead does not count, small enough to stay in a core's cache.
@@ -60,7 +61,7 @@ def fingerprint(tensor: Tensor) -> str:
     strided tensor no more than a chunk a thread is copied. SHA-256 and not BLAKE2, because today's
     processors have instructions for it.
 
-    A CUDA device sums its values up first (see `lora_init.multilinear`), and SHA-256 hashes the
+    A CUDA device sums its values up first (see `lora_init.cache.hash`), and SHA-256 hashes the
     sums: no weight is copied to the host, and no other thread reads it while it may be written to.
     So a tensor's fingerprint on a CPU differs from its fingerprint on a CUDA device.
 

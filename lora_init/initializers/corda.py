@@ -28,8 +28,9 @@ import torch
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import CalibrationRequest, Nesting, register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
+from lora_init.weights.module_types import LINEAR_TYPES
 
 # R comes from float32 sums: directions without any input carry noise of this size, relative to the
 # mean diagonal. Lifting R by it keeps W R's thin decomposition unique there (the limit is that of W
@@ -38,7 +39,7 @@ NULL_SPACE_LIFT = 1e-6
 
 
 @dataclass
-class CordaOptions:
+class CordaOptions(Options):
     """Settings of CorDA.
 
     Attributes:
@@ -59,49 +60,50 @@ class CordaOptions:
         if not number or not 0.0 <= self.damping < float("inf"):
             raise ValueError(f"corda: damping={self.damping!r}; allowed are finite numbers >= 0")
 
+    def input_request(self) -> CalibrationRequest:
+        return CalibrationRequest(smallest=self.corda_method == "kpm")
+
+    def directions(self, rank: int, shape: tuple[int, int]) -> int | None:
+        return rank if self.corda_method == "ipm" else None
+
 
 @register_initializer(
     "corda",
     options=CordaOptions,
     paper="Yang et al. 2024, arXiv 2406.05223",
     base="subtract",
-    needs=("weights", "inputs"),
-    module_types=(*LINEAR_TYPES, "Conv2d"),
-    calibration=lambda options: CalibrationRequest(smallest=options.corda_method == "kpm"),
-    stacks=True,
-    leading=lambda options: 1.0 if options.corda_method == "ipm" else None,
-    nesting=lambda options: Nesting(version=4),
-    workspace=lambda options: (1.0, 3.0) if options.corda_method == "ipm" else (7.0, 4.0),
+    reads=("weight", "inputs"),
+    modules=(*LINEAR_TYPES, "Conv2d"),
 )
-def corda(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def corda(layer: Layer, options: CordaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A is the projection U Uᵀ W."""
-    second_moment = statistics.inputs.second_moment
+    second_moment = layer.inputs.second_moment
     mean_diagonal = second_moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    size = linalg.nesting_rank(rank, min(weight.shape[-2:]))
+    size = linalg.nesting_rank(layer.rank, min(layer.shape))
     if options.corda_method == "ipm":
         lifted = second_moment
         if options.damping:
             lifted = _lift(second_moment, options.damping * mean_diagonal)
-        operator = _in_the_metric(weight, lifted)
-        triplets = linalg.top_singular(operator, size, generator=generator)
+        operator = _in_the_metric(layer.weight, lifted)
+        triplets = linalg.top_singular(operator, size)
     else:
         lifted = _lift(second_moment, max(options.damping, NULL_SPACE_LIFT) * mean_diagonal)
         del second_moment  # in × in in float64, as the lifted one is
-        operator = linalg.Operator.product(weight.double(), lifted)
-        triplets = linalg.bottom_singular(operator, size, generator=generator)
-    triplets = triplets.leading(rank)
-    left = triplets.left.to(weight.dtype)
-    values = triplets.values.to(weight.dtype)
-    largest = triplets.largest.to(weight.dtype)
+        operator = linalg.Operator.product(layer.weight.double(), lifted)
+        triplets = linalg.bottom_singular(operator, size)
+    triplets = triplets.leading(layer.rank)
+    left, values = triplets.left.float(), triplets.values.float()
+    largest = triplets.largest.float()
     degenerate = values <= torch.finfo(torch.float32).eps * largest[..., None]
     split = torch.where(degenerate, torch.ones_like(values), values)
     return Factors(
-        lora_A=(left.mT @ weight) / (split * scaling).sqrt()[..., None],
-        lora_B=left * (split / scaling).sqrt()[..., None, :],
+        lora_A=(left.mT @ layer.weight) / (split * layer.scaling).sqrt()[..., None],
+        lora_B=left * (split / layer.scaling).sqrt()[..., None, :],
         metrics={
             "algorithm": triplets.method,
             "residual": triplets.residual,
-            "evenly_split_components": degenerate,  # by component
+            "evenly_split_components": degenerate.sum(-1),
         },
     )
 

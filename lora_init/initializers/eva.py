@@ -30,11 +30,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.allocation import LayerRequest, redistribute, redistribute_by_cost
-from lora_init.concurrency import STACK_BYTES, over_cores
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
+from lora_init.layer import Layer
+from lora_init.linalg.cores import STACK_BYTES, over_cores
 from lora_init.moments import InputStatistics, decompose_together, leading
-from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.registry import CalibrationRequest, Options, register_initializer
+from lora_init.weights.module_types import LINEAR_TYPES
 
 # Variances below this share of the largest are float32's rounding, not the data's: such directions
 # were never seen (fewer tokens than r), are worth no rank, and whitening them would scale noise up.
@@ -43,7 +44,7 @@ BUDGETS = ("ranks", "parameters")
 
 
 @dataclass
-class EvaOptions:
+class EvaOptions(Options):
     """Settings of EVA; names and defaults are those of PEFT's EvaConfig, `center` and `budget`.
 
     Attributes:
@@ -78,28 +79,28 @@ class EvaOptions:
         if self.budget not in BUDGETS:
             raise ValueError(f"eva: budget={self.budget!r}; allowed are {', '.join(BUDGETS)}")
 
+    def input_request(self) -> CalibrationRequest:
+        return CalibrationRequest(self.label_mask_value if self.use_label_mask else None)
 
-def request(options: EvaOptions) -> CalibrationRequest:
-    return CalibrationRequest(options.label_mask_value if options.use_label_mask else None)
+    def keeps_scaling(self) -> bool:
+        return self.adjust_scaling_factors
 
+    def directions(self, rank: int, shape: tuple[int, int]) -> int:
+        """The rank up to which a layer of planned rank `rank` may grow."""
+        return min(int(rank * self.rho), *shape)
 
-def allocate(requests: Mapping[str, LayerRequest], options: EvaOptions) -> dict[str, int]:
-    """Pool explained-variance ratios over layers and keep the best that the budget holds."""
-    limits = {
-        name: largest_rank(layer.rank, layer.shape, options) for name, layer in requests.items()
-    }
-    _decompose(requests, limits, options.center)
-    spectra = _spectra(requests, limits, options.center)
-    if options.budget == "parameters":
-        costs = {name: sum(layer.shape) for name, layer in requests.items()}
-        budget = sum(layer.rank * costs[name] for name, layer in requests.items())
-        return redistribute_by_cost(spectra, costs, budget)
-    return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
-
-
-def largest_rank(rank: int, shape: tuple[int, int], options: EvaOptions) -> int:
-    """The rank up to which a layer of planned rank `rank` may grow."""
-    return min(int(rank * options.rho), *shape)
+    def allocate(self, requests: Mapping[str, LayerRequest]) -> dict[str, int]:
+        """Pool explained-variance ratios over layers and keep the best that the budget holds."""
+        limits = {
+            name: self.directions(layer.rank, layer.shape) for name, layer in requests.items()
+        }
+        _decompose(requests, limits, self.center)
+        spectra = _spectra(requests, limits, self.center)
+        if self.budget == "parameters":
+            costs = {name: sum(layer.shape) for name, layer in requests.items()}
+            budget = sum(layer.rank * costs[name] for name, layer in requests.items())
+            return redistribute_by_cost(spectra, costs, budget)
+        return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
 
 
 def _distinct(
@@ -154,8 +155,7 @@ def _spectra(
         lengths = [len(values) for values in found.values()]
         spectra |= dict(zip(found, together.split(lengths), strict=True))
     return {
-        name: spectra[id(layer.statistics.inputs), limits[name]]
-        for name, layer in requests.items()
+        name: spectra[id(layer.statistics.inputs), limits[name]] for name, layer in requests.items()
     }
 
 
@@ -163,25 +163,20 @@ def _spectra(
     "eva",
     options=EvaOptions,
     paper="Paischer et al. 2024, arXiv 2410.07170",
-    needs=("inputs",),
-    module_types=(*LINEAR_TYPES, "Conv2d"),
-    calibration=request,
-    leading=lambda options: options.rho,
-    allocate=allocate,
-    adjust_alpha=lambda options: options.adjust_scaling_factors,
-    workspace=lambda options: (1.0, 5.0),
+    reads=("inputs",),
+    modules=(*LINEAR_TYPES, "Conv2d"),
 )
-def eva(weight, rank, scaling, statistics, options, generator) -> Factors:
+def eva(layer: Layer, options: EvaOptions) -> Factors:
     """A (rank, in) with orthonormal rows unless whitened, B (out, rank) zero; float32."""
-    size = rank
-    if statistics.planned_rank is not None:  # `allocate` has decomposed the inputs at this size
-        size = largest_rank(statistics.planned_rank, weight.shape, options)
-    components = statistics.inputs.principal_components(size, options.center)
-    values, vectors, total = leading(components, rank)
+    size = layer.rank
+    if layer.planned_rank is not None:  # `allocate` has decomposed the inputs at this size
+        size = options.directions(layer.planned_rank, layer.shape)
+    components = layer.inputs.principal_components(size, options.center)
+    values, vectors, total = leading(components, layer.rank)
     lora_A = vectors.T
     if options.whiten:
         seen = values > UNSEEN * values[0]
         lora_A = lora_A / torch.where(seen, values, 1.0).sqrt()[:, None]
     explained = torch.where(total > 0, values.sum() / total, 0.0)
-    lora_B = torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=lora_A.device)
+    lora_B = torch.zeros(layer.shape[0], layer.rank, dtype=torch.float32, device=lora_A.device)
     return Factors(lora_A.contiguous(), lora_B, metrics={"explained_variance": explained})

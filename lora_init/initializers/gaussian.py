@@ -10,21 +10,23 @@ the same as `kaiming`: A = 0, B ~ N(0, 1).
 
 from __future__ import annotations
 
-from lora_init.draws import normal, zeros
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import embedding
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import register_initializer
+from lora_init.layer import Layer
+from lora_init.linalg.draws import normal, zeros
+from lora_init.registry import Options, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
     "gaussian",
     paper="Hu et al. 2021, arXiv 2106.09685, section 4.1",
-    module_types=MODULE_TYPES,
-    variants={"Embedding": embedding},
+    modules=MODULE_TYPES,
 )
-def gaussian(weight, rank, scaling, statistics, options, generator) -> Factors:
+def gaussian(layer: Layer, options: Options) -> Factors:
     """A (rank, in) normal with standard deviation 1/rank, B (out, rank) zero; float32."""
-    rows, columns = weight.shape
-    lora_A = normal(rank, columns, generator=generator).div_(rank)
-    return Factors(lora_A, zeros(rows, rank))
+    if layer.kind == "Embedding":
+        return embedding(layer)
+    rows, columns = layer.shape
+    lora_A = normal(layer.rank, columns, generator=layer.generator).div_(layer.rank)
+    return Factors(lora_A, zeros(rows, layer.rank))

@@ -36,12 +36,13 @@ import torch
 from lora_init.allocation import LayerRequest
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import kaiming
-from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import Options, register_initializer
+from lora_init.weights.module_types import LINEAR_TYPES
 
 
 @dataclass
-class GoraOptions:
+class GoraOptions(Options):
     """Settings of GoRA.
 
     Attributes:
@@ -67,24 +68,24 @@ class GoraOptions:
                 "between them: smallest <= 1 <= largest"
             )
 
-
-def allocate(requests: Mapping[str, LayerRequest], options: GoraOptions) -> dict[str, int]:
-    """Each layer's share of all ranks is that of its importance, within the bounds."""
-    importances = {name: importance(layer) for name, layer in requests.items()}
-    total = sum(importances.values())
-    if total == 0:
-        raise ValueError(
-            "gora: the loss has no gradient in any target; pass batches whose loss depends on them"
-        )
-    lengths = {name: math.sqrt(sum(layer.shape)) for name, layer in requests.items()}
-    budget = sum(layer.rank * lengths[name] for name, layer in requests.items())
-    ranks = {}
-    for name, layer in requests.items():
-        wanted = round(importances[name] / total * budget / lengths[name])
-        least = math.ceil(options.smallest * layer.rank)
-        most = min(math.floor(options.largest * layer.rank), *layer.shape)
-        ranks[name] = max(least, min(wanted, most))
-    return ranks
+    def allocate(self, requests: Mapping[str, LayerRequest]) -> dict[str, int]:
+        """Each layer's share of all ranks is that of its importance, within the bounds."""
+        importances = {name: importance(layer) for name, layer in requests.items()}
+        total = sum(importances.values())
+        if total == 0:
+            raise ValueError(
+                "gora: the loss has no gradient in any target; pass batches whose loss depends on "
+                "the targets"
+            )
+        lengths = {name: math.sqrt(sum(layer.shape)) for name, layer in requests.items()}
+        budget = sum(layer.rank * lengths[name] for name, layer in requests.items())
+        ranks = {}
+        for name, layer in requests.items():
+            wanted = round(importances[name] / total * budget / lengths[name])
+            least = math.ceil(self.smallest * layer.rank)
+            most = min(math.floor(self.largest * layer.rank), *layer.shape)
+            ranks[name] = max(least, min(wanted, most))
+        return ranks
 
 
 def importance(layer: LayerRequest) -> float:
@@ -99,17 +100,15 @@ def importance(layer: LayerRequest) -> float:
     options=GoraOptions,
     paper="He et al. 2025, arXiv 2502.12171",
     preserves_output=False,
-    needs=("gradients", "weights"),
-    module_types=(*LINEAR_TYPES, "Conv2d"),
-    calibration=lambda options: CalibrationRequest(gradients=True),
-    allocate=allocate,
+    reads=("gradient", "weight"),
+    modules=(*LINEAR_TYPES, "Conv2d"),
 )
-def gora(weight, rank, scaling, statistics, options, generator) -> Factors:
+def gora(layer: Layer, options: GoraOptions) -> Factors:
     """A (rank, in) Kaiming-uniform, B (out, rank) the step's coordinates; float32."""
-    gradient = statistics.gradient
-    lora_A = kaiming(weight, rank, scaling, statistics, None, generator).lora_A
+    gradient = layer.gradient
+    lora_A = kaiming(layer, Options()).lora_A
     basis = lora_A.to(gradient.device).double()
     projected = (gradient @ basis.T.to(gradient.dtype)).double()
-    size = options.gamma * math.sqrt(basis.shape[1] / rank) / scaling
+    size = options.gamma * math.sqrt(basis.shape[1] / layer.rank) / layer.scaling
     lora_B = -size * torch.linalg.solve(basis @ basis.T, projected, left=False)
     return Factors(lora_A, lora_B.float())

@@ -19,16 +19,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lora_init.draws import uniform
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import register_initializer
+from lora_init.layer import Layer
+from lora_init.linalg.draws import uniform
+from lora_init.registry import Options, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 PAPER = "Li et al. 2025, arXiv 2505.23194"
 
 
 @dataclass
-class InitAbOptions:
+class InitAbOptions(Options):
     """Settings of Init[AB].
 
     Attributes:
@@ -57,19 +58,19 @@ class InitAbSubtractedOptions(InitAbOptions):
     options=InitAbSubtractedOptions,
     paper=PAPER,
     base="subtract",
-    module_types=MODULE_TYPES,
+    modules=MODULE_TYPES,
 )
 @register_initializer(
     "init_ab",
     options=InitAbOptions,
     paper=PAPER,
     preserves_output=False,
-    module_types=MODULE_TYPES,
+    modules=MODULE_TYPES,
 )
-def init_ab(weight, rank, scaling, statistics, options, generator) -> Factors:
+def init_ab(layer: Layer, options: InitAbSubtractedOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, uniform within ±gamma/sqrt(in). Reads no weight."""
-    rows, columns = weight.shape
+    rows, columns = layer.shape
     bound = options.gamma * columns**-0.5
-    lora_A = (2 * uniform(rank, columns, generator=generator) - 1) * bound
-    lora_B = (2 * uniform(rows, rank, generator=generator) - 1) * bound
+    lora_A = (2 * uniform(layer.rank, columns, generator=layer.generator) - 1) * bound
+    lora_B = (2 * uniform(rows, layer.rank, generator=layer.generator) - 1) * bound
     return Factors(lora_A, lora_B)

@@ -12,27 +12,29 @@ rows of entries that occur are ever moved.
 
 from __future__ import annotations
 
-from lora_init.draws import normal, uniform, zeros
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import register_initializer
+from lora_init.layer import Layer
+from lora_init.linalg.draws import normal, uniform, zeros
+from lora_init.registry import Options, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
-def embedding(weight, rank, scaling, statistics, options, generator) -> Factors:
+def embedding(layer: Layer) -> Factors:
     """A (rank, entries) zero, B (width, rank) standard normal; float32."""
-    rows, columns = weight.shape
-    return Factors(zeros(rank, columns), normal(rows, rank, generator=generator))
+    rows, columns = layer.shape
+    return Factors(zeros(layer.rank, columns), normal(rows, layer.rank, generator=layer.generator))
 
 
 @register_initializer(
     "kaiming",
     paper="Hu et al. 2021, arXiv 2106.09685",
-    module_types=MODULE_TYPES,
-    variants={"Embedding": embedding},
+    modules=MODULE_TYPES,
 )
-def kaiming(weight, rank, scaling, statistics, options, generator) -> Factors:
+def kaiming(layer: Layer, options: Options) -> Factors:
     """A (rank, in) uniform within ±1/sqrt(in), B (out, rank) zero; float32. Reads no weight."""
-    rows, columns = weight.shape
+    if layer.kind == "Embedding":
+        return embedding(layer)
+    rows, columns = layer.shape
     bound = columns**-0.5
-    lora_A = uniform(rank, columns, generator=generator).mul_(2 * bound).sub_(bound)
-    return Factors(lora_A, zeros(rows, rank))
+    lora_A = uniform(layer.rank, columns, generator=layer.generator).mul_(2 * bound).sub_(bound)
+    return Factors(lora_A, zeros(rows, layer.rank))

@@ -19,23 +19,24 @@ bit; a checksum stored beside them is compared when an adapter is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.device_numbers import named_on_host
 from lora_init.factors import Factors, Replacement
-from lora_init.modules import MODULE_TYPES
+from lora_init.layer import Layer
+from lora_init.linalg.device_numbers import named_on_host
 from lora_init.quantization import Quantizer
-from lora_init.registry import register_initializer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
 
 
 @dataclass
-class LoftqOptions:
+class LoftqOptions(Options):
     """Settings of LoftQ; the first two are PEFT's.
 
     A base that is quantised already keeps its own quantiser; `loftq_bits`, `quantizer` and
@@ -61,6 +62,12 @@ class LoftqOptions:
         return block_quantizer(
             "loftq", "loftq_bits", self.loftq_bits, self.quantizer, self.block_size
         )
+
+
+class QuantizingOptions(Protocol):
+    """Options that describe a quantizer."""
+
+    def quantization(self) -> Quantizer: ...
 
 
 def block_quantizer(
@@ -96,13 +103,12 @@ def check_count(setting: str, count: int) -> None:
         raise ValueError(f"{setting}={count!r}; allowed are integers >= 1")
 
 
-def layer_quantizer(options, statistics) -> Quantizer:
+def layer_quantizer(layer: Layer, options: QuantizingOptions) -> Quantizer:
     """The layer's own quantiser if its base is quantised already, else the options'.
 
     Values on another grid than the one the base is stored on could not be put back into it.
     """
-    own = None if statistics is None else statistics.quantizer
-    return options.quantization() if own is None else own
+    return options.quantization() if layer.quantizer is None else layer.quantizer
 
 
 @register_initializer(
@@ -111,17 +117,18 @@ def layer_quantizer(options, statistics) -> Quantizer:
     paper="Li et al. 2023, arXiv 2310.08659",
     base="replace",
     preserves_output=False,
-    needs=("weights", "quantizer"),
-    module_types=MODULE_TYPES,
-    stacks=True,
-    workspace=lambda options: (6.5, 0.0),
+    reads=("weight", "quantizer"),
+    modules=MODULE_TYPES,
 )
-def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def loftq(layer: Layer, options: LoftqOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, and the recipe of the quantised base."""
-    *stack, rows, columns = weight.shape
+    weight, scaling = layer.weight, layer.scaling
+    rows, columns = layer.shape
     norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
-    quantizer = layer_quantizer(options, statistics)
-    lora_A, lora_B = weight.new_zeros(*stack, rank, columns), weight.new_zeros(*stack, rows, rank)
+    quantizer = layer_quantizer(layer, options)
+    lora_A = weight.new_zeros(*layer.stack, layer.rank, columns)
+    lora_B = weight.new_zeros(*layer.stack, rows, layer.rank)
     start, errors, plain = None, [], None
     for _ in range(options.loftq_iter):
         replacement = Replacement(quantizer, lora_A, lora_B)
@@ -132,7 +139,7 @@ def loftq(weight, rank, scaling, statistics, options, generator) -> Factors:
             plain = before / norm
         # The noise of a quantiser has a flat spectrum: the last iteration's subspace is the best
         # guess there is, and the objective, not the subspace, decides when to stop.
-        triplets = linalg.top_singular(residual, rank, generator=generator, start=start)
+        triplets = linalg.top_singular(residual, layer.rank, generator=layer.generator, start=start)
         start = triplets.right
         root = (triplets.values / scaling).sqrt()
         lora_A, lora_B = root[..., None] * triplets.right.mT, triplets.left * root[..., None, :]

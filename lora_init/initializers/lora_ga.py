@@ -32,8 +32,9 @@ from dataclasses import dataclass
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import LINEAR_TYPES
 
 # B takes the last half of the triplets, where a subspace that is good in total is worst. On
 # MiniLM's gradients, r = 8, this brings 1 - overlap from 3e-4 to 1e-5, for no time to speak of.
@@ -41,7 +42,7 @@ TOLERANCE = 1e-6
 
 
 @dataclass
-class LoraGaOptions:
+class LoraGaOptions(Options):
     """Settings of LoRA-GA.
 
     Attributes:
@@ -55,12 +56,14 @@ class LoraGaOptions:
         if not number or not 0.0 < self.gamma < float("inf"):
             raise ValueError(f"lora_ga: gamma={self.gamma!r}; allowed are finite numbers > 0")
 
-
-def rank_rule(rank: int, rows: int, columns: int) -> str | None:
-    limit = min(rows, columns) // 2
-    if rank <= limit:
-        return None
-    return f"A and B take 2r different singular vectors of the gradient, so r is at most {limit}"
+    def refuse_rank(self, rank: int, shape: tuple[int, int]) -> str | None:
+        limit = min(shape) // 2
+        if rank <= limit:
+            return None
+        return (
+            f"A and B take 2r different singular vectors of the gradient, so r must be at most "
+            f"{limit}"
+        )
 
 
 @register_initializer(
@@ -68,17 +71,16 @@ def rank_rule(rank: int, rows: int, columns: int) -> str | None:
     options=LoraGaOptions,
     paper="Wang et al. 2024, arXiv 2407.05000",
     base="subtract",
-    needs=("gradients",),
-    module_types=(*LINEAR_TYPES, "Conv2d"),
-    rank_rule=rank_rule,
-    calibration=lambda options: CalibrationRequest(gradients=True),
-    stacks=True,
-    workspace=lambda options: (4.0, 0.0),
+    reads=("gradient",),
+    modules=(*LINEAR_TYPES, "Conv2d"),
 )
-def lora_ga(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def lora_ga(layer: Layer, options: LoraGaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, rows and columns orthogonal, of norm k each."""
-    gradient = statistics.gradient
-    triplets = linalg.top_singular(gradient, 2 * rank, generator=generator, tolerance=TOLERANCE)
+    gradient, rank = layer.gradient, layer.rank
+    triplets = linalg.top_singular(
+        gradient, 2 * rank, generator=layer.generator, tolerance=TOLERANCE
+    )
     norm = gradient.shape[-2] ** 0.25 / options.gamma**0.5
     return Factors(
         lora_A=norm * triplets.right[..., :rank].mT,

@@ -21,30 +21,49 @@ PEFT.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import CalibrationRequest, register_initializer
-
-PROPERTIES = {
-    "paper": "Tang et al. 2025, arXiv 2503.02659",
-    "base": "subtract",
-    "needs": ("weights", "inputs"),
-    "module_types": (*LINEAR_TYPES, "Conv2d"),
-    "calibration": lambda options: CalibrationRequest(smallest=True),
-    "stacks": True,
-    "workspace": lambda options: (2.0, 6.5),
-}
+from lora_init.layer import Layer
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
+from lora_init.weights.module_types import LINEAR_TYPES
 
 
-@register_initializer("lora_null_frozen", frozen=("lora_A",), **PROPERTIES)
-@register_initializer("lora_null", **PROPERTIES)
-def lora_null(weight, rank, scaling, statistics, options, generator) -> Factors:
+@dataclass
+class LoraNullOptions(Options):
+    """LoRA-Null has no settings."""
+
+    def input_request(self) -> CalibrationRequest:
+        return CalibrationRequest(smallest=True)
+
+
+@dataclass
+class LoraNullFrozenOptions(LoraNullOptions):
+    """The second form has no settings either: A is not trained."""
+
+    frozen = ("lora_A",)
+
+
+register = partial(
+    register_initializer,
+    paper="Tang et al. 2025, arXiv 2503.02659",
+    base="subtract",
+    reads=("weight", "inputs"),
+    modules=(*LINEAR_TYPES, "Conv2d"),
+)
+
+
+@register("lora_null_frozen", options=LoraNullFrozenOptions)
+@register("lora_null", options=LoraNullOptions)
+@batched
+def lora_null(layer: Layer, options: LoraNullOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A = W N Nᵀ, A Aᵀ = Bᵀ B = S / s."""
-    unused = statistics.inputs.least_directions(rank)
-    left, values, turns = linalg.thin_svd(weight.double() @ unused)
-    root = (values / scaling).sqrt()
-    second_moment = statistics.inputs.second_moment
+    unused = layer.inputs.least_directions(layer.rank)
+    left, values, turns = linalg.thin_svd(layer.weight.double() @ unused)
+    root = (values / layer.scaling).sqrt()
+    second_moment = layer.inputs.second_moment
     total = second_moment.diagonal(dim1=-2, dim2=-1).sum(-1)
     used = (unused * (second_moment @ unused)).sum((-2, -1)) / total
     return Factors(

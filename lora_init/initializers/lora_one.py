@@ -28,12 +28,13 @@ import torch
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import LINEAR_TYPES
 
 
 @dataclass
-class LoraOneOptions:
+class LoraOneOptions(Options):
     """Settings of LoRA-One.
 
     Attributes:
@@ -53,14 +54,13 @@ class LoraOneOptions:
     options=LoraOneOptions,
     paper="Zhang, Liu & Chen 2025, arXiv 2502.01235",
     preserves_output=False,
-    needs=("gradients",),
-    module_types=(*LINEAR_TYPES, "Conv2d"),
-    calibration=lambda options: CalibrationRequest(gradients=True),
-    stacks=True,
+    reads=("gradient",),
+    modules=(*LINEAR_TYPES, "Conv2d"),
 )
-def lora_one(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def lora_one(layer: Layer, options: LoraOneOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / (gamma S_1)."""
-    triplets = linalg.top_singular(statistics.gradient, rank, generator=generator)
+    triplets = linalg.top_singular(layer.gradient, layer.rank, generator=layer.generator)
     # Of a gradient that is zero throughout, no direction is better than another: no step.
     share = triplets.values / triplets.values[..., :1].clamp_min(torch.finfo(torch.float32).tiny)
     root = (share / options.gamma).sqrt()

@@ -18,6 +18,7 @@ at any other s. At r = 1 the logarithm is 0 and nothing could learn: r is at lea
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -25,14 +26,19 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
-def rank_rule(rank: int, rows: int, columns: int) -> str | None:
-    if rank >= 2:
-        return None
-    return "the magnitude of both factors goes with log(r), which is 0 at r = 1: r is at least 2"
+@dataclass
+class LoramOptions(Options):
+    """LoRAM has no settings."""
+
+    def refuse_rank(self, rank: int, shape: tuple[int, int]) -> str | None:
+        if rank >= 2:
+            return None
+        return "both factors grow with log(r), which is 0 at r = 1: r must be at least 2"
 
 
 def sine_basis(size: int, rank: int, device: torch.device) -> Float[Tensor, "size rank"]:
@@ -44,20 +50,20 @@ def sine_basis(size: int, rank: int, device: torch.device) -> Float[Tensor, "siz
 
 @register_initializer(
     "loram",
+    options=LoramOptions,
     paper="Zhang et al. 2025, arXiv 2507.06558",
     base="subtract",
-    needs=("weights",),
-    module_types=MODULE_TYPES,
-    rank_rule=rank_rule,
-    stacks=True,
+    reads=("weight",),
+    modules=MODULE_TYPES,
 )
-def loram(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def loram(layer: Layer, options: LoramOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32: rows and columns orthogonal, of norm β each."""
-    rows, columns = weight.shape[-2:]
-    norm = linalg.frobenius_norm(weight)[..., None, None]
+    (rows, columns), rank = layer.shape, layer.rank
+    norm = linalg.frobenius_norm(layer.weight)[..., None, None]
     gain = math.log(rank) / math.log(min(rows, columns))
-    beta = (norm * (math.sqrt(gain / rank) / scaling)).sqrt()
+    beta = (norm * (math.sqrt(gain / rank) / layer.scaling)).sqrt()
     return Factors(
-        lora_A=(beta * sine_basis(columns, rank, weight.device).T).float(),
-        lora_B=(beta * sine_basis(rows, rank, weight.device)).float(),
+        lora_A=(beta * sine_basis(columns, rank, layer.weight.device).T).float(),
+        lora_B=(beta * sine_basis(rows, rank, layer.weight.device)).float(),
     )

@@ -19,16 +19,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.draws import normal
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import get_initializer, list_initializers, register_initializer
+from lora_init.layer import Layer
+from lora_init.linalg.draws import normal
+from lora_init.registry import (
+    Initializer,
+    Options,
+    batched,
+    get_initializer,
+    list_initializers,
+    register_initializer,
+)
+from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
-class MatchedNormOptions:
+class MatchedNormOptions(Options):
     """Settings of the control.
 
     Attributes:
@@ -51,7 +60,7 @@ def references() -> list[str]:
     return [
         spec.name
         for spec in list_initializers()
-        if spec.base == "subtract" and spec.needs == {"weights"} and not spec.control
+        if spec.base == "subtract" and spec.reads == {"weight"} and not spec.control
     ]
 
 
@@ -60,34 +69,34 @@ def references() -> list[str]:
     options=MatchedNormOptions,
     paper="control, no paper",
     base="subtract",
-    needs=("weights",),
-    module_types=MODULE_TYPES,
-    stacks=True,
+    reads=("weight",),
+    modules=MODULE_TYPES,
     control=True,
 )
-def matched_norm(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def matched_norm(layer: Layer, options: MatchedNormOptions) -> Factors:
     """A (rank, in) and B (out, rank) of equal Frobenius norm, float32."""
-    rows, columns = weight.shape[-2:]
+    (rows, columns), rank = layer.shape, layer.rank
     drawn = []
-    for each in generator if weight.ndim > 2 else [generator]:
+    for each in layer.generators:
         lora_A = normal(rank, columns, generator=each, dtype=torch.float64)
         lora_B = normal(rows, rank, generator=each, dtype=torch.float64)
         drawn.append((lora_A / lora_A.norm(), lora_B / lora_B.norm()))
-    lora_A, lora_B = (torch.stack(part).to(weight.device) for part in zip(*drawn, strict=True))
-    if weight.ndim == 2:
+    lora_A, lora_B = (
+        torch.stack(part).to(layer.weight.device) for part in zip(*drawn, strict=True)
+    )
+    if not layer.is_stack:
         lora_A, lora_B = lora_A[0], lora_B[0]
-    wanted = _reference_norm(options.reference, weight, rank, scaling, generator)
+    wanted = _reference_norm(get_initializer(options.reference), layer)
     size = (wanted / product_norm(lora_A, lora_B)).sqrt()[..., None, None]
     return Factors((size * lora_A).float(), (size * lora_B).float())
 
 
-def _reference_norm(name, weight, rank, scaling, generator) -> Tensor:
-    """‖B' A'‖ of the reference, of one layer or of each of a stack."""
-    spec = get_initializer(name)
-    if weight.ndim > 2 and not spec.stacks:
-        pairs = zip(weight, generator, strict=True)
-        return torch.stack([_reference_norm(name, w, rank, scaling, each) for w, each in pairs])
-    start = spec.function(weight, rank, scaling, None, spec.options(), generator)
+def _reference_norm(spec: Initializer, layer: Layer) -> Float[Tensor, "*stack"]:
+    """‖B' A'‖ of the reference."""
+    if layer.is_stack and not spec.is_batched:
+        return torch.stack([_reference_norm(spec, one) for one in layer.members()])
+    start = spec.function(layer, spec.options())
     return product_norm(start.lora_A, start.lora_B)
 
 

@@ -15,29 +15,36 @@ For out > in the thin SVD's vectors are meant, as in PEFT: W's left null space h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import Nesting, register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
+
+
+@dataclass
+class MicaOptions(Options):
+    """MiCA has no settings."""
+
+    frozen = ("lora_B",)
 
 
 @register_initializer(
     "mica",
+    options=MicaOptions,
     paper="Rüdiger & Raschka 2026, arXiv 2604.01694",
-    needs=("weights",),
-    module_types=MODULE_TYPES,
-    frozen=("lora_B",),
-    stacks=True,
-    narrow=True,
-    nesting=lambda options: Nesting(balanced=False, version=3),
-    workspace=lambda options: (9.0, 0.0),
+    reads=("weight",),
+    modules=MODULE_TYPES,
 )
-def mica(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def mica(layer: Layer, options: MicaOptions) -> Factors:
     """A (rank, in) zero, B (out, rank) with orthonormal columns; float32."""
-    size = linalg.nesting_rank(rank, min(weight.shape[-2:]))
-    triplets = linalg.bottom_singular(weight, size, generator=generator).leading(rank)
+    size = linalg.nesting_rank(layer.rank, min(layer.shape))
+    triplets = linalg.bottom_singular(layer.stored_weight, size).leading(layer.rank)
     return Factors(
-        lora_A=triplets.left.new_zeros(*weight.shape[:-2], rank, weight.shape[-1]),
+        lora_A=triplets.left.new_zeros(*layer.stack, layer.rank, layer.shape[1]),
         lora_B=triplets.left,
         metrics={"algorithm": triplets.method, "residual": triplets.residual},
     )

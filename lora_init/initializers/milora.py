@@ -20,33 +20,31 @@ import torch
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import Nesting, register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
     "milora",
     paper="Wang et al. 2024, arXiv 2406.09044",
     base="subtract",
-    needs=("weights",),
-    module_types=MODULE_TYPES,
-    stacks=True,
-    narrow=True,
-    nesting=lambda options: Nesting(version=4),
-    workspace=lambda options: (9.0, 0.0),
+    reads=("weight",),
+    modules=MODULE_TYPES,
 )
-def milora(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def milora(layer: Layer, options: Options) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s, ascending."""
-    size = linalg.nesting_rank(rank, min(weight.shape[-2:]))
-    triplets = linalg.bottom_singular(weight, size, generator=generator).leading(rank)
+    size = linalg.nesting_rank(layer.rank, min(layer.shape))
+    triplets = linalg.bottom_singular(layer.stored_weight, size).leading(layer.rank)
     rounding = torch.finfo(torch.float32).eps * triplets.largest
-    root = (triplets.values / scaling).sqrt()
+    root = (triplets.values / layer.scaling).sqrt()
     return Factors(
         lora_A=root[..., None] * triplets.right.mT,
         lora_B=triplets.left * root[..., None, :],
         metrics={
             "algorithm": triplets.method,
             "residual": triplets.residual,
-            "vanishing_components": triplets.values <= rounding[..., None],
+            "vanishing_components": (triplets.values <= rounding[..., None]).sum(-1),
         },
     )

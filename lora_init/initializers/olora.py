@@ -16,20 +16,20 @@ from __future__ import annotations
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import LINEAR_TYPES
-from lora_init.registry import register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import LINEAR_TYPES
 
 
 @register_initializer(
     "olora",
     paper="Büyükakyüz 2024, arXiv 2406.01775",
     base="subtract",
-    needs=("weights",),
-    module_types=(*LINEAR_TYPES, "Conv2d"),
-    stacks=True,
-    narrow=True,
+    reads=("weight",),
+    modules=(*LINEAR_TYPES, "Conv2d"),
 )
-def olora(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def olora(layer: Layer, options: Options) -> Factors:
     """B (out, rank) with orthonormal columns, A (rank, in) upper trapezoidal; float32."""
-    q, r = linalg.leading_qr(weight, rank)
+    q, r = linalg.leading_qr(layer.stored_weight, layer.rank)
     return Factors(lora_A=r, lora_B=q)

@@ -15,27 +15,36 @@ bfloat16 factors it would be 1e-3 of ‖W‖, one reason why adapters are float3
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from lora_init.draws import normal
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import register_initializer
+from lora_init.layer import Layer
+from lora_init.linalg.draws import normal
+from lora_init.registry import Options, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
-def even_rank(rank: int, rows: int, columns: int) -> str | None:
-    return None if rank % 2 == 0 else "orthogonal splits r basis vectors in two halves: r is even"
+@dataclass
+class OrthogonalOptions(Options):
+    """The method has no settings."""
+
+    def refuse_rank(self, rank: int, shape: tuple[int, int]) -> str | None:
+        if rank % 2 == 0:
+            return None
+        return "orthogonal splits r basis vectors into two halves, so r must be even"
 
 
 @register_initializer(
     "orthogonal",
+    options=OrthogonalOptions,
     paper="D. Nimmaturi, datta0.github.io",
-    rank_rule=even_rank,
-    module_types=MODULE_TYPES,
+    modules=MODULE_TYPES,
 )
-def orthogonal(weight, rank, scaling, statistics, options, generator) -> Factors:
+def orthogonal(layer: Layer, options: OrthogonalOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, with B A = 0."""
-    rows, columns = weight.shape
+    (rows, columns), rank, generator = layer.shape, layer.rank, layer.generator
     # Multiplied in float64 and rounded once: the product then vanishes to float32's rounding of its
     # terms. The normal numbers are float32's, whose drawing takes a fifth of float64's time.
     square = normal(rank, rank, generator=generator, dtype=torch.float64)

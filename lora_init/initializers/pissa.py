@@ -15,16 +15,18 @@ Signs follow a fixed convention.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lora_init import linalg
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import Nesting, register_initializer
+from lora_init.layer import Layer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
-class PissaOptions:
+class PissaOptions(Options):
     """Settings of PiSSA.
 
     Attributes:
@@ -47,30 +49,36 @@ class PissaOptions:
                 f"{', '.join(allowed)}"
             )
 
+    @classmethod
+    def from_name(cls, name: str) -> PissaOptions | None:
+        match = re.fullmatch(r"pissa_niter_(\d+)", name)
+        return None if match is None else cls(niter=int(match[1]))
+
 
 @register_initializer(
     "pissa",
     options=PissaOptions,
     paper="Meng et al. 2024, arXiv 2404.02948",
     base="subtract",
-    needs=("weights",),
-    module_types=MODULE_TYPES,
-    spellings={r"pissa_niter_(\d+)": lambda match: PissaOptions(niter=int(match[1]))},
-    stacks=True,
-    narrow=True,
-    nesting=lambda options: Nesting(version=2) if options.niter is None else None,
+    reads=("weight",),
+    modules=MODULE_TYPES,
 )
-def pissa(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def pissa(layer: Layer, options: PissaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
     if options.niter is None:
-        size = linalg.nesting_rank(rank, min(weight.shape[-2:]))
-        triplets = linalg.top_singular(weight, size, method=options.method, generator=generator)
-        triplets = triplets.leading(rank)
+        size = linalg.nesting_rank(layer.rank, min(layer.shape))
+        triplets = linalg.top_singular(layer.stored_weight, size, method=options.method)
+        triplets = triplets.leading(layer.rank)
     else:
         triplets = linalg.top_singular(
-            weight, rank, method=options.method, niter=options.niter, generator=generator
+            layer.stored_weight,
+            layer.rank,
+            method=options.method,
+            niter=options.niter,
+            generator=layer.generator,
         )
-    root = (triplets.values / scaling).sqrt()
+    root = (triplets.values / layer.scaling).sqrt()
     return Factors(
         lora_A=root[..., None] * triplets.right.mT,
         lora_B=triplets.left * root[..., None, :],

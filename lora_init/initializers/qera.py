@@ -36,17 +36,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.device_numbers import named_on_host
 from lora_init.factors import Factors, Replacement
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.loftq import block_quantizer, layer_quantizer
-from lora_init.modules import LINEAR_TYPES
+from lora_init.layer import Layer
+from lora_init.linalg.device_numbers import named_on_host
 from lora_init.quantization import Quantizer
-from lora_init.registry import CalibrationRequest, register_initializer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import LINEAR_TYPES
 
 
 @dataclass
-class QeraOptions:
+class QeraOptions(Options):
     """Settings of QERA; names and meaning are QPiSSA's.
 
     A base that is quantised already keeps its own quantiser; no option is read then.
@@ -74,24 +75,22 @@ class QeraOptions:
     paper="Zhang et al. 2024, arXiv 2410.06040",
     base="replace",
     preserves_output=False,
-    needs=("weights", "inputs", "quantizer"),
-    module_types=(*LINEAR_TYPES, "Conv2d"),
-    calibration=lambda options: CalibrationRequest(),
-    stacks=True,
-    workspace=lambda options: (5.0, 3.0),
+    reads=("weight", "inputs", "quantizer"),
+    modules=(*LINEAR_TYPES, "Conv2d"),
 )
-def qera(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def qera(layer: Layer, options: QeraOptions) -> Factors:
     """A (rank, in), B (out, rank) with orthonormal columns, float32, and plain quantisation."""
-    *stack, rows, columns = weight.shape
-    quantizer = layer_quantizer(options, statistics)
+    weight, (rows, columns) = layer.weight, layer.shape
+    quantizer = layer_quantizer(layer, options)
     error = weight - quantizer.roundtrip(weight)
-    moment = statistics.inputs.second_moment
+    moment = layer.inputs.second_moment
     # Unseen directions hold rounding; lifted, they are told apart by the weight's error instead.
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(NULL_SPACE_LIFT * diagonal.mean(-1, keepdim=True))
     rounded = moment.to(error.dtype)
     operator = output_error(error, rounded, moment)
-    triplets = linalg.top_singular(operator, rank, generator=generator)
+    triplets = linalg.top_singular(operator, layer.rank, generator=layer.generator)
     projected = triplets.left.mT @ error
     norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo().tiny)
     plain = linalg.frobenius_norm(error)
@@ -105,14 +104,14 @@ def qera(weight, rank, scaling, statistics, options, generator) -> Factors:
         "output_error_share": (1 - triplets.values.sum(-1) / outputs).clamp_min(0).sqrt(),
     }
     return Factors(
-        lora_A=projected / scaling,
+        lora_A=projected / layer.scaling,
         lora_B=triplets.left,
         replacement=Replacement(
             quantizer,
-            weight.new_zeros(*stack, rank, columns),
-            weight.new_zeros(*stack, rows, rank),
+            weight.new_zeros(*layer.stack, layer.rank, columns),
+            weight.new_zeros(*layer.stack, rows, layer.rank),
         ),
-        metrics=(figures if stack else named_on_host(**figures))
+        metrics=(figures if layer.is_stack else named_on_host(**figures))
         | {"quantizer": quantizer.name, "algorithm": triplets.method},
     )
 

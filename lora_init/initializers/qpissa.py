@@ -31,13 +31,14 @@ from lora_init.initializers.loftq import (
     error_figures,
     layer_quantizer,
 )
-from lora_init.modules import MODULE_TYPES
+from lora_init.layer import Layer
 from lora_init.quantization import Quantizer
-from lora_init.registry import register_initializer
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
-class QpissaOptions:
+class QpissaOptions(Options):
     """Settings of QPiSSA; the last two are LoftQ's.
 
     A base that is quantised already keeps its own quantiser; `bits`, `quantizer` and
@@ -69,20 +70,20 @@ class QpissaOptions:
     paper="Meng et al. 2024, arXiv 2404.02948",
     base="replace",
     preserves_output=False,
-    needs=("weights", "quantizer"),
-    module_types=MODULE_TYPES,
-    stacks=True,
-    workspace=lambda options: (7.5, 0.0),
+    reads=("weight", "quantizer"),
+    modules=MODULE_TYPES,
 )
-def qpissa(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def qpissa(layer: Layer, options: QpissaOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantised base."""
+    weight, scaling = layer.weight, layer.scaling
     norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
-    quantizer = layer_quantizer(options, statistics)
+    quantizer = layer_quantizer(layer, options)
     lost = weight - quantizer.roundtrip(weight)
     plain = linalg.frobenius_norm(lost) / norm
     residual, start, errors = weight, None, []
     for _ in range(options.iterations):
-        triplets = linalg.top_singular(residual, rank, generator=generator, start=start)
+        triplets = linalg.top_singular(residual, layer.rank, generator=layer.generator, start=start)
         start = triplets.right  # W - Q holds the last product and noise: its subspace moves little
         root = (triplets.values / scaling).sqrt()
         replacement = Replacement(

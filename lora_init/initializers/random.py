@@ -10,21 +10,22 @@ N(0, 1); PEFT draws from the global generator.
 
 from __future__ import annotations
 
-from lora_init.draws import uniform
 from lora_init.factors import Factors
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import register_initializer
+from lora_init.layer import Layer
+from lora_init.linalg.draws import uniform
+from lora_init.registry import Options, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
     "random",
     paper="debugging aid, no paper",
     preserves_output=False,
-    module_types=MODULE_TYPES,
+    modules=MODULE_TYPES,
 )
-def random(weight, rank, scaling, statistics, options, generator) -> Factors:
+def random(layer: Layer, options: Options) -> Factors:
     """A (rank, in) within ±1/sqrt(in), B (out, rank) within ±1/sqrt(rank); float32."""
-    rows, columns = weight.shape
-    lora_A = (2 * uniform(rank, columns, generator=generator) - 1) * columns**-0.5
-    lora_B = (2 * uniform(rows, rank, generator=generator) - 1) * rank**-0.5
+    rows, columns = layer.shape
+    lora_A = (2 * uniform(layer.rank, columns, generator=layer.generator) - 1) * columns**-0.5
+    lora_B = (2 * uniform(rows, layer.rank, generator=layer.generator) - 1) * layer.rank**-0.5
     return Factors(lora_A, lora_B)

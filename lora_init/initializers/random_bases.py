@@ -18,34 +18,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.draws import normal
 from lora_init.factors import Factors
 from lora_init.initializers.pissa import PissaOptions, pissa
-from lora_init.modules import MODULE_TYPES
-from lora_init.registry import register_initializer
+from lora_init.layer import Layer
+from lora_init.linalg.draws import normal
+from lora_init.registry import Options, batched, register_initializer
+from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
     "random_bases",
     paper="control, no paper",
     base="subtract",
-    needs=("weights",),
-    module_types=MODULE_TYPES,
-    stacks=True,
-    narrow=True,
+    reads=("weight",),
+    modules=MODULE_TYPES,
     control=True,
 )
-def random_bases(weight, rank, scaling, statistics, options, generator) -> Factors:
+@batched
+def random_bases(layer: Layer, options: Options) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced as PiSSA's: A Aᵀ = Bᵀ B = S_r / s."""
-    rows, columns = weight.shape[-2:]
+    rows, columns = layer.shape
     bases = [
-        (orthonormal(rows, rank, each), orthonormal(columns, rank, each))
-        for each in (generator if weight.ndim > 2 else [generator])
+        (orthonormal(rows, layer.rank, each), orthonormal(columns, layer.rank, each))
+        for each in layer.generators
     ]
     left, right = (torch.stack(part) for part in zip(*bases, strict=True))
-    if weight.ndim == 2:
+    if not layer.is_stack:
         left, right = left[0], right[0]
-    principal = pissa(weight, rank, scaling, statistics, PissaOptions(), generator)
+    principal = pissa(layer, PissaOptions())
     root = torch.linalg.vector_norm(principal.lora_A, dim=-1, dtype=torch.float64)
     lora_A = root[..., None] * right.mT.to(root.device)
     lora_B = left.to(root.device) * root[..., None, :]

@@ -1,18 +1,18 @@
 """Factors -> model, and back. The only code that changes a model."""
 
-from lora_init.injection.injecting import (
+from lora_init.injection.base import move_initial_factors
+from lora_init.injection.inject import (
     forget_originals,
-    inject,
+    inject_factors,
     refuse_adapted,
     reinstate,
     restore,
     unwrap_merged,
 )
-from lora_init.injection.merging import fold, set_merged
-from lora_init.injection.plain import hold_plain
-from lora_init.injection.settling import move_initial_factors
-from lora_init.injection.state import Injection
-from lora_init.injection.switching import set_adapter_enabled
+from lora_init.injection.merge import fold, set_merged
+from lora_init.injection.record import Injection
+from lora_init.injection.repacking import hold_plain
+from lora_init.injection.switch import set_adapter_enabled
 from lora_init.injection.transaction import Transaction, atomically
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "fold",
     "forget_originals",
     "hold_plain",
-    "inject",
+    "inject_factors",
     "move_initial_factors",
     "refuse_adapted",
     "reinstate",

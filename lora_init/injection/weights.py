@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init import packed
-from lora_init.modules import stored_weight
+from lora_init.weights import bitsandbytes
+from lora_init.weights.kinds import stored_weight
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Held:
 
     parameter: nn.Parameter | None
     data: Tensor | None
-    packed: packed.Held | None = None
+    packed: bitsandbytes.Held | None = None
 
 
 def hold(module: nn.Module, *, on_cpu: bool = False) -> Held:
@@ -34,15 +34,15 @@ def hold(module: nn.Module, *, on_cpu: bool = False) -> Held:
         on_cpu: copy a float weight to the CPU, where it may stay for long. Packed weights, an
             eighth of the size, stay on their device, and a tied one is in use there anyway.
     """
-    if packed.is_packed(module):
-        return Held(None, None, packed.held(module))
+    if bitsandbytes.is_packed(module):
+        return Held(None, None, bitsandbytes.held(module))
     data = module.weight.data
     return Held(module.weight, data.to("cpu", copy=True) if on_cpu else data)
 
 
 def put_back(module: nn.Module, held: Held) -> None:
     if held.packed is not None:
-        packed.put_back(module, held.packed)
+        bitsandbytes.put_back(module, held.packed)
         return
     # A model that was converted since (half, double) stays in its dtype.
     data = held.data.to(held.parameter.device, held.parameter.dtype)
@@ -60,8 +60,8 @@ def store_weight(module: nn.Module, weight: Float[Tensor, "out in"], *, own: boo
     Args:
         own: make a parameter of the module's own: the present one is read by another module too.
     """
-    if packed.is_packed(module):
-        packed.requantize(module, weight)
+    if bitsandbytes.is_packed(module):
+        bitsandbytes.requantize(module, weight)
         return
     parameter = module.weight
     data = stored_weight(module, weight).to(parameter.device, parameter.dtype)

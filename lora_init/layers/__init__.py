@@ -11,8 +11,9 @@ from lora_init.layers.base import BaseState, LoraLayer
 from lora_init.layers.convolution import ConvolutionLayer
 from lora_init.layers.embedding import EmbeddingLayer
 from lora_init.layers.linear import LinearLayer
-from lora_init.layers.trained import TrainedModule, trainable_copy
-from lora_init.modules import LINEAR_TYPES, module_type
+from lora_init.layers.saved_module import TrainedModule, trainable_copy
+from lora_init.weights.kinds import module_type
+from lora_init.weights.module_types import LINEAR_TYPES
 
 __all__ = ["BaseState", "LoraLayer", "TrainedModule", "layer_class", "trainable_copy"]
 

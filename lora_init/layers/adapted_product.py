@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.precision import without_autocast
+from lora_init.linalg.precision import without_autocast
 
 HALF_PRODUCTS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
 """Whether 16-bit products of this CPU are slower than a float32 copy and a float32 product."""

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.factors import low_rank_product
+from lora_init.factors import low_rank_product, widened
 from lora_init.layers import dora
 from lora_init.layers.effective_weight import effective_weight
 from lora_init.layers.input import only_input
-from lora_init.modules import module_type, orient, widened
-from lora_init.packed import dequantized, float_dtype, is_packed
-from lora_init.presence import HOOK_ATTRIBUTES
+from lora_init.weights.bitsandbytes import dequantized, float_dtype, is_packed
+from lora_init.weights.kinds import module_type, orient
+from lora_init.weights.offload import HOOK_ATTRIBUTES
 
 BaseState = Literal["kept", "edited", "in_forward", "replaced"]
 """Where the initial product s B0 A0 of a layer is accounted for:
@@ -50,7 +50,7 @@ class LoraLayer(nn.Module):
         scaling: s.
         base_state: see `BaseState`.
         merged: the base weight holds the adapter at the moment, and the forward pass adds nothing.
-        on_read: called whenever `weight` is read; see `lora_init.verification`.
+        on_read: called whenever `weight` is read; see `lora_init.model.verification`.
     """
 
     drops_inputs = True

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.layers.base import LoraLayer, common_dtype
-from lora_init.presence import is_hooked
+from lora_init.weights.offload import is_hooked
 
 
 class ConvolutionLayer(LoraLayer):

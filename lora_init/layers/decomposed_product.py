@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_init.layers.adapted_product import gradients, unflattened
 from lora_init.layers.dora import above_rounding
-from lora_init.precision import without_autocast
+from lora_init.linalg.precision import without_autocast
 
 
 class _Decomposed(torch.autograd.Function):

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.modules import TRANSPOSED_TYPES, widened
-from lora_init.precision import full_precision
+from lora_init.factors import widened
+from lora_init.linalg.precision import full_precision
+from lora_init.weights.kinds import TRANSPOSED_TYPES
 
 
 def effective_weight(

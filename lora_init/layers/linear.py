@@ -13,7 +13,7 @@ from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.layers.decomposed_product import decomposed_product
 from lora_init.layers.low_rank_sum import low_rank_sum, wide_dtype
 from lora_init.layers.transforms import is_transformed
-from lora_init.presence import is_hooked
+from lora_init.weights.offload import is_hooked
 
 STACKED_POSITIONS = {"cpu": 2048}
 """By device: up to so many, a copy of the inputs costs less than reading the weight once more."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_init.layers import two_parts, wide_products
 from lora_init.layers.adapted_product import converts, unflattened
-from lora_init.precision import without_autocast
+from lora_init.linalg.precision import without_autocast
 
 Initial = tuple[Tensor, Tensor]
 """A0, B0."""

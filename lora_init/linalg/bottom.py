@@ -23,9 +23,9 @@ from lora_init.linalg.dense import eigenpairs, gram, has_partial_solver
 from lora_init.linalg.inverse import cholesky, last_by_inverse, last_by_shifts, solver
 from lora_init.linalg.krylov import start_block
 from lora_init.linalg.operators import Operator
+from lora_init.linalg.precision import full_precision
 from lora_init.linalg.singular import Generators
 from lora_init.linalg.thin import thin_qr
-from lora_init.precision import full_precision
 
 METHODS = ("auto", "exact", "gram", "inverse")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lora_init.linalg import small
 from lora_init.linalg.operators import Operator
+from lora_init.linalg.product_sum import SIXTEEN_BITS
 from lora_init.linalg.thin import thin_qr
-from lora_init.product_sum import SIXTEEN_BITS
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from lora_init.linalg import choice, small
+from lora_init.linalg.gram import accumulate_gram, mirror
 from lora_init.linalg.operators import Operator
-from lora_init.symmetric import accumulate_gram, mirror
 
 _scipy_turn = threading.Lock()
 

@@ -14,9 +14,9 @@ from lora_init.linalg.decomposition import check, fix_signs
 from lora_init.linalg.dense import eigenpairs, has_partial_solver
 from lora_init.linalg.inverse import cholesky, last_by_shifts
 from lora_init.linalg.krylov import block_width, leading_eigenspace, start_block
+from lora_init.linalg.precision import full_precision
 from lora_init.linalg.singular import Generators
 from lora_init.linalg.thin import thin_qr
-from lora_init.precision import full_precision
 
 TOP_METHODS = ("auto", "exact", "krylov")
 BOTTOM_METHODS = ("auto", "exact", "inverse")

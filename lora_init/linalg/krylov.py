@@ -14,6 +14,7 @@ Source: Musco & Musco 2015 (block Krylov); Wu & Simon 2000 (thick restart).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.draws import normal_block
 from lora_init.linalg import small
 from lora_init.linalg.choice import (
     ANGLE_TOLERANCE,
@@ -34,6 +34,7 @@ from lora_init.linalg.choice import (
     SPACE_SHARE,
     TREND,
 )
+from lora_init.linalg.draws import normal_block
 from lora_init.linalg.thin import thin_qr, unchecked_qr
 
 # Products before the first look at the eigenvalues, and in each round after it.
@@ -59,6 +60,20 @@ class Subspace:
     residuals: Float[Tensor, "*stack k"]
     converged: bool
 
+    def replaced(self, where: Tensor, other: Subspace) -> Subspace:
+        """The same, with the results of `other` for some matrices of the stack."""
+        return Subspace(
+            torch.where(where[..., None], other.values, self.values),
+            torch.where(where[..., None, None], other.vectors, self.vectors),
+            torch.where(where, other.missing, self.missing),
+            torch.where(where[..., None], other.residuals, self.residuals),
+            self.converged,
+        )
+
+
+START_SEED = 6718039795000161910
+"""Of the test block where no generator is passed. The results of earlier versions depend on it."""
+
 
 def block_width(rank: int, limit: int, oversampling: int = OVERSAMPLING) -> int:
     """Columns of the test block: a few more than wanted let the last wanted ones converge."""
@@ -81,7 +96,7 @@ def start_block(
     """
     *stack, n = shape
     if generator is None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(START_SEED)
     single = isinstance(generator, torch.Generator)
     drawn = [
         normal_block(n, width, generator=each) for each in ([generator] if single else generator)
@@ -172,6 +187,9 @@ def leading_eigenspace(
         return found, triangle
 
     distances: list[float] = []
+    # A matrix of a stack keeps the result of the round in which it converged, as it would alone.
+    finished = torch.zeros(stack, dtype=torch.bool, device=block.device)
+    earlier: Subspace | None = None
     for round_ in range(rounds):
         # Of a long basis a fourth is added at a time: each look costs more than the one before.
         added = max(ROUND, used // width // 4) if used else first_round
@@ -227,11 +245,16 @@ def leading_eigenspace(
             squares = residuals.square() / gaps.clamp_min(torch.finfo(gaps.dtype).tiny)
             growth = (torch.minimum(residuals, squares) - rounding).clamp_min(0)
             done = growth.sum(-1) <= tolerance * missing
-        converged = bool(done.all())
-        if converged or hopeless or round_ == rounds - 1:
+        new = (done.all(-1) if each else done) & ~finished
+        converged, some = torch.stack([(new | finished).all(), new.any()]).tolist()
+        last = converged or hopeless or round_ == rounds - 1
+        if last or (stack and some):
             share = missing / total.clamp_min(torch.finfo(total.dtype).tiny)
-            found = known @ vectors[..., :rank]
-            return Subspace(wanted, found, share, residuals, converged)
+            now = Subspace(wanted, known @ vectors[..., :rank], share, residuals, converged)
+            earlier = now if earlier is None else now.replaced(finished, earlier)
+            finished = finished | new
+        if last:
+            return dataclasses.replace(earlier, converged=converged)
         if used + ROUND * width <= space:
             continue
         # Thick restart: the best Ritz vectors and the next block span what a longer space would

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init import mixed_products
+from lora_init.linalg import mixed_products
 
 CACHED_BYTES = 2**19
 LEAST_ROWS = 64

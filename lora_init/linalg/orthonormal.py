@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lora_init.linalg import choice
 from lora_init.linalg.decomposition import check
+from lora_init.linalg.mixed_products import is_narrow, transposed_product
+from lora_init.linalg.precision import full_precision
 from lora_init.linalg.thin import householder_signs, thin_qr
-from lora_init.mixed_products import is_narrow, transposed_product
-from lora_init.precision import full_precision
 
 
 @torch.no_grad()

@@ -19,12 +19,12 @@ from lora_init.linalg.decomposition import (
 )
 from lora_init.linalg.dense import eigenpairs, gram
 from lora_init.linalg.krylov import Subspace, block_width, leading_eigenspace, start_block
+from lora_init.linalg.mixed_products import has_mixed_products, is_narrow
 from lora_init.linalg.norm import frobenius_norm
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.powers import Generators, by_iterations, by_powers
+from lora_init.linalg.precision import full_precision
 from lora_init.linalg.thin import thin_qr
-from lora_init.mixed_products import has_mixed_products, is_narrow
-from lora_init.precision import full_precision
 
 QUALITY = ("exact", "gram", "gram-krylov", "krylov")
 """The methods that keep the promised quality."""

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
-from lora_init.adapters.atomic_file import write_atomically
-from lora_init.original_weights import OriginalWeights
+from lora_init.files import write_atomically
+from lora_init.weights.checkpoint import OriginalWeights
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}

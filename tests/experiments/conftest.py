@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # experiments/ is an application: it is run from here, not installed
 
 from experiments import train  # noqa: E402
-from experiments.config import register_schemas, resolve  # noqa: E402
+from experiments.config.resolve import resolve  # noqa: E402
+from experiments.config.store import register_schemas  # noqa: E402
 
 register_schemas()
 

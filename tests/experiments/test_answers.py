@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.answers import extract_number
 from experiments.data import Completion
-from experiments.data.judges import Generated, says_exactly, says_the_number
+from experiments.data.answers import extract_number
+from experiments.data.examples import Generated
+from experiments.data.judges import says_exactly, says_the_number
 
 REAL = Path(__file__).parent / "fixtures" / "answers_smollm2.jsonl"
 

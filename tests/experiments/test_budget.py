@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.budget import BudgetConfig, check_parameters, limit_steps
+from experiments.config.training import BudgetConfig, TrainingConfig
 from experiments.errors import ConfigurationError
-from experiments.execution import execute
-from experiments.runs import identify
-from experiments.schedule import TrainingConfig
+from experiments.run.budget import check_parameters, limit_steps
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 from experiments.tasks import SeededBatches
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.gora import GoraOptions
@@ -46,7 +46,7 @@ def test_the_fewest_steps_that_see_the_tokens(tokens):
 
 def test_a_token_budget_out_of_reach_is_refused():
     settings = TrainingConfig(steps=8, batch_size=1)  # one epoch: 40 tokens
-    with pytest.raises(ConfigurationError, match=r"steps=8 steps see 40; raise.*about 16"):
+    with pytest.raises(ConfigurationError, match=r"steps=8 steps see 40 tokens.*about 16"):
         limit_steps(settings, BudgetConfig(tokens=80), Counting(), EXAMPLES, seed=0)
 
 
@@ -99,7 +99,7 @@ def test_a_refusal_names_the_rank_that_would_do():
 def test_an_allocation_is_held_to_the_budget(configured, tiny):
     """At equal sums of ranks EVA's adapters have another size, and the run is refused."""
     settings = [*tiny, "lora.r=8", "init=eva", "budget.trainable_parameters=7680"]
-    with pytest.raises(ConfigurationError, match=r"allocated anew.*init\.budget=parameters"):
+    with pytest.raises(ConfigurationError, match=r"the method chose.*init\.budget=parameters"):
         execute(configured(*settings))
     result = execute(configured(*settings, "init.budget=parameters"))
     assert 7680 - 96 < result["budget"]["trainable_parameters"] <= 7680
@@ -109,7 +109,7 @@ def test_an_allocation_is_held_to_the_budget(configured, tiny):
 
 def test_a_method_without_a_budget_of_its_own_is_told_what_it_has():
     plan = replace(plan_for(4), initializer=get_initializer("gora"), options=GoraOptions())
-    with pytest.raises(ConfigurationError, match=r"allocated anew.*every layer keeps lora\.r"):
+    with pytest.raises(ConfigurationError, match=r"the method chose.*every layer keeps lora\.r"):
         check_parameters(plan, BudgetConfig(trainable_parameters=720), rank=4, allocated=True)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from experiments.calibration import CalibrationConfig, texts_of
+from experiments.config.inputs import CalibrationConfig
+from experiments.data.calibration_texts import texts_of
 from experiments.errors import ConfigurationError
-from experiments.initializing import calibration_batches
+from experiments.run.start import calibration_batches
 from experiments.tasks.causal_lm import CausalLM
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from experiments.config import InitConfig, RunConfig
+from experiments.config import store
+from experiments.config.run_config import InitConfig, RunConfig
 from experiments.errors import ConfigurationError
+from experiments.sweep.plan import skip_unsupplied
 from lora_init import list_initializers
+from lora_init.registry import get_initializer
 from lora_init.registry import resolve as resolve_initializer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -44,8 +52,31 @@ def test_every_primary_composes(composed, config):
     composed(config=config)
 
 
-def test_every_method_has_its_yaml():
-    assert choices("init") == sorted(method.name for method in list_initializers())
+@pytest.mark.parametrize("name", choices("init/preset"))
+def test_a_preset_differs_from_its_methods_defaults(configured, name):
+    preset = configured(f"init=preset/{name}").init
+    assert preset != configured(f"init={preset.name}").init
+    assert name.startswith(preset.name)
+
+
+def test_a_glob_finds_every_method_once_and_no_preset():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        options = GlobalHydra.instance().config_loader().get_group_options("init")
+    assert options == sorted(method.name for method in list_initializers())
+
+
+def test_a_method_without_its_input_is_not_in_the_glob(monkeypatch, capsys):
+    """A second checkpoint, say, which no run supplies."""
+    method = dataclasses.replace(get_initializer("pissa"), reads=frozenset({"second_checkpoint"}))
+    others = [method, get_initializer("kaiming")]
+    monkeypatch.setattr(store, "list_initializers", lambda: others)
+    options = dict(ConfigStore.instance().repo["init"])
+    monkeypatch.setitem(ConfigStore.instance().repo, "init", options)
+    overrides = {"hydra": {"overrides": {"task": ["init=glob(*)"]}, "sweeper": {}}}
+    skip_unsupplied(OmegaConf.create(overrides))
+    assert "pissa.yaml" not in options
+    assert "kaiming.yaml" in options
+    assert "init=pissa is skipped: it needs second_checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", [method.name for method in list_initializers()])

@@ -32,7 +32,7 @@ def test_a_workers_line_takes_the_place_of_the_sweeps_bar(monkeypatch):
     monkeypatch.setattr(rich, "get_console", lambda: terminal)
     monkeypatch.setattr(console, "first_process", lambda: False)
     console.say("run 3/4 pissa seed 0")
-    assert terminal.file.getvalue() == f"{console.ERASED}run 3/4 pissa seed 0\n"
+    assert terminal.file.getvalue() == f"{console.ERASE_LINE}run 3/4 pissa seed 0\n"
 
 
 def test_a_sweeps_bar_is_one_line(monkeypatch):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.config import resolve
-from experiments.controls import control_of
+from experiments.config.resolve import resolve
+from experiments.config.run_config import control_of
 from experiments.errors import ConfigurationError
 
 
@@ -48,5 +48,5 @@ def test_an_unknown_control_is_refused_with_the_known_ones(composed):
 
     run = composed()
     run.control = "rslore"
-    with pytest.raises(ConfigurationError, match=r"did you mean 'rslora'.*matched_norm"):
+    with pytest.raises(ConfigurationError, match=r"matched_norm.*did you mean 'rslora'"):
         resolve(run)

@@ -10,16 +10,22 @@ from pathlib import Path
 import pytest
 from products import thinned
 
-from experiments import training
-from experiments.checkpoints import Checkpoints, read_checkpoint
-from experiments.claims import beats_elsewhere, heartbeat, is_held
-from experiments.continuing import prepare_folder, read_first_start, usable_checkpoint
 from experiments.errors import ConfigurationError, DamagedFile
-from experiments.execution import execute
-from experiments.failures import read_failure, refuse_to_diverge_again
-from experiments.outputs import open_outputs
-from experiments.runs import RunFolder, identify, read_metrics
-from experiments.states import state_of
+from experiments.run.execute import execute
+from experiments.run.failures import read_failure, refuse_to_diverge_again
+from experiments.run.folder import RunFolder, identify
+from experiments.run.lock import beats_elsewhere, heartbeat, is_held
+from experiments.run.metrics import read_metrics
+from experiments.run.outputs import open_outputs
+from experiments.run.resume import (
+    prepare_folder,
+    read_checkpoint,
+    read_first_start,
+    usable_checkpoint,
+)
+from experiments.run.state import state_of
+from experiments.training import loop as training
+from experiments.training.checkpoint import Checkpoints
 
 UNMEASURED = ("measures.forgetting_texts=0", "measures.intruder_layers=0",
               "measures.spectra_layers=1", "runtime.cache=false")  # fmt: skip
@@ -64,7 +70,7 @@ CUT_SHORT = {"missing", "cut", "half", "empty"}
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory, tiny_encoder, reviews_csv, whole_composition):
     """A run that was broken off after its second step, and its configuration."""
-    from experiments.config import resolve
+    from experiments.config.resolve import resolve
 
     outputs = tmp_path_factory.mktemp("pristine")
     overrides = (
@@ -336,7 +342,7 @@ def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch,
     thinned(
         [
             pytest.param(name, make, id=f"{name}-{kind}")
-            for name in ("run", "sweeps/default/.lock", "sweeps/default/.at_work")
+            for name in ("run", "sweeps/default/.lock")
             for kind, make in (("folder", Path.mkdir), ("pipe", os.mkfifo), ("link", nowhere))
         ],
         lambda name, make: name,

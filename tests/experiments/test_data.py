@@ -8,9 +8,10 @@ import pytest
 
 from experiments.data import load_data
 from experiments.data.chain_sum import ChainSum
-from experiments.data.examples import Labelled, bucket, split_of, take
+from experiments.data.examples import Labelled
 from experiments.data.gsm_symbolic import GsmSymbolic, templates
 from experiments.data.rotten_tomatoes import RottenTomatoes, films, reviews
+from experiments.data.splits import bucket, split_of, take
 from experiments.errors import ConfigurationError
 
 SPLITS = ("train", "validation", "test")

@@ -105,7 +105,7 @@ def test_wrong_columns_and_paths(csv, changes, message):
     ("name", "content", "message"),
     [
         ("absent.csv", None, "no such file"),
-        ("table.xlsx", "x", r"allowed are \.jsonl"),
+        ("table.xlsx", "x", r"must be a file ending in one of \.jsonl"),
         ("empty.csv", "text,label\n", "no rows"),
         ("nothing.csv", "", "not readable as csv"),
         ("broken.jsonl", '{"text": "a", "label"', "not readable as jsonl"),

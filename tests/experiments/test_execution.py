@@ -10,12 +10,12 @@ import torch
 import yaml
 from products import chosen
 
-from experiments import execution
 from experiments.errors import ConfigurationError, RunFailed
-from experiments.execution import execute
-from experiments.probe import PeakMemory, output_gap
+from experiments.measures.probe import PeakMemory, output_gap
 from experiments.report.runs import read_run
-from experiments.runs import identify
+from experiments.run import execute as execution
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 from lora_init import list_initializers
 
 FILES = {

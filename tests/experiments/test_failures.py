@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import execution, runs, training
 from experiments.errors import ConfigurationError, RunFailed
-from experiments.execution import execute
-from experiments.failures import reason_of
-from experiments.runs import identify
+from experiments.run import execute as execution
+from experiments.run.execute import execute
+from experiments.run.failures import reason_of
+from experiments.run.files import write_bytes
+from experiments.run.folder import identify
+from experiments.run.metrics import MetricsFile
+from experiments.training import loop as training
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_a_full_disk_harms_nothing_finished(configured, tiny, monkeypatch, name)
     full = OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
         if name == "metrics.jsonl":
-            append = runs.MetricsFile.append
+            append = MetricsFile.append
 
             def second_line(self, row):
                 if row["step"] == 2:
@@ -112,9 +116,9 @@ def test_a_full_disk_harms_nothing_finished(configured, tiny, monkeypatch, name)
                     raise full
                 append(self, row)
 
-            patch.setattr(runs.MetricsFile, "append", second_line)
+            patch.setattr(MetricsFile, "append", second_line)
         else:
-            replace, writes = runs.os.replace, []
+            replace, writes = os.replace, []
 
             def no_room(scratch, path):
                 writes.append(path)
@@ -122,7 +126,7 @@ def test_a_full_disk_harms_nothing_finished(configured, tiny, monkeypatch, name)
                     raise full
                 replace(scratch, path)
 
-            patch.setattr(runs.os, "replace", no_room)
+            patch.setattr(os, "replace", no_room)
         with pytest.raises(OSError, match="No space left"):
             execute(run)
     assert failure(folder)["reason"] == "disk full"
@@ -137,12 +141,12 @@ def test_a_full_disk_harms_nothing_finished(configured, tiny, monkeypatch, name)
 def test_a_real_write_that_finds_no_room(tmp_path):
     """The operating system's own refusal: the old file stays, the half-written one is gone."""
     path = tmp_path / "training.safetensors"
-    runs.write_bytes(path, b"old")
+    write_bytes(path, b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as error:
-            runs.write_bytes(path, bytes(8192))
+            write_bytes(path, bytes(8192))
         with pytest.raises(Exception, match="os error") as wrapped:
             save_file({"weight": torch.zeros(8192)}, tmp_path / "adapter.safetensors")
     finally:

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from experiments.gpu import __main__ as command
-from experiments.gpu import agreement, expected, expected_calibration, lifecycle, minis, report
-from experiments.gpu.goals import verdicts
+from experiments.gpu import agreement, lifecycle, promises, report
+from experiments.gpu.expectations import SECONDS, verdicts
 from experiments.gpu.parts import PARTS, Part, selected
 from experiments.gpu.process import run_here, run_in_process
 from experiments.gpu.record import Record
 from experiments.gpu.specimens import Specimen
-from experiments.gpu.synchronizations import MESSAGE, counted_synchronizations
 from experiments.gpu.task import Task
+from experiments.gpu.waits import MESSAGE, counted_waits
 from lora_init import list_initializers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +64,7 @@ def test_the_report_has_every_part_and_goal(records, tmp_path):
 def test_goals_are_judged_in_the_full_form_only():
     record = Record("methods", rows=[{"name": "pissa r=16", "model_seconds": 3.0}])
     for small, met in ((False, False), (True, None)):
-        (goal,) = [
-            one for one in verdicts({"methods": record}, small) if "r=16" in one["goal"]
-        ]
+        (goal,) = [one for one in verdicts({"methods": record}, small) if "r=16" in one["goal"]]
         assert (goal["found"], goal["met"]) == (3.0, met)
 
 
@@ -172,8 +170,8 @@ def test_packed_specimens_live(kind, task):
     assert agreement.life(task, PISSA, specimen, False).broken == []
 
 
-def test_a_mini_that_fails_is_a_wrong_result(task):
-    minis.record(task, "a check", lambda task: (math.nan, 1.0))
+def test_a_promise_that_fails_is_a_wrong_result(task):
+    promises.record(task, "a check", lambda task: (math.nan, 1.0))
     assert "a check" in task.record.wrong[0]
 
 
@@ -204,7 +202,7 @@ def test_an_exception_of_a_part_is_recorded(tmp_path, monkeypatch):
 
 
 def test_waits_are_counted_by_line():
-    with counted_synchronizations() as waits:
+    with counted_waits() as waits:
         for _ in range(3):
             warnings.warn(f"called a {MESSAGE}", stacklevel=1)
         warnings.warn("another", stacklevel=1)
@@ -215,21 +213,15 @@ def test_waits_are_counted_by_line():
 # -- documents -------------------------------------------------------------------------------------
 
 
-def test_the_documented_expectations_are_the_computed_ones():
+def test_the_documented_expectations_are_those_of_the_report():
     page = (ROOT / "docs" / "gpu.md").read_text()
-    assert expected.table() in page
-    assert expected_calibration.table() in page
-
-
-def test_every_method_has_an_expectation():
-    assert {spec.name for spec in list_initializers()} <= set(expected.METHODS)
+    for method, (small, large) in SECONDS.items():
+        assert f"| {method} | {small:.2f} | {large:.2f} |" in page
 
 
 def test_make_gpu_installs_nothing():
     # The tests run under make themselves: its flags would print the folder as well.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "-n", "gpu", "PYTHON=python3"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=alone, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["python3", "-m", "experiments.gpu"]

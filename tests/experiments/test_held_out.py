@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments import execution, held_out
 from experiments.errors import ConfigurationError
-from experiments.execution import execute
-from experiments.runs import identify
+from experiments.run import execute as execution
+from experiments.run import held_out
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 
 # What is written and read again depends on the kind of base (kept, edited, replaced) and on whether
 # data decides, also about the ranks; not on the method.

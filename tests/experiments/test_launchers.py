@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import launching
-from experiments.execution import execute
-from experiments.runs import identify
+from experiments.config import launchers as launching
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 
 ROOT = Path(__file__).resolve().parents[2]
 

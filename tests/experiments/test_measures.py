@@ -15,16 +15,16 @@ from torch.nn import functional as F
 
 from experiments.data import load_data
 from experiments.errors import ConfigurationError
-from experiments.execution import execute
 from experiments.measures.angles import mean_angle, principal_angles
 from experiments.measures.forgetting import pooled_distance, token_divergence
 from experiments.measures.intruders import intruder_dimensions
+from experiments.measures.originals import spread
 from experiments.measures.products import product_norm, update_norm
-from experiments.measures.settings import spread
 from experiments.measures.spectra import leading_spectrum, taken
 from experiments.measures.updates import is_due
 from experiments.models import load_model
-from experiments.runs import identify
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 from experiments.tasks import make_task
 from lora_init import LoraConfig, LoraModel, get_peft_model
 

@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from experiments.config.training import TrainingConfig
 from experiments.data import Completion, Labelled
-from experiments.execution import execute
-from experiments.micro_batches import backward, pieces
-from experiments.runs import identify
-from experiments.schedule import TrainingConfig
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 from experiments.tasks.causal_lm import CausalLM
 from experiments.tasks.text_classification import TextClassification
-from experiments.training import make_accelerator
+from experiments.training.loop import make_accelerator
+from experiments.training.micro_batches import backward, pieces
 
 CPU = make_accelerator(TrainingConfig(), "cpu")
 # Answers of very different lengths: an average of the pieces' means is far from the batch's mean.

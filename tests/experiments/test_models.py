@@ -8,12 +8,13 @@ import logging
 import pytest
 import torch
 
+from experiments.config.inputs import ModelConfig
 from experiments.errors import ConfigurationError
 from experiments.models import checkpoint_activations, load_model, minilm, smollm2
-from experiments.models.checkpoint import Checkpoint, ModelConfig
-from experiments.models.loading import newly_drawn, set_dropout
 from experiments.models.local import LocalModel, locate
 from experiments.models.minilm import MiniLM
+from experiments.models.pretrained import newly_drawn, set_dropout
+from experiments.models.source import Checkpoint
 
 CLASSES = {"task_type": "SEQ_CLS", "labels": ("rotten", "fresh")}
 
@@ -192,7 +193,7 @@ def test_a_base_in_sixteen_bits(tiny_decoder):
 
 
 def test_a_quantised_layer_computes_in_the_bases_dtype():
-    from experiments.models.quantizing import loading_arguments
+    from experiments.models.quantization import loading_arguments
 
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")

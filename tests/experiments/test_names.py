@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.config.names import check_name, sweep_path
 from experiments.errors import ConfigurationError
-from experiments.execution import execute
-from experiments.names import check_name, sweep_path
-from experiments.runs import identify
+from experiments.run.execute import execute
+from experiments.run.folder import identify
 
 HOSTILE = [
     "../../victim", "..", ".", "", "a/../../../victim", "/victim", "~", "~root/x", "a/b", "a\\b",
@@ -95,8 +95,7 @@ def test_a_sweep_deletes_nothing_elsewhere(command, tiny, tmp_path, victim, name
 @pytest.mark.parametrize(
     ("link", "target"),
     [("sweeps", ""), ("sweeps/default", ""), ("sweeps/default/jobs", "jobs"),
-     ("sweeps/default/multirun.yaml", "multirun.yaml"), ("sweeps/default/.lock", "result.json"),
-     ("sweeps/default/.at_work", "result.json")],
+     ("sweeps/default/multirun.yaml", "multirun.yaml"), ("sweeps/default/.lock", "result.json")],
 )  # fmt: skip
 def test_a_link_out_of_the_results_is_refused(command, tiny, tmp_path, victim, link, target):
     place = tmp_path / "outputs" / link
@@ -134,7 +133,7 @@ def test_links_inside_a_run_are_replaced_and_not_followed(configured, tmp_path, 
 
 def test_the_folder_of_all_results_may_be_a_link(configured, tiny, tmp_path, monkeypatch):
     """As to a larger disk."""
-    from experiments import execution
+    from experiments.run import execute as execution
 
     (tmp_path / "disk").mkdir()
     (tmp_path / "outputs").symlink_to(tmp_path / "disk")

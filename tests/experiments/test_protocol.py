@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.config.protocol import ProtocolConfig
 from experiments.errors import ConfigurationError
-from experiments.protocol.costs import Costs, duration
-from experiments.protocol.equal_update import rate_for
-from experiments.protocol.grid import first_steps, next_step, rate
-from experiments.protocol.outcomes import Outcome
-from experiments.protocol.record import Record
-from experiments.protocol.selection import choose
-from experiments.protocol.settings import ProtocolConfig
-from experiments.protocol.stages import Stages, refuse_incomplete
-from experiments.protocol.trials import Entry, Trial, refuse_owned
-from experiments.runs import RunFolder, write_json
+from experiments.run.files import write_json
+from experiments.run.folder import RunFolder
+from experiments.sweep.protocol.outcomes import Outcome
+from experiments.sweep.protocol.overview import Costs, duration
+from experiments.sweep.protocol.rates import choose, first_steps, next_step, rate, rate_for
+from experiments.sweep.protocol.record import Record
+from experiments.sweep.protocol.stages import Stages, refuse_incomplete
+from experiments.sweep.protocol.trials import Entry, Trial, refuse_owned
 
 INF = math.inf
 
@@ -185,7 +184,7 @@ def test_a_broken_arm_is_left_out_and_completed_later(staged, tmp_path, capsys):
     stages, runs = staged({"kaiming": 1e-3, "pissa": 1e-3}, trouble)
     assert stages.run() == ["pissa"]
     assert list(written(tmp_path)["selected"]) == ["kaiming"]
-    with pytest.raises(ConfigurationError, match="runs are missing of pissa.*the same command"):
+    with pytest.raises(ConfigurationError, match="for pissa: runs are missing.*the same"):
         refuse_incomplete(["pissa"])
 
     again, completed = staged({"kaiming": 1e-3, "pissa": 1e-3})
@@ -217,7 +216,7 @@ def test_a_dry_run_makes_nothing(staged, tmp_path, capsys):
     assert not runs.trained
     assert not (tmp_path / "protocol.json").exists()
     told = capsys.readouterr().out
-    assert "6 runs to begin with" in told
+    assert "6 runs in the first grid" in told
     assert "?" in told
 
 
@@ -238,15 +237,15 @@ def test_the_plan_tells_the_time_by_the_runs_that_are_there():
     ("settings", "message"),
     [
         ({"methods": []}, r"methods=\[\]"),
-        ({"methods": ["kaiming", "pisa"]}, "methods=pisa is not supported.*did you mean 'pissa'"),
+        ({"methods": ["kaiming", "pisa"]}, "methods='pisa' is not supported.*did you mean 'pissa'"),
         ({"seeds": [0, 0]}, r"seeds=\[0, 0\]"),
-        ({"baseline": "pissa"}, "baseline=pissa is not supported: must be one of kaiming"),
-        ({"learning_rates": {"pisa": 1e-3}}, "learning_rates=pisa.*must be rates of kaiming"),
+        ({"baseline": "pissa"}, "baseline='pissa' is not supported: must be one of kaiming"),
+        ({"learning_rates": {"pisa": 1e-3}}, "learning_rates='pisa'.*must be rates of kaiming"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"grid": 0}, "grid=0 is not supported: must be an integer >= 1"),
         ({"scaling": -1.0}, "scaling=-1.0"),
         ({"select_by": "test"}, "select_by='test' is not supported: must be one of score, loss"),
-        ({"controls": ["kaiming"]}, "controls=kaiming"),
+        ({"controls": ["kaiming"]}, "controls='kaiming'"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):

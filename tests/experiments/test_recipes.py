@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from products import chosen
 
+from experiments.config.training import steps_of
 from experiments.errors import ConfigurationError
-from experiments.execution import execute
-from experiments.schedule import steps_of
+from experiments.run.execute import execute
 
 ALL = "all-linear"
 METAMATH = ("metamath", 100_000)

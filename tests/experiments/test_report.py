@@ -12,10 +12,9 @@ import pandas as pd
 import pytest
 from synthetic_sweeps import EXAMPLES, STEPS, SYNTHETIC, no_charts, write_run, write_sweep
 
-from experiments.report import writing
+from experiments.report import output
 from experiments.report.__main__ import main, make
-from experiments.report.pictures import Pictures
-from experiments.report.tables import latex
+from experiments.report.result_table import latex
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +57,7 @@ class Resources(HTMLParser):
 
 
 def test_table_equals_an_independent_computation(report, sweep):
-    """Scores by reading the files again; the paired interval by a plain loop of its own."""
+    """Scores are computed from the files, and the paired interval by a plain loop."""
     correct = {}
     for method in SYNTHETIC:
         for seed in (0, 1):
@@ -103,7 +102,7 @@ def test_page_is_headed_and_complete(html):
     for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "layers"):
         assert f'data-chart="{chart}"' in html
     for words in ("all-MiniLM-L6-v2", "rotten_tomatoes", "120 steps", "0.001", "2 threads",
-                  "weights derived from 4-bit values", "Two seeds are few"):  # fmt: skip
+                  "weights derived from 4-bit values", "2 seeds are few"):  # fmt: skip
         assert words in html
 
 
@@ -152,24 +151,24 @@ def test_pictures_and_tables_exist(report):
 
 @pytest.fixture
 def without_pictures(monkeypatch):
-    monkeypatch.setattr(Pictures, "one", lambda self, output, name, *rest: name)
+    monkeypatch.setattr(output, "write_pictures", lambda chart, *rest: [chart.name])
 
 
 @pytest.fixture
 def without_charts(monkeypatch):
-    monkeypatch.setattr(writing, "draw", no_charts)
+    monkeypatch.setattr(output, "draw", no_charts)
 
 
 @pytest.mark.usefixtures("without_charts")
-def test_the_better_of_two_rates_is_shown_and_the_choice_is_told(tmp_path):
+def test_the_better_of_two_rates_is_shown_with_a_warning(tmp_path):
     for rate in (1e-3, 2e-3):
         write_run(tmp_path / f"pissa-{rate}", "pissa", 0, learning_rate=rate)
     write_run(tmp_path / "kaiming", "kaiming", 0)
     report = make([tmp_path], tmp_path / "report")
-    assert report.heading == "two initializations compared"
+    assert report.heading == "2 initializations compared"
     assert any("training.learning_rate: 0.001, 0.002" in w for w in report.warnings)
-    assert any("chosen by the very test scores" in w for w in report.warnings)
-    assert any("one learning rate only for kaiming" in w for w in report.warnings)
+    assert any("chosen by the same test scores" in w for w in report.warnings)
+    assert any("one learning rate only: kaiming" in w for w in report.warnings)
     assert any("may lie beyond: pissa" in w for w in report.warnings)
     scores = pd.read_parquet(tmp_path / "report" / "runs.parquet").set_index("run_id")["score"]
     assert [row.arm for row in report.rows] == ["kaiming", "pissa"]
@@ -177,22 +176,22 @@ def test_the_better_of_two_rates_is_shown_and_the_choice_is_told(tmp_path):
 
 
 @pytest.mark.usefixtures("without_charts")
-def test_broken_predictions_cost_the_interval_and_are_named(tmp_path):
+def test_damaged_predictions_are_named_and_leave_no_interval(tmp_path):
     for method in ("kaiming", "pissa", "eva", "olora"):
         write_run(tmp_path / method, method, 0)
     (tmp_path / "kaiming" / "predictions.npz").unlink()
     (tmp_path / "pissa" / "predictions.npz").write_bytes(b"PK")
     np.savez(tmp_path / "eva" / "predictions.npz", id=np.arange(9), correct=np.zeros(9))
     report = make([tmp_path], tmp_path / "report")
-    told = {problem.run.split(",")[0]: problem.reason for problem in report.problems}
-    assert set(told) == {"kaiming", "pissa", "eva"}
-    assert "0.0000 of its predictions are right" in told["eva"]
+    reasons = {problem.run.split(",")[0]: problem.reason for problem in report.problems}
+    assert set(reasons) == {"kaiming", "pissa", "eva"}
+    assert "0.0000 of its predictions are right" in reasons["eva"]
     without = {row.method for row in report.rows if np.isnan(row.score.low)}
     assert without == {"kaiming", "pissa", "eva"}
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_zero_and_missing_measurements_are_said(tmp_path):
+def test_zero_and_missing_measurements_are_named(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"kaiming-{seed}", "kaiming", seed)
         path = tmp_path / f"kaiming-{seed}" / "result.json"
@@ -211,13 +210,13 @@ def test_zero_and_missing_measurements_are_said(tmp_path):
 def test_command_line(sweep, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([str(sweep), "--output", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
-    assert "left out init=pissa seed=7" in told
+    printed = capsys.readouterr().out
+    assert "left out init=pissa seed=7" in printed
     for method in SYNTHETIC:
-        assert re.search(rf"(?m)^ *{method} .*±", told)
-    assert "…" not in told
-    assert max(map(len, told[told.index("one learning rate") :].splitlines()[:-1])) <= 80
-    assert told.strip().endswith(str(tmp_path / "out" / "index.html"))
+        assert re.search(rf"(?m)^ *{method} .*±", printed)
+    assert "…" not in printed
+    assert max(map(len, printed[printed.index("one learning rate") :].splitlines()[:-1])) <= 80
+    assert printed.strip().endswith(str(tmp_path / "out" / "index.html"))
     assert main([str(tmp_path / "nothing")]) == 1
     assert "no folder" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: draws, filters, sorts, fits, and says nothing on the console."""
+"""The page in a real browser: charts, filters, sorting and layout, without console messages."""
 
 import html
 import json
@@ -9,9 +9,9 @@ import subprocess
 import pytest
 from synthetic_sweeps import SYNTHETIC, write_grid, write_protocol, write_sweep
 
-from experiments.report.pictures import Pictures
+from experiments.report import output
+from experiments.report.output import write_report
 from experiments.report.sweeps import load_sweeps
-from experiments.report.writing import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)  # fmt: skip
@@ -25,7 +25,7 @@ pytestmark = [
 
 def written(*sweeps):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pictures, "write", lambda self, output: [])
+        patch.setattr(output, "write_pictures", lambda *given: [])
         return write_report(
             load_sweeps(sweeps), sweeps[0] / "report", lambda step: None,
             alone=sweeps[0] / "handed_on.html",
@@ -87,7 +87,7 @@ def test_a_filter_in_the_address_reaches_every_chart(report, tmp_path):
     assert re.search(r'<tr data-method="pissa"[^>]* hidden', elements)
 
 
-# Waits for the charts, clicks what the page's visitor would, and notes what is then chosen.
+# Waits for the charts, clicks like a visitor, and notes what is then chosen.
 VISITOR = """<script>
 const pressed = () => [...document.querySelectorAll('.chip[aria-pressed="true"]')]
   .map((chip) => chip.textContent.trim()).join(" ");
@@ -158,7 +158,7 @@ def test_chips_legend_headings_and_hovering(report, tmp_path):
     assert re.match(told, seen[-1])
 
 
-# What sticks out of its place, what lies on what, and what is drawn, in the page's own words.
+# Finds elements that overflow or overlap, and counts what is drawn.
 SURVEYOR = """<script>
 const inside = (box, outer) => box.left >= outer.left - 1 && box.right <= outer.right + 1
   && box.top >= outer.top - 1 && box.bottom <= outer.bottom + 1;
@@ -231,7 +231,7 @@ setTimeout(async () => {
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_overlaps_or_overflows_and_every_filter_works(protocol, tmp_path, width):
     with_visitor(protocol, SURVEYOR)
-    # No window of Chromium's is narrower than 500 pixels; a frame is as narrow as it is told.
+    # A window of Chromium has at least 500 pixels; a frame may be narrower.
     outer = protocol.page.with_name("outer.html")
     outer.write_text(
         "<body><script>onmessage = (told) => { document.body.dataset.seen = told.data; };</script>"
@@ -264,4 +264,5 @@ def test_two_tasks_are_shown_one_at_a_time_and_averaged(tmp_path):
     assert len(re.findall(r'aria-label="[^"]*seeds: 0,1"', drawn["score"])) == 4  # dots and bars
     assert "interquartile mean" in drawn["tasks"]
     assert re.search(r'<tr data-method="pissa"[^>]*rotten_tomatoes"[^>]* hidden', elements)
-    assert '<p class="lead">r8: Kaiming, the baseline, scores' in elements
+    found = elements.split('<table class="findings">')[1].split("</table>")[0]
+    assert re.findall(r'<tr><th scope="row">(\w+)</th>', found) == ["r8", "rotten_tomatoes"]

@@ -1,4 +1,4 @@
-"""A sweep beside another: over code versions, and beside PEFT's own results. Numbers made up."""
+"""Two versions of the code compared, and PEFT's own results. All numbers are made up."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from synthetic_sweeps import no_charts, write_grid, write_protocol
 
-from experiments.report import writing
+from experiments.report import output
 from experiments.report.__main__ import main, make
 from experiments.report.peft_results import load_peft_results
 
@@ -16,7 +16,7 @@ SMALL = {"methods": ("kaiming", "pissa"), "rates": [1e-3, 3e-3], "blocks": 1, "s
 
 @pytest.fixture(autouse=True)
 def without_charts(monkeypatch):
-    monkeypatch.setattr(writing, "draw", no_charts)
+    monkeypatch.setattr(output, "draw", no_charts)
 
 
 def results(folder):
@@ -29,7 +29,7 @@ def edit_results(folder, edit):
 
 
 def test_settings_are_paired_and_flagged_beyond_their_interval(tmp_path):
-    """pissa starts slower in the new version; every difference against a plain t-test of its own"""
+    """pissa starts slower in the new version. The reference is scipy's paired t-test."""
     new = write_grid(tmp_path / "new", seeds=(0, 1, 2), commit="b" * 40, **SMALL)
     old = write_grid(tmp_path / "old", seeds=(0, 1, 2), commit="a" * 40, **SMALL)
     edit_results(tmp_path / "new", lambda r: r | {
@@ -49,16 +49,16 @@ def test_settings_are_paired_and_flagged_beyond_their_interval(tmp_path):
     assert found.changes[0].figures["score"].difference.estimate == 0
     html = (tmp_path / "report" / "index.html").read_text()
     assert "Over code versions" in html
-    assert "Two differ by more than their interval." in html
+    assert "<dt>Beyond their interval</dt><dd>2</dd>" in html
     lines = (tmp_path / "report" / "comparison.md").read_text().splitlines()
     assert sum(line.startswith(("| kaiming", "| pissa")) for line in lines) == 4
 
 
 def test_predictions_are_paired_where_seeds_are_too_few(tmp_path):
-    """Two seeds: examples alone can tell the versions apart; against a loop of its own."""
+    """With two seeds only the examples can distinguish the versions."""
     new = write_grid(tmp_path / "new", seeds=(0, 1), **SMALL)
     old = write_grid(tmp_path / "old", seeds=(0, 1), **SMALL)
-    for run in (tmp_path / "old" / "runs").iterdir():  # forty right answers of pissa's are wrong
+    for run in (tmp_path / "old" / "runs").iterdir():  # pissa loses forty right answers
         if not run.name.startswith("pissa"):
             continue
         with np.load(run / "predictions.npz") as archive:
@@ -73,7 +73,7 @@ def test_predictions_are_paired_where_seeds_are_too_few(tmp_path):
     ]  # fmt: skip
     difference = found.changes[0].figures["score"].difference
     assert difference.estimate == pytest.approx(40 / 1200)
-    spread = 1.96 * np.sqrt((1 / 30) * (29 / 30) / 1200)  # of a share of 1/30, seeds alike
+    spread = 1.96 * np.sqrt((1 / 30) * (29 / 30) / 1200)  # of a share of 1/30, equal for all seeds
     assert difference.high - difference.low == pytest.approx(2 * spread, rel=0.25)
 
 
@@ -140,16 +140,16 @@ def test_peft_results_are_read_newest_first_and_the_unreadable_named(peft_folder
     assert one == [first]
 
 
-def test_peft_rows_stand_beside_ours_and_change_nothing(tmp_path, peft_folder, capsys):
+def test_peft_rows_do_not_change_ours(tmp_path, peft_folder, capsys):
     sweep = write_grid(tmp_path, seeds=(0, 1), **SMALL)
     plain = make([sweep], tmp_path / "plain")
-    beside = make([sweep], tmp_path / "beside", peft=peft_folder)
-    assert beside.rows == plain.rows
-    html = beside.page.read_text()
-    assert "Beside it: PEFT’s own comparison" in html
+    both = make([sweep], tmp_path / "both", peft=peft_folder)
+    assert repr(both.rows) == repr(plain.rows)
+    html = both.page.read_text()
+    assert "PEFT’s own comparison" in html
     assert "another model, other data" in html
     assert html.count(">some/llama<") == 3
-    assert "| lora/pissa | MetaMathQA | some/llama |" in (tmp_path / "beside/peft.md").read_text()
+    assert "| lora/pissa | MetaMathQA | some/llama |" in (tmp_path / "both/peft.md").read_text()
     assert "PEFT’s own comparison" not in plain.page.read_text()
     assert main([str(sweep), "--peft-results", str(tmp_path / "none")]) == 1
     assert "--peft-results: no file or folder" in capsys.readouterr().err

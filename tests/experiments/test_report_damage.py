@@ -1,4 +1,4 @@
-"""One odd run never costs the report: it is named, and the page shows the others."""
+"""A damaged run is named, and the page shows the others."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from markupsafe import escape
 from products import chosen
 from synthetic_sweeps import no_charts, write_run
 
-from experiments.report import page, writing
+from experiments.report import output as folder
+from experiments.report import page
 from experiments.report.__main__ import make
-from experiments.report.pictures import Pictures
 
 NAN, INFINITE = float("nan"), float("inf")
 ODD = [None, "x", "", [], [1], {}, {"a": 1}, True, -1, 1e308, 10**400, NAN, INFINITE, "1.5", 2**70]
@@ -58,7 +58,7 @@ FILES = [*PATHS, "predictions.npz"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Three good runs, one of which is copied and harmed."""
+    """Three good runs, one of which is copied and damaged."""
     folder = tmp_path_factory.mktemp("whole")
     for method, seed in (("kaiming", 0), ("pissa", 0), ("eva", 0)):
         write_run(folder / f"{method}-{seed}", method, seed, blocks=1, steps=20, examples=50,
@@ -73,8 +73,8 @@ def set_at(content, path, value) -> None:
     content[last] = value
 
 
-def harmed(whole: Path, runs: Path, name: str) -> Path:
-    """A copy of a good run under an id of its own."""
+def damaged(whole: Path, runs: Path, name: str) -> Path:
+    """A copy of a good run with another id."""
     folder = runs / name
     shutil.copytree(whole / "eva-0", folder)
     result = json.loads((folder / "result.json").read_text())
@@ -92,40 +92,37 @@ def harm(folder: Path, file: str, path, value) -> None:
 
 
 def check(runs: Path, output: Path, monkeypatch) -> dict[str, str]:
-    """Draw the report; returns what was left out or is incomplete, by run."""
-    monkeypatch.setattr(Pictures, "write", lambda self, output: [])
-    monkeypatch.setattr(writing, "draw", no_charts)
-    monkeypatch.setattr(page, "bundle", lambda: "")  # seconds of it, and the same for all pages
+    """Write the report; return what was left out or is incomplete, by run."""
+    monkeypatch.setattr(folder, "draw", no_charts)
+    monkeypatch.setattr(page, "bundle", lambda: "")  # takes seconds, and is equal for all pages
     report = make([runs], output)
     html = report.page.read_text()
-    told: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for problem in report.problems:
-        told[problem.run] = told.get(problem.run, "") + problem.reason
+        reasons[problem.run] = reasons.get(problem.run, "") + problem.reason
         assert str(escape(problem.run)) in html or not problem.fatal
     assert {"kaiming", "pissa", "eva"} <= {row.method for row in report.rows}
     again = make([runs], output)
     assert {p.run for p in again.problems} == {p.run for p in report.problems}
-    return told
+    return reasons
 
 
 @pytest.mark.parametrize("file", chosen(PATHS, "result.json", "end.json"))
-def test_a_value_of_another_type_is_named_and_the_page_is_drawn(
-    whole, tmp_path, monkeypatch, file
-):
-    """All of them together, beside three good runs."""
+def test_a_value_of_another_type_is_named_and_the_page_is_drawn(whole, tmp_path, monkeypatch, file):
+    """All of them together with three good runs."""
     runs = tmp_path / "runs"
     shutil.copytree(whole, runs)
     count = 0
     step = {"result.json": 4, "spectra.json": 3}.get(file, 1)  # to save time
     for number, path in enumerate(PATHS[file]):
         for value in ODD[number % step :: step]:
-            folder = harmed(whole, runs, f"run-{count}")
+            folder = damaged(whole, runs, f"run-{count}")
             if file == "spectra.json":  # it is read of one run an arm
                 harm(folder, "result.json", ("config", "init", "niter"), count)
             harm(folder, file, path, value)
             count += 1
-    told = check(runs, tmp_path / "report", monkeypatch)
-    assert len(told) > count / 8
+    reasons = check(runs, tmp_path / "report", monkeypatch)
+    assert len(reasons) > count / 8
 
 
 @pytest.mark.parametrize("file", chosen(FILES, "result.json", "metrics.jsonl", "spectra.json"))
@@ -133,26 +130,26 @@ def test_a_damaged_file_is_named_and_the_page_is_drawn(whole, tmp_path, monkeypa
     runs = tmp_path / "runs"
     shutil.copytree(whole, runs)
     for number, damage in enumerate(BYTES.values()):
-        damage(harmed(whole, runs, f"run-{number}") / file)
+        damage(damaged(whole, runs, f"run-{number}") / file)
     # A folder of runs lists those that have a result; a sweep's manifest lists them all.
     entries = [{"folder": str(path), "status": "finished"} for path in sorted(runs.iterdir())]
     odd = [5, None, {"folder": 7}, {"folder": "a\0b"}, {"overrides": 3}, {"status": ["x"]}]
     (runs / "manifest.json").write_text(json.dumps({"sweep": "s", "runs": entries + odd}))
-    told = check(runs, tmp_path / "report", monkeypatch)
+    reasons = check(runs, tmp_path / "report", monkeypatch)
     optional = {"end.json", "spectra.json"}
     for number, name in enumerate(BYTES):
-        silent = (name == "missing" and file in optional) or file == "spectra.json"
-        silent |= file == "metrics.jsonl" and name == "empty"
-        if not silent:
-            assert any(f"run-{number}" in run for run in told), (file, name)
-    assert sum("manifest" in run or run == "3" or run == "None" for run in told) >= 2
+        unnamed = (name == "missing" and file in optional) or file == "spectra.json"
+        unnamed |= file == "metrics.jsonl" and name == "empty"
+        if not unnamed:
+            assert any(f"run-{number}" in run for run in reasons), (file, name)
+    assert sum("manifest" in run or run == "3" or run == "None" for run in reasons) >= 2
 
 
 def test_hundreds_of_runs_and_one_huge_number(whole, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     shutil.copytree(whole, runs)
     for number in range(200):
-        harmed(whole, runs, f"run-{number}")
+        damaged(whole, runs, f"run-{number}")
     harm(runs / "run-7", "result.json", "score", 10**400)
-    told = check(runs, tmp_path / "report", monkeypatch)
-    assert [run for run in told if "run-7" in run]
+    reasons = check(runs, tmp_path / "report", monkeypatch)
+    assert [run for run in reasons if "run-7" in run]

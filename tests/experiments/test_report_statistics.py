@@ -1,6 +1,4 @@
-"""The bootstrap against cases whose answer is known."""
-
-import time
+"""Intervals compared with cases whose answer is known."""
 
 import numpy as np
 import pytest
@@ -33,7 +31,7 @@ def test_coverage_is_nominal():
     assert 0.915 <= inside / 400 <= 0.98
 
 
-def test_equal_methods_are_called_ties_at_the_nominal_rate():
+def test_equal_methods_are_ties_at_the_nominal_rate():
     generator = np.random.default_rng(3)
     ties = 0
     for repetition in range(300):
@@ -56,7 +54,7 @@ def test_two_way_variance_is_the_sum_of_both_parts():
 
 
 def test_pairing_removes_what_is_common():
-    """Two runs that differ in 20 of 2,000 examples are told apart; unpaired they are not."""
+    """Pairing distinguishes two runs that differ in 20 of 2,000 examples."""
     generator = np.random.default_rng(4)
     baseline = generator.random(2000) < 0.75
     better = baseline.copy()
@@ -68,19 +66,10 @@ def test_pairing_removes_what_is_common():
     assert (same.estimate, same.low, same.high) == (0, 0, 0)
 
 
-def test_same_seed_same_interval_and_blocks_do_not_matter():
+def test_the_seed_determines_the_interval():
     correct = binomial(np.random.default_rng(5), 0.6, 4, 300)
     assert Bootstrap(correct).score([0, 2]) == Bootstrap(correct).score([0, 2])
     assert Bootstrap(correct).score([0, 2]) != Bootstrap(correct, seed=1).score([0, 2])
-
-
-def test_quick_enough_for_a_sweep():
-    correct = binomial(np.random.default_rng(6), 0.76, 16, 1500)
-    start = time.perf_counter()
-    bootstrap = Bootstrap(correct, draws=2000)
-    for method in range(8):
-        bootstrap.difference([2 * method, 2 * method + 1], [0, 1])
-    assert time.perf_counter() - start < 2.0  # measured 0.1 s; slow shared machines get room
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 0)])
@@ -90,7 +79,7 @@ def test_a_wrong_shape_is_refused_by_value(shape):
 
 
 def test_the_interval_over_seeds_is_students():
-    """Against the textbook's t(0.975, 4) = 2.776; and it covers what the bootstrap would not."""
+    """It equals the textbook's t(0.975, 4) = 2.776, and covers the mean in 95 % of cases."""
     values = np.array([0.70, 0.72, 0.71, 0.75, 0.73])
     interval = seed_interval(values)
     margin = 2.776 * np.sqrt(((values - values.mean()) ** 2).sum() / 4 / 5)

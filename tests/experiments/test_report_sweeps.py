@@ -1,19 +1,18 @@
-"""Reading runs: a synthetic sweep (all of its numbers are made up), intact and damaged."""
+"""Reading synthetic sweeps, intact and damaged. All numbers are made up."""
 
 import json
 import re
 import shutil
 
 import pytest
-from synthetic_sweeps import STEPS, write_protocol, write_run, write_sweep
+from synthetic_sweeps import STEPS, no_charts, write_protocol, write_run, write_sweep
 
-from experiments.report import gathering
+from experiments.report import archive, output
 from experiments.report.__main__ import make
+from experiments.report.archive import gather
+from experiments.report.arms import differences, with_arms
 from experiments.report.checks import choice_warnings, empty_columns, equal_scores
-from experiments.report.gathering import gather
-from experiments.report.pictures import Pictures
-from experiments.report.selection import PROTOCOL, TEST, VALIDATION, choose
-from experiments.report.settings import differences, with_arms
+from experiments.report.choices import PROTOCOL, TEST, VALIDATION, choose
 from experiments.report.sweeps import load_sweeps
 
 
@@ -28,7 +27,7 @@ def read(tmp_path_factory):
     return read
 
 
-def test_what_differs_beside_rate_and_task_makes_an_arm(tmp_path, read):
+def test_settings_other_than_rate_and_task_make_an_arm(tmp_path, read):
     for rate in (1e-3, 2e-3):
         write_run(tmp_path / f"pissa-{rate}", "pissa", 0, learning_rate=rate)
     write_run(tmp_path / "pissa-16", "pissa", 0, learning_rate=1e-3, rank=16)
@@ -65,8 +64,8 @@ def test_a_sweep_names_what_failed_and_what_never_started(tmp_path, monkeypatch,
     manifest["runs"].append({"folder": None, "overrides": ["init=typo"], "status": "failed"})
     path.write_text(json.dumps(manifest))
     (tmp_path / "runs" / "pissa-7").mkdir()
-    told = {"run_id": "7", "reason": "diverged", "error": "RunFailed", "message": "loss is nan"}
-    (tmp_path / "runs" / "pissa-7" / "failed.json").write_text(json.dumps(told))
+    recorded = {"run_id": "7", "reason": "diverged", "error": "RunFailed", "message": "loss is nan"}
+    (tmp_path / "runs" / "pissa-7" / "failed.json").write_text(json.dumps(recorded))
     monkeypatch.chdir("/")  # run folders are found from anywhere
     found = read(sweep)
     assert len(found.runs) == 16
@@ -82,7 +81,7 @@ def test_a_sweep_names_what_failed_and_what_never_started(tmp_path, monkeypatch,
 @pytest.mark.parametrize("content", ["{", "[]", '{"runs": [1]}', "{}"])
 def test_a_broken_manifest_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match="is no manifest"):
+    with pytest.raises(ValueError, match="is not a manifest"):
         load_sweeps([tmp_path])
 
 
@@ -118,7 +117,7 @@ def test_a_cut_last_line_and_a_repeated_run_are_fine(tmp_path, read):
     assert len(found.metrics) == STEPS + 1
 
 
-def test_the_same_run_in_two_places_is_read_once_and_said(tmp_path, read):
+def test_the_same_run_in_two_places_is_read_once_and_named(tmp_path, read):
     write_run(tmp_path / "here" / "eva-0", "eva", 0)
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     found = read(tmp_path / "here", tmp_path / "there")
@@ -127,15 +126,15 @@ def test_the_same_run_in_two_places_is_read_once_and_said(tmp_path, read):
 
 
 def test_only_what_changed_is_read_again(tmp_path, read, monkeypatch):
-    """One run new, one gone, one done again: the tables equal those of a first report."""
+    """With a new run, a missing and a repeated one, the tables equal those of a first report."""
     runs, cache = tmp_path / "runs", tmp_path / "cache"
     for seed in range(4):
         write_run(runs / f"eva-{seed}", "eva", seed)
     assert read(runs, cache=cache).reused == 0
     seen = []
-    original = gathering.read_run
+    original = archive.read_run
     monkeypatch.setattr(
-        gathering, "read_run", lambda folder: (seen.append(folder.name), original(folder))[1]
+        archive, "read_run", lambda folder: (seen.append(folder.name), original(folder))[1]
     )
     assert read(runs, cache=cache).reused == 4
     assert seen == []
@@ -156,14 +155,14 @@ def test_only_what_changed_is_read_again(tmp_path, read, monkeypatch):
     assert len(found.metrics) == 2 * (STEPS + 1) + 61 + STEPS + 3
 
 
-def test_a_table_of_another_format_or_a_broken_one_is_read_anew(tmp_path, read, monkeypatch):
+def test_tables_of_another_format_or_damaged_ones_are_rebuilt(tmp_path, read, monkeypatch):
     write_run(tmp_path / "runs" / "eva-0", "eva", 0)
     cache = tmp_path / "cache"
     read(tmp_path / "runs", cache=cache)
     (cache / "layers.parquet").write_bytes(b"PAR1")
     assert read(tmp_path / "runs", cache=cache).reused == 0
     assert read(tmp_path / "runs", cache=cache).reused == 1
-    monkeypatch.setattr(gathering, "FORMAT", "another")
+    monkeypatch.setattr(archive, "FORMAT", "another")
     assert read(tmp_path / "runs", cache=cache).reused == 0
 
 
@@ -206,9 +205,9 @@ def test_a_protocol_chooses_and_its_control_is_an_arm(tmp_path, read):
     assert {choice.by for choice in choices} == {PROTOCOL}
     assert choices[2].is_control
     assert choices[2].runs == ("control-0", "control-1")
-    told = json.loads((sweep / "protocol.json").read_text())["selected"]
-    assert choices[1].learning_rate == told["pissa-r8"]["learning_rate"]
-    assert list(choices[1].runs) == told["pissa-r8"]["runs"]
+    recorded = json.loads((sweep / "protocol.json").read_text())["selected"]
+    assert choices[1].learning_rate == recorded["pissa-r8"]["learning_rate"]
+    assert list(choices[1].runs) == recorded["pissa-r8"]["runs"]
     partly = {arm: one for arm, one in listed.selected.items() if one["method"] != "pissa"}
     runs = with_arms(read(sweep).runs)
     (only,) = choose(runs, partly)
@@ -216,13 +215,13 @@ def test_a_protocol_chooses_and_its_control_is_an_arm(tmp_path, read):
     (warning,) = choice_warnings(runs, [only])[:1]
     assert "has not chosen a setting for pissa, pissa (matched norm)" in warning
     (sweep / "protocol.json").write_text("[]")
-    with pytest.raises(ValueError, match="is no protocol"):
+    with pytest.raises(ValueError, match="is not a protocol"):
         load_sweeps([sweep])
 
 
-def test_equal_update_size_is_a_view_of_its_own(tmp_path, monkeypatch):
-    """Its rate is none of the grid's, and its runs do not enter the choice."""
-    monkeypatch.setattr(Pictures, "write", lambda self, output: [])
+def test_equal_update_size_is_a_separate_table(tmp_path, monkeypatch):
+    """Its rate is not in the grid, and its runs do not affect the choice."""
+    monkeypatch.setattr(output, "draw", no_charts)
     sweep = write_protocol(tmp_path, methods=("kaiming", "pissa", "eva"), rates=[1e-3, 3e-3],
                            seeds=(0, 1), blocks=1, steps=20, matched="pissa")  # fmt: skip
     report = make([sweep], tmp_path / "report")
@@ -237,7 +236,7 @@ def test_equal_update_size_is_a_view_of_its_own(tmp_path, monkeypatch):
     assert f"| pissa | {mean:.1f} ±" in (tmp_path / "report" / "equal_update.md").read_text()
 
 
-def test_equal_scores_choose_nothing_and_are_said(tmp_path, read):
+def test_equal_scores_choose_nothing_and_warn(tmp_path, read):
     for method in ("kaiming", "pissa"):
         for rate in (1e-3, 2e-3):
             write_run(tmp_path / f"{method}-{rate}", method, 0, learning_rate=rate)
@@ -246,6 +245,6 @@ def test_equal_scores_choose_nothing_and_are_said(tmp_path, read):
     assert all(choice.at_edge for choice in choose(runs, {}))
     runs = runs.assign(score=0.0, validation_score=0.0)
     assert not any(choice.at_edge for choice in choose(runs, {}))
-    (told,) = equal_scores(runs)
-    assert told.startswith("Every run has the same score, 0.0 %: it tells no methods")
+    (recorded,) = equal_scores(runs)
+    assert recorded.startswith("Every run has the same score, 0.0 %. It does not distinguish")
     assert not any("score" in warning for warning in empty_columns(runs))

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import checkpoints as module
-from experiments import recording, training
-from experiments.checkpoints import get_generators, read_checkpoint, set_generators
 from experiments.errors import RunFailed
-from experiments.execution import execute
-from experiments.runs import identify
+from experiments.run import metrics as recording
+from experiments.run.execute import execute
+from experiments.run.folder import identify
+from experiments.run.resume import read_checkpoint
+from experiments.training import checkpoint as module
+from experiments.training import loop as training
+from experiments.training.checkpoint import get_generators, set_generators
 
 METHODS = ("pissa", "eva", "loftq")  # base edited, ranks redistributed, base replaced
 LENGTH = ("training.steps=9", "training.validate_every=3", "training.schedule=cosine")
@@ -96,7 +98,7 @@ def test_a_run_killed_after_its_last_step_only_tests(configured, tiny, monkeypat
     run = configured(*tiny, *UNMEASURED, "runtime.checkpoint_every=3")
     folder = identify(run)
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.execution.describe_result", lambda *given: 1 / 0)
+        patch.setattr("experiments.run.execute.describe_result", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             execute(run)
     splits = ["train"] * 3 + ["update", "validation", "test"]

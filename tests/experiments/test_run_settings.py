@@ -8,7 +8,8 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 
-from experiments.config import RunConfig, resolve
+from experiments.config.resolve import resolve
+from experiments.config.run_config import RunConfig
 from experiments.errors import ConfigurationError
 
 NAN, INFINITE = float("nan"), float("inf")

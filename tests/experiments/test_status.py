@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from experiments import claims
-from experiments.claims import acquire, release
-from experiments.runs import RunFolder, write_json
-from experiments.status import __main__ as command
-from experiments.status.forecast import seconds_left
-from experiments.status.page import readable
-from experiments.status.survey import Line, find_sweep, survey
+from experiments import status as command
+from experiments.run import lock as claims
+from experiments.run.files import write_json
+from experiments.run.folder import RunFolder
+from experiments.run.lock import acquire, release
+from experiments.sweep.status.page import readable
+from experiments.sweep.status.survey import Line, find_sweep, seconds_left, survey
 
 RUNS = ("finished", "running", "diverged", "died", "refused")
 

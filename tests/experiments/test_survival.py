@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from pathlib import Path
 
@@ -12,9 +10,10 @@ import pytest
 from processes import start
 
 from experiments import train
-from experiments.execution import execute
-from experiments.runs import identify
-from experiments.status.survey import survey
+from experiments.run.execute import execute
+from experiments.run.folder import identify
+from experiments.run.lock import acquire, release
+from experiments.sweep.status.survey import survey
 
 
 def losses(folder) -> list[tuple]:
@@ -63,7 +62,7 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(
     assert other.wait(240) == 0, other.text
     printed += other.text
     assert printed.count("training ") == 2  # the line at the end of a run, whoever did it
-    assert printed.count("going on after step") == 1
+    assert printed.count("continuing after step") == 1
     assert folders[0].result_file.read_bytes() == before
     assert manifest(tmp_path / "outputs")["status"] == "finished"
     assert len(manifest(tmp_path / "outputs")["runs"]) == 3
@@ -89,8 +88,6 @@ def test_a_failing_run_ends_neither_sweep_nor_silence(command, tiny, tmp_path):
 
 
 def test_a_single_run_that_is_taken_says_so(command, configured, tiny):
-    from experiments.claims import acquire, release
-
     folder = identify(configured(*tiny))
     held = acquire(folder, wait=False)
     status, _, told = command(*tiny)
@@ -100,19 +97,21 @@ def test_a_single_run_that_is_taken_says_so(command, configured, tiny):
 
 
 @pytest.mark.exhaustive
-def test_two_different_sweeps_of_one_name_share_a_list(command, tiny, tmp_path):
-    """While one is at work, the other adds its runs; alone, it begins the list anew."""
-    assert command("-m", *tiny, "init=kaiming")[0] == 0
-    at_work = os.open(tmp_path / "outputs" / "sweeps" / "default" / ".at_work", os.O_RDWR)
-    fcntl.flock(at_work, fcntl.LOCK_SH)
+def test_two_different_sweeps_of_one_name_share_a_list(command, configured, tiny, tmp_path):
+    """While a run of one is worked on, the other adds its runs; alone, it starts a new list."""
     assert command("-m", *tiny, "init=kaiming,pissa")[0] == 0
+    at_work = identify(configured(*tiny, "init=pissa"))
+    held = acquire(at_work, wait=False)
+    result = at_work.result_file.read_bytes()
+    at_work.result_file.unlink()
     assert command("-m", *tiny, "init=gaussian")[0] == 0
     listed = manifest(tmp_path / "outputs")
     assert (listed["total"], listed["status"]) == (3, "finished")
     assert [run["overrides"][-1] for run in listed["runs"]] == [
         "init=kaiming", "init=pissa", "init=gaussian",
     ]  # fmt: skip
-    os.close(at_work)
+    at_work.result_file.write_bytes(result)
+    release(at_work, held)
     assert command("-m", *tiny, "init=olora")[0] == 0
     listed = manifest(tmp_path / "outputs")
     assert (listed["total"], len(listed["runs"]), listed["status"]) == (1, 1, "finished")

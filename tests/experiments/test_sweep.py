@@ -110,31 +110,31 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_init import Factors, register_initializer
+from lora_init import Factors, Options, register_initializer
 
 
 @dataclass
-class SampleOptions:
+class SampleOptions(Options):
     size: float = 0.01
 
 
 @register_initializer("sample", options=SampleOptions, paper="none")
-def sample(weight, rank, scaling, statistics, options, generator):
-    rows, columns = weight.shape
-    lora_A = options.size * torch.randn(rank, columns, generator=generator)
-    return Factors(lora_A, torch.zeros(rows, rank))
+def sample(layer, options):
+    rows, columns = layer.shape
+    lora_A = options.size * torch.randn(layer.rank, columns, generator=layer.generator)
+    return Factors(lora_A, torch.zeros(rows, layer.rank))
 """
 
 
 @pytest.fixture
 def sample_package(tmp_path) -> Path:
-    """A folder as pip would leave it: a package, its YAML, and its entry point."""
+    """A folder as pip would leave it: a package with a preset, and its entry point."""
     site = tmp_path / "site"
     conf = site / "sample_pkg" / "conf" / "init"
     conf.mkdir(parents=True)
     (site / "sample_pkg" / "__init__.py").write_text(SAMPLE)
     (site / "sample_pkg" / "conf" / "__init__.py").touch()
-    (conf / "sample.yaml").write_text("defaults: [schema/sample@_here_, _self_]\nsize: 0.5\n")
+    (conf / "large.yaml").write_text("defaults: [schema/sample@_here_, _self_]\nsize: 0.5\n")
     info = site / "sample_pkg-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sample-pkg\nVersion: 1.0\n")
@@ -147,19 +147,20 @@ def sample_package(tmp_path) -> Path:
 def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_package):
     # All that the pattern finds but our own, of which one is enough here.
     ours = ",".join(sorted({method.name for method in list_initializers()} - {"kaiming"}))
-    found = ["hydra.searchpath=[pkg://sample_pkg.conf]"]
-    sweep = ["-m", *tiny, f"init=glob(*,exclude=[{ours}])", *found]
-    mistake = [*tiny, "init=sample", "init.siez=1", *found]
-    done = command_lines(sweep, mistake, path=sample_package, cwd=tmp_path)
-    of_the_sweep, ended, of_the_mistake = done.stderr.partition("done\n")
-    assert ended, done.stderr
-    assert of_the_sweep == ""
+    sweep = ["-m", *tiny, f"init=glob(*,exclude=[{ours}])"]
+    preset = [*tiny, "init=large", "hydra.searchpath=[pkg://sample_pkg.conf]", "seed=1"]
+    mistake = [*tiny, "init=sample", "init.siez=1"]
+    done = command_lines(sweep, preset, mistake, path=sample_package, cwd=tmp_path)
+    of_the_sweep, of_the_preset, of_the_mistake = done.stderr.split("done\n")
+    assert of_the_sweep == of_the_preset == ""
     assert "sample" in done.stdout.splitlines()[0].split()
     runs = manifest(tmp_path / "outputs")["runs"]
     swept = {Path(run["folder"]).name.split("-")[0]: run for run in runs}
     assert set(swept) == {"kaiming", "sample"}
     result = json.loads((Path(swept["sample"]["folder"]) / "result.json").read_text())
-    assert result["init"] == {"name": "sample", "size": 0.5}
+    assert result["init"] == {"name": "sample", "size": 0.01}
+    (large,) = (tmp_path / "outputs" / "runs").glob("sample-*-s1-*/result.json")
+    assert json.loads(large.read_text())["init"] == {"name": "sample", "size": 0.5}
 
     assert done.returncode == 1
     assert "siez" in of_the_mistake

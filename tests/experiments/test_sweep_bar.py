@@ -10,8 +10,8 @@ import threading
 import pytest
 from omegaconf import OmegaConf
 
-from experiments import sweep_bar
-from experiments.status.survey import Line, Survey
+from experiments.sweep import bar as sweep_bar
+from experiments.sweep.status.survey import Line, Survey
 
 
 def line(state, step=None, steps=None):

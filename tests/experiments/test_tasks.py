@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.data import Completion, Labelled
-from experiments.data.judges import Generated, says_the_number
+from experiments.data.examples import Generated
+from experiments.data.judges import says_the_number
 from experiments.tasks import SeededBatches, collect, draw
 from experiments.tasks.batches import by_length
 from experiments.tasks.causal_lm import IGNORED, CausalLM
@@ -105,11 +106,11 @@ def test_the_prompt_is_not_learnt(causal):
 
 
 def test_a_long_example_keeps_its_answer(causal):
-    ids, labels, answer = causal.tokenise(Completion(0, "1" * 30 + "=", "42", reasoning="2+2"))
+    ids, labels, answer = causal.tokenize(Completion(0, "1" * 30 + "=", "42", reasoning="2+2"))
     assert len(ids) == len(labels) == 16
     assert causal.tokenizer.decode(ids).endswith("=2+242[EOS]")
     assert answer == 3
-    ids, labels, _ = causal.tokenise(Completion(0, "1=", "42", reasoning="3" * 40))
+    ids, labels, _ = causal.tokenize(Completion(0, "1=", "42", reasoning="3" * 40))
     assert len(ids) == 16
     assert causal.tokenizer.decode(ids).endswith("342[EOS]")
 

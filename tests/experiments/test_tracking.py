@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.execution import execute
-from experiments.tracking import TrackingConfig, mirror, track
+from experiments.config.records import TrackingConfig
+from experiments.run.execute import execute
+from experiments.run.tracking import mirror, track
 
 
 def open_tracker(settings, folder):

@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.config.training import TrainingConfig
 from experiments.errors import RunFailed
-from experiments.evaluation import evaluate
-from experiments.schedule import TrainingConfig, learning_rate_factor
-from experiments.training import gradient_norms, make_accelerator, parameter_groups, train
+from experiments.training.evaluate import evaluate
+from experiments.training.loop import (
+    gradient_norms,
+    learning_rate_factor,
+    make_accelerator,
+    parameter_groups,
+    train,
+)
 
 
 def test_schedule():

@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 
 from experiments.data import load_data
+from experiments.data.examples import Generated
 from experiments.data.gsm8k import Gsm8k
-from experiments.data.judges import Generated, says_the_number
+from experiments.data.judges import says_the_number
 from experiments.data.metamath import MetaMath, template_of
 from experiments.data.word_problems import read_rows
 from experiments.errors import ConfigurationError
-from experiments.runs import identify
+from experiments.run.folder import identify
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

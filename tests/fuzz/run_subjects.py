@@ -14,10 +14,13 @@ from subjects import SUBJECTS, Subject, generators, network
 from synthetic_sweeps import write_run
 
 from experiments import errors
-from experiments.checkpoints import Checkpoints, Progress, read_checkpoint
-from experiments.report.gathering import gather
+from experiments.report.archive import gather
 from experiments.report.sweeps import load_sweeps
-from experiments.runs import MetricsFile, RunFolder
+from experiments.run.files import write_bytes
+from experiments.run.folder import RunFolder
+from experiments.run.metrics import MetricsFile
+from experiments.run.resume import checksums, read_checkpoint
+from experiments.training.checkpoint import Checkpoints, Progress
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
 CONFIG = LoraConfig(r=2, target_modules=["query_projection"], init_lora_weights="pissa")
@@ -43,7 +46,10 @@ class Checkpoint(Subject):
             output.square().mean().backward()
             optimizer.step()
             schedule.step()
-        checkpoints = Checkpoints(run, metrics_size=lambda: size)
+        checkpoints = Checkpoints(
+            lambda content: write_bytes(run.checkpoint_file, content),
+            lambda: {"run_id": run.id, "metrics_size": size, "files": checksums(run, size)},
+        )
         checkpoints.progress = Progress(2, 64, 1.0, {"total": 1.0})
         checkpoints.write(model, optimizer, schedule, self.accelerator)
 

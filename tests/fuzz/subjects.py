@@ -14,16 +14,9 @@ from mutation import joined, split
 from safetensors.torch import load
 from torch import nn
 
-from lora_init import (
-    Calibration,
-    LoraConfig,
-    LoraModel,
-    WithLoss,
-    calibrate,
-    calibration_file,
-    get_peft_model,
-)
+from lora_init import Calibration, LoraConfig, LoraModel, WithLoss, calibrate, get_peft_model
 from lora_init.cache import Cache, key
+from lora_init.calibration import file
 
 
 class Subject:
@@ -193,7 +186,7 @@ class ForeignAdapter(Adapter):
 
 
 class CalibrationFile(Subject):
-    """Moments, gradients and a sketch of one network."""
+    """Moments and gradients of one network."""
 
     kind = "calibration"
 
@@ -203,19 +196,18 @@ class CalibrationFile(Subject):
         data = WithLoss(batches, lambda model, batch: model(batch).square().mean())
         configs = {
             "moments.safetensors": ["eva", {"name": "corda", "corda_method": "kpm"}, "lora_ga"],
-            "sketch.safetensors": ["eva"],
+            "inputs.safetensors": ["eva"],
         }
         for name, methods in configs.items():
             chosen = [
                 LoraConfig(r=2, target_modules=names_of(model), init_lora_weights=method)
                 for method in methods
             ]
-            sketch = 4 if name.startswith("sketch") else None
-            calibrate(model, chosen, data, sketch=sketch).save(folder / name)
+            calibrate(model, chosen, data).save(folder / name)
 
     def read(self, folder: Path) -> Mapping[str, Any]:
         found = {}
-        for name in ("moments.safetensors", "sketch.safetensors"):
+        for name in ("moments.safetensors", "inputs.safetensors"):
             tensors, metadata = Calibration.load(folder / name).to_tensors()
             found |= {f"{name} {key}": tensor for key, tensor in tensors.items()}
             found[name] = metadata
@@ -225,10 +217,10 @@ class CalibrationFile(Subject):
         texts = header.get("__metadata__", {})
         try:
             tensors = load(joined(header, payload))
-            checksum = calibration_file._checksum(texts[calibration_file.HEADER_KEY], tensors)
+            checksum = file._checksum(texts[file.HEADER_KEY], tensors)
         except Exception:
             return  # no checksum makes a file of this header
-        texts[calibration_file.CHECKSUM_KEY] = checksum
+        texts[file.CHECKSUM_KEY] = checksum
 
     def wrong(self, found: Mapping[str, Any]) -> str:
         """Another shape, with a checksum that fits, is another calibration."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layers import layer_of
 from measures import relative_gap
 from models import llama, spread_weight, token_batches
 from networks import Chain, chain_inputs
@@ -9,8 +10,6 @@ from networks import Chain, chain_inputs
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.corda import CordaOptions, corda
 from lora_init.moments import InputStatistics
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
 
 SHAPES = [(48, 48), (80, 32), (32, 80)]
 RANK = 6
@@ -24,15 +23,9 @@ def inputs(columns, tokens=2000, seed=0):
     return (torch.randn(tokens, columns, generator=generator) * scales) @ basis
 
 
-def statistics_of(x):
-    moments = InputStatistics.of_rows(x)
-    return LayerStatistics(inputs=moments)
-
-
 def factors_of(weight, x, scaling=2.0, rank=RANK, **options):
-    return corda(
-        weight, rank, scaling, statistics_of(x), CordaOptions(**options), layer_generator(0, "l")
-    )
+    layer = layer_of(weight, rank, scaling, inputs=InputStatistics.of_rows(x))
+    return corda(layer, CordaOptions(**options))
 
 
 def reference(weight, x, scaling, mode, rank=RANK, damping=0.0):

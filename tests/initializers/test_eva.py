@@ -6,17 +6,19 @@ from typing import ClassVar
 
 import pytest
 import torch
+from layers import layer_of
 from measures import relative_gap
 from models import bert, llama, t5, t5_batches, token_batches
 from networks import Chain, chain_inputs
 from simulated_device import simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, calibrate, concurrency, get_peft_model, linalg
+from lora_init import LoraConfig, calibrate, get_peft_model, linalg
 from lora_init.allocation import LayerRequest
-from lora_init.initializers.eva import EvaOptions, allocate, eva
+from lora_init.initializers.eva import EvaOptions, eva
+from lora_init.layer import LayerStatistics
+from lora_init.linalg import cores
 from lora_init.moments import InputStatistics
-from lora_init.statistics import LayerStatistics
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 
@@ -99,7 +101,7 @@ def test_is_pca_of_the_unmasked_inputs(center):
 
 def test_cores_share_the_allocation_and_change_nothing(monkeypatch):
     """Layers that read one input share what is found, however many threads look for it."""
-    monkeypatch.setattr(concurrency, "POOLED", 5000)  # eight inputs of 32 numbers or more: a pool
+    monkeypatch.setattr(cores, "POOLED", 5000)  # eight inputs of 32 numbers or more: a pool
     base, config = llama(), config_for(LLAMA_TARGETS, rho=2.0)
     found = calibrate(base, config, token_batches())
     alone, together = (copy.deepcopy(found) for _ in range(2))
@@ -495,8 +497,8 @@ def test_whitening_leaves_unseen_directions_alone():
     x = torch.randn(3, 20)
     statistics = LayerStatistics(inputs=InputStatistics.of_rows(x))
     options = EvaOptions(whiten=True, center=False)
-    factors = eva(torch.zeros(8, 20), 4, 1.0, statistics, options, torch.Generator())
+    factors = eva(layer_of(torch.zeros(8, 20), 4, 1.0, inputs=statistics.inputs), options)
     assert float(factors.lora_A[3].norm()) == pytest.approx(1.0, abs=1e-4)
     request = LayerRequest(4, (8, 20), statistics, lambda: torch.zeros(8, 20))
-    ranks = allocate({"a": request}, options)
+    ranks = options.allocate({"a": request})
     assert ranks == {"a": 3}

@@ -5,16 +5,16 @@ import math
 
 import pytest
 import torch
+from layers import layer_of
 from losses import mean_gradients, mean_square
 from measures import relative_gap
 from networks import SHAPES, Chain, chain_inputs
 
 from lora_init import LoraConfig, WithLoss, calibrate, get_peft_model
 from lora_init.allocation import LayerRequest
-from lora_init.initializers.gora import GoraOptions, allocate, gora
-from lora_init.modules import oriented_weight
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.initializers.gora import GoraOptions, gora
+from lora_init.layer import LayerStatistics
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 GAMMA = 0.05
@@ -28,9 +28,7 @@ SCALINGS = {  # alpha, use_rslora
 
 def factors_of(gradient, rank=RANK, scaling=2.0, **options):
     weight = torch.empty(gradient.shape, device="meta")  # only the allocation reads it
-    statistics = LayerStatistics(gradient=gradient)
-    generator = layer_generator(0, "layer")
-    return gora(weight, rank, scaling, statistics, GoraOptions(**options), generator)
+    return gora(layer_of(weight, rank, scaling, gradient=gradient), GoraOptions(**options))
 
 
 def projected_step(gradient, lora_A, gamma=GAMMA):
@@ -63,7 +61,7 @@ def test_ranks_are_shares_of_the_budget():
         for name, share in (("a", 3), ("b", 1), ("c", 2))
     }
     assert expected == {"a": 16, "b": 5, "c": 5}
-    assert allocate(requests, GoraOptions()) == expected
+    assert GoraOptions().allocate(requests) == expected
 
 
 @pytest.mark.parametrize(
@@ -80,15 +78,15 @@ def test_ranks_are_shares_of_the_budget():
 def test_ranks_keep_within_their_bounds(options, expected):
     layers = {"a": request(4, (30, 70), 1e3), "b": request(4, (70, 30), 1e-3)}
     large = {f"other{index}": request(4, (70, 30), 0.0) for index in range(9)}
-    ranks = allocate(layers | large, GoraOptions(**options))
+    ranks = GoraOptions(**options).allocate(layers | large)
     assert {name: ranks[name] for name in layers} == expected
 
 
 def test_a_layer_without_a_gradient_keeps_the_least():
     layers = {"a": request(4, (30, 30), 1.0), "b": request(4, (30, 30), 0.0)}
-    assert allocate(layers, GoraOptions()) == {"a": 8, "b": 2}
+    assert GoraOptions().allocate(layers) == {"a": 8, "b": 2}
     with pytest.raises(ValueError, match="gora: the loss has no gradient in any target"):
-        allocate({"b": layers["b"]}, GoraOptions())
+        GoraOptions().allocate({"b": layers["b"]})
 
 
 # -- factors ---------------------------------------------------------------------------------------

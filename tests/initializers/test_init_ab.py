@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from layers import layer_of
 from measures import EPSILON, assert_gap, relative_gap
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.init_ab import InitAbOptions, InitAbSubtractedOptions, init_ab
-from lora_init.modules import oriented_weight
-from lora_init.seeding import layer_generator
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 TEXT = pytest.param("1", marks=pytest.mark.wrong_types)
@@ -27,8 +27,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 def factors_of(rows, columns, rank=RANK, scaling=2.0, seed=0, **options):
     weight = torch.empty(rows, columns, device="meta")
-    generator = layer_generator(seed, "layer")
-    return init_ab(weight, rank, scaling, None, InitAbOptions(**options), generator)
+    return init_ab(layer_of(weight, rank, scaling, seed=seed), InitAbOptions(**options))
 
 
 @pytest.mark.parametrize("gamma", [0.25, 1, 3.0])
@@ -75,8 +74,7 @@ def test_what_becomes_of_the_base(method, kind, dtype, scaling):
     model = get_peft_model(copy.deepcopy(base), config)
     for name, layer in model.layers.items():
         weight = oriented_weight(base.get_submodule(name))
-        generator = layer_generator(0, name)
-        expected = init_ab(weight, RANK, scaling, None, InitAbOptions(), generator)
+        expected = init_ab(layer_of(weight, RANK, scaling, name=name), InitAbOptions())
         assert torch.equal(layer.lora_A, expected.lora_A)
         assert torch.equal(layer.lora_B, expected.lora_B)
         product = scaling * expected.lora_B.double() @ expected.lora_A.double()

@@ -1,15 +1,16 @@
 """kaiming: A uniform within ±1/sqrt(in), B zero."""
 
 import torch
+from layers import layer_of
 from scipy import stats
 
 from lora_init.initializers.kaiming import kaiming
-from lora_init.seeding import layer_generator
+from lora_init.registry import Options
 
 
 def draw(rank, columns, name="layer", seed=0):
     weight = torch.empty(24, columns)
-    return kaiming(weight, rank, 2.0, None, None, layer_generator(seed, name))
+    return kaiming(layer_of(weight, rank, name=name, seed=seed), Options())
 
 
 def test_distribution():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from layers import layer_of
 from measures import relative_gap
 from models import spread_weight
 from networks import Chain, chain_inputs
@@ -11,14 +12,13 @@ from networks import Chain, chain_inputs
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.loftq import LoftqOptions, loftq
 from lora_init.quantization import Quantizer
-from lora_init.seeding import layer_generator
 
 RANK = 8
 SCALINGS = [1 / 16, 2.0, 16.0]
 
 
 def factors_of(weight, scaling=2.0, rank=RANK, **options):
-    return loftq(weight, rank, scaling, None, LoftqOptions(**options), layer_generator(0, "l"))
+    return loftq(layer_of(weight, rank, scaling), LoftqOptions(**options))
 
 
 def reference(weight, scaling, iterations, quantizer, rank=RANK):

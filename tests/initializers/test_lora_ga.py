@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from layers import layer_of
 from losses import mean_gradients, mean_square
 from measures import relative_gap
 from models import spread_weight
@@ -12,9 +13,7 @@ from torch import nn
 
 from lora_init import LoraConfig, WithLoss, get_peft_model
 from lora_init.initializers.lora_ga import LoraGaOptions, lora_ga
-from lora_init.modules import oriented_weight
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 GAMMA = 16.0
@@ -25,9 +24,7 @@ every_scaling = pytest.mark.parametrize(
 
 
 def factors_of(gradient, rank=RANK, scaling=2.0, **options):
-    statistics = LayerStatistics(gradient=gradient)
-    generator = layer_generator(0, "layer")
-    return lora_ga(None, rank, scaling, statistics, LoraGaOptions(**options), generator)
+    return lora_ga(layer_of(gradient, rank, scaling, gradient=gradient), LoraGaOptions(**options))
 
 
 def reference(gradient, rank=RANK, gamma=GAMMA):
@@ -87,9 +84,8 @@ def test_a_gradient_of_lower_rank_gives_orthonormal_factors():
 
 def test_a_stack_of_gradients_gives_a_stack_of_factors():
     gradients = torch.stack([steep(24, 56), steep(24, 56, decay=0.7)])
-    generators = [layer_generator(0, name) for name in ("first", "second")]
-    statistics = LayerStatistics(gradient=gradients)
-    stack = lora_ga(None, RANK, 2.0, statistics, LoraGaOptions(), generators)
+    layers = layer_of(gradients, RANK, name=("first", "second"), gradient=gradients)
+    stack = lora_ga(layers, LoraGaOptions())
     for gradient, lora_A, lora_B in zip(gradients, stack.lora_A, stack.lora_B, strict=True):
         alone = factors_of(gradient)
         assert relative_gap(lora_A, alone.lora_A) < 1e-6
@@ -164,7 +160,7 @@ def test_bad_gamma_is_refused(gamma):
 
 def test_a_rank_above_half_the_smaller_side_is_refused():
     config = LoraConfig(r=13, target_modules=["tall", "wide"], init_lora_weights="lora_ga")
-    with pytest.raises(ValueError, match=r"'wide': lora_ga cannot have rank 13.*r is at most 12"):
+    with pytest.raises(ValueError, match=r"'wide': lora_ga cannot .* 13.*must be at most 12"):
         get_peft_model(Chain(), config, calibration=[])
 
 

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+from layers import layer_of
 from measures import relative_gap
 from models import llama, spread_weight, token_batches
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.initializers.lora_null import lora_null
+from lora_init.initializers.lora_null import LoraNullOptions, lora_null
 from lora_init.moments import InputStatistics
-from lora_init.registry import NoOptions
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
 
 SHAPES = [(48, 48), (80, 32), (32, 80)]
 RANK = 6
@@ -25,8 +23,8 @@ def inputs(columns, tokens=2000):
 
 
 def factors_of(weight, x, scaling=2.0, rank=RANK):
-    statistics = LayerStatistics(inputs=InputStatistics.of_rows(x))
-    return lora_null(weight, rank, scaling, statistics, NoOptions(), layer_generator(0, "layer"))
+    layer = layer_of(weight, rank, scaling, inputs=InputStatistics.of_rows(x))
+    return lora_null(layer, LoraNullOptions())
 
 
 def product(factors, scaling=2.0):

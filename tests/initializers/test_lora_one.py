@@ -4,15 +4,14 @@ import copy
 
 import pytest
 import torch
+from layers import layer_of
 from losses import mean_gradients, mean_square
 from measures import relative_gap
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, WithLoss, get_peft_model
 from lora_init.initializers.lora_one import LoraOneOptions, lora_one
-from lora_init.modules import oriented_weight
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 GAMMA = 128.0
@@ -28,9 +27,8 @@ SCALINGS = {  # alpha, use_rslora
 
 
 def factors_of(gradient, rank=RANK, scaling=2.0, seed=0, **options):
-    statistics = LayerStatistics(gradient=gradient)
-    generator = layer_generator(seed, "layer")
-    return lora_one(None, rank, scaling, statistics, LoraOneOptions(**options), generator)
+    layer = layer_of(gradient, rank, scaling, seed=seed, gradient=gradient)
+    return lora_one(layer, LoraOneOptions(**options))
 
 
 def product(factors, scaling=2.0):

@@ -7,15 +7,14 @@ import numpy
 import pytest
 import scipy.fft
 import torch
+from layers import layer_of
 from measures import EPSILON, assert_gap, relative_gap
 from models import spread_weight
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.initializers.loram import loram
-from lora_init.modules import oriented_weight
-from lora_init.registry import NoOptions
-from lora_init.seeding import layer_generator
+from lora_init.initializers.loram import LoramOptions, loram
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 SHAPES = [(40, 40), (96, 24), (24, 96)]
@@ -29,7 +28,7 @@ SCALINGS = {  # alpha, use_rslora
 
 
 def factors_of(weight, rank=RANK, scaling=2.0, seed=0):
-    return loram(weight, rank, scaling, None, NoOptions(), layer_generator(seed, "layer"))
+    return loram(layer_of(weight, rank, scaling, seed=seed), LoramOptions())
 
 
 def reference(weight, rank=RANK, scaling=2.0):
@@ -104,5 +103,5 @@ def test_end_to_end(kind, dtype, scaling):
 
 def test_rank_1_is_refused():
     config = LoraConfig(r=1, target_modules=["tall"], init_lora_weights="loram")
-    with pytest.raises(ValueError, match=r"'tall': loram cannot have rank 1.*r is at least 2"):
+    with pytest.raises(ValueError, match=r"'tall': loram cannot have rank 1.*r must be at least 2"):
         get_peft_model(Chain(), config)

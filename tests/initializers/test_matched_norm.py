@@ -4,16 +4,15 @@ import math
 
 import pytest
 import torch
+from layers import layer_of
 from models import spread_weight
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.matched_norm import MatchedNormOptions, matched_norm, references
-from lora_init.seeding import layer_generator
 
 
 def factors_of(weight, rank, scaling=2.0, seed=0, **options):
-    generator = layer_generator(seed, "layer")
-    return matched_norm(weight, rank, scaling, None, MatchedNormOptions(**options), generator)
+    return matched_norm(layer_of(weight, rank, scaling, seed=seed), MatchedNormOptions(**options))
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 40)])

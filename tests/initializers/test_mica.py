@@ -5,15 +5,14 @@ import copy
 import peft
 import pytest
 import torch
+from layers import layer_of
 from measures import relative_gap
 from models import spread_weight
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
-from lora_init.initializers.mica import mica
-from lora_init.modules import oriented_weight
-from lora_init.registry import NoOptions
-from lora_init.seeding import layer_generator
+from lora_init.initializers.mica import MicaOptions, mica
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 SHAPES = [(40, 40), (96, 24), (24, 96)]
@@ -21,7 +20,7 @@ TARGETS = ["square", "tall", "wide"]
 
 
 def factors_of(weight, rank=RANK, scaling=2.0, seed=0):
-    return mica(weight, rank, scaling, None, NoOptions(), layer_generator(seed, "layer"))
+    return mica(layer_of(weight, rank, scaling, seed=seed), MicaOptions())
 
 
 def reference(weight, rank=RANK):

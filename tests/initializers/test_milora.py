@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
+from layers import layer_of
 from measures import EPSILON, relative_gap
 from models import spread_weight
 from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.milora import milora
-from lora_init.modules import oriented_weight
-from lora_init.registry import NoOptions
-from lora_init.seeding import layer_generator
+from lora_init.registry import Options
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 SHAPES = [(40, 40), (96, 24), (24, 96)]
@@ -26,7 +26,7 @@ SCALINGS = {  # alpha, use_rslora
 
 
 def factors_of(weight, rank=RANK, scaling=2.0, seed=0):
-    return milora(weight, rank, scaling, None, NoOptions(), layer_generator(seed, "layer"))
+    return milora(layer_of(weight, rank, scaling, seed=seed), Options())
 
 
 def product(factors, scaling=2.0):

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from layers import layer_of
 from models import spread_weight
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.olora import olora
+from lora_init.registry import Options
 
 
 def factors_of(weight, rank, scaling=2.0):
-    return olora(weight, rank, scaling, None, None, torch.Generator())
+    return olora(layer_of(weight, rank, scaling), Options())
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (96, 40), (40, 96), (24, 160)])

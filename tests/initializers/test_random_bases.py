@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from layers import layer_of
 from models import spread_weight
 
 from lora_init import list_initializers
 from lora_init.initializers.random_bases import orthonormal, random_bases
-from lora_init.seeding import layer_generator
+from lora_init.registry import Options
 
 
 def factors_of(weight, rank, scaling=2.0, seed=0):
-    return random_bases(weight, rank, scaling, None, None, layer_generator(seed, "layer"))
+    return random_bases(layer_of(weight, rank, scaling, seed=seed), Options())
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 40)])

@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
+from experiments.config.training import TrainingConfig
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.corda_knowledge import claims, figures
@@ -24,7 +25,6 @@ from experiments.papers.corpus import joined_blocks, language_batches, load_text
 from experiments.papers.language import spread
 from experiments.papers.reproduction import Findings, Options, Paper
 from experiments.papers.subject import Subject, load_subject, place
-from experiments.schedule import TrainingConfig
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init.injection import Injection
 

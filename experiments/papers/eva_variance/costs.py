@@ -20,7 +20,7 @@ from experiments.papers.starts import configuration
 from experiments.papers.subject import Layer, Subject
 from experiments.papers.tasks import Batches
 from lora_init import LoraModel, get_peft_model
-from lora_init.batches import moved
+from lora_init.calibration.batches import moved
 from lora_init.progress import tracked
 
 # Per cent of the training time at batch 16, EVA's paper.

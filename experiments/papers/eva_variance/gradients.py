@@ -35,7 +35,7 @@ from experiments.papers.starts import (
 from experiments.papers.subject import Layer, Subject
 from experiments.papers.tasks import Batches
 from lora_init import linalg
-from lora_init.gradients import collect_gradients
+from lora_init.calibration.gradients import collect_gradients
 from lora_init.progress import tracked
 from lora_init.registry import resolve
 

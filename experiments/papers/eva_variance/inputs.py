@@ -23,15 +23,15 @@ from experiments.papers.eva_variance.variance import (
 )
 from experiments.papers.subject import Layer, Subject
 from experiments.papers.tasks import Batches
+from lora_init import init_factors
 from lora_init.allocation import LayerRequest
-from lora_init.calibration import LayerStatistics
+from lora_init.calibration.collect import collect
 from lora_init.initializers.eva import EvaOptions
-from lora_init.modules import oriented_weight, weight_shape
+from lora_init.layer import LayerStatistics
 from lora_init.moments import InputStatistics
 from lora_init.progress import tracked
-from lora_init.registry import CalibrationRequest, get_initializer
-from lora_init.seeding import layer_generator
-from lora_init.statistics import collect
+from lora_init.registry import CalibrationRequest
+from lora_init.weights.kinds import oriented_weight, weight_shape
 
 RANDOM = ("kaiming", "gaussian")
 THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "all of other films"
@@ -203,10 +203,7 @@ def explained_variance(
 
 def random_start(method: str, name: str, width: int, rank: int, seed: int) -> torch.Tensor:
     """A of a method that reads nothing but the layer's shape, by the library's function."""
-    spec = get_initializer(method)
-    weight = torch.empty(width, width, device="meta")
-    generator = layer_generator(seed, name)
-    return spec.function(weight, rank, 1.0, None, spec.options(), generator).lora_A
+    return init_factors(torch.empty(width, width), method, r=rank, seed=seed, name=name).lora_A
 
 
 def chosen_ranks(subject: Subject, inputs: Inputs, settings: EvaVarianceSettings) -> list[dict]:
@@ -221,7 +218,7 @@ def chosen_ranks(subject: Subject, inputs: Inputs, settings: EvaVarianceSettings
         )
         for layer in subject.layers
     }
-    ranks = get_initializer("eva").allocate(requests, EvaOptions(rho=settings.rho))
+    ranks = EvaOptions(rho=settings.rho).allocate(requests)
     return [
         {
             "layer": layer.name,

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.accumulation import Moments, joined
-from lora_init.calibration import LayerStatistics
-from lora_init.initializers.eva import EvaOptions, eva
+from lora_init import init_factors
+from lora_init.calibration.memory import statistics_of
+from lora_init.calibration.sums import Moments, joined
+from lora_init.initializers.eva import EvaOptions
 from lora_init.moments import InputStatistics
 
 INDEPENDENT = 1e-6
@@ -23,9 +24,8 @@ INDEPENDENT = 1e-6
 def directions(inputs: InputStatistics, rank: int, center: bool = True) -> Float[Tensor, "rank in"]:
     """EVA's A, by the library's own initializer."""
     width = len(inputs.mean)
-    weight = torch.empty(width, width, device="meta")  # of whose shape EVA reads nothing
     options = EvaOptions(rho=1.0, center=center)
-    return eva(weight, rank, 1.0, LayerStatistics(inputs=inputs), options, None).lora_A
+    return init_factors(torch.empty(width, width), options, r=rank, inputs=inputs).lora_A
 
 
 def row_space(lora_A: Float[Tensor, "rank in"]) -> Float[Tensor, "in dimensions"]:
@@ -53,7 +53,7 @@ def least_cosine(first: Float[Tensor, "rank in"], second: Float[Tensor, "rank in
 
 def merged(first: InputStatistics, second: InputStatistics) -> InputStatistics:
     """The moments of both groups of tokens together."""
-    return InputStatistics.of(joined([_moments(first), _moments(second)]))
+    return statistics_of(joined([_moments(first), _moments(second)]))
 
 
 def _moments(found: InputStatistics) -> Moments:

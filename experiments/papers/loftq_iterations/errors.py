@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_init import Calibration
 from lora_init.layers import LoraLayer
-from lora_init.modules import oriented_weight
+from lora_init.weights.kinds import oriented_weight
 
 
 def base_error(layer: LoraLayer, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:

@@ -27,13 +27,11 @@ from torch import Tensor
 from experiments.errors import ConfigurationError
 from experiments.papers.loftq_iterations.errors import base_error
 from experiments.papers.subject import Layer, Subject
-from lora_init import Calibration, LoraConfig, LoraModel, get_peft_model, linalg
-from lora_init.calibration import LayerStatistics
+from lora_init import Calibration, LoraConfig, LoraModel, get_peft_model, init_factors, linalg
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.qera import output_error
+from lora_init.layer import LayerStatistics, layer_generator
 from lora_init.moments import InputStatistics
-from lora_init.registry import get_initializer
-from lora_init.seeding import layer_generator
 
 PLAIN, LOFTQ, SVD_FIRST, QPISSA = "quantised only", "loftq", "svd first", "qpissa"
 QERA, DIAGONAL, LOFTQ_QERA = "qera", "qera, diagonal", "loftq + qera"
@@ -118,9 +116,7 @@ class Ground:
 
     def best_for_weight(self, name: str, lost: Tensor, rank: int, scaling: float) -> Factors:
         """SVD_r(W - Q), which is PiSSA's map."""
-        pissa = get_initializer("pissa")
-        generator = layer_generator(self.seed, name)
-        made = pissa.function_for("Linear")(lost, rank, scaling, None, pissa.options(), generator)
+        made = init_factors(lost, "pissa", r=rank, lora_alpha=scaling * rank)
         return made.lora_A, made.lora_B
 
     def best_for_outputs(self, name: str, lost: Tensor, rank: int, scaling: float) -> Factors:

@@ -11,18 +11,16 @@ from collections.abc import Iterator
 import pandas as pd
 import torch
 
+from experiments.config.training import TrainingConfig
 from experiments.console import say
 from experiments.data import Labelled, rotten_tomatoes
 from experiments.papers.loftq_iterations.measuring import Study, at_equal_distances
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, Ground
 from experiments.papers.subject import place
-from experiments.schedule import TrainingConfig
 from experiments.tasks.text_classification import TextClassification
-from experiments.training import make_accelerator, train
-from lora_init import LoraModel
-from lora_init.registry import get_initializer
-from lora_init.seeding import layer_generator
+from experiments.training.loop import make_accelerator, train
+from lora_init import LoraModel, init_factors
 
 BITS = 2
 TASK = "SEQ_CLS"
@@ -68,11 +66,8 @@ def arms(ground: Ground, rank: int, iterations: int) -> Iterator[tuple[str, Lora
     with ground.started(rank, chosen, task_type=TASK) as model:
         ground.refit(model, ground.best_for_weight)
         yield SVD_FIRST, model
-    kaiming = get_initializer("kaiming")
-
     def drawn(name, lost, rank, scaling):
-        function, options = kaiming.function_for("Linear"), kaiming.options()
-        made = function(lost, rank, scaling, None, options, layer_generator(ground.seed, name))
+        made = init_factors(lost, "kaiming", r=rank, seed=ground.seed, name=name)
         return made.lora_A, made.lora_B
 
     with ground.started(rank, {"name": "qera", "bits": BITS}, task_type=TASK) as model:

@@ -40,8 +40,8 @@ from experiments.papers.pissa_quantization.settings import (
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.subject import Layer, Subject, place
 from lora_init import LoraConfig, calibrate
+from lora_init.layer import layer_generator
 from lora_init.progress import tracking
-from lora_init.seeding import layer_generator
 
 AS_IT_IS = "as it is"
 ROUNDED, NOISY, DITHERED = "on a 4-bit grid", "with noise of that size", "off its 4-bit grid"

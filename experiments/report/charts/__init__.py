@@ -1,6 +1,5 @@
-"""The drawings, by theme. Each module offers `charts(canvas, views)`: those it has data for.
+"""The drawings by theme. Each module has `charts(canvas, views)`, which returns those with data.
 
-Every drawing is one Altair definition without data: it names tables of `views`, and four
-parameters that the page sets in all charts at once (methods, ranks, seeds, tasks) beside `rates`,
-"best" or "all".
+A drawing is an Altair definition without data. It names tables of `views` and the parameters that
+the page sets in all charts: methods, ranks, seeds, tasks, and `rates` ("best" or "all").
 """

@@ -1,11 +1,11 @@
-"""What each start did to each layer, and where training has taken it: one map, many quantities."""
+"""The start of each layer and its change by training: one map of many quantities."""
 
 from __future__ import annotations
 
 import altair as alt
 import pandas as pd
 
-from ..canvas import FEW_TICKS, SEED_CHOSEN, Canvas, Chart
+from ..canvas import FEW_TICKS, METHOD, SEED_CHOSEN, Canvas, Chart, tooltip
 from ..views import Views
 
 SECTION = "Layers"
@@ -19,7 +19,7 @@ QUANTITIES = {
 
 
 def charts(canvas: Canvas, views: Views) -> list[Chart]:
-    """Those that there are data for."""
+    """The charts that have data."""
     frame = views.tables["layers"]
     if frame.empty:
         return []
@@ -31,9 +31,9 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
     if known:
         made.append(Chart(
             "layers", "Layer by layer",
-            "Mean over seeds at the chosen settings; grey: not defined for the method. Captured "
-            "energy: ‖W P‖² / ‖W‖², P the projection on the rows of the initial A. Intruder "
-            "dimensions: leading singular vectors of the trained weight unlike any of W.",
+            "Mean over seeds at the chosen settings. Grey: not defined for the method. Captured "
+            "energy: ‖W P‖² / ‖W‖², with P the projection on the rows of the initial A. Intruder "
+            "dimensions: leading singular vectors of the trained weight unlike those of W.",
             heat_map(canvas, frame, next(iter(known))), SECTION, parameter="quantity",
             choices=known,
         ))  # fmt: skip
@@ -48,7 +48,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
 
 
 def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerChart:
-    """Layer by arm: mean over seeds of the quantity that is chosen; grey where there is none."""
+    """Layers by arms: the mean over seeds of the chosen quantity; grey if there is none."""
     order = layers["layer"].drop_duplicates().tolist()
     tall = max(200, min(15 * len(order), 900))
     base = (
@@ -73,15 +73,15 @@ def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerCh
                               labelLimit=alt.ExprRef("width < 300 ? 110 : 170"),
                               labelOverlap=True),
             ),
-            tooltip=[
-                alt.Tooltip("arm:N", title="method"),
-                alt.Tooltip("layer:N"),
-                alt.Tooltip("shape:N", title="weight (out × in)"),
-                alt.Tooltip("rank:Q", format=".4g"),
-                alt.Tooltip("value:Q", title="chosen quantity", format=".4g"),
-                alt.Tooltip("relative_norm:Q", title="‖sBA‖ / ‖W‖", format=".4g"),
-                alt.Tooltip("error:Q", title="error", format=".4g"),
-            ],
+            tooltip=tooltip(
+                METHOD,
+                ("layer:N", "layer"),
+                ("shape:N", "weight (out × in)"),
+                ("rank:Q", "rank", ".4g"),
+                ("value:Q", "chosen quantity", ".4g"),
+                ("relative_norm:Q", "‖sBA‖ / ‖W‖", ".4g"),
+                ("error:Q", "error", ".4g"),
+            ),
         )
     )  # fmt: skip
     color = alt.Color(
@@ -102,14 +102,14 @@ def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerCh
         color="#eef0f3", stroke="white", strokeWidth=0.7
     )
     drawing = canvas.finish(alt.layer(unknown, known), tall)
-    # The page sets `slant` before it draws, as it does `legend_columns`.
+    # The page sets `slant` before it draws, like `legend_columns`.
     return drawing.add_params(
         alt.param(name="quantity", value=quantity), alt.param(name="slant", value=-40)
     )
 
 
 def rotation(canvas: Canvas) -> alt.LayerChart:
-    """Angles of A above, of B below, in each arm's row."""
+    """Angles of A and, below them, of B in each arm's row."""
     base = (
         canvas.table("layers")
         .transform_filter(SEED_CHOSEN)
@@ -122,23 +122,13 @@ def rotation(canvas: Canvas) -> alt.LayerChart:
         "angle:Q", title="mean principal angle, degrees", scale=alt.Scale(zero=True),
         axis=alt.Axis(tickCount=FEW_TICKS),
     )  # fmt: skip
+    factor, mean = ("factor:N", "factor"), ("mean(angle):Q", "mean angle", ".4g")
+    one = (("layer:N", "layer"), ("seed:N", "seed"), ("angle:Q", "angle", ".4g"))
     each = base.mark_tick(thickness=1.6, size=12, opacity=0.4).encode(
-        x=x,
-        tooltip=[
-            alt.Tooltip("arm:N", title="method"),
-            alt.Tooltip("factor:N"),
-            alt.Tooltip("layer:N"),
-            alt.Tooltip("seed:N"),
-            alt.Tooltip("angle:Q", format=".4g"),
-        ],
+        x=x, tooltip=tooltip(METHOD, factor, *one)
     )
     means = base.mark_point(filled=True, size=60, opacity=1).encode(
-        x=alt.X("mean(angle):Q"),
-        tooltip=[
-            alt.Tooltip("arm:N", title="method"),
-            alt.Tooltip("factor:N"),
-            alt.Tooltip("mean(angle):Q", title="mean angle", format=".4g"),
-        ],
+        x=alt.X("mean(angle):Q"), tooltip=tooltip(METHOD, factor, mean)
     )
     names = base.mark_text(align="left", dx=7, fontSize=10).encode(
         x=alt.X("max(angle):Q"), text=alt.Text("factor:N")

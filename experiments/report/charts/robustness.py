@@ -1,28 +1,39 @@
-"""Whether a comparison depends on a setting: score against learning rate, and against rank."""
+"""How a comparison depends on a setting: score against learning rate, and against rank."""
 
 from __future__ import annotations
 
 import altair as alt
 import pandas as pd
 
-from ..canvas import BAR, SEED_CHOSEN, SUBSET_CHOSEN, Canvas, Chart, log_ticks
+from ..canvas import (
+    BAR,
+    METHOD,
+    RATE,
+    SEED_CHOSEN,
+    SUBSET_CHOSEN,
+    Canvas,
+    Chart,
+    interval_of,
+    log_ticks,
+    tooltip,
+)
 from ..statistics import LEAST_SEEDS, quantile
 from ..views import Views
 
 SECTION = "Scores"
-# t(0.975) for n seeds at index n, as an expression of Vega; infinite degrees of freedom above.
+# t(0.975) for n seeds at index n. Vega uses the last value for more seeds.
 STUDENT = [0.0] * LEAST_SEEDS + [round(quantile(n), 4) for n in range(LEAST_SEEDS, 31)]
 
 
 def charts(canvas: Canvas, views: Views, covers: str, diverged: list[str]) -> list[Chart]:
-    """Those that there are data for.
+    """The charts that have data.
 
     Args:
-        covers: what the intervals of the chosen settings cover, in words.
+        covers: what the intervals of the chosen settings cover, as text.
         diverged: the settings at which runs diverged.
     """
     rows, runs = views.tables["rows"], views.tables["runs"]
-    # The curve may be of validation scores where the chosen settings have test scores.
+    # The curve may show validation scores although the chosen settings have test scores.
     shown = canvas.metric
     if views.curve == "validation_score":
         shown = f"validation {shown.removeprefix('validation ')}"
@@ -40,15 +51,15 @@ def charts(canvas: Canvas, views: Views, covers: str, diverged: list[str]) -> li
     if rows.groupby(["task", "method"])["rank"].nunique().max() > 1:
         made.append(Chart(
             "rank", f"{canvas.metric.capitalize()} against rank",
-            f"Each method at its best learning rate for that rank, all ranks whatever is chosen "
-            f"above. Bars: 95 % intervals over {covers}.",
+            f"Each method at its best learning rate for that rank. The filter of ranks does not "
+            f"apply. Bars: 95 % intervals over {covers}.",
             against_rank(canvas, rows), SECTION, over="ranks",
         ))  # fmt: skip
     return made
 
 
 def robustness(canvas: Canvas, runs: pd.DataFrame, metric: str) -> alt.LayerChart:
-    """Mean over seeds at each learning rate, with its interval; the chosen one in a ring."""
+    """Mean over seeds at each learning rate with its interval; a ring around the chosen one."""
     runs = runs[runs["curve"].notna()]
     x = alt.X(
         "learning_rate:Q",
@@ -56,7 +67,7 @@ def robustness(canvas: Canvas, runs: pd.DataFrame, metric: str) -> alt.LayerChar
         scale=alt.Scale(type="log", nice=False, padding=14),
         axis=alt.Axis(format="~e", values=log_ticks(runs["learning_rate"]), grid=False),
     )
-    # The runs set the scale: intervals of three seeds that differ reach far beyond 0 and 100 %.
+    # The runs set the scale, because intervals of three seeds may extend beyond 0 and 100 %.
     y = alt.Scale(domain=[runs["curve"].min(), runs["curve"].max()], nice=True, padding=8)
     each = canvas.table("runs").transform_filter(f"{SEED_CHOSEN} && isValid(datum.curve)")
     mean = (
@@ -80,35 +91,25 @@ def robustness(canvas: Canvas, runs: pd.DataFrame, metric: str) -> alt.LayerChar
             detail=[alt.Detail("arm:N"), alt.Detail("task:N")],
         )
     )  # fmt: skip
-    tooltip = [
-        alt.Tooltip("arm:N", title="method"),
-        alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
-        alt.Tooltip("mean:Q", title=f"{metric}, %, mean over seeds", format=".2f"),
-        alt.Tooltip("low:Q", title="95 % from", format=".2f"),
-        alt.Tooltip("high:Q", title="to", format=".2f"),
-        alt.Tooltip("n:Q", title="seeds"),
-    ]
+    value = ("mean:Q", f"{metric}, %, mean over seeds", ".2f")
+    tips = tooltip(METHOD, RATE, value, *interval_of("low", "high"), ("n:Q", "seeds"))
     band = mean.mark_area(opacity=0.08, clip=True).encode(
         y=alt.Y("bottom:Q", title=f"{metric}, %", scale=y), y2=alt.Y2("top:Q")
     )  # fmt: skip
     line = mean.mark_line(strokeWidth=2.2).encode(y=alt.Y("mean:Q", scale=y))
-    dots = mean.mark_point(filled=True, size=34, opacity=1).encode(
-        y=alt.Y("mean:Q"), tooltip=tooltip
-    )
+    dots = mean.mark_point(filled=True, size=34, opacity=1).encode(y=alt.Y("mean:Q"), tooltip=tips)
     ring = mean.transform_filter("datum.best").mark_point(
         filled=False, size=190, strokeWidth=2.4, opacity=1
-    ).encode(y=alt.Y("mean:Q"), tooltip=tooltip)  # fmt: skip
+    ).encode(y=alt.Y("mean:Q"), tooltip=tips)  # fmt: skip
     small = each.mark_point(filled=True, size=12, opacity=0.35).encode(
         x=x, y=alt.Y("curve:Q"), color=canvas.color("stroke"),
-        tooltip=canvas.run_tooltip(
-            alt.Tooltip("curve:Q", title=f"{metric}, %", format=".2f")
-        ),
+        tooltip=canvas.run_tooltip(("curve:Q", f"{metric}, %", ".2f")),
     )  # fmt: skip
     return canvas.finish(alt.layer(band, small, line, dots, ring), 340, legend=True)
 
 
 def against_rank(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
-    """Score of each method's best learning rate at every rank."""
+    """Score of each method's best learning rate at each rank."""
     every_rank = SUBSET_CHOSEN.replace("indexof(ranks, datum.rank) >= 0 && ", "")
     ranks = sorted(float(rank) for rank in rows["rank"].unique() if rank > 0)
     base = (

@@ -1,10 +1,23 @@
-"""How the methods did at their chosen settings: scores, differences, and a mean over tasks."""
+"""The chosen settings: scores, differences to the baseline, and a mean over tasks."""
 
 from __future__ import annotations
 
 import altair as alt
 
-from ..canvas import BAR, FEW_TICKS, INK, OVER_TASKS, RUN_CHOSEN, SOFT, SUBSET_CHOSEN, Canvas, Chart
+from ..canvas import (
+    BAR,
+    FEW_TICKS,
+    INK,
+    METHOD,
+    OVER_TASKS,
+    RUN_CHOSEN,
+    SOFT,
+    SUBSET_CHOSEN,
+    Canvas,
+    Chart,
+    interval_of,
+    tooltip,
+)
 from ..palette import BASELINE
 from ..views import Views
 
@@ -12,11 +25,11 @@ SECTION = "Scores"
 
 
 def charts(canvas: Canvas, views: Views, majority: dict[str, float], covers: str) -> list[Chart]:
-    """Those that there are data for.
+    """The charts that have data.
 
     Args:
-        majority: per task, the score of always answering the majority class, in per cent.
-        covers: what the intervals of the chosen settings cover, in words.
+        majority: by task, the score of always answering the majority class, in percent.
+        covers: what the intervals of the chosen settings cover, as text.
     """
     made = [Chart(
         "score", f"{canvas.metric.capitalize()} at the chosen setting",
@@ -33,7 +46,7 @@ def charts(canvas: Canvas, views: Views, majority: dict[str, float], covers: str
     if len(tasks):
         made.append(Chart(
             "tasks", f"Interquartile mean over {int(tasks['tasks'].iloc[0])} tasks",
-            "Mean of the middle half of the scores of all tasks and seeds, not normalised, with a "
+            "Mean of the middle half of the scores of all tasks and seeds, not normalized, with a "
             "95 % bootstrap interval stratified by task (Agarwal et al. 2021, arXiv 2108.13264).",
             over_tasks(canvas), SECTION, over="tasks",
         ))  # fmt: skip
@@ -41,7 +54,7 @@ def charts(canvas: Canvas, views: Views, majority: dict[str, float], covers: str
 
 
 def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
-    """Mean and 95 % interval per arm, one small dot a run, the majority class dashed."""
+    """Mean and 95 % interval per arm, a small dot per run, the majority class dashed."""
     base = canvas.table("rows").transform_filter(SUBSET_CHOSEN).transform_calculate(**BAR)
     base = base.encode(y=canvas.rows(), color=canvas.color(None))
     x = alt.X(
@@ -50,9 +63,7 @@ def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
         scale=alt.Scale(zero=False, padding=12),
         axis=alt.Axis(tickCount=FEW_TICKS),
     )
-    interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
-        x=x, x2=alt.X2("top:Q"), tooltip=canvas.score_tooltip()
-    )
+    interval = canvas.bars(base, x, "top", canvas.score_tooltip())
     mean = base.mark_point(filled=True, size=95, opacity=1).encode(
         x=alt.X("score:Q"), tooltip=canvas.score_tooltip()
     )
@@ -64,9 +75,7 @@ def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
             y=canvas.rows(),
             x=alt.X("score:Q"),
             color=canvas.color(None),
-            tooltip=canvas.run_tooltip(
-                alt.Tooltip("score:Q", title=f"{canvas.metric}, %", format=".2f")
-            ),
+            tooltip=canvas.run_tooltip(("score:Q", f"{canvas.metric}, %", ".2f")),
         )
     )
     layers = [interval, each, mean]
@@ -85,7 +94,7 @@ def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
 
 
 def difference(canvas: Canvas) -> alt.LayerChart:
-    """Paired difference to the baseline. Hollow means a tie."""
+    """Paired difference to the baseline. Hollow points are ties."""
     label = "datum.verdict == 'tie' ? 'tie' : format(datum.difference, '+.1f')"
     base = (
         canvas.table("rows")
@@ -97,30 +106,23 @@ def difference(canvas: Canvas) -> alt.LayerChart:
         )
         .encode(y=canvas.rows(without_baseline=True), color=canvas.color(None))
     )
-    tooltip = [
-        alt.Tooltip("arm:N", title="method"),
-        alt.Tooltip("difference:Q", title=f"points to {BASELINE}", format="+.2f"),
-        alt.Tooltip("difference_low:Q", title="95 % from", format="+.2f"),
-        alt.Tooltip("difference_high:Q", title="to", format="+.2f"),
-        alt.Tooltip("verdict:N"),
-    ]
-    interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
-        x=alt.X(
-            "bottom:Q",
-            title=f"difference to {BASELINE}, points",
-            scale=alt.Scale(padding=10),
-            axis=alt.Axis(
-                tickCount=FEW_TICKS,
-                labelExpr="datum.value === 0 ? '0' : format(datum.value, '+.4~g')",
-            ),
+    points = ("difference:Q", f"points to {BASELINE}", "+.2f")
+    ends = interval_of("difference_low", "difference_high", "+.2f")
+    tips = tooltip(METHOD, points, *ends, ("verdict:N", "verdict"))
+    x = alt.X(
+        "bottom:Q",
+        title=f"difference to {BASELINE}, points",
+        scale=alt.Scale(padding=10),
+        axis=alt.Axis(
+            tickCount=FEW_TICKS,
+            labelExpr="datum.value === 0 ? '0' : format(datum.value, '+.4~g')",
         ),
-        x2=alt.X2("top:Q"),
-        tooltip=tooltip,
     )
+    interval = canvas.bars(base, x, "top", tips)
     point = base.mark_point(size=95, opacity=1, strokeWidth=2).encode(
         x=alt.X("difference:Q"),
         fill=alt.condition("datum.verdict == 'tie'", alt.value("white"), canvas.color(None)),
-        tooltip=tooltip,
+        tooltip=tips,
     )
     text = base.mark_text(dy=-13, fontSize=12).encode(
         x=alt.X("difference:Q"), text=alt.Text("label:N"), color=alt.value(SOFT)
@@ -131,20 +133,12 @@ def difference(canvas: Canvas) -> alt.LayerChart:
 
 
 def over_tasks(canvas: Canvas) -> alt.LayerChart:
+    """The interquartile mean over tasks of each arm."""
     base = canvas.table("tasks").transform_filter(OVER_TASKS)
     base = base.encode(y=canvas.rows(), color=canvas.color(None))
-    tooltip = [
-        alt.Tooltip("arm:N", title="method"),
-        alt.Tooltip("score:Q", title="interquartile mean, %", format=".2f"),
-        alt.Tooltip("low:Q", title="95 % from", format=".2f"),
-        alt.Tooltip("high:Q", title="to", format=".2f"),
-        alt.Tooltip("runs:Q"),
-    ]
+    value = ("score:Q", "interquartile mean, %", ".2f")
+    tips = tooltip(METHOD, value, *interval_of("low", "high"), ("runs:Q", "runs"))
     x = alt.X("low:Q", title="interquartile mean, %", scale=alt.Scale(zero=False, padding=12))
-    interval = base.mark_rule(strokeWidth=3.5, strokeCap="round", opacity=0.75).encode(
-        x=x, x2=alt.X2("high:Q"), tooltip=tooltip
-    )
-    mean = base.mark_point(filled=True, size=95, opacity=1).encode(
-        x=alt.X("score:Q"), tooltip=tooltip
-    )
+    interval = canvas.bars(base, x, "high", tips)
+    mean = base.mark_point(filled=True, size=95, opacity=1).encode(x=alt.X("score:Q"), tooltip=tips)
     return canvas.finish(alt.layer(interval, mean), alt.Step(34))

@@ -1,26 +1,26 @@
-"""The spectrum of a weight, with the part of each direction that every start took."""
+"""The spectrum of a weight, with the part of each direction that each start uses."""
 
 from __future__ import annotations
 
 import altair as alt
 
-from ..canvas import ARM_CHOSEN, Canvas, Chart
+from ..canvas import ARM_CHOSEN, METHOD, Canvas, Chart, tooltip
 from ..views import Views
 from .layers import SECTION
 
-TALL = 0.84  # of the height between two feet
+TALL = 0.84  # height of the tallest bar, as a share of the distance between two rows
 
 
 def charts(canvas: Canvas, views: Views) -> list[Chart]:
-    """The one chart, if any chosen run kept its spectra."""
+    """The chart, if any chosen run has spectra."""
     frame = views.tables["spectra"]
     if frame.empty:
         return []
     layers = list(dict.fromkeys(frame["layer"]))
     return [Chart(
-        "spectra", "The spectrum, and the part that each start took",
-        "Grey: the leading singular values of the weight, relative to the first. Coloured: the "
-        "share of each direction that lies in the space where the adapter begins. One seed of each "
+        "spectra", "The spectrum, and the part that each start uses",
+        "Grey: the leading singular values of the weight, relative to the first. Colored: the "
+        "share of each direction that lies in the space of the initial adapter. One seed of each "
         "chosen setting.",
         spectra(canvas, layers[0]), SECTION, parameter="layer",
         choices={layer: layer for layer in layers}, all_drawn=False,
@@ -28,7 +28,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
 
 
 def spectra(canvas: Canvas, layer: str) -> alt.LayerChart:
-    """A ridge per arm: bars of height σ_k / σ_1, filled to the share that was taken."""
+    """A row per arm: bars of height σ_k / σ_1, filled up to the share that the start uses."""
     base = (
         canvas.table("spectra")
         .transform_filter(f"{ARM_CHOSEN} && datum.layer == layer")
@@ -42,15 +42,11 @@ def spectra(canvas: Canvas, layer: str) -> alt.LayerChart:
     x = alt.X("index:Q", title="singular direction", axis=alt.Axis(grid=False, tickCount=6),
               scale=alt.Scale(nice=False, padding=4))  # fmt: skip
     y = alt.Y("foot:Q", axis=None, scale=alt.Scale(nice=False, zero=False))
-    tooltip = [
-        alt.Tooltip("arm:N", title="method"),
-        alt.Tooltip("index:Q", title="direction"),
-        alt.Tooltip("value:Q", title="σ / σ₁", format=".3f"),
-        alt.Tooltip("taken:Q", title="share taken", format=".3f"),
-    ]
-    whole = base.mark_bar(color="#dfe3e8").encode(x=x, y=y, y2=alt.Y2("top:Q"), tooltip=tooltip)
+    value, taken = ("value:Q", "σ / σ₁", ".3f"), ("taken:Q", "share used", ".3f")
+    tips = tooltip(METHOD, ("index:Q", "direction"), value, taken)
+    whole = base.mark_bar(color="#dfe3e8").encode(x=x, y=y, y2=alt.Y2("top:Q"), tooltip=tips)
     part = base.mark_bar().encode(
-        x=x, y=y, y2=alt.Y2("filled:Q"), color=canvas.color(None), tooltip=tooltip
+        x=x, y=y, y2=alt.Y2("filled:Q"), color=canvas.color(None), tooltip=tips
     )
     names = (
         base.transform_aggregate(last="max(index)", groupby=["arm", "method", "place"])

@@ -1,4 +1,4 @@
-"""What a start costs and how it looks from outside, and what training on from it forgets."""
+"""The cost of a start, its first gradient and its size, and what the trained model forgets."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import pandas as pd
 
 from ..canvas import (
     BAR,
+    METHOD,
+    RATE,
     RUN_CHOSEN,
     SEED_CHOSEN,
     SUBSET_CHOSEN,
     Canvas,
     Chart,
     log_ticks,
+    tooltip,
     wants_log,
 )
 from ..views import Views
@@ -21,13 +24,13 @@ SECTION = "Costs and side effects"
 
 
 def charts(canvas: Canvas, views: Views) -> list[Chart]:
-    """Those that there are data for."""
+    """The charts that have data."""
     rows, runs = views.tables["rows"], views.tables["runs"]
     kind = f", {views.forgetting}" if views.forgetting else ""
     made = []
     if (rows["init_seconds"] > 0).any():
         made.append(Chart(
-            "cost", "What the start costs, what it brings",
+            "cost", "Cost of the start against score",
             "Seconds to initialize, calibration included, on a logarithmic axis. "
             "Bars: 95 % intervals of the score.",
             cost(canvas, rows), SECTION,
@@ -35,7 +38,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
     if runs["forgetting"].notna().any() and runs["score"].notna().any():
         made.append(Chart(
             "forgetting", "Forgetting against score",
-            f"How far the trained model is from the original base{kind}: to the left is better. "
+            f"Distance of the trained model from the original base{kind}: less is better. "
             "Large: mean over seeds. Small: the runs.",
             forgetting(canvas, runs["forgetting"].max()), SECTION,
         ))  # fmt: skip
@@ -51,7 +54,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
     if len(layers) and layers["relative_norm"].notna().any():
         made.append(Chart(
             "norm", "Size of the start, norm of sBA / norm of W",
-            "A tick per layer and seed, a dot for the mean. Zero where B starts at zero.",
+            "A tick per layer and seed, a dot for the mean. Zero if B starts at zero.",
             strip(canvas, "layers", layers, "relative_norm", "norm of sBA / norm of W", False),
             SECTION,
         ))  # fmt: skip
@@ -74,7 +77,7 @@ def cost(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
             color=canvas.color("symbol"),
             tooltip=[
                 *canvas.score_tooltip(),
-                alt.Tooltip("init_seconds:Q", title="seconds to initialize", format=".3g"),
+                *tooltip(("init_seconds:Q", "seconds to initialize", ".3g")),
             ],
         )
     )
@@ -89,18 +92,17 @@ def cost(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
 
 
 def forgetting(canvas: Canvas, largest: float) -> alt.LayerChart:
-    """Forgetting against score: one small point a run, a large one for each arm's mean."""
+    """Forgetting against score: a small point per run, a large one for each arm's mean."""
     known = "isValid(datum.forgetting) && isValid(datum.score)"
+    score, lost = ("score:Q", f"{canvas.metric}, %", ".2f"), ("forgetting:Q", "forgetting", ".4g")
+    figures = (score, lost)
     base = canvas.table("runs").transform_filter(f"{RUN_CHOSEN} && {known}")
     x = alt.X("forgetting:Q", title="forgetting", scale=alt.Scale(zero=False, padding=14),
               axis=alt.Axis(tickCount=5, format="~e" if largest < 1e-3 else "~g"))  # fmt: skip
     y = alt.Y("score:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=12))
     small = base.mark_point(size=26, opacity=0.7, strokeWidth=1.3).encode(
         x=x, y=y, color=canvas.color("symbol"), shape=canvas.shape(),
-        tooltip=canvas.run_tooltip(
-            alt.Tooltip("score:Q", title=f"{canvas.metric}, %", format=".2f"),
-            alt.Tooltip("forgetting:Q", format=".4g"),
-        ),
+        tooltip=canvas.run_tooltip(*figures),
     )  # fmt: skip
     means = base.transform_aggregate(
         score="mean(score)", forgetting="mean(forgetting)", n="count()",
@@ -108,13 +110,7 @@ def forgetting(canvas: Canvas, largest: float) -> alt.LayerChart:
     )  # fmt: skip
     large = means.mark_point(filled=True, size=110, opacity=0.95).encode(
         x=x, y=y, color=canvas.color("symbol"), shape=canvas.shape(),
-        tooltip=[
-            alt.Tooltip("arm:N", title="method"),
-            alt.Tooltip("learning_rate:Q", title="learning rate", format="~g"),
-            alt.Tooltip("score:Q", title=f"{canvas.metric}, %", format=".2f"),
-            alt.Tooltip("forgetting:Q", format=".4g"),
-            alt.Tooltip("n:Q", title="seeds"),
-        ],
+        tooltip=tooltip(METHOD, RATE, *figures, ("n:Q", "seeds")),
     )  # fmt: skip
     return canvas.finish(alt.layer(small, large), 280, legend=True)
 
@@ -122,7 +118,7 @@ def forgetting(canvas: Canvas, largest: float) -> alt.LayerChart:
 def strip(
     canvas: Canvas, table: str, frame: pd.DataFrame, field: str, title: str, log: bool
 ) -> alt.LayerChart:
-    """One tick per layer or run, the mean as a point."""
+    """A tick per layer or run, a point for the mean."""
     scale = alt.Scale(type="log", nice=False, padding=18) if log else alt.Scale(zero=True)
     axis = alt.Axis(values=log_ticks(frame[field]), format="~g") if log else alt.Axis(tickCount=6)
     chosen = RUN_CHOSEN if "best" in frame else SEED_CHOSEN
@@ -131,25 +127,13 @@ def strip(
         .transform_filter(f"{chosen} && isValid(datum.{field})")
         .encode(y=canvas.rows(), color=canvas.color(None))
     )
-    measured = alt.Tooltip(f"{field}:Q", title=title, format=".4g")
-    if "layer" in frame:
-        tooltip = [
-            alt.Tooltip("arm:N", title="method"),
-            alt.Tooltip("seed:N"),
-            alt.Tooltip("layer:N"),
-            measured,
-            alt.Tooltip("run_id:N", title="run"),
-        ]
-    else:
-        tooltip = canvas.run_tooltip(measured)
+    layer = [("layer:N", "layer")] if "layer" in frame else [RATE]
+    one = [("seed:N", "seed"), *layer, (f"{field}:Q", title, ".4g"), ("run_id:N", "run")]
     each = base.mark_tick(thickness=2, size=15, opacity=0.45).encode(
-        x=alt.X(f"{field}:Q", title=title, scale=scale, axis=axis), tooltip=tooltip
+        x=alt.X(f"{field}:Q", title=title, scale=scale, axis=axis), tooltip=tooltip(METHOD, *one)
     )
     mean = base.mark_point(filled=True, size=70, opacity=1).encode(
         x=f"mean({field}):Q",
-        tooltip=[
-            alt.Tooltip("arm:N", title="method"),
-            alt.Tooltip(f"mean({field}):Q", title=f"mean {title}", format=".4g"),
-        ],
+        tooltip=tooltip(METHOD, (f"mean({field}):Q", f"mean {title}", ".4g")),
     )
     return canvas.finish(alt.layer(each, mean), alt.Step(26))

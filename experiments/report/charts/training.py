@@ -1,11 +1,11 @@
-"""What happened while the chosen settings trained: losses, gradients, how far the weights moved."""
+"""The training of the chosen settings: losses, gradients and the size of the update."""
 
 from __future__ import annotations
 
 import altair as alt
 import pandas as pd
 
-from ..canvas import ON_PAGE, SEED_CHOSEN, Canvas, Chart, log_ticks, wants_log
+from ..canvas import METHOD, ON_PAGE, SEED_CHOSEN, Canvas, Chart, log_ticks, tooltip, wants_log
 from ..views import Views
 
 SECTION = "Training"
@@ -13,7 +13,7 @@ BAND = "Line: mean over seeds. Band: from the lowest to the highest seed"
 
 
 def charts(canvas: Canvas, views: Views) -> list[Chart]:
-    """Those that there are data for."""
+    """The charts that have data."""
     window = views.smoothing
     smooth = f", each run’s values averaged over {window} logged steps" if window > 1 else ""
     made = []
@@ -66,14 +66,14 @@ def curve(
         .encode(
             y=alt.Y("mean:Q"),
             opacity=alt.condition(hover, alt.value(1), alt.value(0)),
-            tooltip=[
-                alt.Tooltip("arm:N", title="method"),
-                alt.Tooltip("step:Q"),
-                alt.Tooltip("mean:Q", title=f"{title}, mean over seeds", format=".4g"),
-                alt.Tooltip("lowest:Q", title="lowest seed", format=".4g"),
-                alt.Tooltip("highest:Q", title="highest seed", format=".4g"),
-                alt.Tooltip("runs:Q", title="seeds"),
-            ],
+            tooltip=tooltip(
+                METHOD,
+                ("step:Q", "step"),
+                ("mean:Q", f"{title}, mean over seeds", ".4g"),
+                ("lowest:Q", "lowest seed", ".4g"),
+                ("highest:Q", "highest seed", ".4g"),
+                ("runs:Q", "seeds"),
+            ),
         )
         .add_params(hover)
         .properties(name=f"{name}{ON_PAGE}")

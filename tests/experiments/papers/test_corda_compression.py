@@ -21,8 +21,8 @@ from experiments.papers.corda_compression.projections import (
     least_components,
 )
 from experiments.papers.language import block_losses
-from lora_init.calibration import LayerStatistics
-from lora_init.initializers.corda import CordaOptions, corda
+from lora_init import init_factors
+from lora_init.initializers.corda import CordaOptions
 from lora_init.moments import InputStatistics
 
 SHAPES = [(12, 12), (20, 9), (9, 20)]
@@ -92,9 +92,7 @@ def test_corda_drops_what_its_initializer_would_train(shape):
     weight, rows, _ = layer(shape)
     statistics = InputStatistics.of_rows(rows.float())
     inputs = Inputs(statistics.second_moment, rows.abs().mean(0))
-    factors = corda(
-        weight, 4, 2.0, LayerStatistics(inputs=statistics), CordaOptions("kpm"), torch.Generator()
-    )
+    factors = init_factors(weight, CordaOptions("kpm"), r=4, lora_alpha=8, inputs=statistics)
     expected = 2.0 * factors.lora_B @ factors.lora_A
     found = least_components(weight, "corda", inputs, 4).product(0, 4)
     assert torch.allclose(found, expected, atol=1e-4 * float(weight.abs().max()))

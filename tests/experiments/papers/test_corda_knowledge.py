@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_llama import some_blocks, tiny_llama
 
+from experiments.config.training import TrainingConfig
 from experiments.errors import ConfigurationError, RunFailed
 from experiments.papers.claim import Verdict
 from experiments.papers.corda_knowledge import claims, trajectories
@@ -27,7 +28,6 @@ from experiments.papers.corda_knowledge.trajectories import (
     started_again,
     trajectory,
 )
-from experiments.schedule import TrainingConfig
 from lora_init import LoraConfig, get_peft_model
 
 

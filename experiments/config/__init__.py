@@ -1,0 +1,1 @@
+"""The typed configuration of a run, and what connects it to Hydra."""

@@ -1,0 +1,84 @@
+"""Numbers and lists as text for tables and sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from .statistics import Interval
+
+
+def score_text(interval: Interval) -> str:
+    """A share in percent ± half of its interval.
+
+    >>> score_text(Interval(0.757, 0.732, 0.782))
+    '75.7 ± 2.5'
+    """
+    text = f"{100 * interval.estimate:.1f}"
+    return text if math.isnan(interval.low) else f"{text} ± {100 * interval.half_width:.1f}"
+
+
+def difference_text(interval: Interval) -> str:
+    """A difference of two shares in points ± half of its interval."""
+    text = signed(100 * interval.estimate)
+    return text if math.isnan(interval.low) else f"{text} ± {100 * interval.half_width:.1f}"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def mantissa(value: float) -> str:
+    """A learning rate in its shortest form.
+
+    >>> mantissa(0.00032)
+    '3.2e-4'
+    """
+    if math.isnan(value):
+        return "—"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def scientific(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def count(value: float | None) -> str:
+    return "—" if value is None else f"{value:,.0f}"
+
+
+def significant(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3g}"
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listing(parts: Iterable[object]) -> str:
+    """
+    >>> listing([8, 16, 32])
+    '8, 16 and 32'
+    """
+    *first, last = map(str, parts)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def markdown(
+    title: str, headers: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---"
+) -> str:
+    """A Markdown table under its title. `align` is the rule of all columns but the first."""
+    headers = list(headers)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rules = ["---"] + [align] * (len(headers) - 1)
+    lines = [f"| {' | '.join(row)} |" for row in (headers, rules, *cells)]
+    return "\n".join([f"**{title}**", "", *lines]) + "\n"

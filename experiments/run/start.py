@@ -1,0 +1,108 @@
+"""The start of a run: the adapter, and what is measured around its initialization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from experiments.config.run_config import RunConfig
+from experiments.data import Example, Splits, calibration_texts
+from experiments.errors import ConfigurationError
+from experiments.measures import Originals, measure_originals
+from experiments.measures.probe import PeakMemory, output_gap, probe
+from experiments.models import LoadedModel, load_model
+from experiments.run.budget import check_parameters
+from experiments.tasks import Task, draw
+from lora_init import LoraConfig, LoraModel, get_peft_model
+from lora_init.weights.source import BaseWeights
+
+PROBED_EXAMPLES = 16
+
+
+def initialize(
+    run: RunConfig, data: Splits, task: Task, loaded: LoadedModel, device: torch.device
+) -> tuple[LoraModel, dict[str, Any], Originals]:
+    """Add the adapter; returns the model, the content of `init.json`, and facts on the base."""
+    model = on_device(loaded, device)
+    batch = task.collate(data.train[:PROBED_EXAMPLES])
+    mask = task.probed(batch)
+    before = probe(model, batch, mask)
+    with naming_the_method(run):
+        config = LoraConfig(
+            **asdict(run.lora), task_type=data.task_type, init_lora_weights=asdict(run.init)
+        )
+        method = config.initializer()[0]
+        plan = get_peft_model(model, config, dry_run=True)
+        check_parameters(plan, run.budget, rank=run.lora.r, allocated=False)
+        stored = loaded.original_weights if method.base == "replace" else None
+        originals = measure_originals(plan, BaseWeights(model, stored), run.measures)
+    with PeakMemory() as memory, naming_the_method(run):
+        # Only for methods that calibrate. A list, so that the cache can keep its statistics.
+        batches = None
+        if method.needs_data:
+            batches = list(calibration_batches(run, data, task, device))
+        memory_limit = run.runtime.calibration_gib
+        adapted = get_peft_model(
+            model,
+            config,
+            calibration=batches,
+            seed=run.seeds.init,
+            original_weights=stored,
+            cache=run.runtime.cache,
+            calibration_memory=None if memory_limit is None else int(memory_limit * 2**30),
+        )
+        check_parameters(adapted.plan, run.budget, rank=run.lora.r, allocated=True)
+    trainable, total = adapted.get_nb_trainable_parameters()
+    report = {
+        **adapted.init_report().to_dict(),
+        "peak_memory_bytes": memory.bytes,
+        "peak_memory_kind": memory.kind,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "output_gap": output_gap(before, probe(adapted, batch, mask)),
+    }
+    return adapted, report, originals
+
+
+def calibration_batches(
+    run: RunConfig, data: Splits, task: Task, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Examples that `seeds.calibration` draws, one batch at a time."""
+    settings = run.calibration
+    examples: Sequence[Example] = data.train
+    if settings.path is not None:
+        examples = calibration_texts.texts_of(settings, data.task_type)
+    chosen = draw(len(examples), settings.samples, run.seeds.calibration)
+    for start in range(0, len(chosen), settings.batch_size):
+        some = [examples[index] for index in chosen[start : start + settings.batch_size]]
+        yield {key: value.to(device) for key, value in task.collate(some).items()}
+
+
+@contextmanager
+def naming_the_method(run: RunConfig) -> Iterator[None]:
+    """Turn the library's refusals into configuration errors that name the method."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigurationError(f"init={run.init.name}: {error}") from error
+
+
+def on_device(loaded: LoadedModel, device: torch.device) -> torch.nn.Module:
+    """The model on the device; a quantized model must stay where it was loaded."""
+    return loaded.model if loaded.original_weights else loaded.model.to(device)
+
+
+def load_base(
+    run: RunConfig, data: Splits, device: torch.device
+) -> tuple[torch.nn.Module, str | None]:
+    """The original base, and where the unquantized weights of a quantized one are."""
+    loaded = load_model(
+        run.model, task_type=data.task_type, labels=data.labels, head_seed=run.seeds.head
+    )
+    return on_device(loaded, device), loaded.original_weights

@@ -1,0 +1,1 @@
+"""The training loop: batches in, a trained adapter and its progress out."""

@@ -1,0 +1,97 @@
+"""Reading an adapter, ours or PEFT's, and checking it against a base; see the package."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
+from lora_init.adapters.load_peft import read_foreign
+from lora_init.adapters.loaded import LoadedAdapter
+from lora_init.adapters.own import read_own
+from lora_init.adapters.tensors import Contents
+from lora_init.config.file import CONFIG_NAME, read_json, refuse_lfs_pointer
+from lora_init.injection import Injection
+from lora_init.plan.check import FLOAT_DTYPES
+from lora_init.weights.source import BaseWeights
+
+
+def read(
+    folder: Path,
+    base: nn.Module,
+    adapter_dtype: torch.dtype,
+    original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
+) -> LoadedAdapter:
+    """Read an adapter's files and check every tensor against `base`; nothing is changed.
+
+    Raises:
+        FileNotFoundError: no configuration, or no safetensors file (pickles are not loaded).
+        ValueError: a damaged file, a tensor that is missing, surplus, mis-shaped or non-finite,
+            another base model, or an adapter of PEFT that cannot be rebuilt; by name.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}; pass one that save_pretrained wrote")
+    values = read_json(folder / CONFIG_NAME)
+    tensors, header = _tensors(folder)
+    weights = BaseWeights(base, original_weights)
+    try:
+        contents = Contents(tensors, base, adapter_dtype)
+        if header is not None:
+            return read_own(contents, weights, header, values)
+        return read_foreign(contents, weights, values)
+    except (ValueError, TypeError) as error:  # a layer of a type that has no adapter is the file's
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def fill(injection: Injection, loaded: LoadedAdapter) -> None:
+    """Copy the trained values into a model injected with the loaded adapter's factors."""
+    for name, expected in loaded.checksums.items():
+        if injection.checksums.get(name) != expected:
+            warnings.warn(
+                f"the quantised base of {name!r} differs in some codes from the one the adapter "
+                "was trained on (another machine's arithmetic); outputs may move by one "
+                "quantisation step in few weights",
+                stacklevel=5,
+            )
+    with torch.no_grad():
+        for name, parts in loaded.parts.items():
+            for part, value in parts.items():
+                getattr(injection.layers[name], part).copy_(value)
+        for name, state in loaded.trained_modules.items():
+            injection.trained[name].trained_module.load_state_dict(state)
+        for name, value in loaded.biases.items():
+            injection.biases[name][0].copy_(value)
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    path = folder / OWN_WEIGHTS_NAME
+    if not path.is_file():
+        path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickled = " (adapter_model.bin is a pickle, which is never loaded; convert it with PEFT)"
+        hint = pickled if (folder / "adapter_model.bin").is_file() else ""
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {str(folder)!r}{hint}")
+    refuse_lfs_pointer(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata[HEADER_KEY]) if HEADER_KEY in metadata else None
+        if HEADER_KEY in metadata and not isinstance(header, dict):
+            raise ValueError(f"its header must be a JSON object, not {metadata[HEADER_KEY]:.40}")
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or save it again") from error
+    for key, value in tensors.items():
+        if value.dtype in FLOAT_DTYPES and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{path}: tensor {key!r} holds NaN or infinite values")
+    return tensors, header

@@ -1,0 +1,98 @@
+"""Where PEFT reads the targets of a saved adapter as other ones.
+
+For models whose experts transformers 5 holds in one tensor, PEFT 0.21 rewrites `target_modules`: it
+takes the former names of expert layers for parameters of the experts. Dense layers and shared
+experts of the same names then get no adapter, and their tensors in the file are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_init.name_groups import grouped
+from lora_init.plan.match import name_matches, portable_targets
+from lora_init.plan.plan import Plan
+
+_QWEN2_MOE = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+              "down_proj": "down_proj"}  # fmt: skip
+_MIXTRAL = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+_MODEL_TYPES = {
+    "Dots3NoteTextModel UnlimitedOcrTextModel afmoe beam cohere2_moe deepseek_v2 deepseek_v3 "
+    "deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm4v_moe "
+    "glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe "
+    "qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open": _QWEN2_MOE,
+    "minimax minimax_m2 mixtral": _MIXTRAL,
+}
+EXPERT_NAMES = {kind: names for kinds, names in _MODEL_TYPES.items() for kind in kinds.split()}
+"""By model type: former names of expert layers, and the parameters that PEFT takes them for."""
+
+FUSED = "gate_up_proj"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A target that PEFT would treat otherwise.
+
+    Attributes:
+        name: of the module.
+        reason: what PEFT does.
+    """
+
+    name: str
+    reason: str
+
+
+def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
+    """The modules that a saved adapter of this plan means here and not in PEFT, or the reverse.
+
+    Args:
+        model: the base model; only its `config.model_type` is read.
+        plan: of the adapter.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    experts = EXPERT_NAMES.get(kind)
+    if experts is None:
+        return ()
+    targets = [target.name for target in plan.targets]
+    written = portable_targets(targets, plan.candidates)
+    # PEFT resolves an expression to the last parts of the names that it matches.
+    entries = written if isinstance(written, list) else {n.rpartition(".")[2] for n in targets}
+    mapped = {e: parameter for e in entries if (parameter := _expert(e, experts)) is not None}
+    fused = {e.rpartition(".")[2] for e, parameter in mapped.items() if parameter == FUSED}
+    if len(fused) == 1:
+        reason = f"PEFT refuses the file: it fuses {min(fused)!r} with a name that is not a target"
+        return tuple(Difference(name, reason) for name in targets)
+    kept = [entry for entry in entries if entry not in mapped]
+    there = {n for n in plan.candidates if any(name_matches(n, entry) for entry in kept)}
+    lost = [name for name in targets if name not in there]
+    gained = [name for name in plan.candidates if name in there and name not in set(targets)]
+    return tuple(
+        [Difference(name, _dropped(_parameter(name, mapped))) for name in lost]
+        + [Difference(name, "PEFT adds an adapter here") for name in gained]
+    )
+
+
+def describe_differences(differences: Iterable[Difference]) -> str:
+    """One line for each reason, the layers' numbers collapsed."""
+    by_reason: dict[str, list[str]] = {}
+    for difference in differences:
+        by_reason.setdefault(difference.reason, []).append(difference.name)
+    return "; ".join(
+        f"{', '.join(grouped(names))}: {reason}" for reason, names in by_reason.items()
+    )
+
+
+def _expert(entry: str, experts: dict[str, str]) -> str | None:
+    """The parameter that PEFT takes an entry of target_modules for."""
+    return next((new for old, new in experts.items() if name_matches(entry, old)), None)
+
+
+def _dropped(parameter: str) -> str:
+    return f"PEFT takes the name for the experts' parameter {parameter!r} and drops the adapter"
+
+
+def _parameter(name: str, mapped: dict[str, str]) -> str:
+    return next(parameter for entry, parameter in mapped.items() if name_matches(name, entry))

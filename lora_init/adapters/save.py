@@ -1,0 +1,282 @@
+"""Writing an adapter; see the package for the format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_init.adapters.embeddings import description, embeddings, rows, rows_are_needed
+from lora_init.adapters.format import (
+    HEADER_KEY,
+    OWN_WEIGHTS_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    bias_key,
+    file_shape,
+    part_key,
+    peft_computes,
+)
+from lora_init.adapters.given import Given
+from lora_init.adapters.keys import plain_names, with_names
+from lora_init.adapters.peft_selection import describe_differences, different_in_peft
+from lora_init.adapters.portable import (
+    portable_config,
+    portable_factors,
+    read_differently,
+    refuse_not_portable,
+)
+from lora_init.adapters.saved_modules import selected_by_peft
+from lora_init.config.lora_config import CONFIG_NAME, LoraConfig
+from lora_init.files import write_atomically
+from lora_init.injection import Injection
+from lora_init.plan.plan import Plan, Target
+from lora_init.registry import describe, resolve
+from lora_init.weights.kinds import stored_weight
+
+
+def save_adapter(
+    folder: Path,
+    model: nn.Module,
+    config: LoraConfig,
+    plan: Plan,
+    injection: Injection,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    portable: bool = False,
+) -> None:
+    """Write the adapter's two files; each appears whole or not at all.
+
+    Args:
+        model: the injected base.
+        state: the adapter's tensors where they are not the model's own: see `Given`.
+        save_embedding_layers, portable: as of `LoraModel.save_pretrained`.
+
+    Raises:
+        ValueError: a setting that is not supported for this adapter; nothing is written then.
+    """
+    if portable:
+        refuse_not_portable(plan)
+    given = Given(state, model)
+    names = plain_names(model)
+    plain = with_names(plan, names)
+    replaced = bool(injection.replacements)
+    entries, copied = selected_by_peft(plain.modules_to_save, plain.candidates, config.task)
+    written = exported_config(config, plain)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, tuple[int, Target]] = {}
+    factors = {t.name: _parts(t, injection, given, replaced) for t in plan.targets}
+    largest = max(len(parts["lora_A"]) for parts in factors.values())
+    for target, as_written in zip(plan.targets, plain.targets, strict=True):
+        parts, layer = factors[target.name], injection.layers[target.name]
+        if portable:
+            parts["lora_A"], parts["lora_B"] = portable_factors(
+                parts["lora_A"], parts["lora_B"], target.scaling, largest
+            )
+        ranks[as_written.name] = len(parts["lora_A"]), target
+        for part, value in parts.items():
+            rank = len(value) if part.endswith("_A") else value.shape[-1]
+            shape = file_shape(target, layer.base_layer, part, rank)
+            tensors[part_key(as_written, part)] = value.reshape(shape)
+    layers = {t.name for t in plain.targets}
+    for name, (bias, _) in injection.biases.items():
+        module, _, last = name.rpartition(".")
+        key = f"{names[module]}.{last}".removeprefix(".")
+        tensors[bias_key(key, layers)] = given.bias(name, bias)
+    for name, trained in injection.trained.items():
+        for key, value in trained.trained_module.state_dict().items():
+            tensors[f"{PREFIX}{names[name]}.{key}"] = given.trained(name, key, value)
+    copied = _copied(model, names, copied, layers)
+    tensors |= {
+        f"{PREFIX}{name}.{key}": value
+        for name, module in copied.items()
+        for key, value in module.state_dict().items()
+    }
+    targeted = [target.name for target in plain.targets]
+    if rows_are_needed(
+        model,
+        save_embedding_layers,
+        targeted,
+        config.base_model_name_or_path,
+        injection.embedding_rows,
+    ):
+        saved_rows = _rows(model, plan, injection, required=save_embedding_layers is True)
+        for key, value in saved_rows.items():
+            module, _, last = key.removeprefix(PREFIX).rpartition(".")
+            tensors.setdefault(f"{PREFIX}{names[module]}.{last}", value)
+    written.modules_to_save = entries or config.modules_to_save
+    if portable:
+        written = portable_config(written, largest)
+    elif (warning := read_differently(plan, written, ranks)) is not None and not replaced:
+        warnings.warn(warning, stacklevel=3)
+    if not replaced and (differences := different_in_peft(model, plain)):
+        warnings.warn(
+            "PEFT would read the saved adapter otherwise; load it with LoraModel.from_pretrained: "
+            f"{describe_differences(differences)}",
+            stacklevel=3,
+        )
+    header = {
+        **(_plain_header(written) if portable else _header(config, plain, injection, names)),
+        "fingerprints": {names[n]: value for n, value in injection.fingerprints.items()},
+        "modules_to_save": list(plain.modules_to_save),
+        "copied_modules": list(copied),
+        "vocabulary": {names[n]: value for n, value in description(model).items()},
+    }
+    own = replaced or not all(map(peft_computes, _base_modules(injection)))
+    _write(folder, tensors, header, written, own)
+
+
+def _rows(
+    model: nn.Module, plan: Plan, injection: Injection, *, required: bool
+) -> dict[str, Tensor]:
+    """The embeddings before injection; not those whose weight was replaced."""
+    originals: dict[str, Tensor] = {}
+    left_out = set(injection.trained)
+    names = embeddings(model)
+    for target in plan.targets:
+        if target.name not in names:
+            continue
+        layer = injection.layers[target.name]
+        if layer.base_state == "replaced" or (layer.base_layer.weight.is_meta and not required):
+            left_out.add(target.name)
+        elif not layer.base_layer.weight.is_meta:
+            weight = stored_weight(layer.base_layer, injection.original_weight(target))
+            originals[target.name] = weight.to(layer.base_layer.weight.dtype)
+    return rows(model, left_out, originals, required)
+
+
+def _write(
+    folder: Path, tensors: dict[str, Tensor], header: dict, config: LoraConfig, own: bool
+) -> None:
+    """Write both files, and remove what else a loader would take for them."""
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
+    text = config.to_json()
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (OWN_WEIGHTS_NAME, WEIGHTS_NAME) if own else (WEIGHTS_NAME, OWN_WEIGHTS_NAME)
+    write_atomically(
+        folder / names[0],
+        lambda path: save_file(tensors, path, metadata=metadata),
+        # Between the two files a folder is without a configuration, never with another adapter's:
+        # a wrong alpha would be loaded in silence.
+        last=lambda: (folder / CONFIG_NAME).unlink(missing_ok=True),
+    )
+    write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text))
+    (folder / names[1]).unlink(missing_ok=True)  # a leftover would be another adapter's weights
+
+
+def _header(
+    config: LoraConfig, plan: Plan, injection: Injection, names: Mapping[str, str]
+) -> dict[str, Any]:
+    """What restores the start of the adapter; see the package."""
+    header: dict[str, Any] = {
+        "format_version": 1,
+        "method": describe(plan.initializer, plan.options),
+        "base": plan.initializer.base,
+        "config": config.to_dict(),
+        "quantized_base": plan.quantized_base,
+    }
+    if injection.replacements:
+        header["quantizers"] = {
+            names[name]: replacement.quantizer.to_dict()
+            for name, replacement in injection.replacements.items()
+        }
+        header["checksums"] = {names[n]: value for n, value in injection.checksums.items()}
+        header["from_original_weights"] = {
+            names[n]: value for n, value in injection.from_original_weights.items()
+        }
+    return header
+
+
+def _plain_header(config: LoraConfig) -> dict[str, Any]:
+    """A portable file is a plain adapter of its rank, here too."""
+    plain = resolve(True)
+    return {
+        "format_version": 1,
+        "method": describe(*plain),
+        "base": plain[0].base,
+        "config": config.to_dict(),
+    }
+
+
+def _base_modules(injection: Injection) -> list[nn.Module]:
+    return [layer.base_layer for layer in injection.layers.values()]
+
+
+def _parts(
+    target: Target, injection: Injection, given: Given, replaced: bool
+) -> dict[str, Tensor]:
+    """A layer's adapter on its original base: of rank 2r where the base was subtracted from.
+
+    Where bases were replaced, the factors are as they are, with what makes the base out of the
+    original one.
+    """
+    layer = injection.layers[target.name]
+    parts = {
+        part: given.part(target.name, part, getattr(layer, part))
+        for part in ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
+        if getattr(layer, part) is not None
+    }
+    if layer.base_state == "replaced":
+        made = injection.replacements[target.name]
+        return parts | {"replacement_A": made.lora_A, "replacement_B": made.lora_B}
+    if not replaced and layer.base_state not in ("edited", "in_forward"):
+        return parts
+    initial_A, initial_B = (
+        given.part(target.name, part, getattr(layer, part))
+        for part in ("initial_lora_A", "initial_lora_B")
+    )
+    if replaced:
+        return parts | {"initial_A": initial_A, "initial_B": initial_B}
+    parts["lora_A"] = torch.cat([parts["lora_A"], initial_A])
+    parts["lora_B"] = torch.cat([parts["lora_B"], -initial_B], dim=1)
+    return parts
+
+
+def _copied(
+    model: nn.Module, names: Mapping[str, str], besides: Iterable[str], layers: Collection[str]
+) -> dict[str, nn.Module]:
+    """The modules that PEFT takes for trained ones, and whose own tensors are written for it."""
+    own = {short: name for name, short in names.items()}
+    modules: dict[str, nn.Module] = {}
+    for name in besides:
+        module = model.get_submodule(own[name])
+        adapted = any(f"{layer}.".startswith(f"{name}.") for layer in layers)
+        if adapted or any(value.is_meta for value in module.state_dict().values()):
+            warnings.warn(
+                f"PEFT cannot load this adapter: it takes {name!r} for a trained module, whose "
+                "name ends like one of modules_to_save; load it with LoraModel.from_pretrained",
+                stacklevel=4,
+            )
+        else:
+            modules[name] = module
+    return modules
+
+
+def exported_config(config: LoraConfig, plan: Plan) -> LoraConfig:
+    """The configuration as a plain adapter's: at rank 2r for a subtracted base."""
+    written = dataclasses.replace(
+        plan.explicit(config),
+        init_lora_weights=True,
+        eva_config=None,
+        corda_config=None,
+        loftq_config={},
+    )
+    written.inference_mode = True
+    written.fan_in_fan_out = any(target.module_type == "Conv1D" for target in plan.targets)
+    if plan.initializer.base == "subtract" and not plan.replaced:
+        factor = math.sqrt(2) if config.use_rslora else 2
+        written.r = 2 * config.r
+        written.lora_alpha = config.lora_alpha * factor
+        written.rank_pattern = {k: 2 * v for k, v in written.rank_pattern.items()}
+        written.alpha_pattern = {k: v * factor for k, v in written.alpha_pattern.items()}
+    return written

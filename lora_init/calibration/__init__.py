@@ -1,0 +1,1 @@
+"""One pass over data that collects the statistics data-driven methods need."""

@@ -1,0 +1,167 @@
+"""From batches, or from a calibration that is there already, to the statistics a plan needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_init.cache import Cache
+from lora_init.calibration.batches import BATCHES, check_batches
+from lora_init.calibration.cached import remembered
+from lora_init.calibration.collect import collect_all, collect_in_passes
+from lora_init.calibration.result import Calibration, merged
+from lora_init.config.lora_config import LoraConfig
+from lora_init.layer import LayerStatistics
+from lora_init.plan.make import check_model, checked_config, make_plan
+from lora_init.plan.new_weights import with_new_heads
+from lora_init.plan.plan import Plan
+from lora_init.registry import CalibrationRequest
+from lora_init.weights.fingerprint import fingerprint, has_fingerprint
+from lora_init.weights.kinds import oriented_weight
+
+
+def calibrate(
+    model: nn.Module,
+    configs: LoraConfig | Sequence[LoraConfig],
+    batches: Iterable[Any],
+    *,
+    device: str | torch.device | None = None,
+) -> Calibration:
+    """Collect once what `get_peft_model` needs for all of these configurations, at any rank.
+
+    One pass collects the moments of all inputs, and one more, if a method asks for it, gradients::
+
+        found = calibrate(model, [eva, corda], batches)
+        model = get_peft_model(model, eva, calibration=found)
+
+    Args:
+        model: the base model; it is left as it was. Under `torch.distributed` every rank calls with
+            batches of its own, and gets what one process would get from all of them.
+        configs: whose layers, by methods that need data. Their ranks do not matter.
+        batches: as of `get_peft_model`; a list or loader if both passes are needed.
+        device: where the sums live; None keeps them beside the activations.
+
+    Returns:
+        A `Calibration`, which can be saved.
+
+    Raises:
+        ValueError: no configuration needs data, or as `get_peft_model` for the batches.
+    """
+    check_model(model)
+    one = not isinstance(configs, Iterable) or isinstance(configs, str)
+    configs = [
+        with_new_heads(model, checked_config("configs", each))
+        for each in ([configs] if one else configs)
+    ]
+    if batches is None:
+        raise TypeError(f"batches=None is not supported: {BATCHES}")
+    check_batches(batches, "batches")
+    plans = [
+        plan
+        for config in configs
+        if (plan := make_plan(model, config)).calibration is not None
+    ]
+    if not plans:
+        methods = ", ".join(repr(config.init_lora_weights) for config in configs)
+        raise ValueError(
+            f"calibrate: none of the configurations needs data (init_lora_weights={methods}); "
+            "pass those of methods that do, e.g. eva or corda"
+        )
+    names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
+    requests = list(dict.fromkeys(plan.calibration for plan in plans))
+    place = None if device is None else torch.device(device)
+    found = collect_all(model, names, requests, batches, device=place)
+    found.fingerprints = {name: fingerprint(weight) for name, weight in _weights(model, names)}
+    return found
+
+
+def calibrated(
+    plan: Plan,
+    model: nn.Module,
+    calibration: Iterable[Any] | Calibration | None,
+    device: torch.device | None,
+    cache: Cache | None = None,
+) -> Iterator[Calibration]:
+    """The statistics of all targets: in one piece, or in several to be used one after another.
+
+    Raises:
+        ValueError: as `lora_init.calibration.collect.collect_in_passes`; a calibration that is
+        there already
+            is not this model's, or not what the method needs.
+    """
+    names = [target.name for target in plan.targets]
+    request = plan.calibration
+    if request is None:
+        yield Calibration({CalibrationRequest(): {name: LayerStatistics() for name in names}})
+    elif isinstance(calibration, Calibration):
+        found = calibration.of(names, request, device)
+        _check_fit(plan, model, found, calibration.fingerprints)
+        yield found
+    elif plan.calibration_memory is None or request.gradients:
+        def collect() -> Calibration:
+            return collect_all(model, names, [request], calibration, device=device)
+
+        shapes = {target.name: target.shape for target in plan.targets}
+        found = remembered(collect, cache, model, shapes, [request], calibration, device)
+        yield found.of(names, request, device)
+    else:
+        yield from collect_in_passes(
+            model,
+            names,
+            request,
+            calibration,
+            memory=plan.calibration_memory,
+            device=device,
+        )
+
+
+def for_allocation(plan: Plan, parts: Iterator[Calibration]) -> Calibration:
+    """All parts at once, for a method that chooses ranks: of several no more than it reads."""
+    if plan.calibration_memory is None or plan.calibration.gradients:
+        return next(parts)
+    return merged(_condensed(plan, parts))
+
+
+def _condensed(plan: Plan, parts: Iterator[Calibration]) -> Iterator[Calibration]:
+    ranks = {target.name: plan.directions(target) for target in plan.targets}
+    for part in parts:
+        small = part.condensed(ranks)
+        del part  # its covariances would be in memory beside those of the next
+        yield small
+
+
+def _check_fit(
+    plan: Plan, model: nn.Module, found: Calibration, fingerprints: dict[str, str]
+) -> None:
+    for target in plan.targets:
+        inputs, gradient = found.layers[target.name].inputs, found.layers[target.name].gradient
+        if gradient is not None and tuple(gradient.shape) != target.shape:
+            raise ValueError(
+                f"calibration: the gradient of {target.name!r} is {tuple(gradient.shape)} and its "
+                f"weight {target.shape}; pass what lora_init.calibrate found on this model"
+            )
+        if inputs is None:
+            continue
+        width = len(inputs.mean)
+        if width != target.shape[1]:
+            raise ValueError(
+                f"calibration: the inputs of {target.name!r} are {width} wide there and "
+                f"{target.shape[1]} in the model; pass what lora_init.calibrate found on this model"
+            )
+    for name, weight in _weights(model, [target.name for target in plan.targets]):
+        if name in fingerprints and not has_fingerprint(weight, fingerprints[name]):
+            raise ValueError(
+                f"calibration: it was collected with another weight of {name!r}; pass what "
+                "lora_init.calibrate found on this model"
+            )
+
+
+def _weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """As (out, in); those that the model does not hold are left out."""
+    for name in names:
+        module = model.get_submodule(name)
+        if not module.weight.is_meta:
+            yield name, oriented_weight(module)

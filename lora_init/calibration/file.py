@@ -1,0 +1,215 @@
+"""A calibration's file: statistics as tensors and JSON, checked when they are read.
+
+A safetensors file. Its header holds JSON (the requests with their layers, the statistics' numbers)
+and a checksum over the JSON and the tensors. Layers that share statistics refer to one object,
+whose tensors are called "<number>.<name>".
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_init.cache import key
+from lora_init.files import write_atomically
+from lora_init.linalg.finite import is_finite
+from lora_init.moments import InputStatistics
+from lora_init.registry import CalibrationRequest
+
+HEADER_KEY = "lora_init_calibration"
+CHECKSUM_KEY = "lora_init_checksum"
+FORMAT_VERSION = 1
+LARGEST_COUNT = 2**53
+"""Counts are divided by as float64 numbers."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a calibration's file says."""
+
+    requests: dict[CalibrationRequest, dict[str, Any]]
+    tokens: int
+    batches: int
+    fingerprints: dict[str, str]
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write the file; it appears whole or not at all."""
+    text = json.dumps({"format_version": FORMAT_VERSION, **metadata})
+    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    header = {HEADER_KEY: text, CHECKSUM_KEY: _checksum(text, plain)}
+    write_atomically(path, lambda place: save_file(plain, place, metadata=header))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the JSON of a file.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is damaged or holds something else; with its name and the cause.
+    """
+    if not path.exists() and not path.is_symlink():
+        raise FileNotFoundError(f"no file {str(path)!r}; pass a file that Calibration.save wrote")
+    if not path.is_file():  # a pipe would block its reader
+        raise ValueError(f"{path} is not a file; pass a file that Calibration.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            # Copies: BLAS rounds differently where memory is not aligned as torch aligns it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.offset_keys()}
+        metadata = json.loads(header[HEADER_KEY]) if HEADER_KEY in header else {}
+    except (SafetensorError, ValueError, RecursionError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); run lora_init.calibrate again") from error
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is no calibration of this version; pass a file that Calibration.save wrote"
+        )
+    expected = header.get(CHECKSUM_KEY)
+    if expected is not None and expected != _checksum(header[HEADER_KEY], tensors):
+        raise ValueError(
+            f"{path} is damaged (its checksum differs); run lora_init.calibrate again"
+        )
+    return tensors, metadata
+
+
+def described(requests: Mapping[CalibrationRequest, Mapping[str, Any]]) -> tuple[dict, dict]:
+    """Statistics as tensors by name, where they are, and the JSON that says whose they are."""
+    tensors: dict[str, Tensor] = {}
+    objects: dict[int, dict[str, Any]] = {}
+    listed = []
+    for request, layers in requests.items():
+        numbers = {}
+        for name, found in layers.items():
+            if id(found) not in objects:
+                objects[id(found)] = _described(found, len(objects), tensors)
+            numbers[name] = objects[id(found)]["number"]
+        listed.append({**asdict(request), "layers": numbers})
+    return tensors, {"requests": listed, "objects": list(objects.values())}
+
+
+def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Content:
+    """The inverse of `described`, with every type, shape and reference checked.
+
+    Raises:
+        ValueError: the tensors and the JSON are no calibration.
+    """
+    left = dict(tensors)
+    objects = [
+        _restored(each, number, left) for number, each in enumerate(_list(metadata, "objects"))
+    ]
+    if left:
+        raise ValueError(f"tensor {min(left)!r} is unknown")
+    requests: dict[CalibrationRequest, dict[str, Any]] = {}
+    for each in _list(metadata, "requests"):
+        request = _request(each)
+        layers = _entry(each, "layers", dict)
+        requests[request] = {name: _of(objects, layers, name, request) for name in layers}
+    fingerprints = _entry(metadata, "fingerprints", dict)
+    for name, text in fingerprints.items():
+        _check_fingerprint(name, text)
+    tokens, batches = (_count(metadata, name) for name in ("tokens", "batches"))
+    return Content(requests, tokens, batches, fingerprints)
+
+
+def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put a gradient's or an input's tensors among the others; returns what else it has."""
+    if isinstance(found, Tensor):
+        tensors[f"{number}.gradient"] = found
+        return {"number": number, "kind": "gradient"}
+    values = {f.name: getattr(found, f.name) for f in fields(found) if not f.name.startswith("_")}
+    tensors |= {f"{number}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+    plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    return {"number": number, "kind": "moments", "values": plain}
+
+
+def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
+    """One gradient or one input's statistics, whose tensors are taken from those that are left."""
+    if _count(found, "number") != number:
+        raise ValueError(f"objects[{number}] has number={found['number']}")
+
+    def tensor(name: str, *dtypes: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+        label = f"{number}.{name}"
+        if label not in left:
+            raise ValueError(f"tensor {label!r} is missing")
+        value = left.pop(label)
+        sizes = zip(shape, value.shape, strict=False)
+        fits = len(shape) == value.ndim and all(want in (None, has) for want, has in sizes)
+        if value.dtype not in dtypes or not fits:
+            raise ValueError(f"tensor {label!r} is {value.dtype} of shape {tuple(value.shape)}")
+        if not is_finite(value):
+            raise ValueError(f"tensor {label!r} holds NaN or infinite values")
+        return value
+
+    kind = _entry(found, "kind", str)
+    if kind == "gradient":
+        return tensor("gradient", torch.float32, shape=(None, None))
+    mean = tensor("mean", torch.float64, shape=(None,))
+    width = len(mean)
+    values = _entry(found, "values", dict)
+    tokens = _count(values, "tokens")
+    if kind == "moments":
+        covariance = tensor("covariance", torch.float32, torch.float64, shape=(width, width))
+        return InputStatistics(covariance, mean, tokens)
+    if kind == "sketch":
+        raise ValueError(
+            "it holds sketches of the inputs, which this version does not read any more"
+        )
+    raise ValueError(f"kind={kind!r} must be moments or gradient")
+
+
+def _request(found: Any) -> CalibrationRequest:
+    label = _entry(found, "ignore_label", int, type(None))
+    flags = {name: _entry(found, name, bool) for name in ("smallest", "gradients")}
+    return CalibrationRequest(label, **flags)
+
+
+def _of(objects: list[Any], layers: Mapping[str, Any], name: str, request: Any) -> Any:
+    number = _count(layers, name)
+    if number >= len(objects):
+        raise ValueError(f"layer {name!r} refers to object {number} of {len(objects)}")
+    if isinstance(objects[number], Tensor) != request.gradients:
+        raise ValueError(f"layer {name!r} refers to statistics of another kind")
+    return objects[number]
+
+
+def _check_fingerprint(name: str, text: Any) -> None:
+    try:
+        fits = isinstance(text, str) and len(base64.b64decode(text, validate=True)) % 2 == 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"the fingerprint of {name!r} is not base64 of 16-bit numbers")
+
+
+def _entry(values: Any, name: str, *types: type) -> Any:
+    if not isinstance(values, Mapping) or name not in values:
+        raise ValueError(f"{name!r} is missing")
+    # Exactly: True is an int too.
+    if type(values[name]) not in types:
+        raise ValueError(f"{name}={values[name]!r:.80} must be {types[0].__name__}")
+    return values[name]
+
+
+def _list(values: Any, name: str) -> list[Any]:
+    return _entry(values, name, list)
+
+
+def _count(values: Any, name: str) -> int:
+    value = _entry(values, name, int)
+    if not 0 <= value <= LARGEST_COUNT:
+        raise ValueError(f"{name} must be between 0 and {LARGEST_COUNT}")
+    return value
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    return key("calibration file", FORMAT_VERSION, text, dict(tensors))

@@ -1,0 +1,320 @@
+"""Which inputs the layers of a model read, found in the forward pass, and the rows that count.
+
+Layers that read the same tensor object share one sum. Who shares is not guessed from names: the
+first time, an input waits, for as long as HELD_INPUTS other inputs have not followed it, and is
+then added to the sum that belongs to exactly the set of layers that read it. When such a set is
+complete again, it waits no longer. A layer's statistics are the total over all sets it was in, so
+that a model whose sharing changes between batches, or that calls a layer several times, is summed
+correctly too.
+
+Which rows count: for an encoder's inputs (or a decoder-only model's) `attention_mask`; for the
+decoder of an encoder-decoder model `decoder_attention_mask`, if the batch has one, except where a
+layer reads the encoder's output (cross-attention), which keeps the encoder's mask. Token labels
+(shape of the mask) equal to the method's `ignore_label` are left out where the method asks for it;
+sequence labels mask nothing. Flat inputs (batch·time, features) are masked too, see
+`lora_init.calibration.token_rows`. An input of another shape (a pooler's, a routed expert's)
+counts every row.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from lora_init.calibration.memory import Budget
+from lora_init.calibration.sums import Moments, RunningMoments, joined
+from lora_init.calibration.token_rows import TokenRows
+from lora_init.weights.kinds import input_rows, reading, weight_shape
+
+HELD_INPUTS = 4
+"""How many recent distinct inputs wait for further readers before they are summed."""
+
+Label = int | None
+"""A label whose positions are left out; None leaves out none."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What has one sum: the rows that exactly these layers read, under exactly these labels."""
+
+    readers: frozenset[str]
+    labels: frozenset[Label]
+
+
+@dataclass
+class _Held:
+    """An input that waits for further readers.
+
+    Attributes:
+        tensor: keeps the object alive, so that its id is not used again.
+        version: of the tensor when it was read: whether it was written to since.
+        copy: its values, if it may be written to before they are summed.
+        masks: of its positions.
+    """
+
+    tensor: Tensor
+    version: int
+    readers: list[str]
+    copy: Tensor | None
+    masks: list[_Mask]
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """The positions that count, for some of the labels.
+
+    Attributes:
+        rows: indices into the flattened positions; None if all count. They stay where the batch
+            was given: for one in main memory, no device is waited for.
+    """
+
+    labels: frozenset[Label]
+    shape: torch.Size | None = None
+    rows: Int[Tensor, " kept"] | None = None
+    _elsewhere: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, labels: Collection[Label], mask: Bool[Tensor, "batch length"] | None) -> _Mask:
+        if mask is None:
+            return cls(frozenset(labels))
+        rows = mask.flatten().nonzero().squeeze(1)
+        return cls(frozenset(labels), mask.shape, None if len(rows) == mask.numel() else rows)
+
+    def placed(self, rows: Int[Tensor, " counted"], device: torch.device) -> Tensor:
+        """`rows`, or indices that follow from them, on `device`; copied there once a batch."""
+        if rows.device == device:
+            return rows
+        # From pageable memory the host waits for the copy alone, and not for the device's work.
+        ahead = rows.device.type == "cpu"
+        if rows is not self.rows:
+            return rows.to(device, non_blocking=ahead)
+        if device not in self._elsewhere:
+            self._elsewhere[device] = rows.to(device, non_blocking=ahead)
+        return self._elsewhere[device]
+
+
+class Observer:
+    """Sums the inputs of some layers while a model runs.
+
+    Args:
+        modules: the layers, by name.
+        labels: what `ignore_label`s to serve: each gets statistics of its own, where the batches
+            tell them apart.
+        budget: for the sums. Layers whose input finds no room are `deferred`: nothing of theirs is
+            returned.
+        device: where the sums live; None keeps them beside the activations.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        labels: Collection[Label],
+        budget: Budget,
+        device: torch.device | None = None,
+    ) -> None:
+        self.modules = dict(modules)
+        self.labels = tuple(labels)
+        self.deferred: set[str] = set()
+        self._budget = budget
+        self._device = device
+        self._sums: dict[Source, RunningMoments] = {}
+        self._seen: set[frozenset[str]] = set()
+        self._held: OrderedDict[tuple, _Held] = OrderedDict()
+        # Whether the input that a layer is the first to read is written to while it waits.
+        self._overwritten: dict[str, bool] = {}
+        self._encoder_decoder = False
+        self._encoder_masks: list[_Mask] = []
+        self._masks: list[_Mask] = []  # of the decoder, and of everything in other models
+        self._encoder_output: Callable[[], Tensor | None] = lambda: None
+        self._encoder_done = False
+        self._rows = TokenRows()
+
+    @contextmanager
+    def observing(self, model: nn.Module) -> Iterator[None]:
+        """Hooks in place and eval mode on, both undone whatever happens."""
+        training = {module: module.training for module in model.modules()}
+        handles = []
+        try:
+            for name, module in self.modules.items():
+                hook = self._hook(name)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._encoder_decoder = is_encoder_decoder(model)
+            if self._encoder_decoder:
+                handles.append(model.get_encoder().register_forward_hook(self._note_encoder_output))
+            model.eval()
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, flag in training.items():
+                module.training = flag
+
+    @contextmanager
+    def batch(self, batch: Any) -> Iterator[None]:
+        """A batch's forward pass: its masks count.
+
+        Args:
+            batch: as the caller gave it, before it was moved to the model's device.
+        """
+        self._read_masks(batch)
+        yield
+        while self._held:
+            self._close(next(iter(self._held)))
+
+    def sources(self) -> dict[tuple[str, Label], tuple[Source, ...]]:
+        """By layer and label: whose sums are its total; of a layer never reached, none."""
+        found = {(name, label): () for name in self.modules for label in self.labels}
+        for source in self._sums:
+            for name in source.readers:
+                for label in source.labels:
+                    found[name, label] += (source,)
+        return {key: sources for key, sources in found.items() if key[0] not in self.deferred}
+
+    def total(self, name: str, sources: tuple[Source, ...]) -> Moments:
+        """The moments of a layer's inputs."""
+        if not sources:
+            device = next((sums.device for sums in self._sums.values()), torch.device("cpu"))
+            return self._budget.sums(weight_shape(self.modules[name])[1], device).moments
+        return joined([self._sums[source].moments for source in sources])
+
+    def release(self, source: Source) -> None:
+        """Let go of sums that belong to no further layer's total."""
+        del self._sums[source]
+
+    def _read_masks(self, batch: Any) -> None:
+        fields = batch if isinstance(batch, Mapping) else {}
+        self._encoder_output = lambda: None
+        self._encoder_done = False
+        mask = _as_mask(fields.get("attention_mask"))
+        if self._encoder_decoder:
+            self._encoder_masks = [_Mask.of(self.labels, mask)]
+            mask = _as_mask(fields.get("decoder_attention_mask"))
+        labels = _token_labels(fields.get("labels"))
+        if labels is None:
+            self._masks = [_Mask.of(self.labels, mask)]
+        else:
+            self._masks = [
+                _Mask.of([label], _unlabelled(mask, labels, label)) for label in self.labels
+            ]
+
+    def _note_encoder_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._encoder_output = weakref.ref(output if isinstance(output, Tensor) else output[0])
+        self._encoder_done = True
+
+    def _hook(self, name: str) -> Callable:
+        def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            key = id(tensor), reading(module)
+            held = self._held.get(key)
+            if held is not None and (held.version != tensor._version or name in held.readers):
+                self._close(key)  # written to since, or called twice on one tensor: counts twice
+                held = None
+            if held is None:
+                copy = tensor.clone() if self._overwritten.get(name, True) else None
+                masks = self._masks_of(tensor, name)
+                self._held[key] = _Held(tensor, tensor._version, [name], copy, masks)
+                self._close_oldest()
+            else:
+                held.readers.append(name)
+                self._held.move_to_end(key)
+            if frozenset(self._held[key].readers) in self._seen:
+                self._close(key)
+
+        return observe
+
+    def _close_oldest(self) -> None:
+        """Keep HELD_INPUTS, and the encoder's output, which every layer of a decoder reads."""
+        waiting = [
+            key for key, held in self._held.items() if held.tensor is not self._encoder_output()
+        ]
+        for key in waiting[:-HELD_INPUTS]:
+            self._close(key)
+
+    def _close(self, key: tuple) -> None:
+        """Sum an input that waited."""
+        held = self._held.pop(key)
+        first = held.readers[0]
+        written = held.tensor._version != held.version
+        if written and held.copy is None:
+            raise ValueError(
+                f"calibration: the input of {first!r} is written to in place in some batches and "
+                "not in others; exclude the layer (exclude_modules)"
+            )
+        self._overwritten[first] = written or self._overwritten.get(first, False)
+        readers = frozenset(held.readers)
+        self._seen.add(readers)
+        module = self.modules[first]
+        sums = [
+            (self._sums_of(Source(readers, mask.labels), module, held.tensor.device), mask)
+            for mask in held.masks
+        ]
+        if any(total is not None for total, _ in sums):
+            rows = input_rows(module, held.tensor if held.copy is None else held.copy)
+            for total, mask in sums:
+                if total is not None:
+                    leading, counted = held.tensor.shape[:-1], None
+                    if len(rows) == leading.numel():  # not the patches of an image
+                        counted = self._rows.counted(first, leading, mask.shape, mask.rows)
+                    total.add(rows, None if counted is None else mask.placed(counted, rows.device))
+
+    def _sums_of(
+        self, source: Source, module: nn.Module, device: torch.device
+    ) -> RunningMoments | None:
+        """None if there is no room for them."""
+        if source not in self._sums and not source.readers <= self.deferred:
+            width = weight_shape(module)[1]
+            if self._budget.admits(width):
+                self._sums[source] = self._budget.sums(width, self._device or device)
+            else:
+                self.deferred |= source.readers
+        return self._sums.get(source)
+
+    def _masks_of(self, tensor: Tensor, reader: str) -> list[_Mask]:
+        """Of the encoder: what it reads itself, and its output, wherever that is read."""
+        if not self._encoder_decoder:
+            return self._masks
+        in_decoder = self._encoder_done or "decoder" in reader.split(".")
+        if in_decoder and not self._is_encoder_output(tensor):
+            return self._masks
+        return self._encoder_masks
+
+    def _is_encoder_output(self, tensor: Tensor) -> bool:
+        """Whether an input is the encoder's output, or a view of it."""
+        output = self._encoder_output()
+        if output is None or tensor is output:
+            return output is not None
+        return tensor.numel() == output.numel() and tensor.data_ptr() == output.data_ptr() != 0
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and hasattr(
+        model, "get_encoder"
+    )
+
+
+def _as_mask(mask: Any) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _token_labels(labels: Any) -> Tensor | None:
+    """None for sequence labels."""
+    tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+    return labels if tokens else None
+
+
+def _unlabelled(mask: Tensor | None, labels: Tensor, label: Label) -> Tensor | None:
+    """The mask without the positions that have this label."""
+    if label is None:
+        return mask
+    kept = labels != label
+    if mask is None:
+        return kept
+    return mask & kept.to(mask.device) if mask.shape == kept.shape else mask

@@ -1,0 +1,162 @@
+"""What calibration found out: statistics by layer, kept in memory or in a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.calibration import file
+from lora_init.layer import LayerStatistics
+from lora_init.registry import CalibrationRequest
+
+
+@dataclass
+class Calibration:
+    """Statistics by request and layer name, and what they cost.
+
+    Independent of ranks and of everything else a method does with them, so that one serves a whole
+    sweep: `lora_init.calibrate` makes it, `get_peft_model(..., calibration=…)` takes it.
+
+    Attributes:
+        requests: what was collected; layers that read the same inputs share one object.
+        tokens, batches: unmasked tokens and batches of the data, of all ranks together.
+        fingerprints: of the layers' weights (see `lora_init.weights.fingerprint`), where they were
+        taken.
+    """
+
+    requests: dict[CalibrationRequest, dict[str, LayerStatistics]] = field(default_factory=dict)
+    tokens: int = 0
+    batches: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> dict[str, LayerStatistics]:
+        """By layer name, where no more than one request was made."""
+        (layers,) = self.requests.values() or [{}]
+        return layers
+
+    def of(
+        self, names: Iterable[str], request: CalibrationRequest, device: torch.device | None = None
+    ) -> Calibration:
+        """What one request found about some layers.
+
+        Args:
+            device: where to; None leaves everything where it is.
+
+        Raises:
+            ValueError: it was not made, or not of one of the layers.
+        """
+        if request not in self.requests:
+            raise ValueError(
+                f"calibration: it holds the statistics for {_listed(self.requests)}, and {request} "
+                "is needed; pass this configuration to lora_init.calibrate, too"
+            )
+        found = self.requests[request]
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(
+                f"calibration: it knows nothing of the target {missing[0]!r}; pass this "
+                f"configuration to lora_init.calibrate, too (it holds {len(found)} layers, e.g. "
+                f"{next(iter(found))!r})"
+            )
+        layers = {name: found[name] for name in names}
+        if device is not None:
+            layers = _moved(layers, device)
+        return Calibration({request: layers}, self.tokens, self.batches)
+
+    def condensed(self, ranks: Mapping[str, int]) -> Calibration:
+        """The leading components of the inputs alone, as many as these layers need."""
+        sharers: dict[int, list[str]] = {}
+        for name, layer in self.layers.items():
+            sharers.setdefault(id(layer.inputs), []).append(name)
+        layers = {}
+        for names in sharers.values():
+            inputs = self.layers[names[0]].inputs.condensed(max(ranks[name] for name in names))
+            layers |= {name: LayerStatistics(inputs=inputs) for name in names}
+        return Calibration(dict.fromkeys(self.requests, layers), self.tokens, self.batches)
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything as tensors by key, where they are, and metadata that JSON can say."""
+        tensors, metadata = file.described(
+            {
+                request: {
+                    name: statistics.gradient if request.gradients else statistics.inputs
+                    for name, statistics in layers.items()
+                }
+                for request, layers in self.requests.items()
+            }
+        )
+        return tensors, metadata | {
+            "tokens": self.tokens,
+            "batches": self.batches,
+            "fingerprints": self.fingerprints,
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    ) -> Calibration:
+        """The inverse of `to_tensors`.
+
+        Raises:
+            ValueError: a tensor or an entry is missing, of another type or shape, or not finite.
+        """
+        found = file.content(tensors, metadata)
+        requests = {}
+        for request, layers in found.requests.items():
+            part = "gradient" if request.gradients else "inputs"
+            requests[request] = {
+                name: LayerStatistics(**{part: statistics}) for name, statistics in layers.items()
+            }
+        return cls(requests, found.tokens, found.batches, found.fingerprints)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        file.write(Path(path), *self.to_tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no file.
+            ValueError: the file is damaged, holds something else, or was written by a newer
+                version; with its name and the cause.
+        """
+        tensors, metadata = file.read(Path(path))
+        try:
+            return cls.from_tensors(tensors, metadata)
+        except ValueError as error:
+            raise ValueError(
+                f"{os.fspath(path)} is damaged ({error}); run lora_init.calibrate again"
+            ) from error
+
+
+def merged(parts: Iterable[Calibration]) -> Calibration:
+    """The layers of several passes over the same batches, for one request."""
+    whole = Calibration()
+    for part in parts:
+        for request, layers in part.requests.items():
+            whole.requests.setdefault(request, {}).update(layers)
+        whole.tokens, whole.batches = part.tokens, part.batches
+    return whole
+
+
+def _moved(layers: dict[str, LayerStatistics], device: torch.device) -> dict[str, LayerStatistics]:
+    """On `device`, what is shared still shared."""
+    found = {id(part): part for layer in layers.values() for part in (layer.inputs, layer.gradient)}
+    there = {key: None if part is None else part.to(device) for key, part in found.items()}
+    return {
+        name: LayerStatistics(there[id(layer.inputs)], there[id(layer.gradient)])
+        for name, layer in layers.items()
+    }
+
+
+def _listed(requests: Iterable[CalibrationRequest]) -> str:
+    return ", ".join(map(str, requests)) or "nothing"

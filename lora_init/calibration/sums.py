@@ -1,0 +1,133 @@
+"""Sums over rows that arrive in pieces of any size, and the moments that follow from them.
+
+Rows are summed about a shift, in blocks whose size depends on the device
+(`lora_init.linalg.row_blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lora_init.distributed import over_ranks, rank_count
+from lora_init.linalg.gram import accumulate_gram, accumulate_gram_of_parts, mirror, two_parts
+from lora_init.linalg.precision import full_precision
+from lora_init.linalg.product_sum import Support, mixed_support
+from lora_init.linalg.row_blocks import ROWS, Block, row_blocks
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of a group of rows, in a form that merges with other groups'.
+
+    Attributes:
+        tokens: how many rows.
+        mean: sum x / tokens, float64; zero if there are none.
+        products: C = sum (x - mean)(x - mean)ᵀ / tokens.
+        variance: trace C, float64.
+    """
+
+    tokens: int
+    mean: Float[Tensor, " in"]
+    products: Float[Tensor, "in in"]
+    variance: Float[Tensor, ""]
+
+    def about(self, centre: Float[Tensor, " in"]) -> tuple[Tensor, Tensor]:
+        """`products` and `variance` with `centre` in the place of the mean."""
+        offset = self.mean - centre
+        shift = offset.to(self.products)
+        products = torch.addr(self.products, shift, shift)
+        return products, self.variance + offset.square().sum()
+
+
+def joined(parts: Sequence[Moments]) -> Moments:
+    """The moments of several groups of rows together, by the rule for the variance of groups."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = sum(part.tokens for part in parts)
+    shares = [part.tokens / tokens for part in parts]
+    mean = sum(share * part.mean for share, part in zip(shares, parts, strict=True))
+    moved = [part.about(mean) for part in parts]
+    return Moments(
+        tokens,
+        mean,
+        sum(share * products for share, (products, _) in zip(shares, moved, strict=True)),
+        sum(share * variance for share, (_, variance) in zip(shares, moved, strict=True)),
+    )
+
+
+def joined_over_ranks(own: Moments) -> Moments:
+    """The same over the groups of all ranks, summed in float64; some may be empty."""
+    if rank_count() == 1:
+        return own
+    first = over_ranks(torch.cat([own.mean.new_tensor([own.tokens]), own.tokens * own.mean]))
+    tokens, mean = int(first[0]), first[1:] / first[0]
+    products, variance = own.about(mean)
+    # A few rows at a time: the whole in float64 would be twice the statistics of a layer.
+    for rows in products.split(ROWS):
+        rows.copy_(over_ranks(own.tokens * rows.double()) / tokens)
+    return Moments(tokens, mean, products, over_ranks(own.tokens * variance) / tokens)
+
+
+class RunningMoments:
+    """Sums over the rows added so far, about a shift near their mean.
+
+    On a GPU that adds products of bfloat16 numbers in float32, float32 sums take the shifted rows
+    of a 16-bit model in two bfloat16 parts. Each number is then right to 2^-17, and each product of
+    two numbers to 2^-15.
+
+    Args:
+        width: of a row.
+        device: where the sums live.
+        dtype: of the products, float32 or float64.
+    """
+
+    def __init__(
+        self, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.tokens = 0
+        self._total = torch.zeros(width, dtype=torch.float64, device=device)
+        self._blocks = row_blocks(width, device, dtype)
+        self._gram = torch.zeros(width, width, dtype=dtype, device=device)
+        fast = mixed_support(device, torch.bfloat16) is not Support.NONE
+        self._in_parts = fast and dtype == torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self._total.device
+
+    def add(self, rows: Float[Tensor, "rows in"], kept: Int[Tensor, " n"] | None = None) -> None:
+        """Add `rows`, of any float dtype and device, or those with the indices `kept`."""
+        if rows.device != self.device:  # one copy for all blocks
+            rows = (rows if kept is None else rows[kept]).to(self.device)
+            kept = None
+        for block in self._blocks.add(rows, kept):
+            self._multiply(block)
+
+    def _multiply(self, block: Block) -> None:
+        self._total += block.rows.sum(0)
+        with full_precision():
+            if self._in_parts and block.sixteen_bits:
+                accumulate_gram_of_parts(self._gram, *two_parts(block.rows))
+            else:
+                accumulate_gram(self._gram, block.rows)
+        self.tokens += len(block.rows)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """The moments of all rows added; no row can be added after."""
+        for block in self._blocks.rest():
+            self._multiply(block)
+        offset = self._total / max(self.tokens, 1)
+        shift = self._blocks.shift
+        mean = offset if shift is None else shift + offset
+        covariance = self._gram.div_(max(self.tokens, 1))
+        mirror(covariance)
+        offset = offset.to(covariance)
+        covariance.addr_(offset, offset, alpha=-1)
+        return Moments(self.tokens, mean, covariance, covariance.diagonal().sum().double())

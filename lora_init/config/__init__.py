@@ -1,0 +1,1 @@
+"""`LoraConfig` and the `adapter_config.json` file."""

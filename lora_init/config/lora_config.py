@@ -1,0 +1,376 @@
+"""`LoraConfig`: the user-facing settings, field for field those of Hugging Face PEFT.
+
+A configuration is checked when it is made, as far as it can be without a model; what depends on the
+model is checked where plans are made (`lora_init.plan.make`). Files are PEFT's
+`adapter_config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_init.config import file
+from lora_init.config.field_types import check_field_types
+from lora_init.config.file import CONFIG_NAME
+from lora_init.config.json_types import json_value
+from lora_init.config.peft_fields import accepts_peft_fields
+from lora_init.registry import (
+    Initializer,
+    build_options,
+    describe,
+    get_initializer,
+    method_name,
+    resolve,
+)
+
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose file format is written."""
+
+PEFT_ONLY_DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "ensure_weight_tying": False,
+    "kasa_config": None,
+    "layer_replication": None,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+"""Fields of PEFT's LoRA files that lora_init does not have, with the values that mean "unused"."""
+
+PEFT_ONLY_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "corda_config": {
+        "cache_file": None,
+        "covariance_file": None,
+        "verbose": False,
+        "use_float16_for_covariance": False,
+        "prune_temporary_fields": True,
+    },
+}
+"""The same inside PEFT's per-method configurations."""
+
+ALL_LINEAR = "all-linear"
+
+BOOLEANS = ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out", "inference_mode")
+
+METHOD_CONFIGS = ("eva", "corda", "loftq")
+"""Methods whose options PEFT keeps in a field of their own, `<name>_config`."""
+
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+HEADS = {
+    "SEQ_CLS": ["classifier", "score", "classification_head"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+"""Heads that a task trains and saves besides the adapter, where the model has them."""
+
+
+@accepts_peft_fields(PEFT_ONLY_DEFAULTS)
+@dataclass
+class LoraConfig:
+    """Settings of low-rank adaptation. Every argument has PEFT's name, default and meaning.
+
+    Values may come from OmegaConf, numpy or torch: they are converted to plain JSON types. PEFT's
+    other fields are accepted at values without effect, and refused at any other.
+
+    Attributes:
+        r: the rank of the adapter.
+        target_modules: names of the modules to adapt (exact or dotted suffix), one regular
+            expression that must match the whole name, "all-linear", or None for the defaults of
+            a known architecture.
+        exclude_modules: names (exact or dotted suffix) or one regular expression to leave out.
+        lora_alpha: the scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+        lora_dropout: dropout probability on the adapter's input.
+        fan_in_fan_out: the weight is stored (in, out). The module's class decides it (Conv1D is,
+            nn.Linear is not); True where no target is a Conv1D warns.
+        bias: which biases of the base are trained: "none", "lora_only" (those of adapted modules)
+            or "all". A trained bias is part of the adapter: disabling it brings the original back.
+        use_rslora: rank-stabilised scaling.
+        modules_to_save: modules (dotted suffix) trained and saved whole. A task's own head
+            (`HEADS`: "classifier", "score", …) is added where the model has it.
+        init_lora_weights: the initializer: True (kaiming), False (random), a registered name,
+            "pissa_niter_N", a mapping {"name": …, options}, or a method's options object.
+        layers_to_transform: adapt only these layer indices. Needs target_modules as a list.
+        layers_pattern: the name of the module list that the indices count, e.g. "layers".
+        rank_pattern: rank by module: keys are regular expressions matched as a dotted suffix.
+        alpha_pattern: alpha by module, likewise.
+        use_dora: weight-decomposed adaptation: a trained magnitude a row beside the direction.
+        lora_bias: a trained bias b in B: s (B A x + b). Not with use_dora, nor on embeddings.
+        eva_config: options of EVA, as its dataclass or a mapping.
+        corda_config: options of CorDA, likewise.
+        loftq_config: options of LoftQ, likewise.
+        task_type: one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, TOKEN_CLS, QUESTION_ANS,
+            FEATURE_EXTRACTION, or None.
+        base_model_name_or_path: recorded in files; filled in from the model when None.
+        revision: the base model's revision, recorded in files.
+        inference_mode: load without trainable parameters.
+
+    Raises:
+        ValueError: a value that is not allowed, with what is.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: Any = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    eva_config: Any = None
+    corda_config: Any = None
+    loftq_config: Any = field(default_factory=dict)
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        self._normalize()
+        self._check_targets()
+        check_field_types(self)
+        self._check_numbers()
+        self._check_variants()
+        if self.task_type is not None and self.task not in TASK_TYPES:
+            raise ValueError(
+                f"task_type={self.task_type!r}; allowed are None, {', '.join(TASK_TYPES)}"
+            )
+        self.initializer()  # refuses an unknown method or option
+
+    def initializer(self) -> tuple[Initializer, Any]:
+        """The registered method these settings ask for, and its options."""
+        spec, options = resolve(self.init_lora_weights)
+        for name in METHOD_CONFIGS:
+            setting = getattr(self, f"{name}_config")
+            if setting is None or setting == {}:
+                continue
+            if name != spec.name:
+                raise ValueError(
+                    f"{name}_config is given, but init_lora_weights={self.init_lora_weights!r}; "
+                    f"set init_lora_weights={name!r}, or leave {name}_config out"
+                )
+            options = self._method_options(spec, setting)
+        return spec, options
+
+    def checked(self) -> LoraConfig:
+        """A copy, converted and checked again: fields may have been edited since construction.
+
+        Raises:
+            ValueError, TypeError: a field has a value that the constructor refuses.
+        """
+        return dataclasses.replace(self)
+
+    @property
+    def task(self) -> str | None:
+        """`task_type` as a plain string, also where it was given as PEFT's enumeration."""
+        return getattr(self.task_type, "value", self.task_type)
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rank-stabilised scaling."""
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    # -- files -------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of PEFT's adapter_config.json: all of its fields, JSON types only.
+
+        Raises:
+            ValueError, TypeError: a field was edited to a value that is not supported.
+        """
+        checked = self.checked()
+        values = {f.name: getattr(checked, f.name) for f in dataclasses.fields(checked)}
+        spec, options = checked.initializer()
+        by_field = spec.name in METHOD_CONFIGS
+        for name in METHOD_CONFIGS:
+            values[f"{name}_config"] = {} if name == "loftq" else None
+        if by_field and options != spec.options():
+            values[f"{spec.name}_config"] = dataclasses.asdict(options)
+        values["init_lora_weights"] = self._method_spelling(spec, options, by_field)
+        return {
+            **PEFT_ONLY_DEFAULTS,
+            **values,
+            "auto_mapping": None,
+            "peft_type": "LORA",
+            "peft_version": PEFT_VERSION,
+        }
+
+    def to_json(self) -> str:
+        """The text of adapter_config.json: fields sorted, as PEFT does, but never inside a
+        pattern, where the first key that matches wins.
+        """
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `adapter_config.json` into `folder`, keys sorted, as PEFT does."""
+        path, text = Path(folder), self.to_json()
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_NAME).write_text(text)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> LoraConfig:
+        """Read `adapter_config.json` from a folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: not JSON, another kind of adapter, or a setting of PEFT that is in use and
+                not supported; with the file's name.
+        """
+        path = Path(folder) / CONFIG_NAME
+        values = file.read_json(path)
+        try:
+            return cls.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
+        """Make a configuration from what `to_dict` returns, or from a file of PEFT.
+
+        Empty settings of PEFT are unused, and unknown names are ignored with a warning; see
+        `lora_init.config.file`.
+
+        Raises:
+            ValueError: another kind of adapter, a value of a wrong type, or a setting of PEFT that
+                is in use and not supported.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        return cls(
+            **file.settings(values, known, PEFT_ONLY_DEFAULTS, PEFT_ONLY_METHOD_DEFAULTS)
+        )
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def _normalize(self) -> None:
+        """Convert every field to plain JSON types, and spellings to their one form."""
+        for name in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if name == "init_lora_weights" and dataclasses.is_dataclass(value):
+                value = describe(*resolve(value))  # its class names the method
+            setattr(self, name, json_value(name, value))
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = method_name(self.init_lora_weights)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
+            setattr(self, name, {} if getattr(self, name) is None else getattr(self, name))
+        for name in ("layers_to_transform", "layers_pattern"):  # PEFT's empty lists mean unused
+            setattr(self, name, None if getattr(self, name) == [] else getattr(self, name))
+
+    def _check_numbers(self) -> None:
+        check_rank("r", self.r)
+        check_alpha("lora_alpha", self.lora_alpha)
+        if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r}; allowed are 0.0 <= p < 1.0")
+        for key, rank in (self.rank_pattern or {}).items():
+            check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in (self.alpha_pattern or {}).items():
+            check_alpha(f"alpha_pattern[{key!r}]", alpha)
+
+    def _check_targets(self) -> None:
+        for name in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+            if isinstance(getattr(self, name), str):
+                kind = "a list of names" if name == "modules_to_save" else "a mapping"
+                raise ValueError(f"{name}={getattr(self, name)!r}; pass {kind}")
+        selective = self.layers_to_transform is not None
+        if self.layers_pattern is not None and not selective:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} without layers_to_transform has no "
+                "effect; give the layer indices, or leave it out"
+            )
+        if selective and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} with target_modules="
+                f"{self.target_modules!r}: indices apply to a list of names only; pass a list, or "
+                "put the indices into the regular expression"
+            )
+
+    def _check_variants(self) -> None:
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias={self.bias!r}; allowed are 'none', 'all' and 'lora_only'")
+        for name in BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed are True and False")
+        if self.use_dora and self.lora_bias:
+            raise ValueError(
+                "lora_bias=True with use_dora=True: DoRA scales the adapted weight, where a bias "
+                "in B has no place (nor has it in PEFT's files); set one of them to False"
+            )
+
+    @staticmethod
+    def _method_options(spec: Initializer, setting: Any) -> Any:
+        if isinstance(setting, spec.options):
+            return setting
+        if dataclasses.is_dataclass(setting) and not isinstance(setting, type):
+            setting = dataclasses.asdict(setting)  # PEFT's own EvaConfig, CordaConfig, LoftQConfig
+        if not isinstance(setting, dict):
+            raise TypeError(
+                f"{spec.name}_config={setting!r}; allowed are {spec.options.__name__} or a mapping"
+            )
+        values = dict(setting)
+        _drop_defaults(
+            values, PEFT_ONLY_METHOD_DEFAULTS.get(f"{spec.name}_config", {}), f"{spec.name}_config."
+        )
+        return build_options(spec.options, values, f"{spec.name}_config")
+
+    @staticmethod
+    def _method_spelling(spec: Initializer, options: Any, by_field: bool) -> Any:
+        """PEFT's spelling of the method where there is one, else the mapping form."""
+        if spec.name in ("kaiming", "random"):
+            return spec.name == "kaiming"
+        if by_field or not dataclasses.fields(spec.options) or options == spec.options():
+            return spec.name
+        if spec.name == "pissa" and options == type(options)(niter=options.niter):
+            return f"pissa_niter_{options.niter}"
+        return describe(spec, options)
+
+
+def options_class(name: str) -> type:
+    """The options dataclass of a registered method, e.g. for `EvaConfig`."""
+    return get_initializer(name).options
+
+
+def check_rank(setting: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{setting}={value!r}; a rank is an integer >= 1")
+
+
+def check_alpha(setting: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < float("inf"):
+        raise ValueError(f"{setting}={value!r}; alpha is a positive finite number")
+
+
+def _drop_defaults(values: dict[str, Any], defaults: dict[str, Any], prefix: str) -> None:
+    for name, default in defaults.items():
+        if name in values and values.pop(name) != default:
+            raise ValueError(
+                f"{prefix}{name} is a setting of PEFT that lora_init does not serve; "
+                f"leave it at {default!r}"
+            )

@@ -1,0 +1,97 @@
+"""Factors from the cache: a decomposition of the same weight is computed once.
+
+The key holds everything that the factors depend on: the method and its options, the bytes of the
+weight and of the statistics, module type, rank and scaling, the kind of device and torch's version.
+A hit equals a computation on that device with the same number of threads, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.cache import Cache, Entry, fingerprint, key
+from lora_init.factors import Factors
+from lora_init.layer import Layer
+from lora_init.linalg.finite import is_finite
+from lora_init.plan.plan import Plan, Target
+from lora_init.registry import Initializer
+
+VERSIONS = {"pissa": 3, "milora": 5, "mica": 4, "corda": 5}
+"""Methods whose decomposition takes longer than hashing its input, by the version of their results.
+Raise a version whenever the results change."""
+
+
+def cacheable(cache: Cache | None, spec: Initializer, targets: Sequence[Target]) -> bool:
+    """Whether the cache may hold these factors, so that hashing the weights is worth its time."""
+    if cache is None or spec.name not in VERSIONS:
+        return False
+    return all(cache.has_room(4 * target.parameters) for target in targets)
+
+
+@dataclass(frozen=True)
+class CachedFactors:
+    """The cache as one plan uses it on one device."""
+
+    cache: Cache
+    plan: Plan
+    device: torch.device
+
+    def key(self, layer: Layer) -> str:
+        """The key of a layer's factors."""
+        return key(
+            self.plan.initializer.name,
+            VERSIONS[self.plan.initializer.name],
+            arithmetic(self.device),
+            self.plan.options,
+            layer.kind,
+            layer.shape,
+            layer.rank,
+            layer.scaling,
+            fingerprint(layer.stored_weight),
+            None if layer.inputs is None else _content(layer.inputs),
+        )
+
+    def get(self, key: str, layer: Layer) -> Factors | None:
+        """A layer's factors; None if the cache does not have them."""
+        entry = self.cache.get(key)
+        if entry is None or not _fits(entry, layer):
+            return None
+        metrics = entry.metadata | {"from_cache": True}
+        return Factors(entry.tensors["lora_A"], entry.tensors["lora_B"], metrics=metrics)
+
+    def put(self, key: str, layer: Layer, factors: Factors) -> None:
+        """Keep a layer's factors, unless they are not finite or depend on the seed."""
+        if layer.is_random or not (is_finite(factors.lora_A) and is_finite(factors.lora_B)):
+            return
+        tensors = {"lora_A": factors.lora_A, "lora_B": factors.lora_B}
+        metrics = {
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in factors.metrics.items()
+        }
+        # Not worth waiting for the disk at every layer: a lost entry is soon computed again.
+        self.cache.put(key, tensors, metrics, durable=False)
+
+
+def arithmetic(device: torch.device) -> list[str]:
+    """What decides the last bits of a result and is not an input: device and version of torch."""
+    name = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    return [device.type, *name, torch.__version__]
+
+
+def _content(inputs: Any) -> dict[str, Any]:
+    """The statistics themselves, without what has been derived from them."""
+    shown = (field.name for field in fields(inputs) if not field.name.startswith("_"))
+    return {name: getattr(inputs, name) for name in shown}
+
+
+def _fits(entry: Entry, layer: Layer) -> bool:
+    """Whether an entry holds factors of this layer's shape; its checksum was checked before."""
+    rows, columns = layer.shape
+    shapes = {"lora_A": (layer.rank, columns), "lora_B": (rows, layer.rank)}
+    found = {name: tuple(tensor.shape) for name, tensor in entry.tensors.items()}
+    return found == shapes and all(t.dtype == torch.float32 for t in entry.tensors.values())

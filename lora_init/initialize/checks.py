@@ -1,0 +1,119 @@
+"""The values of new factors are checked, and their metrics read, for a whole stack of layers.
+
+A norm tells whether factors are finite and whether they vanish, in one reading of them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.factors import Factors
+from lora_init.linalg.device_numbers import on_host
+from lora_init.linalg.finite import is_finite
+from lora_init.plan.plan import Target
+from lora_init.registry import Initializer
+
+
+@dataclass(frozen=True)
+class FactorNorms:
+    """The norms of each layer's factors, where these are; nothing is read yet."""
+
+    factors: Sequence[Factors]
+    norms: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, factors: Sequence[Factors]) -> FactorNorms:
+        pairs = ((one.lora_A, one.lora_B) for one in factors)
+        return cls(
+            factors, [torch.linalg.vector_norm(each.detach()) for ab in pairs for each in ab]
+        )
+
+    def checked(
+        self, targets: Sequence[Target], spec: Initializer, metrics: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Check the factors, and return each layer's metrics as numbers.
+
+        All norms and metrics of a device are read in one copy. A layer whose factors are both zero
+        causes a warning.
+
+        Raises:
+            ValueError: a factor has NaN or infinite values; with the name of its target.
+        """
+        tensors = [v for layer in metrics for v in layer.values() if isinstance(v, Tensor)]
+        values = iter(on_host([*self.norms, *tensors]))
+        for target, factors in zip(targets, self.factors, strict=True):
+            norm_A, norm_B = next(values), next(values)
+            if not (math.isfinite(norm_A) and math.isfinite(norm_B)):
+                # The norm of large finite numbers may overflow.
+                refuse_non_finite_factors(target.name, spec, factors)
+            # Squares of the smallest numbers underflow.
+            if norm_A == norm_B == 0 and not (factors.lora_A.any() or factors.lora_B.any()):
+                _warn_of_zeros(target, spec)
+        return [
+            {
+                name: next(values) if isinstance(value, Tensor) else value
+                for name, value in layer.items()
+            }
+            for layer in metrics
+        ]
+
+
+def check_shapes(
+    name: str, shape: tuple[int, int], rank: int, spec: Initializer, factors: Factors
+) -> None:
+    """Raises ValueError if a method returned other factors than it is registered for."""
+    rows, columns = shape
+    for which, factor, expected in (
+        ("lora_A", factors.lora_A, (rank, columns)),
+        ("lora_B", factors.lora_B, (rows, rank)),
+    ):
+        if tuple(factor.shape) != expected:
+            raise ValueError(
+                f"{spec.name} returned {which} of shape {tuple(factor.shape)} for target "
+                f"{name!r}; expected {expected}"
+            )
+    if (factors.replacement is not None) != (spec.base == "replace"):
+        raise ValueError(
+            f"{spec.name} is registered with base={spec.base!r} but its result "
+            f"{'has' if factors.replacement is not None else 'lacks'} a replacement"
+        )
+
+
+def moved_together(factors: Sequence[Factors], devices: Sequence[torch.device]) -> list[Factors]:
+    """Factors that were made on the CPU for one accelerator, copied there as a stack.
+
+    Others stay where they are. So do constants, which have one number in memory.
+    """
+    moves = len(set(devices)) == 1 and devices[0].type != "cpu" and len(factors) > 1
+    result = list(factors)
+    for name in ("lora_A", "lora_B") if moves else ():
+        parts = [getattr(one, name) for one in factors]
+        if all(part.device.type == "cpu" and any(part.stride()) for part in parts):
+            stack = torch.stack(parts).to(devices[0])
+            result = [replace(one, **{name: part}) for one, part in zip(result, stack, strict=True)]
+    return result
+
+
+def refuse_non_finite_factors(name: str, spec: Initializer, factors: Factors) -> None:
+    """Raises ValueError if a factor has NaN or infinite values."""
+    for which, factor in (("lora_A", factors.lora_A), ("lora_B", factors.lora_B)):
+        if not is_finite(factor):
+            raise ValueError(
+                f"{spec.name} returned non-finite values in {which} for target {name!r}"
+            )
+
+
+def _warn_of_zeros(target: Target, spec: Initializer) -> None:
+    warnings.warn(
+        f"target {target.name!r} starts with both factors zero under {spec.name} (its weight, "
+        "or what the method decomposes, is zero): it gets no gradient and will not learn; "
+        "leave it out (exclude_modules) or choose another method",
+        stacklevel=2,
+    )

@@ -1,0 +1,281 @@
+"""Plan and statistics -> factors, layer by layer. Pure: no module is changed here."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_init import linalg
+from lora_init.cache import Cache
+from lora_init.factors import Factors, Replacement, low_rank_product, unstacked, widened
+from lora_init.initialize import jobs, shared
+from lora_init.initialize.cached import CachedFactors, cacheable
+from lora_init.initialize.checks import FactorNorms, check_shapes, moved_together
+from lora_init.initialize.jobs import Job
+from lora_init.layer import Layer, LayerStatistics, stacked
+from lora_init.linalg import draws
+from lora_init.linalg.finite import refuse_non_finite
+from lora_init.linalg.mixed_products import is_narrow
+from lora_init.linalg.streams import wait_for_writes
+from lora_init.plan.plan import Plan, Target
+from lora_init.progress import tracking
+from lora_init.quantization import Quantizer
+from lora_init.weights.bitsandbytes import quantizer_of
+from lora_init.weights.offload import factor_device
+from lora_init.weights.source import BaseWeights
+
+
+@dataclass(frozen=True)
+class InitializedLayer:
+    """A target's factors, on its module's device and in the adapter's dtype, and their cost."""
+
+    target: Target
+    factors: Factors
+    seconds: float
+
+    def moved(self, device: torch.device | str) -> InitializedLayer:
+        """The same with its tensors on another device."""
+        factors, replacement = self.factors, self.factors.replacement
+        if replacement is not None:
+            replacement = replace(
+                replacement,
+                lora_A=replacement.lora_A.to(device),
+                lora_B=replacement.lora_B.to(device),
+            )
+        factors = replace(
+            factors,
+            lora_A=factors.lora_A.to(device),
+            lora_B=factors.lora_B.to(device),
+            replacement=replacement,
+        )
+        return replace(self, factors=factors)
+
+
+def initialize(
+    weights: BaseWeights,
+    plan: Plan,
+    statistics: Mapping[str, LayerStatistics],
+    *,
+    seed: int,
+    device: torch.device | None = None,
+    cache: Cache | None = None,
+) -> list[InitializedLayer]:
+    """Run the plan's method over its targets.
+
+    Under `torch.distributed`, the ranks share the layers out between them, where all have the same
+    to do (see `lora_init.initialize.shared`).
+
+    Args:
+        weights: of the targets, only read.
+        plan: what to do.
+        statistics: by layer name; empty for methods that need none.
+        seed: the initialization seed; each layer derives a stream of its own from it and its name.
+        device: where the decompositions run; None means where each weight lives. Weights move
+            there a stack at a time, results return to their module's device.
+        cache: where decompositions are kept; None for none.
+
+    Raises:
+        ValueError: a weight that the method reads or a factor is not finite, or a factor has the
+            wrong shape; by name.
+    """
+    homes = {
+        target.name: factor_device(weights.model.get_submodule(target.name))
+        for target in plan.targets
+    }
+    worker = _Worker(weights, plan, statistics, seed, homes, cache)
+    devices = {name: device or home for name, home in homes.items()}
+    planned = jobs.jobs(plan, devices)
+    with tracking(len(plan.targets), f"initializing ({plan.initializer.name})") as advance:
+
+        def run(own: Sequence[Job]) -> list[InitializedLayer]:
+            wait_for_writes([*homes.values(), *devices.values()])  # threads read the weights
+            done: list[InitializedLayer] = []
+            for layers in jobs.run(worker, own):
+                done += layers
+                advance(len(layers))
+            return done
+
+        with draws.shared_blocks():
+            done = shared.shared(run, planned, plan, weights, seed)
+    found = {layer.target.name: layer.moved(homes[layer.target.name]) for layer in done}
+    return [found[target.name] for target in plan.targets]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """What every job needs beside its targets."""
+
+    weights: BaseWeights
+    plan: Plan
+    statistics: Mapping[str, LayerStatistics]
+    seed: int
+    homes: Mapping[str, torch.device]  # where each target's factors belong
+    cache: Cache | None
+
+    def __call__(self, job: Job) -> list[InitializedLayer]:
+        """The job's layers. A device without enough memory gets smaller parts, then the CPU all."""
+        try:
+            return self._initialized(job)
+        except torch.OutOfMemoryError:
+            parts = job.parts()
+            if not parts:
+                raise
+        # Outside of the handler, whose traceback keeps the failed attempt's tensors.
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if parts[0].device != job.device:
+            _warn_of_memory(job)
+        return [layer for part in parts for layer in self(part)]
+
+    def _initialized(self, job: Job) -> list[InitializedLayer]:
+        start = time.perf_counter()
+        layers = [self._layer(target, job.device) for target in job.targets]
+        try:
+            factors = self._factors(job, layers)
+            norms = FactorNorms.of(factors)
+            homes = [self.homes[target.name] for target in job.targets]
+            settled = [
+                self._settled(target, layer, one)
+                for target, layer, one in zip(
+                    job.targets, layers, moved_together(factors, homes), strict=True
+                )
+            ]
+            # The copy of these numbers is what waits for the device; until then work is queued.
+            figures = norms.checked(
+                job.targets, self.plan.initializer, [dict(one.metrics) for one in settled]
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # Most often a weight that is not finite: then that is the error to report.
+            for target, layer in zip(job.targets, layers, strict=True):
+                if layer.stored_weight is not None:
+                    refuse_non_finite(target.name, layer.weight)
+            raise
+        settled = [
+            replace(one, metrics=numbers) for one, numbers in zip(settled, figures, strict=True)
+        ]
+        seconds = (time.perf_counter() - start) / len(job.targets)
+        return [
+            InitializedLayer(target, each, seconds)
+            for target, each in zip(job.targets, settled, strict=True)
+        ]
+
+    def _layer(self, target: Target, device: torch.device) -> Layer:
+        """What the method gets of one target, on `device`."""
+        spec = self.plan.initializer
+        weight = None
+        if self.plan.reads_weight(target):
+            weight = self.weights.weight(target).to(device)
+            if not is_narrow(weight.dtype):
+                weight = weight.to(torch.float32)
+        statistics = self.statistics.get(target.name, LayerStatistics()).to(device)
+        quantizer = None
+        if target.quantized:
+            quantizer = quantizer_of(self.weights.model.get_submodule(target.name))
+        return Layer(
+            names=(target.name,),
+            kind=target.module_type,
+            shape=target.shape,
+            rank=target.rank,
+            scaling=target.scaling,
+            seed=self.seed,
+            stored_weight=weight if "weight" in spec.reads else None,
+            inputs=statistics.inputs,
+            gradient=statistics.gradient,
+            quantizer=quantizer,
+            planned_rank=target.planned_rank,
+        )
+
+    def _factors(self, job: Job, layers: list[Layer]) -> list[Factors]:
+        """The factors of a job: from the cache if they are there, otherwise computed."""
+        if not cacheable(self.cache, self.plan.initializer, job.targets):
+            return self._computed(job.targets, layers)
+        memory = CachedFactors(self.cache, self.plan, job.device)
+        keys = [memory.key(layer) for layer in layers]
+        found = [memory.get(key, layer) for key, layer in zip(keys, layers, strict=True)]
+        missing = [index for index, factors in enumerate(found) if factors is None]
+        if missing:
+            made = self._computed(
+                tuple(job.targets[index] for index in missing), [layers[index] for index in missing]
+            )
+            for index, factors in zip(missing, made, strict=True):
+                found[index] = factors
+                memory.put(keys[index], layers[index], factors)
+        return found
+
+    def _computed(self, targets: tuple[Target, ...], layers: list[Layer]) -> list[Factors]:
+        """The method's own work: on one layer, on a stack, or on the layers of a stack in turn."""
+        spec, options = self.plan.initializer, self.plan.options
+        if len(layers) == 1 or not spec.is_batched:
+            made = [spec.function(layer, options) for layer in layers]
+        else:
+            made = unstacked(spec.function(stacked(layers), options), len(layers))
+        for target, factors in zip(targets, made, strict=True):
+            check_shapes(target.name, target.shape, target.rank, spec, factors)
+        return made
+
+    def _settled(self, target: Target, given: Layer, factors: Factors) -> Factors:
+        home, dtype = self.homes[target.name], self.plan.adapter_dtype
+        factors = replace(
+            factors,
+            lora_A=_settled(factors.lora_A, home, dtype),
+            lora_B=_settled(factors.lora_B, home, dtype),
+            replacement=_settled_replacement(factors.replacement, home),
+        )
+        if self.plan.requantizes_base(target):
+            weight = widened(self.weights.weight(target).to(home)).float()
+            factors = _requantized(factors, weight, target, given.quantizer)
+        return factors
+
+
+def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Quantizer) -> Factors:
+    """A subtracting method's factors on a base that takes the residual, and what that costs."""
+    # As they are stored: what is added back must be what was subtracted.
+    lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
+    replacement = Replacement(quantizer, lora_A, lora_B)
+    norm = linalg.frobenius_norm(weight)
+    before = linalg.frobenius_norm(weight - quantizer.roundtrip(weight)) / norm
+    product = low_rank_product(lora_A, lora_B, target.scaling)
+    error = linalg.frobenius_norm(weight - replacement.base(weight, target.scaling) - product)
+    figures = {
+        "error": error / norm,
+        "error_without_adapter": before,
+        "quantizer": quantizer.name,
+    }
+    return replace(factors, replacement=replacement, metrics={**factors.metrics, **figures})
+
+
+def _settled(factor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    factor = factor.detach()
+    if factor.device.type == "cpu" and not any(factor.stride()):  # one number in memory
+        number = factor[(0,) * factor.ndim].item()
+        return torch.full(factor.shape, number, dtype=dtype, device=device)
+    # A contiguous tensor of its own: a view would keep the whole decomposition in memory.
+    return factor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _settled_replacement(
+    replacement: Replacement | None, device: torch.device
+) -> Replacement | None:
+    if replacement is None:
+        return None
+    return replace(
+        replacement,
+        lora_A=_settled(replacement.lora_A, device, torch.float32),
+        lora_B=_settled(replacement.lora_B, device, torch.float32),
+    )
+
+
+def _warn_of_memory(job: Job) -> None:
+    warnings.warn(
+        f"{job.device} has too little free memory to initialize one layer, so the CPU does it. "
+        "Free memory there, or pass device='cpu' to initialize all layers on the CPU",
+        stacklevel=2,
+    )
+

@@ -1,0 +1,182 @@
+"""The factors of one weight matrix, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.factors import Factors
+from lora_init.initialize.checks import check_shapes, refuse_non_finite_factors
+from lora_init.layer import Inputs, Layer, LayerStatistics
+from lora_init.linalg.finite import refuse_non_finite
+from lora_init.linalg.mixed_products import is_narrow
+from lora_init.linalg.precision import full_precision
+from lora_init.moments import InputStatistics
+from lora_init.plan.check import check_target_rank
+from lora_init.quantization import Quantizer
+from lora_init.registry import Initializer, Options, build_options, resolve
+
+
+def init_factors(
+    weight: Float[Tensor, "out in"],
+    method: str | bool | Mapping[str, Any] | Options = "pissa",
+    *,
+    r: int,
+    lora_alpha: float | None = None,
+    use_rslora: bool = False,
+    options: Mapping[str, Any] | None = None,
+    inputs: Float[Tensor, "tokens in"] | Inputs | None = None,
+    gradient: Float[Tensor, "out in"] | None = None,
+    output_moments: Any = None,
+    target_weight: Tensor | None = None,
+    quantizer: Quantizer | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    device: str | torch.device | None = None,
+) -> Factors:
+    """Compute the initial factors of one weight matrix.
+
+    They are the numbers that `get_peft_model` gives a Linear layer of that name, weight and data::
+
+        factors = init_factors(linear.weight, "pissa", r=16)
+        residual = linear.weight - factors.lora_B @ factors.lora_A  # at lora_alpha = r
+
+    Args:
+        weight: W (out, in), float; it is not changed.
+        method: as `init_lora_weights` of `LoraConfig`: a name, a bool, a mapping, or options.
+        r: the rank.
+        lora_alpha: the scaling s is lora_alpha / r; None means r, so that s = 1.
+        use_rslora: s is lora_alpha / sqrt(r) instead.
+        options: the method's settings by name, where `method` is a name.
+        inputs: rows (tokens, in) that the layer reads, or the moments that `calibrate` found. Read
+            by methods with "inputs" in `Initializer.reads`, ignored by others.
+        gradient: of the loss with respect to `weight`; read by methods with "gradient" there.
+        output_moments, target_weight: no registered method reads them yet; must be None.
+        quantizer: of a base that is quantized already; None lets a method's options decide.
+        seed: of methods that draw random numbers, together with `name`.
+        name: the layer's qualified name; None means an empty one.
+        device: where to compute; None means where `weight` is. The result is where `weight` is.
+
+    Returns:
+        lora_A (r, in) and lora_B (out, r) in float32, and for methods that replace the base the
+        recipe of the quantized weight.
+
+    Raises:
+        ValueError: an argument has a wrong value or shape, the method needs data that is missing,
+            or a value is not finite.
+        TypeError: an argument has a wrong type.
+    """
+    spec, settings = _method(method, options)
+    _check_weight(weight)
+    scaling = _scaling(r, lora_alpha, use_rslora)
+    check_target_rank(name or "weight", r, (weight.shape[0], weight.shape[1]), spec, settings)
+    for setting, value in (("output_moments", output_moments), ("target_weight", target_weight)):
+        if value is not None:
+            raise ValueError(
+                f"{setting}={type(value).__name__} is not supported: {spec.name} does not read it. "
+                "Leave it out."
+            )
+    place = weight.device if device is None else torch.device(device)
+    given = _data(spec, weight, inputs, gradient).to(place)
+    stored = None
+    if "weight" in spec.reads:
+        stored = weight.detach().to(place)
+        if not is_narrow(stored.dtype):
+            stored = stored.to(torch.float32)
+    layer = Layer(
+        names=(name or "",),
+        kind="Linear",
+        shape=(weight.shape[0], weight.shape[1]),
+        rank=r,
+        scaling=scaling,
+        seed=seed,
+        stored_weight=stored,
+        inputs=given.inputs,
+        gradient=given.gradient,
+        quantizer=quantizer,
+    )
+    if layer.stored_weight is not None:
+        refuse_non_finite(name or "weight", layer.stored_weight)
+    with torch.no_grad(), full_precision():
+        factors = spec.function(layer, settings)
+    check_shapes(name or "weight", layer.shape, r, spec, factors)
+    refuse_non_finite_factors(name or "weight", spec, factors)
+    return replace(
+        factors,
+        lora_A=factors.lora_A.to(weight.device).contiguous(),
+        lora_B=factors.lora_B.to(weight.device).contiguous(),
+    )
+
+
+def _method(method: Any, options: Mapping[str, Any] | None) -> tuple[Initializer, Options]:
+    spec, settings = resolve(method)
+    if options is None:
+        return spec, settings
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"options={options!r} is not supported: must be a mapping of settings by name; pass "
+            "an options object as method"
+        )
+    if not isinstance(method, str):
+        raise ValueError("options: must be left out where method says the options itself")
+    return spec, build_options(spec.options, options, f"options ({spec.name})")
+
+
+def _check_weight(weight: Any) -> None:
+    if not isinstance(weight, Tensor):
+        kind = type(weight).__name__
+        raise TypeError(f"weight of type {kind} is not supported: must be a tensor")
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} and {weight.dtype} is not supported: must be a "
+            "floating-point matrix (out, in); reshape or dequantize it"
+        )
+
+
+def _scaling(r: Any, lora_alpha: Any, use_rslora: bool) -> float:
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r={r!r} is not supported: must be an integer >= 1")
+    alpha = r if lora_alpha is None else lora_alpha
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha < float("inf"):
+        raise ValueError(f"lora_alpha={lora_alpha!r} is not supported: must be a finite number > 0")
+    return alpha / (r**0.5 if use_rslora else r)
+
+
+def _data(spec: Initializer, weight: Tensor, inputs: Any, gradient: Any) -> LayerStatistics:
+    """The data that the method reads, as statistics; checked against the weight's shape."""
+    found = LayerStatistics()
+    if "inputs" in spec.reads:
+        found.inputs = _moments(spec, weight, inputs)
+    if "gradient" in spec.reads:
+        if not isinstance(gradient, Tensor) or gradient.shape != weight.shape:
+            got = tuple(gradient.shape) if isinstance(gradient, Tensor) else gradient
+            raise ValueError(
+                f"gradient={got!r} is not supported: {spec.name} reads the gradient of the loss, "
+                f"which must be a tensor {tuple(weight.shape)}"
+            )
+        refuse_non_finite("gradient", gradient)
+        found.gradient = gradient.detach().float()
+    return found
+
+
+def _moments(spec: Initializer, weight: Tensor, inputs: Any) -> Inputs:
+    if inputs is None:
+        raise ValueError(
+            f"inputs=None is not supported: {spec.name} reads the layer's inputs; pass rows "
+            f"(tokens, {weight.shape[1]})"
+        )
+    if not isinstance(inputs, Tensor):
+        return inputs
+    if inputs.ndim != 2 or inputs.shape[1] != weight.shape[1] or not inputs.is_floating_point():
+        raise ValueError(
+            f"inputs of shape {tuple(inputs.shape)} and {inputs.dtype} are not supported: must be "
+            f"floating-point rows (tokens, {weight.shape[1]})"
+        )
+    refuse_non_finite("inputs", inputs)
+    return InputStatistics.of_rows(inputs)

@@ -1,0 +1,145 @@
+"""What becomes of a base weight: kept, edited, replaced, or subtracted from in the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_init.factors import Factors, Replacement, low_rank_product, widened
+from lora_init.injection.editing import add_product
+from lora_init.injection.record import Injection
+from lora_init.injection.transaction import Transaction
+from lora_init.injection.weights import hold, store_weight
+from lora_init.layers import LoraLayer
+from lora_init.plan.plan import Plan, Target
+from lora_init.weights.checksum import base_checksum
+from lora_init.weights.fingerprint import fingerprint
+from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.source import BaseWeights
+
+# An edited float32 weight comes back within (growth + 1) 2^-24 max|W|, where growth is how much
+# larger than W's its largest entry is: at most 5.4e-7 for 8, inside the promised 1e-6.
+LARGEST_EDIT_GROWTH = 8.0
+
+
+def settle_base(
+    layer: LoraLayer,
+    target: Target,
+    plan: Plan,
+    factors: Factors,
+    injection: Injection,
+    weights: BaseWeights,
+    keep_original: bool,
+    transaction: Transaction,
+) -> None:
+    """Edit or replace the base weight where the method does so.
+
+    An edit needs the memory of one weight. Replaced weights stay in memory until the transaction
+    ends, because nothing else could restore them.
+    """
+    module = layer.base_layer
+    if plan.initializer.base == "keep":
+        return
+    if factors.replacement is not None:
+        _replace(layer, target, factors.replacement, injection, weights, keep_original, transaction)
+        return
+    # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
+    fixed = target.shared_with or target.quantized or module.weight.is_meta
+    editable = target.exact and not fixed
+    if not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):
+        layer.base_state = "in_forward"
+
+
+def _replace(
+    layer: LoraLayer,
+    target: Target,
+    replacement: Replacement,
+    injection: Injection,
+    weights: BaseWeights,
+    keep_original: bool,
+    transaction: Transaction,
+) -> None:
+    """Put a quantised weight in the base's place; one that is not loaded has nothing to put it in.
+
+    There the recipe is all that is left, which is what a file holds.
+    """
+    module = layer.base_layer
+    shared, absent = bool(target.shared_with), module.weight.is_meta
+    weight = weights.weight(target)
+    # A packed module quantises what it is given; values that are quantised already would have
+    # their scales rounded twice.
+    make = replacement.residual if target.quantized else replacement.base
+    replaced = make(weight, target.scaling)
+    if keep_original or shared or absent:
+        injection.originals[target.name] = hold(module, on_cpu=not (shared or absent))
+    layer.base_state = "replaced"
+    if not absent:
+        transaction.weight(module)
+        store_weight(module, replaced, own=shared)
+    injection.replacements[target.name] = replacement
+    if target.quantized and weights.originals is not None:
+        injection.from_original_weights[target.name] = fingerprint(weight)
+    stored = replaced.to(module.weight.dtype) if absent else oriented_weight(module)
+    injection.checksums[target.name] = base_checksum(replacement, weight, target.scaling, stored)
+
+
+def settle_magnitude(
+    layer: LoraLayer, target: Target, injection: Injection, weights: BaseWeights
+) -> None:
+    """Start DoRA's magnitude at the norms of the rows of the settled weight."""
+    if layer.base_state == "replaced" and layer.base_layer.weight.is_meta:
+        made = injection.replacements[target.name].base(weights.weight(target), target.scaling)
+        present = made.to(layer.base_layer.weight.dtype)
+    else:
+        present = weights.present(target)
+    layer.settle_norms(present)
+    layer.lora_magnitude_vector.data = layer.adapted_norms(present)
+
+
+def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor, transaction: Transaction) -> bool:
+    """Subtract s B0 A0 from a weight of 32 bits or more where that can be undone.
+
+    Returns:
+        Whether it was subtracted.
+    """
+    module = layer.base_layer
+    if module.weight.dtype not in (torch.float32, torch.float64):
+        return False
+    if not comes_back(oriented_weight(module), lora_A, lora_B, layer.scaling):
+        return False
+    add_product(module, lora_A, lora_B, layer.scaling, -1, transaction)
+    layer.base_state = "edited"
+    return True
+
+
+def comes_back(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> bool:
+    """Whether W - s B A + s B A is the float weight within 1e-6 of its largest entry."""
+    largest = float(_largest(weight))
+    # No entry of s B A is larger than this, which only a few reach: W need not be subtracted from.
+    rows = torch.linalg.vector_norm(widened(lora_B), dim=1).amax()
+    columns = torch.linalg.vector_norm(widened(lora_A), dim=0).amax()
+    if largest + scaling * float(rows * columns) <= LARGEST_EDIT_GROWTH * largest:
+        return True
+    residual = weight - low_rank_product(lora_A, lora_B, scaling).to(weight.device)
+    return float(_largest(residual)) <= LARGEST_EDIT_GROWTH * largest
+
+
+def move_initial_factors(
+    layer: LoraLayer, lora_A: Tensor, lora_B: Tensor, transaction: Transaction
+) -> None:
+    """Give a layer the initial factors of another start, and its base what belongs to them."""
+    transaction.attributes(layer, "base_state", "initial_lora_A", "initial_lora_B")
+    if layer.base_state == "edited":
+        start = layer.initial_lora_A, layer.initial_lora_B
+        add_product(layer.base_layer, *start, layer.scaling, 1, transaction)
+        layer.base_state = "in_forward"
+        _edit(layer, lora_A, lora_B, transaction)
+    layer.initial_lora_A, layer.initial_lora_B = lora_A.clone(), lora_B.clone()
+    if layer.use_dora:
+        transaction.attributes(layer, "base_square_norms", "initial_projection")
+        layer.settle_norms(oriented_weight(layer.base_layer))
+
+
+def _largest(weight: Tensor) -> Tensor:
+    low, high = torch.aminmax(weight)
+    return torch.maximum(-low, high)

@@ -1,0 +1,251 @@
+"""Injecting a plan's factors, and the ways out: restored, merged, and back in.
+
+What can fail for a reason in the settings or the numbers has been checked before. If the machine
+fails in the middle (memory, an interrupt), the transaction undoes what was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.factors import Factors
+from lora_init.injection.base import settle_base, settle_magnitude
+from lora_init.injection.editing import add_product
+from lora_init.injection.merge import set_merged
+from lora_init.injection.record import Injection
+from lora_init.injection.repacking import hold_plain, release
+from lora_init.injection.replace import replace_modules
+from lora_init.injection.switch import set_adapter_enabled
+from lora_init.injection.transaction import Transaction, set_gradient_flags
+from lora_init.layers import LoraLayer, TrainedModule, layer_class, trainable_copy
+from lora_init.plan.plan import Plan
+from lora_init.weights import bitsandbytes
+from lora_init.weights.fingerprint import fingerprint
+from lora_init.weights.offload import factor_device, is_unloaded
+from lora_init.weights.source import BaseWeights
+
+
+@torch.inference_mode(False)
+def inject_factors(
+    model: nn.Module,
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    *,
+    transaction: Transaction,
+    weights: BaseWeights,
+    plain: Mapping[nn.Module, bitsandbytes.Held],
+    keep_original: bool = False,
+    initial_known: bool = True,
+) -> Injection:
+    """Wrap the plan's targets, edit or replace their bases, freeze everything else.
+
+    Args:
+        model: changed in place.
+        plan: targets, modules to save, biases to train.
+        factors: by target name; already checked, on the right device and in the adapter's dtype.
+        transaction: undoes everything where this or something after it fails.
+        weights: what replaced bases are computed from, and weights that are not in memory read.
+        plain: from `hold_plain`, which the model's packed modules have gone through.
+        keep_original: keep what replaced bases were: float weights in CPU memory.
+        initial_known: whether the factors are those of step 0 (False: a trained adapter was
+            loaded onto a kept base).
+    """
+    injection = _prepare(model, plan, factors, weights, initial_known)
+    injection.plain = dict(plain)
+    transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
+    for parameter, _ in injection.requires_grad:
+        parameter.requires_grad_(False)
+    for target in plan.targets:
+        layer = injection.layers[target.name]
+        settle_base(
+            layer, target, plan, factors[target.name], injection, weights, keep_original,
+            transaction,
+        )  # fmt: skip
+        if layer.use_dora:
+            settle_magnitude(layer, target, injection, weights)
+    for name in plan.trained_biases:
+        bias = model.get_parameter(name)
+        injection.biases[name] = (bias, bias.detach().clone())
+        module, _, own_name = name.rpartition(".")
+        transaction.values(model.get_submodule(module), own_name)
+        bias.requires_grad_(True)
+    _place(model, injection, transaction)
+    _forget_lost(model, injection)
+    return injection
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def forget_originals(model: nn.Module, injection: Injection) -> None:
+    """Let go of the originals of replaced bases, which were kept for a while."""
+    injection.originals.clear()
+    _forget_lost(model, injection)
+
+
+def _forget_lost(model: nn.Module, injection: Injection) -> None:
+    """Let go of packed originals that nobody asked to keep, which would stay in memory."""
+    lost = injection.lost()
+    for name in lost:
+        injection.plain.pop(injection.layers[name].base_layer, None)
+    if lost:
+        present = {id(parameter) for parameter in model.parameters()}
+        flags = [(p, flag) for p, flag in injection.requires_grad if id(p) in present]
+        injection.requires_grad = flags
+
+
+def _prepare(
+    model: nn.Module,
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    weights: BaseWeights,
+    initial_known: bool,
+) -> Injection:
+    """Everything that allocates or may fail, beside the model: nothing of it is touched here."""
+    modules = {target.name: model.get_submodule(target.name) for target in plan.targets}
+    unloaded = any(map(is_unloaded, modules.values()))
+    injection = Injection(
+        # A checkpoint that was given as a mapping is held in memory: only where it is needed.
+        weights if unloaded else BaseWeights(model, None),
+        requires_grad=[(p, p.requires_grad) for p in model.parameters()],
+        shared=frozenset(target.name for target in plan.targets if target.shared_with),
+        inexact=frozenset(target.name for target in plan.targets if not target.exact),
+    )
+    for target in plan.targets:
+        module = modules[target.name]
+        # Read from a file in inference mode, they could not be part of a graph.
+        lora_A, lora_B = map(_normal, (factors[target.name].lora_A, factors[target.name].lora_B))
+        layer = layer_class(module)(
+            module,
+            lora_A.clone(),
+            lora_B.clone(),
+            scaling=target.scaling,
+            dropout=plan.dropout,
+            initial=(lora_A, lora_B) if initial_known else None,
+            use_dora=plan.use_dora,
+            lora_bias=plan.lora_bias,
+        )
+        for frozen in plan.initializer.frozen:
+            getattr(layer, frozen).requires_grad_(False)
+        injection.layers[target.name] = layer
+        injection.fingerprints[target.name] = fingerprint(weights.present(target))
+    for name in plan.modules_to_save:
+        original = model.get_submodule(name)
+        trained = trainable_copy(original, plan.adapter_dtype)
+        injection.trained[name] = TrainedModule(original, trained)
+    return injection
+
+
+@torch.inference_mode(False)
+def restore(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
+    """Give the model back as it was: modules, weights, biases and requires_grad flags.
+
+    Raises:
+        RuntimeError: if a base was replaced and no copy of it kept; nothing is changed then.
+    """
+    injection.refuse_lost("unload")
+    set_merged(injection, False, transaction)
+    set_adapter_enabled(injection, False, transaction)
+    for layer in injection.layers.values():
+        if layer.base_state == "edited":
+            start = layer.initial_lora_A, layer.initial_lora_B
+            add_product(layer.base_layer, *start, layer.scaling, 1, transaction)
+    release(injection.plain, transaction)
+    _unwrap(model, injection, lambda trained: trained.original_module, transaction)
+
+
+@torch.inference_mode(False)
+def reinstate(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
+    """The inverse of `restore`: the same adapter, where it was, as trained."""
+    transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
+    transaction.gradient_flags(bias for bias, _ in injection.biases.values())
+    transaction.attributes(injection, "plain")
+    for parameter, _ in injection.requires_grad:
+        parameter.requires_grad_(False)
+    _follow(injection)
+    injection.plain = hold_plain(model, transaction)
+    for layer in injection.layers.values():
+        if layer.base_state == "edited":
+            start = layer.initial_lora_A, layer.initial_lora_B
+            add_product(layer.base_layer, *start, layer.scaling, -1, transaction)
+    for bias, _ in injection.biases.values():
+        bias.requires_grad_(True)
+    _place(model, injection, transaction)
+    set_adapter_enabled(injection, True, transaction)
+
+
+def _follow(injection: Injection) -> None:
+    """Move a detached adapter to where its model has moved since."""
+    for layer in injection.layers.values():
+        move = partial(Tensor.to, device=factor_device(layer.base_layer))
+        layer._apply(move, recurse=False)
+    for trained in injection.trained.values():
+        home = next(trained.original_module.parameters(), None)
+        if home is not None:
+            trained.trained_module.to(home.device)
+
+
+def unwrap_merged(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
+    """Take the merged base layers out of their adapters; trained modules take their places."""
+    merged = {layer.base_layer for layer in injection.layers.values()}
+    left = {module: held for module, held in injection.plain.items() if module not in merged}
+    release(left, transaction)
+    flags = {id(parameter): flag for parameter, flag in injection.requires_grad}
+    for trained in injection.trained.values():
+        for tensor in (*trained.trained_module.parameters(), *trained.trained_module.buffers()):
+            transaction.data(tensor)
+    _unwrap(model, injection, TrainedModule.merged_module, transaction)
+    for name, parameter in injection.untied.items():
+        weight = injection.layers[name].base_layer.weight
+        transaction.gradient_flags([weight])
+        weight.requires_grad_(flags[id(parameter)])
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse a model that has an adapter already, ours or PEFT's.
+
+    Raises:
+        ValueError: one adapter a model.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer | TrainedModule):
+            raise ValueError(
+                f"{name!r} has an adapter already, and one adapter a model is served; call "
+                "unload() or merge_and_unload() on the LoraModel that holds it first, or its "
+                "reinitialize() to start it another way"
+            )
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"{name or 'the model'!r} was injected by PEFT; pass the plain base model "
+                "(PEFT's model.unload() returns it)"
+            )
+        if type(module).__module__.startswith("lora_init.peft_models."):
+            raise ValueError(
+                f"{name.rpartition('.')[0]!r} was started already, by initialize_peft_model, and "
+                "its weight or output is not the original one. Call unload() on that PEFT model, "
+                "or load the base model again"
+            )
+
+
+def _place(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
+    layers, trained = injection.layers.values(), injection.trained.values()
+    replace_modules(model, ((layer.base_layer, layer) for layer in layers), transaction)
+    replace_modules(model, ((one.original_module, one) for one in trained), transaction)
+
+
+def _unwrap(
+    model: nn.Module,
+    injection: Injection,
+    pick: Callable[[TrainedModule], nn.Module],
+    transaction: Transaction,
+) -> None:
+    layers, trained = injection.layers.values(), injection.trained.values()
+    replace_modules(model, ((layer, layer.base_layer) for layer in layers), transaction)
+    replace_modules(model, ((one, pick(one)) for one in trained), transaction)
+    transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
+    set_gradient_flags(injection.requires_grad)

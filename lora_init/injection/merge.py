@@ -1,0 +1,127 @@
+"""Folding the adapters into the base weights, and taking them out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from lora_init import linalg
+from lora_init.injection.record import Injection
+from lora_init.injection.switch import set_adapter_enabled
+from lora_init.injection.transaction import Transaction, atomically
+from lora_init.injection.weights import exchange, hold, put_back, store_weight
+from lora_init.weights import bitsandbytes
+from lora_init.weights.kinds import oriented_weight
+
+
+def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> None:
+    """Fold the adapters into the base weights, or take them out again, exactly.
+
+    While merged, the injection holds what the weights were: exact, at the cost of their memory.
+
+    Raises:
+        ValueError: a layer has a `lora_bias`, its base none to fold it into.
+    """
+    if merged == injection.merged:
+        return
+    transaction.attributes(injection, "unmerged", "untied")
+    if merged:
+        _refuse_lone_bias(injection)
+        set_adapter_enabled(injection, True, transaction)
+        errors = {}
+        for name, layer in injection.layers.items():
+            bias = None if layer.lora_bias is None else layer.base_layer.bias.data
+            injection.unmerged[name] = hold(layer.base_layer), bias
+            _fold(name, injection, errors, transaction)
+        _warn_of_merging(injection, errors, stacklevel=5)
+        return
+    for name, (held, bias) in injection.unmerged.items():
+        layer = injection.layers[name]
+        transaction.weight(layer.base_layer)
+        transaction.attributes(layer, "merged")
+        put_back(layer.base_layer, held)
+        if bias is not None:
+            transaction.data(layer.base_layer.bias)
+            exchange(layer.base_layer.bias, bias)  # on its device of today
+        layer.merged = False
+    injection.unmerged = {}
+
+
+def fold(injection: Injection) -> None:
+    """Merge layer by layer, in the memory of one more weight.
+
+    Each layer is merged whole or not at all. A layer that was merged by a call that failed later
+    is skipped.
+    """
+    _refuse_lone_bias(injection)
+    atomically(partial(set_adapter_enabled, injection, True))
+    errors = {}
+    for name, layer in injection.layers.items():
+        if not layer.merged:
+            atomically(partial(_fold, name, injection, errors))
+    _warn_of_merging(injection, errors, stacklevel=4)
+
+
+@torch.inference_mode(False)  # a weight made in inference mode could not be trained
+def _fold(
+    name: str, injection: Injection, errors: dict[str, float], transaction: Transaction
+) -> None:
+    """Merge one layer, and note the error of a packed one."""
+    layer = injection.layers[name]
+    module = layer.base_layer
+    weight = layer.merged_weight()
+    transaction.weight(module)
+    transaction.attributes(layer, "merged")
+    if name in injection.shared:
+        kept = injection.originals.get(name)
+        transaction.attributes(injection, "untied")
+        injection.untied[name] = module.weight if kept is None else kept.parameter
+    store_weight(module, weight, own=name in injection.shared)
+    if layer.lora_bias is not None:
+        transaction.data(module.bias)
+        bias = module.bias.data
+        module.bias.data = (bias + layer.scaling * layer.lora_bias.detach()).to(bias.dtype)
+    layer.merged = True
+    if bitsandbytes.is_packed(module):
+        norm = linalg.frobenius_norm(weight)
+        error = linalg.frobenius_norm(weight - oriented_weight(module))
+        errors[name] = float(error / norm) if norm > 0 else 0.0
+
+
+def _refuse_lone_bias(injection: Injection) -> None:
+    for name, layer in injection.layers.items():
+        if layer.lora_bias is not None and layer.base_layer.bias is None:
+            raise ValueError(
+                f"layer {name!r} has a lora_bias, and its base module no bias to merge it into; "
+                "keep the adapter unmerged, or train without lora_bias"
+            )
+
+
+def _warn_of_merging(
+    injection: Injection, errors: Mapping[str, float], stacklevel: int
+) -> None:
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        mean = sum(errors.values()) / len(errors)
+        warnings.warn(
+            f"merged into {len(errors)} quantised weights, which adds a relative error of "
+            f"{mean:.1e} on average and {errors[worst]:.1e} in {worst!r}; merge into the "
+            "unquantised model to avoid it",
+            stacklevel=stacklevel,
+        )
+    if injection.inexact:
+        names = sorted(injection.inexact)
+        warnings.warn(
+            f"merged into {len(names)} weights that a quantizer's forward rounds again, the first "
+            f"is {names[0]!r}, which adds an error; merge into the unquantized model to avoid it",
+            stacklevel=stacklevel,
+        )
+    for name in sorted(injection.shared):
+        warnings.warn(
+            f"{name!r} shared its weight with another module and now has one of its own; untie "
+            "them in the model's configuration (tie_word_embeddings=False) before saving it",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,168 @@
+"""What an initializer is given: one layer, or a stack of layers of one shape."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.factors import widened
+from lora_init.moments import InputStatistics, LeadingComponents, StackedInputs
+
+if TYPE_CHECKING:
+    from lora_init.quantization import Quantizer
+
+Inputs = InputStatistics | LeadingComponents | StackedInputs
+
+
+STACKED = "stored_weight", "gradient"
+
+
+@dataclass
+class LayerStatistics:
+    """What a calibration found out about one layer.
+
+    Attributes:
+        inputs: moments of its inputs, if the method reads them.
+        gradient: of the loss with respect to its weight, if the method reads it.
+    """
+
+    inputs: Inputs | None = None
+    gradient: Float[Tensor, "out in"] | None = None
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        """The same statistics on another device; this object if they are there already."""
+        parts = {"inputs": self.inputs, "gradient": self.gradient}
+        elsewhere = {
+            name: part.to(device)
+            for name, part in parts.items()
+            if part is not None and part.device != device
+        }
+        return replace(self, **elsewhere) if elsewhere else self
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as an initializer sees it, or a stack of layers that are alike.
+
+    A function marked with `lora_init.registry.batched` may get a stack: then the weight, the
+    statistics and the factors have a leading dimension, and `names` has an entry for each layer.
+    What the method does not declare in `reads` is None; the weight then raises an error.
+
+    Attributes:
+        names: qualified names of the modules; a single one unless it is a stack.
+        kind: the module type, such as "Linear" or "Embedding".
+        shape: (out, in).
+        rank: r of the factors to return.
+        scaling: s, by which the layer multiplies B A.
+        seed: the initialization seed.
+        stored_weight: W (out, in), or (stack, out, in): in 16 bits if the model stores it so,
+            otherwise in float32.
+        inputs: moments of the layer's inputs.
+        gradient: of the loss with respect to W, float32, shaped like W.
+        quantizer: of a base that is quantized already; None for a float base.
+        planned_rank: r before ranks were allocated; None without an allocation.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    seed: int = 0
+    stored_weight: Float[Tensor, "*stack out in"] | None = None
+    inputs: Inputs | None = None
+    gradient: Float[Tensor, "*stack out in"] | None = None
+    quantizer: Quantizer | None = None
+    planned_rank: int | None = None
+    is_stack: bool = False
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "*stack out in"]:
+        """W in float32, dequantized where the base is quantized.
+
+        Raises:
+            AttributeError: the method did not declare that it reads the weight.
+        """
+        if self.stored_weight is None:
+            raise AttributeError(
+                "layer.weight is not available: the method must declare reads=('weight', ...) "
+                "when it is registered"
+            )
+        return widened(self.stored_weight).to(torch.float32)
+
+    @cached_property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return tuple(layer_generator(self.seed, name) for name in self.names)
+
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """A CPU generator for each layer, seeded by the initialization seed and its name."""
+        return self._generators
+
+    @property
+    def generator(self) -> torch.Generator | tuple[torch.Generator, ...]:
+        """The layer's generator; for a stack one for each layer."""
+        return self._generators if self.is_stack else self._generators[0]
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a method has asked for a generator, so that its factors depend on the seed."""
+        return "_generators" in vars(self)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading dimensions of weight and factors: (layers,) of a stack, else ()."""
+        return (len(self.names),) if self.is_stack else ()
+
+    def members(self) -> list[Layer]:
+        """The layers of a stack, one by one."""
+        weights = self.stored_weight if self.stored_weight is not None else [None] * len(self.names)
+        inputs = self.inputs.members if self.inputs is not None else [None] * len(self.names)
+        gradients = self.gradient if self.gradient is not None else [None] * len(self.names)
+        return [
+            replace(
+                self,
+                names=(name,),
+                stored_weight=weight,
+                inputs=moments,
+                gradient=gradient,
+                is_stack=False,
+            )
+            for name, weight, moments, gradient in zip(
+                self.names, weights, inputs, gradients, strict=True
+            )
+        ]
+
+
+def stacked(layers: Sequence[Layer]) -> Layer:
+    """Layers of one kind, shape, rank and scaling as a stack."""
+    first = layers[0]
+    weights, gradients = ([getattr(one, name) for one in layers] for name in STACKED)
+    return replace(
+        first,
+        names=tuple(one.names[0] for one in layers),
+        stored_weight=None if first.stored_weight is None else torch.stack(weights),
+        inputs=None if first.inputs is None else StackedInputs([one.inputs for one in layers]),
+        gradient=None if first.gradient is None else torch.stack(gradients),
+        is_stack=True,
+    )
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """The CPU generator of the layer `name` under `seed`.
+
+    Its seed is the first 63 bits of SHA-256 of ``"{seed}:{name}"``. So the numbers depend neither
+    on which other layers are targeted, nor on their order, the device or the process. They are
+    drawn on the CPU because CUDA's generator gives other numbers.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return generator

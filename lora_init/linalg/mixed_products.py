@@ -1,0 +1,99 @@
+"""Products of a 16-bit matrix with a float32 block, without a float32 copy of the matrix.
+
+The block is written as a sum of 16-bit parts. A GPU multiplies each part exactly and adds in
+float32, so the result is that of a float32 product:
+
+    W X = W X_1 + W X_2 + W X_3,
+    X_1 = round(X),    X_2 = round(X - X_1),    X_3 = round(X - X_1 - X_2).
+
+Three parts in bfloat16 have 24 bits, as float32 has. In float16 two parts have 22 bits. There every
+column is first divided by a power of two so that its largest entry is below 1, and the second part
+is stored 2^11 times as large: else small entries would lose bits to float16's range.
+
+A CPU has no such product: there a float32 copy is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init.linalg.product_sum import SIXTEEN_BITS, Support, mixed_support
+
+FLOAT16_STEP = 2.0**11
+"""How much smaller the second part in float16 is than the first."""
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether it is one of the 16-bit types that weights are stored in."""
+    return dtype in SIXTEEN_BITS
+
+
+def has_mixed_products(matrix: Tensor) -> bool:
+    """Whether the matrix's device multiplies it with float32 results: CUDA, from torch 2.8 on."""
+    if not is_narrow(matrix.dtype):
+        return False
+    return mixed_support(matrix.device, matrix.dtype) is not Support.NONE
+
+
+def product(
+    matrix: Float[Tensor, "*stack m n"], block: Float[Tensor, "*stack n k"]
+) -> Float[Tensor, "*stack m k"]:
+    """``matrix block`` in float32."""
+    if not has_mixed_products(matrix):
+        return matrix.float() @ block
+    parts, scale = split(block, matrix.dtype)
+    return joined(_multiply(matrix, parts), matrix.dtype, scale)
+
+
+def transposed_product(
+    matrix: Float[Tensor, "*stack m n"], block: Float[Tensor, "*stack m k"]
+) -> Float[Tensor, "*stack n k"]:
+    """``matrix^T block`` in float32."""
+    if not has_mixed_products(matrix):
+        return (block.mT @ matrix.float()).mT
+    parts, scale = split(block, matrix.dtype)
+    return joined(_multiply(parts.mT, matrix).mT, matrix.dtype, scale)
+
+
+def split(
+    block: Float[Tensor, "*stack n k"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "*stack n parts_k"], Tensor | None]:
+    """The parts of a block next to each other, and the scale of its columns (None: 1)."""
+    columns = block.shape[-1]
+    count = 3 if dtype == torch.bfloat16 else 2
+    parts = block.new_empty(*block.shape[:-1], count * columns, dtype=dtype)
+    scale = None
+    if dtype == torch.float16:
+        largest = block.abs().amax(-2, keepdim=True)
+        scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+        block = block / scale
+    first, *others = parts.split(columns, dim=-1)
+    first.copy_(block)
+    for part, last in zip(others, (first, *others), strict=False):
+        block = block - last
+        if dtype == torch.float16:
+            block = block * FLOAT16_STEP
+        part.copy_(block)
+    return parts, scale
+
+
+def joined(
+    products: Float[Tensor, "*stack m parts_k"], dtype: torch.dtype, scale: Tensor | None
+) -> Float[Tensor, "*stack m k"]:
+    """The product with a block, from the products with its parts."""
+    if dtype == torch.bfloat16:
+        return products.unflatten(-1, (3, -1)).sum(-2)
+    first, second = products.chunk(2, dim=-1)
+    return torch.add(first, second, alpha=1 / FLOAT16_STEP) * scale
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two 16-bit matrices, or stacks of them, summed and returned in float32."""
+    if left.ndim == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    stack = left.shape[:-2]
+    flat = [part.reshape(-1, *part.shape[-2:]) for part in (left, right)]
+    found = torch.bmm(*flat, out_dtype=torch.float32)
+    return found.reshape(*stack, *found.shape[-2:])

@@ -1,0 +1,1 @@
+"""The model that `get_peft_model` returns."""

@@ -1,0 +1,606 @@
+"""The model that `get_peft_model` returns: the base model with one adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init import adapters, injection
+from lora_init import state_dict as checkpoints
+from lora_init.adapters.hub import push_adapter
+from lora_init.config.lora_config import LoraConfig
+from lora_init.layers import LoraLayer, TrainedModule
+from lora_init.model.base_methods import cover_methods, uncover_methods
+from lora_init.model.signatures import blank, bound_to_base, with_forward_of
+from lora_init.model.verification import (
+    Uses,
+    has_compiled_part,
+    is_traced,
+    read_message,
+    unused_message,
+)
+from lora_init.plan.make import check_model
+from lora_init.plan.plan import Plan
+from lora_init.report import InitReport, LayerReport, describe_layer
+from lora_init.weights.bitsandbytes import parameter_count
+from lora_init.weights.offload import HOOK_ATTRIBUTES, absence, first_unloaded
+
+
+class LoraModel(nn.Module):
+    """A base model with one adapter. Forwards to the base model; made by `get_peft_model`.
+
+    Its class is a subclass of this one that has the base model's signature of `forward`.
+
+    Attributes:
+        base_model: the model that was injected.
+        peft_config: the settings; after a rank allocation its patterns hold the chosen ranks.
+        plan: what was done.
+    """
+
+    def __new__(cls, base_model: nn.Module | None = None, *args: Any, **kwargs: Any) -> LoraModel:
+        if base_model is not None:  # else `blank` asks, and has chosen the class
+            cls = with_forward_of(getattr(cls, "family", cls), type(base_model))
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        base_model: nn.Module,
+        peft_config: LoraConfig,
+        plan: Plan,
+        done: injection.Injection,
+        report: InitReport,
+        metrics: dict[str, dict[str, Any]],
+        seconds_by_layer: dict[str, float],
+    ) -> None:
+        nn.Module.__init__(self)  # the class may also be transformers' PreTrainedModel
+        self.base_model = base_model
+        self.peft_config = peft_config
+        self.plan = plan
+        self._injection = done
+        self._report = report
+        self._metrics = metrics
+        self._seconds_by_layer = seconds_by_layer
+        if peft_config.base_model_name_or_path is None:
+            name = getattr(getattr(base_model, "config", None), "_name_or_path", None)
+            peft_config.base_model_name_or_path = name or None
+        if peft_config.inference_mode:
+            self.requires_grad_(False)
+        self.training = base_model.training  # parts that their owner keeps in eval mode stay so
+        self._use_pending = True  # whether no forward pass has shown which layers are used
+        self._read_layers: list[str] = []  # whose weight was read there, without a call
+        self.checkpoint_prefix = ""  # of the state dict that is being loaded
+        self.loading: injection.Transaction | None = None  # what undoes it, until it is loaded
+        checkpoints.register(self)
+        cover_methods(self, base_model)
+        if first_unloaded(base_model) is not None:
+            self.register_forward_pre_hook(_refuse_unloaded)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.loading is not None:
+            self.undo_broken_loading()
+        if self._use_pending and not is_traced():
+            return self._first_forward(*args, **kwargs)
+        return self.base_model(*args, **kwargs)
+
+    def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass and warn of adapted layers that it does not use.
+
+        A pass that fails, or runs without the adapter, leaves the check for the next one.
+        """
+        live = self._injection
+        if live is None or has_compiled_part(self.base_model):
+            self._use_pending = False
+            return self.base_model(*args, **kwargs)
+        if live.merged or not live.enabled:
+            return self.base_model(*args, **kwargs)
+        layers = {**live.layers, **live.trained}
+        with Uses(layers) as uses:
+            output = self.base_model(*args, **kwargs)
+        self.assume_used(uses)
+        if unused := [name for name in layers if name not in uses.used]:
+            warnings.warn(unused_message(unused, len(layers)), stacklevel=4)
+        return output
+
+    def assume_used(self, uses: Uses) -> None:
+        """Remember how the layers are used, and check it no more."""
+        self._use_pending = False
+        self._read_layers = [name for name in self.layers if name in uses.used - uses.called]
+
+    def trained_modules(self) -> dict[str, TrainedModule]:
+        """The modules that are trained whole, by name."""
+        return dict(self._live_injection().trained)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: injection keeps the base's ties, and unties what it must on purpose."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the vocabulary as the base model does, where no embedding is adapted.
+
+        Raises:
+            ValueError: the input or output embedding is adapted or trained whole.
+        """
+        base = self.base_model
+        for find in (base.get_input_embeddings, base.get_output_embeddings):
+            module = find()
+            if (args or kwargs) and isinstance(module, LoraLayer | TrainedModule):
+                raise ValueError(
+                    "resize_token_embeddings: the adapter contains the model's input or output "
+                    "embedding, whose size is fixed. Resize the base model before get_peft_model, "
+                    "or leave both embeddings out of target_modules and modules_to_save"
+                )
+        return base.resize_token_embeddings(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the adapter of a checkpoint, as `torch.nn.Module.load_state_dict` does.
+
+        The model is unchanged where that fails.
+
+        Raises:
+            ValueError, RuntimeError: see `lora_init.state_dict`.
+        """
+        try:
+            return nn.Module.load_state_dict(self, *args, **kwargs)
+        except BaseException:
+            self.undo_broken_loading()
+            raise
+
+    def get_extra_state(self) -> Tensor:
+        """What names the start of the adapter in a state dict, see `lora_init.state_dict`."""
+        return torch.empty(0) if self._injection is None else checkpoints.start_of(self)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: a checkpoint of another start was refused before."""
+
+    def undo_broken_loading(self) -> None:
+        """Undo what a `load_state_dict` did that never came to its end.
+
+        One of a module around this one ends unseen; the next call on this model finds it here.
+        """
+        if self.loading is not None:
+            self.loading.roll_back()
+            self.loading = None
+
+    def __reduce__(self) -> tuple:
+        family = getattr(type(self), "family", type(self))
+        return blank, (family, type(self.base_model)), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._injection is not None:
+            cover_methods(self, self.base_model)
+
+    def _get_name(self) -> str:
+        """The base model's, by which Trainer's label smoothing knows that labels are shifted."""
+        return self.base_model._get_name()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            value = bound_to_base(value, self, self.base_model)
+        super().__setattr__(name, value)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """transformers' mark of a model with an adapter: Trainer refuses quantised ones without."""
+        return self._injection is not None
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever this class does not have (generate, config, device, …) is the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # base_model: not set yet, and must not recurse. The last: of a compiled base, which
+            # does not make this model compiled.
+            if name in ("base_model", *HOOK_ATTRIBUTES, "get_compiler_config"):
+                raise
+            return getattr(self.base_model, name)
+
+    @property
+    def layers(self) -> dict[str, LoraLayer]:
+        """The adapted layers by name."""
+        return dict(self._live_injection().layers)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all): as PEFT counts, the untouched originals of saved modules included."""
+        counted = [(parameter_count(p), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counted if trained), sum(n for n, _ in counted)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def init_report(self) -> InitReport:
+        """What the initialization did, per layer. Print it, or take its `to_dict()`.
+
+        The figures of a kept or subtracted base are computed now, from the initial factors and the
+        restored weights; the model's state of training does not change them. Weights that are not
+        in memory are read one layer at a time, from where they were read before.
+        """
+        live = self._whole_injection("init_report", without_base=True)
+        layers = []
+        for target in self.plan.targets:
+            row = LayerReport.of(target, self._seconds_by_layer.get(target.name))
+            describe_layer(
+                live.layers[target.name],
+                row,
+                self._metrics.get(target.name, {}),
+                partial(live.original_weight, target),
+            )
+            layers.append(row)
+        left_out = list(self.plan.left_out)
+        return dataclasses.replace(self._report, layers=layers, left_out=left_out)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside this context the model computes its original function.
+
+        Raises:
+            RuntimeError: where a base was replaced and no copy of the original was kept.
+        """
+        live = self._live_injection("disable_adapter")
+        if live.originals or live.biases:  # data is exchanged; else the forward pass does it
+            self._whole_injection("disable_adapter")
+        before = live.enabled
+        try:
+            try:
+                injection.atomically(partial(injection.set_adapter_enabled, live, False))
+                yield
+            finally:
+                self._switch(live, before)
+        finally:  # once more, for an interrupt of the first time
+            self._switch(live, before)
+
+    def _switch(self, live: injection.Injection, enabled: bool) -> None:
+        if self._injection is live:  # else it was unloaded inside, and is off for good
+            injection.atomically(partial(injection.set_adapter_enabled, live, enabled))
+
+    def merge_adapter(self) -> None:
+        """Fold the adapter into the base weights, for inference; `unmerge_adapter` undoes it.
+
+        The base weights are held meanwhile, so that they come back to the bit.
+
+        Raises:
+            ValueError: a layer has a lora_bias and its base no bias.
+        """
+        live = self._whole_injection("merge_adapter")
+        injection.atomically(partial(injection.set_merged, live, True))
+
+    def unmerge_adapter(self) -> None:
+        """Take the adapter out of the base weights again."""
+        live = self._live_injection("unmerge_adapter")
+        injection.atomically(partial(injection.set_merged, live, False))
+
+    def merge_and_unload(self) -> nn.Module:
+        """Fold the adapter into the base weights and return the plain base model.
+
+        It needs the memory of one more weight, so what is merged cannot be taken out again. Where
+        it fails in the middle, the model still computes the same; call it again to finish.
+        """
+        live = self._whole_injection("merge_and_unload", half_merged=True)
+        if not live.merged:
+            injection.fold(live)
+        return injection.atomically(partial(self._remove, injection.unwrap_merged, live))
+
+    def unload(self) -> nn.Module:
+        """Remove the adapter and return the base model with its original weights.
+
+        Raises:
+            RuntimeError: where a base was replaced and no copy of the original was kept.
+        """
+        live = self._whole_injection("unload", without_base=True)
+        return injection.atomically(partial(self._remove, injection.restore, live))
+
+    def delete_adapter(self) -> nn.Module:
+        """The same as `unload`: one adapter a model."""
+        return self.unload()
+
+    def detach_adapter(
+        self, transaction: injection.Transaction | None = None
+    ) -> injection.Injection:
+        """Unload, and return what `attach_adapter` needs to undo it.
+
+        Args:
+            transaction: puts the adapter back where something later fails.
+        """
+        live = self._whole_injection("unload", without_base=True)
+        if transaction is None:
+            injection.atomically(partial(self._remove, injection.restore, live))
+        else:
+            self._remove(injection.restore, live, transaction)
+        return live
+
+    def _remove(
+        self,
+        way: Callable[[nn.Module, injection.Injection, injection.Transaction], None],
+        live: injection.Injection,
+        transaction: injection.Transaction,
+    ) -> nn.Module:
+        """Take the adapter off the base model in one of two ways, and forget it."""
+        transaction.undo_by(partial(cover_methods, self, self.base_model))
+        uncover_methods(self.base_model)
+        way(self.base_model, live, transaction)
+        transaction.attributes(self, "_injection")
+        self._injection = None
+        return self.base_model
+
+    def attach_adapter(self, detached: injection.Injection) -> None:
+        """Put an adapter back that `detach_adapter` took off, as trained.
+
+        Nothing happens where it is back already.
+
+        Raises:
+            RuntimeError: another adapter is attached.
+        """
+        if self._injection is detached:
+            return
+        if self._injection is not None:
+            raise RuntimeError("another adapter is attached; call detach_adapter() first")
+        injection.atomically(partial(self._attach, detached))
+
+    def _attach(self, detached: injection.Injection, transaction: injection.Transaction) -> None:
+        transaction.undo_by(partial(uncover_methods, self.base_model))
+        injection.reinstate(self.base_model, detached, transaction)
+        cover_methods(self, self.base_model)
+        transaction.attributes(self, "_injection")
+        self._injection = detached
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        portable: bool = False,
+        save_function: Any = None,
+        max_shard_size: Any = None,
+        push_to_hub: bool = False,
+    ) -> None:
+        """Write the adapter; see `lora_init.adapters` for the files.
+
+        The arguments are PEFT's and transformers', in PEFT's order.
+
+        Args:
+            folder: made if it does not exist.
+            safe_serialization: True; a pickle is never written.
+            selected_adapters: None or ["default"]: there is one adapter.
+            save_embedding_layers: whether the file holds the base's embeddings too. "auto": where
+                they are adapted, or the vocabulary has another size than the base was saved with.
+            is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: not needed, since the file is for the
+                original base anyway; ignored with a warning.
+            state_dict: the model's state dict, as trainers pass it, gathered from shards. For them
+                `model.safetensors` is written too.
+            portable: write a file that PEFT, vLLM and llama.cpp scale alike. It is loaded as a
+                plain adapter of its rank, 2r after a subtracting start.
+            save_function, max_shard_size: ignored: an adapter is one file, written atomically.
+            push_to_hub: must be False; call `push_to_hub` of the model.
+
+        Raises:
+            RuntimeError: it is merged or disabled at the moment.
+            ValueError: a setting that is not supported; nothing is written then.
+        """
+        self.refuse_in_between("save_pretrained")
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False is not supported: must be True, since a pickle can run "
+                "code when it is loaded. Leave it out"
+            )
+        if selected_adapters is not None and list(selected_adapters) != ["default"]:
+            raise ValueError(
+                f"selected_adapters={selected_adapters!r} is not supported: must be None or "
+                "['default'], the one adapter of this model. Leave it out"
+            )
+        if push_to_hub:
+            raise ValueError(
+                "push_to_hub=True is not supported: must be False. Call model.push_to_hub(repo_id)"
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            warnings.warn(
+                "path_initial_model_for_weight_conversion is ignored: the file is for the original "
+                "base model already",
+                stacklevel=2,
+            )
+        if not is_main_process:
+            return
+        if self._read_layers:
+            warnings.warn(read_message(self._read_layers), stacklevel=2)
+        live = self._live_injection("save_pretrained")
+        if state_dict is None:
+            live = self._whole_injection("save_pretrained", without_base=True)
+        adapters.save_adapter(
+            Path(folder),
+            self.base_model,
+            self.peft_config,
+            self.plan,
+            live,
+            state=state_dict,
+            save_embedding_layers=save_embedding_layers,
+            portable=portable,
+        )
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
+        """Upload the adapter, with a model card, to the Hugging Face Hub.
+
+        Args:
+            repo_id: such as "user/adapter"; made if it does not exist.
+            settings: see `lora_init.adapters.hub.push_adapter`.
+        """
+        method = self.plan.initializer.name
+        return push_adapter(self.save_pretrained, self.peft_config, method, repo_id, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: nn.Module,
+        folder: str | Path,
+        *,
+        is_trainable: bool = True,
+        adapter_dtype: torch.dtype = torch.float32,
+        original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
+        keep_original: bool = False,
+    ) -> LoraModel:
+        """Load an adapter, written by us or by PEFT, onto its original base model.
+
+        Args:
+            base: the model it was trained on, which may be on the meta device; changed in place.
+            folder: where `save_pretrained` wrote it.
+            is_trainable: False freezes it.
+            adapter_dtype, original_weights, keep_original: as of `get_peft_model`.
+
+        Raises:
+            FileNotFoundError, ValueError: no, a damaged, or another base's adapter; `base` is
+                unchanged then.
+        """
+        check_model(base)
+        injection.refuse_adapted(base)
+        loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
+        loaded.config.inference_mode = not is_trainable
+        return injection.atomically(partial(cls._filled, base, loaded, keep_original))
+
+    @classmethod
+    def _filled(
+        cls,
+        base: nn.Module,
+        loaded: adapters.LoadedAdapter,
+        keep_original: bool,
+        transaction: injection.Transaction,
+    ) -> LoraModel:
+        transaction.undo_by(partial(uncover_methods, base))
+        adapters.put_rows(base, loaded.rows, transaction)
+        done = injection.inject_factors(
+            base,
+            loaded.plan,
+            loaded.factors,
+            transaction=transaction,
+            weights=loaded.weights,
+            plain=injection.hold_plain(base, transaction),
+            keep_original=keep_original,
+            initial_known=loaded.plan.initializer.base != "keep",
+        )
+        adapters.fill(done, loaded)
+        done.embedding_rows = bool(loaded.rows)
+        spec = loaded.plan.initializer
+        report = InitReport(
+            method=spec.name,
+            options=dataclasses.asdict(loaded.plan.options),
+            base=spec.base,
+            needs_calibration=loaded.plan.calibration is not None,
+            seconds={},
+            calibration_tokens=0,
+            layers=[],
+        )
+        return cls(base, loaded.config, loaded.plan, done, report, {}, {})
+
+    def trained_biases(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """The base's biases that are trained, by name, and what they were."""
+        return {} if self._injection is None else dict(self._injection.biases)
+
+    def move_initial_factors(
+        self,
+        name: str,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        transaction: injection.Transaction | None = None,
+    ) -> None:
+        """Give a layer the initial factors of another start, and its base what belongs to them."""
+        wanted = "load_state_dict with other initial factors"
+        live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
+        move = partial(injection.move_initial_factors, live.layers[name], lora_A, lora_B)
+        if transaction is None:
+            injection.atomically(move)
+        else:
+            move(transaction)
+
+    def _live_injection(self, wanted: str | None = None) -> injection.Injection:
+        """The injection.
+
+        Args:
+            wanted: what cannot be done while the adapter is half merged.
+
+        Raises:
+            RuntimeError: there is none any more, or `merge_and_unload` failed in the middle.
+        """
+        self.undo_broken_loading()
+        if self._injection is None:
+            raise RuntimeError("the adapter was unloaded; call get_peft_model again")
+        if wanted is not None and (name := self._injection.half_merged()) is not None:
+            raise RuntimeError(
+                f"{wanted}: merge_and_unload failed after {name!r} had been merged; call "
+                "merge_and_unload again, or reload the base model"
+            )
+        return self._injection
+
+    def _whole_injection(
+        self, wanted: str, *, without_base: bool = False, half_merged: bool = False
+    ) -> injection.Injection:
+        """The live injection, all of whose tensors are in this process's memory.
+
+        Args:
+            without_base: base weights may be on the meta device, as long as they are as they were
+                before injection: `wanted` does not touch them.
+            half_merged: `wanted` may follow a `merge_and_unload` that failed in the middle.
+
+        Raises:
+            RuntimeError: one is sharded, partitioned, offloaded or not loaded.
+        """
+        live = self._live_injection(None if half_merged else wanted)
+        for name, layer in live.layers.items():
+            for part in ("lora_A", "lora_B", "base_layer.weight"):
+                parameter = layer.get_parameter(part)
+                untouched = part == "base_layer.weight" and layer.base_state != "edited"
+                if without_base and untouched and parameter.is_meta:
+                    continue
+                if reason := absence(parameter):
+                    raise RuntimeError(
+                        f"{wanted}: the parameter '{name}.{part}' is {reason}; gather the adapter "
+                        "(torch.distributed.checkpoint.state_dict.get_model_state_dict, or "
+                        "FullyShardedDataParallel.summon_full_params), load it into a model that "
+                        "is whole in memory, and call this there"
+                    )
+        return live
+
+    def refuse_in_between(self, wanted: str) -> None:
+        """Refuse what would read or write other values while the adapter is merged or off."""
+        live = self._live_injection(wanted)
+        if live.merged:
+            raise RuntimeError(f"{wanted}: the adapter is merged; call unmerge_adapter() first")
+        if not live.enabled:
+            raise RuntimeError(f"{wanted}: the adapter is disabled; leave disable_adapter() first")
+
+
+def _refuse_unloaded(model: LoraModel, _: Any) -> None:
+    """Refuse a forward pass through a model that was not loaded when it was injected.
+
+    torch's own error names no way out, and replaced bases would not be there even after loading.
+
+    Raises:
+        RuntimeError: a weight is on the meta device, or should have been replaced.
+    """
+    name = first_unloaded(model.base_model)
+    if name is not None or model.plan.initializer.base == "replace":
+        raise RuntimeError(
+            f"forward: {name or 'the base model'!r} was never loaded, it was on the meta device; "
+            "save the adapter (save_pretrained), load the base model, and put it on with "
+            "LoraModel.from_pretrained(base, folder)"
+        )

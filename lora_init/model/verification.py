@@ -1,0 +1,234 @@
+"""Checking with one batch that a model uses its adapted layers.
+
+A layer can be held elsewhere too, in a Python list or a closure. Replacing the child module does
+not reach such a reference: the model then calls the original module and ignores the adapter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.calibration.batches import forward, home, moved
+
+FLOAT32_TOLERANCE = 1e-4
+"""Largest accepted difference of an output, relative to its largest entry. Rounding of an edited
+float32 weight gives 1e-6 in one layer, which a deep model amplifies; a missed layer gives 1e-2."""
+
+
+class Uses:
+    """Which of some layers a model uses while this context is open, and how.
+
+    Args:
+        layers: the adapted layers by name.
+        bases: the original modules inside them, by the same names.
+
+    Attributes:
+        used: names of layers that were called, or whose weight was read.
+        called: names of layers that were called.
+        bypassed: names of layers whose original module was called from elsewhere.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], bases: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        self.used: set[str] = set()
+        self.called: set[str] = set()
+        self.bypassed: set[str] = set()
+        self._layers = dict(layers)
+        self._bases = dict(bases or {})
+        self._running: dict[str, int] = dict.fromkeys(layers, 0)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Uses:
+        try:
+            for name, layer in self._layers.items():
+                self._watch(name, layer)
+            for name, base in self._bases.items():
+                hook = self._on_base(name)
+                self._handles.append(base.register_forward_pre_hook(hook))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers.values():
+            layer.__dict__.pop("on_read", None)
+
+    def _watch(self, name: str, layer: nn.Module) -> None:
+        def start(*_: Any) -> None:
+            self.used.add(name)
+            self.called.add(name)
+            self._running[name] += 1
+
+        def end(*_: Any) -> None:
+            self._running[name] -= 1
+
+        self._handles.append(layer.register_forward_pre_hook(start))
+        self._handles.append(layer.register_forward_hook(end, always_call=True))
+        if hasattr(type(layer), "on_read"):
+            layer.on_read = lambda: self.used.add(name)
+
+    def _on_base(self, name: str) -> Callable:
+        def hook(*_: Any) -> None:
+            if not self._running[name]:
+                self.bypassed.add(name)
+
+        return hook
+
+
+def verify_adapted(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    bases: Mapping[str, nn.Module],
+    batch: Any,
+    *,
+    expected: Any = None,
+    disabled: Callable[[], AbstractContextManager] | None = None,
+    tolerance: float | None = None,
+) -> Uses:
+    """Run one batch and refuse a model that does not use its adapted layers.
+
+    The batch runs in eval mode and without gradients. Modes and random states are restored.
+
+    Args:
+        model: the adapted model.
+        layers: its adapted layers by name, ours or PEFT's.
+        bases: the original module inside each, by the same names.
+        batch: a mapping is passed as ``model(**batch)``, a sequence as ``model(*batch)``.
+        expected: what `original_output` returned before injection. With it, the output is compared,
+            for methods that preserve it.
+        disabled: gives a context in which the model computes its original function. With it, that
+            output is compared with `expected` too.
+        tolerance: of that comparison, relative to the largest entry; by default 1e-4, and four
+            times the epsilon of a 16-bit output.
+
+    Returns:
+        Which layers the batch used, and how.
+
+    Raises:
+        ValueError: the original module of a layer was called from elsewhere, or the outputs differ.
+
+    Warns:
+        Of layers that the batch does not reach.
+    """
+    batch = moved(batch, home(model))
+    with _undisturbed(model):
+        with Uses(layers, bases) as uses:
+            output = forward(model, batch)
+        if uses.bypassed:
+            raise ValueError(bypassed_message([name for name in layers if name in uses.bypassed]))
+        if expected is not None:
+            _compare(_tensors(output), _tensors(expected), tolerance)
+        if expected is not None and disabled is not None:
+            with disabled():
+                _compare(_tensors(forward(model, batch)), _tensors(expected), tolerance)
+    unused = [name for name in layers if name not in uses.used]
+    if unused:
+        warnings.warn(unused_message(unused, len(layers)), stacklevel=3)
+    return uses
+
+
+def original_output(model: nn.Module, batch: Any) -> Any:
+    """The output of a model before injection, in eval mode, for `verify_adapted`."""
+    batch = moved(batch, home(model))
+    with _undisturbed(model):
+        return forward(model, batch)
+
+
+def is_traced() -> bool:
+    """Whether a compiler or a tracer runs this code."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def has_compiled_part(model: nn.Module) -> bool:
+    """Whether some module is compiled: a hook on a layer inside would compile it again."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+
+
+def bypassed_message(names: list[str]) -> str:
+    return (
+        f"verify: the model calls the original module of {listed(names)} and ignores its adapter. "
+        "The module is held elsewhere too, in a list or a closure for example. Leave it out "
+        "(exclude_modules), or change the model to call the module that is its attribute"
+    )
+
+
+def unused_message(names: list[str], count: int) -> str:
+    return (
+        f"{len(names)} of {count} adapted layers were not used in the forward pass: "
+        f"{listed(names)}. Either this input does not need them (an expert without tokens, an "
+        "unused part of the model), or the model holds the original module elsewhere and ignores "
+        "the adapter. In the second case leave them out (exclude_modules); "
+        "get_peft_model(..., verify=<batch>) finds out"
+    )
+
+
+def read_message(names: list[str]) -> str:
+    return (
+        f"the model reads the weight of {listed(names)} instead of calling the layer. PEFT and "
+        "others ignore an adapter there, so this file computes another function in them. Load it "
+        "with LoraModel.from_pretrained, or save the merged model"
+    )
+
+
+def listed(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; modes and random states are restored afterwards."""
+    training = {module: module.training for module in model.modules()}
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _compare(found: list[Tensor], wanted: list[Tensor], tolerance: float | None) -> None:
+    for one, other in zip(found, wanted, strict=False):
+        if one.shape != other.shape or not one.numel():
+            continue
+        accepted = tolerance
+        if accepted is None:
+            accepted = max(FLOAT32_TOLERANCE, 4 * torch.finfo(other.dtype).eps)
+        one, other = one.double(), other.double()
+        differing = ~((one == other) | (one.isnan() & other.isnan()))  # -inf masks logits
+        size = float(other[other.isfinite()].abs().amax()) if other.isfinite().any() else 0.0
+        difference = float((one - other)[differing].abs().amax()) if differing.any() else 0.0
+        if not difference <= accepted * size:
+            raise ValueError(
+                f"verify: the adapted model's output differs from the base model's by "
+                f"{difference / size if size else difference:.1e} of its largest entry. It must "
+                f"differ by at most {accepted:.1e}, because the method preserves the output. The "
+                "model reads some targeted weight otherwise than by calling its module: find the "
+                "layer with exclude_modules and leave it out"
+            )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """All floating-point tensors of a model's output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = output.values()
+    elif not isinstance(output, list | tuple):
+        return []
+    return [tensor for part in output for tensor in _tensors(part)]

@@ -1,0 +1,44 @@
+"""Every method on a live Hugging Face PEFT model, for those who train with Trainer or TRL.
+
+    peft_model = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules="all-linear"))
+    initialize_peft_model(peft_model, "pissa")     # before the optimizer is built
+    Trainer(peft_model, …).train()
+    peft_model.save_pretrained("adapter")          # for the original base, like any LoRA adapter
+
+The layers stay PEFT's. Subtracting methods (pissa, olora, corda) compute
+``(W - s B0 A0) x + s B A x``:
+
+- a float32 weight is edited, so the forward pass costs what PEFT's costs;
+- 16-bit, quantized and tied weights stay as they are, and a hook on the base module subtracts
+  s B0 A0 x. Step 0 is the base model there too, and so is a reference by `disable_adapter`.
+  ``quantized_base="requantize"`` quantizes the residual instead.
+
+The base of the model is then not the one that A and B alone belong to. PEFT's methods and
+functions know that as long as it lasts:
+
+- `save_pretrained`, which Trainer calls for its checkpoints too, `state_dict` and
+  `get_peft_model_state_dict` describe the **original** base, at rank 2r: PEFT, vLLM and others
+  load it. `load_adapter`, which Trainer resumes by, and `load_state_dict` split it again. In a new
+  process `load_peft_checkpoint`, or the same call of `initialize_peft_model`, comes first; without
+  it, resuming fails by the tensors' shapes. No callback is needed.
+- `disable_adapter` and the rows of ``adapter_names="__base__"`` compute the original function
+  (not on a replaced base).
+- `merge_adapter` and `merge_and_unload` merge s (B A - B0 A0).
+- `unload` and `delete_adapter` put the original base back first.
+- What cannot be right is refused by name: sums of adapters, hot-swapping, other adapters for the
+  changed base, a second PEFT model around it, anything that needs the base while it is merged.
+
+Nothing here imports PEFT: its layers are known by their classes.
+"""
+
+from lora_init.peft_models.apply import restore_peft_model
+from lora_init.peft_models.initialize import initialize_peft_model
+from lora_init.peft_models.load import load_peft_checkpoint
+from lora_init.peft_models.save import save_peft_model
+
+__all__ = [
+    "initialize_peft_model",
+    "load_peft_checkpoint",
+    "restore_peft_model",
+    "save_peft_model",
+]

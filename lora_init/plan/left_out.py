@@ -1,0 +1,195 @@
+"""What a selection leaves out although it looks like a linear map, and why.
+
+`"all-linear"` takes modules of supported classes. A list or an expression takes modules that match.
+Neither reaches experts whose weights are one parameter, or layers of an unknown quantized class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
+from lora_init.name_groups import grouped
+from lora_init.plan.match import Selection, excluder, list_matcher, looks_linear, output_names
+from lora_init.plan.new_weights import are_known, new_modules
+from lora_init.weights.kinds import module_type
+from lora_init.weights.module_types import LINEAR_TYPES
+
+# Tensors that multiply activations, by the last part of their name. Tables of positions, biases,
+# scales and learned tokens have two or three dimensions too.
+_MATRIX = re.compile(r"weight|proj|kernel|router")
+_NO_MATRIX = re.compile(
+    r"bias|scale|zero|embed|pos|token|latent|query_|norm|conv|original\d|codebook"
+)
+_NO_LINEAR_CLASS = re.compile(r"Embed|Norm|Conv|Position")
+
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForImageClassification": "",
+    "ForAudioClassification": "",
+    "ForMultipleChoice": "",
+}
+"""By the ending of a model's class: the task_type that trains its head, "" where there is none."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A module or a parameter that gets no adapter.
+
+    Attributes:
+        name: qualified.
+        kind: what it is: "experts", "parameter", "head", or a module's class.
+        reason: why it is left out, and what to do.
+    """
+
+    name: str
+    kind: str
+    reason: str
+
+
+def left_out(model: nn.Module, config: LoraConfig, selection: Selection) -> list[LeftOut]:
+    """All that the selection leaves out, except what the user excludes and what PEFT's rules say.
+
+    Args:
+        model: only names, classes and shapes are read.
+        config: whose targets they are.
+        selection: what was matched.
+    """
+    if config.target_modules == ALL_LINEAR:
+        found = list(_all_linear(model, config, selection))
+    else:
+        found = list(_named(model, config, selection))
+    return found + list(_untrained(model, config, selection))
+
+
+def described(found: Iterable[LeftOut]) -> list[str]:
+    """One line for each reason, the layers' numbers collapsed."""
+    by_reason: dict[str, list[str]] = {}
+    for each in found:
+        by_reason.setdefault(each.reason, []).append(each.name)
+    return [f"{', '.join(grouped(names))}: {reason}" for reason, names in by_reason.items()]
+
+
+def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterator[LeftOut]:
+    whole = [*selection.modules_to_save, *output_names(model, config)]
+    passed = {*selection.names, *whole}
+    inside = tuple(f"{name}." for name in whole)
+    excluded = excluder(config.exclude_modules)
+    for name, module in model.named_modules():
+        known = name in passed or name.startswith(inside) or excluded(name)
+        if known or module_type(module) in LINEAR_TYPES:
+            continue
+        if looks_linear(module):
+            inside += (f"{name}.",)  # one line for it, not one for each of its parts
+            yield LeftOut(name, type(module).__name__, _unknown_class(module))
+            continue
+        for part, tensor in _matrices(module):
+            path = f"{name}.{part}".removeprefix(".")
+            if not excluded(path):
+                yield _parameter(path, tensor, module)
+
+
+def _named(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterator[LeftOut]:
+    """Parameters that an entry would match if they were modules, where it matches modules too."""
+    meant = _meant(config)
+    if meant is None:
+        return
+    candidates = {"", *selection.candidates} - {*selection.names}
+    excluded = excluder(config.exclude_modules)
+    for name, module in model.named_modules():
+        if name not in candidates or module_type(module) in LINEAR_TYPES or excluded(name):
+            continue
+        for part, tensor in _matrices(module):
+            path = f"{name}.{part}".removeprefix(".")
+            if meant(path, tensor.ndim > 2) and not excluded(path):
+                yield _parameter(path, tensor, module)
+
+
+def _meant(config: LoraConfig) -> Callable[[str, bool], bool] | None:
+    """Whether the user's entries match a parameter; None where the user names no targets."""
+    target = config.target_modules
+    if target is None:
+        return None
+    if isinstance(target, str):
+        matches = excluder(target, "target_modules")
+    else:
+        matches = list_matcher(target, config)
+    return lambda path, stacked: any(map(matches, [path, *(_unfused(path) if stacked else [])]))
+
+
+def _unfused(path: str) -> list[str]:
+    """The names that experts of their own would have: "gate_up_proj" is "gate_proj", "up_proj"."""
+    owner, _, last = path.rpartition(".")
+    *firsts, end = last.split("_")
+    return [f"{owner}.{first}_{end}" for first in firsts] if len(firsts) > 1 else []
+
+
+def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own tensors that look like the weight of a linear map, or of several."""
+    if _NO_LINEAR_CLASS.search(type(module).__name__):
+        return
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is None or _NO_MATRIX.search(name):
+            continue
+        matrix = tensor.ndim == 2 and min(tensor.shape) > 1
+        stack = tensor.ndim == 3 or (tensor.ndim == 4 and "proj" in name)  # 4: packed in blocks
+        if (stack and tensor.shape[0] > 1 and name in module._parameters) or (
+            matrix and _MATRIX.search(name)
+        ):
+            yield name, tensor
+
+
+def _unknown_class(module: nn.Module) -> str:
+    return f"the class {type(module).__name__} is not supported"
+
+
+def _parameter(path: str, tensor: Tensor, module: nn.Module) -> LeftOut:
+    owner = type(module).__name__
+    what = f"a parameter of {owner}"
+    if tensor.ndim == 2:
+        return LeftOut(path, "parameter", f"{what}; only linear modules are adapted")
+    if "expert" in f"{path}{owner}".lower():
+        return LeftOut(path, "experts", f"{what} with the weights of all experts; only modules are "
+                       "adapted")  # fmt: skip
+    return LeftOut(path, "parameter", f"{what} with a stack of weights; only modules are adapted")
+
+
+def _untrained(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterator[LeftOut]:
+    """What stays frozen and is new, or may be: weights of no checkpoint, a classifier's head."""
+    used = [*selection.names, *selection.modules_to_save]
+
+    def is_used(name: str) -> bool:
+        return any(u == name or u.startswith(f"{name}.") or name.startswith(f"{u}.") for u in used)
+
+    if are_known(model):
+        for name in new_modules(model):
+            if not is_used(name):
+                yield LeftOut(name, type(model.get_submodule(name)).__name__, _new(name))
+        return
+    kind = type(model).__name__
+    task = next((task for ending, task in TASKS.items() if ending in kind), None)
+    if task is None:
+        return
+    for head in HEADS[task or "SEQ_CLS"]:
+        module = getattr(model, head, None)
+        has_weights = isinstance(module, nn.Module) and any(True for _ in module.parameters())
+        if has_weights and not is_used(head):
+            yield LeftOut(head, "head", _frozen_head(kind, head, task))
+
+
+def _new(name: str) -> str:
+    return (
+        "its weights are new, for the checkpoint has none, and stay frozen; to train it, add "
+        f"{name.rpartition('.')[2]!r} to modules_to_save"
+    )
+
+
+def _frozen_head(kind: str, head: str, task: str) -> str:
+    fix = f"set task_type={task!r}, or" if task else "set"
+    return f"the head of {kind} stays frozen; if it is new, {fix} modules_to_save=[{head!r}]"

@@ -1,0 +1,242 @@
+"""From a model and a configuration to a plan: all that can be decided, or refused, without data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_init.config.lora_config import ALL_LINEAR, LoraConfig
+from lora_init.plan.check import (
+    FLOAT_DTYPES,
+    check_module,
+    check_target_rank,
+    check_trained,
+    check_values,
+    computes_product,
+    extents,
+    rank_excess,
+    sharers,
+    unobserved,
+    warn_of_float16,
+)
+from lora_init.plan.left_out import LeftOut, described, left_out
+from lora_init.plan.match import PatternValues, select
+from lora_init.plan.plan import Plan, Target
+from lora_init.plan.state_space import read_by_kernel
+from lora_init.registry import Initializer
+from lora_init.weights.bitsandbytes import is_packed
+from lora_init.weights.kinds import module_type, weight_description, weight_shape
+
+QUANTIZED_BASES = ("in_forward", "requantize")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a torch model, such as its name.
+
+    Raises:
+        TypeError: by type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={model!r} is not supported: must be a torch.nn.Module, not a "
+            f"{type(model).__name__}. Load the model first, e.g. with "
+            "AutoModelForCausalLM.from_pretrained(name)."
+        )
+
+
+def checked_config(setting: str, config: Any) -> LoraConfig:
+    """A checked copy of a configuration, whose fields may have been edited since construction.
+
+    Raises:
+        TypeError: it is not a `lora_init.LoraConfig`.
+        ValueError: a field was edited to a value that is not supported.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"{setting} is a {type(config).__module__}.{type(config).__name__}; pass "
+            "a lora_init.LoraConfig (LoraConfig.from_dict(config.to_dict()) converts PEFT's)"
+        )
+    return config.checked()
+
+
+def make_plan(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_dtype: torch.dtype = torch.float32,
+    *,
+    quantized_base: str = "in_forward",
+    calibration_memory: int | None = None,
+    any_rank: bool = False,
+    modules_to_save: Sequence[str] | None = None,
+) -> Plan:
+    """Decide and check everything that can be known before statistics are collected.
+
+    Args:
+        any_rank: do not check the ranks: an adapter from a file needs no initialization.
+        modules_to_save: full names, as of `lora_init.plan.match.select`.
+
+    Raises:
+        ValueError: see `lora_init.plan.match.select`; a rank that a layer or the method cannot
+            have; a weight that is not served (sharded; packed and on the meta device); a module or
+            bias to be trained that has no values.
+        TypeError: a module type that the method does not serve.
+    """
+    if adapter_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"adapter_dtype={adapter_dtype!r}; allowed are {', '.join(map(str, FLOAT_DTYPES))}"
+        )
+    if quantized_base not in QUANTIZED_BASES:
+        raise ValueError(
+            f"quantized_base={quantized_base!r}; allowed are {', '.join(QUANTIZED_BASES)}"
+        )
+    spec, options = config.initializer()
+    selection = select(model, config, modules_to_save)
+    owners = extents(model)
+    ranks = PatternValues("rank_pattern", config.rank_pattern, config.r)
+    alphas = PatternValues("alpha_pattern", config.alpha_pattern, config.lora_alpha)
+    everything = config.target_modules == ALL_LINEAR
+    omitted = [] if any_rank else left_out(model, config, selection)
+    targets = []
+    for name in selection.names:
+        module = model.get_submodule(name)
+        reason = read_by_kernel(model, name)
+        if reason is not None and not everything:
+            raise ValueError(
+                f"target_modules: {name!r} is not supported: {reason}. Leave it out, e.g. with "
+                f"exclude_modules=[{'.'.join(name.split('.')[-2:])!r}]."
+            )
+        if reason is not None:
+            omitted.append(LeftOut(name, type(module).__name__, reason))
+            continue
+        try:
+            check_module(model, name, spec)
+            reason = unobserved(model, name, spec) if everything else None
+        except TypeError as error:
+            if not everything:
+                raise
+            reason = str(error).removeprefix(f"target {name!r}").lstrip(": ")
+        if reason is not None:
+            omitted.append(LeftOut(name, type(module).__name__, reason))
+            continue
+        shape = weight_shape(module)
+        rank = ranks(name)
+        if not any_rank:
+            narrow = rank_excess(rank, shape, spec)
+            if narrow and everything and not ranks.matches(name):
+                omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
+                continue
+            check_target_rank(name, rank, shape, spec, options)
+        alpha = alphas(name)
+        targets.append(
+            Target(
+                name=name,
+                module_type=module_type(module),
+                shape=shape,
+                dtype=weight_description(module),
+                rank=rank,
+                alpha=alpha,
+                scaling=config.scaling(rank, alpha),
+                quantized=is_packed(module),
+                shared_with=sharers(name, module, owners),
+                exact=computes_product(name, module),
+            )
+        )
+    if not targets:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} leaves nothing to adapt in "
+            f"{type(model).__name__}: {'; '.join(described(omitted))}"
+        )
+    if config.fan_in_fan_out and all(target.module_type == "Linear" for target in targets):
+        warnings.warn(
+            "fan_in_fan_out=True, but every target is an nn.Linear, which stores (out, in); the "
+            "module's class decides, the setting changes nothing",
+            stacklevel=3,
+        )
+    for name in selection.modules_to_save:
+        check_trained(model, name, owners)
+        inside = dict(model.get_submodule(name).named_modules(prefix=name))
+        check_values("modules_to_save", model.get_submodule(name).named_parameters(name))
+        quantized = [path for path, module in inside.items() if is_packed(module)]
+        if quantized:
+            raise ValueError(
+                f"modules_to_save: {quantized[0]!r} is a {module_type(inside[quantized[0]])}, "
+                "whose codes cannot be trained; load the model with "
+                f"llm_int8_skip_modules=[{name.rpartition('.')[2]!r}] in its quantization_config"
+            )
+    embeddings = [target.name for target in targets if target.module_type == "Embedding"]
+    if config.lora_bias and embeddings:
+        raise ValueError(
+            f"lora_bias=True with the Embedding {embeddings[0]!r}: an embedding has no bias; leave "
+            "it out (exclude_modules), or lora_bias=False"
+        )
+    trained_biases = _trained_biases(model, config.bias, targets, selection.modules_to_save)
+    biases = [(name, model.get_parameter(name)) for name in trained_biases]
+    check_values(f"bias={config.bias!r}", biases)
+    warn_of_float16(f"bias={config.bias!r}", biases)
+    plan = Plan(
+        initializer=spec,
+        options=options,
+        targets=tuple(targets),
+        modules_to_save=selection.modules_to_save,
+        calibration=spec.request(options),
+        unmatched=selection.unmatched,
+        candidates=selection.candidates,
+        adapter_dtype=adapter_dtype,
+        quantized_base=quantized_base,
+        calibration_memory=calibration_memory,
+        trained_biases=trained_biases,
+        bias=config.bias,
+        dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
+        left_out=tuple(omitted),
+    )
+    if plan.calibration is not None:
+        _check_memory(plan)
+    return plan
+
+
+def _check_memory(plan: Plan) -> None:
+    """Refuse a budget that does not hold the statistics of any one layer."""
+    memory = plan.calibration_memory
+    if memory is None:
+        return
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
+        raise ValueError(f"calibration_memory={memory!r}; allowed are bytes, an int > 0, and None")
+    name = plan.initializer.name
+    if plan.calibration.gradients:
+        needed, why = plan.statistics_bytes, f"{name}'s gradients, which one pass collects,"
+    elif plan.initializer.allocates and plan.directions(plan.targets[0]) is None:
+        needed, why = plan.statistics_bytes, f"{name}, which needs all statistics to choose ranks,"
+    else:
+        widest = max(plan.targets, key=plan.input_bytes)
+        needed, why = plan.input_bytes(widest), f"the inputs of {widest.name!r} alone"
+    if memory < needed:
+        raise ValueError(
+            f"calibration_memory={memory}: {why} take {needed} bytes; pass as many, or None"
+        )
+
+
+def _too_narrow(spec: Initializer, rank: int, shape: tuple[int, int]) -> str:
+    return (
+        f"{spec.name} cannot have rank {rank} on a {shape[0]}×{shape[1]} weight; to adapt it, give "
+        f"it a rank of at most {min(shape)} in rank_pattern"
+    )
+
+
+def _trained_biases(
+    model: nn.Module, bias: str, targets: list[Target], modules_to_save: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Which bias parameters are trained; those of modules trained whole are trained there."""
+    if bias == "none":
+        return ()
+    names = [name for name, _ in model.named_parameters()]
+    if bias == "lora_only":
+        adapted = {f"{target.name}.bias" for target in targets}
+        return tuple(name for name in names if name in adapted)
+    whole = tuple(f"{name}." for name in modules_to_save)
+    return tuple(n for n in names if n.rpartition(".")[2] == "bias" and not n.startswith(whole))

@@ -1,0 +1,297 @@
+"""Which modules get an adapter, and with which rank and alpha: names only, nothing is changed.
+
+The matching rules are PEFT's (exclusions first, then modules to save, then targets), except that a
+layer list at the root of the model is found too, that `modules_to_save` matches whole name parts,
+and that whatever matched nothing is reported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
+from lora_init.plan.architectures import DEFAULT_TARGETS
+from lora_init.plan.patterns import Expression
+from lora_init.weights.kinds import module_type
+from lora_init.weights.module_types import LINEAR_TYPES
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of matching: target names in model order, whole modules, and leftovers.
+
+    Attributes:
+        names: qualified names of the modules to adapt.
+        modules_to_save: qualified names of the modules to train whole.
+        unmatched: (setting, entry) pairs that matched nothing.
+        candidates: all names that could have matched: every module's outside those saved whole.
+    """
+
+    names: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    unmatched: tuple[tuple[str, str], ...]
+    candidates: tuple[str, ...]
+
+
+def select(
+    model: nn.Module, config: LoraConfig, modules_to_save: Iterable[str] | None = None
+) -> Selection:
+    """Match the configuration against the model's module names.
+
+    Args:
+        modules_to_save: full names of the modules to train whole, where a file decides them; else
+            the configuration's rule does.
+
+    Raises:
+        ValueError: nothing matches, an invalid regular expression, an architecture without
+            default targets, or a module to save that does not exist.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    names = list(modules)
+    saved = _modules_to_save(names, config) if modules_to_save is None else list(modules_to_save)
+    unmatched: list[tuple[str, str]] = []
+    target = config.target_modules if config.target_modules is not None else _defaults(model)
+    excluded = excluder(config.exclude_modules)
+    # Inside a saved module nothing is adapted: it is trained as a whole.
+    candidates = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
+    if target == ALL_LINEAR:
+        heads = output_names(model, config)
+        matched = [
+            name
+            for name in candidates
+            if module_type(modules[name]) in LINEAR_TYPES and name not in heads
+        ]
+    elif isinstance(target, str):
+        expression = Expression("target_modules", target)
+        matched = [name for name in candidates if expression.fullmatch(name)]
+    else:
+        in_list = list_matcher(target, config)
+        matched = [name for name in candidates if in_list(name)]
+        for entry in target:
+            if not any(name_matches(name, entry) for name in candidates):
+                _refuse_parameter(model, entry)
+                unmatched.append(("target_modules", entry))
+    chosen = [name for name in matched if not excluded(name)]
+    unmatched += _unused_exclusions(config.exclude_modules, matched)
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, setting) or {}:
+            expression = _pattern_expression(setting, key)
+            if not any(expression.match(name) for name in chosen):
+                unmatched.append((setting, key))
+    if not chosen:
+        raise ValueError(_nothing_matched(model, target, matched, config))
+    return Selection(tuple(chosen), tuple(saved), tuple(unmatched), tuple(candidates))
+
+
+def exactly(names: Iterable[str]) -> str:
+    """A value of target_modules that means these modules and no others."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def portable_targets(chosen: Iterable[str], names: Iterable[str]) -> list[str] | str:
+    """The shortest value of target_modules that selects `chosen` among `names`, in PEFT too.
+
+    Last parts ("q_proj") where they are enough, else whole names, else an expression: a module at
+    the root is a dotted suffix of its namesakes further down.
+    """
+    chosen = list(chosen)
+    names = list(names)
+    for entries in (list(dict.fromkeys(n.rpartition(".")[2] for n in chosen)), chosen):
+        if [n for n in names if any(name_matches(n, entry) for entry in entries)] == chosen:
+            return entries
+    return exactly(chosen)
+
+
+def name_matches(name: str, entry: str) -> bool:
+    """Exact name or dotted suffix: "q_proj" matches "layers.0.q_proj", not "layers.0.seq_proj"."""
+    return name == entry or name.endswith("." + entry)
+
+
+class PatternValues:
+    """The value of the first key of a pattern that matches a name, else a default (PEFT's rule).
+
+    Args:
+        setting: "rank_pattern" or "alpha_pattern".
+        patterns: its value.
+        default: for names that no key matches.
+    """
+
+    def __init__(self, setting: str, patterns: Mapping[str, Any] | None, default: Any) -> None:
+        patterns = patterns or {}
+        self._values = [(_pattern_expression(setting, key), patterns[key]) for key in patterns]
+        self._default = default
+
+    def matches(self, name: str) -> bool:
+        """Whether a key matches."""
+        return any(expression.match(name) for expression, _ in self._values)
+
+    def __call__(self, name: str) -> Any:
+        for expression, value in self._values:
+            if expression.match(name):
+                return value
+        return self._default
+
+
+def pattern_value(setting: str, patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value for one name; see `PatternValues`."""
+    return PatternValues(setting, patterns, default)(name)
+
+
+def list_matcher(entries: Iterable[str], config: LoraConfig) -> Callable[[str], bool]:
+    """Whether a name is in a list of targets: exactly, or by its suffix and its layer's index."""
+    entries = set(entries)
+    wanted = config.layers_to_transform
+    indices = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    patterns = config.layers_pattern
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # The lazy optional prefix finds a list at the root, which PEFT's expression cannot.
+    expressions = [
+        Expression("layers_pattern", pattern, r"(?:.*?\.)??(?:", r")\.(\d+)\.")
+        for pattern in patterns or [r"[^.]*"]
+    ]
+
+    def matches(name: str) -> bool:
+        if name in entries:
+            return True
+        suffix = any(name_matches(name, entry) for entry in entries)
+        if not suffix or wanted is None:
+            return suffix
+        found = next((m for each in expressions if (m := each.match(name))), None)
+        # Groups of the user's own pattern come first.
+        return found is not None and int(found[found.re.groups]) in indices
+
+    return matches
+
+
+def excluder(
+    exclude: list[str] | str | None, setting: str = "exclude_modules"
+) -> Callable[[str], bool]:
+    """Whether a name is one of a list, exactly or by its suffix, or an expression matches it."""
+    if not exclude:
+        return lambda name: False
+    if isinstance(exclude, str):
+        expression = Expression(setting, exclude)
+        return lambda name: expression.fullmatch(name) is not None
+    return lambda name: any(name_matches(name, entry) for entry in exclude)
+
+
+def _pattern_expression(setting: str, key: str) -> Expression:
+    return Expression(setting, key, r"(?:.*\.)?(?:", ")$")
+
+
+def _unused_exclusions(
+    exclude: list[str] | str | None, matched: list[str]
+) -> list[tuple[str, str]]:
+    entries = [exclude] if isinstance(exclude, str) else list(exclude or [])
+    as_list = not isinstance(exclude, str)
+    return [
+        ("exclude_modules", entry)
+        for entry in entries
+        if not any(map(excluder([entry] if as_list else entry), matched))
+    ]
+
+
+def _modules_to_save(names: list[str], config: LoraConfig) -> list[str]:
+    heads = HEADS.get(config.task, [])
+    found = []
+    for entry in config.modules_to_save or []:
+        hits = [name for name in names if name_matches(name, entry)]
+        if not hits and entry not in heads:  # PEFT's files list every head its task may have
+            raise ValueError(
+                f"modules_to_save: no module is called {entry!r}; the model's last parts are "
+                f"{_some({name.rsplit('.', 1)[-1] for name in names})}"
+            )
+        found += hits
+    for entry in heads:
+        found += [name for name in names if name_matches(name, entry)]
+    return [
+        name
+        for name in dict.fromkeys(found)
+        if not any(name.startswith(other + ".") for other in found)
+    ]
+
+
+def _defaults(model: nn.Module) -> list[str] | str:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in DEFAULT_TARGETS:
+        raise ValueError(
+            f"target_modules=None has no defaults for model_type={kind!r}; name the modules, or "
+            f"use 'all-linear'. Known: {', '.join(sorted(DEFAULT_TARGETS))}"
+        )
+    return DEFAULT_TARGETS[kind]
+
+
+def output_names(model: nn.Module, config: LoraConfig) -> set[str]:
+    """The output embedding, or a sequence classifier's head: never meant by "all-linear"."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        output = get() if callable(get) else None
+    except NotImplementedError:
+        output = None
+    if output is not None:
+        return {name for name, module in model.named_modules() if module is output}
+    classifies = config.task == "SEQ_CLS" or "ForSequenceClassification" in (type(model).__name__)
+    names = [name for name, _ in model.named_modules()]
+    heads = [n for n in names if any(name_matches(n, head) for head in HEADS["SEQ_CLS"])]
+    inside = [n for n in names if any(n.startswith(head + ".") for head in heads)]
+    return set(heads + inside) if classifies else set()
+
+
+def _refuse_parameter(model: nn.Module, entry: str) -> None:
+    """Refuse the name of a parameter, as a mixture of experts has them: it is no module.
+
+    Raises:
+        ValueError: with its name, shape and owner.
+    """
+    for name, parameter in model.named_parameters():
+        if not name_matches(name, entry):
+            continue
+        owner = name.rpartition(".")[0]
+        shape = "×".join(map(str, parameter.shape))
+        stacked = ", the weights of all experts in one tensor" if parameter.ndim == 3 else ""
+        raise ValueError(
+            f"target_modules: {entry!r} is no module but a parameter, {name!r} of shape {shape} in "
+            f"a {type(model.get_submodule(owner)).__name__}{stacked}; adapters are served for "
+            "modules only, so leave it out"
+        )
+
+
+def _nothing_matched(model: nn.Module, target: Any, matched: list[str], config: LoraConfig) -> str:
+    if matched:
+        return (
+            f"exclude_modules={config.exclude_modules!r} leaves nothing of target_modules="
+            f"{target!r}, which matched {_some(matched)}"
+        )
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if module_type(module) in LINEAR_TYPES
+    }
+    layers = (
+        f" with layers_to_transform={config.layers_to_transform!r}"
+        if config.layers_to_transform is not None
+        else ""
+    )
+    found = f"linear modules there are called {_some(linear)}"
+    if not linear:
+        unknown = {type(module).__name__ for module in model.modules() if looks_linear(module)}
+        found = "it has no linear module of a supported class"
+        found += f", but modules of {_some(unknown)}" if unknown else ""
+    return f"target_modules={target!r}{layers} matches no module of {type(model).__name__}; {found}"
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """Whether a module has the two sizes of a linear layer, whatever its class."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _some(names: Iterable[str], limit: int = 12) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more

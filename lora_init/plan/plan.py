@@ -1,0 +1,322 @@
+"""The plan: everything that will happen, decided and checked before any work is done.
+
+`get_peft_model(..., dry_run=True)` returns it, and printing it shows it. `lora_init.plan.make`
+makes
+it, where every mistake in the configuration surfaces, while the model is still untouched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_init.config.lora_config import LoraConfig
+from lora_init.linalg.cores import largest_together
+from lora_init.moments import sums_bytes
+from lora_init.plan.check import check_target_rank
+from lora_init.plan.left_out import LeftOut, described
+from lora_init.plan.match import portable_targets
+from lora_init.registry import CalibrationRequest, Initializer, sums_dtype
+from lora_init.tables import render
+
+WEIGHT_COPIES, MOMENT_COPIES = 9, 7
+"""How many float32 copies of a weight, and of its inputs' moments, a decomposition needs at most
+while it runs; measured over all methods at ranks far below the layer's sizes."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter.
+
+    Attributes:
+        shape: (out, in) as `lora_init.weights.kinds` sees it.
+        dtype: of the weight, or what a packed one holds ("nf4/64").
+        rank, alpha, scaling: r, alpha and the s they give.
+        quantized: whether the weight is packed.
+        shared_with: parameters of other modules that lie in the same memory.
+        exact: the module computes the product with its stored weight. False where a quantizer's
+            forward rounds inputs or weights: the base is then not edited.
+        planned_rank: r before an allocation chose another one; None without an allocation.
+    """
+
+    name: str
+    module_type: str
+    shape: tuple[int, int]
+    dtype: str
+    rank: int
+    alpha: float
+    scaling: float
+    quantized: bool = False
+    shared_with: tuple[str, ...] = ()
+    exact: bool = True
+    planned_rank: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * sum(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of `get_peft_model` will do.
+
+    Attributes:
+        initializer: the registered method; `options` are its settings.
+        targets: the modules to adapt, in model order. After an allocation some may be gone.
+        modules_to_save: modules trained whole.
+        calibration: the statistics to collect, None when the method needs none.
+        unmatched: (setting, entry) pairs that matched nothing in the model.
+        candidates: names of all modules that target_modules could have meant.
+        quantized_base: what a subtracting method does to packed weights: "in_forward" leaves them
+            and subtracts in the forward pass, "requantize" packs the residual.
+        calibration_memory: as of `get_peft_model`.
+        trained_biases: names of the bias parameters that are trained, as `bias` says.
+        bias, dropout, use_dora, lora_bias: as in the configuration.
+        left_out: what gets no adapter although it looks like a linear map, and why.
+    """
+
+    initializer: Initializer
+    options: Any
+    targets: tuple[Target, ...]
+    modules_to_save: tuple[str, ...]
+    calibration: CalibrationRequest | None
+    unmatched: tuple[tuple[str, str], ...]
+    candidates: tuple[str, ...]
+    adapter_dtype: torch.dtype = torch.float32
+    quantized_base: str = "in_forward"
+    calibration_memory: int | None = None
+    trained_biases: tuple[str, ...] = ()
+    bias: str = "none"
+    dropout: float = 0.0
+    use_dora: bool = False
+    lora_bias: bool = False
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in the factors (frozen ones excluded), magnitudes and LoRA biases."""
+        total = 0
+        frozen = self.initializer.frozen
+        for target in self.targets:
+            rows, columns = target.shape
+            total += target.rank * (
+                ("lora_A" not in frozen) * columns + ("lora_B" not in frozen) * rows
+            )
+            total += (self.use_dora + self.lora_bias) * rows
+        return total
+
+    @property
+    def requantizes(self) -> bool:
+        """Whether packed weights take the residual of a subtracting method."""
+        return self.initializer.base == "subtract" and self.quantized_base == "requantize"
+
+    def requantizes_base(self, target: Target) -> bool:
+        return self.requantizes and target.quantized
+
+    def reads_weight(self, target: Target) -> bool:
+        """Whether the method is given the weight's values, and not its shape alone."""
+        return "weight" in self.initializer.reads or self.requantizes_base(target)
+
+    @property
+    def replaced(self) -> tuple[Target, ...]:
+        """Targets whose base weight becomes another, quantised one."""
+        if self.initializer.base == "replace":
+            return self.targets
+        return tuple(t for t in self.targets if t.quantized) if self.requantizes else ()
+
+    @property
+    def factor_bytes(self) -> int:
+        """Memory of the factors, and of the initial ones that stay with each layer."""
+        return 2 * self.adapter_dtype.itemsize * sum(t.parameters for t in self.targets)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Of the gradients; or at most of the second moments, as if no targets shared inputs."""
+        if self.calibration is None:
+            return 0
+        if self.calibration.gradients:
+            return 4 * sum(target.shape[0] * target.shape[1] for target in self.targets)
+        return sum(self.input_bytes(target) for target in self.targets)
+
+    def input_bytes(self, target: Target) -> int:
+        """Memory of the sums over one target's inputs."""
+        return sums_bytes(target.shape[1], sums_dtype([self.calibration]))
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the calibration data fit into `calibration_memory`; shared inputs,
+        which are not known yet, may make them fewer.
+        """
+        if self.calibration is None:
+            return 0
+        if self.calibration.gradients:
+            return 1
+        if self.calibration_memory is None:
+            return 1
+        waiting, passes = [self.input_bytes(target) for target in self.targets], 0
+        while waiting:
+            used, later = 0, []
+            for size in waiting:
+                if used + size > self.calibration_memory:
+                    later.append(size)
+                else:
+                    used += size
+            waiting, passes = later, passes + 1
+        return passes
+
+    def directions(self, target: Target) -> int | None:
+        """How many leading directions of a target's inputs the method reads; None: all."""
+        return self.options.directions(target.rank, target.shape)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """At most, of the initializer on a CPU: for one large weight, or one for each core."""
+        reads = self.initializer.reads
+        weights = WEIGHT_COPIES if reads & {"weight", "gradient"} else 1
+        moments = MOMENT_COPIES if "inputs" in reads else 0
+        numbers = (
+            (rows * columns, weights * rows * columns + moments * columns**2)
+            for rows, columns in (target.shape for target in self.targets)
+        )
+        return math.ceil(4 * largest_together(numbers))
+
+    def only(self, names: Collection[str]) -> Plan:
+        """The plan for some of the targets."""
+        targets = tuple(target for target in self.targets if target.name in names)
+        return dataclasses.replace(self, targets=targets)
+
+    def with_ranks(self, ranks: Mapping[str, int], config: LoraConfig) -> Plan:
+        """The plan after an allocation: rank 0 leaves, alphas keep each layer's scaling."""
+        targets, left_out = [], list(self.left_out)
+        for target in self.targets:
+            rank = ranks[target.name]
+            if rank == 0:
+                reason = f"{self.initializer.name} gave it no rank"
+                left_out.append(LeftOut(target.name, target.module_type, reason))
+                continue
+            alpha = target.alpha
+            if self.options.keeps_scaling():
+                ratio = rank / target.rank
+                alpha *= ratio**0.5 if config.use_rslora else ratio
+            check_target_rank(
+                target.name, rank, target.shape, self.initializer, self.options
+            )
+            targets.append(
+                dataclasses.replace(
+                    target,
+                    rank=rank,
+                    alpha=alpha,
+                    scaling=config.scaling(rank, alpha),
+                    planned_rank=target.rank,
+                )
+            )
+        kept = {f"{target.name}.bias" for target in targets}
+        biases = self.trained_biases
+        if self.bias == "lora_only":
+            biases = tuple(name for name in biases if name in kept)
+        return dataclasses.replace(
+            self, targets=tuple(targets), trained_biases=biases, left_out=tuple(left_out)
+        )
+
+    def explicit(self, config: LoraConfig) -> LoraConfig:
+        """`config` with the targets, ranks and alphas spelt out, as PEFT's rules read them.
+
+        The user's own rules are not repeated: PEFT does not find a layer list at a model's root,
+        and sorts the keys of a pattern, of which the first that matches wins.
+        """
+        return dataclasses.replace(
+            config,
+            target_modules=portable_targets([t.name for t in self.targets], self.candidates),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            rank_pattern={
+                f"^{re.escape(t.name)}": t.rank for t in self.targets if t.rank != config.r
+            },
+            alpha_pattern={
+                f"^{re.escape(t.name)}": t.alpha
+                for t in self.targets
+                if t.alpha != config.lora_alpha
+            },
+        )
+
+    def refuse_unmatched(self, *, allowed: bool = False) -> None:
+        """Patterns that matched nothing are an error; names in a list only a warning.
+
+        Args:
+            allowed: warn of the patterns too.
+
+        Raises:
+            ValueError: for keys of rank_pattern and alpha_pattern.
+        """
+        for setting, entry in self.unmatched:
+            message = (
+                f"{setting}: {entry!r} matches none of the {len(self.targets)} targets, e.g. "
+                f"{self.targets[0].name!r}; correct it or leave it out"
+            )
+            if setting in ("rank_pattern", "alpha_pattern") and not allowed:
+                raise ValueError(message + ", or pass allow_unmatched=True")
+            warnings.warn(message, stacklevel=3)
+
+    def warn_of_left_out(self) -> None:
+        """Warn once of all that the plan leaves out."""
+        if self.left_out:
+            lines = "\n- ".join(described(self.left_out))
+            warnings.warn(f"get_peft_model leaves out:\n- {lines}", stacklevel=3)
+
+    def __str__(self) -> str:
+        spec = self.initializer
+        needs = "calibration data" if self.calibration is not None else "no calibration data"
+        if self.calibration is not None and self.calibration.gradients:
+            needs += " with labels"
+        lines = [
+            f"{spec.name} {self.options}",
+            f"base: {spec.base}; output {'preserved' if spec.preserves_output else 'changed'}; "
+            f"needs {needs}",
+            f"{len(self.targets)} targets, {self.parameters:,} trainable parameters in factors; "
+            f"memory: factors {_mib(self.factor_bytes)}, statistics at most "
+            f"{_mib(self.statistics_bytes)}, workspace {_mib(self.workspace_bytes)}",
+        ]
+        if self.passes > 1:
+            lines.append(
+                f"up to {self.passes} passes over the calibration data, with "
+                f"{_mib(self.calibration_memory)} of statistics at a time"
+            )
+        variants = [name for name in ("use_dora", "lora_bias") if getattr(self, name)]
+        if variants:
+            lines.append(f"with {', '.join(variants)}")
+        if self.trained_biases:
+            lines.append(f"biases trained: {len(self.trained_biases)} ({self.bias})")
+        shared = [t.name for t in self.targets if t.shared_with]
+        if shared and spec.base != "keep":
+            how = "get a weight of their own" if spec.base == "replace" else "stay as they are"
+            lines.append(f"share their weight with another module, and {how}: {', '.join(shared)}")
+        if self.modules_to_save:
+            lines.append(f"trained whole: {', '.join(self.modules_to_save)}")
+        lines += [f"left out: {line}" for line in described(self.left_out)]
+        lines += [f"matches nothing: {setting} {entry!r}" for setting, entry in self.unmatched]
+        rows = [
+            [
+                t.name,
+                t.module_type,
+                f"{t.shape[0]}×{t.shape[1]}",
+                t.dtype,
+                t.rank,
+                f"{t.alpha:g}",
+                f"{t.scaling:g}",
+            ]
+            for t in self.targets
+        ]
+        header = ["layer", "type", "out×in", "dtype", "rank", "alpha", "scaling"]
+        return "\n".join(lines) + "\n" + render(header, rows)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,175 @@
+"""What an initialization did, per layer and in total. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_init import linalg
+from lora_init.factors import low_rank_product, widened
+from lora_init.layers import LoraLayer
+from lora_init.linalg.precision import full_precision
+from lora_init.plan.left_out import LeftOut, described
+from lora_init.plan.plan import Target
+from lora_init.tables import render
+
+
+@dataclass
+class LayerReport:
+    """One row of the report; None where a figure does not exist for the method.
+
+    Attributes:
+        relative_norm: ‖s B0 A0‖ / ‖W‖ (Frobenius).
+        norm_A, norm_B: Frobenius norms of the initial factors.
+        captured_energy: ‖W P‖² / ‖W‖², P the projection on the row space of A0 (where A0 = 0: the
+            projection on B0's column space, from the left): the share of the weight that lies in
+            the directions where the adapter begins.
+        error: for a subtracted base the share of the weight left frozen, ‖W - s B0 A0‖ / ‖W‖; for
+            a replaced one ‖W - Q - s B0 A0‖ / ‖W‖.
+        seconds: time of the layer's initializer.
+        base: kept, edited, in_forward or replaced.
+        details: what the method itself reported.
+    """
+
+    name: str
+    module_type: str
+    out_features: int
+    in_features: int
+    rank: int
+    alpha: float
+    scaling: float
+    relative_norm: float | None = None
+    norm_A: float | None = None
+    norm_B: float | None = None
+    captured_energy: float | None = None
+    error: float | None = None
+    seconds: float | None = None
+    base: str = "kept"
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, target: Target, seconds: float | None) -> LayerReport:
+        """The row of a target, its figures still to come."""
+        return cls(
+            name=target.name,
+            module_type=target.module_type,
+            out_features=target.shape[0],
+            in_features=target.shape[1],
+            rank=target.rank,
+            alpha=target.alpha,
+            scaling=target.scaling,
+            seconds=seconds,
+        )
+
+
+@dataclass
+class InitReport:
+    """The table that `LoraModel.init_report()` returns; print it, or take `to_dict()`.
+
+    `left_out` has what got no adapter although it looks like a linear map, as the plan has it.
+    """
+
+    method: str
+    options: dict[str, Any]
+    base: str
+    needs_calibration: bool
+    seconds: dict[str, float]
+    calibration_tokens: int
+    layers: list[LayerReport]
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        header = ["layer", "shape", "rank", "‖sBA‖/‖W‖", "captured energy", "error", "ms", "base"]
+        bare = [layer.details.get("error_without_adapter") for layer in self.layers]
+        rows = [
+            [
+                layer.name,
+                f"{layer.out_features}×{layer.in_features}",
+                layer.rank,
+                layer.relative_norm,
+                layer.captured_energy,
+                layer.error,
+                None if layer.seconds is None else f"{1e3 * layer.seconds:.1f}",
+                layer.base,
+            ]
+            for layer in self.layers
+        ]
+        if any(error is not None for error in bare):  # what a quantised base alone loses
+            header.insert(6, "without sBA")
+            for row, error in zip(rows, bare, strict=True):
+                row.insert(6, error)
+        spent = ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items())
+        tokens = (
+            f"; {self.calibration_tokens:,} calibration tokens" if self.needs_calibration else ""
+        )
+        left_out = "".join(f"\nleft out: {line}" for line in described(self.left_out))
+        return f"{self.method} {self.options}: {spent}{tokens}\n{render(header, rows)}{left_out}"
+
+
+@full_precision()
+def weight_figures(
+    weight: Float[Tensor, "out in"], lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> dict[str, float | None]:
+    """relative_norm, norm_A, norm_B and captured_energy of initial factors on a weight."""
+    weight, lora_A, lora_B = weight.float(), lora_A.detach().float(), lora_B.detach().float()
+    norm = float(linalg.frobenius_norm(weight))
+    norm_A = float(linalg.frobenius_norm(lora_A))
+    norm_B = float(linalg.frobenius_norm(lora_B))
+    figures: dict[str, float | None] = {"norm_A": norm_A, "norm_B": norm_B}
+    if norm == 0.0:
+        return figures | {"relative_norm": None, "captured_energy": None}
+    # ‖B A‖² = <BᵀB, A Aᵀ>, r × r; float64, because for `orthogonal` the terms cancel.
+    gram = (lora_B.double().T @ lora_B.double()) * (lora_A.double() @ lora_A.double().T)
+    figures["relative_norm"] = scaling * float(gram.sum().clamp_min(0).sqrt()) / norm
+    if norm_A > 0:
+        image = weight @ _orthonormal(lora_A.T)
+    elif norm_B > 0:
+        image = _orthonormal(lora_B).T @ weight
+    else:
+        return figures | {"captured_energy": None}
+    figures["captured_energy"] = (float(linalg.frobenius_norm(image)) / norm) ** 2
+    return figures
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """A basis of the columns' span; directions that vanish beside the largest are left out."""
+    left, values, _ = linalg.thin_svd(columns.double())
+    return left[:, values > 1e-7 * values[0]].float()
+
+
+def describe_layer(
+    layer: LoraLayer,
+    report: LayerReport,
+    metrics: Mapping[str, Any],
+    original_weight: Callable[[], Tensor],
+) -> None:
+    """Fill in a report's figures from a live layer and what reads its original weight.
+
+    A replaced base has lost its weight: its figures were taken when it was replaced and are in
+    `metrics`, as is everything else that the method itself reports.
+    """
+    report.base = layer.base_state
+    for name, value in metrics.items():
+        if name in ("error", "relative_norm", "norm_A", "norm_B", "captured_energy"):
+            setattr(report, name, value)
+        else:
+            report.details[name] = value
+    if layer.base_state == "replaced" or layer.initial_lora_A is None:
+        return
+    weight = original_weight()
+    figures = weight_figures(weight, layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
+    for name, value in figures.items():
+        setattr(report, name, value)
+    if layer.base_state in ("edited", "in_forward"):
+        product = low_rank_product(layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
+        norm = linalg.frobenius_norm(widened(weight))
+        if norm > 0:
+            report.error = float(linalg.frobenius_norm(weight - product) / norm)

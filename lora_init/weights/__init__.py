@@ -1,0 +1,1 @@
+"""Weight formats: how each kind of module stores its weight, and where the weight is read from."""

@@ -1,0 +1,211 @@
+"""A numerical probe: does a module compute the product with its stored weight, plus its bias?
+
+A subclass of nn.Linear may override `forward`, and a quantizer may set `forward` on the instance.
+Neither the class name nor the code tells what the function is, so it is evaluated. The probe runs
+a copy of the module: its weight, buffers, hooks and mode do not change.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_init.linalg.precision import full_precision
+
+SCALES = (1e-3, 1.0, 1e3)
+"""Of the inputs: a clamp shows at the largest one, a fixed step of a quantizer at the smallest."""
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Relative to ‖x‖ ‖w‖ row by row. Quantized inputs are off by 1e-4 and more."""
+
+LARGEST_QUANTIZATION_ERROR = 0.25
+"""Relative to the norm of the outputs. 4-bit inputs are off by 0.1, another function by 0.5."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a probe.
+
+    Attributes:
+        reason: why the function is not the product; None where it is.
+        is_close: the function is the product up to an error of the size that a quantizer makes.
+    """
+
+    reason: str | None
+    is_close: bool
+
+
+def probe(module: nn.Module, kind: str) -> Finding:
+    """Compare the module's function with the product of its stored weight.
+
+    Args:
+        module: a float module whose weight is in memory.
+        kind: "Linear", "Conv1D", "Conv2d" or "Embedding": how the weight is stored and applied.
+    """
+    own = module.weight.dtype
+    dtypes = dict.fromkeys((own, torch.promote_types(own, torch.float32)))
+    devices = [module.weight.device] if module.weight.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), full_precision():
+        found = [_of_dtype(module, kind, dtype) for dtype in dtypes]
+    reasons = [finding.reason for finding in found if finding.reason is not None]
+    return Finding(reasons[0] if reasons else None, all(finding.is_close for finding in found))
+
+
+def _of_dtype(module: nn.Module, kind: str, dtype: torch.dtype) -> Finding:
+    is_close, reason = True, None
+    for training in dict.fromkeys((module.training, True, False)):
+        twin, function = _twin(module, dtype)
+        if twin is not module:
+            twin.train(training)
+        elif training != module.training:
+            continue
+        try:
+            errors = _errors(twin, function, kind)
+            is_close &= min(_relative_errors(twin, function, kind)) <= LARGEST_QUANTIZATION_ERROR
+            if max(errors) > 1:
+                mode = "training" if training else "eval"
+                reason = f"its {mode} output is not the product with its weight plus its bias"
+            elif twin is not module and (names := _perturb(twin)):
+                errors = _errors(twin, function, kind)
+                if max(errors) > 1:
+                    reason = f"its output depends on {', '.join(names)} too"
+        except Exception as error:
+            return Finding(f"its forward fails in the probe ({error})", False)
+    return Finding(reason, is_close)
+
+
+def _twin(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Callable]:
+    """A copy without hooks and its forward; the module itself where its forward is bound to it."""
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__self__", None) is not module:
+        return module, forward
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    for name, value in vars(module).items():
+        if "hooks" in name:
+            vars(twin)[name] = type(value)() if hasattr(value, "clear") else value
+        elif name not in ("_parameters", "_buffers", "_modules") and not callable(value):
+            vars(twin)[name] = _copied(value)
+    twin._parameters = {n: None if p is None else nn.Parameter(_cast(p, dtype), requires_grad=False)
+                        for n, p in module._parameters.items()}  # fmt: skip
+    twin._buffers = {n: None if b is None else _cast(b, dtype) for n, b in module._buffers.items()}
+    twin._modules = {n: copy.deepcopy(m) for n, m in module._modules.items()}
+    for child in twin.children():
+        child.to(dtype)
+    if forward is None:
+        return twin, twin.forward
+    return twin, types.MethodType(forward.__func__, twin)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a lock, a handle: shared
+        return value
+
+
+def _perturb(twin: nn.Module) -> list[str]:
+    """Change all floating tensors but the weight and the bias; returns their names."""
+    names = []
+    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+        if name not in ("weight", "bias") and tensor.is_floating_point():
+            tensor.add_(tensor.abs().add(1) * (1 + torch.rand_like(tensor)))
+            names.append(name)
+    return names
+
+
+def _cases(twin: nn.Module, kind: str) -> list[Tensor]:
+    """Inputs of several shapes; each holds rows of all scales and of both signs."""
+    weight = twin.weight
+    generator = torch.Generator().manual_seed(0)
+    if kind == "Embedding":
+        ids = torch.randint(len(weight), (3, 4), generator=generator, device="cpu")
+        ids = ids.to(weight.device)
+        return [ids, ids[0]]
+    if kind == "Conv2d":
+        reach = [d * (k - 1) + 1 + 2 * s for k, d, s in
+                 zip(twin.kernel_size, twin.dilation, twin.stride, strict=True)]  # fmt: skip
+        shape = (len(SCALES), twin.in_channels, *reach)
+    else:
+        width = weight.shape[0] if kind == "Conv1D" else weight.shape[1]
+        shape = (2 * len(SCALES), width)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    scales = SCALES if weight.dtype.itemsize >= 4 else (1e-2, 1.0, 1.0)  # 16 bits overflow
+    for first, scale in enumerate(scales):
+        x[first :: len(scales)] *= scale
+    x = x.to(weight.device, weight.dtype)
+    return [x, x[0]] if kind == "Conv2d" else [x, x.view(2, len(SCALES), -1)]
+
+
+def _product(twin: nn.Module, x: Tensor, kind: str) -> Tensor:
+    weight, bias = twin.weight, getattr(twin, "bias", None)
+    if kind == "Embedding":
+        return functional.embedding(x, weight)
+    if kind == "Conv2d":
+        return nn.Conv2d._conv_forward(twin, x, weight, bias)
+    return functional.linear(x, weight.T if kind == "Conv1D" else weight, bias)
+
+
+def _errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
+    """The largest error of each case in units of what rounding explains."""
+    weight = twin.weight
+    tolerance = TOLERANCES.get(weight.dtype, 4 * torch.finfo(weight.dtype).eps)
+    bias = getattr(twin, "bias", None)
+    size = weight.float().norm() if kind == "Embedding" else _row_norms(weight, kind).amax()
+    errors = []
+    for x in _cases(twin, kind):
+        wanted, found = _product(twin, x, kind), _called(function, x)
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise TypeError(
+                f"it returns {found.dtype} of shape {tuple(found.shape)}, not {wanted.dtype} of "
+                f"shape {tuple(wanted.shape)}"
+            )
+        norms = size if kind == "Embedding" else size * _input_norms(x, wanted, kind)
+        if bias is not None:
+            norms = norms + bias.abs().amax()
+        difference = (found - wanted).abs().nan_to_num(nan=torch.inf) / (norms * tolerance + 1e-30)
+        errors.append(float(difference.amax()))
+    return errors
+
+
+def _relative_errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
+    """The error at each scale of the inputs, relative to the norm of the outputs."""
+    rows = _cases(twin, kind)[:1]
+    if kind != "Embedding":  # both signs of each row: a gate opens for one of them
+        rows = [rows[0][first :: len(SCALES)] for first in range(len(SCALES))]
+        rows = [torch.cat([part, -part]) for part in rows]
+    errors = []
+    for part in rows:
+        found, wanted = _called(function, part), _product(twin, part, kind)
+        errors.append(float((found - wanted).norm() / wanted.norm().clamp_min(1e-30)))
+    return errors
+
+
+def _called(function: Callable, x: Tensor) -> Tensor:
+    found = function(x)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"it returns a {type(found).__name__}, not a tensor")
+    return found
+
+
+def _row_norms(weight: Tensor, kind: str) -> Tensor:
+    rows = weight.T if kind == "Conv1D" else weight.flatten(1)
+    return rows.float().norm(dim=1)
+
+
+def _input_norms(x: Tensor, wanted: Tensor, kind: str) -> Tensor:
+    """‖x‖ of what each output is computed from, in a shape that broadcasts over the outputs."""
+    if kind != "Conv2d":
+        return x.float().norm(dim=-1, keepdim=True)
+    return x.float().flatten(-3).norm(dim=-1)[..., None, None, None]

@@ -1,0 +1,172 @@
+"""Where each target's weight is read from: the model, what offloads it, or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_init import linalg
+from lora_init.layers import LoraLayer
+from lora_init.plan.plan import Target
+from lora_init.weights.checkpoint import OriginalWeights
+from lora_init.weights.kinds import orient, oriented_weight
+from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, offloaded_weight
+
+# bitsandbytes' coarsest, FP4, is 0.2 from a real weight; another checkpoint's is about 1.4 away.
+LARGEST_QUANTIZATION_ERROR = 0.7
+
+
+class BaseWeights:
+    """The targets' weights as ``(out, in)``, one at a time.
+
+    | the module's weight | `present` | `weight` |
+    |---|---|---|
+    | float, in memory | a view of it | the same |
+    | offloaded by Accelerate | read from where it is kept | the same |
+    | not loaded, on the meta device | read from the checkpoint | the same |
+    | quantised | its values, dequantised | read from the checkpoint, where there is one |
+
+    What is read is mapped from its file, held by nobody here, and gone with the last reference to
+    it: a model that is larger than memory is served layer by layer.
+
+    Args:
+        model: the base model.
+        original_weights: the checkpoint (see `OriginalWeights`); not read for weights that the
+            model has.
+    """
+
+    def __init__(
+        self, model: nn.Module, original_weights: str | PathLike | Mapping[str, Tensor] | None
+    ) -> None:
+        self.model = model
+        self.originals = None if original_weights is None else OriginalWeights(original_weights)
+
+    def check(self, targets: tuple[Target, ...]) -> None:
+        """Refuse a checkpoint that is not these targets', or is not needed; reads no weight.
+
+        Raises:
+            ValueError: as `check_unloaded`; a quantised target's weight is missing or has another
+                shape; no target is read from the checkpoint.
+        """
+        self.check_unloaded(targets)
+        if self.originals is None:
+            return
+        if not any(target.quantized or self._is_unloaded(target) for target in targets):
+            raise ValueError(
+                "original_weights is given, but no target is quantised or unloaded (on the meta "
+                "device): their weights are the original ones; leave it out"
+            )
+        self._check_stored([target for target in targets if target.quantized])
+
+    def check_unloaded(self, targets: tuple[Target, ...]) -> None:
+        """Refuse weights that are nowhere: not loaded, and not in the checkpoint.
+
+        Raises:
+            ValueError: there is no checkpoint, or it lacks one or has it in another shape.
+        """
+        unloaded = [target for target in targets if self._is_unloaded(target)]
+        if unloaded and self.originals is None:
+            raise _nowhere(unloaded[0])
+        self._check_stored(unloaded)
+
+    def is_original(self, target: Target) -> bool:
+        """Whether `weight` is the one from before any quantisation."""
+        return not target.quantized or self.originals is not None
+
+    def weight(self, target: Target) -> Float[Tensor, "out in"]:
+        """The original weight, where its module's factors belong.
+
+        Quantised modules' in float32, others' in their own dtype, to which a checkpoint's is cast:
+        it is the loaded model's.
+
+        Raises:
+            ValueError: the checkpoint's weight is not the one that was quantised.
+        """
+        present = self.present(target)
+        if not target.quantized or self.originals is None:
+            return present
+        original = self.originals.weight(target.name)
+        if self._stored_transposed(target):
+            original = original.T
+        original = original.to(present.device, torch.float32)
+        norm = linalg.frobenius_norm(original)
+        error = linalg.frobenius_norm(present - original) / norm
+        if norm > 0 and error > LARGEST_QUANTIZATION_ERROR:
+            raise ValueError(
+                f"original_weights: the weight of {target.name!r} differs from the model's by "
+                f"{float(error):.2f} of its norm, more than quantisation does; pass the checkpoint "
+                "that the model was quantised from"
+            )
+        return original
+
+    def present(self, target: Target) -> Float[Tensor, "out in"]:
+        """The weight that the module computes with; float ones in the module's dtype.
+
+        Raises:
+            ValueError: it is not loaded, and there is no checkpoint.
+        """
+        module = self._module(target)
+        if not module.weight.is_meta:
+            return oriented_weight(module)
+        if is_offloaded(module):
+            stored = offloaded_weight(module)
+        elif self.originals is not None:
+            stored = self.originals.weight(self._stored_name(target))
+        else:
+            raise _nowhere(target)
+        return orient(target.module_type, stored.to(factor_device(module), module.weight.dtype))
+
+    def _module(self, target: Target) -> nn.Module:
+        """The target's own module, which an adapted layer has inside."""
+        module = self.model.get_submodule(target.name)
+        return module.base_layer if isinstance(module, LoraLayer) else module
+
+    def _is_unloaded(self, target: Target) -> bool:
+        return is_unloaded(self._module(target))
+
+    def _check_stored(self, targets: list[Target]) -> None:
+        """Refuse a checkpoint that lacks one of these weights, or has another in its place."""
+        found: dict[str, str] = {}
+        for target in targets:
+            name, wanted = self._stored_name(target), self._stored_shape(target)
+            shape, key = self.originals.shape(name), self.originals.key(name)
+            source = "that the model was quantised from" if target.quantized else "of this model"
+            if shape != wanted:
+                raise ValueError(
+                    f"original_weights: the weight of {target.name!r} is {shape} there and "
+                    f"{wanted} in the model; pass the checkpoint {source}"
+                )
+            if key in found and not target.shared_with:
+                raise ValueError(
+                    f"original_weights: {found[key]!r} and {target.name!r} both find {key!r}; pass "
+                    f"the checkpoint {source}"
+                )
+            found[key] = target.name
+
+    def _stored_name(self, target: Target) -> str:
+        """The module under whose name the weight is stored: of tied ones it may be another's."""
+        names = (target.name, *(name.removesuffix(".weight") for name in target.shared_with))
+        return next((name for name in names if self.originals.has(name)), target.name)
+
+    def _stored_shape(self, target: Target) -> tuple[int, ...]:
+        if not target.quantized:
+            return tuple(self._module(target).weight.shape)
+        return target.shape[::-1] if self._stored_transposed(target) else target.shape
+
+    def _stored_transposed(self, target: Target) -> bool:
+        """Whether the checkpoint has (in, out): transformers quantises Conv1D as a linear layer."""
+        source = getattr(self._module(target), "source_cls", None)
+        return source is not None and source.__name__ == "Conv1D"
+
+
+def _nowhere(target: Target) -> ValueError:
+    return ValueError(
+        f"target {target.name!r}: its weight is on the meta device (not loaded, or offloaded by "
+        "other means than Accelerate's hook on its own module); pass original_weights=<the model's "
+        "folder of safetensors>, from which weights are read one at a time, or load the model into "
+        "memory first"
+    )

@@ -1,0 +1,24 @@
+"""Layers for tests that call a method's function directly."""
+
+from lora_init.layer import Layer
+
+
+def layer_of(weight, rank, scaling=2.0, *, name="layer", **parts):
+    """A layer with this weight, or with the weight's shape where it is on the meta device.
+
+    Args:
+        weight: (out, in); (stack, out, in) for a stack.
+        name: of the layer; a tuple of names for a stack.
+        parts: further attributes of `Layer`.
+    """
+    is_stack = isinstance(name, tuple)
+    return Layer(
+        names=name if is_stack else (name,),
+        kind=parts.pop("kind", "Linear"),
+        shape=tuple(weight.shape[-2:]),
+        rank=rank,
+        scaling=scaling,
+        stored_weight=None if weight.is_meta else weight,
+        is_stack=is_stack,
+        **parts,
+    )
