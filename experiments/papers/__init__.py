@@ -1,35 +1,31 @@
-"""Published claims about initializations, each measured again: the paper's figure beside ours.
+"""Published claims about initializations, measured again and compared with the papers' figures.
 
     python -m experiments.papers                              the fast form of all, then the page
-    python -m experiments.papers.pissa_quantization           one of them
-    python -m experiments.papers.pissa_quantization --config-name full ranks=[8,64]
+    python -m experiments.papers.rank_scaling                 one of them
+    python -m experiments.papers.rank_scaling --config-name full ranks=[8,64,512]
 
-A reproduction is one module here, one folder `conf/papers/<name>/` and one line in `catalogue`:
+A reproduction is one module here, one folder `conf/papers/<name>/`, one line in `catalogue` and one
+test. Its three forms are `smoke.yaml` (tiny, for tests, without meaningful verdicts), `fast.yaml`
+(minutes on two cores, shown on the page) and `full.yaml` (with more time and hardware).
 
-- `smoke.yaml`, a form so small that a test runs it, of which no verdict is asked;
-- `fast.yaml`, what two cores do in a few minutes, and the page shows;
-- `full.yaml`, what the claim deserves, where time and hardware are there.
+The module has an options dataclass and five functions, and passes them to `Reproduction`:
 
-Its module states the claim, holds the measurement, and hands over `Findings`: claims with verdicts,
-tables, figures, and the model and data they come from. What all of them share:
+    measure     load models and measure: rows as data frames, and facts about the setup
+    judge       rows -> claims with verdicts
+    tabulate    rows -> tables
+    draw        rows -> Altair charts
+    discuss     rows -> a few sentences
 
-    verdicts     reproduced, same direction, not reproduced, contradicts
-    findings     what a reproduction hands over
-    paper        what a reproduction is: its claim, its settings, its function
-    catalogue    all of them in order
-    subjects     pretrained models and their linear layers
-    corpora      texts, as batches of tokens
-    tasks        a model with the task that its losses come from
-    starts       what the registered methods start from: factors and gradients
-    fine_tuning  short trainings, by the loop of the runs
-    intervals    means and ratios with their intervals
-    fitting      exponents with their intervals
-    drawing      charts as Vega-Lite specifications and files
-    tables       tables for a terminal, in Markdown and on the page
-    results      a reproduction's folder: written last, taken again while nothing has changed
-    summary      all claims in one table
-    running      one reproduction as a Hydra application
-    page         all of them as one page and one Markdown file
+The skeleton does the rest: the command line, resuming, files, and the page. Imports go down this
+list and never up:
 
-Arrows point down that list only.
+    page, __main__    all results on one page; the command that runs all of them
+    application       the command line of one reproduction
+    result            its folder of files
+    text, drawing     tables and claims as text; what charts share
+    reproduction      the skeleton: Options, Reproduction, Measurement, Table, Figure
+    claim             verdicts
+    interval          means, ratios and exponents with intervals
+    starts            what registered methods start from: factors and gradients
+    language, fine_tuning, tasks, corpus, subject    losses, short trainings, data and models
 """

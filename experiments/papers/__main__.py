@@ -1,10 +1,10 @@
-"""All reproductions, a process each, then the page: `python -m experiments.papers`.
+"""Run all reproductions, each in its own process, then write the page.
 
-Several run at a time, each with its share of the cores: most of their work is in matrices too small
-for many threads.
+    python -m experiments.papers                the fast form of all
+    python -m experiments.papers --cfg job      lists every option
 
-Every setting is listed by `python -m experiments.papers --cfg job`. What is finished and has not
-changed since is not measured again, so the same command after an interruption does what is missing.
+Several run at a time, each with its share of the cores: most matrices are too small for many
+threads. The same command after an interruption measures only what is missing or has changed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import rich
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
+from rich.table import Table
 
 from experiments.config.resolve import as_settings
 from experiments.console import say
 from experiments.errors import ConfigurationError
 from experiments.papers.catalogue import NAMES, check_names
-from experiments.papers.page import write_page
-from experiments.papers.paper import FORMS
-from experiments.papers.results import Result, read_result
-from experiments.papers.summary import summary_table
+from experiments.papers.page import verdict_counts, write_page
+from experiments.papers.reproduction import FORMS, require
+from experiments.papers.result import Result, read_result
+from experiments.papers.text import terminal_table
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
 
@@ -42,13 +43,13 @@ class AllPapers:
 
     Attributes:
         papers: the reproductions, in this order.
-        form: smoke, fast or full, of all of them.
-        output: results go to `<output>/<form>/<name>`.
-        page: the folder of the page, with its pictures; null writes none.
-        overrides: settings for all of them, such as `[device=cpu, seed=1]`.
-        at_once: so many reproductions at a time; null: one for each core, four at most.
-        measure: false writes the page from the results that are there.
-        rerun: measure again what is there already.
+        form: smoke, fast or full, the same for all.
+        output: results are written to `<output>/<form>/<name>`.
+        page: the folder of the page and its pictures; null writes no page.
+        overrides: options for all of them, such as `[device=cpu, seed=1]`.
+        at_once: how many run at a time; null: one for each core, at most four.
+        measure: false writes the page from existing results.
+        rerun: measure again even if a result exists.
     """
 
     papers: list[str] = field(default_factory=lambda: list(NAMES))
@@ -62,13 +63,13 @@ class AllPapers:
 
     def __post_init__(self) -> None:
         check_names(self.papers)
-        if self.form not in FORMS:
-            raise ValueError(f"form={self.form!r}; allowed are {', '.join(FORMS)}")
-        if self.at_once is not None and self.at_once < 1:
-            raise ValueError(f"at_once={self.at_once}; allowed are integers >= 1, and null")
+        require(self, "form", self.form in FORMS, f"one of {', '.join(FORMS)}")
+        at_once = self.at_once
+        require(self, "at_once", at_once is None or at_once >= 1, "an integer >= 1, or null")
 
 
 def register_schema() -> None:
+    """Store the options as the schema of `conf/papers/all.yaml`."""
     ConfigStore.instance().store(name="papers_schema", node=AllPapers)
 
 
@@ -77,46 +78,56 @@ register_schema()
 
 @hydra.main(config_path=str(CONFIGURATIONS), config_name="all", version_base="1.3")
 def main(composed: DictConfig) -> None:
+    """Measure, print the summary, and write the page."""
     try:
-        settings = as_settings(composed, AllPapers)
-        failed = measure_all(settings) if settings.measure else []
-        results = gather(settings, without=failed)
+        options = as_settings(composed, AllPapers)
+        failed = measure_all(options) if options.measure else []
+        results = collect_results(options, without=failed)
     except ConfigurationError as error:
         raise CompactHydraException(str(error)) from error
     if results:
-        rich.get_console().print(summary_table(results))
-        if settings.page is not None:
-            say(f"papers: {write_page(results, Path(settings.page))}")
+        rich.get_console().print(summary(results))
+        if options.page is not None:
+            say(f"papers: {write_page(results, Path(options.page))}")
     if failed:
         raise CompactHydraException(f"not finished: {', '.join(failed)}; the page has the others")
 
 
-def measure_all(settings: AllPapers) -> list[str]:
-    """Every reproduction in a process of its own; returns the names of those that failed."""
+def summary(results: Sequence[Result]) -> Table:
+    """The verdicts of every reproduction, and its seconds."""
+    (_, *headers), rows = verdict_counts(results)
+    shown = [
+        [result.name, *counts, f"{result.seconds:.0f}"]
+        for result, (_, *counts) in zip(results, rows, strict=True)
+    ]
+    right = [False] + [True] * (len(headers) + 1)
+    return terminal_table("", ["reproduction", *headers, "s"], shown, right)
+
+
+def measure_all(options: AllPapers) -> list[str]:
+    """Run every reproduction in its own process; return the names of those that failed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    at_once = settings.at_once or min(4, cores or 1)
+    at_once = options.at_once or min(4, cores or 1)
     threads = max(1, (cores or 1) // at_once)
     began = time.monotonic()
 
     def measured(name: str) -> bool:
-        good = measure(settings, name, threads)
-        state = "done" if good else "FAILED"
-        say(f"{name}: {state}, {time.monotonic() - began:.0f} s since the beginning")
-        return good
+        succeeded = measure(options, name, threads)
+        seconds = time.monotonic() - began
+        say(f"{name}: {'done' if succeeded else 'FAILED'} after {seconds:.0f} s in all")
+        return succeeded
 
-    say(f"{len(settings.papers)} reproductions, {at_once} at a time, {threads} threads each")
+    say(f"{len(options.papers)} reproductions, {at_once} at a time, {threads} threads each")
     with ThreadPoolExecutor(at_once) as pool:
-        outcomes = list(pool.map(measured, settings.papers))
-    return [name for name, good in zip(settings.papers, outcomes, strict=True) if not good]
+        outcomes = list(pool.map(measured, options.papers))
+    return [name for name, good in zip(options.papers, outcomes, strict=True) if not good]
 
 
-def measure(settings: AllPapers, name: str, threads: int) -> bool:
-    """One of them; what it prints is passed on line by line, under its name."""
-    command = [
-        sys.executable, "-m", f"experiments.papers.{name}", "--config-name", settings.form,
-        f"output={settings.output}", f"threads={threads}", *settings.overrides,
-    ]  # fmt: skip
-    if settings.rerun:
+def measure(options: AllPapers, name: str, threads: int) -> bool:
+    """Run one reproduction, print its output under its name, and return whether it succeeded."""
+    command = [sys.executable, "-m", f"experiments.papers.{name}", "--config-name", options.form]
+    command += [f"output={options.output}", f"threads={threads}", *options.overrides]
+    if options.rerun:
         command.append("rerun=true")
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     process = subprocess.Popen(
@@ -128,10 +139,10 @@ def measure(settings: AllPapers, name: str, threads: int) -> bool:
     return process.returncode == 0
 
 
-def gather(settings: AllPapers, without: Sequence[str] = ()) -> list[Result]:
-    """The results that are there, but for those that an earlier form of the code left behind."""
-    names = [name for name in settings.papers if name not in without]
-    folders = [Path(settings.output) / settings.form / name for name in names]
+def collect_results(options: AllPapers, without: Sequence[str] = ()) -> list[Result]:
+    """Read the existing results, except those of reproductions that just failed."""
+    names = [name for name in options.papers if name not in without]
+    folders = [Path(options.output) / options.form / name for name in names]
     return [result for path in folders if (result := read_result(path)) is not None]
 
 

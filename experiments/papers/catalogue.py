@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable
 
 from experiments.errors import ConfigurationError, nearest
-from experiments.papers.paper import Paper
+from experiments.papers.reproduction import Reproduction
 
 NAMES = (
     "pissa_quantization",
@@ -22,25 +22,26 @@ NAMES = (
 )
 
 
-def load_paper(name: str) -> Paper:
+def load_reproduction(name: str) -> Reproduction:
     """Import the module of a reproduction.
 
     Raises:
-        ConfigurationError: no such reproduction.
+        ConfigurationError: the name is unknown.
     """
     check_names([name])
-    return importlib.import_module(f"experiments.papers.{name}").PAPER
+    module = importlib.import_module(f"experiments.papers.{name}")
+    return module.REPRODUCTION if hasattr(module, "REPRODUCTION") else module.PAPER
 
 
 def check_names(names: Iterable[str]) -> None:
     """Refuse names that no reproduction has.
 
     Raises:
-        ConfigurationError: with the nearest name.
+        ConfigurationError: the message has the nearest name.
     """
     for name in names:
         if name not in NAMES:
             raise ConfigurationError(
-                f"papers: no reproduction is called {name!r}; {nearest(name, NAMES)}allowed are "
-                f"{', '.join(NAMES)}"
+                f"papers={name!r} is not supported: must be one of {', '.join(NAMES)}. "
+                f"{nearest(name, NAMES)}"
             )

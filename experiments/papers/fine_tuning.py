@@ -1,4 +1,4 @@
-"""Short fine-tunings inside a reproduction: the runs' own loop, on blocks of tokens."""
+"""Short fine-tunings on blocks of tokens, with the training loop of the runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from experiments.config.training import TrainingConfig
 from experiments.console import training_bar
-from experiments.papers.corpora import language_batches
+from experiments.papers.corpus import language_batches
 from experiments.training.loop import make_accelerator, train
 
 
 class Blocks:
-    """A task whose examples are blocks of tokens, all of one length: language modelling."""
+    """Language modeling on blocks of tokens, all of one length."""
 
     def collate(self, examples: Sequence[Int[Tensor, " length"]]) -> dict[str, Tensor]:
         return language_batches(torch.stack(list(examples)), len(examples))[0]
@@ -25,10 +25,27 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a fine-tuning showed, step by step: the loss and the gradient's norm before clipping."""
+    """The losses of a fine-tuning and its gradient norms before clipping, by step."""
 
     losses: list[float]
     gradient_norms: list[float]
+
+    def steps(self) -> list[tuple[int, float, float]]:
+        """Number, loss and gradient norm of every step, from 1 on."""
+        numbers = range(1, len(self.losses) + 1)
+        return list(zip(numbers, self.losses, self.gradient_norms, strict=True))
+
+
+def constant_training(options: Any, max_grad_norm: float | None = None) -> TrainingConfig:
+    """Training at a constant rate, from options with steps, batch_size and learning_rate."""
+    return TrainingConfig(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        schedule="constant",
+        warmup=0.0,
+        max_grad_norm=max_grad_norm,
+    )
 
 
 def fine_tune(
@@ -43,8 +60,8 @@ def fine_tune(
     """Train `model` in place by `experiments.training.loop.train`.
 
     Args:
-        seed: the order of the blocks: equal for all that are compared.
-        observe: called with the number of steps done, after every step.
+        seed: of the order of the blocks; compared trainings need the same.
+        observe: called after every step with the number of finished steps.
 
     Raises:
         RunFailed: the loss is not finite.
@@ -52,8 +69,14 @@ def fine_tune(
     rows: list[dict[str, Any]] = []
     with training_bar(settings.steps, True) as advance:
         train(
-            model, Blocks(), list(blocks), settings, seed=seed,
+            model,
+            Blocks(),
+            list(blocks),
+            settings,
+            seed=seed,
             accelerator=make_accelerator(settings, device),
-            record=rows.append, observe=observe, advance=advance,
-        )  # fmt: skip
+            record=rows.append,
+            observe=observe,
+            advance=advance,
+        )
     return Trace([row["loss"] for row in rows], [row["grad_norm"] for row in rows])

@@ -1,50 +1,52 @@
-"""All reproductions as one self-contained page, as one Markdown file with pictures, and their
-verdicts as JSON, against which a later measurement is held."""
+"""All reproductions on one HTML page, in one Markdown file with pictures, and as verdicts in JSON.
+
+A later measurement is compared with the verdicts in `verdicts.json`.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.papers.results import Result
-from experiments.papers.summary import counted, summary_markdown
-from experiments.papers.tables import CLAIM_HEADERS, claims_markdown, markdown
-from experiments.papers.verdicts import Claim, Verdict, as_claim
+from experiments.papers.claim import Claim, Verdict, as_claim
+from experiments.papers.result import Result
+from experiments.papers.text import CLAIM_HEADERS, claims_markdown, markdown
 from experiments.report.page import as_script, bundle
 from experiments.run.files import write_json, write_text
 
 HERE = Path(__file__).parent
 STYLE = HERE.parent / "report" / "page.css"
 VERDICTS = "verdicts.json"
+OWN = "our own"
 CAVEAT = (
     "Each claim was measured on models that two CPU cores can carry, far smaller than the papers’. "
     "A verdict speaks of the claim on these models: “same direction” means that the effect has the "
     "claimed sign but not all that was asked, and what decided stands beside every verdict."
 )
-CLASSES = {verdict: str(verdict).replace(" ", "-") for verdict in Verdict}
 
 
 def write_page(results: Sequence[Result], output: Path) -> Path:
-    """Write `index.html`, `README.md`, the pictures and `verdicts.json`; returns the page's path.
+    """Write `index.html`, `README.md`, the pictures and `verdicts.json`; return the page's path.
 
-    The pictures are copied from the results' folders; nothing on the page is loaded from anywhere.
+    The pictures are copied from the folders of the results. The page loads nothing.
     """
     output.mkdir(parents=True, exist_ok=True)
     for result in results:
-        # Those of an earlier form of the reproduction are nobody's now.
-        for earlier in output.glob(f"{result.name}-*.png"):
-            earlier.unlink()
+        for old in output.glob(f"{result.name}-*.png"):
+            old.unlink()  # the reproduction may have dropped this figure
         source = Path(result.settings["output"]) / result.form / result.name
         for figure in result.figures:
-            shutil.copy(source / f"{figure['name']}.png", output / picture(result, figure["name"]))
+            name = figure["name"]
+            shutil.copy(source / f"{name}.png", output / f"{result.name}-{name}.png")
     write_text(output / "README.md", as_markdown(results))
-    write_text(output / "index.html", render(results))
+    write_text(output / "index.html", as_html(results))
     claims = {result.name: [asdict(claim) for claim in result.claims] for result in results}
     write_json(output / VERDICTS, claims)
     return output / "index.html"
@@ -56,61 +58,46 @@ def read_verdicts(page: Path) -> dict[str, list[Claim]]:
     return {name: list(map(as_claim, claims)) for name, claims in kept.items()}
 
 
-def picture(result: Result, figure: str) -> str:
-    return f"{result.name}-{figure}.png"
-
-
-def render(results: Sequence[Result]) -> str:
+def as_html(results: Sequence[Result]) -> str:
+    """The page with its charts and the code that draws them."""
     specifications = {
         f"{result.name}-{figure['name']}": figure["specification"]
         for result in results
         for figure in result.figures
     }
-    loader = FileSystemLoader(HERE)
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
+    style = STYLE.read_text(encoding="utf-8") + (HERE / "page.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(
         results=results,
-        counted=counted(results),
+        counted=count_verdicts(results),
         caveat=CAVEAT,
         duration=duration,
         machines=machines(results),
         headers=CLAIM_HEADERS,
-        classes=CLASSES,
+        classes={verdict: str(verdict).replace(" ", "-") for verdict in Verdict},
         data=as_script(specifications),
         libraries=Markup(bundle()),
-        style=Markup(STYLE.read_text(encoding="utf-8") + (HERE / "page.css").read_text("utf-8")),
+        style=Markup(style),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
     )
 
 
-def machines(results: Sequence[Result]) -> list[str]:
-    """Where the results were taken, each place once."""
-    return list(dict.fromkeys(place(result) for result in results))
-
-
-def place(result: Result) -> str:
-    known = result.environment
-    machine = known["gpu"] or known["cpu"]
-    versions = [f"{name} {known['packages'][name]}" for name in ("torch", "transformers")]
-    threads = f"{known['threads']} thread{'s' if known['threads'] != 1 else ''} each"
-    return ", ".join([machine, threads, *versions])
-
-
-def duration(result: Result) -> str:
-    return f"{result.seconds:.0f} s ({result.form} form)"
-
-
 def as_markdown(results: Sequence[Result]) -> str:
-    """The same for those who read the repository: claims, tables and pictures."""
+    """The same for readers of the repository: claims, tables and pictures."""
+    headers, rows = verdict_counts(results)
+    counts = markdown(headers, rows, [False] + [True] * (len(headers) - 1))
     parts = [
         "# Published claims, measured again\n",
-        f"{counted(results)}. Written by `make papers` ({'; '.join(machines(results))}). The same "
-        "with charts to hover over: [index.html](index.html).\n",
+        f"{count_verdicts(results)}. Written by `make papers` ({'; '.join(machines(results))}). "
+        "The same with charts to hover over: [index.html](index.html).\n",
         f"{CAVEAT}\n",
-        f"{summary_markdown(results)}\n",
+        f"{counts}\n",
     ]
     for result in results:
         parts.append(f"## {result.title}\n\n*{result.source}.* {result.question}\n")
@@ -120,7 +107,7 @@ def as_markdown(results: Sequence[Result]) -> str:
         parts += [f"{c.statement}: {c.remark}\n" for c in result.claims if c.remark]
         parts += [f"{sentence}\n" for sentence in result.discussion]
         for figure in result.figures:
-            parts.append(f"![{figure['title']}]({picture(result, figure['name'])})\n")
+            parts.append(f"![{figure['title']}]({result.name}-{figure['name']}.png)\n")
             parts.append(f"{figure['caption']}\n")
         for table in result.tables:
             text = markdown(table["headers"], table["rows"], table["right"])
@@ -129,3 +116,56 @@ def as_markdown(results: Sequence[Result]) -> str:
                 f"<details><summary>{table['title']}</summary>\n\n{text}{note}\n\n</details>\n"
             )
     return "\n".join(parts)
+
+
+def machines(results: Sequence[Result]) -> list[str]:
+    """The machines of the measurements, each once."""
+    return list(dict.fromkeys(machine(result) for result in results))
+
+
+def machine(result: Result) -> str:
+    """The machine of one measurement, with its threads and the versions of the libraries."""
+    known = result.environment
+    versions = [f"{name} {known['packages'][name]}" for name in ("torch", "transformers")]
+    threads = f"{known['threads']} thread{'s' if known['threads'] != 1 else ''} each"
+    return ", ".join([known["gpu"] or known["cpu"], threads, *versions])
+
+
+def duration(result: Result) -> str:
+    """The seconds of a measurement, in words."""
+    return f"{result.seconds:.0f} s ({result.form} form)"
+
+
+def verdict_counts(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows: for each reproduction the number of published claims by verdict."""
+    found = {claim.verdict for result in results for claim in published(result.claims)}
+    shown = [verdict for verdict in Verdict if verdict in found]
+    rows = []
+    for result in results:
+        counts = Counter(claim.verdict for claim in published(result.claims))
+        own = len(result.claims) - counts.total()
+        numbers = [*(counts[verdict] for verdict in shown), own]
+        rows.append([result.title, *(str(number or "") for number in numbers)])
+    return ["what was measured again", *map(str, shown), OWN], rows
+
+
+def published(claims: Iterable[Claim]) -> list[Claim]:
+    """The claims that a paper makes; questions of this project are counted separately."""
+    return [claim for claim in claims if claim.published]
+
+
+def count_verdicts(results: Sequence[Result]) -> str:
+    """The verdicts of all claims in one sentence."""
+    claims = [claim for result in results for claim in result.claims]
+    own = [claim for claim in claims if not claim.published]
+    theirs = f"{len(claims) - len(own)} published claims: {by_verdict(published(claims))}"
+    if not own:
+        return theirs
+    questions = "1 question" if len(own) == 1 else f"{len(own)} questions"
+    return f"{theirs}; {questions} of our own: {by_verdict(own)}"
+
+
+def by_verdict(claims: Sequence[Claim]) -> str:
+    """`2 reproduced, 1 contradicts`."""
+    counts = Counter(claim.verdict for claim in claims)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])

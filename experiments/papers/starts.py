@@ -1,14 +1,14 @@
-"""How the registered methods start on one model: their factors, and the gradients they start from.
+"""The starts of the registered methods on one model: their factors and first gradients.
 
 All methods get the same layers, rank and data, and the scaling s = 1 (alpha = rank). Their options
-are the library's defaults but for
+are the library's defaults with two exceptions:
 
-- `eva`: rho = 1, so that its layers have the ranks of all others'; `eva_uncentred` is the same on
-  the uncentred second moment, which the paper's theorem is about;
-- `lora_one`: gamma = 8 √r, which takes at s = 1 the first step of its authors' gamma at theirs.
+- `eva`: rho = 1, so that its layers have the same rank as all others; `eva_uncentred` is the same
+  on the uncentered second moment, which the paper's theorem is about;
+- `lora_one`: gamma = 8 √r, which gives at s = 1 the first step of its authors' gamma at their s.
 
-A method that changes the model's function at step 0 has gradients of its own: those of the model
-as it starts.
+A method that changes the model's function at step 0 has different gradients: those of the model
+after the change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experiments.errors import ConfigurationError, nearest
-from experiments.papers.subjects import Subject
+from experiments.papers.subject import Subject
 from experiments.report.palette import ordered
 from lora_init import Calibration, LoraConfig, calibrate, get_peft_model, list_initializers
 from lora_init.calibration.gradients import collect_gradients
@@ -35,7 +35,7 @@ Gradients = Mapping[str, Float[Tensor, "out in"]]
 
 @dataclass(frozen=True)
 class Start:
-    """A method's start on a model that is injected at the moment.
+    """A method's start on a model that is adapted while the context lasts.
 
     Attributes:
         lora_A, lora_B: by layer.
@@ -48,19 +48,19 @@ class Start:
     lora_B: Mapping[str, Float[Tensor, "out rank"]]
 
     def gradients(self, batches: Sequence[Mapping[str, Tensor]]) -> Gradients:
-        """The mean gradient of each layer's whole weight, of the model as it starts."""
+        """The mean gradient of each layer's whole weight, of the model at step 0."""
         inner = {f"{name}.base_layer": name for name in self.lora_A}
         found = collect_gradients(self.subject.model, inner, batches)
         return {inner[name]: gradient for name, gradient in found.items()}
 
 
 def moves_function(initializer: Initializer) -> bool:
-    """Whether the model's function at step 0 is not the base model's."""
+    """Whether the method changes the model's function at step 0."""
     return not initializer.preserves_output
 
 
 def startable() -> list[str]:
-    """Methods that start a linear layer, in the order of all charts, and the uncentred EVA."""
+    """The methods for linear layers, in the order of all charts, and the uncentered EVA."""
     names = {spec.name for spec in list_initializers() if "Linear" in spec.module_types}
     return [*ordered(names), UNCENTRED]
 
@@ -69,19 +69,19 @@ def check_methods(methods: Sequence[str]) -> None:
     """Refuse names that no method has.
 
     Raises:
-        ValueError: with the nearest name.
+        ValueError: the message has the nearest name.
     """
     allowed = startable()
     for name in methods:
         if name not in allowed:
             raise ValueError(
-                f"methods: {name!r} starts no linear layer; {nearest(name, allowed)}allowed are "
-                f"{', '.join(allowed)}"
+                f"methods={name!r} is not supported: must be one of {', '.join(allowed)}. "
+                f"{nearest(name, allowed)}"
             )
 
 
 def setting(method: str, rank: int) -> dict[str, Any]:
-    """`init_lora_weights` for a name of `startable`."""
+    """The value of `init_lora_weights` for a name of `startable`."""
     if method in ("eva", UNCENTRED):
         return {"name": "eva", "rho": 1.0, "center": method == "eva"}
     if method == "lora_one":
@@ -90,7 +90,7 @@ def setting(method: str, rank: int) -> dict[str, Any]:
 
 
 def configuration(method: str, names: Sequence[str], rank: int) -> LoraConfig:
-    """A method on some layers, at the scaling 1."""
+    """The configuration of a method on some layers, at the scaling 1."""
     return LoraConfig(
         r=rank, lora_alpha=rank, target_modules=list(names), init_lora_weights=setting(method, rank)
     )
@@ -99,12 +99,12 @@ def configuration(method: str, names: Sequence[str], rank: int) -> LoraConfig:
 def calibration_for(
     subject: Subject, methods: Sequence[str], names: Sequence[str], rank: int, batches: Sequence
 ) -> Calibration | None:
-    """What all of these methods need to know of the data, collected once.
+    """The statistics that these methods need, collected in one pass over the data.
 
     Raises:
-        ConfigurationError: one of them refuses the rank, or the data.
+        ConfigurationError: a method refuses the rank or the data.
     """
-    driven = [method for method in methods if resolve(setting(method, rank))[0].calibration]
+    driven = [method for method in methods if resolve(setting(method, rank))[0].needs_data]
     if not driven:
         return None
     configs = [configuration(method, names, rank) for method in driven]
@@ -124,7 +124,7 @@ def started(
     *,
     seed: int = 0,
 ) -> Iterator[Start]:
-    """The model with a method's start, for as long as the context lasts.
+    """The model with a method's start, while the context lasts.
 
     Raises:
         ConfigurationError: the method refuses the rank or the model.
@@ -132,9 +132,13 @@ def started(
     initializer, _ = resolve(setting(method, rank))
     try:
         model = get_peft_model(
-            subject.model, configuration(method, names, rank), calibration=calibration, seed=seed,
-            keep_original=initializer.base == "replace", cache=False,
-        )  # fmt: skip
+            subject.model,
+            configuration(method, names, rank),
+            calibration=calibration,
+            seed=seed,
+            keep_original=initializer.base == "replace",
+            cache=False,
+        )
     except ValueError as error:
         raise ConfigurationError(f"{method}, rank={rank}: {error}") from error
     try:

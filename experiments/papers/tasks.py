@@ -1,7 +1,7 @@
-"""A model with the task that it is measured on: losses need labels, and labels need a task.
+"""A model with a task, which its losses need.
 
-all-MiniLM is a classifier of film reviews (fresh or rotten), with a head that nobody has trained;
-every other model is a language model of film plots.
+all-MiniLM is a classifier of film reviews (fresh or rotten) with a random head. All other models
+are language models of film plots.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from experiments.errors import ConfigurationError
-from experiments.papers.corpora import (
+from experiments.papers.corpus import (
     joined_blocks,
     language_batches,
     load_labelled,
     load_texts,
     sentence_batches,
 )
-from experiments.papers.subjects import Layer, Subject, load_subject, place
+from experiments.papers.subject import Layer, Subject, load_subject, place
 
 CLASSIFIER = "minilm"
 
@@ -26,7 +26,7 @@ Batches = list[Mapping[str, Tensor]]
 
 
 def load_with_task(model: str, device: str) -> Subject:
-    """The model with its head, on its device."""
+    """Load the model with its head on its device."""
     task_type = "SEQ_CLS" if model == CLASSIFIER else "CAUSAL_LM"
     subject = load_subject(model, task_type=task_type, labels=("rotten", "fresh"))
     subject.model.to(place(device))
@@ -37,7 +37,7 @@ def task_batches(subject: Subject, split: str, count: int, *, size: int, length:
     """The first `count` sequences of a split (by film) in batches of `size`, with labels.
 
     Raises:
-        ConfigurationError: the split holds fewer.
+        ConfigurationError: the split has fewer.
     """
     if subject.name == CLASSIFIER:
         texts, labels = load_labelled(split, count)
@@ -52,32 +52,35 @@ def task_batches(subject: Subject, split: str, count: int, *, size: int, length:
         there, batches = len(blocks), language_batches(blocks, size)
     if there < count:
         raise ConfigurationError(
-            f"{count} sequences of {length} tokens are needed, and the films of {split} have "
-            f"{there}; ask for fewer or shorter ones"
+            f"{count} sequences of {length} tokens are not supported: must be at most {there}, "
+            f"those of the films of {split}. Use fewer or shorter ones."
         )
     return batches
 
 
 def sequence_count(subject: Subject, split: str, *, length: int) -> int:
-    """How many sequences a split has: an epoch's."""
+    """The number of sequences in an epoch of a split."""
     if subject.name == CLASSIFIER:
         return len(load_labelled(split)[0])
     return len(joined_blocks(subject.tokenizer, load_texts("plots", split), length=length))
 
 
 def described_data(model: str, *, size: int, length: int) -> str:
+    """The data of a model in words."""
     if model == CLASSIFIER:
         return f"film reviews, {size} sentences a batch, loss of a classifier not yet trained"
     return f"film plots, {size} × {length} tokens a batch, loss of the next token"
 
 
 def measured_layers(subject: Subject, every: int) -> list[Layer]:
-    """The layers of every so many blocks.
+    """The layers of one in `every` blocks.
 
     Raises:
-        ConfigurationError: the model has fewer blocks.
+        ConfigurationError: the model has too few blocks.
     """
     layers = subject.every(every)
     if not layers:
-        raise ConfigurationError(f"every={every}: {subject.name} has too few blocks; lower it")
+        raise ConfigurationError(
+            f"every={every} is not supported: {subject.name} has too few blocks. Lower every."
+        )
     return layers

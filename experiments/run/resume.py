@@ -27,7 +27,12 @@ from experiments.run.files import (
 from experiments.run.folder import RunFolder
 from experiments.run.lock import Claim
 from experiments.run.metrics import read_metrics
-from experiments.training.checkpoint import Checkpoints, Saved, parse_checkpoint
+from experiments.training.checkpoint import (
+    FORMAT_WITHOUT_CHECKSUM,
+    Checkpoints,
+    Saved,
+    parse_checkpoint,
+)
 from lora_init import LoraModel
 
 
@@ -74,16 +79,23 @@ def read_checkpoint(folder: RunFolder) -> Saved | None:
         saved = parse_checkpoint(path, read_regular(path, links=False))
         if saved.facts["run_id"] != folder.id:
             raise ValueError("it belongs to another run")
-        recorded, size = saved.facts["files"], saved.metrics_size
+        recorded, size = recorded_checksums(saved), saved.metrics_size
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(path, error) from error
     for name, digest in checksums(folder, size).items():
-        if recorded.get(name) != digest:
+        if recorded is not None and recorded.get(name) != digest:
             raise DamagedFile(folder.path / name, "it differs from what the checkpoint recorded")
     read_metrics(folder.metrics_file, size)
     return saved
+
+
+def recorded_checksums(saved: Saved) -> dict[str, str | None] | None:
+    """The checksums that the checkpoint recorded; None for a format that has none."""
+    if saved.facts["format"] == FORMAT_WITHOUT_CHECKSUM:
+        return None
+    return saved.facts["files"]
 
 
 def checksums(folder: RunFolder, metrics_size: int) -> dict[str, str | None]:

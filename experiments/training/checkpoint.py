@@ -28,6 +28,7 @@ from torch import Tensor
 from experiments.errors import DamagedFile, RunFailed
 
 FORMAT = 2
+FORMAT_WITHOUT_CHECKSUM = 1
 EMPTY_SEAL = b'"sha256":"' + b"0" * 64 + b'"'
 """The checksum's place in the header while the checksum is computed."""
 
@@ -217,18 +218,21 @@ def sealed(file: bytes) -> bytes:
 def parse_checkpoint(path: Path, file: bytes) -> Saved:
     """Parse the bytes of the checkpoint file at `path`.
 
+    Format 1, which earlier versions wrote, has no checksum.
+
     Raises:
         ValueError, KeyError, TypeError, RecursionError, SafetensorError: it is damaged.
     """
     size = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + size])["__metadata__"]
-    digest = header["sha256"].encode()
-    blank = file.replace(EMPTY_SEAL.replace(b"0" * 64, digest), EMPTY_SEAL, 1)
-    if hashlib.sha256(blank).hexdigest().encode() != digest:
-        raise ValueError("its checksum is wrong")
     facts = json.loads(header["training"])
-    if facts["format"] != FORMAT:
-        raise ValueError(f"its format is {facts['format']}, and this version reads {FORMAT}")
+    if facts["format"] not in (FORMAT_WITHOUT_CHECKSUM, FORMAT):
+        raise ValueError(f"format {facts['format']} is not supported: must be 1 or {FORMAT}")
+    if facts["format"] == FORMAT:
+        digest = header["sha256"].encode()
+        blank = file.replace(EMPTY_SEAL.replace(b"0" * 64, digest), EMPTY_SEAL, 1)
+        if hashlib.sha256(blank).hexdigest().encode() != digest:
+            raise ValueError("its checksum is wrong")
     return Saved(path, load(file), facts)
 
 

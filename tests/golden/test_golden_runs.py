@@ -89,10 +89,6 @@ def test_the_report_reads_a_sweep(folder, command):
     assert "pissa" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="checkpoints of 1d1a888 have no checksum, and a run starts over without one",
-)
 def test_a_stopped_run_continues(folder, command):
     """The rows that it wrote before it stopped stay, and the result is that of one process."""
     (metrics,) = folder.glob("results/runs/corda-*/metrics.jsonl")

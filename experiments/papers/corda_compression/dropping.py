@@ -15,7 +15,7 @@ from experiments.papers.corda_compression.projections import (
     LeastComponents,
     least_components,
 )
-from experiments.papers.perplexity import block_losses
+from experiments.papers.language import block_losses
 from lora_init.progress import tracked
 
 

@@ -13,7 +13,7 @@ from experiments.papers.corda_compression.claims import (
     PAPER_WIDTH,
 )
 from experiments.papers.drawing import chart
-from experiments.papers.findings import Figure, Table
+from experiments.papers.reproduction import Figure, Table
 from experiments.report.palette import MARKS
 
 OURS, THEIRS = "ours", "the paper’s"

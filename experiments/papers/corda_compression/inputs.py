@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from experiments.papers.corda_compression.projections import Inputs
-from experiments.papers.corpora import language_batches
+from experiments.papers.corpus import language_batches
 from lora_init import LoraConfig, calibrate
 
 

@@ -11,17 +11,16 @@ from experiments.console import say
 from experiments.papers.corda_compression import claims, figures
 from experiments.papers.corda_compression.dropping import losses_by_fraction
 from experiments.papers.corda_compression.inputs import observe_inputs
-from experiments.papers.corpora import joined_blocks, load_texts
-from experiments.papers.findings import Findings
-from experiments.papers.paper import Paper, PaperSettings
-from experiments.papers.perplexity import block_losses, paired_error, perplexity, spread
-from experiments.papers.subjects import Subject, load_subject, place
+from experiments.papers.corpus import joined_blocks, load_texts
+from experiments.papers.language import block_losses, paired_error, perplexity, spread
+from experiments.papers.reproduction import Findings, Options, Paper
+from experiments.papers.subject import Subject, load_subject, place
 
 OWN, FOREIGN = "plots", "problems"
 
 
 @dataclass
-class CordaCompressionSettings(PaperSettings):
+class CordaCompressionSettings(Options):
     """Settings.
 
     Attributes:

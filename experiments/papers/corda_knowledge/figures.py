@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.papers.corda_knowledge.claims import LABELS
 from experiments.papers.corda_knowledge.tradeoff import ARRAYS, SHARES
 from experiments.papers.drawing import chart
-from experiments.papers.findings import Figure, Table
+from experiments.papers.reproduction import Figure, Table
 from experiments.report.canvas import SOFT
 from experiments.report.palette import MARKS
 

@@ -21,11 +21,10 @@ from experiments.papers.corda_knowledge.tradeoff import (
     winning_rates,
 )
 from experiments.papers.corda_knowledge.trajectories import Held, hold, started_again, trajectory
-from experiments.papers.corpora import joined_blocks, language_batches, load_texts
-from experiments.papers.findings import Findings
-from experiments.papers.paper import Paper, PaperSettings
-from experiments.papers.perplexity import spread
-from experiments.papers.subjects import Subject, load_subject, place
+from experiments.papers.corpus import joined_blocks, language_batches, load_texts
+from experiments.papers.language import spread
+from experiments.papers.reproduction import Findings, Options, Paper
+from experiments.papers.subject import Subject, load_subject, place
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init.injection import Injection
 
@@ -42,7 +41,7 @@ DRAWN = ("kaiming",)
 
 
 @dataclass
-class CordaKnowledgeSettings(PaperSettings):
+class CordaKnowledgeSettings(Options):
     """Settings.
 
     Attributes:

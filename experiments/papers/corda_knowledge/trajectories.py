@@ -17,7 +17,7 @@ from experiments.config.training import TrainingConfig
 from experiments.errors import RunFailed
 from experiments.papers.corda_knowledge.tradeoff import means
 from experiments.papers.fine_tuning import fine_tune
-from experiments.papers.perplexity import block_losses
+from experiments.papers.language import block_losses
 from lora_init import LoraModel
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import oriented_weight

@@ -31,9 +31,8 @@ from experiments.papers.eva_variance.discussion import discussed
 from experiments.papers.eva_variance.gradients import measure_gradients
 from experiments.papers.eva_variance.inputs import measure_inputs
 from experiments.papers.eva_variance.settings import EvaVarianceSettings
-from experiments.papers.findings import Findings
-from experiments.papers.paper import Paper
-from experiments.papers.subjects import DESCRIBED, short_name
+from experiments.papers.reproduction import Findings, Paper
+from experiments.papers.subject import DESCRIBED, short_name
 from experiments.papers.tasks import (
     described_data,
     load_with_task,

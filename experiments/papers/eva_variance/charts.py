@@ -11,8 +11,8 @@ from experiments.papers.drawing import chart
 from experiments.papers.eva_variance.claims import TAU
 from experiments.papers.eva_variance.costs import FULL_SVD
 from experiments.papers.eva_variance.inputs import ANOTHER_ORDER, OTHER_DATA, THE_END
-from experiments.papers.findings import Figure, Table
-from experiments.papers.subjects import file_name
+from experiments.papers.reproduction import Figure, Table
+from experiments.papers.subject import file_name
 from experiments.report.canvas import INK, SOFT
 from experiments.report.palette import marks
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.console import say
 from experiments.papers.eva_variance.settings import EvaVarianceSettings
 from experiments.papers.starts import configuration
-from experiments.papers.subjects import Layer, Subject
+from experiments.papers.subject import Layer, Subject
 from experiments.papers.tasks import Batches
 from lora_init import LoraModel, get_peft_model
 from lora_init.calibration.batches import moved

@@ -32,7 +32,7 @@ from experiments.papers.starts import (
     startable,
     started,
 )
-from experiments.papers.subjects import Layer, Subject
+from experiments.papers.subject import Layer, Subject
 from experiments.papers.tasks import Batches
 from lora_init import linalg
 from lora_init.calibration.gradients import collect_gradients

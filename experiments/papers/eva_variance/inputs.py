@@ -21,7 +21,7 @@ from experiments.papers.eva_variance.variance import (
     overlap,
     powers_of_two,
 )
-from experiments.papers.subjects import Layer, Subject
+from experiments.papers.subject import Layer, Subject
 from experiments.papers.tasks import Batches
 from lora_init import init_factors
 from lora_init.calibration.collect import collect

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.paper import PaperSettings
+from experiments.papers.reproduction import Options
 from experiments.papers.starts import UNCENTRED, check_methods
 
 EVAS = ("eva", UNCENTRED)
@@ -45,7 +45,7 @@ class Data:
 
 
 @dataclass
-class EvaVarianceSettings(PaperSettings):
+class EvaVarianceSettings(Options):
     """Settings.
 
     Attributes:

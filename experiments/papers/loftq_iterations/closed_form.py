@@ -6,7 +6,8 @@ import itertools
 
 import pandas as pd
 
-from experiments.papers.intervals import geometric_mean, mean
+from experiments.papers.claim import Claim, Verdict, judge
+from experiments.papers.interval import geometric_mean, mean
 from experiments.papers.loftq_iterations.correlations import rank_correlations
 from experiments.papers.loftq_iterations.iterating import CASE, SLACK, percent
 from experiments.papers.loftq_iterations.starts import (
@@ -18,7 +19,6 @@ from experiments.papers.loftq_iterations.starts import (
     QPISSA,
     SVD_FIRST,
 )
-from experiments.papers.verdicts import Claim, Verdict, judge
 
 PAPERS = {"original": 13.98, PLAIN: 19.40, "LQER": 16.23, DIAGONAL: 15.66, QERA: 16.16}
 PAPERS_ROW = (

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from experiments.console import say
-from experiments.papers.corpora import (
+from experiments.papers.corpus import (
     joined_blocks,
     language_batches,
     load_texts,
     sentence_batches,
 )
+from experiments.papers.language import spread
 from experiments.papers.loftq_iterations.errors import (
     mean_square_output,
     relative_norm,
@@ -26,8 +27,7 @@ from experiments.papers.loftq_iterations.errors import (
 from experiments.papers.loftq_iterations.outputs import HiddenStates, Measure, NextTokens
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.starts import LOFTQ, Ground, Start, starts
-from experiments.papers.perplexity import spread
-from experiments.papers.subjects import Layer, load_subject, place
+from experiments.papers.subject import Layer, load_subject, place
 from lora_init import Calibration, LoraConfig, calibrate
 
 BATCH = 16

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from experiments.measures.forgetting import token_divergence
-from experiments.papers.corpora import language_batches
-from experiments.papers.perplexity import losses_of
+from experiments.papers.corpus import language_batches
+from experiments.papers.language import losses_of
 
 BLOCKS_AT_ONCE = 4
 

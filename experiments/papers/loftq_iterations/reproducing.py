@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from experiments.console import say
-from experiments.papers.findings import Findings
+from experiments.papers.claim import Claim
 from experiments.papers.loftq_iterations import closed_form, iterating, showing
 from experiments.papers.loftq_iterations.measuring import (
     Frames,
@@ -16,9 +16,8 @@ from experiments.papers.loftq_iterations.measuring import (
 )
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.training import fine_tunings
-from experiments.papers.paper import Paper
-from experiments.papers.subjects import short_name
-from experiments.papers.verdicts import Claim
+from experiments.papers.reproduction import Findings, Paper
+from experiments.papers.subject import short_name
 
 
 def reproduce(settings: LoftqIterationsSettings) -> Findings:

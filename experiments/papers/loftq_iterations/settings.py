@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.paper import PaperSettings
+from experiments.papers.reproduction import Options
 
 PAPERS_ITERATIONS = 5
 """LoftQ's default T, at which one iteration is compared with several."""
 
 
 @dataclass
-class LoftqIterationsSettings(PaperSettings):
+class LoftqIterationsSettings(Options):
     """Settings.
 
     Attributes:

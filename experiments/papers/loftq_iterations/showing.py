@@ -6,7 +6,6 @@ import altair as alt
 import pandas as pd
 
 from experiments.papers.drawing import chart, methods_color
-from experiments.papers.findings import Figure, Table
 from experiments.papers.loftq_iterations.iterating import CASE, ERRORS, later_iterations, rises
 from experiments.papers.loftq_iterations.starts import (
     LOFTQ,
@@ -16,6 +15,7 @@ from experiments.papers.loftq_iterations.starts import (
     QPISSA,
     SVD_FIRST,
 )
+from experiments.papers.reproduction import Figure, Table
 from experiments.report.canvas import INK, SOFT
 
 ALTERNATING = (LOFTQ, SVD_FIRST, QPISSA)

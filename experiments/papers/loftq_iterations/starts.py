@@ -26,7 +26,7 @@ from torch import Tensor
 
 from experiments.errors import ConfigurationError
 from experiments.papers.loftq_iterations.errors import base_error
-from experiments.papers.subjects import Layer, Subject
+from experiments.papers.subject import Layer, Subject
 from lora_init import Calibration, LoraConfig, LoraModel, get_peft_model, init_factors, linalg
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.qera import output_error

@@ -17,7 +17,7 @@ from experiments.data import Labelled, rotten_tomatoes
 from experiments.papers.loftq_iterations.measuring import Study, at_equal_distances
 from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
 from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, Ground
-from experiments.papers.subjects import place
+from experiments.papers.subject import place
 from experiments.tasks.text_classification import TextClassification
 from experiments.training.loop import make_accelerator, train
 from lora_init import LoraModel, init_factors

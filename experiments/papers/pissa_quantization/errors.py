@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init import init_factors
 from lora_init.quantization import Quantizer
-from lora_init.registry import resolve
 
 NORMS = ("nuclear", "frobenius", "spectral", "output")
 
@@ -78,7 +78,7 @@ def remaining_error(
     Args:
         options: of the method, e.g. its number of iterations.
     """
-    initializer, settings = resolve({"name": method, **options})
-    factors = initializer.function(weight, rank, 1.0, None, settings, generator)
+    seed = generator.initial_seed()
+    factors = init_factors(weight, {"name": method, **options}, r=rank, seed=seed)
     base = factors.replacement.base(weight, 1.0).double()
     return weight.double() - base - factors.lora_B.double() @ factors.lora_A.double()

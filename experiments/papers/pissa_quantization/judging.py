@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.papers.intervals import Interval, mean
+from experiments.papers.claim import Claim, Verdict, judge
+from experiments.papers.interval import Interval, mean
 from experiments.papers.pissa_quantization.errors import NORMS
 from experiments.papers.pissa_quantization.measuring import (
     AS_IT_IS,
@@ -16,7 +17,6 @@ from experiments.papers.pissa_quantization.measuring import (
 )
 from experiments.papers.pissa_quantization.settings import MLP, PAPER_AVERAGES, PAPER_PARTS
 from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.verdicts import Claim, Verdict, judge
 
 ORDER = (
     "on every model the difference is above 0 beyond its 95 % interval over blocks; same "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments.errors import ConfigurationError
-from experiments.papers.corpora import (
+from experiments.papers.corpus import (
     joined_blocks,
     language_batches,
     load_texts,
@@ -38,7 +38,7 @@ from experiments.papers.pissa_quantization.settings import (
     part_of,
 )
 from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.subjects import Layer, Subject, place
+from experiments.papers.subject import Layer, Subject, place
 from lora_init import LoraConfig, calibrate
 from lora_init.layer import layer_generator
 from lora_init.progress import tracking

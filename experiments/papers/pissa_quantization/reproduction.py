@@ -5,8 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from experiments.console import say
-from experiments.papers.findings import Findings
-from experiments.papers.paper import Paper
 from experiments.papers.pissa_quantization.judging import (
     at_judged_rank,
     claims,
@@ -17,7 +15,8 @@ from experiments.papers.pissa_quantization.pictures import figures
 from experiments.papers.pissa_quantization.settings import PissaQuantizationSettings
 from experiments.papers.pissa_quantization.tables import tables
 from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.subjects import load_subject
+from experiments.papers.reproduction import Findings, Paper
+from experiments.papers.subject import load_subject
 
 
 def reproduce(settings: PissaQuantizationSettings) -> Findings:

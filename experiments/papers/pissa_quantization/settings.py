@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from experiments.papers.paper import PaperSettings
+from experiments.papers.reproduction import Options
 
 METHODS = {"loftq": "loftq_iter", "qpissa": "iterations"}
 """By initializer, what it calls T."""
@@ -52,7 +52,7 @@ def part_of(kind: str) -> str:
 
 
 @dataclass
-class PissaQuantizationSettings(PaperSettings):
+class PissaQuantizationSettings(Options):
     """Settings.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from tiny_llama import some_blocks, tiny_llama
 
 from experiments.errors import ConfigurationError
+from experiments.papers.claim import Verdict
 from experiments.papers.corda_compression import claims
 from experiments.papers.corda_compression.dropping import dropped, losses_by_fraction, restored
 from experiments.papers.corda_compression.inputs import observe_inputs
@@ -19,8 +20,7 @@ from experiments.papers.corda_compression.projections import (
     Inputs,
     least_components,
 )
-from experiments.papers.perplexity import block_losses
-from experiments.papers.verdicts import Verdict
+from experiments.papers.language import block_losses
 from lora_init import init_factors
 from lora_init.initializers.corda import CordaOptions
 from lora_init.moments import InputStatistics

@@ -12,6 +12,7 @@ from tiny_llama import some_blocks, tiny_llama
 
 from experiments.config.training import TrainingConfig
 from experiments.errors import ConfigurationError, RunFailed
+from experiments.papers.claim import Verdict
 from experiments.papers.corda_knowledge import claims, trajectories
 from experiments.papers.corda_knowledge.reproduction import STARTS, adapted, improved
 from experiments.papers.corda_knowledge.tradeoff import (
@@ -27,7 +28,6 @@ from experiments.papers.corda_knowledge.trajectories import (
     started_again,
     trajectory,
 )
-from experiments.papers.verdicts import Verdict
 from lora_init import LoraConfig, get_peft_model
 
 

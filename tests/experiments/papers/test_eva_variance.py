@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments.errors import ConfigurationError
+from experiments.papers.claim import Verdict
 from experiments.papers.eva_variance import claims, discussion
 from experiments.papers.eva_variance.costs import FULL_SVD
 from experiments.papers.eva_variance.gradients import Ceiling, FirstGradient
@@ -29,7 +30,6 @@ from experiments.papers.eva_variance.variance import (
 )
 from experiments.papers.starts import configuration
 from experiments.papers.tasks import load_with_task, task_batches
-from experiments.papers.verdicts import Verdict
 from lora_init import get_peft_model
 from lora_init.moments import InputStatistics
 
@@ -362,7 +362,7 @@ def test_settings_are_refused_by_name(composed_paper):
     for override, message in (
         ("methods=[eva,pissa]", "eva, eva_uncentred and kaiming must be among them"),
         ("orders=0", "orders=0; allowed are integers >= 1"),
-        ("methods=[kaiming,evo]", "'evo' starts no linear layer; did you mean 'eva'"),
+        ("methods=[kaiming,evo]", "did you mean 'eva'"),
         ("encoder.batches=1", "batches=1; allowed are integers >= 2"),
         ("encoder.gradient_batches=91", "gradient_batches=91; allowed are at most batches=90"),
         ("rank=5", "rank=5; allowed is one of ranks"),

@@ -1,7 +1,7 @@
-"""The fast form of every reproduction, as `make papers` runs it, against the page in docs/papers.
+"""The fast form of every reproduction, as `make papers` runs it, compared with docs/papers.
 
-Two to eight minutes each, so that `make test` leaves them out: `make test-papers` runs them.
-test_forms.py has the same reproductions in their smallest form.
+Each takes two to eight minutes, so `make test` excludes them and `make test-papers` runs them.
+test_forms.py runs the smoke forms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 from experiments.papers.catalogue import NAMES
 from experiments.papers.page import read_verdicts
-from experiments.papers.results import read_result
+from experiments.papers.result import read_result
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = read_verdicts(ROOT / "docs" / "papers")

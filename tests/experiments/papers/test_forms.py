@@ -1,4 +1,4 @@
-"""Every reproduction: its three forms compose, and the smallest one runs to its files."""
+"""Every reproduction: its three forms compose, and the smoke form writes its files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from products import chosen
 from substitutes import random_llama
 
 from experiments.errors import ConfigurationError
-from experiments.papers.catalogue import NAMES, load_paper
-from experiments.papers.paper import FORMS
-from experiments.papers.results import read_result, write_result
-from experiments.papers.verdicts import Verdict
+from experiments.papers.catalogue import NAMES, load_reproduction
+from experiments.papers.claim import Verdict
+from experiments.papers.reproduction import FORMS
+from experiments.papers.result import read_result, write_result
 
 
 @pytest.mark.parametrize("form", chosen(FORMS, "fast"))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_form_composes(composed_paper, name, form):
     settings = composed_paper(name, form)
-    assert type(settings) is load_paper(name).settings
+    assert type(settings) is load_reproduction(name).options
     assert settings.form == form
 
 
-# Forms of SmolLM2, which carry most of the time: two random blocks take its place. Rank scaling
-# keeps the real one, and `make test-papers` has it in all of them.
+# SmolLM2 takes most of the time, so a random model of two blocks replaces it. Rank scaling keeps
+# the real one, and `make test-papers` uses it everywhere.
 SUBSTITUTED = {
     "fast_svd": ("model", {"adapted_every": 1}),
     "loftq_iterations": ("language_model", {"language_every": 1, "measured_every": 1}),
@@ -38,17 +38,17 @@ SUBSTITUTED = {
 
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory) -> Path:
-    """A random Llama of two blocks that reads English by its letters."""
+    """A random Llama of two blocks whose tokens are characters."""
     return random_llama(tmp_path_factory.mktemp("text-model"), width=64, characters=printable)
 
 
 @pytest.mark.parametrize("name", chosen(NAMES, "first_step", "corda_knowledge"))
-def test_the_smoke_form_runs_to_its_files(smoke, composed_paper, text_model, tmp_path, name):
+def test_the_smoke_form_writes_its_files(smoke, composed_paper, text_model, tmp_path, name):
     replaced = {}
     if name in SUBSTITUTED:
         setting, others = SUBSTITUTED[name]
         replaced = {setting: str(text_model), **others}
-    findings, paper = smoke(name, **replaced), load_paper(name)
+    findings, paper = smoke(name, **replaced), load_reproduction(name)
     assert findings.claims
     assert findings.figures
     assert findings.tables
@@ -61,7 +61,7 @@ def test_the_smoke_form_runs_to_its_files(smoke, composed_paper, text_model, tmp
     for table in findings.tables:
         assert len(table.frame)
         empty = table.frame.isna().all()
-        assert not empty.any(), f"{table.name}: nothing in {list(table.frame.columns[empty])}"
+        assert not empty.any(), f"{table.name}: empty columns {list(table.frame.columns[empty])}"
     settings = composed_paper(name, "smoke", f"output={tmp_path}", **replaced)
     written = write_result(paper, settings, findings, seconds=1.0)
     folder = tmp_path / "smoke" / name
@@ -86,5 +86,7 @@ def test_a_misspelt_setting_is_refused_by_name(composed_paper, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bad_value_is_refused(composed_paper, name):
-    with pytest.raises(ConfigurationError, match="device='tpu'; allowed are auto, cpu and cuda"):
+    with pytest.raises(
+        ConfigurationError, match="device='tpu' is not supported: must be one of auto, cpu, cuda"
+    ):
         composed_paper(name, "fast", "device=tpu")

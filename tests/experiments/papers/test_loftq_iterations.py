@@ -19,7 +19,7 @@ from experiments.papers.loftq_iterations.errors import (
     remaining,
 )
 from experiments.papers.loftq_iterations.outputs import HiddenStates, NextTokens
-from experiments.papers.subjects import Layer, Subject
+from experiments.papers.subject import Layer, Subject
 from lora_init import LoraConfig, calibrate
 from lora_init.quantization import Quantizer
 

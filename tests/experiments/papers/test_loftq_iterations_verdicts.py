@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from experiments.papers.claim import Verdict
 from experiments.papers.loftq_iterations import closed_form, iterating
 from experiments.papers.loftq_iterations.correlations import rank_correlations
 from experiments.papers.loftq_iterations.starts import (
@@ -20,7 +21,6 @@ from experiments.papers.loftq_iterations.starts import (
     QPISSA,
     SVD_FIRST,
 )
-from experiments.papers.verdicts import Verdict
 
 CASES = [{"model": "m", "bits": bits, "rank": rank} for bits in (4, 2) for rank in (8, 32)]
 REPRODUCED, DIRECTION = Verdict.REPRODUCED, Verdict.SAME_DIRECTION

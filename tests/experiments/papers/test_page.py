@@ -1,5 +1,4 @@
-"""One page of all reproductions: complete, self-contained, drawn in a real browser; and the command
-that measures all of them."""
+"""Tests of the page, of result folders, and of the command that runs all reproductions."""
 
 from __future__ import annotations
 
@@ -7,28 +6,50 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from experiments.papers import __main__ as application
-from experiments.papers import running
-from experiments.papers.catalogue import NAMES, load_paper
-from experiments.papers.page import read_verdicts, write_page
-from experiments.papers.results import fingerprint, read_result, write_result
-from experiments.papers.summary import counted, summary_markdown
-from experiments.papers.tables import claims_markdown
-from experiments.papers.verdicts import Verdict
+from experiments.papers import __main__ as command
+from experiments.papers import result as results
+from experiments.papers.application import carry_out
+from experiments.papers.catalogue import NAMES, load_reproduction
+from experiments.papers.claim import Verdict
+from experiments.papers.page import count_verdicts, read_verdicts, verdict_counts, write_page
+from experiments.papers.reproduction import Measurement
+from experiments.papers.result import fingerprint, read_result, write_result
+from experiments.papers.text import claims_markdown
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-               None)  # fmt: skip
+ROOT = Path(__file__).resolve().parents[3]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 NAME = "rank_scaling"
 
 
+def measured(options) -> Measurement:
+    """Rows of rank scaling without a model."""
+    scalings = ("alpha / r", "alpha / √r")
+    steps = [
+        {"scaling": scaling, "rank": rank, "step": step, "loss": 3.0, "norm": 1 / rank}
+        for scaling in scalings
+        for rank in (2, 4, 8)
+        for step in (1, 2)
+    ]
+    losses = {(scaling, rank): [3 - rank / 8, 4.0] for scaling in scalings for rank in (2, 4, 8)}
+    frames = {"steps": pd.DataFrame(steps), "losses": pd.DataFrame(losses)}
+    return Measurement(options, frames, {"model": "made up"})
+
+
 @pytest.fixture(scope="module")
-def result(smoke, composed_paper, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("papers")
-    settings = composed_paper(NAME, "smoke", f"output={folder}")
-    return write_result(load_paper(NAME), settings, smoke(NAME), seconds=2.0)
+def reproduction():
+    return replace(load_reproduction(NAME), measure=measured)
+
+
+@pytest.fixture(scope="module")
+def result(reproduction, composed_paper, tmp_path_factory):
+    options = composed_paper(NAME, "smoke", f"output={tmp_path_factory.mktemp('papers')}")
+    return write_result(reproduction, options, reproduction.reproduce(options), seconds=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +59,7 @@ def page(result, tmp_path_factory):
     return write_page([result], tmp_path_factory.mktemp("page"))
 
 
-@pytest.mark.exhaustive
-def test_the_page_has_every_claim_with_its_verdict(page, result):
+def test_the_page_has_every_claim_and_loads_nothing(page, result):
     text = page.read_text()
     for claim in result.claims[1:]:
         assert claim.statement in text
@@ -49,8 +69,7 @@ def test_the_page_has_every_claim_with_its_verdict(page, result):
     assert "https://" not in text.split("<script>")[0]
 
 
-@pytest.mark.exhaustive
-def test_the_markdown_has_the_same_with_pictures(page, result):
+def test_the_markdown_has_claims_and_pictures(page, result):
     text = (page.parent / "README.md").read_text()
     assert "\\| a" in text
     for figure in result.figures:
@@ -67,37 +86,34 @@ def test_the_verdicts_can_be_read_again(page, result):
     assert kept[NAME][1:] == result.claims[1:]
 
 
-def test_questions_of_our_own_are_counted_apart(result):
+def test_our_own_questions_are_counted_separately(result):
     claims = [
         replace(result.claims[0], verdict=Verdict.REPRODUCED),
         replace(result.claims[0], verdict=Verdict.CONTRADICTS, published=False),
         replace(result.claims[0], verdict=Verdict.NOT_REPRODUCED),
     ]
     made = replace(result, claims=claims)
-    assert counted([made]) == (
+    assert count_verdicts([made]) == (
         "2 published claims: 1 reproduced, 1 not reproduced; 1 question of our own: 1 contradicts"
     )
-    assert summary_markdown([made]).splitlines() == [
-        "| what was measured again | reproduced | not reproduced | our own |",
-        "| :--- | ---: | ---: | ---: |",
-        f"| {result.title} | 1 | 1 | 1 |",
-    ]
+    headers, rows = verdict_counts([made])
+    assert headers == ["what was measured again", "reproduced", "not reproduced", "our own"]
+    assert rows == [[result.title, "1", "1", "1"]]
     assert "(our own question)" in claims_markdown(claims).splitlines()[3]
 
 
-def test_pictures_that_are_no_longer_drawn_go(result, tmp_path):
+def test_pictures_of_dropped_figures_are_deleted(result, tmp_path):
     for name in (f"{NAME}-earlier.png", "another-one.png"):
         (tmp_path / name).touch()
     write_page([result], tmp_path)
-    kept = {path.name for path in tmp_path.glob("*.png")}
     drawn = {f"{NAME}-{figure['name']}.png" for figure in result.figures}
-    assert kept == drawn | {"another-one.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == drawn | {"another-one.png"}
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium to open the page")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_draws_every_chart_and_says_nothing(page, result, tmp_path, width):
-    # Chromium's windows are no narrower than 500 pixels: a frame can be.
+def test_a_browser_draws_every_chart_without_a_message(page, result, tmp_path, width):
+    # A Chromium window is at least 500 pixels wide, a frame may be narrower.
     frame = tmp_path / "frame.html"
     script = (
         "onload = () => setTimeout(() => { const d = f.contentDocument;"
@@ -108,69 +124,79 @@ def test_a_browser_draws_every_chart_and_says_nothing(page, result, tmp_path, wi
         f'<iframe id="f" src="{page.as_uri()}" style="width:{width}px;height:900px;border:0">'
         f"</iframe><script>{script}</script>"
     )
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile",
-        "--enable-logging=stderr", "--window-size=1400,1000", "--virtual-time-budget=9000",
-        "--dump-dom", frame.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--no-first-run",
+        *(f"--disable-{part}" for part in ("gpu", "quic", "sync", "background-networking")),
+        "--allow-file-access-from-files",
+        "--enable-logging=stderr",
+        "--window-size=1400,1000",
+        "--virtual-time-budget=9000",
+        "--dump-dom",
+    ]
+    profile = f"--user-data-dir={tmp_path}/profile"
+    line = [BROWSER, profile, *arguments, frame.as_uri()]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert [message for message in done.stderr.splitlines() if "CONSOLE" in message] == []
     assert f"<title>yes {len(result.figures)} true</title>" in done.stdout
 
 
-# -- the results' folders --------------------------------------------------------------------------
+def test_every_verdict_has_a_color():
+    style = (ROOT / "experiments/papers/page.css").read_text()
+    for verdict in set(Verdict) - {Verdict.NOT_JUDGED}:
+        assert f".verdict.{str(verdict).replace(' ', '-')} " in style
 
 
-def test_a_finished_one_is_not_measured_again(result, composed_paper, monkeypatch, capsys):
-    paper = replace(load_paper(NAME), reproduce=lambda settings: pytest.fail("measured again"))
-    output = result.settings["output"]
-    again = running.carry_out(paper, composed_paper(NAME, "smoke", f"output={output}"))
-    assert again.claims == result.claims
-    assert "finished before" in capsys.readouterr().out
+# -- result folders --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("override", ["rerun=true", "seed=1", "steps=3"])
-def test_other_settings_or_a_wish_measure_again(result, composed_paper, override):
-    class Measured(Exception):
-        pass
+class Measured(Exception):
+    """Raised in place of a measurement."""
 
-    def reproduce(settings):
+
+@pytest.mark.parametrize("override", [None, "rerun=true", "seed=1", "steps=3"])
+def test_only_changed_options_or_rerun_measure_again(
+    result, reproduction, composed_paper, capsys, override
+):
+    def measure(options):
         raise Measured
 
-    paper = replace(load_paper(NAME), reproduce=reproduce)
-    output = result.settings["output"]
-    with pytest.raises(Measured):
-        running.carry_out(paper, composed_paper(NAME, "smoke", f"output={output}", override))
+    changes = [override] if override else []
+    options = composed_paper(NAME, "smoke", f"output={result.settings['output']}", *changes)
+    again = replace(reproduction, measure=measure)
+    if override is None:
+        assert carry_out(again, options).claims == result.claims
+        assert "finished before" in capsys.readouterr().out
+    else:
+        with pytest.raises(Measured):
+            carry_out(again, options)
 
 
-def test_the_fingerprint_follows_the_code(composed_paper, monkeypatch):
-    from experiments.papers import results
-
-    settings = composed_paper(NAME, "smoke")
-    before = fingerprint(NAME, settings)
-    assert fingerprint(NAME, replace(settings, threads=1, output="elsewhere")) == before
+def test_the_fingerprint_depends_on_the_code(composed_paper, monkeypatch):
+    options = composed_paper(NAME, "smoke")
+    before = fingerprint(NAME, options)
+    assert fingerprint(NAME, replace(options, threads=1, output="elsewhere")) == before
     monkeypatch.setattr(results, "source_hash", lambda name: "another")
-    assert fingerprint(NAME, settings) != before
+    assert fingerprint(NAME, options) != before
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"claims": []}', '{"claims": [{"verdict": "?"}]}'])
-def test_half_a_result_is_none(tmp_path, content):
+def test_an_incomplete_result_is_ignored(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
     assert read_result(tmp_path) is None
 
 
-# -- all of them -----------------------------------------------------------------------------------
+# -- all reproductions -----------------------------------------------------------------------------
 
 
-def test_each_has_a_process_and_a_failure_is_named(monkeypatch, capsys):
+def test_each_runs_in_a_process_and_a_failure_is_named(monkeypatch, capsys):
     commands = []
 
     class Started:
-        def __init__(self, command, **settings):
-            commands.append(command)
-            self.returncode = int("fast_svd" in " ".join(command))
+        def __init__(self, line, **settings):
+            commands.append(line)
+            self.returncode = int("fast_svd" in " ".join(line))
             self.stdout = ["measured\n"]
             assert settings["env"]["OMP_NUM_THREADS"]
 
@@ -180,36 +206,29 @@ def test_each_has_a_process_and_a_failure_is_named(monkeypatch, capsys):
         def __exit__(self, *exception):
             return None
 
-    monkeypatch.setattr(application.subprocess, "Popen", Started)
-    monkeypatch.setattr(
-        application.os, "sched_getaffinity", lambda process: range(6), raising=False
-    )
-    settings = application.AllPapers(overrides=["device=cpu"], rerun=True, form="full", at_once=2)
-    assert application.measure_all(settings) == ["fast_svd"]
+    monkeypatch.setattr(command.subprocess, "Popen", Started)
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda process: range(6), raising=False)
+    options = command.AllPapers(overrides=["device=cpu"], rerun=True, form="full", at_once=2)
+    assert command.measure_all(options) == ["fast_svd"]
     assert len(commands) == len(NAMES)
-    assert commands[0] == [
-        sys.executable, "-m", f"experiments.papers.{NAMES[0]}", "--config-name", "full",
-        "output=outputs/papers", "threads=3", "device=cpu", "rerun=true",
-    ]  # fmt: skip
-    told = capsys.readouterr().out
-    assert "rank_scaling: measured" in told
-    assert "fast_svd: FAILED" in told
+    words = f"-m experiments.papers.{NAMES[0]} --config-name full output=outputs/papers threads=3"
+    assert commands[0] == [sys.executable, *words.split(), "device=cpu", "rerun=true"]
+    output = capsys.readouterr().out
+    assert "rank_scaling: measured" in output
+    assert "fast_svd: FAILED" in output
 
 
-def test_what_failed_leaves_no_earlier_result_on_the_page(result):
-    settings = application.AllPapers(form="smoke", output=result.settings["output"])
-    assert [found.name for found in application.gather(settings)] == [NAME]
-    assert application.gather(settings, without=[NAME]) == []
+def test_a_failed_reproduction_is_not_on_the_page(result):
+    options = command.AllPapers(form="smoke", output=result.settings["output"])
+    assert [found.name for found in command.collect_results(options)] == [NAME]
+    assert command.collect_results(options, without=[NAME]) == []
 
 
-def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys):
-    output = result.settings["output"]
-    monkeypatch.setattr(
-        sys, "argv",
-        ["papers", "measure=false", "form=smoke", f"output={output}", f"page={tmp_path}/page"],
-    )  # fmt: skip
-    application.register_schema()  # a process that ran the module holds its `__main__`'s
-    application.main()
+def test_the_page_is_written_from_existing_results(result, tmp_path, monkeypatch, capsys):
+    words = ["measure=false", "form=smoke", f"output={result.settings['output']}"]
+    monkeypatch.setattr(sys, "argv", ["papers", *words, f"page={tmp_path}/page"])
+    command.register_schema()  # a process that ran the module has the schema of `__main__`
+    command.main()
     assert (tmp_path / "page" / "index.html").is_file()
     assert NAME in capsys.readouterr().out
 
@@ -217,20 +236,21 @@ def test_the_page_is_made_of_what_is_there(result, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("papers=[fast_sdv]", "no reproduction is called 'fast_sdv'; did you mean 'fast_svd'"),
-        ("at_once=0", "at_once=0; allowed are integers >= 1, and null"),
-        ("form=quick", "form='quick'; allowed are smoke, fast, full"),
+        ("papers=[fast_sdv]", "did you mean 'fast_svd'"),
+        ("at_once=0", "at_once=0 is not supported: must be an integer >= 1, or null"),
+        ("form=quick", "form='quick' is not supported: must be one of smoke, fast, full"),
     ],
 )
-def test_what_is_misspelt_is_refused(monkeypatch, capsys, override, message):
+def test_misspelt_options_are_refused(monkeypatch, capsys, override, message):
     monkeypatch.setattr(sys, "argv", ["papers", "measure=false", override])
-    application.register_schema()
+    command.register_schema()
     with pytest.raises(SystemExit):
-        application.main()
+        command.main()
     assert message in capsys.readouterr().err
 
 
-def test_every_verdict_has_a_colour():
-    style = (application.CONFIGURATIONS.parents[1] / "experiments/papers/page.css").read_text()
-    for verdict in set(Verdict) - {Verdict.NOT_JUDGED}:
-        assert f".verdict.{str(verdict).replace(' ', '-')} " in style
+def test_the_readme_has_the_table_of_the_page():
+    page = (ROOT / "docs" / "papers" / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(page) if line.startswith("| what was measured again"))
+    end = page.index("", start)
+    assert "\n".join(page[start:end]) in (ROOT / "README.md").read_text()

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from experiments.errors import ConfigurationError
 from experiments.models.smollm2 import SmolLM2, locate
-from experiments.papers.intervals import Interval
+from experiments.papers.claim import Verdict
+from experiments.papers.interval import Interval
 from experiments.papers.pissa_quantization import grids, judging, measuring, reproduction
 from experiments.papers.pissa_quantization.errors import (
     NORMS,
@@ -24,8 +25,7 @@ from experiments.papers.pissa_quantization.judging import order
 from experiments.papers.pissa_quantization.settings import PissaQuantizationSettings, part_of
 from experiments.papers.pissa_quantization.tables import everything
 from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.subjects import Layer, load_subject
-from experiments.papers.verdicts import Verdict
+from experiments.papers.subject import Layer, load_subject
 from lora_init.quantization import Quantizer
 
 HOLDS, DIRECTION = Verdict.REPRODUCED, Verdict.SAME_DIRECTION

@@ -1,7 +1,0 @@
-"""python -m experiments.papers.fast_svd"""
-
-from experiments.papers.fast_svd import PAPER
-from experiments.papers.running import run
-
-if __name__ == "__main__":
-    run(PAPER)

@@ -1,0 +1,387 @@
+"""The rows of LoRA-GA's first step: every method's step in every layer, on known and on new data.
+
+With G = dL/dW (m × n) and the factors B0 (m × r), A0 (r × n), one step of SGD at rate η changes
+
+    ΔB = -η s G A0ᵀ,   ΔA = -η s B0ᵀ G,   so that   s(ΔB A0 + B0 ΔA) = -η s² U,
+    U = G A0ᵀ A0 + B0 B0ᵀ G,
+
+up to η², where full fine-tuning goes along -G. Adam's first step takes the signs of both gradients,
+U = sign(G A0ᵀ) A0 + B0 sign(B0ᵀ G). The distance of U from G at the best length c of the step,
+
+    min_c ‖c U - G‖ / ‖G‖ = sqrt(1 - <U, G>² / (‖U‖² ‖G‖²)),
+
+is the sine of the angle between them: 0 follows G, 1 is perpendicular to it. U has rank 2r at most,
+so no start is closer than the best approximation of that rank (Eckart and Young),
+
+    sqrt(sum over i > 2r of σ_i²) / ‖G‖,    σ the singular values of G.
+
+U is never formed: it is a product of an m × 2r and a 2r × n matrix. The gradients of one batch are
+in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experiments.console import say
+from experiments.papers.reproduction import Measurement, Options, require, require_at_least
+from experiments.papers.starts import (
+    UNCENTRED,
+    Gradients,
+    Start,
+    calibration_for,
+    check_methods,
+    moves_function,
+    startable,
+    started,
+)
+from experiments.papers.subject import DESCRIBED, Layer, Subject, short_name
+from experiments.papers.tasks import (
+    Batches,
+    described_data,
+    load_with_task,
+    measured_layers,
+    task_batches,
+)
+from lora_init.calibration.gradients import collect_gradients
+from lora_init.progress import tracked
+from lora_init.registry import Initializer, resolve
+
+CALIBRATION, FRESH, TOGETHER = "calibration", "fresh", "fresh together"
+OWN_START = "lora_one’s start itself"
+SUBJECT = "lora_ga"
+
+Product = tuple[Float[Tensor, "out inner"], Float[Tensor, "inner in"]]
+"""Two matrices that stand for their product."""
+
+
+@dataclass
+class Data:
+    """The data of one model.
+
+    Attributes:
+        batch_size, length: sequences per batch, and tokens per sequence (at most, for sentences).
+        calibration: sequences for the methods that use data.
+        fresh: batches of as many other sequences, of other films.
+        sizes: LoRA-GA is also calibrated on these numbers of sequences.
+        every: one of so many transformer blocks is measured.
+        moved: also measure methods that change the model's function at step 0. Their gradients
+            need additional passes.
+    """
+
+    batch_size: int
+    length: int
+    calibration: int
+    fresh: int
+    sizes: list[int]
+    every: int
+    moved: bool
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "batch_size", "length", "calibration", "fresh", "sizes", "every")
+        whole = self.calibration < self.batch_size or self.calibration % self.batch_size == 0
+        wanted = f"less than one batch, or a multiple of batch_size={self.batch_size}"
+        require(self, "calibration", whole, wanted)
+
+
+@dataclass
+class FirstStepOptions(Options):
+    """What is measured.
+
+    Attributes:
+        models: as `load_subject` takes them. minilm is measured as a classifier of film reviews
+            with the data of `encoder`, every other one as a language model with those of
+            `language`.
+        rank: of all methods.
+        methods: registered names; null for all that start a linear layer.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
+    rank: int = 8
+    methods: list[str] | None = None
+    encoder: Data = field(default_factory=lambda: Data(32, 48, 32, 3, [8, 128], 1, True))
+    language: Data = field(default_factory=lambda: Data(4, 64, 8, 2, [2, 16], 5, False))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "models", bool(self.models), "one or more models, such as minilm")
+        require_at_least(self, 1, "rank")
+        if self.methods is not None:
+            check_methods(self.methods)
+            compared = SUBJECT in self.methods and len(self.methods) > 1
+            require(self, "methods", compared, f"two or more methods with {SUBJECT} among them")
+
+    def data(self, model: str) -> Data:
+        return self.encoder if model == "minilm" else self.language
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+
+def first_step(
+    rule: str,
+    gradient: Float[Tensor, "out in"],
+    lora_A: Float[Tensor, "rank in"],
+    lora_B: Float[Tensor, "out rank"],
+    frozen: Sequence[str] = (),
+) -> Product:
+    """U of one step of "sgd" or "adam", in float64; a factor in `frozen` does not move."""
+    gradient, lora_A, lora_B = gradient.double(), lora_A.double(), lora_B.double()
+    move_B, move_A = gradient @ lora_A.T, lora_B.T @ gradient
+    if rule == "adam":
+        move_B, move_A = move_B.sign(), move_A.sign()
+    parts = {"lora_B": (move_B, lora_A), "lora_A": (lora_B, move_A)}
+    left, right = zip(*(part for name, part in parts.items() if name not in frozen), strict=True)
+    return torch.cat(left, dim=1), torch.cat(right)
+
+
+def relative_error(step: Product, wanted: Float[Tensor, "out in"]) -> float:
+    """min over c ≥ 0 of ‖c U - G‖ / ‖G‖; 1 if U is zero or points away from G.
+
+    Raises:
+        ValueError: the gradient is zero.
+    """
+    left, right = (factor.double() for factor in step)
+    wanted = wanted.double()
+    norm = float(torch.linalg.vector_norm(wanted)) ** 2
+    if norm == 0:
+        raise ValueError("a gradient of zero is not supported: no step follows it.")
+    square = float(((left.T @ left) * (right @ right.T)).sum())
+    product = float(((left.T @ wanted) * right).sum())
+    if square <= 0 or product <= 0:
+        return 1.0
+    return max(0.0, 1 - product**2 / (square * norm)) ** 0.5
+
+
+def rank_bounds(gradient: Float[Tensor, "out in"], ranks: Sequence[int]) -> list[float]:
+    """The relative error of the best approximation of each rank."""
+    wide = gradient.double() if gradient.shape[0] <= gradient.shape[1] else gradient.double().T
+    energies = torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0)  # ascending
+    total = energies.sum()
+    tails = [energies[: max(0, len(energies) - rank)].sum() for rank in ranks]
+    return [float((tail / total).sqrt()) for tail in tails]
+
+
+# -- measurement -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """The batches of a gradient.
+
+    Attributes:
+        data: "calibration" for the methods' own data, "fresh" for a new batch, "fresh together"
+            for the mean over all new ones.
+        number: of the fresh batch.
+    """
+
+    data: str
+    number: int
+    batches: Batches
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A method's factors, after its model was unloaded."""
+
+    initializer: Initializer
+    lora_A: Mapping[str, Tensor]
+    lora_B: Mapping[str, Tensor]
+    zero_B: bool
+
+    @classmethod
+    def of(cls, start: Start) -> Kept:
+        zero_B = not any(bool(factor.any()) for factor in start.lora_B.values())
+        return cls(start.initializer, dict(start.lora_A), dict(start.lora_B), zero_B)
+
+    def step(self, rule: str, layer: Layer, gradient: Float[Tensor, "out in"]) -> Product:
+        factors = self.lora_A[layer.name], self.lora_B[layer.name]
+        return first_step(rule, gradient, *factors, self.initializer.frozen)
+
+    @property
+    def moved(self) -> bool:
+        return moves_function(self.initializer)
+
+
+def measure(options: FirstStepOptions) -> Measurement:
+    """Measure every model."""
+    found = [measure_model(model, options) for model in options.models]
+    rows, sizes = (pd.concat(frames, ignore_index=True) for frames in zip(*found, strict=True))
+    facts = {short_name(model): describe(model, rows, options) for model in options.models}
+    facts["methods"] = (
+        f"r = {options.rank}, s = 1, the library’s options (lora_one: gamma = 8 √r, its authors’ "
+        f"step at this s); seed {options.seed}"
+    )
+    moved = [short_name(model) for model in options.models if options.data(model).moved]
+    if len(moved) < len(options.models):
+        where = f"are measured on {', '.join(moved)} alone" if moved else "are left out"
+        facts["methods"] += f"; those that change the model’s function at step 0 {where}"
+    facts["the paper’s"] = "a theorem on one gradient; experiments on T5-base and Llama-2-7B"
+    return Measurement(options, {"steps": rows, "sizes": sizes}, facts)
+
+
+def describe(model: str, rows: pd.DataFrame, options: FirstStepOptions) -> str:
+    """The model and its data in words."""
+    data = options.data(model)
+    layers = rows.loc[rows["model"] == short_name(model), "layer"].nunique()
+    sets = "1 fresh set" if data.fresh == 1 else f"{data.fresh} fresh sets"
+    blocks = "all blocks" if data.every == 1 else f"one block in {data.every}"
+    return (
+        f"{DESCRIBED.get(model, model)}; {layers} layers, of {blocks}; "
+        f"{described_data(model, size=data.batch_size, length=data.length)}; calibrated on "
+        f"{data.calibration} sequences, {sets} of as many, of other films"
+    )
+
+
+def measure_model(model: str, options: FirstStepOptions) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of all methods; and rows of LoRA-GA by its number of calibration sequences."""
+    data = options.data(model)
+    subject = load_with_task(model, options.device)
+    layers = measured_layers(subject, data.every)
+    names = [layer.name for layer in layers]
+    methods = chosen_methods(options, data.moved)
+    shape = {"size": data.batch_size, "length": data.length}
+    own = Source(CALIBRATION, 0, task_batches(subject, "train", data.calibration, **shape))
+    fresh = [Source(FRESH, n, batches) for n, batches in enumerate(fresh_batches(subject, data))]
+    say(f"  {model}: {len(methods)} methods on {len(layers)} layers, r = {options.rank}")
+    kept, rows = start_all(subject, layers, methods, [own, *fresh], options)
+    sized, size_rows = {data.calibration: kept[SUBJECT]}, []
+    for size in tracked(sorted(set(data.sizes) - set(sized)), "calibrating on more and less"):
+        known = Source(CALIBRATION, 0, task_batches(subject, "train", size, **shape))
+        calibration = calibration_for(subject, [SUBJECT], names, options.rank, known.batches)
+        gradients = {name: calibration.layers[name].gradient for name in names}
+        with started(
+            subject, SUBJECT, names, options.rank, calibration, seed=options.seed
+        ) as start:
+            sized[size] = Kept.of(start)
+        size_rows += by_size(layers, known, gradients, {size: sized[size]})
+    total: dict[str, Tensor] = {}
+    for source in tracked([own, *fresh], "comparing"):
+        gradients = collect_gradients(subject.model, names, source.batches)
+        if source.data == FRESH:
+            total = {name: g + total.get(name, 0) for name, g in gradients.items()}
+        still = {name: found for name, found in kept.items() if not found.moved}
+        rows += compare(layers, source, gradients, still, bounded=options.rank)
+        if "lora_one" in kept:
+            rows += own_start(layers, source, gradients, kept["lora_one"])
+        known = sized if source.data == FRESH else {data.calibration: kept[SUBJECT]}
+        size_rows += by_size(layers, source, gradients, known)
+    size_rows += by_size(layers, Source(TOGETHER, 0, []), total, sized)
+    name = subject.short
+    return pd.DataFrame(rows).assign(model=name), pd.DataFrame(size_rows).assign(model=name)
+
+
+def chosen_methods(options: FirstStepOptions, with_moved: bool) -> list[str]:
+    """The methods to measure; those that move the function only on request."""
+    methods = options.methods or [name for name in startable() if name != UNCENTRED]
+    return [name for name in methods if with_moved or not moves_function(resolve(name)[0])]
+
+
+def fresh_batches(subject: Subject, data: Data) -> list[Batches]:
+    """Sets of as many sequences as the calibration has, of the validation films."""
+    size = min(data.batch_size, data.calibration)
+    count = -(-data.calibration // size)
+    flat = task_batches(
+        subject, "validation", data.fresh * count * size, size=size, length=data.length
+    )
+    return [flat[first : first + count] for first in range(0, len(flat), count)]
+
+
+def start_all(
+    subject: Subject,
+    layers: Sequence[Layer],
+    methods: Sequence[str],
+    sources: Sequence[Source],
+    options: FirstStepOptions,
+) -> tuple[dict[str, Kept], list[dict]]:
+    """All methods' factors, and the rows of those that move the function, on their gradients."""
+    names = [layer.name for layer in layers]
+    calibration = calibration_for(subject, methods, names, options.rank, sources[0].batches)
+    kept, rows = {}, []
+    for method in tracked(methods, "starting"):
+        with started(subject, method, names, options.rank, calibration, seed=options.seed) as start:
+            kept[method] = Kept.of(start)
+            for source in sources if kept[method].moved else ():
+                gradients = start.gradients(source.batches)
+                rows += compare(layers, source, gradients, {method: kept[method]})
+    return kept, rows
+
+
+def compare(
+    layers: Sequence[Layer],
+    source: Source,
+    gradients: Gradients,
+    kept: Mapping[str, Kept],
+    bounded: int | None = None,
+) -> list[dict]:
+    """Rows of methods that share these gradients.
+
+    Args:
+        bounded: a rank; adds the bounds of this rank and of twice that. None for the gradients of
+            a method that moves the function, to which the theorem does not apply.
+    """
+    rows = []
+    for layer in layers:
+        gradient = gradients[layer.name].double()
+        bounds = {}
+        if bounded is not None:
+            found = rank_bounds(gradient, [bounded, 2 * bounded])
+            bounds = dict(zip(("bound_r", "bound"), found, strict=True))
+        for method, one in kept.items():
+            adam = one.step("adam", layer, gradient)
+            rows.append(
+                {
+                    **describe_row(layer, source, method),
+                    "zero_B": one.zero_B,
+                    "moved": one.moved,
+                    "error": relative_error(one.step("sgd", layer, gradient), gradient),
+                    "adam": relative_error(adam, gradient),
+                    "adam_signs": relative_error(adam, gradient.sign()),
+                    **bounds,
+                }
+            )
+    return rows
+
+
+def by_size(
+    layers: Sequence[Layer], source: Source, gradients: Gradients, sized: Mapping[int, Kept]
+) -> list[dict]:
+    """Rows of LoRA-GA's step of SGD by the number of calibration sequences."""
+    rows = []
+    for layer in layers:
+        gradient = gradients[layer.name].double()
+        for size, kept in sized.items():
+            error = relative_error(kept.step("sgd", layer, gradient), gradient)
+            rows.append({**describe_row(layer, source, SUBJECT), "size": size, "error": error})
+    return rows
+
+
+def own_start(
+    layers: Sequence[Layer], source: Source, gradients: Gradients, kept: Kept
+) -> list[dict]:
+    """Rows of LoRA-One's start itself: s B0 A0 compared with -G of the model before it."""
+    rows = []
+    for layer in layers:
+        product = kept.lora_B[layer.name], -kept.lora_A[layer.name]
+        error = relative_error(product, gradients[layer.name])
+        row = describe_row(layer, source, OWN_START)
+        rows.append({**row, "zero_B": False, "moved": True, "error": error})
+    return rows
+
+
+def describe_row(layer: Layer, source: Source, method: str) -> dict:
+    """The columns that identify a row."""
+    return {
+        "layer": layer.name,
+        "block": layer.block,
+        "kind": layer.kind,
+        "method": method,
+        "data": source.data,
+        "batch": source.number,
+    }
