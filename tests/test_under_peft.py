@@ -509,7 +509,7 @@ def test_other_adapters_of_a_changed_base(tmp_path):
     model.load_adapter(tmp_path / "ref", "ref")
     model.set_adapter("default")
     assert_gap(logits(model, batches), expected, 0.0)
-    with pytest.raises(ValueError, match="'ref' was trained on the base.*delete it first"):
+    with pytest.raises(ValueError, match="'ref' was trained on the base.*Delete 'ref' first"):
         model.delete_adapter("default")
 
     model.add_adapter("wider", peft.LoraConfig(r=8, target_modules=["q_proj"]))
@@ -579,7 +579,7 @@ def test_plain_adapters_are_not_loaded_onto_a_changed_base(tmp_path):
     model = of_language("pissa", base)
     before = snapshot(model)
     for folder, name in (("plain", "default"), ("plain", "new"), ("ours", "new")):
-        with pytest.raises(ValueError, match="is for the original one; call restore_peft_model"):
+        with pytest.raises(ValueError, match="is for the original one. Call restore_peft_model"):
             model.load_adapter(tmp_path / folder, name)
     assert_unchanged(model, before)
 
@@ -743,17 +743,17 @@ def refused(model, error, match, method="pissa", **settings):
 
 
 def test_what_is_no_lora_model_is_refused():
-    with pytest.raises(TypeError, match="LlamaForCausalLM; pass what peft.get_peft_model returned"):
+    with pytest.raises(TypeError, match="LlamaForCausalLM is not supported.*Pass what peft.get_peft_model returned"):
         initialize_peft_model(llama(), "pissa")
     ours = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="lora_init.model.lora_model.LoraModel"):
         initialize_peft_model(ours, "pissa")
     model = wrapped(llama(), ["q_proj"])
-    refused(model, ValueError, "adapter_name='other'; the model has default", adapter_name="other")
+    refused(model, ValueError, "adapter_name='other' is not supported: must be one of default", adapter_name="other")
     ia3 = peft.get_peft_model(
         llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     )
-    refused(ia3, TypeError, "'default' is of PEFT's type IA3")
+    refused(ia3, TypeError, "'default' has peft_type=IA3")
     with pytest.raises(ValueError, match="was not initialized by initialize_peft_model"):
         restore_peft_model(model)
 
@@ -762,7 +762,7 @@ def test_wrong_settings_are_refused():
     model = wrapped(llama(), ["q_proj"])
     refused(model, ValueError, "'pisa' is not a registered.*did you mean 'pissa'", "pisa")
     refused(model, ValueError, "unknown option 'iter'", options={"iter": 1})
-    refused(model, TypeError, "pass a mapping or LoftqOptions", "loftq", options=PissaOptions())
+    refused(model, TypeError, "must be a mapping or LoftqOptions", "loftq", options=PissaOptions())
     refused(model, TypeError, "options go with a method's name", {"name": "pissa"}, options={})
     refused(model, ValueError, "'eva' needs calibration data", "eva")
     refused(model, ValueError, "no target is quantised", original_weights={})
@@ -857,7 +857,7 @@ def test_scaled_and_absent_factors_are_refused():
     model = wrapped(llama(), ["q_proj"])
     layer = next(iter(by_name(model).values()))
     layer.module.scale_layer(2.0)
-    refused(model, ValueError, "has the scaling 4, its alpha 8 and rank 4 give 2")
+    refused(model, ValueError, "has the scaling 4, but its alpha 8 and rank 4 give 2")
     config = peft.LoraConfig(target_modules=["q_proj"])
     empty = peft.get_peft_model(llama(), config, low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match="its factors are on the meta device"):
@@ -869,7 +869,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     of_language("pissa", base, targets=["q_proj", "v_proj"]).save_pretrained(tmp_path)
     for model, match in (
         (wrapped(base, ["q_proj"]), "adapts 'model.layers.0.self_attn.v_proj'"),
-        (wrapped(base, ["q_proj", "v_proj"], use_rslora=True), "use_rslora=False, this PEFT"),
+        (wrapped(base, ["q_proj", "v_proj"], use_rslora=True), "use_rslora=False, but this PEFT"),
     ):
         before = snapshot(model)
         with pytest.raises(ValueError, match=match):
