@@ -53,7 +53,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RANK = 4
 SPECS = {spec.name: spec for spec in list_initializers()}
 KEEPING = [name for name, spec in SPECS.items() if spec.base == "keep"]
