@@ -100,7 +100,7 @@ def wrapped(base, targets, **settings):
 
 
 def start(peft_model, method, batches=None, **settings):
-    calibration = batches if SPECS[method].calibration else None
+    calibration = batches if SPECS[method].needs_data else None
     return initialize_peft_model(peft_model, method, calibration=calibration, **settings)
 
 
@@ -133,7 +133,7 @@ def supports(method, kind):
 CELLS = [(method, kind) for method in SPECS for kind in KINDS if supports(method, kind)]
 FEATURES = (
     lambda method, kind: method,
-    lambda method, kind: (SPECS[method].base, SPECS[method].calibration, kind),
+    lambda method, kind: (SPECS[method].base, SPECS[method].needs_data, kind),
 )
 
 

@@ -160,7 +160,7 @@ def tolerance(model):
 
 def adapted(case, **settings):
     config = LoraConfig(**settings)
-    calibration = case.batches() if config.initializer()[0].calibration else None
+    calibration = case.batches() if config.initializer()[0].needs_data else None
     return get_peft_model(case.make(), config, calibration=calibration)
 
 
