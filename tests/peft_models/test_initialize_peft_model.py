@@ -730,7 +730,7 @@ def test_wrong_settings_are_refused():
 
 def test_unsupported_ranks_and_layers_are_refused():
     model = wrapped(llama(), ["q_proj"], r=3)
-    refused(model, ValueError, "q_proj'.*r is even", "orthogonal")
+    refused(model, ValueError, "q_proj'.*r must be even", "orthogonal")
     words = wrapped(Case("Embedding").build(), ["words"])
     refused(words, TypeError, "'words' is a Embedding.*olora does not serve", "olora")
     head = wrapped(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), ["a"])
@@ -803,6 +803,8 @@ def test_other_adapters_on_a_changed_base_are_refused():
     for name in ("default", "second"):
         initialize_peft_model(model, "orthogonal", adapter_name=name)
     assert {layer.rank for layer in by_name(model, "second").values()} == {2}
+    restore_peft_model(model, "default")
+    assert all(layer.start is not None for layer in by_name(model, "second").values())
 
     model = wrapped(llama(), ["q_proj"])
     start(model, "pissa")
