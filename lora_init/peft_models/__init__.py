@@ -1,4 +1,4 @@
-"""Every method on a live Hugging Face PEFT model, for those who train with Trainer or TRL.
+"""Every method on a live Hugging Face PEFT model, for training with Trainer or TRL.
 
     peft_model = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules="all-linear"))
     initialize_peft_model(peft_model, "pissa")     # before the optimizer is built
@@ -8,27 +8,26 @@
 The layers stay PEFT's. Subtracting methods (pissa, olora, corda) compute
 ``(W - s B0 A0) x + s B A x``:
 
-- a float32 weight is edited, so the forward pass costs what PEFT's costs;
-- 16-bit, quantized and tied weights stay as they are, and a hook on the base module subtracts
+- A float32 weight is edited, so the forward pass costs what PEFT's costs.
+- 16-bit, quantized and tied weights are unchanged, and a hook on the base module subtracts
   s B0 A0 x. Step 0 is the base model there too, and so is a reference by `disable_adapter`.
   ``quantized_base="requantize"`` quantizes the residual instead.
 
-The base of the model is then not the one that A and B alone belong to. PEFT's methods and
-functions know that as long as it lasts:
+A and B then do not fit the base alone. Until the model is restored, PEFT's methods and functions
+know that:
 
-- `save_pretrained`, which Trainer calls for its checkpoints too, `state_dict` and
-  `get_peft_model_state_dict` describe the **original** base, at rank 2r: PEFT, vLLM and others
-  load it. `load_adapter`, which Trainer resumes by, and `load_state_dict` split it again. In a new
-  process `load_peft_checkpoint`, or the same call of `initialize_peft_model`, comes first; without
-  it, resuming fails by the tensors' shapes. No callback is needed.
+- `save_pretrained`, `state_dict` and `get_peft_model_state_dict` describe the **original** base, at
+  rank 2r: PEFT, vLLM and others load it. `load_adapter` and `load_state_dict` split it again.
+  Trainer saves and resumes by these, without a callback. In a new process, call
+  `load_peft_checkpoint` or `initialize_peft_model` first; otherwise the shapes do not fit.
 - `disable_adapter` and the rows of ``adapter_names="__base__"`` compute the original function
   (not on a replaced base).
 - `merge_adapter` and `merge_and_unload` merge s (B A - B0 A0).
-- `unload` and `delete_adapter` put the original base back first.
-- What cannot be right is refused by name: sums of adapters, hot-swapping, other adapters for the
-  changed base, a second PEFT model around it, anything that needs the base while it is merged.
+- `unload` and `delete_adapter` restore the original base first.
+- What would be wrong is refused by name: sums of adapters, hot-swapping, other adapters for the
+  changed base, a second PEFT model around it, and whatever needs the base while it is merged.
 
-Nothing here imports PEFT: its layers are known by their classes.
+Nothing here imports PEFT: its layers are recognized by their classes.
 """
 
 from lora_init.peft_models.apply import restore_peft_model

@@ -1,144 +1,96 @@
-"""Changes to a model that can be undone, also after an interrupt in the middle of one.
+"""Changes to a PEFT model, and the two ways to undo them.
 
-A change is recorded before it is made (`make`), and both directions may be repeated: `undo` after
-an interrupted `make`, or `make` after an interrupted `undo`, completes it. An exception at any
-line therefore loses nothing that is needed to go back.
+- While an operation runs, a `Transaction` undoes its changes if anything is raised.
+- After it has succeeded, its `Changes` can be taken back at any later time. Taking them back is an
+  operation too: if that fails, a transaction returns to the initialized model.
 
-Changes are plain data. A copied or pickled model holds changes of its own modules.
+`Changes` are plain data. A copied or pickled model holds the changes of its own modules.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
-import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.factors import low_rank_product, widened
+from lora_init.injection import Transaction, hold_plain
+from lora_init.injection.editing import add_product
+from lora_init.injection.repacking import release
 from lora_init.injection.weights import Held, hold, put_back, store_weight
 from lora_init.weights import bitsandbytes
-from lora_init.weights.kinds import oriented_weight
 
 
 class Absent:
-    """Stands for an attribute or an item that does not exist."""
+    """The value of an attribute or an item that does not exist."""
 
 
-class Change:
-    """Something that is done to a model, and how to undo it."""
+class Slot(Protocol):
+    """A part of a model that holds one value. Setting the same value twice does nothing."""
 
-    def make(self) -> None:
-        """Make the change, or complete it. Does nothing if it is made already."""
-        raise NotImplementedError
+    def get(self) -> Any: ...
 
-    def undo(self) -> None:
-        """Undo the change, or complete that. Does nothing if it is not made."""
-        raise NotImplementedError
-
-    def without_weights(self) -> Change:
-        """The same change without a copy of the weight that it replaced."""
-        return self
+    def set(self, value: Any) -> None: ...
 
 
-class Exchange(Change):
-    """A change of one value. Undoing it keeps the present value, which may be trained by then.
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """An attribute of an object itself, or a submodule of a module."""
 
-    Attributes:
-        old, new: the value before and after.
-    """
-
-    def __init__(self, new: Any) -> None:
-        self.old = self.get()
-        self.new = new
+    owner: Any
+    name: str
 
     def get(self) -> Any:
-        raise NotImplementedError
+        # A method of the class is hidden by an attribute of the object, but not replaced.
+        submodules = self.owner._modules if isinstance(self.owner, nn.Module) else {}
+        return submodules.get(self.name, vars(self.owner).get(self.name, Absent))
 
     def set(self, value: Any) -> None:
-        raise NotImplementedError
-
-    def is_old(self) -> bool:
-        now = self.get()
-        plain = (bool, int, float, str)
-        return now is self.old or (isinstance(now, plain) and now == self.old)
-
-    def make(self) -> None:
-        if self.is_old():
-            self.set(self.new)
-
-    def undo(self) -> None:
-        if not self.is_old():
-            self.new = self.get()
-            self.set(self.old)
+        if value is not Absent:
+            setattr(self.owner, self.name, value)
+        elif self.get() is not Absent:
+            delattr(self.owner, self.name)
 
 
-class SetData(Exchange):
-    """Give a parameter other data, of any shape. The parameter stays the same object."""
+@dataclass(frozen=True, eq=False)
+class Item:
+    """An item of a dictionary."""
 
-    def __init__(self, parameter: nn.Parameter, data: Tensor) -> None:
-        self.parameter = parameter
-        super().__init__(data.to(parameter.device, parameter.dtype))
+    owner: dict[str, Any]
+    key: str
+
+    def get(self) -> Any:
+        return self.owner.get(self.key, Absent)
+
+    def set(self, value: Any) -> None:
+        if value is not Absent:
+            self.owner[self.key] = value
+        else:
+            self.owner.pop(self.key, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The data of a parameter, of any shape. The parameter stays the same object."""
+
+    parameter: nn.Parameter
 
     def get(self) -> Tensor:
         return self.parameter.data
 
     def set(self, value: Tensor) -> None:
-        with torch.no_grad():
-            self.parameter.data = value
-
-    def is_old(self) -> bool:
-        now = self.parameter.data
-        if (self.old.device, self.old.dtype) != (now.device, now.dtype):
-            self.old = self.old.to(now.device, now.dtype)  # the model was moved or cast since
-            return False
-        return now.data_ptr() == self.old.data_ptr() and now.shape == self.old.shape
+        # The model may have been moved or cast since the value was read.
+        self.parameter.data = value.to(self.parameter.device, self.parameter.dtype)
 
 
-class SetAttribute(Exchange):
-    """Set an attribute (of a module also a submodule), or delete it with `Absent`."""
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Whether a parameter requires gradients."""
 
-    def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self.owner, self.name = owner, name
-        super().__init__(value)
-
-    def get(self) -> Any:
-        # The object's own attributes only. One of its class is only covered.
-        for held in ("_modules", "_parameters", "_buffers"):
-            if isinstance(self.owner, nn.Module) and self.name in getattr(self.owner, held):
-                return getattr(self.owner, held)[self.name]
-        return vars(self.owner).get(self.name, Absent)
-
-    def set(self, value: Any) -> None:
-        if value is Absent:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, value)
-
-
-class SetItem(Exchange):
-    """Set an item of a mapping, or delete it with `Absent`."""
-
-    def __init__(self, owner: Any, key: str, value: Any) -> None:
-        self.owner, self.key = owner, key
-        super().__init__(value)
-
-    def get(self) -> Any:
-        # A ModuleDict has no `get`.
-        return self.owner[self.key] if self.key in self.owner else Absent  # noqa: SIM401
-
-    def set(self, value: Any) -> None:
-        if value is Absent:
-            del self.owner[self.key]
-        else:
-            self.owner[self.key] = value
-
-
-class SetFlag(Exchange):
-    """Let a parameter require gradients, or not."""
-
-    def __init__(self, parameter: nn.Parameter, requires_grad: bool) -> None:
-        self.parameter = parameter
-        super().__init__(requires_grad)
+    parameter: nn.Parameter
 
     def get(self) -> bool:
         return self.parameter.requires_grad
@@ -147,142 +99,173 @@ class SetFlag(Exchange):
         self.parameter.requires_grad_(value)
 
 
-class StoreWeight(Change):
-    """Give a module another weight (out, in). The weight before it waits in CPU memory.
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """Whether a module has this forward hook."""
 
-    Args:
-        otherwise: the way back where that memory must not be spent.
-    """
+    module: nn.Module
+    hook: Callable[..., Any]
 
-    def __init__(self, module: nn.Module, weight: Tensor, otherwise: Change) -> None:
-        self.module, self.weight, self.otherwise = module, weight, otherwise
-        self.old = hold(module, on_cpu=True)
-        self.new: Held | None = None
-        self.made = False
+    def _keys(self) -> list[int]:
+        hooks = self.module._forward_hooks
+        return [key for key, hook in hooks.items() if hook is self.hook]
 
-    def make(self) -> None:
-        if self.new is not None:
-            put_back(self.module, self.new)
-        elif not self.made:
-            store_weight(self.module, self.weight)
-        self.made, self.new, self.weight = True, None, None
+    def get(self) -> bool:
+        return bool(self._keys())
 
-    def undo(self) -> None:
-        if self.made and self.new is None:
-            self.new = hold(self.module, on_cpu=True)
-        put_back(self.module, self.old)
-        self.made = False
-
-    def without_weights(self) -> Change:
-        return self.otherwise
+    def set(self, value: bool) -> None:
+        keys = self._keys()
+        if value and not keys:
+            self.module.register_forward_hook(self.hook, with_kwargs=True)
+        for key in keys if not value else ():
+            self.module._forward_hooks_with_kwargs.pop(key, None)
+            del self.module._forward_hooks[key]
 
 
-class EditWeight(Change):
-    """Subtract s B0 A0 from a module's weight. The way back is computed; no copy is kept.
+class Initial(Protocol):
+    """The initial factors of a layer."""
 
-    The weight gets new memory both ways. Where an interrupt hits, that memory's address tells
-    whether the weight was exchanged.
+    initial_A: Tensor
+    initial_B: Tensor
+    scaling: float
+
+
+class Step(Protocol):
+    """What takes one change back."""
+
+    def undo(self, transaction: Transaction) -> None: ...
+
+
+@dataclass
+class FormerValue:
+    """The value of a slot before the change.
 
     Attributes:
-        initial: has initial_A (rank, in), initial_B (out, rank) and the scaling.
-        state: whether the edit is made, and the address of the weight that is being exchanged.
+        is_mark: the change has no meaning without the adapter: a hook, a mark or a guard.
     """
 
-    def __init__(self, module: nn.Module, initial: nn.Module, *, made: bool = False) -> None:
-        self.module, self.initial = module, initial
-        self.state: tuple[bool, int | None] = made, None
+    slot: Slot
+    value: Any
+    is_mark: bool
 
-    def make(self) -> None:
-        self._bring(True)
-
-    def undo(self) -> None:
-        self._bring(False)
-
-    @torch.no_grad()
-    def _bring(self, wanted: bool) -> None:
-        made, address = self.state
-        if address is not None:  # interrupted
-            made = made if self.module.weight.data_ptr() == address else not made
-            self.state = made, None
-        if made == wanted:
-            return
-        start = self.initial
-        product = low_rank_product(start.initial_A, start.initial_B, start.scaling)
-        weight = widened(oriented_weight(self.module))
-        changed = torch.add(weight, product.to(weight.device), alpha=-1 if wanted else 1)
-        self.state = made, self.module.weight.data_ptr()
-        store_weight(self.module, changed)
-        self.state = wanted, None
+    def undo(self, transaction: Transaction) -> None:
+        transaction.undo_by(partial(self.slot.set, self.slot.get()))
+        self.slot.set(self.value)
 
 
-class KeepPlain(Change):
-    """Keep bitsandbytes from repacking a packed module."""
+@dataclass
+class Edit:
+    """s B0 A0 was subtracted from a float weight; adding it needs no copy of the weight."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.old = module, bitsandbytes.held(module)
+    module: nn.Module
+    initial: Initial
 
-    def make(self) -> None:
-        bitsandbytes.keep_plain(self.module)
-
-    def undo(self) -> None:
-        bitsandbytes.put_back(self.module, self.old)
+    def undo(self, transaction: Transaction) -> None:
+        one = self.initial
+        add_product(self.module, one.initial_A, one.initial_B, one.scaling, 1, transaction)
 
 
-class Lost(Change):
-    """A weight of which no copy exists.
+@dataclass
+class FormerWeight:
+    """A weight before it was replaced.
 
-    Undoing it:
-
-    Raises:
-        RuntimeError: `message`.
+    Attributes:
+        held: a copy, or None.
+        edit: computes the weight back without a copy; None if that is not possible.
     """
 
-    def __init__(self, message: str) -> None:
-        self.message = message
+    name: str
+    module: nn.Module
+    held: Held | None
+    edit: Edit | None
 
-    def make(self) -> None:
-        pass
+    def refuse_lost(self) -> None:
+        if self.held is None and self.edit is None:
+            raise RuntimeError(
+                f"the base weight of {self.name!r} was replaced by a quantized one, and no copy of "
+                "it was kept. Initialize with keep_original=True, or load the base model again"
+            )
 
-    def undo(self) -> None:
-        raise RuntimeError(self.message)
+    def undo(self, transaction: Transaction) -> None:
+        if self.held is not None:
+            transaction.undo_by(partial(put_back, self.module, hold(self.module, on_cpu=True)))
+            put_back(self.module, self.held)
+        elif self.edit is not None:
+            self.edit.undo(transaction)
 
 
-class Journal(list[Change]):
-    """The changes of one operation, in the order in which they were begun."""
+@dataclass
+class FormerPacking:
+    """The packed weights of bitsandbytes modules before they were kept plain."""
 
-    def do(self, change: Change) -> None:
-        self.append(change)
-        change.make()
+    held: dict[nn.Module, bitsandbytes.Held]
 
-    def make(self) -> None:
-        """Make all changes, as far as they are undone."""
-        for change in self:
-            change.make()
+    def undo(self, transaction: Transaction) -> None:
+        release(self.held, transaction)
 
-    def undo(self) -> None:
-        """Undo all changes from the last to the first, as far as they are made."""
-        for change in reversed(self):
-            change.undo()
 
-    def take_back(self) -> None:
-        """Undo all changes, or none of them if anything is raised.
+class Changes(list[Step]):
+    """The changes of one operation, in the order in which they were made."""
+
+    def take_back(self, transaction: Transaction) -> None:
+        """Take all changes back, from the last to the first.
 
         Raises:
-            RuntimeError: one of them is lost.
+            RuntimeError: a weight is lost; nothing is changed then.
         """
-        for change in self:
-            if isinstance(change, Lost):
-                change.undo()
-        try:
-            self.undo()
-        except BaseException:
-            self.make()
-            raise
+        for step in self:
+            if isinstance(step, FormerWeight):
+                step.refuse_lost()
+        for step in reversed(self):
+            step.undo(transaction)
 
-    def without_weights(self) -> Journal:
-        return Journal(change.without_weights() for change in self)
+    def take_marks_back(self) -> None:
+        """Take back what has no meaning without the adapter, after the adapter was merged."""
+        for step in reversed(self):
+            if isinstance(step, FormerValue) and step.is_mark:
+                step.undo(Transaction())
+
+    def drop_weights(self) -> None:
+        """Forget the copies of weights."""
+        for step in self:
+            if isinstance(step, FormerWeight):
+                step.held = None
 
 
-def keep_plain(model: nn.Module) -> list[KeepPlain]:
-    """A change for every packed module of a model."""
-    return [KeepPlain(module) for module in model.modules() if bitsandbytes.is_quantized(module)]
+class Operation:
+    """An operation that changes a PEFT model.
+
+    Attributes:
+        transaction: undoes the operation if it fails.
+        changes: what it has changed so far.
+    """
+
+    def __init__(self, transaction: Transaction) -> None:
+        self.transaction = transaction
+        self.changes = Changes()
+
+    def set(self, slot: Slot, value: Any, *, is_mark: bool = False) -> None:
+        """Give a slot another value."""
+        former = slot.get()
+        self.transaction.undo_by(partial(slot.set, former))
+        slot.set(value)
+        self.changes.append(FormerValue(slot, former, is_mark))
+
+    def edit(self, module: nn.Module, one: Initial) -> None:
+        """Subtract s B0 A0 from a float weight."""
+        factors = one.initial_A, one.initial_B
+        add_product(module, *factors, one.scaling, -1, self.transaction)
+        self.changes.append(Edit(module, one))
+
+    def replace_weight(
+        self, name: str, module: nn.Module, weight: Float[Tensor, "out in"], edit: Edit | None
+    ) -> None:
+        """Give a module another weight, and keep a copy of the present one in CPU memory."""
+        held = hold(module, on_cpu=True)
+        self.transaction.undo_by(partial(put_back, module, held))
+        store_weight(module, weight)
+        self.changes.append(FormerWeight(name, module, held, edit))
+
+    def keep_plain(self, model: nn.Module) -> None:
+        """Keep bitsandbytes from repacking the packed modules of a model."""
+        self.changes.append(FormerPacking(hold_plain(model, self.transaction)))

@@ -1,68 +1,40 @@
-"""PEFT's own methods on a started model. Each would silently do something else without these."""
+"""PEFT's own methods on an initialized model. Without these, each would silently be wrong.
+
+The functions replace methods by `functools.partial`. Unlike bound methods and closures, partial
+objects are copied and pickled with the model that they hold.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lora_init.peft_models.changes import Change, Journal, SetAttribute
-from lora_init.peft_models.layers import START, AdaptedLayer, refuse_merged, wrapper_places
+from lora_init.injection import Transaction, atomically
+from lora_init.peft_models.apply import other_adapter
+from lora_init.peft_models.changes import Attribute, Operation
+from lora_init.peft_models.layers import AdaptedLayer, refuse_merged, wrappers
 from lora_init.peft_models.save import save_pretrained
 from lora_init.peft_models.start import base_owner, records
 from lora_init.peft_models.state_dict import StateDictHooks, layers_like
-from lora_init.peft_models.subtraction import AddHook
-
-
-@dataclass(frozen=True)
-class Guard:
-    """One of PEFT's methods, replaced on one model while it is started.
-
-    An object rather than a bound method or a closure, so that a copy of the model is guarded by
-    itself and the model can be pickled.
-    """
-
-    function: Callable[..., Any]
-    model: nn.Module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.model, *args, **kwargs)
-
-
-@dataclass(frozen=True)
-class RefuseUpdate:
-    """A layer's `update_layer`, by which PEFT would give a started adapter new factors."""
-
-    layer: nn.Module
-    adapter: str
-
-    def __call__(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if adapter_name == self.adapter:
-            raise ValueError(
-                f"adapter_name={adapter_name!r} is not supported: these layers hold an adapter of "
-                "that name, started by initialize_peft_model. Delete it first "
-                "(peft_model.delete_adapter), or pass the plain base (peft_model.unload())"
-            )
-        return type(self.layer).update_layer(self.layer, adapter_name, *args, **kwargs)
 
 
 def guard(
-    peft_model: nn.Module,
+    peft_model: Any,
     layers: list[AdaptedLayer],
-    done: Journal,
+    operation: Operation,
     load_adapter: Callable[..., Any],
 ) -> None:
-    """Replace PEFT's methods that have to know that an adapter is started.
+    """Replace PEFT's methods that must know about an initialized adapter.
 
     Args:
-        layers: of the adapter that is started.
+        layers: of the adapter that is initialized.
         load_adapter: for PEFT's method of that name.
-        done: gets every change before it is made.
     """
     tuner = peft_model.base_model
-    guards: list[tuple[nn.Module, str, Callable[..., Any]]] = [
+    guards = [
         (tuner, "delete_adapter", delete_adapter),
         (tuner, "unload", unload),
         (tuner, "merge_and_unload", merge_and_unload),
@@ -71,22 +43,21 @@ def guard(
         guards += [
             (peft_model, "save_pretrained", save_pretrained),
             (peft_model, "load_adapter", load_adapter),
-            (tuner, "add_weighted_adapter", add_weighted_adapter),
+            (tuner, "add_weighted_adapter", refuse_weighted_adapter),
         ]
         if hasattr(tuner.model, "save_pretrained"):
-            guards.append((tuner.model, "save_pretrained", save_base))
+            guards.append((tuner.model, "save_pretrained", refuse_save_of_base))
+        operation.set(StateDictHooks(peft_model), True, is_mark=True)
     for owner, name, function in guards:
-        if not isinstance(vars(owner).get(name), Guard):
-            done.do(SetAttribute(owner, name, Guard(function, peft_model)))
+        if not isinstance(vars(owner).get(name), partial):
+            operation.set(Attribute(owner, name), partial(function, peft_model), is_mark=True)
     for layer in layers:
-        refuse = RefuseUpdate(layer.module, layer.adapter)
-        done.do(SetAttribute(layer.module, "update_layer", refuse))
-    if records(peft_model)[layers[0].adapter].changed_base:
-        done.do(StateDictHooks(peft_model))
+        guarded = partial(update_layer, layer.module, layer.adapter)
+        operation.set(Attribute(layer.module, "update_layer"), guarded, is_mark=True)
 
 
-def delete_adapter(peft_model: nn.Module, adapter_name: str) -> None:
-    """PEFT's `delete_adapter`; what `initialize_peft_model` did for the adapter is undone first.
+def delete_adapter(peft_model: Any, adapter_name: str) -> None:
+    """PEFT's `delete_adapter`, after the adapter's initialization is undone.
 
     Raises:
         ValueError: other adapters are used on the changed base, or an adapter is merged.
@@ -97,46 +68,45 @@ def delete_adapter(peft_model: nn.Module, adapter_name: str) -> None:
         type(tuner).delete_adapter(tuner, adapter_name)
         return
     refuse_merged(peft_model, "delete_adapter")
-    others = [name for name in peft_model.peft_config if name != adapter_name]
-    if others and record.changed_base:
+    other = other_adapter(peft_model, adapter_name)
+    if record.changed_base and other is not None:
         raise ValueError(
-            f"delete_adapter({adapter_name!r}): adapter {others[0]!r} was trained on the base "
-            f"that {adapter_name!r} has changed; delete it first"
+            f"delete_adapter({adapter_name!r}) is not supported: adapter {other!r} was trained on "
+            f"the base that {adapter_name!r} has changed. Delete {other!r} first"
         )
+    transaction = Transaction()
     try:
-        record.changes.take_back()
+        record.changes.take_back(transaction)
         type(tuner).delete_adapter(tuner, adapter_name)
     except BaseException:
-        if adapter_name in peft_model.peft_config:
-            record.changes.make()
+        if adapter_name in peft_model.peft_config:  # else PEFT has deleted a part of it
+            transaction.roll_back()
         raise
 
 
-def unload(peft_model: nn.Module) -> nn.Module:
+def unload(peft_model: Any) -> nn.Module:
     """PEFT's `unload`, after every initialization is undone: the original base.
 
     Raises:
         ValueError: an adapter is merged into a changed base.
         RuntimeError: a base was replaced and its original was not kept.
     """
-    tuner = peft_model.base_model
     if base_owner(peft_model) is not None:
         refuse_merged(peft_model, "unload")
-    present = list(records(peft_model).values())
-    wrappers = wrapper_places(peft_model)
-    try:
-        for record in present:
-            record.changes.take_back()
-        return type(tuner).unload(tuner)
-    except BaseException:
-        wrappers.undo()
-        for record in present:
-            record.changes.make()
-        raise
+    return atomically(partial(_unload, peft_model))
+
+
+def _unload(peft_model: Any, transaction: Transaction) -> nn.Module:
+    tuner = peft_model.base_model
+    for record in list(records(peft_model).values()):
+        record.changes.take_back(transaction)
+    for _, place in wrappers(peft_model):
+        transaction.undo_by(partial(place.put, place.module))
+    return type(tuner).unload(tuner)
 
 
 def merge_and_unload(
-    peft_model: nn.Module,
+    peft_model: Any,
     progressbar: bool = False,
     safe_merge: bool = False,
     adapter_names: list[str] | None = None,
@@ -147,48 +117,52 @@ def merge_and_unload(
         ValueError: the adapters do not cover the layers whose base was changed.
     """
     tuner = peft_model.base_model
-    owner = base_owner(peft_model)
-    if owner is not None:
+    if base_owner(peft_model) is not None:
         for name in adapter_names or peft_model.active_adapters:
             layers_like(peft_model, name)
     merged = type(tuner).merge_and_unload(tuner, progressbar, safe_merge, adapter_names)
-    for record in list(records(peft_model).values()):
-        for change in reversed(record.changes):
-            if _ends_with_merge(change):
-                change.undo()
+    for record in records(peft_model).values():
+        record.changes.take_marks_back()
     records(peft_model).clear()
     return merged
 
 
-def _ends_with_merge(change: Change) -> bool:
-    """Whether a change makes no sense without the adapter: hooks, marks and guards."""
-    if isinstance(change, SetAttribute):
-        return change.name == START or isinstance(change.new, Guard)
-    return isinstance(change, AddHook | StateDictHooks)
+def update_layer(layer: Any, adapter: str, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `update_layer` of a layer, which would give an initialized adapter new factors.
+
+    Raises:
+        ValueError: the name is that of the initialized adapter.
+    """
+    if adapter_name == adapter:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not supported: these layers have an adapter of that "
+            "name, started by initialize_peft_model. Delete it first (peft_model.delete_adapter), "
+            "or pass the plain base (peft_model.unload())"
+        )
+    type(layer).update_layer(layer, adapter_name, *args, **kwargs)
 
 
-def add_weighted_adapter(peft_model: nn.Module, *_: Any, **__: Any) -> None:
+def refuse_weighted_adapter(peft_model: nn.Module, *_: Any, **__: Any) -> None:
     """Refuse PEFT's `add_weighted_adapter`: the sum would count the change of the base wrongly.
 
     Raises:
         ValueError: always.
     """
-    owner = base_owner(peft_model)
     raise ValueError(
-        f"add_weighted_adapter is not supported: adapter {owner!r} has changed the base of this "
-        "model. Save the adapters (save_pretrained), and combine them on the original base"
+        f"add_weighted_adapter is not supported: adapter {base_owner(peft_model)!r} has changed "
+        "the base of this model. Save the adapters (save_pretrained), and combine them on the "
+        "original base"
     )
 
 
-def save_base(peft_model: nn.Module, *_: Any, **__: Any) -> None:
+def refuse_save_of_base(peft_model: nn.Module, *_: Any, **__: Any) -> None:
     """Refuse the base model's `save_pretrained`: its weights are not the original ones.
 
     Raises:
         ValueError: always.
     """
-    owner = base_owner(peft_model)
     raise ValueError(
-        f"save_pretrained of the base model is not supported: adapter {owner!r} is in it. Call "
-        "peft_model.save_pretrained() for the adapter, or save what merge_and_unload() or "
-        "unload() returns"
+        f"save_pretrained of the base model is not supported: adapter {base_owner(peft_model)!r} "
+        "has changed its weights. Call peft_model.save_pretrained() for the adapter, or save what "
+        "merge_and_unload() or unload() returns"
     )

@@ -1,35 +1,44 @@
-"""PEFT's LoRA layers as this package sees them: which there are, and where their parts lie."""
+"""PEFT's LoRA layers: which ones a model has, and where their parts are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.adapters.format import file_shape
-from lora_init.peft_models.changes import Journal, SetAttribute
+from lora_init.injection import Transaction
+from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Target
 
-SERVED = ("Linear", "Embedding", "Conv2d", "Linear4bit", "Linear8bitLt")
-"""Classes of PEFT's LoRA layers; Conv1D is one of its Linear's."""
+SUPPORTED = ("Linear", "Embedding", "Conv2d", "Linear4bit", "Linear8bitLt")
+"""The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 
 START = "initial_factors"
-"""The attribute of a PEFT layer that holds its `Start`s by adapter.
+"""The attribute of a changed base module that holds its `Start`.
 
-Where the base is changed, the base module holds that one `Start` under the same name.
+PEFT's layer has it too, with the adapter's name appended.
 """
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module hangs."""
+    """An attribute of a parent module that holds one of PEFT's wrappers."""
 
     parent: nn.Module
     attribute: str
+
+    @property
+    def module(self) -> Any:
+        return getattr(self.parent, self.attribute)
+
+    def put(self, module: nn.Module) -> None:
+        setattr(self.parent, self.attribute, module)
 
 
 @dataclass(frozen=True)
@@ -39,16 +48,16 @@ class AdaptedLayer:
     Attributes:
         name: of the adapted module in the base model.
         module: PEFT's layer.
-        places: where it hangs; two, where the model uses one module twice.
+        places: where the layer is; two if the model uses one module twice.
     """
 
     name: str
-    module: nn.Module
+    module: Any
     adapter: str
     places: tuple[Place, ...]
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> Any:
         return self.module.get_base_layer()
 
     @property
@@ -69,14 +78,13 @@ class AdaptedLayer:
 
     @property
     def others(self) -> list[str]:
-        """Further adapters of this layer."""
+        """The other adapters of this layer."""
         return sorted(set(self.module.r) - {self.adapter})
 
     def factor(self, which: str) -> nn.Parameter:
         """The parameter of "lora_A" or "lora_B"."""
-        if self.is_embedding:
-            return getattr(self.module, self.container(which))[self.adapter]
-        return getattr(self.module, which)[self.adapter].weight
+        held = getattr(self.module, self.container(which))[self.adapter]
+        return held if self.is_embedding else held.weight
 
     def container(self, which: str) -> str:
         """The attribute of PEFT's layer that holds this factor of all adapters."""
@@ -107,14 +115,23 @@ class AdaptedLayer:
         return [parameter for parameter in found if parameter is not None]
 
     @property
-    def start(self) -> Any:
-        """What an initialization left here, or None."""
-        starts = getattr(self.module, START, None)
-        return starts[self.adapter] if starts is not None and self.adapter in starts else None
+    def mark(self) -> str:
+        """The attribute of PEFT's layer that holds the adapter's `Start`."""
+        return f"{START}_{self.adapter}"
+
+    @property
+    def start(self) -> Start | None:
+        """What an initialization of this adapter left here."""
+        return getattr(self.module, self.mark, None)
+
+    @property
+    def base_start(self) -> Start:
+        """The start, perhaps of another adapter, that has changed the base of this layer."""
+        return getattr(self.base, START)
 
 
-def check_peft_model(peft_model: nn.Module, adapter_name: str) -> None:
-    """Refuse what is no PEFT model, or has no such LoRA adapter.
+def check_peft_model(peft_model: Any, adapter_name: str) -> None:
+    """Refuse anything but a PEFT model with a LoRA adapter of this name.
 
     Raises:
         TypeError: another kind of model or of adapter.
@@ -123,90 +140,74 @@ def check_peft_model(peft_model: nn.Module, adapter_name: str) -> None:
     if not _is_of_peft(peft_model, "PeftModel"):
         kind = type(peft_model)
         raise TypeError(
-            f"peft_model is a {kind.__module__}.{kind.__qualname__}; pass what peft.get_peft_model "
-            "returned (lora_init.get_peft_model takes plain models)"
+            f"peft_model={kind.__module__}.{kind.__qualname__} is not supported: it must be a PEFT "
+            "model. Pass what peft.get_peft_model returned (lora_init.get_peft_model takes plain "
+            "models)"
         )
-    if adapter_name not in peft_model.peft_config:
+    configs = peft_model.peft_config
+    if adapter_name not in configs:
         raise ValueError(
-            f"adapter_name={adapter_name!r}; the model has {', '.join(peft_model.peft_config)}"
+            f"adapter_name={adapter_name!r} is not supported: must be one of {', '.join(configs)}"
         )
-    kind = getattr(peft_model.peft_config[adapter_name], "peft_type", None)
-    if getattr(kind, "value", kind) != "LORA":
+    kind = getattr(configs[adapter_name], "peft_type", None)
+    kind = getattr(kind, "value", kind)
+    if kind != "LORA":
         raise TypeError(
-            f"adapter {adapter_name!r} is of PEFT's type {getattr(kind, 'value', kind)}; only LORA "
-            "adapters can be initialized"
+            f"adapter {adapter_name!r} has peft_type={kind}, which is not supported: must be LORA"
         )
 
 
 def adapted_layers(
-    peft_model: nn.Module, adapter_name: str, *, checked: bool = True
+    peft_model: Any, adapter_name: str, *, checked: bool = True
 ) -> list[AdaptedLayer]:
     """The layers that hold the adapter, in model order.
 
     Args:
-        checked: refuse what cannot be initialized or written to a file.
+        checked: refuse layers that cannot be initialized or written to a file.
 
     Raises:
-        TypeError: one of a class that is not supported, or with a variant other than DoRA; by name.
-        ValueError: one whose adapter is merged, not in memory, or has a scaling of its own.
+        TypeError: a layer of an unsupported class, or with a variant other than DoRA; by name.
+        ValueError: a layer that is merged, not in memory, or whose scaling was changed.
     """
-    places: dict[int, list[Place]] = {}
-    names: dict[int, str] = {}
-    for name, place in _wrappers(peft_model.base_model.model):
-        wrapper = getattr(place.parent, place.attribute)
-        places.setdefault(id(wrapper), []).append(place)
-        names.setdefault(id(wrapper), name)
-    layers = []
-    for module_id, found in places.items():
-        module = getattr(found[0].parent, found[0].attribute)
-        if not _is_of_peft(module, "LoraLayer") or adapter_name not in module.r:
-            continue
-        layer = AdaptedLayer(names[module_id], module, adapter_name, tuple(found))
-        if checked:
+    found: dict[int, tuple[str, list[Place]]] = {}
+    for name, place in wrappers(peft_model):
+        if _is_of_peft(place.module, "LoraLayer") and adapter_name in place.module.r:
+            found.setdefault(id(place.module), (name, []))[1].append(place)
+    layers = [
+        AdaptedLayer(name, places[0].module, adapter_name, tuple(places))
+        for name, places in found.values()
+    ]
+    if checked:
+        if not layers:
+            raise ValueError(f"no layer of the model holds the adapter {adapter_name!r}")
+        for layer in layers:
             _check_layer(layer, peft_model.peft_config[adapter_name])
-        layers.append(layer)
-    if checked and not layers:
-        raise ValueError(f"no layer of the model holds the adapter {adapter_name!r}")
     return layers
 
 
 @contextmanager
-def plain_base(peft_model: nn.Module, wrappers: Journal | None = None) -> Iterator[nn.Module]:
+def plain_base(peft_model: Any, transaction: Transaction) -> Iterator[nn.Module]:
     """The base model without PEFT's wrappers, which are put back afterwards.
 
-    Then everything that is written for a plain model applies: names, statistics, weights.
-
-    Args:
-        wrappers: gets the changes. Its `undo` completes the return to PEFT's wrappers if an
-            interrupt hits that.
+    Names, statistics and weights are then those of a plain model. If an interrupt stops the
+    return to the wrappers, the transaction completes it.
     """
-    base = peft_model.base_model.model
-    wrappers = Journal() if wrappers is None else wrappers
+    found = [(place, place.module) for _, place in wrappers(peft_model)]
     try:
-        for _, place in _wrappers(base):
-            wrapper = getattr(place.parent, place.attribute)
-            inside = (
-                wrapper.get_base_layer()
-                if _is_of_peft(wrapper, "BaseTunerLayer")
-                else wrapper.original_module
-            )
-            wrappers.do(SetAttribute(place.parent, place.attribute, inside))
-        yield base
+        for place, wrapper in found:
+            transaction.undo_by(partial(place.put, wrapper))
+            if _is_of_peft(wrapper, "BaseTunerLayer"):
+                place.put(wrapper.get_base_layer())
+            else:
+                place.put(wrapper.original_module)
+        yield peft_model.base_model.model
     finally:
-        wrappers.undo()
+        for place, wrapper in found:
+            place.put(wrapper)
 
 
-def wrapper_places(peft_model: nn.Module) -> Journal:
-    """Changes, not made, whose `undo` puts PEFT's wrappers back where they are now."""
-    found = [place for _, place in _wrappers(peft_model.base_model.model)]
-    return Journal(
-        SetAttribute(place.parent, place.attribute, getattr(place.parent, place.attribute))
-        for place in found
-    )
-
-
-def refuse_merged(peft_model: nn.Module, wanted: str) -> None:
-    """Refuse what would change factors that a base weight holds at the moment.
+def refuse_merged(peft_model: Any, wanted: str) -> None:
+    """Refuse an operation that would change factors while a base weight holds them.
 
     Raises:
         ValueError: an adapter is merged.
@@ -214,23 +215,13 @@ def refuse_merged(peft_model: nn.Module, wanted: str) -> None:
     for name, module in peft_model.base_model.model.named_modules():
         if _is_of_peft(module, "BaseTunerLayer") and module.merged_adapters:
             raise ValueError(
-                f"{wanted}: {name!r} has merged adapters ({', '.join(module.merged_adapters)}); "
-                "call unmerge_adapter() first"
+                f"{wanted} is not supported here: {name!r} has merged adapters "
+                f"({', '.join(module.merged_adapters)}). Call unmerge_adapter() first"
             )
 
 
-def saved_modules(peft_model: nn.Module, adapter_name: str) -> list[str]:
-    """Names of the modules that are trained whole with this adapter."""
-    found = []
-    for name, place in _wrappers(peft_model.base_model.model):
-        wrapper = getattr(place.parent, place.attribute)
-        if adapter_name in getattr(wrapper, "modules_to_save", ()):
-            found.append(name)
-    return found
-
-
-def _wrappers(base: nn.Module) -> list[tuple[str, Place]]:
-    """PEFT's outermost modules in the model: name and place of each, in model order."""
+def wrappers(peft_model: Any) -> list[tuple[str, Place]]:
+    """PEFT's outermost modules in the base model: name and place of each, in model order."""
     found: list[tuple[str, Place]] = []
     seen: set[int] = set()
 
@@ -244,11 +235,12 @@ def _wrappers(base: nn.Module) -> list[tuple[str, Place]]:
             elif child is not None:
                 walk(child, f"{prefix}{attribute}.")
 
-    walk(base, "")
+    walk(peft_model.base_model.model, "")
     return found
 
 
 def _is_of_peft(module: Any, *names: str) -> bool:
+    """Whether the module is an instance of a class of PEFT with one of these names."""
     return any(
         cls.__name__ in names and cls.__module__.split(".")[0] == "peft"
         for cls in type(module).__mro__
@@ -257,31 +249,31 @@ def _is_of_peft(module: Any, *names: str) -> bool:
 
 def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
     kind = type(layer.module).__name__
-    if kind not in SERVED:
+    if kind not in SUPPORTED:
         raise TypeError(
-            f"{layer.name!r} is PEFT's lora.{kind}; layers that can be initialized are "
-            f"{', '.join(SERVED)}. Leave it out with exclude_modules"
+            f"{layer.name!r} is PEFT's lora.{kind}, which is not supported: must be one of "
+            f"{', '.join(SUPPORTED)}. Leave it out with exclude_modules"
         )
-    variant = type(layer.module.lora_variant.get(layer.adapter)).__name__
-    if variant != "NoneType" and not variant.startswith("Dora"):
+    variant = layer.module.lora_variant.get(layer.adapter)
+    if variant is not None and not type(variant).__name__.startswith("Dora"):
         raise TypeError(
-            f"{layer.name!r} is adapted by PEFT's {variant}, which computes more than s B A x; "
-            "plain LoRA and DoRA can be initialized"
+            f"{layer.name!r} is adapted by PEFT's {type(variant).__name__}, which is not supported:"
+            " it computes more than s B A x. Use plain LoRA or DoRA"
         )
     if layer.module.merged_adapters:
         raise ValueError(
-            f"{layer.name!r} has merged adapters ({', '.join(layer.module.merged_adapters)}); call "
+            f"{layer.name!r} has merged adapters ({', '.join(layer.module.merged_adapters)}). Call "
             "unmerge_adapter() first"
         )
     if any(parameter.is_meta for parameter in layer.parameters()):
         raise ValueError(
-            f"{layer.name!r}: its factors are on the meta device; create the PEFT model without "
+            f"{layer.name!r}: its factors are on the meta device. Create the PEFT model without "
             "low_cpu_mem_usage"
         )
     divisor = layer.rank**0.5 if peft_config.use_rslora else layer.rank
     if abs(layer.scaling * divisor - layer.alpha) > 1e-6 * layer.alpha:
         raise ValueError(
-            f"{layer.name!r} has the scaling {layer.scaling:g}, its alpha {layer.alpha:g} and rank "
-            f"{layer.rank} give {layer.alpha / divisor:g}, and files hold only those; call "
-            "unscale_layer() first"
+            f"{layer.name!r} has the scaling {layer.scaling:g}, but its alpha {layer.alpha:g} and "
+            f"rank {layer.rank} give {layer.alpha / divisor:g}, and files cannot store another "
+            "one. Call unscale_layer() first"
         )

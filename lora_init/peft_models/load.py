@@ -1,12 +1,12 @@
-"""Adapter files of a PEFT model whose base was changed, read back; `saving` says what they are."""
+"""Loading adapter files into a PEFT model whose base was changed; `save` describes the files."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lora_init import adapters
-from lora_init.adapters.format import (
-    HEADER_KEY,
-    OWN_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    part_key,
-)
+from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME, part_key
+from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.factors import Factors
-from lora_init.peft_models.apply import apply, check_subtraction, drop_layer, set_config
-from lora_init.peft_models.changes import Journal, SetData, SetItem, keep_plain
+from lora_init.injection import Transaction, atomically
+from lora_init.peft_models.apply import apply, begin, drop_layer, set_config
+from lora_init.peft_models.changes import Data, Operation
 from lora_init.peft_models.guards import guard
 from lora_init.peft_models.layers import (
     AdaptedLayer,
@@ -35,99 +32,97 @@ from lora_init.peft_models.layers import (
     plain_base,
     refuse_merged,
 )
-from lora_init.peft_models.operation import attempt
-from lora_init.peft_models.plan import adapter_dtype, refuse_strange_start
-from lora_init.peft_models.start import Record, Start, base_owner, records
-from lora_init.plan.plan import Target
+from lora_init.peft_models.plan import adapter_dtype, refuse_foreign_start
+from lora_init.peft_models.start import base_owner, record, records
+from lora_init.peft_models.state_dict import AXES, AnotherStart
+from lora_init.peft_models.subtraction import check_subtraction
+from lora_init.plan.plan import Plan
 
 
 def load_peft_checkpoint(
     peft_model: nn.Module,
-    folder: str | PathLike,
+    folder: str | PathLike[str],
     adapter_name: str = "default",
     *,
-    original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
+    original_weights: str | PathLike[str] | Mapping[str, Tensor] | None = None,
     keep_original: bool = True,
 ) -> None:
     """Load an adapter for further training: ranks, base, A0 and B0 become what they were.
 
-    For a new process: make the same PEFT model on the original base, load the checkpoint that
+    In a new process: make the same PEFT model on the original base, load the checkpoint that
     Trainer wrote, and let Trainer resume. No calibration data is needed.
 
         peft_model = peft.get_peft_model(base, config)
         load_peft_checkpoint(peft_model, "run/checkpoint-500")
         Trainer(peft_model, …).train(resume_from_checkpoint="run/checkpoint-500")
 
-    The adapter that the model has is given up; a former initialization of it is taken back first.
+    The present adapter is replaced, and its initialization is undone first.
 
     Args:
-        folder: what `save_pretrained` of an initialized model, or Trainer, wrote; of an adapter
-            that is not called "default", its own folder. Also a plain adapter of PEFT (kept
-            base), whose ranks are then taken over.
+        folder: what `save_pretrained` of an initialized model, or Trainer, wrote. An adapter that
+            is not called "default" has its own folder. Also a plain adapter of PEFT (kept base),
+            whose ranks are then used.
         original_weights, keep_original: as of `initialize_peft_model`.
 
     Raises:
-        FileNotFoundError, ValueError: no, a damaged, or another model's adapter, by name; the model
-            is unchanged then.
+        FileNotFoundError, ValueError: no adapter, a damaged one, or another model's, by name; the
+            model is unchanged then.
     """
     check_peft_model(peft_model, adapter_name)
     refuse_merged(peft_model, "load_peft_checkpoint")
-    refuse_strange_start(peft_model, adapter_name)
-
-    def start(done: Journal, wrappers: Journal) -> None:
-        _load(peft_model, Path(folder), adapter_name, original_weights, done, wrappers)
-        if not keep_original:
-            records(peft_model)[adapter_name].changes = done.without_weights()
-
-    attempt(peft_model, adapter_name, start)
+    refuse_foreign_start(peft_model, adapter_name)
+    atomically(
+        partial(
+            _load, peft_model, Path(folder), adapter_name, original_weights, keep_original
+        )
+    )  # fmt: skip
 
 
 def _load(
-    peft_model: nn.Module,
+    peft_model: Any,
     folder: Path,
     adapter_name: str,
     original_weights: Any,
-    done: Journal,
-    wrappers: Journal,
+    keep_original: bool,
+    transaction: Transaction,
 ) -> None:
+    operation = begin(peft_model, adapter_name, transaction)
     layers = {layer.name: layer for layer in adapted_layers(peft_model, adapter_name)}
     theirs = peft_model.peft_config[adapter_name]
-    with plain_base(peft_model, wrappers) as base:
-        for change in keep_plain(base):
-            done.do(change)
+    ranks = {name: (layer.rank, layer.alpha) for name, layer in layers.items()}
+    with plain_base(peft_model, transaction) as base:
+        operation.keep_plain(base)
         loaded = adapters.read(folder, base, adapter_dtype(list(layers.values())), original_weights)
         plan, config = loaded.plan, loaded.config
-        _refuse_other_model(folder, layers, plan, config, theirs)
+        _refuse_other_model(folder, layers, loaded, theirs)
         for target in plan.targets:
             check_subtraction(layers[target.name], target, plan)
         changed = plan.initializer.base != "keep"
-        moved = {name: (layer.rank, layer.alpha) for name, layer in layers.items()} != {
-            target.name: (target.rank, target.alpha) for target in plan.targets
-        }
-        factors = {name: _start_of(made) for name, made in loaded.factors.items()}
-        apply(layers, plan, factors, loaded.weights, done, initial_known=changed)
-    names = {target.name for target in plan.targets}
-    for name in layers.keys() - names:
-        drop_layer(layers[name], done)
-    if moved:
-        set_config(theirs, config, plan, done)
-    record = Record(plan.explicit(config), plan, done)
-    done.do(SetItem(records(peft_model), adapter_name, record))
+        factors = {name: _initial_factors(made) for name, made in loaded.factors.items()}
+        apply(layers, plan, factors, loaded.weights, operation, initial_known=changed)
+    for name in layers.keys() - factors.keys():
+        drop_layer(layers.pop(name), operation)
+    if ranks != {target.name: (target.rank, target.alpha) for target in plan.targets}:
+        set_config(theirs, config, plan, operation)
+    record(peft_model, adapter_name, config, plan, operation)
     for name, expected in loaded.checksums.items():
-        if layers[name].start.checksum != expected:
+        start = layers[name].start
+        if start is None or start.checksum != expected:
             warnings.warn(
                 f"the quantized base of {name!r} differs in some codes from the one the adapter "
                 "was trained on (another machine's arithmetic); outputs may move by one "
                 "quantization step in few weights",
-                stacklevel=4,
+                stacklevel=5,
             )
-    guard(peft_model, [layers[name] for name in sorted(names)], done, load_adapter)
-    fill(peft_model, folder, adapter_name, done, is_trainable=True)
+    guard(peft_model, list(layers.values()), operation, load_adapter)
+    _fill(peft_model, folder, adapter_name, operation, is_trainable=True)
+    if not keep_original:
+        operation.changes.drop_weights()
 
 
 def load_adapter(
-    peft_model: nn.Module,
-    model_id: str | PathLike,
+    peft_model: Any,
+    model_id: str | PathLike[str],
     adapter_name: str,
     is_trainable: bool = False,
     **settings: Any,
@@ -138,40 +133,40 @@ def load_adapter(
         ValueError: a file that cannot be right on this base; nothing is changed then.
     """
     refuse_merged(peft_model, "load_adapter")
-    folder = Path(model_id)
-    owner = base_owner(peft_model)
+    folder, owner = Path(model_id), base_owner(peft_model) or adapter_name
     method = records(peft_model)[owner].plan.initializer.name
-    if read_header(folder) is None or adapter_name not in peft_model.peft_config:
+    if not _has_header(folder) or adapter_name not in peft_model.peft_config:
         raise ValueError(
-            f"load_adapter({str(model_id)!r}, {adapter_name!r}): {method} has changed the base of "
-            f"this model, and the adapter is for the original one; call "
+            f"load_adapter({str(model_id)!r}, {adapter_name!r}) is not supported: {method} has "
+            "changed the base of this model, and the adapter is for the original one. Call "
             f"restore_peft_model(peft_model, {owner!r}) first"
         )
-    if not same_start(peft_model, folder):
-        if adapter_name != owner:
-            raise ValueError(
-                f"load_adapter({str(model_id)!r}, {adapter_name!r}): the adapter belongs to "
-                f"another start of {method} than adapter {owner!r} of this model"
+    try:
+        result = atomically(
+            lambda transaction: _fill(
+                peft_model,
+                folder,
+                adapter_name,
+                Operation(transaction),
+                is_trainable=is_trainable,
+                **settings,
             )
+        )
+    except AnotherStart:
+        if adapter_name != owner:
+            raise
         load_peft_checkpoint(peft_model, folder, adapter_name)
         result = _IncompatibleKeys([], [])
-    else:
-        done = Journal()
-        try:
-            settings |= {"is_trainable": is_trainable}
-            result = fill(peft_model, folder, adapter_name, done, **settings)
-        except BaseException:
-            done.undo()
-            raise
     if not is_trainable:
         peft_model.eval()
     return result
 
 
-def _start_of(factors: Factors) -> Factors:
-    """A file with a replaced base holds the trained factors, and those that its base was made by.
+def _initial_factors(factors: Factors) -> Factors:
+    """The factors at the start.
 
-    These are A0, B0, except for loftq's, whose last step is not needed to make the base again.
+    A file with a replaced base holds the trained factors, and those that its base was made by.
+    The latter are A0, B0, except for loftq's, whose last step is not needed to make the base.
     """
     made = factors.replacement
     if made is None:
@@ -181,72 +176,80 @@ def _start_of(factors: Factors) -> Factors:
 
 
 def _refuse_other_model(
-    folder: Path, layers: Mapping[str, AdaptedLayer], plan: Any, config: Any, theirs: Any
+    folder: Path, layers: Mapping[str, AdaptedLayer], loaded: LoadedAdapter, theirs: Any
 ) -> None:
-    for target in plan.targets:
+    for target in loaded.plan.targets:
         if target.name not in layers:
             raise ValueError(
-                f"{str(folder)!r} adapts {target.name!r}, which this PEFT model does not; make it "
+                f"{str(folder)!r} adapts {target.name!r}, which this PEFT model does not. Make it "
                 "with the configuration of the training"
             )
     for name in ("use_dora", "use_rslora", "lora_bias", "bias"):
-        if getattr(config, name) != getattr(theirs, name):
+        if getattr(loaded.config, name) != getattr(theirs, name):
             raise ValueError(
-                f"{str(folder)!r} was trained with {name}={getattr(config, name)!r}, this PEFT "
-                f"model has {getattr(theirs, name)!r}"
+                f"{str(folder)!r} was trained with {name}={getattr(loaded.config, name)!r}, but "
+                f"this PEFT model has {getattr(theirs, name)!r}. Make it with the configuration of "
+                "the training"
             )
 
 
-def fill(
-    peft_model: nn.Module, folder: Path, adapter_name: str, done: Journal, **settings: Any
+def _fill(
+    peft_model: Any, folder: Path, adapter_name: str, operation: Operation, **settings: Any
 ) -> Any:
-    """Let PEFT load the trained values, from a file that holds them as it would have written them.
+    """Let PEFT load the trained values, from a file as it would have written it.
 
-    PEFT's own loader knows about modules trained whole, biases and everything else in there. The
-    hook of `load_state_dict` splits factors of rank 2r.
-
-    Args:
-        done: gets the present values, which PEFT's loader overwrites in place.
+    PEFT's own loader knows about modules trained whole, biases and everything else in the file.
+    The hook of `load_state_dict` splits factors of rank 2r. PEFT overwrites the present values in
+    place, so parameters get copies of them first.
     """
     tensors = load_file(_weights_file(folder))
-    last = {key.rpartition(".")[2] for key in tensors}
+    has_biases = any(key.endswith(".bias") for key in tensors)
     for name, parameter in peft_model.named_parameters():
-        if f".{adapter_name}." in f"{name}." or (name.endswith(".bias") and "bias" in last):
-            done.do(SetData(parameter, parameter.data.clone()))
-    parts = (".replacement_A", ".replacement_B", ".initial_A", ".initial_B")
-    tensors = {key: value for key, value in tensors.items() if not key.endswith(parts)}
+        if f".{adapter_name}." in f"{name}." or (name.endswith(".bias") and has_biases):
+            operation.set(Data(parameter), parameter.data.clone())
+    owner = base_owner(peft_model)
+    if owner is not None:
+        plan = records(peft_model)[owner].plan
+        tensors = _as_pefts(tensors, plan, adapted_layers(peft_model, owner))
     load = type(peft_model).load_adapter
     with tempfile.TemporaryDirectory() as plain:
         save_file(tensors, Path(plain) / WEIGHTS_NAME, metadata={"format": "pt"})
         return load(peft_model, plain, adapter_name, **settings)
 
 
-def same_start(peft_model: nn.Module, folder: Path) -> bool:
-    """Whether a file's A0 and B0 are those that the model's base was changed by."""
-    owner = base_owner(peft_model)
-    layers = {layer.name: layer for layer in adapted_layers(peft_model, owner)}
-    tensors = load_file(_weights_file(folder))
-    return all(
-        _same_part(tensors, target, layers[target.name].start, which)
-        for target in records(peft_model)[owner].plan.targets
-        for which in ("lora_A", "lora_B")
-    )
+def _as_pefts(
+    tensors: dict[str, Tensor], plan: Plan, layers: list[AdaptedLayer]
+) -> dict[str, Tensor]:
+    """A file's tensors without the parts that only this package reads.
+
+    A0 and B0 become parts of factors of rank 2r.
+
+    Raises:
+        AnotherStart: the file's replaced base is not that of the model.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    for target in plan.targets:
+        layer = by_name[target.name]
+        for which, axis in AXES.items():
+            made = tensors.pop(part_key(target, f"replacement_{which[-1]}"), None)
+            initial = tensors.pop(part_key(target, f"initial_{which[-1]}"), None)
+            present = getattr(layer.base_start.replacement, which, None)
+            if not _is_same(made, present):
+                raise AnotherStart(
+                    f"the file's base of {target.name!r} is not the one that the adapter "
+                    f"{layer.adapter!r} has made. Call load_peft_checkpoint(peft_model, folder)"
+                )
+            if initial is not None:
+                initial = layer.stored(target, which, -initial if axis else initial)
+                key = part_key(target, which)
+                tensors[key] = torch.cat([tensors[key], initial], dim=axis)
+    return tensors
 
 
-def _same_part(tensors: Mapping[str, Tensor], target: Target, start: Start, which: str) -> bool:
-    axis, factor = ("lora_A", "lora_B").index(which), which[-1]
-    present = start.factors()[axis]
-    if start.replacement is not None:
-        present = getattr(start.replacement, which)
-        part = tensors.get(part_key(target, f"replacement_{factor}"))
-    elif (part := tensors.get(part_key(target, f"initial_{factor}"))) is None:
-        doubled = tensors.get(part_key(target, which))
-        if doubled is not None and doubled.shape[axis] == 2 * target.rank:
-            part = doubled.narrow(axis, target.rank, target.rank).flatten(1)
-            part = -part if which == "lora_B" else part
-    if part is None or part.shape != present.shape:
-        return False
-    return torch.equal(part.to(present), present)
+def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one.to(other), other)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -254,11 +257,10 @@ def _weights_file(folder: Path) -> Path:
     return own if own.is_file() else folder / WEIGHTS_NAME
 
 
-def read_header(folder: Path) -> dict[str, Any] | None:
-    """Our part of a file's header; None for a file of PEFT's, or none at all."""
+def _has_header(folder: Path) -> bool:
+    """Whether there is a file with our header; PEFT writes none."""
     path = _weights_file(folder)
     if not path.is_file():
-        return None
+        return False
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return json.loads(metadata[HEADER_KEY]) if HEADER_KEY in metadata else None
+        return HEADER_KEY in (file.metadata() or {})

@@ -1,12 +1,13 @@
-"""Adapter files of a PEFT model whose base was changed: written for the original base, read back.
+"""Saving adapters of a PEFT model whose base was changed, for the original base.
 
-PEFT writes A and B as they are, which on the original base is another model. What is written here
-is what `lora_init.adapters` describes: [A; A0], [B, -B0] of rank 2r for a base that was subtracted
-from, with the split in the header, so that the same file is a plain adapter for everybody and a
-training checkpoint for `load_peft_checkpoint` (float32 factors: to the bit). For a base that was
-replaced or quantised anew PEFT's format has no expression: `lora_init_adapter.safetensors` holds A,
-B and the recipe of the base. Trainer looks for `adapter_model.safetensors`, so there is one, with a
-tensor that nothing can load; and the configuration says what to do.
+PEFT would write A and B as they are, which on the original base is another model.
+
+- If the base was subtracted from, [A; A0] and [B, -B0] of rank 2r are written, as
+  `lora_init.adapters` describes. The header says where they split. Any program loads the file as a
+  plain adapter, and `load_peft_checkpoint` resumes from it (float32 factors exactly).
+- A replaced or requantized base has no form in PEFT's format. `lora_init_adapter.safetensors` then
+  holds A, B and the recipe of the base. Trainer looks for `adapter_model.safetensors`, so that
+  exists too, with a tensor that no program can load; the configuration says what to do.
 """
 
 from __future__ import annotations
@@ -20,45 +21,37 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_init.adapters.format import (
-    HEADER_KEY,
-    OWN_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    part_key,
-)
+from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME, part_key
 from lora_init.adapters.own import FORMAT_VERSION
 from lora_init.adapters.save import exported_config
 from lora_init.config.lora_config import CONFIG_NAME
 from lora_init.files import write_atomically
 from lora_init.peft_models.layers import AdaptedLayer, check_peft_model
-from lora_init.peft_models.start import Record, Start, base_owner, records
-from lora_init.peft_models.state_dict import (
-    changed_start,
-    extend,
-    layers_like,
-    plain_state_dict,
-    shorten,
-)
+from lora_init.peft_models.start import Record, base_owner, records
+from lora_init.peft_models.state_dict import extend, layers_like, plain_state_dict, shorten
 from lora_init.registry import describe
+
+# With bias="all" PEFT writes what is trained whole a second time, and its original.
+SURPLUS = (".modules_to_save.", ".original_module.")
 
 
 def save_peft_model(
-    peft_model: nn.Module, folder: str | PathLike, adapter_name: str = "default", **settings: Any
+    peft_model: Any, folder: str | PathLike[str], adapter_name: str = "default", **settings: Any
 ) -> None:
     """Write an adapter for the original base, in PEFT's format.
 
-    `peft_model.save_pretrained(folder)` does the same for all adapters, after
-    `initialize_peft_model` as well: use either. On a kept base it is PEFT's own file.
+    After `initialize_peft_model`, `peft_model.save_pretrained(folder)` does the same for all
+    adapters: use either. On a kept base it writes PEFT's own file.
 
     Args:
-        folder: gets `adapter_config.json` and `adapter_model.safetensors` (in a folder inside it,
-            for an adapter that is not called "default": PEFT's rule).
+        folder: gets `adapter_config.json` and `adapter_model.safetensors`. An adapter that is not
+            called "default" gets a folder inside it: PEFT's rule.
         settings: further arguments of PEFT's `save_pretrained`, such as `state_dict`.
 
     Raises:
-        TypeError, ValueError: no PEFT model, no such adapter, or a setting that would write
+        TypeError, ValueError: not a PEFT model, no such adapter, or a setting that would write
             something else.
     """
     check_peft_model(peft_model, adapter_name)
@@ -66,8 +59,8 @@ def save_peft_model(
 
 
 def save_pretrained(
-    peft_model: nn.Module,
-    save_directory: str | PathLike,
+    peft_model: Any,
+    save_directory: str | PathLike[str],
     safe_serialization: bool = True,
     selected_adapters: list[str] | None = None,
     save_embedding_layers: str | bool = "auto",
@@ -83,75 +76,75 @@ def save_pretrained(
     """
     if not safe_serialization:
         raise ValueError(
-            "safe_serialization=False: a pickle cannot say which part of it is the start; leave it "
-            "at True"
+            "safe_serialization=False is not supported: must be True. A pickle cannot say which "
+            "part of it is the start"
         )
     if path_initial_model_for_weight_conversion is not None:
         raise ValueError(
-            "path_initial_model_for_weight_conversion is given, but what save_pretrained writes is "
-            "for the original base already; leave it out"
+            "path_initial_model_for_weight_conversion is not supported: must be None. What "
+            "save_pretrained writes is for the original base already"
         )
     chosen = list(peft_model.peft_config) if selected_adapters is None else selected_adapters
     written = {name: layers_like(peft_model, name) for name in chosen}
-    state = settings.pop("state_dict", None)
+    settings |= {"save_embedding_layers": save_embedding_layers, "is_main_process": is_main_process}
     for name, layers in written.items():
-        folder = Path(save_directory) / (name if name != "default" else "")
-        _save_one(
-            peft_model, name, layers, Path(save_directory), folder, is_main_process, state,
-            save_embedding_layers=save_embedding_layers, **settings,
-        )  # fmt: skip
+        _save_one(peft_model, name, layers, Path(save_directory), **settings)
 
 
 def _save_one(
-    peft_model: nn.Module,
+    peft_model: Any,
     name: str,
     layers: list[AdaptedLayer],
     save_directory: Path,
-    folder: Path,
+    *,
     is_main_process: bool,
-    state: dict[str, Tensor] | None,
+    state_dict: dict[str, Tensor] | None = None,
     **settings: Any,
 ) -> None:
-    """Have PEFT write a converted state and configuration, and add the header."""
-    record = records(peft_model)[base_owner(peft_model)]
-    starts = {layer.name: changed_start(layer) for layer in layers}
-    replaced = any(start.replacement is not None for start in starts.values())
-    theirs = peft_model.peft_config[name]
-    converted = copy.deepcopy(theirs)
-    if replaced:
-        # PEFT refuses an unknown start with these words, until the configuration is rewritten.
-        converted.init_lora_weights = _notice(record)
-    else:
-        _double(converted, record)
-    state = plain_state_dict(peft_model) if state is None else dict(state)
+    """Let PEFT write a converted state and configuration, and add the header."""
+    record = records(peft_model)[base_owner(peft_model) or name]
+    is_replaced = any(layer.base_start.replacement is not None for layer in layers)
+    state = plain_state_dict(peft_model) if state_dict is None else dict(state_dict)
     paths = {id(module): path for path, module in peft_model.named_modules()}
     for layer in layers:
         path = paths[id(layer.module)]
-        (shorten if replaced else extend)(state, path, layer)
+        (shorten if is_replaced else extend)(state, path, layer)
         # PEFT saves an adapted embedding whole. Its base is in the base model already.
         state.pop(f"{path}.base_layer.weight", None)
+    folder = save_directory / (name if name != "default" else "")
     if is_main_process:
-        for stale in (CONFIG_NAME, OWN_WEIGHTS_NAME):
-            (folder / stale).unlink(missing_ok=True)  # another adapter's
-    peft_model.peft_config[name] = converted
+        for other_adapters in (CONFIG_NAME, OWN_WEIGHTS_NAME):
+            (folder / other_adapters).unlink(missing_ok=True)
+    theirs = peft_model.peft_config[name]
+    peft_model.peft_config[name] = _converted_config(theirs, record, is_replaced)
     try:
         type(peft_model).save_pretrained(
-            peft_model, str(save_directory), selected_adapters=[name], state_dict=state,
-            is_main_process=is_main_process, **settings,
-        )  # fmt: skip
+            peft_model,
+            str(save_directory),
+            selected_adapters=[name],
+            state_dict=state,
+            is_main_process=is_main_process,
+            **settings,
+        )
     finally:
         peft_model.peft_config[name] = theirs
     if is_main_process:
-        _add_header(folder, record, starts, replaced)
+        _rewrite(folder, record, {layer.name: layer for layer in layers}, is_replaced)
 
 
-def _double(converted: Any, record: Record) -> None:
-    """PEFT's configuration of the same adapter at rank 2r."""
+def _converted_config(theirs: Any, record: Record, is_replaced: bool) -> Any:
+    """PEFT's configuration of the same adapter on the original base, at rank 2r."""
+    converted = copy.deepcopy(theirs)
+    if is_replaced:
+        # PEFT refuses an unknown method with these words, until the configuration is rewritten.
+        converted.init_lora_weights = _notice(record)
+        return converted
     doubled = exported_config(record.config, record.plan)
     for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         setattr(converted, name, getattr(doubled, name))
     converted.init_lora_weights = True
     converted.eva_config, converted.corda_config, converted.loftq_config = None, None, {}
+    return converted
 
 
 def _notice(record: Record) -> str:
@@ -162,62 +155,54 @@ def _notice(record: Record) -> str:
     )
 
 
-def _add_header(folder: Path, record: Record, starts: Mapping[str, Start], replaced: bool) -> None:
-    """Rewrite a file of PEFT's so that its start can be told from what was trained."""
-    spec = record.plan.initializer
+def _rewrite(
+    folder: Path, record: Record, layers: Mapping[str, AdaptedLayer], is_replaced: bool
+) -> None:
+    """Rewrite a file of PEFT's so that it tells the start from what was trained."""
+    plan = record.plan
+    starts = {name: layer.base_start for name, layer in layers.items()}
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "method": describe(spec, record.plan.options),
-        "base": spec.base,
+        "method": describe(plan.initializer, plan.options),
+        "base": plan.initializer.base,
         "config": record.config.to_dict(),
-        "quantized_base": record.plan.quantized_base,
+        "quantized_base": plan.quantized_base,
         "fingerprints": {name: start.fingerprint for name, start in starts.items()},
     }
-    path = folder / WEIGHTS_NAME
-    # With bias="all" PEFT writes what is trained whole a second time, and its original.
-    doubles = (".modules_to_save.", ".original_module.")
     tensors = {
         key: value
-        for key, value in load_file(path).items()
-        if not any(part in key for part in doubles)
+        for key, value in load_file(folder / WEIGHTS_NAME).items()
+        if not any(part in key for part in SURPLUS)
     }
-    if replaced:
-        made = {n: start for n, start in starts.items() if start.replacement is not None}
-        header["quantizers"] = {n: s.replacement.quantizer.to_dict() for n, s in made.items()}
-        header["checksums"] = {n: start.checksum for n, start in made.items()}
-        header["from_original_weights"] = {
-            n: start.from_original_weights
-            for n, start in made.items()
-            if start.from_original_weights
-        }
-        for target in record.plan.targets:
-            start, part = starts[target.name], "initial"
-            factors = start.factors()
-            if start.replacement is not None:
-                factors, part = (start.replacement.lora_A, start.replacement.lora_B), "replacement"
-            for factor, value in zip("AB", factors, strict=True):
-                key = part_key(target, f"{part}_{factor}")
-                tensors[key] = value.detach().cpu().contiguous()
-    metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
-    name = OWN_WEIGHTS_NAME if replaced else WEIGHTS_NAME
-    write_atomically(
-        folder / name, lambda temporary: save_file(tensors, temporary, metadata=metadata)
-    )
-    if replaced:
-        _bar(folder, record)
-
-
-def _bar(folder: Path, record: Record) -> None:
-    """Make sure that nobody loads A and B alone."""
-    first = record.plan.targets[0]
+    if not is_replaced:
+        _write(folder / WEIGHTS_NAME, tensors, header)
+        return
+    quantizers, checksums, originals = {}, {}, {}
+    for target in plan.targets:
+        name, start, part = target.name, starts[target.name], "initial"
+        factors = start.factors()
+        if start.replacement is not None:
+            part = "replacement"
+            factors = start.replacement.lora_A, start.replacement.lora_B
+            quantizers[name] = start.replacement.quantizer.to_dict()
+            checksums[name] = start.checksum
+            if start.from_original_weights:
+                originals[name] = start.from_original_weights
+        for letter, value in zip("AB", factors, strict=True):
+            key = part_key(target, f"{part}_{letter}")
+            tensors[key] = value.detach().cpu().contiguous()
+    header |= {"quantizers": quantizers, "checksums": checksums, "from_original_weights": originals}
+    _write(folder / OWN_WEIGHTS_NAME, tensors, header)
+    # A and B alone would be another model: no program may load them.
+    first = plan.targets[0]
     empty = torch.empty(0, first.shape[1], dtype=torch.float32, device="cpu")
-    stub = {part_key(first, "lora_A"): empty}
-    write_atomically(
-        folder / WEIGHTS_NAME,
-        lambda temporary: save_file(stub, temporary, metadata={"format": "pt"}),
-    )
+    _write(folder / WEIGHTS_NAME, {part_key(first, "lora_A"): empty}, None)
     config = folder / CONFIG_NAME
-    values = json.loads(config.read_text())
-    values["peft_type"] = _notice(record)
+    values = json.loads(config.read_text()) | {"peft_type": _notice(record)}
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     write_atomically(config, lambda temporary: temporary.write_text(text))
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any] | None) -> None:
+    metadata = {"format": "pt"} | ({HEADER_KEY: json.dumps(header)} if header else {})
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))

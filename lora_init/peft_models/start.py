@@ -1,9 +1,9 @@
-"""What an initialization leaves in a PEFT model: A0 and B0 in each layer, and the way back."""
+"""What an initialization leaves in a PEFT model: A0 and B0 in each layer, and a record."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Replacement, low_rank_product
-from lora_init.peft_models.changes import Journal
+from lora_init.peft_models.changes import Changes, Item, Operation
 from lora_init.plan.plan import Plan
 
 RECORDS = "lora_init_records"
@@ -21,20 +21,20 @@ RECORDS = "lora_init_records"
 class Start(nn.Module):
     """The initial factors of one PEFT layer, and what was done to its base.
 
-    A module, so that it is moved and copied with the layer. Its buffers are not persistent, and
-    their names do not begin with "lora_", which many programs look for.
+    A module, so that it is moved and copied with the layer. Its buffers are not persistent. Their
+    names do not begin with "lora_", which many programs look for.
 
     Attributes:
         initial_A, initial_B: A0 (rank, in) and B0 (out, rank), as they were subtracted.
         scaling: s.
-        base: the base weight is the original one ("kept"), less s B0 A0 ("edited"), or a
-            quantized one that `replacement` makes ("replaced"). "in_forward": the original one,
-            and the forward pass subtracts s B0 A0.
-        subtracts: s B0 A0 is missing from the base's weight or output.
+        layer, adapter: PEFT's layer, in a tuple so that it is not a submodule, and the adapter.
+        base: the base weight is unchanged ("kept"), reduced by s B0 A0 ("edited"), or a quantized
+            one that `replacement` makes ("replaced"). With "in_forward" it is unchanged, and the
+            forward pass subtracts s B0 A0.
         fingerprint: of the original weight.
         checksum: of a replaced weight.
-        from_original_weights: of the unquantized weight, where the replaced one was computed from a
-            checkpoint: its fingerprint.
+        from_original_weights: the fingerprint of the unquantized weight, if the replaced one was
+            computed from a checkpoint.
         output_dtype: of the base module's own output at its last call.
     """
 
@@ -43,37 +43,34 @@ class Start(nn.Module):
 
     def __init__(
         self,
+        layer: nn.Module,
+        adapter: str,
         initial_A: Float[Tensor, "rank in"],
         initial_B: Float[Tensor, "out rank"],
         *,
         scaling: float,
         fingerprint: str,
-        subtracts: bool,
     ) -> None:
         super().__init__()
         self.register_buffer("initial_A", initial_A, persistent=False)
         self.register_buffer("initial_B", initial_B, persistent=False)
+        self.layer: tuple[Any] = (layer,)
+        self.adapter = adapter
         self.scaling = scaling
         self.fingerprint = fingerprint
-        self.subtracts = subtracts
         self.base: Literal["kept", "edited", "replaced", "in_forward"] = "kept"
         self.replacement: Replacement | None = None
         self.checksum: str | None = None
         self.from_original_weights: str | None = None
         self.output_dtype = torch.float32
-        self.owner: tuple[nn.Module, str] | tuple[()] = ()
-
-    def belongs_to(self, layer: nn.Module, adapter: str) -> None:
-        """Name PEFT's layer and the adapter; in a tuple, so that the layer is no submodule."""
-        self.owner = (layer, adapter)
 
     def is_subtracting(self) -> bool:
         """Whether the forward pass subtracts s B0 A0 at the moment."""
-        layer, _ = self.owner
+        (layer,) = self.layer
         return self.base == "in_forward" and not layer.disable_adapters and not layer.merged
 
     def factors(self, adapter: str | None = None) -> tuple[Tensor, Tensor]:
-        """A0 and B0, where nothing was edited by them in an adapter's dtype.
+        """A0 and B0. If the forward pass subtracts them, they have an adapter's dtype.
 
         Trainers cast an adapter after its start, and only factors of one dtype cancel at step 0.
 
@@ -82,10 +79,14 @@ class Start(nn.Module):
         """
         if self.base != "in_forward":
             return self.initial_A, self.initial_B
-        layer, owner = self.owner
+        (layer,) = self.layer
         if adapter is None:
-            adapter = next((name for name in layer.active_adapters if name in layer.r), owner)
-        dtype = factor_of(layer, adapter).dtype
+            active = (name for name in layer.active_adapters if name in layer.r)
+            adapter = next(active, self.adapter)
+        if adapter in layer.lora_embedding_A:
+            dtype = layer.lora_embedding_A[adapter].dtype
+        else:
+            dtype = layer.lora_A[adapter].weight.dtype
         return self.initial_A.to(dtype), self.initial_B.to(dtype)
 
     def product(self) -> Float[Tensor, "out in"]:
@@ -93,25 +94,18 @@ class Start(nn.Module):
         return low_rank_product(*self.factors(), self.scaling)
 
 
-def factor_of(layer: nn.Module, adapter: str) -> Tensor:
-    """The parameter of lora_A of one adapter in PEFT's layer."""
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter]
-    return layer.lora_A[adapter].weight
-
-
 @dataclass
 class Record:
-    """One adapter's initialization: what was done, and how to undo it.
+    """One adapter's initialization, and how to undo it.
 
     Attributes:
         config, plan: ours, made from PEFT's configuration and layers.
-        changes: undone from the last to the first, they restore the model.
+        changes: taken back, they restore the model.
     """
 
     config: LoraConfig
     plan: Plan
-    changes: Journal
+    changes: Changes
 
     @property
     def changed_base(self) -> bool:
@@ -119,11 +113,19 @@ class Record:
 
 
 def records(peft_model: nn.Module) -> dict[str, Record]:
-    """The initializations that are in force, by adapter."""
+    """The present initializations of a PEFT model by adapter."""
     return vars(peft_model).setdefault(RECORDS, {})
 
 
 def base_owner(peft_model: nn.Module) -> str | None:
-    """The adapter whose initialization has changed the base; there is one at most."""
-    owners = [name for name, record in records(peft_model).items() if record.changed_base]
-    return owners[0] if owners else None
+    """The adapter whose initialization has changed the base; there is at most one."""
+    owners = (name for name, record in records(peft_model).items() if record.changed_base)
+    return next(owners, None)
+
+
+def record(
+    peft_model: nn.Module, adapter: str, config: LoraConfig, plan: Plan, operation: Operation
+) -> None:
+    """Note the initialization that an operation has made."""
+    made = Record(plan.explicit(config), plan, operation.changes)
+    operation.set(Item(records(peft_model), adapter), made)

@@ -1,19 +1,20 @@
-"""s B0 A0 taken off a PEFT layer in the forward pass, where its base weight cannot hold that.
+"""Subtracting s B0 A0 in the forward pass of a PEFT layer, if its base weight cannot hold that.
 
 The weight stays the original one: a 16-bit weight would round the difference, a quantized one
-cannot store it, and a tied one belongs to another module too. Instead the base module's output
-loses s B0 A0 x while the layer is enabled and not merged. PEFT then adds s B A x to it, in the
-adapter's precision, so both products cancel at step 0.
+cannot store it, and a tied one belongs to another module too. Instead, a hook subtracts s B0 A0 x
+from the base module's output while the layer is enabled and not merged. PEFT then adds s B A x in
+the adapter's precision, so both products cancel at step 0.
 
-`disable_adapter` and rows of ``adapter_names="__base__"`` give the original function on every
+`disable_adapter` and the rows of ``adapter_names="__base__"`` give the original function on every
 base, edited or not. Merging adds s (B A - B0 A0) to the weight.
 
-Everything here is a function or plain data on the modules, so copies, pickles and replicas work.
+Hooks are functions, and replaced methods are `functools.partial` objects, so copies, pickles and
+replicas work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,31 +22,72 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.factors import low_rank_product
-from lora_init.peft_models.changes import Change, SetAttribute
+from lora_init.injection.base import comes_back
+from lora_init.peft_models.changes import Attribute, Hook, Operation
 from lora_init.peft_models.layers import START, AdaptedLayer
 from lora_init.peft_models.start import Start
+from lora_init.plan.plan import Plan, Target
 from lora_init.weights import bitsandbytes
 from lora_init.weights.kinds import embedding_scale, stored_weight
 
-
-class AddHook(Change):
-    """Give a module a forward hook."""
-
-    def __init__(self, module: nn.Module, hook: Any) -> None:
-        self.module, self.hook = module, hook
-
-    def make(self) -> None:
-        if self.hook not in self.module._forward_hooks.values():
-            self.module.register_forward_hook(self.hook, with_kwargs=True)
-
-    def undo(self) -> None:
-        for key, hook in list(self.module._forward_hooks.items()):
-            if hook is self.hook:
-                self.module._forward_hooks_with_kwargs.pop(key, None)
-                del self.module._forward_hooks[key]
+EDITED_DTYPES = (torch.float32, torch.float64)
+"""The dtypes of weights that can hold the difference without a loss that matters."""
 
 
-def subtract_initial(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Any:
+def subtracts_in_forward(layer: AdaptedLayer, target: Target, plan: Plan) -> bool:
+    """Whether a subtracting method leaves this base weight unchanged, whatever its values are."""
+    if plan.initializer.base != "subtract":
+        return False
+    if target.quantized:
+        return not plan.requantizes
+    if target.shared_with:
+        return True
+    return not _reads_base_weight(layer) and layer.base.weight.dtype not in EDITED_DTYPES
+
+
+def holds_edit(layer: AdaptedLayer, start: Start, weight: Tensor) -> bool:
+    """Whether subtracting s B0 A0 from the weight can be undone by adding it."""
+    if weight.dtype not in EDITED_DTYPES or _reads_base_weight(layer):
+        return True
+    return comes_back(weight, start.initial_A, start.initial_B, start.scaling)
+
+
+def check_subtraction(layer: AdaptedLayer, target: Target, plan: Plan) -> None:
+    """Refuse a layer that can hold the difference neither in its weight nor in its forward pass.
+
+    Raises:
+        ValueError: DoRA with dropout on a quantized or tied weight.
+    """
+    if subtracts_in_forward(layer, target, plan) and _reads_base_weight(layer):
+        fix = "or quantized_base='requantize'" if target.quantized else "or untie the weights"
+        raise ValueError(
+            f"lora_dropout={layer.module.lora_dropout[layer.adapter].p} with use_dora=True is not "
+            f"supported for {target.name!r} by {plan.initializer.name}: PEFT reads the base's "
+            f"weight there, and it cannot hold the difference. Use lora_dropout=0, {fix}"
+        )
+
+
+def _reads_base_weight(layer: AdaptedLayer) -> bool:
+    """Whether PEFT's forward pass reads the base's weight: DoRA with dropout does."""
+    dropout = layer.module.lora_dropout
+    drops = layer.adapter in dropout and isinstance(dropout[layer.adapter], nn.Dropout)
+    return layer.magnitude is not None and drops and not layer.is_embedding
+
+
+def subtract(layer: AdaptedLayer, operation: Operation) -> None:
+    """Let a layer subtract its start in the forward pass."""
+    operation.set(Hook(layer.base, subtract_initial), True, is_mark=True)
+    delta = Attribute(layer.module, "get_delta_weight")
+    operation.set(delta, partial(delta_weight, layer.module), is_mark=True)
+    if layer.magnitude is not None:
+        decomposed = layer.module.lora_magnitude_vector[layer.adapter]
+        norm = Attribute(decomposed, "get_weight_norm")
+        operation.set(norm, partial(weight_norm, layer), is_mark=True)
+
+
+def subtract_initial(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Any:
     """A forward hook of a base module: base(x) - s B0 A0 x, in the wider dtype of the two."""
     start = getattr(base, START)
     if not start.is_subtracting():
@@ -56,11 +98,11 @@ def subtract_initial(base: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
 
 
 def complete_output(
-    layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
-) -> Tensor | None:
-    """A forward hook of PEFT's layer: the original function where no adapter is to be used.
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Any:
+    """A forward hook of PEFT's layer: the original function for rows without an adapter.
 
-    The output gets the base module's own dtype back, which `subtract_initial` had widened.
+    The output gets the dtype of the base module's own output, which `subtract_initial` widened.
     """
     base = layer.get_base_layer()
     start = getattr(base, START)
@@ -80,7 +122,7 @@ def complete_output(
 
 
 def initial_output(base: nn.Module, start: Start, x: Tensor) -> Tensor:
-    """s B0 A0 x, by the operations that PEFT's layer computes s B A x with."""
+    """s B0 A0 x, by the operations with which PEFT's layer computes s B A x."""
     lora_A, lora_B = start.factors()
     if isinstance(base, nn.Embedding):
         rows = functional.embedding(x, lora_A.T) @ lora_B.T * start.scaling
@@ -94,62 +136,41 @@ def initial_output(base: nn.Module, start: Start, x: Tensor) -> Tensor:
     return functional.linear(functional.linear(x, lora_A), lora_B) * start.scaling
 
 
-@dataclass(frozen=True)
-class DeltaWeight:
+def delta_weight(module: Any, adapter: str) -> Tensor:
     """PEFT's `get_delta_weight` of a layer that subtracts in the forward pass.
 
-    The first adapter that is merged takes s B0 A0 along, and the last one that is unmerged
-    brings it back: only for those `merged_adapters` is empty.
+    The first adapter that is merged subtracts s B0 A0, and the last one that is unmerged adds it
+    again: `merged_adapters` is empty only for those two.
     """
-
-    layer: nn.Module
-
-    def __call__(self, adapter: str) -> Tensor:
-        layer = AdaptedLayer("", self.layer, adapter, ())
-        factors = layer.matrix("lora_A"), layer.matrix("lora_B")
-        delta = low_rank_product(*factors, layer.scaling)
-        if not self.layer.merged_adapters:
-            delta -= getattr(layer.base, START).product()
-        if bitsandbytes.is_packed(layer.base):
-            return delta
-        return stored_weight(layer.base, delta).view(layer.base.weight.shape)
+    layer = AdaptedLayer("", module, adapter, ())
+    delta = low_rank_product(layer.matrix("lora_A"), layer.matrix("lora_B"), layer.scaling)
+    if not module.merged_adapters:
+        delta -= layer.base_start.product()
+    if bitsandbytes.is_packed(layer.base):
+        return delta
+    return stored_weight(layer.base, delta).view(layer.base.weight.shape)
 
 
-class DecomposedNorm:
+def weight_norm(
+    layer: AdaptedLayer,
+    weight: Tensor,
+    lora_weight: Tensor,
+    scaling: float,
+    adapter_name: str | None = None,
+) -> Tensor:
     """PEFT's `get_weight_norm` of DoRA on a layer that subtracts in the forward pass.
 
-    PEFT computes ‖W + s B A‖ from the base's weight; this takes s B0 A0 from it. Merging passes no
-    adapter's name, and a product that `DeltaWeight` has made.
+    PEFT computes ‖W + s B A‖ from the base's weight, and this function subtracts s B0 A0 from W.
+    Merging passes no adapter's name, and a product that `delta_weight` has made.
     """
-
-    def __init__(self, layer: nn.Module, adapter: str) -> None:
-        self.layer, self.adapter = layer, adapter
-
-    def __call__(
-        self, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None
-    ) -> Tensor:
-        magnitude = self.layer.lora_magnitude_vector[self.adapter]
-        norm = type(magnitude).get_weight_norm
-        if adapter_name is None:
-            return norm(magnitude, weight, lora_weight, scaling)
-        base = self.layer.get_base_layer()
-        # In float32: a norm in 16 bits would be a gain that is not 1 at step 0.
-        with torch.autocast(weight.device.type, enabled=False):
-            product = getattr(base, START).product()
-            if not bitsandbytes.is_packed(base):
-                product = stored_weight(base, product).view(weight.shape)
-            residual = weight.to(product.dtype) - product.to(weight.device)
-            return norm(magnitude, residual, lora_weight.to(product.dtype), scaling)
-
-
-def subtraction(layer: AdaptedLayer) -> list[Change]:
-    """The changes that let a layer subtract its start in the forward pass."""
-    changes: list[Change] = [
-        AddHook(layer.base, subtract_initial),
-        SetAttribute(layer.module, "get_delta_weight", DeltaWeight(layer.module)),
-    ]
-    if layer.magnitude is not None:
-        decomposed = layer.module.lora_magnitude_vector[layer.adapter]
-        norm = DecomposedNorm(layer.module, layer.adapter)
-        changes.append(SetAttribute(decomposed, "get_weight_norm", norm))
-    return changes
+    magnitude = layer.module.lora_magnitude_vector[layer.adapter]
+    norm = partial(type(magnitude).get_weight_norm, magnitude)
+    if adapter_name is None:
+        return norm(weight, lora_weight, scaling)
+    # In float32: a norm that is rounded to 16 bits would give a gain other than 1 at step 0.
+    with torch.autocast(weight.device.type, enabled=False):
+        product = layer.base_start.product()
+        if not bitsandbytes.is_packed(layer.base):
+            product = stored_weight(layer.base, product).view(weight.shape)
+        residual = weight.to(product.dtype) - product.to(weight.device)
+        return norm(residual, lora_weight.to(product.dtype), scaling)

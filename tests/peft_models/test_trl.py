@@ -1,4 +1,4 @@
-"""A LoraModel in TRL's trainers, which replace its forward and read the backbone's attributes."""
+"""A LoraModel in TRL's trainers, which replace its forward and read the base's attributes."""
 
 import copy
 
@@ -78,8 +78,10 @@ def test_sft_starts_at_the_base_models_loss(bf16, tokenizer, tmp_path):
     assert found[1] != expected[1]
 
 
-@pytest.mark.parametrize("reference", ["given", "loaded", "computed before"])
-@pytest.mark.parametrize("method", ["pissa", True])
+@pytest.mark.parametrize(
+    ("method", "reference"),
+    [("pissa", "given"), ("pissa", "loaded"), ("pissa", "computed before"), (True, "loaded")],
+)
 def test_dpo(method, reference, tokenizer, tmp_path):
     llama().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

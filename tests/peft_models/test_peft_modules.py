@@ -8,6 +8,7 @@ import functools
 import json
 import warnings
 from dataclasses import dataclass, field
+from itertools import product
 
 import peft
 import pytest
@@ -60,7 +61,6 @@ class Case:
     Attributes:
         make: the base model, equal every time.
         ranks, alphas: patterns for it.
-        only: the initializers that serve its type, where not all do.
         copies: keys of base weights that PEFT writes too and we do not.
         by_layer: compare the layers' outputs, not the logits: LLM.int8's forward rounds inputs to
             8 bits, so that a difference in the last bit may become one of 1e-2.
@@ -115,8 +115,8 @@ VARIANTS = {
 }
 ABSENT = {
     ("Embedding", "lora_bias"),
-    ("tied", "lora_bias"),  # neither library has it on embeddings
-    ("Linear8bitLt", "dora"),  # on a CPU PEFT 0.21.2 moves the weight, which loses its codes
+    ("tied", "lora_bias"),  # neither library supports it on embeddings
+    ("Linear8bitLt", "dora"),  # on a CPU PEFT 0.21.2 loses the codes of a weight that it moves
 }
 CELLS = [(case, variant) for case in CASES for variant in VARIANTS if (case, variant) not in ABSENT]
 every_cell = pytest.mark.parametrize(("name", "variant"), CELLS)
@@ -160,12 +160,12 @@ def tolerance(model):
 
 def adapted(case, **settings):
     config = LoraConfig(**settings)
-    calibration = case.batches() if config.initializer()[0].calibration else None
+    calibration = case.batches() if config.initializer()[0].needs_data else None
     return get_peft_model(case.make(), config, calibration=calibration)
 
 
 def load_with_peft(base, folder):
-    """PEFT's loader; what it warns of, missing keys for one, is a failure."""
+    """PEFT's loader; a warning of missing or unexpected keys is a failure."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="(?i).*(missing|unexpected).*")
         return peft.PeftModel.from_pretrained(base, folder)
@@ -228,7 +228,7 @@ def test_peft_loads_every_method_of_ours(name, method, use_dora, tmp_path):
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
 @pytest.mark.parametrize("name", ["Linear", "Embedding", "Conv2d", "Linear4bit"])
 def test_a_subtracting_dora_is_written_at_twice_the_rank(name, use_rslora, tmp_path):
-    """The magnitude is what was trained: it belongs to the whole weight, whatever its base is."""
+    """The magnitude belongs to the whole weight, for every base."""
     case = CASES[name]
     model = train(
         adapted(case, init_lora_weights="pissa", use_dora=True, use_rslora=use_rslora,
@@ -291,9 +291,10 @@ def assert_same_files(ours, theirs, case):
     assert differing <= {"target_modules", "rank_pattern", "alpha_pattern", "auto_mapping"}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("method", ["kaiming", "pissa"])
-def test_a_trained_head_beside_every_variant(method, variant, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "variant"), every_value(product(("kaiming", "pissa"), VARIANTS), 2)
+)
+def test_every_variant_with_a_trained_head(method, variant, tmp_path):
     """bias="all" makes PEFT write the head's bias three times; one of them is the trained one."""
     case = CASES["Linear"]
     settings = settings_of(case, variant) | {"task_type": "SEQ_CLS"}

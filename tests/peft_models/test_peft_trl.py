@@ -1,4 +1,4 @@
-"""TRL's trainers with PEFT models that were started: right at step 0, and what they save."""
+"""Initialized PEFT models in TRL's trainers: step 0, training, and the saved adapter."""
 
 import math
 import warnings

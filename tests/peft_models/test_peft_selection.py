@@ -1,4 +1,4 @@
-"""Which targets of a saved adapter PEFT reads as other ones: compared with PEFT itself."""
+"""The targets of a saved adapter that PEFT reads as other modules, compared with PEFT itself."""
 
 import warnings
 
@@ -35,7 +35,7 @@ def build(kind):
 
 
 def pefts_modules(kind, folder):
-    """The modules that PEFT adapts when it reads the folder; None where it refuses."""
+    """The modules that PEFT adapts when it reads the folder; None if it refuses."""
     try:
         model = peft.get_peft_model(build(kind), peft.LoraConfig.from_pretrained(folder))
     except ValueError:
@@ -56,7 +56,7 @@ def test_the_differences_are_those_of_peft(kind, targets, tmp_path):
     found = {difference.name for difference in different_in_peft(build(kind), plan)}
     if theirs is None:
         assert found == ours
-    else:  # PEFT's wrapped experts are modules too, which no plan of ours could name
+    else:  # PEFT's wrapped experts are modules too, but our plans do not name them
         assert found == {name for name in ours ^ theirs if not name.endswith((".experts", ".gate"))
                          and ".experts." not in name}  # fmt: skip
 

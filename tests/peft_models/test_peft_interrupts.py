@@ -1,4 +1,4 @@
-"""Ctrl-C or a lack of memory at any line: a PEFT model is as before the call, or as after it."""
+"""After Ctrl-C or a MemoryError at any line, a PEFT model is as before or after the call."""
 
 import copy
 import functools
@@ -58,7 +58,7 @@ def start(model, method, kind):
 
 
 def state(model):
-    """All that an operation may change, tensors apart."""
+    """Everything that an operation may change; the tensors are separate."""
     tuner = model.base_model
     tensors = dict(tuner.model.named_parameters()) | dict(tuner.model.named_buffers())
     modules = dict(tuner.model.named_modules())
@@ -117,7 +117,7 @@ def assert_whole(make, operation, error=KeyboardInterrupt, points=8, again=True)
 
 @pytest.mark.parametrize(("method", "kind"), STARTS)
 def test_initializing(method, kind):
-    # Every other method is interrupted by another error: both are to be caught alike.
+    # Every second method is interrupted by another error, which must have the same effect.
     error = MemoryError if STARTS.index((method, kind)) % 2 else KeyboardInterrupt
     assert_whole(lambda: wrapped(kind), lambda model: start(model, method, kind), error)
 

@@ -1,4 +1,4 @@
-"""A LoraModel in the trainers of other libraries: what they save, and what they replace."""
+"""A LoraModel in transformers' Trainer: what it saves, loads and reads."""
 
 import inspect
 from itertools import product
@@ -47,7 +47,7 @@ def losses(made):
     ("method", "settings"),
     every_value(product(METHODS, [{}, {"use_dora": True}, {"bias": "all"}]), 2),
 )
-def test_what_trainer_saves_is_an_adapter(method, settings, tmp_path):
+def test_trainer_saves_an_adapter(method, settings, tmp_path):
     made = trainer(adapted(method, **settings), tmp_path / "run", save_steps=2)
     made.train()
     made.save_model(tmp_path / "final")

@@ -1,4 +1,4 @@
-"""PEFT's own methods and functions on a model that was started: right, or refused by name."""
+"""PEFT's own methods and functions on an initialized model: correct, or refused by name."""
 
 import copy
 import io
@@ -58,7 +58,7 @@ def exact(dtype):
 
 @pytest.mark.parametrize("state", ["inferred", "given", "renamed adapter"])
 @by_dtype
-def test_the_adapter_alone_is_one_for_the_original_base(dtype, state):
+def test_the_adapters_state_dict_is_for_the_original_base(dtype, state):
     model = started(dtype)
     expected = outputs(model, dtype)
     given = {"state_dict": model.state_dict()} if state == "given" else {}
@@ -75,8 +75,8 @@ def test_the_adapter_alone_is_one_for_the_original_base(dtype, state):
 
 
 @by_dtype
-def test_the_state_of_the_whole_model_describes_the_original_base(dtype):
-    """As Accelerate's save_model and torch.save write it."""
+def test_the_models_state_dict_is_for_the_original_base(dtype):
+    """Accelerate's save_model and torch.save write this state."""
     model = started(dtype)
     expected = outputs(model, dtype)
     memory = io.BytesIO()
@@ -93,7 +93,7 @@ def test_the_state_of_the_whole_model_describes_the_original_base(dtype):
 
 
 @by_dtype
-def test_a_state_comes_back_to_the_bit(dtype):
+def test_loading_a_state_dict_is_exact(dtype):
     model = started(dtype)
     expected, state = outputs(model, dtype), copy.deepcopy(model.state_dict())
     adapter = get_peft_model_state_dict(copy.deepcopy(model))
@@ -120,7 +120,7 @@ def test_a_state_of_another_start_is_refused(dtype, wrong):
     assert_unchanged(model, before)
 
 
-def test_the_adapter_of_a_replaced_base_is_refused_alone():
+def test_the_state_dict_of_an_adapter_with_a_replaced_base_is_refused():
     model = started(method="loftq")
     with pytest.raises(ValueError, match="get_peft_model_state_dict is not supported"):
         get_peft_model_state_dict(model)
@@ -143,7 +143,7 @@ def test_swapping_factors_under_a_changed_base_is_refused(dtype, tmp_path):
 
 
 @by_dtype
-def test_after_the_way_back_states_are_peft_s_own(dtype):
+def test_a_restored_model_has_the_state_dict_of_peft(dtype):
     model = wrapped(dtype)
     before = model.state_dict()
     initialize_peft_model(model, "pissa")
@@ -178,7 +178,7 @@ def test_the_base_of_a_started_model_is_not_saved_alone(tmp_path):
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa", "loftq"])
 @pytest.mark.parametrize("safe_merge", [False, True])
-def test_what_would_spoil_a_merged_base_is_refused(method, safe_merge, tmp_path):
+def test_calls_that_need_an_unmerged_base_are_refused(method, safe_merge, tmp_path):
     model = started(method=method)
     model.save_pretrained(tmp_path)
     expected = outputs(model)
@@ -200,7 +200,7 @@ def test_what_would_spoil_a_merged_base_is_refused(method, safe_merge, tmp_path)
 
 
 @by_dtype
-def test_merging_and_unmerging_leaves_the_way_back(dtype):
+def test_restoring_after_merging_and_unmerging(dtype):
     model = started(dtype)
     model.merge_adapter()
     with model.disable_adapter():  # unmerges
@@ -213,7 +213,7 @@ def test_merging_and_unmerging_leaves_the_way_back(dtype):
 
 
 @by_dtype
-def test_the_way_back_while_another_adapter_is_active(dtype):
+def test_restoring_while_another_adapter_is_active(dtype):
     model = started(dtype)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["wide"]))
     model.set_adapter("second")
@@ -224,7 +224,7 @@ def test_the_way_back_while_another_adapter_is_active(dtype):
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
 @by_dtype
-def test_the_way_back_of_a_model_that_was_cast(dtype, cast):
+def test_restoring_a_model_that_was_cast(dtype, cast):
     model = getattr(started(dtype), cast)()
     restore_peft_model(model)
     base = Case("Linear", dtype).build().float()
@@ -274,7 +274,7 @@ def test_weighted_sums_of_adapters_are_refused(dtype, kind):
 
 @pytest.mark.parametrize("by", ["model", "tuner"])
 @pytest.mark.parametrize("method", ["kaiming", "eva", "pissa", "loftq"])
-def test_a_new_adapter_of_the_name_starts_clean(method, by):
+def test_a_new_adapter_with_the_name_of_a_deleted_one(method, by):
     model = wrapped()
     model.add_adapter("kept", peft.LoraConfig(r=2, target_modules=["wide"]))
     if method != "kaiming":
@@ -298,7 +298,7 @@ def test_a_new_adapter_of_the_name_starts_clean(method, by):
 
 @pytest.mark.parametrize("method", ["kaiming", "eva", "pissa", "loftq"])
 @pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
-def test_nothing_can_be_restored_after_the_end(method, end):
+def test_restoring_after_unload_or_merge_is_refused(method, end):
     model = wrapped()
     calibration = Case().calibration() if method == "eva" else None
     initialize_peft_model(model, method, calibration=calibration)
@@ -315,7 +315,7 @@ def test_nothing_can_be_restored_after_the_end(method, end):
 
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa"])
-def test_a_started_adapter_is_not_made_again_under_its_name(method):
+def test_injecting_an_initialized_adapter_again_is_refused(method):
     model = started(method=method)
     expected = outputs(model)
     with pytest.raises(ValueError, match="adapter_name='default' is not supported"):
@@ -355,7 +355,7 @@ def test_a_changed_base_is_not_changed_twice(dtype, taken):
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa", "loftq"])
 @by_dtype
-def test_nothing_but_peft_s_layers_looks_like_an_adapter(dtype, method):
+def test_only_pefts_layers_have_names_of_adapters(dtype, method):
     plain, model = wrapped(dtype), wrapped(dtype)
     initialize_peft_model(model, method)
     for found in (
@@ -400,7 +400,7 @@ class Hidden(nn.Module):
 
 @pytest.mark.parametrize("how", ["list", "closure"])
 @pytest.mark.parametrize("method", ["kaiming", "pissa", "olora", "loftq"])
-def test_a_layer_that_is_held_elsewhere_is_found(method, how):
+def test_a_layer_that_is_called_from_a_list_or_closure_is_found(method, how):
     config = peft.LoraConfig(r=2, target_modules=["seen", "hidden"])
     model = peft.get_peft_model(Hidden(how), config)
     x = torch.randn(4, 8)

@@ -1,4 +1,4 @@
-"""Our methods on live PEFT models: the same factors, the right files, the way back, and Trainer."""
+"""Our methods on live PEFT models: the factors, the files, restoring, and Trainer."""
 
 import contextlib
 import copy
@@ -53,7 +53,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RANK = 4
 SPECS = {spec.name: spec for spec in list_initializers()}
 KEEPING = [name for name, spec in SPECS.items() if spec.base == "keep"]
@@ -64,7 +64,7 @@ KINDS = (*FLOAT_KINDS, "Linear4bit", "Linear8bitLt")
 
 
 class Convolutions(nn.Module):
-    """What PEFT's convolutions can be: padded, strided, without bias; never dilated."""
+    """The convolutions that PEFT supports: padded, strided, without bias; not dilated."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ class Convolutions(nn.Module):
 
 
 def network(kind):
-    """A base of one module type, its targets, inputs, calibration data and original weights."""
+    """A base with one module type, its targets, inputs, calibration data and original weights."""
     if kind == "Conv2d":
         inputs = Batches(torch.randn(6, 4, 6, 7, generator=torch.Generator().manual_seed(s))
                          for s in range(3))  # fmt: skip
@@ -100,7 +100,7 @@ def wrapped(base, targets, **settings):
 
 
 def start(peft_model, method, batches=None, **settings):
-    calibration = batches if SPECS[method].calibration else None
+    calibration = batches if SPECS[method].needs_data else None
     return initialize_peft_model(peft_model, method, calibration=calibration, **settings)
 
 
@@ -126,22 +126,22 @@ def growth(layers, base):
     return max(ratios)
 
 
-def served(method, kind):
+def supports(method, kind):
     return kind in SPECS[method].module_types
 
 
-CELLS = [(method, kind) for method in SPECS for kind in KINDS if served(method, kind)]
+CELLS = [(method, kind) for method in SPECS for kind in KINDS if supports(method, kind)]
 FEATURES = (
     lambda method, kind: method,
-    lambda method, kind: (SPECS[method].base, SPECS[method].calibration, kind),
+    lambda method, kind: (SPECS[method].base, SPECS[method].needs_data, kind),
 )
 
 
-# -- step 0, and back ------------------------------------------------------------------------------
+# -- step 0 and restoring --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "kind"), thinned(CELLS, *FEATURES))
-def test_the_start_is_ours_and_goes_back(method, kind):
+def test_the_factors_are_ours_and_restoring_undoes_them(method, kind):
     spec, kept = SPECS[method], uniform(method)
     base, targets, x, batches, originals = network(kind)
     originals = originals if spec.base == "replace" else None
@@ -238,24 +238,8 @@ def test_dora_on_other_layers(method, kind):
         torch.testing.assert_close(layer.magnitude.flatten(), weight.norm(dim=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_a_16_bit_base_is_not_rounded(dtype, use_dora):
-    base, batches = llama().to(dtype), token_batches()
-    model = wrapped(base, "all-linear", use_dora=use_dora)
-    report = start(model, "pissa")
-    assert {row.base for row in report.layers} == {"in_forward"}
-    assert same_weights(model, base)
-    assert_gap(logits(model, batches), logits(base, batches), EPSILON[dtype])
-    train(model)
-    with model.disable_adapter():
-        assert_gap(logits(model, batches), logits(base, batches), 0.0)
-    restore_peft_model(model)
-    assert same_weights(model, base)
-
-
 def test_dora_with_dropout_edits_a_16_bit_base():
-    """PEFT reads the base's weight there, so the weight has to hold the difference."""
+    """PEFT reads the base's weight, so the weight must hold the difference."""
     base = llama().bfloat16()
     model = wrapped(base, "all-linear", use_dora=True, lora_dropout=0.1)
     with pytest.warns(UserWarning, match="lora_dropout=0.1 with pissa"):
@@ -278,8 +262,8 @@ def same_weights(model, base):
     )
 
 
-def test_twice_is_once():
-    """Also where the first start was of another method, moved ranks or dropped layers."""
+def test_a_second_call_equals_the_first():
+    """Also after another method that changed ranks or dropped layers."""
     base, batches = llama(), token_batches()
     once = wrapped(base, "all-linear")
     start(once, "pissa")
@@ -331,7 +315,7 @@ def test_nothing_is_changed_when_it_fails_in_the_middle(method, first, monkeypat
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
 def test_eva_moves_ranks(use_rslora, tmp_path):
     base, batches = llama(), token_batches()
-    with torch.no_grad():  # what reads it never varies
+    with torch.no_grad():  # so that the inputs of the next layer do not vary
         base.model.layers[1].mlp.up_proj.weight.zero_()
     model = wrapped(base, "all-linear", use_rslora=use_rslora, r=2)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -484,7 +468,7 @@ def test_heads_and_biases(bias, lora_bias, tmp_path):
 
 
 def test_other_adapters_of_a_changed_base(tmp_path):
-    """As TRL makes its reference: a copy of the adapter, beside it."""
+    """TRL's reference is a second adapter, a copy of the first one."""
     base, batches = llama(), token_batches()
     model = wrapped(base, ["q_proj", "v_proj"])
     start(model, "pissa")
@@ -509,7 +493,7 @@ def test_other_adapters_of_a_changed_base(tmp_path):
     model.load_adapter(tmp_path / "ref", "ref")
     model.set_adapter("default")
     assert_gap(logits(model, batches), expected, 0.0)
-    with pytest.raises(ValueError, match="'ref' was trained on the base.*delete it first"):
+    with pytest.raises(ValueError, match="'ref' was trained on the base.*Delete 'ref' first"):
         model.delete_adapter("default")
 
     model.add_adapter("wider", peft.LoraConfig(r=8, target_modules=["q_proj"]))
@@ -536,33 +520,7 @@ def test_a_copy_is_guarded_by_itself(tmp_path):
         assert_gap(logits(twin, batches), logits(base, batches), 1e-5)
 
 
-@pytest.mark.parametrize("method", ["pissa", "loftq"])
-def test_unload_and_delete_give_the_original_base(method):
-    base, batches = llama(), token_batches()
-    for remove in (lambda m: m.unload(), lambda m: m.delete_adapter("default")):
-        model = of_language(method, base)
-        inner = model.base_model.model
-        remove(model)
-        assert_gap(logits(inner, batches), logits(base, batches), 1e-5)
-    model = of_language(method, base)
-    expected = logits(model, batches)
-    assert_gap(logits(model.merge_and_unload(), batches), expected, 1e-5)
-
-
-def test_merging_and_going_on():
-    base, batches = llama(), token_batches()
-    model = of_language("pissa", base)
-    expected = logits(model, batches)
-    model.merge_adapter()
-    assert_gap(logits(model, batches), expected, 1e-5)
-    with pytest.raises(ValueError, match="has merged adapters"):
-        start(model, "olora")
-    with model.disable_adapter():  # which unmerges
-        assert_gap(logits(model, batches), logits(base, batches), 1e-5)
-    assert_gap(logits(model, batches), expected, 1e-5)
-
-
-def test_a_base_that_was_not_kept_is_lost_by_name():
+def test_a_base_that_was_not_kept_is_named():
     model = wrapped(llama(), ["q_proj"])
     start(model, "loftq", keep_original=False)
     for call in (restore_peft_model, lambda m: start(m, "pissa"), lambda m: m.unload()):
@@ -579,7 +537,7 @@ def test_plain_adapters_are_not_loaded_onto_a_changed_base(tmp_path):
     model = of_language("pissa", base)
     before = snapshot(model)
     for folder, name in (("plain", "default"), ("plain", "new"), ("ours", "new")):
-        with pytest.raises(ValueError, match="is for the original one; call restore_peft_model"):
+        with pytest.raises(ValueError, match="is for the original one. Call restore_peft_model"):
             model.load_adapter(tmp_path / folder, name)
     assert_unchanged(model, before)
 
@@ -597,7 +555,7 @@ def test_a_checkpoint_of_another_start_moves_the_base(tmp_path):
         assert_gap(logits(model, batches), logits(base, batches), 1e-5)
 
 
-def test_a_file_that_cannot_be_written_right_is_refused(tmp_path):
+def test_unsupported_files_are_refused(tmp_path):
     model = of_language("pissa")
     with pytest.raises(ValueError, match="safe_serialization=False"):
         model.save_pretrained(tmp_path, safe_serialization=False)
@@ -742,18 +700,18 @@ def refused(model, error, match, method="pissa", **settings):
     assert_unchanged(model, before)
 
 
-def test_what_is_no_lora_model_is_refused():
-    with pytest.raises(TypeError, match="LlamaForCausalLM; pass what peft.get_peft_model returned"):
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match="LlamaForCausalLM is not supported.*Pass what peft"):
         initialize_peft_model(llama(), "pissa")
     ours = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="lora_init.model.lora_model.LoraModel"):
         initialize_peft_model(ours, "pissa")
     model = wrapped(llama(), ["q_proj"])
-    refused(model, ValueError, "adapter_name='other'; the model has default", adapter_name="other")
+    refused(model, ValueError, "adapter_name='other' is not.* one of default", adapter_name="other")
     ia3 = peft.get_peft_model(
         llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     )
-    refused(ia3, TypeError, "'default' is of PEFT's type IA3")
+    refused(ia3, TypeError, "'default' has peft_type=IA3")
     with pytest.raises(ValueError, match="was not initialized by initialize_peft_model"):
         restore_peft_model(model)
 
@@ -762,7 +720,7 @@ def test_wrong_settings_are_refused():
     model = wrapped(llama(), ["q_proj"])
     refused(model, ValueError, "'pisa' is not a registered.*did you mean 'pissa'", "pisa")
     refused(model, ValueError, "unknown option 'iter'", options={"iter": 1})
-    refused(model, TypeError, "pass a mapping or LoftqOptions", "loftq", options=PissaOptions())
+    refused(model, TypeError, "must be a mapping or LoftqOptions", "loftq", options=PissaOptions())
     refused(model, TypeError, "options go with a method's name", {"name": "pissa"}, options={})
     refused(model, ValueError, "'eva' needs calibration data", "eva")
     refused(model, ValueError, "no target is quantised", original_weights={})
@@ -770,9 +728,9 @@ def test_wrong_settings_are_refused():
     refused(model, ValueError, "'eva' needs calibration data", "eva")
 
 
-def test_ranks_and_layers_that_the_method_cannot_have_are_refused():
+def test_unsupported_ranks_and_layers_are_refused():
     model = wrapped(llama(), ["q_proj"], r=3)
-    refused(model, ValueError, "q_proj'.*r is even", "orthogonal")
+    refused(model, ValueError, "q_proj'.*r must be even", "orthogonal")
     words = wrapped(Case("Embedding").build(), ["words"])
     refused(words, TypeError, "'words' is a Embedding.*olora does not serve", "olora")
     head = wrapped(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), ["a"])
@@ -781,7 +739,7 @@ def test_ranks_and_layers_that_the_method_cannot_have_are_refused():
     refused(kasa, TypeError, "adapted by PEFT's ALoraLinearVariant", "kaiming")
 
 
-def test_tied_weights_are_refused_where_they_are_replaced():
+def test_replacing_tied_weights_is_refused():
     model = wrapped(llama(tied=True), ["lm_head", "q_proj"])
     refused(model, ValueError, "'lm_head' shares its weight with 'model.embed_tokens", "loftq")
 
@@ -809,7 +767,7 @@ def test_tied_weights_are_subtracted_in_the_forward_pass(tmp_path):
     assert_gap(logits(model, batches), logits(base, batches), 1e-5)
 
 
-def test_convolutions_that_peft_computes_otherwise_are_refused():
+def test_convolutions_that_peft_computes_differently_are_refused():
     case = Case("Conv2d")
     for name, expected in (("strided", "circular"), ("dilated", "reflect")):
         model = wrapped(case.build(), [name])
@@ -837,7 +795,7 @@ def test_a_base_that_peft_has_changed_is_refused(init):
     refused(model, ValueError, f"init_lora_weights='{init}', for which PEFT has changed the base")
 
 
-def test_other_adapters_are_refused_where_they_would_be_spoilt():
+def test_other_adapters_on_a_changed_base_are_refused():
     model = wrapped(llama(), ["q_proj"])
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     refused(model, ValueError, "holds the adapter 'second' too, and pissa changes the base")
@@ -845,6 +803,8 @@ def test_other_adapters_are_refused_where_they_would_be_spoilt():
     for name in ("default", "second"):
         initialize_peft_model(model, "orthogonal", adapter_name=name)
     assert {layer.rank for layer in by_name(model, "second").values()} == {2}
+    restore_peft_model(model, "default")
+    assert all(layer.start is not None for layer in by_name(model, "second").values())
 
     model = wrapped(llama(), ["q_proj"])
     start(model, "pissa")
@@ -857,7 +817,7 @@ def test_scaled_and_absent_factors_are_refused():
     model = wrapped(llama(), ["q_proj"])
     layer = next(iter(by_name(model).values()))
     layer.module.scale_layer(2.0)
-    refused(model, ValueError, "has the scaling 4, its alpha 8 and rank 4 give 2")
+    refused(model, ValueError, "has the scaling 4, but its alpha 8 and rank 4 give 2")
     config = peft.LoraConfig(target_modules=["q_proj"])
     empty = peft.get_peft_model(llama(), config, low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match="its factors are on the meta device"):
@@ -869,7 +829,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     of_language("pissa", base, targets=["q_proj", "v_proj"]).save_pretrained(tmp_path)
     for model, match in (
         (wrapped(base, ["q_proj"]), "adapts 'model.layers.0.self_attn.v_proj'"),
-        (wrapped(base, ["q_proj", "v_proj"], use_rslora=True), "use_rslora=False, this PEFT"),
+        (wrapped(base, ["q_proj", "v_proj"], use_rslora=True), "use_rslora=False, but this PEFT"),
     ):
         before = snapshot(model)
         with pytest.raises(ValueError, match=match):
@@ -879,7 +839,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
         load_peft_checkpoint(wrapped(base, ["q_proj"]), tmp_path / "nowhere")
 
 
-def test_the_header_tells_the_start(tmp_path):
+def test_the_header_names_the_method(tmp_path):
     of_language("pissa").save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["lora_init"])
