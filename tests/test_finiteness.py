@@ -6,7 +6,7 @@ from measures import assert_unchanged, snapshot
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.linalg.finite import is_finite
+from lora_init.linalg.matrix import is_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

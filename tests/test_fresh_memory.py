@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from lora_init.factors import low_rank_product
-from lora_init.linalg import memory
+from lora_init.linalg import matrix
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (0, 7), (1500, 1501)], ids=str)
 def test_a_block_is_a_tensor_of_its_own(shape, dtype):
-    block = memory.empty(shape, dtype, torch.device("cpu"))
+    block = matrix.empty(shape, dtype, torch.device("cpu"))
     assert block.shape == shape
     assert block.dtype == dtype
     assert block.is_contiguous()
-    assert block.data_ptr() % memory.ALIGNMENT == 0
+    assert block.data_ptr() % matrix.ALIGNMENT == 0
     storage = block.untyped_storage()
     assert storage.nbytes() == block.numel() * dtype.itemsize
     assert block.storage_offset() == 0
@@ -29,7 +29,7 @@ def test_a_block_is_a_tensor_of_its_own(shape, dtype):
 def test_a_large_product_is_the_product(tmp_path):
     generator = torch.Generator().manual_seed(0)
     lora_A, lora_B = (torch.randn(s, generator=generator) for s in ((8, 1201), (1203, 8)))
-    assert memory.LARGE < 4 * 1201 * 1203
+    assert matrix.LARGE < 4 * 1201 * 1203
     product = low_rank_product(lora_A.requires_grad_(), lora_B, 0.5)
     assert not product.requires_grad
     torch.testing.assert_close(product, (0.5 * lora_B) @ lora_A.detach())

@@ -8,9 +8,9 @@ from simulated_device import simulated_cuda
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, linalg
-from lora_init.linalg import mixed_products, product_sum
+from lora_init.linalg import mixed_products
 
-every_narrow_dtype = pytest.mark.parametrize("dtype", product_sum.SIXTEEN_BITS, ids=str)
+every_narrow_dtype = pytest.mark.parametrize("dtype", mixed_products.SIXTEEN_BITS, ids=str)
 NARROW_METHODS = ["pissa", "pissa_niter_4", "olora", "milora", "mica"]
 
 
@@ -92,7 +92,7 @@ class Widening(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("method", NARROW_METHODS)
 def test_starts_of_16_bit_models(dtype, method, monkeypatch):
     """The product is the CPU's, where no float32 copy of a weight is made."""
-    monkeypatch.setattr("lora_init.linalg.choice.GRAM_DIMENSION", 0)  # as for large matrices
+    monkeypatch.setattr("lora_init.linalg.dense.GRAM_DIMENSION", 0)  # as for large matrices
     base = nn.Sequential(*(nn.Linear(280, 320, bias=False, dtype=dtype) for _ in range(2)))
     for seed, layer in enumerate(base):
         layer.weight.data = weight_of(320, 280, dtype, seed=seed)

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import norm
 
 from lora_init.quantization import NF4_TABLE, Quantizer, normal_float_table
-from lora_init.quantization.tables import dynamic_table
+from lora_init.quantization.codebooks import dynamic_table
 
 QUANTIZERS = [
     Quantizer(),

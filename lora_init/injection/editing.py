@@ -16,7 +16,7 @@ from lora_init.factors import low_rank_product, widened
 from lora_init.injection.exclusive import is_exclusive
 from lora_init.injection.transaction import Transaction
 from lora_init.injection.weights import store_weight
-from lora_init.linalg import memory as fresh_memory
+from lora_init.linalg import matrix as fresh_memory
 from lora_init.linalg.precision import full_precision
 from lora_init.weights.kinds import oriented_weight
 

@@ -8,14 +8,13 @@ algorithms, and the measurements behind it.
 """
 
 from lora_init.linalg.bottom import bottom_singular
-from lora_init.linalg.choice import nesting_rank
 from lora_init.linalg.decomposition import Decomposition, fix_signs
+from lora_init.linalg.dense import nesting_rank
 from lora_init.linalg.eigen import bottom_eigen, top_eigen
-from lora_init.linalg.norm import frobenius_norm
+from lora_init.linalg.matrix import frobenius_norm
 from lora_init.linalg.operators import Operator
-from lora_init.linalg.orthonormal import leading_qr
 from lora_init.linalg.singular import ITERATIONS, METHODS, QUALITY, top_singular
-from lora_init.linalg.thin import thin_svd
+from lora_init.linalg.thin import leading_qr, thin_svd
 
 __all__ = [
     "ITERATIONS",

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import choice, small
+from lora_init.linalg import dense as choice
+from lora_init.linalg import dense as small
 from lora_init.linalg.decomposition import (
     Decomposition,
-    check,
     fix_signs,
     flipped,
     from_right,
@@ -20,9 +20,9 @@ from lora_init.linalg.decomposition import (
     swapped,
 )
 from lora_init.linalg.dense import eigenpairs, gram, has_partial_solver
-from lora_init.linalg.inverse import cholesky, last_by_inverse, last_by_shifts, solver
+from lora_init.linalg.eigen import cholesky, last_by_inverse, last_by_shifts, solver
 from lora_init.linalg.krylov import start_block
-from lora_init.linalg.operators import Operator
+from lora_init.linalg.operators import Operator, check
 from lora_init.linalg.precision import full_precision
 from lora_init.linalg.singular import Generators
 from lora_init.linalg.thin import thin_qr

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import small
+from lora_init.linalg import dense as small
 from lora_init.linalg.operators import Operator
-from lora_init.linalg.product_sum import SIXTEEN_BITS
 from lora_init.linalg.thin import thin_qr
 
 
@@ -170,32 +169,3 @@ def fix_signs(
     largest = left.gather(-2, left.abs().argmax(dim=-2, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
     return left * signs, right * signs
-
-
-def check(matrix: Tensor | Operator, rank: int, *, narrow: bool = False) -> None:
-    """Refuse what no decomposition takes.
-
-    Args:
-        narrow: whether bfloat16 and float16 are supported, too.
-
-    Raises:
-        ValueError: not a float32 or float64 matrix (or stack), or a rank outside 1 … min(m, n).
-    """
-    if len(matrix.shape) < 2:
-        raise ValueError(
-            f"matrix has shape {tuple(matrix.shape)}; allowed is (m, n), or a stack (…, m, n)."
-        )
-    supported = (torch.float32, torch.float64, *(SIXTEEN_BITS if narrow else ()))
-    if matrix.dtype not in supported:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
-        raise ValueError(
-            f"matrix with dtype={matrix.dtype} is not supported: must be one of {names}. "
-            "Call .float()."
-        )
-    m, n = matrix.shape[-2:]
-    limit = min(m, n)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
-        raise ValueError(
-            f"rank={rank!r} is not allowed for a {m} x {n} matrix; "
-            f"give an integer from 1 to {limit}."
-        )

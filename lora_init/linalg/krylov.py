@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import small
-from lora_init.linalg.choice import (
+from lora_init.linalg import dense as small
+from lora_init.linalg.dense import (
     ANGLE_TOLERANCE,
     FIRST_FORECAST,
     KRYLOV_ROUNDS,

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.linalg import mixed_products
+from lora_init.linalg.mixed_products import SIXTEEN_BITS
 
 CACHED_BYTES = 2**19
 LEAST_ROWS = 64
@@ -214,3 +215,32 @@ def through(
     """``M block`` and ``M^T M block`` of the product M = first second."""
     image, back = round_trip(first, second @ block)
     return image, transposed_product(second, back)
+
+
+def check(matrix: Tensor | Operator, rank: int, *, narrow: bool = False) -> None:
+    """Refuse what no decomposition takes.
+
+    Args:
+        narrow: whether bfloat16 and float16 are supported, too.
+
+    Raises:
+        ValueError: not a float32 or float64 matrix (or stack), or a rank outside 1 … min(m, n).
+    """
+    if len(matrix.shape) < 2:
+        raise ValueError(
+            f"matrix has shape {tuple(matrix.shape)}; allowed is (m, n), or a stack (…, m, n)."
+        )
+    supported = (torch.float32, torch.float64, *(SIXTEEN_BITS if narrow else ()))
+    if matrix.dtype not in supported:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
+        raise ValueError(
+            f"matrix with dtype={matrix.dtype} is not supported: must be one of {names}. "
+            "Call .float()."
+        )
+    m, n = matrix.shape[-2:]
+    limit = min(m, n)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
+        raise ValueError(
+            f"rank={rank!r} is not allowed for a {m} x {n} matrix; "
+            f"give an integer from 1 to {limit}."
+        )

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_init.linalg import choice, small
+from lora_init.linalg import dense as choice
+from lora_init.linalg import dense as small
 from lora_init.linalg.decomposition import (
     Decomposition,
     fix_signs,

@@ -9,19 +9,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import choice, small
+from lora_init.linalg import dense as choice
+from lora_init.linalg import dense as small
 from lora_init.linalg.decomposition import (
     Decomposition,
-    check,
     from_right,
     one_by_one,
     swapped,
 )
 from lora_init.linalg.dense import eigenpairs, gram
 from lora_init.linalg.krylov import Subspace, block_width, leading_eigenspace, start_block
+from lora_init.linalg.matrix import frobenius_norm
 from lora_init.linalg.mixed_products import has_mixed_products, is_narrow
-from lora_init.linalg.norm import frobenius_norm
-from lora_init.linalg.operators import Operator
+from lora_init.linalg.operators import Operator, check
 from lora_init.linalg.powers import Generators, by_iterations, by_powers
 from lora_init.linalg.precision import full_precision
 from lora_init.linalg.thin import thin_qr

@@ -49,9 +49,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import memory
-from lora_init.quantization.search import Grid
-from lora_init.quantization.tables import FP4_ASCENDING, dynamic_table, midpoints, table_of
+from lora_init.linalg import matrix
+from lora_init.quantization.codebooks import FP4_ASCENDING, Grid, dynamic_table, midpoints, table_of
 
 # Keep the reciprocal finite, so that a block of zeros becomes zeros and not NaN: 1 / scale, with
 # bitsandbytes' bound, and 127 / scale.
@@ -254,7 +253,7 @@ def expanded(
 ) -> Float[Tensor, " values"]:
     """Return ``table[codes] * scale`` in float32, each scale serving the next `size` codes."""
     table, flat = table.float(), codes.reshape(-1)
-    values = memory.empty(flat.shape, torch.float32, flat.device)
+    values = matrix.empty(flat.shape, torch.float32, flat.device)
     first = 0
     for part, blocks in zip(_blocks(flat, size), _blocks(values, size), strict=True):
         torch.index_select(table, 0, part.reshape(-1).int(), out=blocks.view(-1))
@@ -283,10 +282,10 @@ def _nested(scale: Float[Tensor, " blocks"], averages_in: torch.dtype) -> Nested
 def _blocks(flat: Tensor, size: int) -> Iterator[Tensor]:
     """Views of `flat`: the full blocks as (blocks, size), then what is left as one short block.
 
-    On a CPU no more than a part of a large weight at a time (see `lora_init.linalg.memory`).
+    On a CPU no more than a part of a large weight at a time (see `lora_init.linalg.matrix`).
     """
     full = flat.numel() - flat.numel() % size
-    part = memory.rows_together(size) * size
+    part = matrix.rows_together(size) * size
     together = part if flat.device.type == "cpu" else max(1, full)
     for first in range(0, full, together):
         yield flat[first : min(full, first + together)].view(-1, size)

@@ -16,14 +16,14 @@ from spectra import (
 )
 
 from lora_init import linalg
-from lora_init.linalg import choice, singular, small
+from lora_init.linalg import dense, singular
 from lora_init.linalg.thin import cholesky_qr, householder_signs, thin_qr
 
 
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
     """Every device counts as one on which LAPACK is not to be called for each matrix."""
-    monkeypatch.setattr(choice, "LAPACK_DEVICES", ())
+    monkeypatch.setattr(dense, "LAPACK_DEVICES", ())
 
 
 def blocks(dtype):
@@ -64,7 +64,7 @@ def test_signs_of_householders_method():
 def test_leading_columns_are_lapacks(shape, monkeypatch):
     matrix = torch.randn(*shape, generator=seeded(2), dtype=torch.float64)
     found = linalg.leading_qr(matrix, 8)
-    monkeypatch.setattr(choice, "LAPACK_DEVICES", ("cpu",))
+    monkeypatch.setattr(dense, "LAPACK_DEVICES", ("cpu",))
     for one, other in zip(found, linalg.leading_qr(matrix, 8), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
@@ -106,7 +106,7 @@ def test_singular_stacks_keep_orthonormal_vectors(kind):
     stack = torch.zeros(3, 24, 24, dtype=torch.float64)
     if kind == "rank 3":
         stack += torch.randn(24, 3, generator=seeded(4)) @ torch.randn(3, 24, generator=seeded(5))
-    left, values, right = small.svd(stack)
+    left, values, right = dense.svd(stack)
     for u, s, v, matrix in zip(left, values, right.mT, stack, strict=True):
         assert_orthonormal(u)
         assert_orthonormal(v)
@@ -118,20 +118,20 @@ def test_one_singular_member_does_not_slow_the_others(function, monkeypatch):
     """It is decomposed by a dense solver, which the other members of its stack do without."""
     stack = torch.stack([power_law(400, 300, seed=seed) for seed in (1, 3, 5)])
     stack[1] = with_spectrum(400, 300, torch.ones(3, dtype=torch.float64))
-    dense = []
-    for owner, name in ((singular, "_gram"), (small, "svd")):
+    solved = []
+    for owner, name in ((singular, "_gram"), (dense, "svd")):
         original = getattr(owner, name)
 
         def counted(matrix, *rest, original=original):
             if matrix.shape[-2:].numel() >= 300 * 300:
-                dense.append(len(matrix) if matrix.ndim > 2 else 1)
+                solved.append(len(matrix) if matrix.ndim > 2 else 1)
             return original(matrix, *rest)
 
         monkeypatch.setattr(owner, name, counted)
     method = "krylov" if function == "top_singular" else "inverse"
     found = getattr(linalg, function)(stack, 4, method=method)
-    assert set(dense) == {1}
-    assert len(dense) <= 2  # squares first, then the matrix itself
+    assert set(solved) == {1}
+    assert len(solved) <= 2  # squares first, then the matrix itself
     for index, matrix in enumerate(stack):
         values = torch.linalg.svdvals(matrix)
         expected = values[:4] if function == "top_singular" else values.flip(0)[:4]

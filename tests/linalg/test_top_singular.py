@@ -24,7 +24,6 @@ from spectra import (
 
 from lora_init.linalg import (
     Operator,
-    choice,
     singular,
     top_singular,
 )
@@ -68,7 +67,7 @@ def test_top_singular_is_optimal(name, dtype, method):
 @every_dtype
 @pytest.mark.parametrize(("large", "method"), [(256, "krylov"), (1024, "gram-krylov")])
 def test_krylov_converges_where_auto_uses_it(monkeypatch, exponent, dtype, large, method):
-    monkeypatch.setattr(choice, "GRAM_DIMENSION", large)
+    monkeypatch.setattr("lora_init.linalg.dense.GRAM_DIMENSION", large)
     matrix = power_law(500, 400, exponent).to(dtype)
     found = top_singular(matrix, 8, generator=torch.Generator().manual_seed(0))
     # float64 resolves more than squares can tell: the steepest spectrum goes to LAPACK.
@@ -174,7 +173,7 @@ def test_product_operator_is_the_dense_product(shape, method, dtype):
 
 @pytest.mark.parametrize("upcast", [True, False])
 def test_steep_operator_is_finished_in_float64(monkeypatch, upcast):
-    monkeypatch.setattr(choice, "DENSE_DIMENSION", 64)
+    monkeypatch.setattr("lora_init.linalg.dense.DENSE_DIMENSION", 64)
     weight = power_law(300, 260, 0.5).float()
     moment = with_spectrum(260, 260, torch.arange(1, 261).double() ** -2)
     moment = (moment @ moment.T).float()  # s_i = i^-4: float32 loses the tail's energy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,3 +32,10 @@ def on_host(numbers: Sequence[Tensor]) -> list[Value]:
 def named_on_host(**numbers: Tensor) -> dict[str, Value]:
     """The same by name."""
     return dict(zip(numbers, on_host(list(numbers.values())), strict=True))
+
+
+def wait_for_writes(devices: Iterable[torch.device]) -> None:
+    """Wait for what this thread has started on these devices; on a CPU nothing is left to do."""
+    for device in set(devices):
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()

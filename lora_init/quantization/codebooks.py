@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # bitsandbytes' constants. They are the quantiles of `normal_float_table(4)` rounded elsewhere, so
@@ -105,3 +106,53 @@ def midpoints(ascending: Float[Tensor, " codes"]) -> Float[Tensor, " codes-1"]:
     and no (numel, table) array of distances.
     """
     return (ascending[1:] + ascending[:-1]) / 2
+
+
+LARGEST_GRID = 1 << 16
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Boundaries laid out in cells.
+
+    Attributes:
+        below: how many boundaries lie in the cells before this one.
+        boundary: the one in this cell, or infinity.
+    """
+
+    below: Int[Tensor, " cells"]
+    boundary: Float[Tensor, " cells"]
+
+    @classmethod
+    def of(cls, boundaries: Float[Tensor, " count"]) -> Grid:
+        """The coarsest grid for these ascending boundaries within [-1, 1].
+
+        Raises:
+            ValueError: two of them are too near to each other.
+        """
+        cells = 2
+        while (places := _cells(boundaries, cells)).unique().numel() < len(boundaries):
+            cells *= 2
+            if cells > LARGEST_GRID:
+                raise ValueError(f"boundaries nearer than {2 / LARGEST_GRID}: {boundaries}")
+        counts = torch.bincount(places, minlength=cells)
+        boundary = boundaries.new_full((cells,), torch.inf)
+        boundary[places] = boundaries
+        return cls((counts.cumsum(0) - counts).to(torch.int32), boundary)
+
+    def to(self, device: torch.device) -> Grid:
+        return Grid(self.below.to(device), self.boundary.to(device))
+
+    def find(self, values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """How many boundaries are smaller than each value, int32."""
+        flat = values.reshape(-1)
+        cells = _cells(flat, len(self.below))
+        found = self.below.index_select(0, cells)
+        found += flat > self.boundary.index_select(0, cells)
+        return found.view(values.shape)
+
+
+def _cells(values: Tensor, count: int) -> Tensor:
+    # Clamped again as integers: what a NaN becomes is undefined, but it is an integer.
+    places = values.clamp(-1.0, 1.0).add_(1.0).mul_(count / 2)
+    return places.to(torch.int32).clamp_(0, count - 1)

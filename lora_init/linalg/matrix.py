@@ -9,6 +9,7 @@ at each one: it is better done a part of the matrix at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from math import prod
 
@@ -63,3 +64,41 @@ def products(
         some = left[start : start + rows]
         made = torch.mm(some, right, out=block[: len(some)])
         yield slice(start, start + len(some)), made
+
+
+WIDEST = 1 << 13
+"""Squares that are summed in float32."""
+
+
+def frobenius_norm(matrix: Float[Tensor, "*stack m n"]) -> Float[Tensor, "*stack"]:
+    """``‖W‖`` in float64, within 1e-7 of itself (1e-6 of 16 bits), in one reading of the memory.
+
+    Squares are summed in float32 along rows (or columns, as they lie), and these sums in float64.
+    Of 5632 × 2048 Gaussian numbers `torch.linalg.matrix_norm`, which sums all in float32, misses
+    4.6e-4 in 4.8 ms, ``vector_norm(dtype=torch.float64)`` takes 50 ms, this 3.2 (2 CPU cores).
+    """
+    if matrix.dtype == torch.float64:
+        return torch.linalg.vector_norm(matrix, dim=(-2, -1))
+    if matrix.stride(-1) > matrix.stride(-2):
+        matrix = matrix.mT
+    pieces = [
+        torch.linalg.vector_norm(piece, dim=-1, dtype=torch.float32)
+        for piece in matrix.split(WIDEST, dim=-1)
+    ]
+    return torch.linalg.vector_norm(torch.cat(pieces, dim=-1), dim=-1, dtype=torch.float64)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity."""
+    # One reading at the memory's speed; only a sum beyond the type's range needs the second look.
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return math.isfinite(float(total)) or bool(torch.isfinite(values).all())
+
+
+def refuse_non_finite(name: str, weight: Tensor) -> None:
+    """Raises ValueError where the weight of the target `name` is not finite."""
+    if not is_finite(weight):
+        raise ValueError(
+            f"target {name!r}: its weight holds NaN or infinite values; the checkpoint is "
+            "damaged, or was read in a dtype that it overflows"
+        )
