@@ -1,17 +1,14 @@
-"""Memory for a matrix as large as a weight, about to be filled; and how to need less of it.
+"""Operations on one matrix as large as a weight, each in a single pass over its memory.
 
-On a CPU the first write to each page has the system find and clear it. In pages of 4 KiB that takes
-longer than the product of two factors that fills them: 46 MB are 11,265 pages, 32 ms. On huge
-pages, which Linux gives to who asks, they are 534 and 24 ms (2 cores of a virtual machine; in
-memory that was written to before, 12 ms). A chain of steps on such a matrix leaves a block behind
-at each one: it is better done a part of the matrix at a time.
+The first write to a page of new memory has the operating system find and clear it. With small pages
+this takes longer than the product of two factors that fills them. Large results therefore ask for
+huge pages, and a chain of steps works on a few rows at a time, in memory that it reuses.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from math import prod
 
 import numpy as np
 import torch
@@ -19,17 +16,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 LARGE = 1 << 22
-"""Bytes from which on numpy asks for huge pages; torch does not."""
+"""numpy asks Linux for huge pages from this many bytes; torch never does."""
 ALIGNMENT = 64
-"""Of torch's own blocks; numpy's start anywhere."""
+"""The alignment of torch's own memory. numpy's may start anywhere."""
 TOGETHER = 1 << 20
-"""Numbers that a chain of steps on a CPU takes at a time: the caches hold them, and the heap their
-blocks, again and again."""
+"""The numbers that a chain of steps processes at a time on a CPU: they fit the caches."""
+WIDEST = 1 << 13
+"""The number of squares that are summed in float32."""
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As `torch.empty`: the numbers are whatever they are."""
-    size = dtype.itemsize * prod(shape)
+    """Return an uninitialized tensor, on huge pages if it is large and on a CPU."""
+    size = dtype.itemsize * math.prod(shape)
     if device.type != "cpu" or size < LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
     block = np.empty(size + ALIGNMENT, np.uint8)
@@ -38,13 +36,13 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def rows_together(columns: int) -> int:
-    """How many rows of a matrix a CPU takes at a time."""
+    """Return how many rows of a matrix a chain of steps processes at a time on a CPU."""
     return max(1, TOGETHER // columns)
 
 
 def product(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    """``left @ right``, of tensors that need no gradient; the bits that `products` makes."""
-    if left.device.type != "cpu" or type(left) is not Tensor:  # another device's, or sharded
+    """Return ``left @ right`` without gradients, with the same bits as `products`."""
+    if left.device.type != "cpu" or type(left) is not Tensor:  # an accelerator, or a sharded tensor
         return left @ right
     made = empty((left.shape[0], right.shape[1]), left.dtype, left.device)
     rows = rows_together(right.shape[1])
@@ -56,8 +54,10 @@ def product(left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> Float[Te
 def products(
     left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]
 ) -> Iterator[tuple[slice, Float[Tensor, "rows n"]]]:
-    """``left @ right`` on a CPU some rows at a time: which, and the product in a block that the
-    next ones will overwrite."""
+    """Yield the rows of ``left @ right`` on a CPU, some at a time.
+
+    Each item is a slice of rows and their product, in memory that the next item overwrites.
+    """
     rows = rows_together(right.shape[1])
     block = left.new_empty(min(rows, len(left)), right.shape[1])
     for start in range(0, len(left), rows):
@@ -66,16 +66,11 @@ def products(
         yield slice(start, start + len(some)), made
 
 
-WIDEST = 1 << 13
-"""Squares that are summed in float32."""
-
-
 def frobenius_norm(matrix: Float[Tensor, "*stack m n"]) -> Float[Tensor, "*stack"]:
-    """``‖W‖`` in float64, within 1e-7 of itself (1e-6 of 16 bits), in one reading of the memory.
+    """Return ``‖W‖`` in float64, right to 1e-7 of itself (1e-6 for 16 bits).
 
-    Squares are summed in float32 along rows (or columns, as they lie), and these sums in float64.
-    Of 5632 × 2048 Gaussian numbers `torch.linalg.matrix_norm`, which sums all in float32, misses
-    4.6e-4 in 4.8 ms, ``vector_norm(dtype=torch.float64)`` takes 50 ms, this 3.2 (2 CPU cores).
+    Squares are summed in float32 along contiguous rows or columns, and these sums in float64. A sum
+    in float32 alone would lose digits; one in float64 alone is many times slower.
     """
     if matrix.dtype == torch.float64:
         return torch.linalg.vector_norm(matrix, dim=(-2, -1))
@@ -89,16 +84,21 @@ def frobenius_norm(matrix: Float[Tensor, "*stack m n"]) -> Float[Tensor, "*stack
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity."""
-    # One reading at the memory's speed; only a sum beyond the type's range needs the second look.
+    """Return whether no value is NaN or infinite."""
+    # A sum reads the values once. Only a sum beyond the type's range needs the second pass.
     total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
     return math.isfinite(float(total)) or bool(torch.isfinite(values).all())
 
 
 def refuse_non_finite(name: str, weight: Tensor) -> None:
-    """Raises ValueError where the weight of the target `name` is not finite."""
+    """Check the weight of the target `name`.
+
+    Raises:
+        ValueError: it has NaN or infinite values.
+    """
     if not is_finite(weight):
         raise ValueError(
-            f"target {name!r}: its weight holds NaN or infinite values; the checkpoint is "
-            "damaged, or was read in a dtype that it overflows"
+            f"target {name!r}: its weight holds NaN or infinite values, and must be finite. The "
+            "checkpoint is damaged, or its dtype is too small for its values. Load it again in a "
+            "wider dtype."
         )

@@ -1,4 +1,4 @@
-"""Block quantisers: what LoftQ and its kin put in place of the base weight."""
+"""Block quantizers, for methods such as LoftQ that replace the base weight."""
 
 from lora_init.quantization.codebooks import NF4_TABLE, normal_float_table
 from lora_init.quantization.quantizer import NestedScale, Quantized, Quantizer

@@ -1,4 +1,4 @@
-"""The values that codes stand for."""
+"""The values that codes stand for, and the search for the nearest one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# bitsandbytes' constants. They are the quantiles of `normal_float_table(4)` rounded elsewhere, so
-# computing them would move a few codes.
+# bitsandbytes' constants. They are the quantiles of `normal_float_table(4)` rounded elsewhere:
+# computed values would change a few codes.
 NF4_TABLE = (
     -1.0,
     -0.6961928009986877,
@@ -30,10 +30,12 @@ NF4_TABLE = (
     0.7229568362236023,
     1.0,
 )
-# Of the code's bits: sign, two of exponent, one of mantissa. The largest, 12, is scaled to 1.
+# The code's bits are a sign, two bits of exponent and one of mantissa. The largest value becomes 1.
 FP4_UNSCALED = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-# From -1 to 1. Of the two codes for zero, bitsandbytes gives 8 to small positive values.
+# The codes of the values from -1 to 1. bitsandbytes gives code 8, a second zero, to small positive
+# values.
 FP4_ASCENDING = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
+LARGEST_GRID = 1 << 16
 
 
 # Tables are cached, so they must not depend on the default dtype and device of the first caller.
@@ -46,7 +48,8 @@ def _linspace64(first: float, last: float, count: int) -> Tensor:
 
 
 @cache
-def table_of(kind: str, bits: int) -> Tensor:
+def table_of(kind: str, bits: int) -> Float[Tensor, " codes"]:
+    """Return the value of each code of a quantizer's kind."""
     if kind == "nf4":
         return _float32(NF4_TABLE)
     if kind == "fp4":
@@ -56,14 +59,10 @@ def table_of(kind: str, bits: int) -> Tensor:
     return torch.linspace(-1, 1, 2**bits, dtype=torch.float32, device="cpu")
 
 
-def normal_float_table(
-    bits: int, *, symmetric: bool = False, offset: float = 0.9677083
-) -> Float[Tensor, " codes"]:
+def normal_float_table(bits: int, *, offset: float = 0.9677083) -> Float[Tensor, " codes"]:
     """Return the NormalFloat values: quantiles of N(0, 1) at even probabilities, scaled to max 1.
 
-    Asymmetric (the default of QLoRA and LoftQ): 2^(bits-1) positive values, 0, and
-    2^(bits-1) - 1 negative ones, so that 0 is exact. Symmetric: the means of neighbouring
-    quantiles, none of them 0.
+    There are 2^(bits-1) positive values, 0, and 2^(bits-1) - 1 negative ones, so that 0 is exact.
 
     Args:
         bits: 2^bits values.
@@ -74,24 +73,19 @@ def normal_float_table(
     def quantiles(first: float, last: float, count: int) -> Tensor:
         return torch.special.ndtri(_linspace64(first, last, count))
 
-    if symmetric:
-        edges = quantiles(1 - offset, offset, 2 * half + 1)
-        values = (edges[1:] + edges[:-1]) / 2
-    else:
-        # Both series start at the offset and end before the median, which is the 0 between them.
-        positive = quantiles(offset, 0.5, half + 1)[:-1]
-        negative = -quantiles(offset, 0.5, half)[:-1]
-        values = torch.cat([negative, positive.new_zeros(1), positive])
-    values = values.sort().values
+    # Both series start at the offset and end before the median, which is the 0 between them.
+    positive = quantiles(offset, 0.5, half + 1)[:-1]
+    negative = -quantiles(offset, 0.5, half)[:-1]
+    values = torch.cat([negative, positive.new_zeros(1), positive]).sort().values
     return (values / values.max()).float()
 
 
 @cache
 def dynamic_table() -> Float[Tensor, " codes"]:
-    """Return the ascending 8-bit values that `double` gives to scales: bitsandbytes' dynamic map.
+    """Return the ascending 8-bit values for quantized scales: bitsandbytes' dynamic map.
 
-    ±10^(i-6) times the 2^i middles of even steps from 0.1 to 1, i = 0 … 6; and 0 and 1. So small
-    values keep a small relative error (Dettmers et al. 2021, 8-bit optimizers).
+    They are ±10^(i-6) times the 2^i middles of even steps from 0.1 to 1, for i = 0 to 6, and 0 and
+    1. Small values thus keep a small relative error (Dettmers et al. 2021, 8-bit optimizers).
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -102,18 +96,17 @@ def dynamic_table() -> Float[Tensor, " codes"]:
 
 
 def midpoints(ascending: Float[Tensor, " codes"]) -> Float[Tensor, " codes-1"]:
-    """A value lies nearest to the entry whose pair of midpoints encloses it: one sorted look-up,
-    and no (numel, table) array of distances.
-    """
+    """Return the boundaries between the entries of a table, for the search of the nearest one."""
     return (ascending[1:] + ascending[:-1]) / 2
-
-
-LARGEST_GRID = 1 << 16
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Boundaries laid out in cells.
+    """An exact `torch.bucketize` for a few boundaries in [-1, 1], without its search.
+
+    The range is cut into equal cells so small that none holds two boundaries. A value's cell gives
+    the number of boundaries below the cell, and one comparison settles the boundary inside it. The
+    cell never decreases as a value grows, whatever the rounding, so ties are bucketize's too.
 
     Attributes:
         below: how many boundaries lie in the cells before this one.
@@ -125,26 +118,30 @@ class Grid:
 
     @classmethod
     def of(cls, boundaries: Float[Tensor, " count"]) -> Grid:
-        """The coarsest grid for these ascending boundaries within [-1, 1].
+        """Return the coarsest grid for ascending boundaries within [-1, 1].
 
         Raises:
             ValueError: two of them are too near to each other.
         """
         cells = 2
-        while (places := _cells(boundaries, cells)).unique().numel() < len(boundaries):
+        while (indices := _cells(boundaries, cells)).unique().numel() < len(boundaries):
             cells *= 2
             if cells > LARGEST_GRID:
-                raise ValueError(f"boundaries nearer than {2 / LARGEST_GRID}: {boundaries}")
-        counts = torch.bincount(places, minlength=cells)
+                raise ValueError(
+                    f"boundaries={boundaries} are not supported: they must lie "
+                    f"{2 / LARGEST_GRID} apart. Use torch.bucketize."
+                )
+        counts = torch.bincount(indices, minlength=cells)
         boundary = boundaries.new_full((cells,), torch.inf)
-        boundary[places] = boundaries
+        boundary[indices] = boundaries
         return cls((counts.cumsum(0) - counts).to(torch.int32), boundary)
 
     def to(self, device: torch.device) -> Grid:
+        """Return the grid on another device."""
         return Grid(self.below.to(device), self.boundary.to(device))
 
     def find(self, values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """How many boundaries are smaller than each value, int32."""
+        """Return how many boundaries are smaller than each value, as int32."""
         flat = values.reshape(-1)
         cells = _cells(flat, len(self.below))
         found = self.below.index_select(0, cells)
@@ -153,6 +150,6 @@ class Grid:
 
 
 def _cells(values: Tensor, count: int) -> Tensor:
-    # Clamped again as integers: what a NaN becomes is undefined, but it is an integer.
-    places = values.clamp(-1.0, 1.0).add_(1.0).mul_(count / 2)
-    return places.to(torch.int32).clamp_(0, count - 1)
+    # Clamped again as integers: the integer that NaN becomes is undefined.
+    indices = values.clamp(-1.0, 1.0).add_(1.0).mul_(count / 2)
+    return indices.to(torch.int32).clamp_(0, count - 1)
