@@ -220,7 +220,7 @@ def test_an_interrupt_undoes_the_rows_that_were_done(monkeypatch):
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr(editing.fresh_memory, "products", interrupted)
+    monkeypatch.setattr(editing, "products", interrupted)
     with pytest.raises(KeyboardInterrupt):
         add_product(module, *factors(50, 30), SCALING, -1)
     assert_gap(module.weight, before, 10 * EPSILON[torch.float32])
