@@ -24,7 +24,7 @@ from lora_init.config.lora_config import LoraConfig
 from lora_init.initialize.run import InitializedLayer, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
-from lora_init.linalg.finite import refuse_non_finite
+from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
 from lora_init.model.verification import original_output, verify_adapted

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import memory
+from lora_init.linalg import matrix
 from lora_init.linalg.precision import full_precision
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Replacement:
             pairs = zip(self.members(), weight, strict=True)
             return torch.stack([one.residual(matrix, scaling) for one, matrix in pairs])
         lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
-        residual = memory.empty(weight.shape, torch.float32, weight.device)
-        rows = memory.rows_together(weight.shape[1])
+        residual = matrix.empty(weight.shape, torch.float32, weight.device)
+        rows = matrix.rows_together(weight.shape[1])
         together = rows if weight.device.type == "cpu" else len(weight)
         parts = (t.split(together) for t in (weight, lora_B, residual))
         for some, of_some, into in zip(*parts, strict=True):
@@ -96,7 +96,7 @@ class Factors:
 def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
     """s B A in float32 or wider."""
     with full_precision():
-        return memory.product(widened(lora_B.detach()) * scaling, widened(lora_A.detach()))
+        return matrix.product(widened(lora_B.detach()) * scaling, widened(lora_A.detach()))
 
 
 def unstacked(stack: Factors, count: int) -> list[Factors]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.linalg.row_blocks import ROWS
+from lora_init.linalg.gram import ROWS
 
 SMALLEST_DECOMPOSITION = 32
 

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_init import LoraConfig, api, get_peft_model, list_initializers
 from lora_init.calibration.result import Calibration
 from lora_init.layer import LayerStatistics
-from lora_init.linalg import choice
-from lora_init.linalg.product_sum import mixed_support
+from lora_init.linalg import dense
+from lora_init.linalg.mixed_products import mixed_support
 from lora_init.moments import InputStatistics
 
 ROWS, COLUMNS, RANK = 320, 288, 4
@@ -165,7 +165,7 @@ def counted(setting):
         return wrapped
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(choice, **LIKE_LARGE_MATRICES))
+        stack.enter_context(mock.patch.multiple(dense, **LIKE_LARGE_MATRICES))
         stack.enter_context(simulated_cuda())
         mixed_support(torch.device(CUDA, 0), torch.bfloat16)  # asked once in a process
         plan = get_peft_model(base, config, dry_run=True)

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_init import LoraConfig, WithLoss, get_peft_model
 from lora_init.calibration.collect import collect
 from lora_init.calibration.sums import RunningMoments
-from lora_init.linalg import gram, product_sum
-from lora_init.linalg.product_sum import Support, add_product
-from lora_init.linalg.row_blocks import LARGEST_BLOCK
+from lora_init.linalg import gram, mixed_products
+from lora_init.linalg.gram import LARGEST_BLOCK
+from lora_init.linalg.mixed_products import Support, add_product
 from lora_init.registry import CalibrationRequest
 
 PAGE = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
@@ -186,15 +186,15 @@ def test_products_are_exact_whatever_the_device_supports(monkeypatch, support, p
     left, right = (torch.randn(7, 30, generator=generator).to(dtype) for _ in range(2))
     total = torch.randn(7, 7, generator=generator)
     exact = total.double() - 2 * left.double() @ right.double().T
-    product_sum.mixed_support.cache_clear()
+    mixed_products.mixed_support.cache_clear()
     for name, function in patches.items():
         monkeypatch.setattr(torch, name, function)
     with simulated_cuda():
-        assert product_sum.mixed_support(torch.device("cuda", 0), dtype) is support
+        assert mixed_products.mixed_support(torch.device("cuda", 0), dtype) is support
         found = total.cuda()
         add_product(found, left.cuda(), right.cuda().T, scale=-2.0)
         found = found.cpu()
-    product_sum.mixed_support.cache_clear()
+    mixed_products.mixed_support.cache_clear()
     assert (found - exact).abs().max() <= 1e-5
     add_product(total, left, right.T, scale=-2.0)
     assert (total - exact).abs().max() <= 1e-5
@@ -208,7 +208,7 @@ def test_gradients_of_a_16_bit_model_are_exact_products(dtype):
     slope = torch.randn(16, generator=generator).to(dtype)
     batches = [torch.randn(40, 24, generator=generator).to(dtype) for _ in range(5)]
     with simulated_cuda(), Operations() as seen:
-        product_sum.mixed_support(torch.device("cuda", 0), dtype)
+        mixed_products.mixed_support(torch.device("cuda", 0), dtype)
         seen.overloads.clear()
         data = WithLoss(batches, lambda model, x: (model(x) * slope.cuda()).sum())
         found = collect(model.cuda(), ["0"], REQUESTS["gradients"], data)
@@ -284,7 +284,7 @@ def counted(request, monkeypatch, count, data=CPU, device=None):
         batches = [{name: value.to(data) for name, value in batch.items()} for batch in batches]
         if request.gradients:
             batches = WithLoss(batches, lambda model, x: model(**x).float().square().mean())
-        product_sum.mixed_support(torch.device("cuda", 0), torch.bfloat16)  # once a process
+        mixed_products.mixed_support(torch.device("cuda", 0), torch.bfloat16)  # once a process
         monkeypatch.setattr(simulated_device, "moved", noted)
         monkeypatch.setattr(simulated_device, "target_of", targeted)
         with Operations() as seen:

@@ -7,7 +7,7 @@ import torch
 from networks import Case
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
-from lora_init.quantization import tables
+from lora_init.quantization import codebooks
 
 
 @contextlib.contextmanager
@@ -41,9 +41,9 @@ def factors(method, kind, base, setting):
 def test_every_method_gives_the_same_factors(spec, setting):
     kinds = [kind for kind in ("Linear", "Embedding") if kind in spec.module_types]
     for kind in kinds[: 1 if "weights" in spec.needs else 2]:
-        tables.table_of.cache_clear()
+        codebooks.table_of.cache_clear()
         wanted = factors(spec.name, kind, Case(kind).build(), torch.float32)
-        tables.table_of.cache_clear()
+        codebooks.table_of.cache_clear()
         found = factors(spec.name, kind, Case(kind).build(), setting)
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():

@@ -43,8 +43,8 @@ from lora_init import (
 )
 from lora_init.calibration import sums
 from lora_init.layers import linear, two_parts
-from lora_init.linalg import choice
-from lora_init.linalg.row_blocks import CachedBlocks
+from lora_init.linalg import dense
+from lora_init.linalg.gram import CachedBlocks
 from lora_init.quantization import Quantizer
 
 pytestmark = [
@@ -78,8 +78,8 @@ every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 def same_solver(monkeypatch):
     """The CPU's own solvers and blocks of rows on both devices: others differ in the last bits."""
     monkeypatch.setattr(sums, "row_blocks", CachedBlocks)
-    monkeypatch.setattr(choice, "PARTIAL_DIMENSION", float("inf"))
-    monkeypatch.setattr(choice, "LAPACK_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(dense, "PARTIAL_DIMENSION", float("inf"))
+    monkeypatch.setattr(dense, "LAPACK_DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(linear, "STACKED_POSITIONS", {"cpu": 2048, "cuda": 2048})
     monkeypatch.setattr(two_parts, "HAS_WIDE_PRODUCTS", False)
 

@@ -17,7 +17,7 @@ from lora_init.factors import low_rank_product
 from lora_init.injection import editing
 from lora_init.injection.editing import add_product
 from lora_init.injection.exclusive import is_exclusive
-from lora_init.linalg import memory
+from lora_init.linalg import matrix
 from lora_init.weights.kinds import oriented_weight
 
 SCALING = 1.5
@@ -177,7 +177,7 @@ def embedding(rows, columns):
 @pytest.mark.parametrize("kind", [linear, conv1d, conv2d, channels_last, embedding])
 @pytest.mark.parametrize("together", [7, 1 << 20], ids=["in parts", "at once"])
 def test_both_ways_give_the_same_bits_and_lead_back(kind, together, monkeypatch):
-    monkeypatch.setattr(memory, "TOGETHER", together * 30)
+    monkeypatch.setattr(matrix, "TOGETHER", together * 30)
     mine = kind(50, 30)
     watched = copy.deepcopy(mine)
     before = oriented_weight(mine).clone()
@@ -207,10 +207,10 @@ def test_dtypes(dtype, adapter_dtype):
 
 
 def test_an_interrupt_undoes_the_rows_that_were_done(monkeypatch):
-    monkeypatch.setattr(memory, "TOGETHER", 7 * 30)
+    monkeypatch.setattr(matrix, "TOGETHER", 7 * 30)
     module = nn.Linear(30, 50)
     before = module.weight.detach().clone()
-    products = memory.products
+    products = matrix.products
     left = iter([4])
 
     def interrupted(*args):
@@ -220,7 +220,7 @@ def test_an_interrupt_undoes_the_rows_that_were_done(monkeypatch):
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr(editing.fresh_memory, "products", interrupted)
+    monkeypatch.setattr(editing, "products", interrupted)
     with pytest.raises(KeyboardInterrupt):
         add_product(module, *factors(50, 30), SCALING, -1)
     assert_gap(module.weight, before, 10 * EPSILON[torch.float32])
@@ -228,7 +228,7 @@ def test_an_interrupt_undoes_the_rows_that_were_done(monkeypatch):
 
 @pytest.mark.parametrize("part", [0, 3, 7])
 def test_a_signal_right_after_an_addition_is_undone_too(part, monkeypatch):
-    monkeypatch.setattr(memory, "TOGETHER", 7 * 30)
+    monkeypatch.setattr(matrix, "TOGETHER", 7 * 30)
     module = nn.Linear(30, 50)
     before, calls, add = module.weight.detach().clone(), [], torch.Tensor.add_
 

@@ -9,7 +9,7 @@ from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
-from lora_init.linalg import device_numbers, draws
+from lora_init.linalg import draws, transfer
 
 DRAWN = [spec.name for spec in list_initializers() if not spec.needs]
 
@@ -42,7 +42,7 @@ def test_drawn_factors_of_a_stack_are_those_of_each_layer(method):
 def test_equal_blocks_are_drawn_once(monkeypatch):
     """All stacks of PiSSA begin with the same block and use the same noise."""
     monkeypatch.setattr("lora_init.initialize.jobs.STACK_BYTES", 2 * 4 * 320 * 300)
-    monkeypatch.setattr("lora_init.linalg.choice.GRAM_DIMENSION", 0)
+    monkeypatch.setattr("lora_init.linalg.dense.GRAM_DIMENSION", 0)
     base, drawn, normal = layers_of(*[(320, 300)] * 4), [], draws.normal
 
     def recorded(*shape, generator, dtype=torch.float32):
@@ -81,8 +81,8 @@ def test_blocks_are_kept_for_one_call_and_within_bounds():
 
 def test_numbers_are_read_in_their_own_types():
     numbers = [torch.tensor(True), torch.tensor(7), torch.tensor(0.1), torch.tensor([0.1, 2.0])]
-    assert device_numbers.on_host(numbers) == [number.tolist() for number in numbers]
-    assert [type(value) for value in device_numbers.on_host(numbers)] == [bool, int, float, list]
+    assert transfer.on_host(numbers) == [number.tolist() for number in numbers]
+    assert [type(value) for value in transfer.on_host(numbers)] == [bool, int, float, list]
 
 
 @pytest.mark.parametrize("device", [None, "cuda"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from experiments.gpu.task import Task
-from lora_init.linalg import small
+from lora_init.linalg import dense
 from lora_init.linalg.thin import cholesky_qr
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
@@ -107,7 +107,7 @@ def eigenproblems(task: Task) -> None:
         block = draw(task, 2 if task.small else 16, size, size, dtype=FLOAT64)
         matrix = block @ block.mT
         name = f"eigh {len(block)} of {size}"
-        measure(task, f"{name}, library", lambda m=matrix: small.eigh(m))
+        measure(task, f"{name}, library", lambda m=matrix: dense.eigh(m))
         measure(task, f"{name}, device", lambda m=matrix: torch.linalg.eigh(m))
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lora_init.linalg.device_numbers import on_host
+from lora_init.linalg.transfer import on_host
 from lora_init.progress import tracked
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_init.cache import key
 from lora_init.files import write_atomically
-from lora_init.linalg.finite import is_finite
+from lora_init.linalg.matrix import is_finite
 from lora_init.moments import InputStatistics
 from lora_init.registry import CalibrationRequest
 

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from lora_init.calibration.batches import check_count, forward, home, moved
 from lora_init.distributed import all_or_none, over_ranks
 from lora_init.factors import widened
-from lora_init.linalg.device_numbers import on_host
-from lora_init.linalg.finite import refuse_non_finite
+from lora_init.linalg.matrix import refuse_non_finite
+from lora_init.linalg.mixed_products import add_product
 from lora_init.linalg.precision import full_precision
-from lora_init.linalg.product_sum import add_product
+from lora_init.linalg.transfer import on_host
 from lora_init.weights.kinds import input_rows, module_type, weight_shape
 
 

@@ -1,7 +1,7 @@
 """Sums over rows that arrive in pieces of any size, and the moments that follow from them.
 
 Rows are summed about a shift, in blocks whose size depends on the device
-(`lora_init.linalg.row_blocks`).
+(`lora_init.linalg.gram`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_init.distributed import over_ranks, rank_count
-from lora_init.linalg.gram import accumulate_gram, accumulate_gram_of_parts, mirror, two_parts
+from lora_init.linalg.gram import (
+    ROWS,
+    Block,
+    accumulate_gram,
+    accumulate_gram_of_parts,
+    mirror,
+    row_blocks,
+    two_parts,
+)
+from lora_init.linalg.mixed_products import Support, mixed_support
 from lora_init.linalg.precision import full_precision
-from lora_init.linalg.product_sum import Support, mixed_support
-from lora_init.linalg.row_blocks import ROWS, Block, row_blocks
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_init.factors import Factors
-from lora_init.linalg.device_numbers import on_host
-from lora_init.linalg.finite import is_finite
+from lora_init.linalg.matrix import is_finite
+from lora_init.linalg.transfer import on_host
 from lora_init.plan.plan import Target
 from lora_init.registry import Initializer
 

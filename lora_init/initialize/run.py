@@ -19,9 +19,9 @@ from lora_init.initialize.checks import FactorNorms, check_shapes, moved_togethe
 from lora_init.initialize.jobs import Job
 from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
-from lora_init.linalg.finite import refuse_non_finite
+from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.linalg.mixed_products import is_narrow
-from lora_init.linalg.streams import wait_for_writes
+from lora_init.linalg.transfer import wait_for_writes
 from lora_init.plan.plan import Plan, Target
 from lora_init.progress import tracking
 from lora_init.quantization import Quantizer

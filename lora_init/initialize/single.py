@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_init.factors import Factors
 from lora_init.initialize.checks import check_shapes, refuse_non_finite_factors
 from lora_init.layer import Inputs, Layer, LayerStatistics
-from lora_init.linalg.finite import refuse_non_finite
+from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.linalg.mixed_products import is_narrow
 from lora_init.linalg.precision import full_precision
 from lora_init.moments import InputStatistics

@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors, Replacement
 from lora_init.layer import Layer
-from lora_init.linalg.device_numbers import named_on_host
+from lora_init.linalg.transfer import named_on_host
 from lora_init.quantization import Quantizer
 from lora_init.registry import Options, batched, register_initializer
 from lora_init.weights.module_types import MODULE_TYPES

@@ -40,7 +40,7 @@ from lora_init.factors import Factors, Replacement
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.loftq import block_quantizer, layer_quantizer
 from lora_init.layer import Layer
-from lora_init.linalg.device_numbers import named_on_host
+from lora_init.linalg.transfer import named_on_host
 from lora_init.quantization import Quantizer
 from lora_init.registry import Options, batched, register_initializer
 from lora_init.weights.module_types import LINEAR_TYPES

@@ -16,7 +16,7 @@ from lora_init.factors import low_rank_product, widened
 from lora_init.injection.exclusive import is_exclusive
 from lora_init.injection.transaction import Transaction
 from lora_init.injection.weights import store_weight
-from lora_init.linalg import memory as fresh_memory
+from lora_init.linalg.matrix import products, rows_together
 from lora_init.linalg.precision import full_precision
 from lora_init.weights.kinds import oriented_weight
 
@@ -111,7 +111,7 @@ class _Edit:
         """Add the product to the first `parts` parts of the weight."""
         lora_A, lora_B, scaling = self.factors
         matrix = oriented_weight(self.module)
-        rows = min(len(matrix), parts * fresh_memory.rows_together(matrix.shape[1]))
+        rows = min(len(matrix), parts * rows_together(matrix.shape[1]))
         if rows:
             _add_in_place(matrix[:rows], lora_A, lora_B[:rows], scaling, sign)
 
@@ -120,5 +120,5 @@ def _add_in_place(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: int
 ) -> None:
     with full_precision():
-        for part, product in fresh_memory.products(widened(lora_B) * scaling, widened(lora_A)):
+        for part, product in products(widened(lora_B) * scaling, widened(lora_A)):
             weight[part].add_(product, alpha=sign)

@@ -1,21 +1,18 @@
-"""Partial decompositions: the few singular triplets that an initializer wants, and no more.
+"""Partial decompositions: only the few singular triplets that an initializer needs.
 
-Seeded (test blocks are drawn on the CPU), free of global state, for one matrix or a stack of equal
-shapes, and for products that are never formed. The same call on the same device gives the same
-bits. The last bits of a matrix may differ between devices, numbers of threads, versions of torch
-and, on an accelerator, with the other members of its stack. `choice` holds what decides between the
-algorithms, and the measurements behind it.
+All functions are seeded (test blocks are drawn on the CPU) and free of global state. They accept
+one matrix, a stack of equal shapes, or a product that is never formed. The same call on the same
+device gives the same bits. The last bits may differ between devices, numbers of threads, versions
+of torch and, on an accelerator, with the other members of a stack.
 """
 
 from lora_init.linalg.bottom import bottom_singular
-from lora_init.linalg.choice import nesting_rank
-from lora_init.linalg.decomposition import Decomposition, fix_signs
+from lora_init.linalg.decomposition import Decomposition, fix_signs, nesting_rank
 from lora_init.linalg.eigen import bottom_eigen, top_eigen
-from lora_init.linalg.norm import frobenius_norm
+from lora_init.linalg.matrix import frobenius_norm
 from lora_init.linalg.operators import Operator
-from lora_init.linalg.orthonormal import leading_qr
 from lora_init.linalg.singular import ITERATIONS, METHODS, QUALITY, top_singular
-from lora_init.linalg.thin import thin_svd
+from lora_init.linalg.thin import leading_qr, thin_svd
 
 __all__ = [
     "ITERATIONS",

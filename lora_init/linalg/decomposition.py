@@ -1,17 +1,17 @@
-"""What a partial decomposition returns: its triplets, their signs, and how good they are."""
+"""The result of a partial decomposition: its triplets, their signs, and how good they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import small
+from lora_init.linalg import dense
+from lora_init.linalg.draws import Generators
 from lora_init.linalg.operators import Operator
-from lora_init.linalg.product_sum import SIXTEEN_BITS
 from lora_init.linalg.thin import thin_qr
 
 
@@ -23,11 +23,11 @@ class Decomposition:
         left: (*stack, m, k), orthonormal columns.
         values: (*stack, k), descending from `top_singular`, ascending from `bottom_singular`.
         right: (*stack, n, k), orthonormal columns: right singular vectors are columns, not rows.
-        method: what computed it (see `top_singular` and `bottom_singular`).
+        method: the method that computed it (see `top_singular` and `bottom_singular`).
         residual: (*stack), float64: the largest ``‖W v_i - s_i u_i‖`` or ``‖W^T u_i - s_i v_i‖``,
-            divided by s_1; 0 for a zero matrix. Of "powers", before a last half step improves it.
-        largest: (*stack), float64: s_1 of the whole matrix; from `bottom_singular`, to within a
-            factor of two.
+            divided by s_1; 0 for a zero matrix. For "powers", before the last half step.
+        largest: (*stack), float64: s_1 of the whole matrix; from `bottom_singular`, within a factor
+            of two.
     """
 
     left: Float[Tensor, "*stack m k"]
@@ -38,18 +38,23 @@ class Decomposition:
     largest: Float[Tensor, "*stack"]
 
     def leading(self, rank: int) -> Decomposition:
-        """The first `rank` triplets."""
-        return replace(
-            self,
-            left=self.left[..., :rank],
-            values=self.values[..., :rank],
-            right=self.right[..., :rank],
-        )
+        """Return the first `rank` triplets."""
+        left, values, right = (t[..., :rank] for t in (self.left, self.values, self.right))
+        return replace(self, left=left, values=values, right=right)
 
     def to(self, dtype: torch.dtype) -> Decomposition:
-        return replace(
-            self, left=self.left.to(dtype), values=self.values.to(dtype), right=self.right.to(dtype)
-        )
+        """Return the triplets in `dtype`."""
+        left, values, right = (t.to(dtype) for t in (self.left, self.values, self.right))
+        return replace(self, left=left, values=values, right=right)
+
+
+def nesting_rank(rank: int, limit: int) -> int:
+    """Return the rank to decompose for `rank`: the next power of two, from 16 to `limit`.
+
+    The last digits of a partial decomposition depend on the number of triplets. Neighboring ranks
+    therefore share one decomposition, and each takes its first `rank` triplets.
+    """
+    return min(limit, max(16, 1 << (rank - 1).bit_length()))
 
 
 def from_right(
@@ -60,69 +65,23 @@ def from_right(
     rank: int | None = None,
     largest: Float[Tensor, "*stack"] | None = None,
 ) -> Decomposition:
-    """The best triplets whose right vectors lie in the span of `right`, values descending.
+    """Return the best triplets whose right vectors lie in the span of `right`, values descending.
 
-    One-sided Rayleigh-Ritz: with ``W right = Q T`` and ``T = P S Z^T``, left = Q P and right Z;
-    ``left S right^T`` is then W projected on the span exactly. Householder's QR completes a
-    rank-deficient block to an orthonormal one: null directions yield vectors and no NaN.
+    This is one-sided Rayleigh-Ritz: with ``W right = Q T`` and ``T = P S Z^T``, the triplets are
+    Q P, S and right Z, and their product is W projected on the span exactly.
 
     Args:
         right: orthonormal columns.
-        rank: how many triplets are kept; None: all.
-        largest: s_1, the scale of the residual, where it is not among the triplets.
+        rank: how many triplets to keep; None: all.
+        largest: s_1, the scale of the residual, if it is not among the triplets.
     """
     left, values, right = rotated(right, operator.matmul(right.to(operator.dtype)), rank)
-    # W right = left S holds by construction; the other half says how good the span is.
+    # W right = left S holds by construction. The other half shows how good the span is.
     backward = operator.rmatmul(left).double() - right.double() * values.double()[..., None, :]
     error = torch.linalg.vector_norm(backward, dim=-2).amax(-1)
     scale = values[..., 0].double() if largest is None else largest.double()
-    return Decomposition(
-        left.contiguous(),
-        values.contiguous(),
-        right.contiguous(),
-        method,
-        relative(error, scale),
-        scale,
-    )
-
-
-def one_by_one(
-    decompose: Callable[..., Decomposition],
-    stack: Float[Tensor, "*stack m n"] | Sequence[Operator],
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    start: Float[Tensor, "*stack n k"] | None = None,
-) -> Decomposition:
-    """Decompose every matrix of a stack by itself.
-
-    Where one member needs a more careful method, the others keep theirs. The result's `method` is
-    the first one that differs from the first member's, if any does.
-
-    Args:
-        decompose: takes a matrix, and its generator and start by name.
-        stack: of matrices; or maps.
-    """
-    leading, members = (len(stack),), stack
-    if isinstance(stack, Tensor):
-        leading = stack.shape[:-2]
-        members = stack.reshape(-1, *stack.shape[-2:])
-    single = generator is None or isinstance(generator, torch.Generator)
-    generators = [generator] * len(members) if single else generator
-    starts = [None] * len(members)
-    if start is not None:
-        starts = start.reshape(-1, *start.shape[-2:])
-    found = [
-        decompose(matrix, generator=draws, start=first)
-        for matrix, draws, first in zip(members, generators, starts, strict=True)
-    ]
-    methods = [one.method for one in found]
-    method = next((name for name in methods if name != methods[0]), methods[0])
-
-    def joined(name: str) -> Tensor:
-        part = torch.stack([getattr(one, name) for one in found])
-        return part.reshape(*leading, *part.shape[1:])
-
-    names = ("left", "values", "right", "residual", "largest")
-    return Decomposition(method=method, **{name: joined(name) for name in names})
+    left, values, right = (t.contiguous() for t in (left, values, right))
+    return Decomposition(left, values, right, method, relative(error, scale), scale)
 
 
 def rotated(
@@ -130,34 +89,16 @@ def rotated(
     image: Float[Tensor, "*stack m k"],
     rank: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(left, values, right) in the dtype of ``image = W right``: best in the span of `right`."""
+    """Return left, values and right, in the dtype of ``image = W right``: best in that span.
+
+    Householder's QR completes a rank-deficient image to an orthonormal basis, without NaN.
+    """
     basis, triangle = thin_qr(image)
-    inner, values, rotation = small.svd(triangle.double())
+    inner, values, rotation = dense.svd(triangle.double())
     left = (basis.double() @ inner[..., :rank]).to(image.dtype)
     right = (right.double() @ rotation.mT[..., :rank]).to(image.dtype)
     left, right = fix_signs(left, right)
     return left, values[..., :rank].to(image.dtype), right
-
-
-def relative(error: Tensor, scale: Tensor) -> Tensor:
-    """error / scale, 0 where the scale is."""
-    return torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
-
-
-def swapped(found: Decomposition) -> Decomposition:
-    """The triplets of the transposed matrix."""
-    left, right = fix_signs(found.right, found.left)
-    return replace(found, left=left, right=right)
-
-
-def flipped(found: Decomposition) -> Decomposition:
-    """The triplets in the opposite order."""
-    return replace(
-        found,
-        left=found.left.flip(-1),
-        values=found.values.flip(-1),
-        right=found.right.flip(-1),
-    )
 
 
 def fix_signs(
@@ -172,30 +113,47 @@ def fix_signs(
     return left * signs, right * signs
 
 
-def check(matrix: Tensor | Operator, rank: int, *, narrow: bool = False) -> None:
-    """Refuse what no decomposition takes.
+def relative(error: Tensor, scale: Tensor) -> Tensor:
+    """Return error / scale, and 0 where the scale is 0."""
+    return torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
 
-    Args:
-        narrow: whether bfloat16 and float16 are supported, too.
 
-    Raises:
-        ValueError: not a float32 or float64 matrix (or stack), or a rank outside 1 … min(m, n).
+def swapped(found: Decomposition) -> Decomposition:
+    """Return the triplets of the transposed matrix."""
+    left, right = fix_signs(found.right, found.left)
+    return replace(found, left=left, right=right)
+
+
+def flipped(found: Decomposition) -> Decomposition:
+    """Return the triplets in the opposite order."""
+    left, values, right = (t.flip(-1) for t in (found.left, found.values, found.right))
+    return replace(found, left=left, values=values, right=right)
+
+
+def members_of(
+    stack: Tensor | Sequence[Operator], generator: Generators | None, start: Tensor | None = None
+) -> Iterator[tuple[Tensor | Operator, torch.Generator | None, Tensor | None]]:
+    """Yield each matrix or map of a stack with its own generator and start."""
+    members = stack.reshape(-1, *stack.shape[-2:]) if isinstance(stack, Tensor) else stack
+    single = generator is None or isinstance(generator, torch.Generator)
+    generators = [generator] * len(members) if single else generator
+    starts = [None] * len(members)
+    if start is not None:
+        starts = start.reshape(-1, *start.shape[-2:])
+    yield from zip(members, generators, starts, strict=True)
+
+
+def joined(found: Sequence[Decomposition], stack: Sequence[int]) -> Decomposition:
+    """Return the decompositions of a stack's members as one.
+
+    Its `method` is the first one that differs from the first member's, if any does.
     """
-    if len(matrix.shape) < 2:
-        raise ValueError(
-            f"matrix has shape {tuple(matrix.shape)}; allowed is (m, n), or a stack (…, m, n)."
-        )
-    supported = (torch.float32, torch.float64, *(SIXTEEN_BITS if narrow else ()))
-    if matrix.dtype not in supported:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
-        raise ValueError(
-            f"matrix with dtype={matrix.dtype} is not supported: must be one of {names}. "
-            "Call .float()."
-        )
-    m, n = matrix.shape[-2:]
-    limit = min(m, n)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
-        raise ValueError(
-            f"rank={rank!r} is not allowed for a {m} x {n} matrix; "
-            f"give an integer from 1 to {limit}."
-        )
+    methods = [one.method for one in found]
+    method = next((name for name in methods if name != methods[0]), methods[0])
+
+    def part(name: str) -> Tensor:
+        parts = torch.stack([getattr(one, name) for one in found])
+        return parts.reshape(*stack, *parts.shape[1:])
+
+    names = ("left", "values", "right", "residual", "largest")
+    return Decomposition(method=method, **{name: part(name) for name in names})

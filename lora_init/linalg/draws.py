@@ -1,30 +1,33 @@
 """Random draws and constants on the CPU, in float32 by default.
 
-torch's defaults for dtype and device are the caller's: results must not depend on them.
+torch's default dtype and device are the caller's choice. Results must not depend on them.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One generator, or one for each matrix of a stack."""
+
 KEPT_BLOCKS = 8
-"""More shapes of layers than these alternate in few models."""
+"""Few models alternate between more layer shapes than this."""
 
 _kept: ContextVar[Callable[[], OrderedDict | None]] = ContextVar("kept blocks")
 
 
 @contextmanager
 def shared_blocks() -> Iterator[None]:
-    """Inside it, this thread draws equal blocks once (see `normal_block`)."""
+    """Inside this context, `normal_block` draws equal blocks once per thread."""
     kept = OrderedDict()
-    # Weak: should an interrupt prevent the reset, the blocks end with this context all the same.
+    # Weak: if an interrupt prevents the reset, the blocks are still freed with this context.
     token = _kept.set(weakref.ref(kept))
     try:
         yield
@@ -33,10 +36,10 @@ def shared_blocks() -> Iterator[None]:
 
 
 def normal_block(rows: int, columns: int, *, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers that the caller must not change.
+    """Return standard normal numbers, which the caller must not change.
 
-    Inside `shared_blocks`, generators in the same state get the same tensor. Each ends in the state
-    that drawing leaves it in. The last `KEPT_BLOCKS` blocks are kept.
+    Inside `shared_blocks`, generators in the same state get the same tensor, and each advances as
+    if it had drawn. The last `KEPT_BLOCKS` blocks are kept.
     """
     kept = _kept.get(lambda: None)()
     if kept is None:
@@ -55,15 +58,15 @@ def normal_block(rows: int, columns: int, *, generator: torch.Generator) -> Tens
 
 
 def normal(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers."""
+    """Return standard normal numbers."""
     return torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def uniform(*shape: int, generator: torch.Generator) -> Tensor:
-    """Float32 numbers, uniform in [0, 1)."""
+    """Return float32 numbers, uniform in [0, 1)."""
     return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def zeros(*shape: int) -> Tensor:
-    """Float32 zeros, of which one is in memory: whoever keeps them makes a copy, on any device."""
+    """Return float32 zeros, all of them one number in memory. Copy the result before keeping it."""
     return torch.zeros((), dtype=torch.float32, device="cpu").expand(*shape)

@@ -1,45 +1,44 @@
-"""Leading eigenvectors of a positive semi-definite map from a block Krylov space.
+"""Leading eigenvectors of a positive semi-definite map, from a block Krylov space.
 
-With K the map and V an orthonormal basis of span{X, K X, K² X, …}, the eigenvalues of
-``T = V^T K V`` grow towards K's as the basis does, and the vectors V z belong to them. No method
-that only multiplies by K gets more out of as many products. The basis is kept orthogonal to
-itself in full: the three-term recurrence would lose it; and it is restarted after a few products
-from its best vectors, so that the eigenproblem of T stays small.
+With K the map and V an orthonormal basis of span{X, K X, K² X, …}, the largest eigenvalues of
+``T = V^T K V`` approach K's as the basis grows, with eigenvectors V z. No method that only
+multiplies by K gets more out of as many products. The basis is reorthogonalized in full, because
+the three-term recurrence would lose orthogonality. After a few products it restarts from its best
+vectors, so that the eigenproblem of T stays small.
 
-The map is ``W^T W`` by products with W, a Gram matrix at hand, its inverse (for the smallest ones),
-or a second moment: the callers know, this file does not.
+The map is ``W^T W`` by products with W, a Gram matrix, an inverse, or a second moment.
 
 Source: Musco & Musco 2015 (block Krylov); Wu & Simon 2000 (thick restart).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import small
-from lora_init.linalg.choice import (
-    ANGLE_TOLERANCE,
-    FIRST_FORECAST,
-    KRYLOV_ROUNDS,
-    KRYLOV_TOLERANCE,
-    OVERSAMPLING,
-    ROUNDING,
-    SPACE_SHARE,
-    TREND,
-)
-from lora_init.linalg.draws import normal_block
+from lora_init.linalg import dense
+from lora_init.linalg.draws import Generators, normal_block
 from lora_init.linalg.thin import thin_qr, unchecked_qr
 
-# Products before the first look at the eigenvalues, and in each round after it.
+OVERSAMPLING = 8
+# Products before the first solution of the eigenproblem of T, and between two solutions.
 FIRST_ROUND = 4
 ROUND = 2
+ROUNDS = 16
+SPACE_SHARE = 0.6
+"""A larger share of the whole space costs as much as a dense solver."""
+TOLERANCE = 5e-5
+"""The space ends when it expects to gain no more than this share of the squared error."""
+ANGLE_TOLERANCE = 1e-4
+"""With `each`, it ends when no vector's angle to its true direction is larger."""
+START_SEED = 6718039795000161910
+"""The seed without a generator. Results of earlier versions depend on it."""
+ROUNDING = {torch.float32: 1e-7, torch.float64: 1e-14}
+"""A gain below this share of ‖W‖² is rounding."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Subspace:
         vectors: (*stack, n, k), orthonormal columns in the precision they were computed in.
         missing: (*stack), the share of the trace that the values leave out.
         residuals: (*stack, k), ``‖K v_i - t_i v_i‖``.
-        converged: whether the stopping rule was met by the whole stack.
+        converged: whether the whole stack met the stopping rule.
     """
 
     values: Float[Tensor, "*stack k"]
@@ -61,7 +60,7 @@ class Subspace:
     converged: bool
 
     def replaced(self, where: Tensor, other: Subspace) -> Subspace:
-        """The same, with the results of `other` for some matrices of the stack."""
+        """Return it with the results of `other` for some matrices of the stack."""
         return Subspace(
             torch.where(where[..., None], other.values, self.values),
             torch.where(where[..., None, None], other.vectors, self.vectors),
@@ -71,28 +70,24 @@ class Subspace:
         )
 
 
-START_SEED = 6718039795000161910
-"""Of the test block where no generator is passed. The results of earlier versions depend on it."""
-
-
-def block_width(rank: int, limit: int, oversampling: int = OVERSAMPLING) -> int:
-    """Columns of the test block: a few more than wanted let the last wanted ones converge."""
-    return min(rank + oversampling, limit)
+def block_width(rank: int, limit: int) -> int:
+    """Return the columns of the test block: extra ones let the last wanted ones converge."""
+    return min(rank + OVERSAMPLING, limit)
 
 
 def start_block(
     shape: tuple[int, ...],
     width: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
+    generator: Generators | None,
     start: Tensor | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Float[Tensor, "*stack n width"]:
-    """Orthonormal columns: those of `start`, then random ones.
+    """Return orthonormal columns: those of `start`, then random ones.
 
-    Drawn on the CPU in float32, so that neither device nor dtype changes them, a generator for
-    each matrix of the stack, so that neither does the stack.
+    They are drawn on the CPU in float32, with one generator per matrix, so that they depend on
+    neither device, dtype nor the rest of the stack.
     """
     *stack, n = shape
     if generator is None:
@@ -103,7 +98,7 @@ def start_block(
     ]
     if all(one is drawn[0] for one in drawn):
         block = drawn[0].to(device, dtype)
-        if start is None:  # orthonormalized once
+        if start is None:  # orthonormalize once for the whole stack
             return thin_qr(block)[0].expand(*stack, n, width)
         block = block.expand(*stack, n, width)
     else:
@@ -125,38 +120,33 @@ def leading_eigenspace(
     each: bool = False,
     warm: bool = False,
     tolerance: float | None = None,
-    rounds: int = KRYLOV_ROUNDS,
+    rounds: int = ROUNDS,
     products: int = 0,
-    foresee: bool = False,
     careful: bool = False,
 ) -> Subspace | None:
-    """The `rank` leading eigenpairs of the map, or None where no space of them would be small.
+    """Return the `rank` leading eigenpairs of a map, or None if its space would not be small.
 
-    The stopping rule reads the residuals ``‖K v_i - t_i v_i‖``, which the recurrence gives for
-    nothing. A Ritz value t_i still grows by no more than its residual, and by about residual² / gap
-    once its vector has settled, the gap being that to the first value outside of the block. The
-    sum of these must be below `tolerance` of the trace that is left. With `each`, every single
-    residual must be below `tolerance` of its own gap (the sine of the vector's angle): for spectra
-    of many decades, whose small values no sum can see.
+    The stopping rule reads the residuals ``‖K v_i - t_i v_i‖``, which follow from the recurrence. A
+    Ritz value t_i still grows by at most its residual, and by about residual² / gap near the end,
+    where the gap is that to the first value outside the block. The sum of these growths must be
+    below `tolerance` times the rest of the trace. With `each`, every residual must be below
+    `tolerance` times its own gap (the sine of the vector's angle): a sum over a spectrum of many
+    decades would ignore its small values.
 
     Args:
-        multiply: (*stack, n, k) -> (*stack, n, k); with `half`, also what C makes of the block,
-            before it.
-        block: orthonormal columns to begin with, of the precision to work in; at least `rank`.
-        half: the map is ``K = C^T C``, and `multiply` returns ``(C X, K X)``. T is then
-            ``(C V)^T (C V)``: values down to the rounding of C are seen, and not of its square.
-        trace: of the map. None: the sum of *all* Ritz values stands in for it, a lower bound, so
-            that the rule only gets stricter.
-        limit: the map's largest possible rank, where it is below n.
-        warm: `block` is near the result: look at the residuals sooner.
-        tolerance: None: the measured default of either rule.
-        rounds: where to give up; the result says whether it has `converged`.
-        products: so many may lie between two restarts, where a longer basis costs less than the
-            products that it saves.
-        foresee: with `each`, give up as soon as the residuals fall too slowly to come to rest in
-            the rounds that are left.
-        careful: check every QR decomposition at once. Otherwise an accelerator is asked once a
-            round; where one was wrong, all is done again with care.
+        multiply: (*stack, n, k) -> (*stack, n, k); with `half`, it returns ``(C X, K X)``.
+        block: at least `rank` orthonormal columns to begin with, in the precision to work in.
+        half: the map is ``K = C^T C``, and T is ``(C V)^T (C V)``. Values are then resolved down to
+            the rounding of C instead of its square.
+        trace: of the map. None: the sum of all Ritz values, a lower bound that makes the rule
+            stricter.
+        limit: the map's largest possible rank, if it is below n.
+        warm: `block` is near the result: compute the residuals sooner.
+        tolerance: None: the default of either rule.
+        rounds: where to give up; see `Subspace.converged`.
+        products: allow this many products between restarts, if they cost more than a long basis.
+        careful: check every QR decomposition at once. Otherwise an accelerator is asked once per
+            round, and if one was wrong, everything is computed again with care.
     """
     given = block
     *stack, n, width = block.shape
@@ -168,7 +158,7 @@ def leading_eigenspace(
         return None
     space = max(space, min(products * width, largest))
     if tolerance is None:
-        tolerance = ANGLE_TOLERANCE if each else KRYLOV_TOLERANCE
+        tolerance = ANGLE_TOLERANCE if each else TOLERANCE
     basis = block.new_empty(*stack, n, space)
     images = None
     exact = torch.float64 if half else block.dtype
@@ -186,12 +176,11 @@ def leading_eigenspace(
             good.append(right)
         return found, triangle
 
-    distances: list[float] = []
     # A matrix of a stack keeps the result of the round in which it converged, as it would alone.
     finished = torch.zeros(stack, dtype=torch.bool, device=block.device)
     earlier: Subspace | None = None
     for round_ in range(rounds):
-        # Of a long basis a fourth is added at a time: each look costs more than the one before.
+        # A long basis grows by a quarter at a time: each eigenproblem costs more than the last.
         added = max(ROUND, used // width // 4) if used else first_round
         for _ in range(min(added, (space - used) // width)):
             basis[..., used : used + width] = block
@@ -213,18 +202,27 @@ def leading_eigenspace(
                 size = scale.sqrt() * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
             noise = noise.roll(1, dims=-2)  # shifted rows are new directions
             block, first = orthonormal(block - known @ coefficients + size * noise)
-            # Once leaves the rounding of the first projection behind, twice is enough.
+            # One projection leaves its own rounding behind; two are enough.
             block, second = orthonormal(block - known @ (known.mT @ block))
         if good and not bool(torch.stack(good).all()):
             return leading_eigenspace(
-                multiply, given, rank, half=half, trace=trace, limit=limit, each=each, warm=warm,
-                tolerance=tolerance, rounds=rounds, products=products, foresee=foresee,
+                multiply,
+                given,
+                rank,
+                half=half,
+                trace=trace,
+                limit=limit,
+                each=each,
+                warm=warm,
+                tolerance=tolerance,
+                rounds=rounds,
+                products=products,
                 careful=True,
-            )  # fmt: skip
+            )
         good.clear()
-        values, vectors = small.eigh(projected[..., :used, :used], UPLO="L")
+        values, vectors = dense.eigh(projected[..., :used, :used])
         values, vectors = values.flip(-1), vectors.flip(-1).to(block.dtype)
-        # K V = V T + block (second first) E^T, E being the last columns of the identity.
+        # K V = V T + block (second first) E^T, where E is the last columns of the identity.
         residuals = (second @ first) @ vectors[..., -width:, :rank]
         residuals = torch.linalg.vector_norm(residuals, dim=-2).double()
         wanted = values[..., :rank].double()
@@ -232,13 +230,8 @@ def leading_eigenspace(
         total = values.sum(-1, dtype=torch.float64) if trace is None else trace
         missing = (total - wanted.sum(-1)).clamp_min(0)
         rounding = ROUNDING[block.dtype] * wanted[..., :1]
-        hopeless = False
         if each:
-            allowed = torch.maximum(tolerance * gaps, rounding)
-            done = residuals <= allowed
-            if foresee:
-                distances.append(float((residuals / allowed).amax()))
-                hopeless = too_slow(distances, rounds - round_ - 1)
+            done = residuals <= torch.maximum(tolerance * gaps, rounding)
         else:
             if half:
                 rounding = (rounding * ROUNDING[block.dtype] * wanted).sqrt()
@@ -247,18 +240,18 @@ def leading_eigenspace(
             done = growth.sum(-1) <= tolerance * missing
         new = (done.all(-1) if each else done) & ~finished
         converged, some = torch.stack([(new | finished).all(), new.any()]).tolist()
-        last = converged or hopeless or round_ == rounds - 1
+        last = converged or round_ == rounds - 1
         if last or (stack and some):
             share = missing / total.clamp_min(torch.finfo(total.dtype).tiny)
             now = Subspace(wanted, known @ vectors[..., :rank], share, residuals, converged)
             earlier = now if earlier is None else now.replaced(finished, earlier)
             finished = finished | new
         if last:
-            return dataclasses.replace(earlier, converged=converged)
+            return replace(earlier, converged=converged)
         if used + ROUND * width <= space:
             continue
-        # Thick restart: the best Ritz vectors and the next block span what a longer space would
-        # have found useful, and the eigenproblem stays small.
+        # Thick restart: the best Ritz vectors and the next block span the useful part of a longer
+        # space, and the eigenproblem stays small.
         basis[..., :kept] = known @ vectors[..., :kept]
         if images is not None:
             images[..., :kept] = images[..., :used] @ vectors[..., :kept].to(exact)
@@ -268,27 +261,11 @@ def leading_eigenspace(
     raise AssertionError("the last round returns")
 
 
-def too_slow(distances: Sequence[float], left: int) -> bool:
-    """Whether the residuals' trend does not reach what is allowed in the rounds that are `left`.
-
-    From one restart to the next they fall by the same factor, which the last `TREND` rounds tell
-    once the first few have found where the spectrum begins.
-
-    Args:
-        distances: the largest residual after each round, as a multiple of the allowed one.
-    """
-    if len(distances) < FIRST_FORECAST or distances[-1] <= 1:
-        return False
-    level, before = math.log(distances[-1]), math.log(distances[-1 - TREND])
-    return level - (before - level) / TREND * left > 0
-
-
 def rounding_noise(block: Tensor) -> Tensor:
-    """Random columns of the size of a product's rounding.
+    """Return random columns as small as a product's rounding.
 
-    Where the map has nothing more to say, what is left of a product is its rounding, which may lie
-    in the known space; its normalised columns would repeat vectors that are there already. This
-    much in random directions changes nothing else.
+    A product that lies in the known space leaves only rounding behind. Normalized, this rounding
+    could repeat known vectors. The noise makes such columns random and changes nothing else.
     """
     n, width = block.shape[-2:]
     drawn = normal_block(n, width, generator=torch.Generator().manual_seed(1)).to(block)

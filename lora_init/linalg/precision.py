@@ -1,7 +1,7 @@
-"""Products in the precision of their factors, whatever the process has set.
+"""Matrix products in the precision of their factors, whatever the process has set.
 
-Factors, statistics and edits of a base must not depend on a training script's settings. Autocast
-and reduced float32 products (TF32 on a GPU, bfloat16 on some CPUs) would round them.
+Factors, statistics and edits of a base weight must not depend on the settings of a training script.
+Autocast and reduced float32 products (TF32 on a GPU, bfloat16 on some CPUs) would round them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-DEVICES = ("cpu", "cuda")
-
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Products in the dtype of their factors. Reduced float32 products stay as they are set."""
+    """Compute products in the dtype of their factors. Reduced float32 products stay as set."""
     with ExitStack() as stack:
-        for device in DEVICES:
+        for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
@@ -27,11 +25,11 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products in the dtype of their factors, float32 ones with all of their bits.
+    """Compute float32 products with all their bits, and without autocast.
 
-    Not for the forward and backward pass of training, where the user decides. torch has these
-    settings for the whole process. Nothing is set, and nothing restored, where they are exact
-    already: work that is shared out to threads enters this context before the threads do.
+    Do not use it in the forward and backward pass of training, where the user decides. torch keeps
+    these settings for the whole process. Enter this context before starting threads: inside it, an
+    inner context changes and restores nothing.
     """
     with without_autocast():
         if torch.compiler.is_compiling():
@@ -48,9 +46,9 @@ def full_precision() -> Iterator[None]:
 
 
 def _reduced_products() -> list[tuple[Any, str, Any]]:
-    """Owner, name and value of each setting that reduces float32 products now."""
+    """Return owner, name and value of each setting that reduces float32 products now."""
     cuda = torch.backends.cuda.matmul
-    if hasattr(cuda, "fp32_precision"):  # since torch 2.9, as the module for the CPU
+    if hasattr(cuda, "fp32_precision"):  # since torch 2.9, with a module for the CPU
         backends = cuda, torch.backends.mkldnn.matmul
         found = [(backend, "fp32_precision", backend.fp32_precision) for backend in backends]
     else:

@@ -1,7 +1,6 @@
-"""Block quantisers: what LoftQ and its kin put in place of the base weight.
+"""Block quantizers: deterministic maps from a weight to values on a grid.
 
-A `Quantizer` is a deterministic map, weight -> values on a grid, described by four settings, in
-plain torch, on any device. All but "int8" work on blocks of the flattened (row-major) weight:
+All kinds but "int8" work on blocks of the flattened (row-major) weight:
 
     code_i = argmin_c |w_i / scale - table[c]|,    value_i = scale * table[code_i]
 
@@ -13,28 +12,25 @@ plain torch, on any device. All but "int8" work on blocks of the flattened (row-
 | uniform | 2^bits evenly spaced values, -1 to 1 | mean w + 2.5 std w | LoftQ's code |
 | int8 | -127 … 127, divided by 127 | max abs w of the row | Dettmers et al. 2022, bitsandbytes |
 
-On gaussian weights the relative error ``‖W - Q‖ / ‖W‖`` is about 0.092 for nf4/64.
-
-`double` quantises the scales of nf4 and fp4 too, as QLoRA's double quantisation does: less their
-mean, in blocks of 256, to a table of 256 values of graded precision (Dettmers et al. 2021).
+`double` also quantizes the scales of nf4 and fp4, as QLoRA's double quantization does. Their mean
+is subtracted, and blocks of 256 use a table of 256 values (Dettmers et al. 2021):
 
     scale_b = mean + table[code_b] * largest,    largest = max_b |scale_b - mean| of 256 blocks
 
-Codes, scales and values of nf4, fp4 and int8 are those of bitsandbytes 0.50 on a CPU, to the bit;
-with `double` they are within a rounding of the mean.
+Codes, scales and values of nf4, fp4 and int8 equal those of bitsandbytes 0.50 on a CPU, to the bit.
+With `double` they are within a rounding of the mean.
 
 Deviations:
-    - uniform: LoftQ's two programs differ. This is the one for language models (blocks, a table);
-      the GLUE one clips the whole matrix at mean ± 2 std. In blocks whose mean is below -1.5 std,
-      where its scale vanishes or turns negative, we take abs(mean) + 2.5 std.
-    - nf4, fp4: bitsandbytes 0.50 on a CPU with AVX-512 restarts the blocks at each row when it
-      dequantises: where the row length is even and no multiple of the block, its values belong to
-      other blocks' scales. Ours, and those of its other kernels, do not.
-    - nf4, fp4, double: its CUDA kernels may choose the other neighbour on a tie, and they search
-      the table of the scales without rounding to 2^16 steps first, as its CPU kernel and ours do.
-    - double: the mean of the scales is taken in float64 and rounded once. bitsandbytes sums it in
-      float32, where the last bit depends on the device and on the number of threads.
-    - uniform: mean and std are taken in float64, too.
+    - uniform: LoftQ's two programs differ. This is the one for language models (blocks, a table).
+      The GLUE program clips the whole matrix at mean ± 2 std. In blocks whose mean is below
+      -1.5 std, where its scale vanishes or turns negative, we use abs(mean) + 2.5 std.
+    - nf4, fp4: with AVX-512, bitsandbytes 0.50 restarts the blocks at each row when it dequantizes.
+      If the row length is even and not a multiple of the block, its values then use the scales of
+      other blocks. Ours, and those of its other kernels, do not.
+    - nf4, fp4, double: its CUDA kernels may choose the other neighbor on a tie. They also search
+      the table of the scales without first rounding to 2^16 steps, as its CPU kernel and ours do.
+    - uniform, double: means and deviations are computed in float64 and rounded once. bitsandbytes
+      uses float32, where the last bit depends on the device and the number of threads.
     - int8: bitsandbytes' Linear8bitLt rounds the weight to float16 first; we start from float32.
 """
 
@@ -49,12 +45,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.linalg import memory
-from lora_init.quantization.search import Grid
-from lora_init.quantization.tables import FP4_ASCENDING, dynamic_table, midpoints, table_of
+from lora_init.linalg import matrix
+from lora_init.quantization.codebooks import (
+    FP4_ASCENDING,
+    Grid,
+    dynamic_table,
+    midpoints,
+    table_of,
+)
 
-# Keep the reciprocal finite, so that a block of zeros becomes zeros and not NaN: 1 / scale, with
-# bitsandbytes' bound, and 127 / scale.
+# The reciprocals 1 / scale (with bitsandbytes' bound) and 127 / scale stay finite, so that a block
+# of zeros becomes zeros and not NaN.
 SMALLEST_SCALE = 1e-38
 SMALLEST_ROW_SCALE = 1e-36
 BITS = {"nf4": (4,), "fp4": (4,), "nf2": (2,), "uniform": (2, 4, 8), "int8": (8,)}
@@ -65,7 +66,7 @@ DOUBLE_STEPS = 2**16 - 1
 
 @dataclass(frozen=True)
 class NestedScale:
-    """Scales quantised in their turn: ``scale = offset + table[codes] * scale of their block``."""
+    """Quantized scales: ``scale = offset + table[codes] * scale of their block``."""
 
     codes: Tensor
     scale: Float[Tensor, " outer_blocks"]
@@ -74,14 +75,14 @@ class NestedScale:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised weight.
+    """A quantized weight.
 
     Attributes:
         codes: (out, in), one code per element: uint8 indices into the table; for "int8" the int8
             values themselves, as bitsandbytes stores them.
-        scale: float32, one per block, or one per row for "int8": what the values are made with.
+        scale: float32, one per block, or one per row for "int8".
         quantizer: the map that made it.
-        nested: where `scale` comes from under double quantisation.
+        nested: the codes of `scale` under double quantization.
     """
 
     codes: Tensor
@@ -92,16 +93,16 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A deterministic map from a weight to its quantised values.
+    """A deterministic map from a weight to its quantized values.
 
     Attributes:
         kind: "nf4", "fp4", "nf2", "uniform" or "int8".
         bits: 4 for nf4 and fp4, 2 for nf2, 2, 4 or 8 for uniform, 8 for int8.
-        block_size: elements that share a scale; "int8", which scales rows, does not read it.
-        double: quantise the scales as well (nf4 and fp4 only).
+        block_size: elements that share a scale; "int8" scales rows and ignores it.
+        double: quantize the scales as well (nf4 and fp4 only).
 
     Raises:
-        ValueError: an option, or the pair of kind and bits, is not allowed.
+        ValueError: an option, or the pair of kind and bits, is not supported.
 
     Examples:
         >>> Quantizer().name
@@ -117,22 +118,24 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         if self.kind not in BITS:
-            raise ValueError(f"kind={self.kind!r} is unknown; allowed are {', '.join(BITS)}.")
-        if isinstance(self.bits, bool) or self.bits not in BITS[self.kind]:
-            allowed = BITS[self.kind]
             raise ValueError(
-                f"bits={self.bits!r} is not allowed for kind={self.kind!r}; "
-                f"set bits={' or '.join(map(str, allowed))}."
+                f"kind={self.kind!r} is not supported: must be one of {', '.join(BITS)}."
+            )
+        if isinstance(self.bits, bool) or self.bits not in BITS[self.kind]:
+            allowed = " or ".join(map(str, BITS[self.kind]))
+            raise ValueError(
+                f"bits={self.bits!r} is not supported for kind={self.kind!r}: must be {allowed}."
             )
         size = self.block_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(
-                f"block_size={size!r} is not allowed; give an integer of at least 1, such as 64."
+                f"block_size={size!r} is not supported: must be an integer of at least 1, "
+                "such as 64."
             )
         if not isinstance(self.double, bool) or (self.double and self.kind not in ("nf4", "fp4")):
             raise ValueError(
-                f"double={self.double!r} is not allowed for kind={self.kind!r}; set double=False, "
-                "or double=True with kind nf4 or fp4."
+                f"double={self.double!r} is not supported for kind={self.kind!r}: must be False, "
+                "or True with kind nf4 or fp4."
             )
 
     @property
@@ -144,21 +147,22 @@ class Quantizer:
         return f"{self.kind}{bits}/{self.block_size}{'+double' if self.double else ''}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as plain values for a file."""
+        """Return the fields as plain values, for a file."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Quantizer:
-        """The inverse of `to_dict`.
+        """Return the quantizer of `to_dict`.
 
         Raises:
-            ValueError: a key is not a field, or a value is not allowed.
+            ValueError: a key is not a field, or a value is not supported.
         """
         allowed = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(allowed))
         if unknown:
             raise ValueError(
-                f"Quantizer has no setting {', '.join(unknown)}; allowed are {', '.join(allowed)}."
+                f"Quantizer has no setting {', '.join(unknown)}: must be one of "
+                f"{', '.join(allowed)}."
             )
         return cls(**values)
 
@@ -171,30 +175,29 @@ class Quantizer:
     def quantize(
         self, weight: Float[Tensor, "out in"], *, averages_in: torch.dtype = torch.float64
     ) -> Quantized:
-        """Return the nearest codes; on a tie the lower one (int8: the even one).
+        """Return the nearest codes. On a tie the lower one is chosen (int8: the even one).
 
         Args:
             weight: (out, in), any float dtype; computed in float32.
             averages_in: dtype of means and deviations, which are rounded to float32 once. In
-                float64 the order of a device's sums does not change them; float32 is only for bases
-                of older files.
+                float64 the order of a device's sums does not matter. Use float32 only for bases of
+                older files.
 
         Raises:
             ValueError: `weight` is not a 2-D float tensor.
         """
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(
-                f"weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; allowed is a "
-                "float matrix (out, in)."
+                f"weight with shape {tuple(weight.shape)} and dtype {weight.dtype} is not "
+                "supported: must be a float matrix (out, in)."
             )
         weight = weight.float()
         if self.kind == "int8":
             scale = weight.abs().amax(dim=1)
             steps = weight * (127.0 / scale.clamp(min=SMALLEST_ROW_SCALE))[:, None]
-            codes = torch.round(steps).to(torch.int8)
-            return Quantized(codes, scale, self)
+            return Quantized(torch.round(steps).to(torch.int8), scale, self)
         ascending = torch.tensor(FP4_ASCENDING, dtype=torch.uint8, device=weight.device)
-        grid = grid_of(self.kind, self.bits).to(weight.device)
+        grid = _grid_of(self.kind, self.bits).to(weight.device)
         codes, scales = [], []
         for blocks in _blocks(weight.reshape(-1), self.block_size):
             if self.kind == "uniform":
@@ -202,11 +205,11 @@ class Quantizer:
             else:
                 scale = blocks.abs().amax(dim=1)
             divisor = scale.clamp(min=SMALLEST_SCALE)[:, None]
-            # As bitsandbytes does, whose rounding this is: full blocks are multiplied by the
-            # reciprocal, a short last one is divided.
+            # bitsandbytes' rounding: full blocks are multiplied by the reciprocal, a short last
+            # block is divided.
             full = blocks.shape[1] == self.block_size
-            normalised = blocks * (1.0 / divisor) if full else blocks / divisor
-            found = grid.find(normalised)
+            normalized = blocks * (1.0 / divisor) if full else blocks / divisor
+            found = grid.find(normalized)
             found = ascending[found] if self.kind == "fp4" else found.to(torch.uint8)
             codes.append(found.reshape(-1))
             scales.append(scale)
@@ -222,12 +225,12 @@ class Quantizer:
         """Return the float32 values that the codes stand for.
 
         Raises:
-            ValueError: another quantiser made `quantized`.
+            ValueError: another quantizer made `quantized`.
         """
         if quantized.quantizer != self:
             raise ValueError(
-                f"quantized was made by {quantized.quantizer.name}, not by {self.name}; "
-                "call quantized.quantizer.dequantize."
+                f"quantized was made by {quantized.quantizer.name}, not by {self.name}. "
+                "Call quantized.quantizer.dequantize."
             )
         codes, scale = quantized.codes, quantized.scale
         if self.kind == "int8":
@@ -236,25 +239,18 @@ class Quantizer:
         return expanded(codes, scale, table, self.block_size).reshape(codes.shape)
 
     def roundtrip(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
-        """``dequantize(quantize(weight))``: the values a model with this weight computes with."""
+        """Return ``dequantize(quantize(weight))``: the values that a quantized model uses."""
         if weight.ndim > 2:  # a scale may depend on all of one weight
             return torch.stack([self.roundtrip(one) for one in weight])
         return self.dequantize(self.quantize(weight))
 
 
-@cache
-def grid_of(kind: str, bits: int) -> Grid:
-    """Of the midpoints between the values that the codes stand for, ascending."""
-    table = table_of(kind, bits)
-    return Grid.of(midpoints(table[list(FP4_ASCENDING)] if kind == "fp4" else table))
-
-
 def expanded(
     codes: Tensor, scale: Float[Tensor, " blocks"], table: Float[Tensor, " codes"], size: int
 ) -> Float[Tensor, " values"]:
-    """Return ``table[codes] * scale`` in float32, each scale serving the next `size` codes."""
+    """Return ``table[codes] * scale`` in float32, where each scale covers `size` codes."""
     table, flat = table.float(), codes.reshape(-1)
-    values = memory.empty(flat.shape, torch.float32, flat.device)
+    values = matrix.empty(flat.shape, torch.float32, flat.device)
     first = 0
     for part, blocks in zip(_blocks(flat, size), _blocks(values, size), strict=True):
         torch.index_select(table, 0, part.reshape(-1).int(), out=blocks.view(-1))
@@ -263,16 +259,23 @@ def expanded(
     return values
 
 
+@cache
+def _grid_of(kind: str, bits: int) -> Grid:
+    """Return the grid of the midpoints between the values of the codes, ascending."""
+    table = table_of(kind, bits)
+    return Grid.of(midpoints(table[list(FP4_ASCENDING)] if kind == "fp4" else table))
+
+
 def _nested(scale: Float[Tensor, " blocks"], averages_in: torch.dtype) -> NestedScale:
-    """Double quantisation of the scales, with the rounding of bitsandbytes' CPU kernel."""
+    """Quantize the scales, with the rounding of bitsandbytes' CPU kernel."""
     offset = scale.mean(dtype=averages_in).float()
     boundaries = midpoints(dynamic_table().to(scale.device))
     codes, largest = [], []
     for blocks in _blocks(scale - offset, DOUBLE_BLOCK):
         outer = blocks.abs().amax(dim=1)
-        normalised = blocks * (1.0 / outer.clamp(min=SMALLEST_SCALE))[:, None]
-        # It does not search the table for each value but looks the nearest of 2^16 steps up.
-        steps = ((normalised.clamp(-1, 1) + 1) * 0.5 * DOUBLE_STEPS + 0.5).floor()
+        normalized = blocks * (1.0 / outer.clamp(min=SMALLEST_SCALE))[:, None]
+        # That kernel looks up the nearest of 2^16 steps instead of searching for each value.
+        steps = ((normalized.clamp(-1, 1) + 1) * 0.5 * DOUBLE_STEPS + 0.5).floor()
         found = torch.bucketize(steps * (2 / DOUBLE_STEPS) - 1, boundaries, out_int32=True)
         found = found.masked_fill((outer == 0)[:, None], 0)
         codes.append(found.to(torch.uint8).reshape(-1))
@@ -281,12 +284,12 @@ def _nested(scale: Float[Tensor, " blocks"], averages_in: torch.dtype) -> Nested
 
 
 def _blocks(flat: Tensor, size: int) -> Iterator[Tensor]:
-    """Views of `flat`: the full blocks as (blocks, size), then what is left as one short block.
+    """Yield views of `flat`: full blocks as (blocks, size), then the rest as one short block.
 
-    On a CPU no more than a part of a large weight at a time (see `lora_init.linalg.memory`).
+    On a CPU, each view is a part of a large weight that fits the caches.
     """
     full = flat.numel() - flat.numel() % size
-    part = memory.rows_together(size) * size
+    part = matrix.rows_together(size) * size
     together = part if flat.device.type == "cpu" else max(1, full)
     for first in range(0, full, together):
         yield flat[first : min(full, first + together)].view(-1, size)
@@ -295,7 +298,7 @@ def _blocks(flat: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def _deviation_scale(blocks: Float[Tensor, "blocks size"]) -> Float[Tensor, " blocks"]:
-    """LoftQ's clipping point ``mean + 2.5 std`` (unbiased), see the module's deviations."""
+    """Return LoftQ's clipping point ``mean + 2.5 std`` (unbiased); see the deviations above."""
     mean = blocks.mean(dim=1)
     deviation = blocks.std(dim=1) if blocks.shape[1] > 1 else torch.zeros_like(mean)
     return torch.where(mean < -1.5 * deviation, mean.abs(), mean) + 2.5 * deviation

@@ -36,8 +36,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_init.quantization.codebooks import dynamic_table
 from lora_init.quantization.quantizer import DOUBLE_BLOCK, Quantized, Quantizer, expanded
-from lora_init.quantization.tables import dynamic_table
 
 ROWS = 32  # that bitsandbytes' repacking for CPUs interleaves
 

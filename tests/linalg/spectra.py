@@ -1,4 +1,4 @@
-"""Matrices of known spectra, some chosen to break a decomposition, and measures of one."""
+"""Matrices of known spectra, some chosen to break a decomposition, and measures of a result."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def approximation_error(matrix: torch.Tensor, found: linalg.Decomposition) -> fl
 
 
 def excess(matrix: torch.Tensor, found: linalg.Decomposition) -> float:
-    """Frobenius error over the optimum, relative, once rounding of the factors is allowed for."""
+    """Return the relative Frobenius error over the optimum, less the rounding of the factors."""
     matrix = matrix.double()
     optimum = squared_tail(torch.linalg.svdvals(matrix), found.values.numel())
     size = torch.linalg.norm(matrix).item() * math.sqrt(sum(matrix.shape))

@@ -1,4 +1,4 @@
-"""QR, signs, real weights, and calls that are refused."""
+"""Signs, real weights, calls that are refused, and calls under reduced precision."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from products import chosen
-from spectra import (
-    every_dtype,
-    excess,
-    overlap,
-    power_law,
-    seeded,
-)
+from spectra import excess, overlap, power_law
 
 from lora_init.linalg import (
     Operator,
@@ -28,19 +22,6 @@ from lora_init.linalg import (
 )
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", [(120, 80), (80, 120), (50, 50), (1, 9), (9, 1)])
-def test_leading_qr_is_the_beginning_of_the_whole_one(shape, dtype):
-    matrix = torch.randn(*shape, generator=seeded(2), dtype=torch.float64).to(dtype)
-    rank = min(6, *shape)
-    basis, triangle = leading_qr(matrix, rank)
-    whole_basis, whole_triangle = torch.linalg.qr(matrix)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(basis, whole_basis[:, :rank], rtol=0, atol=tolerance)
-    torch.testing.assert_close(triangle, whole_triangle[:rank], rtol=tolerance, atol=tolerance)
-    assert torch.equal(triangle[:, :rank], triangle[:, :rank].triu())
-
-
 def test_fix_signs_takes_the_first_of_ties():
     left = torch.tensor([[-1.0, 0.0, 0.5], [1.0, -3.0, 0.2]])
     right = torch.arange(6.0).reshape(2, 3)
@@ -49,13 +30,13 @@ def test_fix_signs_takes_the_first_of_ties():
     assert torch.equal(new_left @ new_right.T, left @ right.T)
 
 
-def test_non_finite_matrices_end():
-    for value in (math.nan, math.inf):
-        matrix = power_law(60, 60).float()
-        matrix[3, 4] = value
-        for method in ("exact", "gram", "gram-krylov", "krylov"):
-            with pytest.raises((ValueError, RuntimeError)):
-                top_singular(matrix, 4, method=method)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("method", ["exact", "gram", "gram-krylov", "krylov"])
+def test_non_finite_matrices_are_refused(method, value):
+    matrix = power_law(60, 60).float()
+    matrix[3, 4] = value
+    with pytest.raises((ValueError, RuntimeError)):
+        top_singular(matrix, 4, method=method)
 
 
 @pytest.mark.parametrize(
@@ -99,24 +80,13 @@ def test_real_weights(layer):
     safetensors = pytest.importorskip("safetensors")
     path = Path(specification.origin).parent / "model" / "model.safetensors"
     with safetensors.safe_open(path, "pt") as weights:
-        names = [
-            name
-            for name in weights.keys()  # noqa: SIM118
-            if f"layer.{layer}." in name and weights.get_slice(name).get_shape()[1:]
-        ]
-        assert len(names) == 6
-        for name in names:
-            weight = weights.get_tensor(name).float()
+        for part in ("attention.self.query", "intermediate.dense", "output.dense"):
+            weight = weights.get_tensor(f"encoder.layer.{layer}.{part}.weight").float()
             left, values, _ = torch.linalg.svd(weight.double(), full_matrices=False)
             for method in ("gram", "gram-krylov", "krylov"):
                 found = top_singular(weight, 8, method=method)
                 assert found.method == method
                 assert excess(weight, found) <= 1e-6
             bottom = bottom_singular(weight, 8)
-            scale = values[0]
-            assert (bottom.values - values[-8:].flip(0)).abs().max() <= 1e-6 * scale
+            assert (bottom.values - values[-8:].flip(0)).abs().max() <= 1e-6 * values[0]
             assert overlap(bottom.left, left[:, -8:]) >= 0.999
-            basis, triangle = leading_qr(weight, 8)
-            whole_basis, whole_triangle = torch.linalg.qr(weight)
-            torch.testing.assert_close(basis, whole_basis[:, :8], rtol=0, atol=1e-5)
-            torch.testing.assert_close(triangle, whole_triangle[:8], rtol=1e-4, atol=1e-5)

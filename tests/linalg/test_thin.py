@@ -1,4 +1,4 @@
-"""The solvers of an accelerator: products in the place of LAPACK's calls, on the CPU."""
+"""The solvers of an accelerator, and stacks: on the CPU, by products instead of LAPACK's calls."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from spectra import (
 )
 
 from lora_init import linalg
-from lora_init.linalg import choice, singular, small
+from lora_init.linalg import dense
 from lora_init.linalg.thin import cholesky_qr, householder_signs, thin_qr
 
 
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
-    """Every device counts as one on which LAPACK is not to be called for each matrix."""
-    monkeypatch.setattr(choice, "LAPACK_DEVICES", ())
+    """Treat every device as one that does not call LAPACK for each matrix."""
+    monkeypatch.setattr(dense, "LAPACK_DEVICES", ())
 
 
 def blocks(dtype):
@@ -51,8 +51,7 @@ def test_every_block_of_a_stack_is_decomposed(dtype):
         torch.testing.assert_close(alone, q, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
 
 
-def test_signs_of_householders_method():
-    """By which a factor of a QR decomposition is the same on every device."""
+def test_signs_are_those_of_householders_method():
     stack = blocks(torch.float64)[:3]
     expected = torch.linalg.qr(stack)[0]
     basis = thin_qr(stack)[0]
@@ -60,18 +59,24 @@ def test_signs_of_householders_method():
     torch.testing.assert_close(signed, expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("shape", [(200, 60), (60, 200)])
-def test_leading_columns_are_lapacks(shape, monkeypatch):
-    matrix = torch.randn(*shape, generator=seeded(2), dtype=torch.float64)
-    found = linalg.leading_qr(matrix, 8)
-    monkeypatch.setattr(choice, "LAPACK_DEVICES", ("cpu",))
-    for one, other in zip(found, linalg.leading_qr(matrix, 8), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+@every_dtype
+@pytest.mark.parametrize("lapack", [True, False])
+@pytest.mark.parametrize("shape", [(120, 80), (80, 120), (6, 9), (1, 9), (9, 1)])
+def test_leading_qr_is_the_beginning_of_the_whole_one(shape, lapack, dtype, monkeypatch):
+    monkeypatch.setattr(dense, "LAPACK_DEVICES", ("cpu",) * lapack)
+    matrix = torch.randn(*shape, generator=seeded(2), dtype=torch.float64).to(dtype)
+    rank = min(6, *shape)
+    basis, triangle = linalg.leading_qr(matrix, rank)
+    whole_basis, whole_triangle = torch.linalg.qr(matrix)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(basis, whole_basis[:, :rank], rtol=0, atol=tolerance)
+    torch.testing.assert_close(triangle, whole_triangle[:rank], rtol=tolerance, atol=tolerance)
+    assert torch.equal(triangle[:, :rank], triangle[:, :rank].triu())
 
 
 @every_adversary
 @every_dtype
-@pytest.mark.parametrize("method", ["auto", "krylov"])
+@pytest.mark.parametrize("method", ["gram", "krylov"])
 def test_first_triplets_are_optimal(name, dtype, method):
     matrix, rank = ADVERSARIES[name]
     matrix = matrix.to(dtype)
@@ -86,13 +91,11 @@ def test_last_triplets_are_the_end_of_the_svd(name):
     matrix, rank = ADVERSARIES[name]
     found = linalg.bottom_singular(matrix, rank)
     values = torch.linalg.svdvals(matrix)
-    expected = values.flip(0)[:rank]
     assert_orthonormal(found.right)
-    assert (found.values - expected).abs().max() <= 1e-7 * values[0]
+    assert (found.values - values.flip(0)[:rank]).abs().max() <= 1e-7 * values[0]
 
 
 def test_last_triplets_by_an_inverted_factor():
-    """A matrix large enough for a Krylov space of the inverse."""
     scale = torch.linspace(1, 0.1, 300, dtype=torch.float64)
     matrix = torch.randn(400, 300, generator=seeded(3), dtype=torch.float64) * scale
     found = linalg.bottom_singular(matrix, 8, method="inverse")
@@ -106,33 +109,51 @@ def test_singular_stacks_keep_orthonormal_vectors(kind):
     stack = torch.zeros(3, 24, 24, dtype=torch.float64)
     if kind == "rank 3":
         stack += torch.randn(24, 3, generator=seeded(4)) @ torch.randn(3, 24, generator=seeded(5))
-    left, values, right = small.svd(stack)
+    left, values, right = dense.svd(stack)
     for u, s, v, matrix in zip(left, values, right.mT, stack, strict=True):
         assert_orthonormal(u)
         assert_orthonormal(v)
         assert (u * s @ v.mT - matrix).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("function", ["top_singular", "bottom_singular"])
-def test_one_singular_member_does_not_slow_the_others(function, monkeypatch):
-    """It is decomposed by a dense solver, which the other members of its stack do without."""
-    stack = torch.stack([power_law(400, 300, seed=seed) for seed in (1, 3, 5)])
-    stack[1] = with_spectrum(400, 300, torch.ones(3, dtype=torch.float64))
-    dense = []
-    for owner, name in ((singular, "_gram"), (small, "svd")):
-        original = getattr(owner, name)
+@pytest.mark.parametrize("kind", ["first", "last", "product", "eigen"])
+def test_only_the_failing_member_of_a_stack_falls_back(kind, monkeypatch):
+    """The other members keep the result that they have alone."""
+    members = [power_law(400, 300, seed=1), power_law(400, 300, seed=5)]
+    members.insert(1, with_spectrum(400, 300, torch.ones(3, dtype=torch.float64)))
+    if kind == "product":
+        members[1] = with_spectrum(400, 300, 1 - 1e-3 * torch.arange(300) / 300)
+    if kind == "eigen":
+        members[1] = with_spectrum(400, 300, 1 + 1e-9 * torch.arange(300).double())
+        members = [m.T @ m for m in members]
+    stack = torch.stack(members)
 
-        def counted(matrix, *rest, original=original):
-            if matrix.shape[-2:].numel() >= 300 * 300:
-                dense.append(len(matrix) if matrix.ndim > 2 else 1)
-            return original(matrix, *rest)
+    def decompose(some):
+        if kind == "first":
+            return linalg.top_singular(some, 4, method="krylov")
+        if kind == "last":
+            return linalg.bottom_singular(some, 4, method="inverse")
+        if kind == "eigen":
+            return linalg.top_eigen(some, 4, method="krylov")
+        identity = torch.eye(300, dtype=torch.float64).expand(*some.shape[:-2], -1, -1)
+        maps = linalg.Operator.product(some, identity)
+        return linalg.top_singular(maps, 4, method="krylov", tolerance=1e-12)
 
-        monkeypatch.setattr(owner, name, counted)
-    method = "krylov" if function == "top_singular" else "inverse"
-    found = getattr(linalg, function)(stack, 4, method=method)
-    assert set(dense) == {1}
-    assert len(dense) <= 2  # squares first, then the matrix itself
+    sizes = []
+    for name in ("eigenpairs", "svd"):
+        solve = getattr(dense, name)
+
+        def counted(matrix, *rest, solve=solve):
+            if matrix.shape[-1] >= 300:
+                sizes.append(matrix.shape[:-2].numel())
+            return solve(matrix, *rest)
+
+        monkeypatch.setattr(dense, name, counted)
+    found = decompose(stack)
+    assert sizes
+    assert set(sizes) == {1}
     for index, matrix in enumerate(stack):
-        values = torch.linalg.svdvals(matrix)
-        expected = values[:4] if function == "top_singular" else values.flip(0)[:4]
-        assert (found.values[index] - expected).abs().max() <= 1e-6 * values[0]
+        alone = decompose(matrix)
+        values = found[0] if kind == "eigen" else found.values
+        expected = alone[0] if kind == "eigen" else alone.values
+        torch.testing.assert_close(values[index], expected, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Autocast around an initialization, a merge or a way back changes no number of ours."""
+"""Autocast and reduced float32 products change no factor, merged weight or restored base."""
 
 import copy
 import time
@@ -30,7 +30,7 @@ def state_of(model):
 
 
 def life(method, base, found):
-    """Every number that an adapter makes: at the start, merged, unmerged, taken off."""
+    """Return the state of a model with an adapter: at the start, merged, unmerged, unloaded."""
     model = get_peft_model(
         copy.deepcopy(base), config_of(method), calibration=found, keep_original=True, cache=False
     )
@@ -43,10 +43,11 @@ def life(method, base, found):
     return stations
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["small layers", "large layers"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "alone"), [*((method, False) for method in METHODS), ("pissa", True)]
+)
 def test_autocast_changes_nothing(method, alone, monkeypatch):
-    """Of layers that have a core each, and of those that all cores work on."""
+    """Both for small layers, with one thread each, and for large ones, with all threads."""
     monkeypatch.setattr(cores, "ALONE", 0 if alone else cores.ALONE)
     base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
     found = None
@@ -62,7 +63,7 @@ def test_autocast_changes_nothing(method, alone, monkeypatch):
 
 @pytest.mark.parametrize("method", ["eva", "lora_ga"])
 def test_statistics_are_summed_in_their_own_precision(method):
-    """The model's own pass may round its activations; what is made of them is not rounded again."""
+    """The model's own pass may round its activations; their sums are not rounded."""
     base = CASE.build()
     name = next(iter(CASE.shapes))  # its inputs are the batches themselves
     plain = calibrate(base, [config_of(method)], CASE.calibration())
@@ -76,7 +77,7 @@ def test_statistics_are_summed_in_their_own_precision(method):
 
 
 class Float32Products(TorchDispatchMode):
-    """Collects how float32 products are rounded, by operation, while it is active."""
+    """Records the rounding settings of all float32 products while it is active."""
 
     PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "linalg_qr", "_linalg_eigh")
 
@@ -99,7 +100,7 @@ def rounding_of_products():
 
 @pytest.fixture
 def reduced_products():
-    """TF32 on a GPU and bfloat16 on a CPU, as a training script may have set them."""
+    """Set TF32 on a GPU and bfloat16 on a CPU, as a training script might."""
     torch.set_float32_matmul_precision("medium")
     yield rounding_of_products()
     torch.set_float32_matmul_precision("highest")
@@ -107,7 +108,7 @@ def reduced_products():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_reduced_float32_products_are_not_used(method, reduced_products):
-    """Neither factors, merged weights nor the way back are computed with them."""
+    """This holds for factors, merged weights and restored bases."""
     base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
     found = calibrate(base, [config_of(method)], CASE.calibration()) if spec.needs_data else None
     assert "ieee" not in reduced_products
@@ -169,7 +170,7 @@ def test_training_keeps_the_users_setting(reduced_products):
 
 
 def test_versions_of_torch_without_precision_settings(monkeypatch):
-    """Before 2.9 there is one switch, and no module for products on the CPU."""
+    """Before 2.9 there is one switch for CUDA and none for the CPU."""
     matmul = SimpleNamespace(allow_tf32=True)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())

@@ -1,8 +1,8 @@
-"""Numbers that were computed on devices, read together: each read waits for a device."""
+"""Reads from an accelerator that wait as rarely as possible."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ Value = bool | int | float | list
 
 
 def on_host(numbers: Sequence[Tensor]) -> list[Value]:
-    """The values of numbers and vectors, as `Tensor.tolist` gives them, by one copy a device."""
-    places: dict[torch.device, list[int]] = {}
+    """Return each tensor as `Tensor.tolist` does, with one copy per device for all of them."""
+    by_device: dict[torch.device, list[int]] = {}
     for index, number in enumerate(numbers):
-        places.setdefault(number.device, []).append(index)
+        by_device.setdefault(number.device, []).append(index)
     found: dict[int, Value] = {}
-    for indices in places.values():
+    for indices in by_device.values():
         some = [numbers[index].detach() for index in indices]
         # float64 holds every float32 number and all counts below 2^53.
         if len({number.dtype for number in some}) > 1:
@@ -30,5 +30,16 @@ def on_host(numbers: Sequence[Tensor]) -> list[Value]:
 
 
 def named_on_host(**numbers: Tensor) -> dict[str, Value]:
-    """The same by name."""
+    """Return the values of tensors by name, with one copy per device."""
     return dict(zip(numbers, on_host(list(numbers.values())), strict=True))
+
+
+def wait_for_writes(devices: Iterable[torch.device]) -> None:
+    """Wait until the writes that this thread has started on CUDA devices are complete.
+
+    A new thread uses the default stream. Without this wait it could read memory that the caller's
+    stream has not written yet.
+    """
+    for device in set(devices):
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
