@@ -59,7 +59,7 @@ def test_rank_above_the_smaller_side(refused):
 
 
 def test_odd_rank_for_orthogonal(refused):
-    refused("orthogonal cannot have rank 3.*r is even", r=3, init_lora_weights="orthogonal")
+    refused("orthogonal cannot have rank 3.*r must be even", r=3, init_lora_weights="orthogonal")
 
 
 @pytest.mark.parametrize("method", ["corda", "eva"])

@@ -409,7 +409,7 @@ def known_rates(options: SharpnessOptions) -> tuple[dict[str, float], str]:
     return rates, origin or "given in the settings"
 
 
-def precision(rows: pd.DataFrame, options: SharpnessSettings) -> str:
+def precision(rows: pd.DataFrame, options: SharpnessOptions) -> str:
     """How Lanczos ended: its largest number of products may stop it before the tolerance."""
     open_ones = rows[~rows["converged"].astype(bool)]
     words = (
@@ -431,7 +431,7 @@ def measure_starts(
     batches: list[Batch],
     calibration: list[Batch],
     head: str,
-    options: SharpnessSettings,
+    options: SharpnessOptions,
 ) -> list[dict[str, Any]]:
     """A row per method and batch, under the head that the model has now."""
     rows = []
@@ -456,7 +456,7 @@ def curvature(
     model: torch.nn.Module,
     parameters: list[torch.nn.Parameter],
     batch: Batch,
-    options: SharpnessSettings,
+    options: SharpnessOptions,
 ) -> dict[str, Any]:
     """The ends of the Hessian's spectrum, the gradient and Adam's first step, on one batch."""
     local = Curvature(model(**batch).loss, parameters)
@@ -483,7 +483,7 @@ def curvature(
 
 
 def measure_head(
-    subject: Subject, batches: list[Batch], head: str, options: SharpnessSettings
+    subject: Subject, batches: list[Batch], head: str, options: SharpnessOptions
 ) -> list[dict[str, Any]]:
     """A row per batch: the same for the head's own parameters."""
     parameters = head_parameters(subject.model)

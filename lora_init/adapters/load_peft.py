@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.edited import KEPT_STARTS, listed
@@ -30,6 +29,7 @@ from lora_init.adapters.tensors import Contents
 from lora_init.config.file import method_of
 from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors, low_rank_product, widened
+from lora_init.layer import Layer
 from lora_init.linalg.draws import zeros
 from lora_init.plan.match import select
 from lora_init.plan.plan import Plan, Target
@@ -128,9 +128,15 @@ def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, 
         rows, columns = target.shape
         return zeros(target.rank, columns), zeros(rows, target.rank)
     weight = widened(weights.present(target)).float()
-    made = plan.initializer.function(
-        weight, target.rank, target.scaling, None, plan.options, torch.Generator()
+    layer = Layer(
+        names=(target.name,),
+        kind=target.module_type,
+        shape=target.shape,
+        rank=target.rank,
+        scaling=target.scaling,
+        stored_weight=weight,
     )
+    made = plan.initializer.function(layer, plan.options)
     return made.lora_A, made.lora_B
 
 

@@ -13,6 +13,7 @@ Source: Musco & Musco 2015 (block Krylov); Wu & Simon 2000 (thick restart).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -177,7 +178,7 @@ def leading_eigenspace(
         return found, triangle
 
     # A matrix of a stack keeps the result of the round in which it converged, as it would alone.
-    finished = torch.zeros(stack, dtype=torch.bool, device=block.device)
+    finished = [False] * math.prod(stack)
     earlier: Subspace | None = None
     for round_ in range(rounds):
         # A long basis grows by a quarter at a time: each eigenproblem costs more than the last.
@@ -238,14 +239,18 @@ def leading_eigenspace(
             squares = residuals.square() / gaps.clamp_min(torch.finfo(gaps.dtype).tiny)
             growth = (torch.minimum(residuals, squares) - rounding).clamp_min(0)
             done = growth.sum(-1) <= tolerance * missing
-        new = (done.all(-1) if each else done) & ~finished
-        converged, some = torch.stack([(new | finished).all(), new.any()]).tolist()
+        now_done = (done.all(-1) if each else done).flatten().tolist()
+        new = [one and not other for one, other in zip(now_done, finished, strict=True)]
+        converged = all(one or other for one, other in zip(new, finished, strict=True))
         last = converged or round_ == rounds - 1
-        if last or (stack and some):
+        if last or any(new):
             share = missing / total.clamp_min(torch.finfo(total.dtype).tiny)
             now = Subspace(wanted, known @ vectors[..., :rank], share, residuals, converged)
-            earlier = now if earlier is None else now.replaced(finished, earlier)
-            finished = finished | new
+            if earlier is not None:
+                where = torch.tensor(finished, device=block.device).reshape(stack)
+                now = now.replaced(where, earlier)
+            earlier = now
+            finished = [one or other for one, other in zip(new, finished, strict=True)]
         if last:
             return replace(earlier, converged=converged)
         if used + ROUND * width <= space:
