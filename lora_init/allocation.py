@@ -1,6 +1,6 @@
-"""Rank allocation: how many directions each layer gets out of one budget.
+"""Rank allocation: distribute a budget of ranks over the layers by their scores.
 
-Runs between statistics and initializers, because it must see all layers at once.
+It runs after the calibration and before the initializers: it needs the scores of all layers.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from torch import Tensor
 def redistribute(
     spectra: Mapping[str, Float[Tensor, " candidates"]], budget: int
 ) -> dict[str, int]:
-    """Give each layer as many ranks as it has values among the `budget` largest of all layers.
+    """Set each layer's rank to the number of its scores among the `budget` largest of all layers.
 
     Args:
-        spectra: per layer, comparable scores in descending order (explained-variance ratios, say).
-            A layer's rank can grow to the length of its spectrum; zeros are never chosen.
+        spectra: per layer, scores in descending order that are comparable between layers, for
+            example explained-variance ratios. The length of a layer's spectrum limits its rank.
+            Zeros are never chosen.
         budget: the sum of all ranks.
 
     Returns:
-        One rank per layer, in the order of `spectra`, possibly 0. They sum to the budget unless
-        fewer than that many scores are positive. Ties go to the earlier layer.
+        One rank per layer, in the order of `spectra`, possibly 0. The sum is the budget unless
+        fewer scores are positive. Ties go to the earlier layer.
     """
     names = list(spectra)
     scores = torch.cat([spectra[name].double().cpu() for name in names])
@@ -39,16 +40,16 @@ def redistribute(
 def redistribute_by_cost(
     spectra: Mapping[str, Float[Tensor, " candidates"]], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Give out ranks by score per cost, as long as the sum of costs stays within the budget.
+    """Choose ranks by score per cost, with a limit on the sum of costs.
 
-    Greedy: the best ratio that still fits comes next. A layer's scores fall and its ranks cost the
-    same, so that it is always given its first directions. What is left over is less than a rank of
-    the cheapest layer that could still grow.
+    The algorithm is greedy: it takes the best ratio that still fits. The scores of a layer descend
+    and its ranks have equal cost, so a layer always gets its first directions. The unused budget is
+    less than the cost of one more rank in any layer that could still grow.
 
     Args:
-        spectra: as of `redistribute`.
-        costs: of one rank of each layer (parameters, say).
-        budget: the sum of all ranks' costs, at most.
+        spectra: as in `redistribute`.
+        costs: the cost of one rank of each layer, for example in parameters.
+        budget: the maximum of the sum of costs.
 
     Returns:
         One rank per layer, in the order of `spectra`, possibly 0. Ties go to the earlier layer.
@@ -56,7 +57,7 @@ def redistribute_by_cost(
     pool = [
         (score / costs[name], name)
         for name, scores in spectra.items()
-        for score in scores.tolist()  # one copy from a device, not one for each score
+        for score in scores.tolist()  # copies from the device once
         if score > 0
     ]
     pool.sort(key=lambda entry: entry[0], reverse=True)  # stable: ties stay in order

@@ -1,4 +1,4 @@
-"""`get_peft_model`: plan, statistics, allocation, initialization, injection, in this order."""
+"""The main functions: add an adapter to a model, and initialize it again."""
 
 from __future__ import annotations
 
@@ -55,61 +55,59 @@ def get_peft_model(
     cache: bool = True,
     verify: Any = None,
 ) -> LoraModel | Plan:
-    """Give `model` a low-rank adapter, started as `peft_config.init_lora_weights` says.
+    """Add a low-rank adapter to `model`, initialized by `peft_config.init_lora_weights`.
 
     Args:
-        model: any torch model; its targeted modules (`list_initializers()` says which types a
-            method serves) are wrapped in place and its parameters frozen. Left untouched if
-            anything fails.
+        model: any torch model. Its targeted modules are wrapped in place and its parameters
+            frozen; `list_initializers()` shows the module types that a method supports. If the
+            call fails, the model is unchanged.
         peft_config: the settings.
-        calibration: batches for the methods that need them (`list_initializers()` says which need
-            inputs or gradients): any iterable; a mapping is passed as ``model(**batch)``. For
-            gradients the batches need labels, from which the model computes its loss, or a loss of
-            yours: `WithLoss`. Others do not read it. Or what `lora_init.calibrate` found before.
-            Under `torch.distributed` every rank calls with batches of its own, as many as it has;
-            all get the adapter of one process with all the data.
-        calibration_memory: bytes for the inputs' second moments (4 n² each). If they do not fit,
-            there are several passes over the batches, each for the layers that fit, which are
-            initialized before the next: the same result for more time. Needs batches that can be
-            read again.
-        adapter_dtype: of the factors; float32 also for 16-bit bases, where rounded factors cost
-            accuracy (relative error 2.3e-3 against 4.5e-4 on a bfloat16 base).
-        device: where the decompositions run, e.g. "cuda", wherever the model is; "auto": on CUDA
-            if it is there; None: where each weight lives.
-        seed: of the initialization. Every layer has a stream of its own, keyed by its name.
+        calibration: any iterable of batches, or the result of `lora_init.calibrate`, for methods
+            that read inputs or gradients (see `list_initializers()`); other methods ignore it. A
+            batch that is a mapping is passed as ``model(**batch)``. For gradients, batches need
+            labels, from which the model computes its loss, or `WithLoss` supplies a loss function.
+            Under `torch.distributed`, each rank passes its part of the batches. All ranks get the
+            adapter that a single process computes from all batches.
+        calibration_memory: bytes for the second moments of the inputs (4 n² each). If they do not
+            fit, the calibration takes several passes, each for the layers that fit. The result is
+            the same, but it takes longer. The batches must support repeated iteration.
+        adapter_dtype: dtype of the factors. float32 also suits 16-bit bases, where rounded factors
+            are less accurate.
+        device: where the decompositions run, for example "cuda". "auto" means CUDA if available;
+            None means the device of each weight.
+        seed: the initialization seed. Each layer derives a random stream from it and its name.
         dry_run: return the plan (targets, ranks, parameters, memory, statistics, unmatched keys)
-            and change nothing.
-        quantized_base: what a subtracting method does to a base that is quantised (bitsandbytes'
-            Linear4bit and Linear8bitLt). "in_forward" leaves it untouched and subtracts s B0 A0 in
-            the forward pass: the output is preserved exactly. "requantize" quantises the residual
-            with the module's own settings: no second product, an error that `init_report()` shows.
-        original_weights: the model's checkpoint (a folder or file of safetensors, or a mapping of
-            names to tensors), read one layer at a time, for weights that the model does not hold.
-            Of quantised targets: methods decompose the weights from before quantisation; those that
-            replace the base need them, to make up for its error. Of targets on the meta device (a
-            model built under ``torch.device("meta")`` or ``accelerate.init_empty_weights()``,
-            larger than memory perhaps): the base stays there, the factors are on the CPU,
-            `save_pretrained` writes the adapter for the loaded model. Weights that Accelerate
-            offloads need no checkpoint: they are read from where it keeps them.
-        keep_original: keep what a replaced base was (float weights in CPU memory, packed ones as
-            they are), so that disable_adapter and unload work.
-        allow_unmatched: warn of keys in rank_pattern and alpha_pattern that match nothing, instead
-            of refusing them.
-        cache: keep decompositions, and statistics of batches given as a list, in the user's cache
-            folder, and take those that are there (see `lora_init.cache`). The environment's
-            LORA_INIT_CACHE=off switches it off everywhere.
-        verify: one batch, run once the adapter is in place (see `lora_init.model.verification`). A
-        model
-            that ignores an adapted layer, or whose output changes under a method that preserves
-            it, is refused and put back as it was. A layer that the batch does not reach is warned
-            about.
+            and do not change the model.
+        quantized_base: how a method subtracts from a quantized base (bitsandbytes' Linear4bit and
+            Linear8bitLt). "in_forward" keeps the base and subtracts s B0 A0 in the forward pass,
+            so the output is preserved exactly. "requantize" quantizes the residual with the
+            module's settings: it needs no second product, but has an error that `init_report()`
+            shows.
+        original_weights: the model's checkpoint: a folder or file of safetensors, or a mapping of
+            names to tensors. It is read one layer at a time, for weights that the model does not
+            hold.
+            For quantized targets, methods then decompose the unquantized weights. Methods that
+            replace the base require it, to correct the quantization error.
+            For targets on the meta device (``torch.device("meta")``,
+            ``accelerate.init_empty_weights()``), the base stays there and the factors are on the
+            CPU. `save_pretrained` writes the adapter for the loaded model.
+            Weights that Accelerate offloads need no checkpoint.
+        keep_original: keep a copy of a replaced base, so that disable_adapter and unload work.
+            Float weights are kept in CPU memory, packed weights on their device.
+        allow_unmatched: warn about keys in rank_pattern and alpha_pattern that match no target,
+            instead of raising an error.
+        cache: use the user's cache folder for decompositions, and for statistics of batches in a
+            list (see `lora_init.cache`). The environment variable LORA_INIT_CACHE=off disables it.
+        verify: one batch to run after the adapter is added (see `lora_init.model.verification`).
+            The call fails if the model ignores an adapted layer, or if its output changes under a
+            method that preserves it. A layer that the batch does not reach causes a warning.
 
     Returns:
-        A `LoraModel`, or the `Plan`.
+        A `LoraModel`, or the `Plan` for `dry_run`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: a setting that cannot be served, with its name,
-            its value, what is allowed and what to do; the model is unchanged then.
+        ValueError, TypeError, NotImplementedError: a setting is not supported. The message names
+            the setting, its value, the supported values and the fix. The model is unchanged.
     """
     check_model(model)
     peft_config = checked_config("peft_config", peft_config)
@@ -140,17 +138,17 @@ def get_peft_model(
 
 
 def reinitialize(model: LoraModel, peft_config: LoraConfig, **settings: Any) -> LoraModel | Plan:
-    """Start the adapter of a live model again, by the same or another method.
+    """Replace the adapter of a model in memory by a newly initialized one.
 
-    The trained adapter is given up; the base model is the original one, in memory all the time.
+    The trained factors are discarded. The base model is restored without reloading it.
 
     Args:
-        model: its adapter is gone afterwards: use the model that is returned.
-        peft_config, settings: as of `get_peft_model`.
+        model: the adapted model; afterwards use the returned model instead.
+        peft_config, settings: as in `get_peft_model`.
 
     Raises:
-        RuntimeError: a base was replaced and its original not kept.
-        ValueError, TypeError: as `get_peft_model`; the model keeps its adapter as it is then.
+        RuntimeError: a base was replaced and its original was not kept.
+        ValueError, TypeError: as in `get_peft_model`; the model then keeps its adapter.
     """
     return injection.atomically(partial(_restart, model, peft_config, settings))
 
@@ -169,7 +167,7 @@ def _restart(
     return get_peft_model(model.base_model, peft_config, **settings)  # nothing may fail after it
 
 
-@torch.inference_mode(False)  # tensors made in inference mode cannot be trained
+@torch.inference_mode(False)  # tensors from inference mode cannot be trained
 def _assemble(
     model: nn.Module,
     config: LoraConfig,
@@ -183,7 +181,7 @@ def _assemble(
     verify: Any,
     transaction: injection.Transaction,
 ) -> LoraModel:
-    """Everything after the checks, timed step by step."""
+    """Calibrate, allocate ranks, initialize and inject; measure the time of each step."""
     spec = plan.initializer
     transaction.undo_by(partial(uncover_methods, model))
     plain = injection.hold_plain(model, transaction)
@@ -209,7 +207,7 @@ def _assemble(
                 weights, here, part.layers, seed=seed, device=device, cache=cache
             )
         tokens = part.tokens
-        part = None  # the next pass needs its room
+        part = None  # frees memory for the next pass
 
     figures = _figures_before_replacement(weights, initialized)
     preserved = spec.preserves_output and not plan.replaced
@@ -248,10 +246,10 @@ def _assemble(
 
 
 def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
-    """Refuse a model that does not use its adapted layers; see `get_peft_model`."""
+    """Raise an error if the model does not use its adapted layers; see `get_peft_model`."""
     layers = model.layers
     uses = verify_adapted(
-        model.base_model,  # its own first pass would watch the layers too
+        model.base_model,  # a pass of `model` would also watch the layers
         layers | model.trained_modules(),
         {name: layer.base_layer for name, layer in layers.items()}
         | {name: part.original_module for name, part in model.trained_modules().items()},
@@ -275,7 +273,7 @@ def check_call(
     calibration: Iterable[Any] | Calibration | None,
     allow_unmatched: bool,
 ) -> None:
-    """Refuse what the plan and the arguments together cannot do; warn of what they should not."""
+    """Raise an error or a warning for arguments that do not fit the plan."""
     spec = plan.initializer
     plan.refuse_unmatched(allowed=allow_unmatched)
     weights.check(plan.targets)
@@ -289,41 +287,41 @@ def check_call(
         )
     if plan.requantizes and not plan.replaced:
         raise ValueError(
-            "quantized_base='requantize', but no target is quantised; leave it out, or load the "
-            "model with a quantization_config"
+            "quantized_base='requantize' is not supported: no target is quantized. Leave it out, "
+            "or load the model with a quantization_config"
         )
     quantized = [target.name for target in plan.targets if not weights.is_original(target)]
     if spec.base == "replace" and quantized:
         raise ValueError(
-            f"target {quantized[0]!r} is quantised already, and {spec.name} makes up for what its "
-            "quantisation lost: pass original_weights=<the unquantised checkpoint's folder>, or "
-            "the unquantised model"
+            f"target {quantized[0]!r} is quantized already, and {spec.name} needs its unquantized "
+            "weight: pass original_weights=<folder of the unquantized checkpoint>, or the "
+            "unquantized model"
         )
     if plan.dropout > 0 and spec.base != "keep":
         warnings.warn(
-            f"lora_dropout={plan.dropout} with {spec.name}: the adapter carries part "
-            "of the base's own function, so dropping its inputs disturbs the model from the first "
-            "step on; lora_dropout=0.0 is what these methods' papers use",
+            f"lora_dropout={plan.dropout} with {spec.name}: the adapter contains a part of the "
+            "base weight, so dropout changes the pretrained function from the first step on. Use "
+            "lora_dropout=0.0, as this method's paper does",
             stacklevel=3,
         )
 
 
 def _check_forward(plan: Plan, model: nn.Module) -> None:
-    """Refuse a calibration pass through a model that is not loaded."""
+    """Raise ValueError if the calibration would run a model that is not loaded."""
     if plan.calibration is not None and (name := first_unloaded(model)):
         raise ValueError(
             f"init_lora_weights={plan.initializer.name!r} needs a forward pass, and {name!r} is on "
-            "the meta device; pass calibration=<what lora_init.calibrate found on the loaded "
-            "model>, or have Accelerate offload it (device_map='auto', offload_folder=...)"
+            "the meta device; pass calibration=<result of lora_init.calibrate on the loaded "
+            "model>, or let Accelerate offload it (device_map='auto', offload_folder=...)"
         )
 
 
 def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
-    """Warn where PEFT would load the saved adapter onto other modules."""
+    """Warn if PEFT would load the saved adapter onto different modules."""
     if differences := different_in_peft(model, plan):
         warnings.warn(
-            "PEFT would read the saved adapter otherwise; load it with LoraModel.from_pretrained, "
-            f"or leave these out: {describe_differences(differences)}",
+            "PEFT would load the saved adapter differently; load it with "
+            f"LoraModel.from_pretrained, or leave these out: {describe_differences(differences)}",
             stacklevel=3,
         )
 
@@ -333,17 +331,19 @@ def device_for(device: str | torch.device | None) -> torch.device | None:
         return None
     place = torch.device("cuda" if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: no CUDA device is present; use device=None")
+        raise ValueError(
+            f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"
+        )
     return place
 
 
 def allocated(
     plan: Plan, config: LoraConfig, statistics: Calibration, weights: BaseWeights
 ) -> Plan:
-    """The plan with the allocator's ranks.
+    """The plan with the ranks that the method's allocator chooses.
 
     Raises:
-        ValueError: no rank was allocated to any layer; a weight it reads is not finite, by name.
+        ValueError: all ranks are 0, or a weight that the allocator reads is not finite.
     """
 
     def read(target: Target) -> Tensor:
@@ -360,8 +360,8 @@ def allocated(
     ranks = plan.options.allocate(requests)
     if not any(ranks.values()):
         raise ValueError(
-            f"{plan.initializer.name}: no layer's inputs vary over the calibration data, so no "
-            "rank was allocated; pass real, varied batches"
+            f"{plan.initializer.name}: no layer's inputs vary over the calibration data, so all "
+            "ranks would be 0; pass real, varied batches"
         )
     return plan.with_ranks(ranks, config)
 
@@ -369,7 +369,7 @@ def allocated(
 def _figures_before_replacement(
     weights: BaseWeights, initialized: list[InitializedLayer]
 ) -> dict[str, dict[str, Any]]:
-    """The report's figures of layers whose weight will be lost."""
+    """The report's figures of layers whose weight will be replaced."""
     return {
         layer.target.name: weight_figures(
             weights.weight(layer.target),

@@ -1,4 +1,4 @@
-"""What an initializer returns: the two factors, and what becomes of the base weight."""
+"""The output of an initializer: the two factors and what happens to the base weight."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ if TYPE_CHECKING:
     from lora_init.quantization import Quantizer
 
 Base = Literal["keep", "subtract", "replace"]
-"""What a method does to the base weight W, given the scaling s and its factors B0, A0:
+"""What a method does to the base weight W, with scaling s and initial factors B0, A0.
 
-- ``keep``: the layer computes ``W x + s B A x``;
-- ``subtract``: ``(W - s B0 A0) x + s B A x``, the original function at step 0;
-- ``replace``: ``Q x + s B A x``, where Q is a quantised weight.
+- ``keep``: the layer computes ``W x + s B A x``.
+- ``subtract``: it computes ``(W - s B0 A0) x + s B A x``, which equals W x at step 0.
+- ``replace``: it computes ``Q x + s B A x``, where Q is a quantized weight.
 """
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A quantised base that can be computed again from the original weight.
+    """The recipe to compute a quantized base from the original weight.
 
-    ``Q = dequantize(quantize(W - s lora_B lora_A))``. The factors are those of the method's last
-    quantisation step, not the ones it returns: storing r(m + n) numbers instead of m n codes is
-    enough to rebuild Q, because the quantiser is a deterministic map. `checksum` is that of Q in
-    the file that these come from, if any (see `lora_init.weights.checksum`).
+    ``Q = dequantize(quantize(W - s lora_B lora_A))``, with the factors of the method's last
+    quantization step, which may differ from the returned factors. The quantizer is deterministic,
+    so r(m + n) stored numbers are enough to rebuild the m n codes.
+
+    Attributes:
+        quantizer: the quantizer of the base.
+        lora_A: A in the formula, (rank, in).
+        lora_B: B in the formula, (out, rank).
+        checksum: checksum of Q in the loaded file, if any (see `lora_init.weights.checksum`).
     """
 
     quantizer: Quantizer
@@ -41,18 +46,17 @@ class Replacement:
     checksum: str | None = None
 
     def members(self) -> list[Replacement]:
-        """Of a stack: each layer's."""
+        """The recipe of each layer of a stack."""
         pairs = zip(self.lora_A, self.lora_B, strict=True)
         return [replace(self, lora_A=lora_A, lora_B=lora_B) for lora_A, lora_B in pairs]
 
     def residual(
         self, weight: Float[Tensor, "*stack out in"], scaling: float
     ) -> Float[Tensor, "*stack out in"]:
-        """W - s B A, what is quantised, in float32.
+        """W - s B A in float32: the matrix that is quantized.
 
-        The product is taken in float64 and rounded once: another thread count or device may sum
-        it in another order, and a float32 sum that moved in its last bit could cross one of the
-        quantiser's thresholds.
+        The product is computed in float64 and rounded once. Another thread count or device may sum
+        in another order. A change in the last float32 bit could cross a threshold of the quantizer.
         """
         if weight.ndim > 2:
             pairs = zip(self.members(), weight, strict=True)
@@ -70,7 +74,7 @@ class Replacement:
     def base(
         self, weight: Float[Tensor, "*stack out in"], scaling: float
     ) -> Float[Tensor, "*stack out in"]:
-        """Q in float32, from the original weight."""
+        """Q in float32, computed from the original weight."""
         return self.quantizer.roundtrip(self.residual(weight, scaling))
 
 
@@ -81,10 +85,10 @@ class Factors:
     Attributes:
         lora_A: A0, shape (rank, in), float32.
         lora_B: B0, shape (out, rank), float32.
-        replacement: how to rebuild the base; for ``replace`` methods only.
-        metrics: figures the method knows about itself (`error`, `captured_energy`, …) for reports.
-            A method whose factors nest gives a count as a vector with one entry for each component:
-            the report has the sum over the components that are used.
+        replacement: the recipe of the base; only for ``replace`` methods.
+        metrics: figures of the method for reports (`error`, `captured_energy`, …). A count may be
+            a vector with one entry per component, if the factors of rank r are the first r of a
+            higher rank. The report shows its sum over the components in use.
     """
 
     lora_A: Float[Tensor, "*stack rank in"]
@@ -94,13 +98,13 @@ class Factors:
 
 
 def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
-    """s B A in float32 or wider."""
+    """s B A in float32 or float64."""
     with full_precision():
         return matrix.product(widened(lora_B.detach()) * scaling, widened(lora_A.detach()))
 
 
 def unstacked(stack: Factors, count: int) -> list[Factors]:
-    """The factors of each layer of a stack; so are metrics that are tensors."""
+    """Split a stack's factors, and its metrics that are tensors, into those of each layer."""
     replacements = [None] * count if stack.replacement is None else stack.replacement.members()
     return [
         Factors(
@@ -115,6 +119,7 @@ def unstacked(stack: Factors, count: int) -> list[Factors]:
         for index in range(count)
     ]
 
+
 def widened(weight: Tensor) -> Tensor:
-    """The tensor in at least float32: 16-bit weights are converted before any computation."""
+    """The tensor in float32 if it has a narrower dtype, else unchanged."""
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()

@@ -1,4 +1,4 @@
-"""What an initializer is given: one layer, or a stack of layers of one shape."""
+"""The input of an initializer: one layer, or a stack of layers of one shape."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ STACKED = "stored_weight", "gradient"
 
 @dataclass
 class LayerStatistics:
-    """What a calibration found out about one layer.
+    """The calibration statistics of one layer.
 
     Attributes:
         inputs: moments of its inputs, if the method reads them.
-        gradient: of the loss with respect to its weight, if the method reads it.
+        gradient: gradient of the loss with respect to its weight, if the method reads it.
     """
 
     inputs: Inputs | None = None
     gradient: Float[Tensor, "out in"] | None = None
 
     def to(self, device: torch.device) -> LayerStatistics:
-        """The same statistics on another device; this object if they are there already."""
+        """The statistics on `device`; this object if they are there already."""
         parts = {"inputs": self.inputs, "gradient": self.gradient}
         elsewhere = {
             name: part.to(device)
@@ -49,13 +49,13 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class LayerRequest:
-    """What an allocator knows of a layer.
+    """A layer in the view of a rank allocator.
 
     Attributes:
-        rank: the planned one.
+        rank: the planned rank.
         shape: (out, in).
-        statistics: what its method asked for.
-        weight: reads the original weight, (out, in), whole; for one layer at a time.
+        statistics: the statistics that the method requested.
+        weight: function that loads the original weight (out, in). Call it for one layer at a time.
     """
 
     rank: int
@@ -66,25 +66,26 @@ class LayerRequest:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as an initializer sees it, or a stack of layers that are alike.
+    """One layer, or a stack of layers of one shape, as input of an initializer.
 
-    A function marked with `lora_init.registry.batched` may get a stack: then the weight, the
-    statistics and the factors have a leading dimension, and `names` has an entry for each layer.
-    What the method does not declare in `reads` is None; the weight then raises an error.
+    A function marked with `lora_init.registry.batched` may get a stack. Then the weight, the
+    statistics and the factors have a leading dimension, and `names` has one entry per layer.
+    Data that the method does not declare in `reads` are None; `weight` then raises an error.
 
     Attributes:
-        names: qualified names of the modules; a single one unless it is a stack.
+        names: qualified names of the modules; one name unless it is a stack.
         kind: the module type, such as "Linear" or "Embedding".
         shape: (out, in).
         rank: r of the factors to return.
-        scaling: s, by which the layer multiplies B A.
+        scaling: s; the layer adds s B A x.
         seed: the initialization seed.
-        stored_weight: W (out, in), or (stack, out, in): in 16 bits if the model stores it so,
-            otherwise in float32.
+        stored_weight: W (out, in) or (stack, out, in); 16-bit if the model stores it so, else
+            float32.
         inputs: moments of the layer's inputs.
-        gradient: of the loss with respect to W, float32, shaped like W.
-        quantizer: of a base that is quantized already; None for a float base.
-        planned_rank: r before ranks were allocated; None without an allocation.
+        gradient: gradient of the loss with respect to W, float32, with the shape of W.
+        quantizer: the quantizer of a base that is quantized already; None for a float base.
+        planned_rank: r before rank allocation; None without allocation.
+        is_stack: whether this is a stack.
     """
 
     names: tuple[str, ...]
@@ -109,8 +110,8 @@ class Layer:
         """
         if self.stored_weight is None:
             raise AttributeError(
-                "layer.weight is not available: the method must declare reads=('weight', ...) "
-                "when it is registered"
+                "layer.weight is not available: must be declared. Register the method with "
+                "reads=('weight', ...)"
             )
         return widened(self.stored_weight).to(torch.float32)
 
@@ -120,22 +121,22 @@ class Layer:
 
     @property
     def generators(self) -> tuple[torch.Generator, ...]:
-        """A CPU generator for each layer, seeded by the initialization seed and its name."""
+        """One CPU generator per layer, seeded by the initialization seed and the layer's name."""
         return self._generators
 
     @property
     def generator(self) -> torch.Generator | tuple[torch.Generator, ...]:
-        """The layer's generator; for a stack one for each layer."""
+        """The layer's generator; for a stack, one generator per layer."""
         return self._generators if self.is_stack else self._generators[0]
 
     @property
     def is_random(self) -> bool:
-        """Whether a method has asked for a generator, so that its factors depend on the seed."""
+        """Whether the method has used a generator, so that its factors depend on the seed."""
         return "_generators" in vars(self)
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The leading dimensions of weight and factors: (layers,) of a stack, else ()."""
+        """The leading dimensions of weight and factors: (layers,) for a stack, else ()."""
         return (len(self.names),) if self.is_stack else ()
 
     def members(self) -> list[Layer]:
@@ -159,7 +160,7 @@ class Layer:
 
 
 def stacked(layers: Sequence[Layer]) -> Layer:
-    """Layers of one kind, shape, rank and scaling as a stack."""
+    """Combine layers of one kind, shape, rank and scaling into a stack."""
     first = layers[0]
     weights, gradients = ([getattr(one, name) for one in layers] for name in STACKED)
     return replace(
@@ -175,9 +176,9 @@ def stacked(layers: Sequence[Layer]) -> Layer:
 def layer_generator(seed: int, name: str) -> torch.Generator:
     """The CPU generator of the layer `name` under `seed`.
 
-    Its seed is the first 63 bits of SHA-256 of ``"{seed}:{name}"``. So the numbers depend neither
-    on which other layers are targeted, nor on their order, the device or the process. They are
-    drawn on the CPU because CUDA's generator gives other numbers.
+    Its seed is the first 63 bits of SHA-256 of ``"{seed}:{name}"``. So the numbers do not depend on
+    the other targets, their order, the device or the process. All draws happen on the CPU, because
+    CUDA's generator gives different numbers.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device="cpu")

@@ -20,13 +20,13 @@ Components = tuple[Float[Tensor, " rank"], Float[Tensor, "in rank"], Float[Tenso
 
 @dataclass
 class InputStatistics:
-    """Moments of one distinct input. Shared by all layers that read it.
+    """Mean and covariance of one input tensor, shared by all layers that read it.
 
     Attributes:
-        covariance: sum (x - mean)(x - mean)ᵀ / tokens, float32; float64 where the method asks for
-            that (`CalibrationRequest.smallest`).
+        covariance: sum (x - mean)(x - mean)ᵀ / tokens, in float32, or in float64 with
+            `CalibrationRequest.smallest`.
         mean: sum x / tokens, float64.
-        tokens: how many rows were counted.
+        tokens: the number of rows.
     """
 
     covariance: Float[Tensor, "in in"]
@@ -37,7 +37,7 @@ class InputStatistics:
 
     @classmethod
     def of_rows(cls, rows: Float[Tensor, "tokens in"]) -> InputStatistics:
-        """The moments of rows in memory, computed in float64 and rounded once."""
+        """The moments of `rows`, computed in float64; the covariance is rounded to float32."""
         wide = rows.detach().double()
         mean = wide.mean(0)
         centered = wide - mean
@@ -49,18 +49,18 @@ class InputStatistics:
 
     @property
     def second_moment(self) -> Float[Tensor, "in in"]:
-        """sum x xᵀ / tokens, uncentred, in float64: a large mean would drown the covariance."""
+        """sum x xᵀ / tokens, uncentered; float64, as a large mean would hide the covariance."""
         wide = self.covariance.double()
-        # In place where that was a copy: these are as large as anything an initializer holds.
+        # In place if `wide` is a copy, to save memory: these matrices are large.
         add = torch.addr if wide is self.covariance else Tensor.addr_
         return add(wide, self.mean, self.mean)
 
     def principal_components(self, rank: int, center: bool) -> Components:
         """Top `rank` variances (descending), their directions, and the total variance.
 
-        Kept, so that the layers sharing this input, and an allocator before them, pay once. What is
-        decomposed is rounded up to a power of two: LAPACK's last bits depend on how many vectors it
-        is asked for, and a layer's may not depend on what the others asked for.
+        The result is cached for other layers with this input and for a rank allocator. The
+        decomposed size is rounded up to a power of two. LAPACK's last bits depend on the number of
+        vectors, and the result for a layer must not depend on what other layers request.
         """
         size = decomposed_size(rank, len(self.mean))
         if (center, size) not in self._components:
@@ -69,23 +69,23 @@ class InputStatistics:
         return leading(self._components[center, size], rank)
 
     def has_components(self, center: bool, size: int) -> bool:
-        """Whether a decomposition of this size is kept."""
+        """Whether a decomposition of this size is cached."""
         return (center, size) in self._components
 
     def matrix(self, center: bool) -> Float[Tensor, "in in"]:
-        """The covariance, or with `center=False` the second moment."""
+        """The covariance, or the second moment for `center=False`."""
         return self.covariance if center else self.second_moment
 
     def keep(self, center: bool, size: int, matrix: Tensor, values: Tensor, vectors: Tensor):
-        """Keep the decomposition of `matrix(center)` for `principal_components`."""
+        """Cache the decomposition of `matrix(center)` for `principal_components`."""
         total = matrix.diagonal().sum().clamp_min(0)
         figures = (values.clamp_min(0), vectors, total)
         self._components[center, size] = tuple(figure.float() for figure in figures)
 
     def least_directions(self, rank: int) -> Float[Tensor, "in rank"]:
-        """The last `rank` eigenvectors of `second_moment`, the least of all first, in float64.
+        """The last `rank` eigenvectors of `second_moment`, ascending, in float64.
 
-        Kept, and rounded up, like `principal_components`.
+        The result is cached, and its size rounded up, as in `principal_components`.
         """
         size = linalg.nesting_rank(rank, len(self.mean))
         if size not in self._least:
@@ -93,14 +93,14 @@ class InputStatistics:
         return self._least[size][:, :rank]
 
     def condensed(self, rank: int) -> LeadingComponents:
-        """What `principal_components` gives for ranks up to `rank`, without the covariance."""
+        """The results of `principal_components` up to `rank`, without the covariance matrix."""
         components = {center: self.principal_components(rank, center) for center in (True, False)}
         return LeadingComponents(
             {center: tuple(part.clone() for part in found) for center, found in components.items()}
         )
 
     def to(self, device: torch.device) -> InputStatistics:
-        """The same on another device, with the decompositions that are kept."""
+        """The moments on `device`, with the cached decompositions."""
         components = {
             key: tuple(part.to(device) for part in found) for key, found in self._components.items()
         }
@@ -112,9 +112,9 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class StackedInputs:
-    """The inputs of layers of one shape, for a method that works on a stack of them.
+    """The input moments of a stack of layers.
 
-    Layers that share their inputs share their statistics, too.
+    Layers with the same input share one member.
     """
 
     members: Sequence[InputStatistics]
@@ -128,7 +128,7 @@ class StackedInputs:
         return torch.stack([one.second_moment for one in self.members])
 
     def least_directions(self, rank: int) -> Float[Tensor, "*stack in rank"]:
-        """As of `InputStatistics`; distinct inputs are decomposed together."""
+        """Like `InputStatistics.least_directions`; distinct inputs are decomposed together."""
         size = linalg.nesting_rank(rank, len(self.members[0].mean))
         waiting = {id(one): one for one in self.members if size not in one._least}
         if waiting:
@@ -141,10 +141,10 @@ class StackedInputs:
 
 @dataclass(frozen=True)
 class LeadingComponents:
-    """Principal components alone: n · rank numbers where the covariance has n².
+    """Principal components without the covariance: n · rank numbers instead of n².
 
     Attributes:
-        components: by whether the mean is subtracted.
+        components: the components by `center`, whether the mean is subtracted.
     """
 
     components: Mapping[bool, Components]
@@ -154,7 +154,7 @@ class LeadingComponents:
         return self.components[True][0].device
 
     def principal_components(self, rank: int, center: bool) -> Components:
-        """As of `InputStatistics`, up to the rank that was kept."""
+        """Like `InputStatistics.principal_components`, up to the stored rank."""
         return leading(self.components[center], rank)
 
     def to(self, device: torch.device) -> LeadingComponents:
@@ -166,24 +166,27 @@ class LeadingComponents:
 
 
 def sums_bytes(width: int, dtype: torch.dtype) -> int:
-    """Memory of the sums of one input during a calibration: all products, and a block of rows."""
+    """Bytes that a calibration needs per input: the second moment and a block of rows."""
     return dtype.itemsize * (width**2 + ROWS * width)
 
 
 def decomposed_size(rank: int, width: int) -> int:
-    """How many components are computed where `rank` of them are asked for."""
+    """The number of components to compute for a request of `rank`."""
     return linalg.nesting_rank(max(rank, SMALLEST_DECOMPOSITION), width)
 
 
 def decompose_together(
     inputs: Sequence[InputStatistics], rank: int, center: bool, *, memory: int
 ) -> None:
-    """Compute the principal components of inputs of one width, as stacks on an accelerator.
+    """Compute the principal components of inputs of one width, in stacks.
 
-    Each of them keeps the result for `principal_components`.
+    Each input caches its result for `principal_components`.
 
     Args:
-        memory: in bytes, of the float64 matrices of one stack; one matrix may exceed it.
+        inputs: inputs of one width on one accelerator.
+        rank: the requested number of components.
+        center: whether to subtract the mean.
+        memory: bytes for the float64 matrices of one stack; a single matrix may exceed it.
     """
     width = len(inputs[0].mean)
     size = decomposed_size(rank, width)
@@ -199,6 +202,6 @@ def decompose_together(
 
 
 def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `rank` of all components."""
+    """The first `rank` components, and the total variance."""
     values, vectors, total = components
     return values[:rank], vectors[:, :rank], total

@@ -1,4 +1,4 @@
-"""The registry of initializers: what each method is called, reads and does.
+"""The registry of initialization methods, and how to add one.
 
 A method is a pure function in one file, registered by a decorator::
 
@@ -36,21 +36,21 @@ from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
 Reads = Literal["weight", "inputs", "gradient", "quantizer"]
-"""What a method reads of a `Layer`, besides shape, rank, scaling and generator."""
+"""The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
 
 Method = Callable[[Layer, Any], Factors]
 
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """Which statistics a calibration collects for a layer: moments of its inputs, or its gradient.
+    """The statistics that a calibration collects for a layer: input moments or a gradient.
 
     Attributes:
-        ignore_label: positions with this label are left out; None masks by attention only.
-        smallest: the directions of least variance matter too, so the moments are summed in
-            float64. This doubles time and memory.
-        gradients: the gradient of the loss with respect to the weight instead of the inputs'
-            moments; the batches then need labels.
+        ignore_label: skip positions with this label; None masks by attention only.
+        smallest: sum the moments in float64, for methods that use the directions of least
+            variance. This doubles time and memory.
+        gradients: collect the gradient of the loss with respect to the weight instead of the
+            moments of the inputs. The batches then need labels.
     """
 
     ignore_label: int | None = None
@@ -59,7 +59,7 @@ class CalibrationRequest:
 
 
 def sums_dtype(requests: Iterable[CalibrationRequest]) -> torch.dtype:
-    """The dtype in which one pass sums the inputs for all of these requests."""
+    """The dtype in which one calibration pass sums the input moments for all `requests`."""
     precise = any(request.smallest for request in requests)
     return torch.float64 if precise else torch.float32
 
@@ -68,7 +68,7 @@ def sums_dtype(requests: Iterable[CalibrationRequest]) -> torch.dtype:
 class Options:
     """Base class for the settings of a method: a dataclass that checks its values.
 
-    A subclass overrides what depends on the settings or on the layer's shape:
+    A subclass overrides the attributes and methods that differ for it.
 
     Attributes:
         frozen: factors that are not trained, such as ``("lora_B",)``.
@@ -81,23 +81,23 @@ class Options:
 
     @classmethod
     def from_name(cls, name: str) -> Options | None:
-        """The options that another spelling of the method stands for, such as "pissa_niter_4"."""
+        """The options for a name that contains settings, like "pissa_niter_4"; else None."""
         return None
 
     def input_request(self) -> CalibrationRequest:
-        """Which moments to collect for a method that reads the inputs."""
+        """The moments to collect for a method that reads the inputs."""
         return CalibrationRequest()
 
     def refuse_rank(self, rank: int, shape: tuple[int, int]) -> str | None:
-        """Why the method does not support this rank on a weight (out, in); None if it does."""
+        """The reason why a weight of `shape` (out, in) cannot have this rank; None if it can."""
         return None
 
     def keeps_scaling(self) -> bool:
-        """Whether alpha changes with an allocated rank so that alpha / r stays the same."""
+        """Whether alpha changes with an allocated rank, so that the scaling stays the same."""
         return True
 
     def directions(self, rank: int, shape: tuple[int, int]) -> int | None:
-        """How many leading directions of the inputs the method reads; None: all moments."""
+        """The number of leading input directions that the method reads; None for all moments."""
         return None
 
 
@@ -108,15 +108,15 @@ class Initializer:
     Attributes:
         name: for example "pissa".
         function: ``(layer, options) -> Factors``; pure.
-        options: dataclass with the method's settings.
-        paper: where the method comes from.
+        options: the dataclass of the method's settings.
+        paper: the source of the method.
         base: what happens to the base weight: "keep", "subtract" or "replace".
-        preserves_output: whether the model computes the same at step 0 as without the adapter.
+        preserves_output: whether the output at step 0 equals that of the base model.
         reads: what the method reads: "weight", "inputs", "gradient", "quantizer".
-        modules: the module types that the method supports. A Conv2d is seen as the matrix of its
-            patches, an Embedding as a linear map of one-hot vectors.
-        control: whether the method isolates one cause of another method's effect, and is not a
-            proposal for a start.
+        modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
+            Embedding as a linear map of one-hot vectors.
+        control: whether the method is only for experiments: it isolates one cause of another
+            method's effect.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Initializer:
 
     @property
     def needs(self) -> frozenset[str]:
-        """`reads` as it was spelled before: "weights" and "gradients" in the plural."""
+        """The former name and spelling of `reads`: "weights" and "gradients" in the plural."""
         plural = {"weight": "weights", "gradient": "gradients"}
         return frozenset(plural.get(one, one) for one in self.reads)
 
@@ -147,7 +147,7 @@ class Initializer:
 
     @property
     def is_batched(self) -> bool:
-        """Whether the function also takes a stack of layers."""
+        """Whether the function also accepts a stack of layers."""
         return getattr(self.function, "is_batched", False)
 
     @property
@@ -161,7 +161,7 @@ class Initializer:
         return bool(self.reads & {"inputs", "gradient"})
 
     def request(self, options: Options) -> CalibrationRequest | None:
-        """What a calibration must collect; None for a method without calibration data."""
+        """The statistics to collect; None for a method that needs no calibration data."""
         if "gradient" in self.reads:
             return CalibrationRequest(gradients=True)
         return options.input_request() if "inputs" in self.reads else None
@@ -182,7 +182,7 @@ _registry: dict[str, Initializer] = {}
 _loaded: bool | None = False
 """None while the methods are being imported."""
 _loading = threading.RLock()
-"""Held while methods are imported: other threads wait, the importing one may call back."""
+"""Held during the import of the methods; reentrant, because a method may use the registry."""
 
 
 def register_initializer(
@@ -196,7 +196,7 @@ def register_initializer(
     modules: Iterable[str] = LINEAR_TYPES,
     control: bool = False,
 ) -> Callable[[Method], Method]:
-    """Register a function as the initializer `name`; for the arguments see `Initializer`.
+    """Register a function as the initializer `name`; `Initializer` describes the arguments.
 
     Raises:
         TypeError: `options` is not a subclass of `Options`.
@@ -225,13 +225,13 @@ def register_initializer(
         for argument, values in given.items():
             if unknown := sorted(values - set(supported[argument])):
                 raise ValueError(
-                    f"initializer {name!r}: {argument} has {', '.join(unknown)}; must be of "
-                    f"{', '.join(supported[argument])}"
+                    f"initializer {name!r}: {argument}={', '.join(unknown)} is not supported: "
+                    f"must be of {', '.join(supported[argument])}"
                 )
         if {"inputs", "gradient"} <= given["reads"]:
             raise ValueError(
-                f"initializer {name!r}: reads has 'inputs' and 'gradient'; one calibration "
-                "collects one of them: must be one or the other"
+                f"initializer {name!r}: reads with both 'inputs' and 'gradient' is not supported: "
+                "must be one of them, because a calibration collects only one"
             )
         _registry[name] = Initializer(
             name,
@@ -250,9 +250,9 @@ def register_initializer(
 
 
 def batched(function: Method) -> Method:
-    """Mark a method that also takes a stack of layers (see `lora_init.layer.Layer`).
+    """Mark a method that also accepts a stack of layers (see `lora_init.layer.Layer`).
 
-    An accelerator then initializes layers of one shape by a single call.
+    An accelerator then initializes layers of one shape in a single call.
     """
     function.is_batched = True
     return function
@@ -265,10 +265,10 @@ def list_initializers(pattern: str = "*") -> list[Initializer]:
 
 
 def get_initializer(name: str) -> Initializer:
-    """Look up a registered initializer by its name, in any case ("PiSSA", "LoRA-GA").
+    """Look up a registered initializer by name, in upper or lower case ("PiSSA", "LoRA-GA").
 
     Raises:
-        ValueError: for an unknown name, with the nearest known ones.
+        ValueError: the name is unknown; the message suggests the nearest known name.
     """
     _load()
     given, name = name, method_name(name)
@@ -288,14 +288,16 @@ def method_name(spelling: str) -> str:
 
 
 def resolve(setting: Any) -> tuple[Initializer, Any]:
-    """Turn any accepted form of ``init_lora_weights`` into an initializer and its options.
+    """Turn a value of ``init_lora_weights`` into an initializer and its options.
 
-    Accepted are True (kaiming), False (random), a name (``"pissa"``, ``"pissa_niter_4"``), a
-    mapping ``{"name": "pissa", "niter": 4}``, or an options instance, whose type names the method.
+    Args:
+        setting: True (kaiming), False (random), a name (``"pissa"``, ``"pissa_niter_4"``), a
+            mapping ``{"name": "pissa", "niter": 4}``, or an options instance, whose type
+            determines the method.
 
     Raises:
-        ValueError: unknown name or option, or an option's value that its dataclass refuses.
-        TypeError: any other type.
+        ValueError: the name or an option is unknown, or an option's value is not supported.
+        TypeError: `setting` has another type.
     """
     _load()
     if isinstance(setting, bool):
@@ -310,8 +312,8 @@ def resolve(setting: Any) -> tuple[Initializer, Any]:
         values = dict(setting)
         if not isinstance(values.get("name"), str):
             raise ValueError(
-                f"init_lora_weights={setting!r}: a mapping needs the key 'name', "
-                "e.g. {'name': 'pissa', 'niter': 4}"
+                f"init_lora_weights={setting!r} is not supported: a mapping must have the key "
+                "'name', e.g. {'name': 'pissa', 'niter': 4}"
             )
         spec = get_initializer(values.pop("name"))
         return spec, build_options(spec.options, values, f"init_lora_weights ({spec.name})")
@@ -326,7 +328,7 @@ def resolve(setting: Any) -> tuple[Initializer, Any]:
 
 
 def build_options(options: type, values: Mapping[str, Any], setting: str) -> Any:
-    """Make an options instance from a mapping, refusing unknown keys by name."""
+    """Make an options instance from a mapping; an unknown key raises ValueError."""
     known = [f.name for f in fields(options)]
     for key in values:
         if key not in known:
@@ -340,17 +342,17 @@ def build_options(options: type, values: Mapping[str, Any], setting: str) -> Any
 
 
 def describe(spec: Initializer, options: Any) -> dict[str, Any]:
-    """The mapping form of a method and its options; `resolve` is its inverse."""
+    """The mapping that `resolve` turns back into this method and these options."""
     return {"name": spec.name, **asdict(options)}
 
 
 def _load() -> None:
-    """Import the package's own methods and the entry points of third parties, once."""
+    """Import the methods of this package and of third-party entry points, once."""
     global _loaded
     if _loaded is True:
         return
     with _loading:
-        if _loaded is not False:  # loaded meanwhile, or called back by a module imported below
+        if _loaded is not False:  # another thread loaded, or a module below called this
             return
         _loaded = None
         try:

@@ -1,4 +1,4 @@
-"""What an initialization did, per layer and in total. Reads the model, changes nothing."""
+"""The report of an initialization: figures per layer and in total."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lora_init.tables import render
 
 @dataclass
 class LayerReport:
-    """One row of the report; None where a figure does not exist for the method.
+    """One row of the report; a figure that the method does not have is None.
 
     Attributes:
         relative_norm: ‖s B0 A0‖ / ‖W‖ (Frobenius).
         norm_A, norm_B: Frobenius norms of the initial factors.
-        captured_energy: ‖W P‖² / ‖W‖², P the projection on the row space of A0 (where A0 = 0: the
-            projection on B0's column space, from the left): the share of the weight that lies in
-            the directions where the adapter begins.
-        error: for a subtracted base the share of the weight left frozen, ‖W - s B0 A0‖ / ‖W‖; for
-            a replaced one ‖W - Q - s B0 A0‖ / ‖W‖.
+        captured_energy: ‖W P‖² / ‖W‖², where P projects on the row space of A0: the share of the
+            weight in the adapter's initial directions. If A0 = 0, it is ‖P W‖² / ‖W‖² with the
+            projection on the column space of B0.
+        error: ‖W - s B0 A0‖ / ‖W‖ for a subtracted base, the share of the weight that is frozen;
+            ‖W - Q - s B0 A0‖ / ‖W‖ for a replaced base.
         seconds: time of the layer's initializer.
         base: kept, edited, in_forward or replaced.
-        details: what the method itself reported.
+        details: the other metrics of the method.
     """
 
     name: str
@@ -54,7 +54,7 @@ class LayerReport:
 
     @classmethod
     def of(cls, target: Target, seconds: float | None) -> LayerReport:
-        """The row of a target, its figures still to come."""
+        """The row of a target, without figures yet."""
         return cls(
             name=target.name,
             module_type=target.module_type,
@@ -69,9 +69,9 @@ class LayerReport:
 
 @dataclass
 class InitReport:
-    """The table that `LoraModel.init_report()` returns; print it, or take `to_dict()`.
+    """The result of `LoraModel.init_report()`: print it as a table, or call `to_dict()`.
 
-    `left_out` has what got no adapter although it looks like a linear map, as the plan has it.
+    `left_out` lists modules and parameters that look like linear maps but have no adapter.
     """
 
     method: str
@@ -102,7 +102,7 @@ class InitReport:
             ]
             for layer in self.layers
         ]
-        if any(error is not None for error in bare):  # what a quantised base alone loses
+        if any(error is not None for error in bare):  # error of the quantized base alone
             header.insert(6, "without sBA")
             for row, error in zip(rows, bare, strict=True):
                 row.insert(6, error)
@@ -140,7 +140,7 @@ def weight_figures(
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """A basis of the columns' span; directions that vanish beside the largest are left out."""
+    """A basis of the columns' span, without directions whose singular value is negligible."""
     left, values, _ = linalg.thin_svd(columns.double())
     return left[:, values > 1e-7 * values[0]].float()
 
@@ -151,10 +151,14 @@ def describe_layer(
     metrics: Mapping[str, Any],
     original_weight: Callable[[], Tensor],
 ) -> None:
-    """Fill in a report's figures from a live layer and what reads its original weight.
+    """Fill in the figures of a layer's report.
 
-    A replaced base has lost its weight: its figures were taken when it was replaced and are in
-    `metrics`, as is everything else that the method itself reports.
+    Args:
+        layer: the adapted layer.
+        report: the row to fill in.
+        metrics: the method's metrics. For a replaced base they include all figures, because its
+            original weight is gone.
+        original_weight: function that loads the layer's original weight.
     """
     report.base = layer.base_state
     for name, value in metrics.items():

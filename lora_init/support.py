@@ -1,13 +1,13 @@
-"""What works with what, read from the registry: `python -m lora_init.support` prints the table.
+"""The table of supported combinations of methods, module types and base dtypes.
 
-A cell says what becomes of the base weight:
+`python -m lora_init.support` prints it. A cell names the effect on the base weight:
 
-- ``kept``: it stays as it is;
-- ``edited``: s B0 A0 is subtracted from it, and comes back within 1e-6 of its largest entry;
-- ``in forward``: it stays, and s B0 A0 is subtracted in the forward pass: to the last bit;
-- ``replaced``: a quantised weight takes its place (``*``: computed from `original_weights`).
+- ``kept``: it does not change.
+- ``edited``: s B0 A0 is subtracted from it, and restored within 1e-6 of its largest entry.
+- ``in forward``: it does not change, and s B0 A0 is subtracted in the forward pass.
+- ``replaced``: a quantized weight replaces it (``*``: computed from `original_weights`).
 
-Every method runs with rsLoRA and DoRA wherever it runs at all.
+Every method supports rsLoRA and DoRA in all its combinations.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ PACKED_TYPES = ("Linear4bit", "Linear8bitLt")
 
 
 def support(spec: Initializer, module_type: str, base: str) -> str | None:
-    """What becomes of a base under a method; None where it is refused by name.
+    """A method's effect on a base weight; None if the combination is not supported.
 
     Args:
-        module_type: one of `lora_init.weights.kinds.MODULE_TYPES`.
+        spec: the method.
+        module_type: one of `lora_init.weights.module_types.MODULE_TYPES`.
         base: "float32", "16 bits" or, for bitsandbytes' modules, "packed".
     """
     if module_type not in spec.modules:
@@ -40,9 +41,9 @@ def bases(module_type: str) -> tuple[str, ...]:
 
 
 def support_table() -> str:
-    """The table as Markdown: a method a row, a module type a column.
+    """The table as Markdown, with one row per method and one column per module type.
 
-    Where float32 and 16-bit bases differ, a cell has both, in this order.
+    A cell shows two entries where float32 and 16-bit bases differ, in this order.
     """
     lines = [
         "| method | " + " | ".join(MODULE_TYPES) + " |",

@@ -12,14 +12,14 @@ from rich.table import Table
 
 
 def render(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> str:
-    """A table as text; the first column is left-aligned, names are never cut."""
+    """Format a table as text; the first column is left-aligned, and names are never cut."""
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     buffer = io.StringIO()
-    width = 40 + 40 * len(header)  # wide enough for any name; trailing blanks are cut below
+    width = 40 + 40 * len(header)  # wide enough for any name; trailing spaces are removed below
     Console(file=buffer, width=width, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())
 
@@ -33,7 +33,7 @@ def _cell(value: Any) -> str:
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """One entry for all names that differ only in their numbers, in the order of the first.
+    """Combine names that differ only in their numbers, in order of first occurrence.
 
     `layers.0.mlp.up`, `layers.1.mlp.up` and `layers.2.mlp.up` become `layers.{0..2}.mlp.up (3)`.
     """
@@ -56,7 +56,7 @@ def _collapsed(pattern: Sequence[str], names: list[str]) -> str:
 
 
 def _range(numbers: list[int]) -> str:
-    """The numbers in braces, runs of three or more as first..last; a single one as it is."""
+    """The numbers in braces, with runs of three or more as first..last; one number as it is."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs: list[list[int]] = []

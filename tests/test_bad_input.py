@@ -313,7 +313,7 @@ def test_dtypes_and_devices(model, refused):
     with pytest.raises(ValueError, match=r"adapter_dtype=torch.int8; allowed are torch.float16"):
         get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_dtype=torch.int8)
     if not torch.cuda.is_available():
-        refused("device='cuda': no CUDA device is present", device="cuda")
+        refused("device='cuda' is not supported: no CUDA device is present", device="cuda")
 
 
 def test_an_orientation_that_no_target_has_warns(model):

@@ -332,7 +332,7 @@ def test_requantized_adapter_is_rebuilt_from_its_file(packing, tmp_path):
 def test_quantised_base_without_original_weights_is_refused(method, packing):
     base = packed_chain(packing)
     before = snapshot(base)
-    with pytest.raises(ValueError, match=f"'square' is quantised already.*{method}.*pass original"):
+    with pytest.raises(ValueError, match=f"'square' is quantized already.*{method}.*pass original"):
         adapt(base, method)
     assert_unchanged(base, before)
 
@@ -417,7 +417,7 @@ def test_quantized_base_has_two_values(value):
 
 def test_requantize_without_a_quantised_target():
     refused(
-        "quantized_base='requantize', but no target is quantised; leave it out",
+        "quantized_base='requantize' is not supported: no target is quantized. Leave it out",
         original(), quantized_base="requantize",
     )  # fmt: skip
 

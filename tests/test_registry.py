@@ -53,10 +53,10 @@ def test_a_name_is_registered_once(clean_registry):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reads": ("weights",)}, "reads has weights; must be of weight, inputs"),
-        ({"reads": ("inputs", "gradient")}, "reads has 'inputs' and 'gradient'"),
-        ({"modules": ("Dense",)}, "modules has Dense; must be of Linear"),
-        ({"base": "edit"}, "base has edit; must be of keep"),
+        ({"reads": ("weights",)}, "reads=weights is not supported: must be of weight, inputs"),
+        ({"reads": ("inputs", "gradient")}, "reads with both 'inputs' and 'gradient'"),
+        ({"modules": ("Dense",)}, "modules=Dense is not supported: must be of Linear"),
+        ({"base": "edit"}, "base=edit is not supported: must be of keep"),
     ],
 )
 def test_a_wrong_declaration_is_refused_by_name(clean_registry, arguments, message):

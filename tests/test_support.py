@@ -82,7 +82,7 @@ def test_a_cell_is_true(spec, kind, base, use_dora):
         expected = copy.deepcopy(model)(x)
     weights = None
     if promised == "replaced*":
-        with pytest.raises(ValueError, match=r"'0' is quantised already.*original_weights"):
+        with pytest.raises(ValueError, match=r"'0' is quantized already.*original_weights"):
             get_peft_model(model, config, calibration=calibration)
         weights = {"0.weight": original}
     adapted = get_peft_model(model, config, calibration=calibration, original_weights=weights)

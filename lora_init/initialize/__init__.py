@@ -1,1 +1,1 @@
-"""Runs the initializers over the planned layers, on all cores, a GPU, or several processes."""
+"""Runs the initializers over the planned layers: on all cores, a GPU, or several processes."""

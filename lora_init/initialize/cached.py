@@ -1,8 +1,8 @@
-"""Factors from the cache: a decomposition of the same weight is computed once.
+"""The factor cache: a decomposition of the same weight is computed only once.
 
-The key holds everything that the factors depend on: the method and its options, the bytes of the
-weight and of the statistics, module type, rank and scaling, the kind of device and torch's version.
-A hit equals a computation on that device with the same number of threads, to the last bit.
+The key covers everything that the factors depend on: the method and its options, the bytes of the
+weight and of the statistics, module type, rank, scaling, device type and torch version. A cache hit
+is bitwise equal to a computation on that device with the same number of threads.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from lora_init.plan.plan import Plan, Target
 from lora_init.registry import Initializer
 
 VERSIONS = {"pissa": 3, "milora": 5, "mica": 4, "corda": 5}
-"""Methods whose decomposition takes longer than hashing its input, by the version of their results.
-Raise a version whenever the results change."""
+"""The version of the results of each cached method; increase it whenever the results change.
+
+Only methods whose decomposition takes longer than hashing its input are cached.
+"""
 
 
 def cacheable(cache: Cache | None, spec: Initializer, targets: Sequence[Target]) -> bool:
-    """Whether the cache may hold these factors, so that hashing the weights is worth its time."""
+    """Whether the method is cached and the factors of all targets fit into the cache."""
     if cache is None or spec.name not in VERSIONS:
         return False
     return all(cache.has_room(4 * target.parameters) for target in targets)
@@ -35,14 +37,14 @@ def cacheable(cache: Cache | None, spec: Initializer, targets: Sequence[Target])
 
 @dataclass(frozen=True)
 class CachedFactors:
-    """The cache as one plan uses it on one device."""
+    """The cached factors of one plan on one device."""
 
     cache: Cache
     plan: Plan
     device: torch.device
 
     def key(self, layer: Layer) -> str:
-        """The key of a layer's factors."""
+        """The cache key of a layer's factors."""
         return key(
             self.plan.initializer.name,
             VERSIONS[self.plan.initializer.name],
@@ -57,7 +59,7 @@ class CachedFactors:
         )
 
     def get(self, key: str, layer: Layer) -> Factors | None:
-        """A layer's factors; None if the cache does not have them."""
+        """Load a layer's factors; None if they are not in the cache."""
         entry = self.cache.get(key)
         if entry is None or not _fits(entry, layer):
             return None
@@ -65,7 +67,7 @@ class CachedFactors:
         return Factors(entry.tensors["lora_A"], entry.tensors["lora_B"], metrics=metrics)
 
     def put(self, key: str, layer: Layer, factors: Factors) -> None:
-        """Keep a layer's factors, unless they are not finite or depend on the seed."""
+        """Store a layer's factors if they are finite and do not depend on the seed."""
         if layer.is_random or not (is_finite(factors.lora_A) and is_finite(factors.lora_B)):
             return
         tensors = {"lora_A": factors.lora_A, "lora_B": factors.lora_B}
@@ -73,24 +75,24 @@ class CachedFactors:
             name: value.tolist() if isinstance(value, Tensor) else value
             for name, value in factors.metrics.items()
         }
-        # Not worth waiting for the disk at every layer: a lost entry is soon computed again.
+        # Does not wait for the disk: a lost entry only costs one more computation.
         self.cache.put(key, tensors, metrics, durable=False)
 
 
 def arithmetic(device: torch.device) -> list[str]:
-    """What decides the last bits of a result and is not an input: device and version of torch."""
+    """The device and the torch version, which affect the last bits of a result."""
     name = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     return [device.type, *name, torch.__version__]
 
 
 def _content(inputs: Any) -> dict[str, Any]:
-    """The statistics themselves, without what has been derived from them."""
+    """The statistics by name, without cached decompositions."""
     shown = (field.name for field in fields(inputs) if not field.name.startswith("_"))
     return {name: getattr(inputs, name) for name in shown}
 
 
 def _fits(entry: Entry, layer: Layer) -> bool:
-    """Whether an entry holds factors of this layer's shape; its checksum was checked before."""
+    """Whether an entry holds float32 factors of this layer's shape."""
     rows, columns = layer.shape
     shapes = {"lora_A": (layer.rank, columns), "lora_B": (rows, layer.rank)}
     found = {name: tuple(tensor.shape) for name, tensor in entry.tensors.items()}

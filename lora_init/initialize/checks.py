@@ -1,6 +1,6 @@
-"""The values of new factors are checked, and their metrics read, for a whole stack of layers.
+"""Checks of new factors and their metrics, for a whole stack of layers.
 
-A norm tells whether factors are finite and whether they vanish, in one reading of them.
+One norm per factor shows whether it is finite and whether it is zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_init.registry import Initializer
 
 @dataclass(frozen=True)
 class FactorNorms:
-    """The norms of each layer's factors, where these are; nothing is read yet."""
+    """The norms of each layer's factors, as tensors on the factors' devices."""
 
     factors: Sequence[Factors]
     norms: Sequence[Tensor]
@@ -44,16 +44,16 @@ class FactorNorms:
         causes a warning.
 
         Raises:
-            ValueError: a factor has NaN or infinite values; with the name of its target.
+            ValueError: a factor has NaN or infinite values; the message names its target.
         """
         tensors = [v for layer in metrics for v in layer.values() if isinstance(v, Tensor)]
         values = iter(on_host([*self.norms, *tensors]))
         for target, factors in zip(targets, self.factors, strict=True):
             norm_A, norm_B = next(values), next(values)
             if not (math.isfinite(norm_A) and math.isfinite(norm_B)):
-                # The norm of large finite numbers may overflow.
+                # The norm of large finite numbers can overflow, so this reads the factors.
                 refuse_non_finite_factors(target.name, spec, factors)
-            # Squares of the smallest numbers underflow.
+            # Squares of tiny numbers underflow, so this reads the factors.
             if norm_A == norm_B == 0 and not (factors.lora_A.any() or factors.lora_B.any()):
                 _warn_of_zeros(target, spec)
         return [
@@ -68,7 +68,7 @@ class FactorNorms:
 def check_shapes(
     name: str, shape: tuple[int, int], rank: int, spec: Initializer, factors: Factors
 ) -> None:
-    """Raises ValueError if a method returned other factors than it is registered for."""
+    """Raise ValueError if the factors do not fit the target or the method's registration."""
     rows, columns = shape
     for which, factor, expected in (
         ("lora_A", factors.lora_A, (rank, columns)),
@@ -77,7 +77,7 @@ def check_shapes(
         if tuple(factor.shape) != expected:
             raise ValueError(
                 f"{spec.name} returned {which} of shape {tuple(factor.shape)} for target "
-                f"{name!r}; expected {expected}"
+                f"{name!r}: must be {expected}"
             )
     if (factors.replacement is not None) != (spec.base == "replace"):
         raise ValueError(
@@ -87,9 +87,9 @@ def check_shapes(
 
 
 def moved_together(factors: Sequence[Factors], devices: Sequence[torch.device]) -> list[Factors]:
-    """Factors that were made on the CPU for one accelerator, copied there as a stack.
+    """Move factors from the CPU to their common accelerator in one copy.
 
-    Others stay where they are. So do constants, which have one number in memory.
+    Other factors are not moved, and neither are constants, which have one number in memory.
     """
     moves = len(set(devices)) == 1 and devices[0].type != "cpu" and len(factors) > 1
     result = list(factors)
@@ -102,7 +102,7 @@ def moved_together(factors: Sequence[Factors], devices: Sequence[torch.device]) 
 
 
 def refuse_non_finite_factors(name: str, spec: Initializer, factors: Factors) -> None:
-    """Raises ValueError if a factor has NaN or infinite values."""
+    """Raise ValueError if a factor has NaN or infinite values."""
     for which, factor in (("lora_A", factors.lora_A), ("lora_B", factors.lora_B)):
         if not is_finite(factor):
             raise ValueError(
@@ -112,8 +112,8 @@ def refuse_non_finite_factors(name: str, spec: Initializer, factors: Factors) ->
 
 def _warn_of_zeros(target: Target, spec: Initializer) -> None:
     warnings.warn(
-        f"target {target.name!r} starts with both factors zero under {spec.name} (its weight, "
-        "or what the method decomposes, is zero): it gets no gradient and will not learn; "
-        "leave it out (exclude_modules) or choose another method",
+        f"target {target.name!r} starts with both factors zero under {spec.name}, because its "
+        "weight or the matrix that the method decomposes is zero. It gets no gradient and will not "
+        "learn; leave it out (exclude_modules) or choose another method",
         stacklevel=2,
     )

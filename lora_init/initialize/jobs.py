@@ -1,9 +1,9 @@
-"""Which layers are initialized together, and how they keep all cores or the accelerator busy.
+"""Jobs: groups of layers that one call initializes, and their schedule on the device.
 
-On an accelerator, layers of one shape are a stack: one call for many of them, as wide as
-`STACK_BYTES` allows. On a CPU a stack would wait for its slowest LAPACK call: there layers share
-out the cores (see `lora_init.linalg.cores`), by the size of what is worked on: the weight, or, of
-methods that only draw, the factors.
+On an accelerator, layers of one shape form a stack, initialized by one call; `STACK_BYTES` limits
+its size. On a CPU a stack would wait for its slowest LAPACK call. So layers run in parallel threads
+there (see `lora_init.linalg.cores`). The number of threads depends on the size of the work: the
+weight, or the factors for methods that only draw random numbers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Job:
 
     targets: tuple[Target, ...]
     device: torch.device
-    numbers: int | None = None  # how large each one's work is; None: it is no matter of a CPU's
+    numbers: int | None = None  # numbers that a layer's work reads; None for an accelerator
 
     def parts(self) -> tuple[Job, ...]:
-        """Jobs that need less memory: half a stack each, or one layer on the CPU, or none."""
+        """Jobs with less memory: two halves of a stack, or one layer on the CPU, or none."""
         half = len(self.targets) // 2
         if half:
             return replace(self, targets=self.targets[:half]), replace(
@@ -42,7 +42,7 @@ class Job:
 
 
 def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
-    """All targets, in jobs; `devices` says where each is computed."""
+    """Group all targets into jobs; `devices` maps each target's name to its device."""
     made: list[Job] = []
     waiting: dict[tuple, list[Target]] = {}
     for target in plan.targets:
@@ -61,15 +61,15 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
 
 
 def _stacked_numbers(target: Target, plan: Plan) -> int:
-    """Of the weight, or of its inputs' second moment where a method reads that."""
+    """The size of the weight, or of the inputs' second moment if it is read and larger."""
     moment = target.shape[1] ** 2 if "inputs" in plan.initializer.reads else 0
     return max(prod(target.shape), moment)
 
 
 def stackable(plan: Plan, target: Target) -> bool:
-    """Whether the target may be initialized with others of its shape.
+    """Whether the target can be initialized in a stack.
 
-    Factors that are only drawn are made one by one, and then moved together.
+    Random factors are drawn layer by layer and then moved together.
     """
     if plan.initializer.reads:
         return plan.initializer.is_batched and not target.quantized
@@ -77,11 +77,11 @@ def stackable(plan: Plan, target: Target) -> bool:
 
 
 def run(work: Callable[[Job], Result], planned: Sequence[Job]) -> Iterator[Result]:
-    """The results, in no particular order; an error ends the rest."""
+    """Yield the results in any order; an error stops the remaining jobs."""
     return over_cores(work, planned, lambda job: job.numbers)
 
 
 def _numbers(target: Target, plan: Plan) -> int:
-    """How many one layer's work is on; more threads than they keep busy wait for each other."""
+    """The size of one layer's work, which limits the number of threads."""
     drawn = not plan.initializer.reads and not plan.requantizes_base(target)
     return target.rank * sum(target.shape) if drawn else prod(target.shape)

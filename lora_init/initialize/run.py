@@ -1,4 +1,4 @@
-"""Plan and statistics -> factors, layer by layer. Pure: no module is changed here."""
+"""Initialization: compute the factors of all planned layers, without changing a module."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from lora_init.weights.source import BaseWeights
 
 @dataclass(frozen=True)
 class InitializedLayer:
-    """A target's factors, on its module's device and in the adapter's dtype, and their cost."""
+    """A target's factors, in the adapter's dtype, and the seconds to compute them."""
 
     target: Target
     factors: Factors
     seconds: float
 
     def moved(self, device: torch.device | str) -> InitializedLayer:
-        """The same with its tensors on another device."""
+        """A copy with its tensors on `device`."""
         factors, replacement = self.factors, self.factors.replacement
         if replacement is not None:
             replacement = replace(
@@ -65,23 +65,26 @@ def initialize(
     device: torch.device | None = None,
     cache: Cache | None = None,
 ) -> list[InitializedLayer]:
-    """Run the plan's method over its targets.
+    """Run the plan's method on its targets.
 
-    Under `torch.distributed`, the ranks share the layers out between them, where all have the same
-    to do (see `lora_init.initialize.shared`).
+    Under `torch.distributed`, the ranks split the layers if all have the same work (see
+    `lora_init.initialize.shared`).
 
     Args:
-        weights: of the targets, only read.
-        plan: what to do.
-        statistics: by layer name; empty for methods that need none.
-        seed: the initialization seed; each layer derives a stream of its own from it and its name.
-        device: where the decompositions run; None means where each weight lives. Weights move
-            there a stack at a time, results return to their module's device.
-        cache: where decompositions are kept; None for none.
+        weights: the targets' weights; they are only read.
+        plan: the method and its targets.
+        statistics: calibration statistics by layer name; empty for methods that need none.
+        seed: the initialization seed; each layer derives a random stream from it and its name.
+        device: where the decompositions run; None means the device of each weight. Weights move
+            there stack by stack, and results move to the device of their module.
+        cache: the cache for decompositions; None disables it.
+
+    Returns:
+        The factors of all targets, in the order of the plan.
 
     Raises:
-        ValueError: a weight that the method reads or a factor is not finite, or a factor has the
-            wrong shape; by name.
+        ValueError: a weight or a factor is not finite, or a factor has the wrong shape; the
+            message names the target.
     """
     homes = {
         target.name: factor_device(weights.model.get_submodule(target.name))
@@ -108,7 +111,7 @@ def initialize(
 
 @dataclass(frozen=True)
 class _Worker:
-    """What every job needs beside its targets."""
+    """Initializes the targets of a job."""
 
     weights: BaseWeights
     plan: Plan
@@ -118,14 +121,14 @@ class _Worker:
     cache: Cache | None
 
     def __call__(self, job: Job) -> list[InitializedLayer]:
-        """The job's layers. A device without enough memory gets smaller parts, then the CPU all."""
+        """Initialize the job; if memory runs out, in smaller parts and finally on the CPU."""
         try:
             return self._initialized(job)
         except torch.OutOfMemoryError:
             parts = job.parts()
             if not parts:
                 raise
-        # Outside of the handler, whose traceback keeps the failed attempt's tensors.
+        # Not in the handler: its traceback keeps the tensors of the failed attempt.
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
         if parts[0].device != job.device:
@@ -145,14 +148,14 @@ class _Worker:
                     job.targets, layers, moved_together(factors, homes), strict=True
                 )
             ]
-            # The copy of these numbers is what waits for the device; until then work is queued.
+            # Only the copy of these numbers waits for the device; all work before it is queued.
             figures = norms.checked(
                 job.targets, self.plan.initializer, [dict(one.metrics) for one in settled]
             )
         except torch.OutOfMemoryError:
             raise
         except Exception:
-            # Most often a weight that is not finite: then that is the error to report.
+            # The usual cause is a weight that is not finite: report that error instead.
             for target, layer in zip(job.targets, layers, strict=True):
                 if layer.stored_weight is not None:
                     refuse_non_finite(target.name, layer.weight)
@@ -167,7 +170,7 @@ class _Worker:
         ]
 
     def _layer(self, target: Target, device: torch.device) -> Layer:
-        """What the method gets of one target, on `device`."""
+        """The method's input for one target, on `device`."""
         spec = self.plan.initializer
         weight = None
         if self.plan.reads_weight(target):
@@ -193,7 +196,7 @@ class _Worker:
         )
 
     def _factors(self, job: Job, layers: list[Layer]) -> list[Factors]:
-        """The factors of a job: from the cache if they are there, otherwise computed."""
+        """Load the factors of a job from the cache, or compute them."""
         if not cacheable(self.cache, self.plan.initializer, job.targets):
             return self._computed(job.targets, layers)
         memory = CachedFactors(self.cache, self.plan, job.device)
@@ -210,7 +213,7 @@ class _Worker:
         return found
 
     def _computed(self, targets: tuple[Target, ...], layers: list[Layer]) -> list[Factors]:
-        """The method's own work: on one layer, on a stack, or on the layers of a stack in turn."""
+        """Call the method: on one layer, on a stack, or on the layers of a stack in turn."""
         spec, options = self.plan.initializer, self.plan.options
         if len(layers) == 1 or not spec.is_batched:
             made = [spec.function(layer, options) for layer in layers]
@@ -235,8 +238,8 @@ class _Worker:
 
 
 def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Quantizer) -> Factors:
-    """A subtracting method's factors on a base that takes the residual, and what that costs."""
-    # As they are stored: what is added back must be what was subtracted.
+    """Add the recipe of the requantized residual to the factors, and its error to the metrics."""
+    # In the stored dtype: the layer must add exactly the product that was subtracted.
     lora_A, lora_B = factors.lora_A.float(), factors.lora_B.float()
     replacement = Replacement(quantizer, lora_A, lora_B)
     norm = linalg.frobenius_norm(weight)
@@ -256,7 +259,7 @@ def _settled(factor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
     if factor.device.type == "cpu" and not any(factor.stride()):  # one number in memory
         number = factor[(0,) * factor.ndim].item()
         return torch.full(factor.shape, number, dtype=dtype, device=device)
-    # A contiguous tensor of its own: a view would keep the whole decomposition in memory.
+    # A contiguous copy: a view would keep the whole decomposition in memory.
     return factor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -274,8 +277,7 @@ def _settled_replacement(
 
 def _warn_of_memory(job: Job) -> None:
     warnings.warn(
-        f"{job.device} has too little free memory to initialize one layer, so the CPU does it. "
+        f"{job.device} has too little free memory to initialize one layer, so the CPU is used. "
         "Free memory there, or pass device='cpu' to initialize all layers on the CPU",
         stacklevel=2,
     )
-

@@ -1,8 +1,8 @@
-"""The ranks of a process group share the layers out between them, and exchange the results.
+"""Distributed initialization: ranks of a process group split the layers and exchange the results.
 
-Only where all have the same to do: the same method on the same targets, weights and seed. A model
-that is cut into pieces, a model of another checkpoint, or a method too cheap to share is computed
-by each rank for itself.
+This requires the same work on all ranks: the same method on the same targets, weights and seed.
+Otherwise each rank computes all its layers. Examples are a sharded model, a model from another
+checkpoint, and methods that are too cheap to share.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Run = Callable[[Sequence[Job]], "list[InitializedLayer]"]
 def shared(
     run: Run, jobs: Sequence[Job], plan: Plan, weights: BaseWeights, seed: int
 ) -> list[InitializedLayer]:
-    """All layers: computed here, or by this rank and the others, from whom they come on the CPU.
+    """Initialize all layers, here or split over all ranks; the latter returns them on the CPU.
 
     Raises:
-        RuntimeError: another rank failed; the message is its own.
+        RuntimeError: another rank failed; the message contains its error.
     """
     if rank_count() == 1 or not _is_alike(plan, weights, seed):
         return run(jobs)
@@ -46,7 +46,7 @@ def shared(
 
 
 def _is_alike(plan: Plan, weights: BaseWeights, seed: int) -> bool:
-    """Whether every rank would compute the same; all ranks come to the same answer."""
+    """Whether all ranks would compute the same; every rank gets the same answer."""
     reads = bool(plan.initializer.reads)
     mine = key(
         plan.initializer.name,
@@ -59,15 +59,13 @@ def _is_alike(plan: Plan, weights: BaseWeights, seed: int) -> bool:
 
 
 def _identity(weight: Tensor) -> list[str | int]:
-    """Samples of a weight, and the sum of all its bits as integers: exact in any order, one reading
-    of the memory, where a cryptographic hash takes ten times as long.
-    """
+    """A cheap fingerprint: samples of the weight, and the exact sum of its bits as integers."""
     bits = weight.view(INTEGERS[weight.element_size()])
     return [fingerprint(weight), int(bits.sum(dtype=torch.int64))]
 
 
 def _share(jobs: Sequence[Job]) -> list[Job]:
-    """This rank's part: the next largest job goes to whoever has the least work so far."""
+    """This rank's jobs: the next largest job goes to the rank with the least work so far."""
     loads = [0] * rank_count()
     own = []
     for job in sorted(jobs, key=lambda job: -_size(job)):

@@ -1,4 +1,4 @@
-"""The factors of one weight matrix, without a model."""
+"""Initial factors of a single weight matrix, without a model."""
 
 from __future__ import annotations
 
@@ -41,34 +41,36 @@ def init_factors(
 ) -> Factors:
     """Compute the initial factors of one weight matrix.
 
-    They are the numbers that `get_peft_model` gives a Linear layer of that name, weight and data::
+    The numbers equal those of `get_peft_model` for a Linear layer of that name, weight and data::
 
         factors = init_factors(linear.weight, "pissa", r=16)
         residual = linear.weight - factors.lora_B @ factors.lora_A  # at lora_alpha = r
 
     Args:
-        weight: W (out, in), float; it is not changed.
+        weight: W (out, in), floating point; it is not changed.
         method: as `init_lora_weights` of `LoraConfig`: a name, a bool, a mapping, or options.
         r: the rank.
         lora_alpha: the scaling s is lora_alpha / r; None means r, so that s = 1.
-        use_rslora: s is lora_alpha / sqrt(r) instead.
-        options: the method's settings by name, where `method` is a name.
-        inputs: rows (tokens, in) that the layer reads, or the moments that `calibrate` found. Read
-            by methods with "inputs" in `Initializer.reads`, ignored by others.
-        gradient: of the loss with respect to `weight`; read by methods with "gradient" there.
-        output_moments, target_weight: no registered method reads them yet; must be None.
-        quantizer: of a base that is quantized already; None lets a method's options decide.
-        seed: of methods that draw random numbers, together with `name`.
-        name: the layer's qualified name; None means an empty one.
-        device: where to compute; None means where `weight` is. The result is where `weight` is.
+        use_rslora: the scaling s is lora_alpha / sqrt(r) instead.
+        options: the method's settings by name, if `method` is a name.
+        inputs: rows (tokens, in) of inputs, or moments from `calibrate`, for methods with "inputs"
+            in `Initializer.reads`. Other methods ignore them.
+        gradient: gradient of the loss with respect to `weight`, for methods with "gradient" in
+            `Initializer.reads`.
+        output_moments, target_weight: must be None; no registered method reads them.
+        quantizer: the quantizer of a quantized base; None uses the method's options.
+        seed: the seed of random numbers, together with `name`.
+        name: the layer's qualified name; None means an empty name.
+        device: where to compute; None means the device of `weight`. The result is on the device of
+            `weight`.
 
     Returns:
-        lora_A (r, in) and lora_B (out, r) in float32, and for methods that replace the base the
+        lora_A (r, in) and lora_B (out, r) in float32. For methods that replace the base, also the
         recipe of the quantized weight.
 
     Raises:
-        ValueError: an argument has a wrong value or shape, the method needs data that is missing,
-            or a value is not finite.
+        ValueError: an argument has a wrong value or shape, required data is missing, or a value is
+            not finite.
         TypeError: an argument has a wrong type.
     """
     spec, settings = _method(method, options)
@@ -123,7 +125,10 @@ def _method(method: Any, options: Mapping[str, Any] | None) -> tuple[Initializer
             "an options object as method"
         )
     if not isinstance(method, str):
-        raise ValueError("options: must be left out where method says the options itself")
+        raise ValueError(
+            f"options is not supported with method={method!r}: method must be a name. Put the "
+            "options into method, or leave them out"
+        )
     return spec, build_options(spec.options, options, f"options ({spec.name})")
 
 
@@ -149,7 +154,7 @@ def _scaling(r: Any, lora_alpha: Any, use_rslora: bool) -> float:
 
 
 def _data(spec: Initializer, weight: Tensor, inputs: Any, gradient: Any) -> LayerStatistics:
-    """The data that the method reads, as statistics; checked against the weight's shape."""
+    """The data that the method reads, checked against the weight's shape."""
     found = LayerStatistics()
     if "inputs" in spec.reads:
         found.inputs = _moments(spec, weight, inputs)
@@ -157,8 +162,8 @@ def _data(spec: Initializer, weight: Tensor, inputs: Any, gradient: Any) -> Laye
         if not isinstance(gradient, Tensor) or gradient.shape != weight.shape:
             got = tuple(gradient.shape) if isinstance(gradient, Tensor) else gradient
             raise ValueError(
-                f"gradient={got!r} is not supported: {spec.name} reads the gradient of the loss, "
-                f"which must be a tensor {tuple(weight.shape)}"
+                f"gradient={got!r} is not supported: must be a tensor {tuple(weight.shape)}. Pass "
+                f"the gradient of the loss, which {spec.name} reads"
             )
         refuse_non_finite("gradient", gradient)
         found.gradient = gradient.detach().float()
@@ -168,7 +173,7 @@ def _data(spec: Initializer, weight: Tensor, inputs: Any, gradient: Any) -> Laye
 def _moments(spec: Initializer, weight: Tensor, inputs: Any) -> Inputs:
     if inputs is None:
         raise ValueError(
-            f"inputs=None is not supported: {spec.name} reads the layer's inputs; pass rows "
+            f"inputs=None is not supported: {spec.name} reads the layer's inputs. Pass rows "
             f"(tokens, {weight.shape[1]})"
         )
     if not isinstance(inputs, Tensor):

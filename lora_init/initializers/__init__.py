@@ -1,1 +1,1 @@
-"""One file per method. Every file here registers itself; there is no list to keep."""
+"""The initialization methods, one file each; `lora_init.registry` imports them all."""

@@ -1,23 +1,28 @@
-"""CorDA: the weight is decomposed in the metric of its own inputs.
+"""CorDA: initialize the adapter from the SVD of W multiplied by the second moment of its inputs.
 
-R = XᵀX / tokens, the uncentred second moment of the inputs; W R = U S Vᵀ (thin). Of its triplets,
-"ipm" (instruction-previewed mode) takes the first r: learn the calibration task fast; "kpm"
-(knowledge-preserved mode) takes the last r: keep what the calibration data stands for. The method
-is B = U sqrt(S / s), A = sqrt(S / s) Vᵀ R⁻¹. Since Uᵀ (W R) = S Vᵀ, the inverse cancels:
+R = XᵀX / tokens is the uncentered second moment of the inputs, and W R = U S Vᵀ (thin). With r
+triplets of this SVD, B = U sqrt(S / s) and A = sqrt(S / s) Vᵀ R⁻¹. Because Uᵀ (W R) = S Vᵀ, the
+inverse cancels:
 
     A = Uᵀ W / sqrt(S s),    s B A = U Uᵀ W,
 
-a projection of W. Only the left singular vectors of W R are computed; nothing is inverted.
+a projection of W. Only the left singular vectors of W R are computed. The base becomes W - s B A.
+
+- "ipm" (instruction-previewed mode) takes the first r triplets, to learn the calibration task fast.
+- "kpm" (knowledge-preserved mode) takes the last r, to keep what the calibration data represent.
 
 Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models",
 NeurIPS 2024, arXiv 2406.05223, equations 2-7.
-Deviations: the official code divides every sample by its largest |x| and the sum by 256, PEFT
-divides by the number of samples and by max(x) without the modulus; ours divides by the number of
-tokens. The scale of R only moves norm between the factors (c·R: B grows by sqrt(c), A shrinks by
-it), the product is the same. Both add 0.01 · mean(diag R) to R's diagonal, doubled until the
-inverse is good, which changes U; ours needs no inverse, `damping=0.01` reproduces the first step.
-Where S falls below eps · ‖W R‖ (R is rank-deficient: fewer tokens than inputs) the split blows up:
-those components are split evenly, B = U / sqrt(s), A = Uᵀ W / sqrt(s), and the report counts them.
+Deviations: R is normalized differently. The official code divides every sample by its largest |x|
+and the sum by 256. PEFT divides by the number of samples and by max(x), without the absolute
+value. This code divides by the number of tokens. The scale of R does not change the product; it
+only moves norm between the factors (c·R: B grows by sqrt(c), A shrinks by it).
+The official code and PEFT add 0.01 · mean(diag R) to R's diagonal and double it until the inverse
+is accurate, which changes U. This code needs no inverse; `damping=0.01` reproduces their first
+step.
+Where R is rank-deficient (fewer tokens than inputs), S falls below eps · ‖W R‖ and the split would
+divide by almost zero. Those components are split evenly: B = U / sqrt(s), A = Uᵀ W / sqrt(s). The
+report counts them.
 """
 
 from __future__ import annotations
@@ -32,9 +37,9 @@ from lora_init.layer import Layer
 from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
 from lora_init.weights.module_types import LINEAR_TYPES
 
-# R comes from float32 sums: directions without any input carry noise of this size, relative to the
-# mean diagonal. Lifting R by it keeps W R's thin decomposition unique there (the limit is that of W
-# itself on the null space of R), and is invisible elsewhere.
+# R comes from float32 sums. Directions without any input carry noise of this size, relative to the
+# mean diagonal. Adding it to R's diagonal makes the thin SVD of W R unique there: on the null space
+# of R the limit is the SVD of W. It has no visible effect elsewhere.
 NULL_SPACE_LIFT = 1e-6
 
 
@@ -44,7 +49,7 @@ class CordaOptions(Options):
 
     Attributes:
         corda_method: "ipm" (first r triplets) or "kpm" (last r).
-        damping: added to the diagonal of R, in units of its mean; 0.01 is the official code's.
+        damping: added to the diagonal of R, relative to its mean; the official code adds 0.01.
     """
 
     corda_method: str = "ipm"
@@ -53,12 +58,14 @@ class CordaOptions(Options):
     def __post_init__(self) -> None:
         if self.corda_method not in ("ipm", "kpm"):
             raise ValueError(
-                f"corda: corda_method={self.corda_method!r}; allowed are 'ipm' (learn the task) "
-                "and 'kpm' (preserve knowledge)"
+                f"corda: corda_method={self.corda_method!r} is not supported: must be 'ipm' (learn "
+                "the task) or 'kpm' (preserve knowledge)"
             )
         number = isinstance(self.damping, int | float)
         if not number or not 0.0 <= self.damping < float("inf"):
-            raise ValueError(f"corda: damping={self.damping!r}; allowed are finite numbers >= 0")
+            raise ValueError(
+                f"corda: damping={self.damping!r} is not supported: must be a finite number >= 0"
+            )
 
     def input_request(self) -> CalibrationRequest:
         return CalibrationRequest(smallest=self.corda_method == "kpm")
@@ -89,7 +96,7 @@ def corda(layer: Layer, options: CordaOptions) -> Factors:
         triplets = linalg.top_singular(operator, size)
     else:
         lifted = _lift(second_moment, max(options.damping, NULL_SPACE_LIFT) * mean_diagonal)
-        del second_moment  # in × in in float64, as the lifted one is
+        del second_moment  # in × in in float64, like `lifted`
         operator = linalg.Operator.product(layer.weight.double(), lifted)
         triplets = linalg.bottom_singular(operator, size)
     triplets = triplets.leading(layer.rank)
@@ -109,7 +116,7 @@ def corda(layer: Layer, options: CordaOptions) -> Factors:
 
 
 def _in_the_metric(weight, moment):
-    """W R, in float32 or where that is not enough in float64."""
+    """W R in float32, with a float64 form for where float32 is not accurate enough."""
     operator = linalg.Operator.product(weight, moment.to(weight.dtype))
 
     def members():
@@ -118,7 +125,7 @@ def _in_the_metric(weight, moment):
 
     return replace(
         operator,
-        # Massive activations put s_r at 1e-6 of s_1, where R rounded to float32 is not enough.
+        # Massive activations can put s_r at 1e-6 of s_1: R rounded to float32 is too coarse there.
         upcast=lambda: linalg.Operator.product(weight.double(), moment),
         members=members if weight.ndim > 2 else None,
     )

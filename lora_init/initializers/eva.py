@@ -1,22 +1,26 @@
-"""EVA: A holds the principal directions of the layer's inputs, B is zero.
+"""EVA: initialize A with the principal directions of the layer's inputs, and B with zero.
 
-R = XᵀX / tokens (centred: minus the mean's outer product); A = its top r eigenvectors, rows of
-unit norm; B = 0. Ranks are redistributed over the layers: the explained-variance ratios of all
-layers' first r·rho components are pooled and the largest sum(r) of them kept, so that a layer's
-rank is the number of its components among them. A layer may get rank 0: it then has no adapter.
-alpha is changed with the rank so that the scaling of every layer stays what it was.
+R = XᵀX / tokens, centered: minus the outer product of the mean. A = the top r eigenvectors of R, as
+rows of unit norm; B = 0.
+
+Ranks are redistributed over the layers. The explained-variance ratios of the first r·rho components
+of all layers are pooled, and the largest sum(r) of them are kept. A layer's rank is the number of
+its components among those; a layer with rank 0 has no adapter. alpha changes with the rank, so that
+the scaling of every layer stays the same.
 
 Source: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024,
 arXiv 2410.07170, algorithm 1.
-Deviations: the theorem of the paper is about uncentred inputs; its algorithm and official code
-centre them by incremental PCA. `center=True` follows the code. The covariance here is that of all
-tokens seen, in one pass: exact and free of the batches' order; the official code and PEFT stream a
-truncated PCA and stop a layer when its components' cosine between batches exceeds `tau`. An exact
-pass has nothing to stop early, so `tau` is accepted at its default for the sake of PEFT's
-configuration files and refused otherwise. PEFT's adjust_scaling_factors multiplies alpha by r'/r
-under rsLoRA too, which changes the scaling; ours multiplies by sqrt(r'/r) there. The paper keeps
-the sum of ranks, so that the number of parameters changes where layers differ in shape;
-budget="parameters" keeps that number instead, by variance explained per parameter.
+Deviations: the paper's theorem is about uncentered inputs, but its algorithm and official code
+center them by incremental PCA. `center=True` follows the code.
+The covariance here is that of all tokens, collected in one exact pass that does not depend on the
+order of the batches. The official code and PEFT stream a truncated PCA and stop a layer when the
+cosine of its components between batches exceeds `tau`. An exact pass never stops early. So `tau`
+must keep its default; it exists only because PEFT's configuration files contain it.
+PEFT's adjust_scaling_factors multiplies alpha by r'/r under rsLoRA too, which changes the scaling.
+This code multiplies by sqrt(r'/r) there.
+The paper keeps the sum of ranks, so the number of parameters changes where layers differ in shape.
+budget="parameters" keeps that number instead and ranks components by variance explained per
+parameter.
 """
 
 from __future__ import annotations
@@ -37,26 +41,26 @@ from lora_init.moments import InputStatistics, decompose_together, leading
 from lora_init.registry import CalibrationRequest, Options, register_initializer
 from lora_init.weights.module_types import LINEAR_TYPES
 
-# Variances below this share of the largest are float32's rounding, not the data's: such directions
-# were never seen (fewer tokens than r), are worth no rank, and whitening them would scale noise up.
+# Variances below this share of the largest are float32 rounding: the data never used such
+# directions (fewer tokens than r). They get no rank, and whitening them would amplify noise.
 UNSEEN = 1e-6
 BUDGETS = ("ranks", "parameters")
 
 
 @dataclass
 class EvaOptions(Options):
-    """Settings of EVA; names and defaults are those of PEFT's EvaConfig, `center` and `budget`.
+    """Settings of EVA: those of PEFT's EvaConfig, and `center` and `budget`.
 
     Attributes:
         rho: a layer's rank may grow to r·rho; 1.0 keeps all ranks uniform.
-        tau: early stop of a streaming PCA; meaningless for an exact pass, so only 0.99 is accepted.
+        tau: threshold of a streaming PCA; must be 0.99, because the pass here is exact.
         use_label_mask: leave out token positions whose label is `label_mask_value`.
-        label_mask_value: see above.
+        label_mask_value: the label of the positions that `use_label_mask` leaves out.
         whiten: divide each direction by the standard deviation of its component.
         adjust_scaling_factors: keep each layer's scaling when its rank changes.
         center: subtract the mean input before the decomposition.
-        budget: what redistribution keeps: "ranks", their sum, as the paper; or "parameters", the
-            sum of r (in + out), which it never exceeds.
+        budget: what the redistribution keeps: "ranks", the sum of ranks as in the paper, or
+            "parameters", the sum of r (in + out), as an upper limit.
     """
 
     rho: float = 2.0
@@ -70,14 +74,18 @@ class EvaOptions(Options):
 
     def __post_init__(self) -> None:
         if not isinstance(self.rho, int | float) or not 1.0 <= self.rho < float("inf"):
-            raise ValueError(f"eva: rho={self.rho!r}; allowed are finite numbers >= 1.0")
+            raise ValueError(
+                f"eva: rho={self.rho!r} is not supported: must be a finite number >= 1.0"
+            )
         if self.tau != 0.99:
             raise ValueError(
-                f"eva: tau={self.tau!r}; the calibration pass is exact and never stops early, so "
-                "tau has no effect: leave it at 0.99"
+                f"eva: tau={self.tau!r} is not supported: must be 0.99. The calibration pass is "
+                "exact and never stops early, so leave tau out"
             )
         if self.budget not in BUDGETS:
-            raise ValueError(f"eva: budget={self.budget!r}; allowed are {', '.join(BUDGETS)}")
+            raise ValueError(
+                f"eva: budget={self.budget!r} is not supported: must be one of {', '.join(BUDGETS)}"
+            )
 
     def input_request(self) -> CalibrationRequest:
         return CalibrationRequest(self.label_mask_value if self.use_label_mask else None)
@@ -90,7 +98,7 @@ class EvaOptions(Options):
         return min(int(rank * self.rho), *shape)
 
     def allocate(self, requests: Mapping[str, LayerRequest]) -> dict[str, int]:
-        """Pool explained-variance ratios over layers and keep the best that the budget holds."""
+        """Pool the explained-variance ratios of all layers and keep the largest within budget."""
         limits = {
             name: self.directions(layer.rank, layer.shape) for name, layer in requests.items()
         }
@@ -106,7 +114,7 @@ class EvaOptions(Options):
 def _distinct(
     requests: Mapping[str, LayerRequest], limits: Mapping[str, int]
 ) -> dict[tuple[int, int], str]:
-    """By input and limit, one layer that asks for it."""
+    """One layer's name for each distinct pair of input and limit."""
     distinct: dict[tuple[int, int], str] = {}
     for name, layer in requests.items():
         distinct.setdefault((id(layer.statistics.inputs), limits[name]), name)
@@ -116,9 +124,10 @@ def _distinct(
 def _decompose(
     requests: Mapping[str, LayerRequest], limits: Mapping[str, int], center: bool
 ) -> None:
-    """Decompose every distinct input once. It keeps its components for all later calls.
+    """Decompose every distinct input once; the statistics cache the components.
 
-    A CPU shares the inputs out over its cores. An accelerator takes those of one width as stacks.
+    CPU cores work on different inputs in parallel. An accelerator takes inputs of one width as
+    stacks.
     """
     on_cpu, stacks = [], defaultdict(list)
     for name in _distinct(requests, limits).values():
@@ -140,14 +149,14 @@ def _decompose(
 def _spectra(
     requests: Mapping[str, LayerRequest], limits: Mapping[str, int], center: bool
 ) -> dict[str, Float[Tensor, " candidates"]]:
-    """Explained-variance ratios of every layer, on the CPU, by one copy from each device."""
+    """Explained-variance ratios of every layer, copied to the CPU once per device."""
     distinct = _distinct(requests, limits)
     by_device = defaultdict(dict)
     for key, name in distinct.items():
         inputs = requests[name].statistics.inputs
         values, _, total = inputs.principal_components(limits[name], center)
         values = torch.where(values > UNSEEN * values[0], values, 0.0)
-        # A layer whose inputs never vary explains nothing and asks for no rank.
+        # A layer whose inputs never vary gets rank 0.
         by_device[inputs.device][key] = torch.where(total > 0, values / total, 0.0)
     spectra = {}
     for found in by_device.values():

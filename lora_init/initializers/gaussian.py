@@ -1,11 +1,11 @@
-"""Gaussian A, zero B.
+"""Initialize A from a normal distribution, and B with zero.
 
-A ~ N(0, (1/r)²), B = 0. The standard deviation falls with the rank, not with the width: at the same
-rank a wide layer starts with a larger A x than under `kaiming`.
+A ~ N(0, (1/r)²), B = 0. The standard deviation depends on the rank and not on the width: at the
+same rank, A x is larger for a wide layer than under `kaiming`.
 
-Source: Hu et al. 2021, arXiv 2106.09685, section 4.1 ("random Gaussian initialization for A"),
-which gives no variance; 1/r is diffusers' and PEFT's choice, which we follow. On an embedding it is
-the same as `kaiming`: A = 0, B ~ N(0, 1).
+Source: Hu et al. 2021, arXiv 2106.09685, section 4.1 ("random Gaussian initialization for A"). The
+paper gives no variance; 1/r is what diffusers and PEFT use. On an embedding the method equals
+`kaiming`: A = 0, B ~ N(0, 1).
 """
 
 from __future__ import annotations

@@ -1,28 +1,29 @@
-"""GoRA: ranks go to the layers whose weights the loss leans on most, B starts as their gradient.
+"""GoRA: give more rank to layers that matter for the loss, and start B with a gradient step.
 
-G = dL/dW, the mean gradient over the calibration batches. Ranks, from the planned r of each layer,
-with I = mean |W ∘ G| (the loss's change if a weight were left out, to first order) and m + n rows
-and columns:
+G = dL/dW is the mean gradient over the calibration batches. The importance of a layer is
+I = mean |W ∘ G|: to first order, how much the loss changes if a weight is removed. For a layer with
+m rows, n columns and planned rank r, the new rank is
 
     r' = round(a Σ r √(m + n) / √(m + n)),    a = I / Σ I,
 
-held between `smallest`·r and `largest`·r. Then A is Kaiming-uniform and B the closest to a step of
-gradient descent that A allows:
+limited to between `smallest`·r and `largest`·r. A is Kaiming-uniform. B makes the product the
+gradient descent step that A allows:
 
     A ~ U(±1/√in),    B = -(gamma √(in / r') / s) G Aᵀ (A Aᵀ)⁻¹.
 
-s B A is -gamma √(in / r') times the part of G in A's rows' span, a share of √(r' / in) of its norm:
-‖s B A‖ ≈ gamma ‖G‖, whatever s and r'. The base stays, the model's function takes that step.
+s B A is -gamma √(in / r') times the projection of G on the span of A's rows. That projection has
+about √(r' / in) of the norm of G, so ‖s B A‖ ≈ gamma ‖G‖ for every s and r'. The base stays, so the
+model's output changes at step 0.
 
 Source: He et al., "GoRA: Gradient-driven Adaptive Low Rank Adaptation", NeurIPS 2025, arXiv
 2502.12171; the bounds are those of the authors' code.
-Deviations: the paper writes B's factor as gamma √in / alpha, at its scaling alpha / √r (rsLoRA);
-ours divides by s and takes the same step at any scaling, as the official code does. The official
-code rounds down where the paper rounds, and bounds ranks by numbers (4 and 32 at r = 8: the
-defaults here, as multiples of r). A Aᵀ has a small number added to its diagonal there; here it is
-solved with in float64. As there, a layer keeps the scaling of its planned rank, and the number of
-parameters is about what was planned, not exactly. Gradients are those of
-`lora_init.initializers.lora_ga`. Not in PEFT.
+Deviations: the paper writes the factor of B as gamma √in / alpha for the scaling alpha / √r
+(rsLoRA). This code divides by s and takes the same step at any scaling, as the official code does.
+The official code rounds down where the paper rounds to the nearest. It limits ranks to 4 and 32 at
+r = 8; the defaults here are the same limits as multiples of r. It adds a small number to the
+diagonal of A Aᵀ; this code solves in float64. As in the official code, a layer keeps the scaling of
+its planned rank, and the number of parameters is only approximately the planned one. The gradients
+are those of `lora_init.initializers.lora_ga`. PEFT does not have this method.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class GoraOptions(Options):
     """Settings of GoRA.
 
     Attributes:
-        gamma: of the first step: its norm is about gamma times the gradient's.
-        smallest: a layer's rank is at least this multiple of its planned one; 0 lets it go without.
-        largest: and at most this one; 1.0 for both keeps all ranks uniform.
+        gamma: the norm of s B A, relative to the norm of the gradient.
+        smallest: least rank of a layer as a multiple of its planned rank; 0 allows no adapter.
+        largest: greatest rank of a layer as a multiple of its planned rank.
     """
 
     gamma: float = 0.05
@@ -59,16 +60,18 @@ class GoraOptions(Options):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0.0 <= value < math.inf or (name == "gamma" and value == 0):
-                allowed = "> 0" if name == "gamma" else ">= 0"
-                raise ValueError(f"gora: {name}={value!r}; allowed are finite numbers {allowed}")
+                limit = "> 0" if name == "gamma" else ">= 0"
+                raise ValueError(
+                    f"gora: {name}={value!r} is not supported: must be a finite number {limit}"
+                )
         if self.smallest > 1.0 or self.largest < 1.0:
             raise ValueError(
-                f"gora: smallest={self.smallest!r}, largest={self.largest!r}; the planned rank is "
-                "between them: smallest <= 1 <= largest"
+                f"gora: smallest={self.smallest!r}, largest={self.largest!r} is not supported: "
+                "must be smallest <= 1 <= largest"
             )
 
     def allocate(self, requests: Mapping[str, LayerRequest]) -> dict[str, int]:
-        """Each layer's share of all ranks is that of its importance, within the bounds."""
+        """Distribute the ranks in proportion to the layers' importance, within the bounds."""
         importances = {name: importance(layer) for name, layer in requests.items()}
         total = sum(importances.values())
         if total == 0:
@@ -88,7 +91,7 @@ class GoraOptions(Options):
 
 
 def importance(layer: LayerRequest) -> float:
-    """mean |W ∘ G|, summed in float64."""
+    """The importance of a layer: mean |W ∘ G|, summed in float64."""
     gradient = layer.statistics.gradient
     weight = layer.weight().to(gradient.device, gradient.dtype)
     return float((weight * gradient).abs_().mean(dtype=torch.float64))
@@ -103,7 +106,7 @@ def importance(layer: LayerRequest) -> float:
     modules=(*LINEAR_TYPES, "Conv2d"),
 )
 def gora(layer: Layer, options: GoraOptions) -> Factors:
-    """A (rank, in) Kaiming-uniform, B (out, rank) the step's coordinates; float32."""
+    """A (rank, in) Kaiming-uniform, B (out, rank) from the gradient; float32."""
     gradient = layer.gradient
     lora_A = kaiming(layer, Options()).lora_A
     basis = lora_A.to(gradient.device).double()

@@ -1,17 +1,19 @@
-"""Init[AB], or NZLoRA: neither factor starts at zero.
+"""Init[AB], or NZLoRA: initialize both factors with small uniform random numbers.
 
-A ~ U(-gamma / sqrt(in), gamma / sqrt(in)), B from the same distribution (in, not out or r: at
-gamma = 1 A is that of `kaiming`). Two methods, for what becomes of W is a property of a method:
+A ~ U(-gamma / sqrt(in), gamma / sqrt(in)), and B has the same distribution: its bound uses in, not
+out or r. At gamma = 1, A equals that of `kaiming`. There are two methods:
 
-- "init_ab" keeps the base. The model starts with noise in its weights, of size
-  ‖s B A‖_F ≈ s gamma² sqrt(out r / in) / 3: the paper finds that fine-tuning does not mind.
-- "init_ab_subtracted" takes it out again, W - s B A, and starts from the pretrained function.
+- "init_ab" keeps the base. The model starts with noise of size
+  ‖s B A‖_F ≈ s gamma² sqrt(out r / in) / 3 in its weights. The paper finds that this does not harm
+  fine-tuning.
+- "init_ab_subtracted" subtracts it, W - s B A, and starts from the pretrained function.
 
 Source: Li, Luo, Tang, Wang, Chen, Luo, Li, He & Li, "Beyond Zero Initialization: Investigating the
 Impact of Non-Zero Initialization on LoRA Fine-Tuning Dynamics", ICML 2025, arXiv 2505.23194.
-Deviations: one gamma for both factors, where published code has a scale for each, under the root
-(gamma² here). The scaling is not divided out, as there: the noise grows with s. Not in PEFT, whose
-`init_lora_weights=False` draws B from the wider U(±1 / sqrt(r)).
+Deviations: one gamma for both factors. The published code has one scale for each, under the square
+root (gamma² here). As there, the factors are not divided by the scaling, so the noise grows with s.
+PEFT does not have this method: its `init_lora_weights=False` draws B from the wider
+U(±1 / sqrt(r)).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class InitAbOptions(Options):
     """Settings of Init[AB].
 
     Attributes:
-        gamma: the bound of both factors' entries, in units of 1 / sqrt(in).
+        gamma: the bound of the entries of both factors, as a multiple of 1 / sqrt(in).
     """
 
     method: ClassVar[str] = "init_ab"
@@ -43,12 +45,14 @@ class InitAbOptions(Options):
     def __post_init__(self) -> None:
         number = isinstance(self.gamma, int | float) and not isinstance(self.gamma, bool)
         if not number or not 0.0 < self.gamma < float("inf"):
-            raise ValueError(f"{self.method}: gamma={self.gamma!r}; allowed are finite numbers > 0")
+            raise ValueError(
+                f"{self.method}: gamma={self.gamma!r} is not supported: must be a finite number > 0"
+            )
 
 
 @dataclass
 class InitAbSubtractedOptions(InitAbOptions):
-    """The same for "init_ab_subtracted"."""
+    """Settings of Init[AB] with a subtracted base."""
 
     method: ClassVar[str] = "init_ab_subtracted"
 
@@ -68,7 +72,7 @@ class InitAbSubtractedOptions(InitAbOptions):
     modules=MODULE_TYPES,
 )
 def init_ab(layer: Layer, options: InitAbSubtractedOptions) -> Factors:
-    """A (rank, in) and B (out, rank), float32, uniform within ±gamma/sqrt(in). Reads no weight."""
+    """A (rank, in) and B (out, rank), float32, uniform within ±gamma/sqrt(in)."""
     rows, columns = layer.shape
     bound = options.gamma * columns**-0.5
     lora_A = (2 * uniform(layer.rank, columns, generator=layer.generator) - 1) * bound

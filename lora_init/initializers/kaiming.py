@@ -1,13 +1,13 @@
-"""LoRA's own initialization: A is Kaiming-uniform, B is zero.
+"""LoRA's original initialization: A is Kaiming-uniform and B is zero.
 
-A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0. The bound is `kaiming_uniform_` with a = sqrt(5), the default
-of nn.Linear: gain sqrt(2 / (1 + 5)) · sqrt(3 / in) = 1/sqrt(in).
+A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0. The bound is that of `kaiming_uniform_` with a = sqrt(5), the
+default of nn.Linear: gain sqrt(2 / (1 + 5)) · sqrt(3 / in) = 1/sqrt(in).
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv 2106.09685.
-Deviations: the paper's section 4.1 says "random Gaussian for A"; its official code (loralib) and
-PEFT draw from the uniform distribution above, and so do we. `gaussian` is the other. On an
-embedding it is the other way round, as in loralib and PEFT: A = 0, B ~ N(0, 1), so that only the
-rows of entries that occur are ever moved.
+Deviations: section 4.1 of the paper says "random Gaussian for A". Its official code (loralib) and
+PEFT draw from the uniform distribution above, and so does this code; `gaussian` draws from the
+normal distribution. On an embedding A = 0 and B ~ N(0, 1), as in loralib and PEFT. Training then
+changes only the rows of entries that occur.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def embedding(layer: Layer) -> Factors:
     modules=MODULE_TYPES,
 )
 def kaiming(layer: Layer, options: Options) -> Factors:
-    """A (rank, in) uniform within ±1/sqrt(in), B (out, rank) zero; float32. Reads no weight."""
+    """A (rank, in) uniform within ±1/sqrt(in), B (out, rank) zero; float32."""
     if layer.kind == "Embedding":
         return embedding(layer)
     rows, columns = layer.shape

@@ -1,19 +1,22 @@
-"""LoftQ: a quantised base and the adapter that best makes up for the quantisation error.
+"""LoftQ: quantize the base, and initialize the adapter to correct the quantization error.
 
-Repeat T times, from s B A = 0:   Q = quant(W - s B A);   s B A = SVD_r(W - Q), root split,
-B = U sqrt(S / s), A = sqrt(S / s) Vᵀ. The base becomes Q; the method ends on the SVD step. The
-scaling is divided out, so that s B A, which is what the layer adds, corrects the error at any s.
+Start from s B A = 0 and repeat T times:
+
+    Q = quant(W - s B A),    U S Vᵀ = SVD_r(W - Q),    B = U sqrt(S / s),    A = sqrt(S / s) Vᵀ.
+
+The base becomes Q. The factors are divided by the scaling, so that s B A, which the layer adds,
+corrects the error at any s.
+
+Saving and loading: the base is Q = dequantize(quantize(W - s B' A')), where B', A' are the factors
+of the SVD step before the last (zero for T = 1). The quantizer is deterministic, and the product is
+rounded from float64. So A' and B' are enough to rebuild Q from the original weight exactly. A
+checksum in the file is compared when an adapter is loaded.
 
 Source: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", ICLR
 2024, arXiv 2310.08659, algorithm 1.
-Deviations: PEFT solves for B A and ignores the scaling: at s = 2 its correction helps nothing, at
-s = 16 it is nine times worse than none. T = 5 is the paper's default, PEFT's is 1. The weight's
-error falls with T; the layer's output error need not, so the report shows every iteration.
-
-Saving and loading: the base is Q = dequantize(quantize(W - s B' A')) where B', A' are the factors
-of the last but one SVD step (zero for T = 1). The quantiser is a deterministic map and the product
-is rounded from float64, so storing A', B' is enough to rebuild Q from the original weight to the
-bit; a checksum stored beside them is compared when an adapter is loaded.
+Deviations: PEFT solves for B A and ignores the scaling, so that its correction is wrong unless
+s = 1. T = 5 is the default of the paper; that of PEFT is 1. The weight's error falls with T, but
+the layer's output error may not. The report shows every iteration.
 """
 
 from __future__ import annotations
@@ -39,14 +42,14 @@ NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
 class LoftqOptions(Options):
     """Settings of LoftQ; the first two are PEFT's.
 
-    A base that is quantised already keeps its own quantiser; `loftq_bits`, `quantizer` and
-    `block_size` are not read then.
+    A base that is quantized already keeps its own quantizer. `loftq_bits`, `quantizer` and
+    `block_size` then have no effect.
 
     Attributes:
-        loftq_bits: 2, 4 or 8 bits a weight.
-        loftq_iter: T, alternations of quantise and SVD.
+        loftq_bits: bits per weight: 2, 4 or 8.
+        loftq_iter: T, the number of iterations.
         quantizer: "normal_float" (NF2, NF4, and row-wise int8 at 8 bits) or "uniform".
-        block_size: weights that share one scale.
+        block_size: how many weights share one scale.
     """
 
     loftq_bits: int = 4
@@ -56,7 +59,7 @@ class LoftqOptions(Options):
 
     def __post_init__(self) -> None:
         check_count("loftq: loftq_iter", self.loftq_iter)
-        self.quantization()  # refuses what no quantiser takes
+        self.quantization()  # raises for unsupported values
 
     def quantization(self) -> Quantizer:
         return block_quantizer(
@@ -73,40 +76,38 @@ class QuantizingOptions(Protocol):
 def block_quantizer(
     method: str, bits_option: str, bits: int, family: str, block_size: int
 ) -> Quantizer:
-    """The quantiser that the options of LoftQ, or of a method of its kin, describe.
+    """The quantizer that a method's options describe.
 
     Args:
-        method: its name, for messages.
-        bits_option: what the method calls `bits`, for messages.
+        method: the method's name, for messages.
+        bits_option: the method's name for `bits`, for messages.
+        bits: bits per weight: 2, 4 or 8.
         family: the option `quantizer`, "normal_float" or "uniform".
+        block_size: how many weights share one scale.
 
     Raises:
-        ValueError: an option is not allowed.
+        ValueError: an option has an unsupported value.
     """
     if family not in ("normal_float", "uniform"):
         raise ValueError(
-            f"{method}: quantizer={family!r}; allowed are 'normal_float' and 'uniform'"
+            f"{method}: quantizer={family!r} is not supported: must be 'normal_float' or 'uniform'"
         )
     if not isinstance(bits, int) or bits not in NORMAL_FLOAT:
-        raise ValueError(f"{method}: {bits_option}={bits!r}; allowed are 2, 4 and 8")
+        raise ValueError(f"{method}: {bits_option}={bits!r} is not supported: must be 2, 4 or 8")
     kind = NORMAL_FLOAT[bits] if family == "normal_float" else family
     return Quantizer(kind=kind, bits=bits, block_size=block_size)
 
 
 def check_count(setting: str, count: int) -> None:
-    """Refuse a number of iterations that is not an integer of at least 1.
-
-    Raises:
-        ValueError: by the setting's name.
-    """
+    """Raise ValueError unless `count` is an integer >= 1."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{setting}={count!r}; allowed are integers >= 1")
+        raise ValueError(f"{setting}={count!r} is not supported: must be an integer >= 1")
 
 
 def layer_quantizer(layer: Layer, options: QuantizingOptions) -> Quantizer:
-    """The layer's own quantiser if its base is quantised already, else the options'.
+    """The quantizer of the layer's base if it is quantized already, else that of the options.
 
-    Values on another grid than the one the base is stored on could not be put back into it.
+    A quantized module can only store values that its own quantizer produces.
     """
     return options.quantization() if layer.quantizer is None else layer.quantizer
 
@@ -122,7 +123,7 @@ def layer_quantizer(layer: Layer, options: QuantizingOptions) -> Quantizer:
 )
 @batched
 def loftq(layer: Layer, options: LoftqOptions) -> Factors:
-    """A (rank, in), B (out, rank), float32, and the recipe of the quantised base."""
+    """A (rank, in), B (out, rank), float32, and the recipe of the quantized base."""
     weight, scaling = layer.weight, layer.scaling
     rows, columns = layer.shape
     norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
@@ -137,13 +138,13 @@ def loftq(layer: Layer, options: LoftqOptions) -> Factors:
         before = linalg.frobenius_norm(residual)
         if plain is None:
             plain = before / norm
-        # The noise of a quantiser has a flat spectrum: the last iteration's subspace is the best
-        # guess there is, and the objective, not the subspace, decides when to stop.
+        # Quantization noise has a flat spectrum, so the last iteration's subspace is the best
+        # start. The objective, not the subspace, decides when to stop.
         triplets = linalg.top_singular(residual, layer.rank, generator=layer.generator, start=start)
         start = triplets.right
         root = (triplets.values / scaling).sqrt()
         lora_A, lora_B = root[..., None] * triplets.right.mT, triplets.left * root[..., None, :]
-        # U S Vᵀ is a projection of the residual: what is left needs no third matrix.
+        # U S Vᵀ is a projection of the residual, so the rest's norm follows without forming it.
         left = before.square() - triplets.values.double().square().sum(-1)
         errors.append(left.clamp_min(0).sqrt() / norm)
     return Factors(
@@ -156,9 +157,9 @@ def loftq(layer: Layer, options: LoftqOptions) -> Factors:
 
 
 def error_figures(errors: list[Tensor], plain: Tensor) -> dict[str, Any]:
-    """A method's relative errors, after each iteration and without an adapter.
+    """Relative errors of W after each iteration and without an adapter.
 
-    Numbers for one layer, read in one copy; tensors for a stack.
+    Numbers for one layer, read from the device in one copy; tensors for a stack.
     """
     figures = {
         "error": errors[-1],

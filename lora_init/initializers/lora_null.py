@@ -1,22 +1,22 @@
-"""LoRA-Null: the adapter takes that part of the weight which what is known never calls for.
+"""LoRA-Null: initialize the adapter from the part of W that acts on the null space of the inputs.
 
-R = XᵀX / tokens, the uncentred second moment of the inputs on data that stands for what the model
-knows; N (in × r) = its last r eigenvectors. With W N = U S Zᵀ (thin) and V = N Z,
+The calibration data represent what the model knows and must keep. R = XᵀX / tokens is the
+uncentered second moment of the inputs, and N (in × r) holds its last r eigenvectors. With
+W N = U S Zᵀ (thin) and V = N Z,
 
     B = U sqrt(S / s),    A = sqrt(S / s) Vᵀ,    s B A = W N Nᵀ,
 
-which the base loses: W - s B A. Of the inputs in those data hardly anything passes through A: the
-start leaves their outputs to the base, and so does every B as long as A's rows stay where they are.
-`lora_null_frozen` does not train A.
+and the base becomes W - s B A. The calibration inputs give almost zero A x. So training B does not
+change the outputs for them, as long as A keeps its rows. `lora_null_frozen` does not train A.
 
 Source: Tang et al., "LoRA-Null: Low-Rank Adaptation via Null Space for Large Language Models",
 2025, arXiv 2503.02659 (v2: "Put the Space of LoRA Initialization to the Extreme to Preserve
-Pre-trained Knowledge"); the second form is their LoRA-Null-v2.
-Deviations: they decompose the (in × tokens) inputs, of which N are the last left singular vectors:
-the same subspace. W N Nᵀ is theirs to decompose as an (out × in) matrix, ours by W N alone, r
-columns wide. Where the data leave more than r directions unused, any r of them are N, theirs and
-ours. The report has `inputs_used`, the share of the inputs' mean square that falls on N. Not in
-PEFT.
+Pre-trained Knowledge"). `lora_null_frozen` is their LoRA-Null-v2.
+Deviations: the authors decompose the (in × tokens) inputs. N holds their last left singular
+vectors, which span the same subspace. The authors decompose the (out × in) matrix W N Nᵀ; this code
+decomposes W N, which has r columns. Where the data leave more than r directions unused, N is any r
+of them, in both. The report shows `inputs_used`, the share of the inputs' mean square that lies
+in N. PEFT does not have this method.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lora_init.weights.module_types import LINEAR_TYPES
 
 @dataclass
 class LoraNullOptions(Options):
-    """LoRA-Null has no settings."""
+    """Settings of LoRA-Null: none."""
 
     def input_request(self) -> CalibrationRequest:
         return CalibrationRequest(smallest=True)
@@ -41,7 +41,7 @@ class LoraNullOptions(Options):
 
 @dataclass
 class LoraNullFrozenOptions(LoraNullOptions):
-    """The second form has no settings either: A is not trained."""
+    """Settings of LoRA-Null with a frozen A: none."""
 
     frozen = ("lora_A",)
 

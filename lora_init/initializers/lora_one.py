@@ -1,23 +1,23 @@
-"""LoRA-One: the adapter starts as the best rank-r part of one step of full fine-tuning.
+"""LoRA-One: initialize the adapter with the best rank-r part of one full fine-tuning step.
 
-G = dL/dW, the mean gradient over the calibration batches; -G = U S Vᵀ. With gamma > 0,
+G = dL/dW is the mean gradient over the calibration batches, and -G = U S Vᵀ. With gamma > 0,
 
     B = U_r sqrt(S_r / S_1) / sqrt(gamma),    A = sqrt(S_r / S_1) V_rᵀ / sqrt(gamma),
 
-and the base stays: s B A = -(s / (gamma S_1)) G_r is a step of gradient descent, cut to rank r; its
-largest singular value is s / gamma, whatever the gradient's size. The model's function at step 0 is
-therefore not the base model's, on purpose: training goes on from where the step has led.
+and the base stays. s B A = -(s / (gamma S_1)) G_r is a gradient descent step, cut to rank r. Its
+largest singular value is s / gamma, whatever the size of the gradient. The model's output at step 0
+therefore differs from the base model's: training continues from the point after the step.
 
 Source: Zhang, Liu & Chen, "LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large
 Language Models, Provably and Efficiently", ICML 2025, arXiv 2502.01235, algorithm 1.
-Deviations: the paper's algorithm has no S_1; the official code divides by it, and so do we. Neither
-has s in the factors, so the step grows with s: gamma = 128 is the authors' at alpha = 16 with
-`use_rslora=True`, and gamma = 8 s sqrt(r) takes the same step at any other s. The official code
-takes a randomised SVD of 4r columns and 4 iterations, ours converged triplets. The paper's
-preconditioner belongs to the optimizer and not here. Not in PEFT.
-Gradients are those of `lora_init.initializers.lora_ga`. If G has fewer than r non-zero singular
-values, the other columns of B and rows of A vanish together, and such pairs hardly learn: the
-report counts them.
+Deviations: the paper's algorithm has no S_1; the official code divides by it, and so does this one.
+Neither divides the factors by s, so the step grows with s. The authors use gamma = 128 at
+alpha = 16 with `use_rslora=True`; gamma = 8 s sqrt(r) takes the same step at any other s. The
+official code takes a randomized SVD with 4r columns and 4 iterations; this code computes converged
+triplets. The paper's preconditioner is part of the optimizer and is not implemented here. PEFT does
+not have this method. The gradients are those of `lora_init.initializers.lora_ga`.
+If G has fewer than r non-zero singular values, the other columns of B and rows of A are both zero.
+Such pairs hardly learn; the report counts them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LoraOneOptions(Options):
     """Settings of LoRA-One.
 
     Attributes:
-        gamma: the first step's largest singular value is s / gamma; a larger one steps less far.
+        gamma: s B A has the largest singular value s / gamma; a larger gamma is a smaller step.
     """
 
     gamma: float = 128.0
@@ -46,7 +46,9 @@ class LoraOneOptions(Options):
     def __post_init__(self) -> None:
         number = isinstance(self.gamma, int | float) and not isinstance(self.gamma, bool)
         if not number or not 0.0 < self.gamma < float("inf"):
-            raise ValueError(f"lora_one: gamma={self.gamma!r}; allowed are finite numbers > 0")
+            raise ValueError(
+                f"lora_one: gamma={self.gamma!r} is not supported: must be a finite number > 0"
+            )
 
 
 @register_initializer(
@@ -61,11 +63,11 @@ class LoraOneOptions(Options):
 def lora_one(layer: Layer, options: LoraOneOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / (gamma S_1)."""
     triplets = linalg.top_singular(layer.gradient, layer.rank, generator=layer.generator)
-    # Of a gradient that is zero throughout, no direction is better than another: no step.
+    # The clamp makes the factors zero where the whole gradient is zero.
     share = triplets.values / triplets.values[..., :1].clamp_min(torch.finfo(torch.float32).tiny)
     root = (share / options.gamma).sqrt()
     return Factors(
-        lora_A=-root[..., None] * triplets.right.mT,  # the minus of the step
+        lora_A=-root[..., None] * triplets.right.mT,  # gradient descent: -G
         lora_B=triplets.left * root[..., None, :],
         metrics={
             "algorithm": triplets.method,

@@ -1,18 +1,19 @@
-"""LoRAM: sine bases, at the magnitude that W and the rank call for.
+"""LoRAM: initialize the factors with sine bases, scaled by the norm of W and the rank.
 
-Φ_d (d × r) holds the first r columns of the discrete sine transform of d points, orthonormal:
+Φ_d (d × r) holds the first r columns of the orthonormal discrete sine transform of d points:
 
     Φ_d[i, j] = sqrt(2 / (d + 1)) sin((i + 1)(j + 1) π / (d + 1)),
     B = β Φ_out,    A = β Φ_inᵀ,    β = (log_min(out, in)(r) · ν[W] / ν[s Φ_out Φ_inᵀ])^(1/4),
 
-where ν is the mean square of the entries; the base becomes W - s B A. Since ‖Φ_out Φ_inᵀ‖_F² is r,
-β² = ‖W‖_F sqrt(log_min(out, in)(r) / r) / s, and ‖s B A‖_F = ‖W‖_F sqrt(log_min(out, in)(r)):
-about what PiSSA's leading triplets hold of W, with no decomposition and nothing drawn at random.
+where ν is the mean square of the entries. The base becomes W - s B A. Because ‖Φ_out Φ_inᵀ‖_F² is
+r, β² = ‖W‖_F sqrt(log_min(out, in)(r) / r) / s and ‖s B A‖_F = ‖W‖_F sqrt(log_min(out, in)(r)).
+That is about the norm of PiSSA's product, without a decomposition and without random numbers.
 
 Source: Zhang, Li, Zhang, Gong, Wang, Hu, Liu & Jiang, "The Primacy of Magnitude in Low-Rank
 Adaptation", NeurIPS 2025, arXiv 2507.06558, equations 11 and 12, algorithm 1.
-Deviations: the paper fixes s = 1; ours divides by s, which is the same there and leaves s B A alone
-at any other s. At r = 1 the logarithm is 0 and nothing could learn: r is at least 2. Not in PEFT.
+Deviations: the paper fixes s = 1. This code divides by s, so that s B A is the same at every s. At
+r = 1 the logarithm is 0 and both factors would be zero, so r must be at least 2. PEFT does not have
+this method.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lora_init.weights.module_types import MODULE_TYPES
 
 @dataclass
 class LoramOptions(Options):
-    """LoRAM has no settings."""
+    """Settings of LoRAM: none."""
 
     def refuse_rank(self, rank: int, shape: tuple[int, int]) -> str | None:
         if rank >= 2:

@@ -1,17 +1,17 @@
-"""Gaussian factors whose product has the norm of another method's: magnitude and nothing else.
+"""Initialize Gaussian factors whose product has the norm of another method's product (a control).
 
-With G (r × in) and H (out × r) standard normal, scaled to one common Frobenius norm a,
+With G (r × in) and H (out × r) standard normal,
 
     A = a G / ‖G‖, B = a H / ‖H‖, a such that ‖B A‖ = ‖B' A'‖; the base becomes W - s B A,
 
-where B', A' are the factors of the reference, by default PiSSA's.
+where B', A' are the factors of the reference method, PiSSA by default.
 
-A control: beside the reference it has the same ‖s B A‖ in every layer. Neither directions nor the
-spectrum are the reference's (a product of tall Gaussian factors has nearly equal singular values);
+In every layer ‖s B A‖ equals that of the reference, but the directions and the
+spectrum differ. The product of tall Gaussian factors has nearly equal singular values.
 `random_bases` keeps the spectrum too.
 
-Source: a control of this project, for the claim (LoRAM, 2025) that the magnitude of a spectral
-start explains its speed.
+Source: a control of this project. It tests the claim (LoRAM, 2025) that the magnitude of a spectral
+initialization explains its speed.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from lora_init.weights.module_types import MODULE_TYPES
 
 @dataclass
 class MatchedNormOptions(Options):
-    """Settings of the control.
+    """Settings of the control "matched_norm".
 
     Attributes:
-        reference: the registered method whose ‖s B A‖ is taken, with its default options. It
-            reads weights only and subtracts its product from the base: pissa or olora, say.
+        reference: the registered method whose ‖s B A‖ is matched, with its default options. It
+            must read only the weight and subtract its product, like pissa or olora.
     """
 
     reference: str = "pissa"
@@ -50,13 +50,13 @@ class MatchedNormOptions(Options):
     def __post_init__(self) -> None:
         if self.reference not in references():
             raise ValueError(
-                f"matched_norm: reference={self.reference!r}; allowed are methods that start from "
-                f"the weight alone and subtract: {', '.join(references())}"
+                f"matched_norm: reference={self.reference!r} is not supported: must be one of "
+                f"{', '.join(references())}"
             )
 
 
 def references() -> list[str]:
-    """Methods that have a product to match and need nothing but the weight."""
+    """Names of the methods that read only the weight and subtract their product from the base."""
     return [
         spec.name
         for spec in list_initializers()

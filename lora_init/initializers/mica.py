@@ -1,16 +1,17 @@
-"""MiCA: what is learnt may leave the layer through the least used output directions only.
+"""MiCA: initialize B with the output directions that W uses least, and A with zero.
 
-W = U S Vᵀ (thin, min(out, in) triplets); B = the r columns of U that belong to the smallest
-singular values, A = 0. The base stays as it is. B is frozen, A alone is trained: half the
-parameters of LoRA at the same rank, and the update's columns lie in the span of B for good.
+W = U S Vᵀ (thin, min(out, in) triplets). B holds the r columns of U with the smallest singular
+values; A = 0. The base stays. B is frozen, which halves the trained parameters at the same rank.
+The columns of the update always lie in the span of B.
 
 Source: Rüdiger & Raschka, "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning", 2026,
 arXiv 2604.01694.
-Deviations: the same vectors as PEFT's "mica", which takes a full SVD in float32 and keeps the order
-of the whole SVD; ours computes the last ones only, in float64, the smallest first, so that the
-factors of rank r are the first r of those of a higher rank. PEFT rounds B to the base's dtype, ours
-stays float32. The scaling is not divided out: with A = 0 it sets the pace of training alone.
-For out > in the thin SVD's vectors are meant, as in PEFT: W's left null space holds smaller ones.
+Deviations: the vectors are those of PEFT's "mica", which computes a full SVD in float32 and keeps
+its order. This code computes only the last vectors, in float64, the smallest first. So the factors
+of rank r are the first r of those of a higher rank. PEFT rounds B to the base's dtype; here it
+stays float32. The factors are not divided by the scaling: with A = 0 it changes only the speed of
+training. For out > in the vectors are those of the thin SVD, as in PEFT; the left null space of W,
+where singular values are 0, is not used.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lora_init.weights.module_types import MODULE_TYPES
 
 @dataclass
 class MicaOptions(Options):
-    """MiCA has no settings."""
+    """Settings of MiCA: none."""
 
     frozen = ("lora_B",)
 

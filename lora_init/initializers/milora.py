@@ -1,17 +1,17 @@
-"""MiLoRA: the minor singular components of W are trained, the principal ones are frozen.
+"""MiLoRA: train the smallest singular components of W, and freeze the rest.
 
-W = U S Vᵀ (thin, min(out, in) triplets). Of its last r triplets, B = U_r sqrt(S_r / s),
-A = sqrt(S_r / s) V_rᵀ; the base becomes W - s B A. It is PiSSA from the other end of the spectrum:
-what is trained starts where W does least.
+W = U S Vᵀ (thin, min(out, in) triplets). With its last r triplets, B = U_r sqrt(S_r / s) and
+A = sqrt(S_r / s) V_rᵀ. The base becomes W - s B A. It is PiSSA at the other end of the spectrum:
+the adapter starts from the directions where W does least.
 
 Source: Wang, Li, Wang, Chen & Chen, "MiLoRA: Harnessing Minor Singular Components for
 Parameter-Efficient LLM Finetuning", NAACL 2025, arXiv 2406.09044.
-Deviations: the authors fix alpha = r, so s = 1; ours divides by s, which is the same there and
-leaves s B A alone at any other s. They take a full SVD in float32, where the smallest values of a
-matrix are mostly rounding; ours computes the last triplets only, in float64. Ascending, the
-smallest first: the factors of rank r are the first r of those of a higher rank. Not in PEFT.
-Where W has fewer than r triplets above its own rounding (eps · S_1), the others' columns of B and
-rows of A vanish together, and such pairs hardly learn: the report counts them.
+Deviations: the authors fix alpha = r, so s = 1. This code divides by s, so that s B A is the same
+at every s. The authors take a full SVD in float32, where the smallest values of a matrix are mostly
+rounding. This code computes only the last triplets, in float64, the smallest first. So the factors
+of rank r are the first r of those of a higher rank. PEFT does not have this method.
+Where W has fewer than r triplets above its rounding (eps · S_1), the other columns of B and rows of
+A are both almost zero. Such pairs hardly learn; the report counts them.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""OLoRA: the leading columns of W's QR decomposition.
+"""OLoRA: initialize the adapter from the first r columns of the QR decomposition of W.
 
-W = Q R; B = Q[:, :r], A = R[:r]; the base becomes W - s B A. The first r columns of Q depend on the
-first r columns of W alone, so Q = qr(W[:, :r]), A = Qᵀ W gives the same factors as the full
+W = Q R; B = Q[:, :r], A = R[:r]; the base becomes W - s B A. The first r columns of Q depend only
+on the first r columns of W. So Q = qr(W[:, :r]), A = Qᵀ W gives the same factors as the full
 decomposition in O(out · in · r).
 
 Source: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024,
 arXiv 2406.01775, algorithm 1.
-Deviations: signs are LAPACK's, as in the official code and PEFT. PEFT's branch ignores
-`fan_in_fan_out`; here W is always (out, in). The factors are not divided by the scaling (the paper
-does not either): at large s, ‖s B A‖ is far above ‖W‖. Embeddings are not served: the leading
-columns would be those of the vocabulary's first r entries, which mean nothing.
+Deviations: signs are those of LAPACK, as in the official code and PEFT. PEFT's implementation
+ignores `fan_in_fan_out`; here W is always (out, in). As in the paper, the factors are not divided
+by the scaling: at large s, ‖s B A‖ is far above ‖W‖. Embeddings are not supported: their leading
+columns are those of the vocabulary's first r entries, which have no meaning.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""PiSSA: the principal singular triplets of W are trained, the rest is frozen.
+"""PiSSA: train the largest singular components of W, and freeze the rest.
 
-W = U S Vᵀ; B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_rᵀ; the base becomes W - s B A. Dividing by
+W = U S Vᵀ; B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_rᵀ; the base becomes W - s B A. Division by
 the scaling makes s B A the best rank-r approximation of W for every s.
 
 Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation", NeurIPS
 2024, arXiv 2404.02948, equations 2-4; `niter` is its fast SVD (section 3, table of appendix).
-Deviations: the official code and PEFT take a full SVD for "pissa"; ours computes the top r triplets
-only, to an excess Frobenius error of at most 1e-4. PEFT's `pissa_niter_N` draws its test matrix
-from the global generator, with no oversampling, so that a reload gives another residual; ours is
-seeded per layer. N asks for the accuracy of N subspace iterations: ours comes from a Krylov space
-of fewer products, which is at least as accurate; method="subspace" iterates literally N times.
-Signs follow a fixed convention.
+Deviations: the official code and PEFT take a full SVD for "pissa". This code computes only the top
+r triplets, with an excess Frobenius error of at most 1e-4. PEFT's `pissa_niter_N` draws its test
+matrix from the global generator, without oversampling, so a reload gives another residual. Here the
+draw is seeded per layer. `niter=N` asks for the accuracy of N subspace iterations. A Krylov space
+reaches it, or better, with fewer products; method="subspace" runs exactly N iterations. Signs
+follow a fixed convention.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class PissaOptions(Options):
     """Settings of PiSSA.
 
     Attributes:
-        niter: None computes the triplets to full quality; an integer N >= 0 to that of N subspace
-            iterations or better ("pissa_niter_N").
-        method: the algorithm, of `linalg.top_singular`: auto, exact, gram, gram-krylov or krylov
-            when `niter` is None; else auto, powers or subspace.
+        niter: None computes accurate triplets; an integer N >= 0 gives at least the accuracy of N
+            subspace iterations ("pissa_niter_N").
+        method: the algorithm of `linalg.top_singular`: auto, exact, gram, gram-krylov or krylov
+            if `niter` is None; else auto, powers or subspace.
     """
 
     niter: int | None = None
@@ -41,12 +41,14 @@ class PissaOptions(Options):
 
     def __post_init__(self) -> None:
         if self.niter is not None and (not isinstance(self.niter, int) or self.niter < 0):
-            raise ValueError(f"pissa: niter={self.niter!r}; allowed are None and integers >= 0")
-        allowed = ("auto", *(linalg.QUALITY if self.niter is None else linalg.ITERATIONS))
-        if self.method not in allowed:
             raise ValueError(
-                f"pissa: method={self.method!r} with niter={self.niter}; allowed are "
-                f"{', '.join(allowed)}"
+                f"pissa: niter={self.niter!r} is not supported: must be None or an integer >= 0"
+            )
+        supported = ("auto", *(linalg.QUALITY if self.niter is None else linalg.ITERATIONS))
+        if self.method not in supported:
+            raise ValueError(
+                f"pissa: method={self.method!r} is not supported with niter={self.niter}: must be "
+                f"one of {', '.join(supported)}"
             )
 
     @classmethod

@@ -1,30 +1,30 @@
-"""QERA: the adapter that leaves a quantised layer the least output error.
+"""QERA: quantize the base, and initialize the adapter to minimize the layer's output error.
 
-Q = quant(W), E = W - Q, R = XᵀX / tokens, the uncentred second moment of the layer's inputs. Over
-all products of rank r, the mean of ‖(E - s B A) x‖², tr((E - s B A) R (E - s B A)ᵀ), is least at
+Q = quant(W), E = W - Q, and R = XᵀX / tokens is the uncentered second moment of the layer's inputs.
+Among all products of rank r, the mean of ‖(E - s B A) x‖², tr((E - s B A) R (E - s B A)ᵀ), is
+smallest at
 
     B = U,    A = Uᵀ E / s,    U = the r leading eigenvectors of E R Eᵀ,    s B A = U Uᵀ E,
 
-where it is the sum of the other eigenvalues. The base becomes Q, quantised plainly, and there is
-nothing to iterate. It is the least error for this Q: LoftQ and QPiSSA choose another one, and where
-the inputs are hardly correlated QPiSSA can end below it (MiniLM, real sentences, NF4, r = 32, as a
-share of plain quantisation's mean square: query 0.37 against QPiSSA's 0.31, intermediate 0.26
-against 0.52, output 0.31 against 0.49).
+where it equals the sum of the other eigenvalues. The base becomes Q; no iteration is needed. The
+error is minimal for this Q only: LoftQ and QPiSSA choose a different one. QPiSSA can have a smaller
+error where the inputs are hardly correlated.
 
-The paper writes it as R^(-1/2) SVD_r(R^(1/2) E) (weights there are (in, out)). The left vectors of
-E R^(1/2) are the eigenvectors of E R Eᵀ, and Uᵀ E R^(1/2) R^(-1/2) is Uᵀ E: neither a square root
-nor an inverse is needed. E R Eᵀ (out × out) is known by its products and, but for small layers,
-never formed.
+The paper writes the solution as R^(-1/2) SVD_r(R^(1/2) E), with weights (in, out). The left vectors
+of E R^(1/2) are the eigenvectors of E R Eᵀ, and Uᵀ E R^(1/2) R^(-1/2) = Uᵀ E. So neither a square
+root nor an inverse is needed. E R Eᵀ (out × out) is a linear operator here; only small layers form
+the matrix.
+
+Saving and loading: the base is quant(W), rebuilt from the original weight with zero factors (see
+`lora_init.factors.Replacement`).
 
 Source: Zhang, Wong, Xiao, Constantinides & Zhao, "QERA: an Analytical Framework for Quantization
 Error Reconstruction", ICLR 2025, arXiv 2410.06040, theorem 1 (QERA-exact).
-Deviations: the paper splits into B = U S, A = S⁻¹ Uᵀ E, with S the singular values of E R^(1/2);
-ours has nothing to divide by, and divides s out. Where there are fewer tokens than inputs, R knows
-nothing of some directions; lifted by 1e-6 of its mean diagonal, it leaves what remains of r to the
-weight's own error there. QERA-approx (a diagonal R) is not served. Not in PEFT.
-
-Saving and loading: the base is quant(W) itself, rebuilt from the original weight (see
-`lora_init.factors.Replacement`); its factors are zero.
+Deviations: the paper splits into B = U S, A = S⁻¹ Uᵀ E, where S holds the singular values of
+E R^(1/2). This code does not divide by S, but divides by s. With fewer tokens than inputs, R is
+zero in some directions. R's diagonal is raised by 1e-6 of its mean, so that the remaining rank
+reduces the weight's error there. QERA-approx (a diagonal R) is not supported. PEFT does not have
+this method.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from lora_init.weights.module_types import LINEAR_TYPES
 
 @dataclass
 class QeraOptions(Options):
-    """Settings of QERA; names and meaning are QPiSSA's.
+    """Settings of QERA, with the names of QPiSSA's.
 
-    A base that is quantised already keeps its own quantiser; no option is read then.
+    A base that is quantized already keeps its own quantizer; the options then have no effect.
 
     Attributes:
-        bits: 2, 4 or 8 bits a weight.
+        bits: bits per weight: 2, 4 or 8.
         quantizer: "normal_float" (NF2, NF4, and row-wise int8 at 8 bits) or "uniform".
-        block_size: weights that share one scale.
+        block_size: how many weights share one scale.
     """
 
     bits: int = 4
@@ -63,7 +63,7 @@ class QeraOptions(Options):
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        self.quantization()  # refuses what no quantiser takes
+        self.quantization()  # raises for unsupported values
 
     def quantization(self) -> Quantizer:
         return block_quantizer("qera", "bits", self.bits, self.quantizer, self.block_size)
@@ -80,12 +80,12 @@ class QeraOptions(Options):
 )
 @batched
 def qera(layer: Layer, options: QeraOptions) -> Factors:
-    """A (rank, in), B (out, rank) with orthonormal columns, float32, and plain quantisation."""
+    """A (rank, in), B (out, rank) with orthonormal columns, float32, and the recipe of Q."""
     weight, (rows, columns) = layer.weight, layer.shape
     quantizer = layer_quantizer(layer, options)
     error = weight - quantizer.roundtrip(weight)
     moment = layer.inputs.second_moment
-    # Unseen directions hold rounding; lifted, they are told apart by the weight's error instead.
+    # R is only rounding in unused directions; raised, it ranks them by the weight's error.
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(NULL_SPACE_LIFT * diagonal.mean(-1, keepdim=True))
     rounded = moment.to(error.dtype)
@@ -100,7 +100,7 @@ def qera(layer: Layer, options: QeraOptions) -> Factors:
     figures = {
         "error": left / norm,
         "error_without_adapter": plain / norm,
-        # Of plain quantisation's root mean square output error, the share that is left.
+        # RMS output error with the adapter, relative to that without it.
         "output_error_share": (1 - triplets.values.sum(-1) / outputs).clamp_min(0).sqrt(),
     }
     return Factors(
@@ -121,10 +121,12 @@ def output_error(
     moment: Float[Tensor, "*stack in in"],
     exact: Float[Tensor, "*stack in in"] | None = None,
 ) -> linalg.Operator:
-    """``x -> E R Eᵀ x``, a symmetric map of the outputs, by its products.
+    """The symmetric linear operator ``x -> E R Eᵀ x``.
 
     Args:
-        exact: R in float64, for the same map in float64; None where `moment` is exact.
+        error: E.
+        moment: R in the dtype of E.
+        exact: R in float64, for the operator's float64 form; None where `moment` is exact.
     """
     dense = linalg.Operator.dense(error)
     *stack, rows, _ = error.shape

@@ -1,20 +1,23 @@
-"""QPiSSA: the principal triplets of W are trained, the quantised rest is frozen.
+"""QPiSSA: train the largest singular components of W, and quantize and freeze the rest.
 
-Repeat T times, from Q_0 = 0:   s B A = SVD_r(W - Q_{t-1}), root split, B = U sqrt(S / s),
-A = sqrt(S / s) Vᵀ;   Q_t = quant(W - s B A). The base becomes Q_T; the method ends on the quantise
-step. T = 1 is PiSSA with its residual quantised: without its largest triplets W is smaller and
-nearer to a gaussian, so that the same bits lose less of it. T > 1 lets the adapter take up what
-quantisation loses. LoftQ is the same alternation begun and ended half a step later.
+Start from Q_0 = 0 and repeat T times:
+
+    U S Vᵀ = SVD_r(W - Q_{t-1}),    B = U sqrt(S / s),    A = sqrt(S / s) Vᵀ,
+    Q_t = quant(W - s B A).
+
+The base becomes Q_T. T = 1 is PiSSA with a quantized residual. Without its largest triplets W is
+smaller and closer to Gaussian, so the same bits lose less of it. With T > 1 the adapter also
+corrects the quantization error. LoftQ is the same alternation, shifted by half a step.
+
+Saving and loading: the base is Q = dequantize(quantize(W - s B A)) with the returned factors. They
+are enough to rebuild it from the original weight (see `lora_init.factors.Replacement`).
 
 Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation", NeurIPS
 2024, arXiv 2404.02948, section on QPiSSA and appendix on several iterations (T = 5 there).
-Deviations: the scaling is divided out, so that Q + s B A is the same at every s; the authors'
-program fixes s = 1. It takes full SVDs and one iteration by default; ours computes the top r
-triplets only, as `pissa` does. Quantising is no projection (the scale of a block moves with its
-weights), so an iteration may raise the error: the report shows every one.
-
-Saving and loading: the base is Q = dequantize(quantize(W - s B A)) of the very factors returned,
-so they alone rebuild it from the original weight (see `lora_init.factors.Replacement`).
+Deviations: the factors are divided by the scaling, so that Q + s B A is the same at every s; the
+authors' program fixes s = 1. It takes full SVDs, and one iteration by default. This code computes
+only the top r triplets, as `pissa` does. Quantization is not a projection (the scale of a block
+moves with its weights), so an iteration may increase the error. The report shows every iteration.
 """
 
 from __future__ import annotations
@@ -39,16 +42,16 @@ from lora_init.weights.module_types import MODULE_TYPES
 
 @dataclass
 class QpissaOptions(Options):
-    """Settings of QPiSSA; the last two are LoftQ's.
+    """Settings of QPiSSA; `quantizer` and `block_size` are those of LoftQ.
 
-    A base that is quantised already keeps its own quantiser; `bits`, `quantizer` and
-    `block_size` are not read then.
+    A base that is quantized already keeps its own quantizer. `bits`, `quantizer` and `block_size`
+    then have no effect.
 
     Attributes:
-        bits: 2, 4 or 8 bits a weight.
-        iterations: T, alternations of SVD and quantise.
+        bits: bits per weight: 2, 4 or 8.
+        iterations: T, the number of iterations.
         quantizer: "normal_float" (NF2, NF4, and row-wise int8 at 8 bits) or "uniform".
-        block_size: weights that share one scale.
+        block_size: how many weights share one scale.
     """
 
     bits: int = 4
@@ -58,7 +61,7 @@ class QpissaOptions(Options):
 
     def __post_init__(self) -> None:
         check_count("qpissa: iterations", self.iterations)
-        self.quantization()  # refuses what no quantiser takes
+        self.quantization()  # raises for unsupported values
 
     def quantization(self) -> Quantizer:
         return block_quantizer("qpissa", "bits", self.bits, self.quantizer, self.block_size)
@@ -75,7 +78,7 @@ class QpissaOptions(Options):
 )
 @batched
 def qpissa(layer: Layer, options: QpissaOptions) -> Factors:
-    """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantised base."""
+    """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantized base."""
     weight, scaling = layer.weight, layer.scaling
     norm = linalg.frobenius_norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
     quantizer = layer_quantizer(layer, options)
@@ -84,7 +87,7 @@ def qpissa(layer: Layer, options: QpissaOptions) -> Factors:
     residual, start, errors = weight, None, []
     for _ in range(options.iterations):
         triplets = linalg.top_singular(residual, layer.rank, generator=layer.generator, start=start)
-        start = triplets.right  # W - Q holds the last product and noise: its subspace moves little
+        start = triplets.right  # the subspace of W - Q moves little between iterations
         root = (triplets.values / scaling).sqrt()
         replacement = Replacement(
             quantizer,

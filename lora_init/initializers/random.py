@@ -1,11 +1,10 @@
-"""Both factors random: `init_lora_weights=False`, for debugging.
+"""Initialize both factors with random numbers, for debugging (`init_lora_weights=False`).
 
-A ~ U(±1/sqrt(in)), B ~ U(±1/sqrt(rank)): what two nn.Linear layers hold when nobody initializes
-them. The model's function changes at step 0, on purpose: a test that passes under this method
-shows that an adapter is really active.
+A ~ U(±1/sqrt(in)), B ~ U(±1/sqrt(rank)): the defaults of two nn.Linear layers. The model's output
+changes at step 0. So a test that passes with this method shows that an adapter is really active.
 
-Deviations: none from PEFT's distribution, except on embeddings, where PEFT draws both factors from
-N(0, 1); PEFT draws from the global generator.
+Deviations: on embeddings, PEFT draws both factors from N(0, 1). PEFT draws from the global
+generator; here each layer has a seeded generator. The distribution is otherwise the same.
 """
 
 from __future__ import annotations

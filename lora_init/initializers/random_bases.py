@@ -1,15 +1,15 @@
-"""PiSSA's singular values on random bases: its norm and its spectrum without its directions.
+"""Combine PiSSA's singular values with random singular vectors (a control).
 
-With S_r the r largest singular values of W, and U (out × r), V (in × r) random with orthonormal
-columns (Haar-distributed),
+S_r holds the r largest singular values of W. U (out × r) and V (in × r) are random with orthonormal
+columns (Haar-distributed). Then
 
     B = U sqrt(S_r / s), A = sqrt(S_r / s) Vᵀ; the base becomes W - s B A.
 
-A control for `pissa`: ‖A‖, ‖B‖ and ‖s B A‖ are the same layer by layer, and so are the singular
-values; U and V know nothing of W. What PiSSA gains beyond this control, its directions gain.
+In every layer, `pissa` and this method have the same ‖A‖, ‖B‖, ‖s B A‖ and singular values, but
+here U and V do not depend on W. An advantage of PiSSA over this control comes from its directions.
 
-Source: a control of this project, for the claim (LoRAM, 2025) that the magnitude of a spectral
-start explains its speed.
+Source: a control of this project. It tests the claim (LoRAM, 2025) that the magnitude of a spectral
+initialization explains its speed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lora_init.weights.module_types import MODULE_TYPES
 )
 @batched
 def random_bases(layer: Layer, options: Options) -> Factors:
-    """A (rank, in) and B (out, rank), float32, balanced as PiSSA's: A Aᵀ = Bᵀ B = S_r / s."""
+    """A (rank, in) and B (out, rank), float32, balanced like PiSSA's: A Aᵀ = Bᵀ B = S_r / s."""
     rows, columns = layer.shape
     bases = [
         (orthonormal(rows, layer.rank, each), orthonormal(columns, layer.rank, each))
@@ -56,4 +56,4 @@ def orthonormal(size: int, count: int, generator: torch.Generator) -> Float[Tens
     """`count` orthonormal columns, Haar-distributed; float64 on the CPU."""
     drawn = normal(size, count, generator=generator, dtype=torch.float64)
     basis, triangle = torch.linalg.qr(drawn)
-    return basis * torch.sign(torch.diagonal(triangle))  # Haar, not LAPACK's choice of signs
+    return basis * torch.sign(torch.diagonal(triangle))  # Haar, whatever LAPACK's signs

@@ -132,7 +132,7 @@ def test_what_a_loader_would_not_read_is_refused_before_anything_is_written(mess
 def test_targets_that_peft_takes_for_experts_are_named_at_saving(portable, tmp_path):
     base = llama()
     base.config.model_type = "deepseek_v3"  # whose names PEFT maps
-    with pytest.warns(UserWarning, match="PEFT would read the saved adapter otherwise"):
+    with pytest.warns(UserWarning, match="PEFT would load the saved adapter differently"):
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     with pytest.warns(UserWarning, match="PEFT would read the saved adapter otherwise.*down_proj"):
         model.save_pretrained(tmp_path, portable=portable)

@@ -480,10 +480,10 @@ def test_inputs_that_never_vary_are_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rho": 0.5}, r"rho=0\.5; allowed are finite numbers >= 1"),
+        ({"rho": 0.5}, r"rho=0\.5 is not supported: must be a finite number >= 1"),
         ({"tau": 0.5}, r"tau=0\.5.*exact"),
         ({"rh0": 2.0}, "unknown option 'rh0'.*'rho'"),
-        ({"budget": "rank"}, "budget='rank'; allowed are ranks, parameters"),
+        ({"budget": "rank"}, "budget='rank' is not supported: must be one of ranks, parameters"),
     ],
 )
 def test_bad_options_are_refused(options, message):

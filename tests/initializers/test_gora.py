@@ -160,14 +160,14 @@ def test_the_start_is_a_step_down():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "allowed"),
+    ("name", "value", "limit"),
     [
         ("gamma", 0, "> 0"), ("gamma", -1.0, "> 0"), ("gamma", math.nan, "> 0"),
         ("gamma", True, "> 0"), ("smallest", -0.1, ">= 0"), ("largest", math.inf, ">= 0"),
     ],
 )  # fmt: skip
-def test_a_bad_number_is_refused(name, value, allowed):
-    with pytest.raises(ValueError, match=f"gora: {name}=.*allowed are finite numbers {allowed}"):
+def test_a_bad_number_is_refused(name, value, limit):
+    with pytest.raises(ValueError, match=f"gora: {name}=.*must be a finite number {limit}"):
         LoraConfig(init_lora_weights={"name": "gora", name: value})
 
 

@@ -100,5 +100,5 @@ def test_each_method_has_options_of_its_own():
 @every_method
 @pytest.mark.parametrize("gamma", [0, -1.0, float("inf"), float("nan"), TEXT, True])
 def test_bad_gamma_is_refused(method, gamma):
-    with pytest.raises(ValueError, match=rf"{method}: gamma=.*allowed are finite numbers > 0"):
+    with pytest.raises(ValueError, match=rf"{method}: gamma=.*must be a finite number > 0"):
         LoraConfig(init_lora_weights={"name": method, "gamma": gamma})

@@ -164,8 +164,8 @@ def test_refusal_names_the_way_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loftq_bits": 3}, "loftq_bits=3; allowed are 2, 4 and 8"),
-        ({"loftq_iter": 0}, "loftq_iter=0; allowed are integers >= 1"),
+        ({"loftq_bits": 3}, "loftq_bits=3 is not supported: must be 2, 4 or 8"),
+        ({"loftq_iter": 0}, "loftq_iter=0 is not supported: must be an integer >= 1"),
         ({"quantizer": "fp4"}, "quantizer='fp4'.*normal_float.*uniform"),
         ({"block_size": 0}, "block_size=0"),
         ({"bits": 4}, "unknown option 'bits'.*loftq_bits"),

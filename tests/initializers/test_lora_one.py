@@ -152,7 +152,7 @@ def test_the_start_is_a_step_down():
 
 @pytest.mark.parametrize("gamma", [0, -1.0, float("inf"), float("nan"), TEXT, True])
 def test_bad_gamma_is_refused(gamma):
-    with pytest.raises(ValueError, match=r"lora_one: gamma=.*allowed are finite numbers > 0"):
+    with pytest.raises(ValueError, match=r"lora_one: gamma=.*must be a finite number > 0"):
         LoraConfig(init_lora_weights={"name": "lora_one", "gamma": gamma})
 
 

@@ -264,7 +264,7 @@ def test_data_are_needed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "qera: bits=3; allowed are 2, 4 and 8"),
+        ({"bits": 3}, "qera: bits=3 is not supported: must be 2, 4 or 8"),
         ({"quantizer": "fp4"}, "qera: quantizer='fp4'.*normal_float.*uniform"),
         ({"block_size": 0}, "block_size=0"),
         ({"iterations": 5}, "unknown option 'iterations'"),

@@ -256,9 +256,9 @@ def test_the_original_is_kept_on_request():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "qpissa: bits=3; allowed are 2, 4 and 8"),
+        ({"bits": 3}, "qpissa: bits=3 is not supported: must be 2, 4 or 8"),
         ({"bits": True}, "qpissa: bits=True"),
-        ({"iterations": 0}, "qpissa: iterations=0; allowed are integers >= 1"),
+        ({"iterations": 0}, "qpissa: iterations=0 is not supported: must be an integer >= 1"),
         ({"iterations": True}, "qpissa: iterations=True"),
         ({"quantizer": "fp4"}, "qpissa: quantizer='fp4'.*normal_float.*uniform"),
         ({"block_size": 0}, "block_size=0"),

@@ -75,7 +75,7 @@ def test_the_table_of_model_types_is_pefts():
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_the_differences_are_warned_about(dry_run):
     config = LoraConfig(r=2, target_modules=["down_proj", "o_proj"])
-    with pytest.warns(UserWarning, match=r"PEFT would read .*layers\.0\.mlp\.down_proj, .*experts"):
+    with pytest.warns(UserWarning, match=r"PEFT would load .*layers\.0\.mlp\.down_proj, .*experts"):
         get_peft_model(mixture("deepseek_v3"), config, dry_run=dry_run)
 
 
