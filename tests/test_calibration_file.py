@@ -249,5 +249,5 @@ def test_an_unsealed_change_is_refused(saved):
 @pytest.mark.parametrize("version", [2, 0, "1", True, None, 1.0])
 def test_another_version_is_refused(saved, version):
     rewritten(saved, lambda metadata, _: metadata.update(format_version=version), sealed=True)
-    with pytest.raises(ValueError, match=r"found.*is no calibration of this version"):
+    with pytest.raises(ValueError, match=r"found.*is not a calibration of this version"):
         Calibration.load(saved)
