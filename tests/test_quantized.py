@@ -251,7 +251,7 @@ def test_requantized_base_is_lost_or_kept(method, packing):
     base, x = packed_chain(packing), inputs()
     model = train(adapt(base, method, quantized_base="requantize"))
     trained = model(x)
-    message = "'square' was replaced by a quantised one and no copy.*keep_original=True"
+    message = "'square' was replaced by a quantized one and no copy.*keep_original=True"
     with (
         pytest.raises(RuntimeError, match=f"disable_adapter: .*{message}"),
         model.disable_adapter(),
@@ -450,7 +450,7 @@ def test_merging_warns_with_the_error_it_adds(packing, method, use_dora):
     base = packed_chain(packing)
     model = train(adapt(base, method, settings={"use_dora": use_dora}))
     wanted = {name: layer.merged_weight() for name, layer in model.layers.items()}
-    with pytest.warns(UserWarning, match="merged into 3 quantised weights") as caught:
+    with pytest.warns(UserWarning, match="merged into 3 quantized weights") as caught:
         model.merge_adapter()
     errors = {
         name: relative_gap(oriented_weight(layer.base_layer), wanted[name])
