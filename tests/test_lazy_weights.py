@@ -334,7 +334,7 @@ def test_a_quantised_weight_on_the_meta_device():
         model = nn.Sequential(*(kind(64, 64) for kind in kinds))
     for target in ("0", "1"):
         refused(
-            f"target '{target}': its quantised weight is on the meta device.*quantization_config",
+            f"target '{target}': its quantized weight is on the meta device.*quantization_config",
             model, config(target_modules=[target]), original_weights={},
         )  # fmt: skip
 

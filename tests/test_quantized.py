@@ -411,7 +411,7 @@ def test_a_quantised_checkpoint_is_no_original():
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("value", ["in-forward", None, True, ["requantize"]])
 def test_quantized_base_has_two_values(value):
-    message = f"quantized_base={value!r}; allowed are in_forward, requantize"
+    message = f"quantized_base={value!r} is not supported: must be one of in_forward, requantize"
     refused(re.escape(message), packed_chain("nf4"), quantized_base=value)
 
 
