@@ -461,7 +461,7 @@ def test_merging_warns_with_the_error_it_adds(packing, method, use_dora):
     message = str(caught[0].message)
     assert f"{errors[worst]:.1e} in {worst!r}" in message
     assert f"{sum(errors.values()) / 3:.1e} on average" in message
-    assert "merge into the unquantised model" in message
+    assert "merge into the unquantized model" in message
 
 
 # -- a model of transformers -----------------------------------------------------------------------
