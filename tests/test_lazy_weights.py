@@ -443,7 +443,7 @@ def test_an_offloaded_weight_cannot_be_replaced(folders, tmp_path):
 
 def test_a_checkpoint_beside_offloaded_weights(folders, tmp_path):
     base = from_disk(folders["llama"], tmp_path)
-    with pytest.raises(ValueError, match="no target is quantised or unloaded.*leave it out"):
+    with pytest.raises(ValueError, match="no target is quantized or unloaded.*leave it out"):
         get_peft_model(base, config(), original_weights=folders["llama"])
 
 

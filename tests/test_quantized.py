@@ -391,21 +391,21 @@ def test_wrong_checkpoints_are_refused_by_name(method, packing, tmp_path):
 
 @pytest.mark.wrong_types
 def test_original_weights_are_a_path_or_a_mapping():
-    message = "original_weights is of type int; allowed are a folder"
+    message = "original_weights is of type int; it must be a folder"
     refused(message, packed_chain("nf4"), error=TypeError, original_weights=3)
 
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa", *REPLACING])
 def test_original_weights_without_a_quantised_target(method):
     refused(
-        "original_weights is given, but no target is quantised.*leave it out",
+        "original_weights is given, but no target is quantized.*leave it out",
         original(), method, original_weights=original().state_dict(),
     )  # fmt: skip
 
 
 def test_a_quantised_checkpoint_is_no_original():
     state = packed_chain("nf4").state_dict()
-    refused("'square' is quantised already", packed_chain("nf4"), original_weights=state)
+    refused("'square' is quantized already", packed_chain("nf4"), original_weights=state)
 
 
 @pytest.mark.wrong_types
@@ -429,7 +429,7 @@ def test_unquantised_modules_are_refused(kind):
 
     class_ = getattr(modules, kind)
     base = nn.Sequential(nn.Linear(64, 64), class_(64, 64))
-    with pytest.raises(ValueError, match=r"holds no quantised weight; .*\.to\("):
+    with pytest.raises(ValueError, match=r"holds no quantized weight; .*\.to\("):
         adapt(base, "kaiming", targets=["1"])
 
 
