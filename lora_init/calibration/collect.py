@@ -60,7 +60,7 @@ def collect(
         device: where the sums are stored. None stores them on the device of the activations.
 
     Raises:
-        ValueError: there is no batch, a layer is never reached, or a layer's input is not finite.
+        ValueError: no batch was passed, a layer is never reached, or its input is not finite.
             The message names the layer.
         RuntimeError: another rank failed.
     """

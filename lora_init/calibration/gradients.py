@@ -87,8 +87,8 @@ def collect_gradients(
         G by name, float32.
 
     Raises:
-        ValueError: there is no batch, a loss is not a finite scalar, a layer is never reached, or a
-            gradient is not finite. The message names the layer where one is the cause.
+        ValueError: no batch was passed, a loss is not a finite scalar, a layer is never reached, or
+            a gradient is not finite. The message names the layer if one is the cause.
         RuntimeError: another rank failed. torch raises it too if a layer's input is modified before
             the backward pass, or for reentrant checkpointing (use_reentrant=False is supported).
     """

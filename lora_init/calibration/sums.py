@@ -34,7 +34,7 @@ class Moments:
 
     Attributes:
         tokens: number of rows.
-        mean: sum x / tokens, float64; zero if there are no rows.
+        mean: sum x / tokens, float64; zero without rows.
         products: C = sum (x - mean)(x - mean)ᵀ / tokens.
         variance: trace C, float64.
     """

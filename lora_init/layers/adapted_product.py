@@ -1,7 +1,7 @@
 """``x W + s (x Aᵀ) Bᵀ + bias`` as a single autograd function.
 
-Plain autograd allocates an output for each of the two products, and a gradient of x for each in the
-backward pass, and then adds them. This function accumulates the second product into the first one's
+Plain autograd allocates an output for each of the two products, and in the backward pass a gradient
+of x for each. It then adds them. This function accumulates the second product into the first one's
 memory in both passes. On a CPU, allocating fresh memory takes longer than the arithmetic.
 """
 

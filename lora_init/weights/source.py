@@ -68,7 +68,7 @@ class BaseWeights:
         """Raise if a weight is neither loaded nor in the checkpoint.
 
         Raises:
-            ValueError: there is no checkpoint, or a weight is missing there or has another shape.
+            ValueError: no checkpoint was passed, or a weight is missing there or has another shape.
         """
         unloaded = [target for target in targets if self._is_unloaded(target)]
         if unloaded and self.originals is None:
@@ -109,7 +109,7 @@ class BaseWeights:
         """The weight that the module computes with. Float weights have the module's dtype.
 
         Raises:
-            ValueError: the weight is not loaded, and there is no checkpoint.
+            ValueError: the weight is not loaded, and no checkpoint was passed.
         """
         module = self._module(target)
         if not module.weight.is_meta:
