@@ -188,7 +188,7 @@ def test_grouped_convolutions(method):
     base = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3, groups=2))
     refused_on(
         base,
-        "target '1' is a Conv2d with groups=2, .*groups must be 1. Leave it out with exclude_modules",
+        "target '1' is a Conv2d with groups=2, .*groups must be 1. Leave it out",
         TypeError, target_modules=["0", "1"], init_lora_weights=method,
     )  # fmt: skip
 

@@ -437,7 +437,7 @@ def test_statistics_of_an_offloaded_model(folders, tmp_path):
 
 def test_an_offloaded_weight_cannot_be_replaced(folders, tmp_path):
     base = from_disk(folders["llama"], tmp_path)
-    with pytest.raises(ValueError, match="'model.layers.1.*offloaded by Accelerate, and loftq"):
+    with pytest.raises(ValueError, match="'model.layers.1.*offloaded by Accelerate, but loftq"):
         get_peft_model(base, config("loftq"))
 
 
