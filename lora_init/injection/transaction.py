@@ -56,7 +56,7 @@ class Transaction:
         self.undo_by(partial(set_gradient_flags, flags))
 
     def roll_back(self) -> None:
-        """Undo all changes in reverse order. An interrupt is raised again afterwards.
+        """Undo all changes in reverse order. An interrupt is re-raised afterwards.
 
         Raises:
             RuntimeError: a change could not be undone. All others were undone.
