@@ -723,7 +723,7 @@ def test_wrong_settings_are_refused():
     refused(model, TypeError, "must be a mapping or LoftqOptions", "loftq", options=PissaOptions())
     refused(model, TypeError, "options go with a method's name", {"name": "pissa"}, options={})
     refused(model, ValueError, "'eva' needs calibration data", "eva")
-    refused(model, ValueError, "no target is quantised", original_weights={})
+    refused(model, ValueError, "no target is quantized", original_weights={})
     start(model, "pissa")
     refused(model, ValueError, "'eva' needs calibration data", "eva")
 
