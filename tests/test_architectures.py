@@ -259,7 +259,7 @@ def test_an_unknown_architecture_asks_for_names(make):
 def test_expert_parameters_are_refused_for_what_they_are(names):
     shape = "4×96×64" if "gate_up_proj" in names else "4×64×48"
     message = (
-        rf"{names[-1]!r} is no module but a parameter, 'model.layers.0.mlp.experts.*' of shape "
+        rf"{names[-1]!r} is not a module but a parameter, 'model.layers.0.mlp.experts.*' of shape "
         rf"{shape} in a MixtralExperts, the weights of all experts in one tensor.*leave it out"
     )
     with pytest.raises(ValueError, match=message):
@@ -270,7 +270,7 @@ def test_expert_parameters_are_refused_for_what_they_are(names):
 def test_the_experts_module_is_refused_for_what_it_holds(names):
     message = (
         r"'model.layers.0.mlp.experts' is a MixtralExperts \(parameters with all experts' "
-        r"weights: gate_up_proj, down_proj\), which pissa does not serve"
+        r"weights: gate_up_proj, down_proj\), which pissa does not support"
     )
     with pytest.raises(TypeError, match=message):
         get_peft_model(mixtral(), LoraConfig(target_modules=names, init_lora_weights="pissa"))

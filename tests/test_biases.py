@@ -177,7 +177,7 @@ def test_lora_bias_cannot_be_merged_where_the_base_has_none():
     before, x = snapshot(base), torch.randn(5, 8)
     expected = model(x)
     for call in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="'1' has a lora_bias, and its base module no bias"):
+        with pytest.raises(ValueError, match="'1' has a lora_bias, but its base.* no bias"):
             call()
         assert_unchanged(base, before)
         assert torch.equal(model(x), expected)

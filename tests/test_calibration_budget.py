@@ -152,8 +152,8 @@ def test_a_layer_whose_inputs_never_fit_together_ends_with_an_error():
     ("limits", "method", "message"),
     [
         ({"calibration_memory": WIDE - 1}, CORDA, rf"down_proj' alone take {WIDE} bytes"),
-        ({"calibration_memory": 0}, CORDA, "calibration_memory=0; allowed are"),
-        ({"calibration_memory": 1e9}, CORDA, "calibration_memory=1000000000.0; allowed are"),
+        ({"calibration_memory": 0}, CORDA, "calibration_memory=0 is not supported"),
+        ({"calibration_memory": 1e9}, CORDA, "calibration_memory=1000000000.0 is not"),
         ({"calibration_memory": 10**4}, {"init_lora_weights": "lora_ga"}, "gradients.*one pass"),
     ],
 )

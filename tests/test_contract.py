@@ -770,7 +770,7 @@ class Unserved(nn.Module):
 def test_unserved_module_type_is_refused_by_name(method, target, kind):
     base = Unserved()
     before = snapshot(base)
-    message = rf"'{target}' is a {kind}.*{method} does not serve.*Linear"
+    message = rf"'{target}' is a {kind}.*{method} does not support.*Linear"
     with pytest.raises(TypeError, match=message):
         adapt(method, base, targets=["linear", target], calibration=[torch.randn(4, 16)])
     assert_unchanged(base, before)

@@ -178,13 +178,13 @@ def test_2_merging_into_a_tied_head_leaves_the_embedding_alone(make, batches_for
     model = train(adapt(base, target_modules=["lm_head"], init_lora_weights=method))
     trained = logits(model, batches)
     tolerance = 1e-5 * largest_ratio(model, make())
-    with pytest.warns(UserWarning, match="'lm_head' shared its weight .* now has one of its own"):
+    with pytest.warns(UserWarning, match="'lm_head' shared its weight .* now has a separate one"):
         model.merge_adapter()
     assert torch.equal(embedded(base), rows)
     assert_gap(logits(model, batches), trained, tolerance)
     model.unmerge_adapter()
     assert_gap(logits(model, batches), trained, 0.0)
-    with pytest.warns(UserWarning, match="now has one of its own"):
+    with pytest.warns(UserWarning, match="now has a separate one"):
         merged = model.merge_and_unload()
     assert merged.get_input_embeddings().weight is tied
     assert torch.equal(embedded(merged), rows)

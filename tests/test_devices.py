@@ -48,7 +48,7 @@ from lora_init.linalg.gram import CachedBlocks
 from lora_init.quantization import Quantizer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:merged into .* quantised weights"),
+    pytest.mark.filterwarnings("ignore:merged into .* quantized weights"),
     pytest.mark.filterwarnings("ignore:.*shared its weight with another module"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),

@@ -113,7 +113,7 @@ def test_any_expression_means_what_re_means(pattern, text):
     try:
         theirs = re.compile(pattern)
     except re.error:
-        with pytest.raises(ValueError, match="is no regular expression"):
+        with pytest.raises(ValueError, match="is not a regular expression"):
             Expression("target_modules", pattern)
         return
     ours = Expression("target_modules", pattern)

@@ -334,7 +334,7 @@ def test_a_quantised_weight_on_the_meta_device():
         model = nn.Sequential(*(kind(64, 64) for kind in kinds))
     for target in ("0", "1"):
         refused(
-            f"target '{target}': its quantised weight is on the meta device.*quantization_config",
+            f"target '{target}': its quantized weight is on the meta device.*quantization_config",
             model, config(target_modules=[target]), original_weights={},
         )  # fmt: skip
 
@@ -437,13 +437,13 @@ def test_statistics_of_an_offloaded_model(folders, tmp_path):
 
 def test_an_offloaded_weight_cannot_be_replaced(folders, tmp_path):
     base = from_disk(folders["llama"], tmp_path)
-    with pytest.raises(ValueError, match="'model.layers.1.*offloaded by Accelerate, and loftq"):
+    with pytest.raises(ValueError, match="'model.layers.1.*offloaded by Accelerate, but loftq"):
         get_peft_model(base, config("loftq"))
 
 
 def test_a_checkpoint_beside_offloaded_weights(folders, tmp_path):
     base = from_disk(folders["llama"], tmp_path)
-    with pytest.raises(ValueError, match="no target is quantised or unloaded.*leave it out"):
+    with pytest.raises(ValueError, match="no target is quantized or unloaded.*leave it out"):
         get_peft_model(base, config(), original_weights=folders["llama"])
 
 

@@ -249,7 +249,7 @@ def test_pickles_are_never_loaded(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(FileNotFoundError, match=f"'{name}' is a pickle.*save_pretrained"):
         OriginalWeights(tmp_path)
-    with pytest.raises(ValueError, match=f"{name}' is no .safetensors file.*save_pretrained"):
+    with pytest.raises(ValueError, match=f"{name}' is not a .safetensors file.*save_pretrained"):
         OriginalWeights(tmp_path / name)
 
 
@@ -332,7 +332,7 @@ CODES = torch.zeros(8, 1, dtype=torch.uint8)
 def test_quantised_checkpoints_are_refused(tmp_path, layout, values, finding):
     original = OriginalWeights(layout(tmp_path, values | {"down.weight": torch.ones(2, 2)}))
     for read in (original.weight, original.shape):
-        with pytest.raises(ValueError, match=rf"'up' is quantised already.*({finding}).*bfloat16"):
+        with pytest.raises(ValueError, match=rf"'up' is quantized already.*({finding}).*bfloat16"):
             read("up")
     assert original.shape("down") == (2, 2)
 

@@ -415,14 +415,14 @@ def test_descriptions():
 def test_unquantised_and_other_modules_are_refused():
     weight = gaussian(8, 64)
     for function in (packed.dequantized, packed.quantizer_of, packed.held, packed.keep_plain):
-        with pytest.raises(TypeError, match="Linear is not packed; allowed are"):
+        with pytest.raises(TypeError, match="Linear is not packed; it must be"):
             function(nn.Linear(4, 4))
-        with pytest.raises(ValueError, match="holds no quantised weight; move it to its device"):
+        with pytest.raises(ValueError, match="holds no quantized weight; move it to its device"):
             function(four_bits(weight, quantise=False))
     for function in (packed.dequantized, packed.quantizer_of, packed.held):
-        with pytest.raises(ValueError, match="holds no quantised weight; move it to its device"):
+        with pytest.raises(ValueError, match="holds no quantized weight; move it to its device"):
             function(eight_bits(weight, quantise=False))
         with pytest.raises(ValueError, match="has_fp16_weights=False"):
             function(eight_bits(weight, has_fp16_weights=True))
-    with pytest.raises(ValueError, match=r"shape \(64, 8\).*takes \(8, 64\)"):
+    with pytest.raises(ValueError, match=r"shape \(64, 8\).*needs \(8, 64\)"):
         packed.requantize(four_bits(weight), weight.T)

@@ -251,7 +251,7 @@ def test_requantized_base_is_lost_or_kept(method, packing):
     base, x = packed_chain(packing), inputs()
     model = train(adapt(base, method, quantized_base="requantize"))
     trained = model(x)
-    message = "'square' was replaced by a quantised one and no copy.*keep_original=True"
+    message = "'square' was replaced by a quantized one and no copy.*keep_original=True"
     with (
         pytest.raises(RuntimeError, match=f"disable_adapter: .*{message}"),
         model.disable_adapter(),
@@ -391,27 +391,27 @@ def test_wrong_checkpoints_are_refused_by_name(method, packing, tmp_path):
 
 @pytest.mark.wrong_types
 def test_original_weights_are_a_path_or_a_mapping():
-    message = "original_weights is of type int; allowed are a folder"
+    message = "original_weights is of type int; it must be a folder"
     refused(message, packed_chain("nf4"), error=TypeError, original_weights=3)
 
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa", *REPLACING])
 def test_original_weights_without_a_quantised_target(method):
     refused(
-        "original_weights is given, but no target is quantised.*leave it out",
+        "original_weights is given, but no target is quantized.*leave it out",
         original(), method, original_weights=original().state_dict(),
     )  # fmt: skip
 
 
 def test_a_quantised_checkpoint_is_no_original():
     state = packed_chain("nf4").state_dict()
-    refused("'square' is quantised already", packed_chain("nf4"), original_weights=state)
+    refused("'square' is quantized already", packed_chain("nf4"), original_weights=state)
 
 
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("value", ["in-forward", None, True, ["requantize"]])
 def test_quantized_base_has_two_values(value):
-    message = f"quantized_base={value!r}; allowed are in_forward, requantize"
+    message = f"quantized_base={value!r} is not supported: must be one of in_forward, requantize"
     refused(re.escape(message), packed_chain("nf4"), quantized_base=value)
 
 
@@ -429,7 +429,7 @@ def test_unquantised_modules_are_refused(kind):
 
     class_ = getattr(modules, kind)
     base = nn.Sequential(nn.Linear(64, 64), class_(64, 64))
-    with pytest.raises(ValueError, match=r"holds no quantised weight; .*\.to\("):
+    with pytest.raises(ValueError, match=r"holds no quantized weight; .*\.to\("):
         adapt(base, "kaiming", targets=["1"])
 
 
@@ -450,7 +450,7 @@ def test_merging_warns_with_the_error_it_adds(packing, method, use_dora):
     base = packed_chain(packing)
     model = train(adapt(base, method, settings={"use_dora": use_dora}))
     wanted = {name: layer.merged_weight() for name, layer in model.layers.items()}
-    with pytest.warns(UserWarning, match="merged into 3 quantised weights") as caught:
+    with pytest.warns(UserWarning, match="merged into 3 quantized weights") as caught:
         model.merge_adapter()
     errors = {
         name: relative_gap(oriented_weight(layer.base_layer), wanted[name])
@@ -461,7 +461,7 @@ def test_merging_warns_with_the_error_it_adds(packing, method, use_dora):
     message = str(caught[0].message)
     assert f"{errors[worst]:.1e} in {worst!r}" in message
     assert f"{sum(errors.values()) / 3:.1e} on average" in message
-    assert "merge into the unquantised model" in message
+    assert "merge into the unquantized model" in message
 
 
 # -- a model of transformers -----------------------------------------------------------------------

@@ -201,7 +201,7 @@ def test_a_base_quantised_otherwise_is_refused(case, kind, expected, tmp_path):
 def test_an_unquantised_base_is_refused(case, tmp_path):
     adapted(case).save_pretrained(tmp_path)
     arguments = {"original_weights": originals()} if CASES[case][2] else {}
-    message = "is not the one the adapter was trained on|is given, but no target is quantised"
+    message = "is not the one the adapter was trained on|is given, but no target is quantized"
     refused(tmp_path, message, None, **arguments)
 
 

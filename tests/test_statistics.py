@@ -439,7 +439,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is no calibration of this version"):
+    with pytest.raises(ValueError, match="is not a calibration of this version"):
         Calibration.load(tmp_path / "other.safetensors")
 
 
@@ -450,7 +450,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         (
             LoraConfig(target_modules=["k_proj"], init_lora_weights="corda"),
             0,
-            "knows nothing of the target 'model.layers.0.self_attn.k_proj'",
+            "has no statistics of the target 'model.layers.0.self_attn.k_proj'",
         ),
         (CORDA, 1, "collected with another weight of 'model.layers.0.self_attn.q_proj'"),
     ],

@@ -75,7 +75,7 @@ def test_a_cell_is_true(spec, kind, base, use_dora):
     promised = support(spec, kind, base)
     calibration = None if kind == "Embedding" else Batches([x])
     if promised is None:
-        with pytest.raises(TypeError, match=rf"'0' is an? {kind}.*{spec.name} does not serve"):
+        with pytest.raises(TypeError, match=rf"'0' is an? {kind}.*{spec.name} does not support"):
             get_peft_model(model, config, calibration=calibration)
         return
     with torch.no_grad():

@@ -253,8 +253,8 @@ def test_plans_of_any_model_follow_the_rules(names, ranks, alphas, use_rslora, d
         ({"target_modules": "q_proj"}, r"'q_proj' matches no module of LlamaForCausalLM"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"layers_to_transform=\[9\]"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "leaves nothing"),
-        ({"target_modules": "*q"}, "'\\*q' is no regular expression"),
-        ({"target_modules": ["q_proj"], "rank_pattern": {"(": 2}}, "is no regular expression"),
+        ({"target_modules": "*q"}, "'\\*q' is not a regular expression"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"(": 2}}, "is not a regular expression"),
     ],
 )
 def test_no_target_is_an_error_with_names_that_exist(settings, message):

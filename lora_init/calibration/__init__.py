@@ -1,1 +1,1 @@
-"""One pass over data that collects the statistics data-driven methods need."""
+"""Collect the statistics that data-driven initializers need from a pass over calibration data."""

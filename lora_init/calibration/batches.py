@@ -1,4 +1,4 @@
-"""Calibration batches: what they may be, how they run through a model, and what their loss is."""
+"""Calibration batches: check their type, run them through a model, and compute their loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_init.progress import tracked
 
 @dataclass(frozen=True)
 class WithLoss:
-    """Calibration batches for a model that returns no loss of its own.
+    """Calibration batches with a loss function, for a model that does not return a loss.
 
     Attributes:
         batches: any iterable.
@@ -31,10 +31,10 @@ class WithLoss:
 
 
 class Counted:
-    """Batches that are counted as they pass.
+    """Count batches and tokens while they are iterated over.
 
     Attributes:
-        count: how many batches have passed.
+        count: number of batches so far.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -44,7 +44,7 @@ class Counted:
 
     @property
     def tokens(self) -> int:
-        """How many unmasked tokens they held. Only this property waits for the masks' device."""
+        """Number of unmasked tokens. Reading it waits for the device of the masks."""
         return sum(on_host(self._tokens))
 
     def __iter__(self) -> Iterator[Any]:
@@ -55,27 +55,27 @@ class Counted:
 
 
 def home(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: the device of its first parameter that is not offloaded."""
+    """The device of a model's inputs: that of its first parameter that is not offloaded."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`, mappings as dicts and sequences as lists."""
+    """Move the batch's tensors to `device`. Mappings become dicts, sequences become lists."""
     if isinstance(batch, Mapping):
         return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
         return [moved(value, device) for value in batch]
     if not isinstance(batch, Tensor):
         return batch
-    # A tensor made in inference mode has no version, by which in-place writes are noticed.
-    # From pageable memory the host waits for the copy alone, and not for the device's work. A
-    # pinned buffer could be filled with the next batch before it is read.
+    # Inference tensors have no version counter, which detects in-place writes: copy them.
+    # Copies from pageable memory do not wait for the GPU's queued work. A pinned buffer could be
+    # refilled with the next batch before the copy has read it.
     ahead = batch.device.type == "cpu" and device.type == "cuda" and not batch.is_pinned()
     return batch.to(device, copy=batch.is_inference(), non_blocking=ahead)
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """The model's output: a dict is its keyword arguments, a list the positional ones."""
+    """Call the model: a dict holds keyword arguments, a list positional arguments."""
     if isinstance(batch, dict):
         return model(**batch)
     if isinstance(batch, list):
@@ -84,7 +84,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
 
 
 def token_count(batch: Any) -> Int[Tensor, ""]:
-    """Unmasked tokens of a tokenizer's batch, on the device of its mask; 0 for any other."""
+    """Count the unmasked tokens of a tokenizer's batch; 0 for any other batch."""
     fields = batch if isinstance(batch, Mapping) else {}
     mask, ids = fields.get("attention_mask"), fields.get("input_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -99,12 +99,12 @@ BATCHES = (
 
 
 def check_batches(batches: Any, setting: str = "calibration") -> None:
-    """Refuse what is not an iterable of batches: one batch, a string, a number.
+    """Raise if `batches` is a single batch, a string or anything that cannot be iterated over.
 
-    None passes: whether a method needs batches is known later.
+    None passes, because only some methods need batches.
 
     Raises:
-        TypeError: by name, with the fix.
+        TypeError: names the setting and the fix.
     """
     if isinstance(batches, WithLoss):
         batches, setting = batches.batches, f"{setting}.batches"
@@ -119,7 +119,7 @@ def _iterates(batches: Any) -> bool:
 
 
 def check_count(count: int) -> None:
-    """Refuse data without a batch.
+    """Raise if there was no batch.
 
     Raises:
         ValueError: `count` is 0.

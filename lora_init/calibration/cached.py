@@ -1,13 +1,14 @@
-"""Statistics from the cache: the same model over the same batches is calibrated once.
+"""Cache calibration statistics, so that the same model and batches are calibrated once.
 
-The key holds every parameter and buffer of the model and every tensor of the batches, so that both
-are read once: hundredths of a pass. Only for batches that are all there, a list or a tuple: what a
-loader will give cannot be known without using it up, and next time it may give them in another
-order. Not for a loss of the user's, whose code has no key, nor under `torch.distributed`, where no
-rank sees all of the data.
+The key hashes all parameters and buffers of the model and all tensors of the batches. That reads
+both once, which is much cheaper than a forward pass. The cache is skipped
 
-Results that are larger than the cache's limit are neither copied nor hashed. Where the model and
-the method tell so before the pass, the model is not hashed either.
+- for a loader or a generator: its batches cannot be hashed without consuming them;
+- for a loss function of the user, whose code cannot be hashed;
+- under `torch.distributed`, where a rank sees only part of the data.
+
+Results larger than the cache's limit are not stored. Where their size is known before the pass,
+the model is not hashed either.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lora_init.distributed import rank_count
 from lora_init.registry import CalibrationRequest, sums_dtype
 
 VERSION = 4
-"""Of the sums, raised whenever their values change."""
+"""Version of the sums in the cache key. Increase it whenever their values change."""
 
 
 def remembered(
@@ -37,10 +38,10 @@ def remembered(
     batches: Iterable[Any],
     device: torch.device | None,
 ) -> Calibration:
-    """What `collect` would find, from the cache if it is there; else it is kept there.
+    """Return the result of `collect` from the cache, or compute it and store it there.
 
     Args:
-        shapes: of the targets' weights as (out, in), by name.
+        shapes: (out, in) of the targets' weights, by name.
     """
     if cache is None or not isinstance(batches, list | tuple) or rank_count() > 1:
         return collect()
@@ -52,11 +53,11 @@ def remembered(
             sorted(map(str, requests)), [_plain(batch) for batch in batches],
             _places(model, device),
         )  # fmt: skip
-    except TypeError:  # other things than numbers in a batch, or weights that are offloaded
+    except TypeError:  # a batch holds objects that cannot be hashed, or weights are offloaded
         return collect()
     entry = cache.get(name)
     if entry is not None:
-        # An entry of another form is a miss.
+        # An entry in an older format counts as a miss.
         with contextlib.suppress(ValueError):
             return Calibration.from_tensors(entry.tensors, entry.metadata)
     found = collect()
@@ -68,10 +69,10 @@ def least_bytes(
     shapes: Mapping[str, tuple[int, int]],
     requests: Collection[CalibrationRequest],
 ) -> int:
-    """What the results take at least, as far as it is known before the pass.
+    """Lower bound of the size of the results in bytes, known before the pass.
 
-    Layers in one module that are equally wide may read one input. Layers in different modules are
-    taken to read different ones.
+    Layers of equal width in one module may read the same input and count once. Layers in different
+    modules count as reading different inputs.
     """
     gradients = [request for request in requests if request.gradients]
     moments = [request for request in requests if not request.gradients]
@@ -82,7 +83,7 @@ def least_bytes(
 
 
 def _described(model: nn.Module) -> list[Any]:
-    """The model's code, as far as its classes and settings tell it, and all of its values."""
+    """The model's classes, configuration and values, for the cache key."""
     config = getattr(model, "config", None)
     return [
         [[name, type(m).__module__, type(m).__qualname__] for name, m in model.named_modules()],
@@ -93,13 +94,13 @@ def _described(model: nn.Module) -> list[Any]:
 
 
 def _places(model: nn.Module, device: torch.device | None) -> list[Any]:
-    """Kinds of devices that compute: they round sums differently."""
+    """The device types that compute. They are in the key because they round sums differently."""
     sums = None if device is None else device.type
     return [sorted({parameter.device.type for parameter in model.parameters()}), sums]
 
 
 def _plain(batch: Any) -> Any:
-    """A batch, such as a tokenizer's, in the types that a key takes."""
+    """Convert a batch, such as a tokenizer's output, to types that a cache key accepts."""
     if hasattr(batch, "keys"):
         return {name: _plain(batch[name]) for name in batch.keys()}  # noqa: SIM118
     if isinstance(batch, list | tuple):

@@ -1,4 +1,4 @@
-"""From batches, or from a calibration that is there already, to the statistics a plan needs."""
+"""Collect the statistics that a plan needs, from batches or from an existing `Calibration`."""
 
 from __future__ import annotations
 
@@ -30,25 +30,26 @@ def calibrate(
     *,
     device: str | torch.device | None = None,
 ) -> Calibration:
-    """Collect once what `get_peft_model` needs for all of these configurations, at any rank.
+    """Run calibration once for several configurations of `get_peft_model`.
 
-    One pass collects the moments of all inputs, and one more, if a method asks for it, gradients::
+    The result fits any rank. One pass collects the moments of all inputs. Methods that need
+    gradients add a second pass::
 
         found = calibrate(model, [eva, corda], batches)
         model = get_peft_model(model, eva, calibration=found)
 
     Args:
-        model: the base model; it is left as it was. Under `torch.distributed` every rank calls with
-            batches of its own, and gets what one process would get from all of them.
-        configs: whose layers, by methods that need data. Their ranks do not matter.
-        batches: as of `get_peft_model`; a list or loader if both passes are needed.
-        device: where the sums live; None keeps them beside the activations.
+        model: the base model. It is not changed. Under `torch.distributed` every rank passes
+            different batches and gets the statistics of all of them.
+        configs: the configurations whose target layers are observed. Their ranks do not matter.
+        batches: as for `get_peft_model`. Must be a list or a loader if both passes are needed.
+        device: where the sums are stored. None stores them on the device of the activations.
 
     Returns:
-        A `Calibration`, which can be saved.
+        A `Calibration`, which has a `save` method.
 
     Raises:
-        ValueError: no configuration needs data, or as `get_peft_model` for the batches.
+        ValueError: no configuration needs data, or the batches are invalid.
     """
     check_model(model)
     one = not isinstance(configs, Iterable) or isinstance(configs, str)
@@ -60,9 +61,7 @@ def calibrate(
         raise TypeError(f"batches=None is not supported: {BATCHES}")
     check_batches(batches, "batches")
     plans = [
-        plan
-        for config in configs
-        if (plan := make_plan(model, config)).calibration is not None
+        plan for config in configs if (plan := make_plan(model, config)).calibration is not None
     ]
     if not plans:
         methods = ", ".join(repr(config.init_lora_weights) for config in configs)
@@ -85,12 +84,13 @@ def calibrated(
     device: torch.device | None,
     cache: Cache | None = None,
 ) -> Iterator[Calibration]:
-    """The statistics of all targets: in one piece, or in several to be used one after another.
+    """Yield the statistics of all targets, in one part or in several.
+
+    Release each part before asking for the next one.
 
     Raises:
-        ValueError: as `lora_init.calibration.collect.collect_in_passes`; a calibration that is
-        there already
-            is not this model's, or not what the method needs.
+        ValueError: as `lora_init.calibration.collect.collect_in_passes`, or an existing calibration
+            does not fit the model or the method.
     """
     names = [target.name for target in plan.targets]
     request = plan.calibration
@@ -101,6 +101,7 @@ def calibrated(
         _check_fit(plan, model, found, calibration.fingerprints)
         yield found
     elif plan.calibration_memory is None or request.gradients:
+
         def collect() -> Calibration:
             return collect_all(model, names, [request], calibration, device=device)
 
@@ -119,7 +120,7 @@ def calibrated(
 
 
 def for_allocation(plan: Plan, parts: Iterator[Calibration]) -> Calibration:
-    """All parts at once, for a method that chooses ranks: of several no more than it reads."""
+    """Merge all parts for a method that allocates ranks. Several parts are condensed first."""
     if plan.calibration_memory is None or plan.calibration.gradients:
         return next(parts)
     return merged(_condensed(plan, parts))
@@ -129,7 +130,7 @@ def _condensed(plan: Plan, parts: Iterator[Calibration]) -> Iterator[Calibration
     ranks = {target.name: plan.directions(target) for target in plan.targets}
     for part in parts:
         small = part.condensed(ranks)
-        del part  # its covariances would be in memory beside those of the next
+        del part  # otherwise its covariances stay in memory during the next pass
         yield small
 
 
@@ -140,16 +141,16 @@ def _check_fit(
         inputs, gradient = found.layers[target.name].inputs, found.layers[target.name].gradient
         if gradient is not None and tuple(gradient.shape) != target.shape:
             raise ValueError(
-                f"calibration: the gradient of {target.name!r} is {tuple(gradient.shape)} and its "
-                f"weight {target.shape}; pass what lora_init.calibrate found on this model"
+                f"calibration: the gradient of {target.name!r} has shape {tuple(gradient.shape)}, "
+                f"its weight {target.shape}; pass what lora_init.calibrate found on this model"
             )
         if inputs is None:
             continue
         width = len(inputs.mean)
         if width != target.shape[1]:
             raise ValueError(
-                f"calibration: the inputs of {target.name!r} are {width} wide there and "
-                f"{target.shape[1]} in the model; pass what lora_init.calibrate found on this model"
+                f"calibration: the inputs of {target.name!r} have width {width}, the model's have "
+                f"{target.shape[1]}; pass what lora_init.calibrate found on this model"
             )
     for name, weight in _weights(model, [target.name for target in plan.targets]):
         if name in fingerprints and not has_fingerprint(weight, fingerprints[name]):
@@ -160,7 +161,7 @@ def _check_fit(
 
 
 def _weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """As (out, in); those that the model does not hold are left out."""
+    """The loaded weights of these layers, each with shape (out, in)."""
     for name in names:
         module = model.get_submodule(name)
         if not module.weight.is_meta:

@@ -1,21 +1,20 @@
 """Calibration: one pass over the data collects what data-driven initializers need.
 
-For every **distinct** input of the targeted layers (query, key and value projections usually read
-one tensor) the pass accumulates, over all unmasked tokens x (rows of shape (in,)),
+For every **distinct** input of the targeted layers, the pass accumulates over all unmasked tokens x
+(rows of shape (in,)). Query, key and value projections usually share one input.
 
-    mean = sum x / tokens  (in,),    covariance = sum (x - mean)(x - mean)ᵀ / tokens  (in, in),
+    mean = sum x / tokens  (in,),    covariance = sum (x - mean)(x - mean)ᵀ / tokens  (in, in)
 
-from which second_moment = sum x xᵀ / tokens follows. Sums are taken about a shift near the mean, in
-float32, or in float64 where a method reads the directions of least variance, too. Or, for methods
-that ask for it, it takes the loss's gradients (see `lora_init.calibration.gradients`). The model
-runs in eval
-mode, and is left as it was.
+The second moment sum x xᵀ / tokens follows from both. Sums are taken about a shift near the mean.
+They are float32, or float64 for methods that read the directions of least variance. Methods can
+request gradients of the loss instead (see `lora_init.calibration.gradients`). The model runs in
+eval mode and is restored afterwards.
 
-If the sums of all inputs do not fit into memory, several passes are made, each for the inputs that
-fit. The data are read from beginning to end once a pass.
+If the sums of all inputs do not fit into memory, several passes run, each for the inputs that fit.
+Every pass reads all the data.
 
-Under `torch.distributed` every rank runs batches of its own, as many as it has, and the sums are
-reduced in float64: all ranks get what one process would get from all the data.
+Under `torch.distributed` every rank runs different batches; their number may differ. The sums are
+reduced in float64, and all ranks get the result that one process would get from all the data.
 """
 
 from __future__ import annotations
@@ -50,19 +49,19 @@ def collect(
     *,
     device: torch.device | None = None,
 ) -> Calibration:
-    """Run `batches` through `model` once and collect the statistics of the layers `names`.
+    """Run `batches` through `model` once and return the statistics of the layers `names`.
 
     Args:
-        model: the base model, not yet changed. Its training flags are restored afterwards.
+        model: the base model without an adapter. Its training flags are restored afterwards.
         names: qualified names of the layers to observe.
         request: what to collect.
-        batches: any iterable; a mapping is passed as keyword arguments, a list or tuple as
+        batches: any iterable. A mapping is passed as keyword arguments, a list or tuple as
             positional ones, anything else as the only argument. Tensors move to the model's device.
-        device: where the sums live; None keeps them beside the activations.
+        device: where the sums are stored. None stores them on the device of the activations.
 
     Raises:
-        ValueError: if there is no batch, a layer is never reached, or sees a non-finite value
-            (each by name), or the batches are exhausted by an earlier use.
+        ValueError: no batch was passed, a layer is never reached, or its input is not finite.
+            The message names the layer.
         RuntimeError: another rank failed.
     """
     return collect_all(model, names, [request], batches, device=device)
@@ -76,7 +75,7 @@ def collect_all(
     *,
     device: torch.device | None = None,
 ) -> Calibration:
-    """`collect` for several requests: one pass for all that read inputs, one for gradients."""
+    """Serve several requests of `collect`: one pass for all moments, one pass for gradients."""
     names = list(names)
     whole = Calibration()
     for_inputs = [request for request in requests if not request.gradients]
@@ -98,20 +97,20 @@ def collect_in_passes(
     memory: int,
     device: torch.device | None = None,
 ) -> Iterator[Calibration]:
-    """`collect`, with the sums of so many inputs at a time as fit into memory.
+    """Collect statistics in several passes, each for as many inputs as fit into memory.
 
-    Whether a pass has room for an input is decided when it first appears, so that layers that share
-    one count once. What is yielded must be let go before the next is asked for.
+    An input takes its share of the memory when it first appears, so layers that share an input
+    count once. Release each result before asking for the next one.
 
     Args:
-        batches: as of `collect`; a list or loader, unless one pass is enough.
-        memory: in bytes.
+        batches: as for `collect`. Must be a list or a loader if one pass is not enough.
+        memory: limit in bytes.
 
     Yields:
-        The statistics of some of the layers, until it was every layer's turn.
+        The statistics of some layers, until all layers are done.
 
     Raises:
-        ValueError: also if the batches can be read only once, and a second pass is needed.
+        ValueError: as `collect`, or a second pass is needed and the batches can be read only once.
     """
     waiting = list(names)
     while waiting:
@@ -119,12 +118,12 @@ def collect_in_passes(
         found = _collect_inputs(model, waiting, [request], batches, budget, device)
         if not found.layers:
             raise ValueError(
-                f"calibration_memory={memory}: the inputs that {waiting[0]!r} reads in the course "
-                "of the data do not fit together; pass more"
+                f"calibration_memory={memory}: the inputs that {waiting[0]!r} reads do not fit "
+                "together; pass a larger limit"
             )
         waiting = [name for name in waiting if name not in found.layers]
         yield found
-        del found  # else it would be in memory beside the next
+        del found  # otherwise it stays in memory during the next pass
 
 
 def _collect_gradients(
@@ -150,7 +149,7 @@ def _collect_inputs(
     budget: Budget,
     device: torch.device | None,
 ) -> Calibration:
-    """One pass; layers for which the budget has no room are left out."""
+    """Run one pass. Layers that the budget has no room for are left out."""
     batches = batches.batches if isinstance(batches, WithLoss) else batches
     modules = {name: model.get_submodule(name) for name in names}
     labels = {request.ignore_label for request in requests}
@@ -178,10 +177,10 @@ def _collect_inputs(
 
 
 def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Moments]]:
-    """Layers and labels that share their inputs, and the moments of these over all ranks.
+    """Yield the layers and labels that share inputs, with the moments over all ranks.
 
-    Which layers share their inputs, and which found no room, is known by each rank for itself; what
-    is shared on every rank is shared.
+    Each rank finds out for itself which layers share inputs and which do not fit. Layers share a
+    result if they share inputs on every rank.
     """
     own = observer.sources()
     numbers = {sources: number for number, sources in enumerate(dict.fromkeys(own.values()))}
@@ -196,7 +195,7 @@ def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Mome
         total = joined_over_ranks(observer.total(name, own[keys[0]]))
         for source in own[keys[0]]:
             uses[source] -= 1
-            if not uses[source]:  # a reduced total is another tensor
+            if not uses[source]:  # the reduced total is a different tensor
                 observer.release(source)
         if total.tokens == 0:
             raise ValueError(
@@ -207,9 +206,9 @@ def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Mome
 
 
 def _check_finite(totals: Collection[tuple[str, Moments]]) -> None:
-    """Refuse non-finite inputs by name. Each device is waited for once."""
-    # The trace is a sum of squares: it is finite exactly if every value seen was (or their squares
-    # left float32's range, which no decomposition survives either).
+    """Raise if inputs are not finite. Waits for each device once."""
+    # The trace is a sum of squares. It is finite if all values are, unless their squares overflow
+    # float32, which no decomposition survives either.
     traces = [moments.variance + moments.mean.sum() for _, moments in totals]
     for (name, _), trace in zip(totals, on_host(traces), strict=True):
         if not math.isfinite(trace):
@@ -222,6 +221,6 @@ def _check_finite(totals: Collection[tuple[str, Moments]]) -> None:
 def _only_once(budget: Budget, deferred: Collection[str]) -> str:
     return (
         f"calibration_memory={budget.memory} has no room for the inputs of {min(deferred)!r} "
-        "together with those of other layers. The batches must be read again, and a generator "
-        "gives them once; pass a list or a loader, or more memory"
+        "together with those of other layers. A second pass is needed, but a generator can be "
+        "read only once; pass a list or a loader, or a larger limit"
     )

@@ -1,8 +1,8 @@
-"""A calibration's file: statistics as tensors and JSON, checked when they are read.
+"""The calibration file: statistics as tensors and JSON, validated when read.
 
-A safetensors file. Its header holds JSON (the requests with their layers, the statistics' numbers)
-and a checksum over the JSON and the tensors. Layers that share statistics refer to one object,
-whose tensors are called "<number>.<name>".
+The format is safetensors. The header holds JSON (requests, their layers, the counts) and a
+checksum over the JSON and the tensors. Layers that share statistics refer to the same object,
+whose tensors are named "<number>.<name>".
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ HEADER_KEY = "lora_init_calibration"
 CHECKSUM_KEY = "lora_init_checksum"
 FORMAT_VERSION = 1
 LARGEST_COUNT = 2**53
-"""Counts are divided by as float64 numbers."""
+"""Largest integer that float64 represents exactly: counts become float64 divisors."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a calibration's file says."""
+    """The validated content of a calibration file."""
 
     requests: dict[CalibrationRequest, dict[str, Any]]
     tokens: int
@@ -43,7 +43,7 @@ class Content:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write the file; it appears whole or not at all."""
+    """Write the file atomically."""
     text = json.dumps({"format_version": FORMAT_VERSION, **metadata})
     plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     header = {HEADER_KEY: text, CHECKSUM_KEY: _checksum(text, plain)}
@@ -51,20 +51,20 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the JSON of a file.
+    """Read the tensors and the JSON of a file.
 
     Raises:
-        FileNotFoundError: there is no file.
-        ValueError: the file is damaged or holds something else; with its name and the cause.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or is not a calibration file.
     """
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"no file {str(path)!r}; pass a file that Calibration.save wrote")
-    if not path.is_file():  # a pipe would block its reader
+    if not path.is_file():  # reading a pipe would block
         raise ValueError(f"{path} is not a file; pass a file that Calibration.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            # Copies: BLAS rounds differently where memory is not aligned as torch aligns it.
+            # Clone: BLAS rounds differently if the memory is not aligned like torch's.
             tensors = {name: file.get_tensor(name).clone() for name in file.offset_keys()}
         metadata = json.loads(header[HEADER_KEY]) if HEADER_KEY in header else {}
     except (SafetensorError, ValueError, RecursionError, LookupError, AttributeError) as error:
@@ -72,18 +72,16 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     version = metadata.get("format_version") if isinstance(metadata, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} is no calibration of this version; pass a file that Calibration.save wrote"
+            f"{path} is not a calibration of this version; pass a file that Calibration.save wrote"
         )
     expected = header.get(CHECKSUM_KEY)
     if expected is not None and expected != _checksum(header[HEADER_KEY], tensors):
-        raise ValueError(
-            f"{path} is damaged (its checksum differs); run lora_init.calibrate again"
-        )
+        raise ValueError(f"{path} is damaged (its checksum differs); run lora_init.calibrate again")
     return tensors, metadata
 
 
 def described(requests: Mapping[CalibrationRequest, Mapping[str, Any]]) -> tuple[dict, dict]:
-    """Statistics as tensors by name, where they are, and the JSON that says whose they are."""
+    """Convert statistics to named tensors and to JSON that assigns them to layers."""
     tensors: dict[str, Tensor] = {}
     objects: dict[int, dict[str, Any]] = {}
     listed = []
@@ -98,10 +96,10 @@ def described(requests: Mapping[CalibrationRequest, Mapping[str, Any]]) -> tuple
 
 
 def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Content:
-    """The inverse of `described`, with every type, shape and reference checked.
+    """Invert `described`; validate every type, shape and reference.
 
     Raises:
-        ValueError: the tensors and the JSON are no calibration.
+        ValueError: the tensors and the JSON are not a calibration.
     """
     left = dict(tensors)
     objects = [
@@ -122,7 +120,7 @@ def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Conte
 
 
 def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Put a gradient's or an input's tensors among the others; returns what else it has."""
+    """Add one object's tensors to `tensors` and return its JSON."""
     if isinstance(found, Tensor):
         tensors[f"{number}.gradient"] = found
         return {"number": number, "kind": "gradient"}
@@ -133,7 +131,7 @@ def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str,
 
 
 def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
-    """One gradient or one input's statistics, whose tensors are taken from those that are left."""
+    """Build one gradient or one input's statistics; remove its tensors from `left`."""
     if _count(found, "number") != number:
         raise ValueError(f"objects[{number}] has number={found['number']}")
 
@@ -194,7 +192,7 @@ def _check_fingerprint(name: str, text: Any) -> None:
 def _entry(values: Any, name: str, *types: type) -> Any:
     if not isinstance(values, Mapping) or name not in values:
         raise ValueError(f"{name!r} is missing")
-    # Exactly: True is an int too.
+    # An exact comparison, because bool is a subclass of int.
     if type(values[name]) not in types:
         raise ValueError(f"{name}={values[name]!r:.80} must be {types[0].__name__}")
     return values[name]

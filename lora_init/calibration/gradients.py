@@ -1,24 +1,25 @@
-"""Gradients of the loss with respect to the layers' weights, released layer by layer.
+"""Gradients of the loss with respect to the targeted weights, summed layer by layer.
 
 For every targeted layer, with L_b the loss of batch b,
 
     G = 1/N sum_b dL_b / dW    (out, in), float32.
 
-A layer computes y = W x (+ bias), so dL/dW = sum g xᵀ over all positions, g = dL/dy. When the
-backward pass reaches a layer, g xᵀ is added to the layer's sum and x and g are let go. Beside
-`Parameter.grad` this way
+A layer computes y = W x (+ bias), so dL/dW = sum g xᵀ over all positions, with g = dL/dy. When the
+backward pass reaches a layer, g xᵀ is added to the layer's sum, and x and g are released. This
+differs from `Parameter.grad`:
 
-- no parameter needs `requires_grad`, none gets a `grad`, and weights that cannot have one are
-  served: for packed codes (bitsandbytes) G is the gradient with respect to the dequantised weight;
-- a tied weight's G is that of this layer's use alone, which is what the layer's adapter can change;
-- a layer that is called several times sums over its calls;
-- products and sums are float32 (float64 for float64 models) whatever the model computes in.
+- Parameters do not need `requires_grad` and get no `grad`. Packed weights (bitsandbytes) are
+  supported: G is the gradient with respect to the dequantized weight.
+- For a tied weight, G covers only this layer's use of it, which is what its adapter can change.
+- For a layer that is called several times, G sums over the calls.
+- Products and sums are float32 (float64 for float64 models), whatever dtype the model computes in.
 
-Memory: the sums, 4 bytes a weight; the activations of one batch, as in training; one layer's
-gradient where the sums are on another device or the model is float64. The model runs in eval mode:
-no dropout, so that G does not depend on a random state. transformers' layers checkpoint
-activations in training mode only, so where that is enabled these modules alone, not what they
-contain, are in it.
+Memory: the sums take 4 bytes per weight, and the activations of one batch stay, as in training. One
+layer's gradient is added where the sums are on another device or the model is float64.
+
+The model runs in eval mode: without dropout, G does not depend on a random state. transformers
+checkpoints activations in training mode only. Where checkpointing is enabled, the checkpointing
+modules are set to training mode, but not their submodules.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ from lora_init.weights.kinds import input_rows, module_type, weight_shape
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a model itself returns, as transformers' do where the batch holds labels.
+    """Return the loss of the model's output, which transformers models compute from labels.
 
     Raises:
-        ValueError: its output has no attribute `loss`, or that is None.
+        ValueError: the output has no attribute `loss`, or it is None.
     """
     output = forward(model, batch)
     loss = getattr(output, "loss", None)
@@ -71,25 +72,25 @@ def collect_gradients(
 ) -> dict[str, Float[Tensor, "out in"]]:
     """Run `batches` forward and backward and return each layer's mean gradient.
 
-    Every batch weighs the same, however many labels it holds. Under `torch.distributed` sums and
-    counts are reduced over the ranks: each may read batches of its own, all get the same G.
+    Every batch has the same weight, whatever its number of labels. Under `torch.distributed` every
+    rank may pass different batches. Sums and counts are reduced, and all ranks get the same G.
 
     Args:
-        model: the base model, not yet changed. Training flags and random states are restored, and
-            its parameters never touched.
+        model: the base model without an adapter. Training flags and random states are restored.
+            Its parameters are not changed.
         names: qualified names of linear layers or convolutions.
-        batches: any iterable, as of `lora_init.calibration.collect.collect`.
-        loss: ``(model, batch) -> loss``, a scalar; by default the model's own.
-        device: where the sums live; None keeps them where the layers compute.
+        batches: any iterable, as for `lora_init.calibration.collect.collect`.
+        loss: ``(model, batch) -> loss``, a scalar. The default is the loss that the model returns.
+        device: where the sums are stored. None stores them where the layers compute.
 
     Returns:
         G by name, float32.
 
     Raises:
-        ValueError: there is no batch, one gives no finite scalar loss (a layer whose weight is to
-            blame is named), or a layer is never reached or gets a non-finite gradient (by name).
-        RuntimeError: another rank failed; torch's own where a layer's input is written to before
-            the backward pass, or checkpointing is reentrant (use_reentrant=False is served).
+        ValueError: no batch was passed, a loss is not a finite scalar, a layer is never reached, or
+            a gradient is not finite. The message names the layer if one is the cause.
+        RuntimeError: another rank failed. torch raises it too if a layer's input is modified before
+            the backward pass, or for reentrant checkpointing (use_reentrant=False is supported).
     """
     modules = {name: model.get_submodule(name) for name in names}
     sums = _Sums(modules, device)
@@ -100,13 +101,13 @@ def collect_gradients(
             value = loss(model, moved(batch, place))
             _check_loss(value, count, modules)
             if value.requires_grad:
-                # Towards the anchor only: autograd computes no gradient of any parameter.
+                # Only towards the anchor: autograd computes no parameter gradients.
                 value.backward(inputs=[anchor])
     return sums.mean(count, place)
 
 
 class _Sums:
-    """One sum a layer, made when the backward pass first reaches it."""
+    """One sum per layer, created when the backward pass first reaches the layer."""
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device | None) -> None:
         self.modules = modules
@@ -116,7 +117,7 @@ class _Sums:
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add g xᵀ of one call of a layer."""
         module = self.modules[name]
-        # A layer at the boundary of a device map moves its input itself.
+        # A layer at a boundary of the device map moves its input in its forward pass.
         inputs = input_rows(module, x).to(gradient.device)
         outputs = _output_rows(module, gradient)
         if name not in self._sums:
@@ -131,11 +132,11 @@ class _Sums:
                 total += (widened(outputs).mT @ widened(inputs)).to(total)
 
     def mean(self, count: int, place: torch.device) -> dict[str, Tensor]:
-        """The sums over the batches of all ranks, divided by their number.
+        """Divide the sums over the batches of all ranks by the number of batches.
 
         Args:
-            count: batches of this rank.
-            place: where the sums of layers live that no batch of this rank has reached.
+            count: number of batches on this rank.
+            place: device of the zero sums of layers that no batch on this rank has reached.
         """
         reached = [name in self._sums for name in self.modules]
         tally = over_ranks(torch.tensor([count, *reached], device="cpu")).tolist()
@@ -158,8 +159,8 @@ class _Sums:
 
 
 def _check_finite(means: Mapping[str, Tensor]) -> None:
-    """Refuse non-finite gradients by name. Each device is waited for once."""
-    # A norm takes no memory. It may leave float32's range where all entries are finite.
+    """Raise if a gradient is not finite. Waits for each device once."""
+    # A norm needs no extra memory. It can overflow float32 although all entries are finite.
     norms = [torch.linalg.vector_norm(mean) for mean in means.values()]
     for (name, mean), norm in zip(means.items(), on_host(norms), strict=True):
         if not math.isfinite(norm) and not bool(mean.isfinite().all()):
@@ -170,15 +171,15 @@ def _check_finite(means: Mapping[str, Tensor]) -> None:
 
 
 def _check_loss(loss: Any, number: int, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse what is no finite scalar; batches are counted from 1.
+    """Raise if the loss is not a finite scalar; batch numbers start at 1.
 
-    A layer's weight that is the cause is named.
+    If a layer's weight is not finite, the message names it.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
         raise ValueError(
-            f"calibration: the loss of batch {number} is a {type(loss).__name__}{shape}; allowed "
-            "is a tensor with one entry: take its mean"
+            f"calibration: the loss of batch {number} is a {type(loss).__name__}{shape}; it must "
+            "be a tensor with one entry: take its mean"
         )
     if not bool(torch.isfinite(loss)):
         for name, module in modules.items():
@@ -191,18 +192,18 @@ def _check_loss(loss: Any, number: int, modules: Mapping[str, nn.Module]) -> Non
 
 
 class _Tap(torch.autograd.Function):
-    """y -> y, whose backward pass hands over the layer's input and the gradient of its output.
+    """The identity y -> y. Its backward pass reports x and the gradient with respect to y.
 
-    The anchor makes y need a gradient where no parameter does, and is what `backward` runs towards.
+    The anchor makes y require a gradient where no parameter does. `backward` runs towards it.
     """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, y: Tensor, x: Tensor, add: Callable) -> Tensor:
-        # Saved by autograd, which refuses an x that was written to since, and lets checkpointing
-        # compute x again instead of keeping it.
+        # Autograd raises if a saved x was modified later. Checkpointing can recompute x instead of
+        # storing it.
         ctx.save_for_backward(x)
         ctx.add = add
-        return y.clone()  # a view of y could not be written to, as nn.ReLU(inplace=True) does
+        return y.clone()  # in-place operations such as nn.ReLU(inplace=True) reject a view of y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
@@ -215,7 +216,7 @@ class _Tap(torch.autograd.Function):
 def _tapped(
     model: nn.Module, modules: Mapping[str, nn.Module], add: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[Tensor]:
-    """Taps in place, eval mode and gradients on, all undone whatever happens; yields the anchor."""
+    """Register hooks, set eval mode and enable gradients, all temporarily; yields the anchor."""
     anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
 
     def tap(name: str) -> Callable:
@@ -242,12 +243,12 @@ def _tapped(
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
-    """The devices beside the CPU that a model computes on."""
+    """The GPUs that a model computes on."""
     return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _output_rows(module: nn.Module, gradient: Tensor) -> Float[Tensor, "positions out"]:
-    """The gradient at each of `lora_init.weights.kinds.input_rows`."""
+    """Reshape an output gradient to match the rows of `lora_init.weights.kinds.input_rows`."""
     if module_type(module) != "Conv2d":
         return gradient.reshape(-1, gradient.shape[-1])
     if gradient.ndim == 3:

@@ -1,19 +1,23 @@
-"""Which inputs the layers of a model read, found in the forward pass, and the rows that count.
+"""Forward hooks that sum the inputs of layers, once per distinct input, over unmasked rows.
 
-Layers that read the same tensor object share one sum. Who shares is not guessed from names: the
-first time, an input waits, for as long as HELD_INPUTS other inputs have not followed it, and is
-then added to the sum that belongs to exactly the set of layers that read it. When such a set is
-complete again, it waits no longer. A layer's statistics are the total over all sets it was in, so
-that a model whose sharing changes between batches, or that calls a layer several times, is summed
-correctly too.
+Layers that read the same tensor object share one sum. Sharing is observed, not guessed from names:
 
-Which rows count: for an encoder's inputs (or a decoder-only model's) `attention_mask`; for the
-decoder of an encoder-decoder model `decoder_attention_mask`, if the batch has one, except where a
-layer reads the encoder's output (cross-attention), which keeps the encoder's mask. Token labels
-(shape of the mask) equal to the method's `ignore_label` are left out where the method asks for it;
-sequence labels mask nothing. Flat inputs (batch·time, features) are masked too, see
-`lora_init.calibration.token_rows`. An input of another shape (a pooler's, a routed expert's)
-counts every row.
+1. A new input waits until HELD_INPUTS other inputs have followed.
+2. It is then added to the sum of exactly the set of layers that read it.
+3. Once such a set is known, an input is summed as soon as the set is complete.
+
+A layer's statistics are the total over all sets that contain the layer. The result is therefore
+also correct if sharing changes between batches, or if a layer is called several times.
+
+Rows that count:
+
+- `attention_mask` applies to an encoder's inputs and to decoder-only models.
+- `decoder_attention_mask`, if the batch has one, applies to the decoder of an encoder-decoder
+  model. Layers that read the encoder's output (cross-attention) keep the encoder's mask.
+- Token labels (of the mask's shape) equal to the method's `ignore_label` are left out, for methods
+  that request it. Sequence labels mask nothing.
+- Flat inputs (batch·time, features) are masked too, see `lora_init.calibration.token_rows`.
+- For an input of another shape (a pooler's, a routed expert's) every row counts.
 """
 
 from __future__ import annotations
@@ -35,15 +39,15 @@ from lora_init.calibration.token_rows import TokenRows
 from lora_init.weights.kinds import input_rows, reading, weight_shape
 
 HELD_INPUTS = 4
-"""How many recent distinct inputs wait for further readers before they are summed."""
+"""Number of recent distinct inputs that wait for more readers before they are summed."""
 
 Label = int | None
-"""A label whose positions are left out; None leaves out none."""
+"""A label whose positions are left out. None leaves out nothing."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What has one sum: the rows that exactly these layers read, under exactly these labels."""
+    """The key of one sum: a set of layers that read the same rows, and a set of labels."""
 
     readers: frozenset[str]
     labels: frozenset[Label]
@@ -51,13 +55,13 @@ class Source:
 
 @dataclass
 class _Held:
-    """An input that waits for further readers.
+    """An input that waits for more readers.
 
     Attributes:
-        tensor: keeps the object alive, so that its id is not used again.
-        version: of the tensor when it was read: whether it was written to since.
-        copy: its values, if it may be written to before they are summed.
-        masks: of its positions.
+        tensor: a reference that keeps the object alive, so that its id is not reused.
+        version: the tensor's version when it was read, to detect in-place writes.
+        copy: a copy of the values, if they may be overwritten before they are summed.
+        masks: the masks of its positions.
     """
 
     tensor: Tensor
@@ -72,8 +76,8 @@ class _Mask:
     """The positions that count, for some of the labels.
 
     Attributes:
-        rows: indices into the flattened positions; None if all count. They stay where the batch
-            was given: for one in main memory, no device is waited for.
+        rows: indices into the flattened positions; None if all count. They stay on the batch's
+            device. For a batch in CPU memory, no GPU synchronization is needed.
     """
 
     labels: frozenset[Label]
@@ -89,10 +93,10 @@ class _Mask:
         return cls(frozenset(labels), mask.shape, None if len(rows) == mask.numel() else rows)
 
     def placed(self, rows: Int[Tensor, " counted"], device: torch.device) -> Tensor:
-        """`rows`, or indices that follow from them, on `device`; copied there once a batch."""
+        """Copy `rows`, or indices derived from them, to `device`, at most once per batch."""
         if rows.device == device:
             return rows
-        # From pageable memory the host waits for the copy alone, and not for the device's work.
+        # Copies from pageable memory do not wait for the GPU's queued work.
         ahead = rows.device.type == "cpu"
         if rows is not self.rows:
             return rows.to(device, non_blocking=ahead)
@@ -102,15 +106,15 @@ class _Mask:
 
 
 class Observer:
-    """Sums the inputs of some layers while a model runs.
+    """Sum the inputs of some layers while a model runs.
 
     Args:
         modules: the layers, by name.
-        labels: what `ignore_label`s to serve: each gets statistics of its own, where the batches
-            tell them apart.
-        budget: for the sums. Layers whose input finds no room are `deferred`: nothing of theirs is
-            returned.
-        device: where the sums live; None keeps them beside the activations.
+        labels: the `ignore_label`s of the requests. Each gets separate statistics where the batches
+            have token labels.
+        budget: the memory for the sums. Layers whose input does not fit are added to `deferred`;
+            nothing is returned for them.
+        device: where the sums are stored. None stores them on the device of the activations.
     """
 
     def __init__(
@@ -128,18 +132,18 @@ class Observer:
         self._sums: dict[Source, RunningMoments] = {}
         self._seen: set[frozenset[str]] = set()
         self._held: OrderedDict[tuple, _Held] = OrderedDict()
-        # Whether the input that a layer is the first to read is written to while it waits.
+        # By first reader of an input: whether the input is overwritten while it waits.
         self._overwritten: dict[str, bool] = {}
         self._encoder_decoder = False
         self._encoder_masks: list[_Mask] = []
-        self._masks: list[_Mask] = []  # of the decoder, and of everything in other models
+        self._masks: list[_Mask] = []  # of the decoder, or of the whole model if it has no encoder
         self._encoder_output: Callable[[], Tensor | None] = lambda: None
         self._encoder_done = False
         self._rows = TokenRows()
 
     @contextmanager
     def observing(self, model: nn.Module) -> Iterator[None]:
-        """Hooks in place and eval mode on, both undone whatever happens."""
+        """Register hooks and set eval mode; undo both on exit."""
         training = {module: module.training for module in model.modules()}
         handles = []
         try:
@@ -159,10 +163,10 @@ class Observer:
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
-        """A batch's forward pass: its masks count.
+        """Apply the masks of a batch during its forward pass.
 
         Args:
-            batch: as the caller gave it, before it was moved to the model's device.
+            batch: the batch as the caller passed it, before it moves to the model's device.
         """
         self._read_masks(batch)
         yield
@@ -170,7 +174,7 @@ class Observer:
             self._close(next(iter(self._held)))
 
     def sources(self) -> dict[tuple[str, Label], tuple[Source, ...]]:
-        """By layer and label: whose sums are its total; of a layer never reached, none."""
+        """The sums that make up each layer's total, by layer and label; empty if not reached."""
         found = {(name, label): () for name in self.modules for label in self.labels}
         for source in self._sums:
             for name in source.readers:
@@ -179,14 +183,14 @@ class Observer:
         return {key: sources for key, sources in found.items() if key[0] not in self.deferred}
 
     def total(self, name: str, sources: tuple[Source, ...]) -> Moments:
-        """The moments of a layer's inputs."""
+        """Compute the moments of a layer's inputs."""
         if not sources:
             device = next((sums.device for sums in self._sums.values()), torch.device("cpu"))
             return self._budget.sums(weight_shape(self.modules[name])[1], device).moments
         return joined([self._sums[source].moments for source in sources])
 
     def release(self, source: Source) -> None:
-        """Let go of sums that belong to no further layer's total."""
+        """Free sums that no other layer's total needs."""
         del self._sums[source]
 
     def _read_masks(self, batch: Any) -> None:
@@ -202,7 +206,7 @@ class Observer:
             self._masks = [_Mask.of(self.labels, mask)]
         else:
             self._masks = [
-                _Mask.of([label], _unlabelled(mask, labels, label)) for label in self.labels
+                _Mask.of([label], _unlabeled(mask, labels, label)) for label in self.labels
             ]
 
     def _note_encoder_output(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -215,7 +219,7 @@ class Observer:
             key = id(tensor), reading(module)
             held = self._held.get(key)
             if held is not None and (held.version != tensor._version or name in held.readers):
-                self._close(key)  # written to since, or called twice on one tensor: counts twice
+                self._close(key)  # modified in place, or one layer called twice on one tensor
                 held = None
             if held is None:
                 copy = tensor.clone() if self._overwritten.get(name, True) else None
@@ -231,7 +235,7 @@ class Observer:
         return observe
 
     def _close_oldest(self) -> None:
-        """Keep HELD_INPUTS, and the encoder's output, which every layer of a decoder reads."""
+        """Keep HELD_INPUTS inputs, and the encoder's output, which all decoder layers read."""
         waiting = [
             key for key, held in self._held.items() if held.tensor is not self._encoder_output()
         ]
@@ -239,7 +243,7 @@ class Observer:
             self._close(key)
 
     def _close(self, key: tuple) -> None:
-        """Sum an input that waited."""
+        """Sum a waiting input."""
         held = self._held.pop(key)
         first = held.readers[0]
         written = held.tensor._version != held.version
@@ -261,14 +265,14 @@ class Observer:
             for total, mask in sums:
                 if total is not None:
                     leading, counted = held.tensor.shape[:-1], None
-                    if len(rows) == leading.numel():  # not the patches of an image
+                    if len(rows) == leading.numel():  # false for the patches of an image
                         counted = self._rows.counted(first, leading, mask.shape, mask.rows)
                     total.add(rows, None if counted is None else mask.placed(counted, rows.device))
 
     def _sums_of(
         self, source: Source, module: nn.Module, device: torch.device
     ) -> RunningMoments | None:
-        """None if there is no room for them."""
+        """The running sums of a source, or None if they do not fit."""
         if source not in self._sums and not source.readers <= self.deferred:
             width = weight_shape(module)[1]
             if self._budget.admits(width):
@@ -278,7 +282,7 @@ class Observer:
         return self._sums.get(source)
 
     def _masks_of(self, tensor: Tensor, reader: str) -> list[_Mask]:
-        """Of the encoder: what it reads itself, and its output, wherever that is read."""
+        """Select the encoder's masks for inputs inside the encoder and for its output."""
         if not self._encoder_decoder:
             return self._masks
         in_decoder = self._encoder_done or "decoder" in reader.split(".")
@@ -287,7 +291,7 @@ class Observer:
         return self._encoder_masks
 
     def _is_encoder_output(self, tensor: Tensor) -> bool:
-        """Whether an input is the encoder's output, or a view of it."""
+        """Whether an input is the encoder's output or a view of it."""
         output = self._encoder_output()
         if output is None or tensor is output:
             return output is not None
@@ -305,13 +309,13 @@ def _as_mask(mask: Any) -> Tensor | None:
 
 
 def _token_labels(labels: Any) -> Tensor | None:
-    """None for sequence labels."""
+    """The labels of tokens, or None for labels of sequences."""
     tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
     return labels if tokens else None
 
 
-def _unlabelled(mask: Tensor | None, labels: Tensor, label: Label) -> Tensor | None:
-    """The mask without the positions that have this label."""
+def _unlabeled(mask: Tensor | None, labels: Tensor, label: Label) -> Tensor | None:
+    """Remove the positions with this label from the mask."""
     if label is None:
         return mask
     kept = labels != label

@@ -1,4 +1,4 @@
-"""The memory for the sums of one calibration pass: what an input takes, and how many inputs fit."""
+"""The memory of one calibration pass: the size of an input's sums, and how many inputs fit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lora_init.moments import InputStatistics, sums_bytes
 
 @dataclass
 class Budget:
-    """Creates the sums of distinct inputs, as many as fit.
+    """Create the sums of distinct inputs within a memory limit.
 
     Attributes:
-        memory: in bytes, for all sums together; None is unlimited.
-        dtype: of the sums.
+        memory: limit in bytes for all sums together; None is unlimited.
+        dtype: dtype of the sums.
         used: bytes of the sums created so far.
     """
 
@@ -25,7 +25,7 @@ class Budget:
     used: int = 0
 
     def admits(self, width: int) -> bool:
-        """Whether one more input of this width fits; if so, its bytes are counted."""
+        """Whether another input of this width fits. If so, count its bytes."""
         size = sums_bytes(width, self.dtype)
         if self.memory is not None and self.used + size > self.memory:
             return False
@@ -33,10 +33,10 @@ class Budget:
         return True
 
     def sums(self, width: int, device: torch.device) -> RunningMoments:
-        """Empty sums."""
+        """Create empty sums."""
         return RunningMoments(width, device, self.dtype)
 
 
 def statistics_of(moments: Moments) -> InputStatistics:
-    """The statistics that a layer gets from these moments."""
+    """Convert moments to a layer's `InputStatistics`."""
     return InputStatistics(moments.products, moments.mean, moments.tokens)

@@ -1,4 +1,4 @@
-"""What calibration found out: statistics by layer, kept in memory or in a file."""
+"""The result of calibration: statistics by layer, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from lora_init.registry import CalibrationRequest
 
 @dataclass
 class Calibration:
-    """Statistics by request and layer name, and what they cost.
+    """Calibration statistics by request and layer name.
 
-    Independent of ranks and of everything else a method does with them, so that one serves a whole
-    sweep: `lora_init.calibrate` makes it, `get_peft_model(..., calibration=…)` takes it.
+    They do not depend on ranks or other settings, so one result fits a whole sweep.
+    `lora_init.calibrate` creates it; pass it to `get_peft_model(..., calibration=…)`.
 
     Attributes:
-        requests: what was collected; layers that read the same inputs share one object.
-        tokens, batches: unmasked tokens and batches of the data, of all ranks together.
-        fingerprints: of the layers' weights (see `lora_init.weights.fingerprint`), where they were
-        taken.
+        requests: statistics by request and layer. Layers that read the same inputs share one
+            object.
+        tokens, batches: numbers of unmasked tokens and of batches, summed over all ranks.
+        fingerprints: by layer, the fingerprint of its weight (see
+            `lora_init.weights.fingerprint`). May be empty.
     """
 
     requests: dict[CalibrationRequest, dict[str, LayerStatistics]] = field(default_factory=dict)
@@ -37,20 +38,20 @@ class Calibration:
 
     @property
     def layers(self) -> dict[str, LayerStatistics]:
-        """By layer name, where no more than one request was made."""
+        """Statistics by layer name; requires that at most one request was made."""
         (layers,) = self.requests.values() or [{}]
         return layers
 
     def of(
         self, names: Iterable[str], request: CalibrationRequest, device: torch.device | None = None
     ) -> Calibration:
-        """What one request found about some layers.
+        """Select the statistics of one request and some layers.
 
         Args:
-            device: where to; None leaves everything where it is.
+            device: target device. None leaves the tensors where they are.
 
         Raises:
-            ValueError: it was not made, or not of one of the layers.
+            ValueError: the calibration lacks the request or one of the layers.
         """
         if request not in self.requests:
             raise ValueError(
@@ -61,7 +62,7 @@ class Calibration:
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(
-                f"calibration: it knows nothing of the target {missing[0]!r}; pass this "
+                f"calibration: it has no statistics of the target {missing[0]!r}; pass this "
                 f"configuration to lora_init.calibrate, too (it holds {len(found)} layers, e.g. "
                 f"{next(iter(found))!r})"
             )
@@ -71,7 +72,7 @@ class Calibration:
         return Calibration({request: layers}, self.tokens, self.batches)
 
     def condensed(self, ranks: Mapping[str, int]) -> Calibration:
-        """The leading components of the inputs alone, as many as these layers need."""
+        """Reduce the statistics to the leading components that these ranks need."""
         sharers: dict[int, list[str]] = {}
         for name, layer in self.layers.items():
             sharers.setdefault(id(layer.inputs), []).append(name)
@@ -82,7 +83,7 @@ class Calibration:
         return Calibration(dict.fromkeys(self.requests, layers), self.tokens, self.batches)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything as tensors by key, where they are, and metadata that JSON can say."""
+        """Convert to tensors by key and JSON-compatible metadata."""
         tensors, metadata = file.described(
             {
                 request: {
@@ -102,10 +103,10 @@ class Calibration:
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     ) -> Calibration:
-        """The inverse of `to_tensors`.
+        """Invert `to_tensors`.
 
         Raises:
-            ValueError: a tensor or an entry is missing, of another type or shape, or not finite.
+            ValueError: an entry is missing, not finite, or has the wrong type or shape.
         """
         found = file.content(tensors, metadata)
         requests = {}
@@ -117,17 +118,17 @@ class Calibration:
         return cls(requests, found.tokens, found.batches, found.fingerprints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file; it appears whole or not at all."""
+        """Write a safetensors file atomically."""
         file.write(Path(path), *self.to_tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no file.
-            ValueError: the file is damaged, holds something else, or was written by a newer
-                version; with its name and the cause.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged, is not a calibration file, or comes from a newer
+                version.
         """
         tensors, metadata = file.read(Path(path))
         try:
@@ -139,7 +140,7 @@ class Calibration:
 
 
 def merged(parts: Iterable[Calibration]) -> Calibration:
-    """The layers of several passes over the same batches, for one request."""
+    """Merge the layers of several passes over the same batches, for one request."""
     whole = Calibration()
     for part in parts:
         for request, layers in part.requests.items():
@@ -149,7 +150,7 @@ def merged(parts: Iterable[Calibration]) -> Calibration:
 
 
 def _moved(layers: dict[str, LayerStatistics], device: torch.device) -> dict[str, LayerStatistics]:
-    """On `device`, what is shared still shared."""
+    """Move statistics to `device`; shared objects stay shared."""
     found = {id(part): part for layer in layers.values() for part in (layer.inputs, layer.gradient)}
     there = {key: None if part is None else part.to(device) for key, part in found.items()}
     return {

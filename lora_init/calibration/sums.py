@@ -1,4 +1,4 @@
-"""Sums over rows that arrive in pieces of any size, and the moments that follow from them.
+"""Running first and second moments of rows that arrive in pieces of any size.
 
 Rows are summed about a shift, in blocks whose size depends on the device
 (`lora_init.linalg.gram`).
@@ -30,11 +30,11 @@ from lora_init.linalg.precision import full_precision
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of a group of rows, in a form that merges with other groups'.
+    """First and second moments of a group of rows, which can be merged with other groups.
 
     Attributes:
-        tokens: how many rows.
-        mean: sum x / tokens, float64; zero if there are none.
+        tokens: number of rows.
+        mean: sum x / tokens, float64; zero without rows.
         products: C = sum (x - mean)(x - mean)ᵀ / tokens.
         variance: trace C, float64.
     """
@@ -44,16 +44,16 @@ class Moments:
     products: Float[Tensor, "in in"]
     variance: Float[Tensor, ""]
 
-    def about(self, centre: Float[Tensor, " in"]) -> tuple[Tensor, Tensor]:
-        """`products` and `variance` with `centre` in the place of the mean."""
-        offset = self.mean - centre
+    def about(self, center: Float[Tensor, " in"]) -> tuple[Tensor, Tensor]:
+        """`products` and `variance` about `center` instead of the mean."""
+        offset = self.mean - center
         shift = offset.to(self.products)
         products = torch.addr(self.products, shift, shift)
         return products, self.variance + offset.square().sum()
 
 
 def joined(parts: Sequence[Moments]) -> Moments:
-    """The moments of several groups of rows together, by the rule for the variance of groups."""
+    """Merge the moments of several groups of rows (parallel variance formula)."""
     if len(parts) == 1:
         return parts[0]
     tokens = sum(part.tokens for part in parts)
@@ -69,29 +69,28 @@ def joined(parts: Sequence[Moments]) -> Moments:
 
 
 def joined_over_ranks(own: Moments) -> Moments:
-    """The same over the groups of all ranks, summed in float64; some may be empty."""
+    """Merge the moments of all ranks, summed in float64. Ranks may have no rows."""
     if rank_count() == 1:
         return own
     first = over_ranks(torch.cat([own.mean.new_tensor([own.tokens]), own.tokens * own.mean]))
     tokens, mean = int(first[0]), first[1:] / first[0]
     products, variance = own.about(mean)
-    # A few rows at a time: the whole in float64 would be twice the statistics of a layer.
+    # Few rows at a time: all of them in float64 would double the memory of a layer.
     for rows in products.split(ROWS):
         rows.copy_(over_ranks(own.tokens * rows.double()) / tokens)
     return Moments(tokens, mean, products, over_ranks(own.tokens * variance) / tokens)
 
 
 class RunningMoments:
-    """Sums over the rows added so far, about a shift near their mean.
+    """Sum rows and their products about a shift near the mean.
 
-    On a GPU that adds products of bfloat16 numbers in float32, float32 sums take the shifted rows
-    of a 16-bit model in two bfloat16 parts. Each number is then right to 2^-17, and each product of
-    two numbers to 2^-15.
+    For a 16-bit model on a GPU that adds bfloat16 products in float32, the shifted rows are split
+    into two bfloat16 parts. The relative error is then 2^-17 per number and 2^-15 per product.
 
     Args:
-        width: of a row.
-        device: where the sums live.
-        dtype: of the products, float32 or float64.
+        width: number of features of a row.
+        device: where the sums are stored.
+        dtype: dtype of the products, float32 or float64.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class RunningMoments:
         return self._total.device
 
     def add(self, rows: Float[Tensor, "rows in"], kept: Int[Tensor, " n"] | None = None) -> None:
-        """Add `rows`, of any float dtype and device, or those with the indices `kept`."""
+        """Add `rows`, of any float dtype and device, or only those with the indices `kept`."""
         if rows.device != self.device:  # one copy for all blocks
             rows = (rows if kept is None else rows[kept]).to(self.device)
             kept = None
@@ -127,7 +126,7 @@ class RunningMoments:
 
     @cached_property
     def moments(self) -> Moments:
-        """The moments of all rows added; no row can be added after."""
+        """The moments of all rows. No row can be added afterwards."""
         for block in self._blocks.rest():
             self._multiply(block)
         offset = self._total / max(self.tokens, 1)

@@ -1,4 +1,4 @@
-"""Factors -> model, and back. The only code that changes a model."""
+"""Put an initialized adapter into a model and take it out again. Only this package edits models."""
 
 from lora_init.injection.base import move_initial_factors
 from lora_init.injection.inject import (

@@ -1,4 +1,4 @@
-"""What becomes of a base weight: kept, edited, replaced, or subtracted from in the forward pass."""
+"""Prepare a base weight for its adapter: keep, edit or replace it, or subtract in the forward."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import oriented_weight
 from lora_init.weights.source import BaseWeights
 
-# An edited float32 weight comes back within (growth + 1) 2^-24 max|W|, where growth is how much
-# larger than W's its largest entry is: at most 5.4e-7 for 8, inside the promised 1e-6.
+# Adding an edit back to a float32 weight restores it within (growth + 1) 2^-24 max|W|. growth is
+# max|edited W| / max|W|. A growth of 8 gives 5.4e-7, below the promised 1e-6.
 LARGEST_EDIT_GROWTH = 8.0
 
 
@@ -32,10 +32,10 @@ def settle_base(
     keep_original: bool,
     transaction: Transaction,
 ) -> None:
-    """Edit or replace the base weight where the method does so.
+    """Edit or replace the base weight, as the method requires.
 
-    An edit needs the memory of one weight. Replaced weights stay in memory until the transaction
-    ends, because nothing else could restore them.
+    An edit needs the memory of one extra weight. A replaced weight stays in memory until the
+    transaction ends, so that it can be restored.
     """
     module = layer.base_layer
     if plan.initializer.base == "keep":
@@ -43,7 +43,7 @@ def settle_base(
     if factors.replacement is not None:
         _replace(layer, target, factors.replacement, injection, weights, keep_original, transaction)
         return
-    # The factors as they are stored, so that a 16-bit adapter is subtracted as rounded.
+    # Use the factors as stored, so that the rounded values of a 16-bit adapter are subtracted.
     fixed = target.shared_with or target.quantized or module.weight.is_meta
     editable = target.exact and not fixed
     if not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):
@@ -59,14 +59,14 @@ def _replace(
     keep_original: bool,
     transaction: Transaction,
 ) -> None:
-    """Put a quantised weight in the base's place; one that is not loaded has nothing to put it in.
+    """Replace the base weight by a quantized one.
 
-    There the recipe is all that is left, which is what a file holds.
+    For a weight that is not loaded, only the replacement's recipe is recorded, as in a saved file.
     """
     module = layer.base_layer
     shared, absent = bool(target.shared_with), module.weight.is_meta
     weight = weights.weight(target)
-    # A packed module quantises what it is given; values that are quantised already would have
+    # A packed module quantizes the residual itself. Values that are quantized already would have
     # their scales rounded twice.
     make = replacement.residual if target.quantized else replacement.base
     replaced = make(weight, target.scaling)
@@ -86,7 +86,7 @@ def _replace(
 def settle_magnitude(
     layer: LoraLayer, target: Target, injection: Injection, weights: BaseWeights
 ) -> None:
-    """Start DoRA's magnitude at the norms of the rows of the settled weight."""
+    """Initialize DoRA's magnitude to the row norms of the edited or replaced weight."""
     if layer.base_state == "replaced" and layer.base_layer.weight.is_meta:
         made = injection.replacements[target.name].base(weights.weight(target), target.scaling)
         present = made.to(layer.base_layer.weight.dtype)
@@ -97,10 +97,10 @@ def settle_magnitude(
 
 
 def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor, transaction: Transaction) -> bool:
-    """Subtract s B0 A0 from a weight of 32 bits or more where that can be undone.
+    """Subtract s B0 A0 from a weight of 32 or more bits, if the edit can be undone.
 
     Returns:
-        Whether it was subtracted.
+        Whether the product was subtracted.
     """
     module = layer.base_layer
     if module.weight.dtype not in (torch.float32, torch.float64):
@@ -113,9 +113,9 @@ def _edit(layer: LoraLayer, lora_A: Tensor, lora_B: Tensor, transaction: Transac
 
 
 def comes_back(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> bool:
-    """Whether W - s B A + s B A is the float weight within 1e-6 of its largest entry."""
+    """Whether W - s B A + s B A equals the float weight within 1e-6 of its largest entry."""
     largest = float(_largest(weight))
-    # No entry of s B A is larger than this, which only a few reach: W need not be subtracted from.
+    # This bound on the entries of s B A usually suffices. It avoids computing W - s B A.
     rows = torch.linalg.vector_norm(widened(lora_B), dim=1).amax()
     columns = torch.linalg.vector_norm(widened(lora_A), dim=0).amax()
     if largest + scaling * float(rows * columns) <= LARGEST_EDIT_GROWTH * largest:
@@ -127,7 +127,7 @@ def comes_back(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 def move_initial_factors(
     layer: LoraLayer, lora_A: Tensor, lora_B: Tensor, transaction: Transaction
 ) -> None:
-    """Give a layer the initial factors of another start, and its base what belongs to them."""
+    """Replace a layer's initial factors and update its base state accordingly."""
     transaction.attributes(layer, "base_state", "initial_lora_A", "initial_lora_B")
     if layer.base_state == "edited":
         start = layer.initial_lora_A, layer.initial_lora_B

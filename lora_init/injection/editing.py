@@ -1,8 +1,8 @@
-"""A float weight plus or minus s B A, with the same bits in its own memory and in new memory.
+"""Add s B A to a float weight or subtract it, with the same bits in place and in new memory.
 
-The weight is changed in its own memory where no other tensor shows that memory. Otherwise the
-module gets new memory: the old one belongs to another tensor, or is a checkpoint mapped from disk,
-whose pages the first write would copy one by one.
+The weight is edited in place if no other tensor uses its memory. Otherwise the module gets new
+memory. The old memory may belong to another tensor, or to a checkpoint mapped from disk, which an
+in-place write would copy page by page.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def add_product(
 ) -> None:
     """Add ``sign · s B A`` to the float weight of `module`, rounded to its dtype.
 
-    An interrupt leaves the weight as it was, but for the rounding of rows that were undone.
+    If an interrupt arrives, the weight is restored, up to rounding in rows that were undone.
 
     Args:
-        transaction: takes the product off again where a later change fails.
+        transaction: records how to subtract the product if a later change fails.
     """
     edit = _Edit(module, lora_A, lora_B, scaling, sign)
     if transaction is not None:
@@ -48,10 +48,10 @@ def add_product(
 
 
 class _Edit:
-    """A product that is added to a weight, and taken off again as far as it was added.
+    """An addition to a weight that can be undone even if it was interrupted.
 
-    While it is being added, the weight says how far: it has another address, or torch has counted
-    the parts that were written. A signal may arrive after an addition and before any line of ours.
+    The progress is read from the weight: its address changes, or torch's version counter counts
+    the parts written. A signal can arrive after an addition and before the next Python line.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class _Edit:
 
     def _begin(self) -> None:
         weight = self.module.weight
-        # No reference to the memory is kept: its holders are counted.
+        # Do not keep a reference: `is_exclusive` counts the references to the memory.
         self.address = weight.data_ptr()
         self.version = None if weight.is_inference() else weight._version
         self.is_made = False
@@ -76,7 +76,7 @@ class _Edit:
         devices = {lora_A.device.type, lora_B.device.type}
         own = devices == {"cpu"} and wide == module.weight.dtype and is_exclusive(module.weight)
         weight = oriented_weight(module)
-        # Of a convolution in channels_last the matrix is a copy.
+        # For a channels_last convolution the matrix is a copy.
         if own and weight.data_ptr() == module.weight.data_ptr():
             _add_in_place(weight, lora_A, lora_B, scaling, self.sign)
         else:
@@ -88,7 +88,7 @@ class _Edit:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Take off what was added since this edit began; nothing is left to undo afterwards."""
+        """Undo what was added since this edit began. A second call changes nothing."""
         weight = self.module.weight
         if self.is_made or weight.data_ptr() != self.address:
             inverse = _Edit(self.module, *self.factors, -self.sign)

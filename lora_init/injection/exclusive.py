@@ -1,4 +1,4 @@
-"""Whether a parameter's memory may be written to: it is torch's own, and nobody else has a look."""
+"""Check whether a parameter's memory may be modified: no other tensor or process may use it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def _counts(tensor: Tensor) -> tuple[int, int] | None:
-    """How many hold the tensor's memory and how many the tensor, where torch tells."""
+    """Reference counts of the tensor's storage and of the tensor, or None if torch lacks them."""
     of_storage = getattr(torch._C, "_storage_Use_Count", None)
     of_tensor = getattr(tensor, "_use_count", None)
     if of_storage is None or of_tensor is None:
@@ -19,11 +19,16 @@ _ALONE = _counts(nn.Parameter(torch.empty(1)))
 
 
 def is_exclusive(parameter: nn.Parameter) -> bool:
-    """Whether a change of this CPU parameter in place is seen by those only who hold it itself.
+    """Whether an in-place change of this CPU parameter is visible only through the parameter.
 
-    False for memory that a file is mapped into or that comes from numpy (torch cannot resize it),
-    that processes share, that another tensor shows too (a state dict, another model, a view), or
-    that the graph of an earlier forward pass keeps; and wherever that cannot be known.
+    False for memory
+
+    - that is mapped from a file or comes from numpy (torch cannot resize it),
+    - that is shared with other processes,
+    - that another tensor uses (a state dict, another model, a view),
+    - that the graph of an earlier forward pass holds.
+
+    Also False where this cannot be determined.
     """
     if parameter.device.type != "cpu" or type(parameter.data) is not Tensor:
         return False

@@ -1,7 +1,7 @@
-"""Injecting a plan's factors, and the ways out: restored, merged, and back in.
+"""Inject the factors of a plan into a model, restore the model, or reinstate the adapter.
 
-What can fail for a reason in the settings or the numbers has been checked before. If the machine
-fails in the middle (memory, an interrupt), the transaction undoes what was done.
+Settings and values have been checked before. If a later failure occurs (out of memory, an
+interrupt), the transaction undoes the changes made so far.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ def inject_factors(
     keep_original: bool = False,
     initial_known: bool = True,
 ) -> Injection:
-    """Wrap the plan's targets, edit or replace their bases, freeze everything else.
+    """Wrap the plan's targets, edit or replace their base weights, and freeze all other parameters.
 
     Args:
-        model: changed in place.
-        plan: targets, modules to save, biases to train.
-        factors: by target name; already checked, on the right device and in the adapter's dtype.
-        transaction: undoes everything where this or something after it fails.
-        weights: what replaced bases are computed from, and weights that are not in memory read.
-        plain: from `hold_plain`, which the model's packed modules have gone through.
-        keep_original: keep what replaced bases were: float weights in CPU memory.
-        initial_known: whether the factors are those of step 0 (False: a trained adapter was
-            loaded onto a kept base).
+        model: modified in place.
+        plan: the targets, the modules to save, and the biases to train.
+        factors: by target name; checked, on the right device and in the adapter's dtype.
+        transaction: undoes all changes if this or a later step fails.
+        weights: provides weights that are not in memory, and those that replaced bases come from.
+        plain: the result of `hold_plain` for the model's packed modules.
+        keep_original: keep the originals of replaced bases. Float weights move to CPU memory.
+        initial_known: whether the factors are those of step 0. False for a trained adapter that is
+            loaded onto a kept base.
     """
     injection = _prepare(model, plan, factors, weights, initial_known)
     injection.plain = dict(plain)
@@ -83,13 +83,13 @@ def _normal(tensor: Tensor) -> Tensor:
 
 
 def forget_originals(model: nn.Module, injection: Injection) -> None:
-    """Let go of the originals of replaced bases, which were kept for a while."""
+    """Free the originals of replaced bases."""
     injection.originals.clear()
     _forget_lost(model, injection)
 
 
 def _forget_lost(model: nn.Module, injection: Injection) -> None:
-    """Let go of packed originals that nobody asked to keep, which would stay in memory."""
+    """Free packed originals that are not kept."""
     lost = injection.lost()
     for name in lost:
         injection.plain.pop(injection.layers[name].base_layer, None)
@@ -106,11 +106,11 @@ def _prepare(
     weights: BaseWeights,
     initial_known: bool,
 ) -> Injection:
-    """Everything that allocates or may fail, beside the model: nothing of it is touched here."""
+    """Do everything that allocates memory or may fail, without changing the model."""
     modules = {target.name: model.get_submodule(target.name) for target in plan.targets}
     unloaded = any(map(is_unloaded, modules.values()))
     injection = Injection(
-        # A checkpoint that was given as a mapping is held in memory: only where it is needed.
+        # A checkpoint passed as a mapping occupies memory: hold it only if it is needed.
         weights if unloaded else BaseWeights(model, None),
         requires_grad=[(p, p.requires_grad) for p in model.parameters()],
         shared=frozenset(target.name for target in plan.targets if target.shared_with),
@@ -118,7 +118,7 @@ def _prepare(
     )
     for target in plan.targets:
         module = modules[target.name]
-        # Read from a file in inference mode, they could not be part of a graph.
+        # Factors loaded in inference mode cannot be part of a graph: clone them.
         lora_A, lora_B = map(_normal, (factors[target.name].lora_A, factors[target.name].lora_B))
         layer = layer_class(module)(
             module,
@@ -143,10 +143,10 @@ def _prepare(
 
 @torch.inference_mode(False)
 def restore(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
-    """Give the model back as it was: modules, weights, biases and requires_grad flags.
+    """Restore the model: modules, weights, biases and requires_grad flags.
 
     Raises:
-        RuntimeError: if a base was replaced and no copy of it kept; nothing is changed then.
+        RuntimeError: a base was replaced and its original was not kept. Nothing has changed then.
     """
     injection.refuse_lost("unload")
     set_merged(injection, False, transaction)
@@ -161,7 +161,7 @@ def restore(model: nn.Module, injection: Injection, transaction: Transaction) ->
 
 @torch.inference_mode(False)
 def reinstate(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
-    """The inverse of `restore`: the same adapter, where it was, as trained."""
+    """Invert `restore`: put the same trained adapter back into the model."""
     transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
     transaction.gradient_flags(bias for bias, _ in injection.biases.values())
     transaction.attributes(injection, "plain")
@@ -180,7 +180,7 @@ def reinstate(model: nn.Module, injection: Injection, transaction: Transaction) 
 
 
 def _follow(injection: Injection) -> None:
-    """Move a detached adapter to where its model has moved since."""
+    """Move a detached adapter to the present device of its base layers."""
     for layer in injection.layers.values():
         move = partial(Tensor.to, device=factor_device(layer.base_layer))
         layer._apply(move, recurse=False)
@@ -191,7 +191,7 @@ def _follow(injection: Injection) -> None:
 
 
 def unwrap_merged(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
-    """Take the merged base layers out of their adapters; trained modules take their places."""
+    """Replace adapted layers by their merged base layers, and saved modules by trained ones."""
     merged = {layer.base_layer for layer in injection.layers.values()}
     left = {module: held for module, held in injection.plain.items() if module not in merged}
     release(left, transaction)
@@ -207,16 +207,16 @@ def unwrap_merged(model: nn.Module, injection: Injection, transaction: Transacti
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Refuse a model that has an adapter already, ours or PEFT's.
+    """Raise if the model has an adapter already, from this library or from PEFT.
 
     Raises:
-        ValueError: one adapter a model.
+        ValueError: only one adapter per model is supported.
     """
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer | TrainedModule):
             raise ValueError(
-                f"{name!r} has an adapter already, and one adapter a model is served; call "
-                "unload() or merge_and_unload() on the LoraModel that holds it first, or its "
+                f"{name!r} has an adapter already, and only one adapter per model is supported; "
+                "call unload() or merge_and_unload() on the LoraModel that holds it first, or its "
                 "reinitialize() to start it another way"
             )
         if type(module).__module__.startswith("peft."):
@@ -226,9 +226,9 @@ def refuse_adapted(model: nn.Module) -> None:
             )
         if type(module).__module__.startswith("lora_init.peft_models."):
             raise ValueError(
-                f"{name.rpartition('.')[0]!r} was started already, by initialize_peft_model, and "
-                "its weight or output is not the original one. Call unload() on that PEFT model, "
-                "or load the base model again"
+                f"{name.rpartition('.')[0]!r} was initialized by initialize_peft_model already, "
+                "and its weight or output is not the original one. Call unload() on that PEFT "
+                "model, or load the base model again"
             )
 
 

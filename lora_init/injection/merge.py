@@ -1,4 +1,4 @@
-"""Folding the adapters into the base weights, and taking them out again."""
+"""Merge the adapters into the base weights, and unmerge them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lora_init.weights.kinds import oriented_weight
 
 
 def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> None:
-    """Fold the adapters into the base weights, or take them out again, exactly.
+    """Merge the adapters into the base weights, or unmerge them exactly.
 
-    While merged, the injection holds what the weights were: exact, at the cost of their memory.
+    While merged, the injection keeps a copy of the unmerged weights, which costs their memory.
 
     Raises:
-        ValueError: a layer has a `lora_bias`, its base none to fold it into.
+        ValueError: a layer has a `lora_bias` and its base has no bias to merge it into.
     """
     if merged == injection.merged:
         return
@@ -45,16 +45,16 @@ def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> 
         put_back(layer.base_layer, held)
         if bias is not None:
             transaction.data(layer.base_layer.bias)
-            exchange(layer.base_layer.bias, bias)  # on its device of today
+            exchange(layer.base_layer.bias, bias)  # moves to the bias's present device
         layer.merged = False
     injection.unmerged = {}
 
 
 def fold(injection: Injection) -> None:
-    """Merge layer by layer, in the memory of one more weight.
+    """Merge layer by layer, with the memory of one extra weight.
 
-    Each layer is merged whole or not at all. A layer that was merged by a call that failed later
-    is skipped.
+    Each layer is merged completely or not at all. Layers that an earlier, failed call has merged
+    are skipped.
     """
     _refuse_lone_bias(injection)
     atomically(partial(set_adapter_enabled, injection, True))
@@ -69,7 +69,7 @@ def fold(injection: Injection) -> None:
 def _fold(
     name: str, injection: Injection, errors: dict[str, float], transaction: Transaction
 ) -> None:
-    """Merge one layer, and note the error of a packed one."""
+    """Merge one layer; record the quantization error of a packed one."""
     layer = injection.layers[name]
     module = layer.base_layer
     weight = layer.merged_weight()
@@ -95,21 +95,19 @@ def _refuse_lone_bias(injection: Injection) -> None:
     for name, layer in injection.layers.items():
         if layer.lora_bias is not None and layer.base_layer.bias is None:
             raise ValueError(
-                f"layer {name!r} has a lora_bias, and its base module no bias to merge it into; "
-                "keep the adapter unmerged, or train without lora_bias"
+                f"layer {name!r} has a lora_bias, but its base module has no bias to merge it "
+                "into; keep the adapter unmerged, or train without lora_bias"
             )
 
 
-def _warn_of_merging(
-    injection: Injection, errors: Mapping[str, float], stacklevel: int
-) -> None:
+def _warn_of_merging(injection: Injection, errors: Mapping[str, float], stacklevel: int) -> None:
     if errors:
         worst = max(errors, key=errors.__getitem__)
         mean = sum(errors.values()) / len(errors)
         warnings.warn(
-            f"merged into {len(errors)} quantised weights, which adds a relative error of "
+            f"merged into {len(errors)} quantized weights, which adds a relative error of "
             f"{mean:.1e} on average and {errors[worst]:.1e} in {worst!r}; merge into the "
-            "unquantised model to avoid it",
+            "unquantized model to avoid it",
             stacklevel=stacklevel,
         )
     if injection.inexact:
@@ -121,7 +119,7 @@ def _warn_of_merging(
         )
     for name in sorted(injection.shared):
         warnings.warn(
-            f"{name!r} shared its weight with another module and now has one of its own; untie "
+            f"{name!r} shared its weight with another module and now has a separate one; untie "
             "them in the model's configuration (tie_word_embeddings=False) before saving it",
             stacklevel=stacklevel,
         )

@@ -1,4 +1,4 @@
-"""What was done to a model, and whether the adapter is on, off or merged at the moment."""
+"""The record of an injection: what changed in the model, and the adapter's present state."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from lora_init.weights.source import BaseWeights
 
 @dataclass
 class Injection:
-    """What was done to a model, enough to undo it.
+    """All that is needed to undo an injection.
 
     Attributes:
-        weights: where weights that are not in memory are read from.
-        layers: the adapted layers by name.
-        trained: the whole-trained modules by name.
-        biases: each trained bias and the data it does not have now: its original while the adapter
-            is on, its trained value while it is off.
-        originals: what each replaced base was, where it was kept.
-        shared: layers whose weight another module reads too.
-        inexact: layers whose forward rounds inputs or weights.
-        fingerprints: of each target's original weight.
+        weights: reads weights that are not in memory.
+        layers: the adapted layers, by name.
+        trained: the modules that are trained whole, by name.
+        biases: each trained bias and its inactive values: the original values while the adapter is
+            enabled, the trained values while it is disabled.
+        originals: the original weight of each replaced base, where it was kept.
+        shared: layers whose weight another module uses too.
+        inexact: layers whose forward pass rounds inputs or weights.
+        fingerprints: fingerprint of each target's original weight.
         replacements: how to rebuild each replaced base.
-        checksums: of each replaced base.
-        from_original_weights: of each layer whose replaced base came from an unquantised
-            checkpoint, the fingerprint of the weight there.
-        requires_grad: every parameter's flag before injection.
-        enabled: whether the adapter is on.
-        unmerged: what the base weights (and biases) were before the adapter was merged into them.
-        untied: the shared parameter of each layer that got one of its own when it was merged.
-        plain: packed modules as they were before they were kept plain.
-        embedding_rows: whether the base's embeddings came from an adapter's file, which a new file
-            must hold too.
+        checksums: checksum of each replaced base.
+        from_original_weights: for each replaced base that comes from an unquantized checkpoint, the
+            fingerprint of the checkpoint's weight.
+        requires_grad: each parameter's flag before injection.
+        enabled: whether the adapter is enabled.
+        unmerged: base weights and biases before the merge; empty if not merged.
+        untied: for each layer that merging untied, the parameter that it shared before.
+        plain: packed modules as they were before `hold_plain`.
+        embedding_rows: whether the base's embeddings were loaded from an adapter's file. A new file
+            must then contain them.
     """
 
     weights: BaseWeights
@@ -65,16 +65,16 @@ class Injection:
         return bool(self.unmerged)
 
     def half_merged(self) -> str | None:
-        """The first layer that a `merge_and_unload` merged before it failed."""
+        """The first layer that a failed `merge_and_unload` left merged, or None."""
         if self.merged:
             return None
         return next((name for name, layer in self.layers.items() if layer.merged), None)
 
     def original_weight(self, target: Target) -> Float[Tensor, "out in"]:
-        """The weight of a layer before injection, in float32 or wider, from where it is.
+        """A layer's weight before injection, in float32 or wider.
 
         Raises:
-            RuntimeError: the base was replaced: nobody has it any more.
+            RuntimeError: the base was replaced and its original was not kept.
         """
         layer = self.layers[target.name]
         if layer.base_layer.weight.is_meta:
@@ -82,7 +82,7 @@ class Injection:
         return layer.original_weight()
 
     def lost(self) -> list[str]:
-        """Layers whose original weight nobody has any more."""
+        """Names of replaced layers whose original weight was not kept."""
         return [
             name
             for name, layer in self.layers.items()
@@ -90,14 +90,14 @@ class Injection:
         ]
 
     def refuse_lost(self, wanted: str) -> None:
-        """Refuse what needs the original base where it is gone.
+        """Raise if an original base weight is lost.
 
         Raises:
-            RuntimeError: a base was replaced and its original not kept.
+            RuntimeError: a base was replaced and its original was not kept.
         """
         for name in self.lost():
             raise RuntimeError(
-                f"{wanted}: the base weight of {name!r} was replaced by a quantised one and no "
+                f"{wanted}: the base weight of {name!r} was replaced by a quantized one and no "
                 "copy of it was kept, so the original function is gone; initialize with "
                 "get_peft_model(..., keep_original=True), or reload the base model"
             )

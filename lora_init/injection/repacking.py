@@ -1,9 +1,8 @@
-"""Keeping bitsandbytes from repacking 4-bit weights while a model has an adapter.
+"""Prevent bitsandbytes from repacking 4-bit weights while a model has an adapter.
 
-On some CPUs an evaluation forward repacks them in place, rounds their scales, and cuts the
-gradient to everything before them (see `lora_init.weights.bitsandbytes`). A model that calibrates
-in eval mode
-and then trains needs all of its 4-bit modules plain, adapted or not.
+On some CPUs an eval forward repacks the weights in place, rounds their scales, and blocks the
+gradient to earlier layers (see `lora_init.weights.bitsandbytes`). A model that is calibrated in
+eval mode and then trained needs plain weights in all 4-bit modules, adapted or not.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from lora_init.weights import bitsandbytes
 def hold_plain(
     model: nn.Module, transaction: Transaction | None = None
 ) -> dict[nn.Module, bitsandbytes.Held]:
-    """Make every packed module plain; returns what they were, for `release`."""
+    """Make every packed module plain; return the previous states for `release`."""
     modules = [module for module in model.modules() if bitsandbytes.is_quantized(module)]
     held = {module: bitsandbytes.held(module) for module in modules}
     if transaction is not None:
@@ -32,7 +31,7 @@ def hold_plain(
 def release(
     held: dict[nn.Module, bitsandbytes.Held], transaction: Transaction | None = None
 ) -> None:
-    """Give the modules back their weights and bitsandbytes' own habit."""
+    """Restore the modules' weights and bitsandbytes' default behavior."""
     for module, one in held.items():
         if transaction is not None:
             transaction.weight(module)

@@ -1,4 +1,4 @@
-"""Where modules hang in a model, and how others are put there."""
+"""Replace modules inside a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_init.injection.transaction import Transaction
 
 
 def module_paths(model: nn.Module) -> dict[int, list[str]]:
-    """All names of every module: one that is registered twice is replaced in both places."""
+    """All names of each module, by id. A module may be registered under several names."""
     paths: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(name)
@@ -21,7 +21,7 @@ def module_paths(model: nn.Module) -> dict[int, list[str]]:
 def replace_modules(
     model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]], transaction: Transaction
 ) -> None:
-    """Put the second of each pair wherever the first hangs; absent ones are skipped."""
+    """Replace the first module of each pair by the second, everywhere; skip absent modules."""
     pairs = list(pairs)
     paths = module_paths(model) if pairs else {}
     for present, wanted in pairs:

@@ -1,4 +1,4 @@
-"""The adapter on, or off: then the model computes its original function."""
+"""Enable and disable an adapter. A disabled adapter leaves the model's original function."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lora_init.injection.weights import exchange, hold, put_back
 
 @torch.inference_mode(False)
 def set_adapter_enabled(injection: Injection, enabled: bool, transaction: Transaction) -> None:
-    """Switch the adapter on, or off: then the model computes its original function.
+    """Enable the adapter, or disable it, which restores the model's original function.
 
     Raises:
-        RuntimeError: switching off where a base was replaced and no copy of it kept, or where the
-            adapter is merged.
+        RuntimeError: the adapter cannot be disabled, because it is merged, or because a base was
+            replaced and its original was not kept.
     """
     if enabled == injection.enabled:
         return

@@ -1,7 +1,7 @@
-"""Changes of a model that are undone together when one of them fails.
+"""Undo all changes to a model if one of them fails.
 
-An undo is recorded before its change is made. It restores what was there, so it is right whether
-the change was made, was broken off, or was never begun, and it may run twice.
+Each undo is recorded before its change. It restores the earlier state, so it is correct whether the
+change was completed, interrupted or never started, and it may run twice.
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ Undo = Callable[[], Any]
 
 
 class Transaction:
-    """The undos of the changes made so far."""
+    """A stack of undo functions for the changes made so far."""
 
     def __init__(self) -> None:
         self._undos: list[Undo] = []
 
     def undo_by(self, undo: Undo) -> None:
-        """Record an undo that may be called at any moment, and twice."""
+        """Record an undo function that may be called at any time, and twice."""
         self._undos.append(undo)
 
     def attributes(self, owner: Any, *names: str) -> None:
-        """The named attributes of `owner` will change: flags, submodules, buffers, dictionaries."""
+        """Record attributes of `owner`: flags, submodules, buffers, dictionaries."""
         values = {name: getattr(owner, name) for name in names}
         before = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in values.items()}
         self.undo_by(partial(_set_attributes, owner, before))
 
     def weight(self, module: nn.Module) -> None:
-        """The weight of `module` will be exchanged. The old one stays in memory until the end."""
+        """Record the weight of `module`. The old weight stays in memory until the end."""
         self.undo_by(partial(put_back, module, hold(module)))
 
     def data(self, parameter: nn.Parameter) -> None:
-        """The data of `parameter` will be exchanged; the old memory is not written to."""
+        """Record the data of `parameter`, which will be rebound but not overwritten."""
         self.undo_by(partial(setattr, parameter, "data", parameter.data))
 
     def values(self, module: nn.Module, name: str) -> None:
-        """The numbers of a parameter or buffer will be overwritten: they are copied now."""
+        """Copy the values of a parameter or buffer, which will be overwritten."""
         held = module._parameters if name in module._parameters else module._buffers
         value = held[name]
         self.undo_by(partial(_set_values, held, name, value, value.detach().clone()))
 
     def gradient_flags(self, parameters: Iterable[nn.Parameter]) -> None:
-        """The `requires_grad` flags of `parameters` will change."""
+        """Record the `requires_grad` flags of `parameters`."""
         flags = [(parameter, parameter.requires_grad) for parameter in parameters]
         self.undo_by(partial(set_gradient_flags, flags))
 
     def roll_back(self) -> None:
-        """Undo all changes, the last one first. An interrupt is raised when that is done.
+        """Undo all changes in reverse order. An interrupt is re-raised afterwards.
 
         Raises:
-            RuntimeError: a change could not be undone; the others are.
+            RuntimeError: a change could not be undone. All others were undone.
         """
         failure, interrupt = None, None
         while self._undos:
             try:
                 self._undos[-1]()
-            except KeyboardInterrupt as error:  # of an impatient user: the undo is called again
+            except KeyboardInterrupt as error:  # finish first: call the same undo again
                 interrupt = error
                 continue
             except Exception as error:
@@ -80,10 +80,10 @@ class Transaction:
 
 
 def atomically(make: Callable[[Transaction], Result]) -> Result:
-    """Call ``make(transaction)``; whatever it raises, its changes are undone first."""
+    """Call ``make(transaction)``. If it raises, undo its changes first."""
     transaction = Transaction()
     try:
-        return make(transaction)  # no line runs after it, in which a signal could arrive
+        return make(transaction)  # return directly: a signal could arrive in a later line
     except BaseException:
         transaction.roll_back()
         raise
@@ -100,8 +100,6 @@ def _set_attributes(owner: Any, values: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _set_values(
-    held: dict[str, Tensor | None], name: str, tensor: Tensor, values: Tensor
-) -> None:
+def _set_values(held: dict[str, Tensor | None], name: str, tensor: Tensor, values: Tensor) -> None:
     held[name] = tensor
     tensor.copy_(values)

@@ -1,4 +1,4 @@
-"""Putting a weight into a module, and the module's own back: float, tied or packed."""
+"""Replace a module's weight and put the original back: float, tied or packed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_init.weights.kinds import stored_weight
 
 @dataclass(frozen=True)
 class Held:
-    """What a module's weight was: enough to put exactly that back.
+    """A module's weight before it was replaced, to restore it exactly.
 
     Attributes:
-        parameter: the parameter object. A tied one lives on in the other module.
-        data: its data; a copy in CPU memory where `hold` was asked for one.
-        packed: a packed module's codes and scales; then the other two are None.
+        parameter: the parameter object. A tied one stays in use in the other module.
+        data: the parameter's data, or a CPU copy of it.
+        packed: the codes and scales of a packed module; the other two are then None.
     """
 
     parameter: nn.Parameter | None
@@ -28,11 +28,11 @@ class Held:
 
 
 def hold(module: nn.Module, *, on_cpu: bool = False) -> Held:
-    """Hold the weight that is about to be replaced.
+    """Record the weight that is about to be replaced.
 
     Args:
-        on_cpu: copy a float weight to the CPU, where it may stay for long. Packed weights, an
-            eighth of the size, stay on their device, and a tied one is in use there anyway.
+        on_cpu: copy a float weight to CPU memory, for long storage. Packed weights stay on their
+            device because they are small. Tied weights stay because they are in use there.
     """
     if bitsandbytes.is_packed(module):
         return Held(None, None, bitsandbytes.held(module))
@@ -44,7 +44,7 @@ def put_back(module: nn.Module, held: Held) -> None:
     if held.packed is not None:
         bitsandbytes.put_back(module, held.packed)
         return
-    # A model that was converted since (half, double) stays in its dtype.
+    # A model that was converted in the meantime (half, double) keeps its dtype.
     data = held.data.to(held.parameter.device, held.parameter.dtype)
     if held.parameter.data.data_ptr() != data.data_ptr():
         held.parameter.data = data
@@ -52,13 +52,13 @@ def put_back(module: nn.Module, held: Held) -> None:
 
 
 def store_weight(module: nn.Module, weight: Float[Tensor, "out in"], *, own: bool = False) -> None:
-    """Give the module new weight data; the old memory is never written to.
+    """Store new weight data in the module; the old memory is not written to.
 
-    It may be a checkpoint mapped from disk, whose pages would be copied one by one on the first
-    write (six times slower on MiniLM), or memory that other processes share.
+    The old memory may be a checkpoint mapped from disk, which a write would copy page by page, or
+    memory that other processes share.
 
     Args:
-        own: make a parameter of the module's own: the present one is read by another module too.
+        own: create a new parameter, because another module uses the present one too.
     """
     if bitsandbytes.is_packed(module):
         bitsandbytes.requantize(module, weight)
@@ -73,7 +73,7 @@ def store_weight(module: nn.Module, weight: Float[Tensor, "out in"], *, own: boo
 
 
 def exchange(parameter: nn.Parameter, data: Tensor) -> Tensor:
-    """Give a parameter other data; returns what it had."""
+    """Replace a parameter's data; return the old data."""
     with torch.no_grad():
         before = parameter.data
         parameter.data = data.to(before.device, before.dtype)

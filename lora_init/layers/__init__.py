@@ -1,6 +1,6 @@
-"""The modules that an injected model runs: adapted layers, and modules trained whole.
+"""The modules that a model with an adapter runs: adapted layers and modules trained whole.
 
-They compute; they never edit a base weight (`lora_init.injection` does).
+They never edit a base weight; `lora_init.injection` does.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ _CLASSES = dict.fromkeys(LINEAR_TYPES, LinearLayer) | {
 
 
 def layer_class(module: nn.Module) -> type[LoraLayer]:
-    """The adapted layer that wraps a module of this type."""
+    """The adapted layer class for a module."""
     return _CLASSES[module_type(module)]

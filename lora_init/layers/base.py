@@ -1,4 +1,4 @@
-"""What all adapted layers have in common: the factors, the way back, and the forward pass."""
+"""The base class of all adapted layers: the factors, the forward pass, the effective weight."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from lora_init.weights.kinds import module_type, orient
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 
 BaseState = Literal["kept", "edited", "in_forward", "replaced"]
-"""Where the initial product s B0 A0 of a layer is accounted for:
+"""How a layer accounts for its initial product s B0 A0:
 
-- ``kept``: nowhere, the base weight is the original one;
+- ``kept``: not at all, the base weight is the original one;
 - ``edited``: it was subtracted from the base weight (float32 and float64 bases);
-- ``in_forward``: the base weight is the original one and the forward pass subtracts it (16-bit
-  bases, whose rounding would eat the edit; quantised bases, which could not hold it; weights that
-  another module reads too; and edits too large to be undone in float32);
-- ``replaced``: the base weight is a quantised one.
+- ``in_forward``: the forward pass subtracts it and the base weight is the original one. Used for
+  16-bit bases, whose rounding would lose the edit; for quantized bases; for weights that another
+  module shares; and for edits too large to be undone in float32;
+- ``replaced``: the base weight is a quantized one.
 """
 
 
 CONSTANTS = ("base_square_norms", "initial_projection")
-"""Buffers that DoRA's norm is computed from."""
+"""Buffers from which DoRA's norm is computed."""
 
 
 class LoraLayer(nn.Module):
-    """``h = base(x) + s (B A x + b)`` around a module, with the way back to the original.
+    """A module with a low-rank adapter, ``h = base(x) + s (B A x + b)``.
 
-    With DoRA (Liu et al. 2024, arXiv 2402.09353) ``h = m · V x / ‖V‖ + bias``: V is the adapted
-    weight ``W + s B A``, ‖V‖ its rows' norms, m a trained magnitude; see `lora_init.layers.dora`.
-    A subclass knows how its kind of module applies a matrix to an input.
+    With DoRA (Liu et al. 2024, arXiv 2402.09353) ``h = m · V x / ‖V‖ + bias``. V is the adapted
+    weight ``W + s B A``, ‖V‖ its row norms, m a trained magnitude; see `lora_init.layers.dora`.
+    Subclasses implement how their type of module applies a matrix to an input.
 
     Attributes:
-        base_layer: the wrapped module; `module_type` is its type's name.
+        base_layer: the wrapped module; `module_type` is the name of its type.
         lora_A, lora_B: trainable factors, (rank, in) and (out, rank).
         lora_bias: b, (out,), or None.
         lora_magnitude_vector: m, (out,), or None.
-        initial_lora_A, initial_lora_B: the factors at step 0; None for a kept base loaded from a
-            file, which does not hold them.
+        initial_lora_A, initial_lora_B: the factors at step 0. None if a file was loaded onto a kept
+            base, because the file does not contain them.
         scaling: s.
         base_state: see `BaseState`.
-        merged: the base weight holds the adapter at the moment, and the forward pass adds nothing.
+        merged: whether the base weight contains the adapter; the forward pass then adds nothing.
         on_read: called whenever `weight` is read; see `lora_init.model.verification`.
     """
 
@@ -87,7 +87,7 @@ class LoraLayer(nn.Module):
         initial_A, initial_B = initial if initial is not None else (None, None)
         self.register_buffer("initial_lora_A", initial_A)
         self.register_buffer("initial_lora_B", initial_B)
-        # Constants of DoRA's norm, filled in when the base is settled.
+        # Constants of DoRA's norm, set by `settle_norms`.
         self.register_buffer("base_square_norms", None, persistent=False)
         self.register_buffer("initial_projection", None, persistent=False)
         self.dropout = nn.Dropout(dropout) if dropout > 0 and self.drops_inputs else nn.Identity()
@@ -98,8 +98,8 @@ class LoraLayer(nn.Module):
         self.training = self.dropout.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
-        """Look up what this class lacks (in_features, stride, …) in the base layer."""
-        # torch's own lookup, without its call: a forward pass asks for half a dozen of them.
+        """Look up attributes that this class lacks (in_features, stride, …) in the base layer."""
+        # Inlines torch's lookup, because a forward pass does several of them.
         own = self.__dict__
         if "_modules" in own:
             if name in own["_parameters"]:
@@ -108,7 +108,7 @@ class LoraLayer(nn.Module):
                 return own["_modules"][name]
             if name in own["_buffers"]:
                 return own["_buffers"][name]
-        # base_layer: not set yet. Protocols (copying, pickling) are this class's own.
+        # base_layer may not be set yet. Protocol methods (copying, pickling) are not delegated.
         if name in ("base_layer", *HOOK_ATTRIBUTES) or name.startswith("__"):
             return super().__getattr__(name)  # raises
         return getattr(self.base_layer, name)
@@ -116,16 +116,16 @@ class LoraLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("weight", "bias"):
             super().__setattr__(name, value)
-        # Tying weights again assigns the parameter that the base has already.
+        # Tying weights again assigns the parameter that the base already has.
         elif value is not getattr(self.base_layer, name):
             raise RuntimeError(
-                f"{name}: it cannot be set on an adapted {self.module_type}, because it is the sum "
-                f"of the base's {name} and the adapter. Set it before get_peft_model, or set "
+                f"{name} cannot be set on an adapted {self.module_type}, because it is the sum of "
+                f"the base's {name} and the adapter. Set it before get_peft_model, or set "
                 f"base_layer.{name} to change the base under the adapter"
             )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LoraLayer:
-        """Move or convert; DoRA's constants are at least float32: 16 bits overflow and round."""
+        """Move or convert. DoRA's constants stay at least float32: 16 bits overflow and round."""
         before = {name: getattr(self, name) for name in CONSTANTS}
         super()._apply(fn, recurse)
         for name, wide in before.items():
@@ -155,11 +155,11 @@ class LoraLayer(nn.Module):
         result = self.base_layer(x)
         delta = self._low_rank(self.dropout(x), self.lora_A, self.lora_B)
         if self.base_state == "in_forward":
-            # Two products, not one of rank 2r: at step 0 they cancel to the last bit.
+            # Separate products instead of one of rank 2r: at step 0 they cancel exactly.
             delta -= self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
         if self.lora_bias is not None:
             delta += self.scaling * self._along_outputs(self.lora_bias)
-        # Added before rounding: a 16-bit result plus a float32 delta is a float32 sum.
+        # Add before rounding: a 16-bit result plus a float32 delta is a float32 sum.
         return added(delta, result).to(result.dtype)
 
     def _decomposed_output(self, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class LoraLayer(nn.Module):
         if not self._drops():
             values, bias, dtype = self._adapted_without_bias(x)
             return dora.scaled(values, gain, bias).to(dtype)
-        # As in the authors' code: what is not dropped is the base's own output, once.
+        # As in the authors' code: dropout applies to all terms except one output of the base.
         dropped_x = self.dropout(x)
         frozen, bias = self._base_without_bias(x)
         dtype, dropped = frozen.dtype, self._base_without_bias(dropped_x)[0]
@@ -185,7 +185,7 @@ class LoraLayer(nn.Module):
         return isinstance(dropout, nn.Dropout) and dropout.training
 
     def _adapted_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
-        """V x without dropout, the bias, and the dtype of the base's own output."""
+        """V x without dropout, the bias, and the dtype of the base's output."""
         base, bias = self._base_without_bias(x)
         delta = self._low_rank(x, self.lora_A, self.lora_B)
         if self.base_state == "in_forward":
@@ -193,14 +193,14 @@ class LoraLayer(nn.Module):
         return added(delta, base), bias, base.dtype
 
     def gain(self) -> Float[Tensor, " out"]:
-        """DoRA's g = m / ‖V‖, without a gradient through the norm (the paper's section 4.3)."""
+        """DoRA's g = m / ‖V‖, without a gradient through the norm (section 4.3 of the paper)."""
         return self.lora_magnitude_vector / self.adapted_norms()
 
     def adapted_norms(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, " out"]:
-        """‖V‖, the norms of the rows of the adapted weight.
+        """‖V‖, the row norms of the adapted weight.
 
         Args:
-            weight: the base's present one, where the base layer does not hold it.
+            weight: the base's present weight, if the base layer does not hold it.
         """
         initial = None
         if self.base_state == "in_forward":
@@ -220,7 +220,7 @@ class LoraLayer(nn.Module):
         )
 
     def settle_norms(self, weight: Float[Tensor, "out in"]) -> None:
-        """Compute the constants of DoRA's norm; called whenever the base's `weight` has changed."""
+        """Compute the constants of DoRA's norm. Call this whenever the base weight has changed."""
         self.base_square_norms = dora.square_norms(weight)
         if self.base_state == "in_forward":
             self.initial_projection = dora.projection(weight, self.initial_lora_A)
@@ -228,7 +228,7 @@ class LoraLayer(nn.Module):
     def _original_output(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
         if self.base_state != "edited":
-            return result  # of a replaced base too: disabling put the original back
+            return result  # also for a replaced base: disabling restored the original
         initial = self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
         return (result + initial).to(result.dtype)
 
@@ -236,22 +236,21 @@ class LoraLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that this layer multiplies by now, as its module stores it.
+        """The effective weight of this layer, in its module's dtype and layout.
 
-        It is computed: writing to it changes nothing. Gradients reach the adapter through it. It
-        has the module's dtype; of packed modules it holds the dequantized values. Dropout does not
-        apply.
+        The tensor is computed, so writing to it changes nothing. Gradients flow to the adapter. For
+        packed modules it contains dequantized values. Dropout does not apply.
         """
         if self.on_read is not None:
             self.on_read()
         try:
             return self._present_weight()
-        except AttributeError as error:  # else torch would look for another attribute `weight`
+        except AttributeError as error:  # otherwise torch would look up `weight` elsewhere
             raise RuntimeError(f"the effective weight cannot be computed: {error}") from error
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias that this layer adds now, in the module's dtype."""
+        """The effective bias of this layer, in the module's dtype."""
         bias = self.base_layer.bias
         if self.merged or not self.adapter_enabled or self.lora_bias is None:
             return bias
@@ -288,7 +287,7 @@ class LoraLayer(nn.Module):
         return float_dtype(base) if is_packed(base) else base.weight.dtype
 
     def _oriented_weight(self) -> Float[Tensor, "out in"]:
-        """The base's present weight; of packed modules the values."""
+        """The base's present weight, dequantized for packed modules."""
         if is_packed(self.base_layer):
             return dequantized(self.base_layer)
         return orient(self.module_type, self.base_layer.weight.detach())
@@ -296,7 +295,7 @@ class LoraLayer(nn.Module):
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """s (B A - B0 A0), in float32 or wider; s B A on a kept or replaced base.
 
-        Without DoRA this is what training changed.
+        Without DoRA this is the change by training.
         """
         delta = low_rank_product(self.lora_A, self.lora_B, self.scaling)
         if self.base_state in ("edited", "in_forward"):
@@ -304,14 +303,14 @@ class LoraLayer(nn.Module):
         return delta
 
     def initial_product(self) -> Float[Tensor, "out in"]:
-        """s B0 A0, to the bit what an edit of the base takes from it (see `injection.editing`)."""
+        """s B0 A0, bit-identical to what an edit subtracts (see `injection.editing`)."""
         return low_rank_product(self.initial_lora_A, self.initial_lora_B, self.scaling)
 
     def original_weight(self) -> Float[Tensor, "out in"]:
         """The weight before injection, in float32 or wider.
 
         Raises:
-            RuntimeError: the base was replaced: this layer does not have it any more.
+            RuntimeError: the base was replaced, so this layer does not have the original weight.
         """
         if self.base_state == "replaced":
             raise RuntimeError("the base weight was replaced; the layer does not hold the original")
@@ -319,7 +318,7 @@ class LoraLayer(nn.Module):
         return weight + self.initial_product() if self.base_state == "edited" else weight
 
     def merged_weight(self) -> Float[Tensor, "out in"]:
-        """The weight of a plain layer that computes what this one does now (dropout off)."""
+        """The weight of a plain layer that computes the same function (without dropout)."""
         weight = widened(self._oriented_weight())
         merged = weight + low_rank_product(self.lora_A, self.lora_B, self.scaling)
         if self.base_state == "in_forward":
@@ -337,25 +336,25 @@ class LoraLayer(nn.Module):
     def _low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """s B A applied to x, in the wider of x's and the factors' dtypes.
 
-        16-bit factors on a float32 base must not round its outputs. Scaled in the middle, where
-        there are only `rank` numbers a position.
+        16-bit factors must not round the outputs of a float32 base. The scaling applies between the
+        products, where each position has only `rank` values.
         """
         raise NotImplementedError
 
     def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """W x, and the bias in the layout of the outputs, where there is one."""
+        """W x, and the bias in the layout of the outputs or None."""
         raise NotImplementedError
 
     def _along_outputs(self, vector: Float[Tensor, " out"]) -> Tensor:
-        """A vector with a number per output, in the layout that broadcasts over the outputs."""
+        """Reshape a vector with one value per output to broadcast over the outputs."""
         return vector
 
 
 def added(delta: Tensor, result: Tensor) -> Tensor:
-    """result + delta, in delta's memory if its dtype holds the sum.
+    """Compute result + delta, in delta's memory if its dtype can hold the sum.
 
-    delta is fresh and nobody's input; the base's result may be kept by a hook, and is not written
-    to. Memory for another block of outputs would cost more than the addition.
+    delta is a fresh tensor. The base's result may be held by a hook and is not overwritten.
+    Allocating another output would cost more than the addition.
     """
     if torch.promote_types(delta.dtype, result.dtype) == delta.dtype:
         return delta.add_(result)

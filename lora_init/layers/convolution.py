@@ -11,9 +11,9 @@ from lora_init.weights.offload import is_hooked
 
 
 class ConvolutionLayer(LoraLayer):
-    """``h = base(x) + s B (A * x)``: A's rows are kernels of the base's size, B is 1 × 1.
+    """``h = base(x) + s B (A * x)``: the rows of A are kernels of the base's size, B is 1 × 1.
 
-    A is (rank, channels·height·width) here, (rank, channels, height, width) in files.
+    A has shape (rank, channels·height·width) here and (rank, channels, height, width) in files.
     """
 
     def _low_rank(
@@ -24,7 +24,7 @@ class ConvolutionLayer(LoraLayer):
     ) -> Tensor:
         dtype = common_dtype(x, lora_A)
         kernels = lora_A.to(dtype).unflatten(1, self.base_layer.weight.shape[1:])
-        # torch's own method applies stride, dilation and all padding modes of the base.
+        # torch's method applies stride, dilation and all padding modes of the base.
         hidden = nn.Conv2d._conv_forward(self.base_layer, x.to(lora_A.device, dtype), kernels, None)
         hidden = hidden * self.scaling
         return functional.conv2d(hidden, lora_B.to(dtype)[:, :, None, None])

@@ -1,14 +1,12 @@
-"""``m · V x / ‖V‖ + bias`` with V = W + s B A, as one step of the graph (DoRA).
+"""``m · V x / ‖V‖ + bias`` with V = W + s B A, as a single autograd function (DoRA).
 
-The norms need W Aᵀ and A Aᵀ. Both are rows of products that the forward pass makes anyway, once A
-stands below the inputs: ``[x; A] W`` and ``[x; A] Aᵀ``. So the weight is read once, and no thin
-matrices are multiplied by themselves (512 positions, 576 to 1536, rank 8: 8.9 ms, where norms by
-themselves made it 10.5 and LoRA takes 7.6). With the lower rows of s [x; A] Aᵀ halved, what lies
-below the outputs is P = A W + s/2 (A Aᵀ) Bᵀ, and
+The norms need W Aᵀ and A Aᵀ. Appending A to the inputs makes them rows of products that the forward
+pass computes anyway: ``[x; A] W`` and ``[x; A] Aᵀ``. The weight is then read only once. With the
+lower rows of s [x; A] Aᵀ halved, the lower rows of the outputs are P = A W + s/2 (A Aᵀ) Bᵀ, and
 
     ‖V‖² = ‖W‖² + 2 s ⟨Pᵀ, B⟩    (row by row; see `lora_init.layers.dora`).
 
-The norms are constants for the gradient (Liu et al. 2024, section 4.3).
+The gradient treats the norms as constants (Liu et al. 2024, section 4.3).
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ class _Decomposed(torch.autograd.Function):
         return unflattened(outputs, x)
 
     @staticmethod
-    @without_autocast()  # whatever autocast the backward pass is called under
+    @without_autocast()  # also if the backward pass is called under autocast
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, magnitude, inverse_norms, hidden, values, gain = (
             ctx.saved_tensors
@@ -62,14 +60,14 @@ class _Decomposed(torch.autograd.Function):
         of_magnitude, of_bias = ctx.needs_input_grad[4:6]
         inputs, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         twice = torch.is_grad_enabled()
-        if twice:  # a second derivative: what was kept knows no way back to the factors
+        if twice:  # second derivatives: the saved tensors have no graph
             hidden = (inputs @ lora_A.T) * ctx.scaling
             values = inputs @ weight + hidden @ lora_B.T
             gain = magnitude * inverse_norms
         by_bias = gradient.sum(0) if of_bias else None
         by_values = gradient * values
         by_magnitude = by_values.sum(0) * inverse_norms if of_magnitude else None
-        # In the same block: fresh memory would cost more than the multiplication.
+        # Reuse the memory: a fresh allocation would cost more than the multiplication.
         by_values = torch.mul(gradient, gain, out=None if twice else by_values)
         products = gradients(
             by_values, x, weight, lora_A, lora_B, hidden, ctx.scaling, ctx.needs_input_grad
@@ -89,6 +87,6 @@ def decomposed_product(
 ) -> Float[Tensor, "*batch out"]:
     """m · (x W + s (x Aᵀ) Bᵀ) / ‖V‖ + bias, all of one dtype, float32 or float64.
 
-    Differentiable, twice too, in every tensor but the squared norms ‖W‖².
+    Twice differentiable in every tensor except the squared norms ‖W‖².
     """
     return _Decomposed.apply(x, weight, lora_A, lora_B, magnitude, bias, base_square_norms, scaling)

@@ -2,20 +2,19 @@
 
     V = W + s B A,    h = m · (V x) / ‖V‖ + bias,    m0 = ‖V0‖,
 
-‖·‖ over the input dimension. At step 0 the gain m / ‖V‖ is 1, to rounding, so DoRA preserves
-whatever the initializer preserves; a subtracting method has V0 = W_original. The norms follow from
-the factors,
+with ‖·‖ over the input dimension. At step 0 the gain m / ‖V‖ is 1 up to rounding, so DoRA preserves
+whatever the initializer preserves. For a subtracting method V0 = W_original. The norms are
 
-    ‖V‖² = ‖W‖² + 2 s ⟨W Aᵀ, B⟩ + s² ⟨B (A Aᵀ), B⟩    (⟨·, ·⟩ row by row),
+    ‖V‖² = ‖W‖² + 2 s ⟨W Aᵀ, B⟩ + s² ⟨B (A Aᵀ), B⟩    (⟨·, ·⟩ row by row).
 
-in out · in · rank operations and one reading of W; ‖W‖² is a constant. V is never formed. Where
-s B0 A0 is subtracted in the forward pass, V = W + s (B A - B0 A0), and the terms of both products
-are paired so that they cancel exactly at step 0.
+They cost out · in · rank operations and one read of W. ‖W‖² is a constant, and V is never formed.
+If s B0 A0 is subtracted in the forward pass, V = W + s (B A - B0 A0). The terms of both products
+are then paired so that they cancel exactly at step 0.
 
 Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, arXiv 2402.09353,
 equations 5 and 11.
-Deviations: PEFT forms B A by pushing an in × in identity through both factors, and then V, in every
-forward pass. The norms are float32 here whatever the base's dtype.
+Deviations: PEFT passes an in × in identity through both factors to form B A, and then forms V, in
+every forward pass. The norms are float32 here whatever the base's dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from lora_init.layers import two_parts
 from lora_init.layers.transforms import is_transformed
 
 Initial = tuple[Tensor, Tensor, Tensor]
-"""A0, B0 and W A0ᵀ, where they are subtracted in the forward pass."""
+"""A0, B0 and W A0ᵀ, if the forward pass subtracts the initial product."""
 
 
 @torch.no_grad()
@@ -60,13 +59,13 @@ def adapted_norms(
     initial: Initial | None = None,
 ) -> Float[Tensor, " out"]:
     """‖W + s B A‖, or ‖W + s (B A - B0 A0)‖ with `initial`, row by row; without a gradient."""
-    # Outside autocast: its 16-bit products would put noise of 0.4 % on every gain.
+    # Disable autocast: 16-bit products would add an error of 0.4 % to every gain.
     with torch.autocast(weight.device.type, enabled=False):
         lora_A, lora_B = widened(lora_A), widened(lora_B)
         projected = projection(weight, lora_A)
         if initial is None:
-            # s ⟨2 W Aᵀ + s B (A Aᵀ), B⟩ in one product: there are hundreds of layers, and the
-            # matrices are so thin that calls cost more than their arithmetic.
+            # s ⟨2 W Aᵀ + s B (A Aᵀ), B⟩ as one product: for such thin matrices and hundreds of
+            # layers, call overhead dominates the arithmetic.
             lora_B = lora_B.to(projected.dtype)
             gram = (lora_A @ lora_A.T).to(projected.dtype)
             both = torch.addmm(projected, lora_B, gram, beta=2 * scaling, alpha=scaling**2)
@@ -87,10 +86,10 @@ def adapted_norms(
 def above_rounding(
     squares: Float[Tensor, " out"], base_square_norms: Float[Tensor, " out"]
 ) -> Float[Tensor, " out"]:
-    """‖V‖² no smaller than the rounding of the sum it is, which is that of ‖W‖².
+    """Clamp ‖V‖² to the rounding error of its sum, which is that of ‖W‖².
 
-    Where V's row cancels, nothing but rounding is left, and a gain made from it would be anything:
-    every way to compute the norms takes the same in its place.
+    If a row of V cancels, only rounding errors remain, and the gain would be arbitrary. All ways to
+    compute the norms clamp to the same value.
     """
     numbers = torch.finfo(squares.dtype)
     floor = (base_square_norms * (8 * numbers.eps)).add_(numbers.tiny)
@@ -98,10 +97,9 @@ def above_rounding(
 
 
 class _Scaled(torch.autograd.Function):
-    """``values * gain + bias``, whose backward pass takes one block of memory instead of two.
+    """``values * gain + bias``, with a backward pass that allocates one output instead of two.
 
-    On a CPU a fresh block of outputs costs several times the multiplication that fills it (512
-    tokens of width 1536: 0.4 ms instead of 3.7 ms).
+    On a CPU, allocating a fresh output costs several times the multiplication.
     """
 
     @staticmethod
@@ -128,7 +126,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def scaled(values: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """``values * gain + bias``, the vectors in the layout that broadcasts over the values."""
+    """``values * gain + bias``; both vectors must broadcast over the values."""
     if is_transformed():
         return values * gain if bias is None else values * gain + bias
     return _Scaled.apply(values, gain, bias)

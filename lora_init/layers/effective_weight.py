@@ -1,7 +1,7 @@
-"""The weight that an adapted layer multiplies by, for models that read it themselves.
+"""The effective weight of an adapted layer, for models that read `layer.weight`.
 
-Some models pass `layer.weight` to a function instead of calling the layer: attention kernels,
-state-space models, fused losses, and convolutions with the weight of a linear layer.
+Some models pass the weight to a function instead of calling the layer: attention kernels,
+state-space models, fused losses, and convolutions with a linear layer's weight.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def effective_weight(
     initial: tuple[Tensor, Tensor] | None = None,
     gain: Float[Tensor, " out"] | None = None,
 ) -> Tensor:
-    """g (W + s B A - s B0 A0) as the module stores it, differentiable in g, W, A and B.
+    """g (W + s B A - s B0 A0) in the module's layout, differentiable in g, W, A and B.
 
     Args:
-        stored: W as a module of type `module_type` stores it; of packed modules the values.
-        initial: A0, B0 where the forward pass subtracts their product.
+        stored: W as a module of type `module_type` stores it; dequantized for packed modules.
+        initial: A0 and B0, if the forward pass subtracts their product.
         gain: DoRA's g.
-        dtype: of the result. The sum is computed in float32 or wider and rounded once.
+        dtype: the dtype of the result. The sum is computed in float32 or wider and rounded once.
     """
     transposed = module_type in TRANSPOSED_TYPES
     with full_precision():
@@ -46,7 +46,7 @@ def effective_weight(
         else:
             initial_A, initial_B = (widened(factor).to(wide) for factor in initial)
             first = _oriented(initial_A, initial_B * scaling, transposed)
-            # Two products of the same shapes: at step 0 they cancel to the last bit.
+            # Separate products of equal shapes: at step 0 they cancel exactly.
             total = weight + (left @ right - first[0] @ first[1])
         if gain is not None:
             total = total * (gain if transposed else gain[:, None])

@@ -13,7 +13,7 @@ from lora_init.weights.kinds import embedding_scale
 class EmbeddingLayer(LoraLayer):
     """``h = base(ids) + s B A[:, ids]``: the embedding is a linear map of one-hot inputs.
 
-    A is (rank, entries), B is (width, rank). Dropout does not apply: its input is no vector.
+    A is (rank, entries), B is (width, rank). Dropout does not apply, because the input is an index.
     """
 
     drops_inputs = False
@@ -24,7 +24,7 @@ class EmbeddingLayer(LoraLayer):
         lora_A: Float[Tensor, "rank entries"],
         lora_B: Float[Tensor, "width rank"],
     ) -> Float[Tensor, "*batch width"]:
-        # The padding entry gets no gradient, as the base's own.
+        # As in the base layer, the padding entry gets no gradient.
         hidden = functional.embedding(x, lora_A.T, self.base_layer.padding_idx) * self.scaling
         rows = functional.linear(hidden, lora_B)
         scale = embedding_scale(self.base_layer)

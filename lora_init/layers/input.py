@@ -1,4 +1,4 @@
-"""The one input of an adapted layer, passed by position or by name."""
+"""The single input of an adapted layer, passed by position or by name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 NAMES = ("input", "x")
-"""What torch's and transformers' modules call their input."""
+"""The names of this argument in torch's and transformers' modules."""
 
 
 def only_input(base: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """The input of a call ``layer(x)``, ``layer(input=x)`` or ``layer(x=x)``.
+    """Return the input of a call ``layer(x)``, ``layer(input=x)`` or ``layer(x=x)``.
 
     Raises:
-        TypeError: there is another number of inputs, or a name that modules do not have.
+        TypeError: the number of inputs is not one, or the name is unknown.
     """
     if len(args) == 1 and not kwargs:
         return args[0]

@@ -16,7 +16,8 @@ from lora_init.layers.transforms import is_transformed
 from lora_init.weights.offload import is_hooked
 
 STACKED_POSITIONS = {"cpu": 2048}
-"""By device: up to so many, a copy of the inputs costs less than reading the weight once more."""
+"""Maximum number of positions, by device, for which copying the inputs is cheaper than reading the
+weight a second time."""
 
 
 class LinearLayer(LoraLayer):
@@ -31,7 +32,7 @@ class LinearLayer(LoraLayer):
         dtype, x = common_dtype(x, lora_A), x.to(lora_A.device)
         if dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
             x, lora_A, lora_B = (cast(tensor, dtype) for tensor in (x, lora_A, lora_B))
-        # Autocast converts them for its own products, all but float64.
+        # Autocast converts the operands of its products, except float64.
         hidden = functional.linear(x, lora_A) * self.scaling
         return functional.linear(hidden, lora_B)
 
@@ -42,10 +43,10 @@ class LinearLayer(LoraLayer):
                 return functional.linear(x, base.weight), base.bias
             if self.module_type == "Conv1D":
                 return x @ base.weight, base.bias
-        result = base(x)  # only its own forward knows how to multiply
+        result = base(x)  # only the module's forward can multiply by the weight
         return (result, None) if base.bias is None else (result - base.bias, base.bias)
 
-    # -- in one step of the graph, where that is the same function ---------------------------------
+    # -- single autograd functions, where they compute the same function ---------------------------
 
     def _adapted_output(self, x: Tensor) -> Tensor:
         if self.lora_bias is not None or self._drops() or not self._is_product(x):
@@ -59,9 +60,9 @@ class LinearLayer(LoraLayer):
             dtype = x.dtype if one_dtype else wide_dtype(x, lora_A)
             wide = cast(x, dtype)
             delta = applied(wide, lora_A, lora_B)
-            if initial is not None:  # two products of the same shapes: exactly zero at step 0
+            if initial is not None:  # products of equal shapes: exactly zero at step 0
                 delta = delta - applied(wide, *initial)
-            # Scaling comes before rounding: then the gradients are not rounded first.
+            # Scale before rounding, so that the gradients are not rounded first.
             return cast(torch.add(base.forward(x), delta, alpha=self.scaling), x.dtype)
         weight = base.weight.T if self.module_type == "Linear" else base.weight
         if one_dtype:
@@ -72,7 +73,7 @@ class LinearLayer(LoraLayer):
         weight = self._plain_weight(x)
         is_wide = x.dtype == self.lora_magnitude_vector.dtype and x.dtype.itemsize >= 4
         is_short = x.numel() <= STACKED_POSITIONS.get(x.device.type, 0) * x.shape[-1]
-        # Norms are not rounded to 16 bits, so only wide products are fit for them.
+        # The norms need wide products, because 16 bits would round them.
         if weight is None or self._drops() or not (is_wide and is_short):
             return super()._decomposed_output(x)
         return decomposed_product(
@@ -88,7 +89,7 @@ class LinearLayer(LoraLayer):
         return outputs, self.base_layer.bias, outputs.dtype
 
     def _plain_weight(self, x: Tensor) -> Float[Tensor, "in out"] | None:
-        """The base's, if all that happens here are products of one dtype which add up to V x."""
+        """The base's weight, if V x is a sum of plain products of one dtype; else None."""
         if self.base_state == "in_forward" or not self._is_product(x):
             return None
         if not x.dtype == self.lora_A.dtype == self.lora_B.dtype:
@@ -99,7 +100,7 @@ class LinearLayer(LoraLayer):
     def _is_product(self, x: Tensor) -> bool:
         """Whether the base only computes x W + bias, from plain tensors of x's dtype.
 
-        Nothing is cached: a hook, a dtype or a weight can change between two calls.
+        Not cached: a hook, a dtype or a weight can change between two calls.
         """
         base = self.base_layer
         if self.module_type not in ("Linear", "Conv1D") or is_watched(base):
@@ -113,10 +114,11 @@ class LinearLayer(LoraLayer):
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether the calls of operations on this input take longer than their arithmetic.
+    """Whether call overhead exceeds the arithmetic for this input.
 
-    Such inputs use torch's own operations, whose backward pass runs without Python. The size for a
-    GPU is an estimate: 512 positions of width 4096. On a CPU, 16-bit products are slow.
+    Such inputs use torch's operations, whose backward pass runs without Python. The GPU limit is an
+    estimate: 512 positions of width 4096. The CPU limit is lower for 16-bit inputs, whose products
+    are slow.
     """
     if x.is_cuda:
         return x.numel() <= 2**21
@@ -134,20 +136,20 @@ def applied(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, whose call takes a microsecond even where there is nothing to do."""
+    """`tensor.to(dtype)`, without the overhead of the call if the dtype matches."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """No subclass, nested or sparse one."""
+    """Whether the tensor is strided and neither nested nor of a subclass."""
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
     return plain and tensor.layout is torch.strided
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether the module must be called: it has a hook, or another forward than its type's.
+    """Whether the module must be called, because it has a hook or a non-standard forward.
 
-    A module that replaced the base after injection may have another forward, too.
+    The base module may have been replaced after injection, so its class is checked too.
     """
     return bool(
         not (type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D")

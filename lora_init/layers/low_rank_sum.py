@@ -1,14 +1,14 @@
-"""``x W + bias + s (x Aᵀ) Bᵀ - s (x A0ᵀ) B0ᵀ``: a 16-bit base with float32 factors, in one step.
+"""``x W + bias + s (x Aᵀ) Bᵀ - s (x A0ᵀ) B0ᵀ`` for a 16-bit base with float32 factors.
 
-Autograd would save a float32 copy of x and allocate float32 outputs. Here the adapter's part is
-added to the base's own output in place, and rounded once. The backward pass needs x as it is, and
-the hidden values between A and B.
+Plain autograd would save a float32 copy of x and allocate float32 outputs. This function adds the
+adapter's part to the base's output in place and rounds once. Its backward pass needs only x and the
+hidden values between A and B.
 
-The two low-rank products are computed as one, from differences of the factors:
+Both low-rank products are computed as one, from differences of the factors:
 
     B A - B0 A0 = (B - B0) A + B0 (A - A0).
 
-At step 0 this is exactly zero, in whatever order a device adds.
+At step 0 this is exactly zero, whatever the summation order of a device.
 
 | base | products with the factors |
 |---|---|
@@ -27,7 +27,7 @@ from lora_init.layers.adapted_product import converts, unflattened
 from lora_init.linalg.precision import without_autocast
 
 Initial = tuple[Tensor, Tensor]
-"""A0, B0."""
+"""The pair A0, B0."""
 
 
 def wide_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
@@ -63,7 +63,7 @@ class _LowRankSum(torch.autograd.Function):
         return unflattened(block, x)
 
     @staticmethod
-    @without_autocast()  # whatever autocast the backward pass is called under
+    @without_autocast()  # also if the backward pass is called under autocast
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, initial_A, initial_B, hidden = ctx.saved_tensors
         of_x, of_weight, of_A, of_B, of_bias = ctx.needs_input_grad[:5]
@@ -103,7 +103,7 @@ def differences(
     initial_B: Float[Tensor, "out rank"] | None,
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "ranks in"], Float[Tensor, "out ranks"]]:
-    """[A; A - A0] and [B - B0, B0], whose product is B A - B0 A0; A and B without the latter."""
+    """[A; A - A0] and [B - B0, B0], with the product B A - B0 A0. Without A0, B0: A and B."""
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     if initial_A is None:
         return lora_A, lora_B
@@ -127,8 +127,8 @@ def low_rank_sum(
     initial: Initial | None,
     scaling: float,
 ) -> Float[Tensor, "*batch out"]:
-    """x W + bias + s (x Aᵀ) Bᵀ - s (x A0ᵀ) B0ᵀ in x's dtype, without the last without `initial`.
+    """x W + bias + s (x Aᵀ) Bᵀ - s (x A0ᵀ) B0ᵀ in x's dtype; no last term without `initial`.
 
-    x, W and bias have one dtype. Differentiable, twice too, in every tensor but A0 and B0.
+    x, W and bias have one dtype. Twice differentiable in every tensor except A0 and B0.
     """
     return _LowRankSum.apply(x, weight, lora_A, lora_B, bias, *(initial or (None, None)), scaling)

@@ -1,4 +1,4 @@
-"""A module of `modules_to_save`."""
+"""The wrapper of a module in `modules_to_save`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class TrainedModule(nn.Module):
-    """A trained copy of a module and the untouched original.
+    """A module's trained copy, together with the unchanged original.
 
-    The copy may be float32 where the model is float16: gradient scaling needs that. Its inputs are
-    then cast to its dtype, and its outputs to the original's. Attributes of the active module are
-    reachable through this one.
+    The copy may be float32 in a float16 model, as gradient scaling requires. Its inputs are then
+    cast to its dtype, and its outputs to the original's. Unknown attributes are looked up in the
+    active module.
     """
 
     def __init__(self, original_module: nn.Module, trained_module: nn.Module) -> None:
@@ -39,7 +39,7 @@ class TrainedModule(nn.Module):
         return cast(self.trained_module(*args, **kwargs), own, given)
 
     def merged_module(self) -> nn.Module:
-        """The trained module in the dtypes of the original, to take its place."""
+        """The trained module in the original's dtypes, to replace it."""
         originals = dict(self.original_module.named_parameters())
         originals |= dict(self.original_module.named_buffers())
         own = (*self.trained_module.named_parameters(), *self.trained_module.named_buffers())
@@ -56,14 +56,14 @@ class TrainedModule(nn.Module):
                 raise
             value = getattr(self.active_module, name)
             if isinstance(value, nn.Parameter) and self.adapter_enabled:
-                # Who reads a weight multiplies it by inputs of the model's dtype.
+                # Code that reads a weight multiplies it by inputs of the model's dtype.
                 dtype = getattr(self.original_module, name).dtype
                 return value if value.dtype == dtype else value.to(dtype)
             return value
 
 
 def trainable_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy that requires gradients, in `dtype` where that is wider than the module's."""
+    """A copy that requires gradients, in `dtype` if that is wider than the module's dtype."""
     trained = copy.deepcopy(module).requires_grad_(True)
 
     def widen(tensor: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def float_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def cast(value: Any, before: torch.dtype | None, after: torch.dtype | None) -> Any:
-    """Tensors of dtype `before` in the dtype `after`, inside lists, tuples and mappings too."""
+    """Cast tensors of dtype `before` to `after`, also inside lists, tuples and mappings."""
     return _mapped(lambda t: t.to(after) if t.dtype == before else t, value)
 
 

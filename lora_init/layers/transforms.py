@@ -1,4 +1,4 @@
-"""Whether a forward pass may use autograd functions of our own."""
+"""Check whether a forward pass may use custom autograd functions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or torch.jit.trace looks on.
+    """Whether torch.func, forward-mode differentiation or torch.jit.trace is active.
 
-    They see through plain operations only: an autograd function with in-place products would be
-    refused by the first two and could not be saved by the third.
+    They support plain operations only. The first two reject autograd functions with in-place
+    products; the third cannot save them.
     """
     return (
         torch._C._are_functorch_transforms_active()

@@ -1,7 +1,7 @@
-"""Products with an adapter's factors, computed in the factors' own dtype.
+"""Products with an adapter's factors, computed in the factors' dtype.
 
-The functions are those of `lora_init.layers.two_parts`, for every device and dtype. A 16-bit matrix
-is converted, which is exact.
+The functions match those of `lora_init.layers.two_parts`, for every device and dtype. 16-bit
+matrices are converted, which is exact.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 def left_by_factor(
     left: Float[Tensor, "rows inner"], factor: Float[Tensor, "inner rank"]
 ) -> Float[Tensor, "rows rank"]:
-    """left factor, in the factor's dtype."""
+    """left times factor, in the factor's dtype."""
     return left.to(factor.dtype) @ factor
 
 
 def factor_by_right(
     factor: Float[Tensor, "inner rank"], right: Float[Tensor, "inner columns"]
 ) -> Float[Tensor, "rank columns"]:
-    """factorᵀ right, in the factor's dtype."""
+    """factorᵀ times right, in the factor's dtype."""
     return factor.T @ right.to(factor.dtype)
 
 

@@ -1,1 +1,1 @@
-"""The plan: which modules get an adapter, with which rank and method, checked before any work."""
+"""Decide which modules get an adapter, with which rank and method, and check it before any work."""

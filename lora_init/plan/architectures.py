@@ -1,6 +1,6 @@
-"""Default target modules by architecture: `model.config.model_type` -> names.
+"""Default target modules by architecture: `model.config.model_type` -> module names.
 
-The choices are PEFT's, so that `target_modules=None` means the same layers in both.
+The defaults are PEFT's, so `target_modules=None` selects the same layers in both libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which modules a method can serve: every refusal by name, before anything is changed."""
+"""Check which modules a method supports. Errors name the module; the model is not changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Extent:
-    """The bytes of a storage that a named parameter of the module `owner` (an id) lives in."""
+    """The byte range of a storage that a parameter occupies; `owner` is the id of its module."""
 
     name: str
     storage: int
@@ -32,18 +32,18 @@ class Extent:
 
 
 def extent(name: str, parameter: Tensor, owner: int = 0) -> Extent:
-    """Where a parameter's data lies; views of one flat buffer have extents of their own."""
+    """The memory that a parameter occupies. Views of one flat buffer have different extents."""
     last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
     start = parameter.storage_offset() * parameter.itemsize
     stop = start + (last + 1) * parameter.itemsize if parameter.numel() else start
     storage = parameter.untyped_storage()
-    # On the meta device every storage lies at address 0; the object behind it tells them apart.
+    # Meta storages all have address 0: identify them by the storage object instead.
     place = storage._cdata if parameter.is_meta else storage.data_ptr()
     return Extent(name, place, start, stop, owner)
 
 
 def extents(model: nn.Module) -> dict[int, list[Extent]]:
-    """All parameters by storage, every name of a shared module and of a tied weight included."""
+    """All parameters by storage, including all names of shared modules and tied weights."""
     found: dict[int, list[Extent]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
@@ -51,18 +51,18 @@ def extents(model: nn.Module) -> dict[int, list[Extent]]:
                 continue
             try:
                 one = extent(f"{path}.{name}".removeprefix("."), parameter, id(module))
-            except RuntimeError:  # no memory of its own: a DTensor, which a target may not be
+            except RuntimeError:  # a DTensor has no storage; `check_module` rejects it as a target
                 continue
             found.setdefault(one.storage, []).append(one)
     return found
 
 
 def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
-    """Refuse a target that the method or the core cannot serve; nothing is read but attributes.
+    """Raise if the method or the library does not support this target. Reads no weight values.
 
     Raises:
-        TypeError: its type, or what its weight is.
-        ValueError: a state the weight is in.
+        TypeError: the module's type, or the type of its weight, is not supported.
+        ValueError: the state of the weight is not supported (offloaded, made in inference mode).
     """
     module = model.get_submodule(name)
     kind = module_type(module)
@@ -73,13 +73,13 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         )
     if kind not in spec.modules:
         raise TypeError(
-            f"target {name!r} is a {kind}{_stacked(module)}, which {spec.name} does not serve; "
-            f"allowed are {', '.join(sorted(spec.modules))}. Leave it out with exclude_modules"
+            f"target {name!r} is a {kind}{_stacked(module)}, which {spec.name} does not support; "
+            f"must be one of {', '.join(sorted(spec.modules))}. Leave it out with exclude_modules"
         )
     if kind == "Conv2d" and module.groups != 1:
         raise TypeError(
-            f"target {name!r} is a Conv2d with groups={module.groups}; adapters are served for "
-            "groups=1 only. Leave it out with exclude_modules"
+            f"target {name!r} is a Conv2d with groups={module.groups}, which is not supported: "
+            "groups must be 1. Leave it out with exclude_modules"
         )
     if kind == "Embedding" and module.max_norm is not None:
         raise TypeError(
@@ -95,8 +95,8 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
     _check_presence(name, module, weight)
     if spec.base == "replace" and weight.is_meta and is_offloaded(module):
         raise ValueError(
-            f"target {name!r}: its weight is offloaded by Accelerate, and {spec.name} puts another "
-            "in its place; load the model into memory first"
+            f"target {name!r}: its weight is offloaded by Accelerate, but {spec.name} replaces "
+            "it; load the model into memory first"
         )
     if is_packed(module):
         try:
@@ -106,23 +106,23 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         return
     if weight.is_inference() and spec.base != "keep":
         raise ValueError(
-            f"target {name!r}: its weight was made under torch.inference_mode and cannot be "
-            f"changed, which {spec.name} does; load the model outside inference_mode"
+            f"target {name!r}: its weight was made under torch.inference_mode, but {spec.name} "
+            "must modify it; load the model outside inference_mode"
         )
     if type(weight.data).__name__ not in ("Tensor", "Parameter"):
         raise TypeError(
             f"target {name!r}: its weight is a {type(weight.data).__name__} (sharded or a tensor "
-            "subclass), which is not served; initialize before sharding"
+            "subclass), which is not supported; initialize before sharding"
         )
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"target {name!r}: its weight has dtype {weight.dtype}; allowed are "
-            f"{', '.join(map(str, FLOAT_DTYPES))}"
+            f"target {name!r}: its weight has dtype {weight.dtype}, which is not supported: must "
+            f"be one of {', '.join(map(str, FLOAT_DTYPES))}"
         )
 
 
 def unobserved(model: nn.Module, name: str, spec: Initializer) -> str | None:
-    """Why the method cannot see the target's inputs; None where it can, or does not need them."""
+    """Why the inputs of a target cannot be observed; None if they can or are not needed."""
     parent = model.get_submodule(name.rpartition(".")[0])
     if not spec.needs_data or not isinstance(parent, nn.MultiheadAttention):
         return None
@@ -135,11 +135,11 @@ def unobserved(model: nn.Module, name: str, spec: Initializer) -> str | None:
 def computes_product(name: str, module: nn.Module) -> bool:
     """Whether the target computes exactly the product with its stored weight, plus its bias.
 
-    A quantizer may have set a forward on the instance that rounds inputs or weights: then the base
-    is not edited.
+    A quantizer may have replaced the instance's forward by one that rounds inputs or weights. The
+    base weight is then not edited.
 
     Raises:
-        TypeError: the forward on the instance computes another function.
+        TypeError: the replaced forward computes a different function.
     """
     found = replaced_forward(module)
     if found is None or found.reason is None:
@@ -154,15 +154,15 @@ def computes_product(name: str, module: nn.Module) -> bool:
 
 
 def _stacked(module: nn.Module) -> str:
-    """What a mixture of experts' module holds, for messages."""
-    # A three-dimensional `weight` is a Conv1d's or a Bilinear's.
+    """Describe the stacked weights of a mixture-of-experts module, for error messages."""
+    # A three-dimensional `weight` belongs to a Conv1d or a Bilinear.
     parameters = (item for item in module._parameters.items() if item[0] != "weight")
     stacked = [name for name, value in parameters if getattr(value, "ndim", 0) == 3]
     return f" (parameters with all experts' weights: {', '.join(stacked)})" if stacked else ""
 
 
 def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse parts of the base that are to be trained, and so copied, where they have no values.
+    """Raise if parts of the base model that are to be trained have no values.
 
     Raises:
         ValueError: one of the named `tensors` is on the meta device.
@@ -176,10 +176,10 @@ def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_trained(model: nn.Module, name: str, owners: Mapping[int, list[Extent]]) -> None:
-    """Refuse a module to save that cannot be wrapped; warn where its copy is untied.
+    """Raise if a module to save cannot be wrapped; warn if its trained copy becomes untied.
 
     Raises:
-        ValueError: it is a container, which is never called.
+        ValueError: the module is a container, which is never called.
     """
     module = model.get_submodule(name)
     if type(module).forward is nn.Module.forward:
@@ -206,7 +206,7 @@ def check_trained(model: nn.Module, name: str, owners: Mapping[int, list[Extent]
 
 
 def warn_of_float16(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Warn of parts of the base that are trained in float16, in place."""
+    """Warn if base parameters are trained in float16."""
     names = [name for name, tensor in tensors if tensor.dtype == torch.float16]
     if names:
         warnings.warn(
@@ -218,13 +218,13 @@ def warn_of_float16(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None
 
 
 def _check_presence(name: str, module: nn.Module, weight: Tensor) -> None:
-    """Refuse weights that are elsewhere: partitioned, flattened; packed, and without their codes.
+    """Raise if a weight has no local values: partitioned, flattened, or packed on the meta device.
 
-    Float weights on the meta device are served: see `lora_init.weights.source`.
+    Float weights on the meta device are supported: see `lora_init.weights.source`.
     """
     if weight.is_meta and is_packed(module):
         raise ValueError(
-            f"target {name!r}: its quantised weight is on the meta device (offloaded, or not "
+            f"target {name!r}: its quantized weight is on the meta device (offloaded, or not "
             "loaded); load the model into memory first, or build it without a quantization_config"
         )
     if hasattr(weight, "ds_id"):
@@ -240,9 +240,9 @@ def _check_presence(name: str, module: nn.Module, weight: Tensor) -> None:
 
 
 def sharers(name: str, module: nn.Module, owners: Mapping[int, list[Extent]]) -> tuple[str, ...]:
-    """Parameters of other modules that lie in the same memory as this one's weight.
+    """Names of other modules' parameters that share memory with this module's weight.
 
-    A module that hangs in two places is one module: all its names are left out.
+    A module registered under several names is one module: none of its names is returned.
     """
     own = extent(f"{name}.weight", module.weight)
     return tuple(
@@ -253,10 +253,10 @@ def sharers(name: str, module: nn.Module, owners: Mapping[int, list[Extent]]) ->
 
 
 def rank_excess(rank: int, shape: tuple[int, int], spec: Initializer) -> bool:
-    """Whether a rank exceeds what a method can have on a weight: one that only draws has no limit.
+    """Whether a rank exceeds the limit of a method on a weight of this shape.
 
-    Methods that read weights, inputs or gradients take directions from them, of which there are
-    min(out, in).
+    Methods that read weights, inputs or gradients have at most min(out, in) directions. Methods
+    that only sample random values have no limit.
     """
     return bool(spec.reads) and rank > min(shape)
 
@@ -264,7 +264,7 @@ def rank_excess(rank: int, shape: tuple[int, int], spec: Initializer) -> bool:
 def check_target_rank(
     name: str, rank: int, shape: tuple[int, int], spec: Initializer, options: Options
 ) -> None:
-    """Raises ValueError if a method does not support this rank on a weight of this shape."""
+    """Raise ValueError if a method does not support this rank on a weight of this shape."""
     if rank_excess(rank, shape, spec):
         raise ValueError(
             f"target {name!r}: rank {rank} exceeds min(out, in) = {min(shape)} of its "

@@ -1,7 +1,7 @@
-"""What a selection leaves out although it looks like a linear map, and why.
+"""Report linear weights that a selection does not adapt, with the reasons.
 
-`"all-linear"` takes modules of supported classes. A list or an expression takes modules that match.
-Neither reaches experts whose weights are one parameter, or layers of an unknown quantized class.
+`"all-linear"` selects modules of supported classes. A list or an expression selects matching
+modules. Neither selects experts stored in one parameter, or layers of an unknown quantized class.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lora_init.tables import grouped
 from lora_init.weights.kinds import module_type
 from lora_init.weights.module_types import LINEAR_TYPES
 
-# Tensors that multiply activations, by the last part of their name. Tables of positions, biases,
-# scales and learned tokens have two or three dimensions too.
+# Name parts of tensors that multiply activations. Position tables, biases, scales and learned
+# tokens can have two or three dimensions too.
 _MATRIX = re.compile(r"weight|proj|kernel|router")
 _NO_MATRIX = re.compile(
     r"bias|scale|zero|embed|pos|token|latent|query_|norm|conv|original\d|codebook"
@@ -35,7 +35,7 @@ TASKS = {
     "ForAudioClassification": "",
     "ForMultipleChoice": "",
 }
-"""By the ending of a model's class: the task_type that trains its head, "" where there is none."""
+"""By suffix of a model's class name: the task_type that trains its head, or ""."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class LeftOut:
     """A module or a parameter that gets no adapter.
 
     Attributes:
-        name: qualified.
-        kind: what it is: "experts", "parameter", "head", or a module's class.
-        reason: why it is left out, and what to do.
+        name: qualified name.
+        kind: "experts", "parameter", "head", or a module's class name.
+        reason: why it is left out, and how to change that.
     """
 
     name: str
@@ -54,12 +54,12 @@ class LeftOut:
 
 
 def left_out(model: nn.Module, config: LoraConfig, selection: Selection) -> list[LeftOut]:
-    """All that the selection leaves out, except what the user excludes and what PEFT's rules say.
+    """All that a selection leaves out, except exclusions by the user or by PEFT's rules.
 
     Args:
-        model: only names, classes and shapes are read.
-        config: whose targets they are.
-        selection: what was matched.
+        model: only its names, classes and shapes are read.
+        config: the configuration of the selection.
+        selection: the matched modules.
     """
     if config.target_modules == ALL_LINEAR:
         found = list(_all_linear(model, config, selection))
@@ -69,7 +69,7 @@ def left_out(model: nn.Module, config: LoraConfig, selection: Selection) -> list
 
 
 def described(found: Iterable[LeftOut]) -> list[str]:
-    """One line for each reason, the layers' numbers collapsed."""
+    """One line per reason, with layer numbers collapsed."""
     by_reason: dict[str, list[str]] = {}
     for each in found:
         by_reason.setdefault(each.reason, []).append(each.name)
@@ -86,7 +86,7 @@ def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> I
         if known or module_type(module) in LINEAR_TYPES:
             continue
         if looks_linear(module):
-            inside += (f"{name}.",)  # one line for it, not one for each of its parts
+            inside += (f"{name}.",)  # one line for the module, none for its parts
             yield LeftOut(name, type(module).__name__, _unknown_class(module))
             continue
         for part, tensor in _matrices(module):
@@ -96,7 +96,7 @@ def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> I
 
 
 def _named(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterator[LeftOut]:
-    """Parameters that an entry would match if they were modules, where it matches modules too."""
+    """Parameters that an entry of target_modules would match if they were modules."""
     meant = _meant(config)
     if meant is None:
         return
@@ -112,7 +112,7 @@ def _named(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterat
 
 
 def _meant(config: LoraConfig) -> Callable[[str, bool], bool] | None:
-    """Whether the user's entries match a parameter; None where the user names no targets."""
+    """A matcher of parameter names for the user's targets, or None if the user names none."""
     target = config.target_modules
     if target is None:
         return None
@@ -124,14 +124,14 @@ def _meant(config: LoraConfig) -> Callable[[str, bool], bool] | None:
 
 
 def _unfused(path: str) -> list[str]:
-    """The names that experts of their own would have: "gate_up_proj" is "gate_proj", "up_proj"."""
+    """The names of unfused expert weights: "gate_up_proj" gives "gate_proj" and "up_proj"."""
     owner, _, last = path.rpartition(".")
     *firsts, end = last.split("_")
     return [f"{owner}.{first}_{end}" for first in firsts] if len(firsts) > 1 else []
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own tensors that look like the weight of a linear map, or of several."""
+    """A module's direct tensors that look like one or several linear weights."""
     if _NO_LINEAR_CLASS.search(type(module).__name__):
         return
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -161,7 +161,7 @@ def _parameter(path: str, tensor: Tensor, module: nn.Module) -> LeftOut:
 
 
 def _untrained(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterator[LeftOut]:
-    """What stays frozen and is new, or may be: weights of no checkpoint, a classifier's head."""
+    """Frozen parts that are new or may be: weights missing from the checkpoint, a head."""
     used = [*selection.names, *selection.modules_to_save]
 
     def is_used(name: str) -> bool:
@@ -185,7 +185,7 @@ def _untrained(model: nn.Module, config: LoraConfig, selection: Selection) -> It
 
 def _new(name: str) -> str:
     return (
-        "its weights are new, for the checkpoint has none, and stay frozen; to train it, add "
+        "its weights are new (not in the checkpoint) and stay frozen; to train it, add "
         f"{name.rpartition('.')[2]!r} to modules_to_save"
     )
 

@@ -1,4 +1,4 @@
-"""From a model and a configuration to a plan: all that can be decided, or refused, without data."""
+"""Build a plan from a model and a configuration, and check all that does not depend on data."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ QUANTIZED_BASES = ("in_forward", "requantize")
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is not a torch model, such as its name.
+    """Raise if `model` is not a torch module, for example if it is a model's name.
 
     Raises:
-        TypeError: by type.
+        TypeError: names the type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -49,11 +49,11 @@ def check_model(model: Any) -> None:
 
 
 def checked_config(setting: str, config: Any) -> LoraConfig:
-    """A checked copy of a configuration, whose fields may have been edited since construction.
+    """Validate a configuration again, because its fields may have been edited; return a copy.
 
     Raises:
         TypeError: it is not a `lora_init.LoraConfig`.
-        ValueError: a field was edited to a value that is not supported.
+        ValueError: a field has a value that is not supported.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(
@@ -73,25 +73,27 @@ def make_plan(
     any_rank: bool = False,
     modules_to_save: Sequence[str] | None = None,
 ) -> Plan:
-    """Decide and check everything that can be known before statistics are collected.
+    """Build the plan and check all that can be known before statistics are collected.
 
     Args:
-        any_rank: do not check the ranks: an adapter from a file needs no initialization.
-        modules_to_save: full names, as of `lora_init.plan.match.select`.
+        any_rank: skip the rank checks. An adapter from a file needs no initialization.
+        modules_to_save: full names, as for `lora_init.plan.match.select`.
 
     Raises:
-        ValueError: see `lora_init.plan.match.select`; a rank that a layer or the method cannot
-            have; a weight that is not served (sharded; packed and on the meta device); a module or
-            bias to be trained that has no values.
-        TypeError: a module type that the method does not serve.
+        ValueError: as `lora_init.plan.match.select`; a rank that a layer or the method does not
+            support; a weight that is not supported (sharded, or packed and on the meta device); a
+            module or bias to train that has no values.
+        TypeError: a module type that the method does not support.
     """
     if adapter_dtype not in FLOAT_DTYPES:
         raise ValueError(
-            f"adapter_dtype={adapter_dtype!r}; allowed are {', '.join(map(str, FLOAT_DTYPES))}"
+            f"adapter_dtype={adapter_dtype!r} is not supported: must be one of "
+            f"{', '.join(map(str, FLOAT_DTYPES))}"
         )
     if quantized_base not in QUANTIZED_BASES:
         raise ValueError(
-            f"quantized_base={quantized_base!r}; allowed are {', '.join(QUANTIZED_BASES)}"
+            f"quantized_base={quantized_base!r} is not supported: must be one of "
+            f"{', '.join(QUANTIZED_BASES)}"
         )
     spec, options = config.initializer()
     selection = select(model, config, modules_to_save)
@@ -153,7 +155,7 @@ def make_plan(
     if config.fan_in_fan_out and all(target.module_type == "Linear" for target in targets):
         warnings.warn(
             "fan_in_fan_out=True, but every target is an nn.Linear, which stores (out, in); the "
-            "module's class decides, the setting changes nothing",
+            "setting is ignored, because the module's class decides",
             stacklevel=3,
         )
     for name in selection.modules_to_save:
@@ -201,12 +203,15 @@ def make_plan(
 
 
 def _check_memory(plan: Plan) -> None:
-    """Refuse a budget that does not hold the statistics of any one layer."""
+    """Raise if a memory limit is below what a single layer needs."""
     memory = plan.calibration_memory
     if memory is None:
         return
     if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
-        raise ValueError(f"calibration_memory={memory!r}; allowed are bytes, an int > 0, and None")
+        raise ValueError(
+            f"calibration_memory={memory!r} is not supported: must be None or a number of bytes, "
+            "an int > 0"
+        )
     name = plan.initializer.name
     if plan.calibration.gradients:
         needed, why = plan.statistics_bytes, f"{name}'s gradients, which one pass collects,"
@@ -231,7 +236,7 @@ def _too_narrow(spec: Initializer, rank: int, shape: tuple[int, int]) -> str:
 def _trained_biases(
     model: nn.Module, bias: str, targets: list[Target], modules_to_save: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Which bias parameters are trained; those of modules trained whole are trained there."""
+    """The biases to train, without those of modules to save, which are trained there."""
     if bias == "none":
         return ()
     names = [name for name, _ in model.named_parameters()]

@@ -1,8 +1,10 @@
-"""Which modules get an adapter, and with which rank and alpha: names only, nothing is changed.
+"""Select the modules that get an adapter, with their ranks and alphas, by name.
 
-The matching rules are PEFT's (exclusions first, then modules to save, then targets), except that a
-layer list at the root of the model is found too, that `modules_to_save` matches whole name parts,
-and that whatever matched nothing is reported.
+The rules are PEFT's: exclusions first, then modules to save, then targets. Deviations:
+
+- A layer list at the root of the model is found too.
+- `modules_to_save` matches whole name parts.
+- Entries that match nothing are reported.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from lora_init.weights.module_types import LINEAR_TYPES
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of matching: target names in model order, whole modules, and leftovers.
+    """The result of matching a configuration against a model.
 
     Attributes:
-        names: qualified names of the modules to adapt.
+        names: qualified names of the modules to adapt, in model order.
         modules_to_save: qualified names of the modules to train whole.
         unmatched: (setting, entry) pairs that matched nothing.
-        candidates: all names that could have matched: every module's outside those saved whole.
+        candidates: names of all modules that targets can match, those inside saved modules left
+            out.
     """
 
     names: tuple[str, ...]
@@ -44,12 +47,12 @@ def select(
     """Match the configuration against the model's module names.
 
     Args:
-        modules_to_save: full names of the modules to train whole, where a file decides them; else
-            the configuration's rule does.
+        modules_to_save: full names of the modules to train whole, if a file lists them. None
+            applies the configuration's rule.
 
     Raises:
-        ValueError: nothing matches, an invalid regular expression, an architecture without
-            default targets, or a module to save that does not exist.
+        ValueError: nothing matches, a regular expression is invalid, the architecture has no
+            default targets, or a module to save does not exist.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     names = list(modules)
@@ -57,7 +60,7 @@ def select(
     unmatched: list[tuple[str, str]] = []
     target = config.target_modules if config.target_modules is not None else _defaults(model)
     excluded = excluder(config.exclude_modules)
-    # Inside a saved module nothing is adapted: it is trained as a whole.
+    # Modules inside a saved module are not adapted, because it is trained as a whole.
     candidates = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
     if target == ALL_LINEAR:
         heads = output_names(model, config)
@@ -89,15 +92,15 @@ def select(
 
 
 def exactly(names: Iterable[str]) -> str:
-    """A value of target_modules that means these modules and no others."""
+    """A value of target_modules that selects exactly these modules."""
     return "|".join(re.escape(name) for name in names)
 
 
 def portable_targets(chosen: Iterable[str], names: Iterable[str]) -> list[str] | str:
-    """The shortest value of target_modules that selects `chosen` among `names`, in PEFT too.
+    """The shortest value of target_modules that selects `chosen` from `names`, also in PEFT.
 
-    Last parts ("q_proj") where they are enough, else whole names, else an expression: a module at
-    the root is a dotted suffix of its namesakes further down.
+    Uses last name parts ("q_proj") if they suffice, else whole names, else an expression. Whole
+    names do not suffice for a root module whose name is a suffix of another module's name.
     """
     chosen = list(chosen)
     names = list(names)
@@ -113,12 +116,12 @@ def name_matches(name: str, entry: str) -> bool:
 
 
 class PatternValues:
-    """The value of the first key of a pattern that matches a name, else a default (PEFT's rule).
+    """Look up the value of the first pattern key that matches a name (PEFT's rule).
 
     Args:
         setting: "rank_pattern" or "alpha_pattern".
-        patterns: its value.
-        default: for names that no key matches.
+        patterns: the setting's value.
+        default: the value for names that no key matches.
     """
 
     def __init__(self, setting: str, patterns: Mapping[str, Any] | None, default: Any) -> None:
@@ -127,7 +130,7 @@ class PatternValues:
         self._default = default
 
     def matches(self, name: str) -> bool:
-        """Whether a key matches."""
+        """Whether any key matches the name."""
         return any(expression.match(name) for expression, _ in self._values)
 
     def __call__(self, name: str) -> Any:
@@ -143,13 +146,13 @@ def pattern_value(setting: str, patterns: Mapping[str, Any] | None, name: str, d
 
 
 def list_matcher(entries: Iterable[str], config: LoraConfig) -> Callable[[str], bool]:
-    """Whether a name is in a list of targets: exactly, or by its suffix and its layer's index."""
+    """Match names by a list of targets: exactly, or by suffix and layer index."""
     entries = set(entries)
     wanted = config.layers_to_transform
     indices = {wanted} if isinstance(wanted, int) else set(wanted or ())
     patterns = config.layers_pattern
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    # The lazy optional prefix finds a list at the root, which PEFT's expression cannot.
+    # The lazy optional prefix also finds a list at the root, which PEFT's expression cannot.
     expressions = [
         Expression("layers_pattern", pattern, r"(?:.*?\.)??(?:", r")\.(\d+)\.")
         for pattern in patterns or [r"[^.]*"]
@@ -162,7 +165,7 @@ def list_matcher(entries: Iterable[str], config: LoraConfig) -> Callable[[str], 
         if not suffix or wanted is None:
             return suffix
         found = next((m for each in expressions if (m := each.match(name))), None)
-        # Groups of the user's own pattern come first.
+        # Groups of the user's pattern come first.
         return found is not None and int(found[found.re.groups]) in indices
 
     return matches
@@ -171,7 +174,7 @@ def list_matcher(entries: Iterable[str], config: LoraConfig) -> Callable[[str], 
 def excluder(
     exclude: list[str] | str | None, setting: str = "exclude_modules"
 ) -> Callable[[str], bool]:
-    """Whether a name is one of a list, exactly or by its suffix, or an expression matches it."""
+    """Match names by a list (exactly or by suffix) or by a regular expression."""
     if not exclude:
         return lambda name: False
     if isinstance(exclude, str):
@@ -201,7 +204,7 @@ def _modules_to_save(names: list[str], config: LoraConfig) -> list[str]:
     found = []
     for entry in config.modules_to_save or []:
         hits = [name for name in names if name_matches(name, entry)]
-        if not hits and entry not in heads:  # PEFT's files list every head its task may have
+        if not hits and entry not in heads:  # PEFT's files list every possible head of the task
             raise ValueError(
                 f"modules_to_save: no module is called {entry!r}; the model's last parts are "
                 f"{_some({name.rsplit('.', 1)[-1] for name in names})}"
@@ -227,7 +230,7 @@ def _defaults(model: nn.Module) -> list[str] | str:
 
 
 def output_names(model: nn.Module, config: LoraConfig) -> set[str]:
-    """The output embedding, or a sequence classifier's head: never meant by "all-linear"."""
+    """The output embedding or a classifier's head, which "all-linear" leaves out."""
     get = getattr(model, "get_output_embeddings", None)
     try:
         output = get() if callable(get) else None
@@ -243,10 +246,10 @@ def output_names(model: nn.Module, config: LoraConfig) -> set[str]:
 
 
 def _refuse_parameter(model: nn.Module, entry: str) -> None:
-    """Refuse the name of a parameter, as a mixture of experts has them: it is no module.
+    """Raise if an entry names a parameter, such as the stacked weights of experts.
 
     Raises:
-        ValueError: with its name, shape and owner.
+        ValueError: with the parameter's name, shape and owner.
     """
     for name, parameter in model.named_parameters():
         if not name_matches(name, entry):
@@ -255,9 +258,9 @@ def _refuse_parameter(model: nn.Module, entry: str) -> None:
         shape = "×".join(map(str, parameter.shape))
         stacked = ", the weights of all experts in one tensor" if parameter.ndim == 3 else ""
         raise ValueError(
-            f"target_modules: {entry!r} is no module but a parameter, {name!r} of shape {shape} in "
-            f"a {type(model.get_submodule(owner)).__name__}{stacked}; adapters are served for "
-            "modules only, so leave it out"
+            f"target_modules: {entry!r} is not a module but a parameter, {name!r} of shape {shape} "
+            f"in a {type(model.get_submodule(owner)).__name__}{stacked}; only modules are "
+            "supported, so leave it out"
         )
 
 
@@ -277,7 +280,7 @@ def _nothing_matched(model: nn.Module, target: Any, matched: list[str], config: 
         if config.layers_to_transform is not None
         else ""
     )
-    found = f"linear modules there are called {_some(linear)}"
+    found = f"its linear modules there are called {_some(linear)}"
     if not linear:
         unknown = {type(module).__name__ for module in model.modules() if looks_linear(module)}
         found = "it has no linear module of a supported class"
@@ -286,7 +289,7 @@ def _nothing_matched(model: nn.Module, target: Any, matched: list[str], config: 
 
 
 def looks_linear(module: nn.Module) -> bool:
-    """Whether a module has the two sizes of a linear layer, whatever its class."""
+    """Whether a module has the attributes in_features and out_features."""
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(size, int) for size in sizes)
 

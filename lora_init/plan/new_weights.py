@@ -1,8 +1,8 @@
-"""Weights that no checkpoint held: a new head is random, and must be trained whole.
+"""Find weights that are missing from the checkpoint: a new, random head must be trained whole.
 
-transformers marks every parameter that it reads from a checkpoint. In a model with such marks, a
-parameter without one was initialized at random. Where a model has no marks (it was built from a
-configuration, or copied) nothing is known.
+transformers marks every parameter that it reads from a checkpoint. In a model with marks, a
+parameter without one was initialized randomly. A model without marks (built from a configuration,
+or copied) gives no information.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MARK = "_is_hf_initialized"
 
 
 def are_known(model: nn.Module) -> bool:
-    """Whether the model's parameters say if they come from a checkpoint: most have a mark."""
+    """Whether the parameters' marks can be trusted: most parameters must have one."""
     marks = [hasattr(parameter, MARK) for parameter in model.parameters()]
     return 2 * sum(marks) > len(marks)
 
 
 def is_new(module: nn.Module) -> bool:
-    """Whether all parameters of a module, of a model with marks, are float values without one."""
+    """Whether a module has parameters, all of them floating-point and without a mark."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(
         hasattr(parameter, MARK)
@@ -39,9 +39,9 @@ def is_new(module: nn.Module) -> bool:
 
 
 def with_new_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The configuration that trains new heads too: what is new outside the model's backbone.
+    """Add new modules outside the model's backbone to the modules to save.
 
-    A head that `target_modules` lists by name is adapted, as the user says.
+    A head that `target_modules` lists by name is adapted instead.
     """
     target = config.target_modules
     named = target if isinstance(target, list) else []
@@ -57,7 +57,7 @@ def with_new_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def new_modules(model: nn.Module) -> list[str]:
-    """The largest modules whose parameters are all new, embeddings of tokens left out."""
+    """The largest modules whose parameters are all new, except token embeddings."""
     if not are_known(model):
         return []
     embeddings = {id(module) for module in _embeddings(model)}
@@ -69,7 +69,7 @@ def new_modules(model: nn.Module) -> list[str]:
 def _largest_new(module: nn.Module, name: str) -> Iterator[str]:
     for part, child in module.named_children():
         path = f"{name}.{part}".removeprefix(".")
-        # A list of modules has no forward pass that a trained copy could take over.
+        # A list of modules has no forward pass, so it cannot be wrapped by a trained copy.
         callable_ = type(child).forward is not nn.Module.forward
         if callable_ and is_new(child) and not any(map(is_packed, child.modules())):
             yield path
@@ -78,7 +78,7 @@ def _largest_new(module: nn.Module, name: str) -> Iterator[str]:
 
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    """Of words, in and out: a resized vocabulary is new, and no head."""
+    """Input and output embeddings. They are new after a vocabulary resize, but not a head."""
     for name in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(model, name, None)
         try:

@@ -1,7 +1,7 @@
-"""Regular expressions from files and users, matched in bounded time.
+"""Match regular expressions from files and users in bounded time.
 
 Python's `re` backtracks: an expression such as `(.*)*x!` can take years on one name. The `regex`
-package matches the same expressions and has a time limit.
+package supports the same expressions with a time limit.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import warnings
 import regex
 
 SECONDS = 0.2
-"""What one expression may take in all, on top of the allowance for each name."""
+"""Time limit of one expression in total, beyond the allowance per name."""
 
 REPETITIONS = 10_000
-"""What the counts of an expression, as in `a{3}`, may multiply to: its size in memory."""
+"""Limit of the product of repetition counts such as `a{3}`, which bounds the memory needed."""
 
 ALLOWANCE = 5e-5
-"""Seconds that matching one name may take at no charge: models have up to 100,000 modules."""
+"""Seconds per name that do not count, because models can have 100,000 modules."""
 
 
 class Expression:
     """A regular expression of a setting, matched against module names.
 
     Args:
-        setting: its name, for messages.
-        pattern: of Python's `re`.
-        prefix, suffix: what the rule of the setting puts around the pattern.
+        setting: the setting's name, for messages.
+        pattern: an expression in the syntax of Python's `re`.
+        prefix, suffix: text that the setting's rule adds around the pattern.
 
     Raises:
         ValueError: `re` does not accept the pattern.
@@ -47,16 +47,16 @@ class Expression:
         try:
             re.compile(prefix + pattern + suffix)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # `re` has said it
+                warnings.simplefilter("ignore")  # `re` has warned already
                 self._compiled = regex.compile(_for_regex(prefix + pattern + suffix), regex.V0)
         except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(
-                f"{setting}: {pattern!r} is no regular expression ({reason})"
+                f"{setting}: {pattern!r} is not a regular expression ({reason})"
             ) from error
 
     def match(self, name: str) -> regex.Match | None:
-        """As `re.match`.
+        """Match like `re.match`.
 
         Raises:
             ValueError: the expression takes too long.
@@ -64,7 +64,7 @@ class Expression:
         return self._timed(self._compiled.match, name)
 
     def fullmatch(self, name: str) -> regex.Match | None:
-        """As `re.fullmatch`; the same error."""
+        """Match like `re.fullmatch`; raises as `match`."""
         return self._timed(self._compiled.fullmatch, name)
 
     def _timed(self, match, name: str) -> regex.Match | None:
@@ -85,7 +85,7 @@ class Expression:
 
 
 def _for_regex(pattern: str) -> str:
-    """The pattern without what `regex` reads otherwise: `{e<2}` and `[[:x:]]` are text to `re`."""
+    """Escape syntax that only `regex` interprets, such as `{e<2}` and `[[:x:]]`."""
     return re.sub(
         r"(\\.)|(\[)\[:|\{(?!\d*,?\d*\})",
         lambda found: found[1] or (r"[\[:" if found[2] else r"\{"),

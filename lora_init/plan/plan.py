@@ -1,8 +1,7 @@
-"""The plan: everything that will happen, decided and checked before any work is done.
+"""The plan: all decisions about an adapter, made and checked before the model is changed.
 
-`get_peft_model(..., dry_run=True)` returns it, and printing it shows it. `lora_init.plan.make`
-makes
-it, where every mistake in the configuration surfaces, while the model is still untouched.
+`get_peft_model(..., dry_run=True)` returns the plan; `print` displays it. `lora_init.plan.make`
+builds it and reports mistakes in the configuration.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from lora_init.registry import CalibrationRequest, Initializer, sums_dtype
 from lora_init.tables import render
 
 WEIGHT_COPIES, MOMENT_COPIES = 9, 7
-"""How many float32 copies of a weight, and of its inputs' moments, a decomposition needs at most
-while it runs; measured over all methods at ranks far below the layer's sizes."""
+"""Upper bound of a decomposition's memory, in float32 copies of a weight and of its inputs'
+moments, at ranks far below the layer's sizes."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,14 @@ class Target:
     """One module that gets an adapter.
 
     Attributes:
-        shape: (out, in) as `lora_init.weights.kinds` sees it.
-        dtype: of the weight, or what a packed one holds ("nf4/64").
-        rank, alpha, scaling: r, alpha and the s they give.
+        shape: (out, in), as in `lora_init.weights.kinds`.
+        dtype: the weight's dtype, or the format of a packed weight ("nf4/64").
+        rank, alpha, scaling: r, alpha and the resulting factor s.
         quantized: whether the weight is packed.
-        shared_with: parameters of other modules that lie in the same memory.
-        exact: the module computes the product with its stored weight. False where a quantizer's
-            forward rounds inputs or weights: the base is then not edited.
-        planned_rank: r before an allocation chose another one; None without an allocation.
+        shared_with: parameters of other modules that use the same memory.
+        exact: whether the module computes the product with its stored weight. False if a
+            quantizer's forward rounds inputs or weights; the base weight is then not edited.
+        planned_rank: r before rank allocation; None without allocation.
     """
 
     name: str
@@ -68,18 +67,18 @@ class Plan:
     """What a call of `get_peft_model` will do.
 
     Attributes:
-        initializer: the registered method; `options` are its settings.
-        targets: the modules to adapt, in model order. After an allocation some may be gone.
-        modules_to_save: modules trained whole.
-        calibration: the statistics to collect, None when the method needs none.
+        initializer: the registered method; `options` holds its settings.
+        targets: the modules to adapt, in model order. Rank allocation may remove some.
+        modules_to_save: the modules to train whole.
+        calibration: the statistics to collect; None if the method needs none.
         unmatched: (setting, entry) pairs that matched nothing in the model.
-        candidates: names of all modules that target_modules could have meant.
-        quantized_base: what a subtracting method does to packed weights: "in_forward" leaves them
-            and subtracts in the forward pass, "requantize" packs the residual.
-        calibration_memory: as of `get_peft_model`.
-        trained_biases: names of the bias parameters that are trained, as `bias` says.
+        candidates: names of all modules that target_modules can match.
+        quantized_base: how a subtracting method treats packed weights. "in_forward" keeps them and
+            subtracts in the forward pass; "requantize" quantizes the residual.
+        calibration_memory: as for `get_peft_model`.
+        trained_biases: names of the bias parameters that are trained.
         bias, dropout, use_dora, lora_bias: as in the configuration.
-        left_out: what gets no adapter although it looks like a linear map, and why.
+        left_out: linear weights that get no adapter, with the reasons.
     """
 
     initializer: Initializer
@@ -101,7 +100,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers in the factors (frozen ones excluded), magnitudes and LoRA biases."""
+        """Number of trainable values in factors (without frozen ones), magnitudes, LoRA biases."""
         total = 0
         frozen = self.initializer.frozen
         for target in self.targets:
@@ -114,31 +113,31 @@ class Plan:
 
     @property
     def requantizes(self) -> bool:
-        """Whether packed weights take the residual of a subtracting method."""
+        """Whether packed weights are replaced by the quantized residual."""
         return self.initializer.base == "subtract" and self.quantized_base == "requantize"
 
     def requantizes_base(self, target: Target) -> bool:
         return self.requantizes and target.quantized
 
     def reads_weight(self, target: Target) -> bool:
-        """Whether the method is given the weight's values, and not its shape alone."""
+        """Whether the method reads the weight's values."""
         return "weight" in self.initializer.reads or self.requantizes_base(target)
 
     @property
     def replaced(self) -> tuple[Target, ...]:
-        """Targets whose base weight becomes another, quantised one."""
+        """Targets whose base weight is replaced by a quantized one."""
         if self.initializer.base == "replace":
             return self.targets
         return tuple(t for t in self.targets if t.quantized) if self.requantizes else ()
 
     @property
     def factor_bytes(self) -> int:
-        """Memory of the factors, and of the initial ones that stay with each layer."""
+        """Memory of the factors, including the initial factors that each layer keeps."""
         return 2 * self.adapter_dtype.itemsize * sum(t.parameters for t in self.targets)
 
     @property
     def statistics_bytes(self) -> int:
-        """Of the gradients; or at most of the second moments, as if no targets shared inputs."""
+        """Memory of the statistics: exact for gradients, an upper bound for second moments."""
         if self.calibration is None:
             return 0
         if self.calibration.gradients:
@@ -151,8 +150,9 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """How many passes over the calibration data fit into `calibration_memory`; shared inputs,
-        which are not known yet, may make them fewer.
+        """Upper bound of the number of calibration passes under `calibration_memory`.
+
+        Shared inputs, which are not known yet, can reduce the number.
         """
         if self.calibration is None:
             return 0
@@ -172,12 +172,12 @@ class Plan:
         return passes
 
     def directions(self, target: Target) -> int | None:
-        """How many leading directions of a target's inputs the method reads; None: all."""
+        """How many leading directions of a target's inputs the method reads; None means all."""
         return self.options.directions(target.rank, target.shape)
 
     @property
     def workspace_bytes(self) -> int:
-        """At most, of the initializer on a CPU: for one large weight, or one for each core."""
+        """Upper bound of the initializer's CPU memory for the weights it decomposes at a time."""
         reads = self.initializer.reads
         weights = WEIGHT_COPIES if reads & {"weight", "gradient"} else 1
         moments = MOMENT_COPIES if "inputs" in reads else 0
@@ -188,12 +188,12 @@ class Plan:
         return math.ceil(4 * largest_together(numbers))
 
     def only(self, names: Collection[str]) -> Plan:
-        """The plan for some of the targets."""
+        """The plan restricted to some of the targets."""
         targets = tuple(target for target in self.targets if target.name in names)
         return dataclasses.replace(self, targets=targets)
 
     def with_ranks(self, ranks: Mapping[str, int], config: LoraConfig) -> Plan:
-        """The plan after an allocation: rank 0 leaves, alphas keep each layer's scaling."""
+        """The plan after rank allocation. Rank 0 removes a target; scalings do not change."""
         targets, left_out = [], list(self.left_out)
         for target in self.targets:
             rank = ranks[target.name]
@@ -205,9 +205,7 @@ class Plan:
             if self.options.keeps_scaling():
                 ratio = rank / target.rank
                 alpha *= ratio**0.5 if config.use_rslora else ratio
-            check_target_rank(
-                target.name, rank, target.shape, self.initializer, self.options
-            )
+            check_target_rank(target.name, rank, target.shape, self.initializer, self.options)
             targets.append(
                 dataclasses.replace(
                     target,
@@ -226,10 +224,10 @@ class Plan:
         )
 
     def explicit(self, config: LoraConfig) -> LoraConfig:
-        """`config` with the targets, ranks and alphas spelt out, as PEFT's rules read them.
+        """Return `config` with explicit targets, ranks and alphas, in a form that PEFT reads.
 
-        The user's own rules are not repeated: PEFT does not find a layer list at a model's root,
-        and sorts the keys of a pattern, of which the first that matches wins.
+        The user's rules are not copied. PEFT does not find a layer list at a model's root, and it
+        sorts the keys of a pattern, although the first match wins.
         """
         return dataclasses.replace(
             config,
@@ -248,13 +246,13 @@ class Plan:
         )
 
     def refuse_unmatched(self, *, allowed: bool = False) -> None:
-        """Patterns that matched nothing are an error; names in a list only a warning.
+        """Raise if patterns match nothing; for names in a list, warn.
 
         Args:
-            allowed: warn of the patterns too.
+            allowed: warn for patterns too.
 
         Raises:
-            ValueError: for keys of rank_pattern and alpha_pattern.
+            ValueError: a key of rank_pattern or alpha_pattern matches nothing.
         """
         for setting, entry in self.unmatched:
             message = (
@@ -266,7 +264,7 @@ class Plan:
             warnings.warn(message, stacklevel=3)
 
     def warn_of_left_out(self) -> None:
-        """Warn once of all that the plan leaves out."""
+        """Emit one warning that lists all that the plan leaves out."""
         if self.left_out:
             lines = "\n- ".join(described(self.left_out))
             warnings.warn(f"get_peft_model leaves out:\n- {lines}", stacklevel=3)
@@ -296,7 +294,7 @@ class Plan:
             lines.append(f"biases trained: {len(self.trained_biases)} ({self.bias})")
         shared = [t.name for t in self.targets if t.shared_with]
         if shared and spec.base != "keep":
-            how = "get a weight of their own" if spec.base == "replace" else "stay as they are"
+            how = "get a separate weight" if spec.base == "replace" else "stay as they are"
             lines.append(f"share their weight with another module, and {how}: {', '.join(shared)}")
         if self.modules_to_save:
             lines.append(f"trained whole: {', '.join(self.modules_to_save)}")

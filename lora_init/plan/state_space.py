@@ -1,7 +1,7 @@
-"""Layers of a state-space mixer that never run: a fused kernel reads their weights in training.
+"""Detect layers of a state-space mixer that are never called, because a fused kernel reads them.
 
-On a GPU, Mamba's kernels take `conv1d.weight` and `out_proj.weight` and do not call the layers, so
-an adapter on them would neither act nor learn.
+On a GPU, Mamba's kernels read `conv1d.weight` and `out_proj.weight` without calling the layers. An
+adapter on them would have no effect and would not train.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ READ_BY_KERNELS = ("out_proj", "conv1d")
 def read_by_kernel(model: nn.Module, name: str) -> str | None:
     """Why a layer of a state-space mixer cannot be adapted; None for any other module.
 
-    A mixer is known by its structure: the parameters A_log and D beside a conv1d and an out_proj.
-    Gated delta networks have no D, and their kernels call out_proj.
+    A mixer is recognized by its structure: parameters A_log and D, modules conv1d and out_proj.
+    Gated delta networks have no D; their kernels call out_proj.
     """
     owner, _, last = name.rpartition(".")
     if last not in READ_BY_KERNELS:

@@ -1,1 +1,1 @@
-"""Weight formats: how each kind of module stores its weight, and where the weight is read from."""
+"""Weight formats: how each type of module stores its weight, and where weights are read from."""

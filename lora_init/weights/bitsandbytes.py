@@ -1,29 +1,31 @@
-"""bitsandbytes' packed linear modules: all that the package knows about how they store a weight.
+"""bitsandbytes' packed linear modules: how they store, dequantize and repack their weights.
 
 | module | codes | scales | values |
 |---|---|---|---|
-| Linear4bit | two to a byte | one per block, or 8-bit codes ("double") | table[code] · scale |
+| Linear4bit | two per byte | one per block, or 8-bit codes ("double") | table[code] · scale |
 | Linear8bitLt | int8 | one per row | code · scale / 127 |
 
-Values are float32 products of codes and scales, whatever the module's compute dtype: it is the
-forward pass that rounds them to the compute dtype, not the storage.
+Values are float32 products of codes and scales, whatever the module's compute dtype. Only the
+forward pass rounds them to the compute dtype.
 
-On a CPU with AVX512-BF16 an evaluation forward of Linear4bit repacks the weight in place: the codes
-change their order, and the scales are **rounded to bfloat16** (a relative 2^-9, doubled statistics
-are expanded first). The module then computes with the rounded scales, also in training, so they are
-what `dequantized` reads; only `held`, taken before, still knows the exact ones. The repacked module
-has two faults of its own (version 0.50.2), which `keep_plain` prevents:
-    - its forward has no derivative with respect to its input: nothing before it learns;
-    - `state_dict` turns the codes back but, without double quantisation, not the order of the
-      scales: what is saved, and computed from then on, is wrong. It is read right here.
+On a CPU with AVX512-BF16 an eval forward of Linear4bit repacks the weight in place. It reorders the
+codes and **rounds the scales to bfloat16** (a relative error of 2^-9; double-quantized scales are
+expanded first). The module computes with the rounded scales from then on, also in training, so
+`dequantized` reads them. Only a `held` taken before the forward has the exact scales. Repacking
+has two bugs (bitsandbytes 0.50.2), which `keep_plain` prevents:
+    - The forward has no derivative with respect to its input, so earlier layers do not train.
+    - `state_dict` restores the order of the codes but, without double quantization, not that of the
+      scales. The saved weights are wrong, and so are later outputs. This module reads them
+      correctly.
 
 Deviations:
-    - Where rows are no multiple of the block size, blocks run on into the next row. bitsandbytes on
-      a CPU with AVX512 restarts them at each row when it dequantises, so its training forward is
-      wrong there; its evaluation forward fails. `dequantized` gives the values that were stored.
-    - `requantize` computes codes and scales in float32 by our `Quantizer`, on every device. For
-      Linear4bit on a CPU they are bitsandbytes' own, to the bit (double quantization: to the
-      rounding of a mean). Linear8bitLt's `.to` would round the weight to float16 first; we do not.
+    - If rows are not a multiple of the block size, blocks continue in the next row. On a CPU with
+      AVX512, bitsandbytes restarts blocks at each row when it dequantizes. Its training forward is
+      then wrong and its eval forward fails. `dequantized` returns the values that were stored.
+    - `requantize` computes codes and scales in float32 with `Quantizer`, on every device. For
+      Linear4bit they equal bitsandbytes' CPU results bit by bit (with double quantization: up to
+      the rounding of a mean). Linear8bitLt's `.to` rounds the weight to float16 first; this code
+      does not.
 """
 
 from __future__ import annotations
@@ -39,15 +41,15 @@ from torch import Tensor, nn
 from lora_init.quantization.codebooks import dynamic_table
 from lora_init.quantization.quantizer import DOUBLE_BLOCK, Quantized, Quantizer, expanded
 
-ROWS = 32  # that bitsandbytes' repacking for CPUs interleaves
+ROWS = 32  # number of rows that bitsandbytes' CPU repacking interleaves
 
 
 @dataclass(frozen=True)
 class Held:
-    """A packed weight exactly as it was when `held` was called.
+    """The state of a packed weight when `held` was called.
 
-    References, no copies: bitsandbytes exchanges the memory behind the parameter and the fields of
-    its state, so both are remembered next to it.
+    It holds references, not copies. bitsandbytes replaces the memory of the parameter and the
+    fields of its quant state, so both are recorded separately.
     """
 
     parameter: nn.Parameter
@@ -57,28 +59,28 @@ class Held:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether `module` is one of bitsandbytes' linear modules: by class name, never by dtype."""
+    """Whether `module` is one of bitsandbytes' linear modules, decided by class name."""
     return _is_4bit(module) or _is_8bit(module)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a packed module's weight is quantised: a new head's may not be yet."""
+    """Whether a packed module's weight is quantized already; a new head's may not be."""
     if _is_8bit(module):
         return module.weight.dtype == torch.int8
     return _is_4bit(module) and getattr(module.weight, "quant_state", None) is not None
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)``, without touching the data."""
+    """``(out, in)``, without reading the data."""
     return module.out_features, module.in_features
 
 
 def dequantized(module: nn.Module) -> Float[Tensor, "out in"]:
-    """The values that the module's codes stand for, in float32 and on its device.
+    """The dequantized weight, in float32 and on the module's device.
 
     Raises:
         TypeError: `module` is not packed.
-        ValueError: its weight is not quantised (yet).
+        ValueError: its weight is not quantized (yet).
     """
     quantizer = quantizer_of(module)
     codes, scale = _int8_state(module) if _is_8bit(module) else _codes_and_scale(module)
@@ -86,11 +88,11 @@ def dequantized(module: nn.Module) -> Float[Tensor, "out in"]:
 
 
 def quantizer_of(module: nn.Module) -> Quantizer:
-    """The plain-torch map for which ``roundtrip(w)`` equals `dequantized` after `requantize`.
+    """The quantizer whose ``roundtrip(w)`` equals `dequantized` after `requantize`.
 
     Raises:
         TypeError: `module` is not packed.
-        ValueError: its weight is not quantised (yet).
+        ValueError: its weight is not quantized (yet).
     """
     if _is_8bit(module):
         _int8_state(module)
@@ -100,9 +102,9 @@ def quantizer_of(module: nn.Module) -> Quantizer:
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype that the weight had before it was quantized.
+    """The weight's dtype before it was quantized.
 
-    Linear8bitLt does not record it: that of its bias stands for it, else float16, which
+    Linear8bitLt does not record it. The dtype of its bias is returned instead, or float16, which
     bitsandbytes quantizes from.
     """
     if not _is_8bit(module):
@@ -111,34 +113,34 @@ def float_dtype(module: nn.Module) -> torch.dtype:
 
 
 def parameter_count(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for: 4-bit codes lie two in a byte of their storage."""
+    """The number of weights in a parameter. 4-bit storage holds two codes per byte."""
     if type(parameter).__name__ == "Params4bit":
         return 2 * parameter.element_size() * parameter.numel()
     return parameter.numel()
 
 
 def description(module: nn.Module) -> str:
-    """What the weight is quantised to: "nf4/64 double", "fp4/64", "int8"."""
+    """The format of the quantized weight: "nf4/64 double", "fp4/64", "int8"."""
     return quantizer_of(module).name.replace("+", " ")
 
 
 @torch.no_grad()
 def requantize(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
-    """Put a new weight into the module, quantised with the module's own settings.
+    """Quantize a new weight with the module's settings and store it in the module.
 
-    The module gets a new parameter; the old one stays as it is, so that `put_back` can restore it.
+    The module gets a new parameter. The old one is unchanged, so that `put_back` can restore it.
 
     Args:
         weight: (out, in), any float dtype and device.
 
     Raises:
         TypeError: `module` is not packed.
-        ValueError: its weight is not quantised (yet), or `weight` has another shape.
+        ValueError: its weight is not quantized (yet), or `weight` has another shape.
     """
     quantizer = quantizer_of(module)
     if tuple(weight.shape) != weight_shape(module):
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; this {type(module).__name__} takes "
+            f"weight has shape {tuple(weight.shape)}, but this {type(module).__name__} needs "
             f"{weight_shape(module)}, (out, in)."
         )
     quantized = quantizer.quantize(weight.to(module.weight.device))
@@ -147,7 +149,7 @@ def requantize(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
 
         codes, scale = quantized.codes, quantized.scale
         module.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=scale)
-        # The next forward moves CB and SCB here from the weight.
+        # The next forward moves CB and SCB from the weight to the state.
         module.state.CB = module.state.SCB = None
         return
 
@@ -186,12 +188,14 @@ def requantize(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
 
 
 def held(module: nn.Module) -> Held:
-    """Remember the packed weight as it is, for `put_back`. Writing into its memory, as
-    ``load_state_dict`` does, changes what is held; forwards, repacking and `requantize` do not.
+    """Record the packed weight for `put_back`.
+
+    In-place writes, such as those of ``load_state_dict``, change the record. Forward passes,
+    repacking and `requantize` do not.
 
     Raises:
         TypeError: `module` is not packed.
-        ValueError: its weight is not quantised (yet).
+        ValueError: its weight is not quantized (yet).
     """
     weight = module.weight
     if _is_8bit(module):
@@ -202,9 +206,9 @@ def held(module: nn.Module) -> Held:
 
 
 def put_back(module: nn.Module, held: Held) -> None:
-    """Restore the weight that was held: the same outputs, to the bit, and the same state dict.
+    """Restore a recorded weight, with bit-identical outputs and state dict.
 
-    A model that has moved since gets it on its new device.
+    If the model has moved since, the weight moves to the new device.
     """
     parameter, device = held.parameter, module.weight.device
     parameter.data = held.data.to(device)
@@ -213,17 +217,17 @@ def put_back(module: nn.Module, held: Held) -> None:
         moved = [_moved(value, held.data, parameter.data) for value in held.state]
         parameter.CB, parameter.SCB, module.state.CB, module.state.SCB = moved
         return
-    # A copy, because the next forward may rewrite it and `held` may be put back again.
+    # Copy the state, because the next forward may modify it, and `held` may be used again.
     state = _copied(held.state)
     state.to(device)
     parameter.quant_state = module.quant_state = state
     module.support_avx512bf16_for_cpu = held.repacks
     if device.type != "cpu" and _is_repacked(state):
-        keep_plain(module)  # only a CPU reads that layout
+        keep_plain(module)  # the repacked layout works on a CPU only
 
 
 def _moved(value: Tensor | None, codes: Tensor, codes_there: Tensor) -> Tensor | None:
-    """A part of an 8-bit state, where its module is now; the codes share the weight's memory."""
+    """Move part of an 8-bit state to the module's device; codes share the weight's memory."""
     if value is None:
         return None
     return codes_there if value.data_ptr() == codes.data_ptr() else value.to(codes_there.device)
@@ -231,15 +235,15 @@ def _moved(value: Tensor | None, codes: Tensor, codes_there: Tensor) -> Tensor |
 
 @torch.no_grad()
 def keep_plain(module: nn.Module) -> None:
-    """Keep bitsandbytes from repacking a Linear4bit for its CPU, and undo it where it has happened.
+    """Prevent CPU repacking of a Linear4bit, and undo it if it has happened.
 
-    A module that learns, or that something before it learns through, needs this: see the faults
-    named above. Scales that are already rounded stay so; `put_back` returns to the former habit.
-    Linear8bitLt is never repacked and stays as it is.
+    Modules that train need this, and modules through which gradients flow: see the bugs described
+    above. Scales that are rounded already stay rounded. `put_back` restores the default behavior.
+    Linear8bitLt is never repacked and stays unchanged.
 
     Raises:
         TypeError: `module` is not packed.
-        ValueError: its weight is not quantised (yet).
+        ValueError: its weight is not quantized (yet).
     """
     if _is_8bit(module):
         return
@@ -250,7 +254,7 @@ def keep_plain(module: nn.Module) -> None:
     codes, scale = _codes_and_scale(module)
     plain = _copied(state)
     plain.absmax, plain.dtype = scale, _original(state, "dtype")
-    # Left expanded: to quantise the scales anew would change them a second time.
+    # Keep the scales expanded: quantizing them again would change them again.
     plain.nested, plain.state2, plain.offset = False, None, None
     plain.packing_format_for_cpu = False
     module.weight.data = _pack(codes, state.quant_type, _storage(module))
@@ -269,25 +273,25 @@ def _is_8bit(module: nn.Module) -> bool:
     return "Linear8bitLt" in _names(module)
 
 
-def _unquantised(module: nn.Module, fix: str) -> ValueError:
-    return ValueError(f"This {type(module).__name__} holds no quantised weight; {fix}.")
+def _unquantized(module: nn.Module, fix: str) -> ValueError:
+    return ValueError(f"This {type(module).__name__} holds no quantized weight; {fix}.")
 
 
 def _quant_state(module: nn.Module) -> Any:
-    """The QuantState of a Linear4bit; under FSDP only the module still has it."""
+    """The QuantState of a Linear4bit. Under FSDP only the module holds it."""
     if not _is_4bit(module):
         raise TypeError(
-            f"{type(module).__name__} is not packed; allowed are bitsandbytes' Linear4bit and "
+            f"{type(module).__name__} is not packed; it must be bitsandbytes' Linear4bit or "
             "Linear8bitLt."
         )
     weight = module.weight
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None or not getattr(weight, "bnb_quantized", True):
-        raise _unquantised(module, 'move it to its device first, as in model.to("cpu")')
+        raise _unquantized(module, 'move it to its device first, as in model.to("cpu")')
     if tuple(state.shape) != weight_shape(module):
         raise ValueError(
-            f"This {type(module).__name__} was quantised from a weight of shape "
-            f"{tuple(state.shape)}; quantise it from {weight_shape(module)}, (out, in)."
+            f"This {type(module).__name__} was quantized from a weight of shape "
+            f"{tuple(state.shape)}; quantize it from {weight_shape(module)}, (out, in)."
         )
     return state
 
@@ -296,12 +300,12 @@ def _int8_state(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Codes (out, in) and scales (out,) of a Linear8bitLt, before or after its first forward."""
     weight, state = module.weight, module.state
     if state.has_fp16_weights:
-        raise _unquantised(module, "build it with has_fp16_weights=False, then model.to(device)")
+        raise _unquantized(module, "build it with has_fp16_weights=False, then model.to(device)")
     on_weight = getattr(weight, "CB", None) is not None
     codes = weight.CB if on_weight else state.CB if state.CB is not None else weight.data
     scale = weight.SCB if on_weight else state.SCB
     if codes.dtype != torch.int8 or scale is None:
-        raise _unquantised(module, 'move it to its device first, as in model.to("cpu")')
+        raise _unquantized(module, 'move it to its device first, as in model.to("cpu")')
     return codes, scale
 
 
@@ -310,7 +314,7 @@ def _is_repacked(state: Any) -> bool:
 
 
 def _original(state: Any, name: str) -> Any:
-    """A field as it was before bitsandbytes repacked, which leaves the old one as "original"."""
+    """A field's value before repacking, which bitsandbytes keeps under the prefix "original"."""
     return getattr(state, f"original_{name}", getattr(state, name))
 
 
@@ -319,12 +323,12 @@ def _repacks(module: nn.Module) -> bool:
 
 
 def _storage(module: nn.Module) -> torch.dtype:
-    """The dtype that the codes are viewed as; repacked, they are bytes."""
+    """The dtype in which the codes are stored; repacked codes are bytes."""
     return getattr(_quant_state(module), "original_storage_type", module.weight.dtype)
 
 
 def _copied(state: Any) -> Any:
-    """A QuantState of its own on the same tensors: bitsandbytes rebinds fields, on both levels."""
+    """Copy a QuantState, sharing its tensors. bitsandbytes rebinds fields on both levels."""
     state = copy.copy(state)
     if state.nested:
         state.state2 = copy.copy(state.state2)
@@ -337,7 +341,7 @@ def _codes_and_scale(module: nn.Module) -> tuple[Tensor, Tensor]:
     rows, columns = weight_shape(module)
     data = module.weight.data.contiguous().view(torch.uint8).reshape(-1)
     if _is_repacked(state):
-        # (rows/32, columns/2) groups of 32 bytes: the low halves hold pairs of the first 16 rows.
+        # (rows/32, columns/2) groups of 32 bytes: low nibbles hold pairs of the first 16 rows.
         groups = data.reshape(-1, ROWS)
         codes = torch.cat([groups & 15, groups >> 4], dim=1)
         codes = codes.reshape(rows // ROWS, columns // 2, ROWS, 2).transpose(1, 2).reshape(-1)
@@ -348,12 +352,12 @@ def _codes_and_scale(module: nn.Module) -> tuple[Tensor, Tensor]:
             state.absmax, state.state2.absmax, state.state2.code, state.state2.blocksize
         )
         return codes, scale + state.offset
-    # Two dimensions, (blocks of a row, rows): repacked, or half turned back by `state_dict`.
+    # Two dimensions, (blocks of a row, rows): repacked, or only partly restored by `state_dict`.
     return codes, (state.absmax.T if state.absmax.ndim == 2 else state.absmax).reshape(-1).float()
 
 
 def _pack(codes: Tensor, kind: str, storage: torch.dtype) -> Tensor:
-    """Two codes to a byte, the first one high, as a column of `storage`."""
+    """Pack two codes per byte, the first in the high nibble, as a column of dtype `storage`."""
     codes = codes.reshape(-1)
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_full((1,), 7 if kind == "nf4" else 0)])  # a zero

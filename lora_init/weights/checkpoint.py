@@ -1,9 +1,9 @@
-"""Original weights, read from safetensors one layer at a time.
+"""Original, unquantized weights, read from safetensors one layer at a time.
 
-Methods that decompose W, or make up for what a quantiser loses, want the weight from before it was
-quantised. The model in memory holds it no more; its checkpoint does. A read opens the file, maps
-one tensor and closes it: no more than one weight is in memory, and an `OriginalWeights` can be
-copied and pickled like any other value.
+Methods that decompose W or correct a quantization error need the weight from before quantization.
+The checkpoint has it; the quantized model does not. Each read opens the file, maps one tensor and
+closes the file. At most one weight is in memory, and an `OriginalWeights` can be copied and
+pickled.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEADER_DTYPES = ("F32", "BF16", "F16", "F64")  # the same, as a file's header calls them
-# What quantisers store beside a weight or in its place, after the module's name.
-QUANTISED = (
+HEADER_DTYPES = ("F32", "BF16", "F16", "F64")  # the names of DTYPES in a safetensors header
+# Suffixes of the tensors that quantizers store next to a weight or instead of it.
+QUANTIZED = (
     ".qweight",
     ".weight_packed",
     ".SCB",
@@ -42,23 +42,23 @@ CONVERT = (
 
 
 class OriginalWeights:
-    """The unquantised weights of a model, by the names of its modules.
+    """The unquantized weights of a model, by module name.
 
-    A module's tensor is the one stored under its name + ".weight". Where there is none, names are
-    compared from their ends: one of the two may have a prefix more, of whole dotted parts, so that
-    "model.layers.0.up" finds "layers.0.up" and the other way round. A wrapper's "base_model." does
-    not count. The match must be unique. It says nothing of other modules: two may find the same
-    tensor, which is right for tied weights only (compare their `key`).
+    A module's weight is the tensor named after the module plus ".weight". If there is none, one of
+    the two names may have an extra prefix of whole dotted parts: "model.layers.0.up" matches
+    "layers.0.up" and vice versa. A prefix "base_model." is ignored. The match must be unique. Two
+    modules can match the same tensor, which is right for tied weights only (compare their `key`).
 
     Args:
-        source: a folder in Hugging Face's layout (`model.safetensors`, or
-            `model.safetensors.index.json` and its shards; else every `*.safetensors` in it), one
-            `.safetensors` file, or a mapping of names to tensors, such as a state dict. No tensor
-            is read here, only headers and the index.
+        source: a folder in Hugging Face's layout, one `.safetensors` file, or a mapping of names to
+            tensors, such as a state dict. A folder holds `model.safetensors`, or
+            `model.safetensors.index.json` and its shards, or else any `*.safetensors` files. Only
+            headers and the index are read here.
 
     Raises:
-        FileNotFoundError: no such path, no safetensors in the folder, or a shard is missing.
-        ValueError: another kind of file, a damaged one, or a tensor that two files hold.
+        FileNotFoundError: the path does not exist, the folder has no safetensors, or a shard is
+            missing.
+        ValueError: the file is damaged or of another format, or two files hold the same tensor.
         TypeError: `source` is neither a path nor a mapping.
 
     Examples:
@@ -76,20 +76,20 @@ class OriginalWeights:
             self._stored = _files(Path(source).expanduser())
         else:
             raise TypeError(
-                f"original_weights is of type {type(source).__name__}; allowed are a folder, a "
+                f"original_weights is of type {type(source).__name__}; it must be a folder, a "
                 ".safetensors file, or a mapping of names to tensors such as model.state_dict()"
             )
-        # By the last part of the module's name, which any two names that match have in common.
+        # By the last part of the module's name, which two matching names always share.
         self._keys: dict[str, list[str]] = {}
         for key in self._stored:
             if isinstance(key, str) and key.endswith(".weight"):
                 self._keys.setdefault(_last_part(key), []).append(key)
 
     def weight(self, name: str) -> Tensor:
-        """The weight of module `name`, in its stored dtype and orientation.
+        """The weight of module `name`, in its stored dtype and layout.
 
         Raises:
-            ValueError: none or several match, it is not float, or the file is damaged.
+            ValueError: no tensor or several match, it is not float, or the file is damaged.
         """
         key = self.key(name)
         self._check(name, key)
@@ -100,7 +100,7 @@ class OriginalWeights:
             return file.get_tensor(key)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of `weight(name)`; reads the header only.
+        """The shape of `weight(name)`; reads only the header.
 
         Raises:
             ValueError: as `weight`.
@@ -116,7 +116,7 @@ class OriginalWeights:
         """The name under which the weight of module `name` is stored.
 
         Raises:
-            ValueError: none or several match.
+            ValueError: no tensor or several match.
         """
         matches = self._matches(name)
         if len(matches) == 1:
@@ -124,9 +124,9 @@ class OriginalWeights:
         if matches:
             raise ValueError(
                 f"original_weights: the weight of {name!r} could be any of {_listed(matches)} in "
-                f"{self.source}; pass a checkpoint with the model's own names"
+                f"{self.source}; pass a checkpoint with this model's names"
             )
-        self._check_quantised(name, _bare(name))
+        self._check_quantized(name, _bare(name))
         every = [key for keys in self._keys.values() for key in keys]
         modules = [key.removesuffix(".weight") for key in self._keys.get(_last_part(name), every)]
         near = difflib.get_close_matches(_bare(name), modules, n=3, cutoff=0.5)
@@ -149,7 +149,7 @@ class OriginalWeights:
         ]
 
     def _check(self, name: str, key: str) -> tuple[int, ...]:
-        """Refuse what is not an unquantised weight; return the shape."""
+        """Raise if a tensor is not an unquantized weight; return its shape."""
         stored = self._stored[key]
         if isinstance(stored, Path):
             with _opened(stored) as file:
@@ -160,41 +160,41 @@ class OriginalWeights:
         else:
             raise ValueError(
                 f"original_weights[{key!r}] is "
-                f"{'on the meta device' if isinstance(stored, Tensor) else type(stored)}; allowed "
-                "are tensors with data, as model.state_dict() of a loaded model holds"
+                f"{'on the meta device' if isinstance(stored, Tensor) else type(stored)}; it must "
+                "be a tensor with data, as in model.state_dict() of a loaded model"
             )
-        # First what lies beside it: packed codes can be stored in a float dtype (quant_storage).
-        self._check_quantised(name, key.removesuffix(".weight"))
+        # Check the suffixes first: packed codes can have a float dtype (quant_storage).
+        self._check_quantized(name, key.removesuffix(".weight"))
         if dtype not in DTYPES and dtype not in HEADER_DTYPES:
-            raise _quantised(name, f"{self.source} holds {key!r} as {dtype}")
+            raise _quantized(name, f"{self.source} holds {key!r} as {dtype}")
         return tuple(shape)
 
-    def _check_quantised(self, name: str, module: str) -> None:
-        for ending in QUANTISED:
+    def _check_quantized(self, name: str, module: str) -> None:
+        for ending in QUANTIZED:
             if module + ending in self._stored:
-                raise _quantised(name, f"{self.source} holds {module + ending!r}")
+                raise _quantized(name, f"{self.source} holds {module + ending!r}")
 
 
-def _quantised(name: str, finding: str) -> ValueError:
+def _quantized(name: str, finding: str) -> ValueError:
     return ValueError(
-        f"original_weights: the weight of {name!r} is quantised already, {finding}; allowed are "
+        f"original_weights: the weight of {name!r} is quantized already, {finding}; must be one of "
         f"{', '.join(str(dtype)[6:] for dtype in DTYPES)}. Pass the checkpoint from before the "
-        "quantisation"
+        "quantization"
     )
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """The file that holds each tensor."""
+    """The file of each tensor, by tensor name."""
     if path.suffix == ".safetensors" and path.is_file():
         return _headers([path])
     if path.is_file():
         raise ValueError(
-            f"original_weights: {str(path)!r} is no .safetensors file, and no other kind is read "
-            f"(a pickle never is); pass the model's folder, or {CONVERT}"
+            f"original_weights: {str(path)!r} is not a .safetensors file, and other formats are "
+            f"not supported (pickles are never read); pass the model's folder, or {CONVERT}"
         )
     if not path.is_dir():
         raise FileNotFoundError(
-            f"original_weights: no file or folder {str(path)!r}; allowed are local paths (of a "
+            f"original_weights: no file or folder {str(path)!r}; it must be a local path (for a "
             "model on the hub: the folder that huggingface_hub.snapshot_download returns)"
         )
     if (path / WEIGHTS).is_file():
@@ -219,7 +219,7 @@ def _headers(paths: list[Path]) -> dict[str, Path]:
         if twice := [key for key in keys if key in files]:
             raise ValueError(
                 f"original_weights: {files[twice[0]].name!r} and {path.name!r} in "
-                f"{str(path.parent)!r} both hold {twice[0]!r}; pass the one file that is meant"
+                f"{str(path.parent)!r} both hold {twice[0]!r}; pass the right one of the files"
             )
         files |= dict.fromkeys(keys, path)
     return files
@@ -231,10 +231,10 @@ def _index(index: Path) -> dict[str, Path]:
         files = {key: index.parent / shard for key, shard in shards.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"original_weights: {index} is damaged ({error!r}); allowed is a JSON object whose "
+            f"original_weights: {index} is damaged ({error!r}); it must be a JSON object whose "
             "'weight_map' gives each tensor's file. Download it again"
         ) from error
-    # By the names alone: a cache of downloads has links to files elsewhere in these places.
+    # Compare names, not resolved paths: in a download cache they are links to other folders.
     if outside := sorted({shard for shard in shards.values() if not _is_inside(shard)}):
         raise ValueError(
             f"original_weights: {index} names {_listed(outside)}, outside of its folder; an index "
@@ -249,7 +249,7 @@ def _index(index: Path) -> dict[str, Path]:
 
 
 def _is_inside(shard: str) -> bool:
-    """Whether a file's name, as an index has it, stays in the folder of the index."""
+    """Whether a file name in an index stays inside the folder of the index."""
     shard = shard.replace("\\", "/")
     return not PurePosixPath(shard).is_absolute() and ".." not in shard.split("/")
 

@@ -1,12 +1,12 @@
-"""Checksums of quantized bases, which adapter files hold.
+"""Checksums of quantized base weights, which adapter files contain.
 
 | form | value |
 |---|---|
-| ``m64:`` and 16 digits | `lora_init.cache.hash` of the stored weight, on its own device |
-| 16 digits | SHA-256 of the weight as float32; older files have it |
+| ``m64:`` and 16 digits | `lora_init.cache.hash` of the stored weight, computed on its device |
+| 16 digits | SHA-256 of the weight as float32; used in older files |
 
-Older versions also took the means of a quantizer's scales in float32, where the order of the sum
-decides the last bit. A base that is equal but for those bits has the codes of the file.
+Older versions also averaged a quantizer's scales in float32, where the last bit depends on the
+summation order. A base that differs only in those bits has the same codes and is accepted.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PREFIX = "m64:"
 
 
 def checksum(weight: Tensor) -> str:
-    """The checksum of a stored weight; the same on every device."""
-    # A float64 module holds the float32 values that a float32 module would.
+    """The checksum of a stored weight; equal on every device."""
+    # A float64 module holds the same values as a float32 module would.
     stored = weight.float() if weight.dtype == torch.float64 else weight
     return PREFIX + hashlib.sha256(block_sums(stored)).hexdigest()[:16]
 
@@ -36,13 +36,13 @@ def base_checksum(
     scaling: float,
     stored: Float[Tensor, "out in"],
 ) -> str:
-    """The checksum of a replaced base; the file's own text where the base is the file's.
+    """The checksum of a replaced base, or the file's checksum if the base matches the file.
 
     Args:
-        replacement: what made the base, with the checksum of the file that it comes from.
-        original: the weight from before.
-        scaling: of the adapter.
-        stored: the base as its module holds it.
+        replacement: the recipe of the base, with the checksum from its file.
+        original: the weight before replacement.
+        scaling: the adapter's scaling.
+        stored: the base as its module stores it.
     """
     expected = replacement.checksum
     if expected is None or expected.startswith(PREFIX):

@@ -1,6 +1,6 @@
-"""Supported module types and the one place that knows how each stores its weight.
+"""The supported module types and how each stores its weight.
 
-Everything else in the package sees weights as ``(out, in)``:
+The rest of the package sees weights as ``(out, in)``:
 
 | type | stored as | seen as |
 |---|---|---|
@@ -8,7 +8,7 @@ Everything else in the package sees weights as ``(out, in)``:
 | Conv1D (transformers) | (in, out) | its transpose |
 | Embedding | (entries, width) | its transpose: out = width, in = entries, for one-hot inputs |
 | Conv2d, one group | (out, channels, height, width) | (out, channels·height·width), for patches |
-| Linear4bit, Linear8bitLt | packed codes and scales | the dequantised matrix, float32 |
+| Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_init.weights.probe import Finding, probe
 
 TRANSPOSED_TYPES = ("Conv1D", "Embedding")
 
-# Forwards of quantised layers read codes; what they are is decided by class, never by dtype.
+# Their forwards read codes. They are recognized by class name, never by dtype.
 QUANTIZED_CLASSES = {"Linear4bit", "Linear8bitLt", "QuantLinear", "WQLinear_GEMM", "AqlmLinear"}
 
 
@@ -36,17 +36,17 @@ def class_names(module: nn.Module) -> set[str]:
 
 _FLOAT_CLASSES = (("Linear", nn.Linear), ("Conv2d", nn.Conv2d), ("Embedding", nn.Embedding))
 
-# Probing evaluates the module, and `module_type` is called often: one probe a module.
+# Probing runs the module and `module_type` is called often, so cache one probe per module.
 _FINDINGS: weakref.WeakKeyDictionary[nn.Module, Finding] = weakref.WeakKeyDictionary()
 _LINEAR_CLASSES: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def module_type(module: nn.Module) -> str:
-    """Name the module's type as the registry spells it (`MODULE_TYPES`), else its class name.
+    """The module's type as in the registry (`MODULE_TYPES`), or else its class name.
 
-    Decided by class, never by dtype. A subclass with its own forward counts if a probe shows that
-    it computes the same function (see `lora_init.weights.probe`). The exception are transformers'
-    scaled word embeddings, whose forward multiplies by `embed_scale`, as the adapted layer does.
+    The class decides, never the dtype. A subclass with a custom forward is accepted if a probe
+    shows that it computes the same function (see `lora_init.weights.probe`). transformers' scaled
+    word embeddings are accepted too: the adapted layer multiplies by `embed_scale` as they do.
     """
     if bitsandbytes.is_packed(module):
         return "Linear4bit" if "Linear4bit" in class_names(module) else "Linear8bitLt"
@@ -57,9 +57,9 @@ def module_type(module: nn.Module) -> str:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a subclass of a supported type cannot be adapted; None where it can, or for other types.
+    """Why a subclass of a supported type cannot be adapted; None if it can, or for other types.
 
-    For messages: "a GatedLinear, whose ...".
+    The text completes messages such as "a GatedLinear, which is not supported: ...".
     """
     kind, has_own_forward = _derived_type(module)
     if kind is None or not has_own_forward:
@@ -68,7 +68,7 @@ def refusal(module: nn.Module) -> str | None:
     if weight is None or not weight.is_floating_point():
         return "it does not store its weight as a floating-point parameter `weight`"
     if weight.is_meta:
-        if type(module) in _LINEAR_CLASSES:  # probed on a module whose weight is in memory
+        if type(module) in _LINEAR_CLASSES:  # already probed on a module with a loaded weight
             return None
         return (
             "it has its own forward, and its weight is on the meta device: whether it computes a "
@@ -85,10 +85,10 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def replaced_forward(module: nn.Module) -> Finding | None:
-    """What a forward that was set on the instance computes; None where none was set.
+    """Probe a forward that was set on the instance; None if there is none.
 
-    Quantizers set one, to round inputs or weights. The wrapper that Accelerate's hooks set does not
-    count: it runs the class's forward.
+    Quantizers set one to round inputs or weights. The wrapper of Accelerate's hooks does not count,
+    because it calls the class's forward.
     """
     if "forward" not in vars(module) or bitsandbytes.is_packed(module):
         return None
@@ -120,14 +120,15 @@ def _derived_type(module: nn.Module) -> tuple[str | None, bool]:
 
 
 def embedding_scale(module: nn.Embedding) -> float | Tensor | None:
-    """The factor that a scaled word embedding multiplies its rows by; None for a plain one."""
+    """The factor that scales the rows of a scaled word embedding; None for a plain embedding."""
     scaled = type(module).__name__.endswith("ScaledWordEmbedding")
     return getattr(module, "embed_scale", None) if scaled else None
 
 
 def oriented_weight(module: nn.Module) -> Float[Tensor, "out in"]:
-    """The weight as ``(out, in)``: a view on the module's own storage and in its own dtype, for
-    packed modules a dequantised copy.
+    """The weight as ``(out, in)``.
+
+    Float modules return a view of their storage in their dtype, packed modules a dequantized copy.
     """
     if bitsandbytes.is_packed(module):
         return bitsandbytes.dequantized(module)
@@ -135,14 +136,14 @@ def oriented_weight(module: nn.Module) -> Float[Tensor, "out in"]:
 
 
 def orient(kind: str, weight: Tensor) -> Float[Tensor, "out in"]:
-    """A weight as a module of type `kind` stores it, seen as ``(out, in)``."""
+    """View a weight, stored as in a module of type `kind`, as ``(out, in)``."""
     if kind in TRANSPOSED_TYPES:
         return weight.T
     return weight.flatten(1) if kind == "Conv2d" else weight
 
 
 def stored_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> Tensor:
-    """The inverse of `oriented_weight` for float modules: as the module stores it."""
+    """Invert `oriented_weight` for float modules: convert to the module's layout."""
     kind = module_type(module)
     if kind in TRANSPOSED_TYPES:
         return weight.T
@@ -150,7 +151,7 @@ def stored_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> Tensor:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` without touching the data, so that it works on the meta device too."""
+    """``(out, in)`` without reading the data, so it works on the meta device too."""
     if bitsandbytes.is_packed(module):
         return bitsandbytes.weight_shape(module)
     rows, *columns = module.weight.shape
@@ -160,7 +161,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
-    """The vectors that the module multiplies its (out, in) weight by: tokens, or image patches."""
+    """The vectors that the (out, in) weight is multiplied by: tokens, or image patches."""
     if module_type(module) != "Conv2d":
         return x.reshape(-1, x.shape[-1])
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -174,7 +175,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
 
 
 def reading(module: nn.Module) -> tuple | None:
-    """How `input_rows` cuts an input: modules that agree in it read the same rows of one tensor."""
+    """A key for how `input_rows` cuts an input. Modules with equal keys read the same rows."""
     if module_type(module) != "Conv2d":
         return None
     return (
@@ -183,7 +184,7 @@ def reading(module: nn.Module) -> tuple | None:
 
 
 def weight_description(module: nn.Module) -> str:
-    """The weight's dtype, or what a packed module holds, e.g. "nf4/64"."""
+    """The weight's dtype, or the format of a packed weight, e.g. "nf4/64"."""
     if bitsandbytes.is_packed(module):
         return bitsandbytes.description(module)
     return str(module.weight.dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""Where a live model's tensors are: here and whole, with what wraps the model, or not loaded.
+"""Where a model's tensors are: in memory, wrapped (FSDP, DeepSpeed), offloaded or not loaded.
 
-A weight on the meta device has a shape and no values. Either Accelerate offloads it: a hook on its
-module holds the values, on disk or in CPU memory, and puts them in place for a forward pass; or it
-was never loaded, and only a checkpoint has them (see `lora_init.weights.source`).
+A weight on the meta device has a shape but no values. Either Accelerate offloads it: a hook on its
+module keeps the values on disk or in CPU memory and loads them for each forward pass. Or it was
+never loaded, and only a checkpoint has the values (see `lora_init.weights.source`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 FSDP1 = "_fsdp_wrapped_module"
-"""What FullyShardedDataParallel puts into the names of what it wraps."""
+"""The name part that FullyShardedDataParallel inserts for a wrapped module."""
 
 HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward")
-"""What Accelerate hangs on a module that it puts a hook on. A wrapper must not pass for it: a hook
-that is taken off is deleted where it seems to be."""
+"""Attributes that Accelerate sets on a hooked module. A wrapper must not forward them: Accelerate
+deletes them from the module on which it finds them when it removes the hook."""
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook runs around the module's forward, or the instance has a forward attribute."""
+    """Whether the module has a hook around its forward, or a forward set on the instance."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -32,7 +32,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def absence(parameter: Tensor) -> str | None:
-    """Why the matrix cannot be read or exchanged in place; None where it can."""
+    """Why the matrix cannot be read or replaced in place; None if it can."""
     if type(parameter.data).__name__ == "DTensor":
         return "sharded, a DTensor"
     if hasattr(parameter, "ds_id"):
@@ -45,34 +45,34 @@ def absence(parameter: Tensor) -> str | None:
 
 
 def is_flattened(parameter: Tensor) -> bool:
-    """Whether FSDP1 holds this matrix as a piece of a vector; `summon_full_params` gives it back.
+    """Whether FSDP1 stores this matrix as part of a vector; `summon_full_params` restores it.
 
-    A vector's shape does not tell.
+    The shape alone does not show it, because biases are vectors too.
     """
     return getattr(parameter, "_fsdp_flattened", False) and parameter.ndim < 2
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether Accelerate keeps the module's own tensors elsewhere between forward passes."""
+    """Whether Accelerate offloads the module's direct tensors between forward passes."""
     return _offloading_hook(module) is not None
 
 
 def offloaded_weight(module: nn.Module) -> Tensor:
-    """The weight of an offloaded module, mapped from the disk or from CPU memory."""
+    """The weight of an offloaded module, mapped from disk or from CPU memory."""
     return _offloading_hook(module).weights_map["weight"].detach()
 
 
 def is_unloaded(module: nn.Module) -> bool:
-    """Whether the module's weight has no values, neither here nor offloaded.
+    """Whether the module's weight has no values, neither in memory nor offloaded.
 
-    A hook on a module around it (`preload_module_classes`) does not count: it knows the weight by a
-    name that an adapter changes.
+    A hook on an enclosing module (`preload_module_classes`) does not count. It stores the weight by
+    name, and an adapter changes that name.
     """
     return module.weight.is_meta and not is_offloaded(module)
 
 
 def first_unloaded(model: nn.Module, path: str = "") -> str | None:
-    """The name of a parameter without which the model cannot run a forward pass."""
+    """The name of a parameter that is missing for a forward pass, or None."""
     hook = _offloading_hook(model)
     if hook is not None and hook.place_submodules:
         return None
@@ -86,9 +86,9 @@ def first_unloaded(model: nn.Module, path: str = "") -> str | None:
 
 
 def factor_device(module: nn.Module) -> torch.device:
-    """Where a module's factors belong: with its weight, or where that is put for a forward pass.
+    """The device of a module's factors: that of its weight during the forward pass.
 
-    The CPU where it is not loaded.
+    It is the CPU if the weight is not loaded.
     """
     if not module.weight.is_meta:
         return module.weight.device

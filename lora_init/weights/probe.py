@@ -1,8 +1,8 @@
-"""A numerical probe: does a module compute the product with its stored weight, plus its bias?
+"""Probe numerically whether a module computes the product with its stored weight, plus its bias.
 
 A subclass of nn.Linear may override `forward`, and a quantizer may set `forward` on the instance.
-Neither the class name nor the code tells what the function is, so it is evaluated. The probe runs
-a copy of the module: its weight, buffers, hooks and mode do not change.
+The function is therefore evaluated, because neither the class name nor the code identifies it. The
+probe runs a copy of the module, whose weight, buffers, hooks and mode do not change.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.nn import functional
 from lora_init.linalg.precision import full_precision
 
 SCALES = (1e-3, 1.0, 1e3)
-"""Of the inputs: a clamp shows at the largest one, a fixed step of a quantizer at the smallest."""
+"""Scales of the inputs. The largest exposes clamps, the smallest a quantizer's fixed step."""
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""Relative to ‖x‖ ‖w‖ row by row. Quantized inputs are off by 1e-4 and more."""
+"""Tolerance relative to ‖x‖ ‖w‖, row by row. Quantized inputs cause errors of 1e-4 and more."""
 
 LARGEST_QUANTIZATION_ERROR = 0.25
-"""Relative to the norm of the outputs. 4-bit inputs are off by 0.1, another function by 0.5."""
+"""Tolerance relative to the output norm. 4-bit inputs cause 0.1, a different function 0.5."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Finding:
     """The result of a probe.
 
     Attributes:
-        reason: why the function is not the product; None where it is.
-        is_close: the function is the product up to an error of the size that a quantizer makes.
+        reason: why the function is not the product; None if it is.
+        is_close: whether the function is the product up to a typical quantization error.
     """
 
     reason: str | None
@@ -47,7 +47,7 @@ def probe(module: nn.Module, kind: str) -> Finding:
 
     Args:
         module: a float module whose weight is in memory.
-        kind: "Linear", "Conv1D", "Conv2d" or "Embedding": how the weight is stored and applied.
+        kind: "Linear", "Conv1D", "Conv2d" or "Embedding": how the weight is stored and used.
     """
     own = module.weight.dtype
     dtypes = dict.fromkeys((own, torch.promote_types(own, torch.float32)))
@@ -82,7 +82,7 @@ def _of_dtype(module: nn.Module, kind: str, dtype: torch.dtype) -> Finding:
 
 
 def _twin(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Callable]:
-    """A copy without hooks and its forward; the module itself where its forward is bound to it."""
+    """A copy without hooks, and its forward; or the module itself if its forward is bound to it."""
     forward = vars(module).get("forward")
     if forward is not None and getattr(forward, "__self__", None) is not module:
         return module, forward
@@ -111,12 +111,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _copied(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
-    except Exception:  # a lock, a handle: shared
+    except Exception:  # objects that cannot be copied, such as locks and handles, are shared
         return value
 
 
 def _perturb(twin: nn.Module) -> list[str]:
-    """Change all floating tensors but the weight and the bias; returns their names."""
+    """Change all floating-point tensors except weight and bias; return their names."""
     names = []
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
         if name not in ("weight", "bias") and tensor.is_floating_point():
@@ -126,7 +126,7 @@ def _perturb(twin: nn.Module) -> list[str]:
 
 
 def _cases(twin: nn.Module, kind: str) -> list[Tensor]:
-    """Inputs of several shapes; each holds rows of all scales and of both signs."""
+    """Inputs of several shapes, each with rows of all scales and both signs."""
     weight = twin.weight
     generator = torch.Generator().manual_seed(0)
     if kind == "Embedding":
@@ -158,7 +158,7 @@ def _product(twin: nn.Module, x: Tensor, kind: str) -> Tensor:
 
 
 def _errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
-    """The largest error of each case in units of what rounding explains."""
+    """The largest error of each case, in units of the rounding tolerance."""
     weight = twin.weight
     tolerance = TOLERANCES.get(weight.dtype, 4 * torch.finfo(weight.dtype).eps)
     bias = getattr(twin, "bias", None)
@@ -182,7 +182,7 @@ def _errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
 def _relative_errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
     """The error at each scale of the inputs, relative to the norm of the outputs."""
     rows = _cases(twin, kind)[:1]
-    if kind != "Embedding":  # both signs of each row: a gate opens for one of them
+    if kind != "Embedding":  # both signs of each row, because a gate opens for only one of them
         rows = [rows[0][first :: len(SCALES)] for first in range(len(SCALES))]
         rows = [torch.cat([part, -part]) for part in rows]
     errors = []
@@ -205,7 +205,7 @@ def _row_norms(weight: Tensor, kind: str) -> Tensor:
 
 
 def _input_norms(x: Tensor, wanted: Tensor, kind: str) -> Tensor:
-    """‖x‖ of what each output is computed from, in a shape that broadcasts over the outputs."""
+    """‖x‖ of the input of each output, in a shape that broadcasts over the outputs."""
     if kind != "Conv2d":
         return x.float().norm(dim=-1, keepdim=True)
     return x.float().flatten(-3).norm(dim=-1)[..., None, None, None]

@@ -1,4 +1,4 @@
-"""Where each target's weight is read from: the model, what offloads it, or a checkpoint."""
+"""Read each target's weight from the model, from offloaded storage, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, 
 if TYPE_CHECKING:
     from lora_init.plan.plan import Target
 
-# bitsandbytes' coarsest, FP4, is 0.2 from a real weight; another checkpoint's is about 1.4 away.
+# FP4, bitsandbytes' coarsest format, has an error of 0.2. Another checkpoint differs by about 1.4.
 LARGEST_QUANTIZATION_ERROR = 0.7
 
 
@@ -28,16 +28,16 @@ class BaseWeights:
     | the module's weight | `present` | `weight` |
     |---|---|---|
     | float, in memory | a view of it | the same |
-    | offloaded by Accelerate | read from where it is kept | the same |
+    | offloaded by Accelerate | read from the offloaded storage | the same |
     | not loaded, on the meta device | read from the checkpoint | the same |
-    | quantised | its values, dequantised | read from the checkpoint, where there is one |
+    | quantized | dequantized values | read from the checkpoint, if one is given |
 
-    What is read is mapped from its file, held by nobody here, and gone with the last reference to
-    it: a model that is larger than memory is served layer by layer.
+    Values that are read are mapped from their file and freed with the last reference. A model
+    larger than memory is therefore processed layer by layer.
 
     Args:
         model: the base model.
-        original_weights: the checkpoint (see `OriginalWeights`); not read for weights that the
+        original_weights: the checkpoint (see `OriginalWeights`). Not read for weights that the
             model has.
     """
 
@@ -48,10 +48,10 @@ class BaseWeights:
         self.originals = None if original_weights is None else OriginalWeights(original_weights)
 
     def check(self, targets: tuple[Target, ...]) -> None:
-        """Refuse a checkpoint that is not these targets', or is not needed; reads no weight.
+        """Raise if a checkpoint does not fit these targets or is not needed. Reads no weight.
 
         Raises:
-            ValueError: as `check_unloaded`; a quantised target's weight is missing or has another
+            ValueError: as `check_unloaded`; a quantized target's weight is missing or has another
                 shape; no target is read from the checkpoint.
         """
         self.check_unloaded(targets)
@@ -59,16 +59,16 @@ class BaseWeights:
             return
         if not any(target.quantized or self._is_unloaded(target) for target in targets):
             raise ValueError(
-                "original_weights is given, but no target is quantised or unloaded (on the meta "
+                "original_weights is given, but no target is quantized or unloaded (on the meta "
                 "device): their weights are the original ones; leave it out"
             )
         self._check_stored([target for target in targets if target.quantized])
 
     def check_unloaded(self, targets: tuple[Target, ...]) -> None:
-        """Refuse weights that are nowhere: not loaded, and not in the checkpoint.
+        """Raise if a weight is neither loaded nor in the checkpoint.
 
         Raises:
-            ValueError: there is no checkpoint, or it lacks one or has it in another shape.
+            ValueError: no checkpoint was passed, or a weight is missing there or has another shape.
         """
         unloaded = [target for target in targets if self._is_unloaded(target)]
         if unloaded and self.originals is None:
@@ -76,17 +76,17 @@ class BaseWeights:
         self._check_stored(unloaded)
 
     def is_original(self, target: Target) -> bool:
-        """Whether `weight` is the one from before any quantisation."""
+        """Whether `weight` returns the weight from before quantization."""
         return not target.quantized or self.originals is not None
 
     def weight(self, target: Target) -> Float[Tensor, "out in"]:
-        """The original weight, where its module's factors belong.
+        """The original weight, on the device of the module's factors.
 
-        Quantised modules' in float32, others' in their own dtype, to which a checkpoint's is cast:
-        it is the loaded model's.
+        It is float32 for quantized modules. For others it has the module's dtype, to which a
+        checkpoint's weight is cast, as when loading the model.
 
         Raises:
-            ValueError: the checkpoint's weight is not the one that was quantised.
+            ValueError: the checkpoint's weight is not the one that was quantized.
         """
         present = self.present(target)
         if not target.quantized or self.originals is None:
@@ -100,16 +100,16 @@ class BaseWeights:
         if norm > 0 and error > LARGEST_QUANTIZATION_ERROR:
             raise ValueError(
                 f"original_weights: the weight of {target.name!r} differs from the model's by "
-                f"{float(error):.2f} of its norm, more than quantisation does; pass the checkpoint "
-                "that the model was quantised from"
+                f"{float(error):.2f} of its norm, more than quantization does; pass the checkpoint "
+                "that the model was quantized from"
             )
         return original
 
     def present(self, target: Target) -> Float[Tensor, "out in"]:
-        """The weight that the module computes with; float ones in the module's dtype.
+        """The weight that the module computes with. Float weights have the module's dtype.
 
         Raises:
-            ValueError: it is not loaded, and there is no checkpoint.
+            ValueError: the weight is not loaded, and no checkpoint was passed.
         """
         module = self._module(target)
         if not module.weight.is_meta:
@@ -123,7 +123,7 @@ class BaseWeights:
         return orient(target.module_type, stored.to(factor_device(module), module.weight.dtype))
 
     def _module(self, target: Target) -> nn.Module:
-        """The target's own module, which an adapted layer has inside."""
+        """The target module; for an adapted layer, its base layer."""
         module = self.model.get_submodule(target.name)
         return getattr(module, "base_layer", module)
 
@@ -131,12 +131,12 @@ class BaseWeights:
         return is_unloaded(self._module(target))
 
     def _check_stored(self, targets: list[Target]) -> None:
-        """Refuse a checkpoint that lacks one of these weights, or has another in its place."""
+        """Raise if the checkpoint lacks one of these weights or has one of another shape."""
         found: dict[str, str] = {}
         for target in targets:
             name, wanted = self._stored_name(target), self._stored_shape(target)
             shape, key = self.originals.shape(name), self.originals.key(name)
-            source = "that the model was quantised from" if target.quantized else "of this model"
+            source = "that the model was quantized from" if target.quantized else "of this model"
             if shape != wanted:
                 raise ValueError(
                     f"original_weights: the weight of {target.name!r} is {shape} there and "
@@ -150,7 +150,7 @@ class BaseWeights:
             found[key] = target.name
 
     def _stored_name(self, target: Target) -> str:
-        """The module under whose name the weight is stored: of tied ones it may be another's."""
+        """The module name under which the weight is stored; tied weights may use another name."""
         names = (target.name, *(name.removesuffix(".weight") for name in target.shared_with))
         return next((name for name in names if self.originals.has(name)), target.name)
 
@@ -160,7 +160,7 @@ class BaseWeights:
         return target.shape[::-1] if self._stored_transposed(target) else target.shape
 
     def _stored_transposed(self, target: Target) -> bool:
-        """Whether the checkpoint has (in, out): transformers quantises Conv1D as a linear layer."""
+        """Whether the checkpoint stores (in, out): a Conv1D that transformers quantized."""
         source = getattr(self._module(target), "source_cls", None)
         return source is not None and source.__name__ == "Conv1D"
 

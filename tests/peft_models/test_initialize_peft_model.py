@@ -723,7 +723,7 @@ def test_wrong_settings_are_refused():
     refused(model, TypeError, "must be a mapping or LoftqOptions", "loftq", options=PissaOptions())
     refused(model, TypeError, "options go with a method's name", {"name": "pissa"}, options={})
     refused(model, ValueError, "'eva' needs calibration data", "eva")
-    refused(model, ValueError, "no target is quantised", original_weights={})
+    refused(model, ValueError, "no target is quantized", original_weights={})
     start(model, "pissa")
     refused(model, ValueError, "'eva' needs calibration data", "eva")
 
@@ -732,7 +732,7 @@ def test_unsupported_ranks_and_layers_are_refused():
     model = wrapped(llama(), ["q_proj"], r=3)
     refused(model, ValueError, "q_proj'.*r must be even", "orthogonal")
     words = wrapped(Case("Embedding").build(), ["words"])
-    refused(words, TypeError, "'words' is a Embedding.*olora does not serve", "olora")
+    refused(words, TypeError, "'words' is a Embedding.*olora does not support", "olora")
     head = wrapped(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), ["a"])
     refused(head, TypeError, "'a' is PEFT's lora.MultiheadAttention", "kaiming")
     kasa = wrapped(llama(), ["q_proj"], arrow_config=None, alora_invocation_tokens=[1])
