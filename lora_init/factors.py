@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.linalg import matrix
+from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
 
 if TYPE_CHECKING:
@@ -118,8 +119,3 @@ def unstacked(stack: Factors, count: int) -> list[Factors]:
         )
         for index in range(count)
     ]
-
-
-def widened(weight: Tensor) -> Tensor:
-    """The tensor in float32 if it has a narrower dtype, else unchanged."""
-    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.factors import widened
+from lora_init.linalg.matrix import widened
 from lora_init.moments import InputStatistics, LeadingComponents, StackedInputs
 
 if TYPE_CHECKING:

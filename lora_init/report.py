@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.factors import low_rank_product, widened
+from lora_init.factors import low_rank_product
 from lora_init.layers import LoraLayer
+from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.plan import Target

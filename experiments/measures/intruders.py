@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.factors import widened
 from lora_init.linalg import top_singular
+from lora_init.linalg.matrix import widened
 
 THRESHOLD = 0.5
 

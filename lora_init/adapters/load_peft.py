@@ -28,9 +28,9 @@ from lora_init.adapters.saved_modules import in_file
 from lora_init.adapters.tensors import Contents
 from lora_init.config.file import method_of
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import Factors, low_rank_product, widened
+from lora_init.factors import Factors, low_rank_product
 from lora_init.layer import Layer
-from lora_init.linalg.draws import zeros
+from lora_init.linalg.matrix import widened
 from lora_init.plan.match import select
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.kinds import module_type, stored_weight
@@ -126,7 +126,7 @@ def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, 
     """The initial factors, by the decomposition that PEFT took."""
     if target.module_type == "Embedding":
         rows, columns = target.shape
-        return zeros(target.rank, columns), zeros(rows, target.rank)
+        return torch.zeros(target.rank, columns), torch.zeros(rows, target.rank)
     weight = widened(weights.present(target)).float()
     layer = Layer(
         names=(target.name,),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import widened
+from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Plan, Target
 
 PORTABLE_TYPES = ("Linear", "Linear4bit", "Linear8bitLt")

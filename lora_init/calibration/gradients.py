@@ -35,8 +35,7 @@ from torch import Tensor, nn
 
 from lora_init.calibration.batches import check_count, forward, home, moved
 from lora_init.distributed import all_or_none, over_ranks
-from lora_init.factors import widened
-from lora_init.linalg.matrix import refuse_non_finite
+from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import add_product
 from lora_init.linalg.precision import full_precision
 from lora_init.linalg.transfer import on_host

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.cache import Cache
-from lora_init.factors import Factors, Replacement, low_rank_product, unstacked, widened
+from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
 from lora_init.initialize import jobs, shared
 from lora_init.initialize.cached import CachedFactors, cacheable
 from lora_init.initialize.checks import FactorNorms, check_shapes, moved_together
 from lora_init.initialize.jobs import Job
 from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
-from lora_init.linalg.matrix import refuse_non_finite
+from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import is_narrow
 from lora_init.linalg.transfer import wait_for_writes
 from lora_init.plan.plan import Plan, Target

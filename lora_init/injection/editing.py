@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lora_init.factors import low_rank_product, widened
+from lora_init.factors import low_rank_product
 from lora_init.injection.exclusive import is_exclusive
 from lora_init.injection.transaction import Transaction
 from lora_init.injection.weights import store_weight
-from lora_init.linalg.matrix import products, rows_together
+from lora_init.linalg.matrix import products, rows_together, widened
 from lora_init.linalg.precision import full_precision
 from lora_init.weights.kinds import oriented_weight
 

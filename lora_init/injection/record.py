@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.factors import Replacement, widened
+from lora_init.factors import Replacement
 from lora_init.injection.weights import Held
 from lora_init.layers import LoraLayer, TrainedModule
+from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Target
 from lora_init.weights import bitsandbytes
 from lora_init.weights.source import BaseWeights

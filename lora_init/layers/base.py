@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.factors import low_rank_product, widened
+from lora_init.factors import low_rank_product
 from lora_init.layers import dora
 from lora_init.layers.effective_weight import effective_weight
 from lora_init.layers.input import only_input
+from lora_init.linalg.matrix import widened
 from lora_init.weights.bitsandbytes import dequantized, float_dtype, is_packed
 from lora_init.weights.kinds import module_type, orient
 from lora_init.weights.offload import HOOK_ATTRIBUTES

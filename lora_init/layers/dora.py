@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.factors import widened
 from lora_init.layers import two_parts
 from lora_init.layers.transforms import is_transformed
+from lora_init.linalg.matrix import widened
 
 Initial = tuple[Tensor, Tensor, Tensor]
 """A0, B0 and W A0ᵀ, if the forward pass subtracts the initial product."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.factors import widened
+from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
 from lora_init.weights.kinds import TRANSPOSED_TYPES
 

@@ -102,3 +102,8 @@ def refuse_non_finite(name: str, weight: Tensor) -> None:
             "checkpoint is damaged, or its dtype is too small for its values. Load it again in a "
             "wider dtype."
         )
+
+
+def widened(weight: Tensor) -> Tensor:
+    """The tensor in float32 if it has a narrower dtype, else unchanged."""
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import Factors, low_rank_product, widened
+from lora_init.factors import Factors, low_rank_product
 from lora_init.injection import Transaction, atomically
+from lora_init.linalg.matrix import widened
 from lora_init.peft_models.changes import Attribute, Data, Edit, Hook, Item, Operation, Trained
 from lora_init.peft_models.layers import START, AdaptedLayer, check_peft_model, refuse_merged
 from lora_init.peft_models.start import Start, records

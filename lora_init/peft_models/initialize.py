@@ -18,9 +18,10 @@ from lora_init.api import allocated, check_call, device_for
 from lora_init.cache import default_cache
 from lora_init.calibration.calibrate import calibrated
 from lora_init.calibration.result import Calibration
-from lora_init.factors import low_rank_product, widened
+from lora_init.factors import low_rank_product
 from lora_init.initialize.run import InitializedLayer, initialize
 from lora_init.injection import Transaction, atomically
+from lora_init.linalg.matrix import widened
 from lora_init.model.verification import original_output, verify_adapted
 from lora_init.peft_models.apply import apply, begin, drop_layer, set_config
 from lora_init.peft_models.first_pass import check_first_pass
