@@ -46,8 +46,10 @@ def _embedding(value: Any) -> bool:
     if not isinstance(value, Mapping) or not isinstance(value.get("shape"), list):
         return False
     shape = value["shape"]
-    return bool(shape) and all(isinstance(size, int) for size in shape) and isinstance(
-        value.get("fingerprint", ""), str
+    return (
+        bool(shape)
+        and all(isinstance(size, int) for size in shape)
+        and isinstance(value.get("fingerprint", ""), str)
     )
 
 

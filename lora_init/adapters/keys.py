@@ -165,9 +165,7 @@ def _renaming(base: nn.Module, layers: list[str]) -> Callable[[str], str]:
     if all(through_wrappers(layer) in modules for layer in layers):
         return through_wrappers
     former = _former_names(base)
-    if former is not None and all(
-        through_wrappers(former(layer)) in modules for layer in layers
-    ):
+    if former is not None and all(through_wrappers(former(layer)) in modules for layer in layers):
         return lambda key: through_wrappers(former(key))
     moved = _moved_prefix(map(without_wrappers, layers), single)
     if moved is not None:

@@ -114,9 +114,7 @@ def _quantizers(header: Mapping[str, Any]) -> dict[str, Quantizer]:
         raise ValueError(f"the adapter file's quantizers are damaged ({error!r})") from error
 
 
-def _refuse_missing_layers(
-    contents: Contents, plan: Plan, fingerprints: Mapping[str, str]
-) -> None:
+def _refuse_missing_layers(contents: Contents, plan: Plan, fingerprints: Mapping[str, str]) -> None:
     """Refuse a file that lacks whole layers: the header has a fingerprint of each.
 
     Raises:

@@ -212,9 +212,7 @@ def _base_modules(injection: Injection) -> list[nn.Module]:
     return [layer.base_layer for layer in injection.layers.values()]
 
 
-def _parts(
-    target: Target, injection: Injection, given: Given, replaced: bool
-) -> dict[str, Tensor]:
+def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -> dict[str, Tensor]:
     """A layer's adapter on its original base: of rank 2r where the base was subtracted from.
 
     Where bases were replaced, the factors are as they are, with what makes the base out of the
