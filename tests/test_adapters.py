@@ -176,7 +176,7 @@ def test_a_missing_file(folder, refused):
     (folder / "adapter_config.json").write_text("{")
     refused("not valid JSON")
     (folder / "adapter_config.json").write_text("[]")
-    refused("holds no JSON object")
+    refused("must contain a JSON object")
     (folder / "adapter_config.json").unlink()
     refused("no adapter_config.json", FileNotFoundError)
 
