@@ -1,4 +1,4 @@
-"""How should a low-rank adapter start? Every LoRA initialization behind one registry.
+"""Initialize low-rank adapters (LoRA). Every initialization method is in one registry.
 
 from lora_init import LoraConfig, get_peft_model
 

@@ -1,7 +1,8 @@
-"""Sums and errors over the ranks of the default process group; without one, there is one rank.
+"""Sum tensors and share errors over the ranks of the default process group.
 
-Every rank must take part in every call. So an error of one rank may not keep it from the next
-reduction: what can fail runs under `all_or_none`, which makes it an error of all.
+Without a process group there is one rank. Every rank must take part in every call. Code that can
+fail runs under `all_or_none`, which raises on all ranks if one rank fails. Otherwise the other
+ranks would wait forever in the next reduction.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from torch import Tensor, distributed
 
 
 def rank_count() -> int:
-    """Of the default process group; 1 without one."""
+    """The number of ranks of the default process group; 1 without a group."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
     return distributed.get_world_size()
 
 
 def rank_number() -> int:
-    """This process's rank; 0 without a process group."""
+    """The rank of this process; 0 without a process group."""
     return distributed.get_rank() if rank_count() > 1 else 0
 
 
 def over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, the same on all; a new tensor on the device of `tensor`."""
+    """Sum `tensor` over all ranks; the result is on the device of `tensor`."""
     if rank_count() == 1:
         return tensor
     total = tensor.to(_place(tensor), copy=True)
@@ -36,7 +37,7 @@ def over_ranks(tensor: Tensor) -> Tensor:
 
 
 def from_ranks(item: Any) -> list[Any]:
-    """The ranks' items, in the ranks' order."""
+    """Gather one item from each rank, in the order of the ranks."""
     if rank_count() == 1:
         return [item]
     items = [None] * rank_count()
@@ -46,13 +47,13 @@ def from_ranks(item: Any) -> list[Any]:
 
 @contextmanager
 def all_or_none(work: str) -> Iterator[None]:
-    """Leave the block without an error on all ranks, or with one on all.
+    """Raise on all ranks if the block raises on one rank.
 
     Args:
-        work: what is done, for the message.
+        work: a description of the block, for the message.
 
     Raises:
-        RuntimeError: another rank failed; the message is its own.
+        RuntimeError: another rank failed; the message contains the error of that rank.
     """
     failure = None
     try:
@@ -68,9 +69,9 @@ def all_or_none(work: str) -> Iterator[None]:
 
 
 def _place(tensor: Tensor) -> torch.device:
-    """A device whose tensors the process group reduces: the tensor's own where it is one of them.
+    """A device that the process group can reduce on: if possible, the device of the tensor.
 
-    A CUDA tensor stays on its own device, which need not be the current one.
+    A CUDA tensor stays on its device, which may differ from the current one.
     """
     entries = distributed.get_backend_config().split(",")
     kinds = [entry.partition(":")[0] for entry in entries]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files atomically, so that a reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ from pathlib import Path
 from typing import Any
 
 OLD = 24 * 3600
-"""Seconds after which a scratch file of an unknown writer is taken for abandoned."""
+"""Seconds after which a scratch file from another host counts as abandoned."""
 
 
 def write_atomically(
     path: Path, write: Callable[[Path], Any], last: Callable[[], Any] = lambda: None
 ) -> None:
-    """Write a scratch file next to `path`, call `last`, and rename the scratch file to `path`.
+    """Write a file completely or not at all.
 
-    Scratch files of writers that were killed are removed first. The file's mode is what the
-    process's umask gives.
+    A scratch file next to `path` is written and then renamed to `path`. Scratch files of killed
+    writers are removed first. The umask of the process sets the mode of the file.
+
+    Args:
+        path: the file to write. Its folder must exist.
+        write: writes the content to the path that it gets.
+        last: is called after `write` and before the file is renamed.
     """
     remove_abandoned(path)
     prefix = f".{path.name}.{_host()}-{os.getpid()}-"
-    # Not mkstemp, whose files nobody else may read, whatever the umask says.
+    # mkstemp ignores the umask: it lets only the owner read its files.
     temporary = Path(tempfile.mktemp(dir=path.parent, prefix=prefix))
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = temporary.stat().st_mode  # safetensors gives its own
+    mode = temporary.stat().st_mode  # safetensors sets another mode
     try:
         write(temporary)
         os.chmod(temporary, mode)
@@ -39,7 +44,7 @@ def write_atomically(
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove the scratch files that killed writers of `path` have left."""
+    """Remove the scratch files that killed writers of `path` left behind."""
     for scratch in path.parent.glob(f".{path.name}.*"):
         host, _, rest = scratch.name.removeprefix(f".{path.name}.").partition("-")
         process = rest.partition("-")[0]
@@ -50,7 +55,7 @@ def remove_abandoned(path: Path) -> None:
                 abandoned = scratch.stat().st_mtime < time.time() - OLD
             if abandoned:
                 scratch.unlink(missing_ok=True)
-        except OSError:  # removed by another process meanwhile, or not ours to remove
+        except OSError:  # another process removed it, or we have no permission
             continue
 
 
@@ -63,6 +68,6 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's
+    except (OSError, OverflowError):  # a process of another user
         return True
     return True

@@ -1,4 +1,4 @@
-"""Progress bars for loops that may take long: silent unless they do, and only on a terminal."""
+"""Progress bars for long loops: shown on a terminal only, and only after one second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATIENCE_SECONDS = 1.0
 
 
 def tracked(items: Iterable[Item], description: str) -> Iterator[Item]:
-    """Yield the items; once that takes longer than a second, show a bar on rich's console."""
+    """Yield the items, and show a progress bar once that takes longer than a second."""
     total = len(items) if hasattr(items, "__len__") else None
     with tracking(total, description) as advance:
         for item in items:
@@ -26,7 +26,7 @@ def tracked(items: Iterable[Item], description: str) -> Iterator[Item]:
 
 @contextmanager
 def tracking(total: int | None, description: str) -> Iterator[Callable[[int], None]]:
-    """The same for work that comes in any order: gives a function that counts what is done."""
+    """Show a progress bar for any work; yields a function that adds to the finished count."""
     console = rich.get_console()
     if not console.is_terminal:
         yield lambda count: None

@@ -362,7 +362,7 @@ def test_nothing_works_after_unload(model, tmp_path):
         adapted.merge_and_unload,
         lambda: adapted.save_pretrained(tmp_path),
     ):
-        with pytest.raises(RuntimeError, match="was unloaded; call get_peft_model again"):
+        with pytest.raises(RuntimeError, match="was unloaded. Call get_peft_model again"):
             call()
     with pytest.raises(FileNotFoundError, match="no folder"):
         LoraModel.from_pretrained(model, tmp_path / "nowhere")

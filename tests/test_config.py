@@ -142,19 +142,19 @@ def test_alphas_are_positive_and_finite(alpha):
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, float("nan"), "0.1"])
 def test_dropout_is_a_probability_below_one(dropout):
-    refused(r"lora_dropout=.*0\.0 <= p < 1\.0", lora_dropout=dropout)
+    refused(r"lora_dropout=.*at least 0\.0 and less than 1\.0", lora_dropout=dropout)
 
 
 def test_layer_indices_need_a_list_of_names():
-    refused("layers_to_transform.*pass a list", layers_to_transform=[0], target_modules=".*q")
-    refused("layers_to_transform.*pass a list", layers_to_transform=0, target_modules="all-linear")
+    refused("layers_to_transform.*Pass a list", layers_to_transform=[0], target_modules=".*q")
+    refused("layers_to_transform.*Pass a list", layers_to_transform=0, target_modules="all-linear")
     refused("layers_pattern.*layers_to_transform", layers_pattern="layers", target_modules=["q"])
 
 
 @pytest.mark.wrong_types
 def test_values_of_a_wrong_type_are_named():
-    refused("modules_to_save='lm_head'; pass a list", modules_to_save="lm_head")
-    refused("rank_pattern='q'; pass a mapping", rank_pattern="q")
+    refused("modules_to_save='lm_head' is not supported: must be a list", modules_to_save="lm_head")
+    refused("rank_pattern='q' is not supported: must be a mapping", rank_pattern="q")
     refused("rho='2'", init_lora_weights={"name": "eva", "rho": "2"})
     refused("rho=inf", init_lora_weights={"name": "eva", "rho": float("inf")})
     refused("damping='x'", init_lora_weights={"name": "corda", "damping": "x"})
@@ -165,18 +165,20 @@ def test_values_of_a_wrong_type_are_named():
 def test_variants_are_checked():
     for setting in ("use_dora", "lora_bias", "use_rslora"):
         for value in (1, "true", None):
-            refused(f"{setting}={value!r}; allowed are True and False", **{setting: value})
+            message = f"{setting}={value!r} is not supported: must be True or False"
+            refused(message, **{setting: value})
     refused(
-        "lora_bias=True with use_dora=True.*set one of them to False", use_dora=True, lora_bias=True
+        "lora_bias=True with use_dora=True.*Set one of them to False", use_dora=True, lora_bias=True
     )
     for bias in ("some", None, True):
-        refused(f"bias={bias!r}; allowed are 'none', 'all' and 'lora_only'", bias=bias)
+        message = f"bias={bias!r} is not supported: must be one of 'none', 'all', 'lora_only'"
+        refused(message, bias=bias)
     for bias in ("none", "all", "lora_only"):
         assert LoraConfig(bias=bias).to_dict()["bias"] == bias
 
 
 def test_options_of_another_method_are_refused():
-    refused("eva_config is given, but init_lora_weights='pissa'", **{
+    refused("eva_config is not supported with init_lora_weights='pissa'", **{
         "init_lora_weights": "pissa", "eva_config": {"rho": 1.0},
     })  # fmt: skip
     refused("unknown option 'rhoo'; did you mean 'rho'", **{

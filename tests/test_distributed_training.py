@@ -333,7 +333,7 @@ def test_fully_sharded(found, case):
             assert message is not None, name
             assert message.startswith("RuntimeError: ")
             assert name in message
-            assert "sharded, a DTensor; gather the adapter" in message
+            assert "sharded, a DTensor. Gather the adapter" in message
         # Gathered, it is a plain adapter again.
         fresh = adapted(case)
         fresh.load_state_dict(fsdp["state"])

@@ -300,7 +300,7 @@ def test_saving_says_where_peft_would_ignore_the_adapter(check, tmp_path):
     model = get_peft_model(base, config, **settings)
     if check == "first pass":
         run(model, batch)
-    with pytest.warns(UserWarning, match=r"reads the weight of .*q_proj.* PEFT and others ignore"):
+    with pytest.warns(UserWarning, match=r"reads the weight of .*q_proj.* PEFT and other loaders"):
         model.save_pretrained(tmp_path)
 
 

@@ -1,23 +1,23 @@
-"""Adapter files: PEFT's format, in and out, lossless and never pickled.
+"""Save and load adapters in PEFT's file format, without loss and without pickles.
 
-A folder holds `adapter_config.json` and one safetensors file:
+A folder holds `adapter_config.json` and one safetensors file. The file depends on the method:
 
-- **kept base**: PEFT's own `adapter_model.safetensors`, factors as they are.
-- **subtracted base**: the same file, for the *original* base. There the trained model is
-  ``W + s (B A - B0 A0)``, so what is written is A' = [A; A0], B' = [B, -B0] of rank 2r, with alpha
-  doubled (times sqrt 2 under rsLoRA) so that the scaling is s again, and
-  `init_lora_weights: true`, so that nobody runs an initialization on it. PEFT, vLLM and anyone load
-  it as a plain adapter. The safetensors header tells us the split: our own reader restores rank r,
-  A0, B0 and the subtracted base, trainable as before.
-- **replaced base** (LoftQ, QPiSSA, a requantised residual): on the original base the change has
-  full rank, which PEFT's format cannot express; `lora_init_adapter.safetensors` holds A, B and the
-  recipe of the quantised base (see `lora_init.factors.Replacement`), under another name so that
-  PEFT refuses the folder instead of loading something else. The same name serves convolutions with
-  dilation or a padding mode, whose adapters PEFT's layers would compute without them.
+- **The method keeps the base weights**: `adapter_model.safetensors` holds the factors, as in PEFT.
+- **The method subtracts from the base weights**: the file fits the *original* base, on which the
+  trained model is ``W + s (B A - B0 A0)``. It holds A' = [A; A0] and B' = [B, -B0] of rank 2r.
+  Alpha is doubled (or multiplied by sqrt 2 with rsLoRA), so the scaling is still s. PEFT, vLLM and
+  others load it as a plain adapter, since `init_lora_weights` is true. The safetensors header
+  records how to restore rank r, A0, B0 and the edited base, so lora_init can continue training.
+- **The method replaces the base weights** (LoftQ, QPiSSA, a requantized residual): the change has
+  full rank on the original base, which PEFT's format cannot express. The file
+  `lora_init_adapter.safetensors` holds A, B and the recipe of the quantized base (see
+  `lora_init.factors.Replacement`). PEFT does not find this name, so it raises instead of loading a
+  wrong adapter. Convolutions with dilation or a padding mode use the same name, since PEFT's layers
+  ignore both.
 
-Files of PEFT are read too. Unconverted `pissa` and `olora` adapters are rebuilt by the same exact
-decomposition; `pissa_niter_N`, `corda` and `lora_ga` cannot be (their factors depended on a random
-stream or on data), and are refused.
+Files of PEFT can be loaded too. For unconverted `pissa` and `olora` adapters, the same exact
+decomposition restores the base. `pissa_niter_N`, `corda` and `lora_ga` adapters raise an error,
+since their initial factors depended on random numbers or on data.
 """
 
 from lora_init.adapters.embeddings import put_rows

@@ -1,7 +1,7 @@
-"""An `adapter_config.json` that was edited after the adapter was saved.
+"""Apply edits that a user made in `adapter_config.json` after the adapter was saved.
 
-PEFT follows such a file. So what can be followed exactly is followed: the scaling and the dropout.
-Anything else contradicts the tensors or the header, and is refused.
+Changes of the scaling and the dropout are applied, as in PEFT. Other changes contradict the tensors
+or the header, and raise an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lora_init.plan.match import PatternValues, name_matches, select
 from lora_init.plan.plan import Plan
 
 KEPT_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq", "mica")
-"""Values of init_lora_weights under which PEFT leaves the base alone."""
+"""Values of init_lora_weights for which PEFT does not change the base weights."""
 
 FIXED = ("use_dora", "lora_bias", "bias")
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout")
@@ -33,15 +33,20 @@ def followed(
     *,
     fixed: bool,
 ) -> LoraConfig:
-    """The configuration of the training with the edits of the file; itself where there are none.
+    """Return the training configuration with the edits of the file.
+
+    Without edits, the result is `config` itself.
 
     Args:
+        contents: the tensors of the file.
+        config: the configuration of the training, from the header.
+        plan: the plan of the adapter.
         values: the content of adapter_config.json.
-        doubled: how many times a layer's rank the file's rank is.
-        fixed: whether the scaling cannot change, since the base was replaced.
+        doubled: the rank in the file divided by the rank of the layer, 1 or 2.
+        fixed: whether the scaling must not change, because the base was replaced.
 
     Raises:
-        ValueError: an edit that contradicts the adapter, by the name of the field.
+        ValueError: an edit contradicts the adapter. The message names the field.
     """
     read = (*FIXED, *SCALING, *SELECTION)
     chosen = {name: values[name] for name in read if name in values} | {"peft_type": "LORA"}
@@ -66,7 +71,7 @@ def followed(
     if moved and fixed:
         raise ValueError(
             "lora_alpha, use_rslora or alpha_pattern in adapter_config.json was edited, but the "
-            "base of this adapter was computed with the former scaling; put them back"
+            "base of this adapter depends on the original scaling. Restore the original values."
         )
     if theirs.lora_dropout != config.lora_dropout:
         config = dataclasses.replace(config, lora_dropout=theirs.lora_dropout)
@@ -94,31 +99,31 @@ def _check_selection(contents: Contents, theirs: LoraConfig, plan: Plan) -> None
         differing = sorted(set(chosen) ^ set(wanted))
         raise ValueError(
             f"target_modules={theirs.target_modules!r} (with {', '.join(SELECTION[1:])}) in "
-            f"adapter_config.json contradicts the adapter, which has other layers: they differ in "
-            f"{listed(differing)}. Put the field back"
+            f"adapter_config.json contradicts the adapter: its layers differ in "
+            f"{listed(differing)}. Restore the original value."
         ) from failure
 
 
 def _check_modules_to_save(values: Mapping[str, Any], plan: Plan) -> None:
     entries = values.get("modules_to_save") or []
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise ValueError(f"modules_to_save={entries!r} is not supported: must be a list of names")
+        raise ValueError(f"modules_to_save={entries!r} is not supported: must be a list of names.")
     for name in plan.candidates:
         if any(name_matches(name, entry) for entry in entries):
             raise ValueError(
                 f"modules_to_save={entries!r} in adapter_config.json contradicts the adapter, "
-                f"which holds no tensors of {name!r}. Put the field back"
+                f"which has no tensors for {name!r}. Restore the original value."
             )
 
 
 def _contradiction(name: str, found: Any, wanted: Any) -> ValueError:
     return ValueError(
         f"{name}={found!r} in adapter_config.json contradicts the adapter, which was saved with "
-        f"{wanted!r}. Put the field back"
+        f"{wanted!r}. Restore this value."
     )
 
 
 def listed(names: Sequence[str]) -> str:
-    """Some names and the number of the others."""
+    """The first three names, and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more

@@ -1,7 +1,8 @@
-"""The rows of the input and output embeddings, which belong to a resized vocabulary.
+"""Save and load the input and output embeddings of a resized vocabulary.
 
-New rows are in no checkpoint of the base model. So an adapter's file may hold the whole embeddings,
-and a file without them records what they were: loading it onto another vocabulary is refused.
+The base model's checkpoint has no rows for new tokens. An adapter file can therefore contain the
+embeddings. A file without them records their shapes and samples, and cannot be loaded into a model
+with another vocabulary size.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from lora_init.plan.match import name_matches
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
 
 PEFT_NAMES = ("embed_tokens", "lm_head")
-"""Names of the embeddings that PEFT saves where they are adapted."""
+"""Names of embeddings that PEFT saves if they are adapted."""
 
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    """The input and output embeddings of a transformers model, by name; without wrappers."""
+    """The original input and output embedding modules of a transformers model, by name."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(model, getter, None)
@@ -45,7 +46,7 @@ def embeddings(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def description(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a file records of the vocabulary: the shape and samples of each embedding."""
+    """Describe the vocabulary for a file: the shape and a fingerprint of each embedding."""
     recorded: dict[str, dict[str, Any]] = {}
     for name, module in embeddings(model).items():
         weight = module.weight
@@ -58,14 +59,17 @@ def description(model: nn.Module) -> dict[str, dict[str, Any]]:
 def check_vocabulary(
     model: nn.Module, recorded: Mapping[str, Mapping[str, Any]], known: set[str]
 ) -> None:
-    """Compare the base's vocabulary with the one that an adapter was trained with.
+    """Compare the vocabulary of the base with the one that the adapter was trained with.
+
+    Different rows of the same shape only cause a warning.
 
     Args:
-        recorded: from `description`.
-        known: embeddings that the file holds, or whose weight is compared elsewhere.
+        model: the base model.
+        recorded: the result of `description` when the adapter was saved.
+        known: names of embeddings that the file contains or that are checked elsewhere.
 
     Raises:
-        ValueError: it has another size, and the file does not hold its rows.
+        ValueError: the shape of an embedding differs.
     """
     for name, module in embeddings(model).items():
         expected = recorded.get(name)
@@ -75,8 +79,9 @@ def check_vocabulary(
         if shape != wanted:
             raise ValueError(
                 f"the adapter was trained with a vocabulary of {wanted[0]} entries ({name!r}), "
-                f"this base model has {shape[0]}; call base.resize_token_embeddings({wanted[0]}), "
-                "or save the adapter with save_embedding_layers=True after that"
+                f"but this base model has {shape[0]}. Call base.resize_token_embeddings("
+                f"{wanted[0]}) first. To keep new rows, save the adapter with "
+                "save_embedding_layers=True."
             )
         samples = expected.get("fingerprint")
         if samples is None or not _comparable(module.weight):
@@ -84,8 +89,8 @@ def check_vocabulary(
         if not has_fingerprint(module.weight.detach(), samples):
             warnings.warn(
                 f"the rows of {name!r} are not those the adapter was trained with, so outputs "
-                "differ; save the adapter with save_embedding_layers=True where the vocabulary "
-                "was resized",
+                "differ. If the vocabulary was resized, save the adapter with "
+                "save_embedding_layers=True.",
                 stacklevel=6,
             )
 
@@ -97,23 +102,24 @@ def rows_are_needed(
     model_name: str | None,
     were_loaded: bool,
 ) -> bool:
-    """Whether a file is to hold the embeddings: PEFT's rule for "auto", without a network.
+    """Whether to save the embeddings. "auto" follows PEFT's rule, but without network access.
 
     Args:
-        setting: save_embedding_layers.
+        model: the base model.
+        setting: the value of save_embedding_layers.
         targets: the names of the adapted modules.
-        model_name: the folder or the hub's name of the base model.
-        were_loaded: whether the embeddings came from an adapter's file.
+        model_name: the folder or the hub name of the base model.
+        were_loaded: whether the embeddings were loaded from an adapter file.
 
     Raises:
-        ValueError: another value of the setting.
+        ValueError: the value of the setting is not supported.
     """
     if setting is True or setting is False:
         return setting
     if setting != "auto":
         raise ValueError(
             f"save_embedding_layers={setting!r} is not supported: must be one of 'auto', True, "
-            "False. Choose one of them"
+            "False. Choose one of them."
         )
     if were_loaded or any(name_matches(t, name) for t in targets for name in PEFT_NAMES):
         return True
@@ -126,12 +132,13 @@ def rows_are_needed(
 def rows(
     model: nn.Module, left_out: set[str], originals: Mapping[str, Tensor], required: bool
 ) -> dict[str, Tensor]:
-    """The embeddings' tensors by key.
+    """The tensors of the embeddings, by their keys in the file.
 
     Args:
-        left_out: names of modules that the file holds anyway, or whose original is gone.
-        originals: weights of adapted modules before injection, as they are stored, by name.
-        required: refuse weights that are not loaded; else they are left out.
+        model: the base model.
+        left_out: names of modules that the file already contains, or whose original is lost.
+        originals: original weights of adapted modules, as stored before injection, by name.
+        required: whether to raise if a weight is not loaded; otherwise it is skipped.
 
     Raises:
         ValueError: a required weight is not loaded.
@@ -139,8 +146,8 @@ def rows(
     found = embeddings(model)
     if not found:
         warnings.warn(
-            "save_embedding_layers=True, but the model has no get_input_embeddings, as models of "
-            "transformers have; no embeddings are saved",
+            "save_embedding_layers=True has no effect, because the model has no "
+            "get_input_embeddings as in transformers. No embeddings are saved.",
             stacklevel=4,
         )
     tensors: dict[str, Tensor] = {}
@@ -150,8 +157,8 @@ def rows(
             continue
         if module.weight.is_meta:
             raise ValueError(
-                f"save_embedding_layers: the weight of {name!r} is on the meta device; load the "
-                "model first, or pass save_embedding_layers=False"
+                f"save_embedding_layers: the weight of {name!r} is on the meta device. Load the "
+                "model first, or pass save_embedding_layers=False."
             )
         if name != owners[id(module.weight)]:
             continue  # tied to another one
@@ -164,12 +171,17 @@ def rows(
 
 
 def take_rows(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the embeddings out of a file's tensors, by the base's parameter.
+    """Remove the embeddings from a file's tensors, and return those that differ from the base.
 
-    Those that the base has already are left out.
+    Args:
+        base: the base model.
+        tensors: the tensors of the file; the embeddings are removed.
+
+    Returns:
+        The tensors by the names of the base's parameters.
 
     Raises:
-        ValueError: the base's embedding has another shape.
+        ValueError: an embedding of the base has another shape.
     """
     found: dict[str, Tensor] = {}
     for name, module in embeddings(base).items():
@@ -180,24 +192,24 @@ def take_rows(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 value = tensors.pop(key)
                 if value.shape != parameter.shape:
                     raise ValueError(
-                        f"the adapter file holds another {key!r} than this base model, of shape "
-                        f"{tuple(value.shape)} against {tuple(parameter.shape)}; call base."
-                        f"resize_token_embeddings({len(value)}) first, or load the base model it "
-                        "was trained on"
+                        f"{key!r} in the adapter file has shape {tuple(value.shape)}, but this "
+                        f"base model has {tuple(parameter.shape)}. Call base."
+                        f"resize_token_embeddings({len(value)}) first, or load the base model of "
+                        "the training."
                     )
                 if not value.is_floating_point():
-                    raise ValueError(f"{key!r} has dtype {value.dtype}; the file is damaged")
+                    raise ValueError(f"{key!r} has dtype {value.dtype}. The file is damaged.")
                 if not parameter.is_meta and not same_rows(value, parameter):
                     found[f"{name}.{part}"] = value
     return found
 
 
 def put_rows(base: nn.Module, rows: Mapping[str, Tensor], transaction: Transaction) -> None:
-    """Put a file's rows into the base's embeddings, where they stay."""
+    """Copy the rows of a file into the embeddings of the base, permanently."""
     if rows:
         warnings.warn(
-            f"the adapter file holds other rows of {', '.join(map(repr, rows))} than the base "
-            "model, which gets them, as in PEFT: its vocabulary was resized, or they were trained",
+            f"the rows of {', '.join(map(repr, rows))} in the base model are replaced by those of "
+            "the adapter file, as in PEFT. The vocabulary was resized, or the rows were trained.",
             stacklevel=5,
         )
     for name, value in rows.items():
@@ -208,7 +220,7 @@ def put_rows(base: nn.Module, rows: Mapping[str, Tensor], transaction: Transacti
 
 
 def same_rows(value: Tensor, expected: Tensor) -> bool:
-    """Equal up to two roundings to 16 bits, whichever of the two is in which dtype."""
+    """Whether two tensors are equal up to two roundings to a 16-bit dtype."""
     expected = expected.detach().cpu()
     slack = 1e-6 * max(1.0, float(expected.abs().max())) if expected.numel() else 0.0
     return torch.allclose(value.float(), expected.float(), rtol=2.0**-7, atol=slack)
@@ -232,11 +244,11 @@ def _vocabulary(config: Any) -> int | None:
 
 
 def _saved_vocabulary(config: Any, model_name: str) -> int | None:
-    """The vocabulary that a model was saved with, from its folder or the hub's local cache."""
+    """The vocabulary size of the saved model, from its folder or the local hub cache."""
     load = getattr(type(config), "from_pretrained", None)
     if load is None:
         return None
     try:
         return _vocabulary(load(model_name, local_files_only=True))
-    except (OSError, ValueError, TypeError):  # it is not on this machine
+    except (OSError, ValueError, TypeError):  # the model is not on this machine
         return None

@@ -1,14 +1,15 @@
-"""How the parts of an adapter are called and shaped in a file.
+"""Names and shapes of the tensors in an adapter file.
 
-| part | Linear, Conv1D, quantised | Conv2d | Embedding |
+| part | Linear, Conv1D, quantized | Conv2d | Embedding |
 |---|---|---|---|
 | lora_A | lora_A.weight (r, in) | lora_A.weight (r, c, h, w) | lora_embedding_A (r, entries) |
 | lora_B | lora_B.weight (out, r) | lora_B.weight (out, r, 1, 1) | lora_embedding_B (width, r) |
 | lora_bias | lora_B.bias (out,) | the same | – |
 | lora_magnitude_vector | (out,) | (1, out, 1, 1) | (width,) |
 
-Keys begin with "base_model.model." and the module's name. A trained bias of an adapted module is
-called base_layer.bias, any other keeps its name, as do the tensors of a module trained whole.
+Keys begin with "base_model.model." and the name of the module. The trained bias of an adapted
+module is called base_layer.bias. Other biases and the tensors of fully trained modules keep their
+names.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ _KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lor
 _EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
 FIRST_FACTOR = (".lora_A.weight", ".lora_embedding_A")
-"""How the keys end by which a file's layers are found."""
+"""Endings of the keys of first factors, which identify the adapted layers of a file."""
 
 
 def part_key(target: Target, part: str) -> str:
-    """The key of a part of a layer's adapter; parts of our own are called as they are."""
+    """The key of one tensor of a layer's adapter, as in PEFT; other parts keep their names."""
     keys = _EMBEDDING_KEYS if target.module_type == "Embedding" else _KEYS
     return f"{PREFIX}{target.name}.{keys.get(part, part)}"
 
 
 def peft_computes(module: nn.Module) -> bool:
-    """Whether PEFT's layer around this module computes what the tensors say.
+    """Whether PEFT's adapted layer for this module computes the same output.
 
-    Its A of a Conv2d has the base's stride and padding, but no dilation and no padding mode.
+    PEFT's A of a Conv2d uses the stride and padding of the base, but not its dilation and padding
+    mode.
     """
     if module_type(module) != "Conv2d":
         return True
@@ -55,7 +57,7 @@ def bias_key(name: str, layers: Mapping[str, object]) -> str:
 
 
 def file_shape(target: Target, module: nn.Module, part: str, rank: int) -> tuple[int, ...]:
-    """The shape of a part in a file. `module` is the base module, whose kernel A has."""
+    """The shape of a part in a file; A of a Conv2d has the kernel size of `module`."""
     rows, columns = target.shape
     convolution = target.module_type == "Conv2d"
     if part in ("replacement_A", "initial_A"):
@@ -72,5 +74,5 @@ def file_shape(target: Target, module: nn.Module, part: str, rank: int) -> tuple
 
 
 def matrix(part: str, tensor: Tensor) -> Tensor:
-    """A file's tensor as the layers hold it: factors as matrices, the rest as vectors."""
+    """Reshape a tensor of a file for a layer: factors to matrices, other parts to vectors."""
     return tensor.flatten(1) if part.endswith(("_A", "_B")) else tensor.flatten()

@@ -1,4 +1,4 @@
-"""The adapter's tensors from a state dict, where a trainer has gathered them there."""
+"""Select the tensors to save: from a state dict that a trainer gathered, or from the model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lora_init.adapters.keys import plain_names, without_wrappers
 
 
 class Given:
-    """The tensors to write: those of a state dict of the `LoraModel`, or the model's own.
+    """The tensors to save, from a state dict of the `LoraModel` or from the model.
 
-    A state dict is what DeepSpeed, FSDP and Accelerate gather from shards. Keys are the model's,
-    with or without the parts that wrappers add.
+    DeepSpeed, FSDP and Accelerate gather such a state dict from shards. Its keys may contain the
+    parts that wrappers add.
 
     Args:
-        state: None for the model's own tensors.
-        model: the injected base.
+        state: the state dict; None for the tensors of the model.
+        model: the base model, after injection.
     """
 
     def __init__(self, state: Mapping[str, Tensor] | None, model: nn.Module) -> None:
@@ -47,12 +47,12 @@ class Given:
         found = self.state.get(without_wrappers(key))
         if found is None:
             raise ValueError(
-                f"state_dict lacks 'base_model.{key}'; pass what the LoraModel's state_dict() "
-                "returns, or leave state_dict out"
+                f"state_dict lacks 'base_model.{key}'. Pass the result of the LoraModel's "
+                "state_dict(), or leave out state_dict."
             )
         if found.shape != own.shape and own.numel():
             raise ValueError(
                 f"state_dict: 'base_model.{key}' has shape {tuple(found.shape)}, the model has "
-                f"{tuple(own.shape)}; pass the state dict of this model, gathered from its shards"
+                f"{tuple(own.shape)}. Pass the state dict of this model, gathered from its shards."
             )
         return found.detach()

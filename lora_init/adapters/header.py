@@ -1,4 +1,4 @@
-"""The header of our own files: JSON in the metadata of the safetensors file."""
+"""Check the header of an adapter file: JSON in the metadata of the safetensors file."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Any
 
 
 def check_header(header: Any, version: int) -> None:
-    """Check the types of everything in a header, so that what reads it can rely on them.
+    """Check the version of a header and the type of each part.
 
     Raises:
-        ValueError: another version, or a part that is missing or has another type, by name.
+        ValueError: the version is not supported, or a part is missing or has a wrong type.
     """
     if not isinstance(header, dict):
-        raise ValueError(f"the adapter file's header must be an object, not {header!r:.80}")
+        raise ValueError(
+            f"the header of the adapter file must be a JSON object, not {header!r:.80}"
+        )
     found = header.get("format_version")
     if found != version:
         raise ValueError(
-            f"the adapter was written in format {found!r}; this version of lora_init reads format "
-            f"{version}"
+            f"format_version={found!r} of the adapter file is not supported: must be {version}. "
+            "Install the version of lora_init that saved it."
         )
     for name, (required, accepts) in PARTS.items():
         if name not in header:
             if required:
-                raise ValueError(f"the adapter file's header lacks {name!r}; it is damaged")
+                raise ValueError(f"the header of the adapter file lacks {name!r}; it is damaged")
         elif not accepts(header[name]):
             raise ValueError(
-                f"the adapter file's header is damaged: {name!r} has another type than it must have"
+                f"the header of the adapter file is damaged: {name!r} has a wrong type"
             )
 
 
@@ -46,8 +48,10 @@ def _embedding(value: Any) -> bool:
     if not isinstance(value, Mapping) or not isinstance(value.get("shape"), list):
         return False
     shape = value["shape"]
-    return bool(shape) and all(isinstance(size, int) for size in shape) and isinstance(
-        value.get("fingerprint", ""), str
+    return (
+        bool(shape)
+        and all(isinstance(size, int) for size in shape)
+        and isinstance(value.get("fingerprint", ""), str)
     )
 
 
@@ -66,4 +70,4 @@ PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
     "copied_modules": (False, _names),
     "vocabulary": (False, _vocabulary),
 }
-"""Whether each part must be there, and what it must be."""
+"""For each part: whether it is required, and a check of its type."""

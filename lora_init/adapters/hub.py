@@ -1,4 +1,4 @@
-"""Uploading an adapter to the Hugging Face Hub, with a model card."""
+"""Upload an adapter to the Hugging Face Hub, with a model card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ tags:
 
 # Adapter
 
-A low-rank adapter (LoRA) of rank {rank}, started as `{method}` by `lora_init`.
+A low-rank adapter (LoRA) of rank {rank}, initialized with `{method}` by `lora_init`.
 
 ```python
 from peft import PeftModel
@@ -39,13 +39,12 @@ def push_adapter(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Save the adapter into a temporary folder, and upload that.
+    """Save an adapter to a temporary folder and upload it.
 
     Args:
-        save: writes the adapter into the folder that it is given.
-        config, method: what the model card says.
-        repo_id, commit_message, private, token, revision, create_pr: as of
-            `huggingface_hub.HfApi`.
+        save: a function that saves the adapter to a folder.
+        config, method: the configuration and the name of the method, for the model card.
+        repo_id, commit_message, private, token, revision, create_pr: see `huggingface_hub.HfApi`.
 
     Returns:
         The `CommitInfo` of the upload.
@@ -57,8 +56,8 @@ def push_adapter(
         from huggingface_hub import HfApi
     except ImportError as error:
         raise ImportError(
-            "push_to_hub needs huggingface_hub; install it, or upload the folder of "
-            "save_pretrained yourself"
+            "push_to_hub needs huggingface_hub. Install it, or upload the folder of "
+            "save_pretrained yourself."
         ) from error
     name = config.base_model_name_or_path
     base = f"base_model: {name}\n" if name and not Path(name).exists() else ""

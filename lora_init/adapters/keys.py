@@ -1,12 +1,13 @@
-"""Module names in a file and in a model: the same module, spelled differently.
+"""Map the module names in an adapter file to those of a model.
 
-A key is mapped only if that gives every adapted layer of the file exactly one module. In order:
+A mapping is used only if it gives each adapted layer of the file exactly one module. These rules
+are tried in order:
 
-1. the names are equal;
-2. wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing) put a part into
-   one of the two names;
-3. transformers renamed the modules since, and knows how: its mapping of checkpoint keys;
-4. one of the two models is part of the other: one leading part differs, the same for all layers.
+1. The names are equal.
+2. They differ by the parts that wrappers add (torch.compile, DistributedDataParallel, FSDP,
+   activation checkpointing).
+3. transformers has renamed the modules, and has a mapping of checkpoint keys.
+4. All names differ by the same leading part, since one model is part of the other.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lora_init.adapters.format import FIRST_FACTOR, PREFIX
 from lora_init.plan.plan import Plan
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-"""Names under which wrappers hold the module that they wrap."""
+"""Names of the attributes in which wrappers store the wrapped module."""
 
 _PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 _NAMED = re.compile(rf"\.({_PARTS})\.(?!(?:weight|bias)$)([^.]+)(\.weight|\.bias)?$")
@@ -33,10 +34,10 @@ _NAMED = re.compile(rf"\.({_PARTS})\.(?!(?:weight|bias)$)([^.]+)(\.weight|\.bias
 
 @dataclass(frozen=True)
 class Names:
-    """How the adapted layers of a file are called there, by their names in the model.
+    """Maps the names of adapted layers in the model to those in the file.
 
     Attributes:
-        in_file: the former by the latter; wrappers' parts are left out.
+        in_file: names in the file by names in the model, without the parts of wrappers.
     """
 
     in_file: Mapping[str, str] = field(default_factory=dict)
@@ -46,19 +47,19 @@ class Names:
 
 
 def unwrapped(name: str) -> str:
-    """A name without the parts that torch.compile and activation checkpointing add."""
+    """Remove the parts that torch.compile, FSDP and activation checkpointing add to a name."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS[:3])
 
 
 class PlainNames(dict[str, str]):
-    """Names without wrappers, by the names with them."""
+    """Module names without the parts of wrappers, by the names with them."""
 
     def __missing__(self, name: str) -> str:
-        return name  # from before the model was wrapped
+        return name  # a name from before the model was wrapped
 
 
 def plain_names(model: nn.Module) -> PlainNames:
-    """Every module's name as if no wrapper were in the model, by its name."""
+    """The name of each module without the parts of wrappers, by its name."""
     plain = PlainNames({"": ""})
     for name, _ in model.named_modules(remove_duplicate=False):
         if not name:
@@ -70,7 +71,7 @@ def plain_names(model: nn.Module) -> PlainNames:
 
 
 def with_names(plan: Plan, names: Mapping[str, str]) -> Plan:
-    """A plan whose modules have other names."""
+    """Return a plan whose modules are renamed by the mapping `names`."""
     targets = (dataclasses.replace(t, name=names.get(t.name, t.name)) for t in plan.targets)
     saved = (names.get(name, name) for name in plan.modules_to_save)
     candidates = dict.fromkeys(names.get(name, name) for name in plan.candidates)
@@ -90,11 +91,11 @@ def _wraps(module: nn.Module) -> bool:
 
 
 def as_in(base: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Names]:
-    """A file's tensors under the names that the base's modules have.
+    """Rename the tensors of a file to the module names of the base.
 
     Raises:
-        ValueError: a layer has no module in the base, or could be several; the file holds several
-            adapters; two of its tensors get one name.
+        ValueError: a layer matches no module or several; the file contains several adapters; or two
+            tensors get the same name.
     """
     tensors = _without_adapter_name(tensors)
     layers = list(dict.fromkeys(layer for key in tensors if (layer := _layer(key)) is not None))
@@ -104,14 +105,14 @@ def as_in(base: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         new = PREFIX + rename(key.removeprefix(PREFIX))
         if new in renamed:
             raise ValueError(
-                f"the adapter file holds {key!r} twice, under two names; keep one of them"
+                f"the adapter file contains {key!r} twice, under two names. Keep one of them."
             )
         renamed[new] = value
     return renamed, Names({rename(layer): unwrapped(layer) for layer in layers})
 
 
 def _layer(key: str) -> str | None:
-    """The module's name in the key of a first factor."""
+    """The name of the module if `key` is that of a first factor, else None."""
     for ending in FIRST_FACTOR:
         if key.endswith(ending):
             return key.removeprefix(PREFIX).removesuffix(ending)
@@ -119,17 +120,17 @@ def _layer(key: str) -> str | None:
 
 
 def _without_adapter_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys as PEFT saves them, from those of a PEFT model's whole state dict.
+    """Remove the adapter name from keys of a PEFT model's full state dict, as PEFT does.
 
     Raises:
-        ValueError: tensors of several adapters.
+        ValueError: the tensors belong to several adapters.
     """
     named = {key: match for key in tensors if (match := _NAMED.search(key))}
     adapters = sorted({match[2] for match in named.values()})
     if len(adapters) > 1:
         raise ValueError(
-            f"the file holds several adapters, {', '.join(map(repr, adapters))}; save one with "
-            "PEFT's model.save_pretrained(folder, selected_adapters=[name])"
+            f"the file contains several adapters: {', '.join(map(repr, adapters))}. Save one with "
+            "PEFT's model.save_pretrained(folder, selected_adapters=[name])."
         )
     plain: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -142,10 +143,10 @@ def _without_adapter_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renaming(base: nn.Module, layers: list[str]) -> Callable[[str], str]:
-    """How keys become the base's.
+    """A function that maps the file's names to those of the base.
 
     Raises:
-        ValueError: no way gives every layer one module.
+        ValueError: no rule gives each layer one module.
     """
     modules = {name for name, _ in base.named_modules()}
     if all(layer in modules for layer in layers):
@@ -165,16 +166,14 @@ def _renaming(base: nn.Module, layers: list[str]) -> Callable[[str], str]:
     if all(through_wrappers(layer) in modules for layer in layers):
         return through_wrappers
     former = _former_names(base)
-    if former is not None and all(
-        through_wrappers(former(layer)) in modules for layer in layers
-    ):
+    if former is not None and all(through_wrappers(former(layer)) in modules for layer in layers):
         return lambda key: through_wrappers(former(key))
     moved = _moved_prefix(map(without_wrappers, layers), single)
     if moved is not None:
         old, new = moved
         warnings.warn(
             f"the adapter's layers are called '{old}…' in the file and '{new}…' in "
-            f"{type(base).__name__}; they are taken for the same",
+            f"{type(base).__name__}; they are assumed to be the same",
             stacklevel=6,
         )
 
@@ -188,19 +187,19 @@ def _renaming(base: nn.Module, layers: list[str]) -> Callable[[str], str]:
     raise ValueError(
         f"the adapter has a layer {absent!r}, which {type(base).__name__} does not have"
         + (f" (the nearest is {near[0]!r})" if near else "")
-        + "; load the base model it was trained on"
+        + ". Load the base model of the training."
     )
 
 
 def without_wrappers(name: str) -> str:
-    """A name without the parts that any wrapper adds; a module called "module" loses its own."""
+    """Remove the parts that any wrapper adds to a name, and any other part called "module"."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _former_names(base: nn.Module) -> Callable[[str], str] | None:
-    """transformers' own renaming of former keys; None where it has none for this model.
+    """transformers' renaming of old checkpoint keys; None if it has none for this model.
 
-    It is imported already if the base is one of its models: this package does not need it.
+    If the base is a model of transformers, that library is already imported.
     """
     inner = base
     while not hasattr(inner, "config") and len(children := list(inner.children())) == 1:
@@ -213,16 +212,21 @@ def _former_names(base: nn.Module) -> Callable[[str], str] | None:
         from transformers.core_model_loading import WeightRenaming, rename_source_key
 
         found = get_model_conversion_mapping(inner)
-    except (ImportError, AttributeError, TypeError):  # another version, or no model of it
+    except (
+        ImportError,
+        AttributeError,
+        TypeError,
+    ):  # another version of transformers, or another model
         return None
     renamings = [step for step in found if isinstance(step, WeightRenaming)]
     return lambda key: rename_source_key(without_wrappers(key), renamings, [])[0]
 
 
 def _moved_prefix(layers: Iterable[str], modules: Mapping[str, str]) -> tuple[str, str] | None:
-    """The one leading part to exchange that gives every layer a module; None if there is none.
+    """The old and new leading part of all layer names; None if it is ambiguous.
 
-    The longest common ending decides. Other modules with the same ending make it ambiguous.
+    The longest common ending of the first layer decides. If several modules have that ending, the
+    answer is ambiguous.
     """
     layers = list(layers)
     first = layers[0].split(".")

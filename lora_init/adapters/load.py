@@ -1,4 +1,4 @@
-"""Reading an adapter, ours or PEFT's, and checking it against a base; see the package."""
+"""Read the files of an adapter from lora_init or PEFT, and check them against a base model."""
 
 from __future__ import annotations
 
@@ -30,15 +30,24 @@ def read(
     adapter_dtype: torch.dtype,
     original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
 ) -> LoadedAdapter:
-    """Read an adapter's files and check every tensor against `base`; nothing is changed.
+    """Read an adapter and check every tensor against `base`, which does not change.
+
+    Args:
+        folder: the folder of the adapter.
+        base: the base model.
+        adapter_dtype: the dtype of the factors in the model.
+        original_weights: the original weights of quantized or unloaded modules.
 
     Raises:
-        FileNotFoundError: no configuration, or no safetensors file (pickles are not loaded).
-        ValueError: a damaged file, a tensor that is missing, surplus, mis-shaped or non-finite,
-            another base model, or an adapter of PEFT that cannot be rebuilt; by name.
+        FileNotFoundError: the configuration or the safetensors file is missing. Pickles are not
+            supported.
+        ValueError: a file is damaged; a tensor is missing, unknown, not finite or has a wrong
+            shape; the base model differs; or the base of a PEFT adapter cannot be restored.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}; pass one that save_pretrained wrote")
+        raise FileNotFoundError(
+            f"no folder {str(folder)!r}. Pass a folder that save_pretrained wrote."
+        )
     values = read_json(folder / CONFIG_NAME)
     tensors, header = _tensors(folder)
     weights = BaseWeights(base, original_weights)
@@ -47,20 +56,23 @@ def read(
         if header is not None:
             return read_own(contents, weights, header, values)
         return read_foreign(contents, weights, values)
-    except (ValueError, TypeError) as error:  # a layer of a type that has no adapter is the file's
+    except (
+        ValueError,
+        TypeError,
+    ) as error:  # TypeError: the file adapts an unsupported module type
         if str(folder) in str(error):
             raise
         raise ValueError(f"{folder}: {error}") from error
 
 
 def fill(injection: Injection, loaded: LoadedAdapter) -> None:
-    """Copy the trained values into a model injected with the loaded adapter's factors."""
+    """Copy the trained values of a file into a model after injection of its initial factors."""
     for name, expected in loaded.checksums.items():
         if injection.checksums.get(name) != expected:
             warnings.warn(
-                f"the quantised base of {name!r} differs in some codes from the one the adapter "
-                "was trained on (another machine's arithmetic); outputs may move by one "
-                "quantisation step in few weights",
+                f"some codes in the quantized base of {name!r} differ from those of the training, "
+                "because another machine rounds differently. A few weights may change by one "
+                "quantization step.",
                 stacklevel=5,
             )
     with torch.no_grad():
@@ -78,7 +90,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if not path.is_file():
         path = folder / WEIGHTS_NAME
     if not path.is_file():
-        pickled = " (adapter_model.bin is a pickle, which is never loaded; convert it with PEFT)"
+        pickled = " (adapter_model.bin is a pickle, which is not supported; convert it with PEFT)"
         hint = pickled if (folder / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {str(folder)!r}{hint}")
     refuse_lfs_pointer(path)
@@ -90,8 +102,8 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         if HEADER_KEY in metadata and not isinstance(header, dict):
             raise ValueError(f"its header must be a JSON object, not {metadata[HEADER_KEY]:.40}")
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); copy or save it again") from error
+        raise ValueError(f"{path} is damaged ({error}). Copy or save it again.") from error
     for key, value in tensors.items():
         if value.dtype in FLOAT_DTYPES and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{path}: tensor {key!r} holds NaN or infinite values")
+            raise ValueError(f"{path}: tensor {key!r} contains NaN or infinite values")
     return tensors, header

@@ -1,15 +1,15 @@
-"""PEFT's files: plain adapters, and those whose base a decomposition changed.
+"""Load adapters that PEFT saved: plain ones, and those of methods that change the base weights.
 
-What PEFT 0.21.2 writes besides the adapter, and where its layers compute something else than the
-tensors say:
+PEFT 0.21.2 writes more than the adapter, and some of its layers ignore settings of the base:
 
-- Where target_modules names "embed_tokens" or "lm_head", the file holds the base's own weight of
-  it too, `….base_layer.weight`; a resized vocabulary brings both embeddings. Ours are the base's.
-- bias="all" beside modules_to_save writes a saved module's bias three times: as `<module>.bias`, as
-  `<module>.modules_to_save.bias`, and the untouched one as `<module>.original_module.bias`. Former
-  versions wrote whatever has "bias" in its name, as T5's `relative_attention_bias.weight`.
-- "pissa" and "olora" start an embedding as True does, and keep its weight.
-- A of a Conv2d has the base's stride and padding, not its dilation and padding mode.
+- If target_modules names "embed_tokens" or "lm_head", the file also contains the weight of the
+  base, `….base_layer.weight`. A resized vocabulary adds both embeddings.
+- With bias="all" and modules_to_save, the bias of a saved module occurs three times: as
+  `<module>.bias`, as `<module>.modules_to_save.bias` and, untrained, as
+  `<module>.original_module.bias`. Older versions wrote all tensors with "bias" in their name, such
+  as T5's `relative_attention_bias.weight`.
+- "pissa" and "olora" initialize an embedding like True, and keep its weight.
+- A of a Conv2d uses the stride and padding of the base, but not its dilation and padding mode.
 """
 
 from __future__ import annotations
@@ -39,22 +39,24 @@ from lora_init.weights.source import BaseWeights
 REBUILT = ("pissa", "olora")
 CHANGED = ("pissa", "olora", "corda", "lora_ga")
 
-CONVERT = "convert it with PEFT's path_initial_model_for_weight_conversion first"
+CONVERT = "Convert it with PEFT's path_initial_model_for_weight_conversion first."
 
 
 def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any]) -> LoadedAdapter:
-    """Check PEFT's file against the base; `values` are its adapter_config.json."""
+    """Check a file of PEFT against the base; `values` is the content of its adapter_config.json."""
     base = contents.base
     method = method_of(values.get("init_lora_weights"))
     method = True if method is None else method
     if method not in KEPT_STARTS and method not in REBUILT:
         raise ValueError(_unknown_start(method))
     values = dict(values)
-    # How a kept adapter was started does not matter any more, and PEFT's options may be at values
-    # that we would refuse to run.
+    # If the base was kept, the method does not matter after training. Its options may have values
+    # that lora_init does not support.
     values["init_lora_weights"] = method if method in REBUILT else True
     if method == "olora" and any(key.endswith(".lora_embedding_A") for key in contents.tensors):
-        raise ValueError(f"an unconverted olora adapter of PEFT has an embedding; {CONVERT}")
+        raise ValueError(
+            f"an unconverted olora adapter of PEFT with an embedding is not supported. {CONVERT}"
+        )
     config = LoraConfig.from_dict(values)
     if method == "pissa":
         config.init_lora_weights = {"name": "pissa", "method": "exact"}
@@ -68,7 +70,7 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
     if method == "loftq":
         warnings.warn(
             "a PEFT adapter with init_lora_weights='loftq' corrects the error of a base that PEFT "
-            "quantised when it trained; it is right on that quantised base only",
+            "quantized for the training. It fits that quantized base only.",
             stacklevel=4,
         )
     parts = contents.parts(plan)
@@ -89,23 +91,24 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
 def _unknown_start(method: Any) -> str:
     if isinstance(method, str) and method.startswith(CHANGED):
         return (
-            f"a PEFT adapter with init_lora_weights={method!r} changed its base by factors that "
-            f"cannot be computed again (they depended on a random stream or on data); {CONVERT}"
+            f"init_lora_weights={method!r} of an unconverted PEFT adapter is not supported: its "
+            "initial factors cannot be computed again, since they depended on random numbers or "
+            f"on data. {CONVERT}"
         )
     return (
-        f"init_lora_weights={method!r} is not supported: whether this method of PEFT changes the "
-        "base is not known. If it leaves the base weights alone, set init_lora_weights to true in "
-        f"adapter_config.json; else {CONVERT}"
+        f"init_lora_weights={method!r} is not supported: this method of PEFT may change the base. "
+        "If it keeps the base weights, set init_lora_weights to true in adapter_config.json. "
+        f"Otherwise: {CONVERT}"
     )
 
 
 def _warn_of_missing_layers(contents: Contents, config: LoraConfig, plan: Plan) -> None:
-    """Warn where the configuration selects more layers than the file holds."""
+    """Warn if the configuration selects layers that the file does not contain."""
     if config.target_modules is None or config.target_modules == []:
         return
     try:
         chosen = select(contents.base, config, plan.modules_to_save).names
-    except ValueError:  # names of the file's own, or none that match here
+    except ValueError:  # the names do not match this model
         return
     present = {target.name for target in plan.targets}
     missing = [
@@ -116,14 +119,14 @@ def _warn_of_missing_layers(contents: Contents, config: LoraConfig, plan: Plan) 
     ]
     if missing:
         warnings.warn(
-            f"the adapter file holds nothing for {listed(missing)}, which target_modules selects; "
-            "these layers stay as they are in the base model",
+            f"the adapter file contains nothing for {listed(missing)}, which target_modules "
+            "selects. These layers keep their base weights without an adapter.",
             stacklevel=5,
         )
 
 
 def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The initial factors, by the decomposition that PEFT took."""
+    """Compute the initial factors with the same decomposition as PEFT."""
     if target.module_type == "Embedding":
         rows, columns = target.shape
         return torch.zeros(target.rank, columns), torch.zeros(rows, target.rank)
@@ -141,26 +144,26 @@ def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, 
 
 
 def _refuse_unlike_ours(target: Target, module: nn.Module, method: Any) -> None:
-    """Refuse adapters whose layers, or whose bases, PEFT made otherwise than we can."""
+    """Raise if PEFT's layer or its base weight cannot be reproduced."""
     if not peft_computes(module):
         raise ValueError(
-            f"a PEFT adapter on the Conv2d {target.name!r} with dilation={module.dilation}, "
-            f"padding_mode={module.padding_mode!r}: PEFT's lora_A has neither, so the trained "
-            "function is none that this layer's adapter could compute"
+            f"dilation={module.dilation} and padding_mode={module.padding_mode!r} of the Conv2d "
+            f"{target.name!r} are not supported in a PEFT adapter: PEFT's lora_A ignores both, so "
+            "this layer cannot compute the trained output. Leave the layer out and train again."
         )
     if method not in REBUILT:
         return
     how = None
     if method == "olora" and target.module_type == "Conv1D":
-        how = "decomposed without regard to its orientation"
+        how = "decomposed without its transposition"
     elif target.quantized:
-        how = "quantised anew after it had been decomposed"
+        how = "quantized again after the decomposition"
     elif target.shared_with:
-        how = f"changed in {target.shared_with[0]!r} too, which shares it"
+        how = f"also changed in {target.shared_with[0]!r}, which shares it"
     if how is not None:
         raise ValueError(
-            f"an unconverted {method} adapter of PEFT on the {target.module_type} "
-            f"{target.name!r}, whose weight PEFT {how}: its base cannot be rebuilt; {CONVERT}"
+            f"an unconverted {method} adapter of PEFT on the {target.module_type} {target.name!r} "
+            f"is not supported: its base weight cannot be restored, since PEFT {how}. {CONVERT}"
         )
 
 
@@ -171,7 +174,7 @@ def _copies(
     factors: dict[str, Factors],
     modules: dict[str, dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """What PEFT may have written besides, by key, for the keys that are left."""
+    """The expected values of other tensors that PEFT may have written, by key."""
     base, left = contents.base, contents.tensors
     copies: dict[str, Tensor] = {}
     if not left:
@@ -185,7 +188,7 @@ def _copies(
         key = f"{PREFIX}{target.name}.base_layer.weight"
         if key not in left:
             continue
-        if plan.initializer.base == "subtract":  # there it is the residual
+        if plan.initializer.base == "subtract":  # the file contains the residual
             product = low_rank_product(start.lora_A, start.lora_B, target.scaling)
             copies[key] = stored_weight(module, widened(weights.present(target)) - product)
     for name, state in modules.items():
@@ -197,5 +200,5 @@ def _copies(
 
 
 def _named(names: Callable[..., Iterable[tuple[str, Tensor]]]) -> Iterable[tuple[str, Tensor]]:
-    """With all names of a tied tensor. Not the state dict, which repacks 4-bit modules."""
+    """All names of each tensor, including tied ones; a state dict would repack 4-bit weights."""
     return names(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""What reading an adapter's files gives."""
+"""`LoadedAdapter`: the content of an adapter's files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from lora_init.weights.source import BaseWeights
 
 @dataclass
 class LoadedAdapter:
-    """A file that has been read and checked against a base model.
+    """The content of an adapter's files, checked against a base model.
 
     Attributes:
-        config, plan: the settings, and the targets found in the base.
-        weights: what replaced bases are rebuilt from.
-        factors: what `inject` needs: initial factors where they are known, else the trained ones.
-        parts: the trained parts of every layer (lora_A, lora_B, …) by target and part name.
-        trained_modules: tensors of the modules trained whole, by module and parameter name.
-        biases: trained biases by parameter name.
-        rows: of the base's embeddings, by parameter name, where the file holds other ones.
-        checksums: of the replaced bases as they were when the adapter was saved.
+        config: the settings of the adapter.
+        plan: the targets in the base model.
+        weights: the weights from which replaced base weights are computed.
+        factors: the factors to inject: the initial ones if they are known, else the trained ones.
+        parts: the trained tensors of each layer (lora_A, lora_B, …), by target and part name.
+        trained_modules: the tensors of fully trained modules, by module and parameter name.
+        biases: the trained biases, by parameter name.
+        rows: embeddings that differ from those of the base, by parameter name.
+        checksums: checksums of the replaced base weights from when the adapter was saved.
     """
 
     config: LoraConfig

@@ -1,4 +1,4 @@
-"""Our own files: what the header says restores rank r, A0, B0 and the base, trainable as before."""
+"""Load adapters that lora_init saved; their header allows training to continue."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FORMAT_VERSION = 1
 def read_own(
     contents: Contents, weights: BaseWeights, header: Mapping[str, Any], values: Mapping[str, Any]
 ) -> LoadedAdapter:
-    """Check a file with our header against the base; `values` are its adapter_config.json."""
+    """Check a file against the base; `values` is the content of its adapter_config.json."""
     check_header(header, FORMAT_VERSION)
     config = _config(header)
     saved = header.get("modules_to_save")
-    if saved is None:  # a file of a PEFT model, whose rule selected them
+    if saved is None:  # the file of a PEFT model: apply PEFT's rule
         saved = in_file(contents.base, contents.tensors, contents.layers, config)
     else:
         contents.drop(contents.in_base(header.get("copied_modules", [])))
@@ -92,7 +92,7 @@ def _config(header: Mapping[str, Any]) -> LoraConfig:
     """The configuration of the training.
 
     Raises:
-        ValueError: the header's is damaged.
+        ValueError: the configuration in the header is damaged.
     """
     try:
         config = LoraConfig.from_dict(header["config"])
@@ -100,7 +100,7 @@ def _config(header: Mapping[str, Any]) -> LoraConfig:
         config.eva_config, config.corda_config, config.loftq_config = None, None, {}
         config.initializer()
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"the adapter file's header is damaged ({error!r})") from error
+        raise ValueError(f"the header of the adapter file is damaged ({error!r})") from error
     return config
 
 
@@ -111,51 +111,49 @@ def _quantizers(header: Mapping[str, Any]) -> dict[str, Quantizer]:
             for name, values in header.get("quantizers", {}).items()
         }
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"the adapter file's quantizers are damaged ({error!r})") from error
+        raise ValueError(f"the quantizers of the adapter file are damaged ({error!r})") from error
 
 
-def _refuse_missing_layers(
-    contents: Contents, plan: Plan, fingerprints: Mapping[str, str]
-) -> None:
-    """Refuse a file that lacks whole layers: the header has a fingerprint of each.
+def _refuse_missing_layers(contents: Contents, plan: Plan, fingerprints: Mapping[str, str]) -> None:
+    """Raise if the file lacks all tensors of a layer that has a fingerprint in the header.
 
     Raises:
-        ValueError: their names.
+        ValueError: layers are missing. The message names them.
     """
     present = {contents.names(target.name) for target in plan.targets}
     missing = sorted(fingerprints.keys() - present)
     if missing:
         raise ValueError(
             f"the adapter file lacks all tensors of {listed(missing)}, which were adapted when it "
-            "was saved; it is damaged or incomplete, copy it or save it again"
+            "was saved. The file is damaged or incomplete. Copy it or save it again."
         )
 
 
 def _originals(
     weights: BaseWeights, plan: Plan, header: Mapping[str, Any], contents: Contents
 ) -> BaseWeights:
-    """What the replaced bases were computed from, checked while nothing has been changed.
+    """Select and check the weights from which the replaced base weights are computed.
 
     Raises:
-        ValueError: they need the unquantised checkpoint and there is none, or another one.
+        ValueError: the unquantized checkpoint is missing, or is another one.
     """
     needed = header.get("from_original_weights")
     if not needed:
-        # A quantised base's own values were what was requantised: a checkpoint would give another.
+        # The values of the quantized base were quantized again, not those of the checkpoint.
         quantized = any(target.quantized for target in plan.targets)
         return BaseWeights(weights.model, None) if quantized else weights
     if weights.originals is None:
         raise ValueError(
-            f"the base of {next(iter(needed))!r} was quantised anew from the unquantised "
-            "checkpoint; pass original_weights=<its folder>"
+            f"the base of {next(iter(needed))!r} was quantized from the unquantized checkpoint. "
+            "Pass original_weights=<its folder>."
         )
     weights.check(plan.targets)
     for target in plan.targets:
         expected = needed.get(contents.names(target.name))
         if expected is not None and not has_fingerprint(weights.weight(target), expected):
             raise ValueError(
-                f"original_weights: the weight of {target.name!r} is not the one that the "
-                "adapter's base was quantised from; pass that checkpoint"
+                f"original_weights: the weight of {target.name!r} is not the one from which the "
+                "base of the adapter was quantized. Pass the checkpoint of the training."
             )
     return weights
 
@@ -163,9 +161,9 @@ def _originals(
 def _check_quantizer(target: Target, module: nn.Module, replacement: Replacement) -> None:
     if is_packed(module) and quantizer_of(module) != replacement.quantizer:
         raise ValueError(
-            f"the base of {target.name!r} is quantised as {quantizer_of(module).name}, the adapter "
-            f"was trained on {replacement.quantizer.name}; load the model with the "
-            "quantization_config of the training"
+            f"the base of {target.name!r} is quantized as {quantizer_of(module).name}, but the "
+            f"adapter was trained on {replacement.quantizer.name}. Load the model with the "
+            "quantization_config of the training."
         )
 
 
@@ -184,10 +182,10 @@ def _compare_base(
         if has_fingerprint(weights.present(target), expected):
             continue
         message = (
-            f"the base weight of {target.name!r} is not the one the adapter was trained on; load "
-            "the original base model"
+            f"the base weight of {target.name!r} is not the one the adapter was trained on. Load "
+            "the original base model."
         )
         if quantizers:
-            raise ValueError(message + " (its quantised base is rebuilt from these weights)")
+            raise ValueError(message + " The quantized base is computed from these weights.")
         warnings.warn(message, stacklevel=5)
         return

@@ -1,8 +1,8 @@
-"""Where PEFT reads the targets of a saved adapter as other ones.
+"""Find modules of a saved adapter that PEFT would not adapt, or would adapt in addition.
 
-For models whose experts transformers 5 holds in one tensor, PEFT 0.21 rewrites `target_modules`: it
-takes the former names of expert layers for parameters of the experts. Dense layers and shared
-experts of the same names then get no adapter, and their tensors in the file are dropped.
+transformers 5 stores the weights of all experts in one tensor. For such models, PEFT 0.21 rewrites
+`target_modules`: it maps old names of expert layers to parameters of the experts. Dense layers and
+shared experts with the same names then get no adapter, and PEFT drops their tensors.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _MODEL_TYPES = {
     "minimax minimax_m2 mixtral": _MIXTRAL,
 }
 EXPERT_NAMES = {kind: names for kinds, names in _MODEL_TYPES.items() for kind in kinds.split()}
-"""By model type: former names of expert layers, and the parameters that PEFT takes them for."""
+"""By model type: old names of expert layers, and the parameters to which PEFT maps them."""
 
 FUSED = "gate_up_proj"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A target that PEFT would treat otherwise.
+    """A module that PEFT would treat differently.
 
     Attributes:
-        name: of the module.
-        reason: what PEFT does.
+        name: the name of the module.
+        reason: what PEFT does with it.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Difference:
 
 
 def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
-    """The modules that a saved adapter of this plan means here and not in PEFT, or the reverse.
+    """The modules that only lora_init or only PEFT would adapt with a file of this plan.
 
     Args:
-        model: the base model; only its `config.model_type` is read.
-        plan: of the adapter.
+        model: the base model; only its `config.model_type` is used.
+        plan: the plan of the adapter.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     experts = EXPERT_NAMES.get(kind)
@@ -58,7 +58,7 @@ def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
         return ()
     targets = [target.name for target in plan.targets]
     written = portable_targets(targets, plan.candidates)
-    # PEFT resolves an expression to the last parts of the names that it matches.
+    # PEFT replaces a regular expression with the last parts of the matching names.
     entries = written if isinstance(written, list) else {n.rpartition(".")[2] for n in targets}
     mapped = {e: parameter for e in entries if (parameter := _expert(e, experts)) is not None}
     fused = {e.rpartition(".")[2] for e, parameter in mapped.items() if parameter == FUSED}
@@ -76,7 +76,7 @@ def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
 
 
 def describe_differences(differences: Iterable[Difference]) -> str:
-    """One line for each reason, the layers' numbers collapsed."""
+    """Format the differences, grouped by reason and with collapsed layer numbers."""
     by_reason: dict[str, list[str]] = {}
     for difference in differences:
         by_reason.setdefault(difference.reason, []).append(difference.name)
@@ -86,12 +86,12 @@ def describe_differences(differences: Iterable[Difference]) -> str:
 
 
 def _expert(entry: str, experts: dict[str, str]) -> str | None:
-    """The parameter that PEFT takes an entry of target_modules for."""
+    """The parameter to which PEFT maps an entry of target_modules, or None."""
     return next((new for old, new in experts.items() if name_matches(entry, old)), None)
 
 
 def _dropped(parameter: str) -> str:
-    return f"PEFT takes the name for the experts' parameter {parameter!r} and drops the adapter"
+    return f"PEFT maps the name to the experts' parameter {parameter!r} and drops the adapter"
 
 
 def _parameter(name: str, mapped: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
-"""Adapters that mean the same to every loader.
+"""Save adapters that PEFT, vLLM and llama.cpp load with the same result.
 
-Loaders scale B A differently, where a file uses more than `r` and `lora_alpha`:
+Loaders scale B A differently if a file uses more settings than `r` and `lora_alpha`:
 
 | loader | scaling of a layer |
 |---|---|
@@ -8,8 +8,8 @@ Loaders scale B A differently, where a file uses more than `r` and `lora_alpha`:
 | vLLM | lora_alpha / r, or lora_alpha / sqrt(r): it ignores patterns |
 | llama.cpp | lora_alpha over the tensor's rank: it ignores rsLoRA and patterns |
 
-A portable file has the scaling inside B, one rank for all layers (padded with zeros) and
-lora_alpha = r: all three rules give 1.
+In a portable file, B includes the scaling. All layers have one rank (padded with zeros), and
+lora_alpha = r. All three rules then give a scaling of 1.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Plan, Target
 
 PORTABLE_TYPES = ("Linear", "Linear4bit", "Linear8bitLt")
-"""Modules whose adapters vLLM and llama.cpp read as PEFT does."""
+"""Module types whose adapters vLLM and llama.cpp load like PEFT."""
 
 
 def refuse_not_portable(plan: Plan) -> None:
-    """Refuse what vLLM or llama.cpp would leave out or not read.
+    """Raise if vLLM or llama.cpp could not load all of an adapter.
 
     Raises:
-        ValueError: its setting or its layer, by name.
+        ValueError: a setting or a layer is not supported. The message names it.
     """
     if (obstacle := _obstacle(plan)) is not None:
         raise ValueError(
-            f"portable=True is not supported with {obstacle}: vLLM and llama.cpp read factors of "
-            f"{', '.join(PORTABLE_TYPES)} only. Save without portable, or merge the adapter"
+            f"portable=True is not supported with {obstacle}: vLLM and llama.cpp load factors of "
+            f"{', '.join(PORTABLE_TYPES)} only. Save without portable, or merge the adapter."
         )
 
 
@@ -60,14 +60,14 @@ def _obstacle(plan: Plan) -> str | None:
 
 
 def portable_config(config: LoraConfig, rank: int) -> LoraConfig:
-    """An exported configuration as every loader reads it; its scaling is 1."""
+    """The configuration of a portable file; its scaling is 1 in every loader."""
     return dataclasses.replace(
         config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
     )
 
 
 def portable_factors(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> tuple:
-    """A and s B, padded with zeros to `rank`; in float32, so that s is not rounded away."""
+    """A and s B, zero-padded to `rank`; in float32, so that s B is not rounded to 16 bits."""
     missing = rank - lora_A.shape[0]
     lora_A, lora_B = widened(lora_A), widened(lora_B) * scaling
     return (
@@ -79,13 +79,14 @@ def portable_factors(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) 
 def read_differently(
     plan: Plan, config: LoraConfig, targets: Mapping[str, tuple[int, Target]]
 ) -> str | None:
-    """Which loaders would scale a file's layers differently; None if all agree.
+    """A warning that names the loaders which scale layers differently; None if all agree.
 
-    A file that they do not read at all is none of these.
+    The result is also None for files that these loaders cannot load.
 
     Args:
-        config: as it is written.
-        targets: by name, the rank in the file and the layer.
+        plan: the plan of the adapter.
+        config: the configuration in the file.
+        targets: the rank in the file and the target, by layer name.
     """
     if _obstacle(plan) is not None:
         return None
@@ -100,8 +101,8 @@ def read_differently(
     if not reasons:
         return None
     return (
-        f"other loaders would scale this adapter differently: {'; '.join(reasons)}. "
-        "save_pretrained(folder, portable=True) writes a file that all of them read alike"
+        f"other loaders would scale this adapter differently: {'; '.join(reasons)}. To write a "
+        "file that all loaders scale alike, call save_pretrained(folder, portable=True)."
     )
 
 

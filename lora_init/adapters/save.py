@@ -1,4 +1,4 @@
-"""Writing an adapter; see the package for the format."""
+"""Save an adapter; `lora_init.adapters` describes the format."""
 
 from __future__ import annotations
 
@@ -54,15 +54,19 @@ def save_adapter(
     save_embedding_layers: str | bool = "auto",
     portable: bool = False,
 ) -> None:
-    """Write the adapter's two files; each appears whole or not at all.
+    """Write the two files of an adapter, each of them atomically.
 
     Args:
-        model: the injected base.
-        state: the adapter's tensors where they are not the model's own: see `Given`.
-        save_embedding_layers, portable: as of `LoraModel.save_pretrained`.
+        folder: the folder to write, which is created if needed.
+        model: the base model, after injection.
+        config: the settings of the adapter.
+        plan: the adapted layers.
+        injection: the injected layers and their original weights.
+        state: a state dict with the adapter's tensors; None for those of the model.
+        save_embedding_layers, portable: see `LoraModel.save_pretrained`.
 
     Raises:
-        ValueError: a setting that is not supported for this adapter; nothing is written then.
+        ValueError: a setting is not supported for this adapter. Nothing is written then.
     """
     if portable:
         refuse_not_portable(plan)
@@ -120,8 +124,8 @@ def save_adapter(
         warnings.warn(warning, stacklevel=3)
     if not replaced and (differences := different_in_peft(model, plain)):
         warnings.warn(
-            "PEFT would read the saved adapter otherwise; load it with LoraModel.from_pretrained: "
-            f"{describe_differences(differences)}",
+            "PEFT would load the saved adapter differently; load it with "
+            f"LoraModel.from_pretrained: {describe_differences(differences)}",
             stacklevel=3,
         )
     header = {
@@ -138,7 +142,7 @@ def save_adapter(
 def _rows(
     model: nn.Module, plan: Plan, injection: Injection, *, required: bool
 ) -> dict[str, Tensor]:
-    """The embeddings before injection; not those whose weight was replaced."""
+    """The original embeddings, except those whose weight was replaced."""
     originals: dict[str, Tensor] = {}
     left_out = set(injection.trained)
     names = embeddings(model)
@@ -157,7 +161,7 @@ def _rows(
 def _write(
     folder: Path, tensors: dict[str, Tensor], header: dict, config: LoraConfig, own: bool
 ) -> None:
-    """Write both files, and remove what else a loader would take for them."""
+    """Write both files, and remove an old weights file with the other name."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
     text = config.to_json()
@@ -166,18 +170,18 @@ def _write(
     write_atomically(
         folder / names[0],
         lambda path: save_file(tensors, path, metadata=metadata),
-        # Between the two files a folder is without a configuration, never with another adapter's:
-        # a wrong alpha would be loaded in silence.
+        # Remove the old configuration before the weights change. With the configuration of another
+        # adapter, a reader would silently use a wrong alpha.
         last=lambda: (folder / CONFIG_NAME).unlink(missing_ok=True),
     )
     write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text))
-    (folder / names[1]).unlink(missing_ok=True)  # a leftover would be another adapter's weights
+    (folder / names[1]).unlink(missing_ok=True)  # weights of another adapter
 
 
 def _header(
     config: LoraConfig, plan: Plan, injection: Injection, names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What restores the start of the adapter; see the package."""
+    """The header from which the initial state of the adapter can be restored."""
     header: dict[str, Any] = {
         "format_version": 1,
         "method": describe(plan.initializer, plan.options),
@@ -198,7 +202,7 @@ def _header(
 
 
 def _plain_header(config: LoraConfig) -> dict[str, Any]:
-    """A portable file is a plain adapter of its rank, here too."""
+    """The header of a portable file, which is a plain adapter of its rank."""
     plain = resolve(True)
     return {
         "format_version": 1,
@@ -212,13 +216,11 @@ def _base_modules(injection: Injection) -> list[nn.Module]:
     return [layer.base_layer for layer in injection.layers.values()]
 
 
-def _parts(
-    target: Target, injection: Injection, given: Given, replaced: bool
-) -> dict[str, Tensor]:
-    """A layer's adapter on its original base: of rank 2r where the base was subtracted from.
+def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -> dict[str, Tensor]:
+    """The tensors of a layer's adapter, for its original base weight.
 
-    Where bases were replaced, the factors are as they are, with what makes the base out of the
-    original one.
+    The rank is 2r if the method subtracted from the base. If base weights were replaced, the rank
+    is r and the result also contains the factors that are needed to compute the new base.
     """
     layer = injection.layers[target.name]
     parts = {
@@ -245,7 +247,7 @@ def _parts(
 def _copied(
     model: nn.Module, names: Mapping[str, str], besides: Iterable[str], layers: Collection[str]
 ) -> dict[str, nn.Module]:
-    """The modules that PEFT takes for trained ones, and whose own tensors are written for it."""
+    """Other modules that PEFT will treat as fully trained, whose base weights are saved for it."""
     own = {short: name for name, short in names.items()}
     modules: dict[str, nn.Module] = {}
     for name in besides:
@@ -253,8 +255,8 @@ def _copied(
         adapted = any(f"{layer}.".startswith(f"{name}.") for layer in layers)
         if adapted or any(value.is_meta for value in module.state_dict().values()):
             warnings.warn(
-                f"PEFT cannot load this adapter: it takes {name!r} for a trained module, whose "
-                "name ends like one of modules_to_save; load it with LoraModel.from_pretrained",
+                f"PEFT cannot load this adapter: it treats {name!r} as fully trained, since its "
+                "name ends like one of modules_to_save. Load it with LoraModel.from_pretrained.",
                 stacklevel=4,
             )
         else:
@@ -263,7 +265,7 @@ def _copied(
 
 
 def exported_config(config: LoraConfig, plan: Plan) -> LoraConfig:
-    """The configuration as a plain adapter's: at rank 2r for a subtracted base."""
+    """The configuration of a plain adapter, with rank 2r if the method subtracts from the base."""
     written = dataclasses.replace(
         plan.explicit(config),
         init_lora_weights=True,

@@ -1,9 +1,9 @@
-"""Which modules are trained whole: what a file holds, and what PEFT's rule selects.
+"""Determine the fully trained modules: those in a file, and those that PEFT selects.
 
-PEFT compares the raw ends of names: "classifier" also selects `pre_classifier`, "norm" every name
-that ends in "norm". So the file decides when an adapter is loaded. What is written selects the same
-modules under PEFT's rule; where no list of names can, the file holds the base's own tensors of the
-modules that PEFT will look for besides.
+PEFT compares the ends of names: "classifier" also selects `pre_classifier`. When an adapter is
+loaded, the content of the file therefore decides. When it is saved, the names are chosen so that
+PEFT selects the same modules. If that is impossible, the file also contains the base weights of the
+additional modules that PEFT selects.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ PEFT_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""The names that PEFT adds to modules_to_save by itself."""
+"""The names that PEFT adds to modules_to_save for each task."""
 
 
 def in_file(
     base: nn.Module, keys: Collection[str], layers: Collection[str], config: LoraConfig
 ) -> tuple[str, ...]:
-    """The modules whose tensors the file holds, among all that PEFT's rule could have selected.
+    """The fully trained modules in a file: those that PEFT's rule selects and the file contains.
 
-    Warns of a module that the configuration names and the file does not hold.
+    Warns about modules that the configuration names and the file does not contain.
 
     Args:
-        keys: of the file, as the base's modules are called.
-        layers: the adapted modules.
+        base: the base model.
+        keys: the keys of the file, with the module names of the base.
+        layers: the names of the adapted modules.
+        config: the settings of the adapter.
     """
     entries = (*(config.modules_to_save or []), *HEADS.get(config.task, []))
     found: list[str] = []
@@ -45,7 +47,7 @@ def in_file(
         if any(f"{name}.".startswith(f"{outer}.") for outer in found):
             continue
         if any(f"{layer}.".startswith(f"{name}.") for layer in layers):
-            continue  # adapted, or it holds what is adapted
+            continue  # adapted, or contains an adapted module
         if any(key.startswith(f"{PREFIX}{name}.") for key in keys):
             found.append(name)
         elif module.state_dict() and any(name_matches(name, entry) for entry in entries):
@@ -53,9 +55,9 @@ def in_file(
     missing = [name for name in missing if not _inside(name, found)]
     if missing:
         warnings.warn(
-            f"the adapter file holds no tensors of {', '.join(map(repr, missing))}, which "
-            f"task_type={config.task!r} or modules_to_save={config.modules_to_save!r} would train; "
-            "the base model's own are used",
+            f"the adapter file has no tensors for {', '.join(map(repr, missing))}, which "
+            f"task_type={config.task!r} or modules_to_save={config.modules_to_save!r} selects. The "
+            "weights of the base model are used.",
             stacklevel=5,
         )
     return tuple(found)
@@ -64,12 +66,12 @@ def in_file(
 def selected_by_peft(
     chosen: Collection[str], others: Collection[str], task: str | None
 ) -> tuple[list[str], tuple[str, ...]]:
-    """The entries of modules_to_save to write, and the modules that PEFT selects besides.
+    """The entries of modules_to_save to write, and the additional modules that PEFT selects.
 
     Args:
-        chosen: full names of the modules trained whole.
-        others: full names of the modules outside of them.
-        task: the configuration's task, for which PEFT adds names by itself.
+        chosen: the full names of the fully trained modules.
+        others: the full names of the other modules.
+        task: the task of the configuration, for which PEFT adds names.
     """
     heads = PEFT_HEADS.get(task, ())
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in chosen))

@@ -1,4 +1,4 @@
-"""The tensors of an adapter file, checked one by one against a base model."""
+"""Check each tensor of an adapter file against a base model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from lora_init.weights.offload import factor_device
 
 
 class Contents:
-    """What a file holds. Every tensor is taken once; what is left in the end is refused.
+    """The tensors of an adapter file. Each one is taken once; remaining ones raise an error.
 
     Attributes:
-        tensors: those not taken yet, under the names of the base's modules.
-        names: what the adapted layers are called in the file.
-        base: the model that the adapter is for; only read.
-        dtype: of the factors in the model.
+        tensors: the tensors that were not taken yet, with the module names of the base.
+        names: maps names in the model to names in the file.
+        base: the base model, which does not change.
+        dtype: the dtype of the factors in the model.
     """
 
     def __init__(self, tensors: dict[str, Tensor], base: nn.Module, dtype: torch.dtype) -> None:
@@ -48,7 +48,7 @@ class Contents:
         """The names of the adapted modules, in the order of the file.
 
         Raises:
-            ValueError: there are none.
+            ValueError: the file has no adapted modules.
         """
         names = [
             key[len(PREFIX) : -len(suffix)]
@@ -57,7 +57,9 @@ class Contents:
             if key.endswith(suffix)
         ]
         if not names:
-            raise ValueError("the adapter file holds no lora_A; it is no LoRA adapter, or damaged")
+            raise ValueError(
+                "the adapter file contains no lora_A: it is damaged or not a LoRA adapter"
+            )
         return names
 
     def plan(
@@ -66,18 +68,25 @@ class Contents:
         quantized_base: str = "in_forward",
         modules_to_save: Sequence[str] | None = None,
     ) -> tuple[LoraConfig, Plan]:
-        """The plan for the layers that the file holds, and the configuration that describes it.
+        """Create the plan for the layers in the file, and the configuration with the base's names.
 
         Args:
-            modules_to_save: full names; None leaves it to the configuration's rule.
+            config: the settings of the adapter.
+            quantized_base: see `get_peft_model`.
+            modules_to_save: the full names of fully trained modules; None applies the rule of the
+                configuration.
+
+        Raises:
+            ValueError: the file and the base model or the configuration do not match.
         """
         names = self.layers
         modules = dict(self.base.named_modules())
         for name in modules_to_save or ():
             if name not in modules:
                 raise ValueError(
-                    f"the adapter trains a module {name!r} whole, which {type(self.base).__name__} "
-                    "does not have. Load the base model it was trained on"
+                    f"the adapter contains a trained module {name!r}, which "
+                    f"{type(self.base).__name__} does not have. Load the base model of the "
+                    "training."
                 )
         config = self._with_base_names(config)
         by_name = dataclasses.replace(
@@ -98,13 +107,13 @@ class Contents:
         missing = set(names) - {target.name for target in plan.targets}
         if missing:
             raise ValueError(
-                f"the adapter's layer {sorted(missing)[0]!r} lies inside modules_to_save="
-                f"{config.modules_to_save!r}; the files contradict each other"
+                f"modules_to_save={config.modules_to_save!r} is not supported with the adapted "
+                f"layer {sorted(missing)[0]!r} inside it. Restore the files of the adapter."
             )
         return config, plan
 
     def _with_base_names(self, config: LoraConfig) -> LoraConfig:
-        """`config` with patterns that mean the base's names, where the file has other ones."""
+        """Rewrite the patterns of `config` if the file has other names than the base."""
         if all(name == self.names(name) for name in self.layers):
             return config
         patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
@@ -116,37 +125,42 @@ class Contents:
         return dataclasses.replace(config, **patterns)
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """Remove and return a tensor.
+
+        Raises:
+            ValueError: the tensor is missing or has another shape.
+        """
         if key not in self.tensors:
-            raise ValueError(f"the adapter file lacks {key!r}; it is damaged or incomplete")
+            raise ValueError(f"the adapter file lacks {key!r}: it is damaged or incomplete")
         found = tuple(self.tensors[key].shape)
         if found != shape:
             raise ValueError(
-                f"{key!r} has shape {found}, this base model and rank need {shape}; load the base "
-                "model the adapter was trained on"
+                f"{key!r} has shape {found}: must be {shape} for this base model and rank. Load "
+                "the base model of the training."
             )
         return self.tensors.pop(key)
 
     def take_float(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        """Take a tensor that is trained.
+        """Remove and return a trained tensor.
 
         Raises:
-            ValueError: as `take`, or its dtype cannot be trained.
+            ValueError: see `take`; or the dtype is not supported.
         """
         if key in self.tensors and self.tensors[key].dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"{key!r} has dtype {self.tensors[key].dtype}, which is not supported: must be one "
-                f"of {', '.join(map(str, FLOAT_DTYPES))}; the file is damaged, or save it again"
+                f"of {', '.join(map(str, FLOAT_DTYPES))}. Save the adapter in one of these dtypes."
             )
         return self.take(key, shape)
 
     def part(self, target: Target, part: str, rank: int) -> Tensor:
-        """One part of a layer's adapter, as the layers hold it."""
+        """Take one part of a layer's adapter, in the shape that layers use."""
         module = self.base.get_submodule(target.name)
         value = self.take_float(part_key(target, part), file_shape(target, module, part, rank))
         return matrix(part, value)
 
     def parts(self, plan: Plan, doubled: int = 1) -> dict[str, dict[str, Tensor]]:
-        """Every layer's trained parts, the factors of `doubled` times the rank."""
+        """Take the trained parts of all layers, with `doubled` times the rank of the plan."""
         names = ["lora_A", "lora_B"]
         names += ["lora_bias"] * plan.lora_bias + ["lora_magnitude_vector"] * plan.use_dora
         return {
@@ -161,7 +175,7 @@ class Contents:
         lora_B: Tensor,
         replacement: Replacement | None = None,
     ) -> Factors:
-        """What `inject` needs, beside the module's weight and in the adapter's dtype."""
+        """Move factors to the device of the module and to the dtype of the adapter."""
         device = factor_device(self.base.get_submodule(target.name))
         if replacement is not None:
             replacement = dataclasses.replace(
@@ -172,7 +186,7 @@ class Contents:
         return Factors(lora_A.to(device, self.dtype), lora_B.to(device, self.dtype), replacement)
 
     def trained_modules(self, plan: Plan) -> dict[str, dict[str, Tensor]]:
-        """The state of every module trained whole."""
+        """Take the state dicts of all fully trained modules."""
         return {
             name: {
                 key: self._like(f"{PREFIX}{name}.{key}", value)
@@ -187,13 +201,13 @@ class Contents:
         taken = self.take(key, tuple(value.shape))
         if taken.dtype != value.dtype:
             raise ValueError(
-                f"{key!r} has dtype {taken.dtype}, this base model has {value.dtype}; load the "
-                "base model the adapter was trained on"
+                f"{key!r} has dtype {taken.dtype}: must be {value.dtype} for this base model. Load "
+                "the base model of the training."
             )
         return taken
 
     def biases(self, plan: Plan) -> dict[str, Tensor]:
-        """The trained biases, by the names of their parameters."""
+        """Take the trained biases, by the names of their parameters."""
         layers = {target.name: target for target in plan.targets}
         return {
             name: self.take_float(
@@ -203,42 +217,45 @@ class Contents:
         }
 
     def in_base(self, names: Iterable[str]) -> list[str]:
-        """The base's names of modules that a file's header names without wrappers."""
+        """Map module names in a header, which have no wrapper parts, to the names in the base."""
         found = {short: name for name, short in plain_names(self.base).items()}
         return [found.get(name, name) for name in names]
 
     def drop(self, modules: Iterable[str]) -> None:
-        """Leave out the tensors of modules whose copies are there for another loader."""
+        """Drop the tensors of modules that were saved for other loaders only."""
         beginnings = tuple(f"{PREFIX}{name}." for name in modules)
         for key in [key for key in self.tensors if key.startswith(beginnings)]:
             del self.tensors[key]
 
     def refuse_surplus(self, known: Mapping[str, Tensor] | None = None) -> None:
-        """Refuse what nothing has asked for.
+        """Raise if tensors remain that were not taken.
 
         Args:
-            known: tensors that may be there too, if they are equal to these.
+            known: expected values of tensors that may remain.
+
+        Raises:
+            ValueError: a tensor is unknown, or differs from its expected value.
         """
         known = known or {}
         for key, value in self.tensors.items():
             if key not in known:
                 raise ValueError(
-                    f"the adapter file holds {key!r}, which its configuration and this base model "
-                    "have no place for; load the base model it was trained on"
+                    f"the adapter file contains {key!r}, which does not belong to its "
+                    "configuration and this base model. Load the base model of the training."
                 )
             if not _same(value, known[key]):
                 raise ValueError(
-                    f"the adapter file holds another {key!r} than this base model; resize or load "
-                    "the base model it was trained on"
+                    f"{key!r} in the adapter file differs from that of this base model. Load or "
+                    "resize the base model of the training."
                 )
 
 
 def _same(value: Tensor, expected: Tensor) -> bool:
-    """Equal up to two roundings to 16 bits, whichever of the two is in which dtype."""
+    """Whether two tensors are equal up to two roundings to a 16-bit dtype."""
     if value.shape != expected.shape:
         return False
     if expected.is_meta:
-        return True  # there is nothing to compare it with, and the base's own is what counts
+        return True  # it cannot be compared, and the tensor of the base is used anyway
     expected = expected.detach().cpu()
     if not expected.is_floating_point():
         return torch.equal(value, expected)

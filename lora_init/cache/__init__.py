@@ -1,4 +1,4 @@
-"""A store of statistics and decompositions in the user's cache folder, addressed by content."""
+"""Cache statistics and decompositions in the user's cache folder, keyed by a content hash."""
 
 from lora_init.cache.entry import Entry
 from lora_init.cache.keys import fingerprint, key

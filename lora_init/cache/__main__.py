@@ -1,4 +1,4 @@
-"""``python -m lora_init.cache [info | clear]``: what the user's cache holds; empty it."""
+"""``python -m lora_init.cache [info | clear]``: show or empty the user's cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_init.cache.location import default_cache
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the cache's folder, entries and bytes, or remove its entries."""
+    """Print the folder, entries and bytes of the cache, or remove all entries."""
     parser = argparse.ArgumentParser(prog="python -m lora_init.cache")
     parser.add_argument("command", nargs="?", choices=("info", "clear"), default="info")
     command = parser.parse_args(arguments).command

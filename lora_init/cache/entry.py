@@ -1,4 +1,4 @@
-"""One entry of the cache: what it holds, and its file."""
+"""One entry of the cache: its content and its file format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_init.cache.keys import digest
 
 @dataclass(frozen=True)
 class Entry:
-    """What was stored: tensors, on the CPU, metadata and the rank, if it has one."""
+    """A stored result: tensors on the CPU, metadata and, for decompositions, the rank."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
@@ -26,16 +26,18 @@ class Entry:
 
 
 def bytes_of(path: Path, limit: int) -> bytes:
-    """The whole file, and not a map of it: what was verified is what the caller gets.
+    """Read a whole file into memory.
+
+    The file is not memory-mapped, so it cannot change after its checksum was verified.
 
     Raises:
-        ValueError: something else is there, which could block its reader or never end.
+        ValueError: the path is not a regular file, or the file is larger than `limit`.
     """
     try:
         found = path.stat()
     except OSError as error:
         if path.is_symlink():
-            raise ValueError("a link to nothing") from error
+            raise ValueError("a broken link") from error
         raise
     if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
         raise ValueError("not an entry")
@@ -45,8 +47,8 @@ def bytes_of(path: Path, limit: int) -> bytes:
 def serialized(
     key: str, rank: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> bytes:
-    """The bytes of an entry's file, with a checksum over all that it says."""
-    # Copies, because safetensors refuses views of one storage.
+    """The bytes of an entry's file, with a checksum over its whole content."""
+    # Copies: safetensors refuses tensors that share one storage.
     plain = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -56,12 +58,12 @@ def serialized(
 
 
 def deserialized(key: str, rank: int, data: bytes) -> Entry:
-    """Parse an entry and compare its checksum.
+    """Parse an entry and verify its checksum.
 
     Raises:
-        ValueError: the data are another entry's. On damaged data, whatever the parser raises.
+        ValueError: the checksum differs. Damaged data may also raise any error of the parser.
     """
-    # Copies: BLAS rounds differently where memory is not aligned as torch aligns it.
+    # Copies: BLAS rounds differently if memory is not aligned as torch aligns it.
     tensors = {name: tensor.clone() for name, tensor in load(data).items()}
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_bytes])["__metadata__"]

@@ -1,17 +1,17 @@
 """An exact hash of a tensor's bytes, computed on the tensor's own device.
 
-The bytes are cut into blocks of `WORDS` words of 32 bits. The hash of a block is two sums over its
-words w, each with other random 64-bit multipliers a:
+The bytes are split into blocks of `WORDS` 32-bit words. The hash of a block consists of two sums
+over its words w. Each sum has its own random 64-bit multipliers a:
 
     h = sum_i a_i w_i  mod 2^64
 
-Integer sums are exact in any order, so every device finds the same value. Two different blocks
-have the same two sums with a probability of at most 2^-66. Only the sums, 16 bytes a block, are
-copied to the host.
+Integer sums are exact in any order, so every device computes the same value. Two different blocks
+have equal sums with a probability of at most 2^-66. Only the sums (16 bytes per block) are copied
+to the host.
 
 Source: Carter & Wegman, "Universal classes of hash functions", JCSS 18 (1979); Lemire & Kaser,
-"Strongly universal string hashing is fast", The Computer Journal 57 (2014), for words and a modulus
-of these sizes.
+"Strongly universal string hashing is fast", The Computer Journal 57 (2014), for words and a
+modulus of these sizes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from torch import Tensor
 WORDS = 1 << 13
 BLOCK_BYTES = 4 * WORDS
 CHUNK_BYTES = 1 << 25
-"""Rows that are hashed together. Block boundaries, and so all hashes, depend on it."""
+"""Bytes of rows that are hashed together. All block boundaries and hashes depend on it."""
 CPU_BLOCKS = 8
-"""Blocks that a CPU sums at a time, so that the products stay in a core's cache."""
+"""Blocks that a CPU sums at a time, so that the products fit into the cache of a core."""
 
 
 def block_sums(tensor: Tensor) -> bytes:
-    """Two 64-bit sums of each block of the tensor's values, in the order of its rows.
+    """Two 64-bit sums for each block of the tensor's bytes, in the order of its rows.
 
-    Shape and dtype are not hashed, nor are zeros that fill up the last block.
+    The sums do not depend on shape and dtype. The last block is padded with zeros.
 
     Args:
-        tensor: of any dtype, strides and device.
+        tensor: a tensor of any dtype, strides and device.
     """
     rows = tensor.detach().flatten(0, -2) if tensor.ndim > 1 else tensor.detach().reshape(-1)
     if not rows.numel():
@@ -54,7 +54,7 @@ def block_sums(tensor: Tensor) -> bytes:
 
 
 def _blocks(chunk: Tensor) -> Iterator[Tensor]:
-    """The bytes of some rows as (blocks, WORDS) of int32; zeros fill up the last block."""
+    """The bytes of some rows as int32 blocks (blocks, WORDS); the last one is zero-padded."""
     values = chunk.contiguous().reshape(-1).view(torch.uint8)
     full = len(values) - len(values) % BLOCK_BYTES
     if full:
@@ -69,9 +69,9 @@ def _blocks(chunk: Tensor) -> Iterator[Tensor]:
 
 @cache
 def _multipliers(words: int) -> np.ndarray:
-    """(2, words) fixed random numbers: the same in every process and version.
+    """Fixed random numbers (2, words): the same in every process and version.
 
-    An array, because a tensor would keep the default device and mode of its first caller.
+    This is an array, since a tensor would keep the default device of the first caller.
     """
     stream = hashlib.shake_256(b"lora_init multilinear").digest(2 * 8 * words)
     return np.frombuffer(stream, "<i8").astype(np.int64).reshape(2, words)

@@ -1,12 +1,11 @@
-"""Keys: SHA-256 over everything that a result depends on, and over nothing else.
+"""Cache keys: SHA-256 over everything that a result depends on.
 
-A part is brought into a canonical form first, in which no two different parts look alike: scalars
-as JSON (1, 1.0, True and "1" differ), lists and tuples as arrays, and everything else as an object
-with the name of its kind, e.g. ``{"tensor": <fingerprint>}``.
+Each part is first converted to a canonical form, in which different parts always differ. Scalars
+are JSON values (1, 1.0, True and "1" differ), lists and tuples are arrays. Everything else is an
+object with the name of its type, such as ``{"tensor": <fingerprint>}``.
 
-Tensors are hashed whole. The samples of `lora_init.weights.fingerprint` tell one base model from
-another
-after rounding; a key must tell any two tensors apart, whatever differs.
+All values of a tensor are hashed. `lora_init.weights.fingerprint` instead samples a weight, to
+recognize a base model after rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lora_init.cache.hash import block_sums
 
 CHUNK_BYTES = 1 << 20
-"""Large enough that a chunk's overhead does not count, small enough to stay in a core's cache.
+"""Bytes per chunk: large enough to hide the overhead, small enough for the cache of a core.
 Fingerprints depend on it."""
 
 
@@ -34,16 +33,17 @@ def key(algorithm: str, version: int, *parts: Any) -> str:
     """The key of one result.
 
     Args:
-        algorithm: what computed it, e.g. "svd"; results of different algorithms never meet.
-        version: of that algorithm's code, raised whenever its results change.
-        parts: what else the result depends on: None, booleans, numbers, strings, bytes, tensors,
-            dataclasses, and mappings, lists and tuples of these. A mapping's order does not count.
+        algorithm: the algorithm that computed the result, such as "svd".
+        version: the version of that algorithm. Raise it whenever the results change.
+        parts: everything else that the result depends on: None, booleans, numbers, strings, bytes,
+            tensors, dataclasses, and mappings, lists and tuples of these. The order of a mapping
+            does not matter.
 
     Returns:
         64 hexadecimal digits, the same in every process and on every platform.
 
     Raises:
-        TypeError: a part of another type, or a tensor that cannot be hashed.
+        TypeError: a part has another type, or a tensor cannot be hashed.
     """
     return digest("lora_init", algorithm, version, parts)
 
@@ -54,26 +54,24 @@ def digest(*parts: Any) -> str:
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and values, however they are laid out.
+    """SHA-256 of a tensor's dtype, shape and values; it does not depend on the strides.
 
-    The values are cut into chunks of whole rows, and the digests of the chunks are hashed: so
-    torch's threads share the work (hashlib and torch let go of the interpreter's lock), and of a
-    strided tensor no more than a chunk a thread is copied. SHA-256 and not BLAKE2, because today's
-    processors have instructions for it.
+    Chunks of whole rows are hashed in parallel threads, then their digests are hashed. hashlib and
+    torch release the interpreter lock. Each thread copies at most one chunk of a strided tensor.
 
-    A CUDA device sums its values up first (see `lora_init.cache.hash`), and SHA-256 hashes the
-    sums: no weight is copied to the host, and no other thread reads it while it may be written to.
-    So a tensor's fingerprint on a CPU differs from its fingerprint on a CUDA device.
+    On a CUDA device, block sums are computed first (see `lora_init.cache.hash`). SHA-256 then
+    hashes the sums, so no weight is copied to the host. A tensor therefore has different
+    fingerprints on a CPU and on a CUDA device.
 
     Args:
-        tensor: of any dtype, shape, strides and device.
+        tensor: a tensor of any dtype, shape, strides and device.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        TypeError: the tensor has no memory with its values: on the meta device, as offloaded
-            weights are, or a subclass around other tensors.
+        TypeError: the tensor is on the meta device (as offloaded weights are), or it is a subclass
+            that wraps other tensors.
     """
     if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
         raise TypeError(
@@ -99,7 +97,7 @@ def _chunk_digest(chunk: Tensor) -> bytes:
     values = chunk.contiguous().cpu()
     if not values.numel():
         return hashlib.sha256().digest()
-    # Not by numpy(), after which torch takes the weight's memory for numpy's for good.
+    # Do not call numpy(): torch would then treat the memory as numpy's from then on.
     return hashlib.sha256((ctypes.c_ubyte * values.nbytes).from_address(values.data_ptr())).digest()
 
 
@@ -119,8 +117,9 @@ def _canonical(part: Any) -> Any:
         values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
         return {"dataclass": [type(part).__qualname__, _canonical(values)]}
     raise TypeError(
-        f"cache key: {part!r} is a {type(part).__name__}; a part is None, a boolean, a number, a "
-        "string, bytes, a tensor, a dataclass, or a mapping, list or tuple of these; convert it"
+        f"cache key: the part {part!r} of type {type(part).__name__} is not supported: must be "
+        "None, a boolean, a number, a string, bytes, a tensor, a dataclass, or a mapping, list or "
+        "tuple of these. Convert it."
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the user's cache is, and how large: two environment variables and the platform's custom."""
+"""Find the user's cache folder and its size limit."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ SWITCHED_OFF = ("off", "0")
 
 
 def default_cache() -> Cache | None:
-    """The user's cache, the same object at every call; None where it is switched off.
+    """The user's cache, or None if it is switched off. All calls return the same object.
 
-    `LORA_INIT_CACHE` is its folder, or "off" or "0" for none; by default "lora_init" in the
-    platform's cache folder: `$XDG_CACHE_HOME` or ~/.cache, on macOS ~/Library/Caches, on Windows
-    `%LOCALAPPDATA%`. `LORA_INIT_CACHE_BYTES` limits its size, by default to 5 GiB. Nothing is
-    created before something is stored.
+    The environment variable `LORA_INIT_CACHE` names the folder; "off" or "0" disables the cache.
+    The default is "lora_init" in the cache folder of the platform: `$XDG_CACHE_HOME` or ~/.cache on
+    Linux, ~/Library/Caches on macOS, `%LOCALAPPDATA%` on Windows. `LORA_INIT_CACHE_BYTES` limits
+    the size (default: 5 GiB). The folder is created when the first result is stored.
 
     Raises:
-        ValueError: `LORA_INIT_CACHE_BYTES` is not a positive number.
+        ValueError: `LORA_INIT_CACHE_BYTES` is not a positive integer.
     """
     place = os.environ.get("LORA_INIT_CACHE", "")
     if place.lower() in SWITCHED_OFF:
         return None
     try:
         folder = Path(place).expanduser() if place else _platform_folder() / "lora_init"
-    except RuntimeError:  # a user without a home, as in some containers
+    except RuntimeError:  # the user has no home folder, as in some containers
         return None
     return _opened(folder.absolute(), _limit())
 
@@ -45,8 +45,8 @@ def _limit() -> int:
         return DEFAULT_LIMIT
     if not text.isdecimal() or int(text) == 0:
         raise ValueError(
-            f"LORA_INIT_CACHE_BYTES={text!r}: expected a positive number of bytes, such as "
-            f"{DEFAULT_LIMIT}, the default; to do without a cache, set LORA_INIT_CACHE=off"
+            f"LORA_INIT_CACHE_BYTES={text!r} is not supported: must be a positive number of bytes, "
+            f"such as {DEFAULT_LIMIT}, the default. To disable the cache, set LORA_INIT_CACHE=off."
         )
     return int(text)
 

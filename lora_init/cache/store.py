@@ -1,27 +1,24 @@
-"""The store: one safetensors file an entry, named by its key and rank; shared without locks.
+"""The cache folder: one safetensors file per entry, shared between processes without locks.
 
     <folder>/<first two digits of the key>/<key>-<rank>.safetensors
 
-A decomposition of rank r serves every rank up to r. Its rank is part of its name, so that a larger
-one is never overwritten by a smaller one, whoever comes last.
+A decomposition of rank r also answers requests for smaller ranks. The rank is part of the file
+name, so a smaller decomposition never overwrites a larger one.
 
-Why no locks are needed:
+No locks are needed, for these reasons:
 
-- The name says what is inside. Processes that write one name at the same time write the same
-  result, and it does not matter which of them is last.
-- A file gets its name when it is complete (`os.replace`), and is never written to again. A reader
-  reads it whole through one open file, which stays readable when the name is taken away.
-- Whatever else happens, eviction, sweeping, the removal of a damaged file, takes names away. What
-  is lost that way is computed again.
-- What a reader returns has the checksum over key, rank, metadata and tensors that the writer put in
-  the header. A file that a power cut or a full disk has damaged, or that somebody put there, is
-  removed and counts as a miss.
+- The key determines the content. Processes that write the same file write the same result.
+- A file is renamed to its final name when it is complete (`os.replace`), and never changes after
+  that. An open file stays readable when its name is removed.
+- Eviction and cleanup only remove files. A removed result is computed again.
+- The header holds a checksum over key, rank, metadata and tensors, which every reader verifies. A
+  damaged file is removed and counts as a miss.
 
-A writer that was killed leaves a temporary file. Its name holds the host and the process id. The
-next process that uses the cache removes it if that process is gone, or if the file is an hour old.
+A killed writer leaves a temporary file, whose name holds the host and the process id. The next
+process that uses the cache removes the file if the writer is gone or the file is an hour old.
 
-A cache never fails its user. Whatever lies in an entry's place (a pipe, a folder, a link to
-nothing), a look-up is a miss. What goes wrong on the disk is said in one warning.
+Disk errors never raise: a lookup is then a miss, with one warning per kind of error. The same holds
+if something else (a pipe, a folder, a broken link) has the name of an entry.
 """
 
 from __future__ import annotations
@@ -50,43 +47,44 @@ ENTRY = re.compile(r"(?P<key>[0-9a-f]{64})-(?P<rank>\d+)\.safetensors")
 TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{16}\.tmp")
 
 ROOM_AFTER_EVICTION = 0.1
-"""Of the limit: eviction frees more than it must, so that it is rare."""
+"""Fraction of the limit that eviction frees, so that it is rare."""
 LOOKS = 64
-"""A process looks at the whole folder after writing a 64th of the limit: by so much, for each other
-process that writes at the same time, the limit may be exceeded."""
+"""A process scans the folder each time it has written 1/64 of the limit. Each other process that
+writes at the same time may exceed the limit by that much."""
 ABANDONED_SECONDS = 3600
 
 
 @dataclass(frozen=True)
 class Usage:
-    """How much a cache holds."""
+    """The number of entries in a cache and their total size."""
 
     entries: int
     bytes: int
 
 
 class Cache:
-    """Results by key, in a folder of limited size; the least recently used go first.
+    """A cache in a folder of limited size, which evicts the least recently used entries.
 
     Args:
-        folder: created when something is stored. Only files with the cache's own names are read or
-            removed there.
-        limit: in bytes.
+        folder: created when the first result is stored. Only files named like entries of the cache
+            are read or removed.
+        limit: the maximum size in bytes.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
         self.folder = Path(folder)
         self.limit = limit
-        self._unwatched = 0  # bytes that this process may write before it looks at the folder
+        self._unwatched = 0  # bytes left to write before the next scan
         self._swept = False
         self._warned: set[str] = set()
 
     def get(self, key: str, *, rank: int | None = None) -> Entry | None:
-        """The smallest entry of this key that has at least this rank; None if there is none.
+        """Return the smallest entry of this key with at least this rank, or None.
 
         Args:
-            key: from `lora_init.cache.key`.
-            rank: how much of a decomposition is needed. The entry may hold more: truncate it.
+            key: the result of `lora_init.cache.key`.
+            rank: the required rank of a decomposition. The entry may have a larger rank, which the
+                caller must truncate.
         """
         for stored in self._ranks(key):
             if stored >= (rank or 0):
@@ -96,13 +94,13 @@ class Cache:
         return None
 
     def has_room(self, size: int) -> bool:
-        """Whether the limit admits a result of so many bytes; warns once where it does not."""
+        """Whether a result of `size` bytes fits into the cache; warns once if it does not."""
         if size <= self.limit * (1 - ROOM_AFTER_EVICTION):
             return True
         self._warn(
             "size",
             f"a result of {size} bytes or more is not cached, because the cache is limited to "
-            f"{self.limit} bytes. Set LORA_INIT_CACHE_BYTES to a larger limit",
+            f"{self.limit} bytes. Set LORA_INIT_CACHE_BYTES to a larger number.",
         )
         return False
 
@@ -115,20 +113,21 @@ class Cache:
         rank: int | None = None,
         durable: bool = True,
     ) -> None:
-        """Store an entry, unless one of this or a larger rank is there; smaller ones are replaced.
+        """Store an entry, unless the cache has one of at least this rank.
 
-        A result that is larger than the limit is neither copied nor hashed.
+        Entries of smaller rank are removed. A result that exceeds the limit is neither copied nor
+        hashed. Disk errors only warn.
 
         Args:
-            key: from `lora_init.cache.key`.
-            tensors: of any device and strides, by names.
-            metadata: what JSON can say; tuples come back as lists.
-            rank: of a decomposition that serves every smaller rank too; None if it serves no other.
-            durable: wait until the disk has it. Without, a power cut shortly after may lose the
-                entry, which is then a miss; the end of a process loses nothing.
+            key: the result of `lora_init.cache.key`.
+            tensors: named tensors on any device, with any strides.
+            metadata: JSON values. Tuples are read back as lists.
+            rank: the rank of a decomposition; None for other results.
+            durable: call fsync. Without it, a power failure may lose the entry, which is then a
+                miss. The end of the process loses nothing.
 
         Raises:
-            TypeError: metadata that JSON cannot say. Trouble with the disk is only warned of.
+            TypeError: JSON cannot represent the metadata.
         """
         ranks = self._ranks(key)
         if any(stored >= (rank or 0) for stored in ranks):
@@ -150,12 +149,12 @@ class Cache:
             self._look_after()
 
     def usage(self) -> Usage:
-        """Entries and their bytes."""
+        """Count the entries and their bytes."""
         sizes = [found.st_size for _, found in self._files(ENTRY)]
         return Usage(len(sizes), sum(sizes))
 
     def clear(self) -> Usage:
-        """Remove every entry, and what killed writers left; returns what the entries were."""
+        """Remove all entries and abandoned temporary files; return how many entries and bytes."""
         self._sweep()
         sizes = [found.st_size for path, found in self._files(ENTRY) if _remove(path)]
         return Usage(len(sizes), sum(sizes))
@@ -164,9 +163,12 @@ class Cache:
         return self.folder / key[:2] / f"{key}-{rank}.safetensors"
 
     def _ranks(self, key: str) -> list[int]:
-        """The ranks stored under this key, ascending; 0 is an entry that has none."""
+        """The ranks stored under this key, ascending; 0 means an entry without a rank."""
         if not KEY.fullmatch(key):
-            raise ValueError(f"cache: {key!r} is not a key; make one with lora_init.cache.key")
+            raise ValueError(
+                f"key={key!r} is not supported: must be 64 hexadecimal digits. Call "
+                "lora_init.cache.key."
+            )
         if not self._swept:
             self._sweep()
         try:
@@ -188,30 +190,30 @@ class Cache:
         except OSError as error:
             self._warn_unusable(error)
             return None
-        except Exception:  # what a damaged file raises depends on the parser
+        except Exception:  # a damaged file may raise any error of the parser
             self._discard(path)
             return None
-        with contextlib.suppress(OSError):  # the order of eviction is best effort
+        with contextlib.suppress(OSError):  # the access time only affects the order of eviction
             os.utime(path)
         return entry
 
     def _discard(self, path: Path) -> None:
-        """Make room for the entry that belongs here; a folder with files in it stays."""
+        """Remove a damaged entry; a folder that is not empty stays."""
         if _remove(path):
             self._warn(
                 "damage",
                 f"a damaged file in the cache, {path}, was removed; its result is computed again. "
-                "If this happens again, check the disk",
+                "If this happens again, check the disk.",
             )
         else:
             self._warn(
                 "obstacle",
                 f"{path} is not a file of the cache and cannot be removed; its result is computed "
-                "each time. Remove it",
+                "each time. Remove it.",
             )
 
     def _look_after(self) -> None:
-        """Sweep, and evict the least recently used entries where the limit is exceeded."""
+        """Remove abandoned files, and evict the least recently used entries above the limit."""
         self._sweep()
         entries = sorted(self._files(ENTRY), key=lambda file: file[1].st_mtime_ns)
         total = sum(found.st_size for _, found in entries)
@@ -231,7 +233,7 @@ class Cache:
                 _remove(path)
 
     def _files(self, names: re.Pattern[str]) -> Iterator[tuple[Path, os.stat_result]]:
-        """The cache's own files of one kind; they may come and go meanwhile."""
+        """The files of the cache with matching names; other processes may change them meanwhile."""
         for shard in _listed(self.folder):
             if SHARD.fullmatch(shard.name):
                 for file in _listed(Path(shard.path)):
@@ -245,7 +247,7 @@ class Cache:
         self._warn(
             "disk",
             f"the cache in {self.folder} cannot be used ({error}); results are computed each time. "
-            "Make room, or name another folder in LORA_INIT_CACHE, or set it to off",
+            "Free disk space, set LORA_INIT_CACHE to another folder, or set it to off.",
         )
 
     def _warn(self, kind: str, message: str) -> None:
@@ -255,7 +257,7 @@ class Cache:
 
 
 def _write(path: Path, data: bytes, durable: bool) -> None:
-    """Write a file that is there completely or not at all."""
+    """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{_host()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
@@ -274,14 +276,14 @@ def _is_abandoned(name: str, modified: float) -> bool:
     if time.time() - modified > ABANDONED_SECONDS:
         return True
     match = TEMPORARY.fullmatch(name)
-    # Signal 0 only asks, on POSIX; on Windows it would reach the process.
+    # On POSIX, signal 0 only checks that the process exists. On Windows it would kill it.
     if os.name != "posix" or match["host"] != _host():
         return False
     try:
         os.kill(int(match["pid"]), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # alive, another user's
+    except OSError:  # a running process of another user
         return False
     return False
 
@@ -291,7 +293,7 @@ def _host() -> str:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file or an empty folder; False if it stays, as on Windows while it is read."""
+    """Remove a file or an empty folder; False if that fails, as for open files on Windows."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""The JSON types that the fields of a configuration may have."""
+"""Check the types of the fields of a `LoraConfig`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ STRINGS = ("base_model_name_or_path", "revision")
 
 
 def check_field_types(config: Any) -> None:
-    """Refuse fields of a wrong type, after their conversion to JSON types.
+    """Check the type of each field.
 
     Args:
-        config: a `LoraConfig`.
+        config: a `LoraConfig` whose values were converted to JSON types.
 
     Raises:
-        TypeError: by name, with what the field must be.
+        TypeError: a field has a wrong type. The message names the field and the supported types.
     """
     for name in NAMES:
         value = getattr(config, name)
@@ -38,7 +38,7 @@ def check_field_types(config: Any) -> None:
 
 
 def _are(kind: type, values: Any) -> bool:
-    """Whether `values` is a list of `kind`; a bool is not an int here."""
+    """Whether `values` is a list of `kind`. A bool does not count as an int."""
     return isinstance(values, list) and all(
         isinstance(value, kind) and not isinstance(value, bool) for value in values
     )

@@ -1,12 +1,12 @@
-"""`adapter_config.json`: reading the file, and what its fields mean to a loader.
+"""Read `adapter_config.json` and convert its fields to settings of `LoraConfig`.
 
-Files come from every version of PEFT since 0.2 and from tools that add fields. The rules are:
+The files come from PEFT 0.2 or later, or from tools that add fields. The rules are:
 
 - null, false, 0, "" and empty lists or mappings mean that a setting is unused;
-- a setting whose switch is off is unused, as is the configuration of a method that did not start
-  the adapter;
-- a name that neither library knows is passed over with one warning, as PEFT does;
-- a setting of PEFT that changes the function and is not supported is refused.
+- a setting whose switch is off is unused;
+- the options of another initialization method are unused;
+- unknown names are ignored with one warning, as in PEFT;
+- other settings of PEFT that change the model's output raise an error.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lora_init.config.peft_fields import SWITCHES
 CONFIG_NAME = "adapter_config.json"
 
 FILE_ONLY = ("peft_type", "peft_version", "auto_mapping", "runtime_config")
-"""Fields that say how a file was made, and nothing about the adapter."""
+"""Fields that describe how the file was written, not the adapter."""
 
 FORMER_FIELDS = {"enable_lora": None, "merge_weights": False}
-"""Fields of PEFT 0.2. The first one splits a layer; the second one never changes the function."""
+"""Fields of PEFT 0.2. `enable_lora` splits a layer; `merge_weights` never changes the output."""
 
 METHODS_OF_CONFIGS = ("corda", "eva", "loftq", "lora_ga")
-"""Methods whose options PEFT keeps in a field `<name>_config`."""
+"""Methods whose options PEFT stores in a field `<name>_config`."""
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -39,13 +39,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a Git LFS pointer, no JSON, or JSON that is not an object; by name.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is a Git LFS pointer, is not valid JSON, or is not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path.name} in {str(path.parent)!r}; pass an adapter's folder"
-        )
+        raise FileNotFoundError(f"no {path.name} in {str(path.parent)!r}; pass an adapter's folder")
     refuse_lfs_pointer(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -55,16 +53,16 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise ValueError(
-            f"{path} holds no JSON object but a {type(values).__name__}; the file is damaged"
+            f"{path} must contain a JSON object, not a {type(values).__name__}; the file is damaged"
         )
     return values
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Refuse the text that stands for a file that Git LFS did not download.
+    """Raise if Git LFS did not download the file.
 
     Raises:
-        ValueError: the file is such a pointer.
+        ValueError: the file is a Git LFS pointer.
     """
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -84,24 +82,24 @@ def settings(
     unsupported: Mapping[str, Any],
     nested: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The settings in use among a file's values, as keyword arguments of `LoraConfig`.
+    """Convert the values of a file to keyword arguments of `LoraConfig`; drop unused settings.
 
     Args:
         values: the content of the file.
-        known: names of the fields of `LoraConfig`.
-        unsupported: PEFT's other fields, and their defaults.
-        nested: the same inside PEFT's configurations of methods.
+        known: the names of the fields of `LoraConfig`.
+        unsupported: PEFT's other fields, with their defaults.
+        nested: unsupported fields inside PEFT's options of methods, with their defaults.
 
     Raises:
-        ValueError: another kind of adapter, a value of a wrong type, or a setting of PEFT that is
-            in use and not supported.
+        ValueError: the file is not a LoRA adapter's, a value has a wrong type, or the file uses a
+            setting of PEFT that is not supported.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"an adapter configuration must be a mapping, not {values!r}")
     if "peft_type" not in values:
         raise ValueError(
-            "the adapter configuration has no peft_type, which says that it is a LoRA adapter's; "
-            'if it is one, add "peft_type": "LORA"'
+            "peft_type is missing in the adapter configuration: must be 'LORA'. If this is a LoRA "
+            'adapter, add "peft_type": "LORA".'
         )
     kind = values["peft_type"]
     if kind != "LORA":
@@ -123,7 +121,7 @@ def settings(
     method = chosen.get("init_lora_weights", True)
     for name in METHODS_OF_CONFIGS:
         if method_of(method) != name:
-            chosen.pop(f"{name}_config", None)  # left over from another start
+            chosen.pop(f"{name}_config", None)  # options of another method
     for name in ("layers_pattern", "layers_to_transform", "exclude_modules", "modules_to_save"):
         if name in chosen and _is_empty(chosen[name]) and not _is_whole(chosen[name]):
             del chosen[name]
@@ -138,7 +136,7 @@ def settings(
 
 
 def method_of(init_lora_weights: Any) -> Any:
-    """The name in a value of init_lora_weights: names are compared in lower case, as in PEFT."""
+    """The lower-case method name in a value of init_lora_weights; other values as they are."""
     if isinstance(init_lora_weights, Mapping):
         init_lora_weights = init_lora_weights.get("name")
     return init_lora_weights.lower() if isinstance(init_lora_weights, str) else init_lora_weights
@@ -149,14 +147,14 @@ def _is_empty(value: Any) -> bool:
 
 
 def _is_used(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether a setting that is not supported would change anything."""
+    """Whether an unsupported setting has an effect."""
     if name not in values or _is_empty(values[name]) or name == "merge_weights":
         return False
     if name in SWITCHES:
         return not _is_empty(values.get(SWITCHES[name]))
     if name.endswith("_config") and name.removesuffix("_config") in METHODS_OF_CONFIGS:
         return method_of(values.get("init_lora_weights", True)) == name.removesuffix("_config")
-    if name == "ensure_weight_tying":  # of what is trained in a pair of tied modules
+    if name == "ensure_weight_tying":  # has an effect only if embeddings are trained
         targets = values.get("target_modules")
         plain = isinstance(targets, list) and not {"embed_tokens", "lm_head"} & {
             str(target).rpartition(".")[2] for target in targets
@@ -175,8 +173,8 @@ def _warn_of_unknown(names: list[str], values: Mapping[str, Any], known: Collect
         for name in sorted(used, key=str)
     )
     warnings.warn(
-        f"the adapter configuration has fields that are not known, and they are ignored: {listed}. "
-        "A later version of PEFT, or another tool, wrote them",
+        f"unknown fields in the adapter configuration are ignored: {listed}. A later version of "
+        "PEFT, or another tool, wrote them.",
         stacklevel=4,
     )
 
@@ -188,8 +186,7 @@ def _without_defaults(
     for name, default in defaults.items():
         if name in left and left.pop(name) != default:
             raise ValueError(
-                f"{prefix}.{name} is a setting of PEFT that lora_init does not support; it must be "
-                f"{default!r}"
+                f"{prefix}.{name} is a setting of PEFT that is not supported: must be {default!r}"
             )
     return left
 
@@ -198,10 +195,10 @@ def _without_defaults(
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A value of the right JSON type; whole numbers may be written as 8.0.
+    """Convert a value to the JSON type of its setting; 8.0 counts as a whole number.
 
     Raises:
-        ValueError: it has another type, by name.
+        ValueError: the value has another type.
     """
     if name not in _TYPES:
         return value

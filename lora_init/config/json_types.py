@@ -1,7 +1,7 @@
-"""Settings as plain JSON types, whatever library they come from.
+"""Convert settings to plain JSON types.
 
-Hydra, OmegaConf, numpy and torch have lists, mappings and numbers of their own. They train like
-Python's, and fail when a configuration is written to a file.
+Hydra, OmegaConf, numpy and torch define their own lists, mappings and numbers. These work during
+training, but fail when a configuration is written to a file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import torch
 def json_value(setting: str, value: Any) -> Any:
     """Convert `value` to None, a bool, a number, a string, a list or a dict of these.
 
-    Sets are sorted. Dataclasses become mappings, enumerations their values, paths strings.
+    Sets are sorted. Dataclasses become dicts, enumerations become their values, and paths become
+    strings.
 
     Args:
-        setting: the name of the value, for messages.
+        setting: the name of the setting, for messages.
+        value: the value to convert.
 
     Raises:
-        TypeError: the value has no JSON form.
+        TypeError: JSON cannot represent the value.
     """
     if isinstance(value, enum.Enum):
         value = value.value
@@ -42,7 +44,7 @@ def json_value(setting: str, value: Any) -> Any:
         value = dataclasses.asdict(value)
     if isinstance(value, str):
         return str(value)
-    if value is None or isinstance(value, bool):  # what an array or an enumeration held
+    if value is None or isinstance(value, bool):  # from an array or an enumeration
         return value
     if isinstance(value, numbers.Integral):
         return int(value)

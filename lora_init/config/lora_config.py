@@ -1,8 +1,7 @@
-"""`LoraConfig`: the user-facing settings, field for field those of Hugging Face PEFT.
+"""`LoraConfig`: the settings of an adapter, with the fields of Hugging Face PEFT.
 
-A configuration is checked when it is made, as far as it can be without a model; what depends on the
-model is checked where plans are made (`lora_init.plan.make`). Files are PEFT's
-`adapter_config.json`.
+The constructor checks everything that does not depend on the model. `lora_init.plan.make` checks
+the rest. Configurations are saved as PEFT's `adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from lora_init.registry import (
 )
 
 PEFT_VERSION = "0.21.2"
-"""The version of PEFT whose file format is written."""
+"""Files have the format of this version of PEFT."""
 
 PEFT_ONLY_DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
@@ -48,7 +47,7 @@ PEFT_ONLY_DEFAULTS: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-"""Fields of PEFT's LoRA files that lora_init does not have, with the values that mean "unused"."""
+"""Fields of PEFT that are not supported, with the values that mean "unused"."""
 
 PEFT_ONLY_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "corda_config": {
@@ -59,14 +58,14 @@ PEFT_ONLY_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "prune_temporary_fields": True,
     },
 }
-"""The same inside PEFT's per-method configurations."""
+"""Unsupported fields in PEFT's options of methods, with the values that mean "unused"."""
 
 ALL_LINEAR = "all-linear"
 
 BOOLEANS = ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out", "inference_mode")
 
 METHOD_CONFIGS = ("eva", "corda", "loftq")
-"""Methods whose options PEFT keeps in a field of their own, `<name>_config`."""
+"""Methods whose options have a separate field, `<name>_config`, as in PEFT."""
 
 TASK_TYPES = (
     "SEQ_CLS",
@@ -81,51 +80,53 @@ HEADS = {
     "TOKEN_CLS": ["classifier", "score"],
     "QUESTION_ANS": ["qa_outputs"],
 }
-"""Heads that a task trains and saves besides the adapter, where the model has them."""
+"""Heads that are trained and saved in addition to the adapter, if the model has them."""
 
 
 @accepts_peft_fields(PEFT_ONLY_DEFAULTS)
 @dataclass
 class LoraConfig:
-    """Settings of low-rank adaptation. Every argument has PEFT's name, default and meaning.
+    """Settings of a low-rank adapter. Each argument has PEFT's name, default and meaning.
 
-    Values may come from OmegaConf, numpy or torch: they are converted to plain JSON types. PEFT's
-    other fields are accepted at values without effect, and refused at any other.
+    Values of OmegaConf, numpy or torch are converted to plain JSON types. PEFT's other fields are
+    accepted if their values have no effect; other values raise an error.
 
     Attributes:
         r: the rank of the adapter.
         target_modules: names of the modules to adapt (exact or dotted suffix), one regular
             expression that must match the whole name, "all-linear", or None for the defaults of
             a known architecture.
-        exclude_modules: names (exact or dotted suffix) or one regular expression to leave out.
+        exclude_modules: names (exact or dotted suffix) or one regular expression to skip.
         lora_alpha: the scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
         lora_dropout: dropout probability on the adapter's input.
-        fan_in_fan_out: the weight is stored (in, out). The module's class decides it (Conv1D is,
-            nn.Linear is not); True where no target is a Conv1D warns.
-        bias: which biases of the base are trained: "none", "lora_only" (those of adapted modules)
-            or "all". A trained bias is part of the adapter: disabling it brings the original back.
-        use_rslora: rank-stabilised scaling.
-        modules_to_save: modules (dotted suffix) trained and saved whole. A task's own head
-            (`HEADS`: "classifier", "score", …) is added where the model has it.
+        fan_in_fan_out: whether weights have shape (in, out). The module's class decides this: yes
+            for Conv1D, no for nn.Linear. True warns if no target is a Conv1D.
+        bias: the biases of the base model to train: "none", "lora_only" (in adapted modules only)
+            or "all". They belong to the adapter: `disable_adapter` restores the original biases.
+        use_rslora: whether to use rank-stabilized scaling.
+        modules_to_save: modules (dotted suffix) to train in full and save. The head of the task
+            (see `HEADS`) is added if the model has it.
         init_lora_weights: the initializer: True (kaiming), False (random), a registered name,
             "pissa_niter_N", a mapping {"name": …, options}, or a method's options object.
         layers_to_transform: adapt only these layer indices. Needs target_modules as a list.
         layers_pattern: the name of the module list that the indices count, e.g. "layers".
         rank_pattern: rank by module: keys are regular expressions matched as a dotted suffix.
-        alpha_pattern: alpha by module, likewise.
-        use_dora: weight-decomposed adaptation: a trained magnitude a row beside the direction.
-        lora_bias: a trained bias b in B: s (B A x + b). Not with use_dora, nor on embeddings.
-        eva_config: options of EVA, as its dataclass or a mapping.
-        corda_config: options of CorDA, likewise.
-        loftq_config: options of LoftQ, likewise.
+        alpha_pattern: alpha by module, with keys as in rank_pattern.
+        use_dora: whether to train a magnitude for each row of the weight (DoRA).
+        lora_bias: whether to train a bias b in B: s (B A x + b). Not supported with use_dora or on
+            embeddings.
+        eva_config: the options of EVA, as its dataclass or a mapping.
+        corda_config: the options of CorDA, as its dataclass or a mapping.
+        loftq_config: the options of LoftQ, as its dataclass or a mapping.
         task_type: one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, TOKEN_CLS, QUESTION_ANS,
             FEATURE_EXTRACTION, or None.
-        base_model_name_or_path: recorded in files; filled in from the model when None.
-        revision: the base model's revision, recorded in files.
-        inference_mode: load without trainable parameters.
+        base_model_name_or_path: written to files. If None, it is taken from the model.
+        revision: the revision of the base model, written to files.
+        inference_mode: whether to freeze all parameters.
 
     Raises:
-        ValueError: a value that is not allowed, with what is.
+        ValueError: a value is not supported. The message names the supported values.
+        TypeError: a value has a wrong type.
     """
 
     r: int = 8
@@ -160,12 +161,13 @@ class LoraConfig:
         self._check_variants()
         if self.task_type is not None and self.task not in TASK_TYPES:
             raise ValueError(
-                f"task_type={self.task_type!r}; allowed are None, {', '.join(TASK_TYPES)}"
+                f"task_type={self.task_type!r} is not supported: must be one of None, "
+                f"{', '.join(TASK_TYPES)}. Choose one of them."
             )
-        self.initializer()  # refuses an unknown method or option
+        self.initializer()  # raises on an unknown method or option
 
     def initializer(self) -> tuple[Initializer, Any]:
-        """The registered method these settings ask for, and its options."""
+        """The registered initialization method of these settings, and its options."""
         spec, options = resolve(self.init_lora_weights)
         for name in METHOD_CONFIGS:
             setting = getattr(self, f"{name}_config")
@@ -173,36 +175,37 @@ class LoraConfig:
                 continue
             if name != spec.name:
                 raise ValueError(
-                    f"{name}_config is given, but init_lora_weights={self.init_lora_weights!r}; "
-                    f"set init_lora_weights={name!r}, or leave {name}_config out"
+                    f"{name}_config is not supported with init_lora_weights="
+                    f"{self.init_lora_weights!r}: must be {name!r}. Set "
+                    f"init_lora_weights={name!r}, or leave out {name}_config."
                 )
             options = self._method_options(spec, setting)
         return spec, options
 
     def checked(self) -> LoraConfig:
-        """A copy, converted and checked again: fields may have been edited since construction.
+        """Return a copy, converted and checked again, since fields may have been edited.
 
         Raises:
-            ValueError, TypeError: a field has a value that the constructor refuses.
+            ValueError, TypeError: the constructor does not accept the value of a field.
         """
         return dataclasses.replace(self)
 
     @property
     def task(self) -> str | None:
-        """`task_type` as a plain string, also where it was given as PEFT's enumeration."""
+        """`task_type` as a plain string, also if it is a member of PEFT's enumeration."""
         return getattr(self.task_type, "value", self.task_type)
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """alpha / rank, or alpha / sqrt(rank) with rank-stabilised scaling."""
+        """The factor s of s B A: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     # -- files -------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of PEFT's adapter_config.json: all of its fields, JSON types only.
+        """The content of PEFT's adapter_config.json: all fields, as JSON types.
 
         Raises:
-            ValueError, TypeError: a field was edited to a value that is not supported.
+            ValueError, TypeError: an edited field has a value that is not supported.
         """
         checked = self.checked()
         values = {f.name: getattr(checked, f.name) for f in dataclasses.fields(checked)}
@@ -222,13 +225,14 @@ class LoraConfig:
         }
 
     def to_json(self) -> str:
-        """The text of adapter_config.json: fields sorted, as PEFT does, but never inside a
-        pattern, where the first key that matches wins.
+        """The text of adapter_config.json, with fields sorted as in PEFT.
+
+        The keys of a pattern keep their order, since the first matching key wins.
         """
         return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `adapter_config.json` into `folder`, keys sorted, as PEFT does."""
+        """Write `adapter_config.json` to `folder`, which is created if needed."""
         path, text = Path(folder), self.to_json()
         path.mkdir(parents=True, exist_ok=True)
         (path / CONFIG_NAME).write_text(text)
@@ -238,9 +242,9 @@ class LoraConfig:
         """Read `adapter_config.json` from a folder.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: not JSON, another kind of adapter, or a setting of PEFT that is in use and
-                not supported; with the file's name.
+            FileNotFoundError: the folder has no such file.
+            ValueError: the file is not valid JSON, is not a LoRA adapter's, or uses a setting of
+                PEFT that is not supported.
         """
         path = Path(folder) / CONFIG_NAME
         values = file.read_json(path)
@@ -251,24 +255,21 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
-        """Make a configuration from what `to_dict` returns, or from a file of PEFT.
+        """Create a configuration from the result of `to_dict`, or from the content of a PEFT file.
 
-        Empty settings of PEFT are unused, and unknown names are ignored with a warning; see
-        `lora_init.config.file`.
+        Empty settings of PEFT count as unused. Unknown names are ignored with a warning.
 
         Raises:
-            ValueError: another kind of adapter, a value of a wrong type, or a setting of PEFT that
-                is in use and not supported.
+            ValueError: `peft_type` is not "LORA", a value has a wrong type, or `values` use a
+                setting of PEFT that is not supported.
         """
         known = [f.name for f in dataclasses.fields(cls)]
-        return cls(
-            **file.settings(values, known, PEFT_ONLY_DEFAULTS, PEFT_ONLY_METHOD_DEFAULTS)
-        )
+        return cls(**file.settings(values, known, PEFT_ONLY_DEFAULTS, PEFT_ONLY_METHOD_DEFAULTS))
 
     # -- checks ------------------------------------------------------------------------------
 
     def _normalize(self) -> None:
-        """Convert every field to plain JSON types, and spellings to their one form."""
+        """Convert every field to plain JSON types, and different spellings to one."""
         for name in (f.name for f in dataclasses.fields(self)):
             value = getattr(self, name)
             if name == "init_lora_weights" and dataclasses.is_dataclass(value):
@@ -287,7 +288,10 @@ class LoraConfig:
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
         if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r}; allowed are 0.0 <= p < 1.0")
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout!r} is not supported: must be at least 0.0 and "
+                "less than 1.0. Set a probability in this range."
+            )
         for key, rank in (self.rank_pattern or {}).items():
             check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in (self.alpha_pattern or {}).items():
@@ -297,30 +301,38 @@ class LoraConfig:
         for name in ("modules_to_save", "rank_pattern", "alpha_pattern"):
             if isinstance(getattr(self, name), str):
                 kind = "a list of names" if name == "modules_to_save" else "a mapping"
-                raise ValueError(f"{name}={getattr(self, name)!r}; pass {kind}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported: must be {kind}. Pass {kind}."
+                )
         selective = self.layers_to_transform is not None
         if self.layers_pattern is not None and not selective:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} without layers_to_transform has no "
-                "effect; give the layer indices, or leave it out"
+                "effect. Set layers_to_transform, or leave out layers_pattern."
             )
         if selective and isinstance(self.target_modules, str):
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} with target_modules="
-                f"{self.target_modules!r}: indices apply to a list of names only; pass a list, or "
-                "put the indices into the regular expression"
+                f"layers_to_transform={self.layers_to_transform!r} is not supported with "
+                f"target_modules={self.target_modules!r}: target_modules must be a list of names. "
+                "Pass a list, or put the indices into the regular expression."
             )
 
     def _check_variants(self) -> None:
         if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias={self.bias!r}; allowed are 'none', 'all' and 'lora_only'")
+            raise ValueError(
+                f"bias={self.bias!r} is not supported: must be one of 'none', 'all', 'lora_only'. "
+                "Choose one of them."
+            )
         for name in BOOLEANS:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed are True and False")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported: must be True or False. "
+                    "Choose one of them."
+                )
         if self.use_dora and self.lora_bias:
             raise ValueError(
-                "lora_bias=True with use_dora=True: DoRA scales the adapted weight, where a bias "
-                "in B has no place (nor has it in PEFT's files); set one of them to False"
+                "lora_bias=True with use_dora=True is not supported: DoRA scales the adapted "
+                "weight, which has no bias in B. Set one of them to False."
             )
 
     @staticmethod
@@ -331,7 +343,8 @@ class LoraConfig:
             setting = dataclasses.asdict(setting)  # PEFT's own EvaConfig, CordaConfig, LoftQConfig
         if not isinstance(setting, dict):
             raise TypeError(
-                f"{spec.name}_config={setting!r}; allowed are {spec.options.__name__} or a mapping"
+                f"{spec.name}_config={setting!r} is not supported: must be a mapping or "
+                f"{spec.options.__name__}. Pass one of these."
             )
         values = dict(setting)
         _drop_defaults(
@@ -341,7 +354,7 @@ class LoraConfig:
 
     @staticmethod
     def _method_spelling(spec: Initializer, options: Any, by_field: bool) -> Any:
-        """PEFT's spelling of the method where there is one, else the mapping form."""
+        """PEFT's spelling of the method if it exists, else the mapping form."""
         if spec.name in ("kaiming", "random"):
             return spec.name == "kaiming"
         if by_field or not dataclasses.fields(spec.options) or options == spec.options():
@@ -352,25 +365,32 @@ class LoraConfig:
 
 
 def options_class(name: str) -> type:
-    """The options dataclass of a registered method, e.g. for `EvaConfig`."""
+    """The options dataclass of a registered method, such as "eva"."""
     return get_initializer(name).options
 
 
 def check_rank(setting: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{setting}={value!r}; a rank is an integer >= 1")
+        raise ValueError(
+            f"{setting}={value!r} is not supported: must be an integer >= 1. Set a positive rank."
+        )
 
 
 def check_alpha(setting: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is a positive finite number."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < float("inf"):
-        raise ValueError(f"{setting}={value!r}; alpha is a positive finite number")
+        raise ValueError(
+            f"{setting}={value!r} is not supported: must be a positive finite number. Set such an "
+            "alpha."
+        )
 
 
 def _drop_defaults(values: dict[str, Any], defaults: dict[str, Any], prefix: str) -> None:
     for name, default in defaults.items():
         if name in values and values.pop(name) != default:
             raise ValueError(
-                f"{prefix}{name} is a setting of PEFT that lora_init does not serve; "
-                f"leave it at {default!r}"
+                f"{prefix}{name} is a setting of PEFT that is not supported: must be {default!r}. "
+                "Leave it out."
             )

@@ -1,4 +1,4 @@
-"""PEFT's fields that `lora_init` does not have: accepted as long as they change nothing."""
+"""Accept the unsupported fields of PEFT if their values have no effect."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 from lora_init.config.json_types import json_value
 
 SWITCHES = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}
-"""Fields that mean nothing while another one, the value here, is off."""
+"""Fields without effect while another field is off, by the name of that other field."""
 
 RECORDED = ("auto_mapping", "peft_version")
-"""Fields of files that record how they were written. They change nothing."""
+"""Fields that describe how a file was written. They have no effect."""
 
 UNUSED = {"peft_type": "LORA", "runtime_config": {"ephemeral_gpu_offload": False}}
-"""Further fields of PEFT's class, with the values that change nothing."""
+"""Other fields of PEFT's class, with the values that have no effect."""
 
 
 def accepts_peft_fields(defaults: Mapping[str, Any]) -> Callable[[type], type]:
-    """Let a configuration class take PEFT's other fields as keywords, at values without effect.
+    """Decorate a configuration class so that it accepts PEFT's other fields as keywords.
 
-    The class keeps its signature.
+    Values with an effect raise a ValueError. The signature of the class does not change.
 
     Args:
-        defaults: those fields, with PEFT's defaults.
+        defaults: the unsupported fields, with PEFT's defaults.
     """
 
     def decorate(cls: type) -> type:

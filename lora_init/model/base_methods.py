@@ -1,8 +1,8 @@
-"""Methods of an injected base model that would write or change its wrapped layers.
+"""Replace methods of the base model that would write or change its adapted layers.
 
-A base that has an adapter is not the model that its own `save_pretrained` knows: the file would
-hold keys such as `q_proj.base_layer.weight`, and maybe an edited weight. While it is injected,
-these methods are covered by attributes of the instance.
+A base model with an adapter has keys such as `q_proj.base_layer.weight`, and its weights may be
+modified. Its own `save_pretrained` would write these. While the adapter is injected, attributes of
+the instance hide such methods.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ REFUSALS = {
 
 
 class CoveredMethod:
-    """Stands for a method of an injected model. `save_pretrained` writes the adapter instead.
+    """Replaces a method of a base model with an adapter.
 
-    So do models of transformers into which PEFT has injected an adapter.
+    `save_pretrained` writes the adapter, as transformers does for models with a PEFT adapter. The
+    other methods raise a NotImplementedError.
 
     Attributes:
-        name: of the method.
-        owner: the LoraModel whose base the method belongs to; None in a part of the base, and in a
-            copy of the base alone.
+        name: the name of the method.
+        owner: returns the LoraModel of the base, or None for a submodule or a copy of the base.
     """
 
     def __init__(self, name: str, owner: nn.Module | None = None) -> None:
@@ -43,7 +43,7 @@ class CoveredMethod:
         self.owner = (lambda: None) if owner is None else weakref.ref(owner)
 
     def __reduce__(self) -> tuple:
-        return CoveredMethod, (self.name,)  # a copied LoraModel covers the methods of its own base
+        return CoveredMethod, (self.name,)  # a copied LoraModel covers the methods of its base
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.owner()
@@ -53,15 +53,16 @@ class CoveredMethod:
                 "or merge_and_unload() for the whole model"
             )
         folder = args[0] if args else kwargs["save_directory"]
-        # No state dict: the one that a trainer passes is of the base.
+        # The state dict that a trainer passes is the base model's, so it is ignored.
         return model.save_pretrained(folder, is_main_process=kwargs.get("is_main_process", True))
 
 
 def cover_methods(model: nn.Module, base: nn.Module) -> None:
-    """Cover the methods of `base`, and of the parts of it that have adapted layers.
+    """Replace the methods in `REFUSALS` on `base` and on its submodules with adapted layers.
 
     Args:
-        model: the LoraModel around `base`.
+        model: the LoraModel of `base`.
+        base: the base model, after injection.
     """
     for module in base.modules():
         if isinstance(module, LoraLayer | TrainedModule):
@@ -73,7 +74,7 @@ def cover_methods(model: nn.Module, base: nn.Module) -> None:
 
 
 def uncover_methods(base: nn.Module) -> None:
-    """Give the methods back."""
+    """Restore the methods that `cover_methods` replaced."""
     for module in base.modules():
         for name in REFUSALS:
             if isinstance(vars(module).get(name), CoveredMethod):

@@ -1,4 +1,4 @@
-"""The model that `get_peft_model` returns: the base model with one adapter."""
+"""`LoraModel`: the result of `get_peft_model`, a base model with one adapter."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ from lora_init.weights.offload import HOOK_ATTRIBUTES, absence, first_unloaded
 
 
 class LoraModel(nn.Module):
-    """A base model with one adapter. Forwards to the base model; made by `get_peft_model`.
+    """A base model with one adapter. `get_peft_model` creates it.
 
-    Its class is a subclass of this one that has the base model's signature of `forward`.
+    Missing attributes are taken from the base model. The class of an instance is a subclass of this
+    one whose `forward` has the base model's signature.
 
     Attributes:
-        base_model: the model that was injected.
-        peft_config: the settings; after a rank allocation its patterns hold the chosen ranks.
-        plan: what was done.
+        base_model: the base model, modified in place.
+        peft_config: the settings. After a rank allocation, its patterns hold the chosen ranks.
+        plan: the adapted layers, the method and its options.
     """
 
     def __new__(cls, base_model: nn.Module | None = None, *args: Any, **kwargs: Any) -> LoraModel:
-        if base_model is not None:  # else `blank` asks, and has chosen the class
+        if base_model is not None:  # None: `blank` calls this with the final class
             cls = with_forward_of(getattr(cls, "family", cls), type(base_model))
         return super().__new__(cls)
 
@@ -74,11 +75,11 @@ class LoraModel(nn.Module):
             peft_config.base_model_name_or_path = name or None
         if peft_config.inference_mode:
             self.requires_grad_(False)
-        self.training = base_model.training  # parts that their owner keeps in eval mode stay so
-        self._use_pending = True  # whether no forward pass has shown which layers are used
-        self._read_layers: list[str] = []  # whose weight was read there, without a call
-        self.checkpoint_prefix = ""  # of the state dict that is being loaded
-        self.loading: injection.Transaction | None = None  # what undoes it, until it is loaded
+        self.training = base_model.training  # do not change the modes of submodules
+        self._use_pending = True  # the first forward pass checks which layers are used
+        self._read_layers: list[str] = []  # their weight was read without a call
+        self.checkpoint_prefix = ""  # prefix of the state dict that is being loaded
+        self.loading: injection.Transaction | None = None  # undoes an unfinished load
         checkpoints.register(self)
         cover_methods(self, base_model)
         if first_unloaded(base_model) is not None:
@@ -92,9 +93,9 @@ class LoraModel(nn.Module):
         return self.base_model(*args, **kwargs)
 
     def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one pass and warn of adapted layers that it does not use.
+        """Run one pass and warn about adapted layers that it does not use.
 
-        A pass that fails, or runs without the adapter, leaves the check for the next one.
+        A pass that fails or runs without the adapter defers the check to the next pass.
         """
         live = self._injection
         if live is None or has_compiled_part(self.base_model):
@@ -111,41 +112,43 @@ class LoraModel(nn.Module):
         return output
 
     def assume_used(self, uses: Uses) -> None:
-        """Remember how the layers are used, and check it no more."""
+        """Store how the layers are used, and skip the check in the next forward pass."""
         self._use_pending = False
         self._read_layers = [name for name in self.layers if name in uses.used - uses.called]
 
     def trained_modules(self) -> dict[str, TrainedModule]:
-        """The modules that are trained whole, by name."""
+        """The fully trained modules, by name."""
         return dict(self._live_injection().trained)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: injection keeps the base's ties, and unties what it must on purpose."""
+        """Do nothing: injection handles tied weights."""
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the vocabulary as the base model does, where no embedding is adapted.
+        """Resize the vocabulary of the base model if no embedding is adapted.
 
         Raises:
-            ValueError: the input or output embedding is adapted or trained whole.
+            ValueError: the input or output embedding is adapted or fully trained.
         """
         base = self.base_model
         for find in (base.get_input_embeddings, base.get_output_embeddings):
             module = find()
             if (args or kwargs) and isinstance(module, LoraLayer | TrainedModule):
                 raise ValueError(
-                    "resize_token_embeddings: the adapter contains the model's input or output "
-                    "embedding, whose size is fixed. Resize the base model before get_peft_model, "
-                    "or leave both embeddings out of target_modules and modules_to_save"
+                    "resize_token_embeddings is not supported if the adapter contains the input "
+                    "or output embedding. Resize the base model before get_peft_model, or leave "
+                    "both embeddings out of target_modules and modules_to_save."
                 )
         return base.resize_token_embeddings(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load the adapter of a checkpoint, as `torch.nn.Module.load_state_dict` does.
+        """Load the adapter of a checkpoint, like `torch.nn.Module.load_state_dict`.
 
-        The model is unchanged where that fails.
+        If that fails, the model does not change.
 
         Raises:
-            ValueError, RuntimeError: see `lora_init.state_dict`.
+            ValueError: a tensor is missing, unknown, not finite or has a wrong shape; or the
+                checkpoint belongs to another method.
+            RuntimeError: the adapter is merged or disabled.
         """
         try:
             return nn.Module.load_state_dict(self, *args, **kwargs)
@@ -154,16 +157,16 @@ class LoraModel(nn.Module):
             raise
 
     def get_extra_state(self) -> Tensor:
-        """What names the start of the adapter in a state dict, see `lora_init.state_dict`."""
+        """The tensor that identifies the method in a state dict; torch calls this."""
         return torch.empty(0) if self._injection is None else checkpoints.start_of(self)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing: a checkpoint of another start was refused before."""
+        """Do nothing: the identification was checked before."""
 
     def undo_broken_loading(self) -> None:
-        """Undo what a `load_state_dict` did that never came to its end.
+        """Undo a `load_state_dict` that failed.
 
-        One of a module around this one ends unseen; the next call on this model finds it here.
+        If an outer module failed to load, this model cannot notice. Its next call then undoes it.
         """
         if self.loading is not None:
             self.loading.roll_back()
@@ -179,7 +182,7 @@ class LoraModel(nn.Module):
             cover_methods(self, self.base_model)
 
     def _get_name(self) -> str:
-        """The base model's, by which Trainer's label smoothing knows that labels are shifted."""
+        """The base model's name, from which Trainer's label smoothing decides to shift labels."""
         return self.base_model._get_name()
 
     def __repr__(self) -> str:
@@ -192,34 +195,36 @@ class LoraModel(nn.Module):
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
-        """transformers' mark of a model with an adapter: Trainer refuses quantised ones without."""
+        """Whether an adapter is active; Trainer requires this for quantized models."""
         return self._injection is not None
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever this class does not have (generate, config, device, …) is the base model's."""
+        """Return an attribute of the base model, such as `generate`, `config` or `device`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # base_model: not set yet, and must not recurse. The last: of a compiled base, which
-            # does not make this model compiled.
+            # base_model may not be set yet, which would recurse. get_compiler_config marks a
+            # compiled model; this model is not compiled if its base is.
             if name in ("base_model", *HOOK_ATTRIBUTES, "get_compiler_config"):
                 raise
             return getattr(self.base_model, name)
 
     @property
     def layers(self) -> dict[str, LoraLayer]:
-        """The adapted layers by name."""
+        """The adapted layers, by name."""
         return dict(self._live_injection().layers)
 
     def get_base_model(self) -> nn.Module:
+        """The base model with its adapted layers."""
         return self.base_model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all): as PEFT counts, the untouched originals of saved modules included."""
+        """Count trainable and all parameters as PEFT does, with the originals of saved modules."""
         counted = [(parameter_count(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in counted if trained), sum(n for n, _ in counted)
 
     def print_trainable_parameters(self) -> None:
+        """Print the number of trainable parameters and of all parameters."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
@@ -227,11 +232,11 @@ class LoraModel(nn.Module):
         )
 
     def init_report(self) -> InitReport:
-        """What the initialization did, per layer. Print it, or take its `to_dict()`.
+        """Report the initialization of each layer. Print the result, or call its `to_dict()`.
 
-        The figures of a kept or subtracted base are computed now, from the initial factors and the
-        restored weights; the model's state of training does not change them. Weights that are not
-        in memory are read one layer at a time, from where they were read before.
+        Metrics of kept and subtracted bases are computed by this call, from the initial factors and
+        the original weights. Training does not change them. Weights that are not in memory are read
+        again, one layer at a time.
         """
         live = self._whole_injection("init_report", without_base=True)
         layers = []
@@ -249,13 +254,13 @@ class LoraModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside this context the model computes its original function.
+        """A context in which the model computes the output of the original base model.
 
         Raises:
-            RuntimeError: where a base was replaced and no copy of the original was kept.
+            RuntimeError: a base weight was replaced, and no copy of the original exists.
         """
         live = self._live_injection("disable_adapter")
-        if live.originals or live.biases:  # data is exchanged; else the forward pass does it
+        if live.originals or live.biases:  # their data is replaced; other layers switch in forward
             self._whole_injection("disable_adapter")
         before = live.enabled
         try:
@@ -264,34 +269,34 @@ class LoraModel(nn.Module):
                 yield
             finally:
                 self._switch(live, before)
-        finally:  # once more, for an interrupt of the first time
+        finally:  # again, in case an interrupt stopped the first call
             self._switch(live, before)
 
     def _switch(self, live: injection.Injection, enabled: bool) -> None:
-        if self._injection is live:  # else it was unloaded inside, and is off for good
+        if self._injection is live:  # else it was unloaded inside the context
             injection.atomically(partial(injection.set_adapter_enabled, live, enabled))
 
     def merge_adapter(self) -> None:
-        """Fold the adapter into the base weights, for inference; `unmerge_adapter` undoes it.
+        """Merge the adapter into the base weights for inference; `unmerge_adapter` undoes it.
 
-        The base weights are held meanwhile, so that they come back to the bit.
+        A copy of the base weights is kept, so `unmerge_adapter` restores them bit for bit.
 
         Raises:
-            ValueError: a layer has a lora_bias and its base no bias.
+            ValueError: a layer has a lora_bias, but its base module has no bias.
         """
         live = self._whole_injection("merge_adapter")
         injection.atomically(partial(injection.set_merged, live, True))
 
     def unmerge_adapter(self) -> None:
-        """Take the adapter out of the base weights again."""
+        """Restore the base weights after `merge_adapter`."""
         live = self._live_injection("unmerge_adapter")
         injection.atomically(partial(injection.set_merged, live, False))
 
     def merge_and_unload(self) -> nn.Module:
-        """Fold the adapter into the base weights and return the plain base model.
+        """Merge the adapter into the base weights and return the plain base model.
 
-        It needs the memory of one more weight, so what is merged cannot be taken out again. Where
-        it fails in the middle, the model still computes the same; call it again to finish.
+        No copy of the base weights is kept, so this cannot be undone. It needs memory for one more
+        weight. If it fails halfway, the model still computes the same output; call it again.
         """
         live = self._whole_injection("merge_and_unload", half_merged=True)
         if not live.merged:
@@ -302,22 +307,22 @@ class LoraModel(nn.Module):
         """Remove the adapter and return the base model with its original weights.
 
         Raises:
-            RuntimeError: where a base was replaced and no copy of the original was kept.
+            RuntimeError: a base weight was replaced, and no copy of the original exists.
         """
         live = self._whole_injection("unload", without_base=True)
         return injection.atomically(partial(self._remove, injection.restore, live))
 
     def delete_adapter(self) -> nn.Module:
-        """The same as `unload`: one adapter a model."""
+        """Like `unload`, since a model has one adapter."""
         return self.unload()
 
     def detach_adapter(
         self, transaction: injection.Transaction | None = None
     ) -> injection.Injection:
-        """Unload, and return what `attach_adapter` needs to undo it.
+        """Remove the adapter and return it for `attach_adapter`.
 
         Args:
-            transaction: puts the adapter back where something later fails.
+            transaction: restores the adapter if a later step fails.
         """
         live = self._whole_injection("unload", without_base=True)
         if transaction is None:
@@ -332,7 +337,7 @@ class LoraModel(nn.Module):
         live: injection.Injection,
         transaction: injection.Transaction,
     ) -> nn.Module:
-        """Take the adapter off the base model in one of two ways, and forget it."""
+        """Remove the adapter from the base model with the function `way`."""
         transaction.undo_by(partial(cover_methods, self, self.base_model))
         uncover_methods(self.base_model)
         way(self.base_model, live, transaction)
@@ -341,9 +346,9 @@ class LoraModel(nn.Module):
         return self.base_model
 
     def attach_adapter(self, detached: injection.Injection) -> None:
-        """Put an adapter back that `detach_adapter` took off, as trained.
+        """Restore a trained adapter that `detach_adapter` removed.
 
-        Nothing happens where it is back already.
+        If it is already attached, nothing happens.
 
         Raises:
             RuntimeError: another adapter is attached.
@@ -376,49 +381,50 @@ class LoraModel(nn.Module):
         max_shard_size: Any = None,
         push_to_hub: bool = False,
     ) -> None:
-        """Write the adapter; see `lora_init.adapters` for the files.
+        """Save the adapter in PEFT's format; see `lora_init.adapters` for the files.
 
-        The arguments are PEFT's and transformers', in PEFT's order.
+        The arguments are those of PEFT and transformers, in PEFT's order.
 
         Args:
-            folder: made if it does not exist.
-            safe_serialization: True; a pickle is never written.
-            selected_adapters: None or ["default"]: there is one adapter.
-            save_embedding_layers: whether the file holds the base's embeddings too. "auto": where
-                they are adapted, or the vocabulary has another size than the base was saved with.
+            folder: the folder to write, which is created if needed.
+            safe_serialization: must be True, since pickles are not supported.
+            selected_adapters: must be None or ["default"], since a model has one adapter.
+            save_embedding_layers: whether to save the base model's embeddings. "auto" saves them if
+                they are adapted, or if the vocabulary size has changed since the base was saved.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: not needed, since the file is for the
-                original base anyway; ignored with a warning.
-            state_dict: the model's state dict, as trainers pass it, gathered from shards. For them
-                `model.safetensors` is written too.
-            portable: write a file that PEFT, vLLM and llama.cpp scale alike. It is loaded as a
-                plain adapter of its rank, 2r after a subtracting start.
-            save_function, max_shard_size: ignored: an adapter is one file, written atomically.
-            push_to_hub: must be False; call `push_to_hub` of the model.
+            path_initial_model_for_weight_conversion: ignored with a warning, since the file always
+                fits the original base model.
+            state_dict: the model's state dict, gathered from shards, as trainers pass it. If the
+                argument is given, `model.safetensors` is also written, for transformers' Trainer.
+            portable: whether to write a file that PEFT, vLLM and llama.cpp scale alike. It loads as
+                a plain adapter of its rank, which is 2r for methods that subtract from the base.
+            save_function: ignored, since the file is written atomically.
+            max_shard_size: ignored, since an adapter is one file.
+            push_to_hub: must be False. Call `push_to_hub` of the model instead.
 
         Raises:
-            RuntimeError: it is merged or disabled at the moment.
-            ValueError: a setting that is not supported; nothing is written then.
+            RuntimeError: the adapter is merged or disabled.
+            ValueError: a setting is not supported. Nothing is written then.
         """
         self.refuse_in_between("save_pretrained")
         if not safe_serialization:
             raise ValueError(
                 "safe_serialization=False is not supported: must be True, since a pickle can run "
-                "code when it is loaded. Leave it out"
+                "code when it is loaded. Leave it out."
             )
         if selected_adapters is not None and list(selected_adapters) != ["default"]:
             raise ValueError(
                 f"selected_adapters={selected_adapters!r} is not supported: must be None or "
-                "['default'], the one adapter of this model. Leave it out"
+                "['default'], the one adapter of this model. Leave it out."
             )
         if push_to_hub:
             raise ValueError(
-                "push_to_hub=True is not supported: must be False. Call model.push_to_hub(repo_id)"
+                "push_to_hub=True is not supported: must be False. Call model.push_to_hub(repo_id)."
             )
         if path_initial_model_for_weight_conversion is not None:
             warnings.warn(
-                "path_initial_model_for_weight_conversion is ignored: the file is for the original "
-                "base model already",
+                "path_initial_model_for_weight_conversion is ignored, since the file already fits "
+                "the original base model.",
                 stacklevel=2,
             )
         if not is_main_process:
@@ -443,8 +449,8 @@ class LoraModel(nn.Module):
         """Upload the adapter, with a model card, to the Hugging Face Hub.
 
         Args:
-            repo_id: such as "user/adapter"; made if it does not exist.
-            settings: see `lora_init.adapters.hub.push_adapter`.
+            repo_id: the repository, such as "user/adapter", which is created if needed.
+            settings: arguments of `lora_init.adapters.hub.push_adapter`.
         """
         method = self.plan.initializer.name
         return push_adapter(self.save_pretrained, self.peft_config, method, repo_id, **settings)
@@ -460,17 +466,18 @@ class LoraModel(nn.Module):
         original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
         keep_original: bool = False,
     ) -> LoraModel:
-        """Load an adapter, written by us or by PEFT, onto its original base model.
+        """Load an adapter of lora_init or PEFT into its original base model.
 
         Args:
-            base: the model it was trained on, which may be on the meta device; changed in place.
-            folder: where `save_pretrained` wrote it.
-            is_trainable: False freezes it.
-            adapter_dtype, original_weights, keep_original: as of `get_peft_model`.
+            base: the model that the adapter was trained on, which is modified in place. It may be
+                on the meta device.
+            folder: the folder that `save_pretrained` wrote.
+            is_trainable: False freezes the adapter.
+            adapter_dtype, original_weights, keep_original: see `get_peft_model`.
 
         Raises:
-            FileNotFoundError, ValueError: no, a damaged, or another base's adapter; `base` is
-                unchanged then.
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is damaged, or belongs to another base model. `base` does not change.
         """
         check_model(base)
         injection.refuse_adapted(base)
@@ -513,7 +520,7 @@ class LoraModel(nn.Module):
         return cls(base, loaded.config, loaded.plan, done, report, {}, {})
 
     def trained_biases(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
-        """The base's biases that are trained, by name, and what they were."""
+        """The trained biases of the base model and their original values, by name."""
         return {} if self._injection is None else dict(self._injection.biases)
 
     def move_initial_factors(
@@ -523,7 +530,7 @@ class LoraModel(nn.Module):
         lora_B: Tensor,
         transaction: injection.Transaction | None = None,
     ) -> None:
-        """Give a layer the initial factors of another start, and its base what belongs to them."""
+        """Replace the initial factors of a layer, and update its base weight to match."""
         wanted = "load_state_dict with other initial factors"
         live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
         move = partial(injection.move_initial_factors, live.layers[name], lora_A, lora_B)
@@ -533,36 +540,37 @@ class LoraModel(nn.Module):
             move(transaction)
 
     def _live_injection(self, wanted: str | None = None) -> injection.Injection:
-        """The injection.
+        """Return the injection.
 
         Args:
-            wanted: what cannot be done while the adapter is half merged.
+            wanted: the name of an operation that is not supported if the adapter is half merged.
 
         Raises:
-            RuntimeError: there is none any more, or `merge_and_unload` failed in the middle.
+            RuntimeError: the adapter was unloaded, or `merge_and_unload` failed halfway.
         """
         self.undo_broken_loading()
         if self._injection is None:
-            raise RuntimeError("the adapter was unloaded; call get_peft_model again")
+            raise RuntimeError("the adapter was unloaded. Call get_peft_model again.")
         if wanted is not None and (name := self._injection.half_merged()) is not None:
             raise RuntimeError(
-                f"{wanted}: merge_and_unload failed after {name!r} had been merged; call "
-                "merge_and_unload again, or reload the base model"
+                f"{wanted}: merge_and_unload failed after it had merged {name!r}. Call "
+                "merge_and_unload again, or reload the base model."
             )
         return self._injection
 
     def _whole_injection(
         self, wanted: str, *, without_base: bool = False, half_merged: bool = False
     ) -> injection.Injection:
-        """The live injection, all of whose tensors are in this process's memory.
+        """Return the injection if all its tensors are in the memory of this process.
 
         Args:
-            without_base: base weights may be on the meta device, as long as they are as they were
-                before injection: `wanted` does not touch them.
-            half_merged: `wanted` may follow a `merge_and_unload` that failed in the middle.
+            wanted: the name of the operation, for messages.
+            without_base: accept unmodified base weights on the meta device, for operations that do
+                not use them.
+            half_merged: accept an adapter for which `merge_and_unload` failed halfway.
 
         Raises:
-            RuntimeError: one is sharded, partitioned, offloaded or not loaded.
+            RuntimeError: a tensor is sharded, partitioned, offloaded or not loaded.
         """
         live = self._live_injection(None if half_merged else wanted)
         for name, layer in live.layers.items():
@@ -573,34 +581,35 @@ class LoraModel(nn.Module):
                     continue
                 if reason := absence(parameter):
                     raise RuntimeError(
-                        f"{wanted}: the parameter '{name}.{part}' is {reason}; gather the adapter "
+                        f"{wanted}: the parameter '{name}.{part}' is {reason}. Gather the adapter "
                         "(torch.distributed.checkpoint.state_dict.get_model_state_dict, or "
                         "FullyShardedDataParallel.summon_full_params), load it into a model that "
-                        "is whole in memory, and call this there"
+                        "is fully in memory, and call this there."
                     )
         return live
 
     def refuse_in_between(self, wanted: str) -> None:
-        """Refuse what would read or write other values while the adapter is merged or off."""
+        """Raise a RuntimeError if the adapter is merged or disabled."""
         live = self._live_injection(wanted)
         if live.merged:
-            raise RuntimeError(f"{wanted}: the adapter is merged; call unmerge_adapter() first")
+            raise RuntimeError(f"{wanted}: the adapter is merged. Call unmerge_adapter() first.")
         if not live.enabled:
-            raise RuntimeError(f"{wanted}: the adapter is disabled; leave disable_adapter() first")
+            raise RuntimeError(f"{wanted}: the adapter is disabled. Exit disable_adapter() first.")
 
 
 def _refuse_unloaded(model: LoraModel, _: Any) -> None:
-    """Refuse a forward pass through a model that was not loaded when it was injected.
+    """Raise in a forward pass if the model was on the meta device during injection.
 
-    torch's own error names no way out, and replaced bases would not be there even after loading.
+    torch's error does not say what to do. Replaced base weights would be missing even if the model
+    were loaded later.
 
     Raises:
-        RuntimeError: a weight is on the meta device, or should have been replaced.
+        RuntimeError: a weight is on the meta device, or the method replaces base weights.
     """
     name = first_unloaded(model.base_model)
     if name is not None or model.plan.initializer.base == "replace":
         raise RuntimeError(
-            f"forward: {name or 'the base model'!r} was never loaded, it was on the meta device; "
-            "save the adapter (save_pretrained), load the base model, and put it on with "
-            "LoraModel.from_pretrained(base, folder)"
+            f"forward: {name or 'the base model'!r} was never loaded from the meta device. Save "
+            "the adapter (save_pretrained), load the base model, and call "
+            "LoraModel.from_pretrained(base, folder)."
         )

@@ -1,8 +1,8 @@
-"""A LoraModel on a transformers model is a `PreTrainedModel` itself.
+"""Make a LoraModel of a transformers model a `PreTrainedModel`.
 
-transformers' Trainer calls `save_pretrained` on a `PreTrainedModel` only. Of any other module it
-stores the state dict, without the adapter's configuration. The class is inherited from, and what it
-defines is the base model's: its methods would find none of their attributes on the wrapper.
+transformers' Trainer calls `save_pretrained` on a `PreTrainedModel` only. For other modules it
+stores the state dict without the adapter's configuration. The LoraModel therefore inherits from
+`PreTrainedModel`, but takes all attributes of that class from the base model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 TRAINING_STATE_NAME = "model.safetensors"
-"""The file from which Trainer resumes."""
+"""The file from which Trainer resumes a run."""
 
 
 def pretrained_class(base: type[nn.Module]) -> type[nn.Module] | None:
-    """transformers' `PreTrainedModel`, where `base` is a subclass; transformers is not imported."""
+    """`PreTrainedModel` if `base` is a subclass of it, else None; does not import transformers."""
     for cls in base.__mro__:
         if (cls.__module__, cls.__name__) == ("transformers.modeling_utils", "PreTrainedModel"):
             return cls
@@ -31,7 +31,7 @@ def pretrained_class(base: type[nn.Module]) -> type[nn.Module] | None:
 def base_attributes(
     family: type[nn.Module], base: type[nn.Module], pretrained: type[nn.Module]
 ) -> dict[str, Any]:
-    """What a subclass of `family` and `pretrained` defines, so that `pretrained` adds nothing."""
+    """The attributes of a subclass of `family` and `pretrained` that hide those of `pretrained`."""
     attributes: dict[str, Any] = {}
     inherited = set(dir(family))
     for cls in pretrained.__mro__:
@@ -50,10 +50,10 @@ def base_attributes(
 
 
 def _saving_for_trainers(save: Callable[..., None]) -> Callable[..., None]:
-    """`save_pretrained` that also writes the file from which Trainer resumes.
+    """Wrap `save_pretrained` so that it also writes the file from which Trainer resumes.
 
-    The adapter's files are for the original base. Only the state dict continues a training run to
-    the bit. Trainer is known by the state dict that it passes, though it may be None.
+    The adapter's files belong to the original base. Only the state dict resumes a run bit for bit.
+    Only trainers pass the argument `state_dict`, which may be None.
     """
 
     @functools.wraps(save)
@@ -70,7 +70,7 @@ def _saving_for_trainers(save: Callable[..., None]) -> Callable[..., None]:
 
 
 class _OfTheBase:
-    """An attribute that the base model has; one that is set on the instance comes first."""
+    """An attribute that is read from the base model, unless it is set on the instance."""
 
     def __init__(self, base: type[nn.Module], name: str) -> None:
         self.base = base

@@ -1,8 +1,8 @@
-"""Classes of one family, one for each class of base models.
+"""Create a subclass of LoraModel for each class of base models, with its `forward` signature.
 
-Tools read a model's signature to know its inputs: transformers' Trainer drops the columns that it
-does not name, finds the labels in it (of the class, not the instance), and decides by it how a loss
-is averaged over accumulated batches. A wrapper's ``forward(*args, **kwargs)`` tells them nothing.
+transformers' Trainer reads the signature of a model's class. It drops data columns that the
+signature does not name, and finds the labels in it. It also decides from it how to average a loss
+over accumulated batches. ``forward(*args, **kwargs)`` would not work there.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from lora_init.model.pretrained import base_attributes, pretrained_class
 
 @functools.cache
 def with_forward_of(family: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `family` whose forward has the signature and the docstring of `base`'s.
+    """The subclass of `family` whose `forward` has the signature and docstring of `base.forward`.
 
-    The same class at every call; `family` itself where `base` has no signature to show (TorchScript
-    modules). Its name holds the base's, in which Trainer looks for "QuestionAnswering". On a model
-    of transformers it is a `PreTrainedModel`: see `lora_init.model.pretrained`.
+    Each call returns the same class. Its name contains the name of `base`, in which Trainer looks
+    for "QuestionAnswering". For models of transformers it is also a `PreTrainedModel`, see
+    `lora_init.model.pretrained`. If `base.forward` has no signature (TorchScript), `family` is
+    returned.
     """
     try:
         signature = inspect.signature(base.forward)
@@ -46,11 +47,11 @@ def with_forward_of(family: type[nn.Module], base: type[nn.Module]) -> type[nn.M
 
 
 def bound_to_base(method: Any, model: nn.Module, base: nn.Module) -> Any:
-    """What becomes of a `forward` that a tool sets on `model`.
+    """Bind a `forward` that a tool sets on `model` to the base model.
 
-    Tools such as TRL replace a model's forward by a function that expects the attributes of the
-    base model's class. A method of `model` is therefore bound to `base`, unless it only wraps the
-    forward that `model` has.
+    Tools such as TRL replace `forward` with a function that expects the attributes of the base
+    model's class. A method of `model` is therefore bound to `base`. It is returned unchanged if it
+    only wraps the existing `forward` of `model`.
     """
     if not isinstance(method, MethodType) or method.__self__ is not model:
         return method
@@ -62,12 +63,12 @@ def bound_to_base(method: Any, model: nn.Module, base: nn.Module) -> Any:
 
 
 def _defined_in(function: Any) -> str:
-    """The package whose code `function` is; `functools.wraps` changes its `__module__`."""
+    """The package that defines `function`, even if `functools.wraps` changed its `__module__`."""
     module = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
     return module.partition(".")[0]
 
 
 def blank(family: type[nn.Module], base: type[nn.Module]) -> nn.Module:
-    """An instance without state, for pickle: the classes made here have no place to be found at."""
+    """Create an instance without state, for pickle, which cannot import the classes made here."""
     cls = with_forward_of(family, base)
     return cls.__new__(cls)

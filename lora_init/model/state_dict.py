@@ -1,13 +1,15 @@
-"""Training checkpoints: `LoraModel.state_dict()` is the adapter, and loading one is its inverse.
+"""Save and load training checkpoints: `LoraModel.state_dict()` contains the adapter only.
 
-It holds A, B, A0, B0 (and magnitudes, biases, modules trained whole), never the base: small, free
-of the base's tied tensors, and what Accelerate, transformers' Trainer and DistributedDataParallel
-store by themselves. One more tensor names the method and the layers' scalings: under others, the
-tensors mean something else. A checkpoint may come from another start (another seed, other
-calibration data): the base follows, W - s B0 A0 being computed from the loaded initial factors.
+The state dict holds A, B, the initial factors A0 and B0, magnitudes, biases and fully trained
+modules. It never holds base weights, so it is small and has no tied tensors. Accelerate,
+transformers' Trainer and DistributedDataParallel store it without special support. One more tensor
+identifies the method and the scalings of the layers, which must match when a checkpoint is loaded.
 
-What takes a model apart by its state dict and expects all of it is given the base model instead, as
-in ``accelerate.cpu_offload(model.base_model)``.
+A checkpoint may come from another seed or other calibration data. Loading it then updates edited
+base weights to W - s B0 A0 with the loaded initial factors.
+
+Tools that need the full state dict must get the base model, as in
+``accelerate.cpu_offload(model.base_model)``.
 """
 
 from __future__ import annotations
@@ -32,22 +34,21 @@ PARTS = (
     "initial_lora_B",
 )
 HIDDEN = (FSDP1, "_checkpoint_wrapped_module")
-"""Parts of modules' names that are in no state dict: FSDP1 and activation checkpointing hide them;
-torch.compile, whose wrapper is "_orig_mod", does not."""
+"""Parts of module names that FSDP1 and activation checkpointing remove from state dicts.
+torch.compile keeps its part, "_orig_mod"."""
 WRAPPERS = (*HIDDEN, "_orig_mod", "module")
-"""Parts of names that depend on what a model is wrapped in, DistributedDataParallel included."""
-
+"""Parts of names that any wrapper adds, including DistributedDataParallel."""
 
 START = "_extra_state"
-"""The key of the start's identification, which torch knows as a module's extra state."""
+"""The key of the tensor that identifies the method: the module's extra state in torch."""
 NAME_BYTES = 32
 
 
 def start_of(model: nn.Module) -> Tensor:
-    """The method and the layers' scalings as bytes: equal for runs that may load each other's.
+    """Encode the method and the layers' scalings as bytes; compatible runs have equal bytes.
 
-    A tensor, since safetensors stores nothing else; and on the CPU, of a length that the layers
-    alone decide, so that torch.distributed.checkpoint can load it in place.
+    The result is a tensor, since safetensors stores tensors only. Its length depends on the number
+    of layers only, so torch.distributed.checkpoint can load it in place.
     """
     name = model.plan.initializer.name.encode()
     if len(name) > NAME_BYTES:
@@ -58,14 +59,15 @@ def start_of(model: nn.Module) -> Tensor:
 
 
 def _refuse_other_start(model: nn.Module, start: Tensor | None, state: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint whose tensors mean something else in this model.
+    """Raise if a checkpoint belongs to another method or to other scalings.
 
     Args:
-        start: of the checkpoint; None in one of a former version.
+        model: the LoraModel that loads the checkpoint.
+        start: the result of `start_of` in the checkpoint; None in checkpoints of older versions.
         state: the adapter's tensors in the checkpoint, by their names in this model.
 
     Raises:
-        ValueError: its method or the scaling of a layer is another one.
+        ValueError: the method or the scaling of a layer differs.
     """
     if start is None:
         _refuse_other_zeros(model, state)
@@ -73,16 +75,16 @@ def _refuse_other_start(model: nn.Module, start: Tensor | None, state: dict[str,
     own = start_of(model)
     if start.dtype != own.dtype or start.shape != own.shape:
         raise ValueError(
-            f"checkpoint: {START!r} has dtype {start.dtype} and shape {tuple(start.shape)}, this "
-            f"model {own.dtype} and {tuple(own.shape)}; it is another run's, or damaged"
+            f"checkpoint: {START!r} has dtype {start.dtype} and shape {tuple(start.shape)}; they "
+            f"must be {own.dtype} and {tuple(own.shape)}. It is from another run, or damaged."
         )
     given, expected = bytes(start.cpu().tolist()), bytes(own.tolist())
     names = [content[:NAME_BYTES].rstrip(b"\0") for content in (given, expected)]
     if names[0] != names[1]:
         found, wanted = (name.decode(errors="replace") for name in names)
         raise ValueError(
-            f"checkpoint: it is of init_lora_weights={found!r}, this model of {wanted!r}; "
-            f"initialize with {found!r} first (lora_init.reinitialize starts a model again)"
+            f"checkpoint: init_lora_weights={found!r} is not supported in this model: must be "
+            f"{wanted!r}. Initialize with {found!r} first (see lora_init.reinitialize)."
         )
     if given != expected:
         count = len(model.layers)
@@ -90,15 +92,16 @@ def _refuse_other_start(model: nn.Module, start: Tensor | None, state: dict[str,
         for layer, found, wanted in zip(sorted(model.layers), *scalings, strict=True):
             if found != wanted:
                 raise ValueError(
-                    f"checkpoint: the scaling of {layer!r} is {found:g}, in this model {wanted:g}; "
-                    "initialize with the checkpoint's r, lora_alpha, alpha_pattern and use_rslora"
+                    f"checkpoint: the scaling of {layer!r} is {found:g}: must be {wanted:g}. "
+                    "Initialize with the checkpoint's r, lora_alpha, alpha_pattern and use_rslora."
                 )
 
 
 def _refuse_other_zeros(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint without identification that is certainly of another method.
+    """Raise if a checkpoint without identification certainly belongs to another method.
 
-    Methods that keep the base may start at B = 0, in every layer. One that subtracts does not.
+    Methods that keep the base may initialize B to zero in all layers. Methods that subtract from
+    the base do not.
     """
     own = [layer.initial_lora_B for layer in model.layers.values()]
     given = [value for name, value in state.items() if name.endswith("initial_lora_B")]
@@ -106,24 +109,24 @@ def _refuse_other_zeros(model: nn.Module, state: dict[str, Tensor]) -> None:
         return
     starts_at_zero = [not any(bool(value.any()) for value in values) for values in (own, given)]
     if starts_at_zero[0] != starts_at_zero[1]:
-        kind = ["another B", "B = 0"]
+        kind = ["nonzero", "zero"]
         raise ValueError(
-            f"checkpoint: its layers started at {kind[starts_at_zero[1]]}, this model's at "
-            f"{kind[starts_at_zero[0]]}: it is of another init_lora_weights than "
-            f"{model.plan.initializer.name!r}; initialize with the checkpoint's method first"
+            f"checkpoint: the initial B is {kind[starts_at_zero[1]]}: must be "
+            f"{kind[starts_at_zero[0]]} for init_lora_weights={model.plan.initializer.name!r}. "
+            "Initialize with the checkpoint's method first."
         )
 
 
 def register(model: nn.Module) -> None:
-    """Hook a LoraModel's state dict; works inside other modules too."""
+    """Register the state dict hooks of a LoraModel; they also work inside other modules."""
     model.register_state_dict_pre_hook(_refuse_fsdp1)
     model.register_state_dict_post_hook(_keep_adapter_only)
-    model.register_load_state_dict_pre_hook(_check_and_settle)
+    model.register_load_state_dict_pre_hook(_check_and_prepare)
     model.register_load_state_dict_post_hook(_after_loading)
 
 
 def adapter_keys(model: nn.Module) -> list[str]:
-    """The names of the adapter's tensors in the model's state dict; none once it is unloaded."""
+    """The names of the adapter's tensors in the state dict; empty after `unload`."""
     keys = []
     for name, module in model.named_modules():
         name = _without(HIDDEN, name)
@@ -132,7 +135,7 @@ def adapter_keys(model: nn.Module) -> list[str]:
         elif isinstance(module, TrainedModule):
             inside = module.trained_module.state_dict()
             keys += [f"{name}.trained_module.{key}" for key in inside]
-    # By name: sharding puts new parameters in the places of the old.
+    # Compare by name: sharding replaces the parameters.
     around = (*HIDDEN, "_orig_mod", "base_layer")
     biases = {_without(around, f"base_model.{name}") for name in model.trained_biases()}
     for name, _ in model.named_parameters():
@@ -146,10 +149,10 @@ def _without(wrappers: tuple[str, ...], name: str) -> str:
 
 
 def _rename(state: dict[str, Tensor], prefix: str, wanted: list[str]) -> None:
-    """Give a checkpoint of a model in other wrappers the names that this model has.
+    """Rename the keys of a checkpoint whose model had other wrappers.
 
-    A name is changed only where this model lacks it, and lacks another that is equal without its
-    wrappers: a module of a user may be called "module", too.
+    A key is renamed only if this model lacks it and the checkpoint lacks the new name, since a
+    user's module may also be called "module".
     """
     missing = {_without(WRAPPERS, name): name for name in wanted if prefix + name not in state}
     for key in [key for key in state if key.startswith(prefix)]:
@@ -159,17 +162,17 @@ def _rename(state: dict[str, Tensor], prefix: str, wanted: list[str]) -> None:
 
 
 def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
-    """Refuse what FullyShardedDataParallel asks: it wants every tensor that it has flattened.
+    """Raise inside FullyShardedDataParallel (FSDP1), which needs the complete state dict.
 
     Raises:
-        NotImplementedError: it is wrapped around the model, and its parameters are not whole.
+        NotImplementedError: FSDP1 wraps the model, and its parameters are flattened.
     """
     layers = (module for module in model.modules() if isinstance(module, LoraLayer))
     if FSDP1 in prefix or any(is_flattened(layer.lora_A) for layer in layers):
         raise NotImplementedError(
-            "the state dict of a LoraModel inside FullyShardedDataParallel is not served, because "
-            "it holds the adapter only; take it with `FullyShardedDataParallel.summon_full_params("
-            "wrapped): wrapped.module.state_dict()`, or shard with torch's fully_shard"
+            "the state dict of a LoraModel inside FullyShardedDataParallel is not supported, since "
+            "it contains the adapter only. Call `wrapped.module.state_dict()` inside "
+            "`FullyShardedDataParallel.summon_full_params(wrapped)`, or use torch's fully_shard."
         )
 
 
@@ -180,15 +183,15 @@ def _keep_adapter_only(
     wanted = {prefix + key for key in adapter_keys(model)}
     if not wanted:
         state.pop(prefix + START, None)
-        return  # unloaded: a plain model's state
-    if model.trained_biases():  # which hold other values while the adapter is off or merged
+        return  # unloaded: the state dict of a plain model
+    if model.trained_biases():  # their values differ while the adapter is disabled or merged
         model.refuse_in_between("state_dict")
     for key in [key for key in state if key.startswith(prefix) and key not in wanted]:
         if key != prefix + START:
             del state[key]
 
 
-def _check_and_settle(
+def _check_and_prepare(
     model: nn.Module,
     state: dict[str, Tensor],
     prefix: str,
@@ -198,12 +201,12 @@ def _check_and_settle(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Refuse another run's checkpoint before anything is changed; then let the base follow it.
+    """Check a checkpoint before anything changes, then update the base to its initial factors.
 
     Raises:
-        ValueError: a tensor is missing, surplus, mis-shaped or not finite; or other initial factors
-            on a base that was replaced by a quantised one.
-        RuntimeError: the adapter is merged or disabled at the moment.
+        ValueError: a tensor is missing, unknown, not finite or has a wrong shape; or the initial
+            factors differ and the base was replaced by a quantized one.
+        RuntimeError: the adapter is merged or disabled.
     """
     _refuse_fsdp1(model, prefix)
     model.undo_broken_loading()
@@ -214,15 +217,15 @@ def _check_and_settle(
     model.refuse_in_between("load_state_dict")
     if metadata.get("assign_to_params_buffers") and model.trained_biases():
         raise ValueError(
-            "load_state_dict(assign=True) would exchange the trained biases of the base, and their "
-            "originals would not be put back; leave assign out"
+            f"assign=True is not supported with bias={model.plan.bias!r}: must be False, since the "
+            "original biases could not be restored. Leave out assign."
         )
     _rename(state, prefix, [*wanted, START])
     start = state.pop(prefix + START, None)
     own = dict(model.named_parameters(remove_duplicate=False))
     own |= dict(model.named_buffers(remove_duplicate=False))
     own = {_without(HIDDEN, name): value for name, value in own.items()}
-    # torch.distributed.checkpoint fills in what is missing with the model's own tensors.
+    # torch.distributed.checkpoint replaces missing tensors with those of the model.
     given = {
         key[len(prefix) :]
         for key, value in state.items()
@@ -231,23 +234,27 @@ def _check_and_settle(
     }
     if not given:
         raise ValueError(
-            f"checkpoint: no name in it begins with {prefix!r}; load it into the LoraModel itself, "
-            "which torch.compile keeps as model._orig_mod and DistributedDataParallel as "
-            "model.module"
+            f"checkpoint: no name begins with {prefix!r}. Load it into the LoraModel itself, which "
+            "is model._orig_mod under torch.compile and model.module under DistributedDataParallel."
         )
     for name in [*(key for key in wanted if key not in given), *sorted(given - set(wanted))]:
         where = "this model" if name in wanted else "the checkpoint"
-        raise ValueError(f"checkpoint: {name!r} is only in {where}; it is another run's")
+        raise ValueError(
+            f"checkpoint: {name!r} is only in {where}. Load a checkpoint of the same model and "
+            "LoraConfig."
+        )
     for name in wanted:
         value = state[prefix + name]
         if value.shape != own[name].shape:
             raise ValueError(
-                f"checkpoint: {name!r} has shape {tuple(value.shape)}, this model "
-                f"{tuple(own[name].shape)}"
+                f"checkpoint: {name!r} has shape {tuple(value.shape)}: must be "
+                f"{tuple(own[name].shape)}. Load a checkpoint of the same model and LoraConfig."
             )
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"checkpoint: {name!r} holds NaN or infinite values")
-    start = start if isinstance(start, Tensor) else None  # torch has a stand-in for a missing one
+            raise ValueError(f"checkpoint: {name!r} contains NaN or infinite values")
+    start = (
+        start if isinstance(start, Tensor) else None
+    )  # torch passes a placeholder for a missing one
     _refuse_other_start(model, start, {name: state[prefix + name] for name in wanted})
     moved = {}
     names = {id(layer): name for name, layer in model.layers.items()}
@@ -264,9 +271,9 @@ def _check_and_settle(
             continue
         if module.base_state == "replaced":
             raise ValueError(
-                f"checkpoint: '{name}.initial_lora_A' differs from this model's initial factor, "
-                "and its quantised base belongs to that; initialize with the same method, seed "
-                "and calibration data first"
+                f"checkpoint: '{name}.initial_lora_A' differs from this model's, whose quantized "
+                "base depends on it. Initialize with the same method, seed and calibration data "
+                "first."
             )
         moved[names[id(module)]] = initial
     transaction = Transaction()
@@ -283,15 +290,15 @@ def _check_and_settle(
 
 
 def _after_loading(model: nn.Module, incompatible: Any) -> None:
-    """The base is not in a checkpoint, so nothing of it is missing.
+    """Remove keys from the list of missing ones that a checkpoint never or not always has.
 
-    Neither is the start's identification, which was looked at before and is not in former ones.
+    These are the base weights, and the identification of the method, which was checked before.
     """
     missing = incompatible.missing_keys
     start = model.checkpoint_prefix + START
     if adapter_keys(model):
-        # The list is the whole tree's: another module's missing keys stay.
+        # The list covers all modules of the model; keep the missing keys of the others.
         base = f"{model.checkpoint_prefix}base_model."
         missing[:] = [key for key in missing if not key.startswith(base)]
     missing[:] = [key for key in missing if key != start]
-    model.loading = None  # the last statement: the checkpoint is loaded
+    model.loading = None  # must be the last statement: now the checkpoint is loaded

@@ -1,7 +1,7 @@
-"""Checking with one batch that a model uses its adapted layers.
+"""Check with one batch that a model uses its adapted layers.
 
-A layer can be held elsewhere too, in a Python list or a closure. Replacing the child module does
-not reach such a reference: the model then calls the original module and ignores the adapter.
+A model may hold a second reference to a layer, in a Python list or a closure. Injection does not
+replace such a reference. The model then calls the original module and ignores the adapter.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from lora_init.calibration.batches import forward, home, moved
 
 FLOAT32_TOLERANCE = 1e-4
-"""Largest accepted difference of an output, relative to its largest entry. Rounding of an edited
-float32 weight gives 1e-6 in one layer, which a deep model amplifies; a missed layer gives 1e-2."""
+"""Largest accepted difference of an output, relative to its largest entry. It lies between the
+rounding error of a deep model and the error of a missed layer."""
 
 
 class Uses:
-    """Which of some layers a model uses while this context is open, and how.
+    """A context that records which layers a model uses.
 
     Args:
         layers: the adapted layers by name.
         bases: the original modules inside them, by the same names.
 
     Attributes:
-        used: names of layers that were called, or whose weight was read.
+        used: names of layers that were called or whose weight was read.
         called: names of layers that were called.
         bypassed: names of layers whose original module was called from elsewhere.
     """
@@ -95,30 +95,28 @@ def verify_adapted(
     disabled: Callable[[], AbstractContextManager] | None = None,
     tolerance: float | None = None,
 ) -> Uses:
-    """Run one batch and refuse a model that does not use its adapted layers.
+    """Run one batch and raise if the model ignores an adapter.
 
-    The batch runs in eval mode and without gradients. Modes and random states are restored.
+    The batch runs in eval mode without gradients. Modes and random states are restored. Layers that
+    the batch does not use cause a warning.
 
     Args:
         model: the adapted model.
-        layers: its adapted layers by name, ours or PEFT's.
-        bases: the original module inside each, by the same names.
+        layers: its adapted layers by name, from lora_init or PEFT.
+        bases: the original modules inside them, by the same names.
         batch: a mapping is passed as ``model(**batch)``, a sequence as ``model(*batch)``.
-        expected: what `original_output` returned before injection. With it, the output is compared,
-            for methods that preserve it.
-        disabled: gives a context in which the model computes its original function. With it, that
-            output is compared with `expected` too.
-        tolerance: of that comparison, relative to the largest entry; by default 1e-4, and four
-            times the epsilon of a 16-bit output.
+        expected: the result of `original_output` before injection, for methods that preserve the
+            output. If given, the output is compared with it.
+        disabled: returns a context in which the adapter is disabled. If given, that output is also
+            compared with `expected`.
+        tolerance: the largest accepted difference, relative to the largest entry. The default is
+            1e-4, or four times the epsilon of the output's dtype if that is larger.
 
     Returns:
-        Which layers the batch used, and how.
+        The layers that the batch used.
 
     Raises:
-        ValueError: the original module of a layer was called from elsewhere, or the outputs differ.
-
-    Warns:
-        Of layers that the batch does not reach.
+        ValueError: the model called the original module of a layer, or the outputs differ.
     """
     batch = moved(batch, home(model))
     with _undisturbed(model):
@@ -138,19 +136,19 @@ def verify_adapted(
 
 
 def original_output(model: nn.Module, batch: Any) -> Any:
-    """The output of a model before injection, in eval mode, for `verify_adapted`."""
+    """Compute the output of a model before injection, in eval mode, for `verify_adapted`."""
     batch = moved(batch, home(model))
     with _undisturbed(model):
         return forward(model, batch)
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a tracer runs this code."""
+    """Whether torch.compile or torch.jit traces this code."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def has_compiled_part(model: nn.Module) -> bool:
-    """Whether some module is compiled: a hook on a layer inside would compile it again."""
+    """Whether a module is compiled. A hook on a layer inside would cause a recompilation."""
     return any(
         module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         for module in model.modules()
@@ -158,39 +156,43 @@ def has_compiled_part(model: nn.Module) -> bool:
 
 
 def bypassed_message(names: list[str]) -> str:
+    """The error for layers whose original module was called."""
     return (
         f"verify: the model calls the original module of {listed(names)} and ignores its adapter. "
-        "The module is held elsewhere too, in a list or a closure for example. Leave it out "
-        "(exclude_modules), or change the model to call the module that is its attribute"
+        "It has another reference to the module, for example in a list or a closure. Add the "
+        "module to exclude_modules, or change the model to call its attribute."
     )
 
 
 def unused_message(names: list[str], count: int) -> str:
+    """The warning for layers that a forward pass did not use."""
     return (
         f"{len(names)} of {count} adapted layers were not used in the forward pass: "
-        f"{listed(names)}. Either this input does not need them (an expert without tokens, an "
-        "unused part of the model), or the model holds the original module elsewhere and ignores "
-        "the adapter. In the second case leave them out (exclude_modules); "
-        "get_peft_model(..., verify=<batch>) finds out"
+        f"{listed(names)}. Either this input does not need them (such as an expert without "
+        "tokens), or the model has another reference to the original module and ignores the "
+        "adapter. Check with get_peft_model(..., verify=<batch>). If the adapter is ignored, add "
+        "the layers to exclude_modules."
     )
 
 
 def read_message(names: list[str]) -> str:
+    """The warning for layers whose weight is read without a call."""
     return (
         f"the model reads the weight of {listed(names)} instead of calling the layer. PEFT and "
-        "others ignore an adapter there, so this file computes another function in them. Load it "
-        "with LoraModel.from_pretrained, or save the merged model"
+        "other loaders ignore an adapter there, so their outputs differ. Load the file with "
+        "LoraModel.from_pretrained, or save the merged model."
     )
 
 
 def listed(names: list[str], limit: int = 6) -> str:
+    """The first names, and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(repr, names[:limit])) + more
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; modes and random states are restored afterwards."""
+    """Use eval mode without gradients; restore modes and random states afterwards."""
     training = {module: module.training for module in model.modules()}
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     try:
@@ -210,7 +212,7 @@ def _compare(found: list[Tensor], wanted: list[Tensor], tolerance: float | None)
         if accepted is None:
             accepted = max(FLOAT32_TOLERANCE, 4 * torch.finfo(other.dtype).eps)
         one, other = one.double(), other.double()
-        differing = ~((one == other) | (one.isnan() & other.isnan()))  # -inf masks logits
+        differing = ~((one == other) | (one.isnan() & other.isnan()))  # masked logits are -inf
         size = float(other[other.isfinite()].abs().amax()) if other.isfinite().any() else 0.0
         difference = float((one - other)[differing].abs().amax()) if differing.any() else 0.0
         if not difference <= accepted * size:
@@ -218,8 +220,8 @@ def _compare(found: list[Tensor], wanted: list[Tensor], tolerance: float | None)
                 f"verify: the adapted model's output differs from the base model's by "
                 f"{difference / size if size else difference:.1e} of its largest entry. It must "
                 f"differ by at most {accepted:.1e}, because the method preserves the output. The "
-                "model reads some targeted weight otherwise than by calling its module: find the "
-                "layer with exclude_modules and leave it out"
+                "model probably uses a target's weight without calling its module. Find that "
+                "layer, and add it to exclude_modules."
             )
 
 

@@ -71,7 +71,7 @@ def test_pefts_file_without_a_layer_is_loaded_with_a_warning(settings, tmp_path)
         warnings.simplefilter("error")
         LoraModel.from_pretrained(llama(), tmp_path)
     change_tensors(tmp_path / WEIGHTS, without("layers.1.self_attn.v_proj"))
-    with pytest.warns(UserWarning, match="holds nothing for 'model.layers.1.self_attn.v_proj'"):
+    with pytest.warns(UserWarning, match="contains nothing for 'model.layers.1.self_attn.v_proj'"):
         ours = LoraModel.from_pretrained(llama(), tmp_path)
     model.base_model.model.model.layers[1].self_attn.v_proj.lora_B["default"].weight.data.zero_()
     assert_gap(logits(ours, token_batches()), logits(model, token_batches()), 1e-6)
@@ -143,7 +143,7 @@ def test_an_edit_that_contradicts_the_adapter_is_refused_by_name(name, tmp_path)
 def test_the_scaling_of_a_replaced_base_is_not_edited(values, tmp_path):
     adapted("loftq").save_pretrained(tmp_path)
     edit(tmp_path, **values)
-    refused(tmp_path, "base of this adapter was computed with the former scaling")
+    refused(tmp_path, "base of this adapter depends on the original scaling")
 
 
 # -- tensors that are no factors ---------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_several_adapters_in_one_file_are_named(tmp_path):
     model.save_pretrained(tmp_path)
     state = {key: value for key, value in model.state_dict().items() if "lora_" in key}
     save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="several adapters, 'default', 'other'"):
+    with pytest.raises(ValueError, match="several adapters: 'default', 'other'"):
         LoraModel.from_pretrained(llama(), tmp_path)
 
 

@@ -134,10 +134,10 @@ NO_CONFIG = {
     "a Git LFS pointer": (POINTER, "Git LFS pointer"),
     "no JSON": ("<html>", "not valid JSON"),
     "an empty file": ("", "not valid JSON"),
-    "a list": ("[1]", "holds no JSON object but a list"),
-    "null": ("null", "holds no JSON object but a NoneType"),
+    "a list": ("[1]", "must contain a JSON object, not a list"),
+    "null": ("null", "must contain a JSON object, not a NoneType"),
     "deep nesting": ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
-    "no peft_type": (json.dumps({"r": 8}), "no peft_type"),
+    "no peft_type": (json.dumps({"r": 8}), "peft_type is missing"),
     "another kind": (json.dumps({"peft_type": "LOHA", "r": 8}), "peft_type='LOHA'"),
     "a kind of another type": (json.dumps(VALUES | {"peft_type": ["LORA"]}), "peft_type="),
 }

@@ -72,7 +72,7 @@ def test_only_the_main_process_writes(tmp_path):
 
 
 def test_a_conversion_that_is_not_needed_is_said(tmp_path):
-    with pytest.warns(UserWarning, match="for the original base model already"):
+    with pytest.warns(UserWarning, match="already fits the original base model"):
         adapted().save_pretrained(tmp_path, path_initial_model_for_weight_conversion="init")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
 

@@ -203,5 +203,5 @@ def test_a_key_is_the_same_in_another_process(tmp_path):
 
 @pytest.mark.parametrize("part", [{1, 2}, Options, object(), torch.float32])
 def test_other_parts_are_refused(part):
-    with pytest.raises(TypeError, match="cache key: .* convert it"):
+    with pytest.raises(TypeError, match="cache key: .* Convert it"):
         key("svd", 1, part)

@@ -57,7 +57,8 @@ def test_limit_of_the_default_cache(environment):
 @pytest.mark.parametrize("value", ["5GB", "-1", "0", "1e9"])
 def test_a_wrong_limit_is_refused(environment, value):
     environment.setenv("LORA_INIT_CACHE_BYTES", value)
-    with pytest.raises(ValueError, match=f"LORA_INIT_CACHE_BYTES='{value}': expected a positive"):
+    message = f"LORA_INIT_CACHE_BYTES='{value}' is not supported: must be a positive"
+    with pytest.raises(ValueError, match=message):
         default_cache()
 
 

@@ -345,14 +345,14 @@ def test_ours_rebuilds_pefts_unconverted_embedding_and_head(tmp_path):
             (
                 True,
                 {"target_modules": ["lm_head"], "init_lora_weights": method},
-                "'lm_head', whose weight PEFT changed in 'model.embed_to",
+                "'lm_head' .* PEFT also changed in 'model.embed_to",
             )
             for method in ("pissa", "olora")
         ),
         (
             False,
             {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": "olora"},
-            "unconverted olora adapter of PEFT has an embedding",
+            "unconverted olora adapter of PEFT with an embedding",
         ),
         (
             False,
@@ -528,7 +528,7 @@ def test_pefts_copies_of_the_base_must_be_the_bases(tmp_path):
         shutil.copytree(tmp_path, folder, ignore=lambda *_: {"changed"}, dirs_exist_ok=True)
         change_file(folder, lambda tensors, k=key: tensors.update({k: tensors[k][:-1]}))
         before = snapshot(base)
-        with pytest.raises(ValueError, match=f"holds another '{key}' than this base model"):
+        with pytest.raises(ValueError, match=f"'{key}' in the adapter file"):
             LoraModel.from_pretrained(base, folder)
         assert_unchanged(base, before)
 
@@ -544,7 +544,7 @@ def test_former_pefts_bias_all_wrote_whatever_is_called_bias(tmp_path):
     loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert_gap(logits(loaded, batches), expected, 1e-6)
     change_file(tmp_path, lambda tensors: tensors.update({key: value + 1}))
-    with pytest.raises(ValueError, match="holds another '.*relative_attention_bias.weight' than"):
+    with pytest.raises(ValueError, match="relative_attention_bias.weight' in the adapter file"):
         LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 
