@@ -59,7 +59,7 @@ def adapted(method, **settings):
         r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"],
         init_lora_weights=method, **settings,
     )  # fmt: skip
-    calibration = token_batches() if config.initializer()[0].calibration else None
+    calibration = token_batches() if config.initializer()[0].needs_data else None
     return train(get_peft_model(llama(), config, calibration=calibration))
 
 
