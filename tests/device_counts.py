@@ -173,9 +173,7 @@ def counted(setting):
         if plan.calibration is not None:
             calibration = statistics_of(["0", "1"], plan.calibration, 7)
         for name in ("initialize", "allocated"):
-            stack.enter_context(
-                mock.patch.object(api, name, counts_calls(getattr(api, name)))
-            )
+            stack.enter_context(mock.patch.object(api, name, counts_calls(getattr(api, name))))
         get_peft_model(base.cuda(), config, calibration=calibration, cache=False)
     return counts
 

@@ -824,9 +824,7 @@ def test_failing_write_leaves_the_model_unchanged(method):
     assert_unchanged(base, before)
 
 
-@pytest.mark.parametrize(
-    "method", [spec.name for spec in list_initializers() if spec.needs_data]
-)
+@pytest.mark.parametrize("method", [spec.name for spec in list_initializers() if spec.needs_data])
 def test_failing_calibration_leaves_the_model_unchanged(method):
     base = Chain().train()
     before = snapshot(base)

@@ -144,9 +144,7 @@ def test_every_rank_gets_what_one_process_gets_from_all_batches(found, method, s
     assert_same(found, (method, "unlimited", share), factors(adapted(method, BATCHES)))
 
 
-@pytest.mark.parametrize(
-    ("method", "limit"), [("corda", "in passes"), ("eva", "in passes")]
-)
+@pytest.mark.parametrize(("method", "limit"), [("corda", "in passes"), ("eva", "in passes")])
 def test_within_limits_too(found, method, limit):
     expected = factors(adapted(method, BATCHES, **LIMITS[limit]))
     assert_same(found, (method, limit, "uneven"), expected)

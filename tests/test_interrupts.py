@@ -233,9 +233,7 @@ def check_interrupts(state, operation, folder, points, error):
             reason = difference(seen, before)
             # A new model that nobody got must be undone; other operations may be complete.
             others = reason is not None and operation not in ("get_peft_model", "from_pretrained")
-            if others and (
-                difference(seen, after) is None or refuses_half_merged(subject.model)
-            ):
+            if others and (difference(seen, after) is None or refuses_half_merged(subject.model)):
                 reason = None
             if reason is None:
                 try:

@@ -119,9 +119,7 @@ def load(config: Table) -> Splits:
         own_file = split != "train" and getattr(config, f"{split}_path")
         made: list[Example] = []
         for row, given, wanted in zip(rows.index, rows[source], rows[target], strict=True):
-            number = int(row) + (
-                offset if own_file else 0
-            )  # unique over files
+            number = int(row) + (offset if own_file else 0)  # unique over files
             if not classify:
                 made.append(Completion(number, given, " " + wanted.strip()))
             elif wanted in labels:

@@ -172,8 +172,9 @@ class Pair(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.left, self.right = nn.ModuleDict({"up": nn.Linear(4, 4)}), nn.ModuleDict(
-            {"up": nn.Linear(4, 4)}
+        self.left, self.right = (
+            nn.ModuleDict({"up": nn.Linear(4, 4)}),
+            nn.ModuleDict({"up": nn.Linear(4, 4)}),
         )
 
 

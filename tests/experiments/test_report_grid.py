@@ -87,9 +87,7 @@ def test_the_caption_of_the_curve_lists_diverged_runs(tmp_path, monkeypatch):
     report = make([sweep], sweep / "report")
     assert "because they diverged: olora r=8 at 1e-2 (2 runs)." in report.page.read_text()
     olora = next(row for row in report.rows if row.method == "olora")
-    assert olora.choice.learning_rate == 1e-3, (
-        "only one of three seeds finished at 1e-2"
-    )
+    assert olora.choice.learning_rate == 1e-3, "only one of three seeds finished at 1e-2"
     assert sum("diverged: RunFailed" in problem.reason for problem in report.problems) == 2
 
 

@@ -253,9 +253,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after these")
     chosen = parser.parse_args()
     kinds = chosen.kind or list(SUBJECTS)
-    tallies = campaign(
-        kinds, chosen.mutations, chosen.processes, 60 * chosen.minutes, chosen.only
-    )
+    tallies = campaign(kinds, chosen.mutations, chosen.processes, 60 * chosen.minutes, chosen.only)
     print(report(tallies))
     done = sum(tally.counts["mutations"] for tally in tallies.values())
     if chosen.only is None and done < chosen.mutations:

@@ -205,10 +205,7 @@ def test_same_factors_twice_and_the_statistics_stay():
     weight = spread_weight(320, 300)
     moments = InputStatistics.of_rows(inputs(300, tokens=900))
     before = moments.covariance.clone()
-    first, second = (
-        qera(layer_of(weight, RANK, inputs=moments), QeraOptions())
-        for _ in range(2)
-    )
+    first, second = (qera(layer_of(weight, RANK, inputs=moments), QeraOptions()) for _ in range(2))
     assert torch.equal(first.lora_A, second.lora_A)
     assert torch.equal(first.lora_B, second.lora_B)
     assert torch.equal(moments.covariance, before)

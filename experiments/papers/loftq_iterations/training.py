@@ -66,6 +66,7 @@ def arms(ground: Ground, rank: int, iterations: int) -> Iterator[tuple[str, Lora
     with ground.started(rank, chosen, task_type=TASK) as model:
         ground.refit(model, ground.best_for_weight)
         yield SVD_FIRST, model
+
     def drawn(name, lost, rank, scaling):
         made = init_factors(lost, "kaiming", r=rank, seed=ground.seed, name=name)
         return made.lora_A, made.lora_B
