@@ -247,10 +247,3 @@ def test_misspelt_options_are_refused(monkeypatch, capsys, override, message):
     with pytest.raises(SystemExit):
         command.main()
     assert message in capsys.readouterr().err
-
-
-def test_the_readme_has_the_table_of_the_page():
-    page = (ROOT / "docs" / "papers" / "README.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(page) if line.startswith("| what was measured again"))
-    end = page.index("", start)
-    assert "\n".join(page[start:end]) in (ROOT / "README.md").read_text()
