@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from lora_init.layers.adapted_product import adapted_product
 from lora_init.layers.base import LoraLayer, common_dtype
@@ -154,5 +154,15 @@ def is_watched(module: nn.Module) -> bool:
     return bool(
         not (type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D")
         or is_hooked(module)
-        or _has_any_global_hook()
+        or has_global_hooks()
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook is registered for all modules. torch has no public way to ask."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
