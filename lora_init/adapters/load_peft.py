@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.edited import KEPT_STARTS, listed

@@ -173,7 +173,7 @@ class _Worker:
         """The method's input for one target, on `device`."""
         spec = self.plan.initializer
         weight = None
-        if self.plan.reads_weight(target):
+        if "weight" in spec.reads:
             weight = self.weights.weight(target).to(device)
             if not is_narrow(weight.dtype):
                 weight = weight.to(torch.float32)
@@ -188,7 +188,7 @@ class _Worker:
             rank=target.rank,
             scaling=target.scaling,
             seed=self.seed,
-            stored_weight=weight if "weight" in spec.reads else None,
+            stored_weight=weight,
             inputs=statistics.inputs,
             gradient=statistics.gradient,
             quantizer=quantizer,
