@@ -366,3 +366,13 @@ def test_nothing_works_after_unload(model, tmp_path):
             call()
     with pytest.raises(FileNotFoundError, match="no folder"):
         LoraModel.from_pretrained(model, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("method", ["kaiming", "gaussian", "orthogonal"])
+def test_a_method_that_reads_no_weight_does_not_check_it(method):
+    """Reading all weights would take longer than the start itself."""
+    model = nn.Sequential(nn.Linear(8, 12))
+    with torch.no_grad():
+        model[0].weight[3, 4] = float("inf")
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=method)
+    assert get_peft_model(model, config).layers["0"].lora_A.isfinite().all()
