@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-import scipy.linalg
 import torch
 from jaxtyping import Float
 from threadpoolctl import ThreadpoolController
@@ -72,6 +71,8 @@ def eigenpairs(
         return values[..., first:last], vectors[..., first:last]
     # torch has no partial solver. scipy's own threads and torch's wait for work by spinning on the
     # same cores, so scipy gets one thread. This limit holds for the process, hence the lock.
+    import scipy.linalg  # here: it takes longer to import than the rest of the package
+
     with _scipy_lock, _openblas().limit(limits=1):
         values, vectors = scipy.linalg.eigh(
             matrix.detach().numpy(), subset_by_index=[first, last - 1]

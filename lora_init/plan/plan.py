@@ -22,12 +22,9 @@ from lora_init.moments import sums_bytes
 from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets
+from lora_init.plan.workspace import copies
 from lora_init.registry import CalibrationRequest, Initializer, sums_dtype
 from lora_init.tables import render
-
-WEIGHT_COPIES, MOMENT_COPIES = 9, 7
-"""Upper bound of a decomposition's memory, in float32 copies of a weight and of its inputs'
-moments, at ranks far below the layer's sizes."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +174,8 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Upper bound of the initializer's CPU memory for the weights it decomposes at a time."""
-        reads = self.initializer.reads
-        weights = WEIGHT_COPIES if reads & {"weight", "gradient"} else 1
-        moments = MOMENT_COPIES if "inputs" in reads else 0
+        """The initializer's memory on a CPU, for the weights it decomposes at a time."""
+        weights, moments = copies(self.initializer, self.options)
         numbers = (
             (rows * columns, weights * rows * columns + moments * columns**2)
             for rows, columns in (target.shape for target in self.targets)
