@@ -189,7 +189,7 @@ def _markdown(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text whose symbols are no markup outside of backticks."""
+    """Escape symbols outside of backticks that Markdown would read as markup."""
     parts = re.split(r"(`+[^`]*`+)", text)
     return "".join(
         part if index % 2 else re.sub(r"([*_<\[\]])", r"\\\1", part)

@@ -277,7 +277,7 @@ def get_initializer(name: str) -> Initializer:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"init_lora_weights={given!r} is not a registered initializer: {hint}"
-            f"must be True (kaiming), False (random) or one of {', '.join(sorted(_registry))}"
+            f"Must be True (kaiming), False (random) or one of {', '.join(sorted(_registry))}"
         )
     return _registry[name]
 

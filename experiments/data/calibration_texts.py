@@ -12,7 +12,7 @@ def texts_of(settings: CalibrationConfig, task_type: str) -> list[Example]:
     """The texts in `calibration.path`, as examples without a prompt.
 
     Raises:
-        ConfigurationError: there is no such file, a line has no text, or the task has labels.
+        ConfigurationError: the file does not exist, a line has no text, or the task has labels.
     """
     setting = f"calibration.path={settings.path!r}"
     if task_type != "CAUSAL_LM":

@@ -136,7 +136,7 @@ NAMES = {
 
 def run(task: Task) -> None:
     if not SIMULATED.exists():
-        task.record.note(f"the comparison is missing: there is no {SIMULATED.name}")
+        task.record.note(f"the comparison is missing: {SIMULATED.name} does not exist")
         return
     simulated = loaded(SIMULATED)
     if not task.cuda:
