@@ -16,7 +16,7 @@ COPIES: dict[str, tuple[float, float]] = {
     "mica": (9.0, 0.0),
     "milora": (9.0, 0.0),
     "qera": (5.0, 3.0),
-    "qpissa": (7.5, 0.0),
+    "qpissa": (8.0, 0.0),
 }
 """Float32 copies of a weight and of its inputs' second moment at the peak of each method, measured
 at ranks far below the layer's sizes."""
