@@ -97,7 +97,7 @@ def as_in(base: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         ValueError: a layer matches no module or several; the file contains several adapters; or two
             tensors get the same name.
     """
-    tensors = _without_adapter_name(tensors)
+    tensors = without_adapter_name(tensors)
     layers = list(dict.fromkeys(layer for key in tensors if (layer := _layer(key)) is not None))
     rename = _renaming(base, layers)
     renamed: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ def _layer(key: str) -> str | None:
     return None
 
 
-def _without_adapter_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_adapter_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the adapter name from keys of a PEFT model's full state dict, as PEFT does.
 
     Raises:

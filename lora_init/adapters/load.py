@@ -49,7 +49,7 @@ def read(
             f"no folder {str(folder)!r}. Pass a folder that save_pretrained wrote."
         )
     values = read_json(folder / CONFIG_NAME)
-    tensors, header = _tensors(folder)
+    tensors, header = read_tensors(folder)
     weights = BaseWeights(base, original_weights)
     try:
         contents = Contents(tensors, base, adapter_dtype)
@@ -85,7 +85,13 @@ def fill(injection: Injection, loaded: LoadedAdapter) -> None:
             injection.biases[name][0].copy_(value)
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read the tensors of an adapter's file, and its header (None if PEFT wrote the file).
+
+    Raises:
+        FileNotFoundError: the safetensors file is missing.
+        ValueError: the file is damaged, or a tensor is not finite.
+    """
     path = folder / OWN_WEIGHTS_NAME
     if not path.is_file():
         path = folder / WEIGHTS_NAME

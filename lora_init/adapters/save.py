@@ -264,8 +264,14 @@ def _copied(
     return modules
 
 
-def exported_config(config: LoraConfig, plan: Plan) -> LoraConfig:
-    """The configuration of a plain adapter, with rank 2r if the method subtracts from the base."""
+def exported_config(config: LoraConfig, plan: Plan, *, doubled: bool = True) -> LoraConfig:
+    """The configuration of a plain adapter, with rank 2r if the method subtracts from the base.
+
+    Args:
+        config: the settings of the adapter.
+        plan: the adapted layers.
+        doubled: False for a file that belongs to the changed base, and has rank r.
+    """
     written = dataclasses.replace(
         plan.explicit(config),
         init_lora_weights=True,
@@ -275,7 +281,7 @@ def exported_config(config: LoraConfig, plan: Plan) -> LoraConfig:
     )
     written.inference_mode = True
     written.fan_in_fan_out = any(target.module_type == "Conv1D" for target in plan.targets)
-    if plan.initializer.base == "subtract" and not plan.replaced:
+    if doubled and plan.initializer.base == "subtract" and not plan.replaced:
         factor = math.sqrt(2) if config.use_rslora else 2
         written.r = 2 * config.r
         written.lora_alpha = config.lora_alpha * factor

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_init import adapters, injection
 from lora_init.adapters.hub import push_adapter
 from lora_init.config.lora_config import LoraConfig
+from lora_init.factors import Replacement
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.model import state_dict as checkpoints
 from lora_init.model.base_methods import cover_methods, uncover_methods
@@ -213,6 +214,11 @@ class LoraModel(nn.Module):
     def layers(self) -> dict[str, LoraLayer]:
         """The adapted layers, by name."""
         return dict(self._live_injection().layers)
+
+    @property
+    def replacements(self) -> dict[str, Replacement]:
+        """How to compute each replaced base weight from the original one, by layer name."""
+        return dict(self._live_injection().replacements)
 
     def get_base_model(self) -> nn.Module:
         """The base model with its adapted layers."""

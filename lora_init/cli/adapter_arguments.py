@@ -1,0 +1,85 @@
+"""The arguments that describe an adapter, and the `LoraConfig` that they make."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_init.cli.checkpoints import task_type
+from lora_init.config.lora_config import LoraConfig
+from lora_init.registry import build_options, describe, resolve
+
+
+def add_adapter_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a model, or its name on the hub")
+    parser.add_argument("--method", default="pissa", help="see `lora-init list` (default: pissa)")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method; may be repeated",
+    )
+    parser.add_argument("-r", "--r", type=int, default=8, help="rank (default: 8)")
+    parser.add_argument("--lora-alpha", type=float, help="default: the rank, so that s = 1")
+    parser.add_argument("--use-rslora", action="store_true", help="s = alpha / sqrt(r)")
+    parser.add_argument(
+        "--target-modules",
+        default="all-linear",
+        metavar="NAMES",
+        help="names with commas, or a regular expression as 're:…' (default: all-linear)",
+    )
+    parser.add_argument("--exclude-modules", metavar="NAMES", help="as --target-modules")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def adapter_config(arguments: Namespace, model: nn.Module, base_name: str) -> LoraConfig:
+    """The configuration that the arguments describe, for this model.
+
+    Raises:
+        ValueError: an argument is not supported.
+    """
+    return LoraConfig(
+        r=arguments.r,
+        lora_alpha=arguments.r if arguments.lora_alpha is None else arguments.lora_alpha,
+        use_rslora=arguments.use_rslora,
+        target_modules=_names(arguments.target_modules),
+        exclude_modules=_names(arguments.exclude_modules),
+        init_lora_weights=_method(arguments),
+        task_type=task_type(model),
+        base_model_name_or_path=base_name,
+    )
+
+
+def absolute(model: str) -> str:
+    """The name of a model for `adapter_config.json`: a hub name, or an absolute path."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def _method(arguments: Namespace) -> dict[str, Any]:
+    spec, options = resolve(arguments.method)
+    values = describe(spec, options)
+    given = {}
+    for option in arguments.option:
+        name, equals, text = option.partition("=")
+        if not equals:
+            raise ValueError(f"--option {option!r} is not supported: must be NAME=VALUE")
+        try:
+            given[name] = json.loads(text)
+        except ValueError:
+            given[name] = text
+    build_options(spec.options, given, f"--option ({spec.name})")
+    return values | given
+
+
+def _names(text: str | None) -> str | list[str] | None:
+    if text is None or text == "all-linear":
+        return text
+    if text.startswith("re:"):
+        return text.removeprefix("re:")
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,67 @@
+"""`lora-init list` and `lora-init show`: the registered methods and their settings."""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from lora_init.cli.output import emit
+from lora_init.registry import Initializer, get_initializer, list_initializers
+from lora_init.tables import render
+
+
+def list_methods(arguments: Namespace) -> None:
+    """Print the methods whose name matches the pattern.
+
+    Raises:
+        ValueError: no method matches.
+    """
+    found = list_initializers(arguments.pattern)
+    if not found:
+        names = ", ".join(spec.name for spec in list_initializers())
+        raise ValueError(
+            f"PATTERN={arguments.pattern!r} matches no method: must match one of {names}"
+        )
+    rows = [
+        [s.name, ", ".join(sorted(s.reads)) or None, s.base, s.preserves_output, s.paper]
+        for s in found
+    ]
+    header = ["method", "reads", "base", "keeps the output", "paper"]
+    emit(arguments, [_facts(spec) for spec in found], render(header, [_words(r) for r in rows]))
+
+
+def show_method(arguments: Namespace) -> None:
+    """Print what a method does, what it reads, and its options with their defaults."""
+    spec = get_initializer(arguments.method)
+    options = [[f.name, f.type, _default(f)] for f in fields(spec.options)]
+    text = [inspect.getdoc(inspect.getmodule(spec.function)) or spec.name, ""]
+    text += [f"{name}: {value}" for name, value in _facts(spec).items() if name != "options"]
+    if options:
+        text += ["", render(["option", "type", "default"], options)]
+    emit(arguments, _facts(spec), "\n".join(text))
+
+
+def _facts(spec: Initializer) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "reads": sorted(spec.reads),
+        "base": spec.base,
+        "preserves_output": spec.preserves_output,
+        "frozen": list(spec.frozen),
+        "modules": sorted(spec.modules),
+        "control": spec.control,
+        "paper": spec.paper,
+        "options": {f.name: _default(f) for f in fields(spec.options)},
+    }
+
+
+def _default(field: Field) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    return None if field.default_factory is MISSING else field.default_factory()
+
+
+def _words(row: list[Any]) -> list[Any]:
+    return [("yes" if cell else "no") if isinstance(cell, bool) else cell for cell in row]

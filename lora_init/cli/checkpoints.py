@@ -1,0 +1,135 @@
+"""Models by folder or hub name: their checkpoint, a skeleton on the meta device, or the whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+"""The files of a model on the hub that are downloaded: weights, configuration, tokenizer."""
+
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""PEFT's task type by the ending of transformers' class name."""
+
+
+def checkpoint_folder(model: str) -> Path:
+    """The folder of a checkpoint: `model` itself, or the download of a name on the hub.
+
+    Raises:
+        FileNotFoundError: `model` is neither a folder nor a name on the hub.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    hub = _library("huggingface_hub")
+    if path.is_absolute() or model.count("/") > 1 or model.startswith("."):
+        raise FileNotFoundError(f"MODEL={model!r}: no such folder")
+    try:
+        return Path(hub.snapshot_download(model, allow_patterns=FILES))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"MODEL={model!r} is neither a folder here nor a model that the hub returned "
+            f"({type(error).__name__}): pass the folder of a model"
+        ) from error
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model without weights, on the meta device; takes seconds for any size.
+
+    Raises:
+        ValueError: transformers does not know the class, or the checkpoint is quantized.
+    """
+    config, model_class = _config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"MODEL={str(folder)!r} is a quantized checkpoint, which the command does not support. "
+            "Pass the checkpoint from before the quantization, or call get_peft_model on the "
+            "loaded model."
+        )
+    with torch.device("meta"):
+        model = model_class(config)
+    stored = getattr(config, "dtype", None)
+    return model.to(stored if isinstance(stored, torch.dtype) else torch.float32).eval()
+
+
+def loaded(folder: Path, device: str, offload: str | None) -> nn.Module:
+    """The model with its weights in their stored dtype, for forward passes.
+
+    Args:
+        folder: the checkpoint.
+        device: where to put the model.
+        offload: a folder for the weights that do not fit in memory; needs accelerate.
+    """
+    _, model_class = _config(folder)
+    if offload is not None:
+        return model_class.from_pretrained(
+            folder, dtype="auto", device_map="auto", offload_folder=offload
+        ).eval()
+    return model_class.from_pretrained(folder, dtype="auto").eval().to(device)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's task type of a transformers model; None if the class name states none."""
+    name = type(model).__name__
+    return next((task for ending, task in TASKS.items() if name.endswith(ending)), None)
+
+
+def tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, which can pad.
+
+    Raises:
+        ValueError: the folder has no tokenizer.
+    """
+    transformers = _library("transformers")
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"MODEL={str(folder)!r} has no tokenizer that transformers can load, which --data needs "
+            f"({error})"
+        ) from error
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def _config(folder: Path) -> tuple[Any, Any]:
+    """The configuration of a checkpoint, and the class of its model."""
+    transformers = _library("transformers")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"MODEL={str(folder)!r} has no config.json: must be the folder of a transformers model"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: transformers cannot read it ({error})") from error
+    names = getattr(config, "architectures", None) or []
+    model_class = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    if model_class is None:
+        raise ValueError(
+            f"architectures={names!r} in {path} is not supported: must name a class of "
+            f"transformers {transformers.__version__}"
+        )
+    return config, model_class
+
+
+def _library(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ValueError(
+            f"this command reads models with {name}, which is not installed: pip install {name}"
+        ) from error
