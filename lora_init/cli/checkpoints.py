@@ -96,8 +96,8 @@ def tokenizer(folder: Path) -> Any:
         found = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"MODEL={str(folder)!r} has no tokenizer that transformers can load, which --data needs "
-            f"({error})"
+            f"MODEL={str(folder)!r} has no tokenizer that transformers can load; --data needs "
+            f"one ({error})"
         ) from error
     if found.pad_token is None:
         found.pad_token = found.eos_token

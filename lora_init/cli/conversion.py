@@ -74,8 +74,8 @@ def _check(found: AdapterFile, arguments: Namespace) -> None:
     method = method_of(found.config.init_lora_weights)
     if isinstance(method, str) and method.startswith(CHANGED_BASES):
         raise ValueError(
-            f"init_lora_weights={method!r} in {arguments.adapter} is not supported: PEFT changed the "
-            "base, and the factors belong to that base. Save it with PEFT's "
+            f"init_lora_weights={method!r} in {arguments.adapter} is not supported: PEFT changed "
+            "the base, and the factors belong to that base. Save it with PEFT's "
             "path_initial_model_for_weight_conversion first."
         )
     if arguments.rank is not None and arguments.rank < 1:
@@ -115,7 +115,7 @@ def _truncated(layer: FileLayer, rank: int, config: LoraConfig) -> tuple[FileLay
     u, values, v = layer.cores()
     if float(values[0]) <= layer.noise():
         raise ValueError(
-            f"--rank {rank} is not supported: s B A of {layer.name!r} is zero, as at the start of a "
+            f"--rank {rank} is not supported: s B A of {layer.name!r} is zero, as at the start of "
             "training. Its truncation could not be trained. Make an adapter of this rank instead."
         )
     error = float(torch.linalg.vector_norm(values[rank:]) / torch.linalg.vector_norm(values))

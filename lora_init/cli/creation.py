@@ -8,11 +8,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lora_init.api import device_for, get_peft_model
 from lora_init.cli.adapter_arguments import absolute, adapter_config
-from lora_init.cli.checkpoints import checkpoint_folder, loaded, skeleton, tokenizer
+from lora_init.cli.checkpoints import checkpoint_folder, loaded, skeleton, task_type, tokenizer
 from lora_init.cli.output import emit
 from lora_init.cli.residual import DTYPES, RESIDUAL_FOLDER, write_residual
 from lora_init.cli.text_data import batches
@@ -121,8 +119,8 @@ def _check(arguments: Namespace, base: str, needs_data: bool, out: Path) -> None
         )
     if base == "replace" and not arguments.residual:
         raise ValueError(
-            f"--method {arguments.method} replaces the base by a quantized one, which other loaders "
-            "cannot compute: pass --residual to write that base too"
+            f"--method {arguments.method} replaces the base by a quantized one, which other "
+            "loaders cannot compute: pass --residual to write that base too"
         )
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT={str(out)!r} is a file: must be a folder")
@@ -156,15 +154,16 @@ def _device(arguments: Namespace) -> str:
     return "cpu" if place is None else str(place)
 
 
-def _batches(arguments: Namespace, folder: Path, model: nn.Module) -> list[dict[str, Any]]:
-    classifies = type(model).__name__.endswith("ForSequenceClassification")
-    ids = getattr(getattr(model, "config", None), "label2id", None) if classifies else None
+def _batches(arguments: Namespace, folder: Path, model: Any) -> list[dict[str, Any]]:
+    task = task_type(model)
+    ids = model.config.label2id if task == "SEQ_CLS" else None
     return batches(
         Path(arguments.data),
         tokenizer(folder),
         text_column=arguments.text_column,
         label_column=arguments.label_column,
         label_ids=ids,
+        language_model=task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
         examples=arguments.examples,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,

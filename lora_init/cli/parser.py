@@ -1,13 +1,13 @@
-"""The parser of `lora-init`, and what it returns: 0 done, 1 a mistake in the input, 130 interrupted.
+"""The parser of `lora-init`, and its exit codes.
 
-argparse exits with 2 for a command line that it cannot parse.
+0 done, 1 a mistake in the input, 2 a command line that argparse cannot parse, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from safetensors import SafetensorError
@@ -32,7 +32,7 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         with short_warnings():
             arguments.run(arguments)
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The arguments of a command line; exits with 2 if it is not one of `lora-init`."""
     parser = ArgumentParser(
         prog="lora-init",
         description="Initialize low-rank adapters (LoRA), and inspect and convert their files.",
@@ -86,4 +87,4 @@ def _parser() -> ArgumentParser:
         "--component", choices=("transformer", "unet", "text_encoder"), default="transformer",
         help="of a diffusers pipeline",
     )  # fmt: skip
-    return parser
+    return parser.parse_args(argv)

