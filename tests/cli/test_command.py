@@ -309,6 +309,7 @@ def test_convert_refuses_what_would_be_wrong(run, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.exhaustive
 def test_the_guide_runs(run, tmp_path, monkeypatch):
     """Each command of the guide, in its order."""
     guide = (ROOT / "docs/guides/command.md").read_text().replace(HUB_NAME, str(minilm()))
