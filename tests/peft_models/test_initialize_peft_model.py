@@ -574,7 +574,7 @@ PROGRAM = """
     import torch
     from transformers import Trainer, TrainingArguments
 
-    sys.path.insert(0, "tests")
+    sys.path.insert(0, "tests/support")
     from models import llama, token_batches
 
     from lora_init import initialize_peft_model, load_peft_checkpoint
