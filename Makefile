@@ -63,7 +63,7 @@ check: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST)
 
-# Long runs too, and every member of every product of methods and settings (tests/products.py).
+# Long runs too, and every member of every product of methods and settings (tests/support/products.py).
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not fast_form" $(PYTEST)
 
@@ -73,7 +73,7 @@ test-papers: $(STAMP)
 
 # Ends after ten minutes, whatever it finds; a part of it is in `make test`.
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 PYTHONPATH=.:tests:tests/experiments $(BIN)/python tests/fuzz/campaign.py $(FUZZ)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/support:tests/experiments $(BIN)/python tests/fuzz/campaign.py $(FUZZ)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from measures import assert_gap, train
+from methods import behavior
 from models import (
     VOCABULARY,
     Batches,
@@ -144,9 +145,9 @@ def ratio(model):
             for architecture in ARCHITECTURES
             for spec in METHODS
         ],
-        lambda architecture, spec: spec.name,
-        lambda architecture, spec: (architecture, spec.base),
-        lambda architecture, spec: spec.needs_data and architecture,
+        lambda architecture, spec: behavior(spec.name),
+        lambda architecture, spec: (architecture, spec.needs_data),
+        lambda architecture, spec: (architecture, spec.base == "subtract"),
     ),
     indirect=["case"],
 )

@@ -23,6 +23,17 @@ from measures import (
     snapshot,
     train,
 )
+from methods import (
+    METHODS,
+    REPLACING,
+    SPECS,
+    SUBTRACTING,
+    WITHOUT_DATA,
+    across,
+    behavior,
+    every_method,
+    one_of_each,
+)
 from models import VOCABULARY, Batches, bert, gpt2, llama, t5, t5_batches, token_batches
 from networks import Chain, chain_inputs
 from safetensors.torch import load_file, save_file
@@ -33,10 +44,8 @@ from uniform import uniform
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
 
 ROOT = Path(__file__).resolve().parent.parent
-SUBTRACTING = [s.name for s in list_initializers() if s.base == "subtract"]
-REPLACING = [s.name for s in list_initializers() if s.base == "replace"]
-every_subtracting = pytest.mark.parametrize("method", SUBTRACTING)
-every_replacing = pytest.mark.parametrize("method", REPLACING)
+every_subtracting = pytest.mark.parametrize("method", one_of_each(SUBTRACTING, behavior))
+every_replacing = pytest.mark.parametrize("method", one_of_each(REPLACING, behavior))
 
 
 def step(method):
@@ -170,7 +179,7 @@ def test_2_replaced_tied_head_gets_a_weight_of_its_own(make, batches_for, method
     assert_unchanged(restored, before)
 
 
-@pytest.mark.parametrize("method", [s.name for s in list_initializers() if not s.needs_data])
+@pytest.mark.parametrize("method", one_of_each(WITHOUT_DATA))
 @pytest.mark.parametrize(("make", "batches_for"), TIED)
 def test_2_merging_into_a_tied_head_leaves_the_embedding_alone(make, batches_for, method):
     base, batches = make(), batches_for()
@@ -223,8 +232,7 @@ class Sharing(nn.Module):
         return torch.cat([self.chain(x), self.twin(x)], dim=-1)
 
 
-@pytest.mark.parametrize("share", ["module", "weight", "view"])
-@pytest.mark.parametrize("method", [s.name for s in list_initializers()])
+@pytest.mark.parametrize(("method", "share"), across(METHODS, ["module", "weight", "view"]))
 def test_2_shared_module_and_shared_storage(method, share):
     """A module that hangs twice is one module, adapted twice; a second reader is left alone."""
     base, x = Sharing(share), chain_inputs(20)
@@ -262,7 +270,7 @@ def test_2_untied_head_is_served():
 # -- 3: r > min(out, in) ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [s.name for s in list_initializers() if s.needs])
+@pytest.mark.parametrize("method", one_of_each([s for s in METHODS if SPECS[s].reads], behavior))
 def test_3_rank_above_a_grouped_head_is_refused(method):
     """k_proj and v_proj of grouped heads are 32 x 64, q_proj is 64 x 64."""
     base = llama()
@@ -281,7 +289,7 @@ def test_3_rank_above_a_grouped_head_is_refused(method):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", [s.name for s in list_initializers()])
+@every_method
 def test_4_factors_do_not_depend_on_the_other_targets(method):
     options = {"name": method, **uniform(method)}
 

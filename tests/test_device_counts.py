@@ -1,6 +1,6 @@
 """Launches, waits and decompositions of every method, held at what docs/gpu.md states.
 
-`python tests/device_counts.py` prints a new table.
+`python tests/support/device_counts.py` prints a new table.
 """
 
 from pathlib import Path

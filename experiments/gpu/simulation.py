@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from experiments.gpu.task import Task
 
-SIMULATED = Path(__file__).resolve().parents[2] / "tests" / "simulated_device.py"
+SIMULATED = Path(__file__).resolve().parents[2] / "tests" / "support" / "simulated_device.py"
 OPERATIONS = """
 torch.zeros(2, device=GPU)
 torch.zeros_like(c, device=GPU)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from methods import METHODS, behavior
+from products import thinned
 from torch import nn
 
 from lora_init import (
@@ -10,10 +12,8 @@ from lora_init import (
     calibrate,
     get_peft_model,
     init_factors,
-    list_initializers,
 )
 
-METHODS = [spec.name for spec in list_initializers()]
 ROWS, COLUMNS, RANK = 24, 18, 4
 
 
@@ -22,8 +22,14 @@ def base():
     return nn.Sequential(nn.Linear(COLUMNS, ROWS))
 
 
-@pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha/r", "rslora"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "use_rslora"),
+    thinned(
+        [(method, use_rslora) for method in METHODS for use_rslora in (False, True)],
+        lambda method, use_rslora: method,
+        lambda method, use_rslora: (behavior(method), use_rslora),
+    ),
+)
 def test_the_numbers_are_those_of_a_model(method, use_rslora):
     settings = {"r": RANK, "lora_alpha": 6.0, "use_rslora": use_rslora}
     chosen = {"name": method}

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from measures import EPSILON, assert_gap, assert_unchanged, logits, snapshot, train
+from methods import SPECS, behavior, handling
 from models import Batches, bert, llama, spread_weight, token_batches
 from networks import Case
 from packing import kept_plain
@@ -29,7 +30,6 @@ from lora_init import (
     LoraModel,
     get_peft_model,
     initialize_peft_model,
-    list_initializers,
     load_peft_checkpoint,
     register_initializer,
     registry,
@@ -55,10 +55,6 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = 4
-SPECS = {spec.name: spec for spec in list_initializers()}
-KEEPING = [name for name, spec in SPECS.items() if spec.base == "keep"]
-SUBTRACTING = [name for name, spec in SPECS.items() if spec.base == "subtract"]
-REPLACING = [name for name, spec in SPECS.items() if spec.base == "replace"]
 FLOAT_KINDS = ("Linear", "Conv1D", "Embedding", "Conv2d")
 KINDS = (*FLOAT_KINDS, "Linear4bit", "Linear8bitLt")
 
@@ -132,8 +128,8 @@ def supports(method, kind):
 
 CELLS = [(method, kind) for method in SPECS for kind in KINDS if supports(method, kind)]
 FEATURES = (
-    lambda method, kind: method,
-    lambda method, kind: (SPECS[method].base, SPECS[method].needs_data, kind),
+    lambda method, kind: behavior(method),
+    lambda method, kind: (handling(method), kind),
 )
 
 
@@ -574,7 +570,7 @@ PROGRAM = """
     import torch
     from transformers import Trainer, TrainingArguments
 
-    sys.path.insert(0, "tests")
+    sys.path.insert(0, "tests/support")
     from models import llama, token_batches
 
     from lora_init import initialize_peft_model, load_peft_checkpoint

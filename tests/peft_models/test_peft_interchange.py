@@ -13,19 +13,18 @@ import peft
 import pytest
 import torch
 from measures import assert_gap, assert_unchanged, largest_ratio, logits, snapshot, train
+from methods import METHODS, RESTORABLE, SUBTRACTING, behavior, handling, one_of_each
 from models import bert, gpt2, llama, t5, t5_batches, token_batches
-from products import every_value
+from products import thinned
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
+from lora_init import LoraConfig, LoraModel, get_peft_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
 ]
-KEPT = [s.name for s in list_initializers() if s.base == "keep"]
-SUBTRACTING = [s.name for s in list_initializers() if s.base == "subtract"]
 ARCHITECTURES = {
     "llama": (llama, ["q_proj", "v_proj", "down_proj"]),
     "gpt2": (gpt2, ["c_attn", "c_proj"]),
@@ -67,14 +66,16 @@ def assert_peft_agrees(model, base, folder, batches=None):
 
 @pytest.mark.parametrize(
     ("architecture", "method", "use_rslora"),
-    every_value(
+    thinned(
         [
             pytest.param(name, method, rslora, id=f"{name}-{method}{'-rslora' * rslora}")
             for name in ARCHITECTURES
-            for method in KEPT + SUBTRACTING
+            for method in RESTORABLE
             for rslora in (False, True)
         ],
-        3,
+        lambda name, method, rslora: (name, handling(method)),
+        lambda name, method, rslora: (rslora, handling(method)),
+        lambda name, method, rslora: behavior(method),
     ),
 )
 def test_peft_loads_ours(architecture, method, use_rslora, tmp_path):
@@ -196,22 +197,21 @@ def test_peft_loads_ours_on_a_16_bit_base(dtype, method, tmp_path):
     assert_gap(logits(loaded, token_batches()), expected, 4 * torch.finfo(dtype).eps)
 
 
-def test_config_has_exactly_the_fields_of_peft(tmp_path):
+@pytest.mark.parametrize("method", one_of_each(METHODS, behavior))
+def test_config_has_exactly_the_fields_of_peft(method, tmp_path):
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     theirs.save_pretrained(tmp_path / "theirs")
     expected = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    for spec in list_initializers():
-        config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=spec.name)
-        model = adapt(llama(), config)
-        model.save_pretrained(tmp_path / spec.name)
-        actual = json.loads((tmp_path / spec.name / "adapter_config.json").read_text())
-        assert actual.keys() == expected.keys(), spec.name
-        ours = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
-        differing = {key for key in expected if actual[key] != expected[key]} - ours
-        # auto_mapping names the model's class, for PEFT's AutoPeftModel only.
-        assert differing <= {"base_model_name_or_path", "auto_mapping"}, spec.name
-        tensors = load_file(next((tmp_path / spec.name).glob("*.safetensors")))
-        assert all(key.startswith("base_model.model.model.layers.") for key in tensors)
+    model = adapt(llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=method))
+    model.save_pretrained(tmp_path / "ours")
+    actual = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert actual.keys() == expected.keys()
+    ours = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
+    differing = {key for key in expected if actual[key] != expected[key]} - ours
+    # auto_mapping names the model's class, for PEFT's AutoPeftModel only.
+    assert differing <= {"base_model_name_or_path", "auto_mapping"}
+    tensors = load_file(next((tmp_path / "ours").glob("*.safetensors")))
+    assert all(key.startswith("base_model.model.model.layers.") for key in tensors)
 
 
 def test_peft_refuses_our_loftq_folder(tmp_path):

@@ -1,6 +1,6 @@
 """How often a method uses an accelerator to initialize a stack of two equal layers.
 
-    python tests/device_counts.py
+    python tests/support/device_counts.py
 
 prints the table of docs/gpu.md. The device is simulated: every operation on it counts as a launch,
 except views and allocations. Two Linear layers in bfloat16 are so large that Krylov spaces are used

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
+from products import every_pair
 from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -87,6 +89,7 @@ def figures(model) -> dict[str, dict]:
     }
 
 
+WIDE_AND_NARROW = [torch.float64, torch.bfloat16, torch.float16]
 CACHED = ["pissa", "milora", "mica", "corda", {"name": "corda", "corda_method": "kpm"}]
 
 
@@ -103,9 +106,11 @@ def test_a_second_start_computes_nothing_and_is_the_same(method, computed):
         assert one.name == other.name
 
 
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method", CACHED, ids=str)
+@pytest.mark.parametrize(
+    ("method", "dtype", "adapter_dtype"),
+    every_pair(list(product(CACHED, WIDE_AND_NARROW, [torch.float32, torch.bfloat16])), 3),
+    ids=str,
+)
 def test_a_hit_equals_a_computation_in_every_dtype(method, dtype, adapter_dtype, computed):
     def start(**settings):
         return started(

@@ -1,27 +1,28 @@
 """Training checkpoints: a LoraModel's state dict is its adapter, and loading one is the inverse."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from measures import assert_gap, assert_unchanged, logits, snapshot, train
+from methods import METHODS, REPLACING, across
 from models import bert, llama, token_batches
 from networks import Chain, chain_calibration, chain_inputs
+from products import every_value, thinned
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers, reinitialize
+from lora_init import LoraConfig, LoraModel, get_peft_model, reinitialize
 
-METHODS = [spec.name for spec in list_initializers()]
-REPLACING = [spec.name for spec in list_initializers() if spec.base == "replace"]
 VARIANTS = {
     "plain": {},
     "dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
     "biases": {"bias": "all"},
 }
-every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+every_start = pytest.mark.parametrize(("method", "variant"), across(METHODS, list(VARIANTS)))
 
 
 def start(method="pissa", *, base=None, seed=0, calibration=None, dtype=torch.float32, **settings):
@@ -41,27 +42,26 @@ def copied(state):
 # -- what it holds ---------------------------------------------------------------------------------
 
 
-@every_variant
-@pytest.mark.parametrize("method", METHODS)
+@every_start
 def test_it_holds_the_adapter_only(method, variant):
-    model = start(method, **variant)
+    settings = VARIANTS[variant]
+    model = start(method, **settings)
     state = model.state_dict()
     state.pop("_extra_state")  # the start: see the section below
     further = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_bias", "bias": "bias"}
     assert {key.rpartition(".")[2] for key in state} == {
-        "lora_A", "lora_B", "initial_lora_A", "initial_lora_B", *(further[name] for name in variant)
+        "lora_A", "lora_B", "initial_lora_A", "initial_lora_B", *(further[key] for key in settings)
     }  # fmt: skip
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     assert all(torch.equal(tensors[key], value) for key, value in state.items())
     assert {name for name, value in model.named_parameters() if value.requires_grad} <= set(state)
 
 
-@every_variant
-@pytest.mark.parametrize("method", METHODS)
+@every_start
 def test_loading_is_the_inverse(method, variant):
-    model = train(start(method, **variant))
+    model = train(start(method, **VARIANTS[variant]))
     state = copied(model.state_dict())
-    resumed = start(method, **variant)
+    resumed = start(method, **VARIANTS[variant])
     result = resumed.load_state_dict(state)
     assert result.missing_keys == result.unexpected_keys == []
     x = chain_inputs(20)
@@ -241,9 +241,6 @@ def checkpointed_layer(model):
     return model
 
 
-INNER = [lambda model: model, compiled_base, compiled_layer, checkpointed_layer]
-
-
 def compiled(model):
     return torch.compile(model, backend="eager")
 
@@ -252,9 +249,23 @@ def in_parallel(model):
     return nn.ModuleDict({"module": model})  # as DistributedDataParallel names it
 
 
-@pytest.mark.parametrize("outer", [lambda model: model, compiled, in_parallel])
-@pytest.mark.parametrize("loaded", INNER)
-@pytest.mark.parametrize("saved", INNER)
+def unwrapped(model):
+    return model
+
+
+INNER = [unwrapped, compiled_base, compiled_layer, checkpointed_layer]
+OUTER = [unwrapped, compiled, in_parallel]
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "outer"),
+    thinned(
+        list(product(INNER, INNER, OUTER)),
+        lambda saved, loaded, outer: (saved, outer),
+        lambda saved, loaded, outer: loaded,
+        lambda saved, loaded, outer: saved == loaded,
+    ),
+)
 def test_wrapped_and_plain_models_load_each_others_checkpoints(saved, loaded, outer):
     variant = {"bias": "all"}  # whose names are the base's own
     model = train(start(**variant))
@@ -314,13 +325,19 @@ def stored(state, how, folder):
     return copied(state)
 
 
-@pytest.mark.parametrize("how", ["memory", "torch", "safetensors"])
-@pytest.mark.parametrize("owned", [False, True], ids=["alone", "owned"])
 @pytest.mark.parametrize(
-    ("other", "mine"),
-    [("pissa", True), (True, "pissa"), ("orthogonal", "pissa"), ("gaussian", True)],
+    ("methods", "owned", "how"),
+    every_value(
+        product(
+            [("pissa", True), (True, "pissa"), ("orthogonal", "pissa"), ("gaussian", True)],
+            [False, True],
+            ["memory", "torch", "safetensors"],
+        ),
+        3,
+    ),
 )
-def test_another_methods_checkpoint_is_refused(other, mine, owned, how, tmp_path):
+def test_another_methods_checkpoint_is_refused(methods, owned, how, tmp_path):
+    other, mine = methods
     source, model = train(start(other)), start(mine)
     if owned:
         source, model = nn.ModuleDict({"m": source}), nn.ModuleDict({"m": model})
@@ -333,12 +350,16 @@ def test_another_methods_checkpoint_is_refused(other, mine, owned, how, tmp_path
     assert_unchanged(whole.base_model, before)
 
 
-@pytest.mark.parametrize("how", ["memory", "safetensors"])
-@pytest.mark.parametrize("method", ["pissa", True, "loftq"])
 @pytest.mark.parametrize(
-    "other",
-    [{"lora_alpha": 12}, {"use_rslora": True}, {"alpha_pattern": {"tall": 12}}],
-    ids=lambda settings: next(iter(settings)),
+    ("other", "method", "how"),
+    every_value(
+        product(
+            [{"lora_alpha": 12}, {"use_rslora": True}, {"alpha_pattern": {"tall": 12}}],
+            ["pissa", True, "loftq"],
+            ["memory", "safetensors"],
+        ),
+        3,
+    ),
 )
 def test_another_scaling_is_refused(other, method, how, tmp_path):
     config = {"r": 4, "lora_alpha": 6, "target_modules": ["square", "tall"]}

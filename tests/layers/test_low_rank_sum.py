@@ -236,7 +236,7 @@ class Kernels(TorchDispatchMode):
 
 def promised_kernels():
     """{(base, start): (forward, backward)} of the table in docs/gpu.md."""
-    text = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
     section = text.split("## Training step")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:3] == "| `"]
     return {row[0].strip("`"): tuple(map(int, row[1:3])) for row in rows}

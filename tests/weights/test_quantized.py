@@ -19,14 +19,15 @@ from measures import (
     snapshot,
     train,
 )
+from methods import REPLACING, SPECS, SUBTRACTING, across, behavior, handling
 from models import Batches, llama, spread_weight, token_batches
 from networks import PACKED_SHAPES, Chain, chain_inputs, linear
 from packing import kept_plain
-from products import every_pair, every_value
+from products import chosen, every_value, thinned
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
+from lora_init import LoraConfig, LoraModel, get_peft_model
 from lora_init.injection import base as settling
 from lora_init.weights.bitsandbytes import quantizer_of
 from lora_init.weights.kinds import oriented_weight
@@ -41,14 +42,15 @@ PACKINGS = {
 FOUR_BITS = [name for name in PACKINGS if name != "int8"]
 every_packing = pytest.mark.parametrize("packing", PACKINGS)
 every_four_bits = pytest.mark.parametrize("packing", FOUR_BITS)
-SUBTRACTING = [spec.name for spec in list_initializers() if spec.base == "subtract"]
-REPLACING = [spec.name for spec in list_initializers() if spec.base == "replace"]
-DECOMPOSING = [s.name for s in list_initializers() if s.base == "subtract" and "weights" in s.needs]
-every_subtracting = pytest.mark.parametrize("method", SUBTRACTING)
+DECOMPOSING = [name for name in SUBTRACTING if "weight" in SPECS[name].reads]
 each_packing_and_method = pytest.mark.parametrize(
-    ("method", "packing"), every_value(itertools.product(SUBTRACTING, PACKINGS), 2)
+    ("method", "packing"),
+    thinned(
+        list(itertools.product(SUBTRACTING, PACKINGS)),
+        lambda method, packing: packing,
+        lambda method, packing: behavior(method),
+    ),
 )
-every_replacing = pytest.mark.parametrize("method", REPLACING)
 repacking_cpu = pytest.mark.skipif(
     not bitsandbytes.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 only"
 )
@@ -97,8 +99,9 @@ def weight_errors(model, reference):
 # -- what is decomposed ----------------------------------------------------------------------------
 
 
-@every_packing
-@pytest.mark.parametrize("method", [*DECOMPOSING, "eva"])
+@pytest.mark.parametrize(
+    ("method", "packing"), across([*DECOMPOSING, "eva"], list(PACKINGS), group=behavior)
+)
 def test_factors_are_those_of_the_dequantised_weight(method, packing):
     base = packed_chain(packing)
     dequantised = original()
@@ -114,8 +117,7 @@ def test_factors_are_those_of_the_dequantised_weight(method, packing):
     assert layer.base_state == ("kept" if method == "eva" else "in_forward")
 
 
-@every_packing
-@pytest.mark.parametrize("method", DECOMPOSING)
+@pytest.mark.parametrize(("method", "packing"), across(DECOMPOSING, list(PACKINGS), group=behavior))
 def test_original_weights_are_decomposed_where_given(method, packing):
     base = packed_chain(packing)
     expected = adapt(original(), method, targets=["square"]).layers["square"]
@@ -158,7 +160,11 @@ def test_an_evaluation_repacks(packing):
 
 @pytest.mark.parametrize(
     ("packing", "method", "use_dora"),
-    every_pair(list(itertools.product(PACKINGS, ["kaiming", *SUBTRACTING], [False, True])), 3),
+    thinned(
+        list(itertools.product(PACKINGS, ["kaiming", *SUBTRACTING], [False, True])),
+        lambda packing, method, use_dora: (packing, handling(method), use_dora),
+        lambda packing, method, use_dora: behavior(method),
+    ),
 )
 @pytest.mark.filterwarnings("ignore:merged into")
 def test_initialize_merge_and_dora_after_an_evaluation(packing, method, use_dora):
@@ -272,7 +278,7 @@ def test_requantized_base_is_lost_or_kept(method, packing):
 
 
 @pytest.mark.parametrize("keep_original", [False, True], ids=["lost", "kept"])
-@every_packing
+@pytest.mark.parametrize("packing", chosen(PACKINGS, "nf4 double", "int8"))
 def test_a_lost_original_takes_no_memory(packing, keep_original):
     base = packed_chain(packing)
     weight = weakref.ref(base.tall.weight)
@@ -283,7 +289,7 @@ def test_a_lost_original_takes_no_memory(packing, keep_original):
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-@every_packing
+@pytest.mark.parametrize("packing", chosen(PACKINGS, "nf4 double", "int8"))
 def test_failure_in_the_middle_of_requantizing_is_undone(packing, call, monkeypatch):
     base = packed_chain(packing, names=["square", "wide"])  # one of three is float, and edited
     before, calls = snapshot(base), []
@@ -327,8 +333,9 @@ def test_requantized_adapter_is_rebuilt_from_its_file(packing, tmp_path):
 # -- LoftQ and QPiSSA ------------------------------------------------------------------------------
 
 
-@every_packing
-@every_replacing
+@pytest.mark.parametrize(
+    ("packing", "method"), every_value(itertools.product(PACKINGS, REPLACING), 2)
+)
 def test_quantised_base_without_original_weights_is_refused(method, packing):
     base = packed_chain(packing)
     before = snapshot(base)
@@ -337,8 +344,9 @@ def test_quantised_base_without_original_weights_is_refused(method, packing):
     assert_unchanged(base, before)
 
 
-@every_packing
-@every_replacing
+@pytest.mark.parametrize(
+    ("packing", "method"), every_value(itertools.product(PACKINGS, REPLACING), 2)
+)
 def test_original_weights_make_up_for_the_quantisation(method, packing, tmp_path):
     """Nearer to the ORIGINAL weights than plain quantisation, at any scaling, from a file too."""
     save_file(original().state_dict(), tmp_path / "model.safetensors")
@@ -371,8 +379,9 @@ def refused(match, base, method="pissa", error=ValueError, **arguments):
     assert_unchanged(base, before)
 
 
-@every_packing
-@pytest.mark.parametrize("method", ["pissa", *REPLACING])
+@pytest.mark.parametrize(
+    ("packing", "method"), every_value(itertools.product(PACKINGS, ["pissa", *REPLACING]), 2)
+)
 def test_wrong_checkpoints_are_refused_by_name(method, packing, tmp_path):
     base, state = packed_chain(packing), original().state_dict()
     other = Chain(shapes=PACKED_SHAPES, seed=1).state_dict()
@@ -443,9 +452,10 @@ def test_a_packed_module_cannot_be_trained_whole():
 # -- merging ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
-@pytest.mark.parametrize("method", ["kaiming", "pissa"])
-@every_packing
+@pytest.mark.parametrize(
+    ("packing", "method", "use_dora"),
+    every_value(itertools.product(PACKINGS, ["kaiming", "pissa"], [False, True]), 3),
+)
 def test_merging_warns_with_the_error_it_adds(packing, method, use_dora):
     base = packed_chain(packing)
     model = train(adapt(base, method, settings={"use_dora": use_dora}))
@@ -467,7 +477,7 @@ def test_merging_warns_with_the_error_it_adds(packing, method, use_dora):
 # -- a model of transformers -----------------------------------------------------------------------
 
 
-@every_packing
+@pytest.mark.parametrize("packing", chosen(PACKINGS, "nf4 double", "int8"))
 def test_a_quantised_llama(packing, tmp_path):
     """Calibrated, evaluated and trained; its embedding and head are float."""
     floating, batches = llama(), token_batches()

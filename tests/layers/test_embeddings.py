@@ -1,20 +1,21 @@
 """Adapters on embeddings, against a table of rows: plain, padded, and scaled word embeddings."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from measures import EPSILON, assert_gap, logits, train
+from methods import SPECS, handling, one_of_each
 from models import VOCABULARY, gpt2, spread_weight, token_batches
+from products import thinned
 from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
+from lora_init import LoraConfig, LoraModel, get_peft_model
 
-SPECS = [spec for spec in list_initializers() if "Embedding" in spec.module_types]
-METHODS = [spec.name for spec in SPECS]
-PRESERVING = {spec.name for spec in SPECS if spec.preserves_output}
+METHODS = [name for name, spec in SPECS.items() if "Embedding" in spec.module_types]
 ENTRIES, WIDTH, SCALE = 30, 12, 4.0
 
 
@@ -36,7 +37,6 @@ def gemma():
 
 SCALES = {plain: 1.0, padded: 1.0, bart: SCALE, gemma: SCALE}
 every_embedding = pytest.mark.parametrize("make", SCALES, ids=lambda make: make.__name__)
-every_method = pytest.mark.parametrize("method", METHODS)
 every_variant = pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
 IDS = torch.tensor([[0, 3, 7, 7], [29, 1, 3, 12]])
 
@@ -52,15 +52,22 @@ def adapt(base, **settings):
     return get_peft_model(base, LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **settings))
 
 
-@every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@every_method
-@every_embedding
+@pytest.mark.parametrize(
+    ("make", "method", "dtype", "use_dora"),
+    thinned(
+        list(product(SCALES, METHODS, [torch.float32, torch.bfloat16], [False, True])),
+        lambda make, method, dtype, use_dora: method,
+        lambda make, method, dtype, use_dora: (handling(method), make),
+        lambda make, method, dtype, use_dora: (handling(method), dtype, use_dora),
+        lambda make, method, dtype, use_dora: (make, dtype, use_dora),
+    ),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_output_is_a_row_of_the_table(make, method, dtype, use_dora):
     base = network(make, dtype)
     model = adapt(copy.deepcopy(base), init_lora_weights=method, use_dora=use_dora)
     layer = model.layers["0"]
-    if method in PRESERVING:
+    if SPECS[method].preserves_output:
         assert_gap(model(IDS), base(IDS), EPSILON[dtype])
     train(model, size=0.2)
     table = layer.base_layer.weight.detach().double()
@@ -77,8 +84,15 @@ def test_output_is_a_row_of_the_table(make, method, dtype, use_dora):
     assert_gap(merged(IDS), expected, 3 * EPSILON[dtype])
 
 
-@every_method
-@every_embedding
+@pytest.mark.parametrize(
+    ("make", "method"),
+    thinned(
+        list(product(SCALES, METHODS)),
+        lambda make, method: method,
+        lambda make, method: (make, handling(method)),
+    ),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_unload_and_files(make, method, tmp_path):
     base = network(make)
     model = train(adapt(copy.deepcopy(base), init_lora_weights=method))
@@ -112,7 +126,7 @@ def test_no_dropout_on_ids():
     assert torch.equal(model(IDS), model(IDS))
 
 
-@every_method
+@pytest.mark.parametrize("method", one_of_each(METHODS))
 def test_embedding_and_tied_head_together(method):
     """Two adapters on one shared weight: each its own, and the weight stays what it is."""
     base, batches = gpt2(), token_batches()

@@ -20,7 +20,7 @@ from lora_init.linalg.gram import LARGEST_BLOCK
 from lora_init.linalg.mixed_products import Support, add_product
 from lora_init.registry import CalibrationRequest
 
-PAGE = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
 REQUESTS = {
     "second moments": CalibrationRequest(),
     "second moments in float64": CalibrationRequest(smallest=True),
