@@ -135,7 +135,7 @@ def load_adapter(
     refuse_merged(peft_model, "load_adapter")
     folder, owner = Path(model_id), base_owner(peft_model) or adapter_name
     method = records(peft_model)[owner].plan.initializer.name
-    if not _has_header(folder) or adapter_name not in peft_model.peft_config:
+    if not has_header(folder) or adapter_name not in peft_model.peft_config:
         raise ValueError(
             f"load_adapter({str(model_id)!r}, {adapter_name!r}) is not supported: {method} has "
             "changed the base of this model, and the adapter is for the original one. Call "
@@ -257,7 +257,7 @@ def _weights_file(folder: Path) -> Path:
     return own if own.is_file() else folder / WEIGHTS_NAME
 
 
-def _has_header(folder: Path) -> bool:
+def has_header(folder: Path) -> bool:
     """Whether there is a file with our header; PEFT writes none."""
     path = _weights_file(folder)
     if not path.is_file():

@@ -1,0 +1,195 @@
+"""A callback that initializes a PEFT model at the start of a training by transformers or TRL.
+
+    trainer = Trainer(peft_model, …, callbacks=[LoraInitCallback("eva", calibration="train")])
+    trainer.train()
+
+It also serves trainers that subclass transformers' `Trainer`: TRL's SFTTrainer, DPOTrainer and
+GRPOTrainer, sentence-transformers, LLaMA-Factory and axolotl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import TrainerCallback
+
+from lora_init.calibration.result import Calibration
+from lora_init.distributed import rank_count, rank_number
+from lora_init.peft_models import initialize_peft_model, load_peft_checkpoint
+from lora_init.peft_models.load import has_header
+from lora_init.peft_models.plan import method_setting
+from lora_init.peft_models.start import records
+from lora_init.registry import describe, resolve
+from lora_init.report import InitReport
+
+
+class LoraInitCallback(TrainerCallback):
+    """Initialize the LoRA layers of the trainer's PEFT model when the training starts.
+
+    The factors are those of `initialize_peft_model`. The optimizer exists by then, so every
+    parameter stays the same object and keeps its shape: a method that chooses ranks keeps the
+    configured ones (EVA's `rho` is 1).
+
+    A resumed training is never initialized again: the checkpoint's start is restored when Trainer
+    loads it. Under DistributedDataParallel each process reads its part of the calibration
+    examples, and all get the same factors.
+
+    Args:
+        method: as of `initialize_peft_model`: a name, a mapping or an options object.
+        calibration: "train" for examples of the trainer's own training set; or batches, or the
+            result of `lora_init.calibrate`. Methods without calibration ignore it.
+        batches: how many batches of the trainer's size to read with "train", over all processes.
+        seed: the seed of the initialization, and of the choice of the examples.
+        settings: the other arguments of `initialize_peft_model`.
+
+    Attributes:
+        report: the `InitReport`; None before the start, and after a resume.
+
+    Raises:
+        ValueError: a setting is not supported; at the start of the training, a model that is no
+            PEFT model, or that the trainer has sharded.
+        TypeError: a setting has another type.
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        *,
+        calibration: str | Iterable[Any] | Calibration | None = "train",
+        batches: int = 32,
+        options: Any = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        if isinstance(calibration, str) and calibration != "train":
+            raise ValueError(
+                f"calibration={calibration!r} is not supported: must be 'train', batches, or the "
+                "result of lora_init.calibrate"
+            )
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            raise ValueError(f"batches={batches!r} is not supported: must be an integer >= 1")
+        self.method = _with_fixed_ranks(method_setting(method, options))
+        self.calibration = calibration
+        self.batches = batches
+        self.seed = seed
+        self.settings = settings
+        self.report: InitReport | None = None
+
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Prepare the model for a resume: its checkpoint may contain a start."""
+        can_load = hasattr(model, "peft_config") and hasattr(model, "load_adapter")
+        if can_load and "load_adapter" not in vars(model):
+            model.load_adapter = MethodType(_load_adapter, model)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Initialize the model, unless the training is resumed or the model has a start."""
+        _stop_waiting(model)
+        if state.global_step > 0 or records(model):
+            return
+        self.report = initialize_peft_model(
+            model,
+            self.method,
+            calibration=self._calibration(model, train_dataloader),
+            seed=self.seed,
+            **self.settings,
+        )
+
+    def _calibration(self, model: nn.Module, loader: Any) -> Any:
+        spec, _ = resolve(self.method)
+        if not spec.needs_data:
+            return None
+        if not isinstance(self.calibration, str):
+            return self.calibration
+        device = next(model.parameters()).device
+        with _same_random_numbers():
+            return [_moved(batch, device) for batch in _examples(loader, self.batches, self.seed)]
+
+
+def _with_fixed_ranks(setting: Any) -> Any:
+    """The method with options that keep the configured ranks.
+
+    Raises:
+        ValueError: the method always chooses ranks.
+    """
+    spec, options = resolve(setting)
+    if not spec.allocates:
+        return setting
+    if "rho" not in {field.name for field in dataclasses.fields(options)}:
+        raise ValueError(
+            f"method={spec.name!r} is not supported in a callback: it chooses the ranks, and the "
+            "optimizer has been built for the configured ones. Call initialize_peft_model before "
+            "the trainer is made."
+        )
+    return describe(spec, dataclasses.replace(options, rho=1.0))
+
+
+def _load_adapter(model: Any, folder: Any, adapter_name: str, *args: Any, **settings: Any) -> Any:
+    """PEFT's `load_adapter`, for which a checkpoint with a start also restores that start."""
+    _stop_waiting(model)
+    if adapter_name in model.peft_config and has_header(Path(folder)):
+        load_peft_checkpoint(model, folder, adapter_name)
+        return None
+    return model.load_adapter(folder, adapter_name, *args, **settings)
+
+
+def _stop_waiting(model: Any) -> None:
+    """Remove the `load_adapter` that `on_init_end` set."""
+    found = vars(model).get("load_adapter")
+    if getattr(found, "__func__", None) is _load_adapter:
+        del model.load_adapter
+
+
+def _examples(loader: DataLoader, count: int, seed: int) -> Iterator[Any]:
+    """Batches of the loader's data set for this process, without using the loader's own order.
+
+    A map-style data set is sampled without replacement; of an iterable one, the first examples are
+    taken.
+    """
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    dataset, first, step = loader.dataset, rank_number(), rank_count()
+    if isinstance(dataset, IterableDataset):
+        rows = list(islice(dataset, count * size))
+    else:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        rows = Subset(dataset, order[: count * size].tolist())
+    mine = Subset(rows, range(first, len(rows), step))
+    yield from DataLoader(mine, batch_size=size, collate_fn=loader.collate_fn)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Restore the global generators, so that the training is the same as without calibration."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return batch.to(device) if isinstance(batch, Tensor) else batch
