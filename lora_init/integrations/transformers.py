@@ -180,13 +180,13 @@ def _examples(loader: DataLoader, count: int, seed: int) -> Iterator[Any]:
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
     """Restore the global generators, so that the training is the same as without calibration."""
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])
+            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

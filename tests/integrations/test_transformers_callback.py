@@ -1,9 +1,15 @@
 """`LoraInitCallback` in transformers' Trainer: one start, a resume, and files for PEFT."""
 
+import os
+from datetime import timedelta
+
 import peft
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from processes import run_ranks
 from substitutes import random_llama
+from torch import distributed
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -63,6 +69,37 @@ class Snapshot(LoraInitCallback):
         super().on_train_begin(args, state, control, model=model, **kwargs)
         self.factors = factors(model)
         self.trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _train_on_one_rank(rank, output):
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{output}/store", rank=rank, world_size=2,
+        timeout=timedelta(seconds=120),
+    )  # fmt: skip
+    callback = Snapshot("eva", batches=4, seed=5)
+    trainer = trainer_of(peft_model(f"{output}/llama"), output, callback, ddp_backend="gloo")
+    trainer.train()
+    assert trainer.model_wrapped is not trainer.model
+    torch.save((callback.factors, factors(trainer.model)), f"{output}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_start_alike_and_train_together(tmp_path):
+    """Each reads half of the examples; both get the factors of one process with all of them."""
+    random_llama(tmp_path / "llama", 32)
+    run_ranks(_train_on_one_rank, tmp_path)
+    start, end = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
+    callback = Snapshot("eva", batches=4, seed=5)
+    trainer_of(peft_model(tmp_path / "llama"), tmp_path, callback).train()
+    for name, value in callback.factors.items():
+        assert torch.equal(start[0][name], start[1][name])
+        torch.testing.assert_close(start[0][name], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(end[0][name], end[1][name])
+        assert not torch.equal(end[0][name], start[0][name])
 
 
 @pytest.mark.parametrize("method", ["pissa", "corda", "lora_ga", "kaiming"])

@@ -12,6 +12,7 @@ from substitutes import random_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_init import initialize_peft_model
+from lora_init.integrations.transformers import LoraInitCallback
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -52,13 +53,13 @@ def arguments(cls, folder, **settings):
     )  # fmt: skip
 
 
-def trainer_of(task, folder, model, output, peft_config=None):
+def trainer_of(task, folder, model, output, peft_config=None, callbacks=()):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if task == "sft":
         rows = [{"text": f"{n} + {n} = {2 * n}"} for n in range(8)]
         return trl.SFTTrainer(
             model, arguments(trl.SFTConfig, output), train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer, peft_config=peft_config,
+            processing_class=tokenizer, peft_config=peft_config, callbacks=[*callbacks],
         )  # fmt: skip
     rows = [
         {"prompt": f"{n} + {n} = ", "chosen": f"{2 * n}", "rejected": f"{3 * n + 1}"}
@@ -67,7 +68,7 @@ def trainer_of(task, folder, model, output, peft_config=None):
     return trl.DPOTrainer(
         model, args=arguments(trl.DPOConfig, output),
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
-        peft_config=peft_config,
+        peft_config=peft_config, callbacks=[*callbacks],
     )  # fmt: skip
 
 
@@ -82,6 +83,7 @@ CASES = [
     ("sft", "nf4", "prebuilt", "olora"), ("dpo", "float32", "inside", "pissa"),
     ("dpo", "bfloat16", "prebuilt", "olora"), ("dpo", "nf4", "prebuilt", "pissa"),
     ("dpo", "nf4", "inside", "olora"), ("dpo", "int8", "prebuilt", "pissa"),
+    ("sft", "float32", "callback", "corda"), ("dpo", "nf4", "callback", "pissa"),
 ]  # fmt: skip
 
 
@@ -93,6 +95,9 @@ def test_a_started_model_in_a_trainer(task, kind, where, method, folder, tmp_pat
         model = peft.get_peft_model(model, configuration())
         initialize_peft_model(model, method)
         trainer = trainer_of(task, folder, model, tmp_path)
+    elif where == "callback":
+        callbacks = [LoraInitCallback(method, batches=2)]
+        trainer = trainer_of(task, folder, model, tmp_path, configuration(), callbacks)
     else:
         trainer = trainer_of(task, folder, model, tmp_path, configuration())
         initialize_peft_model(trainer.model, method)
