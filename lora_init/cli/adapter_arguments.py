@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_init import LoraConfig
 from lora_init.cli.checkpoints import task_type
-from lora_init.config.lora_config import LoraConfig
 from lora_init.registry import build_options, describe, resolve
 
 

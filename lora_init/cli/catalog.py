@@ -7,8 +7,9 @@ from argparse import Namespace
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from lora_init import Initializer, list_initializers
 from lora_init.cli.output import emit
-from lora_init.registry import Initializer, get_initializer, list_initializers
+from lora_init.registry import get_initializer
 from lora_init.tables import render
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lora_init import LoraConfig
 from lora_init.adapters.file_layers import AdapterFile, FileLayer, read_layers, write_plain
 from lora_init.adapters.format import PREFIX
 from lora_init.adapters.portable import portable_config, portable_factors
 from lora_init.cli.inspection import loader_obstacle
 from lora_init.cli.output import emit
 from lora_init.config.file import method_of
-from lora_init.config.lora_config import LoraConfig
 from lora_init.files import write_atomically
 from lora_init.progress import tracked
 from lora_init.tables import render

@@ -8,7 +8,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from lora_init.api import device_for, get_peft_model
+from lora_init import get_peft_model
+from lora_init.api import device_for
 from lora_init.cli.adapter_arguments import absolute, adapter_config
 from lora_init.cli.checkpoints import checkpoint_folder, loaded, skeleton, task_type, tokenizer
 from lora_init.cli.output import emit

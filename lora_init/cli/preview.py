@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from lora_init.api import get_peft_model
+from lora_init import Plan, get_peft_model, init_factors
 from lora_init.cli.adapter_arguments import absolute, adapter_config
 from lora_init.cli.checkpoints import checkpoint_folder, skeleton
 from lora_init.cli.output import emit
-from lora_init.initialize.single import init_factors
 from lora_init.plan.left_out import described
-from lora_init.plan.plan import Plan, Target
+from lora_init.plan.plan import Target
 
 SAMPLES = (192, 384)
 """Sizes of the random matrices that are timed: the shorter side of a layer is reduced to them."""

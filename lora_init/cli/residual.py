@@ -16,15 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_init import LoraConfig, LoraModel
 from lora_init.adapters.file_layers import FileLayer, write_plain
 from lora_init.adapters.format import PREFIX
 from lora_init.adapters.save import exported_config
-from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import low_rank_product
 from lora_init.files import write_atomically
 from lora_init.linalg import frobenius_norm
 from lora_init.linalg.matrix import widened
-from lora_init.model.lora_model import LoraModel
 from lora_init.plan.plan import Target
 from lora_init.progress import tracked
 from lora_init.weights.checkpoint import OriginalWeights

@@ -24,14 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback
 
-from lora_init.calibration.result import Calibration
+from lora_init import Calibration, InitReport, initialize_peft_model, load_peft_checkpoint
 from lora_init.distributed import rank_count, rank_number
-from lora_init.peft_models import initialize_peft_model, load_peft_checkpoint
 from lora_init.peft_models.load import has_header
 from lora_init.peft_models.plan import method_setting
 from lora_init.peft_models.start import records
 from lora_init.registry import describe, resolve
-from lora_init.report import InitReport
 
 
 class LoraInitCallback(TrainerCallback):
