@@ -84,6 +84,10 @@ class Options:
         """The options for a name that contains settings, like "pissa_niter_4"; else None."""
         return None
 
+    def also_reads(self) -> frozenset[Reads]:
+        """Parts of a layer that these settings read, in addition to `Initializer.reads`."""
+        return frozenset()
+
     def input_request(self) -> CalibrationRequest:
         """The moments to collect for a method that reads the inputs."""
         return CalibrationRequest()

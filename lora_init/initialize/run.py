@@ -171,9 +171,8 @@ class _Worker:
 
     def _layer(self, target: Target, device: torch.device) -> Layer:
         """The method's input for one target, on `device`."""
-        spec = self.plan.initializer
         weight = None
-        if "weight" in spec.reads:
+        if "weight" in self.plan.initializer.reads | self.plan.options.also_reads():
             weight = self.weights.weight(target).to(device)
             if not is_narrow(weight.dtype):
                 weight = weight.to(torch.float32)

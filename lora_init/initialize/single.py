@@ -86,7 +86,7 @@ def init_factors(
     place = weight.device if device is None else torch.device(device)
     given = _data(spec, weight, inputs, gradient).to(place)
     stored = None
-    if "weight" in spec.reads:
+    if "weight" in spec.reads | settings.also_reads():
         stored = weight.detach().to(place)
         if not is_narrow(stored.dtype):
             stored = stored.to(torch.float32)
