@@ -170,6 +170,7 @@ def _sentence(text: str) -> str:
 
 def _use(spec: Initializer) -> str:
     data = ", calibration=batches" if spec.needs_data else ""
+    data += ", target_weights=second_checkpoint" if "target_weight" in spec.reads else ""
     code = (
         f'config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights="{spec.name}")\n'
         f"model = get_peft_model(model, config{data})"
@@ -177,6 +178,10 @@ def _use(spec: Initializer) -> str:
     note = ""
     if "gradient" in spec.reads:
         note = "\n\nThe batches need labels, or a loss of your own: `WithLoss(batches, loss)`."
+    if "target_weight" in spec.reads:
+        note = (
+            "\n\nThe second checkpoint is a folder, a mapping of tensors, or an adapter's folder."
+        )
     if spec.base == "replace":
         note = "\n\nA model that is quantized already also needs `original_weights=`."
     return f"```python\n{code}\n```{note}"

@@ -86,6 +86,7 @@ def test_the_code_of_a_page_runs(pages, spec):
         "LoraConfig": lora_init.LoraConfig,
         "get_peft_model": lora_init.get_peft_model,
         "model": torch.nn.Sequential(torch.nn.Linear(32, 32)),
+        "second_checkpoint": {"0.weight": torch.randn(32, 32)},
         "batches": lora_init.WithLoss([torch.randn(64, 32)], loss),
     }
     code = pages.method_page(spec).partition("```python\n")[2].partition("```")[0]
