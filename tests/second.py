@@ -5,18 +5,25 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
-from models import spread_weight
+import torch
 
 import lora_init.api
 import lora_init.peft_models.initialize
 from lora_init.adapters.second_adapter import second_weights
 from lora_init.layer import layer_generator
+from lora_init.linalg.draws import normal
 from lora_init.weights.second import SecondWeights
 
 
 def nearby(weight, name):
-    """The weight plus a smaller matrix with a decaying spectrum, drawn by the layer's name."""
-    return weight.float() + 0.1 * spread_weight(*weight.shape, layer_generator(0, name))
+    """The weight plus a smaller matrix with a decaying spectrum, drawn by the layer's name.
+
+    The numbers do not depend on torch's default dtype and device.
+    """
+    generator, rows, columns = layer_generator(0, name), *weight.shape
+    decay = torch.arange(1, columns + 1, device="cpu", dtype=torch.float32) ** -0.7
+    mix = normal(columns, columns, generator=generator) * decay[:, None]
+    return weight.float() + 0.1 / columns * normal(rows, columns, generator=generator) @ mix
 
 
 class NearbyWeights(SecondWeights):

@@ -139,9 +139,9 @@ def halves(layer: Layer, direction: str) -> tuple[Tensor, Tensor]:
         )
         order = order if layer.is_stack else order[0]
     elif direction == "ArBr":
-        order = torch.cat([torch.arange(1, 2 * rank, 2), torch.arange(0, 2 * rank, 2)])
+        order = torch.arange(2 * rank, device="cpu").view(rank, 2).flip(1).mT.flatten()
     else:
-        order = torch.arange(2 * rank).roll(rank if direction == "A2rBr" else 0)
+        order = torch.arange(2 * rank, device="cpu").roll(rank if direction == "A2rBr" else 0)
     return order[..., :rank], order[..., rank:]
 
 
