@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -30,8 +31,7 @@ def phrase(spec: Initializer) -> str:
     name, colon, rest = line.partition(": ")
     if colon and all(word == "or" or word.lower() != word for word in name.split()):
         line = rest
-    frozen = " and ".join(name.removeprefix("lora_") for name in spec.frozen)
-    return _sentence(line) + (f"; {frozen} is frozen" if frozen else "")
+    return _sentence(line) + (f"; {_frozen(spec)} is frozen" if spec.frozen else "")
 
 
 def reads(spec: Initializer) -> str:
@@ -56,13 +56,50 @@ def methods_table(link: str = "") -> str:
     return "\n".join(lines)
 
 
+def short_table() -> str:
+    """The README's table: the variants of one file share a row, and so do all controls."""
+    families: dict[str, list[Initializer]] = {}
+    for spec in list_initializers():
+        family = "control" if spec.control else spec.function.__module__
+        families.setdefault(family, []).append(spec)
+    controls = families.pop("control", [])
+    lines = ["| name | what it does | reads | base | paper |", "|---|---|---|---|---|"]
+    for family in families.values():
+        what = phrase(family[0])
+        for spec in family[1:]:
+            if spec.frozen != family[0].frozen:
+                what += f"; `{spec.name}` freezes {_frozen(spec)}"
+        papers = dict.fromkeys(paper(spec) for spec in family)
+        bases = dict.fromkeys(spec.base for spec in family)
+        cells = [
+            _names(spec.name for spec in family),
+            what,
+            reads(family[0]),
+            ", ".join(bases),
+            "; ".join(papers),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if controls:
+        names = _names(spec.name for spec in controls)
+        lines.append(f"| {names} | Controls: each isolates one cause of an effect | | | no paper |")
+    return "\n".join(lines)
+
+
+def _frozen(spec: Initializer) -> str:
+    return " and ".join(name.removeprefix("lora_") for name in spec.frozen)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def with_table(text: str) -> str:
     """The README with today's table between its two markers."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     if not after:
         raise ValueError(f"README.md must have the lines {START} and {END}")
-    return f"{before}{START}\n{methods_table()}\n{END}{after}"
+    return f"{before}{START}\n{short_table()}\n{END}{after}"
 
 
 def method_page(spec: Initializer) -> str:
@@ -133,6 +170,7 @@ def _sentence(text: str) -> str:
 
 def _use(spec: Initializer) -> str:
     data = ", calibration=batches" if spec.needs_data else ""
+    data += ", target_weights=second_checkpoint" if "target_weight" in spec.reads else ""
     code = (
         f'config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights="{spec.name}")\n'
         f"model = get_peft_model(model, config{data})"
@@ -140,6 +178,10 @@ def _use(spec: Initializer) -> str:
     note = ""
     if "gradient" in spec.reads:
         note = "\n\nThe batches need labels, or a loss of your own: `WithLoss(batches, loss)`."
+    if "target_weight" in spec.reads:
+        note = (
+            "\n\nThe second checkpoint is a folder, a mapping of tensors, or an adapter's folder."
+        )
     if spec.base == "replace":
         note = "\n\nA model that is quantized already also needs `original_weights=`."
     return f"```python\n{code}\n```{note}"

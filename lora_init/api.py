@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_init import injection
 from lora_init.adapters.peft_selection import describe_differences, different_in_peft
+from lora_init.adapters.second_adapter import second_weights
 from lora_init.cache import Cache, default_cache
 from lora_init.calibration.batches import check_batches
 from lora_init.calibration.calibrate import calibrate, calibrated, for_allocation
@@ -50,6 +51,7 @@ def get_peft_model(
     dry_run: bool = False,
     quantized_base: str = "in_forward",
     original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
+    target_weights: str | PathLike | Mapping[str, Tensor] | None = None,
     keep_original: bool = False,
     allow_unmatched: bool = False,
     cache: bool = True,
@@ -92,6 +94,9 @@ def get_peft_model(
             ``accelerate.init_empty_weights()``), the base stays there and the factors are on the
             CPU. `save_pretrained` writes the adapter for the loaded model.
             Weights that Accelerate offloads need no checkpoint.
+        target_weights: the second weights, for methods that read "target_weight": a checkpoint, as
+            for `original_weights`, or the folder of an adapter on the same base. It is read one
+            layer at a time.
         keep_original: keep a copy of a replaced base, so that disable_adapter and unload work.
             Float weights are kept in CPU memory, packed weights on their device.
         allow_unmatched: warn about keys in rank_pattern and alpha_pattern that match no target,
@@ -126,7 +131,9 @@ def get_peft_model(
     _warn_of_peft(model, plan)
     if dry_run:
         return plan
-    weights = BaseWeights(model, original_weights)
+    weights = BaseWeights(
+        model, original_weights, second_weights(model, target_weights, plan.initializer)
+    )
     check_call(plan, weights, calibration, allow_unmatched)
     place = device_for(device)
     return injection.atomically(
@@ -285,6 +292,8 @@ def check_call(
             f"init_lora_weights={spec.name!r} needs calibration data: pass calibration=<iterable "
             f"of batches>, e.g. a list of tokenizer outputs{labels}"
         )
+    if weights.second is not None:
+        weights.second.check(weights, plan.targets)
     if plan.requantizes and not plan.replaced:
         raise ValueError(
             "quantized_base='requantize' is not supported: no target is quantized. Leave it out, "

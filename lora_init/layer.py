@@ -84,6 +84,7 @@ class Layer:
         inputs: moments of the layer's inputs.
         gradient: gradient of the loss with respect to W, float32, with the shape of W.
         quantizer: the quantizer of a base that is quantized already; None for a float base.
+        target_weight: W1 (out, in), the layer's weight in a second checkpoint, in any float dtype.
         planned_rank: r before rank allocation; None without allocation.
         is_stack: whether this is a stack.
     """
@@ -98,6 +99,7 @@ class Layer:
     inputs: Inputs | None = None
     gradient: Float[Tensor, "*stack out in"] | None = None
     quantizer: Quantizer | None = None
+    target_weight: Float[Tensor, "out in"] | None = None
     planned_rank: int | None = None
     is_stack: bool = False
 

@@ -35,7 +35,7 @@ from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
-Reads = Literal["weight", "inputs", "gradient", "quantizer"]
+Reads = Literal["weight", "inputs", "gradient", "quantizer", "target_weight"]
 """The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
 
 Method = Callable[[Layer, Any], Factors]
@@ -84,6 +84,10 @@ class Options:
         """The options for a name that contains settings, like "pissa_niter_4"; else None."""
         return None
 
+    def also_reads(self) -> frozenset[Reads]:
+        """Parts of a layer that these settings read, in addition to `Initializer.reads`."""
+        return frozenset()
+
     def input_request(self) -> CalibrationRequest:
         """The moments to collect for a method that reads the inputs."""
         return CalibrationRequest()
@@ -112,7 +116,7 @@ class Initializer:
         paper: the source of the method.
         base: what happens to the base weight: "keep", "subtract" or "replace".
         preserves_output: whether the output at step 0 equals that of the base model.
-        reads: what the method reads: "weight", "inputs", "gradient", "quantizer".
+        reads: what the method reads: "weight", "inputs", "gradient", "quantizer", "target_weight".
         modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
             Embedding as a linear map of one-hot vectors.
         control: whether the method is only for experiments: it isolates one cause of another

@@ -124,6 +124,15 @@ def seeded():
         torch.default_generator.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def second_weights():
+    """So the suites over all methods need no data for those that read second weights."""
+    from second import nearby_by_default  # not on top: --check-shapes hooks the import first
+
+    with nearby_by_default():
+        yield
+
+
 @pytest.fixture
 def cuda():
     """One CUDA device, simulated."""

@@ -16,8 +16,8 @@ A folder holds `adapter_config.json` and one safetensors file. The file depends 
   ignore both.
 
 Files of PEFT can be loaded too. For unconverted `pissa` and `olora` adapters, the same exact
-decomposition restores the base. `pissa_niter_N`, `corda` and `lora_ga` adapters raise an error,
-since their initial factors depended on random numbers or on data.
+decomposition restores the base. `pissa_niter_N`, `corda`, `astra` and `lora_ga` adapters raise an
+error, since their initial factors depended on random numbers or on data.
 """
 
 from lora_init.adapters.embeddings import put_rows

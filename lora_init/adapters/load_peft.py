@@ -38,7 +38,7 @@ from lora_init.weights.kinds import module_type, stored_weight
 from lora_init.weights.source import BaseWeights
 
 REBUILT = ("pissa", "olora")
-CHANGED = ("pissa", "olora", "corda", "lora_ga")
+CHANGED = ("pissa", "olora", "corda", "lora_ga", "astra")
 
 CONVERT = "Convert it with PEFT's path_initial_model_for_weight_conversion first."
 

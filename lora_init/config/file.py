@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_init.config.peft_fields import SWITCHES
+from lora_init.config.peft_fields import SWITCHES, with_own_options
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -29,7 +29,10 @@ FILE_ONLY = ("peft_type", "peft_version", "auto_mapping", "runtime_config")
 FORMER_FIELDS = {"enable_lora": None, "merge_weights": False}
 """Fields of PEFT 0.2. `enable_lora` splits a layer; `merge_weights` never changes the output."""
 
-METHODS_OF_CONFIGS = ("corda", "eva", "loftq", "lora_ga")
+LATER_FIELDS = {"astra_config": None}
+"""Fields of PEFT after 0.21."""
+
+METHODS_OF_CONFIGS = ("astra", "corda", "eva", "loftq", "lora_ga")
 """Methods whose options PEFT stores in a field `<name>_config`."""
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -104,7 +107,8 @@ def settings(
     kind = values["peft_type"]
     if kind != "LORA":
         raise ValueError(f"peft_type={kind!r} is not supported: must be 'LORA'")
-    unsupported = {**unsupported, **FORMER_FIELDS}
+    values = with_own_options(values)
+    unsupported = {**unsupported, **FORMER_FIELDS, **LATER_FIELDS}
     for name, default in unsupported.items():
         if _is_used(name, values) and values[name] != default:
             raise ValueError(

@@ -17,7 +17,7 @@ from lora_init.config import file
 from lora_init.config.field_types import check_field_types
 from lora_init.config.file import CONFIG_NAME
 from lora_init.config.json_types import json_value
-from lora_init.config.peft_fields import accepts_peft_fields
+from lora_init.config.peft_fields import COVARIANCE_SETTINGS, accepts_peft_fields
 from lora_init.registry import (
     Initializer,
     build_options,
@@ -50,13 +50,7 @@ PEFT_ONLY_DEFAULTS: dict[str, Any] = {
 """Fields of PEFT that are not supported, with the values that mean "unused"."""
 
 PEFT_ONLY_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "corda_config": {
-        "cache_file": None,
-        "covariance_file": None,
-        "verbose": False,
-        "use_float16_for_covariance": False,
-        "prune_temporary_fields": True,
-    },
+    "corda_config": COVARIANCE_SETTINGS,
 }
 """Unsupported fields in PEFT's options of methods, with the values that mean "unused"."""
 

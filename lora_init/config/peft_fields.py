@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lora_init.config.json_types import json_value
+from lora_init.registry import method_name
 
 SWITCHES = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}
 """Fields without effect while another field is off, by the name of that other field."""
@@ -14,7 +15,26 @@ SWITCHES = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config
 RECORDED = ("auto_mapping", "peft_version")
 """Fields that describe how a file was written. They have no effect."""
 
-UNUSED = {"peft_type": "LORA", "runtime_config": {"ephemeral_gpu_offload": False}}
+COVARIANCE_SETTINGS = {
+    "cache_file": None,
+    "covariance_file": None,
+    "verbose": False,
+    "use_float16_for_covariance": False,
+    "prune_temporary_fields": True,
+}
+"""PEFT's settings of a covariance file, which are not supported, with the values for "unused"."""
+
+OWN_NAMES: dict[str, dict[str, str]] = {
+    "astra": {},
+    "lora_ga": {"direction": "direction", "scale": "scale", "stable_gamma": "gamma"},
+}
+"""Our names of the options in PEFT's `<name>_config`, for methods without a field of this name."""
+
+UNUSED = {
+    "peft_type": "LORA",
+    "runtime_config": {"ephemeral_gpu_offload": False},
+    "astra_config": None,
+}
 """Other fields of PEFT's class, with the values that have no effect."""
 
 
@@ -32,6 +52,7 @@ def accepts_peft_fields(defaults: Mapping[str, Any]) -> Callable[[type], type]:
 
         @functools.wraps(initialize)
         def __init__(self: Any, *args: Any, **settings: Any) -> None:
+            settings = with_own_options(settings)
             foreign = {name for name in settings if name in {*defaults, *RECORDED, *UNUSED}}
             given = {name: settings.pop(name) for name in foreign}
             _refuse_used(given, {**defaults, **UNUSED})
@@ -41,6 +62,34 @@ def accepts_peft_fields(defaults: Mapping[str, Any]) -> Callable[[type], type]:
         return cls
 
     return decorate
+
+
+def with_own_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Move PEFT's `astra_config` or `lora_ga_config` into `init_lora_weights`, if that names it.
+
+    Raises:
+        ValueError: an option is not supported. The message names it.
+    """
+    left, method = dict(settings), settings.get("init_lora_weights")
+    name = method_name(method) if isinstance(method, str) else None
+    field = f"{name}_config"
+    if name not in OWN_NAMES or _is_empty(left.get(field)):
+        return left
+    given = json_value(field, left.pop(field))
+    if not isinstance(given, dict):
+        raise ValueError(f"{field}={given!r} is not supported: must be a mapping. Pass a mapping.")
+    options: dict[str, Any] = {}
+    unused = COVARIANCE_SETTINGS if name == "astra" else {}
+    for option, value in given.items():
+        if option in OWN_NAMES[name]:
+            options[OWN_NAMES[name][option]] = "gd" if value == "gd_scale" else value
+        elif value is not None and (option not in unused or value != unused[option]):
+            raise ValueError(
+                f"{field}.{option}={value!r} is not supported: it is a setting of PEFT that "
+                "lora_init does not have. Leave it out."
+            )
+    left["init_lora_weights"] = {"name": name, **options} if options else name
+    return left
 
 
 def _refuse_used(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -159,6 +159,8 @@ class _Worker:
             for target, layer in zip(job.targets, layers, strict=True):
                 if layer.stored_weight is not None:
                     refuse_non_finite(target.name, layer.weight)
+                if layer.target_weight is not None:
+                    refuse_non_finite(f"target_weights of {target.name}", layer.target_weight)
             raise
         settled = [
             replace(one, metrics=numbers) for one, numbers in zip(settled, figures, strict=True)
@@ -171,13 +173,15 @@ class _Worker:
 
     def _layer(self, target: Target, device: torch.device) -> Layer:
         """The method's input for one target, on `device`."""
-        spec = self.plan.initializer
         weight = None
-        if "weight" in spec.reads:
+        if "weight" in self.plan.initializer.reads | self.plan.options.also_reads():
             weight = self.weights.weight(target).to(device)
             if not is_narrow(weight.dtype):
                 weight = weight.to(torch.float32)
         statistics = self.statistics.get(target.name, LayerStatistics()).to(device)
+        second = None
+        if "target_weight" in self.plan.initializer.reads:
+            second = self.weights.target_weight(target).to(device)
         quantizer = None
         if target.quantized:
             quantizer = quantizer_of(self.weights.model.get_submodule(target.name))
@@ -192,6 +196,7 @@ class _Worker:
             inputs=statistics.inputs,
             gradient=statistics.gradient,
             quantizer=quantizer,
+            target_weight=second,
             planned_rank=target.planned_rank,
         )
 

@@ -57,7 +57,9 @@ def init_factors(
             in `Initializer.reads`. Other methods ignore them.
         gradient: gradient of the loss with respect to `weight`, for methods with "gradient" in
             `Initializer.reads`.
-        output_moments, target_weight: must be None; no registered method reads them.
+        target_weight: the second weight (out, in), for methods with "target_weight" in
+            `Initializer.reads`; else None.
+        output_moments: must be None; no registered method reads them.
         quantizer: the quantizer of a quantized base; None uses the method's options.
         seed: the seed of random numbers, together with `name`.
         name: the layer's qualified name; None means an empty name.
@@ -78,15 +80,17 @@ def init_factors(
     scaling = _scaling(r, lora_alpha, use_rslora)
     check_target_rank(name or "weight", r, (weight.shape[0], weight.shape[1]), spec, settings)
     for setting, value in (("output_moments", output_moments), ("target_weight", target_weight)):
-        if value is not None:
+        if value is not None and setting not in spec.reads:
             raise ValueError(
                 f"{setting}={type(value).__name__} is not supported: {spec.name} does not read it. "
                 "Leave it out."
             )
+    if "target_weight" in spec.reads:
+        _check_second(spec, weight, target_weight)
     place = weight.device if device is None else torch.device(device)
     given = _data(spec, weight, inputs, gradient).to(place)
     stored = None
-    if "weight" in spec.reads:
+    if "weight" in spec.reads | settings.also_reads():
         stored = weight.detach().to(place)
         if not is_narrow(stored.dtype):
             stored = stored.to(torch.float32)
@@ -101,6 +105,7 @@ def init_factors(
         inputs=given.inputs,
         gradient=given.gradient,
         quantizer=quantizer,
+        target_weight=None if target_weight is None else target_weight.detach().to(place),
     )
     if layer.stored_weight is not None:
         refuse_non_finite(name or "weight", layer.stored_weight)
@@ -141,6 +146,17 @@ def _check_weight(weight: Any) -> None:
             f"weight of shape {tuple(weight.shape)} and {weight.dtype} is not supported: must be a "
             "floating-point matrix (out, in); reshape or dequantize it"
         )
+
+
+def _check_second(spec: Initializer, weight: Tensor, second: Any) -> None:
+    fits = isinstance(second, Tensor) and second.shape == weight.shape
+    if not fits or not second.is_floating_point():
+        got = tuple(second.shape) if isinstance(second, Tensor) else second
+        raise ValueError(
+            f"target_weight={got!r} is not supported: must be a floating-point tensor "
+            f"{tuple(weight.shape)}. Pass the second weight, which {spec.name} reads"
+        )
+    refuse_non_finite("target_weight", second)
 
 
 def _scaling(r: Any, lora_alpha: Any, use_rslora: bool) -> float:

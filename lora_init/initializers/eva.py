@@ -1,7 +1,7 @@
 """EVA: initialize A with the principal directions of the layer's inputs, and B with zero.
 
 R = XᵀX / tokens, centered: minus the outer product of the mean. A = the top r eigenvectors of R, as
-rows of unit norm; B = 0.
+rows of unit norm; B = 0. `eva_frozen` does not train A. With rho=1 it is also known as IPA.
 
 Ranks are redistributed over the layers. The explained-variance ratios of the first r·rho components
 of all layers are pooled, and the largest sum(r) of them are kept. A layer's rank is the number of
@@ -9,7 +9,8 @@ its components among those; a layer with rank 0 has no adapter. alpha changes wi
 the scaling of every layer stays the same.
 
 Source: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024,
-arXiv 2410.07170, algorithm 1.
+arXiv 2410.07170, algorithm 1. `eva_frozen`: Yin et al., "IPA: An Information-Reconstructive Input
+Projection Framework for Efficient Foundation Model Adaptation", TMLR, arXiv 2509.04398.
 Deviations: the paper's theorem is about uncentered inputs, but its algorithm and official code
 center them by incremental PCA. `center=True` follows the code.
 The covariance here is that of all tokens, collected in one exact pass that does not depend on the
@@ -19,6 +20,9 @@ must keep its default; it exists only because PEFT's configuration files contain
 PEFT's adjust_scaling_factors multiplies alpha by r'/r under rsLoRA too, which changes the scaling.
 This code multiplies by sqrt(r'/r) there.
 The paper keeps the sum of ranks, so the number of parameters changes where layers differ in shape.
+IPA estimates the components by incremental PCA, without a mask of padding, at equal ranks (rho=1).
+Its scaling is 0.25, alpha = r/4 here. Its learned projections (gha, moving average) are not
+supported.
 budget="parameters" keeps that number instead and ranks components by variance explained per
 parameter.
 """
@@ -28,6 +32,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -63,6 +68,8 @@ class EvaOptions(Options):
             "parameters", the sum of r (in + out), as an upper limit.
     """
 
+    method: ClassVar[str] = "eva"
+
     rho: float = 2.0
     tau: float = 0.99
     use_label_mask: bool = True
@@ -75,16 +82,17 @@ class EvaOptions(Options):
     def __post_init__(self) -> None:
         if not isinstance(self.rho, int | float) or not 1.0 <= self.rho < float("inf"):
             raise ValueError(
-                f"eva: rho={self.rho!r} is not supported: must be a finite number >= 1.0"
+                f"{self.method}: rho={self.rho!r} is not supported: must be a finite number >= 1.0"
             )
         if self.tau != 0.99:
             raise ValueError(
-                f"eva: tau={self.tau!r} is not supported: must be 0.99. The calibration pass is "
-                "exact and never stops early, so leave tau out"
+                f"{self.method}: tau={self.tau!r} is not supported: must be 0.99. The "
+                "calibration pass is exact and never stops early, so leave tau out"
             )
         if self.budget not in BUDGETS:
             raise ValueError(
-                f"eva: budget={self.budget!r} is not supported: must be one of {', '.join(BUDGETS)}"
+                f"{self.method}: budget={self.budget!r} is not supported: must be one of "
+                f"{', '.join(BUDGETS)}"
             )
 
     def input_request(self) -> CalibrationRequest:
@@ -109,6 +117,14 @@ class EvaOptions(Options):
             budget = sum(layer.rank * costs[name] for name, layer in requests.items())
             return redistribute_by_cost(spectra, costs, budget)
         return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
+
+
+@dataclass
+class EvaFrozenOptions(EvaOptions):
+    """Settings of EVA with a frozen A, those of EVA; rho=1 is IPA."""
+
+    method: ClassVar[str] = "eva_frozen"
+    frozen = ("lora_A",)
 
 
 def _distinct(
@@ -168,6 +184,13 @@ def _spectra(
     }
 
 
+@register_initializer(
+    "eva_frozen",
+    options=EvaFrozenOptions,
+    paper="Yin et al. 2025, arXiv 2509.04398",
+    reads=("inputs",),
+    modules=(*LINEAR_TYPES, "Conv2d"),
+)
 @register_initializer(
     "eva",
     options=EvaOptions,

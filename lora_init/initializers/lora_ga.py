@@ -8,7 +8,20 @@ and m outputs,
 and the base becomes W - s B A. One SGD step of rate λ moves s B A by -λ s² (B Bᵀ G + G Aᵀ A), up to
 terms in λ². Here that is -λ (s k)² times a part of G that holds its 2r largest singular values. No
 factors of rank r can follow G better, up to scale (theorem 3.1). It does not matter which of the 2r
-triplets belong to A; the authors give A the first half.
+triplets belong to A; the authors give A the first half. `direction` chooses the triplets of A, and
+B takes the others:
+
+- "ArB2r": A takes the first r triplets;
+- "A2rBr": A takes the last r of the 2r triplets (LOI of RiemannLoRA, arXiv 2507.12142);
+- "ArBr": A takes the triplets 2, 4, …, and B takes 1, 3, …;
+- "random": A takes a random half.
+
+`scale` chooses k:
+
+- "stable": m^(1/4) / sqrt(gamma), as above;
+- "unit": 1;
+- "gd": 1 / s;
+- "weight_svd": the mean of sqrt(S_i(W) / s) over the r largest singular values of W.
 
 Source: Wang, Yu & Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", NeurIPS 2024,
 arXiv 2407.05000, theorems 3.1 and 3.2, algorithm 1.
@@ -18,8 +31,11 @@ on s. This code uses that k at every s, as the official code does. W - s B A + s
 s, and the first step grows with s². The authors use gamma = 16 at alpha = 16 with
 `use_rslora=True`. With s = alpha / r, gamma = s² r / 16 takes the same step.
 The official code takes a randomized SVD with 4r columns and 4 iterations; this code computes
-converged triplets. The official code's other directions and scales are not supported. PEFT 0.21
-multiplies B by S and scales only B by k, which is a different method.
+converged triplets. Options have the meaning of the official code, whose names "weightS" and
+"gd_scale" are "weight_svd" and "gd" here. Its `norm_clip` is not supported.
+PEFT 0.21 multiplies B by S under every scale. Its "stable" scales only B by k, and its "weight_svd"
+multiplies B by S_1(W) / S_1. These are different methods. Its "random" gives A and B the same r
+triplets, so that the first step holds only r singular values of G. Here the halves are disjoint.
 G is the mean over batches of each batch's mean loss, as in the official code. Weighting every token
 equally would give long batches more weight. Both are the same where all batches have equally many
 labels. The official code runs in training mode, with the model's dropout; this code does not.
@@ -31,15 +47,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
+from lora_init.registry import Options, Reads, batched, register_initializer
 from lora_init.weights.module_types import LINEAR_TYPES
 
 # B takes the last half of the triplets, which converge last. The default tolerance would leave
 # their subspace inaccurate.
 TOLERANCE = 1e-6
+
+DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+SCALES = ("stable", "unit", "gd", "weight_svd")
 
 
 @dataclass
@@ -47,10 +70,14 @@ class LoraGaOptions(Options):
     """Settings of LoRA-GA.
 
     Attributes:
-        gamma: the rows of A and columns of B have norm m^(1/4) / sqrt(gamma).
+        gamma: with scale="stable", rows of A and columns of B have norm m^(1/4) / sqrt(gamma).
+        direction: the triplets of A: "ArB2r" (the first r), "A2rBr", "ArBr" or "random".
+        scale: the norm k of the rows of A and columns of B: "stable", "unit", "gd" or "weight_svd".
     """
 
     gamma: float = 16.0
+    direction: str = "ArB2r"
+    scale: str = "stable"
 
     def __post_init__(self) -> None:
         number = isinstance(self.gamma, int | float) and not isinstance(self.gamma, bool)
@@ -58,6 +85,16 @@ class LoraGaOptions(Options):
             raise ValueError(
                 f"lora_ga: gamma={self.gamma!r} is not supported: must be a finite number > 0"
             )
+
+        for name, supported in (("direction", DIRECTIONS), ("scale", SCALES)):
+            if getattr(self, name) not in supported:
+                raise ValueError(
+                    f"lora_ga: {name}={getattr(self, name)!r} is not supported: must be one of "
+                    f"{', '.join(supported)}"
+                )
+
+    def also_reads(self) -> frozenset[Reads]:
+        return frozenset({"weight"} if self.scale == "weight_svd" else ())
 
     def refuse_rank(self, rank: int, shape: tuple[int, int]) -> str | None:
         limit = min(shape) // 2
@@ -84,9 +121,43 @@ def lora_ga(layer: Layer, options: LoraGaOptions) -> Factors:
     triplets = linalg.top_singular(
         gradient, 2 * rank, generator=layer.generator, tolerance=TOLERANCE
     )
-    norm = gradient.shape[-2] ** 0.25 / options.gamma**0.5
+    norm = factor_norm(layer, options)
+    of_A, of_B = halves(layer, options.direction)
     return Factors(
-        lora_A=norm * triplets.right[..., :rank].mT,
-        lora_B=norm * triplets.left[..., rank:],
+        lora_A=norm * columns_at(triplets.right, of_A).mT,
+        lora_B=norm * columns_at(triplets.left, of_B),
         metrics={"algorithm": triplets.method, "residual": triplets.residual},
     )
+
+
+def halves(layer: Layer, direction: str) -> tuple[Tensor, Tensor]:
+    """The indices of A's and B's triplets, (rank,) or (stack, rank), disjoint."""
+    rank = layer.rank
+    if direction == "random":
+        order = torch.stack(
+            [torch.randperm(2 * rank, generator=each, device="cpu") for each in layer.generators]
+        )
+        order = order if layer.is_stack else order[0]
+    elif direction == "ArBr":
+        order = torch.arange(2 * rank, device="cpu").view(rank, 2).flip(1).mT.flatten()
+    else:
+        order = torch.arange(2 * rank, device="cpu").roll(rank if direction == "A2rBr" else 0)
+    return order[..., :rank], order[..., rank:]
+
+
+def columns_at(
+    vectors: Float[Tensor, "*stack size k"], indices: Int[Tensor, "*stack rank"]
+) -> Float[Tensor, "*stack size rank"]:
+    """The columns of each matrix at its indices."""
+    indices = indices.to(vectors.device)[..., None, :].expand(*vectors.shape[:-1], -1)
+    return vectors.gather(-1, indices)
+
+
+def factor_norm(layer: Layer, options: LoraGaOptions) -> float | Float[Tensor, "*stack 1 1"]:
+    """k, the norm of the rows of A and the columns of B."""
+    if options.scale == "stable":
+        return layer.shape[0] ** 0.25 / options.gamma**0.5
+    if options.scale == "weight_svd":
+        values = linalg.top_singular(layer.stored_weight, layer.rank).values
+        return (values / layer.scaling).sqrt().mean(-1)[..., None, None]
+    return 1.0 if options.scale == "unit" else 1 / layer.scaling

@@ -24,6 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from jaxtyping import Float
+from torch import Tensor
+
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
@@ -63,11 +66,16 @@ def lora_null(layer: Layer, options: LoraNullOptions) -> Factors:
     unused = layer.inputs.least_directions(layer.rank)
     left, values, turns = linalg.thin_svd(layer.weight.double() @ unused)
     root = (values / layer.scaling).sqrt()
-    second_moment = layer.inputs.second_moment
-    total = second_moment.diagonal(dim1=-2, dim2=-1).sum(-1)
-    used = (unused * (second_moment @ unused)).sum((-2, -1)) / total
     return Factors(
         lora_A=(root[..., None] * (turns @ unused.mT)).float(),
         lora_B=(left * root[..., None, :]).float(),
-        metrics={"inputs_used": used.clamp_min(0)},
+        metrics={"inputs_used": used_share(layer.inputs.second_moment, unused)},
     )
+
+
+def used_share(
+    moment: Float[Tensor, "*stack in in"], directions: Float[Tensor, "*stack in rank"]
+) -> Float[Tensor, "*stack"]:
+    """The share of the inputs' mean square that lies in the span of orthonormal directions."""
+    total = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return ((directions * (moment @ directions)).sum((-2, -1)) / total).clamp_min(0)

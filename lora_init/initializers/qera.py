@@ -84,10 +84,8 @@ def qera(layer: Layer, options: QeraOptions) -> Factors:
     weight, (rows, columns) = layer.weight, layer.shape
     quantizer = layer_quantizer(layer, options)
     error = weight - quantizer.roundtrip(weight)
-    moment = layer.inputs.second_moment
     # R is only rounding in unused directions; raised, it ranks them by the weight's error.
-    diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(NULL_SPACE_LIFT * diagonal.mean(-1, keepdim=True))
+    moment = lifted(layer.inputs.second_moment)
     rounded = moment.to(error.dtype)
     operator = output_error(error, rounded, moment)
     triplets = linalg.top_singular(operator, layer.rank, generator=layer.generator)
@@ -114,6 +112,13 @@ def qera(layer: Layer, options: QeraOptions) -> Factors:
         metrics=(figures if layer.is_stack else named_on_host(**figures))
         | {"quantizer": quantizer.name, "algorithm": triplets.method},
     )
+
+
+def lifted(moment: Float[Tensor, "*stack in in"]) -> Float[Tensor, "*stack in in"]:
+    """Raise the diagonal of R by `NULL_SPACE_LIFT` of its mean, in place."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(NULL_SPACE_LIFT * diagonal.mean(-1, keepdim=True))
+    return moment
 
 
 def output_error(

@@ -39,7 +39,7 @@ def random_bases(layer: Layer, options: Options) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced like PiSSA's: A Aᵀ = Bᵀ B = S_r / s."""
     rows, columns = layer.shape
     bases = [
-        (orthonormal(rows, layer.rank, each), orthonormal(columns, layer.rank, each))
+        (haar_columns(rows, layer.rank, each), haar_columns(columns, layer.rank, each))
         for each in layer.generators
     ]
     left, right = (torch.stack(part) for part in zip(*bases, strict=True))
@@ -52,7 +52,7 @@ def random_bases(layer: Layer, options: Options) -> Factors:
     return Factors(lora_A.float(), lora_B.float())
 
 
-def orthonormal(size: int, count: int, generator: torch.Generator) -> Float[Tensor, "size count"]:
+def haar_columns(size: int, count: int, generator: torch.Generator) -> Float[Tensor, "size count"]:
     """`count` orthonormal columns, Haar-distributed; float64 on the CPU."""
     drawn = normal(size, count, generator=generator, dtype=torch.float64)
     basis, triangle = torch.linalg.qr(drawn)

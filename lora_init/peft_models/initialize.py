@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init import linalg
+from lora_init.adapters.second_adapter import second_weights
 from lora_init.api import allocated, check_call, device_for
 from lora_init.cache import default_cache
 from lora_init.calibration.calibrate import calibrated
@@ -57,6 +58,7 @@ def initialize_peft_model(
     device: str | torch.device | None = None,
     original_weights: str | PathLike[str] | Mapping[str, Tensor] | None = None,
     quantized_base: str = "in_forward",
+    target_weights: str | PathLike[str] | Mapping[str, Tensor] | None = None,
     keep_original: bool = True,
     cache: bool = True,
     verify: Any = None,
@@ -84,7 +86,8 @@ def initialize_peft_model(
         method: as `LoraConfig.init_lora_weights`: a name, "pissa_niter_N", a mapping, an options
             object, True or False.
         options: the method's settings, a mapping or its options object, if `method` is a name.
-        calibration, device, original_weights, quantized_base: as of `lora_init.get_peft_model`.
+        calibration, device, original_weights, target_weights, quantized_base: as of
+            `lora_init.get_peft_model`.
         adapter_name: which of PEFT's adapters; rank, alpha, scaling and targets are its own.
         seed: of the initialization. Every layer has its own stream, keyed by its name.
         cache: as of `lora_init.get_peft_model`.
@@ -113,8 +116,8 @@ def initialize_peft_model(
     return atomically(
         partial(
             _initialize, peft_model, adapter_name, method_setting(method, options), calibration,
-            seed, device_for(device), original_weights, quantized_base, keep_original, cache,
-            verify,
+            seed, device_for(device), original_weights, target_weights, quantized_base,
+            keep_original, cache, verify,
         )
     )  # fmt: skip
 
@@ -127,6 +130,7 @@ def _initialize(
     seed: int,
     device: torch.device | None,
     original_weights: Any,
+    target_weights: Any,
     quantized_base: str,
     keep_original: bool,
     use_cache: bool,
@@ -147,7 +151,8 @@ def _initialize(
     by_name = {layer.name: layer for layer in layers}
     times = [time.perf_counter()]
     with plain_base(peft_model, transaction) as base:
-        weights = BaseWeights(base, original_weights)
+        second = second_weights(base, target_weights, spec)
+        weights = BaseWeights(base, original_weights, second)
         check_call(plan, weights, calibration, False)
         # First: a calibration pass would have bitsandbytes round the scales of packed weights.
         operation.keep_plain(base)

@@ -26,7 +26,7 @@ from lora_init.plan.plan import Plan
 from lora_init.registry import get_initializer
 
 # The methods of PEFT that subtract from the base, or replace it, when they make a layer.
-CHANGED_BY_PEFT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGED_BY_PEFT = ("pissa", "olora", "corda", "loftq", "lora_ga", "astra")
 # The methods of PEFT with one factor of zeros: it is not zero if the adapter was trained or loaded.
 ZERO_AT_START = (True, "gaussian", "eva")
 

@@ -118,7 +118,8 @@ class Plan:
 
     def reads_weight(self, target: Target) -> bool:
         """Whether the method reads the weight's values."""
-        return "weight" in self.initializer.reads or self.requantizes_base(target)
+        reads = self.initializer.reads | self.options.also_reads()
+        return "weight" in reads or self.requantizes_base(target)
 
     @property
     def replaced(self) -> tuple[Target, ...]:

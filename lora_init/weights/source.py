@@ -17,6 +17,7 @@ from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, 
 
 if TYPE_CHECKING:
     from lora_init.plan.plan import Target
+    from lora_init.weights.second import SecondWeights
 
 # FP4, bitsandbytes' coarsest format, has an error of 0.2. Another checkpoint differs by about 1.4.
 LARGEST_QUANTIZATION_ERROR = 0.7
@@ -39,12 +40,17 @@ class BaseWeights:
         model: the base model.
         original_weights: the checkpoint (see `OriginalWeights`). Not read for weights that the
             model has.
+        second: the second weights, for methods that read "target_weight".
     """
 
     def __init__(
-        self, model: nn.Module, original_weights: str | PathLike | Mapping[str, Tensor] | None
+        self,
+        model: nn.Module,
+        original_weights: str | PathLike | Mapping[str, Tensor] | None,
+        second: SecondWeights | None = None,
     ) -> None:
         self.model = model
+        self.second = second
         self.originals = None if original_weights is None else OriginalWeights(original_weights)
 
     def check(self, targets: tuple[Target, ...]) -> None:
@@ -121,6 +127,25 @@ class BaseWeights:
         else:
             raise _nowhere(target)
         return orient(target.module_type, stored.to(factor_device(module), module.weight.dtype))
+
+    def target_weight(self, target: Target) -> Float[Tensor, "out in"]:
+        """The second weight, on the device of the first one.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.second is None:
+            raise ValueError(
+                f"target {target.name!r} has no second weight: pass target_weights=<folder of a "
+                "second checkpoint, or of an adapter>"
+            )
+        return self.second.weight(self, target)
+
+    def oriented(self, target: Target, stored: Tensor) -> Float[Tensor, "out in"]:
+        """View a checkpoint's tensor of a target as a matrix."""
+        if target.quantized:
+            return stored.T if self._stored_transposed(target) else stored
+        return orient(target.module_type, stored)
 
     def _module(self, target: Target) -> nn.Module:
         """The target module; for an adapted layer, its base layer."""

@@ -65,6 +65,7 @@ UNUSED = {
     "options of corda": {"corda_config": {"corda_method": "kpm", "cache_file": "x"}},
     "options of loftq": {"loftq_config": {"loftq_bits": 3}},
     "options of lora_ga": {"lora_ga_config": {"direction": "ArB2r"}},
+    "options of astra": {"astra_config": {"cache_file": "x", "verbose": True}},
     "tied weights without tied modules": {"ensure_weight_tying": True},
     "a runtime configuration": {"runtime_config": {"ephemeral_gpu_offload": True}},
     "unsloth's mapping": {"auto_mapping": {"unsloth_fixed": True, "parent_library": "x"}},
@@ -90,6 +91,49 @@ def test_unknown_names_with_a_value_are_one_warning():
         config = LoraConfig.from_dict(VALUES | extra)
     assert len(caught) == 1
     assert config.lora_alpha == 16
+
+
+LATER = {"cache_file": None, "covariance_file": None, "verbose": False,
+         "use_float16_for_covariance": False, "prune_temporary_fields": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "expected"),
+    [
+        ("astra", LATER, {}),
+        ("lora_ga", dataclasses.asdict(peft.LoraGAConfig()), {}),
+        (
+            "lora_ga",
+            {"direction": "A2rBr", "scale": "unit"},
+            {"direction": "A2rBr", "scale": "unit"},
+        ),
+        ("lora_ga", {"scale": "gd_scale", "stable_gamma": 4}, {"scale": "gd", "gamma": 4}),
+    ],
+)
+def test_options_of_a_method_without_a_field_are_read(method, given, expected):
+    """From a file of PEFT, and as PEFT's keyword argument; they are never written."""
+    values = {"init_lora_weights": method, f"{method}_config": given}
+    wanted = LoraConfig(init_lora_weights={"name": method, **expected}).initializer()
+    for config in (LoraConfig.from_dict(VALUES | values), LoraConfig(**values)):
+        assert config.initializer() == wanted
+        assert config.to_dict().get(f"{method}_config") is None
+        assert LoraConfig.from_dict(config.to_dict()).initializer() == wanted
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("astra", {"cache_file": "x"}, r"astra_config.cache_file='x' is not supported"),
+        ("lora_ga", {"norm_clip": True}, r"lora_ga_config.norm_clip=True is not supported"),
+        ("lora_ga", {"direction": "up"}, r"direction='up' is not supported: must be one of ArB2r"),
+        ("lora_ga", [1], r"lora_ga_config=\[1\] is not supported: must be a mapping"),
+    ],
+)
+def test_unsupported_options_of_a_method_are_named(method, given, message):
+    values = {"init_lora_weights": method, f"{method}_config": given}
+    for read in (lambda: LoraConfig.from_dict(VALUES | values), lambda: LoraConfig(**values)):
+        with pytest.raises(ValueError, match=message):
+            read()
 
 
 USED = {

@@ -44,6 +44,12 @@ def test_the_table_has_what_each_method_declares(pages):
         assert base == spec.base
 
 
+def test_the_table_of_the_readme_has_every_method_once(pages):
+    names = [row.split(" | ")[0] for row in pages.short_table().splitlines()[2:]]
+    listed = [name.strip("| `") for cell in names for name in cell.split(", ")]
+    assert sorted(listed) == [spec.name for spec in list_initializers()]
+
+
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
@@ -80,6 +86,7 @@ def test_the_code_of_a_page_runs(pages, spec):
         "LoraConfig": lora_init.LoraConfig,
         "get_peft_model": lora_init.get_peft_model,
         "model": torch.nn.Sequential(torch.nn.Linear(32, 32)),
+        "second_checkpoint": {"0.weight": torch.randn(32, 32)},
         "batches": lora_init.WithLoss([torch.randn(64, 32)], loss),
     }
     code = pages.method_page(spec).partition("```python\n")[2].partition("```")[0]

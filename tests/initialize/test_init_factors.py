@@ -4,7 +4,9 @@ import pytest
 import torch
 from methods import METHODS, behavior
 from products import thinned
+from second import nearby
 from torch import nn
+from uniform import uniform
 
 from lora_init import (
     LoraConfig,
@@ -32,11 +34,7 @@ def base():
 )
 def test_the_numbers_are_those_of_a_model(method, use_rslora):
     settings = {"r": RANK, "lora_alpha": 6.0, "use_rslora": use_rslora}
-    chosen = {"name": method}
-    if method == "eva":
-        chosen["rho"] = 1.0  # no ranks move
-    if method == "gora":
-        chosen |= {"smallest": 1.0, "largest": 1.0}
+    chosen = {"name": method, **uniform(method)}
     config = LoraConfig(target_modules=["0"], init_lora_weights=chosen, **settings)
     data, found = {}, None
     if config.initializer()[0].needs_data:
@@ -49,6 +47,8 @@ def test_the_numbers_are_those_of_a_model(method, use_rslora):
         data = {"inputs": statistics.inputs, "gradient": statistics.gradient}
     model = get_peft_model(base(), config, calibration=found, seed=3, cache=False)
     weight = base()[0].weight
+    if "target_weight" in config.initializer()[0].reads:
+        data["target_weight"] = nearby(weight.detach(), "0")
     before = weight.detach().clone()
     factors = init_factors(weight, chosen, seed=3, name="0", **settings, **data)
     layer = model.layers["0"]

@@ -470,6 +470,26 @@ def test_moved_statistics_keep_their_decompositions(monkeypatch):
     assert all(torch.equal(a.cpu(), b) for a, b in zip(found[0], expected[0], strict=True))
 
 
+def test_ipa_is_the_frozen_form():
+    """At equal ranks A holds the principal components of the centered inputs, and stays there."""
+    batches, base = token_batches(), llama()
+    rows = stacked_inputs(base, ["model.layers.0.mlp.down_proj"], batches)
+    settings = {"name": "eva_frozen", "rho": 1.0}
+    config = LoraConfig(r=4, lora_alpha=1, target_modules=["down_proj"], init_lora_weights=settings)
+    model = get_peft_model(base, config, calibration=batches, cache=False)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_B"
+    }
+    layer = model.layers["model.layers.0.mlp.down_proj"]
+    assert layer.scaling == 0.25
+    assert_principal(layer.lora_A, *rows.values(), center=True, rank=4)
+    start = layer.lora_A.clone()
+    model(**batches[0]).logits.square().mean().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert torch.equal(layer.lora_A, start)
+    assert layer.lora_B.any()
+
+
 def test_inputs_that_never_vary_are_an_error():
     base = Chain()
     with pytest.raises(ValueError, match=r"no layer's inputs vary.*varied batches"):

@@ -11,7 +11,7 @@ from models import spread_weight
 from networks import Chain, chain_inputs, linear
 from torch import nn
 
-from lora_init import LoraConfig, WithLoss, get_peft_model
+from lora_init import LoraConfig, WithLoss, get_peft_model, init_factors
 from lora_init.initializers.lora_ga import LoraGaOptions, lora_ga
 from lora_init.weights.kinds import oriented_weight
 
@@ -92,6 +92,112 @@ def test_a_stack_of_gradients_gives_a_stack_of_factors():
         assert relative_gap(lora_B, alone.lora_B) < 1e-6
 
 
+# -- options ---------------------------------------------------------------------------------------
+
+DIRECTIONS = {  # the triplets of A and of B
+    "ArB2r": (range(RANK), range(RANK, 2 * RANK)),
+    "A2rBr": (range(RANK, 2 * RANK), range(RANK)),
+    "ArBr": (range(1, 2 * RANK, 2), range(0, 2 * RANK, 2)),
+}
+
+
+def triplet_indices(gradient, factors):
+    """The number of the singular vector that each row of A and each column of B is."""
+    left, _, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    rows = (right @ factors.lora_A.double().T).abs()
+    columns = (left.T @ factors.lora_B.double()).abs()
+    return rows.argmax(0).tolist(), columns.argmax(0).tolist()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_a_direction_divides_the_triplets(rows, columns, direction):
+    gradient = steep(rows, columns)
+    found = triplet_indices(gradient, factors_of(gradient, direction=direction))
+    assert found == tuple(map(list, DIRECTIONS[direction]))
+
+
+def test_random_halves_are_disjoint_and_seeded():
+    gradient = steep(40, 40)
+    drawn = set()
+    for seed in range(8):
+        layer = layer_of(gradient, RANK, gradient=gradient, seed=seed)
+        of_A, of_B = triplet_indices(gradient, lora_ga(layer, LoraGaOptions(direction="random")))
+        assert sorted(of_A + of_B) == list(range(2 * RANK))
+        drawn.add(tuple(of_A))
+    assert len(drawn) > 4
+    gradients = torch.stack([gradient, gradient])
+    stack = layer_of(gradients, RANK, name=("layer", "other"), gradient=gradients)
+    stack = lora_ga(stack, LoraGaOptions(direction="random"))
+    assert relative_gap(stack.lora_A[0], factors_of(gradient, direction="random").lora_A) < 1e-6
+
+
+@pytest.mark.parametrize("direction", [*DIRECTIONS, "random"])
+def test_every_direction_captures_2r_singular_values(direction):
+    """‖P(G)‖² with P the projection on the tangent space: Σ σ² of the first 2r triplets."""
+    gradient = steep(56, 24).double()
+    factors = factors_of(gradient.float(), direction=direction)
+    right = torch.linalg.qr(factors.lora_A.double().T)[0]
+    left = torch.linalg.qr(factors.lora_B.double())[0]
+    outside = gradient - left @ (left.T @ gradient)
+    outside = outside - outside @ right @ right.T
+    captured = gradient.square().sum() - outside.square().sum()
+    values = torch.linalg.svdvals(gradient)[: 2 * RANK]
+    assert float(captured) == pytest.approx(float(values.square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 2.0, 5.66, 16.0])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_each_scale_is_the_official_one(rows, columns, scaling):
+    gradient, weight = steep(rows, columns), spread_weight(rows, columns)
+    roots = (torch.linalg.svdvals(weight.double())[:RANK] / scaling).sqrt()
+    norms = {
+        "stable": rows**0.25 / GAMMA**0.5,
+        "unit": 1.0,
+        "gd": 1 / scaling,
+        "weight_svd": float(roots.mean()),
+    }
+    for scale, norm in norms.items():
+        layer = layer_of(weight, RANK, scaling, gradient=gradient)
+        factors = lora_ga(layer, LoraGaOptions(scale=scale))
+        for lengths in (factors.lora_A.norm(dim=1), factors.lora_B.norm(dim=0)):
+            torch.testing.assert_close(lengths, torch.full((RANK,), norm), rtol=1e-5, atol=0)
+
+
+def test_loi_is_a_direction_and_a_scale():
+    """RiemannLoRA's start, up to its factor alpha: U_{1:r} V_{r+1:2r}ᵀ of the gradient."""
+    gradient = steep(24, 56)
+    left, _, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    factors = factors_of(gradient, direction="A2rBr", scale="unit")
+    expected = left[:, :RANK] @ right[RANK : 2 * RANK]
+    product = factors.lora_B.double() @ factors.lora_A.double()
+    # The sign of each triplet is free: compare what does not depend on it.
+    signs = torch.sign((left[:, :RANK].T @ product @ right[RANK : 2 * RANK].T).diagonal())
+    assert relative_gap(product, (left[:, :RANK] * signs) @ right[RANK : 2 * RANK]) < 1e-5
+    assert float(product.norm()) == pytest.approx(float(expected.norm()), rel=1e-5)
+
+
+def test_the_weights_singular_values_on_a_model():
+    """Only scale="weight_svd" reads the weight, in a model and for one matrix."""
+    base = Chain()
+    settings = {"name": "lora_ga", "scale": "weight_svd"}
+    config = LoraConfig(r=RANK, target_modules=["tall"], init_lora_weights=settings)
+    data = WithLoss([chain_inputs(30)], mean_square)
+    model = get_peft_model(copy.deepcopy(base), config, calibration=data)
+    values = torch.linalg.svdvals(base.tall.weight.detach().double())[:RANK]
+    norm = float((values / 2).sqrt().mean())
+    torch.testing.assert_close(
+        model.layers["tall"].lora_A.norm(dim=1), torch.full((RANK,), norm), rtol=1e-4, atol=0
+    )
+    gradient = mean_gradients(base, [chain_inputs(30)])["tall"]
+    alone = init_factors(
+        base.tall.weight, settings, r=RANK, lora_alpha=8, gradient=gradient.float(), name="tall"
+    )
+    torch.testing.assert_close(
+        alone.lora_A.norm(dim=1), torch.full((RANK,), norm), rtol=1e-4, atol=0
+    )
+
+
 # -- the first step --------------------------------------------------------------------------------
 
 
@@ -156,6 +262,18 @@ def test_plan_and_report_say_what_is_read():
 def test_bad_gamma_is_refused(gamma):
     with pytest.raises(ValueError, match=r"lora_ga: gamma=.*must be a finite number > 0"):
         LoraConfig(init_lora_weights={"name": "lora_ga", "gamma": gamma})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"direction": "ArB3r"}, r"direction='ArB3r' .* ArB2r, A2rBr, ArBr, random"),
+        ({"scale": "gd_scale"}, r"scale='gd_scale' .* stable, unit, gd, weight_svd"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"lora_ga: {message}"):
+        LoraConfig(init_lora_weights={"name": "lora_ga", **options})
 
 
 def test_a_rank_above_half_the_smaller_side_is_refused():

@@ -406,7 +406,7 @@ def test_pefts_olora_of_a_square_conv1d_is_not_loaded_wrongly(tmp_path):
         assert_gap(loaded(x), expected, 1e-5)
 
 
-@pytest.mark.parametrize("method", ["pissa_niter_4", "corda", "lora_ga"])
+@pytest.mark.parametrize("method", ["pissa_niter_4", "corda", "lora_ga", "astra"])
 def test_pefts_that_cannot_be_rebuilt_are_refused(method, tmp_path):
     base = llama()
     start = "pissa_niter_4" if method == "pissa_niter_4" else True
@@ -416,6 +416,10 @@ def test_pefts_that_cannot_be_rebuilt_are_refused(method, tmp_path):
     values["init_lora_weights"] = method
     if method == "corda":
         values["corda_config"] = {"corda_method": "kpm", "cache_file": None}
+    if method == "lora_ga":
+        values["lora_ga_config"] = {"direction": "A2rBr", "scale": "unit", "stable_gamma": 16}
+    if method == "astra":
+        values["astra_config"] = {"cache_file": None, "verbose": False}
     path.write_text(json.dumps(values))
     before = snapshot(base)
     with pytest.raises(ValueError, match=f"init_lora_weights='{method}'.*path_initial_model"):
