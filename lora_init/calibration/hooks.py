@@ -185,8 +185,9 @@ class Observer:
     def total(self, name: str, sources: tuple[Source, ...]) -> Moments:
         """Compute the moments of a layer's inputs."""
         if not sources:
+            module = self.modules[name]
             device = next((sums.device for sums in self._sums.values()), torch.device("cpu"))
-            return self._budget.sums(_width(self.modules[name]), device).moments
+            return self._budget.sums(known_format(module).shape(module)[-1], device).moments
         return joined([self._sums[source].moments for source in sources])
 
     def release(self, source: Source) -> None:
@@ -275,7 +276,7 @@ class Observer:
     ) -> RunningMoments | None:
         """The running sums of a source, or None if they do not fit."""
         if source not in self._sums and not source.readers <= self.deferred:
-            width = _width(module)
+            width = known_format(module).shape(module)[-1]
             if self._budget.admits(width):
                 self._sums[source] = self._budget.sums(width, self._device or device)
             else:
@@ -297,10 +298,6 @@ class Observer:
         if output is None or tensor is output:
             return output is not None
         return tensor.numel() == output.numel() and tensor.data_ptr() == output.data_ptr() != 0
-
-
-def _width(module: nn.Module) -> int:
-    return known_format(module).shape(module)[-1]
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from lora_init.layers.effective_weight import effective_weight
 from lora_init.layers.input import only_input
 from lora_init.linalg.matrix import widened
 from lora_init.weights.format import WeightFormat
-from lora_init.weights.kinds import FORMATS, known_format, weight_format
+from lora_init.weights.kinds import FORMATS, class_format, known_format
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 
 BaseState = Literal["kept", "edited", "in_forward", "replaced"]
@@ -137,8 +137,8 @@ class LoraLayer(nn.Module):
 
     @property
     def _format(self) -> WeightFormat:
-        # Sharding can hide the format, and the base module may have been replaced by another type.
-        return weight_format(self.base_layer) or FORMATS[self.module_type]
+        # The base module may have been replaced by one of another class.
+        return class_format(self.base_layer) or FORMATS[self.module_type]
 
     @property
     def rank(self) -> int:

@@ -20,11 +20,10 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.quantization.quantizer import Quantized, Quantizer
-from lora_init.weights.format import WEIGHT, WeightFormat, class_names
+from lora_init.weights.format import WEIGHT, Matrix, WeightFormat, class_names
 
 
 class PackedFormat(WeightFormat):
@@ -51,7 +50,7 @@ class PackedFormat(WeightFormat):
             return str(error)
         return None
 
-    def read(self, module: nn.Module, name: str = WEIGHT) -> Float[Tensor, "out in"]:
+    def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:
         """The dequantized weight, in float32 and on the module's device.
 
         Raises:
@@ -63,12 +62,7 @@ class PackedFormat(WeightFormat):
 
     @torch.no_grad()
     def write(
-        self,
-        module: nn.Module,
-        weight: Float[Tensor, "out in"],
-        name: str = WEIGHT,
-        *,
-        own: bool = False,
+        self, module: nn.Module, weight: Matrix, name: str = WEIGHT, *, own: bool = False
     ) -> None:
         """Quantize a new weight with the module's settings and store it in a new parameter.
 

@@ -6,10 +6,9 @@ import math
 import weakref
 from typing import ClassVar
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import WEIGHT, Held, WeightFormat
+from lora_init.weights.format import WEIGHT, Held, Matrix, WeightFormat
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 from lora_init.weights.probe import Finding, probe
 
@@ -83,16 +82,11 @@ class FloatFormat(WeightFormat):
         rows, *columns = getattr(module, name).shape
         return (columns[0], rows) if self.transposed else (rows, math.prod(columns))
 
-    def read(self, module: nn.Module, name: str = WEIGHT) -> Float[Tensor, "*experts out in"]:
+    def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:
         return self.orient(getattr(module, name).detach())
 
     def write(
-        self,
-        module: nn.Module,
-        weight: Float[Tensor, "*experts out in"],
-        name: str = WEIGHT,
-        *,
-        own: bool = False,
+        self, module: nn.Module, weight: Matrix, name: str = WEIGHT, *, own: bool = False
     ) -> None:
         """The old memory is not written to.
 
@@ -119,8 +113,8 @@ class FloatFormat(WeightFormat):
             held.parameter.data = data
         setattr(module, held.name, held.parameter)
 
-    def orient(self, stored: Tensor) -> Float[Tensor, "*experts out in"]:
+    def orient(self, stored: Tensor) -> Matrix:
         return stored.T if self.transposed else stored
 
-    def stored(self, module: nn.Module, weight: Float[Tensor, "*experts out in"]) -> Tensor:
+    def stored(self, module: nn.Module, weight: Matrix) -> Tensor:
         return weight.T if self.transposed else weight

@@ -28,12 +28,7 @@ from lora_init.weights.probe import Finding
 WEIGHT = "weight"
 """The name of the matrix of a module that has only one."""
 
-Operation = Literal["product", "convolution", "lookup"]
-"""How a module applies its matrix: to rows of features, to patches of an image, or to indices."""
-
-Subtraction = Literal["edit", "in_forward", "requantize"]
-"""How s B0 A0 is subtracted: from the stored weight, in the forward pass, or before the weight is
-quantized again."""
+Matrix = Float[Tensor, "*experts out in"]
 
 
 @dataclass(frozen=True)
@@ -60,22 +55,24 @@ class WeightFormat(ABC):
 
     Attributes:
         name: the module type, as in plans and tables.
-        operation: how the module applies its matrix; it determines the class of the adapted layer.
-        subtractions: the supported ways to subtract s B0 A0, the default first. `write` is called
-            for "edit" and "requantize" only, and when an adapter is merged.
+        operation: how the module applies its matrix: "product" with rows of features,
+            "convolution" with patches, or "lookup" of its columns. It selects the adapted layer.
+        subtractions: the supported ways to subtract s B0 A0, the default first: "edit" the stored
+            weight, subtract "in_forward", or "requantize" the difference. A format with only
+            "in_forward" need not support `write`.
         quantized: whether `read` dequantizes, and `write` quantizes.
         transposed: whether the weight is stored as (in, out).
     """
 
     name: ClassVar[str]
-    operation: ClassVar[Operation] = "product"
-    subtractions: ClassVar[tuple[Subtraction, ...]]
+    operation: ClassVar[Literal["product", "convolution", "lookup"]] = "product"
+    subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
     quantized: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether the module's class, or its weight tensor's class, has this format.
+        """Whether the class of the module or of its weight tensor has this format.
 
         The dtype never decides.
         """
@@ -91,8 +88,6 @@ class WeightFormat(ABC):
         """Probe a forward that was set on the instance; None if there is none."""
         return None
 
-    # -- the matrices ----------------------------------------------------------------------------
-
     def matrices(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the module's matrices."""
         return (WEIGHT,)
@@ -106,17 +101,12 @@ class WeightFormat(ABC):
         return None
 
     @abstractmethod
-    def read(self, module: nn.Module, name: str = WEIGHT) -> Float[Tensor, "*experts out in"]:
+    def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:
         """The matrix: a view in the module's dtype, or dequantized values in float32."""
 
     @abstractmethod
     def write(
-        self,
-        module: nn.Module,
-        weight: Float[Tensor, "*experts out in"],
-        name: str = WEIGHT,
-        *,
-        own: bool = False,
+        self, module: nn.Module, weight: Matrix, name: str = WEIGHT, *, own: bool = False
     ) -> None:
         """Store a new matrix in new memory, so that `put_back` can restore the present one.
 
@@ -136,16 +126,14 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def put_back(self, module: nn.Module, held: Held) -> None:
-        """Restore a recorded weight, on the module's present device. May be called twice."""
+        """Restore a recorded weight on the module's present device. It may be called twice."""
 
-    # -- the layout ------------------------------------------------------------------------------
-
-    def orient(self, stored: Tensor) -> Float[Tensor, "*experts out in"]:
+    def orient(self, stored: Tensor) -> Matrix:
         """View a tensor in the layout of the module's weight as a matrix."""
         return stored
 
-    def stored(self, module: nn.Module, weight: Float[Tensor, "*experts out in"]) -> Tensor:
-        """View a matrix in the layout of the module's weight. Packed modules have none."""
+    def stored(self, module: nn.Module, weight: Matrix) -> Tensor:
+        """The inverse of `orient`. Matrices of packed modules stay as they are."""
         return weight
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
@@ -171,8 +159,6 @@ class WeightFormat(ABC):
     def keep_plain(self, module: nn.Module) -> None:
         """Prevent forward passes from changing how the weight is stored."""
         return
-
-    # -- inputs and outputs ----------------------------------------------------------------------
 
     def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
         """The vectors that the matrix is multiplied by: tokens, or image patches."""

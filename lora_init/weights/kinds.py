@@ -53,12 +53,12 @@ def weight_format(module: nn.Module) -> WeightFormat | None:
 
 
 def known_format(module: nn.Module) -> WeightFormat:
-    """The format of a module that can have an adapter.
+    """The format of a module that has an adapter, or has been checked before it gets one.
 
     Raises:
-        TypeError: the module's type is not supported.
+        TypeError: the module's class has no format.
     """
-    found = weight_format(module)
+    found = class_format(module)
     if found is None:
         raise TypeError(
             f"a {type(module).__name__} is not supported: must be one of {', '.join(FORMATS)}"

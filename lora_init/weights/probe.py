@@ -185,9 +185,8 @@ def _errors(twin: nn.Module, function: Callable, stored: FloatFormat) -> list[fl
 def _relative_errors(twin: nn.Module, function: Callable, stored: FloatFormat) -> list[float]:
     """The error at each scale of the inputs, relative to the norm of the outputs."""
     rows = _cases(twin, stored)[:1]
-    if (
-        stored.operation != "lookup"
-    ):  # both signs of each row, because a gate opens for only one of them
+    if stored.operation != "lookup":
+        # Both signs of each row, because a gate opens for only one of them.
         rows = [rows[0][first :: len(SCALES)] for first in range(len(SCALES))]
         rows = [torch.cat([part, -part]) for part in rows]
     errors = []
