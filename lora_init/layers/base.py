@@ -262,14 +262,14 @@ class LoraLayer(nn.Module):
             return bias
         added_bias = self.scaling * widened(self.lora_bias)
         if bias is None:
-            return added_bias.to(self._float_dtype())
+            return added_bias.to(self._format.float_dtype(self.base_layer))
         return (widened(bias) + added_bias).to(bias.dtype)
 
     def _present_weight(self) -> Tensor:
         stored = self.base_layer.weight
         if stored.is_meta:
             return stored
-        one, dtype = self._format, self._float_dtype()
+        one, dtype = self._format, self._format.float_dtype(self.base_layer)
         if one.quantized:
             stored = one.read(self.base_layer)
         initial = None
@@ -287,9 +287,6 @@ class LoraLayer(nn.Module):
             stored, *factors, self.scaling,
             transposed=one.transposed, dtype=dtype, initial=initial, gain=gain,
         )  # fmt: skip
-
-    def _float_dtype(self) -> torch.dtype:
-        return self._format.float_dtype(self.base_layer)
 
     def _oriented_weight(self) -> Float[Tensor, "out in"]:
         """The base's present weight, dequantized for packed modules."""

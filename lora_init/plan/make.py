@@ -28,7 +28,7 @@ from lora_init.plan.match import PatternValues, select
 from lora_init.plan.plan import Plan, Target
 from lora_init.plan.state_space import read_by_kernel
 from lora_init.registry import Initializer
-from lora_init.weights.kinds import is_quantized, known_format, module_type
+from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
 
 QUANTIZED_BASES = ("in_forward", "requantize")
 
@@ -169,7 +169,7 @@ def make_plan(
                 "whose codes cannot be trained; load the model with "
                 f"llm_int8_skip_modules=[{name.rpartition('.')[2]!r}] in its quantization_config"
             )
-    embeddings = [target.name for target in targets if target.module_type == "Embedding"]
+    embeddings = [t.name for t in targets if FORMATS[t.module_type].operation == "lookup"]
     if config.lora_bias and embeddings:
         raise ValueError(
             f"lora_bias=True with the Embedding {embeddings[0]!r}: an embedding has no bias; leave "
