@@ -35,7 +35,8 @@ class FloatFormat(WeightFormat):
         return self.base_class(module) is not None
 
     def has_own_forward(self, module: nn.Module) -> bool:
-        return type(module).forward is not self.base_class(module).forward
+        cls = self.base_class(module)
+        return cls is not None and type(module).forward is not cls.forward
 
     def refusal(self, module: nn.Module) -> str | None:
         reason = self._difference(module) if self.has_own_forward(module) else None
