@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.registry import Initializer, Options
-from lora_init.weights.kinds import is_quantized, known_format, module_type, refusal
+from lora_init.weights.kinds import class_format, is_quantized, known_format, module_type
 from lora_init.weights.offload import is_offloaded
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,12 +64,13 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         ValueError: the state of the weight is not supported (offloaded, made in inference mode).
     """
     module = model.get_submodule(name)
-    kind = module_type(module)
-    if (reason := refusal(module)) is not None:
+    stored = class_format(module)
+    if stored is not None and (reason := stored.refusal(module)) is not None:
         raise TypeError(f"target {name!r} {reason}. Leave it out with exclude_modules")
-    if kind not in spec.modules:
+    if stored is None or stored.name not in spec.modules:
+        kind = module_type(module) + _stacked(module)
         raise TypeError(
-            f"target {name!r} is a {kind}{_stacked(module)}, which {spec.name} does not support; "
+            f"target {name!r} is a {kind}, which {spec.name} does not support; "
             f"must be one of {', '.join(sorted(spec.modules))}. Leave it out with exclude_modules"
         )
     weight = module._parameters.get("weight")
@@ -78,7 +79,6 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
             f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
             "cannot be adapted in place; remove the parametrization first"
         )
-    stored = known_format(module)
     if (reason := stored.unreadable(module)) is not None:
         raise ValueError(f"target {name!r}: {reason}")
     _check_presence(name, weight)

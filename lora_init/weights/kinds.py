@@ -28,7 +28,7 @@ def register(one: WeightFormat) -> None:
     """
     if one.name in FORMATS:
         raise ValueError(
-            f"name={one.name!r} is not supported: a weight format must have a new name, and "
+            f"name={one.name!r} is not supported: must be a new name, because "
             f"{type(FORMATS[one.name]).__name__} has this one. Choose another name."
         )
     FORMATS[one.name] = one
@@ -47,7 +47,10 @@ def class_format(module: nn.Module) -> WeightFormat | None:
 
 
 def weight_format(module: nn.Module) -> WeightFormat | None:
-    """The format of a module that can have an adapter; None for others, see `refusal`."""
+    """The format of a module that can have an adapter; None for others.
+
+    `refusal` of its `class_format` has the reason.
+    """
     found = class_format(module)
     return None if found is None or found.refusal(module) is not None else found
 
@@ -64,15 +67,6 @@ def known_format(module: nn.Module) -> WeightFormat:
             f"a {type(module).__name__} is not supported: must be one of {', '.join(FORMATS)}"
         )
     return found
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why a module of a supported class cannot be adapted; None if it can, or for other classes.
-
-    The text completes a sentence about the module, such as "is a GatedLinear, which is …".
-    """
-    found = class_format(module)
-    return None if found is None else found.refusal(module)
 
 
 def module_type(module: nn.Module) -> str:
