@@ -13,10 +13,9 @@ Every method supports rsLoRA and DoRA in all its combinations.
 from __future__ import annotations
 
 from lora_init.registry import Initializer, list_initializers
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.weights.kinds import FORMATS
 
 FLOAT_BASES = ("float32", "16 bits")
-PACKED_TYPES = ("Linear4bit", "Linear8bitLt")
 
 
 def support(spec: Initializer, module_type: str, base: str) -> str | None:
@@ -24,7 +23,7 @@ def support(spec: Initializer, module_type: str, base: str) -> str | None:
 
     Args:
         spec: the method.
-        module_type: one of `lora_init.weights.module_types.MODULE_TYPES`.
+        module_type: one of `lora_init.weights.kinds.FORMATS`.
         base: "float32", "16 bits" or, for bitsandbytes' modules, "packed".
     """
     if module_type not in spec.modules:
@@ -33,11 +32,12 @@ def support(spec: Initializer, module_type: str, base: str) -> str | None:
         return "kept"
     if spec.base == "replace":
         return "replaced*" if base == "packed" else "replaced"
-    return "edited" if base == "float32" else "in forward"
+    editable = base == "float32" and "edit" in FORMATS[module_type].subtractions
+    return "edited" if editable else "in forward"
 
 
 def bases(module_type: str) -> tuple[str, ...]:
-    return ("packed",) if module_type in PACKED_TYPES else FLOAT_BASES
+    return ("packed",) if FORMATS[module_type].quantized else FLOAT_BASES
 
 
 def support_table() -> str:
@@ -46,12 +46,12 @@ def support_table() -> str:
     A cell shows two entries where float32 and 16-bit bases differ, in this order.
     """
     lines = [
-        "| method | " + " | ".join(MODULE_TYPES) + " |",
-        "|---|" + "---|" * len(MODULE_TYPES),
+        "| method | " + " | ".join(FORMATS) + " |",
+        "|---|" + "---|" * len(FORMATS),
     ]
     for spec in list_initializers():
         cells = []
-        for kind in MODULE_TYPES:
+        for kind in FORMATS:
             words = dict.fromkeys(support(spec, kind, base) or "–" for base in bases(kind))
             cells.append(" / ".join(words))
         lines.append(f"| `{spec.name}` | " + " | ".join(cells) + " |")

@@ -49,7 +49,7 @@ from uniform import uniform
 
 from lora_init import LoraConfig, LoraModel, WithLoss, get_peft_model, list_initializers
 from lora_init.layers import LoraLayer
-from lora_init.weights.kinds import module_type, oriented_weight
+from lora_init.weights.kinds import FORMATS, module_type, oriented_weight
 
 RANK = 4
 KINDS = ["Linear", "Conv1D"]
@@ -64,8 +64,11 @@ SCALINGS = {
 }
 EXPECTED_SCALINGS = {"s=1/16": 1 / 16, "s=1": 1.0, "s=2": 2.0, "s=16": 16.0, "rslora": 4.0}
 VARIANTS = {name: {"scaling": name} for name in SCALINGS} | {"dora": {"use_dora": True}}
-BASES = [Case(kind, dtype) for kind in (*KINDS, "Conv2d", "Embedding") for dtype in DTYPES]
-BASES += [Case("Linear4bit"), Case("Linear8bitLt")]
+BASES = [
+    Case(one.name, dtype)
+    for one in sorted(FORMATS.values(), key=lambda one: one.quantized)
+    for dtype in DTYPES[: 1 if one.quantized else None]
+]
 DRAWN = [spec.name for spec in list_initializers() if not spec.reads]
 RANDOM = {*DRAWN, "random_bases", "matched_norm", "gora"}
 

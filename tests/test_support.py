@@ -14,7 +14,7 @@ from uniform import uniform
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
 from lora_init.support import bases, support
-from lora_init.weights.bitsandbytes import keep_plain
+from lora_init.weights.kinds import FORMATS
 from lora_init.weights.module_types import MODULE_TYPES
 
 CELLS = [
@@ -46,7 +46,7 @@ def one_module(kind, base):
             packed = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
         packed.load_state_dict(module.state_dict())
         module = packed.to("cpu")
-        keep_plain(module)
+        FORMATS[kind].keep_plain(module)
     model = nn.Sequential(module)
     if base == "16 bits":
         model, x = model.bfloat16(), x if kind == "Embedding" else x.bfloat16()

@@ -155,7 +155,7 @@ def twin(model: nn.Module) -> nn.Module:
     made = copy.deepcopy(model)
     for module in made.modules():
         if type(module).__name__ == "Linear4bit":
-            from lora_init.weights.bitsandbytes import keep_plain
+            from lora_init.weights.kinds import known_format
 
-            keep_plain(module)
+            known_format(module).keep_plain(module)
     return made

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_init.plan.plan import Target
-from lora_init.weights.kinds import module_type
+from lora_init.weights.kinds import FORMATS, known_format
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_WEIGHTS_NAME = "lora_init_adapter.safetensors"
@@ -35,7 +35,8 @@ FIRST_FACTOR = (".lora_A.weight", ".lora_embedding_A")
 
 def part_key(target: Target, part: str) -> str:
     """The key of one tensor of a layer's adapter, as in PEFT; other parts keep their names."""
-    keys = _EMBEDDING_KEYS if target.module_type == "Embedding" else _KEYS
+    is_lookup = FORMATS[target.module_type].operation == "lookup"
+    keys = _EMBEDDING_KEYS if is_lookup else _KEYS
     return f"{PREFIX}{target.name}.{keys.get(part, part)}"
 
 
@@ -45,7 +46,7 @@ def peft_computes(module: nn.Module) -> bool:
     PEFT's A of a Conv2d uses the stride and padding of the base, but not its dilation and padding
     mode.
     """
-    if module_type(module) != "Conv2d":
+    if known_format(module).operation != "convolution":
         return True
     return module.dilation == (1, 1) and module.padding_mode == "zeros"
 
@@ -59,7 +60,7 @@ def bias_key(name: str, layers: Mapping[str, object]) -> str:
 def file_shape(target: Target, module: nn.Module, part: str, rank: int) -> tuple[int, ...]:
     """The shape of a part in a file; A of a Conv2d has the kernel size of `module`."""
     rows, columns = target.shape
-    convolution = target.module_type == "Conv2d"
+    convolution = FORMATS[target.module_type].operation == "convolution"
     if part in ("replacement_A", "initial_A"):
         return rank, columns
     if part in ("replacement_B", "initial_B"):

@@ -34,7 +34,7 @@ from lora_init.layer import Layer
 from lora_init.linalg.matrix import widened
 from lora_init.plan.match import select
 from lora_init.plan.plan import Plan, Target
-from lora_init.weights.kinds import module_type, stored_weight
+from lora_init.weights.kinds import FORMATS, known_format, module_type
 from lora_init.weights.source import BaseWeights
 
 REBUILT = ("pissa", "olora")
@@ -128,7 +128,7 @@ def _warn_of_missing_layers(contents: Contents, config: LoraConfig, plan: Plan) 
 
 def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, Tensor]:
     """Compute the initial factors with the same decomposition as PEFT."""
-    if target.module_type == "Embedding":
+    if FORMATS[target.module_type].operation == "lookup":
         rows, columns = target.shape
         return torch.zeros(target.rank, columns), torch.zeros(rows, target.rank)
     weight = widened(weights.present(target)).float()
@@ -191,7 +191,8 @@ def _copies(
             continue
         if plan.initializer.base == "subtract":  # the file contains the residual
             product = low_rank_product(start.lora_A, start.lora_B, target.scaling)
-            copies[key] = stored_weight(module, widened(weights.present(target)) - product)
+            initial = widened(weights.present(target)) - product
+            copies[key] = known_format(module).stored(module, initial)
     for name, state in modules.items():
         original = base.get_submodule(name).state_dict()
         for key, value in state.items():

@@ -18,8 +18,8 @@ from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Replacement
 from lora_init.plan.plan import Plan, Target
 from lora_init.quantization import Quantizer
-from lora_init.weights.bitsandbytes import is_packed, quantizer_of
 from lora_init.weights.fingerprint import has_fingerprint
+from lora_init.weights.kinds import known_format
 from lora_init.weights.source import BaseWeights
 
 FORMAT_VERSION = 1
@@ -159,9 +159,10 @@ def _originals(
 
 
 def _check_quantizer(target: Target, module: nn.Module, replacement: Replacement) -> None:
-    if is_packed(module) and quantizer_of(module) != replacement.quantizer:
+    own = known_format(module).quantizer(module)
+    if own is not None and own != replacement.quantizer:
         raise ValueError(
-            f"the base of {target.name!r} is quantized as {quantizer_of(module).name}, but the "
+            f"the base of {target.name!r} is quantized as {own.name}, but the "
             f"adapter was trained on {replacement.quantizer.name}. Load the model with the "
             "quantization_config of the training."
         )

@@ -40,7 +40,7 @@ from lora_init.files import write_atomically
 from lora_init.injection import Injection
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import describe, resolve
-from lora_init.weights.kinds import stored_weight
+from lora_init.weights.kinds import known_format
 
 
 def save_adapter(
@@ -153,8 +153,8 @@ def _rows(
         if layer.base_state == "replaced" or (layer.base_layer.weight.is_meta and not required):
             left_out.add(target.name)
         elif not layer.base_layer.weight.is_meta:
-            weight = stored_weight(layer.base_layer, injection.original_weight(target))
-            originals[target.name] = weight.to(layer.base_layer.weight.dtype)
+            base, weight = layer.base_layer, injection.original_weight(target)
+            originals[target.name] = known_format(base).stored(base, weight).to(base.weight.dtype)
     return rows(model, left_out, originals, required)
 
 

@@ -39,7 +39,7 @@ from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import add_product
 from lora_init.linalg.precision import full_precision
 from lora_init.linalg.transfer import on_host
-from lora_init.weights.kinds import input_rows, module_type, weight_shape
+from lora_init.weights.kinds import known_format
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -117,11 +117,12 @@ class _Sums:
         """Add g xᵀ of one call of a layer."""
         module = self.modules[name]
         # A layer at a boundary of the device map moves its input in its forward pass.
-        inputs = input_rows(module, x).to(gradient.device)
-        outputs = _output_rows(module, gradient)
+        stored = known_format(module)
+        inputs = stored.input_rows(module, x).to(gradient.device)
+        outputs = stored.output_rows(module, gradient)
         if name not in self._sums:
             self._sums[name] = torch.zeros(
-                weight_shape(module), dtype=torch.float32, device=self.device or gradient.device
+                stored.shape(module), dtype=torch.float32, device=self.device or gradient.device
             )
         total = self._sums[name]
         with full_precision():
@@ -149,9 +150,8 @@ class _Sums:
                 )
             total = self._sums.pop(name, None)
             if total is None:
-                total = torch.zeros(
-                    weight_shape(module), dtype=torch.float32, device=self.device or place
-                )
+                shape = known_format(module).shape(module)
+                total = torch.zeros(shape, dtype=torch.float32, device=self.device or place)
             means[name] = over_ranks(total).div_(tally[0])
         _check_finite(means)
         return means
@@ -244,12 +244,3 @@ def _tapped(
 def _accelerators(model: nn.Module) -> list[torch.device]:
     """The GPUs that a model computes on."""
     return list({p.device for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _output_rows(module: nn.Module, gradient: Tensor) -> Float[Tensor, "positions out"]:
-    """Reshape an output gradient to match the rows of `lora_init.weights.kinds.input_rows`."""
-    if module_type(module) != "Conv2d":
-        return gradient.reshape(-1, gradient.shape[-1])
-    if gradient.ndim == 3:
-        gradient = gradient[None]
-    return gradient.flatten(2).transpose(1, 2).flatten(0, 1)

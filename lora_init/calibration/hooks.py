@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from lora_init.calibration.memory import Budget
 from lora_init.calibration.sums import Moments, RunningMoments, joined
 from lora_init.calibration.token_rows import TokenRows
-from lora_init.weights.kinds import input_rows, reading, weight_shape
+from lora_init.weights.kinds import known_format
 
 HELD_INPUTS = 4
 """Number of recent distinct inputs that wait for more readers before they are summed."""
@@ -185,8 +185,9 @@ class Observer:
     def total(self, name: str, sources: tuple[Source, ...]) -> Moments:
         """Compute the moments of a layer's inputs."""
         if not sources:
+            module = self.modules[name]
             device = next((sums.device for sums in self._sums.values()), torch.device("cpu"))
-            return self._budget.sums(weight_shape(self.modules[name])[1], device).moments
+            return self._budget.sums(known_format(module).shape(module)[-1], device).moments
         return joined([self._sums[source].moments for source in sources])
 
     def release(self, source: Source) -> None:
@@ -216,7 +217,7 @@ class Observer:
     def _hook(self, name: str) -> Callable:
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
             tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            key = id(tensor), reading(module)
+            key = id(tensor), known_format(module).reading(module)
             held = self._held.get(key)
             if held is not None and (held.version != tensor._version or name in held.readers):
                 self._close(key)  # modified in place, or one layer called twice on one tensor
@@ -261,7 +262,8 @@ class Observer:
             for mask in held.masks
         ]
         if any(total is not None for total, _ in sums):
-            rows = input_rows(module, held.tensor if held.copy is None else held.copy)
+            values = held.tensor if held.copy is None else held.copy
+            rows = known_format(module).input_rows(module, values)
             for total, mask in sums:
                 if total is not None:
                     leading, counted = held.tensor.shape[:-1], None
@@ -274,7 +276,7 @@ class Observer:
     ) -> RunningMoments | None:
         """The running sums of a source, or None if they do not fit."""
         if source not in self._sums and not source.readers <= self.deferred:
-            width = weight_shape(module)[1]
+            width = known_format(module).shape(module)[-1]
             if self._budget.admits(width):
                 self._sums[source] = self._budget.sums(width, self._device or device)
             else:

@@ -27,7 +27,7 @@ from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Target
 from lora_init.progress import tracked
 from lora_init.weights.checkpoint import OriginalWeights
-from lora_init.weights.kinds import orient
+from lora_init.weights.kinds import FORMATS
 
 RESIDUAL_FOLDER = "base"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,8 +109,8 @@ def _rewritten(
 
 def _new_weight(stored: Tensor, target: Target, model: LoraModel) -> Tensor:
     """The weight to which the initial factors are added, in float32 and in the stored layout."""
-    weight = widened(orient(target.module_type, stored))
-    layer = model.layers[target.name]
+    layer, one = model.layers[target.name], FORMATS[target.module_type]
+    weight = widened(one.orient(stored))
     replacement = model.replacements.get(target.name)
     if replacement is not None:
         new = replacement.base(weight, target.scaling)
@@ -119,9 +119,7 @@ def _new_weight(stored: Tensor, target: Target, model: LoraModel) -> Tensor:
         assert layer.initial_lora_B is not None
         product = low_rank_product(layer.initial_lora_A, layer.initial_lora_B, target.scaling)
         new = weight - product.to(weight.device)
-    if new.shape != stored.shape and new.T.shape == stored.shape:
-        return new.T
-    return new.reshape(stored.shape)
+    return one.stored(layer.base_layer, new)
 
 
 def _copy(path: Path, base: Path, dtype: str | None) -> None:

@@ -25,7 +25,7 @@ from lora_init.linalg.transfer import wait_for_writes
 from lora_init.plan.plan import Plan, Target
 from lora_init.progress import tracking
 from lora_init.quantization import Quantizer
-from lora_init.weights.bitsandbytes import quantizer_of
+from lora_init.weights.kinds import known_format
 from lora_init.weights.offload import factor_device
 from lora_init.weights.source import BaseWeights
 
@@ -184,7 +184,8 @@ class _Worker:
             second = self.weights.target_weight(target).to(device)
         quantizer = None
         if target.quantized:
-            quantizer = quantizer_of(self.weights.model.get_submodule(target.name))
+            module = self.weights.model.get_submodule(target.name)
+            quantizer = known_format(module).quantizer(module)
         return Layer(
             names=(target.name,),
             kind=target.module_type,

@@ -9,13 +9,12 @@ from lora_init.factors import Factors, Replacement, low_rank_product
 from lora_init.injection.editing import add_product
 from lora_init.injection.record import Injection
 from lora_init.injection.transaction import Transaction
-from lora_init.injection.weights import hold, store_weight
 from lora_init.layers import LoraLayer
 from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.kinds import known_format, oriented_weight
 from lora_init.weights.source import BaseWeights
 
 # Adding an edit back to a float32 weight restores it within (growth + 1) 2^-24 max|W|. growth is
@@ -45,9 +44,9 @@ def settle_base(
         _replace(layer, target, factors.replacement, injection, weights, keep_original, transaction)
         return
     # Use the factors as stored, so that the rounded values of a 16-bit adapter are subtracted.
-    fixed = target.shared_with or target.quantized or module.weight.is_meta
-    editable = target.exact and not fixed
-    if not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):
+    fixed = target.shared_with or module.weight.is_meta or not target.exact
+    editable = "edit" in known_format(module).subtractions
+    if fixed or not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):
         layer.base_state = "in_forward"
 
 
@@ -64,7 +63,7 @@ def _replace(
 
     For a weight that is not loaded, only the replacement's recipe is recorded, as in a saved file.
     """
-    module = layer.base_layer
+    module, one = layer.base_layer, known_format(layer.base_layer)
     shared, absent = bool(target.shared_with), module.weight.is_meta
     weight = weights.weight(target)
     # A packed module quantizes the residual itself. Values that are quantized already would have
@@ -72,15 +71,15 @@ def _replace(
     make = replacement.residual if target.quantized else replacement.base
     replaced = make(weight, target.scaling)
     if keep_original or shared or absent:
-        injection.originals[target.name] = hold(module, on_cpu=not (shared or absent))
+        injection.originals[target.name] = one.hold(module, on_cpu=not (shared or absent))
     layer.base_state = "replaced"
     if not absent:
         transaction.weight(module)
-        store_weight(module, replaced, own=shared)
+        one.write(module, replaced, own=shared)
     injection.replacements[target.name] = replacement
     if target.quantized and weights.originals is not None:
         injection.from_original_weights[target.name] = fingerprint(weight)
-    stored = replaced.to(module.weight.dtype) if absent else oriented_weight(module)
+    stored = replaced.to(module.weight.dtype) if absent else one.read(module)
     injection.checksums[target.name] = base_checksum(replacement, weight, target.scaling, stored)
 
 

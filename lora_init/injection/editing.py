@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from lora_init.factors import low_rank_product
 from lora_init.injection.exclusive import is_exclusive
 from lora_init.injection.transaction import Transaction
-from lora_init.injection.weights import store_weight
 from lora_init.linalg.matrix import products, rows_together, widened
 from lora_init.linalg.precision import full_precision
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.kinds import known_format, oriented_weight
 
 
 @torch.no_grad()
@@ -83,7 +82,8 @@ class _Edit:
             weight = widened(weight)
             product = low_rank_product(lora_A, lora_B, scaling).to(weight.device)
             out = {"out": product} if product.dtype == weight.dtype else {}
-            store_weight(module, torch.add(weight, product, alpha=self.sign, **out))
+            total = torch.add(weight, product, alpha=self.sign, **out)
+            known_format(module).write(module, total)
         self.is_made = True
 
     @torch.no_grad()

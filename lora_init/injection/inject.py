@@ -23,8 +23,8 @@ from lora_init.injection.switch import set_adapter_enabled
 from lora_init.injection.transaction import Transaction, set_gradient_flags
 from lora_init.layers import LoraLayer, TrainedModule, layer_class, trainable_copy
 from lora_init.plan.plan import Plan
-from lora_init.weights import bitsandbytes
 from lora_init.weights.fingerprint import fingerprint
+from lora_init.weights.format import Held
 from lora_init.weights.offload import factor_device, is_unloaded
 from lora_init.weights.source import BaseWeights
 
@@ -37,7 +37,7 @@ def inject_factors(
     *,
     transaction: Transaction,
     weights: BaseWeights,
-    plain: Mapping[nn.Module, bitsandbytes.Held],
+    plain: Mapping[nn.Module, Held],
     keep_original: bool = False,
     initial_known: bool = True,
 ) -> Injection:

@@ -10,11 +10,9 @@ import torch
 
 from lora_init import linalg
 from lora_init.injection.record import Injection
-from lora_init.injection.switch import set_adapter_enabled
+from lora_init.injection.switch import exchange, set_adapter_enabled
 from lora_init.injection.transaction import Transaction, atomically
-from lora_init.injection.weights import exchange, hold, put_back, store_weight
-from lora_init.weights import bitsandbytes
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.kinds import known_format
 
 
 def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> None:
@@ -34,7 +32,7 @@ def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> 
         errors = {}
         for name, layer in injection.layers.items():
             bias = None if layer.lora_bias is None else layer.base_layer.bias.data
-            injection.unmerged[name] = hold(layer.base_layer), bias
+            injection.unmerged[name] = known_format(layer.base_layer).hold(layer.base_layer), bias
             _fold(name, injection, errors, transaction)
         _warn_of_merging(injection, errors, stacklevel=5)
         return
@@ -42,7 +40,7 @@ def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> 
         layer = injection.layers[name]
         transaction.weight(layer.base_layer)
         transaction.attributes(layer, "merged")
-        put_back(layer.base_layer, held)
+        known_format(layer.base_layer).put_back(layer.base_layer, held)
         if bias is not None:
             transaction.data(layer.base_layer.bias)
             exchange(layer.base_layer.bias, bias)  # moves to the bias's present device
@@ -72,22 +70,22 @@ def _fold(
     """Merge one layer; record the quantization error of a packed one."""
     layer = injection.layers[name]
     module = layer.base_layer
-    weight = layer.merged_weight()
+    one, weight = known_format(module), layer.merged_weight()
     transaction.weight(module)
     transaction.attributes(layer, "merged")
     if name in injection.shared:
         kept = injection.originals.get(name)
         transaction.attributes(injection, "untied")
         injection.untied[name] = module.weight if kept is None else kept.parameter
-    store_weight(module, weight, own=name in injection.shared)
+    one.write(module, weight, own=name in injection.shared)
     if layer.lora_bias is not None:
         transaction.data(module.bias)
         bias = module.bias.data
         module.bias.data = (bias + layer.scaling * layer.lora_bias.detach()).to(bias.dtype)
     layer.merged = True
-    if bitsandbytes.is_packed(module):
+    if one.quantized:
         norm = linalg.frobenius_norm(weight)
-        error = linalg.frobenius_norm(weight - oriented_weight(module))
+        error = linalg.frobenius_norm(weight - one.read(module))
         errors[name] = float(error / norm) if norm > 0 else 0.0
 
 

@@ -8,11 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.factors import Replacement
-from lora_init.injection.weights import Held
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Target
-from lora_init.weights import bitsandbytes
+from lora_init.weights.format import Held
 from lora_init.weights.source import BaseWeights
 
 
@@ -58,7 +57,7 @@ class Injection:
     enabled: bool = True
     unmerged: dict[str, tuple[Held, Tensor | None]] = field(default_factory=dict)
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
-    plain: dict[nn.Module, bitsandbytes.Held] = field(default_factory=dict)
+    plain: dict[nn.Module, Held] = field(default_factory=dict)
     embedding_rows: bool = False
 
     @property

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from lora_init.injection.record import Injection
 from lora_init.injection.transaction import Transaction
-from lora_init.injection.weights import exchange, hold, put_back
+from lora_init.weights.kinds import known_format
 
 
 @torch.inference_mode(False)
@@ -26,10 +27,10 @@ def set_adapter_enabled(injection: Injection, enabled: bool, transaction: Transa
     transaction.attributes(injection, "enabled", "originals", "biases")
     for name, held in list(injection.originals.items()):
         module = injection.layers[name].base_layer
-        elsewhere = held.data is not None and held.data.device != module.weight.device
-        now = hold(module, on_cpu=elsewhere)
+        one = known_format(module)
+        now = one.hold(module, on_cpu=held.data.device != module.weight.device)
         transaction.weight(module)
-        put_back(module, held)
+        one.put_back(module, held)
         injection.originals[name] = now
     for name, (bias, other) in list(injection.biases.items()):
         transaction.data(bias)
@@ -38,3 +39,11 @@ def set_adapter_enabled(injection: Injection, enabled: bool, transaction: Transa
         transaction.attributes(part, "adapter_enabled")
         part.adapter_enabled = enabled
     injection.enabled = enabled
+
+
+def exchange(parameter: nn.Parameter, data: Tensor) -> Tensor:
+    """Replace a parameter's data; return the old data."""
+    with torch.no_grad():
+        before = parameter.data
+        parameter.data = data.to(before.device, before.dtype)
+    return before

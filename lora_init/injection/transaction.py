@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_init.injection.weights import hold, put_back
+from lora_init.weights.kinds import known_format
 
 Result = TypeVar("Result")
 Undo = Callable[[], Any]
@@ -38,7 +38,8 @@ class Transaction:
 
     def weight(self, module: nn.Module) -> None:
         """Record the weight of `module`. The old weight stays in memory until the end."""
-        self.undo_by(partial(put_back, module, hold(module)))
+        one = known_format(module)
+        self.undo_by(partial(one.put_back, module, one.hold(module)))
 
     def data(self, parameter: nn.Parameter) -> None:
         """Record the data of `parameter`, which will be rebound but not overwritten."""

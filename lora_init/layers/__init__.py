@@ -12,17 +12,13 @@ from lora_init.layers.convolution import ConvolutionLayer
 from lora_init.layers.embedding import EmbeddingLayer
 from lora_init.layers.linear import LinearLayer
 from lora_init.layers.saved_module import TrainedModule, trainable_copy
-from lora_init.weights.kinds import module_type
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.kinds import known_format
 
 __all__ = ["BaseState", "LoraLayer", "TrainedModule", "layer_class", "trainable_copy"]
 
-_CLASSES = dict.fromkeys(LINEAR_TYPES, LinearLayer) | {
-    "Conv2d": ConvolutionLayer,
-    "Embedding": EmbeddingLayer,
-}
+_CLASSES = {"product": LinearLayer, "convolution": ConvolutionLayer, "lookup": EmbeddingLayer}
 
 
 def layer_class(module: nn.Module) -> type[LoraLayer]:
     """The adapted layer class for a module."""
-    return _CLASSES[module_type(module)]
+    return _CLASSES[known_format(module).operation]

@@ -14,8 +14,8 @@ from lora_init.layers import dora
 from lora_init.layers.effective_weight import effective_weight
 from lora_init.layers.input import only_input
 from lora_init.linalg.matrix import widened
-from lora_init.weights.bitsandbytes import dequantized, float_dtype, is_packed
-from lora_init.weights.kinds import module_type, orient
+from lora_init.weights.format import WeightFormat
+from lora_init.weights.kinds import FORMATS, class_format, known_format
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 
 BaseState = Literal["kept", "edited", "in_forward", "replaced"]
@@ -76,7 +76,7 @@ class LoraLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.module_type = module_type(base_layer)
+        self.module_type = known_format(base_layer).name
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         rows = lora_B.shape[0]
@@ -134,6 +134,11 @@ class LoraLayer(nn.Module):
             if now is not None and now.dtype.itemsize < 4:
                 setattr(self, name, wide.to(now.device, torch.float32))
         return self
+
+    @property
+    def _format(self) -> WeightFormat:
+        # The base module may have been replaced by one of another class.
+        return class_format(self.base_layer) or FORMATS[self.module_type]
 
     @property
     def rank(self) -> int:
@@ -257,16 +262,16 @@ class LoraLayer(nn.Module):
             return bias
         added_bias = self.scaling * widened(self.lora_bias)
         if bias is None:
-            return added_bias.to(self._float_dtype())
+            return added_bias.to(self._format.float_dtype(self.base_layer))
         return (widened(bias) + added_bias).to(bias.dtype)
 
     def _present_weight(self) -> Tensor:
         stored = self.base_layer.weight
         if stored.is_meta:
             return stored
-        if is_packed(self.base_layer):
-            stored = dequantized(self.base_layer)
-        dtype = self._float_dtype()
+        one, dtype = self._format, self._format.float_dtype(self.base_layer)
+        if one.quantized:
+            stored = one.read(self.base_layer)
         initial = None
         if self.base_state in ("edited", "in_forward"):
             initial = self.initial_lora_A, self.initial_lora_B
@@ -280,18 +285,12 @@ class LoraLayer(nn.Module):
             gain = self.gain() if self.use_dora else None
         return effective_weight(
             stored, *factors, self.scaling,
-            module_type=self.module_type, dtype=dtype, initial=initial, gain=gain,
+            transposed=one.transposed, dtype=dtype, initial=initial, gain=gain,
         )  # fmt: skip
-
-    def _float_dtype(self) -> torch.dtype:
-        base = self.base_layer
-        return float_dtype(base) if is_packed(base) else base.weight.dtype
 
     def _oriented_weight(self) -> Float[Tensor, "out in"]:
         """The base's present weight, dequantized for packed modules."""
-        if is_packed(self.base_layer):
-            return dequantized(self.base_layer)
-        return orient(self.module_type, self.base_layer.weight.detach())
+        return self._format.read(self.base_layer)
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """s (B A - B0 A0), in float32 or wider; s B A on a kept or replaced base.

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
-from lora_init.weights.kinds import TRANSPOSED_TYPES
 
 
 def effective_weight(
@@ -21,7 +20,7 @@ def effective_weight(
     lora_B: Float[Tensor, "out rank"],
     scaling: float,
     *,
-    module_type: str,
+    transposed: bool,
     dtype: torch.dtype,
     initial: tuple[Tensor, Tensor] | None = None,
     gain: Float[Tensor, " out"] | None = None,
@@ -29,12 +28,12 @@ def effective_weight(
     """g (W + s B A - s B0 A0) in the module's layout, differentiable in g, W, A and B.
 
     Args:
-        stored: W as a module of type `module_type` stores it; dequantized for packed modules.
+        stored: W as the module stores it; dequantized for packed modules.
+        transposed: whether it is stored as (in, out).
         initial: A0 and B0, if the forward pass subtracts their product.
         gain: DoRA's g.
         dtype: the dtype of the result. The sum is computed in float32 or wider and rounded once.
     """
-    transposed = module_type in TRANSPOSED_TYPES
     with full_precision():
         weight = widened(stored).flatten(1)
         lora_A, lora_B = widened(lora_A), widened(lora_B)

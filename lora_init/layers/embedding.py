@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_init.layers.base import LoraLayer
-from lora_init.weights.kinds import embedding_scale
+from lora_init.weights.embedding import embedding_scale
 
 
 class EmbeddingLayer(LoraLayer):

@@ -27,7 +27,7 @@ from lora_init.peft_models.subtraction import (
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.kinds import FORMATS, oriented_weight
 from lora_init.weights.source import BaseWeights
 
 
@@ -158,7 +158,7 @@ def _set_rank(layer: AdaptedLayer, target: Target, operation: Operation) -> None
         operation.set(Item(getattr(layer.module, name), layer.adapter), value)
     if layer.is_embedding:
         return
-    noun = "channels" if target.module_type == "Conv2d" else "features"
+    noun = "channels" if FORMATS[target.module_type].operation == "convolution" else "features"
     for which, side in (("lora_A", "out"), ("lora_B", "in")):
         inner = getattr(layer.module, which)[layer.adapter]
         operation.set(Attribute(inner, f"{side}_{noun}"), target.rank)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lora_init.injection import Transaction, hold_plain
 from lora_init.injection.editing import add_product
 from lora_init.injection.repacking import release
-from lora_init.injection.weights import Held, hold, put_back, store_weight
-from lora_init.weights import bitsandbytes
+from lora_init.weights.format import Held
+from lora_init.weights.kinds import known_format
 
 
 class Absent:
@@ -188,8 +188,10 @@ class FormerWeight:
 
     def undo(self, transaction: Transaction) -> None:
         if self.held is not None:
-            transaction.undo_by(partial(put_back, self.module, hold(self.module, on_cpu=True)))
-            put_back(self.module, self.held)
+            one = known_format(self.module)
+            present = one.hold(self.module, on_cpu=True)
+            transaction.undo_by(partial(one.put_back, self.module, present))
+            one.put_back(self.module, self.held)
         elif self.edit is not None:
             self.edit.undo(transaction)
 
@@ -198,7 +200,7 @@ class FormerWeight:
 class FormerPacking:
     """The packed weights of bitsandbytes modules before they were kept plain."""
 
-    held: dict[nn.Module, bitsandbytes.Held]
+    held: dict[nn.Module, Held]
 
     def undo(self, transaction: Transaction) -> None:
         release(self.held, transaction)
@@ -261,9 +263,10 @@ class Operation:
         self, name: str, module: nn.Module, weight: Float[Tensor, "out in"], edit: Edit | None
     ) -> None:
         """Give a module another weight, and keep a copy of the present one in CPU memory."""
-        held = hold(module, on_cpu=True)
-        self.transaction.undo_by(partial(put_back, module, held))
-        store_weight(module, weight)
+        one = known_format(module)
+        held = one.hold(module, on_cpu=True)
+        self.transaction.undo_by(partial(one.put_back, module, held))
+        one.write(module, weight)
         self.changes.append(FormerWeight(name, module, held, edit))
 
     def keep_plain(self, model: nn.Module) -> None:

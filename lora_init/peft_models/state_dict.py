@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_init.peft_models.layers import AdaptedLayer, adapted_layers
 from lora_init.peft_models.start import base_owner
-from lora_init.weights.kinds import stored_weight
+from lora_init.weights.kinds import known_format
 
 # FSDP, activation checkpointing and torch.compile add these to module names, not to keys.
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -191,16 +191,18 @@ def _initial(layer: AdaptedLayer, which: str, like: Tensor) -> Tensor:
 
 
 def _original_weight(layer: AdaptedLayer, weight: Tensor) -> Tensor:
-    product = stored_weight(layer.base, layer.base_start.product()).view(weight.shape)
-    return (weight + product.to(weight.device)).to(weight.dtype)
+    return (weight + _stored_product(layer).to(weight.device)).to(weight.dtype)
 
 
 def _edited_weight(layer: AdaptedLayer, weight: Tensor) -> Tensor:
     present = layer.base.weight.detach()
     if torch.equal(_original_weight(layer, present), weight.to(present)):
         return present  # exactly, without the rounding of a sum and a difference
-    product = stored_weight(layer.base, layer.base_start.product()).view(present.shape)
-    return (weight - product.to(weight.device)).to(weight.dtype)
+    return (weight - _stored_product(layer).to(weight.device)).to(weight.dtype)
+
+
+def _stored_product(layer: AdaptedLayer) -> Tensor:
+    return known_format(layer.base).stored(layer.base, layer.base_start.product())
 
 
 def _is_called_by(function: str) -> bool:

@@ -27,8 +27,8 @@ from lora_init.peft_models.changes import Attribute, Hook, Operation
 from lora_init.peft_models.layers import START, AdaptedLayer
 from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Plan, Target
-from lora_init.weights import bitsandbytes
-from lora_init.weights.kinds import embedding_scale, stored_weight
+from lora_init.weights.embedding import embedding_scale
+from lora_init.weights.kinds import known_format
 
 EDITED_DTYPES = (torch.float32, torch.float64)
 """The dtypes of weights that can hold the difference without a loss that matters."""
@@ -124,12 +124,13 @@ def complete_output(
 def initial_output(base: nn.Module, start: Start, x: Tensor) -> Tensor:
     """s B0 A0 x, by the operations with which PEFT's layer computes s B A x."""
     lora_A, lora_B = start.factors()
-    if isinstance(base, nn.Embedding):
+    operation = known_format(base).operation
+    if operation == "lookup":
         rows = functional.embedding(x, lora_A.T) @ lora_B.T * start.scaling
         scale = embedding_scale(base)
         return rows if scale is None else rows * scale
     x = x.to(lora_A.dtype)
-    if isinstance(base, nn.Conv2d):
+    if operation == "convolution":
         kernel = lora_A.view(-1, *base.weight.shape[1:])
         hidden = functional.conv2d(x, kernel, None, base.stride, base.padding)
         return functional.conv2d(hidden, lora_B[:, :, None, None]) * start.scaling
@@ -146,9 +147,7 @@ def delta_weight(module: Any, adapter: str) -> Tensor:
     delta = low_rank_product(layer.matrix("lora_A"), layer.matrix("lora_B"), layer.scaling)
     if not module.merged_adapters:
         delta -= layer.base_start.product()
-    if bitsandbytes.is_packed(layer.base):
-        return delta
-    return stored_weight(layer.base, delta).view(layer.base.weight.shape)
+    return known_format(layer.base).stored(layer.base, delta)
 
 
 def weight_norm(
@@ -169,8 +168,6 @@ def weight_norm(
         return norm(weight, lora_weight, scaling)
     # In float32: a norm that is rounded to 16 bits would give a gain other than 1 at step 0.
     with torch.autocast(weight.device.type, enabled=False):
-        product = layer.base_start.product()
-        if not bitsandbytes.is_packed(layer.base):
-            product = stored_weight(layer.base, product).view(weight.shape)
+        product = known_format(layer.base).stored(layer.base, layer.base_start.product())
         residual = weight.to(product.dtype) - product.to(weight.device)
         return norm(residual, lora_weight.to(product.dtype), scaling)

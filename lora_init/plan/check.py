@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.registry import Initializer, Options
-from lora_init.weights.bitsandbytes import is_packed, quantizer_of
-from lora_init.weights.kinds import module_type, refusal, replaced_forward
+from lora_init.weights.kinds import class_format, is_quantized, known_format, module_type
 from lora_init.weights.offload import is_offloaded
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,26 +64,14 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
         ValueError: the state of the weight is not supported (offloaded, made in inference mode).
     """
     module = model.get_submodule(name)
-    kind = module_type(module)
-    if (reason := refusal(module)) is not None:
+    stored = class_format(module)
+    if stored is not None and (reason := stored.refusal(module)) is not None:
+        raise TypeError(f"target {name!r} {reason}. Leave it out with exclude_modules")
+    if stored is None or stored.name not in spec.modules:
+        kind = module_type(module) + _stacked(module)
         raise TypeError(
-            f"target {name!r} is a {type(module).__name__}, which is not supported: {reason}. "
-            "Leave it out with exclude_modules"
-        )
-    if kind not in spec.modules:
-        raise TypeError(
-            f"target {name!r} is a {kind}{_stacked(module)}, which {spec.name} does not support; "
+            f"target {name!r} is a {kind}, which {spec.name} does not support; "
             f"must be one of {', '.join(sorted(spec.modules))}. Leave it out with exclude_modules"
-        )
-    if kind == "Conv2d" and module.groups != 1:
-        raise TypeError(
-            f"target {name!r} is a Conv2d with groups={module.groups}, which is not supported: "
-            "groups must be 1. Leave it out with exclude_modules"
-        )
-    if kind == "Embedding" and module.max_norm is not None:
-        raise TypeError(
-            f"target {name!r} is an Embedding with max_norm={module.max_norm}, which rescales its "
-            "weight in every forward pass; leave it out with exclude_modules"
         )
     weight = module._parameters.get("weight")
     if weight is None:
@@ -92,17 +79,15 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
             f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
             "cannot be adapted in place; remove the parametrization first"
         )
-    _check_presence(name, module, weight)
+    if (reason := stored.unreadable(module)) is not None:
+        raise ValueError(f"target {name!r}: {reason}")
+    _check_presence(name, weight)
     if spec.base == "replace" and weight.is_meta and is_offloaded(module):
         raise ValueError(
             f"target {name!r}: its weight is offloaded by Accelerate, but {spec.name} replaces "
             "it; load the model into memory first"
         )
-    if is_packed(module):
-        try:
-            quantizer_of(module)
-        except ValueError as error:
-            raise ValueError(f"target {name!r}: {error}") from error
+    if stored.quantized:
         return
     if weight.is_inference() and spec.base != "keep":
         raise ValueError(
@@ -141,7 +126,7 @@ def computes_product(name: str, module: nn.Module) -> bool:
     Raises:
         TypeError: the replaced forward computes a different function.
     """
-    found = replaced_forward(module)
+    found = known_format(module).replaced_forward(module)
     if found is None or found.reason is None:
         return True
     if not found.is_close:
@@ -192,7 +177,7 @@ def check_trained(model: nn.Module, name: str, owners: Mapping[int, list[Extent]
     inner = {id(part) for part in module.modules()}
     for path, part in module.named_modules(prefix=name):
         for key, parameter in part._parameters.items():
-            if parameter is None or is_packed(part):
+            if parameter is None or is_quantized(part):
                 continue
             own = extent(f"{path}.{key}", parameter)
             others = (other for other in owners.get(own.storage, ()) if own.overlaps(other))
@@ -217,16 +202,11 @@ def warn_of_float16(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None
         )
 
 
-def _check_presence(name: str, module: nn.Module, weight: Tensor) -> None:
-    """Raise if a weight has no local values: partitioned, flattened, or packed on the meta device.
+def _check_presence(name: str, weight: Tensor) -> None:
+    """Raise if a weight has no local values: partitioned, or flattened.
 
     Float weights on the meta device are supported: see `lora_init.weights.source`.
     """
-    if weight.is_meta and is_packed(module):
-        raise ValueError(
-            f"target {name!r}: its quantized weight is on the meta device (offloaded, or not "
-            "loaded); load the model into memory first, or build it without a quantization_config"
-        )
     if hasattr(weight, "ds_id"):
         raise ValueError(
             f"target {name!r}: its weight is partitioned by DeepSpeed ZeRO-3; inject the adapter "

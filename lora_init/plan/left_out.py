@@ -16,8 +16,7 @@ from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.match import Selection, excluder, list_matcher, looks_linear, output_names
 from lora_init.plan.new_weights import are_known, new_modules
 from lora_init.tables import grouped
-from lora_init.weights.kinds import module_type
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.kinds import is_linear
 
 # Name parts of tensors that multiply activations. Position tables, biases, scales and learned
 # tokens can have two or three dimensions too.
@@ -83,7 +82,7 @@ def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> I
     excluded = excluder(config.exclude_modules)
     for name, module in model.named_modules():
         known = name in passed or name.startswith(inside) or excluded(name)
-        if known or module_type(module) in LINEAR_TYPES:
+        if known or is_linear(module):
             continue
         if looks_linear(module):
             inside += (f"{name}.",)  # one line for the module, none for its parts
@@ -103,7 +102,7 @@ def _named(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterat
     candidates = {"", *selection.candidates} - {*selection.names}
     excluded = excluder(config.exclude_modules)
     for name, module in model.named_modules():
-        if name not in candidates or module_type(module) in LINEAR_TYPES or excluded(name):
+        if name not in candidates or is_linear(module) or excluded(name):
             continue
         for part, tensor in _matrices(module):
             path = f"{name}.{part}".removeprefix(".")

@@ -28,8 +28,7 @@ from lora_init.plan.match import PatternValues, select
 from lora_init.plan.plan import Plan, Target
 from lora_init.plan.state_space import read_by_kernel
 from lora_init.registry import Initializer
-from lora_init.weights.bitsandbytes import is_packed
-from lora_init.weights.kinds import module_type, weight_description, weight_shape
+from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
 
 QUANTIZED_BASES = ("in_forward", "requantize")
 
@@ -124,7 +123,8 @@ def make_plan(
         if reason is not None:
             omitted.append(LeftOut(name, type(module).__name__, reason))
             continue
-        shape = weight_shape(module)
+        stored = known_format(module)
+        rows, columns = shape = stored.shape(module)
         rank = ranks(name)
         if not any_rank:
             narrow = rank_excess(rank, shape, spec)
@@ -136,13 +136,13 @@ def make_plan(
         targets.append(
             Target(
                 name=name,
-                module_type=module_type(module),
-                shape=shape,
-                dtype=weight_description(module),
+                module_type=stored.name,
+                shape=(rows, columns),
+                dtype=stored.describe(module),
                 rank=rank,
                 alpha=alpha,
                 scaling=config.scaling(rank, alpha),
-                quantized=is_packed(module),
+                quantized=stored.quantized,
                 shared_with=sharers(name, module, owners),
                 exact=computes_product(name, module),
             )
@@ -162,14 +162,14 @@ def make_plan(
         check_trained(model, name, owners)
         inside = dict(model.get_submodule(name).named_modules(prefix=name))
         check_values("modules_to_save", model.get_submodule(name).named_parameters(name))
-        quantized = [path for path, module in inside.items() if is_packed(module)]
+        quantized = [path for path, module in inside.items() if is_quantized(module)]
         if quantized:
             raise ValueError(
                 f"modules_to_save: {quantized[0]!r} is a {module_type(inside[quantized[0]])}, "
                 "whose codes cannot be trained; load the model with "
                 f"llm_int8_skip_modules=[{name.rpartition('.')[2]!r}] in its quantization_config"
             )
-    embeddings = [target.name for target in targets if target.module_type == "Embedding"]
+    embeddings = [t.name for t in targets if FORMATS[t.module_type].operation == "lookup"]
     if config.lora_bias and embeddings:
         raise ValueError(
             f"lora_bias=True with the Embedding {embeddings[0]!r}: an embedding has no bias; leave "

@@ -19,8 +19,7 @@ from torch import nn
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.architectures import DEFAULT_TARGETS
 from lora_init.plan.patterns import Expression
-from lora_init.weights.kinds import module_type
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.kinds import is_linear
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,7 @@ def select(
     candidates = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
     if target == ALL_LINEAR:
         heads = output_names(model, config)
-        matched = [
-            name
-            for name in candidates
-            if module_type(modules[name]) in LINEAR_TYPES and name not in heads
-        ]
+        matched = [name for name in candidates if is_linear(modules[name]) and name not in heads]
     elif isinstance(target, str):
         expression = Expression("target_modules", target)
         matched = [name for name in candidates if expression.fullmatch(name)]
@@ -271,9 +266,7 @@ def _nothing_matched(model: nn.Module, target: Any, matched: list[str], config: 
             f"{target!r}, which matched {_some(matched)}"
         )
     linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if module_type(module) in LINEAR_TYPES
+        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)
     }
     layers = (
         f" with layers_to_transform={config.layers_to_transform!r}"

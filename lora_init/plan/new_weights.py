@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_init.config.lora_config import LoraConfig
 from lora_init.plan.match import name_matches
-from lora_init.weights.bitsandbytes import is_packed
+from lora_init.weights.kinds import is_quantized
 
 MARK = "_is_hf_initialized"
 
@@ -71,7 +71,7 @@ def _largest_new(module: nn.Module, name: str) -> Iterator[str]:
         path = f"{name}.{part}".removeprefix(".")
         # A list of modules has no forward pass, so it cannot be wrapped by a trained copy.
         callable_ = type(child).forward is not nn.Module.forward
-        if callable_ and is_new(child) and not any(map(is_packed, child.modules())):
+        if callable_ and is_new(child) and not any(map(is_quantized, child.modules())):
             yield path
         else:
             yield from _largest_new(child, path)

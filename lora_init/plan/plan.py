@@ -32,7 +32,7 @@ class Target:
     """One module that gets an adapter.
 
     Attributes:
-        shape: (out, in), as in `lora_init.weights.kinds`.
+        shape: (out, in), as in `lora_init.weights.format`.
         dtype: the weight's dtype, or the format of a packed weight ("nf4/64").
         rank, alpha, scaling: r, alpha and the resulting factor s.
         quantized: whether the weight is packed.

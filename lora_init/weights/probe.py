@@ -11,13 +11,16 @@ import copy
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.linalg.precision import full_precision
+
+if TYPE_CHECKING:
+    from lora_init.weights.float import FloatFormat
 
 SCALES = (1e-3, 1.0, 1e3)
 """Scales of the inputs. The largest exposes clamps, the smallest a quantizer's fixed step."""
@@ -42,23 +45,23 @@ class Finding:
     is_close: bool
 
 
-def probe(module: nn.Module, kind: str) -> Finding:
+def probe(module: nn.Module, stored: FloatFormat) -> Finding:
     """Compare the module's function with the product of its stored weight.
 
     Args:
         module: a float module whose weight is in memory.
-        kind: "Linear", "Conv1D", "Conv2d" or "Embedding": how the weight is stored and used.
+        stored: how the weight is stored and used.
     """
     own = module.weight.dtype
     dtypes = dict.fromkeys((own, torch.promote_types(own, torch.float32)))
     devices = [module.weight.device] if module.weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), full_precision():
-        found = [_of_dtype(module, kind, dtype) for dtype in dtypes]
+        found = [_of_dtype(module, stored, dtype) for dtype in dtypes]
     reasons = [finding.reason for finding in found if finding.reason is not None]
     return Finding(reasons[0] if reasons else None, all(finding.is_close for finding in found))
 
 
-def _of_dtype(module: nn.Module, kind: str, dtype: torch.dtype) -> Finding:
+def _of_dtype(module: nn.Module, stored: FloatFormat, dtype: torch.dtype) -> Finding:
     is_close, reason = True, None
     for training in dict.fromkeys((module.training, True, False)):
         twin, function = _twin(module, dtype)
@@ -67,13 +70,13 @@ def _of_dtype(module: nn.Module, kind: str, dtype: torch.dtype) -> Finding:
         elif training != module.training:
             continue
         try:
-            errors = _errors(twin, function, kind)
-            is_close &= min(_relative_errors(twin, function, kind)) <= LARGEST_QUANTIZATION_ERROR
+            errors = _errors(twin, function, stored)
+            is_close &= min(_relative_errors(twin, function, stored)) <= LARGEST_QUANTIZATION_ERROR
             if max(errors) > 1:
                 mode = "training" if training else "eval"
                 reason = f"its {mode} output is not the product with its weight plus its bias"
             elif twin is not module and (names := _perturb(twin)):
-                errors = _errors(twin, function, kind)
+                errors = _errors(twin, function, stored)
                 if max(errors) > 1:
                     reason = f"its output depends on {', '.join(names)} too"
         except Exception as error:
@@ -125,53 +128,53 @@ def _perturb(twin: nn.Module) -> list[str]:
     return names
 
 
-def _cases(twin: nn.Module, kind: str) -> list[Tensor]:
+def _cases(twin: nn.Module, stored: FloatFormat) -> list[Tensor]:
     """Inputs of several shapes, each with rows of all scales and both signs."""
     weight = twin.weight
     generator = torch.Generator().manual_seed(0)
-    if kind == "Embedding":
+    if stored.operation == "lookup":
         ids = torch.randint(len(weight), (3, 4), generator=generator, device="cpu")
         ids = ids.to(weight.device)
         return [ids, ids[0]]
-    if kind == "Conv2d":
+    if stored.operation == "convolution":
         reach = [d * (k - 1) + 1 + 2 * s for k, d, s in
                  zip(twin.kernel_size, twin.dilation, twin.stride, strict=True)]  # fmt: skip
         shape = (len(SCALES), twin.in_channels, *reach)
     else:
-        width = weight.shape[0] if kind == "Conv1D" else weight.shape[1]
-        shape = (2 * len(SCALES), width)
+        shape = (2 * len(SCALES), stored.shape(twin)[1])
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     scales = SCALES if weight.dtype.itemsize >= 4 else (1e-2, 1.0, 1.0)  # 16 bits overflow
     for first, scale in enumerate(scales):
         x[first :: len(scales)] *= scale
     x = x.to(weight.device, weight.dtype)
-    return [x, x[0]] if kind == "Conv2d" else [x, x.view(2, len(SCALES), -1)]
+    return [x, x[0]] if stored.operation == "convolution" else [x, x.view(2, len(SCALES), -1)]
 
 
-def _product(twin: nn.Module, x: Tensor, kind: str) -> Tensor:
+def _product(twin: nn.Module, x: Tensor, stored: FloatFormat) -> Tensor:
     weight, bias = twin.weight, getattr(twin, "bias", None)
-    if kind == "Embedding":
+    if stored.operation == "lookup":
         return functional.embedding(x, weight)
-    if kind == "Conv2d":
+    if stored.operation == "convolution":
         return nn.Conv2d._conv_forward(twin, x, weight, bias)
-    return functional.linear(x, weight.T if kind == "Conv1D" else weight, bias)
+    return functional.linear(x, stored.orient(weight), bias)
 
 
-def _errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
+def _errors(twin: nn.Module, function: Callable, stored: FloatFormat) -> list[float]:
     """The largest error of each case, in units of the rounding tolerance."""
     weight = twin.weight
     tolerance = TOLERANCES.get(weight.dtype, 4 * torch.finfo(weight.dtype).eps)
     bias = getattr(twin, "bias", None)
-    size = weight.float().norm() if kind == "Embedding" else _row_norms(weight, kind).amax()
+    is_lookup, rows = stored.operation == "lookup", stored.orient(weight).float()
+    size = rows.norm() if is_lookup else rows.norm(dim=1).amax()
     errors = []
-    for x in _cases(twin, kind):
-        wanted, found = _product(twin, x, kind), _called(function, x)
+    for x in _cases(twin, stored):
+        wanted, found = _product(twin, x, stored), _called(function, x)
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise TypeError(
                 f"it returns {found.dtype} of shape {tuple(found.shape)}, not {wanted.dtype} of "
                 f"shape {tuple(wanted.shape)}"
             )
-        norms = size if kind == "Embedding" else size * _input_norms(x, wanted, kind)
+        norms = size if is_lookup else size * _input_norms(x, wanted, stored)
         if bias is not None:
             norms = norms + bias.abs().amax()
         difference = (found - wanted).abs().nan_to_num(nan=torch.inf) / (norms * tolerance + 1e-30)
@@ -179,15 +182,16 @@ def _errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
     return errors
 
 
-def _relative_errors(twin: nn.Module, function: Callable, kind: str) -> list[float]:
+def _relative_errors(twin: nn.Module, function: Callable, stored: FloatFormat) -> list[float]:
     """The error at each scale of the inputs, relative to the norm of the outputs."""
-    rows = _cases(twin, kind)[:1]
-    if kind != "Embedding":  # both signs of each row, because a gate opens for only one of them
+    rows = _cases(twin, stored)[:1]
+    if stored.operation != "lookup":
+        # Both signs of each row, because a gate opens for only one of them.
         rows = [rows[0][first :: len(SCALES)] for first in range(len(SCALES))]
         rows = [torch.cat([part, -part]) for part in rows]
     errors = []
     for part in rows:
-        found, wanted = _called(function, part), _product(twin, part, kind)
+        found, wanted = _called(function, part), _product(twin, part, stored)
         errors.append(float((found - wanted).norm() / wanted.norm().clamp_min(1e-30)))
     return errors
 
@@ -199,13 +203,8 @@ def _called(function: Callable, x: Tensor) -> Tensor:
     return found
 
 
-def _row_norms(weight: Tensor, kind: str) -> Tensor:
-    rows = weight.T if kind == "Conv1D" else weight.flatten(1)
-    return rows.float().norm(dim=1)
-
-
-def _input_norms(x: Tensor, wanted: Tensor, kind: str) -> Tensor:
+def _input_norms(x: Tensor, wanted: Tensor, stored: FloatFormat) -> Tensor:
     """‖x‖ of the input of each output, in a shape that broadcasts over the outputs."""
-    if kind != "Conv2d":
+    if stored.operation != "convolution":
         return x.float().norm(dim=-1, keepdim=True)
     return x.float().flatten(-3).norm(dim=-1)[..., None, None, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.weights.checkpoint import OriginalWeights
-from lora_init.weights.kinds import orient, oriented_weight
+from lora_init.weights.kinds import FORMATS, oriented_weight
 from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, offloaded_weight
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ class BaseWeights:
             stored = self.originals.weight(self._stored_name(target))
         else:
             raise _nowhere(target)
-        return orient(target.module_type, stored.to(factor_device(module), module.weight.dtype))
+        stored = stored.to(factor_device(module), module.weight.dtype)
+        return FORMATS[target.module_type].orient(stored)
 
     def target_weight(self, target: Target) -> Float[Tensor, "out in"]:
         """The second weight, on the device of the first one.

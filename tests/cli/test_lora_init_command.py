@@ -11,7 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import lora_init
 from lora_init import LoraConfig, get_peft_model
@@ -143,6 +150,18 @@ def test_residual_base_has_rank_r(run, checkpoint, tmp_path, method):
     torch.testing.assert_close(
         logits(out, out / "base"), model(TOKENS).logits.detach(), rtol=1e-5, atol=2e-5
     )
+
+
+def test_residual_base_of_a_model_that_stores_in_by_out(run, tmp_path):
+    """A square Conv1D has the shape of its transpose."""
+    torch.manual_seed(0)
+    original = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)).eval()
+    original.save_pretrained(tmp_path / "model")
+    words = ["make", tmp_path / "model", tmp_path / "out", "-r", 4, "--residual", "--json"]
+    run(*words, "--target-modules", "c_attn,attn.c_proj")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "base")
+    model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    torch.testing.assert_close(model(TOKENS).logits, original(TOKENS).logits)
 
 
 def test_residual_states_the_rounding_error(run, checkpoint, tmp_path):

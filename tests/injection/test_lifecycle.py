@@ -20,9 +20,9 @@ from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, list_initializers, reinitialize
 from lora_init.injection import inject
-from lora_init.injection import merge as merging
 from lora_init.plan.plan import Plan
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.kinds import FORMATS, oriented_weight
+from lora_init.weights.linear import LinearFormat
 
 CASES = [
     Case(),
@@ -273,7 +273,7 @@ def test_failing_merge_leaves_the_adapter_unmerged(method, case, monkeypatch):
     expected = model(x)
     for call in range(1, len(case.shapes) + 1):
         with monkeypatch.context() as patch:
-            fail_at(patch, merging, "store_weight", call)
+            fail_at(patch, type(FORMATS[case.kind]), "write", call)
             with pytest.raises(MemoryError):
                 model.merge_adapter()
         assert_unchanged(base, before)
@@ -286,7 +286,7 @@ def test_failing_merge_and_unload_can_be_finished(monkeypatch):
     x = chain_inputs(20)
     expected = model(x)
     with monkeypatch.context() as patch:
-        fail_at(patch, merging, "store_weight", 2)
+        fail_at(patch, LinearFormat, "write", 2)
         with pytest.raises(MemoryError):
             model.merge_and_unload()
     assert_gap(model(x), expected, 1e-6)

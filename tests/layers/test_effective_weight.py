@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.weights.kinds import orient
+from lora_init.weights.kinds import FORMATS
 
 KINDS = ("Linear", "Conv1D", "Conv2d", "Embedding", "Linear4bit", "Linear8bitLt")
 STARTS = {"pissa": {}, "olora": {}, "kaiming": {}, "pissa-dora": {"use_dora": True}}
@@ -55,11 +55,12 @@ def test_the_weight_is_the_one_that_the_layer_multiplies_by(kind, dtype, start):
         if not case.packed:
             assert layer.weight.shape == stored.shape
             assert layer.weight.dtype == stored.dtype
-        assert gap(orient(layer.module_type, layer.weight).float(), layer.merged_weight()) < bound
+        orient = FORMATS[layer.module_type].orient
+        assert gap(orient(layer.weight).float(), layer.merged_weight()) < bound
         with model.disable_adapter():
             wanted = layer._oriented_weight if case.packed else None
-            wanted = wanted() if wanted else orient(kind, originals[name].weight)
-            assert gap(orient(layer.module_type, layer.weight), wanted) < bound
+            wanted = wanted() if wanted else orient(originals[name].weight)
+            assert gap(FORMATS[layer.module_type].orient(layer.weight), wanted) < bound
     merged = {name: layer.weight.detach() for name, layer in model.layers.items()}
     if not case.packed:  # merging rounds to codes
         model.merge_adapter()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init.weights.bitsandbytes import is_packed, keep_plain
+from lora_init.weights.kinds import is_quantized, known_format
 
 
 def kept_plain(model):
@@ -16,8 +16,8 @@ def kept_plain(model):
     """
     twin = copy.deepcopy(model)
     for module in twin.modules():
-        if is_packed(module):
-            keep_plain(module)
+        if is_quantized(module):
+            known_format(module).keep_plain(module)
     return twin
 
 
@@ -57,7 +57,7 @@ def packed(model, kind, skip=("lm_head", "classifier")):
             )  # fmt: skip
         new.load_state_dict(module.state_dict())
         new = new.to("cpu").requires_grad_(False).eval()
-        keep_plain(new)
+        known_format(new).keep_plain(new)
         parent, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
     setattr(model, f"is_loaded_in_{'8' if kind == 'int8' else '4'}bit", True)  # what PEFT looks at

@@ -13,7 +13,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.weights.kinds import module_type, refusal
+from lora_init.weights.kinds import class_format, module_type
 
 
 class Transposed(nn.Linear):
@@ -121,6 +121,10 @@ OTHERS = (
     Clamped, Noisy, WithLora, Gated, Quantizing, Normed, Router, Clipping, Padding,
     OPTLearnedPositionalEmbedding,
 )  # fmt: skip
+
+
+def refusal(module):
+    return class_format(module).refusal(module)
 
 
 def made(cls, dtype=torch.float32):

@@ -11,7 +11,7 @@ from simulated_device import CUDA, place, simulated_cuda
 from torch import nn
 
 from lora_init.quantization import Quantizer
-from lora_init.weights import bitsandbytes as packed
+from lora_init.weights.kinds import FORMATS, is_quantized, known_format, oriented_weight
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
@@ -99,6 +99,10 @@ def decoded(module):
                 return torch.tensor(values, dtype=torch.float64).reshape(module.out_features, -1)
 
 
+def described(module):
+    return known_format(module).describe(module)
+
+
 def state_of(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -111,24 +115,24 @@ def assert_same_state(actual, expected):
 
 
 def test_detection_is_by_class():
-    assert packed.is_packed(four_bits(gaussian(32, 64)))
-    assert packed.is_packed(eight_bits(gaussian(32, 64)))
-    assert packed.is_packed(bitsandbytes.nn.LinearNF4(64, 32))
+    assert is_quantized(four_bits(gaussian(32, 64)))
+    assert is_quantized(eight_bits(gaussian(32, 64)))
+    assert is_quantized(bitsandbytes.nn.LinearNF4(64, 32))
     plain = nn.Linear(4, 4)
-    assert not packed.is_packed(plain)
+    assert not is_quantized(plain)
     plain.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
-    assert not packed.is_packed(plain)
+    assert not is_quantized(plain)
 
 
 @every_four_bits
 @pytest.mark.parametrize("shape", [(64, 128), (48, 96), (7, 131), (3, 5), (10, 100)])
 def test_dequantized_is_what_the_codes_say(shape, kind, double):
     module = four_bits(gaussian(*shape), kind, double)
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
     assert values.dtype == torch.float32
-    assert packed.weight_shape(module) == shape == values.shape
+    assert known_format(module).shape(module) == shape == values.shape
     torch.testing.assert_close(values.double(), decoded(module), rtol=1e-6, atol=1e-8)
-    assert torch.equal(values, packed.quantizer_of(module).roundtrip(gaussian(*shape)))
+    assert torch.equal(values, known_format(module).quantizer(module).roundtrip(gaussian(*shape)))
 
 
 @every_four_bits
@@ -138,7 +142,7 @@ def test_dequantized_under_any_storage_and_weight_dtype(kind, double, storage, d
     weight = gaussian(32, 64).to(dtype)
     module = four_bits(weight, kind, double, storage=storage, block_size=32)
     assert module.weight.dtype == storage
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
     assert torch.equal(values, Quantizer(kind, 4, 32, double).roundtrip(weight))
     torch.testing.assert_close(values.double(), decoded(module), rtol=1e-6, atol=1e-8)
 
@@ -147,7 +151,7 @@ def test_dequantized_under_any_storage_and_weight_dtype(kind, double, storage, d
 def test_dequantized_is_what_a_four_bit_module_multiplies_by(kind, double):
     module = four_bits(gaussian(64, 128), kind, double)
     before = copy.deepcopy(module)
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
     torch.testing.assert_close(product_with_identity(module, training=True), values)
     assert_same_state(module.state_dict(), state_of(before))
 
@@ -157,12 +161,12 @@ def test_dequantized_is_what_a_four_bit_module_multiplies_by(kind, double):
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_dequantized_after_the_repacking(kind, double, storage):
     module = four_bits(gaussian(64, 128), kind, double, storage=storage)
-    exact = packed.dequantized(module)
+    exact = oriented_weight(module)
     product = product_with_identity(module, training=False)
     data, state = module.weight.data, module.weight.quant_state
     assert state.packing_format_for_cpu
     fields = dict(vars(state))
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
 
     # Only the scales are rounded, to bfloat16: the same codes, block by block.
     blocks = values.reshape(-1, 64) / exact.reshape(-1, 64)
@@ -174,8 +178,8 @@ def test_dequantized_after_the_repacking(kind, double, storage):
     later = product_with_identity(module, training=True)
     torch.testing.assert_close(later, values, rtol=2**-7, atol=1e-6)
 
-    assert packed.weight_shape(module) == (64, 128)
-    assert packed.quantizer_of(module) == Quantizer(kind, 4, 64, double)
+    assert known_format(module).shape(module) == (64, 128)
+    assert known_format(module).quantizer(module) == Quantizer(kind, 4, 64, double)
     assert module.weight.data.data_ptr() == data.data_ptr()
     assert all(vars(state)[name] is fields[name] for name in fields)
 
@@ -184,20 +188,20 @@ def test_dequantized_after_the_repacking(kind, double, storage):
 def test_dequantized_after_state_dict_has_half_undone_the_repacking():
     module = four_bits(gaussian(64, 128))
     product_with_identity(module, training=False)
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
     module.state_dict()
     assert not module.weight.quant_state.packing_format_for_cpu
-    assert torch.equal(packed.dequantized(module), values)
+    assert torch.equal(oriented_weight(module), values)
 
 
 @repacking_cpu
 def test_dequantized_where_the_repacking_failed():
     module = four_bits(gaussian(64, 96), double=True)
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
     with pytest.raises(RuntimeError, match="invalid for input"):
         product_with_identity(module, training=False)
-    assert torch.equal(packed.dequantized(module), values)
-    assert packed.description(module) == "nf4/64 double"
+    assert torch.equal(oriented_weight(module), values)
+    assert known_format(module).describe(module) == "nf4/64 double"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -205,16 +209,16 @@ def test_dequantized_eight_bits_before_and_after_the_first_forward(training):
     weight = gaussian(48, 33)
     module = eight_bits(weight)
     codes, scale = module.weight.CB.clone(), module.weight.SCB.clone()
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
     expected = codes.double() * scale.double()[:, None] / 127
     torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-9)
     assert (values - weight).abs().max() < 0.6 * scale.max() / 127
 
     product = product_with_identity(module, training=training)
     assert module.weight.CB is None
-    assert torch.equal(packed.dequantized(module), values)
+    assert torch.equal(oriented_weight(module), values)
     torch.testing.assert_close(product, values, rtol=2e-3, atol=1e-5)
-    assert packed.weight_shape(module) == (48, 33)
+    assert known_format(module).shape(module) == (48, 33)
 
 
 @every_kind
@@ -225,17 +229,17 @@ def test_requantize_equals_the_quantizer_and_the_forward(kind, ran):
     if ran is not None:
         product_with_identity(module, training=ran)
     weight = gaussian(64, 128, seed=1)
-    quantizer = packed.quantizer_of(module)
+    quantizer = known_format(module).quantizer(module)
     old, device = module.weight, module.weight.device
-    packed.requantize(module, weight)
+    known_format(module).write(module, weight)
 
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
     assert torch.equal(values, quantizer.roundtrip(weight))
     assert module.weight is not old
     assert type(module.weight) is type(old)
     assert not module.weight.requires_grad
     assert module.weight.device == device
-    assert packed.quantizer_of(module) == quantizer
+    assert known_format(module).quantizer(module) == quantizer
     assert [name for name, _ in module.named_parameters()] == ["weight", "bias"]
     for training in (True, False, True):
         product = product_with_identity(module, training=training)
@@ -247,7 +251,7 @@ def test_requantize_equals_the_quantizer_and_the_forward(kind, ran):
 def test_requantize_is_bitsandbytes_own_on_a_cpu(shape, kind, double):
     weight = gaussian(*shape, seed=1)
     module = four_bits(gaussian(*shape), kind, double)
-    packed.requantize(module, weight)
+    known_format(module).write(module, weight)
     assert_same_state(module.state_dict(), four_bits(weight, kind, double).state_dict())
     assert module.quant_state is module.weight.quant_state
 
@@ -259,7 +263,7 @@ def test_requantize_keeps_the_storage_and_the_recorded_dtype(storage, training):
     module = four_bits(weight, storage=storage, double=True)
     fresh = state_of(module)
     product_with_identity(module, training=training)
-    packed.requantize(module, weight)
+    known_format(module).write(module, weight)
     assert_same_state(module.state_dict(), fresh)
     assert module.weight.quant_storage == storage
 
@@ -267,9 +271,9 @@ def test_requantize_keeps_the_storage_and_the_recorded_dtype(storage, training):
 @every_kind
 def test_requantizing_the_values_keeps_them(kind):
     module = make(kind, gaussian(64, 128))
-    codes, values = module.weight.data.clone(), packed.dequantized(module)
-    packed.requantize(module, values)
-    again = packed.dequantized(module)
+    codes, values = module.weight.data.clone(), oriented_weight(module)
+    known_format(module).write(module, values)
+    again = oriented_weight(module)
     if "fp4" not in kind:  # which has two codes for zero
         assert torch.equal(module.weight.data, codes)
     assert torch.equal(again == 0, values == 0)
@@ -280,24 +284,24 @@ def test_requantizing_the_values_keeps_them(kind):
 def test_requantize_of_eight_bits_does_not_round_to_float16():
     weight = gaussian(16, 32, seed=2) * 1e7  # beyond float16
     module = eight_bits(gaussian(16, 32))
-    packed.requantize(module, weight)
-    assert (packed.dequantized(module) - weight).abs().max() <= weight.abs().max() / 253
+    known_format(module).write(module, weight)
+    assert (oriented_weight(module) - weight).abs().max() <= weight.abs().max() / 253
 
 
 @every_kind
 def test_put_back_restores_outputs_and_state_to_the_bit(kind):
     module = make(kind, gaussian(64, 128))
     untouched = copy.deepcopy(module)
-    state, values = state_of(module), packed.dequantized(module)
-    held, parameter = packed.held(module), module.weight
+    state, values = state_of(module), oriented_weight(module)
+    held, parameter = known_format(module).hold(module), module.weight
     for _ in range(2):  # what was held can be put back again
         product_with_identity(module, training=False)
-        packed.requantize(module, gaussian(64, 128, seed=1))
+        known_format(module).write(module, gaussian(64, 128, seed=1))
         product_with_identity(module, training=False)
         product_with_identity(module, training=True)
-        packed.put_back(module, held)
+        known_format(module).put_back(module, held)
         assert module.weight is parameter
-        assert torch.equal(packed.dequantized(module), values)
+        assert torch.equal(oriented_weight(module), values)
         assert_same_state(module.state_dict(), state)
         for training in (True, False, True):
             expected = product_with_identity(copy.deepcopy(untouched), training=training)
@@ -311,13 +315,13 @@ def test_put_back_restores_outputs_and_state_to_the_bit(kind):
 def test_put_back_of_a_module_that_had_run(kind):
     module = make(kind, gaussian(64, 128))
     product = product_with_identity(module, training=False)
-    values, data = packed.dequantized(module), module.weight.data.clone()
-    held = packed.held(module)
-    packed.requantize(module, gaussian(64, 128, seed=1))
+    values, data = oriented_weight(module), module.weight.data.clone()
+    held = known_format(module).hold(module)
+    known_format(module).write(module, gaussian(64, 128, seed=1))
     product_with_identity(module, training=False)
-    packed.put_back(module, held)
+    known_format(module).put_back(module, held)
     assert torch.equal(module.weight.data, data)
-    assert torch.equal(packed.dequantized(module), values)
+    assert torch.equal(oriented_weight(module), values)
     assert torch.equal(product_with_identity(module, training=False), product)
 
 
@@ -326,11 +330,11 @@ def test_8_bit_codes_that_are_put_back_elsewhere_take_their_memory_once(ran):
     module = make("int8", gaussian(64, 128))
     if ran:
         product_with_identity(module, training=False)
-    held = packed.held(module)
-    packed.requantize(module, gaussian(64, 128, seed=1))
+    held = known_format(module).hold(module)
+    known_format(module).write(module, gaussian(64, 128, seed=1))
     with simulated_cuda():
-        packed.put_back(on_device(module, "cuda"), held)
-        codes, scale = packed._int8_state(module)
+        known_format(module).put_back(on_device(module, "cuda"), held)
+        codes, scale = known_format(module).codes_and_scale(module)
         assert place(codes) == place(scale) == place(module.weight.data) == CUDA
         assert codes.data_ptr() == module.weight.data_ptr()
 
@@ -341,20 +345,20 @@ def test_a_deep_copy_is_independent(kind, ran):
     module = make(kind, gaussian(64, 128))
     if ran:
         product_with_identity(module, training=False)
-    values = packed.dequantized(module)
+    values = oriented_weight(module)
     twin = copy.deepcopy(module)
-    assert torch.equal(packed.dequantized(twin), values)
-    packed.requantize(twin, gaussian(64, 128, seed=1))
+    assert torch.equal(oriented_weight(twin), values)
+    known_format(twin).write(twin, gaussian(64, 128, seed=1))
     product_with_identity(twin, training=False)
-    assert torch.equal(packed.dequantized(module), values)
+    assert torch.equal(oriented_weight(module), values)
     copied = copy.deepcopy(twin)
-    assert torch.equal(packed.dequantized(copied), packed.dequantized(twin))
+    assert torch.equal(oriented_weight(copied), oriented_weight(twin))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4 double", "int8"])
 def test_a_requantized_state_loads_into_another_module(kind):
     module = make(kind, gaussian(64, 128))
-    packed.requantize(module, gaussian(64, 128, seed=1))
+    known_format(module).write(module, gaussian(64, 128, seed=1))
     state = state_of(module)
     other = make(kind, gaussian(64, 128))
     if kind == "int8":
@@ -364,7 +368,7 @@ def test_a_requantized_state_loads_into_another_module(kind):
         other.weight = bitsandbytes.nn.Params4bit.from_prequantized(
             state["weight"], statistics, device="cpu", module=other
         )
-    assert torch.equal(packed.dequantized(other), packed.dequantized(module))
+    assert torch.equal(oriented_weight(other), oriented_weight(module))
 
 
 @repacking_cpu
@@ -374,15 +378,15 @@ def test_a_requantized_state_loads_into_another_module(kind):
 def test_keep_plain_gives_derivatives_and_a_right_state(kind, double, storage, half_undone):
     module = four_bits(gaussian(64, 128), kind, double, storage=storage)
     shape = module.weight.shape
-    held = packed.held(module)
+    held = known_format(module).hold(module)
     product_with_identity(module, training=False)
     if half_undone:
         module.state_dict()
-    values = packed.dequantized(module)
-    packed.keep_plain(module)
-    assert torch.equal(packed.dequantized(module), values)
+    values = oriented_weight(module)
+    known_format(module).keep_plain(module)
+    assert torch.equal(oriented_weight(module), values)
     assert (module.weight.shape, module.weight.dtype) == (shape, storage)
-    assert packed.quantizer_of(module) == Quantizer(kind, 4, 64, double)
+    assert known_format(module).quantizer(module) == Quantizer(kind, 4, 64, double)
     for training in (False, True):
         product = product_with_identity(module, training=training)
         torch.testing.assert_close(product, values)
@@ -391,7 +395,7 @@ def test_keep_plain_gives_derivatives_and_a_right_state(kind, double, storage, h
     torch.testing.assert_close(inputs.grad, values.sum(0).expand(3, -1))
     state = module.state_dict()
     assert state["weight.absmax"].shape == (128,)
-    packed.put_back(module, held)
+    known_format(module).put_back(module, held)
     product_with_identity(module, training=False)
     assert module.weight.quant_state.packing_format_for_cpu
 
@@ -399,30 +403,29 @@ def test_keep_plain_gives_derivatives_and_a_right_state(kind, double, storage, h
 def test_keep_plain_leaves_what_never_ran_alone():
     module = four_bits(gaussian(64, 128), double=True)
     state = state_of(module)
-    packed.keep_plain(module)
+    known_format(module).keep_plain(module)
     product_with_identity(module, training=False)
     assert_same_state(module.state_dict(), state)
-    packed.keep_plain(eight_bits(gaussian(4, 8)))
+    known_format(eight_bits(gaussian(4, 8))).keep_plain(eight_bits(gaussian(4, 8)))
 
 
 def test_descriptions():
     weight = gaussian(32, 64)
-    assert packed.description(four_bits(weight, double=True)) == "nf4/64 double"
-    assert packed.description(four_bits(weight, "fp4", block_size=128)) == "fp4/128"
-    assert packed.description(eight_bits(weight)) == "int8"
+    assert described(four_bits(weight, double=True)) == "nf4/64 double"
+    assert described(four_bits(weight, "fp4", block_size=128)) == "fp4/128"
+    assert described(eight_bits(weight)) == "int8"
 
 
-def test_unquantised_and_other_modules_are_refused():
+def test_unquantised_modules_are_refused():
     weight = gaussian(8, 64)
-    for function in (packed.dequantized, packed.quantizer_of, packed.held, packed.keep_plain):
-        with pytest.raises(TypeError, match="Linear is not packed; it must be"):
-            function(nn.Linear(4, 4))
+    four, eight = FORMATS["Linear4bit"], FORMATS["Linear8bitLt"]
+    for function in (four.read, four.quantizer, four.hold, four.keep_plain):
         with pytest.raises(ValueError, match="holds no quantized weight; move it to its device"):
             function(four_bits(weight, quantise=False))
-    for function in (packed.dequantized, packed.quantizer_of, packed.held):
+    for function in (eight.read, eight.quantizer, eight.hold):
         with pytest.raises(ValueError, match="holds no quantized weight; move it to its device"):
             function(eight_bits(weight, quantise=False))
         with pytest.raises(ValueError, match="has_fp16_weights=False"):
             function(eight_bits(weight, has_fp16_weights=True))
     with pytest.raises(ValueError, match=r"shape \(64, 8\).*needs \(8, 64\)"):
-        packed.requantize(four_bits(weight), weight.T)
+        four.write(four_bits(weight), weight.T)

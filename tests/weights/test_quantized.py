@@ -29,8 +29,8 @@ from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 from lora_init.injection import base as settling
-from lora_init.weights.bitsandbytes import quantizer_of
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.bitsandbytes import PackedFormat
+from lora_init.weights.kinds import known_format, oriented_weight
 
 PACKINGS = {
     "nf4 double": ("Linear4bit", {}),
@@ -238,7 +238,7 @@ def test_requantized_residual_reports_its_error(method, packing):
         assert row.base == "replaced"
         # The codes hold the residual: no second product in the forward pass.
         product = layer.scaling * layer.initial_lora_B.double() @ layer.initial_lora_A.double()
-        quantizer = quantizer_of(layer.base_layer)
+        quantizer = known_format(layer.base_layer).quantizer(layer.base_layer)
         packed = oriented_weight(layer.base_layer)
         assert_gap(packed, quantizer.roundtrip((weight - product).float()), 1e-5)
         assert row.error == pytest.approx(relative_gap(packed + product, weight), abs=1e-5)
@@ -303,8 +303,8 @@ def test_failure_in_the_middle_of_requantizing_is_undone(packing, call, monkeypa
 
         return one
 
-    for name in ("store_weight", "add_product"):
-        monkeypatch.setattr(settling, name, failing(getattr(settling, name)))
+    monkeypatch.setattr(settling, "add_product", failing(settling.add_product))
+    monkeypatch.setattr(PackedFormat, "write", failing(PackedFormat.write))
     with pytest.raises(MemoryError, match="no memory left"):
         adapt(base, "pissa", quantized_base="requantize")
     after = snapshot(base)
@@ -365,7 +365,8 @@ def test_original_weights_make_up_for_the_quantisation(method, packing, tmp_path
             # Its own report knows: the base keeps its quantiser, packed without another loss.
             assert row.error == pytest.approx(errors[row.name], rel=1e-3)
             assert row.details["error_without_adapter"] == pytest.approx(plain[row.name], rel=1e-3)
-            own = quantizer_of(model.layers[row.name].base_layer)
+            module = model.layers[row.name].base_layer
+            own = known_format(module).quantizer(module)
             assert row.details["quantizer"] == own.name
 
 

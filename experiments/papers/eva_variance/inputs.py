@@ -30,7 +30,7 @@ from lora_init.layer import LayerRequest, LayerStatistics
 from lora_init.moments import InputStatistics
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest
-from lora_init.weights.kinds import oriented_weight, weight_shape
+from lora_init.weights.kinds import oriented_weight
 
 RANDOM = ("kaiming", "gaussian")
 THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "all of other films"
@@ -211,7 +211,7 @@ def chosen_ranks(subject: Subject, inputs: Inputs, settings: EvaVarianceSettings
     requests = {
         layer.name: LayerRequest(
             settings.rank,
-            weight_shape(subject.model.get_submodule(layer.name)),
+            tuple(oriented_weight(subject.model.get_submodule(layer.name)).shape),
             LayerStatistics(inputs=found[layer.name]),
             partial(oriented_weight, subject.model.get_submodule(layer.name)),
         )

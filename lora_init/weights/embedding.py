@@ -1,0 +1,41 @@
+"""Weights of nn.Embedding: a linear map of one-hot vectors, stored as (entries, width)."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_init.weights.float import FloatFormat
+
+
+class EmbeddingFormat(FloatFormat):
+    """nn.Embedding, and transformers' scaled word embeddings.
+
+    The adapted layer multiplies by `embedding_scale` as the latter do, so they are not probed.
+    """
+
+    name = "Embedding"
+    cls = nn.Embedding
+    operation = "lookup"
+    transposed = True
+
+    def has_own_forward(self, module: nn.Module) -> bool:
+        return super().has_own_forward(module) and embedding_scale(module) is None
+
+    def refusal(self, module: nn.Module) -> str | None:
+        if module.max_norm is not None:
+            return (
+                f"is an Embedding with max_norm={module.max_norm}, which rescales its weight in "
+                "every forward pass"
+            )
+        return super().refusal(module)
+
+    def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
+        return functional.one_hot(x.flatten(), len(module.weight)).to(module.weight.dtype)
+
+
+def embedding_scale(module: nn.Module) -> float | Tensor | None:
+    """The factor that scales the rows of a scaled word embedding; None for a plain embedding."""
+    scaled = type(module).__name__.endswith("ScaledWordEmbedding")
+    return getattr(module, "embed_scale", None) if scaled else None

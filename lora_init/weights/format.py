@@ -1,0 +1,178 @@
+"""The contract of a weight format: how a type of module stores its weight.
+
+The rest of the package sees a weight as one or more named matrices:
+
+| format | stored as | read as |
+|---|---|---|
+| Linear | (out, in) | itself |
+| Conv1D (transformers) | (in, out) | its transpose |
+| Embedding | (entries, width) | its transpose: out = width, in = entries, for one-hot inputs |
+| Conv2d, one group | (out, channels, height, width) | (out, channels·height·width), for patches |
+| Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_init.quantization.quantizer import Quantizer
+from lora_init.weights.probe import Finding
+
+WEIGHT = "weight"
+"""The name of the matrix of a module that has only one."""
+
+Matrix = Float[Tensor, "*experts out in"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A weight before it was replaced, to restore it exactly. It holds references, not copies.
+
+    Attributes:
+        parameter: the parameter object. A tied one stays in use in the other module.
+        data: the parameter's data, or a CPU copy of it.
+        name: the name of the matrix.
+        state: what the format stores in addition, such as scales.
+    """
+
+    parameter: nn.Parameter
+    data: Tensor
+    name: str = WEIGHT
+    state: Any = None
+
+
+class WeightFormat(ABC):
+    """How one type of module stores its weight. An instance has no state.
+
+    A matrix is (out, in), or (experts, out, in) where one tensor holds those of all experts.
+
+    Attributes:
+        name: the module type, as in plans and tables.
+        operation: how the module applies its matrix: "product" with rows of features,
+            "convolution" with patches, or "lookup" of its columns. It selects the adapted layer.
+        subtractions: the supported ways to subtract s B0 A0, the default first: "edit" the stored
+            weight, subtract "in_forward", or "requantize" the difference. A format with only
+            "in_forward" need not support `write`.
+        quantized: whether `read` dequantizes, and `write` quantizes.
+        transposed: whether the weight is stored as (in, out).
+    """
+
+    name: ClassVar[str]
+    operation: ClassVar[Literal["product", "convolution", "lookup"]] = "product"
+    subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
+    quantized: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the class of the module or of its weight tensor has this format.
+
+        The dtype never decides.
+        """
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why a module that matches cannot have an adapter; None if it can.
+
+        The text continues a sentence, as in "target 'x' is a Conv2d with groups=2, which …".
+        """
+        return None
+
+    def replaced_forward(self, module: nn.Module) -> Finding | None:
+        """Probe a forward that was set on the instance; None if there is none."""
+        return None
+
+    def matrices(self, module: nn.Module) -> tuple[str, ...]:
+        """The names of the module's matrices."""
+        return (WEIGHT,)
+
+    @abstractmethod
+    def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, ...]:
+        """The shape that `read` returns. Reads no data, so it works on the meta device too."""
+
+    def unreadable(self, module: nn.Module, name: str = WEIGHT) -> str | None:
+        """Why `read` would fail, for example "it is not quantized yet"; None if it works."""
+        return None
+
+    @abstractmethod
+    def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:
+        """The matrix: a view in the module's dtype, or dequantized values in float32."""
+
+    @abstractmethod
+    def write(
+        self, module: nn.Module, weight: Matrix, name: str = WEIGHT, *, own: bool = False
+    ) -> None:
+        """Store a new matrix in new memory, so that `put_back` can restore the present one.
+
+        Args:
+            weight: of any float dtype, on any device.
+            own: create a new parameter, because another module uses the present one too.
+        """
+
+    @abstractmethod
+    def hold(self, module: nn.Module, name: str = WEIGHT, *, on_cpu: bool = False) -> Held:
+        """Record a weight that is about to be replaced.
+
+        Args:
+            on_cpu: copy a float weight to CPU memory, for long storage. Packed weights stay on
+                their device because they are small. The parameter object is kept in any case.
+        """
+
+    @abstractmethod
+    def put_back(self, module: nn.Module, held: Held) -> None:
+        """Restore a recorded weight on the module's present device. It may be called twice."""
+
+    def orient(self, stored: Tensor) -> Matrix:
+        """View a tensor in the layout of the module's weight as a matrix."""
+        return stored
+
+    def stored(self, module: nn.Module, weight: Matrix) -> Tensor:
+        """The inverse of `orient`. Matrices of packed modules stay as they are."""
+        return weight
+
+    def float_dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype of the weight, or the one from which it was quantized."""
+        return module.weight.dtype
+
+    def describe(self, module: nn.Module) -> str:
+        """The weight's dtype, or the format of a packed weight, e.g. "nf4/64"."""
+        return str(self.float_dtype(module)).removeprefix("torch.")
+
+    def quantizer(self, module: nn.Module) -> Quantizer | None:
+        """The quantizer whose ``roundtrip(w)`` is what `read` returns after `write`, or None.
+
+        Raises:
+            ValueError: the weight is not quantized (yet).
+        """
+        return None
+
+    def changes_in_forward(self, module: nn.Module) -> bool:
+        """Whether a forward pass may change how the weight is stored, until `keep_plain`."""
+        return False
+
+    def keep_plain(self, module: nn.Module) -> None:
+        """Prevent forward passes from changing how the weight is stored."""
+        return
+
+    def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
+        """The vectors that the matrix is multiplied by: tokens, or image patches."""
+        return x.reshape(-1, x.shape[-1])
+
+    def output_rows(self, module: nn.Module, y: Tensor) -> Float[Tensor, "positions out"]:
+        """The vectors of the output, or of its gradient, in the order of `input_rows`."""
+        return y.reshape(-1, y.shape[-1])
+
+    def reading(self, module: nn.Module) -> Hashable:
+        """A key for how `input_rows` cuts an input. Modules with equal keys read the same rows."""
+        return None
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """The names of the module's class and its base classes."""
+    return {cls.__name__ for cls in type(module).__mro__}

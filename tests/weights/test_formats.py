@@ -1,0 +1,242 @@
+"""The contract of a weight format, for every format in the dictionary.
+
+A new format needs one example in `EXAMPLES`.
+"""
+
+import copy
+
+import pytest
+import torch
+from networks import linear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_init.weights.format import WeightFormat
+from lora_init.weights.kinds import (
+    FORMATS,
+    class_format,
+    known_format,
+    module_type,
+    register,
+    weight_format,
+)
+from lora_init.weights.linear import LinearFormat
+from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
+
+
+def draws(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def convolution():
+    return nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=1, dilation=2, padding_mode="reflect")
+
+
+EXAMPLES = {
+    "Linear": (lambda: nn.Linear(64, 32), draws(2, 3, 64)),
+    "Conv1D": (lambda: Conv1D(32, 64), draws(2, 3, 64)),
+    "Linear4bit": (lambda: packed("Linear4bit"), draws(2, 3, 64)),
+    "Linear8bitLt": (lambda: packed("Linear8bitLt"), draws(2, 3, 64)),
+    "Conv2d": (convolution, draws(2, 4, 9, 8)),
+    "Embedding": (lambda: nn.Embedding(48, 32), torch.arange(48).view(6, 8)),
+}
+"""A function that makes a module, and an input of the module, by format."""
+
+
+def packed(kind):
+    return linear(kind, draws(32, 64) / 8, draws(32, seed=1)).requires_grad_(False)
+
+
+def made(name):
+    torch.manual_seed(0)
+    return EXAMPLES[name][0]()
+
+
+def unload(module):
+    module.weight = nn.Parameter(module.weight.data.to("meta"), requires_grad=False)
+    return module
+
+
+def state(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same_state(module, expected):
+    found = module.state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+
+
+every_format = pytest.mark.parametrize("name", FORMATS)
+
+
+def test_every_format_has_an_example_and_the_types_of_methods_are_those_of_formats():
+    assert set(EXAMPLES) == set(FORMATS)
+    assert tuple(FORMATS) == MODULE_TYPES
+    assert {n for n, one in FORMATS.items() if one.operation == "product"} == set(LINEAR_TYPES)
+
+
+@every_format
+def test_a_module_has_one_format(name):
+    module, one = made(name), FORMATS[name]
+    assert weight_format(module) is class_format(module) is known_format(module) is one
+    assert (one.name, module_type(module)) == (name, name)
+    assert [other.name for other in FORMATS.values() if other.matches(module)] == [name]
+    assert one.refusal(module) is one.unreadable(module) is one.replaced_forward(module) is None
+
+
+@every_format
+def test_the_dtype_does_not_decide(name):
+    module = made(name)
+    module.weight = nn.Parameter(module.weight.detach().to(torch.uint8), requires_grad=False)
+    assert class_format(module) is FORMATS[name]
+    assert class_format(nn.LayerNorm(4)) is None
+    with pytest.raises(TypeError, match="LayerNorm is not supported: must be one of Linear, "):
+        known_format(nn.LayerNorm(4))
+
+
+@every_format
+def test_the_declared_subtractions_fit_the_storage(name):
+    one = FORMATS[name]
+    assert ("edit" in one.subtractions) != one.quantized
+    assert ("requantize" in one.subtractions) <= one.quantized
+    assert "in_forward" in one.subtractions
+
+
+@every_format
+def test_reading_gives_the_stated_shape_and_dtype(name):
+    module, one = made(name), FORMATS[name]
+    assert one.matrices(module) == ("weight",)
+    matrix = one.read(module, "weight")
+    assert tuple(matrix.shape) == one.shape(module, "weight")
+    assert matrix.dtype == torch.float32
+    assert not matrix.requires_grad
+    if not one.quantized:
+        assert matrix.data_ptr() == module.weight.data_ptr()  # a view, not a copy
+        assert one.read(module.bfloat16()).dtype == one.float_dtype(module) == torch.bfloat16
+        assert one.describe(module) == "bfloat16"
+        assert one.quantizer(module) is None
+
+
+@every_format
+def test_the_shape_is_known_on_the_meta_device(name):
+    module, one = made(name), FORMATS[name]
+    expected = one.shape(module)
+    unload(module)
+    assert one.shape(module) == expected
+    assert class_format(module) is one
+
+
+@every_format
+@torch.no_grad()
+def test_the_matrix_times_the_rows_of_the_input_is_the_output(name):
+    module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
+    bias = getattr(module, "bias", None)
+    output = one.output_rows(module, module(x)) - (0 if bias is None else bias)
+    product = one.input_rows(module, x).double() @ one.read(module).double().T
+    # Linear8bitLt rounds its inputs to 8 bits.
+    bound = 0.02 if name == "Linear8bitLt" else 2e-6
+    assert output.shape == product.shape
+    assert torch.linalg.norm(output - product) <= bound * torch.linalg.norm(product)
+
+
+@every_format
+def test_modules_that_cut_their_inputs_alike_have_equal_keys(name):
+    module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
+    twin = copy.deepcopy(module)
+    assert one.reading(module) == one.reading(twin)
+    assert torch.equal(one.input_rows(module, x), one.input_rows(twin, x))
+    if one.operation == "convolution":
+        twin.stride = (1, 1)
+        assert one.reading(module) != one.reading(twin)
+
+
+@every_format
+def test_what_is_written_is_read(name):
+    module, one = made(name), FORMATS[name]
+    matrix = draws(*one.shape(module), seed=2)
+    parameter, memory = module.weight, module.weight.data
+    former = memory.clone()
+    one.write(module, matrix.double(), "weight")
+    quantizer = one.quantizer(module)
+    expected = matrix if quantizer is None else quantizer.roundtrip(matrix)
+    assert torch.equal(one.read(module, "weight"), expected)
+    assert torch.equal(one.orient(one.stored(module, matrix)), matrix)
+    assert torch.equal(memory, former)  # the old memory may be mapped from a file
+    if not one.quantized:
+        assert module.weight is parameter
+        one.write(module, matrix, own=True)
+        assert module.weight is not parameter
+        assert module.weight.shape == parameter.shape
+
+
+@every_format
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_held_weight_comes_back_exactly(name, on_cpu):
+    module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
+    before, parameter = state(module), module.weight
+    expected = one.read(module).clone()
+    output = copy.deepcopy(module)(x)
+    held = one.hold(module, "weight", on_cpu=on_cpu)
+    for seed in (3, 4):  # what was held can be put back twice
+        one.write(module, draws(*one.shape(module), seed=seed), own=True)
+        module(x)
+        one.put_back(module, held)
+        assert module.weight is parameter
+        assert torch.equal(one.read(module), expected)
+        assert_same_state(module, before)
+        assert torch.equal(copy.deepcopy(module)(x), output)
+
+
+@every_format
+def test_only_declared_formats_change_in_the_forward_pass(name):
+    module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
+    assert one.changes_in_forward(module) <= one.quantized
+    one.keep_plain(module)
+    before, matrix = state(module), one.read(module).clone()
+    module.eval()(x)
+    assert torch.equal(one.read(module), matrix)
+    assert_same_state(module, before)
+
+
+@pytest.mark.parametrize("name", ["Linear4bit", "Linear8bitLt"])
+def test_a_weight_that_cannot_be_read_has_a_reason(name):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    settings = {"has_fp16_weights": False} if name == "Linear8bitLt" else {}
+    module = getattr(bitsandbytes.nn, name)(64, 32, **settings)
+    assert "holds no quantized weight; move it" in FORMATS[name].unreadable(module)
+    with pytest.raises(ValueError, match="holds no quantized weight; move it"):
+        FORMATS[name].read(module)
+    assert "on the meta device" in FORMATS[name].unreadable(unload(module))
+
+
+def test_the_format_that_was_added_last_has_precedence(monkeypatch):
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    class HalvedFormat(LinearFormat):
+        name = "Halved"
+        cls = Halved
+
+        def read(self, module, name="weight"):
+            return super().read(module, name) / 2
+
+    module = Halved(4, 3, bias=False)
+    assert class_format(module).name == "Linear"
+    assert weight_format(module) is None  # because of its own forward
+    monkeypatch.setattr("lora_init.weights.kinds.FORMATS", dict(FORMATS))
+    register(HalvedFormat())
+    assert weight_format(module).name == module_type(module) == "Halved"
+    assert weight_format(nn.Linear(4, 3)).name == "Linear"
+    with pytest.raises(ValueError, match="name='Halved' is not supported: .*HalvedFormat has this"):
+        register(HalvedFormat())
+    x = draws(5, 4)
+    torch.testing.assert_close(module(x), x @ weight_format(module).read(module).T)
+
+
+def test_a_new_format_must_say_how_it_reads_and_writes():
+    with pytest.raises(TypeError, match="abstract"):
+        WeightFormat()
