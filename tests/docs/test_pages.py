@@ -112,6 +112,8 @@ def test_python_blocks_run(page, registered, tmp_path, monkeypatch, free_port):
     scope = {"__name__": "__main__"}
     for code in PYTHON[page]:
         exec(compile(code.replace(HUB_NAME, str(MINILM)), page, "exec"), scope)
+    for name in [name for name in scope if name.startswith("test_")]:
+        scope[name]()
 
 
 @pytest.fixture
