@@ -10,13 +10,14 @@ import copy
 import inspect
 import io
 import pickle
+from itertools import product
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from models import VOCABULARY, bert, gpt2, llama, token_batches
-from products import chosen
+from products import chosen, every_value
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -229,8 +230,13 @@ def question_answering():
     return BertForQuestionAnswering(config)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("make", [llama, gpt2, bert, question_answering])
+@pytest.mark.parametrize(
+    ("make", "smoothing"),
+    every_value(
+        [(question_answering, 0.0), *product([llama, gpt2, bert], [0.0, 0.2])],
+        2,
+    ),
+)
 def test_trainer_treats_it_as_the_base_model(make, smoothing, tmp_path):
     """Columns, labels, shifted labels and averaging are found in a model's class and signature."""
     base = make()
@@ -238,8 +244,6 @@ def test_trainer_treats_it_as_the_base_model(make, smoothing, tmp_path):
     if make is question_answering:
         spans = {"start_positions": torch.tensor(2), "end_positions": torch.tensor(5)}
         examples = [{k: v for k, v in row.items() if k != "labels"} | spans for row in examples]
-        if smoothing:
-            pytest.skip("Trainer smooths no spans")
     settings = {"label_smoothing_factor": smoothing}
     before = trainer(base, tmp_path, examples, **settings)
     expected = before.evaluate()
@@ -456,9 +460,17 @@ def test_wrappers_inside_the_model(wrap):
         assert original.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("enabled", ["before injection", "after"])
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("case", ["edited", "kept tied", "in the forward pass", "dora"])
+@pytest.mark.parametrize(
+    ("case", "reentrant", "enabled"),
+    every_value(
+        product(
+            ["edited", "kept tied", "in the forward pass", "dora"],
+            [False, True],
+            ["before injection", "after"],
+        ),
+        3,
+    ),
+)
 def test_checkpointed_activations(case, reentrant, enabled, recwarn):
     make, method, targets, more = CASES[case]
     config = LoraConfig(
@@ -559,8 +571,10 @@ def through_pickle(model):
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_a_file])
-@every_case
+@pytest.mark.parametrize(
+    ("case", "copied"),
+    every_value(product(CASES, [copy.deepcopy, through_pickle, through_a_file]), 2),
+)
 def test_a_copy_is_a_model_of_its_own(case, copied):
     model = adapted(case)
     batches = batches_for(model, count=4)

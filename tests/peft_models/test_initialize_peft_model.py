@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from itertools import product
 from pathlib import Path
 
 import peft
@@ -18,7 +19,7 @@ from methods import SPECS, behavior, handling
 from models import Batches, bert, llama, spread_weight, token_batches
 from networks import Case
 from packing import kept_plain
-from products import thinned
+from products import chosen, every_value, thinned
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -198,9 +199,15 @@ def test_the_factors_are_ours_and_restoring_undoes_them(method, kind):
     assert "save_pretrained" not in vars(model)
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
-@pytest.mark.parametrize("method", ["kaiming", "pissa", "olora", "eva"])
+@pytest.mark.parametrize(
+    ("method", "use_rslora", "use_dora"),
+    thinned(
+        list(product(["kaiming", "pissa", "olora", "eva"], [False, True], [False, True])),
+        lambda method, use_rslora, use_dora: method,
+        lambda method, use_rslora, use_dora: (handling(method), use_dora),
+        lambda method, use_rslora, use_dora: (use_rslora, use_dora),
+    ),
+)
 def test_scalings_patterns_and_dora(method, use_rslora, use_dora, tmp_path):
     base, batches = llama(), token_batches()
     model = wrapped(
@@ -274,8 +281,10 @@ def test_a_second_call_equals_the_first():
     assert_gap(logits(model, batches), logits(base, batches), 1e-5)
 
 
-@pytest.mark.parametrize("first", [None, "pissa", "loftq"])
-@pytest.mark.parametrize("method", ["pissa", "eva", "loftq"])
+@pytest.mark.parametrize(
+    ("method", "first"),
+    every_value(product(["pissa", "eva", "loftq"], [None, "pissa", "loftq"]), 2),
+)
 def test_nothing_is_changed_when_it_fails_in_the_middle(method, first, monkeypatch):
     base, batches = llama(), token_batches()
     model = wrapped(base, "all-linear", modules_to_save=["lm_head"])
@@ -308,7 +317,7 @@ def test_nothing_is_changed_when_it_fails_in_the_middle(method, first, monkeypat
 # -- EVA's ranks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
+@pytest.mark.parametrize("use_rslora", chosen([False, True], True), ids=["plain", "rslora"])
 def test_eva_moves_ranks(use_rslora, tmp_path):
     base, batches = llama(), token_batches()
     with torch.no_grad():  # so that the inputs of the next layer do not vary
@@ -440,8 +449,9 @@ def assert_same_file(first, second):
     assert not tensors
 
 
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "lora_bias"), every_value(product(["none", "all", "lora_only"], [False, True]), 2)
+)
 def test_heads_and_biases(bias, lora_bias, tmp_path):
     base, batches = bert(), token_batches()
     model = of_language(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from itertools import product
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from measures import train
 from models import Batches
 from networks import Case
 from packing import kept_plain
+from products import every_value
 
 from lora_init import initialize_peft_model, load_peft_checkpoint, restore_peft_model
 from lora_init.peft_models.start import records
@@ -115,15 +117,19 @@ def assert_whole(make, operation, error=KeyboardInterrupt, points=8, again=True)
     sample_interrupts(make, operation, check, points, error, finish if again else None)
 
 
-@pytest.mark.parametrize(("method", "kind"), STARTS)
-def test_initializing(method, kind):
-    # Every second method is interrupted by another error, which must have the same effect.
-    error = MemoryError if STARTS.index((method, kind)) % 2 else KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("method", "kind", "error"),
+    # Both errors must have the same effect.
+    every_value(((*one, error) for one in STARTS for error in (KeyboardInterrupt, MemoryError)), 3),
+)
+def test_initializing(method, kind, error):
     assert_whole(lambda: wrapped(kind), lambda model: start(model, method, kind), error)
 
 
-@pytest.mark.parametrize(("first", "second"), [("pissa", "olora"), ("eva", "pissa"),
-                                               ("pissa", "eva"), ("loftq", "kaiming")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("first", "second"),
+    every_value([("pissa", "eva"), ("loftq", "kaiming"), ("pissa", "olora"), ("eva", "pissa")], 1),
+)
 def test_initializing_again(first, second):
     assert_whole(
         lambda: start(wrapped("float32"), first, "float32"),
@@ -131,14 +137,16 @@ def test_initializing_again(first, second):
     )
 
 
-@pytest.mark.parametrize(("method", "kind"), STARTS)
+@pytest.mark.parametrize(("method", "kind"), every_value(STARTS, 2))
 def test_restoring(method, kind):
     made = train(start(wrapped(kind), method, kind))
     assert_whole(lambda: copy.deepcopy(made), restore_peft_model)
 
 
-@pytest.mark.parametrize("method", ["kaiming", "pissa", "loftq"])
-@pytest.mark.parametrize("call", ["unload", "delete_adapter"])
+@pytest.mark.parametrize(
+    ("call", "method"),
+    every_value(product(["unload", "delete_adapter"], ["kaiming", "pissa", "loftq"]), 2),
+)
 def test_removing(call, method):
     made = train(start(wrapped("float32"), method, "float32"))
     names = {"unload": (), "delete_adapter": ("default",)}[call]
@@ -147,8 +155,9 @@ def test_removing(call, method):
     )
 
 
-@pytest.mark.parametrize("method", ["kaiming", "pissa", "loftq"])
-@pytest.mark.parametrize("before", [None, "olora"])
+@pytest.mark.parametrize(
+    ("method", "before"), every_value(product(["kaiming", "pissa", "loftq"], [None, "olora"]), 2)
+)
 def test_loading_a_checkpoint(method, before, tmp_path):
     train(start(wrapped("float32", bias="all"), method, "float32")).save_pretrained(tmp_path)
 

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from measures import assert_gap, relative_gap, train
+from methods import behavior
 from models import (
     VOCABULARY,
     ConvBlock,
@@ -214,7 +215,7 @@ def test_peft_loads_ours(name, variant, method, tmp_path):
             and spec.name not in ("kaiming", "pissa")
             and not (dora and (kind, "dora") in ABSENT)
         ],
-        lambda kind, method, dora: method,
+        lambda kind, method, dora: behavior(method),
         lambda kind, method, dora: (kind, dora),
     ),
 )
