@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
-from products import thinned
+from products import every_value, thinned
 
 from experiments.errors import ConfigurationError, DamagedFile
 from experiments.run.execute import execute
@@ -143,11 +144,14 @@ def test_every_bit_of_a_checkpoint_counts(broken, part):
         read_checkpoint(folder)
 
 
-@pytest.mark.parametrize("damage", [kind for kind in DAMAGE if kind != "missing"])
+WRITTEN_ANEW = ("config.yaml", "environment.json", "running.json", "failed.json", "result.json",
+                "predictions.npz", "end.json", "answers.jsonl", "adapter")  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "environment.json", "running.json", "failed.json", "result.json",
-             "predictions.npz", "end.json", "answers.jsonl", "adapter"],
-)  # fmt: skip
+    ("name", "damage"),
+    every_value(product(WRITTEN_ANEW, [kind for kind in DAMAGE if kind != "missing"]), 2),
+)
 def test_what_a_continued_run_writes_anew_does_not_stop_it(broken, name, damage):
     """Left by a process that was killed at the run's end."""
     run, folder = broken

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from layers import layer_of
+from methods import SPECS, behavior
+from products import thinned
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init import LoraConfig, get_peft_model
 from lora_init.api import device_for
 from lora_init.initialize import jobs
 from lora_init.layer import stacked
@@ -38,75 +40,20 @@ def three_threads():
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_every_small_layer_has_a_thread_of_its_own_with_one_core(monkeypatch):
-    monkeypatch.setattr(concurrency, "POOLED", 200)
-    plan = plan_of([(12, 12)] * 6)
-    main = threading.get_ident()
-    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
-
-    def work(job):
-        assert threading.get_ident() != main
-        assert not torch.is_grad_enabled()
-        assert torch.get_num_threads() == 1
-        return job.targets[0].name
-
-    assert sorted(jobs.run(work, planned)) == [t.name for t in plan.targets]
-
-
-@pytest.mark.usefixtures("three_threads")
-def test_large_layers_run_one_by_one_in_the_callers_thread(monkeypatch):
-    monkeypatch.setattr(concurrency, "ALONE", 100)
-    monkeypatch.setattr(concurrency, "POOLED", 100)
-    plan = plan_of([(12, 12), *[(4, 4)] * 7, (20, 12)])
-    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
-    main = threading.get_ident()
-    where = dict(jobs.run(lambda job: (job.targets[0].name, threading.get_ident()), planned))
-    assert where["0"] == where["8"] == main
-    assert all(where[str(index)] != main for index in range(1, 8))
-
-
-@pytest.mark.usefixtures("three_threads")
-def test_too_little_for_a_pool_is_done_by_one_thread_in_the_caller():
-    plan = plan_of([(12, 12)] * 3)
-    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
-    main = threading.get_ident()
-
-    def work(job):
-        assert threading.get_ident() == main
-        assert torch.get_num_threads() == 1
-        return job.targets[0].name
-
-    results = jobs.run(work, planned)
-    assert next(results) == "0"
-    assert torch.get_num_threads() == 3, "also between two results"
-    assert list(results) == ["1", "2"]
-
-
-@pytest.mark.parametrize(
-    ("method", "numbers"), [("pissa", 12 * 20), ("eva", 12 * 20), ("gaussian", 4 * (12 + 20))]
-)
-def test_a_layer_is_as_large_as_what_is_worked_on(method, numbers):
-    """The factors where they are only drawn: no weight's size makes that a matter of all cores."""
-    (job,) = jobs.jobs(plan_of([(12, 20)], method), {"0": CPU})
-    assert job.numbers == numbers
-    (job,) = jobs.jobs(plan_of([(12, 20)], method), {"0": torch.device("cuda")})
-    assert job.numbers is None
-
-
-def test_a_single_thread_is_the_callers():
-    """A pool of one would compute the same, later."""
-    assert torch.get_num_threads() == 1
-    plan = plan_of([(12, 12)] * 3)
-    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
-    main = threading.get_ident()
-
-    def work(job):
-        assert threading.get_ident() == main
-        assert not torch.is_grad_enabled()
-        return job.targets[0].name
-
-    assert list(jobs.run(work, planned)) == [t.name for t in plan.targets]
-    assert torch.is_grad_enabled()
+def test_several_threads_give_the_factors_of_one(monkeypatch):
+    """In one thread each, all together, and one after another."""
+    found = []
+    for pooled, alone, threads in ((0, 10**9, 3), (10**9, 0, 3), (0, 0, 1)):
+        monkeypatch.setattr(concurrency, "POOLED", pooled)
+        monkeypatch.setattr(concurrency, "ALONE", alone)
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(6)))
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
+        adapted = get_peft_model(model, config, cache=False)
+        found.append(torch.stack([layer.lora_A for layer in adapted.layers.values()]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -155,14 +102,25 @@ def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
     assert [len(job.targets) for job in jobs.jobs(wide, devices)] == [2, 2]
 
 
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (300, 280)])
-@pytest.mark.parametrize("method", [spec.name for spec in list_initializers() if spec.is_batched])
-@pytest.mark.parametrize("niter", [None, 2])
-def test_a_stack_gives_what_its_layers_give(shape, method, niter):
+BATCHED = [(name, None) for name, spec in SPECS.items() if spec.is_batched]
+
+
+@pytest.mark.parametrize(
+    ("method", "niter", "shape"),
+    thinned(
+        [
+            (*one, shape)
+            for one in (*BATCHED, ("pissa", 2))
+            for shape in ((40, 24), (24, 40), (300, 280))
+        ],
+        lambda method, niter, shape: (method, niter),
+        lambda method, niter, shape: (behavior(method), shape),
+        lambda method, niter, shape: niter and shape,
+    ),
+)
+def test_a_stack_gives_what_its_layers_give(method, niter, shape):
     """Within 1e-6 of ‖W‖ in the product: batched kernels round in another order."""
-    if niter is not None and method != "pissa":
-        pytest.skip("niter is PiSSA's")
-    (spec,) = [spec for spec in list_initializers() if spec.name == method]
+    spec = SPECS[method]
     options = spec.options(niter=niter) if niter is not None else spec.options()
     spectrum = torch.arange(1, min(shape) + 1) ** -0.7
     left, right = (torch.linalg.qr(torch.randn(3, n, min(shape)))[0] for n in shape)
@@ -210,20 +168,6 @@ def test_decompositions_of_a_stack(shape, rank):
     assert residual.norm(dim=-2).max() <= 1e-4 * values.max()
     basis, triangle = leading_qr(stack, rank)
     torch.testing.assert_close((basis @ triangle)[..., :rank], stack[..., :rank])
-
-
-def test_factors_do_not_depend_on_what_else_is_initialized():
-    torch.manual_seed(2)
-    layers = [nn.Linear(70, 50) for _ in range(5)]
-    config = {"r": 4, "init_lora_weights": "pissa"}
-
-    def factors(targets: list[str]):
-        model = nn.Sequential(*(nn.Linear(70, 50) for _ in layers))
-        model.load_state_dict(nn.Sequential(*layers).state_dict())
-        adapted = get_peft_model(model, LoraConfig(target_modules=targets, **config))
-        return adapted.get_submodule("base_model.2").lora_A
-
-    assert torch.equal(factors(["2"]), factors(["0", "1", "2", "3", "4"]))
 
 
 @pytest.mark.parametrize("present", [True, False])

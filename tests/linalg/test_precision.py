@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from methods import METHODS, SPECS, across, behavior, one_of_each
 from networks import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 from uniform import uniform
 
-from lora_init import LoraConfig, calibrate, get_peft_model, linalg, list_initializers
+from lora_init import LoraConfig, calibrate, get_peft_model, linalg
 from lora_init.linalg import cores
 from lora_init.linalg.precision import full_precision
 
-METHODS = [spec.name for spec in list_initializers()]
 CASE = Case()
 
 
@@ -44,12 +44,12 @@ def life(method, base, found):
 
 
 @pytest.mark.parametrize(
-    ("method", "alone"), [*((method, False) for method in METHODS), ("pissa", True)]
+    ("method", "alone"), [*across(METHODS, [False], group=behavior), ("pissa", True)]
 )
 def test_autocast_changes_nothing(method, alone, monkeypatch):
     """Both for small layers, with one thread each, and for large ones, with all threads."""
     monkeypatch.setattr(cores, "ALONE", 0 if alone else cores.ALONE)
-    base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
+    base, spec = CASE.build(), SPECS[method]
     found = None
     if spec.needs_data:
         found = calibrate(base, [config_of(method)], CASE.calibration())
@@ -106,10 +106,10 @@ def reduced_products():
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of_each(METHODS, behavior))
 def test_reduced_float32_products_are_not_used(method, reduced_products):
     """This holds for factors, merged weights and restored bases."""
-    base, spec = CASE.build(), next(s for s in list_initializers() if s.name == method)
+    base, spec = CASE.build(), SPECS[method]
     found = calibrate(base, [config_of(method)], CASE.calibration()) if spec.needs_data else None
     assert "ieee" not in reduced_products
     with Float32Products() as products:

@@ -98,6 +98,9 @@ def test_all_linear_takes_conv1d():
 def test_names_match_whole_parts_only():
     names = select(RootList(), LoraConfig(target_modules=["query"])).names
     assert names == tuple(f"layers.{i}.query" for i in range(3))
+    for entry in ("proj", "q", "_proj", "elf_attn.q_proj"):
+        with pytest.raises(ValueError, match=f"target_modules=\\['{entry}'\\] matches no module"):
+            get_peft_model(llama(), LoraConfig(target_modules=[entry]))
 
 
 def test_a_layer_list_at_the_root_is_found():
