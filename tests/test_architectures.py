@@ -151,7 +151,7 @@ def ratio(model):
     ),
     indirect=["case"],
 )
-def test_every_method_serves_the_architecture(case, spec, tmp_path):
+def test_every_method_supports_the_architecture(case, spec, tmp_path):
     original, batches, targets, count, expected = case
     base = copy.deepcopy(original)
     config = LoraConfig(target_modules=targets, init_lora_weights=spec.name)

@@ -446,32 +446,6 @@ def test_contexts_nest(method):
     assert torch.equal(model(x), trained)
 
 
-@pytest.mark.parametrize("method", ["pissa", "kaiming"])
-def test_an_unloaded_model_says_so(method):
-    model = adapt(method, Chain())
-    model.unload()
-
-    def disable():
-        with model.disable_adapter():
-            pass
-
-    calls = (disable, model.init_report, model.merge_adapter, model.unload)
-    for call in calls:
-        with pytest.raises(RuntimeError, match="was unloaded"):
-            call()
-
-
-@pytest.mark.parametrize("method", one_of_each(RESTORABLE))
-def test_a_copy_is_a_model_of_its_own(method):
-    base = Chain()
-    model = train(adapt(method, copy.deepcopy(base)))
-    x = chain_inputs(20)
-    expected = model(x)
-    twin = copy.deepcopy(model)
-    assert_gap(twin.unload()(x), base(x), 3 * EPSILON[torch.float32] * largest_ratio(model, base))
-    assert torch.equal(model(x), expected)
-
-
 @pytest.mark.parametrize("method", one_of_each(METHODS, behavior))
 def test_training_modes_stay_as_they_were(method):
     """A part that its owner keeps in eval mode is not switched on by an adapter."""
@@ -498,16 +472,6 @@ def test_dropout_acts_in_training_only(method, dtype):
     if SPECS[method].base != "replace":
         with model.disable_adapter():
             assert torch.equal(model(x), model(x))
-
-
-@pytest.mark.parametrize("method", ["pissa", "kaiming"])
-def test_a_second_adapter_starts_from_the_original(method):
-    base = Chain()
-    first = adapt(method, copy.deepcopy(base))
-    expected = factors(first)
-    again = adapt(method, train(first).unload())
-    for name, value in factors(again).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
 # Of a merged weight that is packed again: 0.09 of its norm under NF4, 0.01 under int8.
@@ -595,7 +559,7 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.parametrize("method", one_of_each(METHODS))
-def test_a_parent_that_bypasses_forward_is_served_or_refused(method):
+def test_a_parent_that_bypasses_forward_is_supported_or_refused(method):
     """nn.TransformerEncoderLayer's fused path reads `linear1.weight` and never calls linear1.
 
     The path is taken in eval mode, which is where a trained adapter is evaluated.
@@ -744,7 +708,7 @@ def test_full_rank_is_supported(method, kind):
         assert_gap(model(x), base(x), 3 * EPSILON[torch.float32] * largest_ratio(model, base))
 
 
-class Unserved(nn.Module):
+class Unsupported(nn.Module):
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(20, 16)
@@ -765,10 +729,10 @@ class Unserved(nn.Module):
         if kind not in spec.module_types
     ],
 )
-def test_unserved_module_type_is_refused_by_name(method, target, kind):
-    base = Unserved()
+def test_unsupported_module_type_is_refused_by_name(method, target, kind):
+    base = Unsupported()
     before = snapshot(base)
-    message = rf"'{target}' is a {kind}.*{method} does not support.*Linear"
+    message = rf"'{target}' is a {kind}.*{method} does not support.*Linear.*Leave it out with excl"
     with pytest.raises(TypeError, match=message):
         adapt(method, base, targets=["linear", target], calibration=[torch.randn(4, 16)])
     assert_unchanged(base, before)
@@ -842,22 +806,30 @@ def test_failing_calibration_leaves_the_model_unchanged(method):
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, spec in SPECS.items() if spec.reads & {"weight", "gradient"}]
+    ("method", "value"),
+    across(
+        [name for name, spec in SPECS.items() if spec.reads & {"weight", "gradient"}],
+        [float("inf"), float("nan")],
+        group=behavior,
+    ),
 )
-def test_weight_that_is_not_finite_is_refused_by_name(method):
+def test_weight_that_is_not_finite_is_refused_by_name(method, value):
     base = Chain()
     calibration = chain_calibration()
-    with torch.no_grad():
-        base.wide.weight[0, 0] = float("inf")
     before = snapshot(base)
+    kept = base.wide.weight[0, 0].item()
+    with torch.no_grad():
+        base.wide.weight[0, 0] = value
     with pytest.raises(ValueError, match=r"'wide'.*NaN or infinite"):
         get_peft_model(base, config_for(method), calibration=calibration)
+    with torch.no_grad():
+        base.wide.weight[0, 0] = kept  # NaN differs from itself
     assert_unchanged(base, before)
 
 
 @pytest.mark.parametrize("method", one_of_each(SUBTRACTING, behavior))
 def test_computed_weight_is_refused_by_name(method):
-    """A parametrised weight is computed anew on every call: an edit of it would be lost."""
+    """A parametrized weight is computed again at every call: an edit of it would be lost."""
     base = Chain()
     nn.utils.parametrizations.weight_norm(base.tall)
     with pytest.raises((TypeError, ValueError), match="'tall'"):
@@ -868,10 +840,9 @@ def test_computed_weight_is_refused_by_name(method):
 def test_second_adapter_is_refused(method):
     model = adapt(method, Chain())
     before = snapshot(model)
-    with pytest.raises(ValueError, match="adapter already"):
-        adapt(method, model)
-    with pytest.raises(ValueError, match="adapter already"):
-        adapt(method, model.base_model)
+    for second in (model, model.base_model):
+        with pytest.raises(ValueError, match=r"has an adapter already.*unload\(\)"):
+            adapt(method, second)
     assert_unchanged(model, before)
 
 
@@ -892,7 +863,7 @@ def test_dry_run_changes_nothing(method):
         assert f"{rows}×{columns}" in printed
 
 
-def test_served_types_are_declared():
+def test_supported_types_are_declared():
     for spec in list_initializers():
         assert spec.module_types
         assert spec.paper, f"{spec.name} cites nothing"

@@ -211,7 +211,8 @@ def lives(tmp_path_factory):
             # model elsewhere is the schedule's work, and one method of each kind of base shows it.
             if placement == "model" or combination.values[0].name in ONE_OF_EACH
         ],
-        lambda spec, case, use_dora, placement: spec.name,
+        # test_device_counts starts every method on the device.
+        lambda spec, case, use_dora, placement: behavior(spec.name),
         lambda spec, case, use_dora, placement: (spec.base, case.kind),
         lambda spec, case, use_dora, placement: (case.kind, use_dora, placement),
     ),
@@ -443,8 +444,9 @@ OPTIONS = [
 ]
 
 
-@every_placement
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize(
+    ("options", "placement"), every_value(itertools.product(OPTIONS, PLACEMENTS), 2), ids=str
+)
 def test_options(cuda, options, placement):
     case, (model_on, device) = Case(), PLACEMENTS[placement]
 
@@ -596,9 +598,14 @@ def test_under_peft(lives_under_peft, method, use_dora, placement, tmp_path):
     assert report == expected_report
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
-@pytest.mark.parametrize("method", ["pissa", "loftq"])
-@pytest.mark.parametrize(("start", "end"), [(CPU, CUDA), (CUDA, CPU)])
+@pytest.mark.parametrize(
+    ("method", "use_dora", "start", "end"),
+    thinned(
+        [(m, dora, *move) for m in ("pissa", "loftq") for dora in (False, True) for move in MOVES],
+        lambda method, use_dora, start, end: (method, start),
+        lambda method, use_dora, start, end: use_dora,
+    ),
+)
 def test_a_peft_model_that_moves(cuda, method, use_dora, start, end, tmp_path):
     """Disabled, saved, loaded and restored on another device than it was initialized on."""
     case = Case()

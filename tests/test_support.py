@@ -26,7 +26,7 @@ CELLS = [
 
 
 def one_module(kind, base):
-    """A model of one module, its input, and the weight from before quantisation."""
+    """A model of one module, its input, and the weight from before quantization."""
     torch.manual_seed(0)
     x = torch.randn(6, 64)
     if kind == "Conv1D":

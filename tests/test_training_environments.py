@@ -57,7 +57,7 @@ def adapted(case, **settings):
     return get_peft_model(make(), config)
 
 
-def labelled(batches):
+def labeled(batches):
     """Each batch with the labels of either task: of its tokens, or one a row."""
     return {
         "tokens": [b | {"labels": b["input_ids"].masked_fill(b["input_ids"] == 0, -100)}
@@ -68,7 +68,7 @@ def labelled(batches):
 
 def batches_for(model, **options):
     kind = "rows" if hasattr(model, "classifier") else "tokens"
-    return labelled(token_batches(**options))[kind]
+    return labeled(token_batches(**options))[kind]
 
 
 def examples_for(model, count, **options):
@@ -275,7 +275,7 @@ class Plain(nn.Module):
 def test_trainer_with_accumulation_and_a_model_of_ones_own(tmp_path):
     """Trainer passes `num_items_in_batch` to whatever has **kwargs in its signature."""
     model = get_peft_model(Plain(), LoraConfig(r=2, target_modules=["head", "table"]))
-    examples = labelled(token_batches(count=16, size=1, padded=False))["rows"]
+    examples = labeled(token_batches(count=16, size=1, padded=False))["rows"]
     examples = [{k: v[0] for k, v in row.items()} for row in examples]  # a mask it does not take
     made = trainer(model, tmp_path, examples, gradient_accumulation_steps=2, save_strategy="no")
     assert not made.model_accepts_loss_kwargs
@@ -320,7 +320,7 @@ def four_bits(tmp_path_factory):
     return folder
 
 
-def quantised(folder, **settings):
+def quantized(folder, **settings):
     # On a CPU, bitsandbytes' four-bit kernel is for rows of whole blocks.
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
@@ -333,7 +333,7 @@ def quantised(folder, **settings):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_trainer_on_a_four_bit_base(four_bits, use_dora, tmp_path):
-    model = quantised(four_bits, use_dora=use_dora)
+    model = quantized(four_bits, use_dora=use_dora)
     assert model.is_quantized
     examples = examples_for(model, 16)
     steps = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
@@ -343,14 +343,14 @@ def test_trainer_on_a_four_bit_base(four_bits, use_dora, tmp_path):
     assert min(losses[5], losses[6]) < losses[1]
     saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert {name for name in saved if "lora_" not in name} == {"_extra_state"}
-    resumed = trainer(quantised(four_bits, use_dora=use_dora), tmp_path, examples, **steps)
+    resumed = trainer(quantized(four_bits, use_dora=use_dora), tmp_path, examples, **steps)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert logged(resumed, "loss") == losses
     assert_same_state(resumed.model, model)
 
 
 def test_trainer_refuses_a_four_bit_base_without_an_adapter(four_bits, tmp_path):
-    model = quantised(four_bits)
+    model = quantized(four_bits)
     examples = examples_for(model, 4)
     plain = model.unload()
     for unadapted in (model, plain):
@@ -601,7 +601,7 @@ def test_a_copy_is_a_model_of_its_own(case, copied):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_a_file])
 def test_a_copy_of_a_four_bit_model(four_bits, copied):
-    model = quantised(four_bits)
+    model = quantized(four_bits)
     batch = batches_for(model, count=1)[0]
     twin = copied(model)
     for one in (model, twin):

@@ -11,6 +11,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from methods import METHODS, behavior, one_of_each
 from omegaconf import OmegaConf
 
 from experiments.config import store
@@ -43,11 +44,12 @@ def test_every_choice_composes(configured, group, name):
         assert getattr(run, group).name == name
 
 
-# base is the common part of the others; the benchmark is an application of its own.
+# base is the common part of the others; the benchmark is another application.
 PRIMARIES = sorted({path.stem for path in CONF.glob("*.yaml")} - {"base", "benchmark"})
+SWEEPS = [name for name in PRIMARIES if name.startswith("sweep_")]
 
 
-@pytest.mark.parametrize("config", PRIMARIES)
+@pytest.mark.parametrize("config", [name for name in PRIMARIES if name not in SWEEPS])
 def test_every_primary_composes(composed, config):
     composed(config=config)
 
@@ -79,7 +81,7 @@ def test_a_method_without_its_input_is_not_in_the_glob(monkeypatch, capsys):
     assert "init=pissa is skipped: it needs second_checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", [method.name for method in list_initializers()])
+@pytest.mark.parametrize("method", one_of_each(METHODS, behavior))
 def test_defaults_are_the_librarys(configured, method):
     from dataclasses import asdict
 
@@ -168,11 +170,11 @@ def test_the_comparison_keeps_its_promises(configured):
     assert len(hydra["sweeper"]["params"]["seed"].split(",")) == 2
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("sweep_*.yaml")))
-def test_every_sweep_composes(composed, configured, name):
-    run = configured(config=name)
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_composes_with_a_control(configured, name):
+    run = configured("control=rslora", config=name)
     assert run.sweep != "default"
-    assert composed("control=rslora", config=name).control == "rslora"
+    assert run.control == "rslora"
 
 
 def test_the_protocol_is_composed_with_its_schema(composed):

@@ -65,7 +65,6 @@ DAMAGE = {
     "unreadable": lambda path: path.chmod(0),
 }
 CONTINUED = ("checkpoint/training.safetensors", "metrics.jsonl", "init.json", "spectra.json")
-CUT_SHORT = {"missing", "cut", "half", "empty"}
 
 
 @pytest.fixture(scope="module")

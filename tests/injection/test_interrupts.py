@@ -233,7 +233,7 @@ def check_interrupts(state, operation, folder, points, error):
                 run(subject)
             seen = description(subject)
             reason = difference(seen, before)
-            # A new model that nobody got must be undone; other operations may be complete.
+            # A new model that was not returned must be undone; other operations may be complete.
             others = reason is not None and operation not in ("get_peft_model", "from_pretrained")
             if others and (difference(seen, after) is None or refuses_half_merged(subject.model)):
                 reason = None

@@ -1,26 +1,28 @@
 """DoRA on every kind of base, against h = m · (V x) / ‖V‖ + bias computed in float64.
 
-V is formed here, from the original weight (or the quantised one that replaced it) and the factors;
+V is formed here, from the original weight (or the quantized one that replaced it) and the factors;
 the norm is a constant for the gradient. Nothing of `lora_init.layers` is used.
 """
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measures import EPSILON, assert_gap, train
+from methods import SPECS
 from models import spread_weight
 from networks import PACKED_KINDS, Case
+from products import every_value
 from torch import nn
 from torch.nn import functional
 
-from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init import LoraConfig, get_peft_model
 from lora_init.layers import dora
 from lora_init.weights.kinds import oriented_weight
 
-SPECS = {spec.name: spec for spec in list_initializers()}
 KINDS = ["Linear", "Conv1D", "Conv2d", "Embedding", "Linear4bit"]
 # Every way to account for the initial product: kept, edited, in the forward pass, replaced.
 STATES = {
@@ -107,9 +109,18 @@ def test_output_is_the_definition(kind, state):
         assert_gap(layer(x), expected, 3 * EPSILON[case.dtype])
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-@pytest.mark.parametrize("leading", [(), (0,), (7,), (2, 3), (2, 0, 3)], ids=str)
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "leading", "adapter_dtype"),
+    every_value(
+        product(
+            ["Linear", "Conv1D"],
+            [(), (0,), (7,), (2, 3), (2, 0, 3)],
+            [torch.float32, torch.bfloat16],
+        ),
+        3,
+    ),
+    ids=str,
+)
 def test_any_leading_dimensions(kind, leading, adapter_dtype):
     """Whether the products add up in one dtype (x's and the factors' are the same) or in two."""
     base = Case(kind).build()
@@ -161,8 +172,10 @@ def test_output_on_an_8_bit_base(state):
         assert_gap(layer(x), expected, 3 * EPSILON[torch.float32])
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Embedding"])
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    every_value(product([kind for kind in KINDS if kind != "Embedding"], STATES), 2),
+)
 @pytest.mark.filterwarnings("ignore:lora_dropout=0.4 with")
 def test_dropout_leaves_the_base_alone(kind, state):
     model, base, case = adapted(kind, state, lora_dropout=0.4)
@@ -199,8 +212,9 @@ def test_gradients_are_those_of_the_definition(kind, state):
             assert_gap(part.grad, reference.grad, 5 * EPSILON[case.dtype])
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("kind", [*KINDS, "Linear8bitLt"])
+@pytest.mark.parametrize(
+    ("kind", "state"), every_value(product([*KINDS, "Linear8bitLt"], STATES), 2)
+)
 def test_magnitude_starts_as_the_norm_of_what_it_scales(kind, state):
     """So that the start is the one without DoRA; of a subtracting method, ‖W‖."""
     method, dtype = STATES[state]

@@ -120,7 +120,6 @@ ABSENT = {
     ("Linear8bitLt", "dora"),  # on a CPU PEFT 0.21.2 loses the codes of a weight that it moves
 }
 CELLS = [(case, variant) for case in CASES for variant in VARIANTS if (case, variant) not in ABSENT]
-every_cell = pytest.mark.parametrize(("name", "variant"), CELLS)
 
 
 def settings_of(case, variant):

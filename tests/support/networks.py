@@ -64,7 +64,7 @@ def linear(kind, weight, bias=None, **settings):
         module.weight.copy_(weight)
         if with_bias:
             module.bias.copy_(bias)
-    return module.to("cpu")  # which is when bitsandbytes quantises
+    return module.to("cpu")  # which is when bitsandbytes quantizes
 
 
 class Pictures(nn.Module):
@@ -133,7 +133,7 @@ class Case(NamedTuple):
         return copy.deepcopy(built(self, seed))
 
     def originals(self, seed=0):
-        """The weights that a packed network was quantised from, else None."""
+        """The weights that a packed network was quantized from, else None."""
         return Chain(seed=seed, shapes=PACKED_SHAPES).state_dict() if self.packed else None
 
     def inputs(self, rows=30, seed=1):

@@ -2,10 +2,12 @@
 
 import copy
 import types
+from itertools import product
 
 import pytest
 import torch
 from models import llama, token_batches
+from products import every_pair
 from torch import nn
 from torch.nn import functional
 from transformers import FalconConfig, FalconForCausalLM
@@ -245,10 +247,21 @@ def network(forward, how="method"):
     return model
 
 
-@pytest.mark.parametrize("how", ["method", "closure"])
-@pytest.mark.parametrize("start", [{}, {"use_dora": True}], ids=["lora", "dora"])
-@pytest.mark.parametrize("method", ["pissa", "olora", "kaiming"])
-@pytest.mark.parametrize("forward", [rounding, coarse, plain], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("forward", "method", "start", "how"),
+    every_pair(
+        list(
+            product(
+                [rounding, coarse, plain],
+                ["pissa", "olora", "kaiming"],
+                [{}, {"use_dora": True}],
+                ["method", "closure"],
+            )
+        ),
+        4,
+    ),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_the_forward_on_an_instance_is_what_runs(forward, method, start, how):
     base = network(forward, how)
     x = torch.randn(6, 16)

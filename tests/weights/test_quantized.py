@@ -1,4 +1,4 @@
-"""Adapters on quantised bases: bitsandbytes' Linear4bit (NF4, FP4, double) and Linear8bitLt."""
+"""Adapters on quantized bases: bitsandbytes' Linear4bit (NF4, FP4, double) and Linear8bitLt."""
 
 import copy
 import gc
@@ -61,7 +61,7 @@ def original():
 
 
 def packed_chain(packing, names=tuple(PACKED_SHAPES)):
-    """`original()` with the modules `names` quantised."""
+    """`original()` with the modules `names` quantized."""
     model = original()
     kind, settings = PACKINGS[packing]
     for name in names:
@@ -102,15 +102,15 @@ def weight_errors(model, reference):
 @pytest.mark.parametrize(
     ("method", "packing"), across([*DECOMPOSING, "eva"], list(PACKINGS), group=behavior)
 )
-def test_factors_are_those_of_the_dequantised_weight(method, packing):
+def test_factors_are_those_of_the_dequantized_weight(method, packing):
     base = packed_chain(packing)
-    dequantised = original()
+    dequantized = original()
     with torch.no_grad():
         for name in PACKED_SHAPES:
             weight = oriented_weight(base.get_submodule(name))
-            dequantised.get_submodule(name).weight.copy_(weight)
+            dequantized.get_submodule(name).weight.copy_(weight)
     # One target: the calibration of the others would see the kernels' own rounding.
-    expected = adapt(dequantised, method, targets=["square"]).layers["square"]
+    expected = adapt(dequantized, method, targets=["square"]).layers["square"]
     layer = adapt(base, method, targets=["square"]).layers["square"]
     assert torch.equal(layer.lora_A, expected.lora_A)
     assert torch.equal(layer.lora_B, expected.lora_B)
@@ -336,7 +336,7 @@ def test_requantized_adapter_is_rebuilt_from_its_file(packing, tmp_path):
 @pytest.mark.parametrize(
     ("packing", "method"), every_value(itertools.product(PACKINGS, REPLACING), 2)
 )
-def test_quantised_base_without_original_weights_is_refused(method, packing):
+def test_quantized_base_without_original_weights_is_refused(method, packing):
     base = packed_chain(packing)
     before = snapshot(base)
     with pytest.raises(ValueError, match=f"'square' is quantized already.*{method}.*pass original"):
@@ -347,8 +347,8 @@ def test_quantised_base_without_original_weights_is_refused(method, packing):
 @pytest.mark.parametrize(
     ("packing", "method"), every_value(itertools.product(PACKINGS, REPLACING), 2)
 )
-def test_original_weights_make_up_for_the_quantisation(method, packing, tmp_path):
-    """Nearer to the ORIGINAL weights than plain quantisation, at any scaling, from a file too."""
+def test_original_weights_make_up_for_the_quantization(method, packing, tmp_path):
+    """Nearer to the ORIGINAL weights than plain quantization, at any scaling, from a file too."""
     save_file(original().state_dict(), tmp_path / "model.safetensors")
     plain = {
         name: relative_gap(oriented_weight(packed_chain(packing).get_submodule(name)),
@@ -362,7 +362,7 @@ def test_original_weights_make_up_for_the_quantisation(method, packing, tmp_path
             # What looks at the inputs puts the output right, and the weight as far as that goes.
             share = 0.96 if model.plan.calibration else 0.9
             assert errors[row.name] < share * plain[row.name]
-            # Its own report knows: the base keeps its quantiser, packed without another loss.
+            # Its own report knows: the base keeps its quantizer, packed without another loss.
             assert row.error == pytest.approx(errors[row.name], rel=1e-3)
             assert row.details["error_without_adapter"] == pytest.approx(plain[row.name], rel=1e-3)
             module = model.layers[row.name].base_layer
@@ -406,14 +406,14 @@ def test_original_weights_are_a_path_or_a_mapping():
 
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa", *REPLACING])
-def test_original_weights_without_a_quantised_target(method):
+def test_original_weights_without_a_quantized_target(method):
     refused(
         "original_weights is given, but no target is quantized.*leave it out",
         original(), method, original_weights=original().state_dict(),
     )  # fmt: skip
 
 
-def test_a_quantised_checkpoint_is_no_original():
+def test_a_quantized_checkpoint_is_no_original():
     state = packed_chain("nf4").state_dict()
     refused("'square' is quantized already", packed_chain("nf4"), original_weights=state)
 
@@ -425,7 +425,7 @@ def test_quantized_base_has_two_values(value):
     refused(re.escape(message), packed_chain("nf4"), quantized_base=value)
 
 
-def test_requantize_without_a_quantised_target():
+def test_requantize_without_a_quantized_target():
     refused(
         "quantized_base='requantize' is not supported: no target is quantized. Leave it out",
         original(), quantized_base="requantize",
@@ -433,7 +433,7 @@ def test_requantize_without_a_quantised_target():
 
 
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
-def test_unquantised_modules_are_refused(kind):
+def test_unquantized_modules_are_refused(kind):
     """Before `.to(device)` bitsandbytes' modules still hold floats."""
     from bitsandbytes import nn as modules
 
@@ -479,7 +479,7 @@ def test_merging_warns_with_the_error_it_adds(packing, method, use_dora):
 
 
 @pytest.mark.parametrize("packing", chosen(PACKINGS, "nf4 double", "int8"))
-def test_a_quantised_llama(packing, tmp_path):
+def test_a_quantized_llama(packing, tmp_path):
     """Calibrated, evaluated and trained; its embedding and head are float."""
     floating, batches = llama(), token_batches()
     kind, settings = PACKINGS[packing]
