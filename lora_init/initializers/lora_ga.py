@@ -130,27 +130,31 @@ def lora_ga(layer: Layer, options: LoraGaOptions) -> Factors:
     )
 
 
-def halves(layer: Layer, direction: str) -> tuple[Tensor, Tensor]:
-    """The indices of A's and B's triplets, (rank,) or (stack, rank), disjoint."""
+def halves(layer: Layer, direction: str) -> tuple[slice | Tensor, slice | Tensor]:
+    """The triplets of A and of B: slices, or disjoint indices (rank,) or (stack, rank)."""
     rank = layer.rank
-    if direction == "random":
-        order = torch.stack(
-            [torch.randperm(2 * rank, generator=each, device="cpu") for each in layer.generators]
-        )
-        order = order if layer.is_stack else order[0]
-    elif direction == "ArBr":
-        order = torch.arange(2 * rank, device="cpu").view(rank, 2).flip(1).mT.flatten()
-    else:
-        order = torch.arange(2 * rank, device="cpu").roll(rank if direction == "A2rBr" else 0)
+    first, last = slice(0, rank), slice(rank, 2 * rank)
+    if direction == "ArB2r":
+        return first, last
+    if direction == "A2rBr":
+        return last, first
+    if direction == "ArBr":
+        return slice(1, None, 2), slice(0, None, 2)
+    order = torch.stack(
+        [torch.randperm(2 * rank, generator=each, device="cpu") for each in layer.generators]
+    )
+    order = order if layer.is_stack else order[0]
     return order[..., :rank], order[..., rank:]
 
 
 def columns_at(
-    vectors: Float[Tensor, "*stack size k"], indices: Int[Tensor, "*stack rank"]
+    vectors: Float[Tensor, "*stack size k"], where: slice | Int[Tensor, "*stack rank"]
 ) -> Float[Tensor, "*stack size rank"]:
-    """The columns of each matrix at its indices."""
-    indices = indices.to(vectors.device)[..., None, :].expand(*vectors.shape[:-1], -1)
-    return vectors.gather(-1, indices)
+    """Some columns of each matrix."""
+    if isinstance(where, slice):
+        return vectors[..., where]
+    where = where.to(vectors.device)[..., None, :].expand(*vectors.shape[:-1], -1)
+    return vectors.gather(-1, where)
 
 
 def factor_norm(layer: Layer, options: LoraGaOptions) -> float | Float[Tensor, "*stack 1 1"]:

@@ -14,6 +14,7 @@ from unittest import mock
 
 import simulated_device
 import torch
+from second import nearby_by_default
 from simulated_device import CPU, CUDA, place, simulated_cuda, tensors_in
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -196,4 +197,5 @@ def table():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(table())
+    with nearby_by_default():
+        print(table())
