@@ -1,7 +1,9 @@
 """The schemas that Hydra checks a configuration against, in its ConfigStore.
 
 `init=pissa` needs no YAML: its schema comes from the options that the method registered with the
-library, also for methods of third parties. `conf/init/preset/` holds other values of options.
+library, also for methods of third parties. A control method is a choice of `control`, too.
+`conf/init/preset/` holds other values of options, and `conf/control/` the controls that are a
+setting.
 """
 
 from __future__ import annotations
@@ -89,6 +91,10 @@ def register_schemas() -> None:
         schema = init_schema(method)
         store.store(group="init", name=method.name, node=schema)
         store.store(group="init/schema", name=method.name, node=schema)  # third parties' YAMLs
+        if method.control:
+            override = [{"override /init": method.name}]
+            node = {"defaults": override, "control": method.name}
+            store.store(group="control", name=method.name, node=node, package="_global_")
     store.store(group="training/schema", name="training", node=TrainingConfig)
     store.store(group="tracking/schema", name="tracking", node=TrackingConfig)
     store.store(group="hydra/sweeper", name="protocol", node=ProtocolConfig)

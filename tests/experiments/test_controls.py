@@ -12,12 +12,12 @@ from experiments.errors import ConfigurationError
 def test_what_each_control_sets(configured):
     runs = {
         name: configured(f"control={name}")
-        for name in ("none", "rslora", "lora_plus", "random_bases", "matched_norm")
+        for name in ("none", "rslora", "lora_plus", "random_bases", "matched_norm", "psd")
     }
     assert runs["none"] == configured()
     assert runs["rslora"].lora.use_rslora
     assert runs["lora_plus"].training.lora_plus_ratio == 16
-    for name in ("random_bases", "matched_norm"):
+    for name in ("random_bases", "matched_norm", "psd"):
         assert runs[name].init.name == name
     assert {name: control_of(run) for name, run in runs.items()} == {name: name for name in runs}
 
