@@ -191,7 +191,9 @@ def without(state, name):
             r"target_weights of tall.*NaN or infinite",
         ),
         (lambda state: "nowhere", r"target_weights: no file or folder 'nowhere'"),
-        (lambda state: 5, r"target_weights is of type int"),
+        pytest.param(
+            lambda state: 5, r"target_weights is of type int", marks=pytest.mark.wrong_types
+        ),
     ],
 )
 def test_a_source_that_does_not_fit_is_refused(change, message):

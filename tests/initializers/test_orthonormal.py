@@ -26,12 +26,12 @@ def test_rows_are_orthonormal(rows, columns, rank):
 def test_every_input_is_equally_likely():
     """The projection on the span of A has the mean rank / in · I over seeds."""
     projections = [
-        part.T @ part for part in (factors_of(4, 8, 2, seed=seed).lora_A for seed in range(4000))
+        part.T @ part for part in (factors_of(4, 8, 2, seed=seed).lora_A for seed in range(500))
     ]
     mean = torch.stack(projections).mean(0)
-    torch.testing.assert_close(mean, 0.25 * torch.eye(8), rtol=0, atol=0.02)
-    entries = torch.stack([factors_of(4, 8, 2, seed=seed).lora_A for seed in range(400)])
-    assert abs(float(entries.mean())) < 0.02
+    torch.testing.assert_close(mean, 0.25 * torch.eye(8), rtol=0, atol=0.04)
+    entries = torch.stack([factors_of(4, 8, 2, seed=seed).lora_A for seed in range(200)])
+    assert abs(float(entries.mean())) < 0.03
 
 
 def test_depends_on_seed_and_name_and_not_on_the_scaling():
