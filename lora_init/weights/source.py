@@ -146,7 +146,7 @@ class BaseWeights:
         """View a checkpoint's tensor of a target as a matrix."""
         if target.quantized:
             return stored.T if self._stored_transposed(target) else stored
-        return orient(target.module_type, stored)
+        return FORMATS[target.module_type].orient(stored)
 
     def _module(self, target: Target) -> nn.Module:
         """The target module; for an adapted layer, its base layer."""
