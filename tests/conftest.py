@@ -27,9 +27,9 @@ sys.dont_write_bytecode = False
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--check-shapes",
+        "--no-check-shapes",
         action="store_true",
-        help="check the annotated types and tensor shapes of lora_init at every call",
+        help="leave out the checks of lora_init's annotated types and shapes, to measure times",
     )
     parser.addoption(
         "--check-only",
@@ -39,8 +39,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "wrong_types: passes what the annotations forbid")
-    if config.getoption("--check-shapes"):
+    config.addinivalue_line("markers", "unchecked: passes what the annotations forbid, or compiles")
+    if not config.getoption("--no-check-shapes"):
         jaxtyping.install_import_hook("lora_init", "annotations.checked")
 
 
@@ -70,12 +70,6 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--check-only"):
         items[:] = quick(items)
     items.sort(key=lambda item: "slow" not in item.keywords)  # none of them begins last
-    if config.getoption("--check-shapes"):
-        # There the annotations refuse it first, with an error of their own.
-        skip = pytest.mark.skip(reason="wrong types, on purpose")
-        for item in items:
-            if "wrong_types" in item.keywords:
-                item.add_marker(skip)
 
 
 def pytest_collection_finish(session):
@@ -114,6 +108,17 @@ def one_thread():
     """A run of experiments sets its process's number, and two workers of two threads wait."""
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def checked_shapes(request):
+    """A test marked `unchecked` runs without the checks of annotated types and shapes."""
+    if "unchecked" not in request.keywords:
+        yield
+        return
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -86,7 +86,7 @@ def test_factors_are_float32_in_every_dtype(dtype):
 WEIGHT = torch.randn(6, 5)
 
 
-@pytest.mark.wrong_types
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,6 @@
-"""The check of annotated types and shapes: `pytest --check-shapes`."""
+"""The checks of annotated types and shapes that are on in every test run."""
 
 from beartype import BeartypeConf, beartype
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-"""What `pytest --check-shapes` decorates every function of lora_init with; an int is a float."""
+"""Decorates every function of lora_init during the tests; an int is a float."""
