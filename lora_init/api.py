@@ -192,7 +192,9 @@ def _assemble(
     spec = plan.initializer
     transaction.undo_by(partial(uncover_methods, model))
     plain = injection.hold_plain(model, transaction)
-    seconds = dict.fromkeys(("calibration", "allocation", "initialize", "inject"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(
+        ("calibration", "allocation", "initialize", "inject"), 0.0
+    )
     parts = calibrated(plan, model, calibration, device, cache)
     if spec.allocates:
         with _timed(seconds, "calibration"):

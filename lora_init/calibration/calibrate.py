@@ -52,11 +52,9 @@ def calibrate(
         ValueError: no configuration needs data, or the batches are invalid.
     """
     check_model(model)
-    one = not isinstance(configs, Iterable) or isinstance(configs, str)
-    configs = [
-        with_new_heads(model, checked_config("configs", each))
-        for each in ([configs] if one else configs)
-    ]
+    several = isinstance(configs, Iterable) and not isinstance(configs, str)
+    given: Any = configs if several else [configs]
+    configs = [with_new_heads(model, checked_config("configs", each)) for each in given]
     if batches is None:
         raise TypeError(f"batches=None is not supported: {BATCHES}")
     check_batches(batches, "batches")
@@ -129,7 +127,7 @@ def for_allocation(plan: Plan, parts: Iterator[Calibration]) -> Calibration:
 
 
 def _condensed(plan: Plan, parts: Iterator[Calibration]) -> Iterator[Calibration]:
-    ranks = {target.name: plan.directions(target) for target in plan.targets}
+    ranks = {target.name: plan.directions(target) or target.shape[1] for target in plan.targets}
     for part in parts:
         small = part.condensed(ranks)
         del part  # otherwise its covariances stay in memory during the next pass

@@ -223,7 +223,8 @@ def leading_eigenspace(
         values, vectors = dense.eigh(projected[..., :used, :used])
         values, vectors = values.flip(-1), vectors.flip(-1).to(block.dtype)
         # K V = V T + block (second first) E^T, where E is the last columns of the identity.
-        residuals = (second @ first) @ vectors[..., -width:, :rank]
+        last_block = vectors[..., -width:, :rank]
+        residuals = (second @ first) @ last_block  # pyright: ignore  # set in the loop above
         residuals = torch.linalg.vector_norm(residuals, dim=-2).double()
         wanted = values[..., :rank].double()
         gaps = (wanted - values[..., kept : kept + 1].double()).clamp_min(0)

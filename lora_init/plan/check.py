@@ -224,7 +224,9 @@ def sharers(name: str, module: nn.Module, owners: Mapping[int, list[Extent]]) ->
 
     A module registered under several names is one module: none of its names is returned.
     """
-    own = extent(f"{name}.weight", module.weight)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    own = extent(f"{name}.weight", weight)
     return tuple(
         other.name
         for other in owners.get(own.storage, ())
