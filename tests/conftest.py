@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "unchecked: passes what the annotations forbid, or compiles")
+    config.addinivalue_line("markers", "wrong_types: passes what the annotations forbid")
     if not config.getoption("--no-check-shapes"):
         jaxtyping.install_import_hook("lora_init", "annotations.checked")
 
@@ -69,6 +69,9 @@ def quick(items):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--check-only"):
         items[:] = quick(items)
+    for item in items:
+        if "wrong_types" in item.keywords:  # else the annotations refuse it first
+            item.fixturenames.insert(0, "unchecked")
     items.sort(key=lambda item: "slow" not in item.keywords)  # none of them begins last
 
 
@@ -110,12 +113,9 @@ def one_thread():
         torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def checked_shapes(request):
-    """A test marked `unchecked` runs without the checks of annotated types and shapes."""
-    if "unchecked" not in request.keywords:
-        yield
-        return
+@pytest.fixture
+def unchecked():
+    """No checks of annotated types and shapes: torch.compile cannot trace them."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -13,7 +13,7 @@ from processes import run_ranks
 
 from lora_init import LoraConfig, WithLoss, calibrate, get_peft_model, registry
 
-pytestmark = pytest.mark.unchecked
+pytestmark = pytest.mark.wrong_types
 
 EVA = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "eva"}
 

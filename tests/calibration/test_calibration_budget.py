@@ -147,7 +147,7 @@ def test_a_layer_whose_inputs_never_fit_together_ends_with_an_error():
         )
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("limits", "method", "message"),
     [

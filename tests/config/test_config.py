@@ -125,21 +125,21 @@ def test_unknown_initializer_names_the_nearest():
     refused("must be a bool", TypeError, init_lora_weights=3)
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("rank", [0, -1, 2.5, "8", True])
 def test_ranks_are_positive_integers(rank):
     refused(r"r=.*integer >= 1", r=rank)
     refused(r"rank_pattern\['q'\]=.*integer >= 1", rank_pattern={"q": rank})
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), "8"])
 def test_alphas_are_positive_and_finite(alpha):
     refused("lora_alpha=.*positive finite", lora_alpha=alpha)
     refused(r"alpha_pattern\['q'\]=", alpha_pattern={"q": alpha})
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, float("nan"), "0.1"])
 def test_dropout_is_a_probability_below_one(dropout):
     refused(r"lora_dropout=.*at least 0\.0 and less than 1\.0", lora_dropout=dropout)
@@ -151,7 +151,7 @@ def test_layer_indices_need_a_list_of_names():
     refused("layers_pattern.*layers_to_transform", layers_pattern="layers", target_modules=["q"])
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 def test_values_of_a_wrong_type_are_named():
     refused("modules_to_save='lm_head' is not supported: must be a list", modules_to_save="lm_head")
     refused("rank_pattern='q' is not supported: must be a mapping", rank_pattern="q")
@@ -161,7 +161,7 @@ def test_values_of_a_wrong_type_are_named():
     refused("loftq_iter=True", init_lora_weights={"name": "loftq", "loftq_iter": True})
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 def test_variants_are_checked():
     for setting in ("use_dora", "lora_bias", "use_rslora"):
         for value in (1, "true", None):

@@ -17,7 +17,7 @@ import lora_init
 from lora_init import LoraConfig, calibrate, get_peft_model
 from lora_init.initializers.eva import EvaOptions
 
-pytestmark = pytest.mark.unchecked
+pytestmark = pytest.mark.wrong_types
 
 
 class Task(enum.StrEnum):

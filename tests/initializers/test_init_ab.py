@@ -13,7 +13,7 @@ from lora_init.initializers.init_ab import InitAbOptions, InitAbSubtractedOption
 from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
-TEXT = pytest.param("1", marks=pytest.mark.unchecked)
+TEXT = pytest.param("1", marks=pytest.mark.wrong_types)
 SCALINGS = {  # alpha, use_rslora
     1 / 16: (RANK / 16, False),
     1.0: (RANK, False),

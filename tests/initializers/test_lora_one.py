@@ -15,7 +15,7 @@ from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 GAMMA = 128.0
-TEXT = pytest.param("128", marks=pytest.mark.unchecked)
+TEXT = pytest.param("128", marks=pytest.mark.wrong_types)
 SHAPES = [(40, 40), (56, 24), (24, 56)]
 SCALINGS = {  # alpha, use_rslora
     1 / 16: (RANK / 16, False),

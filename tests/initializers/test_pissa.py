@@ -125,7 +125,7 @@ def test_niter_by_name():
     torch.testing.assert_close(model.layers["0"].lora_A.detach(), expected.lora_A, rtol=0, atol=0)
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("niter", [-1, 1.5, "4"])
 def test_bad_niter_is_refused(niter):
     with pytest.raises(ValueError, match="niter="):

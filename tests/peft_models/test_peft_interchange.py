@@ -563,7 +563,7 @@ def test_parameters_are_counted_as_peft_does(capsys):
     assert capsys.readouterr().out == expected
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 def test_peft_config_objects_convert():
     """By LoraConfig.from_dict(config.to_dict()), as get_peft_model's message says."""
     theirs = peft.LoraConfig(

@@ -303,7 +303,7 @@ def test_one_tensor_in_two_files(tmp_path):
         OriginalWeights(tmp_path)
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("source", [3, None, torch.nn.Linear(2, 2), [("up.weight", 1)]])
 def test_source_of_another_type(source):
     with pytest.raises(TypeError, match=r"original_weights is of type .*model.state_dict\(\)"):
@@ -337,7 +337,7 @@ def test_quantised_checkpoints_are_refused(tmp_path, layout, values, finding):
     assert original.shape("down") == (2, 2)
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 def test_mapping_of_something_else():
     original = OriginalWeights(
         {"up.weight": [[1.0]], "down.weight": torch.empty(2, 2, device="meta"), 3: torch.ones(1)}

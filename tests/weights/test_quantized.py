@@ -399,7 +399,7 @@ def test_wrong_checkpoints_are_refused_by_name(method, packing, tmp_path):
     refused("no file or folder", base, method, FileNotFoundError, original_weights=tmp_path / "x")
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 def test_original_weights_are_a_path_or_a_mapping():
     message = "original_weights is of type int; it must be a folder"
     refused(message, packed_chain("nf4"), error=TypeError, original_weights=3)
@@ -418,7 +418,7 @@ def test_a_quantized_checkpoint_is_no_original():
     refused("'square' is quantized already", packed_chain("nf4"), original_weights=state)
 
 
-@pytest.mark.unchecked
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("value", ["in-forward", None, True, ["requantize"]])
 def test_quantized_base_has_two_values(value):
     message = f"quantized_base={value!r} is not supported: must be one of in_forward, requantize"
