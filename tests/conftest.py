@@ -15,6 +15,7 @@ os.environ.setdefault("LORA_INIT_CACHE", "off")
 # One thread in the processes that tests start, too, and in what is no part of torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import annotations
 import jaxtyping
 import pytest
 import torch
@@ -41,7 +42,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "wrong_types: passes what the annotations forbid")
     if not config.getoption("--no-check-shapes"):
-        jaxtyping.install_import_hook("lora_init", "annotations.checked")
+        annotations.install()
 
 
 def quick(items):

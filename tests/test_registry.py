@@ -67,6 +67,7 @@ def test_a_wrong_declaration_is_refused_by_name(clean_registry, arguments, messa
         register_initializer("lost", **arguments)(lambda *args: None)
 
 
+@pytest.mark.wrong_types
 def test_options_must_inherit_from_options(clean_registry):
     with pytest.raises(TypeError, match="'lost': options=.*inherits from"):
         register_initializer("lost", options=dict)(lambda *args: None)
