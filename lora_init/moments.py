@@ -207,7 +207,7 @@ def converted(components: Components, convert: Callable[[Tensor], Tensor]) -> Co
     return convert(values), convert(vectors), convert(total)
 
 
-def leading(components: Components, rank: int) -> Components:
+def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> Components:
     """The first `rank` components, and the total variance."""
     values, vectors, total = components
     return values[:rank], vectors[:, :rank], total
