@@ -116,7 +116,7 @@ def one_thread():
 
 @pytest.fixture
 def unchecked():
-    """No checks of annotated types and shapes: torch.compile cannot trace them."""
+    """No checks of annotated types and shapes."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

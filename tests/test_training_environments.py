@@ -362,7 +362,6 @@ def test_trainer_refuses_a_four_bit_base_without_an_adapter(four_bits, tmp_path)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("case", ["edited", "kept tied", "in the forward pass", "dora"])
 def test_compiled_is_eager(case):
     """One graph, the same output and gradients, and another graph when the adapter is switched."""

@@ -119,7 +119,6 @@ def test_only_the_16_bit_input_is_kept(method, parts):
     outputs.sum().backward()
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_compiled_is_eager_in_one_graph(monkeypatch):
     """With the products of a GPU; the others are compiled in `test_training_environments`."""
     monkeypatch.setattr(two_parts, "apply_to", lambda x, wide: x.dtype is torch.bfloat16)

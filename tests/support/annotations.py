@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import jaxtyping
+import torch
 from beartype import BeartypeConf, beartype
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -16,8 +17,8 @@ def install():
     """Check the functions and dataclasses of lora_init, which must not be imported yet.
 
     jaxtyping decorates a function at its first call. At the import it takes seconds for all.
-    Generators are left out. torch.compile cannot trace a context manager in a wrapper, even where
-    the checks are off.
+    torch.compile cannot trace the checks, so they are off in compiled code. Nor can it trace a
+    context manager in a wrapper, so generators are left out.
     """
 
     def at_first_call(*, typechecker):
@@ -39,7 +40,8 @@ def _at_first_call(function, decorate):
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        one = function if jaxtyping.config.jaxtyping_disable else decorated()
-        return one(*args, **kwargs)
+        if jaxtyping.config.jaxtyping_disable or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return decorated()(*args, **kwargs)
 
     return call
