@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ Data = TypeVar("Data")
 # cannot know that. To them the data may be anything, so that a method needs no check for None.
 if TYPE_CHECKING:
     Inputs = InputStatistics | Any
-    Declared = Data | Any
+    Declared: TypeAlias = Data | Any
 else:
     Inputs = InputStatistics | LeadingComponents | StackedInputs
     Declared = Data | None
@@ -107,7 +107,7 @@ class Layer:
     inputs: Declared[Inputs] = None
     gradient: Declared[Float[Tensor, "*stack out in"]] = None
     quantizer: Quantizer | None = None
-    target_weight: Float[Tensor, "out in"] | None = None
+    target_weight: Declared[Float[Tensor, "out in"]] = None
     planned_rank: int | None = None
     is_stack: bool = False
 
