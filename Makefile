@@ -29,7 +29,7 @@ help:
 	@echo "make test-all  the same, with long runs and every member of their products"
 	@echo "make test-papers  the page of docs/papers, measured again and held against it"
 	@echo "make fuzz      10,000 damaged adapters, caches, calibrations, checkpoints and runs"
-	@echo "make lint      ruff"
+	@echo "make lint      ruff, the order of imports, and types"
 	@echo "make format    ruff format, on all files"
 	@echo "make docs      the documentation, in docs/_build/html; warnings are errors"
 	@echo "make readme    the table of methods in README.md, from the registry"
@@ -79,6 +79,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

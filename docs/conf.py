@@ -9,6 +9,7 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import registry_pages  # noqa: E402
+from sphinx.pycode import ModuleAnalyzer  # noqa: E402
 
 import lora_init  # noqa: E402
 
@@ -61,5 +62,13 @@ def write_generated_pages(app, config) -> None:
         shutil.copy2(path, notebooks)
 
 
+def hide_overloads(app, config) -> None:
+    """Show the arguments of `get_peft_model` and their defaults, not its overloads."""
+    api = ModuleAnalyzer.for_module("lora_init.api")
+    api.analyze()
+    api.overloads.clear()
+
+
 def setup(app) -> None:
     app.connect("config-inited", write_generated_pages)
+    app.connect("config-inited", hide_overloads)

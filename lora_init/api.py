@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,48 @@ from lora_init.weights.offload import first_unloaded
 from lora_init.weights.source import BaseWeights
 
 __all__ = ["calibrate", "get_peft_model", "init_factors", "reinitialize"]
+
+
+class CallSettings(TypedDict, total=False):
+    """The keywords of `get_peft_model` except `dry_run`, for the types of its overloads."""
+
+    calibration: Iterable[Any] | Calibration | None
+    calibration_memory: int | None
+    adapter_dtype: torch.dtype
+    device: str | torch.device | None
+    seed: int
+    quantized_base: str
+    original_weights: str | PathLike | Mapping[str, Tensor] | None
+    keep_original: bool
+    allow_unmatched: bool
+    cache: bool
+    verify: Any
+
+
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    *,
+    dry_run: Literal[False] = False,
+    **settings: Unpack[CallSettings],
+) -> LoraModel: ...
+
+
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    *,
+    dry_run: Literal[True],
+    **settings: Unpack[CallSettings],
+) -> Plan: ...
+
+
+@overload
+def get_peft_model(
+    model: nn.Module, peft_config: LoraConfig, *, dry_run: bool, **settings: Unpack[CallSettings]
+) -> LoraModel | Plan: ...
 
 
 def get_peft_model(
@@ -144,6 +186,32 @@ def get_peft_model(
     )  # fmt: skip
 
 
+@overload
+def reinitialize(
+    model: LoraModel,
+    peft_config: LoraConfig,
+    *,
+    dry_run: Literal[False] = False,
+    **settings: Unpack[CallSettings],
+) -> LoraModel: ...
+
+
+@overload
+def reinitialize(
+    model: LoraModel,
+    peft_config: LoraConfig,
+    *,
+    dry_run: Literal[True],
+    **settings: Unpack[CallSettings],
+) -> Plan: ...
+
+
+@overload
+def reinitialize(
+    model: LoraModel, peft_config: LoraConfig, *, dry_run: bool, **settings: Unpack[CallSettings]
+) -> LoraModel | Plan: ...
+
+
 def reinitialize(model: LoraModel, peft_config: LoraConfig, **settings: Any) -> LoraModel | Plan:
     """Replace the adapter of a model in memory by a newly initialized one.
 
@@ -192,7 +260,9 @@ def _assemble(
     spec = plan.initializer
     transaction.undo_by(partial(uncover_methods, model))
     plain = injection.hold_plain(model, transaction)
-    seconds = dict.fromkeys(("calibration", "allocation", "initialize", "inject"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(
+        ("calibration", "allocation", "initialize", "inject"), 0.0
+    )
     parts = calibrated(plan, model, calibration, device, cache)
     if spec.allocates:
         with _timed(seconds, "calibration"):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,16 @@ from lora_init.moments import InputStatistics, LeadingComponents, StackedInputs
 if TYPE_CHECKING:
     from lora_init.quantization import Quantizer
 
-Inputs = InputStatistics | LeadingComponents | StackedInputs
+Data = TypeVar("Data")
 
+# A method gets what it declares in `reads`, in the form that its options ask for. Type checkers
+# cannot know that. To them the data may be anything, so that a method needs no check for None.
+if TYPE_CHECKING:
+    Inputs = InputStatistics | Any
+    Declared: TypeAlias = Data | Any
+else:
+    Inputs = InputStatistics | LeadingComponents | StackedInputs
+    Declared = Data | None
 
 STACKED = "stored_weight", "gradient"
 
@@ -33,8 +41,8 @@ class LayerStatistics:
         gradient: gradient of the loss with respect to its weight, if the method reads it.
     """
 
-    inputs: Inputs | None = None
-    gradient: Float[Tensor, "out in"] | None = None
+    inputs: Declared[Inputs] = None
+    gradient: Declared[Float[Tensor, "out in"]] = None
 
     def to(self, device: torch.device) -> LayerStatistics:
         """The statistics on `device`; this object if they are there already."""
@@ -95,11 +103,11 @@ class Layer:
     rank: int
     scaling: float
     seed: int = 0
-    stored_weight: Float[Tensor, "*stack out in"] | None = None
-    inputs: Inputs | None = None
-    gradient: Float[Tensor, "*stack out in"] | None = None
+    stored_weight: Declared[Float[Tensor, "*stack out in"]] = None
+    inputs: Declared[Inputs] = None
+    gradient: Declared[Float[Tensor, "*stack out in"]] = None
     quantizer: Quantizer | None = None
-    target_weight: Float[Tensor, "out in"] | None = None
+    target_weight: Declared[Float[Tensor, "out in"]] = None
     planned_rank: int | None = None
     is_stack: bool = False
 
@@ -127,7 +135,7 @@ class Layer:
         return self._generators
 
     @property
-    def generator(self) -> torch.Generator | tuple[torch.Generator, ...]:
+    def generator(self) -> torch.Generator | Any:
         """The layer's generator; for a stack, one generator per layer."""
         return self._generators if self.is_stack else self._generators[0]
 
@@ -144,7 +152,9 @@ class Layer:
     def members(self) -> list[Layer]:
         """The layers of a stack, one by one."""
         weights = self.stored_weight if self.stored_weight is not None else [None] * len(self.names)
-        inputs = self.inputs.members if self.inputs is not None else [None] * len(self.names)
+        inputs: Any = [None] * len(self.names)
+        if isinstance(self.inputs, StackedInputs):
+            inputs = self.inputs.members
         gradients = self.gradient if self.gradient is not None else [None] * len(self.names)
         return [
             replace(

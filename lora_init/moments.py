@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,8 +79,7 @@ class InputStatistics:
     def keep(self, center: bool, size: int, matrix: Tensor, values: Tensor, vectors: Tensor):
         """Cache the decomposition of `matrix(center)` for `principal_components`."""
         total = matrix.diagonal().sum().clamp_min(0)
-        figures = (values.clamp_min(0), vectors, total)
-        self._components[center, size] = tuple(figure.float() for figure in figures)
+        self._components[center, size] = values.clamp_min(0).float(), vectors.float(), total.float()
 
     def least_directions(self, rank: int) -> Float[Tensor, "in rank"]:
         """The last `rank` eigenvectors of `second_moment`, ascending, in float64.
@@ -96,13 +95,14 @@ class InputStatistics:
         """The results of `principal_components` up to `rank`, without the covariance matrix."""
         components = {center: self.principal_components(rank, center) for center in (True, False)}
         return LeadingComponents(
-            {center: tuple(part.clone() for part in found) for center, found in components.items()}
+            {center: converted(found, Tensor.clone) for center, found in components.items()}
         )
 
     def to(self, device: torch.device) -> InputStatistics:
         """The moments on `device`, with the cached decompositions."""
         components = {
-            key: tuple(part.to(device) for part in found) for key, found in self._components.items()
+            key: converted(found, lambda part: part.to(device))
+            for key, found in self._components.items()
         }
         kept = {size: vectors.to(device) for size, vectors in self._least.items()}
         return InputStatistics(
@@ -159,7 +159,7 @@ class LeadingComponents:
 
     def to(self, device: torch.device) -> LeadingComponents:
         parts = {
-            center: tuple(part.to(device) for part in found)
+            center: converted(found, lambda part: part.to(device))
             for center, found in self.components.items()
         }
         return LeadingComponents(parts)
@@ -201,7 +201,13 @@ def decompose_together(
             one.keep(center, size, matrix, values, vectors)
 
 
-def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def converted(components: Components, convert: Callable[[Tensor], Tensor]) -> Components:
+    """The components with `convert` applied to each of their tensors."""
+    values, vectors, total = components
+    return convert(values), convert(vectors), convert(total)
+
+
+def leading(components: tuple[Tensor, Tensor, Tensor], rank: int) -> Components:
     """The first `rank` components, and the total variance."""
     values, vectors, total = components
     return values[:rank], vectors[:, :rank], total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ PATIENCE_SECONDS = 1.0
 
 def tracked(items: Iterable[Item], description: str) -> Iterator[Item]:
     """Yield the items, and show a progress bar once that takes longer than a second."""
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     with tracking(total, description) as advance:
         for item in items:
             yield item

@@ -15,6 +15,7 @@ os.environ.setdefault("LORA_INIT_CACHE", "off")
 # One thread in the processes that tests start, too, and in what is no part of torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import annotations
 import jaxtyping
 import pytest
 import torch
@@ -27,9 +28,9 @@ sys.dont_write_bytecode = False
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--check-shapes",
+        "--no-check-shapes",
         action="store_true",
-        help="check the annotated types and tensor shapes of lora_init at every call",
+        help="leave out the checks of lora_init's annotated types and shapes, to measure times",
     )
     parser.addoption(
         "--check-only",
@@ -40,8 +41,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "wrong_types: passes what the annotations forbid")
-    if config.getoption("--check-shapes"):
-        jaxtyping.install_import_hook("lora_init", "annotations.checked")
+    if not config.getoption("--no-check-shapes"):
+        annotations.install()
 
 
 def quick(items):
@@ -69,13 +70,10 @@ def quick(items):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--check-only"):
         items[:] = quick(items)
+    for item in items:
+        if "wrong_types" in item.keywords:  # else the annotations refuse it first
+            item.fixturenames.insert(0, "unchecked")
     items.sort(key=lambda item: "slow" not in item.keywords)  # none of them begins last
-    if config.getoption("--check-shapes"):
-        # There the annotations refuse it first, with an error of their own.
-        skip = pytest.mark.skip(reason="wrong types, on purpose")
-        for item in items:
-            if "wrong_types" in item.keywords:
-                item.add_marker(skip)
 
 
 def pytest_collection_finish(session):
@@ -114,6 +112,14 @@ def one_thread():
     """A run of experiments sets its process's number, and two workers of two threads wait."""
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked():
+    """No checks of annotated types and shapes."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -107,6 +107,7 @@ def test_an_adapter_that_cannot_learn_is_pointed_out():
         get_peft_model(model, config)
 
 
+@pytest.mark.wrong_types
 def test_a_model_that_peft_has_injected(model):
     import peft
 

@@ -61,11 +61,13 @@ def test_a_name_is_registered_once(clean_registry):
         ({"base": "edit"}, "base=edit is not supported: must be of keep"),
     ],
 )
+@pytest.mark.wrong_types
 def test_a_wrong_declaration_is_refused_by_name(clean_registry, arguments, message):
     with pytest.raises(ValueError, match=f"'lost': {message}"):
         register_initializer("lost", **arguments)(lambda *args: None)
 
 
+@pytest.mark.wrong_types
 def test_options_must_inherit_from_options(clean_registry):
     with pytest.raises(TypeError, match="'lost': options=.*inherits from"):
         register_initializer("lost", options=dict)(lambda *args: None)

@@ -82,7 +82,7 @@ def followed(
         config,
         use_rslora=theirs.use_rslora,
         lora_alpha=theirs.lora_alpha / factor,
-        alpha_pattern={key: alpha / factor for key, alpha in theirs.alpha_pattern.items()},
+        alpha_pattern={key: alpha / factor for key, alpha in (theirs.alpha_pattern or {}).items()},
     )
 
 

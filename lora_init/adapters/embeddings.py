@@ -24,7 +24,7 @@ PEFT_NAMES = ("embed_tokens", "lm_head")
 """Names of embeddings that PEFT saves if they are adapted."""
 
 
-def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+def embeddings(model: nn.Module) -> dict[str, Any]:
     """The original input and output embedding modules of a transformers model, by name."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):

@@ -14,7 +14,8 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,13 +52,13 @@ def peft_computes(module: nn.Module) -> bool:
     return module.dilation == (1, 1) and module.padding_mode == "zeros"
 
 
-def bias_key(name: str, layers: Mapping[str, object]) -> str:
+def bias_key(name: str, layers: Collection[str]) -> str:
     """The key of a trained bias."""
     module, _, last = name.rpartition(".")
     return f"{PREFIX}{module}.base_layer.{last}" if module in layers else PREFIX + name
 
 
-def file_shape(target: Target, module: nn.Module, part: str, rank: int) -> tuple[int, ...]:
+def file_shape(target: Target, module: Any, part: str, rank: int) -> tuple[int, ...]:
     """The shape of a part in a file; A of a Conv2d has the kernel size of `module`."""
     rows, columns = target.shape
     convolution = FORMATS[target.module_type].operation == "convolution"

@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -201,7 +202,7 @@ def _former_names(base: nn.Module) -> Callable[[str], str] | None:
 
     If the base is a model of transformers, that library is already imported.
     """
-    inner = base
+    inner: Any = base
     while not hasattr(inner, "config") and len(children := list(inner.children())) == 1:
         inner = children[0]
     inner = getattr(inner, "_orig_mod", inner)

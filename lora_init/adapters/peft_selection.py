@@ -52,8 +52,7 @@ def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
         model: the base model; only its `config.model_type` is used.
         plan: the plan of the adapter.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    experts = EXPERT_NAMES.get(kind)
+    experts = EXPERT_NAMES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if experts is None:
         return ()
     targets = [target.name for target in plan.targets]

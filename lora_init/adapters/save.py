@@ -285,6 +285,6 @@ def exported_config(config: LoraConfig, plan: Plan, *, doubled: bool = True) -> 
         factor = math.sqrt(2) if config.use_rslora else 2
         written.r = 2 * config.r
         written.lora_alpha = config.lora_alpha * factor
-        written.rank_pattern = {k: 2 * v for k, v in written.rank_pattern.items()}
-        written.alpha_pattern = {k: v * factor for k, v in written.alpha_pattern.items()}
+        written.rank_pattern = {k: 2 * v for k, v in (written.rank_pattern or {}).items()}
+        written.alpha_pattern = {k: v * factor for k, v in (written.alpha_pattern or {}).items()}
     return written

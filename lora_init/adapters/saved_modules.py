@@ -38,7 +38,7 @@ def in_file(
         layers: the names of the adapted modules.
         config: the settings of the adapter.
     """
-    entries = (*(config.modules_to_save or []), *HEADS.get(config.task, []))
+    entries = (*(config.modules_to_save or []), *HEADS.get(config.task or "", []))
     found: list[str] = []
     missing: list[str] = []
     for name, module in base.named_modules():
@@ -73,7 +73,7 @@ def selected_by_peft(
         others: the full names of the other modules.
         task: the task of the configuration, for which PEFT adds names.
     """
-    heads = PEFT_HEADS.get(task, ())
+    heads = PEFT_HEADS.get(task or "", ())
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
     best: tuple[list[str], tuple[str, ...]] | None = None
     for entries in (short, list(chosen)):

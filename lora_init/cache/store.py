@@ -277,7 +277,7 @@ def _is_abandoned(name: str, modified: float) -> bool:
         return True
     match = TEMPORARY.fullmatch(name)
     # On POSIX, signal 0 only checks that the process exists. On Windows it would kill it.
-    if os.name != "posix" or match["host"] != _host():
+    if match is None or os.name != "posix" or match["host"] != _host():
         return False
     try:
         os.kill(int(match["pid"]), 0)

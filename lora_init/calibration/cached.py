@@ -84,7 +84,7 @@ def least_bytes(
 
 def _described(model: nn.Module) -> list[Any]:
     """The model's classes, configuration and values, for the cache key."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return [
         [[name, type(m).__module__, type(m).__qualname__] for name, m in model.named_modules()],
         config.to_json_string() if hasattr(config, "to_json_string") else None,

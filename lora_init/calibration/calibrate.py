@@ -52,11 +52,9 @@ def calibrate(
         ValueError: no configuration needs data, or the batches are invalid.
     """
     check_model(model)
-    one = not isinstance(configs, Iterable) or isinstance(configs, str)
-    configs = [
-        with_new_heads(model, checked_config("configs", each))
-        for each in ([configs] if one else configs)
-    ]
+    several = isinstance(configs, Iterable) and not isinstance(configs, str)
+    given: Any = configs if several else [configs]
+    configs = [with_new_heads(model, checked_config("configs", each)) for each in given]
     if batches is None:
         raise TypeError(f"batches=None is not supported: {BATCHES}")
     check_batches(batches, "batches")
@@ -70,7 +68,7 @@ def calibrate(
             "pass those of methods that do, e.g. eva or corda"
         )
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
-    requests = list(dict.fromkeys(plan.calibration for plan in plans))
+    requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
     place = None if device is None else torch.device(device)
     found = collect_all(model, names, requests, batches, device=place)
     found.fingerprints = {name: fingerprint(weight) for name, weight in _weights(model, names)}
@@ -96,7 +94,9 @@ def calibrated(
     request = plan.calibration
     if request is None:
         yield Calibration({CalibrationRequest(): {name: LayerStatistics() for name in names}})
-    elif isinstance(calibration, Calibration):
+        return
+    assert calibration is not None  # else the call was refused
+    if isinstance(calibration, Calibration):
         found = calibration.of(names, request, device)
         _check_fit(plan, model, found, calibration.fingerprints)
         yield found
@@ -121,13 +121,13 @@ def calibrated(
 
 def for_allocation(plan: Plan, parts: Iterator[Calibration]) -> Calibration:
     """Merge all parts for a method that allocates ranks. Several parts are condensed first."""
-    if plan.calibration_memory is None or plan.calibration.gradients:
+    if plan.calibration_memory is None or not plan.calibration or plan.calibration.gradients:
         return next(parts)
     return merged(_condensed(plan, parts))
 
 
 def _condensed(plan: Plan, parts: Iterator[Calibration]) -> Iterator[Calibration]:
-    ranks = {target.name: plan.directions(target) for target in plan.targets}
+    ranks = {target.name: plan.directions(target) or target.shape[1] for target in plan.targets}
     for part in parts:
         small = part.condensed(ranks)
         del part  # otherwise its covariances stay in memory during the next pass

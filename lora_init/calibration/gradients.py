@@ -182,8 +182,9 @@ def _check_loss(loss: Any, number: int, modules: Mapping[str, nn.Module]) -> Non
         )
     if not bool(torch.isfinite(loss)):
         for name, module in modules.items():
-            if not module.weight.is_meta:
-                refuse_non_finite(name, module.weight.detach())
+            weight = module.weight
+            if isinstance(weight, Tensor) and not weight.is_meta:
+                refuse_non_finite(name, weight.detach())
         raise ValueError(
             f"calibration: the loss of batch {number} is {loss.item()}; labels that are all "
             "ignored (-100) give nan: drop such batches, or check the model's weights"
@@ -220,7 +221,7 @@ def _tapped(
 
     def tap(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            x: Any = args[0] if args else kwargs.get("input", kwargs.get("x"))
             return _Tap.apply(anchor, y, x.detach(), lambda *pair: add(name, *pair))
 
         return hook

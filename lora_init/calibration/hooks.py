@@ -152,7 +152,8 @@ class Observer:
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self._encoder_decoder = is_encoder_decoder(model)
             if self._encoder_decoder:
-                handles.append(model.get_encoder().register_forward_hook(self._note_encoder_output))
+                get_encoder: Any = model.get_encoder
+                handles.append(get_encoder().register_forward_hook(self._note_encoder_output))
             model.eval()
             yield
         finally:
@@ -175,7 +176,8 @@ class Observer:
 
     def sources(self) -> dict[tuple[str, Label], tuple[Source, ...]]:
         """The sums that make up each layer's total, by layer and label; empty if not reached."""
-        found = {(name, label): () for name in self.modules for label in self.labels}
+        keys = [(name, label) for name in self.modules for label in self.labels]
+        found: dict[tuple[str, Label], tuple[Source, ...]] = dict.fromkeys(keys, ())
         for source in self._sums:
             for name in source.readers:
                 for label in source.labels:
@@ -216,7 +218,7 @@ class Observer:
 
     def _hook(self, name: str) -> Callable:
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            tensor: Any = args[0] if args else kwargs.get("input", kwargs.get("x"))
             key = id(tensor), known_format(module).reading(module)
             held = self._held.get(key)
             if held is not None and (held.version != tensor._version or name in held.readers):

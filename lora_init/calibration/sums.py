@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -58,13 +58,13 @@ def joined(parts: Sequence[Moments]) -> Moments:
         return parts[0]
     tokens = sum(part.tokens for part in parts)
     shares = [part.tokens / tokens for part in parts]
-    mean = sum(share * part.mean for share, part in zip(shares, parts, strict=True))
-    moved = [part.about(mean) for part in parts]
+    mean = reduce(torch.add, (share * part.mean for share, part in zip(shares, parts, strict=True)))
+    moved = [(share, *part.about(mean)) for share, part in zip(shares, parts, strict=True)]
     return Moments(
         tokens,
         mean,
-        sum(share * products for share, (products, _) in zip(shares, moved, strict=True)),
-        sum(share * variance for share, (_, variance) in zip(shares, moved, strict=True)),
+        reduce(torch.add, (share * products for share, products, _ in moved)),
+        reduce(torch.add, (share * variance for share, _, variance in moved)),
     )
 
 

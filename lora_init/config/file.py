@@ -134,8 +134,8 @@ def settings(
     for name, value in chosen.items():
         chosen[name] = _checked(name, value)
     for name, defaults in nested.items():
-        if isinstance(chosen.get(name), dict):
-            chosen[name] = _without_defaults(chosen[name], defaults, name)
+        if isinstance(options := chosen.get(name), dict):
+            chosen[name] = _without_defaults(options, defaults, name)
     return chosen
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any, TypeVar
 
 from lora_init.config.json_types import json_value
 from lora_init.registry import method_name
+
+Config = TypeVar("Config")
 
 SWITCHES = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}
 """Fields without effect while another field is off, by the name of that other field."""
@@ -38,7 +40,7 @@ UNUSED = {
 """Other fields of PEFT's class, with the values that have no effect."""
 
 
-def accepts_peft_fields(defaults: Mapping[str, Any]) -> Callable[[type], type]:
+def accepts_peft_fields(defaults: Mapping[str, Any]) -> Callable[[type[Config]], type[Config]]:
     """Decorate a configuration class so that it accepts PEFT's other fields as keywords.
 
     Values with an effect raise a ValueError. The signature of the class does not change.
@@ -47,7 +49,7 @@ def accepts_peft_fields(defaults: Mapping[str, Any]) -> Callable[[type], type]:
         defaults: the unsupported fields, with PEFT's defaults.
     """
 
-    def decorate(cls: type) -> type:
+    def decorate(cls: type[Config]) -> type[Config]:
         initialize = cls.__init__
 
         @functools.wraps(initialize)
@@ -109,4 +111,4 @@ def _refuse_used(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
 def _is_empty(value: Any) -> bool:
     if value is None or value is False:
         return True
-    return isinstance(value, Iterable) and hasattr(value, "__len__") and len(value) == 0
+    return isinstance(value, Iterable) and isinstance(value, Sized) and len(value) == 0

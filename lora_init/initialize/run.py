@@ -203,12 +203,14 @@ class _Worker:
 
     def _factors(self, job: Job, layers: list[Layer]) -> list[Factors]:
         """Load the factors of a job from the cache, or compute them."""
-        if not cacheable(self.cache, self.plan.initializer, job.targets):
+        cache = self.cache
+        if cache is None or not cacheable(cache, self.plan.initializer, job.targets):
             return self._computed(job.targets, layers)
-        memory = CachedFactors(self.cache, self.plan, job.device)
+        memory = CachedFactors(cache, self.plan, job.device)
         keys = [memory.key(layer) for layer in layers]
-        found = [memory.get(key, layer) for key, layer in zip(keys, layers, strict=True)]
-        missing = [index for index, factors in enumerate(found) if factors is None]
+        entries = [memory.get(key, layer) for key, layer in zip(keys, layers, strict=True)]
+        found = {index: factors for index, factors in enumerate(entries) if factors is not None}
+        missing = [index for index in range(len(layers)) if index not in found]
         if missing:
             made = self._computed(
                 tuple(job.targets[index] for index in missing), [layers[index] for index in missing]
@@ -216,7 +218,7 @@ class _Worker:
             for index, factors in zip(missing, made, strict=True):
                 found[index] = factors
                 memory.put(keys[index], layers[index], factors)
-        return found
+        return [found[index] for index in range(len(layers))]
 
     def _computed(self, targets: tuple[Target, ...], layers: list[Layer]) -> list[Factors]:
         """Call the method: on one layer, on a stack, or on the layers of a stack in turn."""
@@ -237,7 +239,7 @@ class _Worker:
             lora_B=_settled(factors.lora_B, home, dtype),
             replacement=_settled_replacement(factors.replacement, home),
         )
-        if self.plan.requantizes_base(target):
+        if given.quantizer is not None and self.plan.requantizes_base(target):
             weight = widened(self.weights.weight(target).to(home)).float()
             factors = _requantized(factors, weight, target, given.quantizer)
         return factors

@@ -71,7 +71,7 @@ class InitAbSubtractedOptions(InitAbOptions):
     preserves_output=False,
     modules=MODULE_TYPES,
 )
-def init_ab(layer: Layer, options: InitAbSubtractedOptions) -> Factors:
+def init_ab(layer: Layer, options: InitAbOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, uniform within ±gamma/sqrt(in)."""
     rows, columns = layer.shape
     bound = options.gamma * columns**-0.5

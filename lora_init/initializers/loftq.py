@@ -22,7 +22,7 @@ the layer's output error may not. The report shows every iteration.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class LoftqOptions(Options):
         )
 
 
+@runtime_checkable
 class QuantizingOptions(Protocol):
     """Options that describe a quantizer."""
 
@@ -130,14 +131,12 @@ def loftq(layer: Layer, options: LoftqOptions) -> Factors:
     quantizer = layer_quantizer(layer, options)
     lora_A = weight.new_zeros(*layer.stack, layer.rank, columns)
     lora_B = weight.new_zeros(*layer.stack, rows, layer.rank)
-    start, errors, plain = None, [], None
+    start, errors, norms = None, [], []
     for _ in range(options.loftq_iter):
         replacement = Replacement(quantizer, lora_A, lora_B)
         base = replacement.base(weight, scaling)
         residual = torch.sub(weight, base, out=base)
-        before = linalg.frobenius_norm(residual)
-        if plain is None:
-            plain = before / norm
+        norms.append(linalg.frobenius_norm(residual))
         # Quantization noise has a flat spectrum, so the last iteration's subspace is the best
         # start. The objective, not the subspace, decides when to stop.
         triplets = linalg.top_singular(residual, layer.rank, generator=layer.generator, start=start)
@@ -145,13 +144,13 @@ def loftq(layer: Layer, options: LoftqOptions) -> Factors:
         root = (triplets.values / scaling).sqrt()
         lora_A, lora_B = root[..., None] * triplets.right.mT, triplets.left * root[..., None, :]
         # U S Vᵀ is a projection of the residual, so the rest's norm follows without forming it.
-        left = before.square() - triplets.values.double().square().sum(-1)
+        left = norms[-1].square() - triplets.values.double().square().sum(-1)
         errors.append(left.clamp_min(0).sqrt() / norm)
     return Factors(
         lora_A,
         lora_B,
         replacement=replacement,
-        metrics=error_figures(errors, plain)
+        metrics=error_figures(errors, norms[0] / norm)
         | {"quantizer": quantizer.name, "algorithm": triplets.method},
     )
 

@@ -7,7 +7,7 @@ in-place write would copy page by page.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class _Edit:
     """
 
     def __init__(
-        self, module: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: int
+        self, module: Any, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: int
     ) -> None:
         self.module = module
         self.factors = lora_A, lora_B, scaling

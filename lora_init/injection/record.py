@@ -56,7 +56,7 @@ class Injection:
     requires_grad: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     enabled: bool = True
     unmerged: dict[str, tuple[Held, Tensor | None]] = field(default_factory=dict)
-    untied: dict[str, nn.Parameter] = field(default_factory=dict)
+    untied: dict[str, nn.Parameter | None] = field(default_factory=dict)
     plain: dict[nn.Module, Held] = field(default_factory=dict)
     embedding_rows: bool = False
 

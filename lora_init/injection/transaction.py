@@ -41,13 +41,13 @@ class Transaction:
         one = known_format(module)
         self.undo_by(partial(one.put_back, module, one.hold(module)))
 
-    def data(self, parameter: nn.Parameter) -> None:
+    def data(self, parameter: Tensor) -> None:
         """Record the data of `parameter`, which will be rebound but not overwritten."""
         self.undo_by(partial(setattr, parameter, "data", parameter.data))
 
     def values(self, module: nn.Module, name: str) -> None:
         """Copy the values of a parameter or buffer, which will be overwritten."""
-        held = module._parameters if name in module._parameters else module._buffers
+        held: Any = module._parameters if name in module._parameters else module._buffers
         value = held[name]
         self.undo_by(partial(_set_values, held, name, value, value.detach().clone()))
 

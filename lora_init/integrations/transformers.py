@@ -165,7 +165,9 @@ def _examples(loader: DataLoader, count: int, seed: int) -> Iterator[Any]:
     taken.
     """
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-    dataset, first, step = loader.dataset, rank_number(), rank_count()
+    dataset: Any = loader.dataset
+    rows: Any
+    first, step = rank_number(), rank_count()
     if isinstance(dataset, IterableDataset):
         rows = list(islice(dataset, count * size))
     else:

@@ -62,11 +62,15 @@ def gradients(
     """Gradients of x, W, A and B, if `needed`; `hidden` is s x Aᵀ."""
     inputs = x.reshape(-1, x.shape[-1])
     of_x, of_weight, of_A, of_B = needed[:4]
-    by_hidden = (gradient @ lora_B) * scaling if of_x or of_A else None
+    by_x = by_A = None
+    if of_x or of_A:
+        by_hidden = (gradient @ lora_B) * scaling
+        by_x = _by_x(gradient, weight, by_hidden, lora_A).view(x.shape) if of_x else None
+        by_A = by_hidden.T @ inputs if of_A else None
     return (
-        _by_x(gradient, weight, by_hidden, lora_A).view(x.shape) if of_x else None,
+        by_x,
         inputs.T @ gradient if of_weight else None,
-        by_hidden.T @ inputs if of_A else None,
+        by_A,
         # Not gradientᵀ hidden: a product that reads the large matrix row by row is faster.
         (hidden.T @ gradient).T.contiguous() if of_B else None,
     )

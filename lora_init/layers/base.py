@@ -57,10 +57,14 @@ class LoraLayer(nn.Module):
     drops_inputs = True
     on_read: Callable[[], object] | None = None
 
+    base_layer: Any
     lora_bias: Tensor | None
-    lora_magnitude_vector: Tensor | None
-    initial_lora_A: Tensor | None
-    initial_lora_B: Tensor | None
+    # Any: which of them are None depends on `base_state` and `use_dora`.
+    lora_magnitude_vector: Tensor | Any
+    initial_lora_A: Tensor | Any
+    initial_lora_B: Tensor | Any
+    base_square_norms: Tensor | Any
+    initial_projection: Tensor | Any
 
     def __init__(
         self,
@@ -272,17 +276,16 @@ class LoraLayer(nn.Module):
         one, dtype = self._format, self._format.float_dtype(self.base_layer)
         if one.quantized:
             stored = one.read(self.base_layer)
-        initial = None
-        if self.base_state in ("edited", "in_forward"):
-            initial = self.initial_lora_A, self.initial_lora_B
         if self.merged or (not self.adapter_enabled and self.base_state != "edited"):
             return stored.to(dtype)
+        initial = gain = None
         if not self.adapter_enabled:
-            factors, initial, gain = initial, None, None
+            factors = self.initial_lora_A, self.initial_lora_B
         else:
             factors = self.lora_A, self.lora_B
-            initial = initial if self.base_state == "in_forward" else None
             gain = self.gain() if self.use_dora else None
+            if self.base_state == "in_forward":
+                initial = self.initial_lora_A, self.initial_lora_B
         return effective_weight(
             stored, *factors, self.scaling,
             transposed=one.transposed, dtype=dtype, initial=initial, gain=gain,

@@ -18,6 +18,8 @@ At step 0 this is exactly zero, whatever the summation order of a device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -76,7 +78,8 @@ class _LowRankSum(torch.autograd.Function):
             rows = inputs.to(dtype) if of_A else inputs
         if torch.is_grad_enabled():  # a second derivative: the saved `hidden` has no graph
             hidden = products.left_by_factor(inputs, lora_A.to(dtype).T)
-        by_x = by_A = by_B = by_hidden = None
+        by_x = by_A = by_B = None
+        by_hidden: Any = None
         if of_x or of_A:
             by_hidden = products.left_by_factor(wide, B)
         if of_x:
@@ -105,7 +108,7 @@ def differences(
 ) -> tuple[Float[Tensor, "ranks in"], Float[Tensor, "out ranks"]]:
     """[A; A - A0] and [B - B0, B0], with the product B A - B0 A0. Without A0, B0: A and B."""
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-    if initial_A is None:
+    if initial_A is None or initial_B is None:
         return lora_A, lora_B
     initial_A, initial_B = initial_A.to(dtype), initial_B.to(dtype)
     return torch.cat([lora_A, lora_A - initial_A]), torch.cat([lora_B - initial_B, initial_B], 1)

@@ -82,7 +82,7 @@ def bottom_singular(
     exact = matrix.widened() if given else Operator.dense(matrix.double())
     wide = exact.shape[-2] < exact.shape[-1]
     if exact.factors is None or wide:
-        whole = exact.to_dense() if given else exact.matrix
+        whole = exact.to_dense() if given or exact.matrix is None else exact.matrix
         exact = Operator.dense(whole.mT if wide else whole)
     found = _decomposed(exact, rank, method, generator)
     found = flipped(swapped(found) if wide else found)

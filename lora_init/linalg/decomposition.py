@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from jaxtyping import Float
@@ -130,14 +131,26 @@ def flipped(found: Decomposition) -> Decomposition:
     return replace(found, left=left, values=values, right=right)
 
 
+@overload
+def members_of(
+    stack: Tensor, generator: Generators | None, start: Tensor | None = None
+) -> Iterator[tuple[Tensor, torch.Generator | None, Tensor | None]]: ...
+
+
+@overload
+def members_of(
+    stack: Sequence[Operator], generator: Generators | None, start: Tensor | None = None
+) -> Iterator[tuple[Operator, torch.Generator | None, Tensor | None]]: ...
+
+
 def members_of(
     stack: Tensor | Sequence[Operator], generator: Generators | None, start: Tensor | None = None
 ) -> Iterator[tuple[Tensor | Operator, torch.Generator | None, Tensor | None]]:
     """Yield each matrix or map of a stack with its own generator and start."""
     members = stack.reshape(-1, *stack.shape[-2:]) if isinstance(stack, Tensor) else stack
-    single = generator is None or isinstance(generator, torch.Generator)
-    generators = [generator] * len(members) if single else generator
-    starts = [None] * len(members)
+    generators, starts = generator, [None] * len(members)
+    if generators is None or isinstance(generators, torch.Generator):
+        generators = [generators] * len(members)
     if start is not None:
         starts = start.reshape(-1, *start.shape[-2:])
     yield from zip(members, generators, starts, strict=True)

@@ -82,9 +82,11 @@ def top_eigen(
                 for one, draws, _ in members_of(matrix, generator)
             ]
             parts = (torch.stack(part) for part in zip(*pairs, strict=True))
-            return tuple(part.reshape(*shape[:-1], *part.shape[1:]) for part in parts)
+            values, vectors = (part.reshape(*shape[:-1], *part.shape[1:]) for part in parts)
+            return values, vectors
     if found is None:
-        found = (part.flip(-1) for part in dense.eigenpairs(exact, n - rank, n))
+        values, vectors = dense.eigenpairs(exact, n - rank, n)
+        found = values.flip(-1), vectors.flip(-1)
     return _finished(*found, matrix.dtype)
 
 

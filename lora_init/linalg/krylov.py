@@ -187,19 +187,18 @@ def leading_eigenspace(
             basis[..., used : used + width] = block
             old, used = used, used + width
             known = basis[..., :used]
-            if half:
-                image, block = multiply(block)
+            found = multiply(block)
+            image, block = found if isinstance(found, tuple) else (None, found)
+            coefficients = rows = known.mT @ block
+            if image is not None:
                 if images is None:
                     images = image.new_empty(*image.shape[:-1], space, dtype=exact)
                 images[..., old:used] = image
-            else:
-                block = multiply(block)
-            coefficients = known.mT @ block
-            rows = images[..., :used].mT @ images[..., old:used] if half else coefficients
+                rows = images[..., :used].mT @ images[..., old:used]
             projected[..., old:used, :used] = rows.mT  # of V^T K V
             scale = torch.maximum(scale, coefficients.abs().amax((-2, -1), keepdim=True))
             size = scale  # of the products that were rounded
-            if half:
+            if image is not None:
                 size = scale.sqrt() * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
             noise = noise.roll(1, dims=-2)  # shifted rows are new directions
             block, first = orthonormal(block - known @ coefficients + size * noise)
@@ -224,7 +223,8 @@ def leading_eigenspace(
         values, vectors = dense.eigh(projected[..., :used, :used])
         values, vectors = values.flip(-1), vectors.flip(-1).to(block.dtype)
         # K V = V T + block (second first) E^T, where E is the last columns of the identity.
-        residuals = (second @ first) @ vectors[..., -width:, :rank]
+        last_block = vectors[..., -width:, :rank]
+        residuals = (second @ first) @ last_block  # pyright: ignore  # set in the loop above
         residuals = torch.linalg.vector_norm(residuals, dim=-2).double()
         wanted = values[..., :rank].double()
         gaps = (wanted - values[..., kept : kept + 1].double()).clamp_min(0)
@@ -250,9 +250,9 @@ def leading_eigenspace(
                 where = torch.tensor(finished, device=block.device).reshape(stack)
                 now = now.replaced(where, earlier)
             earlier = now
+            if last:
+                return replace(now, converged=converged)
             finished = [one or other for one, other in zip(new, finished, strict=True)]
-        if last:
-            return replace(earlier, converged=converged)
         if used + ROUND * width <= space:
             continue
         # Thick restart: the best Ritz vectors and the next block span the useful part of a longer

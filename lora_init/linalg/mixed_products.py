@@ -135,7 +135,7 @@ def joined(
     products: Float[Tensor, "*stack m parts_k"], dtype: torch.dtype, scale: Tensor | None
 ) -> Float[Tensor, "*stack m k"]:
     """Return the product with a block, from the products with its parts."""
-    if dtype == torch.bfloat16:
+    if scale is None:  # bfloat16
         return products.unflatten(-1, (3, -1)).sum(-2)
     first, second = products.chunk(2, dim=-1)
     return torch.add(first, second, alpha=1 / FLOAT16_STEP) * scale

@@ -49,7 +49,7 @@ def _reduced_products() -> list[tuple[Any, str, Any]]:
     """Return owner, name and value of each setting that reduces float32 products now."""
     cuda = torch.backends.cuda.matmul
     if hasattr(cuda, "fp32_precision"):  # since torch 2.9, with a module for the CPU
-        backends = cuda, torch.backends.mkldnn.matmul
+        backends = cuda, torch.backends.mkldnn.matmul  # pyright: ignore  # missing in its stubs
         found = [(backend, "fp32_precision", backend.fp32_precision) for backend in backends]
     else:
         found = [(cuda, "allow_tf32", cuda.allow_tf32)]

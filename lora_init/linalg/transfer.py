@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Value = bool | int | float | list
 
-
-def on_host(numbers: Sequence[Tensor]) -> list[Value]:
+def on_host(numbers: Sequence[Tensor]) -> list[Any]:
     """Return each tensor as `Tensor.tolist` does, with one copy per device for all of them."""
     by_device: dict[torch.device, list[int]] = {}
     for index, number in enumerate(numbers):
         by_device.setdefault(number.device, []).append(index)
-    found: dict[int, Value] = {}
+    found: dict[int, Any] = {}
     for indices in by_device.values():
         some = [numbers[index].detach() for index in indices]
         # float64 holds every float32 number and all counts below 2^53.
@@ -29,7 +28,7 @@ def on_host(numbers: Sequence[Tensor]) -> list[Value]:
     return [found[index] for index in range(len(numbers))]
 
 
-def named_on_host(**numbers: Tensor) -> dict[str, Value]:
+def named_on_host(**numbers: Tensor) -> dict[str, Any]:
     """Return the values of tensors by name, with one copy per device."""
     return dict(zip(numbers, on_host(list(numbers.values())), strict=True))
 

@@ -8,11 +8,14 @@ the instance hide such methods.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lora_init.layers import LoraLayer, TrainedModule
+
+if TYPE_CHECKING:
+    from lora_init.model.lora_model import LoraModel
 
 _ONE = "it has an adapter already, and one adapter per model is supported; call unload() first"
 _SAVE = "it would write the wrapped layers; call save_pretrained of the LoraModel"
@@ -38,7 +41,7 @@ class CoveredMethod:
         owner: returns the LoraModel of the base, or None for a submodule or a copy of the base.
     """
 
-    def __init__(self, name: str, owner: nn.Module | None = None) -> None:
+    def __init__(self, name: str, owner: LoraModel | None = None) -> None:
         self.name = name
         self.owner = (lambda: None) if owner is None else weakref.ref(owner)
 
@@ -57,7 +60,7 @@ class CoveredMethod:
         return model.save_pretrained(folder, is_main_process=kwargs.get("is_main_process", True))
 
 
-def cover_methods(model: nn.Module, base: nn.Module) -> None:
+def cover_methods(model: LoraModel, base: nn.Module) -> None:
     """Replace the methods in `REFUSALS` on `base` and on its submodules with adapted layers.
 
     Args:

@@ -50,7 +50,8 @@ class LoraModel(nn.Module):
 
     def __new__(cls, base_model: nn.Module | None = None, *args: Any, **kwargs: Any) -> LoraModel:
         if base_model is not None:  # None: `blank` calls this with the final class
-            cls = with_forward_of(getattr(cls, "family", cls), type(base_model))
+            final: Any = with_forward_of(getattr(cls, "family", cls), type(base_model))
+            return super().__new__(final)
         return super().__new__(cls)
 
     def __init__(
@@ -64,7 +65,7 @@ class LoraModel(nn.Module):
         seconds_by_layer: dict[str, float],
     ) -> None:
         nn.Module.__init__(self)  # the class may also be transformers' PreTrainedModel
-        self.base_model = base_model
+        self.base_model: Any = base_model
         self.peft_config = peft_config
         self.plan = plan
         self._injection = done

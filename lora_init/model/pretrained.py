@@ -11,10 +11,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import nn
+
+if TYPE_CHECKING:
+    from lora_init.model.lora_model import LoraModel
 
 TRAINING_STATE_NAME = "model.safetensors"
 """The file from which Trainer resumes a run."""
@@ -29,7 +32,7 @@ def pretrained_class(base: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def base_attributes(
-    family: type[nn.Module], base: type[nn.Module], pretrained: type[nn.Module]
+    family: type[LoraModel], base: type[nn.Module], pretrained: type[nn.Module]
 ) -> dict[str, Any]:
     """The attributes of a subclass of `family` and `pretrained` that hide those of `pretrained`."""
     attributes: dict[str, Any] = {}
@@ -80,7 +83,7 @@ class _OfTheBase:
         return getattr(self.base if instance is None else instance.base_model, self.name)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def _base_model(model: nn.Module) -> nn.Module | None:
     try:
         return model._modules["base_model"]
     except KeyError:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lora_init.model.pretrained import base_attributes, pretrained_class
 
+if TYPE_CHECKING:
+    from lora_init.model.lora_model import LoraModel
+
 
 @functools.cache
-def with_forward_of(family: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+def with_forward_of(family: type[LoraModel], base: type[nn.Module]) -> type[LoraModel]:
     """The subclass of `family` whose `forward` has the signature and docstring of `base.forward`.
 
     Each call returns the same class. Its name contains the name of `base`, in which Trainer looks
@@ -31,7 +34,7 @@ def with_forward_of(family: type[nn.Module], base: type[nn.Module]) -> type[nn.M
     except (TypeError, ValueError):
         return family
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
         return family.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature
@@ -39,11 +42,12 @@ def with_forward_of(family: type[nn.Module], base: type[nn.Module]) -> type[nn.M
     name = f"{family.__name__}[{base.__name__}]"
     own = {"forward": forward, "__module__": family.__module__, "__doc__": family.__doc__}
     own["family"] = family
+    metaclass: Any = type(family)
     pretrained = pretrained_class(base)
     if pretrained is None:
-        return type(family)(name, (family,), own)
+        return metaclass(name, (family,), own)
     own = base_attributes(family, base, pretrained) | own
-    return type(family)(name, (family, pretrained), own)
+    return metaclass(name, (family, pretrained), own)
 
 
 def bound_to_base(method: Any, model: nn.Module, base: nn.Module) -> Any:

@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_init.injection import Transaction
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.weights.offload import FSDP1, is_flattened
+
+if TYPE_CHECKING:
+    from lora_init.model.lora_model import LoraModel
 
 PARTS = (
     "lora_A",
@@ -44,7 +47,7 @@ START = "_extra_state"
 NAME_BYTES = 32
 
 
-def start_of(model: nn.Module) -> Tensor:
+def start_of(model: LoraModel) -> Tensor:
     """Encode the method and the layers' scalings as bytes; compatible runs have equal bytes.
 
     The result is a tensor, since safetensors stores tensors only. Its length depends on the number
@@ -58,7 +61,7 @@ def start_of(model: nn.Module) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _refuse_other_start(model: nn.Module, start: Tensor | None, state: dict[str, Tensor]) -> None:
+def _refuse_other_start(model: LoraModel, start: Tensor | None, state: dict[str, Tensor]) -> None:
     """Raise if a checkpoint belongs to another method or to other scalings.
 
     Args:
@@ -97,7 +100,7 @@ def _refuse_other_start(model: nn.Module, start: Tensor | None, state: dict[str,
                 )
 
 
-def _refuse_other_zeros(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _refuse_other_zeros(model: LoraModel, state: dict[str, Tensor]) -> None:
     """Raise if a checkpoint without identification certainly belongs to another method.
 
     Methods that keep the base may initialize B to zero in all layers. Methods that subtract from
@@ -117,7 +120,7 @@ def _refuse_other_zeros(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
 
 
-def register(model: nn.Module) -> None:
+def register(model: LoraModel) -> None:
     """Register the state dict hooks of a LoraModel; they also work inside other modules."""
     model.register_state_dict_pre_hook(_refuse_fsdp1)
     model.register_state_dict_post_hook(_keep_adapter_only)
@@ -125,7 +128,7 @@ def register(model: nn.Module) -> None:
     model.register_load_state_dict_post_hook(_after_loading)
 
 
-def adapter_keys(model: nn.Module) -> list[str]:
+def adapter_keys(model: LoraModel) -> list[str]:
     """The names of the adapter's tensors in the state dict; empty after `unload`."""
     keys = []
     for name, module in model.named_modules():
@@ -161,7 +164,7 @@ def _rename(state: dict[str, Tensor], prefix: str, wanted: list[str]) -> None:
             state[prefix + own] = state.pop(key)
 
 
-def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
+def _refuse_fsdp1(model: LoraModel, prefix: str, *_: Any) -> None:
     """Raise inside FullyShardedDataParallel (FSDP1), which needs the complete state dict.
 
     Raises:
@@ -177,7 +180,7 @@ def _refuse_fsdp1(model: nn.Module, prefix: str, *_: Any) -> None:
 
 
 def _keep_adapter_only(
-    model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+    model: LoraModel, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
 ) -> None:
     model.undo_broken_loading()
     wanted = {prefix + key for key in adapter_keys(model)}
@@ -192,7 +195,7 @@ def _keep_adapter_only(
 
 
 def _check_and_prepare(
-    model: nn.Module,
+    model: LoraModel,
     state: dict[str, Tensor],
     prefix: str,
     metadata: dict[str, Any],
@@ -252,9 +255,7 @@ def _check_and_prepare(
             )
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"checkpoint: {name!r} contains NaN or infinite values")
-    start = (
-        start if isinstance(start, Tensor) else None
-    )  # torch passes a placeholder for a missing one
+    start = start if isinstance(start, Tensor) else None  # torch's placeholder for a missing one
     _refuse_other_start(model, start, {name: state[prefix + name] for name in wanted})
     moved = {}
     names = {id(layer): name for name, layer in model.layers.items()}
@@ -289,7 +290,7 @@ def _check_and_prepare(
         model.move_initial_factors(name, initial_A, initial_B, transaction)
 
 
-def _after_loading(model: nn.Module, incompatible: Any) -> None:
+def _after_loading(model: LoraModel, incompatible: Any) -> None:
     """Remove keys from the list of missing ones that a checkpoint never or not always has.
 
     These are the base weights, and the identification of the method, which was checked before.

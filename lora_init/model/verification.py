@@ -63,7 +63,7 @@ class Uses:
         for layer in self._layers.values():
             layer.__dict__.pop("on_read", None)
 
-    def _watch(self, name: str, layer: nn.Module) -> None:
+    def _watch(self, name: str, layer: Any) -> None:
         def start(*_: Any) -> None:
             self.used.add(name)
             self.called.add(name)
@@ -144,7 +144,7 @@ def original_output(model: nn.Module, batch: Any) -> Any:
 
 def is_traced() -> bool:
     """Whether torch.compile or torch.jit traces this code."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def has_compiled_part(model: nn.Module) -> bool:

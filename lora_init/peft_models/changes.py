@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Absent:
     """The value of an attribute or an item that does not exist."""
 
 
+@runtime_checkable
 class Slot(Protocol):
     """A part of a model that holds one value. Setting the same value twice does nothing."""
 
@@ -122,6 +123,7 @@ class Hook:
             del self.module._forward_hooks[key]
 
 
+@runtime_checkable
 class Initial(Protocol):
     """The initial factors of a layer."""
 
@@ -130,6 +132,7 @@ class Initial(Protocol):
     scaling: float
 
 
+@runtime_checkable
 class Step(Protocol):
     """What takes one change back."""
 

@@ -33,7 +33,7 @@ class Extent:
 def extent(name: str, parameter: Tensor, owner: int = 0) -> Extent:
     """The memory that a parameter occupies. Views of one flat buffer have different extents."""
     last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
-    start = parameter.storage_offset() * parameter.itemsize
+    start = int(parameter.storage_offset()) * parameter.itemsize
     stop = start + (last + 1) * parameter.itemsize if parameter.numel() else start
     storage = parameter.untyped_storage()
     # Meta storages all have address 0: identify them by the storage object instead.
@@ -224,7 +224,9 @@ def sharers(name: str, module: nn.Module, owners: Mapping[int, list[Extent]]) ->
 
     A module registered under several names is one module: none of its names is returned.
     """
-    own = extent(f"{name}.weight", module.weight)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    own = extent(f"{name}.weight", weight)
     return tuple(
         other.name
         for other in owners.get(own.storage, ())

@@ -27,7 +27,7 @@ from lora_init.plan.left_out import LeftOut, described, left_out
 from lora_init.plan.match import PatternValues, select
 from lora_init.plan.plan import Plan, Target
 from lora_init.plan.state_space import read_by_kernel
-from lora_init.registry import Initializer
+from lora_init.registry import CalibrationRequest, Initializer
 from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
 
 QUANTIZED_BASES = ("in_forward", "requantize")
@@ -198,11 +198,11 @@ def make_plan(
         left_out=tuple(omitted),
     )
     if plan.calibration is not None:
-        _check_memory(plan)
+        _check_memory(plan, plan.calibration)
     return plan
 
 
-def _check_memory(plan: Plan) -> None:
+def _check_memory(plan: Plan, request: CalibrationRequest) -> None:
     """Raise if a memory limit is below what a single layer needs."""
     memory = plan.calibration_memory
     if memory is None:
@@ -213,7 +213,7 @@ def _check_memory(plan: Plan) -> None:
             "an int > 0"
         )
     name = plan.initializer.name
-    if plan.calibration.gradients:
+    if request.gradients:
         needed, why = plan.statistics_bytes, f"{name}'s gradients, which one pass collects,"
     elif plan.initializer.allocates and plan.directions(plan.targets[0]) is None:
         needed, why = plan.statistics_bytes, f"{name}, which needs all statistics to choose ranks,"

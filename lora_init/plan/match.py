@@ -195,7 +195,7 @@ def _unused_exclusions(
 
 
 def _modules_to_save(names: list[str], config: LoraConfig) -> list[str]:
-    heads = HEADS.get(config.task, [])
+    heads = HEADS.get(config.task or "", [])
     found = []
     for entry in config.modules_to_save or []:
         hits = [name for name in names if name_matches(name, entry)]

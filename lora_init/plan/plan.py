@@ -144,7 +144,8 @@ class Plan:
 
     def input_bytes(self, target: Target) -> int:
         """Memory of the sums over one target's inputs."""
-        return sums_bytes(target.shape[1], sums_dtype([self.calibration]))
+        requests = [] if self.calibration is None else [self.calibration]
+        return sums_bytes(target.shape[1], sums_dtype(requests))
 
     @property
     def passes(self) -> int:
@@ -278,7 +279,7 @@ class Plan:
             f"memory: factors {_mib(self.factor_bytes)}, statistics at most "
             f"{_mib(self.statistics_bytes)}, workspace {_mib(self.workspace_bytes)}",
         ]
-        if self.passes > 1:
+        if self.passes > 1 and self.calibration_memory is not None:
             lines.append(
                 f"up to {self.passes} passes over the calibration data, with "
                 f"{_mib(self.calibration_memory)} of statistics at a time"

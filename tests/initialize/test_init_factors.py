@@ -113,6 +113,7 @@ def test_a_wrong_argument_is_refused_by_name(arguments, message):
         init_factors(given.pop("weight"), given.pop("method"), **given)
 
 
+@pytest.mark.wrong_types
 def test_a_weight_of_another_type_is_refused():
     with pytest.raises(TypeError, match="weight of type list is not supported"):
         init_factors([[1.0]], "pissa", r=1)

@@ -178,6 +178,7 @@ def without(state, name):
     return {key: value for key, value in state.items() if key != f"{name}.weight"}
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("change", "message"),
     [

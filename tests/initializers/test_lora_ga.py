@@ -259,6 +259,7 @@ def test_plan_and_report_say_what_is_read():
 
 
 @pytest.mark.parametrize("gamma", [0, -1.0, float("inf"), float("nan"), "16", True])
+@pytest.mark.wrong_types
 def test_bad_gamma_is_refused(gamma):
     with pytest.raises(ValueError, match=r"lora_ga: gamma=.*must be a finite number > 0"):
         LoraConfig(init_lora_weights={"name": "lora_ga", "gamma": gamma})

@@ -65,6 +65,7 @@ def test_non_finite_matrices_are_refused(method, value):
         (lambda w: Operator.product(w, w.T.double()), ["torch.float32", "torch.float64"]),
     ],
 )
+@pytest.mark.wrong_types
 def test_bad_calls_are_named(call, fragments):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         call(torch.ones(5, 7))

@@ -225,6 +225,7 @@ def test_names_and_dictionaries_of_older_files():
         ({"block_size": 64.0}, ["block_size=64.0", "integer"]),
     ],
 )
+@pytest.mark.wrong_types
 def test_bad_options_are_named(options, fragments):
     with pytest.raises(ValueError, match="not supported") as error:
         Quantizer(**options)
@@ -232,6 +233,7 @@ def test_bad_options_are_named(options, fragments):
         assert fragment in str(error.value)
 
 
+@pytest.mark.wrong_types
 def test_bad_calls_are_named():
     with pytest.raises(ValueError, match=r"no setting blocksize.*block_size"):
         Quantizer.from_dict({"blocksize": 64})

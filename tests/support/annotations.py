@@ -1,6 +1,47 @@
-"""The check of annotated types and shapes: `pytest --check-shapes`."""
+"""The checks of annotated types and shapes that are on in every test run."""
 
+import functools
+import inspect
+
+import jaxtyping
+import torch
 from beartype import BeartypeConf, beartype
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-"""What `pytest --check-shapes` decorates every function of lora_init with; an int is a float."""
+"""Checks a function's annotated types; an int is a float."""
+
+jaxtyped = jaxtyping.jaxtyped
+
+
+def install():
+    """Check the functions and dataclasses of lora_init, which must not be imported yet.
+
+    jaxtyping decorates a function at its first call. At the import it takes seconds for all.
+    torch.compile cannot trace the checks, so they are off in compiled code. Nor can it trace a
+    context manager in a wrapper, so generators are left out.
+    """
+
+    def at_first_call(*, typechecker):
+        decorate = jaxtyped(typechecker=typechecker)
+
+        def decorated(one):
+            if inspect.isgeneratorfunction(one):
+                return one
+            return decorate(one) if inspect.isclass(one) else _at_first_call(one, decorate)
+
+        return decorated
+
+    jaxtyping.jaxtyped = at_first_call
+    jaxtyping.install_import_hook("lora_init", "annotations.checked")
+
+
+def _at_first_call(function, decorate):
+    decorated = functools.cache(lambda: decorate(function))
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if jaxtyping.config.jaxtyping_disable or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return decorated()(*args, **kwargs)
+
+    return call

@@ -23,10 +23,11 @@ print(time.process_time() - start)
 """
 
 PLAIN_MODEL = """
-import importlib.util, sys
+import importlib.util, pathlib, sys
 import torch
 import lora_init
 
+assert (pathlib.Path(lora_init.__file__).parent / "py.typed").exists()  # for type checkers
 assert importlib.util.find_spec("transformers") is None
 base = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
 x = torch.randn(4, 16)
