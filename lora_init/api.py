@@ -18,9 +18,9 @@ from lora_init import injection
 from lora_init.adapters.peft_selection import describe_differences, different_in_peft
 from lora_init.adapters.second_adapter import second_weights
 from lora_init.cache import Cache, default_cache
-from lora_init.calibration.batches import check_batches
 from lora_init.calibration.calibrate import calibrate, calibrated, for_allocation
 from lora_init.calibration.result import Calibration
+from lora_init.calibration.sets import check_calibration, check_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.initialize.run import InitializedLayer, initialize
 from lora_init.initialize.single import init_factors
@@ -85,7 +85,7 @@ def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig,
     *,
-    calibration: Iterable[Any] | Calibration | None = None,
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None = None,
     calibration_memory: int | None = None,
     adapter_dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
@@ -108,6 +108,8 @@ def get_peft_model(
         peft_config: the settings.
         calibration: any iterable of batches, or the result of `lora_init.calibrate`, for methods
             that read inputs or gradients (see `list_initializers()`); other methods ignore it. A
+            method that compares several sets takes a dict of them, such as
+            ``{"learn": batches, "keep": batches}``. A
             batch that is a mapping is passed as ``model(**batch)``. For gradients, batches need
             labels, from which the model computes its loss, or `WithLoss` supplies a loss function.
             Under `torch.distributed`, each rank passes its part of the batches. All ranks get the
@@ -159,7 +161,7 @@ def get_peft_model(
     check_model(model)
     peft_config = checked_config("peft_config", peft_config)
     if not isinstance(calibration, Calibration):
-        check_batches(calibration)
+        check_calibration(calibration)
     injection.refuse_adapted(model)
     peft_config = with_new_heads(model, peft_config)
     plan = make_plan(
@@ -248,7 +250,7 @@ def _assemble(
     config: LoraConfig,
     plan: Plan,
     weights: BaseWeights,
-    calibration: Iterable[Any] | Calibration | None,
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
     device: torch.device | None,
     seed: int,
     keep_original: bool,
@@ -347,7 +349,7 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 def check_call(
     plan: Plan,
     weights: BaseWeights,
-    calibration: Iterable[Any] | Calibration | None,
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
     allow_unmatched: bool,
 ) -> None:
     """Raise an error or a warning for arguments that do not fit the plan."""
@@ -360,10 +362,12 @@ def check_call(
         labels = ", each with labels" if plan.calibration.gradients else ""
         raise ValueError(
             f"init_lora_weights={spec.name!r} needs calibration data: pass calibration=<iterable "
-            f"of batches>, e.g. a list of tokenizer outputs{labels}"
+            f"of batches>, e.g. a list of tokenizer outputs{labels}{_sets(plan)}"
         )
     if weights.second is not None:
         weights.second.check(weights, plan.targets)
+    if plan.calibration is not None:
+        check_sets(spec.name, plan.calibration, calibration)
     if plan.requantizes and not plan.replaced:
         raise ValueError(
             "quantized_base='requantize' is not supported: no target is quantized. Leave it out, "
@@ -383,6 +387,12 @@ def check_call(
             "lora_dropout=0.0, as this method's paper does",
             stacklevel=3,
         )
+
+
+def _sets(plan: Plan) -> str:
+    """How to name the sets that a plan's method compares."""
+    names = plan.calibration.sets
+    return f", as a dict of the sets {', '.join(map(repr, names))}" if names else ""
 
 
 def _check_forward(plan: Plan, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.linalg.matrix import widened
-from lora_init.moments import InputStatistics, LeadingComponents, StackedInputs
+from lora_init.moments import InputSets, InputStatistics, LeadingComponents, StackedInputs
 
 if TYPE_CHECKING:
     from lora_init.quantization import Quantizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Inputs = InputStatistics | Any
     Declared: TypeAlias = Data | Any
 else:
-    Inputs = InputStatistics | LeadingComponents | StackedInputs
+    Inputs = InputStatistics | LeadingComponents | StackedInputs | InputSets
     Declared = Data | None
 
 STACKED = "stored_weight", "gradient"
@@ -37,7 +37,7 @@ class LayerStatistics:
     """The calibration statistics of one layer.
 
     Attributes:
-        inputs: moments of its inputs, if the method reads them.
+        inputs: moments of its inputs, if the method reads them; `InputSets` for several sets.
         gradient: gradient of the loss with respect to its weight, if the method reads it.
     """
 
@@ -89,7 +89,7 @@ class Layer:
         seed: the initialization seed.
         stored_weight: W (out, in) or (stack, out, in); 16-bit if the model stores it so, else
             float32.
-        inputs: moments of the layer's inputs.
+        inputs: moments of the layer's inputs; `InputSets` for a method that reads several sets.
         gradient: gradient of the loss with respect to W, float32, with the shape of W.
         quantizer: the quantizer of a base that is quantized already; None for a float base.
         target_weight: W1 (out, in), the layer's weight in a second checkpoint, in any float dtype.
@@ -179,10 +179,17 @@ def stacked(layers: Sequence[Layer]) -> Layer:
         first,
         names=tuple(one.names[0] for one in layers),
         stored_weight=None if first.stored_weight is None else torch.stack(weights),
-        inputs=None if first.inputs is None else StackedInputs([one.inputs for one in layers]),
+        inputs=None if first.inputs is None else _stacked_inputs([one.inputs for one in layers]),
         gradient=None if first.gradient is None else torch.stack(gradients),
         is_stack=True,
     )
+
+
+def _stacked_inputs(members: Sequence[Inputs]) -> Inputs:
+    if not isinstance(members[0], InputSets):
+        return StackedInputs(members)
+    names = members[0].sets
+    return InputSets({name: StackedInputs([one[name] for one in members]) for name in names})
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:

@@ -111,6 +111,39 @@ class InputStatistics:
 
 
 @dataclass(frozen=True)
+class InputSets:
+    """The input moments of a layer, or of a stack, on several calibration sets.
+
+    ``inputs["learn"]`` has the moments of the set with that name.
+
+    Attributes:
+        sets: the moments by the name of the set.
+    """
+
+    sets: Mapping[str, InputStatistics | LeadingComponents | StackedInputs]
+
+    def __getitem__(self, name: str) -> InputStatistics | LeadingComponents | StackedInputs:
+        return self.sets[name]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.sets.values())).device
+
+    @property
+    def members(self) -> list[InputSets]:
+        """The moments of each layer of a stack."""
+        parts = [found.members for found in self.sets.values()]
+        return [InputSets(dict(zip(self.sets, one, strict=True))) for one in zip(*parts, strict=True)]
+
+    def condensed(self, rank: int) -> InputSets:
+        """Like `InputStatistics.condensed`, for every set."""
+        return InputSets({name: found.condensed(rank) for name, found in self.sets.items()})
+
+    def to(self, device: torch.device) -> InputSets:
+        return InputSets({name: found.to(device) for name, found in self.sets.items()})
+
+
+@dataclass(frozen=True)
 class StackedInputs:
     """The input moments of a stack of layers.
 

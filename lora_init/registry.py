@@ -51,11 +51,14 @@ class CalibrationRequest:
             variance. This doubles time and memory.
         gradients: collect the gradient of the loss with respect to the weight instead of the
             moments of the inputs. The batches then need labels.
+        sets: names of the calibration sets, for methods that compare the inputs of several, such as
+            ``("learn", "keep")``. Empty for methods that read one set.
     """
 
     ignore_label: int | None = None
     smallest: bool = False
     gradients: bool = False
+    sets: tuple[str, ...] = ()
 
 
 def sums_dtype(requests: Iterable[CalibrationRequest]) -> torch.dtype:

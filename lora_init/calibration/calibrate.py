@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_init.cache import Cache
-from lora_init.calibration.batches import BATCHES, check_batches
+from lora_init.calibration.batches import BATCHES
 from lora_init.calibration.cached import remembered
 from lora_init.calibration.collect import collect_all, collect_in_passes
 from lora_init.calibration.result import Calibration, merged
+from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
+from lora_init.moments import InputSets
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan
@@ -26,7 +28,7 @@ from lora_init.weights.kinds import oriented_weight
 def calibrate(
     model: nn.Module,
     configs: LoraConfig | Sequence[LoraConfig],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Mapping[str, Iterable[Any]],
     *,
     device: str | torch.device | None = None,
 ) -> Calibration:
@@ -42,7 +44,8 @@ def calibrate(
         model: the base model. It is not changed. Under `torch.distributed` every rank passes
             different batches and gets the statistics of all of them.
         configs: the configurations whose target layers are observed. Their ranks do not matter.
-        batches: as for `get_peft_model`. Must be a list or a loader if both passes are needed.
+        batches: as `calibration` of `get_peft_model`. Must be a list or a loader if both passes are
+            needed; a dict of sets for methods that compare several.
         device: where the sums are stored. None stores them on the device of the activations.
 
     Returns:
@@ -57,7 +60,7 @@ def calibrate(
     configs = [with_new_heads(model, checked_config("configs", each)) for each in given]
     if batches is None:
         raise TypeError(f"batches=None is not supported: {BATCHES}")
-    check_batches(batches, "batches")
+    check_calibration(batches, "batches")
     plans = [
         plan for config in configs if (plan := make_plan(model, config)).calibration is not None
     ]
@@ -67,6 +70,8 @@ def calibrate(
             f"calibrate: none of the configurations needs data (init_lora_weights={methods}); "
             "pass those of methods that do, e.g. eva or corda"
         )
+    for plan in plans:
+        check_sets(plan.initializer.name, plan.calibration, batches, "batches")
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
     place = None if device is None else torch.device(device)
@@ -78,7 +83,7 @@ def calibrate(
 def calibrated(
     plan: Plan,
     model: nn.Module,
-    calibration: Iterable[Any] | Calibration | None,
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
     device: torch.device | None,
     cache: Cache | None = None,
 ) -> Iterator[Calibration]:
@@ -101,13 +106,16 @@ def calibrated(
         _check_fit(plan, model, found, calibration.fingerprints)
         yield found
     elif plan.calibration_memory is None or request.gradients:
-
-        def collect() -> Calibration:
-            return collect_all(model, names, [request], calibration, device=device)
-
         shapes = {target.name: target.shape for target in plan.targets}
-        found = remembered(collect, cache, model, shapes, [request], calibration, device)
-        yield found.of(names, request, device)
+
+        def collect(wanted: CalibrationRequest, batches: Iterable[Any]) -> Calibration:
+            found = remembered(
+                lambda: collect_all(model, names, [wanted], batches, device=device),
+                cache, model, shapes, [wanted], batches, device,
+            )  # fmt: skip
+            return found.of(names, wanted, device)
+
+        yield over_sets(request, calibration, collect)
     else:
         yield from collect_in_passes(
             model,
@@ -144,14 +152,13 @@ def _check_fit(
                 f"calibration: the gradient of {target.name!r} has shape {tuple(gradient.shape)}, "
                 f"its weight {target.shape}; pass what lora_init.calibrate found on this model"
             )
-        if inputs is None:
-            continue
-        width = len(inputs.mean)
-        if width != target.shape[1]:
-            raise ValueError(
-                f"calibration: the inputs of {target.name!r} have width {width}, the model's have "
-                f"{target.shape[1]}; pass what lora_init.calibrate found on this model"
-            )
+        sets = inputs.sets.values() if isinstance(inputs, InputSets) else [inputs]
+        for width in (len(each.mean) for each in sets if each is not None):
+            if width != target.shape[1]:
+                raise ValueError(
+                    f"calibration: the inputs of {target.name!r} have width {width}, the model's "
+                    f"have {target.shape[1]}; pass what lora_init.calibrate found on this model"
+                )
     for name, weight in _weights(model, [target.name for target in plan.targets]):
         if name in fingerprints and not has_fingerprint(weight, fingerprints[name]):
             raise ValueError(

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from lora_init.calibration.gradients import collect_gradients, own_loss
 from lora_init.calibration.hooks import Label, Observer
 from lora_init.calibration.memory import Budget, statistics_of
 from lora_init.calibration.result import Calibration
+from lora_init.calibration.sets import joined_sets, over_sets
 from lora_init.calibration.sums import Moments, joined_over_ranks
 from lora_init.distributed import all_or_none, from_ranks, over_ranks
 from lora_init.layer import LayerStatistics
@@ -71,12 +73,25 @@ def collect_all(
     model: nn.Module,
     names: Iterable[str],
     requests: Collection[CalibrationRequest],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Mapping[str, Iterable[Any]],
     *,
     device: torch.device | None = None,
 ) -> Calibration:
-    """Serve several requests of `collect`: one pass for all moments, one pass for gradients."""
+    """Serve several requests of `collect`: one pass for all moments, one pass for gradients.
+
+    Requests for several sets make these passes over each set; `batches` is then a dict of them.
+    """
     names = list(names)
+    in_sets = [request for request in requests if request.sets]
+    if in_sets:
+        whole = Calibration()
+        for request in in_sets:
+            found = over_sets(
+                request, batches,
+                lambda single, some: collect_all(model, names, [single], some, device=device),
+            )  # fmt: skip
+            whole = Calibration(whole.requests | found.requests, found.tokens, found.batches)
+        return whole
     whole = Calibration()
     for_inputs = [request for request in requests if not request.gradients]
     if for_inputs:
@@ -92,7 +107,7 @@ def collect_in_passes(
     model: nn.Module,
     names: Iterable[str],
     request: CalibrationRequest,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Mapping[str, Iterable[Any]],
     *,
     memory: int,
     device: torch.device | None = None,
@@ -114,8 +129,7 @@ def collect_in_passes(
     """
     waiting = list(names)
     while waiting:
-        budget = Budget(memory, sums_dtype([request]))
-        found = _collect_inputs(model, waiting, [request], batches, budget, device)
+        found = _collect_pass(model, waiting, request, batches, memory, device)
         if not found.layers:
             raise ValueError(
                 f"calibration_memory={memory}: the inputs that {waiting[0]!r} reads do not fit "
@@ -124,6 +138,26 @@ def collect_in_passes(
         waiting = [name for name in waiting if name not in found.layers]
         yield found
         del found  # otherwise it stays in memory during the next pass
+
+
+def _collect_pass(
+    model: nn.Module,
+    names: list[str],
+    request: CalibrationRequest,
+    batches: Iterable[Any] | Mapping[str, Iterable[Any]],
+    memory: int,
+    device: torch.device | None,
+) -> Calibration:
+    """Collect the layers that fit. Each set of a request gets an equal part of the memory."""
+    dtype = sums_dtype([request])
+    if not request.sets:
+        return _collect_inputs(model, names, [request], batches, Budget(memory, dtype), device)
+    single, parts = replace(request, sets=()), {}
+    for name in request.sets:  # the layers that fitted in the sets before
+        budget = Budget(memory // len(request.sets), dtype)
+        parts[name] = _collect_inputs(model, names, [single], batches[name], budget, device)
+        names = list(parts[name].layers)
+    return joined_sets(request, parts)
 
 
 def _collect_gradients(

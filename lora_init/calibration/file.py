@@ -2,7 +2,8 @@
 
 The format is safetensors. The header holds JSON (requests, their layers, the counts) and a
 checksum over the JSON and the tensors. Layers that share statistics refer to the same object,
-whose tensors are named "<number>.<name>".
+whose tensors are named "<number>.<name>". A request whose layers have several parts, such as two
+calibration sets, lists its layers by part.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from lora_init.registry import CalibrationRequest
 HEADER_KEY = "lora_init_calibration"
 CHECKSUM_KEY = "lora_init_checksum"
 FORMAT_VERSION = 1
+REQUIRED = ("ignore_label", "smallest", "gradients")
+"""The settings of a request that every file has."""
 LARGEST_COUNT = 2**53
 """Largest integer that float64 represents exactly: counts become float64 divisors."""
 
@@ -36,10 +39,15 @@ LARGEST_COUNT = 2**53
 class Content:
     """The validated content of a calibration file."""
 
-    requests: dict[CalibrationRequest, dict[str, Any]]
+    requests: dict[CalibrationRequest, dict[str, dict[str, Any]]]
     tokens: int
     batches: int
     fingerprints: dict[str, str]
+
+
+def parts(request: CalibrationRequest) -> tuple[str, ...]:
+    """The names of the parts of a layer's statistics."""
+    return request.sets or ("gradient" if request.gradients else "inputs",)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -80,18 +88,22 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def described(requests: Mapping[CalibrationRequest, Mapping[str, Any]]) -> tuple[dict, dict]:
-    """Convert statistics to named tensors and to JSON that assigns them to layers."""
+def described(
+    requests: Mapping[CalibrationRequest, Mapping[str, Mapping[str, Any]]],
+) -> tuple[dict, dict]:
+    """Convert statistics, by request, part and layer, to named tensors and JSON."""
     tensors: dict[str, Tensor] = {}
     objects: dict[int, dict[str, Any]] = {}
     listed = []
-    for request, layers in requests.items():
-        numbers = {}
-        for name, found in layers.items():
-            if id(found) not in objects:
-                objects[id(found)] = _described(found, len(objects), tensors)
-            numbers[name] = objects[id(found)]["number"]
-        listed.append({**asdict(request), "layers": numbers})
+    for request, by_part in requests.items():
+        numbers: dict[str, dict[str, int]] = {}
+        for part, layers in by_part.items():
+            for name, found in layers.items():
+                if id(found) not in objects:
+                    objects[id(found)] = _described(found, len(objects), tensors)
+                numbers.setdefault(part, {})[name] = objects[id(found)]["number"]
+        layers = numbers if len(by_part) > 1 else next(iter(numbers.values()), {})
+        listed.append({**_described_request(request), "layers": layers})
     return tensors, {"requests": listed, "objects": list(objects.values())}
 
 
@@ -107,16 +119,28 @@ def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Conte
     ]
     if left:
         raise ValueError(f"tensor {min(left)!r} is unknown")
-    requests: dict[CalibrationRequest, dict[str, Any]] = {}
+    requests: dict[CalibrationRequest, dict[str, dict[str, Any]]] = {}
     for each in _list(metadata, "requests"):
         request = _request(each)
         layers = _entry(each, "layers", dict)
-        requests[request] = {name: _of(objects, layers, name, request) for name in layers}
+        names = parts(request)
+        by_part = layers if len(names) > 1 else {names[0]: layers}
+        requests[request] = {}
+        for part in names:
+            numbers = _entry(by_part, part, dict)
+            if numbers.keys() != by_part[names[0]].keys():
+                raise ValueError(f"{part!r} has other layers than {names[0]!r}")
+            requests[request][part] = {n: _of(objects, numbers, n, part) for n in numbers}
     fingerprints = _entry(metadata, "fingerprints", dict)
     for name, text in fingerprints.items():
         _check_fingerprint(name, text)
     tokens, batches = (_count(metadata, name) for name in ("tokens", "batches"))
     return Content(requests, tokens, batches, fingerprints)
+
+
+def _described_request(request: CalibrationRequest) -> dict[str, Any]:
+    """The settings as JSON. Others than `REQUIRED` are left out where they are not set."""
+    return {k: v for k, v in asdict(request).items() if k in REQUIRED or v}
 
 
 def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -167,15 +191,18 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
 
 def _request(found: Any) -> CalibrationRequest:
     label = _entry(found, "ignore_label", int, type(None))
-    flags = {name: _entry(found, name, bool) for name in ("smallest", "gradients")}
-    return CalibrationRequest(label, **flags)
+    flags = {name: _entry(found, name, bool) for name in REQUIRED[1:]}
+    sets = _entry({"sets": [], **found}, "sets", list)
+    if not all(isinstance(name, str) for name in sets) or len(set(sets)) != len(sets):
+        raise ValueError("sets must be different names")
+    return CalibrationRequest(label, **flags, sets=tuple(sets))
 
 
-def _of(objects: list[Any], layers: Mapping[str, Any], name: str, request: Any) -> Any:
+def _of(objects: list[Any], layers: Mapping[str, Any], name: str, part: str) -> Any:
     number = _count(layers, name)
     if number >= len(objects):
         raise ValueError(f"layer {name!r} refers to object {number} of {len(objects)}")
-    if isinstance(objects[number], Tensor) != request.gradients:
+    if isinstance(objects[number], Tensor) != (part == "gradient"):
         raise ValueError(f"layer {name!r} refers to statistics of another kind")
     return objects[number]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_init.calibration import file
 from lora_init.layer import LayerStatistics
+from lora_init.moments import InputSets
 from lora_init.registry import CalibrationRequest
 
 
@@ -87,8 +88,8 @@ class Calibration:
         tensors, metadata = file.described(
             {
                 request: {
-                    name: statistics.gradient if request.gradients else statistics.inputs
-                    for name, statistics in layers.items()
+                    part: {name: _part(statistics, part) for name, statistics in layers.items()}
+                    for part in file.parts(request)
                 }
                 for request, layers in self.requests.items()
             }
@@ -110,10 +111,11 @@ class Calibration:
         """
         found = file.content(tensors, metadata)
         requests = {}
-        for request, layers in found.requests.items():
-            part = "gradient" if request.gradients else "inputs"
+        for request, parts in found.requests.items():
+            shared: dict[tuple[int, ...], InputSets] = {}
             requests[request] = {
-                name: LayerStatistics(**{part: statistics}) for name, statistics in layers.items()
+                name: _statistics(request, {part: parts[part][name] for part in parts}, shared)
+                for name in next(iter(parts.values()))
             }
         return cls(requests, found.tokens, found.batches, found.fingerprints)
 
@@ -137,6 +139,23 @@ class Calibration:
             raise ValueError(
                 f"{os.fspath(path)} is damaged ({error}); run lora_init.calibrate again"
             ) from error
+
+
+def _part(statistics: LayerStatistics, part: str) -> Any:
+    """One part of a layer's statistics, by its name in the file."""
+    if isinstance(statistics.inputs, InputSets) and part in statistics.inputs.sets:
+        return statistics.inputs[part]
+    return getattr(statistics, part)
+
+
+def _statistics(
+    request: CalibrationRequest, parts: Mapping[str, Any], shared: dict[tuple[int, ...], InputSets]
+) -> LayerStatistics:
+    """Invert `_part`; layers whose sets are the same objects share one `InputSets`."""
+    if not request.sets:
+        return LayerStatistics(**parts)
+    key = tuple(map(id, parts.values()))
+    return LayerStatistics(shared.setdefault(key, InputSets(parts)))
 
 
 def merged(parts: Iterable[Calibration]) -> Calibration:

@@ -18,6 +18,7 @@ from lora_init.cache import Cache, Entry, fingerprint, key
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.matrix import is_finite
+from lora_init.moments import InputSets
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import Initializer
 
@@ -87,6 +88,8 @@ def arithmetic(device: torch.device) -> list[str]:
 
 def _content(inputs: Any) -> dict[str, Any]:
     """The statistics by name, without cached decompositions."""
+    if isinstance(inputs, InputSets):
+        return {name: _content(found) for name, found in inputs.sets.items()}
     shown = (field.name for field in fields(inputs) if not field.name.startswith("_"))
     return {name: getattr(inputs, name) for name in shown}
 

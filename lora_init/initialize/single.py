@@ -16,7 +16,7 @@ from lora_init.layer import Inputs, Layer, LayerStatistics
 from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.linalg.mixed_products import is_narrow
 from lora_init.linalg.precision import full_precision
-from lora_init.moments import InputStatistics
+from lora_init.moments import InputSets, InputStatistics, LeadingComponents, StackedInputs
 from lora_init.plan.check import check_target_rank
 from lora_init.quantization import Quantizer
 from lora_init.registry import Initializer, Options, build_options, resolve
@@ -30,7 +30,7 @@ def init_factors(
     lora_alpha: float | None = None,
     use_rslora: bool = False,
     options: Mapping[str, Any] | None = None,
-    inputs: Float[Tensor, "tokens in"] | Inputs | None = None,
+    inputs: Float[Tensor, "tokens in"] | Inputs | Mapping[str, Any] | None = None,
     gradient: Float[Tensor, "out in"] | None = None,
     output_moments: Any = None,
     target_weight: Tensor | None = None,
@@ -54,7 +54,8 @@ def init_factors(
         use_rslora: the scaling s is lora_alpha / sqrt(r) instead.
         options: the method's settings by name, if `method` is a name.
         inputs: rows (tokens, in) of inputs, or moments from `calibrate`, for methods with "inputs"
-            in `Initializer.reads`. Other methods ignore them.
+            in `Initializer.reads`. Other methods ignore them. A method that compares several
+            calibration sets takes a dict of these by the set's name.
         gradient: gradient of the loss with respect to `weight`, for methods with "gradient" in
             `Initializer.reads`.
         target_weight: the second weight (out, in), for methods with "target_weight" in
@@ -88,7 +89,7 @@ def init_factors(
     if "target_weight" in spec.reads:
         _check_second(spec, weight, target_weight)
     place = weight.device if device is None else torch.device(device)
-    given = _data(spec, weight, inputs, gradient).to(place)
+    given = _data(spec, settings, weight, inputs, gradient).to(place)
     stored = None
     if "weight" in spec.reads | settings.also_reads():
         stored = weight.detach().to(place)
@@ -169,11 +170,13 @@ def _scaling(r: Any, lora_alpha: Any, use_rslora: bool) -> float:
     return alpha / (r**0.5 if use_rslora else r)
 
 
-def _data(spec: Initializer, weight: Tensor, inputs: Any, gradient: Any) -> LayerStatistics:
+def _data(
+    spec: Initializer, settings: Options, weight: Tensor, inputs: Any, gradient: Any
+) -> LayerStatistics:
     """The data that the method reads, checked against the weight's shape."""
     found = LayerStatistics()
     if "inputs" in spec.reads:
-        found.inputs = _moments(spec, weight, inputs)
+        found.inputs = _inputs(spec, settings, weight, inputs)
     if "gradient" in spec.reads:
         if not isinstance(gradient, Tensor) or gradient.shape != weight.shape:
             got = tuple(gradient.shape) if isinstance(gradient, Tensor) else gradient
@@ -186,7 +189,31 @@ def _data(spec: Initializer, weight: Tensor, inputs: Any, gradient: Any) -> Laye
     return found
 
 
-def _moments(spec: Initializer, weight: Tensor, inputs: Any) -> Inputs:
+def _inputs(spec: Initializer, settings: Options, weight: Tensor, inputs: Any) -> Inputs:
+    """The moments of one set, or of the sets that the method reads."""
+    wanted = settings.input_request().sets
+    given = inputs.sets if isinstance(inputs, InputSets) else inputs
+    named = isinstance(given, Mapping)
+    if wanted and not (named and set(given) == set(wanted)):
+        shown = ", ".join(f"{name!r}: rows" for name in wanted)
+        got = f"the sets {', '.join(map(repr, given))}" if named else type(given).__name__
+        raise ValueError(
+            f"inputs={got} is not supported: must be a dict with the sets "
+            f"{', '.join(map(repr, wanted))}, which {spec.name} compares. Pass inputs={{{shown}}}"
+        )
+    if wanted:
+        return InputSets({name: _moments(spec, weight, given[name]) for name in wanted})
+    if named:
+        raise ValueError(
+            f"inputs with the sets {', '.join(map(repr, given))} is not supported: must be one "
+            f"set, which {spec.name} reads. Pass the rows of one of them"
+        )
+    return _moments(spec, weight, inputs)
+
+
+def _moments(
+    spec: Initializer, weight: Tensor, inputs: Any
+) -> InputStatistics | LeadingComponents | StackedInputs:
     if inputs is None:
         raise ValueError(
             f"inputs=None is not supported: {spec.name} reads the layer's inputs. Pass rows "

@@ -219,7 +219,8 @@ def _check_memory(plan: Plan, request: CalibrationRequest) -> None:
         needed, why = plan.statistics_bytes, f"{name}, which needs all statistics to choose ranks,"
     else:
         widest = max(plan.targets, key=plan.input_bytes)
-        needed, why = plan.input_bytes(widest), f"the inputs of {widest.name!r} alone"
+        sets = len(plan.calibration.sets) or 1
+        needed, why = sets * plan.input_bytes(widest), f"the inputs of {widest.name!r} alone"
     if memory < needed:
         raise ValueError(
             f"calibration_memory={memory}: {why} take {needed} bytes; pass as many, or None"

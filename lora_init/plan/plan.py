@@ -140,7 +140,8 @@ class Plan:
             return 0
         if self.calibration.gradients:
             return 4 * sum(target.shape[0] * target.shape[1] for target in self.targets)
-        return sum(self.input_bytes(target) for target in self.targets)
+        sets = len(self.calibration.sets) or 1
+        return sets * sum(self.input_bytes(target) for target in self.targets)
 
     def input_bytes(self, target: Target) -> int:
         """Memory of the sums over one target's inputs."""
@@ -159,7 +160,8 @@ class Plan:
             return 1
         if self.calibration_memory is None:
             return 1
-        waiting, passes = [self.input_bytes(target) for target in self.targets], 0
+        sets = len(self.calibration.sets) or 1
+        waiting, passes = [sets * self.input_bytes(target) for target in self.targets], 0
         while waiting:
             used, later = 0, []
             for size in waiting:
@@ -271,6 +273,8 @@ class Plan:
         needs = "calibration data" if self.calibration is not None else "no calibration data"
         if self.calibration is not None and self.calibration.gradients:
             needs += " with labels"
+        if self.calibration is not None and self.calibration.sets:
+            needs += f" in the sets {', '.join(self.calibration.sets)}"
         lines = [
             f"{spec.name} {self.options}",
             f"base: {spec.base}; output {'preserved' if spec.preserves_output else 'changed'}; "
