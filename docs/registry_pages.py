@@ -169,7 +169,11 @@ def _sentence(text: str) -> str:
 
 
 def _use(spec: Initializer) -> str:
-    data = ", calibration=batches" if spec.needs_data else ""
+    request = spec.request(spec.options())
+    data = ", calibration=batches" if request is not None else ""
+    if request is not None and request.sets:
+        sets = ", ".join(f'"{name}": {name}_batches' for name in request.sets)
+        data = f", calibration={{{sets}}}"
     data += ", target_weights=second_checkpoint" if "target_weight" in spec.reads else ""
     code = (
         f'config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights="{spec.name}")\n'

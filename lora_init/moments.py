@@ -133,7 +133,9 @@ class InputSets:
     def members(self) -> list[InputSets]:
         """The moments of each layer of a stack."""
         parts = [found.members for found in self.sets.values()]
-        return [InputSets(dict(zip(self.sets, one, strict=True))) for one in zip(*parts, strict=True)]
+        return [
+            InputSets(dict(zip(self.sets, one, strict=True))) for one in zip(*parts, strict=True)
+        ]
 
     def condensed(self, rank: int) -> InputSets:
         """Like `InputStatistics.condensed`, for every set."""

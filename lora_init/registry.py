@@ -99,6 +99,13 @@ class Options:
         """The reason why a weight of `shape` (out, in) cannot have this rank; None if it can."""
         return None
 
+    def concern(self, metrics: Mapping[str, Any], rank: int) -> str | None:
+        """What a user should change, given the figures of one layer; None if nothing.
+
+        The text becomes part of a warning.
+        """
+        return None
+
     def keeps_scaling(self) -> bool:
         """Whether alpha changes with an allocated rank, so that the scaling stays the same."""
         return True

@@ -39,7 +39,7 @@ from methods import (
     handling,
     one_of_each,
 )
-from models import Batches, spread_weight
+from models import Batches, data_of, spread_weight
 from networks import SHAPES, Case, Chain, chain_calibration, chain_inputs
 from packing import kept_plain
 from products import thinned
@@ -117,9 +117,10 @@ def config_for(method, *, r=RANK, scaling="s=2", targets=tuple(SHAPES), **settin
 def adapt(method, base, *, seed=0, calibration=None, **settings):
     """`get_peft_model` with calibration data where the method needs them."""
     config = settings.pop("config", None) or config_for(method, **settings)
-    if calibration is None and SPECS[method].needs_data:
+    if calibration is None:
         calibration = chain_calibration(next(base.parameters()).dtype)
-    return get_peft_model(base, config, seed=seed, calibration=calibration)
+    data = data_of(SPECS[method], calibration)
+    return get_peft_model(base, config, seed=seed, calibration=data)
 
 
 def adapt_case(method, case, variant, base, **arguments):
@@ -128,7 +129,7 @@ def adapt_case(method, case, variant, base, **arguments):
     return get_peft_model(
         base,
         config_for(method, targets=case.shapes, **VARIANTS[variant]),
-        calibration=case.calibration() if spec.needs_data else None,
+        calibration=data_of(spec, case.calibration()),
         original_weights=case.originals() if spec.base == "replace" else None,
         **arguments,
     )
@@ -269,7 +270,7 @@ def test_output_at_step_0_for_any_shape(
         init_lora_weights={"name": method, **uniform(method)},
     )
     x = chain_inputs(60, columns, seed=seed)
-    calibration = Batches([x]) if spec.needs_data else None
+    calibration = data_of(spec, Batches([x]))
     model = get_peft_model(copy.deepcopy(base), config, calibration=calibration, seed=seed)
     tolerance = EPSILON[torch.float32] * norm_ratio(model, base, "0")
     assert_gap(model(x), base(x), tolerance, without_bias(base[0], x))
@@ -424,7 +425,7 @@ def test_disabled_adapter_of_low_precision_computes_the_original(method):
     model = get_peft_model(
         copy.deepcopy(base),
         config_for(method),
-        calibration=chain_calibration(),
+        calibration=data_of(SPECS[method], chain_calibration()),
         adapter_dtype=torch.bfloat16,
     )
     x = chain_inputs(30)
@@ -781,7 +782,7 @@ def test_failing_write_leaves_the_model_unchanged(method):
         base.wide = nn.Linear(56, 24)
     before = snapshot(base)
     with pytest.raises((RuntimeError, TypeError, ValueError)):
-        get_peft_model(base, config_for(method), calibration=calibration)
+        adapt(method, base, calibration=calibration)
     assert_unchanged(base, before)
 
 
@@ -800,8 +801,9 @@ def test_failing_calibration_leaves_the_model_unchanged(method):
         (Batches([torch.full((4, 32), float("nan"))]), ValueError, "'square' are not finite|nan"),
         (WithLoss(broken(), Batches.loss), OSError, "the disk is gone"),
     ):
+        data = data_of(SPECS[method], calibration)
         with pytest.raises(error, match=message):
-            get_peft_model(base, config_for(method), calibration=calibration)
+            get_peft_model(base, config_for(method), calibration=data)
         assert_unchanged(base, before)
 
 
@@ -821,7 +823,7 @@ def test_weight_that_is_not_finite_is_refused_by_name(method, value):
     with torch.no_grad():
         base.wide.weight[0, 0] = value
     with pytest.raises(ValueError, match=r"'wide'.*NaN or infinite"):
-        get_peft_model(base, config_for(method), calibration=calibration)
+        adapt(method, base, calibration=calibration)
     with torch.no_grad():
         base.wide.weight[0, 0] = kept  # NaN differs from itself
     assert_unchanged(base, before)

@@ -14,7 +14,7 @@ from measures import (
     train,
     without_bias,
 )
-from models import Batches
+from models import Batches, data_of
 from networks import Case
 from packing import kept_plain, on_device
 from torch import nn
@@ -132,7 +132,7 @@ def adapt(spec, case, base, *, use_dora=False, **arguments):
     return get_peft_model(
         base,
         config,
-        calibration=case.calibration() if spec.needs_data else None,
+        calibration=data_of(spec, case.calibration()),
         original_weights=case.originals() if spec.base == "replace" else None,
         **arguments,
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from measures import assert_gap
 from methods import behavior, handling
-from models import Batches
+from models import Batches, data_of
 from products import thinned
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -77,7 +77,7 @@ def test_a_cell_is_true(spec, kind, base, use_dora):
         use_dora=use_dora,
     )
     promised = support(spec, kind, base)
-    calibration = None if kind == "Embedding" else Batches([x])
+    calibration = None if kind == "Embedding" else data_of(spec, Batches([x]))
     if promised is None:
         with pytest.raises(TypeError, match=rf"'0' is an? {kind}.*{spec.name} does not support"):
             get_peft_model(model, config, calibration=calibration)

@@ -53,12 +53,14 @@ def supports(kind: Any, default: Any) -> bool:
 
 
 def missing_inputs(method: Initializer) -> list[str]:
-    """What a method reads and no run supplies."""
-    return sorted(set(method.reads) - SUPPLIED)
+    """What a method reads and a sweep over all methods does not supply."""
+    request = method.request(method.options())
+    sets = () if request is None else request.sets
+    return sorted(set(method.reads) - SUPPLIED) + [f"the calibration set {name}" for name in sets]
 
 
 def leave_out_unsupplied() -> dict[str, list[str]]:
-    """Take methods that need an input which no run supplies out of `init=glob(*)`.
+    """Take methods that need an input which the sweep lacks out of `init=glob(*)`.
 
     Returns:
         By name, the inputs that are missing.

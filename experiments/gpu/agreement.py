@@ -15,7 +15,7 @@ from torch import nn
 
 from experiments.gpu import promises
 from experiments.gpu.lifecycle import Life, exact_convolutions, lived, relative, twin
-from experiments.gpu.specimens import KINDS, PACKED, Specimen
+from experiments.gpu.specimens import KINDS, PACKED, Specimen, data_of
 from experiments.gpu.task import Task
 from lora_init import Calibration, Initializer, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init import list_initializers as initializers
@@ -103,7 +103,7 @@ def compared(
     found = None
     if spec.needs_data and specimen.dtype != FLOAT32:
         base = specimen.build()
-        found = calibrate(base, config(spec, base), specimen.calibration("cpu"))
+        found = calibrate(base, config(spec, base), data_of(spec, specimen.calibration("cpu")))
     reference = adapted(spec, specimen, "cpu", None, found, use_dora)
     figures = {}
     for placement in placements:
@@ -131,7 +131,7 @@ def adapted(
     return get_peft_model(
         base,
         config(spec, base, use_dora),
-        calibration=specimen.calibration(place) if spec.needs_data and found is None else found,
+        calibration=data_of(spec, specimen.calibration(place)) if found is None else found,
         device=device,
         seed=3,
         original_weights=specimen.originals() if spec.base == "replace" else None,

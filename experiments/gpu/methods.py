@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from experiments.gpu import exactness
 from experiments.gpu.blocks import LLAMA_2_7B, TINY, Shape, llama, targets, token_batches
 from experiments.gpu.lifecycle import relative
+from experiments.gpu.specimens import data_of
 from experiments.gpu.task import Task
 from experiments.gpu.waits import LISTED, counted_waits
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
@@ -179,8 +180,8 @@ def statistics(task: Task, subject: Subject, method: str, blocks: int) -> Calibr
     if not resolve(settings)[0].needs_data:
         return None
     config = LoraConfig(r=1, target_modules=targets(blocks), init_lora_weights=settings)
-    batches = token_batches(subject.shape, 1, 4, 32 if task.small else 2048, task.device)
-    return calibrate(subject.model, config, batches)
+    batches = token_batches(subject.shape, 2, 2, 32 if task.small else 2048, task.device)
+    return calibrate(subject.model, config, data_of(resolve(settings)[0], batches))
 
 
 def quality(

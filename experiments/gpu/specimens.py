@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_init import Initializer
+
 KINDS = ("Linear", "Conv1D", "Conv2d", "Embedding")
 PACKED = ("Linear4bit", "Linear8bitLt")
 ROWS = 40
@@ -80,6 +82,15 @@ class Specimen:
         """More rows than the network is wide, so that the inputs span all directions."""
         rows = max(ROWS, 2 * self.width) if self.kind != "Conv2d" else ROWS
         return Batches(self.inputs(seed, rows).to(device) for seed in (11, 12))
+
+
+def data_of(spec: Initializer, batches: list) -> list | dict[str, list] | None:
+    """The batches as a method takes them: shared out where it compares sets; None for no data."""
+    request = spec.request(spec.options())
+    if request is None or not request.sets:
+        return None if request is None else batches
+    count = len(request.sets)
+    return {name: type(batches)(batches[n::count]) for n, name in enumerate(request.sets)}
 
 
 class Batches(list):

@@ -17,7 +17,7 @@ from experiments.measures.probe import PeakMemory, output_gap, probe
 from experiments.models import LoadedModel, load_model
 from experiments.run.budget import check_parameters
 from experiments.tasks import Task, draw
-from lora_init import LoraConfig, LoraModel, get_peft_model
+from lora_init import CalibrationRequest, LoraConfig, LoraModel, get_peft_model
 from lora_init.weights.source import BaseWeights
 
 PROBED_EXAMPLES = 16
@@ -44,7 +44,8 @@ def initialize(
         # Only for methods that calibrate. A list, so that the cache can keep its statistics.
         batches = None
         if method.needs_data:
-            batches = list(calibration_batches(run, data, task, device))
+            request = method.request(config.initializer()[1])
+            batches = calibration_data(run, data, task, device, request)
         memory_limit = run.runtime.calibration_gib
         adapted = get_peft_model(
             model,
@@ -68,13 +69,42 @@ def initialize(
     return adapted, report, originals
 
 
+Batch = dict[str, torch.Tensor]
+
+
+def calibration_data(
+    run: RunConfig, data: Splits, task: Task, device: torch.device, request: CalibrationRequest
+) -> list[Batch] | dict[str, list[Batch]]:
+    """The calibration batches of a run: one list, or one per set that the method compares.
+
+    The set "learn" holds training examples, and "keep" the texts of `calibration.path`.
+
+    Raises:
+        ConfigurationError: the method compares sets, and there are no texts to keep.
+    """
+    texts = run.calibration.path
+    if not request.sets:
+        return list(calibration_batches(run, data, task, device))
+    if texts is None or set(request.sets) != {"learn", "keep"}:
+        raise ConfigurationError(
+            f"calibration.path={texts} is not supported with init={run.init.name}, which reads the "
+            f"sets {', '.join(request.sets)}: must be a file of JSON lines with texts to keep"
+        )
+    return {name: list(calibration_batches(run, data, task, device, name)) for name in request.sets}
+
+
 def calibration_batches(
-    run: RunConfig, data: Splits, task: Task, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Examples that `seeds.calibration` draws, one batch at a time."""
+    run: RunConfig, data: Splits, task: Task, device: torch.device, source: str | None = None
+) -> Iterator[Batch]:
+    """Examples that `seeds.calibration` draws, one batch at a time.
+
+    Args:
+        source: "learn" for training examples, "keep" for the texts of `calibration.path`; None for
+            the texts if there are any.
+    """
     settings = run.calibration
     examples: Sequence[Example] = data.train
-    if settings.path is not None:
+    if source == "keep" or (source is None and settings.path is not None):
         examples = calibration_texts.texts_of(settings, data.task_type)
     chosen = draw(len(examples), settings.samples, run.seeds.calibration)
     for start in range(0, len(chosen), settings.batch_size):

@@ -34,7 +34,8 @@ def skip_unsupplied(config: DictConfig) -> None:
     """Take methods that lack an input out of `init=glob(…)`, and name them."""
     if any(override.startswith("init=glob(") for override in asked_overrides(config)):
         for name, missing in leave_out_unsupplied().items():
-            say(f"  init={name} is skipped: it needs {', '.join(missing)}, which no run supplies")
+            reason = f"it needs {', '.join(missing)}, which this sweep does not supply"
+            say(f"  init={name} is skipped: {reason}")
 
 
 def planned_jobs(config: DictConfig) -> list[list[str]] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from lora_init.factors import Factors
 from lora_init.linalg.matrix import is_finite
 from lora_init.linalg.transfer import on_host
 from lora_init.plan.plan import Target
-from lora_init.registry import Initializer
+from lora_init.registry import Initializer, Options
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,26 @@ class FactorNorms:
             }
             for layer in metrics
         ]
+
+
+def warn_of_concerns(
+    spec: Initializer, options: Options, layers: Sequence[tuple[str, int, Mapping[str, Any]]]
+) -> None:
+    """Emit a warning for each concern of the method, which counts the layers.
+
+    Args:
+        layers: name, rank and metrics of each layer.
+    """
+    found: dict[str, list[str]] = {}
+    for name, rank, metrics in layers:
+        if (concern := options.concern(metrics, rank)) is not None:
+            found.setdefault(concern, []).append(name)
+    for concern, names in found.items():
+        warnings.warn(
+            f"{spec.name}: in {len(names)} of {len(layers)} layers, the first is {names[0]!r}, "
+            f"{concern}",
+            stacklevel=3,
+        )
 
 
 def check_shapes(

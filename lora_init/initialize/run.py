@@ -15,7 +15,12 @@ from lora_init.cache import Cache
 from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
 from lora_init.initialize import jobs, shared
 from lora_init.initialize.cached import CachedFactors, cacheable
-from lora_init.initialize.checks import FactorNorms, check_shapes, moved_together
+from lora_init.initialize.checks import (
+    FactorNorms,
+    check_shapes,
+    moved_together,
+    warn_of_concerns,
+)
 from lora_init.initialize.jobs import Job
 from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
@@ -106,6 +111,11 @@ def initialize(
         with draws.shared_blocks():
             done = shared.shared(run, planned, plan, weights, seed)
     found = {layer.target.name: layer.moved(homes[layer.target.name]) for layer in done}
+    warn_of_concerns(
+        plan.initializer,
+        plan.options,
+        [(t.name, t.rank, found[t.name].factors.metrics) for t in plan.targets],
+    )
     return [found[target.name] for target in plan.targets]
 
 

@@ -11,7 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.factors import Factors
-from lora_init.initialize.checks import check_shapes, refuse_non_finite_factors
+from lora_init.initialize.checks import (
+    check_shapes,
+    refuse_non_finite_factors,
+    warn_of_concerns,
+)
 from lora_init.layer import Inputs, Layer, LayerStatistics
 from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.linalg.mixed_products import is_narrow
@@ -114,6 +118,7 @@ def init_factors(
         factors = spec.function(layer, settings)
     check_shapes(name or "weight", layer.shape, r, spec, factors)
     refuse_non_finite_factors(name or "weight", spec, factors)
+    warn_of_concerns(spec, settings, [(name or "weight", r, factors.metrics)])
     return replace(
         factors,
         lora_A=factors.lora_A.to(weight.device).contiguous(),

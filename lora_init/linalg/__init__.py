@@ -12,7 +12,7 @@ from lora_init.linalg.eigen import bottom_eigen, top_eigen
 from lora_init.linalg.matrix import frobenius_norm
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.singular import ITERATIONS, METHODS, QUALITY, top_singular
-from lora_init.linalg.thin import leading_qr, thin_svd
+from lora_init.linalg.thin import leading_qr, thin_qr, thin_svd
 
 __all__ = [
     "ITERATIONS",
@@ -26,6 +26,7 @@ __all__ = [
     "frobenius_norm",
     "leading_qr",
     "nesting_rank",
+    "thin_qr",
     "thin_svd",
     "top_eigen",
     "top_singular",

@@ -25,6 +25,7 @@ COPIES: dict[str, tuple[float, float]] = {
     "qera": (5.0, 3.0),
     "qpissa": (8.0, 0.0),
     "rlmo": (9.0, 0.0),
+    "sc_lora": (8.0, 6.0),
     "srr": (8.5, 2.5),
 }
 """Float32 copies of a weight and of its inputs' second moment at the peak of each method, measured

@@ -82,12 +82,15 @@ def test_the_code_of_a_page_runs(pages, spec):
     def loss(model, batch):
         return model(batch).square().mean()
 
+    batches = lora_init.WithLoss([torch.randn(64, 32)], loss)
     scope = {
         "LoraConfig": lora_init.LoraConfig,
         "get_peft_model": lora_init.get_peft_model,
         "model": torch.nn.Sequential(torch.nn.Linear(32, 32)),
         "second_checkpoint": {"0.weight": torch.randn(32, 32)},
-        "batches": lora_init.WithLoss([torch.randn(64, 32)], loss),
+        "batches": batches,
+        "learn_batches": batches,
+        "keep_batches": [torch.randn(8, 32)],
     }
     code = pages.method_page(spec).partition("```python\n")[2].partition("```")[0]
     exec(code, scope)

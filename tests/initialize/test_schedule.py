@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, parts_of
 from methods import SPECS, behavior
 from products import thinned
 from torch import nn
@@ -131,10 +131,8 @@ def test_a_stack_gives_what_its_layers_give(method, niter, shape):
         rows = torch.randn(3, 500, shape[1]) * torch.arange(1, shape[1] + 1) ** -0.5
         inputs = [InputStatistics.of_rows(some) for some in rows]
         inputs[1] = inputs[0]  # two layers that read one input
-        parts = [
-            {"inputs": some, "gradient": gradient}
-            for some, gradient in zip(inputs, stack, strict=True)
-        ]
+        request = spec.request(options)
+        parts = [parts_of(request, *each) for each in zip(inputs, stack, strict=True)]
     layers = [
         layer_of(weight, 4, name=str(index), **parts[index]) for index, weight in enumerate(stack)
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from interrupts import count_lines, interrupted_at
 from measures import train
-from models import Batches
+from models import Batches, data_of
 from networks import Chain, chain_inputs
 from products import thinned
 from torch import nn
@@ -65,7 +65,7 @@ def started(state, base=None, method=None, seed=0):
     return get_peft_model(
         base,
         config,
-        calibration=Batches([inputs]) if spec.needs_data else None,
+        calibration=data_of(spec, Batches([inputs])),
         keep_original=True,
         quantized_base="requantize" if state == "4-bit replaced" else "in_forward",
         seed=seed,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from methods import METHODS, SPECS, across, behavior, one_of_each
+from models import data_of
 from networks import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 from uniform import uniform
@@ -23,6 +24,11 @@ def config_of(method):
     return LoraConfig(
         r=4, target_modules=list(CASE.shapes), init_lora_weights={"name": method, **settings}
     )
+
+
+def statistics_of(method, base):
+    data = data_of(SPECS[method], CASE.calibration())
+    return None if data is None else calibrate(base, [config_of(method)], data)
 
 
 def state_of(model):
@@ -49,10 +55,8 @@ def life(method, base, found):
 def test_autocast_changes_nothing(method, alone, monkeypatch):
     """Both for small layers, with one thread each, and for large ones, with all threads."""
     monkeypatch.setattr(cores, "ALONE", 0 if alone else cores.ALONE)
-    base, spec = CASE.build(), SPECS[method]
-    found = None
-    if spec.needs_data:
-        found = calibrate(base, [config_of(method)], CASE.calibration())
+    base = CASE.build()
+    found = statistics_of(method, base)
     plain = life(method, base, found)
     with torch.autocast("cpu", torch.bfloat16):
         cast = life(method, base, found)
@@ -109,8 +113,8 @@ def reduced_products():
 @pytest.mark.parametrize("method", one_of_each(METHODS, behavior))
 def test_reduced_float32_products_are_not_used(method, reduced_products):
     """This holds for factors, merged weights and restored bases."""
-    base, spec = CASE.build(), SPECS[method]
-    found = calibrate(base, [config_of(method)], CASE.calibration()) if spec.needs_data else None
+    base = CASE.build()
+    found = statistics_of(method, base)
     assert "ieee" not in reduced_products
     with Float32Products() as products:
         life(method, base, found)

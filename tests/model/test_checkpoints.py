@@ -7,7 +7,7 @@ import pytest
 import torch
 from measures import assert_gap, assert_unchanged, logits, snapshot, train
 from methods import METHODS, REPLACING, across
-from models import bert, llama, token_batches
+from models import bert, data_of, llama, token_batches
 from networks import Chain, chain_calibration, chain_inputs
 from products import every_value, thinned
 from safetensors.torch import load_file, save_file
@@ -30,7 +30,7 @@ def start(method="pissa", *, base=None, seed=0, calibration=None, dtype=torch.fl
         r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=method, **settings
     )
     spec, _ = config.initializer()
-    data = (calibration or chain_calibration(dtype)) if spec.needs_data else None
+    data = data_of(spec, calibration or chain_calibration(dtype))
     base = Chain(dtype=dtype) if base is None else base
     return get_peft_model(base, config, calibration=data, seed=seed)
 

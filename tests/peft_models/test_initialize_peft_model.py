@@ -16,7 +16,7 @@ import pytest
 import torch
 from measures import EPSILON, assert_gap, assert_unchanged, logits, snapshot, train
 from methods import SPECS, behavior, handling
-from models import Batches, bert, llama, spread_weight, token_batches
+from models import Batches, bert, data_of, llama, spread_weight, token_batches
 from networks import Case
 from packing import kept_plain
 from products import chosen, every_value, thinned
@@ -97,7 +97,7 @@ def wrapped(base, targets, **settings):
 
 
 def start(peft_model, method, batches=None, **settings):
-    calibration = batches if SPECS[method].needs_data else None
+    calibration = data_of(SPECS[method], batches)
     return initialize_peft_model(peft_model, method, calibration=calibration, **settings)
 
 
@@ -153,7 +153,7 @@ def test_the_factors_are_ours_and_restoring_undoes_them(method, kind):
         target_modules=targets,
         init_lora_weights={"name": method, **kept},
     )
-    calibration = batches if spec.needs_data else None
+    calibration = data_of(spec, batches)
     ours = get_peft_model(
         copy.deepcopy(base), config, calibration=calibration, original_weights=originals
     )

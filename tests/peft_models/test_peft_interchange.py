@@ -14,7 +14,7 @@ import pytest
 import torch
 from measures import assert_gap, assert_unchanged, largest_ratio, logits, snapshot, train
 from methods import METHODS, RESTORABLE, SUBTRACTING, behavior, handling, one_of_each
-from models import bert, gpt2, llama, t5, t5_batches, token_batches
+from models import bert, data_of, gpt2, llama, t5, t5_batches, token_batches
 from products import thinned
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,7 +34,7 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 def adapt(base, config, batches=None, **options):
     spec, _ = config.initializer()
-    calibration = (batches or token_batches()) if spec.needs_data else None
+    calibration = data_of(spec, batches or token_batches())
     return get_peft_model(base, config, calibration=calibration, **options)
 
 

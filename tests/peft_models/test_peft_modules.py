@@ -19,6 +19,7 @@ from models import (
     VOCABULARY,
     ConvBlock,
     built_once,
+    data_of,
     gpt2,
     image_batches,
     llama,
@@ -160,7 +161,7 @@ def tolerance(model):
 
 def adapted(case, **settings):
     config = LoraConfig(**settings)
-    calibration = case.batches() if config.initializer()[0].needs_data else None
+    calibration = data_of(config.initializer()[0], case.batches())
     return get_peft_model(case.make(), config, calibration=calibration)
 
 

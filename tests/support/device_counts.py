@@ -14,6 +14,7 @@ from unittest import mock
 
 import simulated_device
 import torch
+from layers import parts_of
 from second import nearby_by_default
 from simulated_device import CPU, CUDA, place, simulated_cuda, tensors_in
 from torch import nn
@@ -138,13 +139,11 @@ def statistics_of(names, request, seed):
     spread = torch.arange(1, COLUMNS + 1) ** -0.5
     layers = {}
     for name in names:
-        if request.gradients:
-            layers[name] = LayerStatistics(gradient=weight_of(seed + int(name)).cuda())
-            continue
         moments = InputStatistics.of_rows(torch.randn(600, COLUMNS, generator=generator) * spread)
         if request.smallest:
             moments.covariance = moments.covariance.double()
-        layers[name] = LayerStatistics(inputs=moments.to(torch.device(CUDA)))
+        found = LayerStatistics(**parts_of(request, moments, weight_of(seed + int(name))))
+        layers[name] = found.to(torch.device(CUDA))
     return Calibration({request: layers}, 600, 1)
 
 

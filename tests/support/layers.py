@@ -1,6 +1,7 @@
 """Layers for tests that call a method's function directly."""
 
 from lora_init.layer import Layer
+from lora_init.moments import InputSets, InputStatistics
 
 
 def layer_of(weight, rank, scaling=2.0, *, name="layer", **parts):
@@ -22,3 +23,23 @@ def layer_of(weight, rank, scaling=2.0, *, name="layer", **parts):
         is_stack=is_stack,
         **parts,
     )
+
+
+def parts_of(request, moments, gradient):
+    """The attributes of `Layer` that a method reads; None for no request.
+
+    Args:
+        request: the method's `CalibrationRequest`.
+        moments: `InputStatistics` of its inputs; other sets have the first half of its directions.
+        gradient: (out, in).
+    """
+    if request is None:
+        return {}
+    if request.gradients:
+        return {"gradient": gradient}
+    if not request.sets:
+        return {"inputs": moments}
+    half = moments.covariance.clone()
+    half[len(half) // 2 :] = half[:, len(half) // 2 :] = 0
+    other = InputStatistics(half, moments.mean, moments.tokens)
+    return {"inputs": InputSets(dict(zip(request.sets, (moments, other), strict=True)))}

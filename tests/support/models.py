@@ -137,6 +137,26 @@ class Batches(list):
         return sum(part.float().square().mean() for part in output)
 
 
+def data_of(spec, batches):
+    """The batches as the method of `spec` takes them: a dict where it compares sets, else as given.
+
+    The other sets hold the first half of each batch. None for a method that needs no data.
+    """
+    request = spec.request(spec.options())
+    if request is None or batches is None:
+        return None
+    if not request.sets or isinstance(batches, dict):
+        return batches
+    later = Batches(map(half, batches)) if isinstance(batches, list) else batches
+    return {name: later if number else batches for number, name in enumerate(request.sets)}
+
+
+def half(batch):
+    if isinstance(batch, dict):
+        return {key: half(value) for key, value in batch.items()}
+    return batch[: max(1, len(batch) // 2)]
+
+
 def token_batches(count=3, size=4, length=12, *, padded=True, seed=0):
     """Batches of token ids with right padding of different lengths and their attention masks."""
     generator = torch.Generator().manual_seed(seed)
