@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -29,7 +29,8 @@ else:
     Inputs = InputStatistics | LeadingComponents | StackedInputs | InputSets
     Declared = Data | None
 
-STACKED = "stored_weight", "gradient"
+STACKED = "stored_weight", "gradient", "output_moments"
+"""The tensors of a layer that a stack combines along a new first dimension."""
 
 
 @dataclass
@@ -39,14 +40,17 @@ class LayerStatistics:
     Attributes:
         inputs: moments of its inputs, if the method reads them; `InputSets` for several sets.
         gradient: gradient of the loss with respect to its weight, if the method reads it.
+        output_moments: mean squares of the gradient with respect to each output, if the method
+            reads them.
     """
 
     inputs: Declared[Inputs] = None
     gradient: Declared[Float[Tensor, "out in"]] = None
+    output_moments: Declared[Float[Tensor, " out"]] = None
 
     def to(self, device: torch.device) -> LayerStatistics:
         """The statistics on `device`; this object if they are there already."""
-        parts = {"inputs": self.inputs, "gradient": self.gradient}
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
         elsewhere = {
             name: part.to(device)
             for name, part in parts.items()
@@ -91,6 +95,8 @@ class Layer:
             float32.
         inputs: moments of the layer's inputs; `InputSets` for a method that reads several sets.
         gradient: gradient of the loss with respect to W, float32, with the shape of W.
+        output_moments: diag E[g gᵀ], float64: for each output, the mean square of the gradient of
+            the loss with respect to it. `lora_init.calibration.gradients` defines the mean.
         quantizer: the quantizer of a base that is quantized already; None for a float base.
         target_weight: W1 (out, in), the layer's weight in a second checkpoint, in any float dtype.
         planned_rank: r before rank allocation; None without allocation.
@@ -106,6 +112,7 @@ class Layer:
     stored_weight: Declared[Float[Tensor, "*stack out in"]] = None
     inputs: Declared[Inputs] = None
     gradient: Declared[Float[Tensor, "*stack out in"]] = None
+    output_moments: Declared[Float[Tensor, "*stack out"]] = None
     quantizer: Quantizer | None = None
     target_weight: Declared[Float[Tensor, "out in"]] = None
     planned_rank: int | None = None
@@ -151,37 +158,30 @@ class Layer:
 
     def members(self) -> list[Layer]:
         """The layers of a stack, one by one."""
-        weights = self.stored_weight if self.stored_weight is not None else [None] * len(self.names)
-        inputs: Any = [None] * len(self.names)
-        if isinstance(self.inputs, StackedInputs):
-            inputs = self.inputs.members
-        gradients = self.gradient if self.gradient is not None else [None] * len(self.names)
+        nothing = [None] * len(self.names)
+        parts = {name: getattr(self, name) for name in STACKED}
+        parts["inputs"] = None if self.inputs is None else self.inputs.members
+        columns = [nothing if found is None else found for found in parts.values()]
         return [
-            replace(
-                self,
-                names=(name,),
-                stored_weight=weight,
-                inputs=moments,
-                gradient=gradient,
-                is_stack=False,
-            )
-            for name, weight, moments, gradient in zip(
-                self.names, weights, inputs, gradients, strict=True
-            )
+            replace(self, names=(name,), is_stack=False, **dict(zip(parts, row, strict=True)))
+            for name, *row in zip(self.names, *columns, strict=True)
         ]
 
 
 def stacked(layers: Sequence[Layer]) -> Layer:
     """Combine layers of one kind, shape, rank and scaling into a stack."""
     first = layers[0]
-    weights, gradients = ([getattr(one, name) for one in layers] for name in STACKED)
+    tensors = {
+        name: torch.stack([getattr(one, name) for one in layers])
+        for name in STACKED
+        if getattr(first, name) is not None
+    }
     return replace(
         first,
         names=tuple(one.names[0] for one in layers),
-        stored_weight=None if first.stored_weight is None else torch.stack(weights),
         inputs=None if first.inputs is None else _stacked_inputs([one.inputs for one in layers]),
-        gradient=None if first.gradient is None else torch.stack(gradients),
         is_stack=True,
+        **tensors,
     )
 
 

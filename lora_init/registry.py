@@ -24,7 +24,7 @@ import pkgutil
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -35,7 +35,9 @@ from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
-Reads = Literal["weight", "inputs", "gradient", "quantizer", "target_weight"]
+Reads = Literal[
+    "weight", "inputs", "gradient", "output_moments", "quantizer", "target_weight"
+]
 """The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
 
 Method = Callable[[Layer, Any], Factors]
@@ -43,7 +45,7 @@ Method = Callable[[Layer, Any], Factors]
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """The statistics that a calibration collects for a layer: input moments or a gradient.
+    """The statistics that a calibration collects for a layer: input moments, a gradient, or both.
 
     Attributes:
         ignore_label: skip positions with this label; None masks by attention only.
@@ -51,6 +53,8 @@ class CalibrationRequest:
             variance. This doubles time and memory.
         gradients: collect the gradient of the loss with respect to the weight instead of the
             moments of the inputs. The batches then need labels.
+        output_moments: with `gradients`, collect in the same pass the moments of the inputs and the
+            mean squares of the gradients with respect to the outputs.
         sets: names of the calibration sets, for methods that compare the inputs of several, such as
             ``("learn", "keep")``. Empty for methods that read one set.
     """
@@ -58,7 +62,25 @@ class CalibrationRequest:
     ignore_label: int | None = None
     smallest: bool = False
     gradients: bool = False
+    output_moments: bool = False
     sets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.output_moments and not self.gradients:
+            raise ValueError(
+                "output_moments=True is not supported with gradients=False: one backward pass "
+                "collects both. Set gradients=True"
+            )
+        if self.sets and self.gradients:
+            raise ValueError(
+                f"sets={self.sets} is not supported with gradients=True: must be empty, because "
+                "only the inputs of several sets are compared. Leave one of them out"
+            )
+
+    @property
+    def inputs(self) -> bool:
+        """Whether the moments of the inputs are collected."""
+        return self.output_moments or not self.gradients
 
 
 def sums_dtype(requests: Iterable[CalibrationRequest]) -> torch.dtype:
@@ -126,7 +148,8 @@ class Initializer:
         paper: the source of the method.
         base: what happens to the base weight: "keep", "subtract" or "replace".
         preserves_output: whether the output at step 0 equals that of the base model.
-        reads: what the method reads: "weight", "inputs", "gradient", "quantizer", "target_weight".
+        reads: what the method reads: "weight", "inputs", "gradient", "output_moments", "quantizer",
+            "target_weight".
         modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
             Embedding as a linear map of one-hot vectors.
         control: whether the method is only for experiments: it isolates one cause of another
@@ -171,13 +194,15 @@ class Initializer:
 
     @property
     def needs_data(self) -> bool:
-        """Whether the method needs calibration data: it reads inputs or a gradient."""
-        return bool(self.reads & {"inputs", "gradient"})
+        """Whether the method needs calibration data: it reads inputs or gradients."""
+        return bool(self.reads & {"inputs", "gradient", "output_moments"})
 
     def request(self, options: Options) -> CalibrationRequest | None:
         """The statistics to collect; None for a method that needs no calibration data."""
-        if "gradient" in self.reads:
+        if self.reads & {"inputs", "gradient", "output_moments"} == {"gradient"}:
             return CalibrationRequest(gradients=True)
+        if self.reads & {"gradient", "output_moments"}:
+            return replace(options.input_request(), gradients=True, output_moments=True)
         return options.input_request() if "inputs" in self.reads else None
 
     def __repr__(self) -> str:
@@ -242,11 +267,6 @@ def register_initializer(
                     f"initializer {name!r}: {argument}={', '.join(unknown)} is not supported: "
                     f"must be of {', '.join(supported[argument])}"
                 )
-        if {"inputs", "gradient"} <= given["reads"]:
-            raise ValueError(
-                f"initializer {name!r}: reads with both 'inputs' and 'gradient' is not supported: "
-                "must be one of them, because a calibration collects only one"
-            )
         _registry[name] = Initializer(
             name,
             function,

@@ -56,7 +56,6 @@ def test_a_name_is_registered_once(clean_registry):
     ("arguments", "message"),
     [
         ({"reads": ("weights",)}, "reads=weights is not supported: must be of weight, inputs"),
-        ({"reads": ("inputs", "gradient")}, "reads with both 'inputs' and 'gradient'"),
         ({"modules": ("Dense",)}, "modules=Dense is not supported: must be of Linear"),
         ({"base": "edit"}, "base=edit is not supported: must be of keep"),
     ],

@@ -25,7 +25,7 @@ from experiments.config.training import TrainingConfig, steps_of
 from lora_init import list_initializers
 from lora_init.registry import Initializer
 
-SUPPLIED = {"weight", "inputs", "gradient", "quantizer"}
+SUPPLIED = {"weight", "inputs", "gradient", "output_moments", "quantizer"}
 """What a run gives to a method; a second data set or a second checkpoint is not part of it."""
 
 

@@ -75,7 +75,7 @@ def least_bytes(
     modules count as reading different inputs.
     """
     gradients = [request for request in requests if request.gradients]
-    moments = [request for request in requests if not request.gradients]
+    moments = [request for request in requests if request.inputs]
     widths = {(name.rpartition(".")[0], columns) for name, (_, columns) in shapes.items()}
     of_inputs = sum(sums_dtype(moments).itemsize * width**2 for _, width in widths)
     of_gradients = sum(4 * rows * columns for rows, columns in shapes.values())

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_init.calibration.batches import Counted, WithLoss, check_count, forward, home, moved
 from lora_init.calibration.gradients import collect_gradients, own_loss
@@ -38,6 +38,7 @@ from lora_init.calibration.sums import Moments, joined_over_ranks
 from lora_init.distributed import all_or_none, from_ranks, over_ranks
 from lora_init.layer import LayerStatistics
 from lora_init.linalg.transfer import on_host
+from lora_init.moments import InputStatistics
 from lora_init.registry import CalibrationRequest, sums_dtype
 
 __all__ = ["Calibration", "LayerStatistics", "collect", "collect_all", "collect_in_passes"]
@@ -169,10 +170,40 @@ def _collect_gradients(
 ) -> Calibration:
     counted = Counted(batches)
     loss = getattr(batches, "loss", own_loss)
-    gradients = collect_gradients(model, names, counted, loss=loss, device=device)
-    layers = {name: LayerStatistics(gradient=found) for name, found in gradients.items()}
+    if not request.output_moments:
+        gradients = collect_gradients(model, names, counted, loss=loss, device=device)
+        layers = {name: LayerStatistics(gradient=found) for name, found in gradients.items()}
+    else:
+        layers = _collect_with_outputs(model, names, request, counted, loss, device)
     tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu")).tolist()
     return Calibration({request: layers}, tokens, count)
+
+
+def _collect_with_outputs(
+    model: nn.Module,
+    names: list[str],
+    request: CalibrationRequest,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    device: torch.device | None,
+) -> dict[str, LayerStatistics]:
+    """The gradient, the inputs' moments and the output moments of each layer, from one pass."""
+    modules = {name: model.get_submodule(name) for name in names}
+    budget = Budget(dtype=sums_dtype([request]))
+    observer = Observer(modules, {request.ignore_label}, budget, device)
+    squares: dict[str, Tensor] = {}
+    gradients = collect_gradients(
+        model, names, batches, loss=loss, device=device, observer=observer, squares=squares
+    )
+    inputs = _statistics(observer)
+    return {
+        name: LayerStatistics(
+            inputs[name, request.ignore_label],
+            gradients[name],
+            squares[name] / inputs[name, request.ignore_label].tokens,
+        )
+        for name in names
+    }
 
 
 def _collect_inputs(
@@ -197,17 +228,27 @@ def _collect_inputs(
                 raise ValueError(_only_once(budget, observer.deferred))
     tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu")).tolist()
     check_count(count)
+    layers = {request: {} for request in requests}
+    for (name, label), found in _statistics(observer).items():
+        for request in requests:
+            if request.ignore_label == label:
+                layers[request][name] = LayerStatistics(inputs=found)
+    return Calibration(layers, tokens, count)
+
+
+def _statistics(observer: Observer) -> dict[tuple[str, Label], InputStatistics]:
+    """The moments by layer and label, over all ranks; layers that share inputs share an object.
+
+    Raises:
+        ValueError: the inputs of a layer are not finite.
+    """
     totals = list(_reduced(observer))
     _check_finite([(keys[0][0], total) for keys, total in totals])
-    layers = {request: {} for request in requests}
+    layers = {}
     while totals:
         keys, total = totals.pop(0)
-        found = statistics_of(total)
-        for name, label in keys:
-            for request in requests:
-                if request.ignore_label == label:
-                    layers[request][name] = LayerStatistics(inputs=found)
-    return Calibration(layers, tokens, count)
+        layers |= dict.fromkeys(keys, statistics_of(total))
+    return layers
 
 
 def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Moments]]:

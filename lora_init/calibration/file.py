@@ -47,6 +47,8 @@ class Content:
 
 def parts(request: CalibrationRequest) -> tuple[str, ...]:
     """The names of the parts of a layer's statistics."""
+    if request.output_moments:
+        return "gradient", "inputs", "output_moments"
     return request.sets or ("gradient" if request.gradients else "inputs",)
 
 
@@ -146,8 +148,9 @@ def _described_request(request: CalibrationRequest) -> dict[str, Any]:
 def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Add one object's tensors to `tensors` and return its JSON."""
     if isinstance(found, Tensor):
-        tensors[f"{number}.gradient"] = found
-        return {"number": number, "kind": "gradient"}
+        kind = "gradient" if found.ndim == 2 else "output_moments"
+        tensors[f"{number}.{kind}"] = found
+        return {"number": number, "kind": kind}
     values = {f.name: getattr(found, f.name) for f in fields(found) if not f.name.startswith("_")}
     tensors |= {f"{number}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
     plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
@@ -175,6 +178,8 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
     kind = _entry(found, "kind", str)
     if kind == "gradient":
         return tensor("gradient", torch.float32, shape=(None, None))
+    if kind == "output_moments":
+        return tensor("output_moments", torch.float64, shape=(None,))
     mean = tensor("mean", torch.float64, shape=(None,))
     width = len(mean)
     values = _entry(found, "values", dict)
@@ -186,7 +191,7 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
         raise ValueError(
             "it holds sketches of the inputs, which this version does not read any more"
         )
-    raise ValueError(f"kind={kind!r} must be moments or gradient")
+    raise ValueError(f"kind={kind!r} must be moments, gradient or output_moments")
 
 
 def _request(found: Any) -> CalibrationRequest:
@@ -195,14 +200,16 @@ def _request(found: Any) -> CalibrationRequest:
     sets = _entry({"sets": [], **found}, "sets", list)
     if not all(isinstance(name, str) for name in sets) or len(set(sets)) != len(sets):
         raise ValueError("sets must be different names")
-    return CalibrationRequest(label, **flags, sets=tuple(sets))
+    outputs = _entry({"output_moments": False, **found}, "output_moments", bool)
+    return CalibrationRequest(label, **flags, output_moments=outputs, sets=tuple(sets))
 
 
 def _of(objects: list[Any], layers: Mapping[str, Any], name: str, part: str) -> Any:
     number = _count(layers, name)
     if number >= len(objects):
         raise ValueError(f"layer {name!r} refers to object {number} of {len(objects)}")
-    if isinstance(objects[number], Tensor) != (part == "gradient"):
+    kinds = {"gradient": 2, "output_moments": 1}
+    if getattr(objects[number], "ndim", None) != kinds.get(part):
         raise ValueError(f"layer {name!r} refers to statistics of another kind")
     return objects[number]
 

@@ -14,6 +14,16 @@ differs from `Parameter.grad`:
 - For a layer that is called several times, G sums over the calls.
 - Products and sums are float32 (float64 for float64 models), whatever dtype the model computes in.
 
+One definition of the mean holds for all methods: L_b is the loss that the model, or `WithLoss`,
+returns for batch b, usually the mean over its labels, and every batch has the same weight. The
+output moments use the same L_b,
+
+    y = 1/tokens sum over batches and positions of g²    (out,), float64,
+
+with the tokens that the moments of the layer's inputs count. Where L_b is a mean, g shrinks with
+the number of labels in a batch, and y with its square: use batches of one example for the values of
+a paper that has them. Both come from one backward pass.
+
 Memory: the sums take 4 bytes per weight, and the activations of one batch stay, as in training. One
 layer's gradient is added where the sums are on another device or the model is float64.
 
@@ -26,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +44,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.calibration.batches import check_count, forward, home, moved
+from lora_init.calibration.hooks import Observer
 from lora_init.distributed import all_or_none, over_ranks
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import add_product
@@ -68,6 +79,8 @@ def collect_gradients(
     *,
     loss: Callable[[nn.Module, Any], Tensor] = own_loss,
     device: torch.device | None = None,
+    observer: Observer | None = None,
+    squares: dict[str, Float[Tensor, " out"]] | None = None,
 ) -> dict[str, Float[Tensor, "out in"]]:
     """Run `batches` forward and backward and return each layer's mean gradient.
 
@@ -81,6 +94,8 @@ def collect_gradients(
         batches: any iterable, as for `lora_init.calibration.collect.collect`.
         loss: ``(model, batch) -> loss``, a scalar. The default is the loss that the model returns.
         device: where the sums are stored. None stores them where the layers compute.
+        observer: sums the inputs of the layers in the same forward passes.
+        squares: filled with the sums of g² over all positions and ranks, by name.
 
     Returns:
         G by name, float32.
@@ -92,25 +107,45 @@ def collect_gradients(
             the backward pass, or for reentrant checkpointing (use_reentrant=False is supported).
     """
     modules = {name: model.get_submodule(name) for name in names}
-    sums = _Sums(modules, device)
+    sums = _Sums(modules, device, with_squares=squares is not None)
     place = home(model)
     count = 0
-    with all_or_none("gradients"), _tapped(model, modules, sums.add) as anchor:
+    observed = nullcontext() if observer is None else observer.observing(model)
+    with (
+        all_or_none("gradients"),
+        observed,
+        _tapped(model, modules, sums.add) as anchor,
+    ):
         for count, batch in enumerate(batches, start=1):
-            value = loss(model, moved(batch, place))
+            with nullcontext() if observer is None else observer.batch(batch):
+                value = loss(model, moved(batch, place))
             _check_loss(value, count, modules)
             if value.requires_grad:
                 # Only towards the anchor: autograd computes no parameter gradients.
                 value.backward(inputs=[anchor])
-    return sums.mean(count, place)
+    means = sums.mean(count, place)
+    if squares is not None:
+        for name, mean in means.items():
+            own = sums.squares.get(name)
+            zeros = torch.zeros(len(mean), dtype=torch.float64, device=mean.device)
+            squares[name] = over_ranks(zeros if own is None else own.to(mean.device))
+    return means
 
 
 class _Sums:
     """One sum per layer, created when the backward pass first reaches the layer."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device | None) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        device: torch.device | None,
+        *,
+        with_squares: bool = False,
+    ) -> None:
         self.modules = modules
         self.device = device
+        self.with_squares = with_squares
+        self.squares: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
@@ -124,6 +159,10 @@ class _Sums:
             self._sums[name] = torch.zeros(
                 stored.shape(module), dtype=torch.float32, device=self.device or gradient.device
             )
+        if self.with_squares:
+            # Squares of a mean loss's gradients underflow float32.
+            found = outputs.double().square().sum(0)
+            self.squares[name] = self.squares[name].add_(found) if name in self.squares else found
         total = self._sums[name]
         with full_precision():
             if total.device == gradient.device and inputs.dtype == outputs.dtype != torch.float64:

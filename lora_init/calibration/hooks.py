@@ -140,6 +140,7 @@ class Observer:
         self._encoder_output: Callable[[], Tensor | None] = lambda: None
         self._encoder_done = False
         self._rows = TokenRows()
+        self._in_batch = False
 
     @contextmanager
     def observing(self, model: nn.Module) -> Iterator[None]:
@@ -170,7 +171,12 @@ class Observer:
             batch: the batch as the caller passed it, before it moves to the model's device.
         """
         self._read_masks(batch)
-        yield
+        self._in_batch = True
+        try:
+            yield
+        finally:
+            # A backward pass may call layers again, to compute activations that were not stored.
+            self._in_batch = False
         while self._held:
             self._close(next(iter(self._held)))
 
@@ -218,6 +224,8 @@ class Observer:
 
     def _hook(self, name: str) -> Callable:
         def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not self._in_batch:
+                return
             tensor: Any = args[0] if args else kwargs.get("input", kwargs.get("x"))
             key = id(tensor), known_format(module).reading(module)
             held = self._held.get(key)
@@ -225,7 +233,7 @@ class Observer:
                 self._close(key)  # modified in place, or one layer called twice on one tensor
                 held = None
             if held is None:
-                copy = tensor.clone() if self._overwritten.get(name, True) else None
+                copy = tensor.detach().clone() if self._overwritten.get(name, True) else None
                 masks = self._masks_of(tensor, name)
                 self._held[key] = _Held(tensor, tensor._version, [name], copy, masks)
                 self._close_oldest()
@@ -264,7 +272,7 @@ class Observer:
             for mask in held.masks
         ]
         if any(total is not None for total, _ in sums):
-            values = held.tensor if held.copy is None else held.copy
+            values = held.tensor.detach() if held.copy is None else held.copy
             rows = known_format(module).input_rows(module, values)
             for total, mask in sums:
                 if total is not None:

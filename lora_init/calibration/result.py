@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +170,17 @@ def merged(parts: Iterable[Calibration]) -> Calibration:
 
 def _moved(layers: dict[str, LayerStatistics], device: torch.device) -> dict[str, LayerStatistics]:
     """Move statistics to `device`; shared objects stay shared."""
-    found = {id(part): part for layer in layers.values() for part in (layer.inputs, layer.gradient)}
+    parts = [field.name for field in fields(LayerStatistics)]
+    found = {id(part): part for layer in layers.values() for part in _values(layer, parts)}
     there = {key: None if part is None else part.to(device) for key, part in found.items()}
     return {
-        name: LayerStatistics(there[id(layer.inputs)], there[id(layer.gradient)])
+        name: LayerStatistics(*(there[id(part)] for part in _values(layer, parts)))
         for name, layer in layers.items()
     }
+
+
+def _values(layer: LayerStatistics, parts: Iterable[str]) -> list[Any]:
+    return [getattr(layer, part) for part in parts]
 
 
 def _listed(requests: Iterable[CalibrationRequest]) -> str:

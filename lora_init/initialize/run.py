@@ -206,6 +206,7 @@ class _Worker:
             stored_weight=weight,
             inputs=statistics.inputs,
             gradient=statistics.gradient,
+            output_moments=statistics.output_moments,
             quantizer=quantizer,
             target_weight=second,
             planned_rank=target.planned_rank,

@@ -36,7 +36,7 @@ def init_factors(
     options: Mapping[str, Any] | None = None,
     inputs: Float[Tensor, "tokens in"] | Inputs | Mapping[str, Any] | None = None,
     gradient: Float[Tensor, "out in"] | None = None,
-    output_moments: Any = None,
+    output_moments: Float[Tensor, " out"] | None = None,
     target_weight: Tensor | None = None,
     quantizer: Quantizer | None = None,
     seed: int = 0,
@@ -64,7 +64,8 @@ def init_factors(
             `Initializer.reads`.
         target_weight: the second weight (out, in), for methods with "target_weight" in
             `Initializer.reads`; else None.
-        output_moments: must be None; no registered method reads them.
+        output_moments: mean squares of the gradient of the loss with respect to each output, for
+            methods with "output_moments" in `Initializer.reads`.
         quantizer: the quantizer of a quantized base; None uses the method's options.
         seed: the seed of random numbers, together with `name`.
         name: the layer's qualified name; None means an empty name.
@@ -93,7 +94,7 @@ def init_factors(
     if "target_weight" in spec.reads:
         _check_second(spec, weight, target_weight)
     place = weight.device if device is None else torch.device(device)
-    given = _data(spec, settings, weight, inputs, gradient).to(place)
+    given = _data(spec, settings, weight, inputs, gradient, output_moments).to(place)
     stored = None
     if "weight" in spec.reads | settings.also_reads():
         stored = weight.detach().to(place)
@@ -109,6 +110,7 @@ def init_factors(
         stored_weight=stored,
         inputs=given.inputs,
         gradient=given.gradient,
+        output_moments=given.output_moments,
         quantizer=quantizer,
         target_weight=None if target_weight is None else target_weight.detach().to(place),
     )
@@ -176,7 +178,12 @@ def _scaling(r: Any, lora_alpha: Any, use_rslora: bool) -> float:
 
 
 def _data(
-    spec: Initializer, settings: Options, weight: Tensor, inputs: Any, gradient: Any
+    spec: Initializer,
+    settings: Options,
+    weight: Tensor,
+    inputs: Any,
+    gradient: Any,
+    output_moments: Any,
 ) -> LayerStatistics:
     """The data that the method reads, checked against the weight's shape."""
     found = LayerStatistics()
@@ -191,6 +198,17 @@ def _data(
             )
         refuse_non_finite("gradient", gradient)
         found.gradient = gradient.detach().float()
+    if "output_moments" in spec.reads:
+        shape = tuple(weight.shape[:1])
+        if not isinstance(output_moments, Tensor) or output_moments.shape != shape:
+            got = output_moments
+            got = tuple(got.shape) if isinstance(got, Tensor) else got
+            raise ValueError(
+                f"output_moments={got!r} is not supported: must be a tensor {shape}. Pass the mean "
+                f"squares of the gradient of the loss by each output, which {spec.name} reads"
+            )
+        refuse_non_finite("output_moments", output_moments)
+        found.output_moments = output_moments.detach().double()
     return found
 
 

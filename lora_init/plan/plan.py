@@ -138,10 +138,10 @@ class Plan:
         """Memory of the statistics: exact for gradients, an upper bound for second moments."""
         if self.calibration is None:
             return 0
-        if self.calibration.gradients:
-            return 4 * sum(target.shape[0] * target.shape[1] for target in self.targets)
+        gradients = 4 * sum(target.shape[0] * target.shape[1] for target in self.targets)
         sets = len(self.calibration.sets) or 1
-        return sets * sum(self.input_bytes(target) for target in self.targets)
+        inputs = sets * sum(self.input_bytes(target) for target in self.targets)
+        return self.calibration.gradients * gradients + self.calibration.inputs * inputs
 
     def input_bytes(self, target: Target) -> int:
         """Memory of the sums over one target's inputs."""

@@ -15,6 +15,8 @@ COPIES: dict[str, tuple[float, float]] = {
     "from_delta_subtracted": (6.5, 0.0),
     "geora": (6.0, 0.0),
     "loftq": (6.5, 0.0),
+    "lora_da": (5.0, 14.0),
+    "lora_da_frozen": (5.0, 14.0),
     "lora_ga": (4.0, 0.0),
     "lora_null": (2.0, 6.5),
     "lora_null_frozen": (2.0, 6.5),

@@ -35,6 +35,9 @@ def parts_of(request, moments, gradient):
     """
     if request is None:
         return {}
+    if request.output_moments:
+        squares = gradient.double().square().mean(1)
+        return {"inputs": moments, "gradient": gradient, "output_moments": squares}
     if request.gradients:
         return {"gradient": gradient}
     if not request.sets:
