@@ -121,7 +121,7 @@ def lora_da(layer: Layer, options: LoraDaOptions) -> Factors:
     # The solver is for semi-definite matrices, and the largest eigenvalue of Dᵀ D is 1.
     omega.diagonal(dim1=-2, dim2=-1).add_(1)
     directions = linalg.bottom_eigen(omega, layer.rank)[1]
-    image = step @ directions / square[..., 0].sqrt()
+    image = step @ directions / square.sqrt()
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / square[..., 0, 0]
     tiny = torch.finfo().tiny
     return Factors(
