@@ -11,6 +11,7 @@ from models import (
     Batches,
     ConvBlock,
     bert,
+    data_of,
     gpt2,
     image_batches,
     llama,
@@ -155,7 +156,7 @@ def test_every_method_supports_the_architecture(case, spec, tmp_path):
     original, batches, targets, count, expected = case
     base = copy.deepcopy(original)
     config = LoraConfig(target_modules=targets, init_lora_weights=spec.name)
-    calibration = batches if spec.needs_data else None
+    calibration = data_of(spec, batches)
 
     plan = get_peft_model(base, config, dry_run=True)
     assert len(plan.targets) == count

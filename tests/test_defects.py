@@ -33,7 +33,7 @@ from methods import (
     behavior,
     one_of_each,
 )
-from models import VOCABULARY, Batches, bert, gpt2, llama, t5, t5_batches, token_batches
+from models import VOCABULARY, Batches, bert, data_of, gpt2, llama, t5, t5_batches, token_batches
 from networks import Chain, chain_inputs
 from products import thinned
 from safetensors.torch import load_file, save_file
@@ -67,7 +67,7 @@ def adapt(base, *, r=4, calibration=None, **settings):
     spec, _ = config.initializer()
     if spec.needs_data and calibration is None:
         calibration = token_batches()
-    return get_peft_model(base, config, calibration=calibration if spec.needs_data else None)
+    return get_peft_model(base, config, calibration=data_of(spec, calibration))
 
 
 # -- 1: a base once mutated stays mutated ----------------------------------------------------------
@@ -505,7 +505,10 @@ def test_11_library_runs_without_optional_packages():
         for spec in list_initializers():
             base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
             config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=spec.name)
-            batches = WithLoss([torch.randn(20, 8)], loss) if spec.needs_data else None
+            request = spec.request(spec.options())
+            batches = WithLoss([torch.randn(20, 8)], loss)
+            if request is not None and request.sets:
+                batches = {name: [torch.randn(20, 8)] for name in request.sets}
             model = get_peft_model(base, config, calibration=batches)
             assert str(model.init_report())
             model(torch.randn(3, 8))

@@ -17,6 +17,7 @@ from models import (
     VOCABULARY,
     Batches,
     bert,
+    data_of,
     gpt2,
     llama,
     spread_weight,
@@ -119,7 +120,7 @@ def adapt(spec, case, model_on, device, seed=0, **settings):
     return get_peft_model(
         on_device(case.build(), model_on),
         config_of({"name": spec.name, **SETTINGS.get(spec.name, {})}, case.shapes, **settings),
-        calibration=case.calibration() if spec.needs_data else None,
+        calibration=data_of(spec, case.calibration()),
         device=device,
         seed=seed,
         original_weights=case.originals() if spec.base == "replace" else None,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from methods import METHODS, behavior
+from models import data_of
 from products import thinned
 from second import nearby
 from torch import nn
@@ -42,9 +43,11 @@ def test_the_numbers_are_those_of_a_model(method, use_rslora):
             [torch.randn(50, COLUMNS, generator=torch.Generator().manual_seed(1))],
             lambda model, batch: model(batch).square().mean(),
         )
-        found = calibrate(base(), config, batches)
+        found = calibrate(base(), config, data_of(config.initializer()[0], batches))
         statistics = found.layers["0"]
         data = {"inputs": statistics.inputs, "gradient": statistics.gradient}
+        if statistics.output_moments is not None:
+            data["output_moments"] = statistics.output_moments
     model = get_peft_model(base(), config, calibration=found, seed=3, cache=False)
     weight = base()[0].weight
     if "target_weight" in config.initializer()[0].reads:

@@ -147,7 +147,11 @@ def data_of(spec, batches):
         return None
     if not request.sets or isinstance(batches, dict):
         return batches
-    later = Batches(map(half, batches)) if isinstance(batches, list) else batches
+    later = batches
+    if isinstance(batches, list):
+        later = Batches(map(half, batches))
+    elif isinstance(getattr(batches, "batches", None), list):  # WithLoss
+        later = type(batches)([half(batch) for batch in batches.batches], batches.loss)
     return {name: later if number else batches for number, name in enumerate(request.sets)}
 
 
