@@ -222,7 +222,7 @@ def test_peft_loads_ours(name, variant, method, tmp_path):
 def test_peft_loads_every_method_of_ours(name, method, use_dora, tmp_path):
     case = CASES[name]
     settings = {"r": 4, "lora_alpha": 6, "target_modules": case.targets, "use_dora": use_dora}
-    model = train(adapted(case, init_lora_weights=method, **settings), size=2.0)
+    model = train(adapted(case, init_lora_weights=method, **settings))
     assert_peft_agrees(model, case, tmp_path)
 
 

@@ -60,14 +60,16 @@ def assert_gap(actual, expected, tolerance, scale=None):
 def train(model, size=0.05, seed=5):
     """Move every trainable tensor by noise of `size` times its own scale: a stand-in for training.
 
-    Zero tensors (B at step 0) move by `size` times the scale of a 1/sqrt(rank) entry.
+    Zero and tiny tensors (B at step 0, a core) move by `size` times the scale of a 1/sqrt(rank)
+    entry.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
-                scale = float(parameter.float().pow(2).mean().sqrt()) or parameter.shape[-1] ** -0.5
+                scale, usual = parameter.float().pow(2).mean().sqrt(), parameter.shape[-1] ** -0.5
+                scale = float(scale) if scale > 0.02 * usual else usual
                 parameter.add_((size * scale * noise).to(parameter))
     return model
 
