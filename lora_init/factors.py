@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_init.linalg import matrix
 from lora_init.linalg.matrix import widened
-from lora_init.linalg.precision import full_precision
+from lora_init.linalg.precision import full_precision, without_autocast
 
 if TYPE_CHECKING:
     from lora_init.quantization import Quantizer
@@ -86,6 +86,8 @@ class Factors:
     Attributes:
         lora_A: A0, shape (rank, in), float32.
         lora_B: B0, shape (out, rank), float32.
+        core: R0, shape (rank, rank), float32, for methods that train only a matrix between frozen
+            factors: the layer adds s B R A x. None for all other methods.
         replacement: the recipe of the base; only for ``replace`` methods.
         metrics: figures of the method for reports (`error`, `captured_energy`, …). A count may be
             a vector with one entry per component, if the factors of rank r are the first r of a
@@ -96,6 +98,22 @@ class Factors:
     lora_B: Float[Tensor, "*stack out rank"]
     replacement: Replacement | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    core: Float[Tensor, "*stack rank rank"] | None = None
+
+    @property
+    def output_factor(self) -> Float[Tensor, "*stack out rank"]:
+        """B, or B R with a core: the adapter's product is s times this times A."""
+        return output_factor(self.lora_B, self.core)
+
+
+def output_factor(
+    lora_B: Float[Tensor, "*stack out rank"], core: Float[Tensor, "*stack rank rank"] | None
+) -> Float[Tensor, "*stack out rank"]:
+    """B, or B R in float32 or wider with a core; differentiable."""
+    if core is None:
+        return lora_B
+    with without_autocast():  # 16-bit products would round the factor
+        return widened(lora_B) @ widened(core)
 
 
 def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
@@ -116,6 +134,7 @@ def unstacked(stack: Factors, count: int) -> list[Factors]:
                 name: value[index] if isinstance(value, Tensor) else value
                 for name, value in stack.metrics.items()
             },
+            core=None if stack.core is None else stack.core[index],
         )
         for index in range(count)
     ]

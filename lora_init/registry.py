@@ -97,11 +97,14 @@ class Options:
 
     Attributes:
         frozen: factors that are not trained, such as ``("lora_B",)``.
+        has_core: whether only a matrix (rank × rank) between the frozen factors is trained, see
+            `Factors.core`.
         allocate: ``options.allocate(requests) -> ranks`` chooses the ranks of all layers from
             their statistics; None keeps the planned ranks.
     """
 
     frozen: ClassVar[tuple[Literal["lora_A", "lora_B"], ...]] = ()
+    has_core: ClassVar[bool] = False
     allocate: ClassVar[Callable[[Mapping[str, LayerRequest]], dict[str, int]] | None] = None
 
     @classmethod
@@ -180,7 +183,12 @@ class Initializer:
     @property
     def frozen(self) -> tuple[Literal["lora_A", "lora_B"], ...]:
         """Factors that are not trained."""
-        return self.options.frozen
+        return ("lora_A", "lora_B") if self.has_core else self.options.frozen
+
+    @property
+    def has_core(self) -> bool:
+        """Whether only a core between the factors is trained; see `Factors.core`."""
+        return self.options.has_core
 
     @property
     def is_batched(self) -> bool:
@@ -267,6 +275,11 @@ def register_initializer(
                     f"initializer {name!r}: {argument}={', '.join(unknown)} is not supported: "
                     f"must be of {', '.join(supported[argument])}"
                 )
+        if options.has_core and base != "keep":
+            raise ValueError(
+                f"initializer {name!r}: base={base!r} is not supported for a method with a core: "
+                "must be 'keep'"
+            )
         _registry[name] = Initializer(
             name,
             function,

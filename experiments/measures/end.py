@@ -57,7 +57,7 @@ def describe_layers(
     rows = []
     for target in model.plan.targets:
         layer = model.layers[target.name]
-        lora_A, lora_B = layer.lora_A.detach(), layer.lora_B.detach()
+        lora_A, lora_B = layer.lora_A.detach(), layer.output_factor.detach()
         intruders = None
         if target.name in counted:
             intruders = intruder_dimensions(

@@ -27,7 +27,7 @@ def update_norm(layer: LoraLayer) -> float:
     It uses B A - B0 A0 = [B - B0, B0] [A; A - A0]. The form [B, -B0] [A; A0] has the same norm, but
     for small updates its Gram matrices cancel.
     """
-    lora_A, lora_B = layer.lora_A.double(), layer.lora_B.double()
+    lora_A, lora_B = layer.lora_A.double(), layer.output_factor.double()
     initial_A, initial_B = layer.initial_lora_A.double(), layer.initial_lora_B.double()
     left = torch.cat([lora_B - initial_B, initial_B], dim=1)
     right = torch.cat([lora_A, lora_A - initial_A])

@@ -75,10 +75,12 @@ def fitting_rank(plan: Plan, wanted: int, tolerance: int) -> str:
     """The fix: the rank whose adapters have the wanted size, or the nearest possible sizes."""
     if len({target.rank for target in plan.targets}) > 1:
         return "change lora.r or lora.rank_pattern"
-    each = sum(rank_size(plan, *target.shape) for target in plan.targets)
-    fixed = plan.parameters - plan.targets[0].rank * each  # DoRA's magnitudes and LoRA's biases
-    below = max(1, (wanted - fixed) // each)
-    sizes = {rank: fixed + rank * each for rank in (below, below + 1)}
+    # DoRA's magnitudes and LoRA's biases
+    fixed = plan.parameters - factor_parameters(plan, plan.targets[0].rank)
+    below = 1
+    while fixed + factor_parameters(plan, below + 1) <= wanted:
+        below += 1
+    sizes = {rank: fixed + factor_parameters(plan, rank) for rank in (below, below + 1)}
     nearest = min(sizes, key=lambda rank: abs(sizes[rank] - wanted))
     if abs(sizes[nearest] - wanted) < tolerance:
         return f"set lora.r={nearest}"
@@ -88,7 +90,16 @@ def fitting_rank(plan: Plan, wanted: int, tolerance: int) -> str:
     return f"no rank fits: set {offers}"
 
 
+def factor_parameters(plan: Plan, rank: int) -> int:
+    """Trainable parameters in the factors, or cores, of all layers at one rank."""
+    if plan.initializer.has_core:
+        return rank**2 * len(plan.targets)
+    return rank * sum(rank_size(plan, *target.shape) for target in plan.targets)
+
+
 def rank_size(plan: Plan, rows: int, columns: int) -> int:
-    """Trainable parameters of one rank of a layer."""
+    """Trainable parameters that one more rank adds to a layer."""
+    if plan.initializer.has_core:
+        return 2 * max(target.rank for target in plan.targets) + 1
     frozen = plan.initializer.frozen
     return ("lora_A" not in frozen) * columns + ("lora_B" not in frozen) * rows

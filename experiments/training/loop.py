@@ -45,12 +45,13 @@ def make_accelerator(settings: TrainingConfig, device: str) -> Accelerator:
 
 
 def parameter_groups(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
-    """The trainable parameters: factors A, factors B, and everything else (a head)."""
+    """The trainable parameters: factors A or cores, factors B, and everything else (a head)."""
     groups: dict[str, list[torch.nn.Parameter]] = {"A": [], "B": [], "head": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parts = name.split(".")
-            kind = "A" if "lora_A" in parts else "B" if "lora_B" in parts else "head"
+            first = "lora_A" in parts or "lora_core" in parts
+            kind = "A" if first else "B" if "lora_B" in parts else "head"
             groups[kind].append(parameter)
     return groups
 

@@ -3,6 +3,8 @@
 A folder holds `adapter_config.json` and one safetensors file. The file depends on the method:
 
 - **The method keeps the base weights**: `adapter_model.safetensors` holds the factors, as in PEFT.
+- **The method trains a core R between A and B**: the file holds A and B R, a plain adapter of the
+  same rank. `lora_init_core.safetensors` holds B and R, so that lora_init can continue training.
 - **The method subtracts from the base weights**: the file fits the *original* base, on which the
   trained model is ``W + s (B A - B0 A0)``. It holds A' = [A; A0] and B' = [B, -B0] of rank 2r.
   Alpha is doubled (or multiplied by sqrt 2 with rsLoRA), so the scaling is still s. PEFT, vLLM and

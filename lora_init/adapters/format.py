@@ -24,6 +24,8 @@ from lora_init.weights.kinds import FORMATS, known_format
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_WEIGHTS_NAME = "lora_init_adapter.safetensors"
+CORE_NAME = "lora_init_core.safetensors"
+"""The file of B and the trained core; see `lora_init.adapters.core_file`."""
 PREFIX = "base_model.model."
 HEADER_KEY = "lora_init"
 

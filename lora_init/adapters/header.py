@@ -65,6 +65,7 @@ PARTS: dict[str, tuple[bool, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, dict) and all(isinstance(q, dict) for q in value.values()),
     ),
     "checksums": (False, _texts),
+    "core": (False, lambda value: isinstance(value, str)),
     "from_original_weights": (False, _texts),
     "modules_to_save": (False, _names),
     "copied_modules": (False, _names),

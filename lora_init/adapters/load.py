@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lora_init.adapters.core_file import read_cores
 from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
 from lora_init.adapters.load_peft import read_foreign
 from lora_init.adapters.loaded import LoadedAdapter
@@ -54,7 +55,10 @@ def read(
     try:
         contents = Contents(tensors, base, adapter_dtype)
         if header is not None:
-            return read_own(contents, weights, header, values)
+            cores = None
+            if isinstance(expected := header.get("core"), str):
+                cores = read_cores(folder, expected)
+            return read_own(contents, weights, header, values, cores)
         return read_foreign(contents, weights, values)
     except (
         ValueError,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_init.adapters.core_file import Cores, checked_core
 from lora_init.adapters.edited import followed, listed
 from lora_init.adapters.embeddings import check_vocabulary, take_rows
 from lora_init.adapters.header import check_header
@@ -26,11 +27,22 @@ FORMAT_VERSION = 1
 
 
 def read_own(
-    contents: Contents, weights: BaseWeights, header: Mapping[str, Any], values: Mapping[str, Any]
+    contents: Contents,
+    weights: BaseWeights,
+    header: Mapping[str, Any],
+    values: Mapping[str, Any],
+    cores: Cores | None = None,
 ) -> LoadedAdapter:
-    """Check a file against the base; `values` is the content of its adapter_config.json."""
+    """Check a file against the base.
+
+    Args:
+        values: the content of its adapter_config.json.
+        cores: B and R of the layers of a method with a core; None loads B R as a plain LoRA.
+    """
     check_header(header, FORMAT_VERSION)
     config = _config(header)
+    if cores is None and config.initializer()[0].has_core:
+        config.init_lora_weights = True
     saved = header.get("modules_to_save")
     if saved is None:  # the file of a PEFT model: apply PEFT's rule
         saved = in_file(contents.base, contents.tensors, contents.layers, config)
@@ -52,7 +64,7 @@ def read_own(
     for target in plan.targets:
         mine, r = parts[target.name], target.rank
         name = contents.names(target.name)
-        lora_A, lora_B, replacement = mine["lora_A"], mine["lora_B"], None
+        lora_A, lora_B, replacement, core = mine["lora_A"], mine["lora_B"], None, None
         if doubled == 2:
             mine["lora_A"], mine["lora_B"] = lora_A[:r], lora_B[:, :r]
             lora_A, lora_B = lora_A[r:].contiguous(), -lora_B[:, r:].contiguous()
@@ -67,7 +79,10 @@ def read_own(
         elif plan.initializer.base == "subtract":
             lora_A = contents.part(target, "initial_A", r)
             lora_B = contents.part(target, "initial_B", r)
-        factors[target.name] = contents.factors(target, lora_A, lora_B, replacement)
+        elif cores is not None:
+            lora_B, core = checked_core(name, cores, lora_B, r)
+            mine |= {"lora_B": lora_B, "lora_core": core}
+        factors[target.name] = contents.factors(target, lora_A, lora_B, replacement, core)
     modules = contents.trained_modules(plan)
     biases = contents.biases(plan)
     rows = take_rows(contents.base, contents.tensors)

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_init.adapters.core_file import write_cores
 from lora_init.adapters.embeddings import description, embeddings, rows, rows_are_needed
 from lora_init.adapters.format import (
+    CORE_NAME,
     HEADER_KEY,
     OWN_WEIGHTS_NAME,
     PREFIX,
@@ -36,8 +38,10 @@ from lora_init.adapters.portable import (
 )
 from lora_init.adapters.saved_modules import selected_by_peft
 from lora_init.config.lora_config import CONFIG_NAME, LoraConfig
+from lora_init.factors import output_factor
 from lora_init.files import write_atomically
 from lora_init.injection import Injection
+from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import describe, resolve
 from lora_init.weights.kinds import known_format
@@ -54,7 +58,7 @@ def save_adapter(
     save_embedding_layers: str | bool = "auto",
     portable: bool = False,
 ) -> None:
-    """Write the two files of an adapter, each of them atomically.
+    """Write the files of an adapter, each of them atomically.
 
     Args:
         folder: the folder to write, which is created if needed.
@@ -128,6 +132,7 @@ def save_adapter(
             f"LoraModel.from_pretrained: {describe_differences(differences)}",
             stacklevel=3,
         )
+    cores = {} if portable else _cores(plan, injection, given, names)
     header = {
         **(_plain_header(written) if portable else _header(config, plain, injection, names)),
         "fingerprints": {names[n]: value for n, value in injection.fingerprints.items()},
@@ -136,7 +141,23 @@ def save_adapter(
         "vocabulary": {names[n]: value for n, value in description(model).items()},
     }
     own = replaced or not all(map(peft_computes, _base_modules(injection)))
-    _write(folder, tensors, header, written, own)
+    _write(folder, tensors, header, written, own, cores)
+
+
+def _cores(
+    plan: Plan, injection: Injection, given: Given, names: Mapping[str, str]
+) -> dict[str, dict[str, Tensor]]:
+    """B and R of the layers that have a core, by the names in the file."""
+    if not plan.initializer.has_core:
+        return {}
+    parts = ("lora_B", "lora_core")
+    return {
+        names[t.name]: {
+            part: given.part(t.name, part, getattr(injection.layers[t.name], part))
+            for part in parts
+        }
+        for t in plan.targets
+    }
 
 
 def _rows(
@@ -159,13 +180,20 @@ def _rows(
 
 
 def _write(
-    folder: Path, tensors: dict[str, Tensor], header: dict, config: LoraConfig, own: bool
+    folder: Path,
+    tensors: dict[str, Tensor],
+    header: dict,
+    config: LoraConfig,
+    own: bool,
+    cores: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Write both files, and remove an old weights file with the other name."""
+    """Write all files, and remove old weights with other names."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
     text = config.to_json()
     folder.mkdir(parents=True, exist_ok=True)
+    if cores:  # first: the header of an interrupted save does not know this file
+        header = header | {"core": write_cores(folder, cores)}
+    metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
     names = (OWN_WEIGHTS_NAME, WEIGHTS_NAME) if own else (WEIGHTS_NAME, OWN_WEIGHTS_NAME)
     write_atomically(
         folder / names[0],
@@ -175,7 +203,8 @@ def _write(
         last=lambda: (folder / CONFIG_NAME).unlink(missing_ok=True),
     )
     write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text))
-    (folder / names[1]).unlink(missing_ok=True)  # weights of another adapter
+    for other in (names[1], *(() if cores else (CORE_NAME,))):  # of another adapter
+        (folder / other).unlink(missing_ok=True)
 
 
 def _header(
@@ -228,6 +257,10 @@ def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -
         for part in ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
         if getattr(layer, part) is not None
     }
+    if layer.lora_core is not None:
+        core = given.part(target.name, "lora_core", layer.lora_core)
+        with full_precision():
+            parts["lora_B"] = output_factor(parts["lora_B"], core)
     if layer.base_state == "replaced":
         made = injection.replacements[target.name]
         return parts | {"replacement_A": made.lora_A, "replacement_B": made.lora_B}

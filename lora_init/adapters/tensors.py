@@ -174,6 +174,7 @@ class Contents:
         lora_A: Tensor,
         lora_B: Tensor,
         replacement: Replacement | None = None,
+        core: Tensor | None = None,
     ) -> Factors:
         """Move factors to the device of the module and to the dtype of the adapter."""
         device = factor_device(self.base.get_submodule(target.name))
@@ -183,7 +184,12 @@ class Contents:
                 lora_A=replacement.lora_A.to(device),
                 lora_B=replacement.lora_B.to(device),
             )
-        return Factors(lora_A.to(device, self.dtype), lora_B.to(device, self.dtype), replacement)
+        return Factors(
+            lora_A.to(device, self.dtype),
+            lora_B.to(device, self.dtype),
+            replacement,
+            core=None if core is None else core.to(device, self.dtype),
+        )
 
     def trained_modules(self, plan: Plan) -> dict[str, dict[str, Tensor]]:
         """Take the state dicts of all fully trained modules."""

@@ -69,7 +69,8 @@ class CachedFactors:
 
     def put(self, key: str, layer: Layer, factors: Factors) -> None:
         """Store a layer's factors if they are finite and do not depend on the seed."""
-        if layer.is_random or not (is_finite(factors.lora_A) and is_finite(factors.lora_B)):
+        finite = is_finite(factors.lora_A) and is_finite(factors.lora_B)
+        if layer.is_random or not finite or factors.core is not None:
             return
         tensors = {"lora_A": factors.lora_A, "lora_B": factors.lora_B}
         metrics = {

@@ -30,7 +30,7 @@ class FactorNorms:
 
     @classmethod
     def of(cls, factors: Sequence[Factors]) -> FactorNorms:
-        pairs = ((one.lora_A, one.lora_B) for one in factors)
+        pairs = ((one.lora_A, one.output_factor) for one in factors)
         return cls(
             factors, [torch.linalg.vector_norm(each.detach()) for ab in pairs for each in ab]
         )
@@ -99,6 +99,12 @@ def check_shapes(
                 f"{spec.name} returned {which} of shape {tuple(factor.shape)} for target "
                 f"{name!r}: must be {expected}"
             )
+    core = None if factors.core is None else tuple(factors.core.shape)
+    if core != ((rank, rank) if spec.has_core else None):
+        raise ValueError(
+            f"{spec.name} is registered with has_core={spec.has_core} but its core for target "
+            f"{name!r} has shape {core}"
+        )
     if (factors.replacement is not None) != (spec.base == "replace"):
         raise ValueError(
             f"{spec.name} is registered with base={spec.base!r} but its result "
@@ -123,8 +129,9 @@ def moved_together(factors: Sequence[Factors], devices: Sequence[torch.device]) 
 
 def refuse_non_finite_factors(name: str, spec: Initializer, factors: Factors) -> None:
     """Raise ValueError if a factor has NaN or infinite values."""
-    for which, factor in (("lora_A", factors.lora_A), ("lora_B", factors.lora_B)):
-        if not is_finite(factor):
+    for which in ("lora_A", "lora_B", "core"):
+        factor = getattr(factors, which)
+        if factor is not None and not is_finite(factor):
             raise ValueError(
                 f"{spec.name} returned non-finite values in {which} for target {name!r}"
             )

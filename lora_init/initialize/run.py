@@ -56,6 +56,7 @@ class InitializedLayer:
             factors,
             lora_A=factors.lora_A.to(device),
             lora_B=factors.lora_B.to(device),
+            core=None if factors.core is None else factors.core.to(device),
             replacement=replacement,
         )
         return replace(self, factors=factors)
@@ -248,6 +249,7 @@ class _Worker:
             factors,
             lora_A=_settled(factors.lora_A, home, dtype),
             lora_B=_settled(factors.lora_B, home, dtype),
+            core=None if factors.core is None else _settled(factors.core, home, dtype),
             replacement=_settled_replacement(factors.replacement, home),
         )
         if given.quantizer is not None and self.plan.requantizes_base(target):

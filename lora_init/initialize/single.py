@@ -73,7 +73,8 @@ def init_factors(
             `weight`.
 
     Returns:
-        lora_A (r, in) and lora_B (out, r) in float32. For methods that replace the base, also the
+        lora_A (r, in) and lora_B (out, r) in float32, and core (r, r) for methods that train only
+        that. For methods that replace the base, also the
         recipe of the quantized weight.
 
     Raises:
@@ -125,6 +126,7 @@ def init_factors(
         factors,
         lora_A=factors.lora_A.to(weight.device).contiguous(),
         lora_B=factors.lora_B.to(weight.device).contiguous(),
+        core=None if factors.core is None else factors.core.to(weight.device).contiguous(),
     )
 
 

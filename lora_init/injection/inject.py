@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lora_init.factors import Factors
+from lora_init.factors import Factors, output_factor
 from lora_init.injection.base import settle_base, settle_magnitude
 from lora_init.injection.editing import add_product
 from lora_init.injection.merge import set_merged
@@ -22,6 +22,7 @@ from lora_init.injection.replace import replace_modules
 from lora_init.injection.switch import set_adapter_enabled
 from lora_init.injection.transaction import Transaction, set_gradient_flags
 from lora_init.layers import LoraLayer, TrainedModule, layer_class, trainable_copy
+from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.format import Held
@@ -120,15 +121,20 @@ def _prepare(
         module = modules[target.name]
         # Factors loaded in inference mode cannot be part of a graph: clone them.
         lora_A, lora_B = map(_normal, (factors[target.name].lora_A, factors[target.name].lora_B))
+        core = factors[target.name].core
+        core = None if core is None else _normal(core)
+        with full_precision():
+            start = output_factor(lora_B, core)
         layer = layer_class(module)(
             module,
             lora_A.clone(),
             lora_B.clone(),
             scaling=target.scaling,
             dropout=plan.dropout,
-            initial=(lora_A, lora_B) if initial_known else None,
+            initial=(lora_A, start.detach()) if initial_known else None,
             use_dora=plan.use_dora,
             lora_bias=plan.lora_bias,
+            core=None if core is None else core.clone(),
         )
         for frozen in plan.initializer.frozen:
             getattr(layer, frozen).requires_grad_(False)

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.factors import low_rank_product
+from lora_init.factors import low_rank_product, output_factor
 from lora_init.layers import dora
 from lora_init.layers.effective_weight import effective_weight
 from lora_init.layers.input import only_input
 from lora_init.linalg.matrix import widened
+from lora_init.linalg.precision import full_precision
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.kinds import FORMATS, class_format, known_format
 from lora_init.weights.offload import HOOK_ATTRIBUTES
@@ -37,6 +38,8 @@ CONSTANTS = ("base_square_norms", "initial_projection")
 class LoraLayer(nn.Module):
     """A module with a low-rank adapter, ``h = base(x) + s (B A x + b)``.
 
+    With a core R, ``h = base(x) + s (B R A x + b)``, and R is trained while A and B are frozen.
+
     With DoRA (Liu et al. 2024, arXiv 2402.09353) ``h = m · V x / ‖V‖ + bias``. V is the adapted
     weight ``W + s B A``, ‖V‖ its row norms, m a trained magnitude; see `lora_init.layers.dora`.
     Subclasses implement how their type of module applies a matrix to an input.
@@ -44,10 +47,11 @@ class LoraLayer(nn.Module):
     Attributes:
         base_layer: the wrapped module; `module_type` is the name of its type.
         lora_A, lora_B: trainable factors, (rank, in) and (out, rank).
+        lora_core: R, (rank, rank), or None.
         lora_bias: b, (out,), or None.
         lora_magnitude_vector: m, (out,), or None.
-        initial_lora_A, initial_lora_B: the factors at step 0. None if a file was loaded onto a kept
-            base, because the file does not contain them.
+        initial_lora_A, initial_lora_B: the factors at step 0; with a core, A and B R. None if a
+            file was loaded onto a kept base, because the file does not contain them.
         scaling: s.
         base_state: see `BaseState`.
         merged: whether the base weight contains the adapter; the forward pass then adds nothing.
@@ -58,6 +62,7 @@ class LoraLayer(nn.Module):
     on_read: Callable[[], object] | None = None
 
     base_layer: Any
+    lora_core: Tensor | None
     lora_bias: Tensor | None
     # Any: which of them are None depends on `base_state` and `use_dora`.
     lora_magnitude_vector: Tensor | Any
@@ -77,12 +82,14 @@ class LoraLayer(nn.Module):
         initial: tuple[Tensor, Tensor] | None,
         use_dora: bool = False,
         lora_bias: bool = False,
+        core: Float[Tensor, "rank rank"] | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.module_type = known_format(base_layer).name
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
+        self.lora_core = None if core is None else nn.Parameter(core)
         rows = lora_B.shape[0]
         zeros = lora_B.new_zeros(rows) if lora_bias else None
         self.lora_bias = None if zeros is None else nn.Parameter(zeros)
@@ -148,6 +155,11 @@ class LoraLayer(nn.Module):
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
+    @property
+    def output_factor(self) -> Float[Tensor, "out rank"]:
+        """B, or B R with a core: the adapter adds s times this times A x."""
+        return output_factor(self.lora_B, self.lora_core)
+
     # -- the forward pass ------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,7 +175,7 @@ class LoraLayer(nn.Module):
     def _adapted_output(self, x: Tensor) -> Tensor:
         """base(x) + s (B A x + b)."""
         result = self.base_layer(x)
-        delta = self._low_rank(self.dropout(x), self.lora_A, self.lora_B)
+        delta = self._low_rank(self.dropout(x), self.lora_A, self.output_factor)
         if self.base_state == "in_forward":
             # Separate products instead of one of rank 2r: at step 0 they cancel exactly.
             delta -= self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
@@ -182,7 +194,7 @@ class LoraLayer(nn.Module):
         dropped_x = self.dropout(x)
         frozen, bias = self._base_without_bias(x)
         dtype, dropped = frozen.dtype, self._base_without_bias(dropped_x)[0]
-        delta = self._low_rank(dropped_x, self.lora_A, self.lora_B)
+        delta = self._low_rank(dropped_x, self.lora_A, self.output_factor)
         if self.base_state == "in_forward":
             initial = self.initial_lora_A, self.initial_lora_B
             frozen = frozen - self._low_rank(x, *initial)
@@ -197,7 +209,7 @@ class LoraLayer(nn.Module):
     def _adapted_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
         """V x without dropout, the bias, and the dtype of the base's output."""
         base, bias = self._base_without_bias(x)
-        delta = self._low_rank(x, self.lora_A, self.lora_B)
+        delta = self._low_rank(x, self.lora_A, self.output_factor)
         if self.base_state == "in_forward":
             delta -= self._low_rank(x, self.initial_lora_A, self.initial_lora_B)
         return added(delta, base), bias, base.dtype
@@ -224,7 +236,7 @@ class LoraLayer(nn.Module):
             self._oriented_weight() if weight is None else weight,
             self.base_square_norms,
             self.lora_A,
-            self.lora_B,
+            self.output_factor,
             self.scaling,
             initial,
         )
@@ -282,7 +294,7 @@ class LoraLayer(nn.Module):
         if not self.adapter_enabled:
             factors = self.initial_lora_A, self.initial_lora_B
         else:
-            factors = self.lora_A, self.lora_B
+            factors = self.lora_A, self._exact_output_factor()
             gain = self.gain() if self.use_dora else None
             if self.base_state == "in_forward":
                 initial = self.initial_lora_A, self.initial_lora_B
@@ -290,6 +302,11 @@ class LoraLayer(nn.Module):
             stored, *factors, self.scaling,
             transposed=one.transposed, dtype=dtype, initial=initial, gain=gain,
         )  # fmt: skip
+
+    def _exact_output_factor(self) -> Float[Tensor, "out rank"]:
+        """`output_factor` with all bits of float32, for weights."""
+        with full_precision():
+            return self.output_factor
 
     def _oriented_weight(self) -> Float[Tensor, "out in"]:
         """The base's present weight, dequantized for packed modules."""
@@ -300,7 +317,7 @@ class LoraLayer(nn.Module):
 
         Without DoRA this is the change by training.
         """
-        delta = low_rank_product(self.lora_A, self.lora_B, self.scaling)
+        delta = low_rank_product(self.lora_A, self._exact_output_factor(), self.scaling)
         if self.base_state in ("edited", "in_forward"):
             delta -= self.initial_product()
         return delta
@@ -323,7 +340,7 @@ class LoraLayer(nn.Module):
     def merged_weight(self) -> Float[Tensor, "out in"]:
         """The weight of a plain layer that computes the same function (without dropout)."""
         weight = widened(self._oriented_weight())
-        merged = weight + low_rank_product(self.lora_A, self.lora_B, self.scaling)
+        merged = weight + low_rank_product(self.lora_A, self._exact_output_factor(), self.scaling)
         if self.base_state == "in_forward":
             merged -= self.initial_product()
         if self.use_dora:
@@ -332,7 +349,9 @@ class LoraLayer(nn.Module):
 
     def extra_repr(self) -> str:
         dora = ", use_dora=True" if self.use_dora else ""
-        return f"rank={self.rank}, scaling={self.scaling:g}, base_state={self.base_state!r}{dora}"
+        core = ", core=True" if self.lora_core is not None else ""
+        state = f"base_state={self.base_state!r}"
+        return f"rank={self.rank}, scaling={self.scaling:g}, {state}{dora}{core}"
 
     # -- what a kind of module knows -------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class LinearLayer(LoraLayer):
     def _adapted_output(self, x: Tensor) -> Tensor:
         if self.lora_bias is not None or self._drops() or not self._is_product(x):
             return super()._adapted_output(x)
-        base, lora_A, lora_B = self.base_layer, self.lora_A, self.lora_B
+        base, lora_A, lora_B = self.base_layer, self.lora_A, self.output_factor
         initial = None
         if self.base_state == "in_forward":
             initial = self.initial_lora_A, self.initial_lora_B
@@ -77,7 +77,7 @@ class LinearLayer(LoraLayer):
         if weight is None or self._drops() or not (is_wide and is_short):
             return super()._decomposed_output(x)
         return decomposed_product(
-            x, weight, self.lora_A, self.lora_B, self.lora_magnitude_vector,
+            x, weight, self.lora_A, self.output_factor, self.lora_magnitude_vector,
             self.base_layer.bias, self.base_square_norms, self.scaling,
         )  # fmt: skip
 
@@ -85,7 +85,7 @@ class LinearLayer(LoraLayer):
         weight = self._plain_weight(x)
         if weight is None:
             return super()._adapted_without_bias(x)
-        outputs = adapted_product(x, weight, self.lora_A, self.lora_B, None, self.scaling)
+        outputs = adapted_product(x, weight, self.lora_A, self.output_factor, None, self.scaling)
         return outputs, self.base_layer.bias, outputs.dtype
 
     def _plain_weight(self, x: Tensor) -> Float[Tensor, "in out"] | None:

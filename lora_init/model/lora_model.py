@@ -581,7 +581,8 @@ class LoraModel(nn.Module):
         """
         live = self._live_injection(None if half_merged else wanted)
         for name, layer in live.layers.items():
-            for part in ("lora_A", "lora_B", "base_layer.weight"):
+            core = () if layer.lora_core is None else ("lora_core",)
+            for part in ("lora_A", "lora_B", *core, "base_layer.weight"):
                 parameter = layer.get_parameter(part)
                 untouched = part == "base_layer.weight" and layer.base_state != "edited"
                 if without_base and untouched and parameter.is_meta:

@@ -1,7 +1,7 @@
 """Save and load training checkpoints: `LoraModel.state_dict()` contains the adapter only.
 
-The state dict holds A, B, the initial factors A0 and B0, magnitudes, biases and fully trained
-modules. It never holds base weights, so it is small and has no tied tensors. Accelerate,
+The state dict holds A, B, a core R, the initial factors A0 and B0, magnitudes, biases and fully
+trained modules. It never holds base weights, so it is small and has no tied tensors. Accelerate,
 transformers' Trainer and DistributedDataParallel store it without special support. One more tensor
 identifies the method and the scalings of the layers, which must match when a checkpoint is loaded.
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PARTS = (
     "lora_A",
     "lora_B",
+    "lora_core",
     "lora_bias",
     "lora_magnitude_vector",
     "initial_lora_A",

@@ -94,6 +94,12 @@ def _load(
         operation.keep_plain(base)
         loaded = adapters.read(folder, base, adapter_dtype(list(layers.values())), original_weights)
         plan, config = loaded.plan, loaded.config
+        if plan.initializer.has_core:
+            raise ValueError(
+                f"{folder}: {plan.initializer.name} trains a core between A and B, which PEFT's "
+                "layers do not have. Load it with LoraModel.from_pretrained; PEFT's own "
+                "PeftModel.from_pretrained loads it as a plain adapter"
+            )
         _refuse_other_model(folder, layers, loaded, theirs)
         for target in plan.targets:
             check_subtraction(layers[target.name], target, plan)

@@ -99,6 +99,12 @@ def make_peft_plan(
     Raises:
         ValueError, TypeError: as `lora_init.get_peft_model`; and what PEFT's layers cannot hold.
     """
+    spec, _ = config.initializer()
+    if spec.has_core:
+        raise ValueError(
+            f"method={spec.name!r} is not supported for a PEFT model: it trains a core between A "
+            "and B, which PEFT's layers do not have. Use lora_init.get_peft_model"
+        )
     with plain_base(peft_model, transaction) as base:
         plan = make_plan(base, config, adapter_dtype(layers), quantized_base=quantized_base)
         _refuse_other_adapters(peft_model, layers, plan)

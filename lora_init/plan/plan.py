@@ -105,6 +105,7 @@ class Plan:
             total += target.rank * (
                 ("lora_A" not in frozen) * columns + ("lora_B" not in frozen) * rows
             )
+            total += self.initializer.has_core * target.rank**2
             total += (self.use_dora + self.lora_bias) * rows
         return total
 
