@@ -31,7 +31,15 @@ def phrase(spec: Initializer) -> str:
     name, colon, rest = line.partition(": ")
     if colon and all(word == "or" or word.lower() != word for word in name.split()):
         line = rest
-    return _sentence(line) + (f"; {_frozen(spec)} is frozen" if spec.frozen else "")
+    shown = spec.frozen and not spec.has_core
+    return _sentence(line) + (f"; {_frozen(spec)} is frozen" if shown else "")
+
+
+def trains(spec: Initializer) -> str:
+    """What an adapter of the method trains."""
+    if spec.has_core:
+        return "a matrix R (rank × rank) between A and B"
+    return " and ".join(name for name in "AB" if f"lora_{name}" not in spec.frozen)
 
 
 def reads(spec: Initializer) -> str:
@@ -117,7 +125,7 @@ def method_page(spec: Initializer) -> str:
                 f"| reads | {reads(spec)} |",
                 f"| base weight | {BASES[spec.base]} |",
                 f"| output at step 0 | {'unchanged' if spec.preserves_output else 'changes'} |",
-                f"| trains | {' and '.join(n for n in 'AB' if f'lora_{n}' not in spec.frozen)} |",
+                f"| trains | {trains(spec)} |",
                 f"| modules | {', '.join(sorted(spec.modules))} |",
                 f"| paper | {paper(spec)} |",
             ]

@@ -70,7 +70,7 @@ BASES = [
     for dtype in DTYPES[: 1 if one.quantized else None]
 ]
 DRAWN = [spec.name for spec in list_initializers() if not spec.reads]
-RANDOM = {*DRAWN, "random_bases", "matched_norm", "gora"}
+RANDOM = {*DRAWN, "random_bases", "matched_norm", "gora", "lora_xs"}
 
 
 def combinations():
@@ -286,7 +286,8 @@ def factors(model):
     return {
         f"{name}.{part}": getattr(layer, part).detach().clone()
         for name, layer in model.layers.items()
-        for part in ("lora_A", "lora_B")
+        for part in ("lora_A", "lora_B", "lora_core")
+        if getattr(layer, part) is not None
     }
 
 
@@ -523,7 +524,7 @@ def test_merge_unmerge_and_unload(method, case, variant):
 def test_every_trainable_part_learns(method, case, variant):
     model = start(method, case, variant).eval()
     spec = SPECS[method]
-    parts = {"lora_A", "lora_B"} - set(spec.frozen)
+    parts = {"lora_A", "lora_B"} - set(spec.frozen) | ({"lora_core"} if spec.has_core else set())
     if variant == "dora":
         parts.add("lora_magnitude_vector")
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}

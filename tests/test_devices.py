@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from methods import METHODS, behavior
+from methods import METHODS, SPECS, behavior
 from models import (
     VOCABULARY,
     Batches,
@@ -584,7 +584,7 @@ def lives_under_peft(tmp_path_factory):
             for method in METHODS
             for dora in (False, True)
             for placement in PLACEMENTS
-            if not dora or method in ONE_OF_EACH
+            if (not dora or method in ONE_OF_EACH) and not SPECS[method].has_core
         ],
         lambda method, use_dora, placement: behavior(method),
         lambda method, use_dora, placement: (use_dora, placement),

@@ -71,7 +71,7 @@ def test_output_is_a_row_of_the_table(make, method, dtype, use_dora):
         assert_gap(model(IDS), base(IDS), EPSILON[dtype])
     train(model, size=0.2)
     table = layer.base_layer.weight.detach().double()
-    table = table + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double()).T
+    table = table + layer.scaling * (layer.output_factor.double() @ layer.lora_A.double()).T
     if layer.base_state == "in_forward":
         initial = layer.initial_lora_B.double() @ layer.initial_lora_A.double()
         table = table - layer.scaling * initial.T

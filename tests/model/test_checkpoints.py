@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from measures import assert_gap, assert_unchanged, logits, snapshot, train
-from methods import METHODS, REPLACING, across
+from methods import METHODS, REPLACING, SPECS, across
 from models import bert, data_of, llama, token_batches
 from networks import Chain, chain_calibration, chain_inputs
 from products import every_value, thinned
@@ -55,9 +55,11 @@ def test_it_holds_the_adapter_and_loading_is_the_inverse(method, variant):
     assert after.keys() == state.keys()
     assert all(torch.equal(after[key], value) for key, value in state.items())
     state.pop("_extra_state")  # the start: see the section below
+    core = ["lora_core"] if SPECS[method].has_core else []
     further = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_bias", "bias": "bias"}
     assert {key.rpartition(".")[2] for key in state} == {
-        "lora_A", "lora_B", "initial_lora_A", "initial_lora_B", *(further[key] for key in settings)
+        "lora_A", "lora_B", "initial_lora_A", "initial_lora_B", *core,
+        *(further[key] for key in settings),
     }  # fmt: skip
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     assert all(torch.equal(tensors[key], value) for key, value in state.items())

@@ -127,7 +127,12 @@ def supports(method, kind):
     return kind in SPECS[method].module_types
 
 
-CELLS = [(method, kind) for method in SPECS for kind in KINDS if supports(method, kind)]
+CELLS = [
+    (method, kind)
+    for method in SPECS
+    for kind in KINDS
+    if supports(method, kind) and not SPECS[method].has_core
+]
 FEATURES = (
     lambda method, kind: behavior(method),
     lambda method, kind: (handling(method), kind),
