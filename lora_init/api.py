@@ -116,7 +116,9 @@ def get_peft_model(
             adapter that a single process computes from all batches.
         calibration_memory: bytes for the second moments of the inputs (4 n² each). If they do not
             fit, the calibration takes several passes, each for the layers that fit. The result is
-            the same, but it takes longer. The batches must support repeated iteration.
+            the same, but it takes longer. The batches must support repeated iteration. If
+            gradients do not fit, lora_ga and lora_one approximate their leading triplets from four
+            passes over the same batches; `lora_init.calibration.sketch` states the error.
         adapter_dtype: dtype of the factors. float32 also suits 16-bit bases, where rounded factors
             are less accurate.
         device: where the decompositions run, for example "cuda". "auto" means CUDA if available;

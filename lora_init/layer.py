@@ -13,7 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.linalg.matrix import widened
-from lora_init.moments import InputSets, InputStatistics, LeadingComponents, StackedInputs
+from lora_init.moments import (
+    GradientSketch,
+    InputSets,
+    InputStatistics,
+    LeadingComponents,
+    StackedInputs,
+)
 
 if TYPE_CHECKING:
     from lora_init.quantization import Quantizer
@@ -39,13 +45,14 @@ class LayerStatistics:
 
     Attributes:
         inputs: moments of its inputs, if the method reads them; `InputSets` for several sets.
-        gradient: gradient of the loss with respect to its weight, if the method reads it.
+        gradient: gradient of the loss with respect to its weight, if the method reads it; a sketch
+            if it does not fit into memory.
         output_moments: mean squares of the gradient with respect to each output, if the method
             reads them.
     """
 
     inputs: Declared[Inputs] = None
-    gradient: Declared[Float[Tensor, "out in"]] = None
+    gradient: Declared[Float[Tensor, "out in"] | GradientSketch] = None
     output_moments: Declared[Float[Tensor, " out"]] = None
 
     def to(self, device: torch.device) -> LayerStatistics:

@@ -1,4 +1,4 @@
-"""First and second moments of a layer's inputs, and their principal directions."""
+"""Moments of a layer's inputs with their principal directions, and the sketch of a gradient."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.linalg.gram import ROWS
+from lora_init.linalg.precision import full_precision
 
 SMALLEST_DECOMPOSITION = 32
 
@@ -198,6 +199,31 @@ class LeadingComponents:
             for center, found in self.components.items()
         }
         return LeadingComponents(parts)
+
+
+@dataclass(frozen=True)
+class GradientSketch:
+    """The leading singular triplets of a gradient G that does not fit into memory.
+
+    Attributes:
+        left, values, right: U (out, k), S (k,) descending and V (in, k); G ≈ U S Vᵀ.
+    """
+
+    left: Float[Tensor, "out k"]
+    values: Float[Tensor, " k"]
+    right: Float[Tensor, "in k"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """U S Vᵀ in float32."""
+        with full_precision():
+            return (self.left * self.values) @ self.right.mT
+
+    def to(self, device: torch.device) -> GradientSketch:
+        return GradientSketch(*(part.to(device) for part in (self.left, self.values, self.right)))
 
 
 def sums_bytes(width: int, dtype: torch.dtype) -> int:

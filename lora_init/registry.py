@@ -35,9 +35,7 @@ from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
-Reads = Literal[
-    "weight", "inputs", "gradient", "output_moments", "quantizer", "target_weight"
-]
+Reads = Literal["weight", "inputs", "gradient", "output_moments", "quantizer", "target_weight"]
 """The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
 
 Method = Callable[[Layer, Any], Factors]
@@ -81,6 +79,10 @@ class CalibrationRequest:
     def inputs(self) -> bool:
         """Whether the moments of the inputs are collected."""
         return self.output_moments or not self.gradients
+
+
+OVERSAMPLING, POWERS = 16, 1
+"""Extra triplets and power steps of a gradient sketch, as in `lora_init.calibration.sketch`."""
 
 
 def sums_dtype(requests: Iterable[CalibrationRequest]) -> torch.dtype:
@@ -136,7 +138,10 @@ class Options:
         return True
 
     def directions(self, rank: int, shape: tuple[int, int]) -> int | None:
-        """The number of leading input directions that the method reads; None for all moments."""
+        """How many leading directions of the inputs, or triplets of the gradient, the method reads.
+
+        None means all of them: the whole second moment or gradient.
+        """
         return None
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lora_init.cache import Cache
 from lora_init.calibration.batches import BATCHES
 from lora_init.calibration.cached import remembered
-from lora_init.calibration.collect import collect_all, collect_in_passes
+from lora_init.calibration.collect import collect_all, collect_in_passes, collect_sketches
 from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
@@ -105,6 +105,9 @@ def calibrated(
         found = calibration.of(names, request, device)
         _check_fit(plan, model, found, calibration.fingerprints)
         yield found
+    elif plan.sketches_gradients:
+        found = collect_sketches(model, plan.sketch_sizes, request, calibration, device=device)
+        yield found.of(names, request, device)
     elif plan.calibration_memory is None or request.gradients:
         shapes = {target.name: target.shape for target in plan.targets}
 

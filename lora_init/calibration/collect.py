@@ -34,12 +34,13 @@ from lora_init.calibration.hooks import Label, Observer
 from lora_init.calibration.memory import Budget, statistics_of
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sets import joined_sets, over_sets
+from lora_init.calibration.sketch import sketch_gradients
 from lora_init.calibration.sums import Moments, joined_over_ranks
 from lora_init.distributed import all_or_none, from_ranks, over_ranks
 from lora_init.layer import LayerStatistics
 from lora_init.linalg.transfer import on_host
 from lora_init.moments import InputStatistics
-from lora_init.registry import CalibrationRequest, sums_dtype
+from lora_init.registry import POWERS, CalibrationRequest, sums_dtype
 
 __all__ = ["Calibration", "LayerStatistics", "collect", "collect_all", "collect_in_passes"]
 
@@ -139,6 +140,31 @@ def collect_in_passes(
         waiting = [name for name in waiting if name not in found.layers]
         yield found
         del found  # otherwise it stays in memory during the next pass
+
+
+def collect_sketches(
+    model: nn.Module,
+    sizes: Mapping[str, int],
+    request: CalibrationRequest,
+    batches: Iterable[Any],
+    *,
+    device: torch.device | None = None,
+) -> Calibration:
+    """Collect the leading triplets of gradients, `sizes` of them by layer name, in several passes.
+
+    Raises:
+        ValueError: as `collect`, or the batches can be read only once.
+    """
+    plain = batches.batches if isinstance(batches, WithLoss) else batches
+    loss = getattr(batches, "loss", own_loss)
+    counted = Counted(plain)
+    repeated = plain if isinstance(plain, Iterator) else counted
+    found = sketch_gradients(model, sizes, repeated, loss=loss, device=device)
+    layers = {name: LayerStatistics(gradient=sketch) for name, sketch in found.items()}
+    tally = torch.tensor([counted.tokens, counted.count], device="cpu")
+    passes = 2 * (POWERS + 1)
+    tokens, count = (number // passes for number in over_ranks(tally).tolist())
+    return Calibration({request: layers}, tokens, count)
 
 
 def _collect_pass(

@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def collect_gradients(
     device: torch.device | None = None,
     observer: Observer | None = None,
     squares: dict[str, Float[Tensor, " out"]] | None = None,
-) -> dict[str, Float[Tensor, "out in"]]:
+    factors: Mapping[str, Factor] | None = None,
+) -> dict[str, Tensor]:
     """Run `batches` forward and backward and return each layer's mean gradient.
 
     Every batch has the same weight, whatever its number of labels. Under `torch.distributed` every
@@ -96,9 +98,10 @@ def collect_gradients(
         device: where the sums are stored. None stores them where the layers compute.
         observer: sums the inputs of the layers in the same forward passes.
         squares: filled with the sums of g² over all positions and ranks, by name.
+        factors: by name, what multiplies a layer's G; the products are returned instead of G.
 
     Returns:
-        G by name, float32.
+        G by name, (out, in), float32; or its product with the layer's factor.
 
     Raises:
         ValueError: no batch was passed, a loss is not a finite scalar, a layer is never reached, or
@@ -107,7 +110,7 @@ def collect_gradients(
             the backward pass, or for reentrant checkpointing (use_reentrant=False is supported).
     """
     modules = {name: model.get_submodule(name) for name in names}
-    sums = _Sums(modules, device, with_squares=squares is not None)
+    sums = _Sums(modules, device, factors, with_squares=squares is not None)
     place = home(model)
     count = 0
     observed = nullcontext() if observer is None else observer.observing(model)
@@ -132,6 +135,30 @@ def collect_gradients(
     return means
 
 
+@dataclass(frozen=True)
+class Factor:
+    """A block X that multiplies a layer's gradient: G X (out, k), or Gᵀ X (in, k) if transposed.
+
+    The product is summed position by position, so G is never formed.
+    """
+
+    block: Float[Tensor, "size k"]
+    transposed: bool
+
+    def shape(self, weight: tuple[int, int]) -> tuple[int, int]:
+        """The shape of the product, for a weight (out, in)."""
+        return weight[1 if self.transposed else 0], self.block.shape[1]
+
+    def product(
+        self, outputs: Float[Tensor, "positions out"], inputs: Float[Tensor, "positions in"]
+    ) -> Float[Tensor, "rows k"]:
+        """The part of the product that these positions contribute."""
+        left, right = (inputs, outputs) if self.transposed else (outputs, inputs)
+        wide = torch.promote_types(widened(left).dtype, self.block.dtype)
+        block = self.block.to(left.device, wide)
+        return left.to(wide).mT @ (right.to(wide) @ block)
+
+
 class _Sums:
     """One sum per layer, created when the backward pass first reaches the layer."""
 
@@ -139,11 +166,13 @@ class _Sums:
         self,
         modules: Mapping[str, nn.Module],
         device: torch.device | None,
+        factors: Mapping[str, Factor] | None = None,
         *,
         with_squares: bool = False,
     ) -> None:
         self.modules = modules
         self.device = device
+        self.factors = factors
         self.with_squares = with_squares
         self.squares: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -156,19 +185,26 @@ class _Sums:
         inputs = stored.input_rows(module, x).to(gradient.device)
         outputs = stored.output_rows(module, gradient)
         if name not in self._sums:
-            self._sums[name] = torch.zeros(
-                stored.shape(module), dtype=torch.float32, device=self.device or gradient.device
-            )
+            self._sums[name] = self._zeros(name, gradient.device)
         if self.with_squares:
             # Squares of a mean loss's gradients underflow float32.
             found = outputs.double().square().sum(0)
             self.squares[name] = self.squares[name].add_(found) if name in self.squares else found
         total = self._sums[name]
         with full_precision():
-            if total.device == gradient.device and inputs.dtype == outputs.dtype != torch.float64:
+            if self.factors is not None:
+                total += self.factors[name].product(outputs, inputs).to(total)
+            elif total.device == gradient.device and inputs.dtype == outputs.dtype != torch.float64:
                 add_product(total, outputs.mT, inputs)
             else:
                 total += (widened(outputs).mT @ widened(inputs)).to(total)
+
+    def _zeros(self, name: str, place: torch.device) -> Tensor:
+        module = self.modules[name]
+        shape = known_format(module).shape(module)
+        if self.factors is not None:
+            shape = self.factors[name].shape(shape)
+        return torch.zeros(shape, dtype=torch.float32, device=self.device or place)
 
     def mean(self, count: int, place: torch.device) -> dict[str, Tensor]:
         """Divide the sums over the batches of all ranks by the number of batches.
@@ -181,7 +217,7 @@ class _Sums:
         tally = over_ranks(torch.tensor([count, *reached], device="cpu")).tolist()
         check_count(tally[0])
         means = {}
-        for (name, module), reaching in zip(self.modules.items(), tally[1:], strict=True):
+        for name, reaching in zip(self.modules, tally[1:], strict=True):
             if not reaching:
                 raise ValueError(
                     f"calibration: no gradient reached the target {name!r}; exclude it "
@@ -189,8 +225,7 @@ class _Sums:
                 )
             total = self._sums.pop(name, None)
             if total is None:
-                shape = known_format(module).shape(module)
-                total = torch.zeros(shape, dtype=torch.float32, device=self.device or place)
+                total = self._zeros(name, place)
             means[name] = over_ranks(total).div_(tally[0])
         _check_finite(means)
         return means

@@ -27,6 +27,7 @@ from lora_init.linalg import draws
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import is_narrow
 from lora_init.linalg.transfer import wait_for_writes
+from lora_init.moments import GradientSketch
 from lora_init.plan.plan import Plan, Target
 from lora_init.progress import tracking
 from lora_init.quantization import Quantizer
@@ -193,6 +194,9 @@ class _Worker:
         second = None
         if "target_weight" in self.plan.initializer.reads:
             second = self.weights.target_weight(target).to(device)
+        gradient = statistics.gradient
+        if isinstance(gradient, GradientSketch):
+            gradient = gradient.dense()
         quantizer = None
         if target.quantized:
             module = self.weights.model.get_submodule(target.name)
@@ -206,7 +210,7 @@ class _Worker:
             seed=self.seed,
             stored_weight=weight,
             inputs=statistics.inputs,
-            gradient=statistics.gradient,
+            gradient=gradient,
             output_moments=statistics.output_moments,
             quantizer=quantizer,
             target_weight=second,

@@ -39,6 +39,8 @@ triplets, so that the first step holds only r singular values of G. Here the hal
 G is the mean over batches of each batch's mean loss, as in the official code. Weighting every token
 equally would give long batches more weight. Both are the same where all batches have equally many
 labels. The official code runs in training mode, with the model's dropout; this code does not.
+Where `calibration_memory` is too small for the gradients, G is replaced by a sketch of its leading
+triplets, whose error `lora_init.calibration.sketch` states.
 If G has fewer than 2r non-zero singular values, the remaining vectors are arbitrary directions
 orthogonal to the others. An example is a classifier's pooler, which reads one row per sequence.
 """
@@ -95,6 +97,9 @@ class LoraGaOptions(Options):
 
     def also_reads(self) -> frozenset[Reads]:
         return frozenset({"weight"} if self.scale == "weight_svd" else ())
+
+    def directions(self, rank: int, shape: tuple[int, int]) -> int | None:
+        return 2 * rank
 
     def refuse_rank(self, rank: int, shape: tuple[int, int]) -> str | None:
         limit = min(shape) // 2

@@ -16,6 +16,8 @@ alpha = 16 with `use_rslora=True`; gamma = 8 s sqrt(r) takes the same step at an
 official code takes a randomized SVD with 4r columns and 4 iterations; this code computes converged
 triplets. The paper's preconditioner is part of the optimizer and is not implemented here. PEFT does
 not have this method. The gradients are those of `lora_init.initializers.lora_ga`.
+Where `calibration_memory` is too small for the gradients, G is replaced by a sketch of its leading
+triplets, whose error `lora_init.calibration.sketch` states.
 If G has fewer than r non-zero singular values, the other columns of B and rows of A are both zero.
 Such pairs hardly learn; the report counts them.
 """
@@ -49,6 +51,9 @@ class LoraOneOptions(Options):
             raise ValueError(
                 f"lora_one: gamma={self.gamma!r} is not supported: must be a finite number > 0"
             )
+
+    def directions(self, rank: int, shape: tuple[int, int]) -> int | None:
+        return rank
 
 
 @register_initializer(

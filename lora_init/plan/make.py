@@ -213,7 +213,9 @@ def _check_memory(plan: Plan, request: CalibrationRequest) -> None:
             "an int > 0"
         )
     name = plan.initializer.name
-    if request.gradients:
+    if plan.sketches_gradients:
+        needed, why = plan.statistics_bytes, f"sketches of the gradients for {name}"
+    elif request.gradients:
         needed, why = plan.statistics_bytes, f"{name}'s gradients, which one pass collects,"
     elif plan.initializer.allocates and plan.directions(plan.targets[0]) is None:
         needed, why = plan.statistics_bytes, f"{name}, which needs all statistics to choose ranks,"

@@ -23,7 +23,13 @@ from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets
 from lora_init.plan.workspace import copies
-from lora_init.registry import CalibrationRequest, Initializer, sums_dtype
+from lora_init.registry import (
+    OVERSAMPLING,
+    POWERS,
+    CalibrationRequest,
+    Initializer,
+    sums_dtype,
+)
 from lora_init.tables import render
 
 
@@ -139,10 +145,41 @@ class Plan:
         """Memory of the statistics: exact for gradients, an upper bound for second moments."""
         if self.calibration is None:
             return 0
-        gradients = 4 * sum(target.shape[0] * target.shape[1] for target in self.targets)
+        gradients = self.gradient_bytes
+        if self.sketches_gradients:
+            gradients = self.sketch_bytes
         sets = len(self.calibration.sets) or 1
         inputs = sets * sum(self.input_bytes(target) for target in self.targets)
         return self.calibration.gradients * gradients + self.calibration.inputs * inputs
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory of all whole gradients."""
+        return 4 * sum(target.shape[0] * target.shape[1] for target in self.targets)
+
+    @property
+    def sketch_bytes(self) -> int | None:
+        """Memory of sketches of all gradients; None if the method reads whole gradients."""
+        if self.sketch_sizes is None:
+            return None
+        return 4 * sum(self.sketch_sizes[t.name] * sum(t.shape) for t in self.targets)
+
+    @property
+    def sketch_sizes(self) -> dict[str, int] | None:
+        """By target, how many triplets a gradient's sketch holds; None if it cannot be sketched."""
+        sizes = {target.name: self.directions(target) for target in self.targets}
+        plain = self.calibration is not None and not self.calibration.inputs
+        if not plain or self.initializer.allocates or None in sizes.values():
+            return None
+        return {t.name: min(sizes[t.name] + OVERSAMPLING, *t.shape) for t in self.targets}
+
+    @property
+    def sketches_gradients(self) -> bool:
+        """Whether the gradients exceed `calibration_memory` and sketches take less."""
+        limit, sketches = self.calibration_memory, self.sketch_bytes
+        if limit is None or sketches is None:
+            return False
+        return limit < self.gradient_bytes and sketches < self.gradient_bytes
 
     def input_bytes(self, target: Target) -> int:
         """Memory of the sums over one target's inputs."""
@@ -158,7 +195,7 @@ class Plan:
         if self.calibration is None:
             return 0
         if self.calibration.gradients:
-            return 1
+            return 2 * (POWERS + 1) if self.sketches_gradients else 1
         if self.calibration_memory is None:
             return 1
         sets = len(self.calibration.sets) or 1
@@ -174,7 +211,7 @@ class Plan:
         return passes
 
     def directions(self, target: Target) -> int | None:
-        """How many leading directions of a target's inputs the method reads; None means all."""
+        """How many leading directions or triplets of a target the method reads; None means all."""
         return self.options.directions(target.rank, target.shape)
 
     @property
@@ -284,7 +321,12 @@ class Plan:
             f"memory: factors {_mib(self.factor_bytes)}, statistics at most "
             f"{_mib(self.statistics_bytes)}, workspace {_mib(self.workspace_bytes)}",
         ]
-        if self.passes > 1 and self.calibration_memory is not None:
+        if self.sketches_gradients:
+            lines.append(
+                f"{self.passes} passes over the calibration data: the gradients take "
+                f"{_mib(self.gradient_bytes)} and are sketched by their leading triplets"
+            )
+        elif self.passes > 1 and self.calibration_memory is not None:
             lines.append(
                 f"up to {self.passes} passes over the calibration data, with "
                 f"{_mib(self.calibration_memory)} of statistics at a time"

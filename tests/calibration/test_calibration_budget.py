@@ -154,7 +154,8 @@ def test_a_layer_whose_inputs_never_fit_together_ends_with_an_error():
         ({"calibration_memory": WIDE - 1}, CORDA, rf"down_proj' alone take {WIDE} bytes"),
         ({"calibration_memory": 0}, CORDA, "calibration_memory=0 is not supported"),
         ({"calibration_memory": 1e9}, CORDA, "calibration_memory=1000000000.0 is not"),
-        ({"calibration_memory": 10**4}, {"init_lora_weights": "lora_ga"}, "gradients.*one pass"),
+        ({"calibration_memory": 10**4}, {"init_lora_weights": "gora"}, "gradients.*one pass"),
+        ({"calibration_memory": 10**4}, {"init_lora_weights": "lora_ga"}, "sketches.*lora_ga take"),
     ],
 )
 def test_limits_that_cannot_be_kept_are_refused_before_anything_happens(limits, method, message):

@@ -51,8 +51,7 @@ def test_the_table_of_the_readme_has_every_method_once(pages):
 
 
 def test_the_readme_is_short():
-    """Its table has a row for each method."""
-    assert len(README.read_text().splitlines()) - len(list_initializers()) <= 125
+    assert len(README.read_text().splitlines()) <= 150
 
 
 def test_a_page_is_written_for_each_method(pages, tmp_path):
