@@ -74,6 +74,14 @@ def test_beta_0_is_the_best_copy_of_the_outputs():
     assert float(error) == pytest.approx(float(values[:-RANK].sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_beta_0_is_astra(rows, columns):
+    weight, (learn, keep) = spread_weight(rows, columns), data(columns)
+    factors = factors_of(weight, learn, keep, beta=0.0)
+    astra = init_factors(weight, "astra", r=RANK, lora_alpha=12, inputs=learn)
+    assert relative_gap(factors.lora_B @ factors.lora_A, astra.lora_B @ astra.lora_A) < 1e-4
+
+
 def test_beta_1_takes_the_outputs_that_keep_uses_least():
     weight, (learn, keep) = spread_weight(32, 48), data(48)
     with pytest.warns(UserWarning, match=r"sc_lora: in 1 of 1 layers.*lower beta or r"):
