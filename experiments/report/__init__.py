@@ -9,12 +9,16 @@ Imports go down this list only:
     pictures       a chart as SVG, PDF and PNG
     gallery        which charts a report has; charts/ has the drawings
     canvas         what all charts share; specification: a chart as JSON
-    views          the tables that the charts are drawn from; spectra
-    findings       what the page states first
-    result_table   the results for a terminal, in Markdown and in LaTeX
+    views          the tables that the charts are drawn from; spectra; fronts
+    headline       three sentences: what differs, what does not, what could not be seen
+    caveats        what the intervals cover
+    result_table   the results for a terminal, in Markdown and in LaTeX; matrix_table: the verdicts
+    power          what a sweep resolves, and what more seeds and examples would
+    matrix         every quantity of every arm compared with the baseline
     checks         warnings
     comparison     two sweeps with two versions of the code; peft_results: PEFT's own comparison
-    summary        one row per arm with all measures; statistics: intervals
+    summary        one row per arm with all measures
+    judgement      a verdict on one quantity; pooled: the differences; quantities; statistics
     choices        the setting at which each arm is compared; arms: what is averaged
     archive        all runs as tables in Parquet; frames: a run as rows
     sweeps         the runs of a sweep; runs: one run; validation: what its files may contain

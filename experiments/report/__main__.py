@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from .matrix_table import headers, matrix_rows
 from .mirror import log_to_wandb
 from .output import Report, write_report
-from .result_table import terminal_table
+from .result_table import terminal, terminal_table
 from .sweeps import load_sweeps
 
 SHOWN = 20  # problems that the terminal lists
@@ -93,8 +94,18 @@ def show(report: Report, console: Console) -> None:
         console.print(f"[red]and[/red] {len(report.problems) - SHOWN} more; the page lists all")
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
-    console.print(terminal_table(report.rows, report.metric, report.heading))
+    console.print(terminal_table(report.rows, report.metric, report.name))
     console.print("± is half of the 95 % interval; the page explains what it covers", style="dim")
+    if report.matrix.judgements:
+        texts = matrix_rows(report.rows, report.matrix, brief=True)
+        bold = [row.is_baseline for row in report.rows]
+        head = headers(report.matrix, report.metric)
+        console.print(terminal("Compared with the baseline", head, texts, bold, close=True))
+        console.print(
+            "?: not resolved; tie: equal within the margin that the page states", style="dim"
+        )
+    for sentence in report.headline:
+        console.print(sentence, highlight=False, markup=False)
     for label, value in report.comparison.facts() if report.comparison else ():
         console.print(f"{label}: {value}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {report.page}", soft_wrap=True)

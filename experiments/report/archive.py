@@ -24,7 +24,7 @@ from .frames import layer_rows, metric_rows, run_row, runs_frame
 from .runs import Problem, read_run
 from .sweeps import Sweep, check_entry
 
-FORMAT = "5"  # of the tables; tables of another format are read again from the runs
+FORMAT = "6"  # of the tables; tables of another format are read again from the runs
 TABLES = ("layers", "metrics", "runs")  # runs last: the other tables have every run that it lists
 KEYS = ["run_id", "folder", "stamp", "gaps"]
 

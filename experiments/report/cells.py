@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from .judgement import Judgement
 from .statistics import Interval
 
 
@@ -22,6 +23,36 @@ def difference_text(interval: Interval) -> str:
     """A difference of two shares in points ± half of its interval."""
     text = signed(100 * interval.estimate)
     return text if math.isnan(interval.low) else f"{text} ± {100 * interval.half_width:.1f}"
+
+
+def judged_text(one: Judgement, brief: bool = False) -> str:
+    """A difference to the baseline with its interval: "+1.2 ± 2.4" points, "×3.3 [2.5, 4.4]".
+
+    Args:
+        brief: without the interval.
+    """
+    if math.isnan(one.value):
+        return "—"
+    known = not (brief or math.isnan(one.low))
+    if one.factor:
+        return f"×{factor(one.value)}" + (
+            f" [{factor(one.low)}, {factor(one.high)}]" if known else ""
+        )
+    if one.quantity.ratio:
+        text = f"{one.value:+.2g}".replace("-", "−")
+        return f"{text} ± {(one.high - one.low) / 2:.2g}" if known else text
+    text = signed(100 * one.value)
+    return f"{text} ± {50 * (one.high - one.low):.1f}" if known else text
+
+
+def factor(value: float) -> str:
+    """
+    >>> [factor(value) for value in (0.0123, 0.98, 3.31, 47.2, 612.0)]
+    ['0.012', '0.98', '3.3', '47', '612']
+    """
+    if value < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.{2 if value < 2 else 1 if value < 10 else 0}f}"
 
 
 def signed(value: float) -> str:

@@ -16,7 +16,7 @@ from .runs import Run
 from .validation import NUMBERS
 
 RESULT = ("model", "data", "metric", "tested", *NUMBERS)
-START = ("norm_A", "norm_B", "relative_norm", "calibration_tokens")
+START = ("norm_A", "norm_B", "relative_norm", "calibration_tokens", "first_step_error")
 END = ("update_size", "forgetting", "intruder_dimensions", "angle_A", "angle_B")
 NESTED = ("init", "notes", "environment", "config")
 MEASURED = (*NUMBERS, *START, *END, "output_gap", "output_gap_kl")

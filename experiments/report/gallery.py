@@ -5,7 +5,7 @@ from __future__ import annotations
 from altair.utils.schemapi import debug_mode
 
 from .canvas import Canvas, Chart
-from .charts import layers, robustness, scores, spectra, start, training
+from .charts import fronts, layers, power, robustness, scores, spectra, start, training, verdicts
 from .palette import marks, ordered
 from .summary import Summarizer
 from .views import Views
@@ -25,6 +25,9 @@ def draw(
     # Altair would validate every part, although the page validates the whole again.
     with debug_mode(False):
         drawn: list[Chart] = [
+            *verdicts.charts(canvas, views),
+            *fronts.charts(canvas, views),
+            *power.charts(canvas, views),
             *robustness.charts(canvas, views, covers, diverged),
             *scores.charts(canvas, views, {task: 100 * m for task, m in majority.items()}, covers),
             *training.charts(canvas, views),

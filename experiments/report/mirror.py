@@ -37,7 +37,7 @@ def log_to_wandb(report: Report, project: str = "lora_init") -> Path:
         group=shortened(report.name, LONGEST_NAME),
         job_type=JOB_TYPE,
         name=shortened(f"report of {report.name}", LONGEST_NAME),
-        config={"heading": report.heading, "metric": report.metric},
+        config={"headline": list(report.headline), "metric": report.metric},
         dir=str(report.page.parent),
         settings=wandb.Settings(silent=True, console="off"),
     )

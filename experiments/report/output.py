@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import arms, checks, comparison, facts, peft_results
+from . import arms, checks, comparison, facts, matrix_table, peft_results
 from .archive import gather
 from .cells import listing, markdown
 from .choices import at_equal_update, choose, mark_best, with_kept_runs, without_repeats
-from .findings import heading
 from .gallery import draw
+from .headline import headline
+from .matrix import Matrix, make_matrix
 from .page import Page, render
 from .pictures import write_pictures
-from .result_table import latex_table, markdown_table
+from .power import powers
+from .quantities import SCORE
+from .result_table import latex_results, latex_table, markdown_table
 from .runs import Problem
 from .summary import Row, Summarizer
 from .sweeps import Sweep
@@ -28,6 +31,8 @@ class Report:
     """The files of a report, and what it found.
 
     Attributes:
+        headline: what differs, what does not, and what could not be seen.
+        matrix: every quantity of every arm, compared with the baseline.
         figures: by name, the path of each chart's PNG, and of the page under "page".
         rows: the rows of the chosen settings, one task after the other.
         reused: the number of unchanged runs, which were not read again.
@@ -35,9 +40,10 @@ class Report:
 
     page: Path
     name: str
-    heading: str
+    headline: tuple[str, str, str]
     metric: str
     rows: list[Row]
+    matrix: Matrix
     problems: list[Problem]
     warnings: list[str]
     figures: dict[str, Path] = field(default_factory=dict)
@@ -71,14 +77,16 @@ def write_report(
         reasons = "".join(f"\n  {p.run}: {p.reason}" for p in gathered.problems)
         raise ValueError(f"no finished run in '{sweep.name}'{reasons}")
     progress("intervals")
-    runs, summarizer, equal_rows = judge(sweep, gathered.runs)
+    runs, summarizer, equal = choose_settings(sweep, gathered.runs)
     choices, rows = summarizer.choices, summarizer.all_rows()
+    matrix = make_matrix(summarizer, gathered.metrics)
+    found = powers(matrix, summarizer)
     tested = summarizer.quantity == "score"
     majority = majorities(runs) if tested else {}
     only = majority.get(summarizer.tasks[0]) if len(summarizer.tasks) == 1 else None
     metric = listing(str(m).replace("_", " ") for m in runs["metric"].unique())
     metric = metric if tested else f"validation {metric}"
-    views = make_views(runs, gathered.layers, gathered.metrics, summarizer)
+    views = make_views(runs, gathered.layers, gathered.metrics, summarizer, matrix, found)
     problems = gathered.problems + summarizer.problems + checks.shared_seeds(runs)
     compared, peers = None, []
     if other is not None:
@@ -101,10 +109,13 @@ def write_report(
     charts, canvas = draw(summarizer, views, majority, metric, checks.diverged(sweep))
     page = Page(
         sweep=sweep,
-        heading=heading(choices, len(summarizer.seeds), sweep.heading),
+        headline=headline(matrix, found, metric),
         metric=metric,
         rows=rows,
-        equal_rows=equal_rows,
+        matrix=matrix,
+        powers=found,
+        equal_rows=equal.all_rows() if equal else [],
+        equal_matrix=make_matrix(equal, gathered.metrics, (SCORE,)) if equal else Matrix([]),
         runs=runs,
         charts=charts,
         canvas=canvas,
@@ -128,13 +139,15 @@ def write_report(
         alone.parent.mkdir(parents=True, exist_ok=True)
         alone.write_text(render(page, None), encoding="utf-8")
     return Report(
-        path, sweep.name, page.heading, metric, rows, problems, warnings,
+        path, sweep.name, page.headline, metric, rows, matrix, problems, warnings,
         {**figures, "page": path}, compared, gathered.reused,
     )  # fmt: skip
 
 
-def judge(sweep: Sweep, runs: pd.DataFrame) -> tuple[pd.DataFrame, Summarizer, list[Row]]:
-    """The runs with their arms and choices, their summary, and the rows at equal update size."""
+def choose_settings(
+    sweep: Sweep, runs: pd.DataFrame
+) -> tuple[pd.DataFrame, Summarizer, Summarizer | None]:
+    """The runs with their arms and choices, their summary, and the one at equal update size."""
     runs = arms.with_arms(runs).sort_values(["method", "seed", "run_id"])
     choices = choose(runs[~runs["run_id"].isin(only_matched(sweep))], sweep.selected)
     if not choices:
@@ -143,10 +156,10 @@ def judge(sweep: Sweep, runs: pd.DataFrame) -> tuple[pd.DataFrame, Summarizer, l
             "sweep's command again to complete it"
         )
     equal = at_equal_update(runs, choices, sweep.equal_update)
-    equal_rows = Summarizer(runs, equal).all_rows() if equal else []
+    equal = Summarizer(runs, equal) if equal else None
     runs = mark_best(without_repeats(runs), choices)
     choices = [with_kept_runs(choice, runs) for choice in choices]
-    return runs, Summarizer(runs, choices), equal_rows
+    return runs, Summarizer(runs, choices), equal
 
 
 def majorities(runs: pd.DataFrame) -> dict[str, float]:
@@ -165,16 +178,37 @@ def only_matched(sweep: Sweep) -> set[str]:
 
 
 def write_tables(page: Page, output: Path) -> None:
-    """Write every table of the page as Markdown, and the results as LaTeX too."""
+    """Write every table of the page as Markdown, and the results and the matrix as LaTeX too."""
     notes = [f"{note} ({methods})" for note, methods in facts.notes(page.runs)]
     notes += [f"left out: {p.run}: {p.reason}" for p in page.problems if p.fatal]
+    headers = matrix_table.headers(page.matrix, page.metric)
+    verdicts = matrix_table.matrix_rows(page.rows, page.matrix)
+    legend = matrix_table.legend(page.matrix)
+    parts = [
+        "\n".join(f"- {sentence}" for sentence in page.headline) + "\n",
+        markdown("Compared with the baseline", headers, verdicts),
+        f"{legend}\n",
+        markdown_table(page.rows, page.metric, "Results"),
+    ]
+    for title, head, cells in matrix_table.power_tables(page.powers, page.metric):
+        parts.append(markdown(title, head, cells, "---:"))
+    parts.append("".join(f"- {note}\n" for note in notes))
     texts = {
-        "table.md": markdown_table(page.rows, page.metric, page.heading, notes),
-        "table.tex": latex_table(page.rows, page.metric, page.heading, notes),
-    }
+        "table.md": "\n".join(filter(None, parts)),
+        "table.tex": "\n".join([
+            r"% needs \usepackage{booktabs}",
+            *(f"% {line}" for line in (*page.headline, *notes)),
+            latex_table(" ".join(page.headline).rstrip("."), headers, verdicts),
+            latex_results(page.rows, page.metric, page.sweep.name),
+        ]),
+    }  # fmt: skip
     if page.equal_rows:
-        title = "at equal update size"
-        texts["equal_update.md"] = markdown_table(page.equal_rows, page.metric, title, [])
+        title = "At equal update size"
+        cells = matrix_table.matrix_rows(page.equal_rows, page.equal_matrix)
+        texts["equal_update.md"] = "\n".join([
+            markdown(title, matrix_table.headers(page.equal_matrix, page.metric), cells),
+            markdown_table(page.equal_rows, page.metric, title),
+        ])  # fmt: skip
     if page.comparison is not None:
         title = f"{page.comparison.name} against {page.comparison.other}"
         cells = [change.cells() for change in page.comparison.changes]

@@ -16,9 +16,11 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import comparison, facts, findings, peft_results
+from . import caveats, comparison, facts, matrix_table, peft_results
 from .canvas import Canvas, Chart
+from .matrix import Matrix
 from .palette import BASELINE
+from .power import Power
 from .result_table import columns as table_columns
 from .runs import Problem
 from .specification import VEGA_LITE, columns, page_specification
@@ -37,10 +39,13 @@ class Page:
     """Everything that the page shows."""
 
     sweep: Sweep
-    heading: str
+    headline: tuple[str, str, str]
     metric: str
     rows: list[Row]
+    matrix: Matrix
+    powers: list[Power]
     equal_rows: list[Row]
+    equal_matrix: Matrix
     runs: pd.DataFrame
     charts: list[Chart]
     canvas: Canvas
@@ -64,20 +69,22 @@ def render(page: Page, output: Path | None) -> str:
         output: the folder of the page and its pictures; links to run folders are relative to it.
             None for a page without links.
     """
-    heading, given = page.heading, page.sweep.heading
     choices, boots = page.summarizer.choices, page.summarizer.bootstraps
     examples = [bootstrap.examples for bootstrap in boots.values()]
     only = int(examples[0]) if len(examples) == 1 else None
     changes = page.comparison.changes if page.comparison else []
     return environment().get_template("template.html.j2").render(
-        heading=heading,
+        headline=page.headline,
         alone=output is None,
-        subtitle=given if given != heading else None,
+        subtitle=caveats.ONE_RATE if caveats.one_learning_rate(choices) else page.sweep.heading,
         name=page.sweep.name,
         baseline=BASELINE,
-        findings=findings.findings(page.rows, page.metric),
-        chosen=findings.how_chosen(choices),
-        caveats=findings.caveats(page.rows, len(page.summarizer.seeds), only),
+        matrix=matrix_view(page.rows, page.matrix, page.metric),
+        equal_matrix=matrix_view(page.equal_rows, page.equal_matrix, page.metric),
+        legend=matrix_table.legend(page.matrix),
+        power_tables=matrix_table.power_tables(page.powers, page.metric),
+        chosen=caveats.how_chosen(choices),
+        caveats=caveats.caveats(page.rows, page.matrix, len(page.summarizer.seeds), only),
         facts=facts.facts(page.runs),
         notes=facts.notes(page.runs),
         failed=[p for p in page.problems if p.fatal],
@@ -92,7 +99,7 @@ def render(page: Page, output: Path | None) -> str:
         equal_columns=table_columns(page.metric, page.equal_rows),
         equal_rows=page.equal_rows,
         several_tasks=len(page.summarizer.tasks) > 1,
-        several_rates=not findings.one_learning_rate(choices),
+        several_rates=not caveats.one_learning_rate(choices),
         metric=page.metric,
         finished=len(page.runs),
         comparison=page.comparison,
@@ -105,6 +112,16 @@ def render(page: Page, output: Path | None) -> str:
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
     )  # fmt: skip
+
+
+def matrix_view(
+    rows: list[Row], matrix: Matrix, metric: str
+) -> tuple[list[str], list[tuple[Row, list[matrix_table.Cell]]]] | None:
+    """The headings and the cells of each row; None if nothing is compared."""
+    if not matrix.judgements:
+        return None
+    cells = [(row, matrix_table.cells_of(row, matrix)) for row in rows]
+    return matrix_table.headers(matrix, metric), cells
 
 
 def script_data(page: Page, output: Path | None) -> dict[str, Any]:

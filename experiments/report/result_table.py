@@ -10,7 +10,6 @@ from rich import box
 from rich.table import Table
 
 from . import cells
-from .palette import BASELINE
 from .summary import Row
 
 LONG_NAME = 16  # characters of a name that leave room for every column
@@ -24,21 +23,6 @@ class Column:
     show: Callable[[Row], str]
     value: Callable[[Row], float | str | None]
     help: str = ""
-    brief: Callable[[Row], str] | None = None  # for a terminal of 80 columns, if `show` is long
-
-
-def difference_cell(row: Row) -> str:
-    if row.difference is None:
-        return row.verdict
-    text = cells.difference_text(row.difference)
-    return f"{text} (tie)" if row.verdict == "tie" else text
-
-
-def brief_difference(row: Row) -> str:
-    if row.difference is None:
-        return row.verdict
-    text = cells.signed(100 * row.difference.estimate)
-    return f"{text} tie" if row.verdict == "tie" else text
 
 
 def measured(header: str, name: str, show: Callable[[float | None], str], help: str) -> Column:
@@ -54,13 +38,6 @@ def columns(metric: str, rows: list[Row]) -> list[Column]:
             lambda row: cells.score_text(row.score),
             lambda row: row.score.estimate,
             "mean over seeds ± half of its 95 % interval",
-        ),
-        Column(
-            f"against {BASELINE}",
-            difference_cell,
-            lambda row: row.difference.estimate if row.difference else None,
-            "paired difference in points ± half of its 95 % interval; a tie if that contains zero",
-            brief_difference,
         ),
     ]
     if any(row.choice.rates > 1 for row in rows):
@@ -112,40 +89,51 @@ def terminal_table(rows: list[Row], metric: str, title: str) -> Table:
     if max(len(row.arm) for row in rows) > LONG_NAME:
         hidden |= {"trainable"}
     shown = [column for column in columns(metric, rows) if column.header not in hidden]
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for index, column in enumerate(shown):
-        header = column.header.replace(" ", "\n", 1)
-        table.add_column(header, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        texts = [(column.brief or column.show)(row) for column in shown]
-        table.add_row(*texts, style="bold" if row.is_baseline else None)
+    texts = [[column.show(row) for column in shown] for row in rows]
+    bold = [row.is_baseline for row in rows]
+    return terminal(title, [column.header for column in shown], texts, bold)
+
+
+def terminal(
+    title: str, headers: list[str], texts: list[list[str]], bold: list[bool], close: bool = False
+) -> Table:
+    """Any table for a terminal; headings break at spaces."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0) if close else (0, 1),
+    )  # fmt: skip
+    for index, header in enumerate(headers):
+        justify = "right" if index else "left"
+        table.add_column(header.replace(" ", "\n"), justify=justify, no_wrap=True)
+    for row, strong in zip(texts, bold, strict=True):
+        table.add_row(*row, style="bold" if strong else None)
     return table
 
 
-def markdown_table(rows: list[Row], metric: str, heading: str, notes: list[str]) -> str:
+def markdown_table(rows: list[Row], metric: str, title: str) -> str:
     shown = columns(metric, rows)
     texts = [[column.show(row) for column in shown] for row in rows]
-    table = cells.markdown(heading, [column.header for column in shown], texts, "---:")
-    lines = [f"- {column.header}: {column.help}" for column in shown if column.help]
-    return "\n".join([table, *lines, *(f"- {note}" for note in notes)]) + "\n"
+    table = cells.markdown(title, [column.header for column in shown], texts, "---:")
+    return "\n".join([table, *(f"- {c.header}: {c.help}" for c in shown if c.help)]) + "\n"
 
 
-def latex_table(rows: list[Row], metric: str, heading: str, notes: list[str]) -> str:
-    """A table that needs only `\\usepackage{booktabs}`."""
+def latex_results(rows: list[Row], metric: str, title: str) -> str:
     shown = columns(metric, rows)
-    body = [" & ".join(latex(column.show(row)) for column in shown) + r" \\" for row in rows]
+    texts = [[column.show(row) for column in shown] for row in rows]
+    return latex_table(f"{title}. ±: half of the 95 % interval", [c.header for c in shown], texts)
+
+
+def latex_table(caption: str, headers: list[str], texts: list[list[str]]) -> str:
+    """A table that needs only `\\usepackage{booktabs}`."""
     lines = [
-        r"% needs \usepackage{booktabs}",
-        *(f"% {note}" for note in notes),
         r"\begin{table}",
         r"  \centering",
-        rf"  \caption{{{latex(heading[0].upper() + heading[1:])}. "
-        r"$\pm$: half of the 95\,\% interval over examples and seeds.}",
-        rf"  \begin{{tabular}}{{l{'r' * (len(shown) - 1)}}}",
+        rf"  \caption{{{latex(caption[0].upper() + caption[1:])}.}}",
+        rf"  \begin{{tabular}}{{l{'r' * (len(headers) - 1)}}}",
         r"    \toprule",
-        "    " + " & ".join(latex(column.header) for column in shown) + r" \\",
+        "    " + " & ".join(map(latex, headers)) + r" \\",
         r"    \midrule",
-        *(f"    {line}" for line in body),
+        *("    " + " & ".join(map(latex, row)) + r" \\" for row in texts),
         r"    \bottomrule",
         r"  \end{tabular}",
         r"\end{table}",
@@ -164,6 +152,7 @@ def latex(text: str) -> str:
     for plain, escaped in (
         ("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("$", r"\$"), ("#", r"\#"),
         ("_", r"\_"), ("±", r"$\pm$"), ("−", "$-$"), ("—", "--"), ("·", r"$\cdot$"),
+        ("×", r"$\times$"), ("’", "'"), ("√", r"$\sqrt{}$"),
     ):  # fmt: skip
         text = text.replace(plain, escaped)
     return text

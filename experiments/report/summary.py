@@ -1,4 +1,4 @@
-"""One row per arm at its chosen setting: every measure with its interval, and the difference."""
+"""One row per arm at its chosen setting: every measure with its interval."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class Row:
     """Means over the seeds of one arm. An interval's ends are NaN where there is none.
 
     Attributes:
-        difference: of the score, paired with the baseline's.
         interval: what the score's interval covers: "examples and seeds", "seeds alone" or
             "no interval".
         measures: all other measures by name. The output gap is the largest over seeds.
@@ -32,7 +31,6 @@ class Row:
     choice: Choice
     seeds: tuple[int, ...]
     score: Interval
-    difference: Interval | None
     interval: str
     measures: dict[str, Interval]
 
@@ -47,17 +45,6 @@ class Row:
     @property
     def is_baseline(self) -> bool:
         return self.method == BASELINE
-
-    @property
-    def verdict(self) -> str:
-        """`baseline`, `tie` (the paired interval contains zero), `above`, `below` or `—`."""
-        if self.is_baseline:
-            return "baseline"
-        if self.difference is None or np.isnan(self.difference.low):
-            return "—"
-        if self.difference.contains_zero:
-            return "tie"
-        return "above" if self.difference.estimate > 0 else "below"
 
     def get(self, name: str) -> float | None:
         """The mean of a measure; None if no run has it."""
@@ -93,11 +80,13 @@ class Summarizer:
         self.quantity = "score" if self.runs["tested"].all() else "validation_score"
         self.problems: list[Problem] = []
         self.index: dict[str, int] = {}
+        self.correct: dict[str, np.ndarray] = {}
         self.bootstraps: dict[str, Bootstrap] = {}
         for task, group in self.runs.groupby("task") if self.quantity == "score" else ():
             index, correct = align_examples(group, self.problems)
             self.index |= index
             if index:
+                self.correct |= dict(zip(index, correct, strict=True))
                 self.bootstraps[task] = Bootstrap(correct, draws)
 
     @property
@@ -112,8 +101,7 @@ class Summarizer:
         frames = {choice.arm: self.runs.loc[list(choice.runs)] for choice in chosen}
         if seeds is not None:
             frames = {arm: frame[frame["seed"].isin(seeds)] for arm, frame in frames.items()}
-        present = [choice for choice in chosen if len(frames[choice.arm])]
-        return [self._row(choice, frames, present) for choice in present]
+        return [self._row(c, frames[c.arm]) for c in chosen if len(frames[c.arm])]
 
     def all_rows(self) -> list[Row]:
         """The rows of all tasks, one task after the other."""
@@ -125,20 +113,27 @@ class Summarizer:
         sizes = range(1, count + 1) if count <= MAX_SEEDS_FOR_ALL_SUBSETS else {1, count}
         return [subset for size in sizes for subset in combinations(self.seeds, size)]
 
-    def _row(self, choice: Choice, frames: dict[str, pd.DataFrame], all_: list[Choice]) -> Row:
-        mine = frames[choice.arm].sort_values("seed")
-        baseline = baseline_of(choice, all_)
+    def answers(self, task: str) -> dict[tuple[str, int], np.ndarray]:
+        """By arm and seed, whether each common example was answered correctly.
+
+        Empty if a run of the task has no predictions.
+        """
+        runs = self.runs[self.runs["task"] == task]
+        if not set(runs["run_id"]) <= self.correct.keys():
+            return {}
+        named = runs[["arm", "seed", "run_id"]].itertuples(index=False)
+        return {(arm, seed): self.correct[run] for arm, seed, run in named}
+
+    def _row(self, choice: Choice, runs: pd.DataFrame) -> Row:
+        mine = runs.sort_values("seed")
         score, kind = self._score(mine)
-        difference = None
-        if baseline is not None and choice.method != BASELINE:
-            difference = self._difference(mine, frames[baseline.arm])
         measures = {key: over_seeds(mine[key]) for key in MEANS}
         measures |= {key: single(mine[key].max()) for key in LARGEST}
         computed = self.costs.get((choice.task, choice.arm))
         if computed is not None:
             measures["init_seconds"] = single(computed)
         seeds = tuple(int(seed) for seed in mine["seed"])
-        return Row(choice, seeds, score, difference, kind, measures)
+        return Row(choice, seeds, score, kind, measures)
 
     def _score(self, runs: pd.DataFrame) -> tuple[Interval, str]:
         """By bootstrap if all predictions are available, else by Student's t."""
@@ -147,16 +142,6 @@ class Summarizer:
             return self.bootstraps[runs["task"].iloc[0]].score(rows), BOTH
         values = runs[self.quantity].to_numpy()
         return seed_interval(values), SEEDS if len(values) >= LEAST_SEEDS else NONE
-
-    def _difference(self, mine: pd.DataFrame, theirs: pd.DataFrame) -> Interval | None:
-        pairs = mine.merge(theirs, on="seed", suffixes=("", "_baseline"))
-        if pairs.empty:
-            return None
-        rows = [self.index.get(run) for run in pairs["run_id"]]
-        baseline = [self.index.get(run) for run in pairs["run_id_baseline"]]
-        if None not in rows + baseline:
-            return self.bootstraps[mine["task"].iloc[0]].difference(rows, baseline)
-        return seed_interval((pairs[self.quantity] - pairs[f"{self.quantity}_baseline"]).to_numpy())
 
 
 def over_seeds(values: pd.Series) -> Interval:

@@ -18,7 +18,7 @@ TEXTS = {"model": "unknown model", "data": "unknown data", "control": "none"}
 NUMBERS = (
     "score", "validation_score", "n_test", "majority", "loss_test", "init_seconds",
     "calibration_seconds", "train_seconds", "peak_memory_bytes", "first_step_gradient_norm",
-    "trainable_parameters", "total_parameters", "steps", "learning_rate", "rank",
+    "trainable_parameters", "total_parameters", "steps", "learning_rate", "rank", "wall_seconds",
 )  # fmt: skip
 GROUPS = ("output_gap", "start", "end", "environment", "config", "init")
 NESTED = ("output_gap", "gradient_norms")

@@ -14,9 +14,12 @@ import pandas as pd
 from .arms import without_rank
 from .choices import Choice
 from .frames import END, short_names
+from .fronts import fronts
+from .matrix import Matrix
+from .power import Power, curve
 from .spectra import spectra
-from .statistics import Interval, interquartile_mean
-from .summary import Row, Summarizer
+from .statistics import interquartile_mean
+from .summary import Summarizer
 
 RUN = ("run_id", "arm", "method", "seed", "rank", "task")
 MEASURED = (
@@ -52,6 +55,8 @@ def make_views(
     layers: pd.DataFrame,
     metrics: pd.DataFrame,
     summarizer: Summarizer,
+    matrix: Matrix,
+    powers: list[Power],
 ) -> Views:
     """All tables of the charts.
 
@@ -61,20 +66,23 @@ def make_views(
     """
     chosen = summarizer.runs[list(RUN)].assign(rank=summarizer.runs["rank"].fillna(0))
     training, window = smoothed_training(metrics, chosen)
-    curve = curve_quantity(runs)
+    learned = curve_quantity(runs)
     kind = "; ".join(runs["forgetting_kind"].dropna().unique())
     arms = list(dict.fromkeys(row.arm for row in summarizer.all_rows()))
     tables = {
-        "runs": points(runs, summarizer.quantity, curve),
+        "runs": points(runs, summarizer.quantity, learned),
         "rows": score_rows(summarizer),
         "training": training,
         "validation": held_out(metrics, chosen),
         "updates": updates(metrics, chosen),
         "layers": layer_values(layers, chosen),
         "tasks": task_means(summarizer),
+        "verdicts": verdicts(matrix, chosen),
+        "power": pd.concat([curve(power) for power in powers]) if powers else pd.DataFrame(),
+        "fronts": fronts(points(runs, summarizer.quantity, learned)),
         "spectra": spectra(summarizer.runs, arms, summarizer.problems),
     }
-    return Views({name: rounded(frame) for name, frame in tables.items()}, curve, window, kind)
+    return Views({name: rounded(frame) for name, frame in tables.items()}, learned, window, kind)
 
 
 def curve_quantity(runs: pd.DataFrame) -> str:
@@ -100,8 +108,9 @@ def score_rows(summarizer: Summarizer) -> pd.DataFrame:
             "task": task,
             "learning_rate": row.choice.learning_rate,
             "seeds": ",".join(map(str, subset)),
-            **in_percent(row),
-            "verdict": row.verdict,
+            "score": 100 * row.score.estimate,
+            "low": 100 * row.score.low,
+            "high": 100 * row.score.high,
             "series": without_rank(row.arm),
             "init_seconds": row.measures["init_seconds"].estimate,
         }
@@ -111,18 +120,23 @@ def score_rows(summarizer: Summarizer) -> pd.DataFrame:
     )
 
 
-def in_percent(row: Row) -> dict[str, float]:
-    """Score and difference with the ends of their intervals."""
-    nan = float("nan")
-    score, other = row.score, row.difference or Interval(nan, nan, nan)
-    return {
-        "score": 100 * score.estimate,
-        "low": 100 * score.low,
-        "high": 100 * score.high,
-        "difference": 100 * other.estimate,
-        "difference_low": 100 * other.low,
-        "difference_high": 100 * other.high,
-    }
+def verdicts(matrix: Matrix, chosen: pd.DataFrame) -> pd.DataFrame:
+    """One row per judgement: the score in points, factors as they are."""
+    arms = chosen.drop_duplicates(["task", "arm"]).set_index(["task", "arm"])
+    return pd.DataFrame(
+        {
+            "arm": one.arm, "task": one.task, "quantity": one.quantity.name,
+            "method": arms.loc[(one.task, one.arm), "method"],
+            "rank": arms.loc[(one.task, one.arm), "rank"], "factor": one.factor,
+            **{
+                key: value * (1 if one.quantity.ratio else 100)
+                for key, value in (("value", one.value), ("low", one.low), ("high", one.high))
+            },
+            "verdict": one.verdict,
+        }
+        for one in matrix.judgements
+        if np.isfinite(one.value)
+    )  # fmt: skip
 
 
 def smoothed_training(metrics: pd.DataFrame, chosen: pd.DataFrame) -> tuple[pd.DataFrame, int]:

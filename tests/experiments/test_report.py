@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from synthetic_sweeps import EXAMPLES, STEPS, SYNTHETIC, no_charts, write_run, write_sweep
 
 from experiments.report import output
 from experiments.report.__main__ import main, make
+from experiments.report.quantities import SCORE
 from experiments.report.result_table import latex
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +59,7 @@ class Resources(HTMLParser):
 
 
 def test_table_equals_an_independent_computation(report, sweep):
-    """Scores are computed from the files, and the paired interval by a plain loop."""
+    """Scores are computed from the files, and the paired intervals from sums of squares."""
     correct = {}
     for method in SYNTHETIC:
         for seed in (0, 1):
@@ -66,7 +68,9 @@ def test_table_equals_an_independent_computation(report, sweep):
             ) as file:
                 correct[method, seed] = file["correct"][np.argsort(file["id"])].astype(float)
     assert [row.method for row in report.rows] == list(SYNTHETIC)
-    generator = np.random.default_rng(99)
+    values = np.array([[correct[m, seed].mean() for seed in (0, 1)] for m in SYNTHETIC])
+    rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    between_seeds = (rest**2).sum() / (7 * 1)  # 8 methods, 2 seeds
     for row in report.rows:
         mine = np.stack([correct[row.method, seed] for seed in (0, 1)])
         assert row.score.estimate == pytest.approx(mine.mean())
@@ -74,15 +78,17 @@ def test_table_equals_an_independent_computation(report, sweep):
         if row.is_baseline:
             continue
         paired = mine - np.stack([correct["kaiming", seed] for seed in (0, 1)])
-        draws = [
-            paired[generator.integers(0, 2, 2)][:, generator.integers(0, EXAMPLES, EXAMPLES)].mean()
-            for _ in range(2000)
-        ]
-        low, high = np.quantile(draws, [0.025, 0.975])
-        assert row.difference.estimate == pytest.approx(paired.mean())
-        assert row.difference.low == pytest.approx(low, abs=0.004)
-        assert row.difference.high == pytest.approx(high, abs=0.004)
-        assert (row.verdict == "tie") == row.difference.contains_zero
+        seeds, examples = 2 * between_seeds / 2, paired.mean(0).var(ddof=1) / EXAMPLES
+        left = paired - paired.mean(0) - paired.mean(1, keepdims=True) + paired.mean()
+        twice = (left**2).sum() / (EXAMPLES - 1) / 2 / EXAMPLES
+        total = max(seeds + examples - twice, seeds, examples)
+        freedom = total**2 / (seeds**2 / 7 + examples**2 / (EXAMPLES - 1))
+        low, high = stats.t.interval(0.95, freedom, paired.mean(), total**0.5)
+        judged = report.matrix.at("rotten_tomatoes", row.arm)["score"]
+        assert (judged.value, judged.low, judged.high) == pytest.approx((paired.mean(), low, high))
+        assert (judged.verdict == "tie") == (max(abs(low), abs(high)) < 0.01)
+        assert not (judged.differs and low <= 0 <= high)
+    assert len(report.matrix.of(SCORE)) == 7
     runs = pd.read_parquet(report.page.parent / "runs.parquet").groupby("method")
     for row in report.rows:
         mine = runs.get_group(row.method)
@@ -93,13 +99,14 @@ def test_table_equals_an_independent_computation(report, sweep):
         )
 
 
-def test_page_is_headed_and_complete(html):
+def test_page_is_headed_and_complete(html, report):
     page = Resources()
     page.feed(html)
-    assert page.h1 == "one learning rate: a demonstration, not a ranking"
+    assert page.h1 == report.headline[0]
+    assert "one learning rate: a demonstration, not a ranking" in html
     for method in SYNTHETIC:
         assert f'data-value="{method}"' in html
-    for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "layers"):
+    for chart in ("loss", "score", "difference", "factors", "power", "cost", "gradient", "layers"):
         assert f'data-chart="{chart}"' in html
     for words in ("all-MiniLM-L6-v2", "rotten_tomatoes", "120 steps", "0.001", "2 threads",
                   "weights derived from 4-bit values", "2 seeds are few"):  # fmt: skip
@@ -130,7 +137,7 @@ def test_broken_runs_are_named(html, report):
 
 def test_pictures_and_tables_exist(report):
     folder = report.page.parent
-    for chart in ("loss", "score", "difference", "cost", "gradient", "norm", "layers"):
+    for chart in ("loss", "score", "difference", "factors", "power", "cost", "gradient", "layers"):
         assert (folder / f"{chart}.svg").read_text().startswith("<svg")
         assert (folder / f"{chart}.pdf").read_bytes().startswith(b"%PDF")
         png = (folder / f"{chart}.png").read_bytes()
@@ -138,10 +145,15 @@ def test_pictures_and_tables_exist(report):
         assert len(png) > 8000, "an empty picture"
     markdown = (folder / "table.md").read_text()
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(SYNTHETIC)
-    assert len({line.count("|") for line in lines}) == 1
+    tall = 2 + len(SYNTHETIC)
+    for table in (lines[:tall], lines[tall : 2 * tall]):
+        assert len({line.count("|") for line in table}) == 1
+    assert "not resolved" in lines[3]
     tex = (folder / "table.tex").read_text()
-    assert tex.count(r"\\") == 1 + len(SYNTHETIC)
+    assert tex.count(r"\\") == 2 * (1 + len(SYNTHETIC))
+    for sentence in report.headline:
+        assert f"- {sentence}" in markdown
+        assert f"% {sentence}" in tex
     assert r"\toprule" in tex
     assert latex("3.1e-06") == r"$3.1 \times 10^{-6}$"
     assert latex("a_b ± 3 %") == r"a\_b $\pm$ 3 \%"
@@ -165,7 +177,6 @@ def test_the_better_of_two_rates_is_shown_with_a_warning(tmp_path):
         write_run(tmp_path / f"pissa-{rate}", "pissa", 0, learning_rate=rate)
     write_run(tmp_path / "kaiming", "kaiming", 0)
     report = make([tmp_path], tmp_path / "report")
-    assert report.heading == "2 initializations compared"
     assert any("training.learning_rate: 0.001, 0.002" in w for w in report.warnings)
     assert any("chosen by the same test scores" in w for w in report.warnings)
     assert any("one learning rate only: kaiming" in w for w in report.warnings)
@@ -215,7 +226,10 @@ def test_command_line(sweep, tmp_path, capsys, monkeypatch):
     for method in SYNTHETIC:
         assert re.search(rf"(?m)^ *{method} .*±", printed)
     assert "…" not in printed
-    assert max(map(len, printed[printed.index("one learning rate") :].splitlines()[:-1])) <= 80
+    assert max(map(len, printed[printed.index("synthetic  ") :].splitlines()[:-1])) <= 80
+    assert re.search(r"(?m)^ olora +worse ", printed)
+    for start in ("Different from kaiming: accuracy (", "Tied, within", "Not resolved: accuracy ("):
+        assert f"\n{start}" in printed
     assert printed.strip().endswith(str(tmp_path / "out" / "index.html"))
     assert main([str(tmp_path / "nothing")]) == 1
     assert "no folder" in capsys.readouterr().err

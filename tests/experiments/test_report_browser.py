@@ -264,5 +264,6 @@ def test_two_tasks_are_shown_one_at_a_time_and_averaged(tmp_path):
     assert len(re.findall(r'aria-label="[^"]*seeds: 0,1"', drawn["score"])) == 4  # dots and bars
     assert "interquartile mean" in drawn["tasks"]
     assert re.search(r'<tr data-method="pissa"[^>]*rotten_tomatoes"[^>]* hidden', elements)
-    found = elements.split('<table class="findings">')[1].split("</table>")[0]
-    assert re.findall(r'<tr><th scope="row">(\w+)</th>', found) == ["r8", "rotten_tomatoes"]
+    found = elements.split('id="matrix"')[1].split("</table>")[0]
+    tasks = re.findall(r'<th class="plain">(\w+)</th>', found)
+    assert tasks == ["r8", "r8", "rotten_tomatoes", "rotten_tomatoes"]

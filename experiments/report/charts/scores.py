@@ -1,4 +1,4 @@
-"""The chosen settings: scores, differences to the baseline, and a mean over tasks."""
+"""The chosen settings: scores, and a mean over tasks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import altair as alt
 from ..canvas import (
     BAR,
     FEW_TICKS,
-    INK,
     METHOD,
     OVER_TASKS,
     RUN_CHOSEN,
@@ -18,7 +17,6 @@ from ..canvas import (
     interval_of,
     tooltip,
 )
-from ..palette import BASELINE
 from ..views import Views
 
 SECTION = "Scores"
@@ -36,12 +34,6 @@ def charts(canvas: Canvas, views: Views, majority: dict[str, float], covers: str
         f"Large dot: mean over seeds. Bar: 95 % interval over {covers}. Small circles: the runs.",
         score(canvas, majority), SECTION,
     )]  # fmt: skip
-    if views.tables["rows"]["difference"].notna().any():
-        made.append(Chart(
-            "difference", f"Difference to {BASELINE}",
-            f"Paired over {covers}, with 95 % intervals. Hollow: a tie.",
-            difference(canvas), SECTION,
-        ))  # fmt: skip
     tasks = views.tables["tasks"]
     if len(tasks):
         made.append(Chart(
@@ -91,45 +83,6 @@ def score(canvas: Canvas, majority: dict[str, float]) -> alt.LayerChart:
             .encode(x=alt.X("majority:Q"), y=alt.value(0), text=alt.Text("label:N")),
         ]
     return canvas.finish(alt.layer(*layers), alt.Step(34))
-
-
-def difference(canvas: Canvas) -> alt.LayerChart:
-    """Paired difference to the baseline. Hollow points are ties."""
-    label = "datum.verdict == 'tie' ? 'tie' : format(datum.difference, '+.1f')"
-    base = (
-        canvas.table("rows")
-        .transform_filter(f"{SUBSET_CHOSEN} && isValid(datum.difference)")
-        .transform_calculate(
-            label=label,
-            bottom="isValid(datum.difference_low) ? datum.difference_low : datum.difference",
-            top="isValid(datum.difference_high) ? datum.difference_high : datum.difference",
-        )
-        .encode(y=canvas.rows(without_baseline=True), color=canvas.color(None))
-    )
-    points = ("difference:Q", f"points to {BASELINE}", "+.2f")
-    ends = interval_of("difference_low", "difference_high", "+.2f")
-    tips = tooltip(METHOD, points, *ends, ("verdict:N", "verdict"))
-    x = alt.X(
-        "bottom:Q",
-        title=f"difference to {BASELINE}, points",
-        scale=alt.Scale(padding=10),
-        axis=alt.Axis(
-            tickCount=FEW_TICKS,
-            labelExpr="datum.value === 0 ? '0' : format(datum.value, '+.4~g')",
-        ),
-    )
-    interval = canvas.bars(base, x, "top", tips)
-    point = base.mark_point(size=95, opacity=1, strokeWidth=2).encode(
-        x=alt.X("difference:Q"),
-        fill=alt.condition("datum.verdict == 'tie'", alt.value("white"), canvas.color(None)),
-        tooltip=tips,
-    )
-    text = base.mark_text(dy=-13, fontSize=12).encode(
-        x=alt.X("difference:Q"), text=alt.Text("label:N"), color=alt.value(SOFT)
-    )
-    zero = alt.Chart(alt.InlineData(values=[{"zero": 0}]))
-    zero = zero.mark_rule(color=INK, strokeWidth=1).encode(x=alt.X("zero:Q"))
-    return canvas.finish(alt.layer(zero, interval, point, text), alt.Step(38))
 
 
 def over_tasks(canvas: Canvas) -> alt.LayerChart:

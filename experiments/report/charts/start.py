@@ -1,4 +1,4 @@
-"""The cost of a start, its first gradient and its size, and what the trained model forgets."""
+"""The cost of a start, its first gradient and its size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ SECTION = "Costs and side effects"
 def charts(canvas: Canvas, views: Views) -> list[Chart]:
     """The charts that have data."""
     rows, runs = views.tables["rows"], views.tables["runs"]
-    kind = f", {views.forgetting}" if views.forgetting else ""
     made = []
     if (rows["init_seconds"] > 0).any():
         made.append(Chart(
@@ -34,13 +33,6 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
             "Seconds to initialize, calibration included, on a logarithmic axis. "
             "Bars: 95 % intervals of the score.",
             cost(canvas, rows), SECTION,
-        ))  # fmt: skip
-    if runs["forgetting"].notna().any() and runs["score"].notna().any():
-        made.append(Chart(
-            "forgetting", "Forgetting against score",
-            f"Distance of the trained model from the original base{kind}: less is better. "
-            "Large: mean over seeds. Small: the runs.",
-            forgetting(canvas, runs["forgetting"].max()), SECTION,
         ))  # fmt: skip
     gradients = runs["first_step_gradient_norm"]
     if gradients.notna().any():
@@ -89,30 +81,6 @@ def cost(canvas: Canvas, rows: pd.DataFrame) -> alt.LayerChart:
         y=alt.Y("score:Q"), shape=canvas.shape()
     )
     return canvas.finish(alt.layer(interval, point), 280, legend=True)
-
-
-def forgetting(canvas: Canvas, largest: float) -> alt.LayerChart:
-    """Forgetting against score: a small point per run, a large one for each arm's mean."""
-    known = "isValid(datum.forgetting) && isValid(datum.score)"
-    score, lost = ("score:Q", f"{canvas.metric}, %", ".2f"), ("forgetting:Q", "forgetting", ".4g")
-    figures = (score, lost)
-    base = canvas.table("runs").transform_filter(f"{RUN_CHOSEN} && {known}")
-    x = alt.X("forgetting:Q", title="forgetting", scale=alt.Scale(zero=False, padding=14),
-              axis=alt.Axis(tickCount=5, format="~e" if largest < 1e-3 else "~g"))  # fmt: skip
-    y = alt.Y("score:Q", title=f"{canvas.metric}, %", scale=alt.Scale(zero=False, padding=12))
-    small = base.mark_point(size=26, opacity=0.7, strokeWidth=1.3).encode(
-        x=x, y=y, color=canvas.color("symbol"), shape=canvas.shape(),
-        tooltip=canvas.run_tooltip(*figures),
-    )  # fmt: skip
-    means = base.transform_aggregate(
-        score="mean(score)", forgetting="mean(forgetting)", n="count()",
-        groupby=["arm", "method", "task", "learning_rate"],
-    )  # fmt: skip
-    large = means.mark_point(filled=True, size=110, opacity=0.95).encode(
-        x=x, y=y, color=canvas.color("symbol"), shape=canvas.shape(),
-        tooltip=tooltip(METHOD, RATE, *figures, ("n:Q", "seeds")),
-    )  # fmt: skip
-    return canvas.finish(alt.layer(small, large), 280, legend=True)
 
 
 def strip(
