@@ -32,14 +32,14 @@ help:
 	@echo "make lint      ruff, the order of imports, and types"
 	@echo "make format    ruff format, on all files"
 	@echo "make docs      the documentation, in docs/_build/html; warnings are errors"
-	@echo "make readme    the table of methods in README.md, from the registry"
+	@echo "make readme    the table of methods and the recommendation in README.md, docs/which-start.md"
 	@echo "make notebooks the notebooks of examples/, executed again"
 	@echo "make wheel     build the package and check it in a clean environment"
 	@echo "make check-lowest  make check with the lowest supported torch and transformers"
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
 
 compare: $(STAMP)
-	$(BIN)/python -m experiments.train --config-name sweep_compare paths.outputs=$(OUTPUTS) $(OVERRIDES)
+	$(BIN)/python -m experiments.train --config-name sweep_compare paths.outputs=$(OUTPUTS) training.validate_every=25 $(OVERRIDES)
 	$(BIN)/python -m experiments.report $(OUTPUTS)/sweeps/compare
 
 benchmark: $(STAMP)
@@ -91,6 +91,7 @@ docs: $(STAMP)
 
 readme: $(STAMP)
 	$(BIN)/python docs/registry_pages.py
+	$(BIN)/python -m experiments.report.decisions
 
 notebooks: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/run_notebooks.py

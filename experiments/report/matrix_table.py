@@ -27,15 +27,16 @@ NEED_HEADERS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm in one quantity: the figure, its verdict, and what a tooltip adds."""
+    """One arm in one quantity: the figure, its verdict, its interval, and what a tooltip adds."""
 
     text: str
     verdict: str
+    interval: str = ""
     help: str = ""
 
     @property
     def whole(self) -> str:
-        return f"{self.text} {self.verdict}".strip()
+        return " ".join(filter(None, (self.text, self.interval, self.verdict)))
 
 
 def headers(matrix: Matrix, metric: str) -> list[str]:
@@ -61,12 +62,13 @@ def cells_of(row: Row, matrix: Matrix) -> list[Cell]:
 
 def cell(one: Judgement) -> Cell:
     if one.quantity.name == "steps_to_baseline" and one.reason and math.isnan(one.value):
-        return Cell("not reached", one.verdict, "a run did not reach the baseline's final loss")
+        return Cell("not reached", one.verdict, "", "a run did not reach the baseline's final loss")
     help = one.reason or (
         f"95 % interval over {one.covers}; p = {one.p:.2g} after Holm's correction; margin "
         f"{one.quantity.margin_text}"
     )
-    return Cell(judged_text(one), one.verdict, help)
+    figure, _, interval = judged_text(one).partition(" ")
+    return Cell(figure, one.verdict, interval, help)
 
 
 def mean_text(mean: float | None, quantity: Quantity) -> str:

@@ -1,0 +1,294 @@
+"""Which start to begin with, from the sweeps and reproductions of this repository.
+
+`python -m experiments.report.decisions` writes `docs/which-start.md` and the three sentences that
+open README.md, from the page of the small protocol and the verdicts of the reproductions. Nothing
+is chosen by hand: a start is named only if a sweep resolved that it is better than the baseline and
+not worse in the score, or if a claim about it was reproduced.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_init import list_initializers
+
+from .cells import judged_text, listing, mantissa, markdown
+from .judgement import BETTER, NOT_RESOLVED, TIE, WORSE, Judgement
+from .palette import BASELINE
+from .published import PublishedSweep, read_page
+from .quantities import SCORE
+
+START, END = "<!-- which start: begin -->", "<!-- which start: end -->"
+HEADERS = ("you have", "begin with", "rate", "our sweep", "papers’ claims, measured again")
+CLAIM_HEADERS = ("claim", "verdict", "the paper", "ours")
+UNKNOWN = "not known"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A practitioner's case.
+
+    Attributes:
+        label: what the practitioner has.
+        quantity: what counts, by its name; empty if no sweep here measures the case.
+        data: whether starts that read data may be used.
+        claims: reproduction, beginning of the statement, and the start that it speaks for.
+    """
+
+    label: str
+    quantity: str
+    data: bool = True
+    claims: tuple[tuple[str, str, str], ...] = ()
+
+
+SITUATIONS = (
+    Situation("a float base without data", "score", data=False),
+    Situation(
+        "a float base with data", "score", claims=(
+            ("eva_variance", "EVA’s first gradient of B is larger", ""),
+            ("corda_knowledge", "CorDA’s instruction-previewed mode learns more", ""),
+        ),
+    ),
+    Situation(
+        "a base whose knowledge must stay", "forgetting", claims=(
+            ("corda_knowledge", "In its knowledge-preserved mode CorDA changes", "corda"),
+            ("corda_knowledge", "After its knowledge-preserved mode CorDA is better", "corda"),
+        ),
+    ),
+    Situation(
+        "few steps (the sweep has 60)", "score", claims=(
+            ("first_step", "LoRA-GA’s first step is the closest of all methods", ""),
+        ),
+    ),
+    Situation("many steps", ""),
+    Situation(
+        "a 4-bit base without data", "", data=False, claims=(
+            ("pissa_quantization", "PiSSA reduces the error of NF4 more than LoftQ does, at T = 5",
+             "qpissa"),
+            ("pissa_quantization", "PiSSA reduces the error of NF4 more than LoftQ does, at T = 1",
+             "qpissa"),
+        ),
+    ),
+    Situation(
+        "a 4-bit base with data", "", claims=(
+            ("loftq_iterations", "QERA’s closed form has a lower output error than LoftQ", "qera"),
+            ("loftq_iterations", "QERA’s lower output error shows in perplexity", "qera"),
+        ),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the evidence says about a situation, as text for a row of the table."""
+
+    situation: Situation
+    start: str
+    rate: str
+    ours: str
+    claims: tuple[dict[str, str], ...]
+
+    def cells(self) -> list[str]:
+        start = quoted(self.start) if self.start != UNKNOWN else UNKNOWN
+        papers = "; ".join(f"{one['statement']}: **{one['verdict']}**" for one in self.claims)
+        return [self.situation.label, start, self.rate, self.ours, papers or "none"]
+
+
+def decide(sweep: PublishedSweep, verdicts: dict[str, list[dict[str, str]]]) -> list[Decision]:
+    """A decision for each situation."""
+    return [decision(situation, sweep, verdicts) for situation in SITUATIONS]
+
+
+def decision(
+    situation: Situation, sweep: PublishedSweep, verdicts: dict[str, list[dict[str, str]]]
+) -> Decision:
+    known = [one for one in sweep.judgements if one.arm in candidates(situation.data)]
+    mine = [one for one in known if one.quantity.name == situation.quantity]
+    worse = {one.arm for one in known if one.quantity == SCORE and one.verdict == WORSE}
+    better = [one for one in mine if one.verdict == BETTER and one.arm not in worse]
+    claims = [(claim(verdicts, place, text), start) for place, text, start in situation.claims]
+    reproduced = [start for one, start in claims if start and one["verdict"] == "reproduced"]
+    if better:
+        best = max(better, key=lambda one: abs(np.log(one.value)) if one.factor else one.value)
+        start = best.arm
+    elif reproduced and not mine:
+        start = reproduced[0]
+    else:
+        start = BASELINE if mine else UNKNOWN
+    papers = tuple(one for one, _ in claims)
+    return Decision(situation, start, rate(start, sweep), evidence(mine, sweep), papers)
+
+
+def candidates(data: bool) -> set[str]:
+    """The starts for a float base; without data, those that read neither inputs nor gradients."""
+    return {
+        spec.name
+        for spec in list_initializers()
+        if "quantizer" not in spec.reads and (data or not spec.reads & {"inputs", "gradient"})
+    }
+
+
+def claim(verdicts: dict[str, list[dict[str, str]]], place: str, text: str) -> dict[str, str]:
+    """The verdict on one claim, by the beginning of its statement."""
+    found = [one for one in verdicts.get(place, []) if one["statement"].startswith(text)]
+    if len(found) != 1:
+        raise ValueError(
+            f"claim={text!r} is not supported: must begin one statement of {place!r} in the "
+            "verdicts. Change SITUATIONS."
+        )
+    return found[0]
+
+
+def evidence(mine: list[Judgement], sweep: PublishedSweep) -> str:
+    """What the sweep resolved in the quantity that counts."""
+    if not mine:
+        return "none: no sweep here measures it"
+    parts = []
+    for verdict in (BETTER, WORSE, TIE, NOT_RESOLVED):
+        found = [f"`{one.arm}` {judged_text(one)}" for one in mine if one.verdict == verdict]
+        if found:
+            parts.append(f"{verdict}: {', '.join(found)}")
+    label = sweep.metric if mine[0].quantity == SCORE else mine[0].quantity.label
+    return f"{label} against `{BASELINE}`. {'; '.join(parts)}"
+
+
+def rate(start: str, sweep: PublishedSweep) -> str:
+    """A start's chosen rate as a multiple of the baseline's."""
+    if start in sweep.rates and BASELINE in sweep.rates:
+        multiple = sweep.rates[start] / sweep.rates[BASELINE]
+        return f"×{multiple:.2g}" + (" (at the edge)" if start in sweep.at_edge else "")
+    return "not measured: search it"
+
+
+def sentences(sweep: PublishedSweep, decisions: list[Decision]) -> tuple[str, str, str]:
+    """What opens the README."""
+    score = [one for one in sweep.judgements if one.quantity == SCORE]
+    better = [one.arm for one in score if one.verdict == BETTER]
+    widest = max(max(abs(one.low), abs(one.high)) for one in score)
+    if better:
+        first = (
+            f"Begin with {listing(map(quoted, better))}: at its own best rate, it has a resolved "
+            f"gain in {sweep.metric} over `{BASELINE}`."
+        )
+    else:
+        first = (
+            f"Begin with `{BASELINE}`: no other start has a resolved gain in {sweep.metric} at its "
+            f"own best rate, though differences up to {100 * widest:.0f} points stay possible."
+        )
+    lower: dict[str, list[str]] = {}
+    for arm in sweep.rates:
+        if sweep.rates[arm] != sweep.rates[BASELINE]:
+            lower.setdefault(rate(arm, sweep), []).append(arm)
+    groups = [f"{listing(map(quoted, arms))} {multiple}" for multiple, arms in lower.items()]
+    second = (
+        f"Search the learning rate again when you change the start: times `{BASELINE}`’s, the best "
+        f"rates were {'; '.join(groups)}."
+    )
+    forgets = [
+        f"`{one.arm}` forgets more than `{BASELINE}` ({judged_text(one, brief=True)})"
+        for one in sweep.judgements
+        if one.quantity.name == "forgetting" and one.verdict == WORSE
+    ]
+    four_bit = [one for one in decisions if one.situation.label.startswith("a 4-bit base")]
+    parts = [*forgets, *(f"for {d.situation.label}, begin with `{d.start}`" for d in four_bit)]
+    third = "; ".join(parts)
+    return first, second, third[0].upper() + third[1:] + "."
+
+
+def quoted(name: str) -> str:
+    return f"`{name}`"
+
+
+def page(sweep: PublishedSweep, verdicts: dict[str, list[dict[str, str]]]) -> str:
+    """The Markdown of `docs/which-start.md`."""
+    decisions = decide(sweep, verdicts)
+    facts = sweep.facts
+    described = (
+        f"The sweep: {facts.get('Model')} on {facts.get('Data')}, {facts.get('Training')}, rank "
+        f"{facts.get('Rank')}, seeds {facts.get('Seeds')}, {facts.get('Held out')} held out. Each "
+        "start has its own learning rate, chosen on validation data. Differences are paired over "
+        "seeds, with 95 % intervals and Holm’s correction. A tie lies within a stated margin; not "
+        "resolved means that the runs cannot tell."
+    )
+    baseline = sweep.rates[BASELINE]
+    rates = [
+        [quoted(arm), mantissa(value), f"{value / baseline:.2g}"]
+        for arm, value in sorted(sweep.rates.items(), key=lambda item: -item[1])
+    ]
+    lines = [
+        "# Which start?",
+        "Written by `python -m experiments.report.decisions`; do not edit.",
+        "\n\n".join(sentences(sweep, decisions)),
+        described + ' <a href="protocol.html">The whole report</a>. {doc}`evidence` has more.',
+        markdown("What to begin with", HEADERS, [one.cells() for one in decisions]),
+        "A resolved difference is “better” or “worse”. “Reproduced” speaks of our small models.",
+        markdown("The claims", CLAIM_HEADERS, claim_rows(decisions)),
+        markdown("The rate to begin with", ("start", "best rate", f"times {BASELINE}’s"), rates),
+        "## What the evidence does not say",
+        "\n".join(f"- {line}" for line in silent(sweep, decisions)),
+    ]
+    return "\n\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def claim_rows(decisions: list[Decision]) -> list[list[str]]:
+    """Each claim once, with the paper's figure and ours."""
+    claims = {one["statement"]: one for decision in decisions for one in decision.claims}
+    keys = ("statement", "verdict", "paper", "ours")
+    return [[one[key] for key in keys] for one in claims.values()]
+
+
+def silent(sweep: PublishedSweep, decisions: list[Decision]) -> list[str]:
+    """What no figure here answers."""
+    facts = sweep.facts
+    tried = {one.arm for one in sweep.judgements} | {BASELINE}
+    untried = sorted({spec.name for spec in list_initializers()} - tried)
+    open_ = [one for one in sweep.judgements if one.verdict == NOT_RESOLVED]
+    counts = {q: sum(one.quantity == q for one in open_) for q in {o.quantity for o in open_}}
+    ordered = [q for q in dict.fromkeys(one.quantity for one in sweep.judgements) if q in counts]
+    return [
+        f"Larger models, other data and longer training: the sweep is {facts.get('Model')}, "
+        f"{facts.get('Training')}, and the reproductions use models of up to 135M parameters.",
+        "Not resolved in the sweep: "
+        + listing(
+            f"{sweep.metric if q == SCORE else q.label} ({counts[q]} of "
+            f"{sum(one.quantity == q for one in sweep.judgements)})"
+            for q in ordered
+        )
+        + ".",
+        *(
+            f"{one.situation.label[0].upper()}{one.situation.label[1:]}: no sweep or reproduction "
+            "here decides it."
+            for one in decisions
+            if one.start == UNKNOWN
+        ),
+        f"No sweep here has tuned {listing(map(quoted, untried))}.",
+        "The rates of the 4-bit starts: the sweep has `loftq` only.",
+    ]  # fmt: skip
+
+
+def with_sentences(readme: str, three: tuple[str, str, str]) -> str:
+    """The README with today's three sentences between its two markers."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"README.md must have the lines {START} and {END}")
+    return f"{before}{START}\n" + "\n".join(three) + f"\n{END}{after}"
+
+
+def main(root: Path) -> None:
+    """Write both files below `root`, the repository."""
+    sweep = read_page(root / "docs" / "protocol.html")
+    verdicts = json.loads((root / "docs" / "papers" / "verdicts.json").read_text("utf-8"))
+    (root / "docs" / "which-start.md").write_text(page(sweep, verdicts), encoding="utf-8")
+    readme = root / "README.md"
+    three = sentences(sweep, decide(sweep, verdicts))
+    readme.write_text(with_sentences(readme.read_text("utf-8"), three), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path())
