@@ -15,8 +15,8 @@ def fronts(points: pd.DataFrame) -> pd.DataFrame:
     """The mean over seeds of each arm at each of its learning rates.
 
     `on_front`: no other rate of the arm learns more and forgets less. `leads`: no point of any arm
-    of the task does. Rates with fewer finished seeds than the arm's others are left out, because
-    their mean covers other seeds.
+    of the task at this rank does. Rates with fewer finished seeds than the arm's others are left
+    out, because their mean covers other seeds.
 
     Args:
         points: runs with `curve`, the score, and `forgetting`.
@@ -31,7 +31,7 @@ def fronts(points: pd.DataFrame) -> pd.DataFrame:
     means = means.reset_index()
     most = means.groupby(["task", "arm"])["seeds"].transform("max")
     means = means[means["seeds"] == most].reset_index(drop=True)
-    for name, groups in (("on_front", ["task", "arm"]), ("leads", ["task"])):
+    for name, groups in (("on_front", ["task", "arm"]), ("leads", ["task", "rank"])):
         best = pd.Series(False, index=means.index)
         for _, group in means.groupby(groups, sort=False):
             best[group.index] = not_dominated(group["learned"], group["forgetting"])

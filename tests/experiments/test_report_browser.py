@@ -243,7 +243,7 @@ def test_nothing_overlaps_or_overflows_and_every_filter_works(protocol, tmp_path
     seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', elements).group(1)))
     assert seen["width"] == width
     assert seen["found"] == []
-    assert seen["charts"] == "15"
+    assert seen["charts"] == "17"
     methods, rates, seeds, controls = len(SYNTHETIC), 3, 3, 2
     assert seen["best"] == [methods * seeds + controls] * 2
     one_rank = methods * rates * seeds + controls
@@ -262,7 +262,7 @@ def test_two_tasks_are_shown_one_at_a_time_and_averaged(tmp_path):
                        tasks=("r8", "rotten_tomatoes"), blocks=1, steps=20)  # fmt: skip
     elements = browse(written(sweep).page.as_uri(), tmp_path / "profile")
     drawn = dict(re.findall(r'<figure class="card[^"]*" id="(\w+)">(.*?)</figure>', elements, re.S))
-    assert 'data-ready="15"' in elements
+    assert 'data-ready="17"' in elements
     assert len(re.findall(r'aria-label="[^"]*seeds: 0,1"', drawn["score"])) == 4  # dots and bars
     assert "interquartile mean" in drawn["tasks"]
     assert re.search(r'<tr data-method="pissa"[^>]*rotten_tomatoes"[^>]* hidden', elements)

@@ -19,9 +19,9 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
     line = "Line: the front of a method over its learning rates. " if several else ""
     return [Chart(
         "forgetting", "Learning against forgetting",
-        f"{line}Ring: no other point of any method learns more and forgets less. Means over all "
-        f"seeds; the filter of seeds does not apply. Forgetting is measured against the original "
-        f"base{kind}.",
+        f"{line}Ring: no other point of any method at this rank learns more and forgets less. "
+        "Means over all seeds; the filter of seeds does not apply. Forgetting is measured against "
+        f"the original base{kind}.",
         drawing(canvas, views, several), SECTION, wide=several,
     )]  # fmt: skip
 
@@ -44,9 +44,11 @@ def drawing(canvas: Canvas, views: Views, several: bool) -> alt.LayerChart:
     small = base.mark_point(filled=True, size=45 if several else 110, opacity=0.6).encode(
         x=x, y=y, color=color, shape=shape, tooltip=tips
     )
-    ring = base.transform_filter("datum.leads").mark_point(
-        size=230, strokeWidth=2.2, opacity=1, shape="circle"
-    ).encode(x=x, y=y, color=color, tooltip=tips)  # fmt: skip
+    # Transparent instead of filtered: an axis needs values, also if no point shown leads.
+    ring = base.mark_point(size=230, strokeWidth=2.2, shape="circle").encode(
+        x=x, y=y, color=color, tooltip=tips,
+        opacity=alt.condition("datum.leads", alt.value(1), alt.value(0)),
+    )  # fmt: skip
     layers = [small, ring]
     if several:
         line = base.transform_filter("datum.on_front").mark_line(strokeWidth=1.8, opacity=0.8)
