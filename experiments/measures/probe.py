@@ -44,18 +44,26 @@ class PeakMemory:
 
     On Linux the kernel's high-water mark is reset first. Elsewhere that is not possible: the figure
     is then the peak since the process started, and `kind` says so.
+
+    Attributes:
+        bytes: the peak.
+        held: the use when the block began, most of it the model; None where it is not known. A
+            worker that has run other jobs holds more, so that only the difference is the block's.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.held: int | None = None
         self.kind = "cuda" if torch.cuda.is_available() else "resident"
 
     def __enter__(self) -> PeakMemory:
         if self.kind == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            self.held = torch.cuda.memory_allocated()
         else:
             try:
                 Path("/proc/self/clear_refs").write_text("5")
+                self.held = resident("VmRSS")
             except OSError:
                 self.kind = "resident since start"
         return self
@@ -64,9 +72,14 @@ class PeakMemory:
         if self.kind == "cuda":
             self.bytes = torch.cuda.max_memory_allocated()
         elif self.kind == "resident":
-            status = Path("/proc/self/status").read_text()
-            line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-            self.bytes = int(line.split()[1]) * 1024
+            self.bytes = resident("VmHWM")
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             self.bytes = peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident(name: str) -> int:
+    """A figure of this process in bytes: "VmRSS", its resident set, or "VmHWM", the peak of it."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

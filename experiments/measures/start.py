@@ -40,5 +40,12 @@ def describe_start(
         "init_seconds": init["seconds"]["total"],
         "calibration_seconds": init["seconds"]["calibration"],
         "peak_memory_bytes": init["peak_memory_bytes"],
+        "added_memory_bytes": added_memory(init),
         "calibration_tokens": init["calibration_tokens"],
     }
+
+
+def added_memory(init: Mapping[str, Any]) -> int | None:
+    """What the start used beyond what was held before it; None where that is not known."""
+    held = init.get("held_memory_bytes")
+    return None if held is None else max(init["peak_memory_bytes"] - held, 0)

@@ -10,6 +10,7 @@ import altair as alt
 import pandas as pd
 
 from .palette import BASELINE, Mark
+from .quantities import Quantity
 
 ARM_CHOSEN = (
     "indexof(methods, datum.method) >= 0 && indexof(ranks, datum.rank) >= 0 "
@@ -81,6 +82,11 @@ class Canvas:
         if chart.over != "tasks" and len(self.initial["tasks"]) < len(self.filters["tasks"]):
             parts += self.initial["tasks"]
         return f" ({', '.join(parts)})" if parts else ""
+
+    def quantity_label(self, quantity: Quantity) -> str:
+        """The quantity with its unit, by the score's own name."""
+        name = self.metric if quantity.name == "score" else quantity.label
+        return f"{name}, {quantity.unit}" if quantity.unit else name
 
     def table(self, name: str) -> alt.Chart:
         return alt.Chart(alt.NamedData(name))

@@ -26,7 +26,7 @@ def difference_text(interval: Interval) -> str:
 
 
 def judged_text(one: Judgement, brief: bool = False) -> str:
-    """A difference to the baseline with its interval: "+1.2 ± 2.4" points, "×3.3 [2.5, 4.4]".
+    """A difference to the baseline with its interval: "+1.2 ± 2.4", "×3.3 [2.5, 4.4]".
 
     Args:
         brief: without the interval.
@@ -38,11 +38,13 @@ def judged_text(one: Judgement, brief: bool = False) -> str:
         return f"×{factor(one.value)}" + (
             f" [{factor(one.low)}, {factor(one.high)}]" if known else ""
         )
+    scale = one.quantity.scale
+    half = scale * (one.high - one.low) / 2
     if one.quantity.ratio:
         text = f"{one.value:+.2g}".replace("-", "−")
-        return f"{text} ± {(one.high - one.low) / 2:.2g}" if known else text
-    text = signed(100 * one.value)
-    return f"{text} ± {50 * (one.high - one.low):.1f}" if known else text
+        return f"{text} ± {half:.2g}" if known else text
+    text = signed(scale * one.value)
+    return f"{text} ± {half:.1f}" if known else text
 
 
 def factor(value: float) -> str:

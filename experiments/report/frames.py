@@ -16,7 +16,10 @@ from .runs import Run
 from .validation import NUMBERS
 
 RESULT = ("model", "data", "metric", "tested", *NUMBERS)
-START = ("norm_A", "norm_B", "relative_norm", "calibration_tokens", "first_step_error")
+START = (
+    "norm_A", "norm_B", "relative_norm", "calibration_tokens", "first_step_error",
+    "added_memory_bytes",
+)  # fmt: skip
 END = ("update_size", "forgetting", "intruder_dimensions", "angle_A", "angle_B")
 NESTED = ("init", "notes", "environment", "config")
 MEASURED = (*NUMBERS, *START, *END, "output_gap", "output_gap_kl")

@@ -37,7 +37,7 @@ def differences(matrix: Matrix, metric: str) -> str:
             most = max(found, key=distance)
             parts.append(
                 f"{name(quantity, metric)} ({len(found)} of {len(all_)}; most: "
-                f"{arm(most, matrix)} {judged_text(most, brief=True)}, {most.verdict})"
+                f"{arm(most, matrix)} {with_unit(most)}, {most.verdict})"
             )
     if not parts:
         return f"No quantity of any method differs from {BASELINE}’s beyond doubt."
@@ -98,6 +98,11 @@ def counted(matrix: Matrix, metric: str, verdict: str) -> list[str]:
 def arm(one: Judgement, matrix: Matrix) -> str:
     several = len({other.task for other in matrix.judgements}) > 1
     return f"{one.arm} on {one.task}" if several else one.arm
+
+
+def with_unit(one: Judgement) -> str:
+    text = judged_text(one, brief=True)
+    return text if one.factor else f"{text} {one.quantity.unit}".strip()
 
 
 def distance(one: Judgement) -> float:

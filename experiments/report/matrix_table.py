@@ -76,7 +76,7 @@ def mean_text(mean: float | None, quantity: Quantity) -> str:
         return "—"
     if quantity == SCORE:
         return f"{100 * mean:.1f} %"
-    return f"{mean / 2**20:,.0f} MiB" if quantity.name.endswith("_bytes") else significant(mean)
+    return significant(mean) if quantity.ratio else f"{quantity.scale * mean:,.1f} {quantity.unit}"
 
 
 def matrix_rows(rows: list[Row], matrix: Matrix, brief: bool = False) -> list[list[str]]:
@@ -113,7 +113,7 @@ def power_rows(powers: list[Power], metric: str) -> list[list[str]]:
         half = power.half_width(power.seeds)
         rows.append([
             f"{name} on {power.task}" if several else name, f"{power.seeds:g}",
-            size_text(half, factor, quantity.ratio), power.least_text,
+            size_text(half, factor, quantity), power.least_text,
             *(deviation(v, power) for v in (power.shared, power.between_seeds,
                                             power.between_examples, power.rest)),
         ])  # fmt: skip
@@ -143,7 +143,10 @@ def deviation(variance: float, power: Power) -> str:
     value = math.sqrt(variance)
     if power.factor:
         return f"{100 * math.expm1(value):.2g} %"
-    return scientific(value) if power.quantity.ratio else f"{100 * value:.2g} points"
+    quantity = power.quantity
+    if quantity.ratio:
+        return scientific(value)
+    return f"{quantity.scale * value:.2g} {quantity.unit}"
 
 
 def need_rows(power: Power) -> list[list[str]]:

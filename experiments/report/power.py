@@ -89,7 +89,7 @@ class Power:
     @property
     def least_text(self) -> str:
         """The smallest difference that this sweep resolves."""
-        return size_text(self.now, self.factor, self.quantity.ratio)
+        return size_text(self.now, self.factor, self.quantity)
 
     def seeds_for(self, difference: float, examples: int | None = None) -> int | None:
         """The seeds that resolve a difference; None if no number does."""
@@ -133,14 +133,16 @@ def smallest(least, difference: float, first: int) -> int | None:
     return low
 
 
-def size_text(value: float, factor: bool, ratio: bool) -> str:
+def size_text(value: float, factor: bool, quantity: Quantity) -> str:
     """A smallest difference as text: "3.1 points", "12 %"."""
     if np.isnan(value):
         return "unknown: one seed"
     if factor:
         share = 100 * np.expm1(value)
         return f"{share:.2g} %" if share < 100 else f"a factor of {np.exp(value):.2g}"
-    return f"{value:.2g}" if ratio else f"{100 * value:.1f} points"
+    if quantity.ratio:
+        return f"{value:.2g}"
+    return f"{quantity.scale * value:.1f} {quantity.unit}"
 
 
 def powers(matrix: Matrix, summarizer: Summarizer) -> list[Power]:
@@ -201,7 +203,7 @@ def curve(power: Power, most: int = 32) -> pd.DataFrame:
 
 
 def shown(power: Power, value: float) -> float:
-    """In points for a score, in percent of the baseline's value for a factor."""
+    """In the quantity's unit, in percent of the baseline's value for a factor."""
     if power.factor:
         return 100 * float(np.expm1(value))
-    return 100 * value if not power.quantity.ratio else value
+    return power.quantity.scale * value

@@ -89,8 +89,7 @@ def stored(verdicts: pd.DataFrame) -> list[Judgement]:
     made = []
     for row in verdicts.itertuples():
         quantity = quantities[row.quantity]
-        unit = 1 if quantity.ratio else 100
-        values = (float(value) / unit for value in (row.value, row.low, row.high))
+        values = (float(value) / quantity.scale for value in (row.value, row.low, row.high))
         made.append(Judgement(
             quantity, row.task, row.arm, BASELINE, *values, np.nan, row.verdict, bool(row.factor),
             EXAMPLES_TOO if quantity == SCORE else SEEDS_ALONE, quantity.margin,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MIB = 2.0**20
 HIGHER, LOWER, NEITHER = "higher", "lower", "neither"
 
 
@@ -19,6 +20,7 @@ class Quantity:
         ratio: whether methods are compared by a factor (on logarithms), else by a difference.
         margin: differences below it do not matter: a share of the baseline's value for a ratio,
             else in the quantity's own unit.
+        unit, scale: for texts, the unit that a value times `scale` has.
     """
 
     name: str
@@ -27,14 +29,17 @@ class Quantity:
     better: str
     margin: float
     ratio: bool = True
+    unit: str = ""
+    scale: float = 1.0
 
     @property
     def margin_text(self) -> str:
-        unit = "%" if self.ratio else "point" if self.margin == 0.01 else "points"
-        return f"±{100 * self.margin:g} {unit}"
+        if self.ratio:
+            return f"±{100 * self.margin:g} %"
+        return f"±{self.scale * self.margin:g} {self.unit}"
 
 
-SCORE = Quantity("score", "score", "score", HIGHER, 0.01, ratio=False)
+SCORE = Quantity("score", "score", "score", HIGHER, 0.01, False, "points", 100.0)
 QUANTITIES = (
     SCORE,
     Quantity("validation_loss", "validation loss at equal steps", "valid. loss", LOWER, 0.02),
@@ -44,7 +49,16 @@ QUANTITIES = (
     Quantity("forgetting", "forgetting", "forgets", LOWER, 0.1),
     Quantity("update_size", "size of the update", "update", NEITHER, 0.1),
     Quantity("init_seconds", "seconds of the start", "init s", LOWER, 0.25),
-    Quantity("peak_memory_bytes", "peak memory of the start", "memory", LOWER, 0.05),
+    Quantity(
+        "added_memory_bytes",
+        "memory of the start",
+        "memory",
+        LOWER,
+        16 * MIB,
+        False,
+        "MiB",
+        1 / MIB,
+    ),
     Quantity("first_step_gradient_norm", "first gradient", "first grad", NEITHER, 0.1),
     Quantity("first_step_error", "error of the first step", "first step", LOWER, 0.05),
 )

@@ -121,7 +121,7 @@ def score_rows(summarizer: Summarizer) -> pd.DataFrame:
 
 
 def verdicts(matrix: Matrix, chosen: pd.DataFrame) -> pd.DataFrame:
-    """One row per judgement: the score in points, factors as they are."""
+    """One row per judgement: in the quantity's unit, factors as they are."""
     arms = chosen.drop_duplicates(["task", "arm"]).set_index(["task", "arm"])
     return pd.DataFrame(
         {
@@ -129,7 +129,7 @@ def verdicts(matrix: Matrix, chosen: pd.DataFrame) -> pd.DataFrame:
             "method": arms.loc[(one.task, one.arm), "method"],
             "rank": arms.loc[(one.task, one.arm), "rank"], "factor": one.factor,
             **{
-                key: value * (1 if one.quantity.ratio else 100)
+                key: value * one.quantity.scale
                 for key, value in (("value", one.value), ("low", one.low), ("high", one.high))
             },
             "verdict": one.verdict,

@@ -62,6 +62,7 @@ def initialize(
         **adapted.init_report().to_dict(),
         "peak_memory_bytes": memory.bytes,
         "peak_memory_kind": memory.kind,
+        "held_memory_bytes": memory.held,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "output_gap": output_gap(before, probe(adapted, batch, mask)),

@@ -274,3 +274,4 @@ def test_peak_memory_sees_an_allocation():
         torch.ones(50_000_000)
     if memory.kind == "resident":
         assert memory.bytes > before.bytes + 150_000_000
+        assert memory.bytes - memory.held > 150_000_000

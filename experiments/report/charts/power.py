@@ -18,7 +18,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
         return []
     present = set(frame["quantity"])
     choices = {
-        q.name: f"{canvas.metric}, points" if q.name == "score" else f"{q.label}, % of the baseline"
+        q.name: canvas.quantity_label(q) + (", % of the baseline" if q.ratio else "")
         for q in QUANTITIES if q.name in present
     }  # fmt: skip
     return [Chart(

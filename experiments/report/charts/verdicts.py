@@ -31,7 +31,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
         if len(part):
             present = set(part["quantity"])
             choices = {
-                q.name: canvas.metric if q.name == "score" else q.label
+                q.name: canvas.quantity_label(q)
                 for q in QUANTITIES if q.name in present
             }  # fmt: skip
             made.append(Chart(
@@ -70,7 +70,7 @@ def drawing(canvas: Canvas, frame: pd.DataFrame, first: str, factor: bool) -> al
         label = "datum.value === 0 ? '0' : format(datum.value, '+.4~g')"
         axis = alt.Axis(tickCount=FEW_TICKS, labelExpr=label)
         scale, none = alt.Scale(padding=10), 0
-        title = f"difference to {BASELINE}, points"
+        title = f"difference to {BASELINE}"
     x = alt.X("bottom:Q", title=title, scale=scale, axis=axis)
     interval = canvas.bars(base, x, "top", tips)
     point = base.mark_point(size=95, opacity=1, strokeWidth=2).encode(

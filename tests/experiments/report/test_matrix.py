@@ -52,14 +52,16 @@ def test_every_quantity_is_read_from_the_runs(tmp_path):
         for seed in (0, 1):
             folder = tmp_path / f"{method}-{seed}"
             write_curve(folder, [x + 0.01 * seed for x in losses[method]])
-            edit(folder, peak_memory_bytes=(1 + (method == "pissa")) * 2.0**30 + seed)
+            start = {"added_memory_bytes": (1 + 80 * (method == "pissa")) * 2**20 + seed}
+            edit(folder, start=start)
     write_curve(tmp_path / "olora-1", [0.7, 0.5, 0.5])
     report = make([tmp_path], tmp_path / "report")
     pissa, olora = (report.matrix.at("rotten_tomatoes", arm) for arm in ("pissa", "olora"))
     assert pissa["steps_to_baseline"].value == pytest.approx(10 / 20)
     assert pissa["validation_loss"].value == pytest.approx((0.4 / 0.5 * 0.41 / 0.51) ** 0.5)
-    assert pissa["peak_memory_bytes"].value == pytest.approx(2)
-    assert pissa["peak_memory_bytes"].verdict == WORSE
+    assert pissa["added_memory_bytes"].value == pytest.approx(80 * 2**20)
+    assert pissa["added_memory_bytes"].verdict == WORSE
+    assert olora["added_memory_bytes"].verdict == TIE
     assert olora["steps_to_baseline"].verdict == NOT_RESOLVED
     assert "no run of olora" in olora["steps_to_baseline"].reason
     assert [quantity.name for quantity in report.matrix.absent] == ["first_step_error"]
@@ -125,12 +127,12 @@ def test_the_headline_says_what_the_verdicts_say(tmp_path):
     found = [
         *judged(matrix, "score", [NOT_RESOLVED] * 4, 0.01),
         *judged(matrix, "forgetting", [WORSE, WORSE, TIE, NOT_RESOLVED]),
-        *judged(matrix, "peak_memory_bytes", [TIE] * 4),
+        *judged(matrix, "added_memory_bytes", [TIE] * 4),
     ]
     first, second, third = headline(Matrix(found, [QUANTITY["update_size"]]), [], "accuracy")
     assert first == "Different from kaiming: forgetting (2 of 4; most: m0 ×2.0, worse)."
-    assert second.startswith("Tied, within the margin: forgetting (m2, ±10 %) and peak memory of")
-    assert second.endswith(" (all 4, ±5 %).")
+    assert second.startswith("Tied, within the margin: forgetting (m2, ±10 %) and memory of the")
+    assert second.endswith(" (all 4, ±16 MiB).")
     assert third == (
         "Not resolved: accuracy (all 4) and forgetting (m3); not measured: size of the update."
     )
