@@ -245,8 +245,6 @@ def claim_rows(decisions: list[Decision]) -> list[list[str]]:
 def silent(sweep: PublishedSweep, decisions: list[Decision]) -> list[str]:
     """What no figure here answers."""
     facts = sweep.facts
-    tried = {one.arm for one in sweep.judgements} | {BASELINE}
-    untried = sorted({spec.name for spec in list_initializers()} - tried)
     open_ = [one for one in sweep.judgements if one.verdict == NOT_RESOLVED]
     counts = {q: sum(one.quantity == q for one in open_) for q in {o.quantity for o in open_}}
     ordered = [q for q in dict.fromkeys(one.quantity for one in sweep.judgements) if q in counts]
@@ -266,8 +264,7 @@ def silent(sweep: PublishedSweep, decisions: list[Decision]) -> list[str]:
             for one in decisions
             if one.start == UNKNOWN
         ),
-        f"No sweep here has tuned {listing(map(quoted, untried))}.",
-        "The rates of the 4-bit starts: the sweep has `loftq` only.",
+        f"Starts other than {listing(map(quoted, sweep.rates))}: no sweep here has tuned them.",
     ]  # fmt: skip
 
 
