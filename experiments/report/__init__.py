@@ -2,6 +2,7 @@
 
 Imports go down this list only:
 
+    decisions      `docs/which-start.md`; situations: its cases; published: a page read back
     __main__       the command
     mirror         the report in wandb
     output         everything into one folder
