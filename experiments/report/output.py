@@ -182,14 +182,14 @@ def write_tables(page: Page, output: Path) -> None:
     notes = [f"{note} ({methods})" for note, methods in facts.notes(page.runs)]
     notes += [f"left out: {p.run}: {p.reason}" for p in page.problems if p.fatal]
     headers = matrix_table.headers(page.matrix, page.metric)
-    verdicts = matrix_table.matrix_rows(page.rows, page.matrix)
-    legend = matrix_table.legend(page.matrix)
-    parts = [
-        "\n".join(f"- {sentence}" for sentence in page.headline) + "\n",
-        markdown("Compared with the baseline", headers, verdicts),
-        f"{legend}\n",
-        markdown_table(page.rows, page.metric, "Results"),
-    ]
+    verdicts = matrix_table.matrix_rows(page.rows, page.matrix) if page.matrix.judgements else []
+    parts = ["".join(f"- {sentence}\n" for sentence in page.headline)]
+    if verdicts:
+        parts += [
+            markdown("Compared with the baseline", headers, verdicts),
+            f"{matrix_table.legend(page.matrix)}\n",
+        ]
+    parts.append(markdown_table(page.rows, page.metric, "Results"))
     for title, head, cells in matrix_table.power_tables(page.powers, page.metric):
         parts.append(markdown(title, head, cells, "---:"))
     parts.append("".join(f"- {note}\n" for note in notes))
@@ -198,7 +198,8 @@ def write_tables(page: Page, output: Path) -> None:
         "table.tex": "\n".join([
             r"% needs \usepackage{booktabs}",
             *(f"% {line}" for line in (*page.headline, *notes)),
-            latex_table(" ".join(page.headline).rstrip("."), headers, verdicts),
+            *([latex_table(" ".join(page.headline).rstrip("."), headers, verdicts)]
+              if verdicts else []),
             latex_results(page.rows, page.metric, page.sweep.name),
         ]),
     }  # fmt: skip
