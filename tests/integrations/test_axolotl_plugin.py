@@ -3,10 +3,13 @@
 If axolotl is installed, its own base class is used.
 """
 
+import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import yaml
 from peft_training import peft_model, trainer_of
 from pydantic import BaseModel
 from substitutes import random_llama
@@ -66,6 +69,14 @@ def test_the_section_starts_the_adapter(plugin, section, tmp_path):
     (callback,) = plugin.add_callbacks_pre_trainer(cfg=cfg, model=model)
     trainer_of(model, tmp_path, callback).train()
     assert callback.report.method == section["method"]
+
+
+def test_the_guides_section_is_accepted(plugin):
+    page = Path(__file__).resolve().parents[2] / "docs" / "guides" / "trainers.md"
+    (section,) = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    settings = yaml.safe_load(section)
+    assert settings["plugins"] == [f"{type(plugin).__module__}.{type(plugin).__name__}"]
+    assert checked(plugin, **settings).lora_init["method"] == "eva"
 
 
 @pytest.mark.parametrize(

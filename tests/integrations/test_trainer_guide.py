@@ -118,12 +118,13 @@ def test_ms_swift_starts_and_resumes(run, folder, tmp_path):
 
 
 class Trainer:
-    """Of lightning.Trainer, the loop over batches."""
+    """Of lightning.Trainer, the loop over one loader. It takes a list for several loaders."""
 
     def __init__(self, *, max_steps=-1, accelerator="auto"):
         self.max_steps = max_steps
 
     def fit(self, model, train_dataloaders=None):
+        assert not isinstance(train_dataloaders, list)
         optimizer = model.configure_optimizers()
         for _ in range(self.max_steps):
             for index, batch in enumerate(train_dataloaders):
