@@ -142,16 +142,16 @@ def _with_patterns(config: LoraConfig, layers: list[FileLayer]) -> LoraConfig:
 
 
 def _write_diffusers(folder: Path, layers: list[FileLayer], component: str) -> Path:
-    """Write the file that diffusers' `load_lora_weights` reads, with the alpha of each layer.
+    """Write the file that diffusers' `load_lora_weights` reads, with B scaled by s.
 
-    diffusers scales a layer by alpha over the rank of its tensors, so the alphas hold s r.
+    diffusers 0.42 adds B A, unscaled. It reads alphas for some pipelines only: for a UNet's PEFT
+    names, it ignores them.
     """
     tensors = {}
     for layer in layers:
-        for key, value in zip(layer.keys, (layer.lora_A, layer.lora_B), strict=True):
+        scaled = (layer.lora_B.float() * layer.scaling).to(layer.lora_B.dtype)
+        for key, value in zip(layer.keys, (layer.lora_A, scaled), strict=True):
             tensors[f"{component}.{key.removeprefix(PREFIX)}"] = value.contiguous().clone()
-        alpha = torch.tensor(layer.scaling * layer.rank, dtype=torch.float32)
-        tensors[f"{component}.{layer.name}.alpha"] = alpha
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / DIFFUSERS_NAME
     write_atomically(path, lambda place: save_file(tensors, place, metadata={"format": "pt"}))

@@ -10,6 +10,7 @@ GRPOTrainer, sentence-transformers, LLaMA-Factory and axolotl.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class LoraInitCallback(TrainerCallback):
             )
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"batches={batches!r} is not supported: must be an integer >= 1")
+        _check_names(settings)
         self.method = _with_fixed_ranks(method_setting(method, options))
         self.calibration = calibration
         self.batches = batches
@@ -121,7 +123,30 @@ class LoraInitCallback(TrainerCallback):
             return self.calibration
         device = next(model.parameters()).device
         with _same_random_numbers():
-            return [_moved(batch, device) for batch in _examples(loader, self.batches, self.seed)]
+            examples = _examples(loader, self.batches, self.seed)
+            batches = [_moved(batch, device) for batch in examples]
+        if batches and not isinstance(batches[0], Mapping):
+            raise ValueError(
+                "calibration='train' is not supported: a batch of this trainer must be a mapping "
+                f"of tensors, and is a {type(batches[0]).__name__}. Pass batches for the model"
+            )
+        return batches
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the callback and `initialize_peft_model` do not have.
+
+    Raises:
+        TypeError: by the setting's name.
+    """
+    parameters = inspect.signature(initialize_peft_model).parameters.values()
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    for name, value in settings.items():
+        if name not in known:
+            raise TypeError(
+                f"{name}={value!r} is not supported: the setting must be one of "
+                f"{', '.join(['method', 'batches', *known])}"
+            )
 
 
 def _with_fixed_ranks(setting: Any) -> Any:
