@@ -20,6 +20,7 @@ import difflib
 import fnmatch
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 import re
 import threading
@@ -210,6 +211,28 @@ class Initializer:
         """Whether the method needs calibration data: it reads inputs or gradients."""
         return bool(self.reads & {"inputs", "gradient", "output_moments"})
 
+    def factors(self, layer: Layer, options: Options) -> Factors:
+        """Call the function.
+
+        Raises:
+            TypeError: the function returns something else than `Factors`.
+        """
+        try:
+            found = self.function(layer, options)
+        except (AttributeError, TypeError) as error:
+            declared = sorted(self.reads) or "nothing"
+            error.add_note(
+                f"initializer {self.name!r} declares reads={declared}: other data of the layer are "
+                "None"
+            )
+            raise
+        if not isinstance(found, Factors):
+            raise TypeError(
+                f"initializer {self.name!r} returned {type(found).__name__}: must be "
+                "lora_init.Factors(lora_A, lora_B)"
+            )
+        return found
+
     def request(self, options: Options) -> CalibrationRequest | None:
         """The statistics to collect; None for a method that needs no calibration data."""
         if self.reads & {"inputs", "gradient", "output_moments"} == {"gradient"}:
@@ -264,14 +287,21 @@ def register_initializer(
         known = _registry.get(name)
         if known is not None:
             raise ValueError(
-                f"initializer {name!r} is already registered by {known.function.__module__}; "
-                "choose another name"
+                f"initializer {name!r} of {function.__module__} is already registered by "
+                f"{known.function.__module__}; choose another name"
             )
         if not (isinstance(options, type) and issubclass(options, Options)):
             raise TypeError(
                 f"initializer {name!r}: options={options!r} must be a dataclass that inherits from "
                 "lora_init.registry.Options"
             )
+        _check_call(name, function)
+        for argument, value in (("reads", reads), ("modules", modules)):
+            if isinstance(value, str):
+                raise TypeError(
+                    f"initializer {name!r}: {argument}={value!r} is not supported: must be a list; "
+                    f"pass [{value!r}]"
+                )
         given = {"reads": frozenset(reads), "modules": frozenset(modules), "base": {base}}
         supported = {"reads": get_args(Reads), "modules": MODULE_TYPES, "base": get_args(Base)}
         for argument, values in given.items():
@@ -299,6 +329,17 @@ def register_initializer(
         return function
 
     return decorate
+
+
+def _check_call(name: str, function: Method) -> None:
+    """Raise if the function cannot be called with a layer and options."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"initializer {name!r}: {function.__qualname__}{inspect.signature(function)} is not "
+            "supported: must take two arguments, (layer, options)"
+        ) from error
 
 
 def batched(function: Method) -> Method:

@@ -12,6 +12,7 @@ from lora_init import (
     LoraConfig,
     Options,
     get_peft_model,
+    init_factors,
     list_initializers,
     register_initializer,
     registry,
@@ -46,7 +47,7 @@ def test_the_eight_are_listed_with_their_properties():
 
 
 def test_a_name_is_registered_once(clean_registry):
-    with pytest.raises(ValueError, match=r"'pissa' is already registered by lora_init\.init"):
+    with pytest.raises(ValueError, match=r"'pissa' of .* is already registered by lora_init\.init"):
         register_initializer("pissa")(lambda *args: None)
     with pytest.raises(ValueError, match="'My-Method'.*lower-case letters"):
         register_initializer("My-Method")(lambda *args: None)
@@ -114,6 +115,25 @@ def test_a_wrong_result_is_refused_by_name_and_layer(clean_registry, result, mes
         get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights="broken"))
     assert type(model[0]) is nn.Linear
     assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.wrong_types
+def test_mistakes_in_a_registration_name_the_fix(clean_registry):
+    with pytest.raises(TypeError, match=r"reads='weight' is not supported"):
+        register_initializer("text", reads="weight")(lambda layer, options: None)
+    with pytest.raises(TypeError, match=r"must take two arguments, \(layer, options\)"):
+        register_initializer("short")(lambda layer: None)
+
+
+@pytest.mark.wrong_types
+def test_mistakes_in_a_function_name_the_method(clean_registry):
+    register_initializer("tuple")(lambda layer, options: (1, 2))
+    register_initializer("undeclared")(lambda layer, options: layer.gradient.shape)
+    with pytest.raises(TypeError, match=r"'tuple' returned tuple: must be lora_init.Factors"):
+        init_factors(torch.ones(2, 3), "tuple", r=1)
+    with pytest.raises(AttributeError) as caught:
+        init_factors(torch.ones(2, 3), "undeclared", r=1)
+    assert "'undeclared' declares reads=nothing" in caught.value.__notes__[0]
 
 
 def test_frozen_factors_are_not_trained(clean_registry):

@@ -240,9 +240,9 @@ class _Worker:
         """Call the method: on one layer, on a stack, or on the layers of a stack in turn."""
         spec, options = self.plan.initializer, self.plan.options
         if len(layers) == 1 or not spec.is_batched:
-            made = [spec.function(layer, options) for layer in layers]
+            made = [spec.factors(layer, options) for layer in layers]
         else:
-            made = unstacked(spec.function(stacked(layers), options), len(layers))
+            made = unstacked(spec.factors(stacked(layers), options), len(layers))
         for target, factors in zip(targets, made, strict=True):
             check_shapes(target.name, target.shape, target.rank, spec, factors)
         return made

@@ -118,7 +118,7 @@ def init_factors(
     if layer.stored_weight is not None:
         refuse_non_finite(name or "weight", layer.stored_weight)
     with torch.no_grad(), full_precision():
-        factors = spec.function(layer, settings)
+        factors = spec.factors(layer, settings)
     check_shapes(name or "weight", layer.shape, r, spec, factors)
     refuse_non_finite_factors(name or "weight", spec, factors)
     warn_of_concerns(spec, settings, [(name or "weight", r, factors.metrics)])

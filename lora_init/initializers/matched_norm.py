@@ -96,7 +96,7 @@ def _reference_norm(spec: Initializer, layer: Layer) -> Float[Tensor, "*stack"]:
     """‖B' A'‖ of the reference."""
     if layer.is_stack and not spec.is_batched:
         return torch.stack([_reference_norm(spec, one) for one in layer.members()])
-    start = spec.function(layer, spec.options())
+    start = spec.factors(layer, spec.options())
     return product_norm(start.lora_A, start.lora_B)
 
 
