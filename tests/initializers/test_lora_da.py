@@ -109,9 +109,7 @@ def test_a_layer_without_a_gradient_starts_with_b_zero():
     assert factors.lora_A.any()
 
 
-@pytest.mark.parametrize(
-    "options", [{"gamma": 0}, {"beta": -1}, {"damping": 0}, {"examples": 0}, {"gamma": "much"}]
-)
+@pytest.mark.parametrize("options", [{"gamma": 0}, {"beta": -1}, {"damping": 0}, {"examples": 0}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match=f"lora_da: {next(iter(options))}=.*must be a finite"):
         LoraConfig(init_lora_weights={"name": "lora_da", **options})
