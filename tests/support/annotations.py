@@ -2,12 +2,13 @@
 
 import functools
 import inspect
+import typing
 
 import jaxtyping
 import torch
 from beartype import BeartypeConf, beartype
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 """Checks a function's annotated types; an int is a float."""
 
 jaxtyped = jaxtyping.jaxtyped
@@ -16,7 +17,7 @@ jaxtyped = jaxtyping.jaxtyped
 def install():
     """Check the functions and dataclasses of lora_init, which must not be imported yet.
 
-    jaxtyping decorates a function at its first call. At the import it takes seconds for all.
+    A function is decorated at its first call. At the import that takes seconds for all of them.
     torch.compile cannot trace the checks, so they are off in compiled code. Nor can it trace a
     context manager in a wrapper, so generators are left out.
     """
@@ -36,7 +37,8 @@ def install():
 
 
 def _at_first_call(function, decorate):
-    decorated = functools.cache(lambda: decorate(function))
+    # Binding the axes of shapes takes most of the time, and few functions have any.
+    decorated = functools.cache(lambda: (decorate if _has_shapes(function) else checked)(function))
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -45,3 +47,17 @@ def _at_first_call(function, decorate):
         return decorated()(*args, **kwargs)
 
     return call
+
+
+def _has_shapes(function):
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError:  # a name that only type checkers import; jaxtyping checks the others
+        return True
+    return any(map(_is_shaped, hints.values()))
+
+
+def _is_shaped(hint):
+    if inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(map(_is_shaped, typing.get_args(hint)))
