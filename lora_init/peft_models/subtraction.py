@@ -121,7 +121,7 @@ def complete_output(
     return output.to(dtype)
 
 
-def initial_output(base: nn.Module, start: Start, x: Tensor) -> Tensor:
+def initial_output(base: Any, start: Start, x: Tensor) -> Tensor:
     """s B0 A0 x, by the operations with which PEFT's layer computes s B A x."""
     lora_A, lora_B = start.factors()
     operation = known_format(base).operation

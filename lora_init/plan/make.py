@@ -124,7 +124,8 @@ def make_plan(
             omitted.append(LeftOut(name, type(module).__name__, reason))
             continue
         stored = known_format(module)
-        rows, columns = shape = stored.shape(module)
+        rows, columns = stored.shape(module)
+        shape = rows, columns
         rank = ranks(name)
         if not any_rank:
             narrow = rank_excess(rank, shape, spec)

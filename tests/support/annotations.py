@@ -37,8 +37,15 @@ def install():
 
 
 def _at_first_call(function, decorate):
-    # Binding the axes of shapes takes most of the time, and few functions have any.
-    decorated = functools.cache(lambda: (decorate if _has_shapes(function) else checked)(function))
+    @functools.cache
+    def decorated():
+        try:
+            hints = typing.get_type_hints(function)
+        except NameError:  # a name that only type checkers import; jaxtyping checks the others
+            return decorate(function)
+        # Binding the axes of shapes takes most of the time, and few functions have any.
+        shaped = any(map(_is_shaped, hints.values()))
+        return jaxtyped(checked(function), typechecker=None) if shaped else checked(function)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -47,14 +54,6 @@ def _at_first_call(function, decorate):
         return decorated()(*args, **kwargs)
 
     return call
-
-
-def _has_shapes(function):
-    try:
-        hints = typing.get_type_hints(function)
-    except NameError:  # a name that only type checkers import; jaxtyping checks the others
-        return True
-    return any(map(_is_shaped, hints.values()))
 
 
 def _is_shaped(hint):
