@@ -120,6 +120,7 @@ def test_a_weight_that_is_read_counts_as_used():
         get_peft_model(Reader(), config("layer"))(torch.randn(3, 8))
 
 
+@pytest.mark.wrong_types
 def test_a_pass_that_fails_leaves_the_check_for_the_next_one():
     model = get_peft_model(HeldElsewhere(), config("first", "aside"))
     with warnings.catch_warnings():
