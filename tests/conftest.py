@@ -45,6 +45,10 @@ def pytest_configure(config):
         annotations.install()
 
 
+def pytest_runtest_setup(item):
+    annotations.test += 1
+
+
 def quick(items):
     """The selection of `make check`.
 

@@ -1,4 +1,8 @@
-"""The checks of annotated types and shapes that are on in every test run."""
+"""The checks of annotated types and shapes that are on in every test run.
+
+Each test checks the first call of every function. Later calls in the same test nearly always repeat
+its types, and checking all of them costs a test 30 ms.
+"""
 
 import functools
 import inspect
@@ -12,6 +16,9 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeEr
 """Checks a function's annotated types; an int is a float."""
 
 jaxtyped = jaxtyping.jaxtyped
+
+test = 0
+"""The number of the running test; conftest.py counts."""
 
 
 def install():
@@ -47,8 +54,14 @@ def _at_first_call(function, decorate):
         shaped = any(map(_is_shaped, hints.values()))
         return jaxtyped(checked(function), typechecker=None) if shaped else checked(function)
 
+    seen = 0  # the last test that called the function
+
     @functools.wraps(function)
     def call(*args, **kwargs):
+        nonlocal seen
+        if seen == test:
+            return function(*args, **kwargs)
+        seen = test
         if jaxtyping.config.jaxtyping_disable or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         return decorated()(*args, **kwargs)
