@@ -19,6 +19,7 @@ NAMES = (
     "rate_scaling",
     "rank_scaling",
     "sharpness",
+    "start_family",
 )
 
 

@@ -1,0 +1,319 @@
+"""A family tree of starts: which methods are the same map, and which point the same way.
+
+A start of rank r chooses an input space (the rows of A), an output space (the columns of B), and a
+product s B A. Two starts are the same map if these agree, even if their papers and code differ. All
+starts are computed for the same layers, data and scaling. Nothing is trained.
+
+Six small claims follow from the same rows: on what the first step of LoRA-GA can capture, on
+directions that the inputs do not use, on sign G, on the eigenvalues of SC-LoRA, and on SRR.
+
+Sources: Yin et al. 2025 (IPA), arXiv 2509.04398; Luo et al. 2025 (SC-LoRA), arXiv 2505.23724; Liu
+et al. 2026 (Astra), arXiv 2602.19111; arXiv 2602.02001 (SRR); arXiv 2505.22934 (OSRM); arXiv
+2411.19557 (LoRA-SB); Wang et al. 2024 (LoRA-GA), arXiv 2407.05000.
+"""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from experiments.papers.application import run
+from experiments.papers.claim import Claim, judge
+from experiments.papers.drawing import chart, color, legend, tips
+from experiments.papers.interval import mean
+from experiments.papers.reproduction import Figure, Measurement, Reproduction, Table
+from experiments.papers.start_family_rows import BETAS, StartFamilyOptions, measure
+from experiments.papers.subject import file_name
+
+EQUAL = {
+    ("astra", "sc_lora, beta 0"): "SC-LoRA without a set to keep is Astra",
+    ("eva", "eva_frozen"): "IPA starts from EVA’s directions",
+    ("qera", "srr, none preserved"): "SRR that preserves nothing is QERA",
+    ("pissa", "geora, all"): "GeoRA that selects every entry is PiSSA",
+}
+SAME = 1e-3
+"""The largest distance from 1 at which an overlap or a cosine counts as the same: twice the square
+of an angle of 0.02 between solvers of different accuracy."""
+SIDES = {"A": "rows of A", "B": "columns of B"}
+
+
+def judge_all(measured: Measurement) -> list[Claim]:
+    """One claim on equal starts, five on what their directions contain."""
+    return [
+        equal_claim(measured["pairs"]),
+        capture_claim(measured["gradients"]),
+        unused_claim(measured["inputs"]),
+        sign_claim(measured["signs"]),
+        positive_claim(measured["kept"], measured.options.rank),
+        refit_claim(measured["quantized"]),
+    ]
+
+
+def distances(pairs: pd.DataFrame, one: str, two: str) -> pd.Series:
+    """1 minus the overlap or cosine of two starts, whichever is worst, for each layer."""
+    wanted = {one, two}
+    rows = pairs[[{a, b} == wanted for a, b in zip(pairs["one"], pairs["two"], strict=True)]]
+    return 1 - rows[["A", "B", "cosine"]].min(axis=1)
+
+
+def equal_claim(pairs: pd.DataFrame) -> Claim:
+    """Methods that should be the same map."""
+    worst = {pair: float(distances(pairs, *pair).max()) for pair in EQUAL}
+    listed = "; ".join(f"{a} and {b}: {gap:.1e}" for (a, b), gap in worst.items())
+    return Claim(
+        statement="Four pairs of published starts are the same map at the right settings",
+        paper="– (no paper compares them)",
+        ours=f"largest distance of an overlap or cosine from 1 over all layers: {listed}",
+        criterion=f"every distance at most {SAME:g}; same direction: at most 0.1; contradicts: one "
+        "is above 0.5",
+        verdict=judge(
+            holds=max(worst.values()) <= SAME,
+            direction=max(worst.values()) <= 0.1,
+            opposite=max(worst.values()) > 0.5,
+        ),
+        published=False,
+    )
+
+
+def capture_claim(rows: pd.DataFrame) -> Claim:
+    """PEFT's random direction draws one set of triplets for both factors."""
+    ratio = mean((rows["the same set"] / rows["different sets"]).tolist())
+    return Claim(
+        statement="With one random set of triplets for both factors, as in PEFT, LoRA-GA’s first "
+        "step follows half of the gradient’s energy",
+        paper="theorem 3.1 needs different sets (no figure); half by the algebra, on average",
+        ours=f"share of the energy with one set, relative to different sets: {ratio.show('.2f')} "
+        f"over {len(rows)} layers",
+        criterion="the mean is between 0.35 and 0.65; same direction: it is below 1 beyond its "
+        "interval; contradicts: it is 1 or more",
+        verdict=judge(
+            holds=0.35 <= ratio.value <= 0.65,
+            direction=ratio.high < 1,
+            opposite=ratio.value >= 1,
+        ),
+        published=False,
+    )
+
+
+def unused_claim(rows: pd.DataFrame) -> Claim:
+    """OSRM's gain over random directions falls with the width."""
+    by_width = rows.groupby("width")[["random", "least used"]].mean()
+    gains = by_width["random"] - by_width["least used"]
+    listed = ", ".join(f"{gain:.2%} at {width}" for width, gain in gains.items())
+    falls = gains.is_monotonic_decreasing and len(gains) > 1
+    return Claim(
+        statement="What OSRM’s least used directions save, compared with random ones, falls with "
+        "the width of the layer",
+        paper="– (gains in merged accuracy at one width)",
+        ours=f"share of the inputs’ energy that is avoided: {listed}",
+        criterion="it falls from each width to the next; same direction: from the least to the "
+        "greatest; contradicts: it rises from the least to the greatest",
+        verdict=judge(
+            holds=falls,
+            direction=gains.iloc[-1] < gains.iloc[0],
+            opposite=gains.iloc[-1] > gains.iloc[0],
+        ),
+        published=False,
+        remark="r random directions hold r / n of the energy, so no more than that can be saved.",
+    )
+
+
+def sign_claim(rows: pd.DataFrame) -> Claim:
+    """LoRA-SB's first step is a small part of sign G."""
+    sign, plain = mean(rows["sign G"].tolist()), mean(rows["G"].tolist())
+    return Claim(
+        statement="r triplets hold most of Adam’s first step, from which LoRA-SB starts",
+        paper="the start “approximates the first step of full fine-tuning” (no figure)",
+        ours=f"share of ‖sign G‖²: {sign.show('.1%')}; of ‖G‖²: {plain.show('.1%')} (mean over "
+        f"{len(rows)} layers)",
+        criterion="a mean share of sign G of at least half; same direction: at least a quarter; "
+        "contradicts: below a tenth",
+        verdict=judge(
+            holds=sign.value >= 0.5, direction=sign.value >= 0.25, opposite=sign.value < 0.1
+        ),
+    )
+
+
+def positive_claim(rows: pd.DataFrame, rank: int) -> Claim:
+    """SC-LoRA has r directions that the new data use more."""
+    shares = rows.groupby("beta")["enough"].mean()
+    least = rows.groupby("beta")["positive"].min()
+    listed = ", ".join(
+        f"beta {beta:g}: {shares[beta]:.0%} of the layers, least {least[beta]}" for beta in BETAS
+    )
+    return Claim(
+        statement="SC-LoRA finds r directions that the new data use more than the data to keep",
+        paper="assumed (r = 128, no count)",
+        ours=f"layers with {rank} positive eigenvalues or more: {listed}",
+        criterion="all layers at every beta; same direction: all at the smallest beta; "
+        "contradicts: fewer than half at the smallest beta",
+        verdict=judge(
+            holds=bool((shares == 1).all()),
+            direction=bool(shares[BETAS[0]] == 1),
+            opposite=bool(shares[BETAS[0]] < 0.5),
+        ),
+    )
+
+
+def refit_claim(rows: pd.DataFrame) -> Claim:
+    """SRR's preserved part, compared with QERA and with a refit."""
+    wide = rows.pivot_table(index=["model", "layer", "bits"], columns="method", values="error")
+    ratios = {name: mean((wide[name] / wide["qera"]).tolist()) for name in wide if name != "qera"}
+    listed = "; ".join(f"{name}: {ratio.show('.3f')}" for name, ratio in ratios.items())
+    plain = ratios["srr"]
+    return Claim(
+        statement="Preserving the main directions before quantization lowers the layer’s output "
+        "error compared with QERA",
+        paper="lower perplexity than QERA on Llama-2-7B at 3 bits (figures of other models)",
+        ours=f"output error relative to QERA’s, mean over layers and bits: {listed}",
+        criterion="SRR’s mean is below 0.99 beyond its interval; same direction: below 1 beyond "
+        "its interval; contradicts: above 1 beyond its interval",
+        verdict=judge(holds=plain.high < 0.99, direction=plain.high < 1, opposite=plain.low > 1),
+        remark="The refit is an option of this project.",
+    )
+
+
+def tabulate(measured: Measurement) -> list[Table]:
+    """The nearest relative of each start, and the errors of quantized layers."""
+    pairs = measured["pairs"]
+    both = pd.concat([pairs, pairs.rename(columns={"one": "two", "two": "one"})])
+    rows = []
+    for name, some in both.groupby("one"):
+        row = {"start": name}
+        for side, words in SIDES.items():
+            means = some.groupby("two")[side].mean().dropna()
+            row[f"nearest by {words}"] = means.idxmax() if len(means) else "–"
+            row[f"overlap, {side}"] = means.max() if len(means) else None
+        rows.append(row)
+    errors = (
+        measured["quantized"]
+        .groupby(["model", "bits", "method"], as_index=False)["error"]
+        .mean()
+        .rename(columns={"error": "relative output error"})
+    )
+    return [
+        Table(
+            "relatives",
+            "The nearest relative of each start",
+            pd.DataFrame(rows),
+            note="Mean overlap of both spaces over all layers: 1 for the same space.",
+        ),
+        Table("quantized", "Output errors of quantized layers with an adapter", errors),
+    ]
+
+
+def draw(measured: Measurement) -> list[Figure]:
+    """A heat map of overlaps for each model and factor, and the energies of the first step."""
+    figures = []
+    for model, pairs in measured["pairs"].groupby("model", sort=False):
+        for side, words in SIDES.items():
+            figures.append(
+                Figure(
+                    f"overlap_{side.lower()}_{file_name(model)}",
+                    f"{model}: overlap of the {words}",
+                    "Mean squared cosine of the principal angles, mean over layers. Dark: the same "
+                    "space. A start whose factor is zero has no row.",
+                    heat_map(pairs, side),
+                    width=None,
+                )
+            )
+    return [*figures, shares_figure(measured["signs"])]
+
+
+def heat_map(pairs: pd.DataFrame, side: str) -> alt.Chart:
+    means = pairs.groupby(["one", "two"], as_index=False)[side].mean().dropna()
+    names = sorted({*means["one"], *means["two"]})
+    diagonal = pd.DataFrame({"one": names, "two": names, side: 1.0})
+    mirrored = means.rename(columns={"one": "two", "two": "one"})
+    cells = pd.concat([means, mirrored, diagonal])
+    order = clustered(cells.pivot_table(index="one", columns="two", values=side))
+    axis = alt.Axis(title=None, labelLimit=160)
+    return (
+        chart(cells)
+        .mark_rect()
+        .encode(
+            x=alt.X("one:N", sort=order, axis=axis),
+            y=alt.Y("two:N", sort=order, axis=axis),
+            color=alt.Color(
+                f"{side}:Q",
+                scale=alt.Scale(scheme="blues", domain=[0, 1]),
+                legend=legend(title="overlap"),
+            ),
+            tooltip=tips("one:N", "two:N", **{side: ".3f"}),
+        )
+        .properties(width=560, height=560)
+    )
+
+
+def clustered(overlaps: pd.DataFrame) -> list[str]:
+    """The starts in the order of a hierarchical clustering, so that relatives are neighbors."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    gaps = (1 - overlaps.fillna(0)).clip(lower=0).to_numpy(copy=True)
+    gaps = (gaps + gaps.T) / 2
+    gaps[range(len(gaps)), range(len(gaps))] = 0
+    order = leaves_list(linkage(squareform(gaps, checks=False), method="average"))
+    return [overlaps.index[place] for place in order]
+
+
+def shares_figure(rows: pd.DataFrame) -> Figure:
+    """The share of the gradient, and of its signs, in r triplets."""
+    cells = rows.melt(["model", "layer"], ["G", "sign G"], "matrix", "share")
+    drawing = (
+        chart(cells)
+        .mark_tick(thickness=2)
+        .encode(
+            x=alt.X("share:Q", axis=alt.Axis(format="%", title="share of the squared norm")),
+            y=alt.Y("model:N", title=None),
+            color=color("matrix", ["G", "sign G"]),
+            tooltip=tips("layer:N", "matrix:N", share=".1%"),
+        )
+        .properties(height=120)
+    )
+    return Figure(
+        "signs",
+        "How much of a gradient r triplets hold",
+        "A mark for each layer. Adam’s first step is the sign of the gradient.",
+        drawing,
+    )
+
+
+def discuss(measured: Measurement) -> list[str]:
+    """What the map says, and what it does not."""
+    pairs = measured["pairs"]
+    related = pairs.groupby(["one", "two"])[["A", "B"]].mean().max(axis=1)
+    known = {frozenset(pair) for pair in EQUAL}
+    close = [
+        f"{one} and {two}"
+        for (one, two), value in related.items()
+        if value > 0.99 and frozenset((one, two)) not in known
+    ]
+    sentences = []
+    if close:
+        sentences.append(
+            "Besides the equal pairs, these starts share at least one space in every layer "
+            f"(overlap above 0.99): {', '.join(close)}."
+        )
+    return [
+        *sentences,
+        "Starts that share a space can still differ in scale, in which factor is zero, and in what "
+        "is trained; the map says nothing about the accuracy after training.",
+    ]
+
+
+REPRODUCTION = Reproduction(
+    name="start_family",
+    title="A family tree of starts",
+    source="SC-LoRA, Astra, IPA, SRR, OSRM, LoRA-SB, LoRA-GA (arXiv numbers in the module)",
+    question="Which of the published starts are the same map, and which share a space?",
+    options=StartFamilyOptions,
+    measure=measure,
+    judge=judge_all,
+    tabulate=tabulate,
+    draw=draw,
+    discuss=discuss,
+)
+
+if __name__ == "__main__":
+    run(REPRODUCTION)

@@ -1,0 +1,251 @@
+"""The rows of `start_family`: starts of the same layers, compared without any training.
+
+All starts get the statistics of one pass over the data, and the scaling 1. `VARIANTS` are methods
+with the settings under which they should equal others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experiments.papers.reproduction import Measurement, Options, require_at_least
+from experiments.papers.subject import Layer, Subject
+from experiments.papers.tasks import described_data, load_with_task, measured_layers, task_batches
+from lora_init import Factors, LoraConfig, calibrate, init_factors, list_initializers
+from lora_init.progress import tracked
+
+VARIANTS = {
+    "eva": {"name": "eva", "rho": 1.0},
+    "eva_frozen": {"name": "eva_frozen", "rho": 1.0},
+    "gora": {"name": "gora", "smallest": 1.0, "largest": 1.0},
+    "sc_lora, beta 0": {"name": "sc_lora", "beta": 0.0},
+    "lora_ga, LOI": {"name": "lora_ga", "direction": "A2rBr", "scale": "unit"},
+    "srr, none preserved": {"name": "srr", "preserved": 0},
+    "geora, all": {"name": "geora", "fraction": 1.0},
+}
+LEARN, KEEP = "train", "validation"
+BITS = (2, 4)
+BETAS = (0.5, 0.8, 0.9)
+
+
+@dataclass
+class StartFamilyOptions(Options):
+    """What is compared.
+
+    Attributes:
+        models: as `load_with_task` takes them.
+        rank: the rank of all starts.
+        every: one of so many transformer blocks is measured.
+        examples, batch_size, length: of the data for statistics; another split of the same size is
+            the set to keep.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
+    rank: int = 8
+    every: int = 6
+    examples: int = 64
+    batch_size: int = 8
+    length: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "rank", "every", "examples", "batch_size", "length")
+
+
+def measure(options: StartFamilyOptions) -> Measurement:
+    """Compute all starts of some layers of each model, and compare them."""
+    rows: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("pairs", "gradients", "inputs", "signs", "kept", "quantized")
+    }
+    facts = {"adapter": f"r = {options.rank}, s = 1", "left out": "methods of a second checkpoint"}
+    for name in options.models:
+        subject = load_with_task(name, options.device)
+        layers = measured_layers(subject, options.every)
+        data = statistics(subject, layers, options)
+        for layer in tracked(layers, f"starts of {subject.short}"):
+            found = {"model": subject.short, "layer": layer.name}
+            weight, given = subject.weight(layer), data[layer.name]
+            starts = starts_of(weight, given, layer.name, options)
+            rows["pairs"] += [found | row for row in pairs(starts)]
+            rows["gradients"].append(found | captured(given["gradient"], options))
+            rows["inputs"].append(found | input_shares(given["inputs"], options.rank))
+            rows["signs"].append(found | sign_shares(given["gradient"], options.rank))
+            rows["kept"] += [found | row for row in positive(weight, given, options.rank)]
+            rows["quantized"] += [
+                found | row for row in output_errors(weight, given["inputs"], options)
+            ]
+        facts[subject.short] = (
+            f"{len(layers)} layers; {options.examples} examples of "
+            + described_data(name, size=options.batch_size, length=options.length)
+        )
+    return Measurement(options, {name: pd.DataFrame(found) for name, found in rows.items()}, facts)
+
+
+def statistics(
+    subject: Subject, layers: list[Layer], options: StartFamilyOptions
+) -> dict[str, dict[str, Any]]:
+    """By layer: moments of the inputs of two sets, the gradient, and moments of its outputs."""
+    names = [layer.name for layer in layers]
+    inputs, moved = (
+        LoraConfig(r=options.rank, target_modules=names, init_lora_weights=method)
+        for method in ("lora_null", "lora_da")
+    )
+    size = {"size": options.batch_size, "length": options.length}
+    batches = [task_batches(subject, split, options.examples, **size) for split in (LEARN, KEEP)]
+    learned = calibrate(subject.model, [inputs, moved], batches[0])
+    kept = calibrate(subject.model, inputs, batches[1]).layers
+    learn, gradients = (
+        learned.of(names, spec.request(settings)).layers
+        for spec, settings in (inputs.initializer(), moved.initializer())
+    )
+    return {
+        name: {
+            "inputs": learn[name].inputs,
+            "keep": kept[name].inputs,
+            "gradient": gradients[name].gradient,
+            "output_moments": gradients[name].output_moments,
+        }
+        for name in names
+    }
+
+
+def starts_of(
+    weight: Float[Tensor, "out in"], given: Mapping[str, Any], name: str, options: Any
+) -> dict[str, Factors]:
+    """The factors of every method that reads no second checkpoint, and of the variants."""
+    wanted = {spec.name: {"name": spec.name} for spec in list_initializers()} | VARIANTS
+    specs = {spec.name: spec for spec in list_initializers()}
+    found = {}
+    for label, setting in wanted.items():
+        spec = specs[setting["name"]]
+        if "target_weight" in spec.reads:
+            continue
+        inputs = given["inputs"]
+        if spec.name == "sc_lora":
+            inputs = {"learn": inputs, "keep": given["keep"]}
+        found[label] = init_factors(
+            weight,
+            setting,
+            r=options.rank,
+            inputs=inputs,
+            gradient=given["gradient"],
+            output_moments=given["output_moments"] if "output_moments" in spec.reads else None,
+            seed=options.seed,
+            name=name,
+        )
+    return found
+
+
+def pairs(starts: Mapping[str, Factors]) -> list[dict[str, Any]]:
+    """For each pair: the overlap of both spaces, and the angle between both products.
+
+    The overlap of two r-dimensional spaces is the mean squared cosine of their principal angles: 1
+    for the same space, r / n on average for random ones in n dimensions.
+    """
+    bases = {label: (basis(f.lora_A.mT), basis(output(f))) for label, f in starts.items()}
+    products = {label: (output(f) @ f.lora_A).double() for label, f in starts.items()}
+    rows = []
+    for one, two in itertools.combinations(starts, 2):
+        row: dict[str, Any] = {"one": one, "two": two}
+        for side, left, right in zip(("A", "B"), bases[one], bases[two], strict=True):
+            row[side] = overlap(left, right)
+        first, second = products[one], products[two]
+        norms = float(first.norm()), float(second.norm())
+        if min(norms) > 0:
+            row["cosine"] = float((first * second).sum()) / math.prod(norms)
+            row["ratio"] = norms[1] / norms[0]
+        rows.append(row)
+    return rows
+
+
+def output(factors: Factors) -> Float[Tensor, "out rank"]:
+    return factors.output_factor.detach()
+
+
+def basis(columns: Float[Tensor, "n rank"]) -> Float[Tensor, "n k"] | None:
+    """An orthonormal basis of the columns' span; None if they are zero."""
+    left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    kept = left[:, values > 1e-6 * values[0]] if values[0] > 0 else left[:, :0]
+    return kept if kept.shape[1] else None
+
+
+def overlap(one: Tensor | None, two: Tensor | None) -> float | None:
+    if one is None or two is None:
+        return None
+    return float((one.mT @ two).square().sum()) / min(one.shape[1], two.shape[1])
+
+
+def captured(gradient: Float[Tensor, "out in"], options: Any) -> dict[str, float]:
+    """Shares of ‖G‖² that the first step can follow, by the choice of 2r singular triplets.
+
+    With rows of A from the right vectors in one set and columns of B from the left vectors in
+    another, the step contains the triplets of both sets. PEFT draws one set for both.
+    """
+    rank = options.rank
+    energy = torch.linalg.svdvals(gradient.double()).square()
+    draw = torch.randperm(2 * rank, generator=torch.Generator().manual_seed(options.seed))
+    total = float(energy.sum())
+    return {
+        "different sets": float(energy[: 2 * rank].sum()) / total,
+        "the same set": float(energy[draw[:rank]].sum()) / total,
+    }
+
+
+def input_shares(inputs: Any, rank: int) -> dict[str, float]:
+    """Shares of the inputs' energy on r random directions, and on the r least used ones."""
+    moment = inputs.second_moment.double()
+    values = torch.linalg.eigvalsh(moment)
+    return {
+        "width": len(values),
+        "random": rank / len(values),
+        "least used": float(values[:rank].clamp_min(0).sum() / values.sum()),
+    }
+
+
+def sign_shares(gradient: Float[Tensor, "out in"], rank: int) -> dict[str, float]:
+    """Shares of ‖G‖² and ‖sign G‖² in their leading r triplets."""
+    shares = {}
+    for name, matrix in (("G", gradient.double()), ("sign G", gradient.double().sign())):
+        energy = torch.linalg.svdvals(matrix).square()
+        shares[name] = float(energy[:rank].sum() / energy.sum())
+    return shares
+
+
+def positive(weight: Tensor, given: Mapping[str, Any], rank: int) -> list[dict[str, Any]]:
+    """How many of SC-LoRA's eigenvalues are positive, for each beta."""
+    learn, keep = (given[name].second_moment.double() for name in ("inputs", "keep"))
+    rows = []
+    for beta in BETAS:
+        mixed = (1 - beta) * learn / learn.trace() - beta * keep / keep.trace()
+        values = torch.linalg.eigvalsh(weight.double() @ mixed @ weight.double().mT)
+        count = int((values > 1e-6 * values.abs().max()).sum())
+        rows.append({"beta": beta, "positive": count, "enough": count >= rank})
+    return rows
+
+
+def output_errors(weight: Tensor, inputs: Any, options: Any) -> list[dict[str, Any]]:
+    """Relative output errors of a quantized layer with an adapter: QERA, SRR, and SRR refitted."""
+    moment = inputs.second_moment.double()
+    rows = []
+    for bits in BITS:
+        settings = {
+            "qera": {"name": "qera", "bits": bits},
+            "srr": {"name": "srr", "bits": bits},
+            "srr, refitted": {"name": "srr", "bits": bits, "refit": True},
+        }
+        for method, setting in settings.items():
+            start = init_factors(weight, setting, r=options.rank, inputs=inputs, seed=options.seed)
+            base = start.replacement.base(weight, 1.0).double()
+            left = weight.double() - base - start.lora_B.double() @ start.lora_A.double()
+            error = ((left @ moment) * left).sum() / ((weight.double() @ moment) * weight).sum()
+            rows.append({"bits": bits, "method": method, "error": float(error.clamp_min(0).sqrt())})
+    return rows
