@@ -393,7 +393,7 @@ def check_call(
 
 def _sets(plan: Plan) -> str:
     """How to name the sets that a plan's method compares."""
-    names = plan.calibration.sets
+    names = plan.calibration.sets if plan.calibration is not None else ()
     return f", as a dict of the sets {', '.join(map(repr, names))}" if names else ""
 
 

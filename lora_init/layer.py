@@ -166,8 +166,9 @@ class Layer:
     def members(self) -> list[Layer]:
         """The layers of a stack, one by one."""
         nothing = [None] * len(self.names)
+        inputs: Any = self.inputs
         parts = {name: getattr(self, name) for name in STACKED}
-        parts["inputs"] = None if self.inputs is None else self.inputs.members
+        parts["inputs"] = None if inputs is None else inputs.members
         columns = [nothing if found is None else found for found in parts.values()]
         return [
             replace(self, names=(name,), is_stack=False, **dict(zip(parts, row, strict=True)))
@@ -192,7 +193,7 @@ def stacked(layers: Sequence[Layer]) -> Layer:
     )
 
 
-def _stacked_inputs(members: Sequence[Inputs]) -> Inputs:
+def _stacked_inputs(members: Sequence[Any]) -> Inputs:
     if not isinstance(members[0], InputSets):
         return StackedInputs(members)
     names = members[0].sets

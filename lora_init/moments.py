@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -118,12 +119,13 @@ class InputSets:
     ``inputs["learn"]`` has the moments of the set with that name.
 
     Attributes:
-        sets: the moments by the name of the set.
+        sets: the moments by the name of the set: `InputStatistics`, `LeadingComponents` or
+            `StackedInputs`.
     """
 
-    sets: Mapping[str, InputStatistics | LeadingComponents | StackedInputs]
+    sets: Mapping[str, Any]
 
-    def __getitem__(self, name: str) -> InputStatistics | LeadingComponents | StackedInputs:
+    def __getitem__(self, name: str) -> Any:
         return self.sets[name]
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_init.cache import Cache
 from lora_init.calibration.batches import BATCHES
@@ -16,7 +16,7 @@ from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
-from lora_init.moments import InputSets
+from lora_init.moments import InputSets, InputStatistics
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan
@@ -71,6 +71,7 @@ def calibrate(
             "pass those of methods that do, e.g. eva or corda"
         )
     for plan in plans:
+        assert plan.calibration is not None
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
@@ -106,7 +107,9 @@ def calibrated(
         _check_fit(plan, model, found, calibration.fingerprints)
         yield found
     elif plan.sketches_gradients:
-        found = collect_sketches(model, plan.sketch_sizes, request, calibration, device=device)
+        sizes = plan.sketch_sizes
+        assert sizes is not None
+        found = collect_sketches(model, sizes, request, calibration, device=device)
         yield found.of(names, request, device)
     elif plan.calibration_memory is None or request.gradients:
         shapes = {target.name: target.shape for target in plan.targets}
@@ -150,13 +153,13 @@ def _check_fit(
 ) -> None:
     for target in plan.targets:
         inputs, gradient = found.layers[target.name].inputs, found.layers[target.name].gradient
-        if gradient is not None and tuple(gradient.shape) != target.shape:
+        if isinstance(gradient, Tensor) and tuple(gradient.shape) != target.shape:
             raise ValueError(
                 f"calibration: the gradient of {target.name!r} has shape {tuple(gradient.shape)}, "
                 f"its weight {target.shape}; pass what lora_init.calibrate found on this model"
             )
         sets = inputs.sets.values() if isinstance(inputs, InputSets) else [inputs]
-        for width in (len(each.mean) for each in sets if each is not None):
+        for width in (len(each.mean) for each in sets if isinstance(each, InputStatistics)):
             if width != target.shape[1]:
                 raise ValueError(
                     f"calibration: the inputs of {target.name!r} have width {width}, the model's "

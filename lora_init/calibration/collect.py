@@ -179,6 +179,7 @@ def _collect_pass(
     dtype = sums_dtype([request])
     if not request.sets:
         return _collect_inputs(model, names, [request], batches, Budget(memory, dtype), device)
+    assert isinstance(batches, Mapping)  # else the call was refused
     single, parts = replace(request, sets=()), {}
     for name in request.sets:  # the layers that fitted in the sets before
         budget = Budget(memory // len(request.sets), dtype)

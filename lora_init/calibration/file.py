@@ -49,7 +49,9 @@ def parts(request: CalibrationRequest) -> tuple[str, ...]:
     """The names of the parts of a layer's statistics."""
     if request.output_moments:
         return "gradient", "inputs", "output_moments"
-    return request.sets or ("gradient" if request.gradients else "inputs",)
+    if request.sets:
+        return request.sets
+    return ("gradient" if request.gradients else "inputs",)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -125,13 +127,13 @@ def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Conte
     for each in _list(metadata, "requests"):
         request = _request(each)
         layers = _entry(each, "layers", dict)
-        names = parts(request)
-        by_part = layers if len(names) > 1 else {names[0]: layers}
+        first, *others = parts(request)
+        by_part = layers if others else {first: layers}
         requests[request] = {}
-        for part in names:
+        for part in (first, *others):
             numbers = _entry(by_part, part, dict)
-            if numbers.keys() != by_part[names[0]].keys():
-                raise ValueError(f"{part!r} has other layers than {names[0]!r}")
+            if numbers.keys() != by_part[first].keys():
+                raise ValueError(f"{part!r} has other layers than {first!r}")
             requests[request][part] = {n: _of(objects, numbers, n, part) for n in numbers}
     fingerprints = _entry(metadata, "fingerprints", dict)
     for name, text in fingerprints.items():

@@ -201,7 +201,8 @@ class _Sums:
 
     def _zeros(self, name: str, place: torch.device) -> Tensor:
         module = self.modules[name]
-        shape = known_format(module).shape(module)
+        rows, columns = known_format(module).shape(module)
+        shape = rows, columns
         if self.factors is not None:
             shape = self.factors[name].shape(shape)
         return torch.zeros(shape, dtype=torch.float32, device=self.device or place)

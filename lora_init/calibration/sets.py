@@ -79,6 +79,7 @@ def over_sets(
     """The statistics of one request: `collect` is called once, or once per set."""
     if not request.sets:
         return collect(request, batches)
+    assert isinstance(batches, Mapping)  # else the call was refused
     single = replace(request, sets=())
     return joined_sets(request, {name: collect(single, batches[name]) for name in request.sets})
 

@@ -33,6 +33,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import kaiming
@@ -93,6 +94,7 @@ class GoraOptions(Options):
 def importance(layer: LayerRequest) -> float:
     """The importance of a layer: mean |W ∘ G|, summed in float64."""
     gradient = layer.statistics.gradient
+    assert isinstance(gradient, Tensor)  # a method that chooses ranks gets no sketches
     weight = layer.weight().to(gradient.device, gradient.dtype)
     return float((weight * gradient).abs_().mean(dtype=torch.float64))
 

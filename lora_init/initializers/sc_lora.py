@@ -39,6 +39,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
+from lora_init.moments import InputSets
 from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
 from lora_init.weights.module_types import LINEAR_TYPES
 
@@ -99,7 +100,9 @@ def sc_lora(layer: Layer, options: ScLoraOptions) -> Factors:
     basis, reduced = None, weight
     if layer.shape[0] > layer.shape[1]:
         basis, reduced = linalg.thin_qr(weight)
-    learn, keep = (_outputs(reduced, layer.inputs[name].second_moment) for name in (LEARN, KEEP))
+    inputs = layer.inputs
+    assert isinstance(inputs, InputSets)
+    learn, keep = (_outputs(reduced, inputs[name].second_moment) for name in (LEARN, KEEP))
     if options.normalize == "trace":
         learn, keep = (one / _trace(one).clamp_min(torch.finfo().tiny) for one in (learn, keep))
     size = linalg.nesting_rank(layer.rank, min(layer.shape))

@@ -222,7 +222,7 @@ def _check_memory(plan: Plan, request: CalibrationRequest) -> None:
         needed, why = plan.statistics_bytes, f"{name}, which needs all statistics to choose ranks,"
     else:
         widest = max(plan.targets, key=plan.input_bytes)
-        sets = len(plan.calibration.sets) or 1
+        sets = len(request.sets) or 1
         needed, why = sets * plan.input_bytes(widest), f"the inputs of {widest.name!r} alone"
     if memory < needed:
         raise ValueError(

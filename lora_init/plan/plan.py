@@ -145,9 +145,8 @@ class Plan:
         """Memory of the statistics: exact for gradients, an upper bound for second moments."""
         if self.calibration is None:
             return 0
-        gradients = self.gradient_bytes
-        if self.sketches_gradients:
-            gradients = self.sketch_bytes
+        sketches = self.sketch_bytes if self.sketches_gradients else None
+        gradients = self.gradient_bytes if sketches is None else sketches
         sets = len(self.calibration.sets) or 1
         inputs = sets * sum(self.input_bytes(target) for target in self.targets)
         return self.calibration.gradients * gradients + self.calibration.inputs * inputs
@@ -167,11 +166,15 @@ class Plan:
     @property
     def sketch_sizes(self) -> dict[str, int] | None:
         """By target, how many triplets a gradient's sketch holds; None if it cannot be sketched."""
-        sizes = {target.name: self.directions(target) for target in self.targets}
         plain = self.calibration is not None and not self.calibration.inputs
-        if not plain or self.initializer.allocates or None in sizes.values():
+        if not plain or self.initializer.allocates:
             return None
-        return {t.name: min(sizes[t.name] + OVERSAMPLING, *t.shape) for t in self.targets}
+        sizes = {}
+        for target in self.targets:
+            if (directions := self.directions(target)) is None:
+                return None
+            sizes[target.name] = min(directions + OVERSAMPLING, *target.shape)
+        return sizes
 
     @property
     def sketches_gradients(self) -> bool:
