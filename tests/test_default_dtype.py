@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from methods import METHODS, SPECS, behavior
+from models import data_of
 from networks import Case
 from products import thinned
 
@@ -30,8 +31,9 @@ def default(setting):
 def factors(method, kind, base, setting):
     case = Case(kind)
     config = LoraConfig(r=4, target_modules=list(case.shapes), init_lora_weights=method)
+    data = data_of(SPECS[method], case.calibration())
     with default(setting):
-        model = get_peft_model(base, config, calibration=case.calibration(), cache=False)
+        model = get_peft_model(base, config, calibration=data, cache=False)
     return {
         f"{name}.{part}": getattr(layer, part)
         for name, layer in model.layers.items()

@@ -85,9 +85,10 @@ def test_1_base_comes_back_for_another_adapter(make, targets, method, tmp_path):
     changed = copy.deepcopy(base)
     model = train(adapt(changed, target_modules=targets, init_lora_weights=method), step(method))
     tolerance = 1e-5 * largest_ratio(model, base)
-    assert max(
-        relative_gap(a, b) for a, b in zip(logits(model, batches), original, strict=True)
-    ) > (1e-2)
+    assert (
+        max(relative_gap(a, b) for a, b in zip(logits(model, batches), original, strict=True))
+        > 1e-3
+    )
     with model.disable_adapter():
         assert_gap(logits(model, batches), original, tolerance)
     # An exception inside of the context switches the adapter on again.
@@ -509,7 +510,10 @@ def test_11_library_runs_without_optional_packages():
             batches = WithLoss([torch.randn(20, 8)], loss)
             if request is not None and request.sets:
                 batches = {name: [torch.randn(20, 8)] for name in request.sets}
-            model = get_peft_model(base, config, calibration=batches)
+            second = None
+            if "target_weight" in spec.reads:
+                second = {"0.weight": torch.randn(6, 8), "1.weight": torch.randn(4, 6)}
+            model = get_peft_model(base, config, calibration=batches, target_weights=second)
             assert str(model.init_report())
             model(torch.randn(3, 8))
             print(spec.name)
@@ -530,7 +534,7 @@ def test_11_source_imports_declared_packages_only():
 
     Optional ones are imported where they are there already or where they are asked for:
     bitsandbytes to pack one of its own modules, transformers for the former names of one of its
-    models, huggingface_hub to upload an adapter.
+    models, huggingface_hub to upload an adapter, axolotl and its pydantic in their integration.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[A-Za-z0-9_-]+", name)[0] for name in project["dependencies"]}
@@ -542,5 +546,5 @@ def test_11_source_imports_declared_packages_only():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
     foreign = {name for name in imported if name not in sys.stdlib_module_names} - {"lora_init"}
-    foreign -= {"bitsandbytes", "transformers", "huggingface_hub"}
+    foreign -= {"axolotl", "bitsandbytes", "huggingface_hub", "pydantic", "transformers"}
     assert foreign <= {name.replace("-", "_") for name in declared}

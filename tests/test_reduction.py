@@ -24,6 +24,7 @@ class Somewhere:
         ("cuda:nccl", "cuda:3", "cuda:3"),  # not the current device, which is 1
     ],
 )
+@pytest.mark.wrong_types
 def test_a_tensor_moves_only_where_its_device_is_not_reduced(monkeypatch, backends, device, place):
     monkeypatch.setattr(distributed, "get_backend_config", lambda: backends)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

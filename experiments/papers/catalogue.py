@@ -19,8 +19,11 @@ NAMES = (
     "rate_scaling",
     "rank_scaling",
     "sharpness",
-    "start_family",
 )
+
+
+OTHERS = ("start_family",)
+"""Reproductions of several papers at once, which have pages of their own."""
 
 
 def load_reproduction(name: str) -> Reproduction:
@@ -41,7 +44,7 @@ def check_names(names: Iterable[str]) -> None:
         ConfigurationError: the message has the nearest name.
     """
     for name in names:
-        if name not in NAMES:
+        if name not in (*NAMES, *OTHERS):
             raise ConfigurationError(
                 f"papers={name!r} is not supported: must be one of {', '.join(NAMES)}. "
                 f"{nearest(name, NAMES)}"

@@ -27,6 +27,7 @@ import torch
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
+from lora_init.linalg.draws import normal
 from lora_init.registry import Options, batched, register_initializer
 from lora_init.weights.module_types import MODULE_TYPES
 
@@ -65,7 +66,7 @@ def lora_xs(layer: Layer, options: LoraXsOptions) -> Factors:
     size = linalg.nesting_rank(layer.rank, min(layer.shape))
     triplets = linalg.top_singular(layer.stored_weight, size).leading(layer.rank)
     cores = [
-        options.std * torch.randn(layer.rank, layer.rank, generator=generator)
+        options.std * normal(layer.rank, layer.rank, generator=generator)
         for generator in layer.generators
     ]
     return Factors(

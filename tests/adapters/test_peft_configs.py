@@ -110,6 +110,7 @@ LATER = {"cache_file": None, "covariance_file": None, "verbose": False,
         ("lora_ga", {"scale": "gd_scale", "stable_gamma": 4}, {"scale": "gd", "gamma": 4}),
     ],
 )
+@pytest.mark.wrong_types
 def test_options_of_a_method_without_a_field_are_read(method, given, expected):
     """From a file of PEFT, and as PEFT's keyword argument; they are never written."""
     values = {"init_lora_weights": method, f"{method}_config": given}
@@ -129,6 +130,7 @@ def test_options_of_a_method_without_a_field_are_read(method, given, expected):
         ("lora_ga", [1], r"lora_ga_config=\[1\] is not supported: must be a mapping"),
     ],
 )
+@pytest.mark.wrong_types
 def test_unsupported_options_of_a_method_are_named(method, given, message):
     values = {"init_lora_weights": method, f"{method}_config": given}
     for read in (lambda: LoraConfig.from_dict(VALUES | values), lambda: LoraConfig(**values)):

@@ -91,6 +91,7 @@ def test_batches_that_can_be_read_only_once_are_refused_at_the_first():
 
 
 @pytest.mark.parametrize("method", [CORDA, EVA], ids=["corda", "eva"])
+@pytest.mark.wrong_types
 def test_statistics_are_let_go_before_the_next_pass(method, monkeypatch):
     alive = weakref.WeakSet()
     largest = []

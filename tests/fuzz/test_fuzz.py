@@ -9,6 +9,7 @@ MUTATIONS = 40
 
 
 @pytest.mark.parametrize("kind", SUBJECTS)
+@pytest.mark.wrong_types
 def test_damage_is_refused_or_harmless(kind):
     tallies = campaign([kind], MUTATIONS, processes=1, seconds=240)
     counts = tallies[kind].counts
@@ -27,6 +28,7 @@ def test_damage_is_refused_or_harmless(kind):
         ("finished run", 359),
     ],
 )
+@pytest.mark.wrong_types
 def test_what_a_campaign_found(kind, number):
     tallies = campaign([kind], 1, processes=1, seconds=240, only=number)
     assert not tallies[kind].faults

@@ -120,6 +120,7 @@ def test_a_rank_alone_with_a_broken_weight_fails_alone(ranks):
     assert "NaN" in ranks[1]["error"]
 
 
+@pytest.mark.wrong_types
 def test_the_share_of_each_rank_is_even(monkeypatch):
     monkeypatch.setattr(sharing, "rank_count", lambda: 2)
 

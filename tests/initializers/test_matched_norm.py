@@ -6,6 +6,7 @@ import pytest
 import torch
 from layers import layer_of
 from models import spread_weight
+from test_geora import best, masked
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.matched_norm import MatchedNormOptions, matched_norm, references
@@ -28,6 +29,7 @@ def test_the_norm_is_the_references(shape, scaling):
         "olora": scaling * (q.T @ weight.double()).norm(),
         "milora": smallest.norm(),
         "loram": weight.double().norm() * share**0.5,
+        "geora": best(masked(weight, rank, 0.2), rank).norm(),
     }
     assert set(references()) == set(wanted), "each method has its norm here"
     for reference, norm in wanted.items():

@@ -79,6 +79,7 @@ def test_forward_mode(model):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.wrong_types
 def test_a_trace_can_be_saved(model):
     x = inputs()
     file = io.BytesIO()
