@@ -117,10 +117,10 @@ def test_1_repeated_use_does_not_drift(method):
     """Ten rounds of inject and unload stay within what one is allowed."""
     base = Chain()
     model = copy.deepcopy(base)
-    calibration = Batches([chain_inputs(50)])
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["square", "tall"], init_lora_weights=method
     )
+    calibration = data_of(config.initializer()[0], Batches([chain_inputs(50)]))
     for _ in range(10):
         model = get_peft_model(model, config, calibration=calibration).unload()
     for name in ("square", "tall"):

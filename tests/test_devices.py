@@ -334,11 +334,10 @@ def test_a_model_on_two_devices(cuda, method, device, first, second):
         base.words.to(first)
         base.first.to(first)
         base.second.to(second)
+        config = config_of({"name": method, **SETTINGS.get(method, {})}, ["first", "second"])
+        batches = Batches(shifted(token_batches(count=2)))
         model = get_peft_model(
-            base,
-            config_of({"name": method, **SETTINGS.get(method, {})}, ["first", "second"]),
-            calibration=Batches(shifted(token_batches(count=2))),
-            device=device,
+            base, config, calibration=data_of(config.initializer()[0], batches), device=device
         )
         assert_on(model.first, first)
         assert_on(model.second, second)

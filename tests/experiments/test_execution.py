@@ -17,6 +17,7 @@ from experiments.run import execute as execution
 from experiments.run.execute import execute
 from experiments.run.folder import identify
 from lora_init import list_initializers
+from lora_init.registry import get_initializer
 
 FILES = {
     "config.yaml", "environment.json", "init.json", "spectra.json", "metrics.jsonl", "end.json",
@@ -36,8 +37,14 @@ KINDS = ("kaiming", "pissa", "eva", "lora_ga", "loftq", "loram", "gora")
 
 
 @pytest.mark.parametrize("method", chosen(METHODS, *KINDS))
-def test_every_method_runs(configured, tiny, method):
-    run = configured(*tiny, f"init={method}")
+def test_every_method_runs(configured, tiny, method, tmp_path):
+    overrides = [*tiny, f"init={method}"]
+    spec = get_initializer(method)
+    if spec.needs_data and spec.request(spec.options()).sets:
+        texts = tmp_path / "texts.jsonl"
+        texts.write_text("".join(f'{{"text": "a sentence to keep {n}"}}\n' for n in range(20)))
+        overrides.append(f"calibration.path={texts}")
+    run = configured(*overrides)
     folder = identify(run)
     result = execute(run)
     assert {path.name for path in folder.path.iterdir()} == FILES
