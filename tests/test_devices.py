@@ -545,7 +545,8 @@ def life_under_peft(method, use_dora, model_on, device, folder):
     config = peft.LoraConfig(r=4, target_modules=list(case.shapes), use_dora=use_dora)
     fresh = functools.partial(peft.get_peft_model, peft_config=config)
     model = fresh(case.build().to(model_on))
-    report = initialize_peft_model(model, options, calibration=case.calibration(), device=device)
+    data = data_of(SPECS[method], case.calibration())
+    report = initialize_peft_model(model, options, calibration=data, device=device)
     assert_on(model, model_on)
     x = case.inputs(8).to(model_on)
     seen = {"step 0": model(x)}
