@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.calibration.batches import check_count, forward, home, moved
-from lora_init.calibration.hooks import Observer
+from lora_init.calibration.hooks import Observer, restore_training
 from lora_init.distributed import all_or_none, over_ranks
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import add_product
@@ -301,20 +301,14 @@ def _tapped(
 
         return hook
 
-    training = {module: module.training for module in model.modules()}
-    handles = []
-    try:
+    with ExitStack() as undo:
+        restore_training(model, undo)
         for name, module in modules.items():
-            handles.append(module.register_forward_hook(tap(name), with_kwargs=True))
-        for module in training:
+            undo.callback(module.register_forward_hook(tap(name), with_kwargs=True).remove)
+        for module in model.modules():
             module.training = getattr(module, "gradient_checkpointing", False) is True
         with torch.random.fork_rng(_accelerators(model)), torch.enable_grad():
             yield anchor
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training.items():
-            module.training = flag
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:

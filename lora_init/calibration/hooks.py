@@ -25,7 +25,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,23 +145,18 @@ class Observer:
     @contextmanager
     def observing(self, model: nn.Module) -> Iterator[None]:
         """Register hooks and set eval mode; undo both on exit."""
-        training = {module: module.training for module in model.modules()}
-        handles = []
-        try:
+        with ExitStack() as undo:
+            restore_training(model, undo)
             for name, module in self.modules.items():
                 hook = self._hook(name)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             self._encoder_decoder = is_encoder_decoder(model)
             if self._encoder_decoder:
                 get_encoder: Any = model.get_encoder
-                handles.append(get_encoder().register_forward_hook(self._note_encoder_output))
+                encoder = get_encoder()
+                undo.callback(encoder.register_forward_hook(self._note_encoder_output).remove)
             model.eval()
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, flag in training.items():
-                module.training = flag
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
@@ -334,3 +329,9 @@ def _unlabeled(mask: Tensor | None, labels: Tensor, label: Label) -> Tensor | No
     if mask is None:
         return kept
     return mask & kept.to(mask.device) if mask.shape == kept.shape else mask
+
+
+def restore_training(model: nn.Module, undo: ExitStack) -> None:
+    """Let `undo` restore the training flag of every module, also if one step of it fails."""
+    for module in model.modules():
+        undo.callback(setattr, module, "training", module.training)
