@@ -20,7 +20,7 @@ from measures import (
     train,
 )
 from methods import REPLACING, SPECS, SUBTRACTING, across, behavior, handling
-from models import Batches, llama, spread_weight, token_batches
+from models import Batches, data_of, llama, spread_weight, token_batches
 from networks import PACKED_SHAPES, Chain, chain_inputs, linear
 from packing import kept_plain
 from products import chosen, every_value, thinned
@@ -82,9 +82,8 @@ def adapt(base, method, *, alpha=8, targets=tuple(PACKED_SHAPES), settings=None,
         init_lora_weights=method,
         **settings or {},
     )
-    calibrated = config.initializer()[0].needs_data
-    data = Batches(inputs(40, seed) for seed in (2, 3))
-    return get_peft_model(base, config, calibration=data if calibrated else None, **arguments)
+    data = data_of(config.initializer()[0], Batches(inputs(40, seed) for seed in (2, 3)))
+    return get_peft_model(base, config, calibration=data, **arguments)
 
 
 def weight_errors(model, reference):
