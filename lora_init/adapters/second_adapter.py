@@ -72,8 +72,8 @@ class SecondAdapter(SecondWeights):
         if loaded.plan.use_dora or loaded.plan.replaced:
             reason = "it uses DoRA" if loaded.plan.use_dora else "it replaces the base"
             raise ValueError(
-                f"target_weights={str(folder)!r} is not supported: {reason}, which is no low-rank "
-                "change of the weights. Pass a checkpoint of the merged model"
+                f"target_weights={str(folder)!r} is not supported: {reason}, so the change "
+                "of its weights has no low rank. Pass a checkpoint of the merged model"
             )
         # Both factors of s B A, and of s B0 A0 where the adapter subtracts it.
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
