@@ -59,11 +59,11 @@ def _at_first_call(function, decorate):
     @functools.wraps(function)
     def call(*args, **kwargs):
         nonlocal seen
+        if jaxtyping.config.jaxtyping_disable or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         if seen == test:
             return function(*args, **kwargs)
         seen = test
-        if jaxtyping.config.jaxtyping_disable or torch.compiler.is_compiling():
-            return function(*args, **kwargs)
         return decorated()(*args, **kwargs)
 
     return call
