@@ -140,15 +140,23 @@ def lock(folder: RunFolder) -> FileLock | None:
     """Lock the run; None if another process holds the lock."""
     path = folder.lock_file
     held = FileLock(path, timeout=LOOK_SECONDS, poll_interval=0.02, thread_local=False)
+    # Another process may remove the file or its empty folder at any step here. What a call misses
+    # or finds in its way then is gone at the next try.
+    tries = 100
     try:
-        if os.path.lexists(path) and (kind := kind_of(path)) != "a file":
-            raise ConfigurationError(f"{path} is {kind}, and a lock must be a file. Remove it.")
-        for _ in range(100):  # another process may remove the empty folder meanwhile
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
+        while True:
+            tries -= 1
+            try:
+                if os.path.lexists(path) and (kind := kind_of(path)) != "a file":
+                    raise ConfigurationError(
+                        f"{path} is {kind}, and a lock must be a file. Remove it."
+                    )
+                path.parent.mkdir(parents=True, exist_ok=True)
                 held.acquire()
                 return held
-        raise FileNotFoundError(path)
+            except (FileNotFoundError, FileExistsError):
+                if not tries:
+                    raise
     except Timeout:
         return None
     except OSError as error:
