@@ -33,8 +33,7 @@ def load_reproduction(name: str) -> Reproduction:
         ConfigurationError: the name is unknown.
     """
     check_names([name])
-    module = importlib.import_module(f"experiments.papers.{name}")
-    return module.REPRODUCTION if hasattr(module, "REPRODUCTION") else module.PAPER
+    return importlib.import_module(f"experiments.papers.{name}").REPRODUCTION
 
 
 def check_names(names: Iterable[str]) -> None:

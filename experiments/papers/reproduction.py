@@ -169,19 +169,3 @@ class Reproduction:
             figures=self.draw(measured),
             discussion=self.discuss(measured),
         )
-
-
-@dataclass(frozen=True)
-class Paper:
-    """A reproduction whose one function returns findings; `Reproduction` replaces it."""
-
-    name: str
-    title: str
-    source: str
-    question: str
-    settings: type[Options]
-    reproduce: Callable[[Any], Findings]
-
-    @property
-    def options(self) -> type[Options]:
-        return self.settings

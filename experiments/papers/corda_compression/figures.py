@@ -17,7 +17,7 @@ from experiments.papers.reproduction import Figure, Table
 from experiments.report.palette import MARKS
 
 OURS, THEIRS = "ours", "the paper’s"
-# Plain SVD drops what PiSSA leaves: its colour.
+# Plain SVD drops what PiSSA leaves: its color.
 COLORS = {
     "plain": MARKS["pissa"].color,
     "asvd": "#44aa99",

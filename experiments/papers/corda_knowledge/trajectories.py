@@ -1,4 +1,4 @@
-"""One training after another from one start: learnt and forgotten as it goes on."""
+"""One training after another from one start: learned and forgotten as it goes on."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Held:
     """What is never trained on.
 
     Attributes:
-        learnt: blocks of what is learnt.
+        learned: blocks of what is learned.
         kept: blocks of what is to be kept.
         original: the original model's log-probabilities of the next token on `kept`, on the CPU.
-        loss: of the original model on `learnt`, nats a token.
+        loss: of the original model on `learned`, nats a token.
         losses: of the original model on each block of `kept`.
     """
 
-    learnt: Int[Tensor, "blocks length"]
+    learned: Int[Tensor, "blocks length"]
     kept: Int[Tensor, "some length"]
     original: Float[Tensor, "some length words"]
     loss: float
@@ -45,7 +45,7 @@ class Held:
 @torch.no_grad()
 def hold(
     model: nn.Module,
-    learnt: Int[Tensor, "blocks length"],
+    learned: Int[Tensor, "blocks length"],
     kept: Int[Tensor, "some length"],
     batch_size: int,
 ) -> Held:
@@ -57,10 +57,10 @@ def hold(
         losses.append(losses_of(logits, some.to(home)))
         logarithms.append(logits.log_softmax(-1).cpu())
     return Held(
-        learnt,
+        learned,
         kept,
         torch.cat(logarithms),
-        float(block_losses(model, learnt, batch_size).mean()),
+        float(block_losses(model, learned, batch_size).mean()),
         np.concatenate(losses),
     )
 
@@ -129,7 +129,7 @@ def trajectory(
             return
         was_training = model.training
         model.eval()
-        loss = float(block_losses(model, held.learnt, size).mean())
+        loss = float(block_losses(model, held.learned, size).mean())
         row = point(step, held.loss - loss, *forgotten(model, held, size))
         model.train(was_training)
         if all(math.isfinite(row[name]) for name in ("fall", "divergence", "perplexity")):

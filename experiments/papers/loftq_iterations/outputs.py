@@ -1,4 +1,4 @@
-"""How far a whole quantised model is from the original one, on held-out text."""
+"""How far a whole quantized model is from the original one, on held-out text."""
 
 from __future__ import annotations
 

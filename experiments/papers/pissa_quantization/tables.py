@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from experiments.papers.pissa_quantization.claims import at_judged_rank, by_block, means, points
 from experiments.papers.pissa_quantization.errors import NORMS
-from experiments.papers.pissa_quantization.judging import at_judged_rank, by_block, means, points
-from experiments.papers.pissa_quantization.measuring import AS_IT_IS
-from experiments.papers.pissa_quantization.settings import PAPER_AVERAGES, PAPER_PARTS
+from experiments.papers.pissa_quantization.options import PAPER_AVERAGES, PAPER_PARTS
+from experiments.papers.pissa_quantization.rows import AS_IT_IS
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.reproduction import Table
 

@@ -6,9 +6,9 @@ import altair as alt
 import pandas as pd
 
 from experiments.papers.drawing import chart, methods_color
-from experiments.papers.pissa_quantization.judging import at_judged_rank
-from experiments.papers.pissa_quantization.measuring import AS_IT_IS
-from experiments.papers.pissa_quantization.settings import PAPER_AVERAGES, PAPER_PARTS, PARTS
+from experiments.papers.pissa_quantization.claims import at_judged_rank
+from experiments.papers.pissa_quantization.options import PAPER_AVERAGES, PAPER_PARTS, PARTS
+from experiments.papers.pissa_quantization.rows import AS_IT_IS
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.reproduction import Figure
 from experiments.report.canvas import INK, SOFT
