@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from experiments.sweep.status.page import as_json, as_page
-from experiments.sweep.status.survey import find_sweep, survey
+from .sweep.status.page import as_json, as_page
+from .sweep.status.survey import find_sweep, survey
 
 INTERVAL = 2.0
 

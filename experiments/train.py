@@ -18,14 +18,14 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.config.resolve import resolve
-from experiments.config.store import register_schemas
-from experiments.console import say
-from experiments.errors import ConfigurationError, RunElsewhere, RunFailed
-from experiments.run.execute import execute
-from experiments.run.failures import say_failure
-from experiments.sweep.manifest import position
-from experiments.sweep.plan import by_return_value, decided_ahead
+from .config.resolve import resolve
+from .config.store import register_schemas
+from .console import say
+from .errors import ConfigurationError, RunElsewhere, RunFailed
+from .run.execute import execute
+from .run.failures import say_failure
+from .sweep.manifest import position
+from .sweep.plan import by_return_value, decided_ahead
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
 

@@ -23,13 +23,13 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.benchmark import calibration, initialization, memory, steps
-from experiments.benchmark.ledger import Ledger
-from experiments.benchmark.page import amount, error, ratio
-from experiments.benchmark.row import Case, Row
-from experiments.benchmark.schema import BenchmarkConfig, register_schema, resolve
-from experiments.console import say
-from experiments.errors import ConfigurationError, RunFailed
+from ..console import say
+from ..errors import ConfigurationError, RunFailed
+from . import calibration, initialization, memory, steps
+from .ledger import Ledger
+from .page import amount, error, ratio
+from .row import Case, Row
+from .schema import BenchmarkConfig, register_schema, resolve
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "benchmark"
 CASES = {

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.config.bounds import (
+from lora_init import list_initializers
+
+from ..errors import nearest
+from .bounds import (
     check_choice,
     check_integer,
     check_number,
@@ -12,8 +15,6 @@ from experiments.config.bounds import (
     check_switches,
     refusal,
 )
-from experiments.errors import nearest
-from lora_init import list_initializers
 
 SELECTORS = ("score", "loss")
 

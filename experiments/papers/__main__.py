@@ -25,14 +25,14 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.table import Table
 
-from experiments.config.resolve import as_settings
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.papers.catalogue import NAMES, check_names
-from experiments.papers.page import verdict_counts, write_page
-from experiments.papers.reproduction import FORMS, require
-from experiments.papers.result import Result, read_result
-from experiments.papers.text import terminal_table
+from ..config.resolve import as_settings
+from ..console import say
+from ..errors import ConfigurationError
+from .catalogue import NAMES, check_names
+from .page import verdict_counts, write_page
+from .reproduction import FORMS, require
+from .result import Result, read_result
+from .text import terminal_table
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
 

@@ -16,12 +16,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from experiments.config.resolve import as_settings
-from experiments.console import say
-from experiments.errors import ConfigurationError, RunFailed
-from experiments.papers.reproduction import Options, Reproduction
-from experiments.papers.result import Result, fingerprint, folder, read_result, write_result
-from experiments.papers.text import terminal_claims, terminal_table
+from ..config.resolve import as_settings
+from ..console import say
+from ..errors import ConfigurationError, RunFailed
+from .reproduction import Options, Reproduction
+from .result import Result, fingerprint, folder, read_result, write_result
+from .text import terminal_claims, terminal_table
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 
-from experiments.errors import ConfigurationError, nearest
-from experiments.papers.reproduction import Reproduction
+from ..errors import ConfigurationError, nearest
+from .reproduction import Reproduction
 
 NAMES = (
     "pissa_quantization",

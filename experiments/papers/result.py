@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.papers.claim import Claim, as_claim
-from experiments.papers.drawing import page_specification, write_pictures
-from experiments.papers.reproduction import (
+from ..run.environment import describe_environment
+from ..run.files import write_json, write_text
+from .claim import Claim, as_claim
+from .drawing import page_specification, write_pictures
+from .reproduction import (
     OUTSIDE_IDENTITY,
     Figure,
     Findings,
@@ -23,9 +25,7 @@ from experiments.papers.reproduction import (
     Reproduction,
     Table,
 )
-from experiments.papers.text import cells, claims_markdown, numeric, table_markdown
-from experiments.run.environment import describe_environment
-from experiments.run.files import write_json, write_text
+from .text import cells, claims_markdown, numeric, table_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 # Code that decides a measurement, as patterns. The page and the command line are not part of it.

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from experiments.console import say
-from experiments.papers.corda_compression import claims, figures
-from experiments.papers.corda_compression.dropping import losses_by_fraction
-from experiments.papers.corda_compression.inputs import observe_inputs
-from experiments.papers.corpus import joined_blocks, load_texts
-from experiments.papers.language import block_losses, paired_error, perplexity, spread
-from experiments.papers.reproduction import Findings, Options, Paper
-from experiments.papers.subject import Subject, load_subject, place
+from ...console import say
+from ..corpus import joined_blocks, load_texts
+from ..language import block_losses, paired_error, perplexity, spread
+from ..reproduction import Findings, Options, Paper
+from ..subject import Subject, load_subject, place
+from . import claims, figures
+from .dropping import losses_by_fraction
+from .inputs import observe_inputs
 
 OWN, FOREIGN = "plots", "problems"
 

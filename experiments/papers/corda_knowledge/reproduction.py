@@ -11,22 +11,23 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
-from experiments.config.training import TrainingConfig
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.papers.corda_knowledge import claims, figures
-from experiments.papers.corda_knowledge.tradeoff import (
+from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
+from lora_init.injection import Injection
+
+from ...config.training import TrainingConfig
+from ...console import say
+from ...errors import ConfigurationError
+from ..corpus import joined_blocks, language_batches, load_texts
+from ..language import spread
+from ..reproduction import Findings, Options, Paper
+from ..subject import Subject, load_subject, place
+from . import claims, figures
+from .tradeoff import (
     at_shares,
     reached_by_all,
     winning_rates,
 )
-from experiments.papers.corda_knowledge.trajectories import Held, hold, started_again, trajectory
-from experiments.papers.corpus import joined_blocks, language_batches, load_texts
-from experiments.papers.language import spread
-from experiments.papers.reproduction import Findings, Options, Paper
-from experiments.papers.subject import Subject, load_subject, place
-from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
-from lora_init.injection import Injection
+from .trajectories import Held, hold, started_again, trajectory
 
 KNOWLEDGE, TASK = "plots", "problems"
 STARTS = {

@@ -25,21 +25,21 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 
-from experiments.papers.eva_variance import charts, claims
-from experiments.papers.eva_variance.costs import measure_costs
-from experiments.papers.eva_variance.discussion import discussed
-from experiments.papers.eva_variance.gradients import measure_gradients
-from experiments.papers.eva_variance.inputs import measure_inputs
-from experiments.papers.eva_variance.settings import EvaVarianceSettings
-from experiments.papers.reproduction import Findings, Paper
-from experiments.papers.subject import DESCRIBED, short_name
-from experiments.papers.tasks import (
+from ..reproduction import Findings, Paper
+from ..subject import DESCRIBED, short_name
+from ..tasks import (
     described_data,
     load_with_task,
     measured_layers,
     sequence_count,
     task_batches,
 )
+from . import charts, claims
+from .costs import measure_costs
+from .discussion import discussed
+from .gradients import measure_gradients
+from .inputs import measure_inputs
+from .settings import EvaVarianceSettings
 
 
 @dataclass

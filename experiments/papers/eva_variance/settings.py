@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.reproduction import Options
-from experiments.papers.starts import UNCENTRED, check_methods
+from ..reproduction import Options
+from ..starts import UNCENTRED, check_methods
 
 EVAS = ("eva", UNCENTRED)
 

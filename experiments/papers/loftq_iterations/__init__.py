@@ -28,6 +28,6 @@ Sources: Li et al. 2023, arXiv 2310.08659, algorithm 1 and the table of both ord
 2024, arXiv 2410.06040, theorems 1 and 2, and its perplexities.
 """
 
-from experiments.papers.loftq_iterations.reproducing import PAPER
+from .reproducing import PAPER
 
 __all__ = ["PAPER"]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.console import say
-from experiments.papers.claim import Claim
-from experiments.papers.loftq_iterations import closed_form, iterating, showing
-from experiments.papers.loftq_iterations.measuring import (
+from ...console import say
+from ..claim import Claim
+from ..reproduction import Findings, Paper
+from ..subject import short_name
+from . import closed_form, iterating, showing
+from .measuring import (
     Frames,
     Study,
     encoder_study,
     language_study,
     measure_starts,
 )
-from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
-from experiments.papers.loftq_iterations.training import fine_tunings
-from experiments.papers.reproduction import Findings, Paper
-from experiments.papers.subject import short_name
+from .settings import LoftqIterationsSettings
+from .training import fine_tunings
 
 
 def reproduce(settings: LoftqIterationsSettings) -> Findings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.reproduction import Options
+from ..reproduction import Options
 
 PAPERS_ITERATIONS = 5
 """LoftQ's default T, at which one iteration is compared with several."""

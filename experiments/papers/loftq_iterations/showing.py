@@ -5,9 +5,11 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from experiments.papers.drawing import chart, methods_color
-from experiments.papers.loftq_iterations.iterating import CASE, ERRORS, later_iterations, rises
-from experiments.papers.loftq_iterations.starts import (
+from ...report.canvas import INK, SOFT
+from ..drawing import chart, methods_color
+from ..reproduction import Figure, Table
+from .iterating import CASE, ERRORS, later_iterations, rises
+from .starts import (
     LOFTQ,
     LOFTQ_QERA,
     METHODS,
@@ -15,8 +17,6 @@ from experiments.papers.loftq_iterations.starts import (
     QPISSA,
     SVD_FIRST,
 )
-from experiments.papers.reproduction import Figure, Table
-from experiments.report.canvas import INK, SOFT
 
 ALTERNATING = (LOFTQ, SVD_FIRST, QPISSA)
 DASHED = alt.condition(

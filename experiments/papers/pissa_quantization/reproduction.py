@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.console import say
-from experiments.papers.pissa_quantization.judging import (
+from ...console import say
+from ..reproduction import Findings, Paper
+from ..subject import load_subject
+from .judging import (
     at_judged_rank,
     claims,
     controls_told,
 )
-from experiments.papers.pissa_quantization.measuring import chosen_layers, measure, width_of
-from experiments.papers.pissa_quantization.pictures import figures
-from experiments.papers.pissa_quantization.settings import PissaQuantizationSettings
-from experiments.papers.pissa_quantization.tables import tables
-from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.reproduction import Findings, Paper
-from experiments.papers.subject import load_subject
+from .measuring import chosen_layers, measure, width_of
+from .pictures import figures
+from .settings import PissaQuantizationSettings
+from .tables import tables
+from .white_noise import leading_share
 
 
 def reproduce(settings: PissaQuantizationSettings) -> Findings:

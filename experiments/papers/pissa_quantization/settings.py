@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from experiments.papers.reproduction import Options
+from ..reproduction import Options
 
 METHODS = {"loftq": "loftq_iter", "qpissa": "iterations"}
 """By initializer, what it calls T."""
