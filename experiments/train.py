@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import traceback
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,12 +21,11 @@ from .config.resolve import resolve
 from .config.store import register_schemas
 from .console import say
 from .errors import ConfigurationError, RunElsewhere, RunFailed
+from .location import CONFIGURATIONS
 from .run.execute import execute
 from .run.failures import say_failure
 from .sweep.manifest import position
 from .sweep.plan import by_return_value, decided_ahead
-
-CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
 
 register_schemas()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from lora_init import list_initializers
 
 from ..errors import nearest
+from ..location import PACKAGE
 from .bounds import (
     check_choice,
     check_integer,
@@ -39,6 +40,7 @@ class ProtocolConfig:
         equal_update: also compare at equal update size: each arm at the rate at which its weights
             moved as far as the baseline's by step 100.
         dry_run: show the plan and stop.
+        application: the name of this package, which the plugin imports.
     """
 
     _target_: str = "hydra_plugins.lora_init_protocol.ProtocolSweeper"
@@ -56,6 +58,7 @@ class ProtocolConfig:
     select_by: str = "score"
     equal_update: bool = False
     dry_run: bool = False
+    application: str = PACKAGE
 
     @property
     def arms(self) -> dict[str, str]:

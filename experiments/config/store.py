@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_init import list_initializers
 from lora_init.registry import Initializer
 
+from ..location import qualified
 from .launchers import register_launchers
 from .names import sweep_path
 from .protocol import ProtocolConfig
@@ -88,6 +89,7 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver(
         "sweep_path", lambda outputs, sweep: str(sweep_path(outputs, sweep)), replace=True
     )
+    OmegaConf.register_new_resolver("qualified", qualified, replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for method in list_initializers():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 # Before transformers is imported, which would print a warning in forked processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,11 +18,10 @@ from omegaconf import DictConfig
 from ..config.resolve import as_settings
 from ..console import say
 from ..errors import ConfigurationError, RunFailed
+from ..location import CONFIGURATIONS
 from .reproduction import Options, Reproduction
 from .result import Result, fingerprint, folder, read_result, write_result
 from .text import terminal_claims, terminal_table
-
-CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
 
 
 def run(reproduction: Reproduction) -> None:
@@ -37,7 +35,7 @@ def run(reproduction: Reproduction) -> None:
             # Hydra prints this kind of exception as its message; HYDRA_FULL_ERROR=1 shows the rest.
             raise CompactHydraException(str(error)) from error
 
-    path = str(CONFIGURATIONS / reproduction.name)
+    path = str(CONFIGURATIONS / "papers" / reproduction.name)
     hydra.main(config_path=path, config_name="fast", version_base="1.3")(main)()
 
 

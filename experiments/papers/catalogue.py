@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterable
 
 from ..errors import ConfigurationError, nearest
+from ..location import qualified
 from .reproduction import Reproduction
 
 NAMES = (
@@ -33,7 +34,7 @@ def load_reproduction(name: str) -> Reproduction:
         ConfigurationError: the name is unknown.
     """
     check_names([name])
-    module = importlib.import_module(f"experiments.papers.{name}")
+    module = importlib.import_module(qualified(f"papers.{name}"))
     return module.REPRODUCTION if hasattr(module, "REPRODUCTION") else module.PAPER
 
 

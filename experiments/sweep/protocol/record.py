@@ -36,5 +36,5 @@ class Record:
 
     def write(self) -> None:
         content = asdict(self) | {"settings": asdict(self.settings)}
-        del content["path"], content["settings"]["_target_"]
+        del content["path"], content["settings"]["_target_"], content["settings"]["application"]
         write_json(self.path, content)
