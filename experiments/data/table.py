@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import MISSING
 
-from experiments.config.bounds import check_number, check_path
-from experiments.config.inputs import DataConfig
-from experiments.data import json_lines
-from experiments.data.examples import Completion, Example, Labelled
-from experiments.data.splits import Splits, split_of, take
-from experiments.errors import ConfigurationError, nearest
+from ..config.bounds import check_number, check_path
+from ..config.inputs import DataConfig
+from ..errors import ConfigurationError, nearest
+from . import json_lines
+from .examples import Completion, Example, Labelled
+from .splits import Splits, split_of, take
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 

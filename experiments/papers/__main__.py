@@ -25,16 +25,15 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.table import Table
 
-from experiments.config.resolve import as_settings
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.papers.catalogue import NAMES, check_names
-from experiments.papers.page import verdict_counts, write_page
-from experiments.papers.reproduction import FORMS, require
-from experiments.papers.result import Result, read_result
-from experiments.papers.text import terminal_table
-
-CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
+from ..config.resolve import as_settings
+from ..console import say
+from ..errors import ConfigurationError
+from ..location import CONFIGURATIONS, qualified
+from .catalogue import NAMES, check_names
+from .page import verdict_counts, write_page
+from .reproduction import FORMS, require
+from .result import Result, read_result
+from .text import terminal_table
 
 
 @dataclass
@@ -76,7 +75,7 @@ def register_schema() -> None:
 register_schema()
 
 
-@hydra.main(config_path=str(CONFIGURATIONS), config_name="all", version_base="1.3")
+@hydra.main(config_path=str(CONFIGURATIONS / "papers"), config_name="all", version_base="1.3")
 def main(composed: DictConfig) -> None:
     """Measure, print the summary, and write the page."""
     try:
@@ -125,7 +124,7 @@ def measure_all(options: AllPapers) -> list[str]:
 
 def measure(options: AllPapers, name: str, threads: int) -> bool:
     """Run one reproduction, print its output under its name, and return whether it succeeded."""
-    command = [sys.executable, "-m", f"experiments.papers.{name}", "--config-name", options.form]
+    command = [sys.executable, "-m", qualified(f"papers.{name}"), "--config-name", options.form]
     command += [f"output={options.output}", f"threads={threads}", *options.overrides]
     if options.rerun:
         command.append("rerun=true")

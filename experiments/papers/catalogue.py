@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 
-from experiments.errors import ConfigurationError, nearest
-from experiments.papers.reproduction import Reproduction
+from ..errors import ConfigurationError, nearest
+from ..location import qualified
+from .reproduction import Reproduction
 
 NAMES = (
     "pissa_quantization",
@@ -33,7 +34,7 @@ def load_reproduction(name: str) -> Reproduction:
         ConfigurationError: the name is unknown.
     """
     check_names([name])
-    return importlib.import_module(f"experiments.papers.{name}").REPRODUCTION
+    return importlib.import_module(qualified(f"papers.{name}")).REPRODUCTION
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.papers.claim import Claim, Verdict, as_claim
-from experiments.papers.result import Result
-from experiments.papers.text import CLAIM_HEADERS, claims_markdown, markdown
-from experiments.report.page import as_script, bundle
-from experiments.run.files import write_json, write_text
+from ..report.page import as_script, bundle
+from ..run.files import write_json, write_text
+from .claim import Claim, Verdict, as_claim
+from .result import Result
+from .text import CLAIM_HEADERS, claims_markdown, markdown
 
 HERE = Path(__file__).parent
 STYLE = HERE.parent / "report" / "page.css"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.papers.claim import Claim
+from .claim import Claim
 
 FORMS = ("smoke", "fast", "full")
 DEVICES = ("auto", "cpu", "cuda")

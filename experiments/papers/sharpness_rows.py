@@ -19,17 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from experiments.console import say
-from experiments.data import rotten_tomatoes
-from experiments.errors import ConfigurationError
-from experiments.papers.reproduction import Measurement, Options, require, require_at_least
-from experiments.papers.subject import Subject, load_subject, place
-from experiments.tasks import draw
-from experiments.tasks.text_classification import TextClassification
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
 from lora_init.config.lora_config import HEADS
 from lora_init.layer import layer_generator
 from lora_init.progress import tracked
+
+from ..console import say
+from ..data import rotten_tomatoes
+from ..errors import ConfigurationError
+from ..tasks import draw
+from ..tasks.text_classification import TextClassification
+from .reproduction import Measurement, Options, require, require_at_least
+from .subject import Subject, load_subject, place
 
 BASELINE = "kaiming"
 NEW, TRAINED = "new", "trained"

@@ -17,13 +17,13 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from experiments.papers.application import run
-from experiments.papers.claim import Claim, judge
-from experiments.papers.drawing import chart, color, legend, tips
-from experiments.papers.interval import mean
-from experiments.papers.reproduction import Figure, Measurement, Reproduction, Table
-from experiments.papers.start_family_rows import BETAS, StartFamilyOptions, measure
-from experiments.papers.subject import file_name
+from .application import run
+from .claim import Claim, judge
+from .drawing import chart, color, legend, tips
+from .interval import mean
+from .reproduction import Figure, Measurement, Reproduction, Table
+from .start_family_rows import BETAS, StartFamilyOptions, measure
+from .subject import file_name
 
 EQUAL = {
     ("astra", "sc_lora, beta 0"): "SC-LoRA without a set to keep is Astra",

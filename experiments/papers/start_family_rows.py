@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.papers.reproduction import Measurement, Options, require_at_least
-from experiments.papers.subject import Layer, Subject
-from experiments.papers.tasks import described_data, load_with_task, measured_layers, task_batches
 from lora_init import Factors, LoraConfig, calibrate, init_factors, list_initializers
 from lora_init.progress import tracked
+
+from .reproduction import Measurement, Options, require_at_least
+from .subject import Layer, Subject
+from .tasks import described_data, load_with_task, measured_layers, task_batches
 
 VARIANTS = {
     "eva": {"name": "eva", "rho": 1.0},

@@ -11,8 +11,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from experiments.papers.claim import Claim, Verdict
-from experiments.papers.reproduction import Table
+from .claim import Claim, Verdict
+from .reproduction import Table
 
 NOTHING = "–"
 STYLES = {

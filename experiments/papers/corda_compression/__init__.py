@@ -13,6 +13,6 @@ Source: Yang et al. 2024, "CorDA", NeurIPS 2024, arXiv 2406.05223, table 1 and f
 2023, "ASVD", arXiv 2312.05821; Wang et al. 2024, "SVD-LLM", arXiv 2403.07378 (whitening).
 """
 
-from experiments.papers.corda_compression.reproduction import REPRODUCTION
+from .reproduction import REPRODUCTION
 
 __all__ = ["REPRODUCTION"]

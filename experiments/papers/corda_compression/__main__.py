@@ -1,7 +1,7 @@
 """Run `python -m experiments.papers.corda_compression`."""
 
-from experiments.papers.application import run
-from experiments.papers.corda_compression import REPRODUCTION
+from ..application import run
+from . import REPRODUCTION
 
 if __name__ == "__main__":
     run(REPRODUCTION)

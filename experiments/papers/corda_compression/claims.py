@@ -11,8 +11,8 @@ import math
 import pandas as pd
 import torch
 
-from experiments.papers.claim import Claim, judge
-from experiments.papers.interval import Interval, mean
+from ..claim import Claim, judge
+from ..interval import Interval, mean
 
 LABELS = {"plain": "plain SVD", "asvd": "ASVD", "corda": "CorDA", "whitened": "whitened SVD"}
 COMPARED = 0.25

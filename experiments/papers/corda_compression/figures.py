@@ -5,16 +5,16 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from experiments.papers.corda_compression.claims import (
+from ...report.palette import MARKS
+from ..drawing import chart
+from ..reproduction import Figure, Table
+from .claims import (
     LABELS,
     PAPER,
     PAPER_FRACTIONS,
     PAPER_FULL,
     PAPER_WIDTH,
 )
-from experiments.papers.drawing import chart
-from experiments.papers.reproduction import Figure, Table
-from experiments.report.palette import MARKS
 
 OURS, THEIRS = "ours", "the paper’s"
 # Plain SVD drops what PiSSA leaves: its color.

@@ -9,14 +9,11 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.claim import Claim
-from experiments.papers.corda_compression import claims, figures
-from experiments.papers.corda_compression.dropping import losses_by_fraction
-from experiments.papers.corda_compression.inputs import observe_inputs
-from experiments.papers.corpus import joined_blocks, load_texts
-from experiments.papers.language import block_losses, paired_error, perplexity, spread
-from experiments.papers.reproduction import (
+from ...console import say
+from ..claim import Claim
+from ..corpus import joined_blocks, load_texts
+from ..language import block_losses, paired_error, perplexity, spread
+from ..reproduction import (
     Figure,
     Measurement,
     Options,
@@ -24,7 +21,10 @@ from experiments.papers.reproduction import (
     Table,
     require,
 )
-from experiments.papers.subject import Subject, load_subject, place
+from ..subject import Subject, load_subject, place
+from . import claims, figures
+from .dropping import losses_by_fraction
+from .inputs import observe_inputs
 
 OWN, FOREIGN = "plots", "problems"
 

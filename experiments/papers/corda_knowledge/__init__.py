@@ -14,6 +14,6 @@ that won with it.
 Source: Yang et al. 2024, "CorDA", NeurIPS 2024, arXiv 2406.05223, section 4 (tables 2 and 3).
 """
 
-from experiments.papers.corda_knowledge.reproduction import REPRODUCTION
+from .reproduction import REPRODUCTION
 
 __all__ = ["REPRODUCTION"]

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.corda_knowledge.tradeoff import at_the_end, grid_edge
-from experiments.papers.interval import Interval, mean
+from ..claim import Claim, Verdict, judge
+from ..interval import Interval, mean
+from .tradeoff import at_the_end, grid_edge
 
 LABELS = {
     "kaiming": "LoRA",

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import altair as alt
 import pandas as pd
 
-from experiments.papers.corda_knowledge.claims import LABELS
-from experiments.papers.corda_knowledge.tradeoff import ARRAYS, SHARES
-from experiments.papers.drawing import chart
-from experiments.papers.reproduction import Figure, Table
-from experiments.report.canvas import SOFT
-from experiments.report.palette import MARKS
+from ...report.canvas import SOFT
+from ...report.palette import MARKS
+from ..drawing import chart
+from ..reproduction import Figure, Table
+from .claims import LABELS
+from .tradeoff import ARRAYS, SHARES
 
 COLORS = {
     "kaiming": MARKS["kaiming"].color,

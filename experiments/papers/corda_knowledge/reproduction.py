@@ -11,20 +11,16 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
-from experiments.config.training import TrainingConfig
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.papers.claim import Claim
-from experiments.papers.corda_knowledge import claims, figures
-from experiments.papers.corda_knowledge.tradeoff import (
-    at_shares,
-    reached_by_all,
-    winning_rates,
-)
-from experiments.papers.corda_knowledge.trajectories import Held, hold, started_again, trajectory
-from experiments.papers.corpus import joined_blocks, language_batches, load_texts
-from experiments.papers.language import spread
-from experiments.papers.reproduction import (
+from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
+from lora_init.injection import Injection
+
+from ...config.training import TrainingConfig
+from ...console import say
+from ...errors import ConfigurationError
+from ..claim import Claim
+from ..corpus import joined_blocks, language_batches, load_texts
+from ..language import spread
+from ..reproduction import (
     Figure,
     Measurement,
     Options,
@@ -33,9 +29,14 @@ from experiments.papers.reproduction import (
     require,
     require_at_least,
 )
-from experiments.papers.subject import Subject, load_subject, place
-from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
-from lora_init.injection import Injection
+from ..subject import Subject, load_subject, place
+from . import claims, figures
+from .tradeoff import (
+    at_shares,
+    reached_by_all,
+    winning_rates,
+)
+from .trajectories import Held, hold, started_again, trajectory
 
 KNOWLEDGE, TASK = "plots", "problems"
 STARTS = {

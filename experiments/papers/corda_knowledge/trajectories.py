@@ -13,14 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.config.training import TrainingConfig
-from experiments.errors import RunFailed
-from experiments.papers.corda_knowledge.tradeoff import means
-from experiments.papers.fine_tuning import fine_tune
-from experiments.papers.language import block_losses
 from lora_init import LoraModel
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import oriented_weight
+
+from ...config.training import TrainingConfig
+from ...errors import RunFailed
+from ..fine_tuning import fine_tune
+from ..language import block_losses
+from .tradeoff import means
 
 
 @dataclass(frozen=True)

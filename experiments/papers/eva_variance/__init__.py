@@ -10,6 +10,6 @@ arXiv 2410.07170, theorems 3.1 and 3.2, algorithm 1 (tau), and the table of the 
 time.
 """
 
-from experiments.papers.eva_variance.reproduction import REPRODUCTION
+from .reproduction import REPRODUCTION
 
 __all__ = ["REPRODUCTION"]

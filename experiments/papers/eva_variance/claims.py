@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.eva_variance.costs import FULL_SVD
-from experiments.papers.eva_variance.inputs import OTHER_DATA
-from experiments.papers.eva_variance.options import EVAS
-from experiments.papers.starts import UNCENTRED
+from ..claim import Claim, Verdict, judge
+from ..starts import UNCENTRED
+from .costs import FULL_SVD
+from .inputs import OTHER_DATA
+from .options import EVAS
 
 SHARE = 0.95
 MOST, TIMES_RANDOM = 0.5, 5

@@ -14,14 +14,15 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.eva_variance.options import EvaVarianceOptions
-from experiments.papers.starts import configuration
-from experiments.papers.subject import Layer, Subject
-from experiments.papers.tasks import Batches
 from lora_init import LoraModel, get_peft_model
 from lora_init.calibration.batches import moved
 from lora_init.progress import tracked
+
+from ...console import say
+from ..starts import configuration
+from ..subject import Layer, Subject
+from ..tasks import Batches
+from .options import EvaVarianceOptions
 
 # percent of the training time at batch 16, EVA's paper.
 PAPER_SHARES = {"olora": 0.1, "eva": 0.7, "pissa": 1.5, "lora_ga": 2.4, "corda": 4.5}

@@ -21,10 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.eva_variance.options import EvaVarianceOptions
-from experiments.papers.eva_variance.variance import row_space
-from experiments.papers.starts import (
+from lora_init import linalg
+from lora_init.calibration.gradients import collect_gradients
+from lora_init.progress import tracked
+from lora_init.registry import resolve
+
+from ...console import say
+from ..starts import (
     Gradients,
     calibration_for,
     moves_function,
@@ -32,12 +35,10 @@ from experiments.papers.starts import (
     startable,
     started,
 )
-from experiments.papers.subject import Layer, Subject
-from experiments.papers.tasks import Batches
-from lora_init import linalg
-from lora_init.calibration.gradients import collect_gradients
-from lora_init.progress import tracked
-from lora_init.registry import resolve
+from ..subject import Layer, Subject
+from ..tasks import Batches
+from .options import EvaVarianceOptions
+from .variance import row_space
 
 
 @dataclass

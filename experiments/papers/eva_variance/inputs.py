@@ -11,18 +11,6 @@ from functools import partial
 
 import torch
 
-from experiments.console import say
-from experiments.papers.eva_variance.options import EvaVarianceOptions
-from experiments.papers.eva_variance.variance import (
-    directions,
-    explained_share,
-    least_cosine,
-    merged,
-    overlap,
-    powers_of_two,
-)
-from experiments.papers.subject import Layer, Subject
-from experiments.papers.tasks import Batches
 from lora_init import init_factors
 from lora_init.calibration.collect import collect
 from lora_init.initializers.eva import EvaOptions
@@ -31,6 +19,19 @@ from lora_init.moments import InputStatistics
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.kinds import oriented_weight
+
+from ...console import say
+from ..subject import Layer, Subject
+from ..tasks import Batches
+from .options import EvaVarianceOptions
+from .variance import (
+    directions,
+    explained_share,
+    least_cosine,
+    merged,
+    overlap,
+    powers_of_two,
+)
 
 RANDOM = ("kaiming", "gaussian")
 THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "all of other films"

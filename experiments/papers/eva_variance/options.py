@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.reproduction import Options, require, require_at_least
-from experiments.papers.starts import UNCENTRED, check_methods
+from ..reproduction import Options, require, require_at_least
+from ..starts import UNCENTRED, check_methods
 
 EVAS = ("eva", UNCENTRED)
 

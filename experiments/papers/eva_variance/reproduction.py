@@ -5,22 +5,22 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from experiments.papers.claim import Claim
-from experiments.papers.eva_variance import charts, claims
-from experiments.papers.eva_variance.costs import measure_costs
-from experiments.papers.eva_variance.discussion import discussed
-from experiments.papers.eva_variance.gradients import measure_gradients
-from experiments.papers.eva_variance.inputs import measure_inputs
-from experiments.papers.eva_variance.options import EvaVarianceOptions
-from experiments.papers.reproduction import Figure, Measurement, Reproduction, Table
-from experiments.papers.subject import DESCRIBED, short_name
-from experiments.papers.tasks import (
+from ..claim import Claim
+from ..reproduction import Figure, Measurement, Reproduction, Table
+from ..subject import DESCRIBED, short_name
+from ..tasks import (
     described_data,
     load_with_task,
     measured_layers,
     sequence_count,
     task_batches,
 )
+from . import charts, claims
+from .costs import measure_costs
+from .discussion import discussed
+from .gradients import measure_gradients
+from .inputs import measure_inputs
+from .options import EvaVarianceOptions
 
 Rows = dict[str, list[dict]]
 

@@ -16,6 +16,6 @@ Source: Li et al. 2023, arXiv 2310.08659, algorithm 1 and the table of both orde
 2024, arXiv 2410.06040, theorems 1 and 2, and its perplexities.
 """
 
-from experiments.papers.loftq_iterations.reproduction import REPRODUCTION
+from .reproduction import REPRODUCTION
 
 __all__ = ["REPRODUCTION"]

@@ -1,7 +1,7 @@
 """Run `python -m experiments.papers.loftq_iterations`."""
 
-from experiments.papers.application import run
-from experiments.papers.loftq_iterations import REPRODUCTION
+from ..application import run
+from . import REPRODUCTION
 
 if __name__ == "__main__":
     run(REPRODUCTION)

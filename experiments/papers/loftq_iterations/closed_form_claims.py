@@ -6,11 +6,11 @@ import itertools
 
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.interval import geometric_mean, mean
-from experiments.papers.loftq_iterations.correlations import rank_correlations
-from experiments.papers.loftq_iterations.iteration_claims import CASE, SLACK, percent
-from experiments.papers.loftq_iterations.starts import (
+from ..claim import Claim, Verdict, judge
+from ..interval import geometric_mean, mean
+from .correlations import rank_correlations
+from .iteration_claims import CASE, SLACK, percent
+from .starts import (
     DIAGONAL,
     LOFTQ,
     LOFTQ_QERA,

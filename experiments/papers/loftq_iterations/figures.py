@@ -5,14 +5,16 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from experiments.papers.drawing import chart, methods_color
-from experiments.papers.loftq_iterations.iteration_claims import (
+from ...report.canvas import INK, SOFT
+from ..drawing import chart, methods_color
+from ..reproduction import Figure, Table
+from .iteration_claims import (
     CASE,
     ERRORS,
     later_iterations,
     rises,
 )
-from experiments.papers.loftq_iterations.starts import (
+from .starts import (
     LOFTQ,
     LOFTQ_QERA,
     METHODS,
@@ -20,8 +22,6 @@ from experiments.papers.loftq_iterations.starts import (
     QPISSA,
     SVD_FIRST,
 )
-from experiments.papers.reproduction import Figure, Table
-from experiments.report.canvas import INK, SOFT
 
 ALTERNATING = (LOFTQ, SVD_FIRST, QPISSA)
 DASHED = alt.condition(

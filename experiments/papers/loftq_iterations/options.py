@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.papers.reproduction import Options, require
+from ..reproduction import Options, require
 
 PAPERS_ITERATIONS = 5
 """LoftQ's default T, at which one iteration is compared with several."""

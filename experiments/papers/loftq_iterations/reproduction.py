@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.console import say
-from experiments.papers.claim import Claim
-from experiments.papers.loftq_iterations import closed_form_claims, figures, iteration_claims
-from experiments.papers.loftq_iterations.options import LoftqIterationsOptions
-from experiments.papers.loftq_iterations.study import (
-    Study,
-    encoder_study,
-    language_study,
-    measure_starts,
-)
-from experiments.papers.loftq_iterations.training import fine_tunings
-from experiments.papers.reproduction import (
+from ...console import say
+from ..claim import Claim
+from ..reproduction import (
     Figure,
     Measurement,
     Reproduction,
     Table,
 )
-from experiments.papers.subject import short_name
+from ..subject import short_name
+from . import closed_form_claims, figures, iteration_claims
+from .options import LoftqIterationsOptions
+from .study import (
+    Study,
+    encoder_study,
+    language_study,
+    measure_starts,
+)
+from .training import fine_tunings
 
 FRAMES = ("layers", "models", "paths", "texts")
 """The frames of each model; see `experiments.papers.loftq_iterations.study.Frames`."""

@@ -24,14 +24,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.errors import ConfigurationError
-from experiments.papers.loftq_iterations.errors import base_error
-from experiments.papers.subject import Layer, Subject
 from lora_init import Calibration, LoraConfig, LoraModel, get_peft_model, init_factors, linalg
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.qera import output_error
 from lora_init.layer import LayerStatistics, layer_generator
 from lora_init.moments import InputStatistics
+
+from ...errors import ConfigurationError
+from ..subject import Layer, Subject
+from .errors import base_error
 
 PLAIN, LOFTQ, SVD_FIRST, QPISSA = "quantized only", "loftq", "svd first", "qpissa"
 QERA, DIAGONAL, LOFTQ_QERA = "qera", "qera, diagonal", "loftq + qera"

@@ -10,25 +10,26 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.corpus import (
+from lora_init import Calibration, LoraConfig, calibrate
+
+from ...console import say
+from ..corpus import (
     joined_blocks,
     language_batches,
     load_texts,
     sentence_batches,
 )
-from experiments.papers.language import spread
-from experiments.papers.loftq_iterations.errors import (
+from ..language import spread
+from ..subject import Layer, load_subject, place
+from .errors import (
     mean_square_output,
     relative_norm,
     remaining,
     second_moments,
 )
-from experiments.papers.loftq_iterations.options import LoftqIterationsOptions
-from experiments.papers.loftq_iterations.outputs import HiddenStates, Measure, NextTokens
-from experiments.papers.loftq_iterations.starts import LOFTQ, Ground, Start, starts
-from experiments.papers.subject import Layer, load_subject, place
-from lora_init import Calibration, LoraConfig, calibrate
+from .options import LoftqIterationsOptions
+from .outputs import HiddenStates, Measure, NextTokens
+from .starts import LOFTQ, Ground, Start, starts
 
 BATCH = 16
 Item = TypeVar("Item")

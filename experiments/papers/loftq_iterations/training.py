@@ -11,16 +11,17 @@ from collections.abc import Iterator
 import pandas as pd
 import torch
 
-from experiments.config.training import TrainingConfig
-from experiments.console import say
-from experiments.data import Labelled, rotten_tomatoes
-from experiments.papers.loftq_iterations.options import LoftqIterationsOptions
-from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, Ground
-from experiments.papers.loftq_iterations.study import Study, at_equal_distances
-from experiments.papers.subject import place
-from experiments.tasks.text_classification import TextClassification
-from experiments.training.loop import make_accelerator, train
 from lora_init import LoraModel, init_factors
+
+from ...config.training import TrainingConfig
+from ...console import say
+from ...data import Labelled, rotten_tomatoes
+from ...tasks.text_classification import TextClassification
+from ...training.loop import make_accelerator, train
+from ..subject import place
+from .options import LoftqIterationsOptions
+from .starts import LOFTQ, PLAIN, SVD_FIRST, Ground
+from .study import Study, at_equal_distances
 
 BITS = 2
 TASK = "SEQ_CLS"

@@ -18,6 +18,6 @@ Source: Meng et al. 2024, "PiSSA", arXiv 2404.02948, section on QPiSSA with its 
 reduction ratios and the appendix on several iterations; Li et al. 2023, "LoftQ", arXiv 2310.08659.
 """
 
-from experiments.papers.pissa_quantization.reproduction import REPRODUCTION
+from .reproduction import REPRODUCTION
 
 __all__ = ["REPRODUCTION"]

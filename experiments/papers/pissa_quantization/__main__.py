@@ -1,7 +1,7 @@
 """Run `python -m experiments.papers.pissa_quantization`."""
 
-from experiments.papers.application import run
-from experiments.papers.pissa_quantization import REPRODUCTION
+from ..application import run
+from . import REPRODUCTION
 
 if __name__ == "__main__":
     run(REPRODUCTION)

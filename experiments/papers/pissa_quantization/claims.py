@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.interval import Interval, mean
-from experiments.papers.pissa_quantization.errors import NORMS
-from experiments.papers.pissa_quantization.options import MLP, PAPER_AVERAGES, PAPER_PARTS
-from experiments.papers.pissa_quantization.rows import (
+from ..claim import Claim, Verdict, judge
+from ..interval import Interval, mean
+from .errors import NORMS
+from .options import MLP, PAPER_AVERAGES, PAPER_PARTS
+from .rows import (
     AS_IT_IS,
     DITHERED,
     NOISY,
     ROUNDED,
 )
-from experiments.papers.pissa_quantization.white_noise import leading_share
+from .white_noise import leading_share
 
 ORDER = (
     "on every model the difference is above 0 beyond its 95 % interval over blocks; same "

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from experiments.papers.reproduction import Options, require, require_at_least
+from ..reproduction import Options, require, require_at_least
 
 METHODS = {"loftq": "loftq_iter", "qpissa": "iterations"}
 """The initializer's option that holds T, by initializer."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.console import say
-from experiments.papers.claim import Claim
-from experiments.papers.pissa_quantization import claims, figures, tables
-from experiments.papers.pissa_quantization.options import PissaQuantizationOptions
-from experiments.papers.pissa_quantization.rows import chosen_layers, rows_of_model, width_of
-from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.reproduction import (
+from ...console import say
+from ..claim import Claim
+from ..reproduction import (
     Figure,
     Measurement,
     Reproduction,
     Table,
 )
-from experiments.papers.subject import load_subject
+from ..subject import load_subject
+from . import claims, figures, tables
+from .options import PissaQuantizationOptions
+from .rows import chosen_layers, rows_of_model, width_of
+from .white_noise import leading_share
 
 
 def measure(options: PissaQuantizationOptions) -> Measurement:

@@ -17,31 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.errors import ConfigurationError
-from experiments.papers.corpus import (
+from lora_init import LoraConfig, calibrate
+from lora_init.layer import layer_generator
+from lora_init.progress import tracking
+
+from ...errors import ConfigurationError
+from ..corpus import (
     joined_blocks,
     language_batches,
     load_texts,
     sentence_batches,
 )
-from experiments.papers.pissa_quantization import grids
-from experiments.papers.pissa_quantization.errors import (
+from ..subject import Layer, Subject, place
+from . import grids
+from .errors import (
     norms_of,
     plain_error,
     remaining_error,
     squared_values,
 )
-from experiments.papers.pissa_quantization.options import (
+from .options import (
     METHODS,
     SHOWN,
     PissaQuantizationOptions,
     part_of,
 )
-from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.subject import Layer, Subject, place
-from lora_init import LoraConfig, calibrate
-from lora_init.layer import layer_generator
-from lora_init.progress import tracking
+from .white_noise import leading_share
 
 AS_IT_IS = "as it is"
 ROUNDED, NOISY, DITHERED = "on a 4-bit grid", "with noise of that size", "off its 4-bit grid"

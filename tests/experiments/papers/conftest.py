@@ -10,7 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments.papers.application import CONFIGURATIONS, register_schema, resolve
+from experiments.location import CONFIGURATIONS
+from experiments.papers.application import register_schema, resolve
 from experiments.papers.catalogue import load_reproduction
 from experiments.papers.reproduction import Findings, Measurement, Options
 
@@ -19,7 +20,7 @@ def options_of(name: str, form: str, *overrides: str, **replaced: Any) -> Option
     """The options that a command line would give the reproduction `name`, some then replaced."""
     register_schema(load_reproduction(name))
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGURATIONS / name), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGURATIONS / "papers" / name), version_base="1.3"):
         return replace(resolve(compose(form, overrides=list(overrides))), **replaced)
 
 
