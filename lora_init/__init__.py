@@ -28,6 +28,8 @@ from lora_init.registry import (
     register_initializer,
 )
 from lora_init.report import InitReport
+from lora_init.weights.format import WeightFormat
+from lora_init.weights.kinds import register_weight_format
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,7 @@ __all__ = [
     "Options",
     "Plan",
     "Replacement",
+    "WeightFormat",
     "WithLoss",
     "batched",
     "calibrate",
@@ -52,6 +55,7 @@ __all__ = [
     "list_initializers",
     "load_peft_checkpoint",
     "register_initializer",
+    "register_weight_format",
     "reinitialize",
     "restore_peft_model",
     "save_peft_model",

@@ -18,23 +18,21 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import importlib
-import importlib.metadata
 import inspect
-import pkgutil
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from lora_init.entry_points import EntryPoints
 from lora_init.factors import Base, Factors
 from lora_init.layer import Layer, LayerRequest
-from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
+from lora_init.weights.format import Operation, WeightFormat
+from lora_init.weights.kinds import weight_formats
 
-ENTRY_POINT_GROUP = "lora_init.initializers"
+_METHODS = EntryPoints("lora_init.initializers", package="lora_init.initializers")
 
 Reads = Literal["weight", "inputs", "gradient", "output_moments", "quantizer", "target_weight"]
 """The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
@@ -159,8 +157,10 @@ class Initializer:
         preserves_output: whether the output at step 0 equals that of the base model.
         reads: what the method reads: "weight", "inputs", "gradient", "output_moments", "quantizer",
             "target_weight".
-        modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
-            Embedding as a linear map of one-hot vectors.
+        operations: the supported ways to apply a matrix: "product" (linear layers),
+            "convolution" (a matrix on patches) or "lookup" (a linear map of one-hot vectors). Every
+            weight format with one of them is supported.
+        only: names of single formats that are supported in addition.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
     """
@@ -172,8 +172,18 @@ class Initializer:
     base: Base = "keep"
     preserves_output: bool = True
     reads: frozenset[str] = frozenset()
-    modules: frozenset[str] = frozenset(LINEAR_TYPES)
+    operations: frozenset[str] = frozenset({"product"})
+    only: frozenset[str] = frozenset()
     control: bool = False
+
+    def supports(self, stored: WeightFormat) -> bool:
+        """Whether the method supports modules of a weight format."""
+        return stored.operation in self.operations or stored.name in self.only
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The names of the supported weight formats."""
+        return frozenset(name for name, one in weight_formats().items() if self.supports(one))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -244,7 +254,7 @@ class Initializer:
     def __repr__(self) -> str:
         return (
             f"Initializer({self.name!r}, base={self.base!r}, reads={sorted(self.reads)}, "
-            f"modules={sorted(self.modules)}, paper={self.paper!r}"
+            f"operations={sorted(self.operations)}, paper={self.paper!r}"
             f"{', control=True' if self.control else ''})"
         )
 
@@ -254,10 +264,6 @@ class Initializer:
 
 
 _registry: dict[str, Initializer] = {}
-_loaded: bool | None = False
-"""None while the methods are being imported."""
-_loading = threading.RLock()
-"""Held during the import of the methods; reentrant, because a method may use the registry."""
 
 
 def register_initializer(
@@ -268,10 +274,16 @@ def register_initializer(
     base: Base = "keep",
     preserves_output: bool = True,
     reads: Iterable[Reads] = (),
-    modules: Iterable[str] = LINEAR_TYPES,
+    operations: Iterable[Operation] | None = None,
+    modules: Iterable[str] = (),
     control: bool = False,
 ) -> Callable[[Method], Method]:
     """Register a function as the initializer `name`; `Initializer` describes the arguments.
+
+    Args:
+        operations: None means "product", or nothing if `modules` is given.
+        modules: names of single weight formats, such as "Linear". Operations are better: they
+            include the formats that are added later.
 
     Raises:
         TypeError: `options` is not a subclass of `Options`.
@@ -296,14 +308,23 @@ def register_initializer(
                 "lora_init.registry.Options"
             )
         _check_call(name, function)
-        for argument, value in (("reads", reads), ("modules", modules)):
+        lists = {"reads": reads, "operations": operations or (), "modules": modules}
+        for argument, value in lists.items():
             if isinstance(value, str):
                 raise TypeError(
                     f"initializer {name!r}: {argument}={value!r} is not supported: must be a list; "
                     f"pass [{value!r}]"
                 )
-        given = {"reads": frozenset(reads), "modules": frozenset(modules), "base": {base}}
-        supported = {"reads": get_args(Reads), "modules": MODULE_TYPES, "base": get_args(Base)}
+        given = {argument: frozenset(value) for argument, value in lists.items()}
+        if operations is None and not given["modules"]:
+            given["operations"] = frozenset({"product"})
+        given["base"] = frozenset({base})
+        supported = {
+            "reads": get_args(Reads),
+            "operations": get_args(Operation),
+            "modules": tuple(weight_formats()) if given["modules"] else (),
+            "base": get_args(Base),
+        }
         for argument, values in given.items():
             if unknown := sorted(values - set(supported[argument])):
                 raise ValueError(
@@ -323,7 +344,8 @@ def register_initializer(
             base=base,
             preserves_output=preserves_output,
             reads=given["reads"],
-            modules=given["modules"],
+            operations=given["operations"],
+            only=given["modules"],
             control=control,
         )
         return function
@@ -353,7 +375,7 @@ def batched(function: Method) -> Method:
 
 def list_initializers(pattern: str = "*") -> list[Initializer]:
     """All registered initializers whose name matches the shell-style `pattern`, by name."""
-    _load()
+    _METHODS.load()
     return [_registry[name] for name in sorted(fnmatch.filter(_registry, pattern))]
 
 
@@ -363,7 +385,7 @@ def get_initializer(name: str) -> Initializer:
     Raises:
         ValueError: the name is unknown; the message suggests the nearest known name.
     """
-    _load()
+    _METHODS.load()
     given, name = name, method_name(name)
     if name not in _registry:
         near = difflib.get_close_matches(name, _registry, n=1, cutoff=0.5)
@@ -392,7 +414,7 @@ def resolve(setting: Any) -> tuple[Initializer, Any]:
         ValueError: the name or an option is unknown, or an option's value is not supported.
         TypeError: `setting` has another type.
     """
-    _load()
+    _METHODS.load()
     if isinstance(setting, bool):
         setting = "kaiming" if setting else "random"
     if isinstance(setting, str):
@@ -437,24 +459,3 @@ def build_options(options: type, values: Mapping[str, Any], setting: str) -> Any
 def describe(spec: Initializer, options: Any) -> dict[str, Any]:
     """The mapping that `resolve` turns back into this method and these options."""
     return {"name": spec.name, **asdict(options)}
-
-
-def _load() -> None:
-    """Import the methods of this package and of third-party entry points, once."""
-    global _loaded
-    if _loaded is True:
-        return
-    with _loading:
-        if _loaded is not False:  # another thread loaded, or a module below called this
-            return
-        _loaded = None
-        try:
-            package = importlib.import_module("lora_init.initializers")
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{package.__name__}.{module.name}")
-            for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-                entry.load()
-        except BaseException:
-            _loaded = False
-            raise
-        _loaded = True

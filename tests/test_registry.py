@@ -58,6 +58,7 @@ def test_a_name_is_registered_once(clean_registry):
     [
         ({"reads": ("weights",)}, "reads=weights is not supported: must be of weight, inputs"),
         ({"modules": ("Dense",)}, "modules=Dense is not supported: must be of Linear"),
+        ({"operations": ("sum",)}, "operations=sum is not supported: must be of product"),
         ({"base": "edit"}, "base=edit is not supported: must be of keep"),
     ],
 )
@@ -65,6 +66,24 @@ def test_a_name_is_registered_once(clean_registry):
 def test_a_wrong_declaration_is_refused_by_name(clean_registry, arguments, message):
     with pytest.raises(ValueError, match=f"'lost': {message}"):
         register_initializer("lost", **arguments)(lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "supported", "refused"),
+    [
+        ({}, {"Linear", "Conv1D", "Linear4bit"}, {"Conv2d", "Embedding"}),
+        ({"modules": ("Linear",)}, {"Linear"}, {"Conv1D", "Linear4bit", "Conv2d", "Embedding"}),
+        ({"operations": ("lookup",)}, {"Embedding"}, {"Linear", "Conv2d"}),
+        ({"operations": ("lookup",), "modules": ("Conv2d",)}, {"Embedding", "Conv2d"}, {"Linear"}),
+    ],
+)
+def test_a_method_supports_operations_or_single_formats(
+    clean_registry, arguments, supported, refused
+):
+    register_initializer("mine", **arguments)(lambda layer, options: None)
+    (spec,) = list_initializers("mine")
+    assert supported <= spec.modules == spec.module_types
+    assert not refused & spec.modules
 
 
 @pytest.mark.wrong_types

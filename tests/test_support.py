@@ -15,13 +15,9 @@ from uniform import uniform
 from lora_init import LoraConfig, get_peft_model, list_initializers
 from lora_init.support import bases, support
 from lora_init.weights.kinds import FORMATS
-from lora_init.weights.module_types import MODULE_TYPES
 
 CELLS = [
-    (spec, kind, base)
-    for spec in list_initializers()
-    for kind in MODULE_TYPES
-    for base in bases(kind)
+    (spec, kind, base) for spec in list_initializers() for kind in FORMATS for base in bases(kind)
 ]
 
 
@@ -63,7 +59,7 @@ def one_module(kind, base):
         ],
         lambda spec, kind, base, dora: spec.name,
         lambda spec, kind, base, dora: (behavior(spec.name), kind),
-        lambda spec, kind, base, dora: (handling(spec.name), spec.modules, kind, base),
+        lambda spec, kind, base, dora: (handling(spec.name), spec.operations, kind, base),
         lambda spec, kind, base, dora: (handling(spec.name), kind, dora),
     ),
 )

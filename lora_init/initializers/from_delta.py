@@ -34,7 +34,6 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import uniform
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 FORMS = ("product", "directions")
 # Smaller singular values of D, relative to the largest, are rounding.
@@ -68,7 +67,7 @@ register = partial(
     register_initializer,
     paper="a definition of this project",
     reads=("weight", "target_weight"),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 
 

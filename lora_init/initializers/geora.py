@@ -30,7 +30,6 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -57,7 +56,7 @@ class GeoraOptions(Options):
     paper="Zhang et al. 2026, arXiv 2601.09361",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
 def geora(layer: Layer, options: GeoraOptions) -> Factors:

@@ -33,7 +33,6 @@ from lora_init.layer import Layer
 from lora_init.linalg.transfer import named_on_host
 from lora_init.quantization import Quantizer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
 
@@ -120,7 +119,7 @@ def layer_quantizer(layer: Layer, options: QuantizingOptions) -> Quantizer:
     base="replace",
     preserves_output=False,
     reads=("weight", "quantizer"),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
 def loftq(layer: Layer, options: LoftqOptions) -> Factors:

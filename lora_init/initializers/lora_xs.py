@@ -29,7 +29,6 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -58,7 +57,7 @@ class LoraXsOptions(Options):
     paper="Bałazy et al. 2024, arXiv 2405.17604",
     preserves_output=False,
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
 def lora_xs(layer: Layer, options: LoraXsOptions) -> Factors:

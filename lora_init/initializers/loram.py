@@ -29,7 +29,6 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -55,7 +54,7 @@ def sine_basis(size: int, rank: int, device: torch.device) -> Float[Tensor, "siz
     paper="Zhang et al. 2025, arXiv 2507.06558",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
 def loram(layer: Layer, options: LoramOptions) -> Factors:

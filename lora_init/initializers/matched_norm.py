@@ -33,7 +33,6 @@ from lora_init.registry import (
     list_initializers,
     register_initializer,
 )
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -70,7 +69,7 @@ def references() -> list[str]:
     paper="control, no paper",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
     control=True,
 )
 @batched

@@ -22,7 +22,6 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -37,7 +36,7 @@ class MicaOptions(Options):
     options=MicaOptions,
     paper="Rüdiger & Raschka 2026, arXiv 2604.01694",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
 def mica(layer: Layer, options: MicaOptions) -> Factors:

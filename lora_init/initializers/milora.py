@@ -22,7 +22,6 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
@@ -30,7 +29,7 @@ from lora_init.weights.module_types import MODULE_TYPES
     paper="Wang et al. 2024, arXiv 2406.09044",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
 def milora(layer: Layer, options: Options) -> Factors:

@@ -22,7 +22,6 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -63,7 +62,7 @@ class PissaOptions(Options):
     paper="Meng et al. 2024, arXiv 2404.02948",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
 def pissa(layer: Layer, options: PissaOptions) -> Factors:

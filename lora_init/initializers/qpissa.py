@@ -37,7 +37,6 @@ from lora_init.initializers.loftq import (
 from lora_init.layer import Layer
 from lora_init.quantization import Quantizer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -74,7 +73,7 @@ class QpissaOptions(Options):
     base="replace",
     preserves_output=False,
     reads=("weight", "quantizer"),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
 def qpissa(layer: Layer, options: QpissaOptions) -> Factors:

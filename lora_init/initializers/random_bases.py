@@ -23,7 +23,6 @@ from lora_init.initializers.pissa import PissaOptions, pissa
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
@@ -31,7 +30,7 @@ from lora_init.weights.module_types import MODULE_TYPES
     paper="control, no paper",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
     control=True,
 )
 @batched

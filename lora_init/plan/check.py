@@ -67,7 +67,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
     stored = class_format(module)
     if stored is not None and (reason := stored.refusal(module)) is not None:
         raise TypeError(f"target {name!r} {reason}. Leave it out with exclude_modules")
-    if stored is None or stored.name not in spec.modules:
+    if stored is None or not spec.supports(stored):
         kind = module_type(module) + _stacked(module)
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not support; "

@@ -28,6 +28,9 @@ from lora_init.weights.probe import Finding
 WEIGHT = "weight"
 """The name of the matrix of a module that has only one."""
 
+Operation = Literal["product", "convolution", "lookup"]
+"""How a module applies its matrix: to rows of features, to patches, or by looking up columns."""
+
 Matrix = Float[Tensor, "*experts out in"]
 
 
@@ -65,7 +68,7 @@ class WeightFormat(ABC):
     """
 
     name: ClassVar[str]
-    operation: ClassVar[Literal["product", "convolution", "lookup"]] = "product"
+    operation: ClassVar[Operation] = "product"
     subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
     quantized: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
