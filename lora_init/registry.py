@@ -159,8 +159,8 @@ class Initializer:
         preserves_output: whether the output at step 0 equals that of the base model.
         reads: what the method reads: "weight", "inputs", "gradient", "output_moments", "quantizer",
             "target_weight".
-        modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
-            Embedding as a linear map of one-hot vectors.
+        modules: the supported module types. A convolution is treated as a matrix on its patches,
+            and an Embedding as a linear map of one-hot vectors.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
     """

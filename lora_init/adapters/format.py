@@ -1,11 +1,13 @@
 """Names and shapes of the tensors in an adapter file.
 
-| part | Linear, Conv1D, quantized | Conv2d | Embedding |
+| part | Linear, Conv1D, quantized | convolution | Embedding |
 |---|---|---|---|
-| lora_A | lora_A.weight (r, in) | lora_A.weight (r, c, h, w) | lora_embedding_A (r, entries) |
-| lora_B | lora_B.weight (out, r) | lora_B.weight (out, r, 1, 1) | lora_embedding_B (width, r) |
+| lora_A | lora_A.weight (r, in) | lora_A.weight (r, c, *kernel) | lora_embedding_A (r, entries) |
+| lora_B | lora_B.weight (out, r) | lora_B.weight (out, r, *1) | lora_embedding_B (width, r) |
 | lora_bias | lora_B.bias (out,) | the same | – |
-| lora_magnitude_vector | (out,) | (1, out, 1, 1) | (width,) |
+| lora_magnitude_vector | (out,) | (1, out, *1) | (width,) |
+
+Here *1 is a kernel size of 1, with as many dimensions as the kernel.
 
 Keys begin with "base_model.model." and the name of the module. The trained bias of an adapted
 module is called base_layer.bias. Other biases and the tensors of fully trained modules keep their
@@ -46,12 +48,12 @@ def part_key(target: Target, part: str) -> str:
 def peft_computes(module: nn.Module) -> bool:
     """Whether PEFT's adapted layer for this module computes the same output.
 
-    PEFT's A of a Conv2d uses the stride and padding of the base, but not its dilation and padding
-    mode.
+    PEFT's A of a convolution uses the stride and padding of the base, but not its dilation and
+    padding mode.
     """
     if known_format(module).operation != "convolution":
         return True
-    return module.dilation == (1, 1) and module.padding_mode == "zeros"
+    return set(module.dilation) == {1} and module.padding_mode == "zeros"
 
 
 def bias_key(name: str, layers: Collection[str]) -> str:
@@ -61,9 +63,10 @@ def bias_key(name: str, layers: Collection[str]) -> str:
 
 
 def file_shape(target: Target, module: Any, part: str, rank: int) -> tuple[int, ...]:
-    """The shape of a part in a file; A of a Conv2d has the kernel size of `module`."""
+    """The shape of a part in a file; A of a convolution has the kernel size of `module`."""
     rows, columns = target.shape
     convolution = FORMATS[target.module_type].operation == "convolution"
+    ones = (1,) * len(module.kernel_size) if convolution else ()
     if part in ("replacement_A", "initial_A"):
         return rank, columns
     if part in ("replacement_B", "initial_B"):
@@ -71,9 +74,9 @@ def file_shape(target: Target, module: Any, part: str, rank: int) -> tuple[int, 
     if part == "lora_A":
         return (rank, *module.weight.shape[1:]) if convolution else (rank, columns)
     if part == "lora_B":
-        return (rows, rank, 1, 1) if convolution else (rows, rank)
+        return rows, rank, *ones
     if part == "lora_magnitude_vector":
-        return (1, rows, 1, 1) if convolution else (rows,)
+        return (1, rows, *ones) if convolution else (rows,)
     return (rows,)
 
 

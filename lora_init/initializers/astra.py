@@ -31,7 +31,7 @@ from lora_init.factors import Factors
 from lora_init.initializers.qera import lifted, output_error
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 
 @register_initializer(
@@ -39,7 +39,7 @@ from lora_init.weights.module_types import LINEAR_TYPES
     paper="Liu et al. 2026, arXiv 2602.19111",
     base="subtract",
     reads=("weight", "inputs"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 @batched
 def astra(layer: Layer, options: Options) -> Factors:

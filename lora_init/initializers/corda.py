@@ -35,7 +35,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 # R comes from float32 sums. Directions without any input carry noise of this size, relative to the
 # mean diagonal. Adding it to R's diagonal makes the thin SVD of W R unique there: on the null space
@@ -80,7 +80,7 @@ class CordaOptions(Options):
     paper="Yang et al. 2024, arXiv 2406.05223",
     base="subtract",
     reads=("weight", "inputs"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 @batched
 def corda(layer: Layer, options: CordaOptions) -> Factors:

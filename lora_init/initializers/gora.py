@@ -39,7 +39,7 @@ from lora_init.factors import Factors
 from lora_init.initializers.kaiming import kaiming
 from lora_init.layer import Layer, LayerRequest
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 
 @dataclass
@@ -105,7 +105,7 @@ def importance(layer: LayerRequest) -> float:
     paper="He et al. 2025, arXiv 2502.12171",
     preserves_output=False,
     reads=("gradient", "weight"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 def gora(layer: Layer, options: GoraOptions) -> Factors:
     """A (rank, in) Kaiming-uniform, B (out, rank) from the gradient; float32."""

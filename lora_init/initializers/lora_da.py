@@ -41,7 +41,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 
 @dataclass
@@ -95,7 +95,7 @@ register = partial(
     paper="Zhang et al. 2025, arXiv 2510.24561",
     preserves_output=False,
     reads=("inputs", "gradient", "output_moments"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 
 

@@ -57,7 +57,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, Reads, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 # B takes the last half of the triplets, which converge last. The default tolerance would leave
 # their subspace inaccurate.
@@ -117,7 +117,7 @@ class LoraGaOptions(Options):
     paper="Wang et al. 2024, arXiv 2407.05000",
     base="subtract",
     reads=("gradient",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 @batched
 def lora_ga(layer: Layer, options: LoraGaOptions) -> Factors:

@@ -18,7 +18,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 
 @register_initializer(
@@ -26,7 +26,7 @@ from lora_init.weights.module_types import LINEAR_TYPES
     paper="Büyükakyüz 2024, arXiv 2406.01775",
     base="subtract",
     reads=("weight",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 @batched
 def olora(layer: Layer, options: Options) -> Factors:

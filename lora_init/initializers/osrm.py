@@ -25,7 +25,7 @@ from lora_init.factors import Factors
 from lora_init.initializers.lora_null import used_share
 from lora_init.layer import Layer
 from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 
 @dataclass
@@ -47,7 +47,7 @@ register = partial(
     register_initializer,
     paper="Zhang & Zhou 2025, arXiv 2505.22934",
     reads=("inputs",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 
 

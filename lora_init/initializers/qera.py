@@ -43,7 +43,7 @@ from lora_init.layer import Layer
 from lora_init.linalg.transfer import named_on_host
 from lora_init.quantization import Quantizer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 
 @dataclass
@@ -76,7 +76,7 @@ class QeraOptions(Options):
     base="replace",
     preserves_output=False,
     reads=("weight", "inputs", "quantizer"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 @batched
 def qera(layer: Layer, options: QeraOptions) -> Factors:

@@ -41,7 +41,7 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.moments import InputSets
 from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.weights.module_types import CONVOLUTIONS, LINEAR_TYPES
 
 LEARN, KEEP = "learn", "keep"
 # Second moments are float32 sums. Smaller eigenvalues, relative to the largest, are their rounding.
@@ -91,7 +91,7 @@ class ScLoraOptions(Options):
     paper="Luo et al. 2025, arXiv 2505.23724",
     base="subtract",
     reads=("weight", "inputs"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    modules=(*LINEAR_TYPES, *CONVOLUTIONS),
 )
 @batched
 def sc_lora(layer: Layer, options: ScLoraOptions) -> Factors:

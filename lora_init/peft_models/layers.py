@@ -15,8 +15,9 @@ from lora_init.adapters.format import file_shape
 from lora_init.injection import Transaction
 from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Target
+from lora_init.weights.module_types import CONVOLUTIONS
 
-SUPPORTED = ("Linear", "Embedding", "Conv2d", "Linear4bit", "Linear8bitLt")
+SUPPORTED = ("Linear", "Embedding", *CONVOLUTIONS, "Linear4bit", "Linear8bitLt")
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 
 START = "initial_factors"

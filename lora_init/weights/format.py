@@ -7,7 +7,7 @@ The rest of the package sees a weight as one or more named matrices:
 | Linear | (out, in) | itself |
 | Conv1D (transformers) | (in, out) | its transpose |
 | Embedding | (entries, width) | its transpose: out = width, in = entries, for one-hot inputs |
-| Conv2d, one group | (out, channels, height, width) | (out, channels·height·width), for patches |
+| Conv1d, Conv2d, Conv3d | (out, channels, *kernel) | (out, channels·kernel size), for patches |
 | Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
 """
 
@@ -64,7 +64,7 @@ class WeightFormat(ABC):
         transposed: whether the weight is stored as (in, out).
     """
 
-    name: ClassVar[str]
+    name: str
     operation: ClassVar[Literal["product", "convolution", "lookup"]] = "product"
     subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
     quantized: ClassVar[bool] = False

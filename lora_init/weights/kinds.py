@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.weights.conv1d import Conv1DFormat
-from lora_init.weights.conv2d import Conv2dFormat
+from lora_init.weights.convolution import ConvolutionFormat
 from lora_init.weights.embedding import EmbeddingFormat
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.linear import LinearFormat
@@ -35,7 +35,8 @@ def register(one: WeightFormat) -> None:
 
 
 for _one in (
-    LinearFormat(), Conv1DFormat(), Linear4bitFormat(), Linear8bitFormat(), Conv2dFormat(),
+    LinearFormat(), Conv1DFormat(), Linear4bitFormat(), Linear8bitFormat(),
+    ConvolutionFormat(nn.Conv1d), ConvolutionFormat(nn.Conv2d), ConvolutionFormat(nn.Conv3d),
     EmbeddingFormat(),
 ):  # fmt: skip
     register(_one)

@@ -1,4 +1,4 @@
-"""Weights of nn.Conv2d: a matrix on image patches, stored as (out, channels, height, width)."""
+"""Weights of convolutions: a matrix on patches, stored as (out, channels, *kernel)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.weights.float import FloatFormat
+from lora_init.weights.patches import batched, patches
 
 
-class Conv2dFormat(FloatFormat):
-    """nn.Conv2d with one group."""
+class ConvolutionFormat(FloatFormat):
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d with one group.
 
-    name = "Conv2d"
-    cls = nn.Conv2d
+    A patch holds what the kernel covers at one position: (channels · kernel size) numbers.
+
+    Args:
+        cls: the class of the modules.
+    """
+
     operation = "convolution"
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.cls = cls
+        self.name = cls.__name__
 
     def refusal(self, module: nn.Module) -> str | None:
         if module.groups != 1:
             return (
-                f"is a Conv2d with groups={module.groups}, which is not supported: groups must be 1"
+                f"is a {self.name} with groups={module.groups}, which is not supported: groups "
+                "must be 1"
             )
         return super().refusal(module)
 
@@ -33,18 +43,12 @@ class Conv2dFormat(FloatFormat):
 
     def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        if padded.ndim == 3:
-            padded = padded[None]
-        patches = functional.unfold(
-            padded, module.kernel_size, dilation=module.dilation, stride=module.stride
-        )
-        return patches.transpose(1, 2).flatten(0, 1)
+        padding = module._reversed_padding_repeated_twice
+        padded = functional.pad(batched(module, x), padding, mode=mode)
+        return patches(padded, module.kernel_size, module.stride, module.dilation)
 
     def output_rows(self, module: nn.Module, y: Tensor) -> Float[Tensor, "positions out"]:
-        if y.ndim == 3:
-            y = y[None]
-        return y.flatten(2).transpose(1, 2).flatten(0, 1)
+        return batched(module, y).movedim(1, -1).flatten(0, -2)
 
     def reading(self, module: nn.Module) -> Hashable:
         padding, mode = str(module.padding), module.padding_mode
