@@ -36,7 +36,8 @@ class FileLayer:
 
     Attributes:
         name: the module's name in the file.
-        lora_A, lora_B: the factors as stored: (r, in) and (out, r), with kernel sizes for convolutions.
+        lora_A, lora_B: the factors as stored: (r, in) and (out, r); with kernel sizes for
+            convolutions.
         expected_rank: the rank that the configuration states for this layer.
         alpha: the alpha that the configuration states.
         scaling: s as PEFT computes it, alpha / r or alpha / sqrt(r).

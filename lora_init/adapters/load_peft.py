@@ -9,7 +9,8 @@ PEFT 0.21.2 writes more than the adapter, and some of its layers ignore settings
   `<module>.original_module.bias`. Older versions wrote all tensors with "bias" in their name, such
   as T5's `relative_attention_bias.weight`.
 - "pissa" and "olora" initialize an embedding like True, and keep its weight.
-- A of a convolution uses the stride and padding of the base, but not its dilation and padding mode.
+- A of a convolution uses the stride and padding of the base, but not its dilation and padding
+  mode.
 """
 
 from __future__ import annotations
@@ -149,8 +150,9 @@ def _refuse_unlike_ours(target: Target, module: nn.Module, method: Any) -> None:
     if not peft_computes(module):
         raise ValueError(
             f"dilation={module.dilation} and padding_mode={module.padding_mode!r} of the "
-            f"{target.module_type} {target.name!r} are not supported in a PEFT adapter: PEFT's lora_A ignores both, so "
-            "this layer cannot compute the trained output. Leave the layer out and train again."
+            f"{target.module_type} {target.name!r} are not supported in a PEFT adapter: PEFT's "
+            "lora_A ignores both, so this layer cannot compute the trained output. Leave the layer "
+            "out and train again."
         )
     if method not in REBUILT:
         return

@@ -35,5 +35,5 @@ class ConvolutionLayer(LoraLayer):
         result = base(x)
         return (result if bias is None else result - bias), bias
 
-    def _along_outputs(self, vector: Float[Tensor, " out"]) -> Float[Tensor, "out *ones"]:
+    def _along_outputs(self, vector: Float[Tensor, " out"]) -> Float[Tensor, "out ..."]:
         return vector.view(-1, *[1] * (self.base_layer.weight.ndim - 2))

@@ -248,7 +248,7 @@ def _refuse_other_geometry(layers: Sequence[AdaptedLayer], plan: Plan) -> None:
         if not peft_computes(layer.base):
             raise TypeError(
                 f"target {layer.name!r} is a {known_format(layer.base).name} with "
-                f"dilation={layer.base.dilation}, padding_mode={layer.base.padding_mode!r}, which is not supported by "
-                f"{plan.initializer.name}: PEFT's lora_A has neither. Leave it out "
-                "(exclude_modules), or use lora_init.get_peft_model"
+                f"dilation={layer.base.dilation}, padding_mode={layer.base.padding_mode!r}, which "
+                f"is not supported by {plan.initializer.name}: PEFT's lora_A has neither. Leave "
+                "it out (exclude_modules), or use lora_init.get_peft_model"
             )
