@@ -30,7 +30,7 @@ from lora_init.adapters.saved_modules import in_file
 from lora_init.adapters.tensors import Contents
 from lora_init.config.file import method_of
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import Factors, low_rank_product
+from lora_init.factors import Factors, block_matrix, low_rank_product
 from lora_init.layer import Layer
 from lora_init.linalg.matrix import widened
 from lora_init.plan.match import select
@@ -79,7 +79,7 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
     factors = {}
     for target in plan.targets:
         mine = parts[target.name]
-        start = mine["lora_A"], mine["lora_B"]
+        start = mine["lora_A"], block_matrix(mine["lora_B"], target.groups)
         if method in REBUILT:
             start = _rebuilt(target, weights, plan)
         factors[target.name] = contents.factors(target, *start)
@@ -147,7 +147,7 @@ def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, 
 
 def _refuse_unlike_ours(target: Target, module: nn.Module, method: Any) -> None:
     """Raise if PEFT's layer or its base weight cannot be reproduced."""
-    if not peft_computes(module):
+    if not peft_computes(module, use_dora=False):
         raise ValueError(
             f"dilation={module.dilation} and padding_mode={module.padding_mode!r} of the "
             f"{target.module_type} {target.name!r} are not supported in a PEFT adapter: PEFT's "

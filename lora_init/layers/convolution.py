@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_init.factors import block_matrix, matrix_blocks
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.weights.offload import is_hooked
 from lora_init.weights.patches import CLASSES, convolve, pointwise
@@ -14,7 +17,25 @@ class ConvolutionLayer(LoraLayer):
     """``h = base(x) + s B (A * x)``: the rows of A are kernels of the base's size, B is pointwise.
 
     A has shape (rank, channels·kernel size) here and (rank, channels, *kernel) in files.
+
+    With groups, each group has its own factors of rank / groups: its kernels in A read its channels
+    and its rows of B, (out, rank / groups), read what these kernels return.
     """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        lora_A: Float[Tensor, "rank in"],
+        lora_B: Float[Tensor, "out rank"],
+        **settings: Any,
+    ) -> None:
+        super().__init__(base_layer, lora_A, lora_B, **settings)
+        self.lora_B = nn.Parameter(matrix_blocks(lora_B, self.base_layer.groups).contiguous())
+
+    @property
+    def output_factor(self) -> Float[Tensor, "out rank"]:
+        """B as a matrix, with zeros between the groups."""
+        return block_matrix(super().output_factor, self.base_layer.groups)
 
     def _low_rank(
         self,
@@ -25,7 +46,7 @@ class ConvolutionLayer(LoraLayer):
         dtype, base = common_dtype(x, lora_A), self.base_layer
         kernels = lora_A.to(dtype).unflatten(1, base.weight.shape[1:])
         hidden = convolve(base, x.to(lora_A.device, dtype), kernels) * self.scaling
-        return pointwise(base, hidden, lora_B.to(dtype))
+        return pointwise(base, hidden, matrix_blocks(lora_B.to(dtype), base.groups).contiguous())
 
     def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         base = self.base_layer

@@ -255,6 +255,12 @@ def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
             f"{layer.name!r} is PEFT's lora.{kind}, which is not supported: must be one of "
             f"{', '.join(SUPPORTED)}. Leave it out with exclude_modules"
         )
+    if (groups := getattr(layer.base, "groups", 1)) > 1:
+        raise TypeError(
+            f"{layer.name!r} is a convolution with groups={groups}, which is not supported in a "
+            "PEFT model: PEFT's lora_A reads the channels of all groups. Leave it out "
+            "(exclude_modules), or use lora_init.get_peft_model"
+        )
     variant = layer.module.lora_variant.get(layer.adapter)
     if variant is not None and not type(variant).__name__.startswith("Dora"):
         raise TypeError(

@@ -245,7 +245,7 @@ def _refuse_shared(base: nn.Module, layers: Sequence[AdaptedLayer], plan: Plan) 
 
 def _refuse_other_geometry(layers: Sequence[AdaptedLayer], plan: Plan) -> None:
     for layer in layers:
-        if not peft_computes(layer.base):
+        if not peft_computes(layer.base, use_dora=False):
             raise TypeError(
                 f"target {layer.name!r} is a {known_format(layer.base).name} with "
                 f"dilation={layer.base.dilation}, padding_mode={layer.base.padding_mode!r}, which "

@@ -13,9 +13,10 @@ from lora_init.weights.patches import batched, patches
 
 
 class ConvolutionFormat(FloatFormat):
-    """nn.Conv1d, nn.Conv2d or nn.Conv3d with one group.
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d.
 
-    A patch holds what the kernel covers at one position: (channels · kernel size) numbers.
+    A patch holds what the kernel covers at one position: (channels · kernel size) numbers. Each
+    group of channels has its own patches and its own rows of the matrix.
 
     Args:
         cls: the class of the modules.
@@ -27,13 +28,8 @@ class ConvolutionFormat(FloatFormat):
         self.cls = cls
         self.name = cls.__name__
 
-    def refusal(self, module: nn.Module) -> str | None:
-        if module.groups != 1:
-            return (
-                f"is a {self.name} with groups={module.groups}, which is not supported: groups "
-                "must be 1"
-            )
-        return super().refusal(module)
+    def groups(self, module: nn.Module) -> int:
+        return module.groups
 
     def orient(self, stored: Tensor) -> Float[Tensor, "out in"]:
         return stored.flatten(1)
@@ -45,11 +41,12 @@ class ConvolutionFormat(FloatFormat):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padding = module._reversed_padding_repeated_twice
         padded = functional.pad(batched(module, x), padding, mode=mode)
-        return patches(padded, module.kernel_size, module.stride, module.dilation)
+        rows = patches(padded, module.kernel_size, module.stride, module.dilation)
+        return rows.view(len(rows) * module.groups, -1)
 
     def output_rows(self, module: nn.Module, y: Tensor) -> Float[Tensor, "positions out"]:
         return batched(module, y).movedim(1, -1).flatten(0, -2)
 
     def reading(self, module: nn.Module) -> Hashable:
         padding, mode = str(module.padding), module.padding_mode
-        return module.kernel_size, module.stride, padding, module.dilation, mode
+        return module.kernel_size, module.stride, padding, module.dilation, mode, module.groups

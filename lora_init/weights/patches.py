@@ -19,10 +19,16 @@ def convolve(module: nn.Module, x: Tensor, kernels: Tensor, bias: Tensor | None 
     return CLASSES[kernels.ndim - 2]._conv_forward(module, x, kernels, bias)
 
 
-def pointwise(module: nn.Module, x: Tensor, matrix: Float[Tensor, "out channels"]) -> Tensor:
-    """The product of a matrix with the channels at each position of a convolution's output."""
+def pointwise(
+    module: nn.Module, x: Tensor, matrix: Float[Tensor, "out channels_of_group"]
+) -> Tensor:
+    """The product of a matrix with the channels at each position of a convolution's output.
+
+    With groups, the rows of a group are multiplied by the channels of that group.
+    """
     dimensions = module.weight.ndim - 2
-    return FUNCTIONS[dimensions](x, matrix.view(*matrix.shape, *[1] * dimensions))
+    kernels = matrix.view(*matrix.shape, *[1] * dimensions)
+    return FUNCTIONS[dimensions](x, kernels, groups=module.groups)
 
 
 def batched(module: nn.Module, x: Tensor) -> Float[Tensor, "batch channels *positions"]:
