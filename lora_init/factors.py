@@ -122,6 +122,30 @@ def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Te
         return matrix.product(widened(lora_B.detach()) * scaling, widened(lora_A.detach()))
 
 
+def block_matrix(
+    blocks: Float[Tensor, "rows columns_of_group"], groups: int
+) -> Float[Tensor, "rows columns"]:
+    """The block-diagonal matrix of stacked blocks of equal shape; differentiable.
+
+    With B (out, rank) of this form, B A is the product of each group of a grouped convolution. The
+    rows of a group read its rank / groups rows of A and no others.
+    """
+    if groups == 1:
+        return blocks
+    each = blocks.unflatten(0, (groups, -1)).movedim(0, -1)
+    return torch.diag_embed(each).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
+
+
+def matrix_blocks(
+    block_diagonal: Float[Tensor, "rows columns"], groups: int
+) -> Float[Tensor, "rows columns_of_group"]:
+    """The inverse of `block_matrix`."""
+    if groups == 1:
+        return block_diagonal
+    each = block_diagonal.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
+    return each.diagonal(dim1=0, dim2=2).movedim(-1, 0).flatten(0, 1)
+
+
 def unstacked(stack: Factors, count: int) -> list[Factors]:
     """Split a stack's factors, and its metrics that are tensors, into those of each layer."""
     replacements = [None] * count if stack.replacement is None else stack.replacement.members()

@@ -29,6 +29,10 @@ def one_module(kind, base):
         module = Conv1D(32, 64)
     elif kind == "Conv2d":
         module, x = nn.Conv2d(4, 32, 4), torch.randn(6, 4, 6, 6)
+    elif kind == "Conv1d":
+        module, x = nn.Conv1d(16, 32, 4), torch.randn(6, 16, 20)
+    elif kind == "Conv3d":
+        module, x = nn.Conv3d(8, 32, 2), torch.randn(6, 8, 4, 4, 3)
     elif kind == "Embedding":
         module, x = nn.Embedding(48, 32), torch.arange(48)
     else:

@@ -36,7 +36,8 @@ class FileLayer:
 
     Attributes:
         name: the module's name in the file.
-        lora_A, lora_B: the factors as stored: (r, in) and (out, r), with kernel sizes for Conv2d.
+        lora_A, lora_B: the factors as stored: (r, in) and (out, r); with kernel sizes for
+            convolutions.
         expected_rank: the rank that the configuration states for this layer.
         alpha: the alpha that the configuration states.
         scaling: s as PEFT computes it, alpha / r or alpha / sqrt(r).
@@ -151,6 +152,11 @@ def _layers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Iterable[FileL
             if other not in tensors:
                 raise ValueError(f"the adapter file lacks {other!r}: it is damaged or incomplete")
             lora_B, rank = tensors[other], ranks(name)
+            if lora_A.ndim > 2 and lora_B.shape[1] < len(lora_A):
+                raise ValueError(
+                    f"{name!r} is a convolution with groups={len(lora_A) // lora_B.shape[1]}, "
+                    "which is not supported here. Load the adapter with LoraModel.from_pretrained."
+                )
             if lora_B.shape[1] != lora_A.shape[0]:
                 raise ValueError(
                     f"{name!r}: lora_A has rank {lora_A.shape[0]} and lora_B {lora_B.shape[1]} in "

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,7 +22,8 @@ from lora_init.adapters.format import (
     PREFIX,
     WEIGHTS_NAME,
     bias_key,
-    file_shape,
+    doubled_rank,
+    in_file,
     part_key,
     peft_computes,
 )
@@ -90,11 +90,11 @@ def save_adapter(
             parts["lora_A"], parts["lora_B"] = portable_factors(
                 parts["lora_A"], parts["lora_B"], target.scaling, largest
             )
-        ranks[as_written.name] = len(parts["lora_A"]), target
+        rank = len(parts["lora_A"])
+        ranks[as_written.name] = rank, target
         for part, value in parts.items():
-            rank = len(value) if part.endswith("_A") else value.shape[-1]
-            shape = file_shape(target, layer.base_layer, part, rank)
-            tensors[part_key(as_written, part)] = value.reshape(shape)
+            stored = in_file(target, layer.base_layer, part, value, rank)
+            tensors[part_key(as_written, part)] = stored
     layers = {t.name for t in plain.targets}
     for name, (bias, _) in injection.biases.items():
         module, _, last = name.rpartition(".")
@@ -140,7 +140,9 @@ def save_adapter(
         "copied_modules": list(copied),
         "vocabulary": {names[n]: value for n, value in description(model).items()},
     }
-    own = replaced or not all(map(peft_computes, _base_modules(injection)))
+    own = replaced or not all(
+        peft_computes(layer.base_layer, plan.use_dora) for layer in injection.layers.values()
+    )
     _write(folder, tensors, header, written, own, cores)
 
 
@@ -241,10 +243,6 @@ def _plain_header(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def _base_modules(injection: Injection) -> list[nn.Module]:
-    return [layer.base_layer for layer in injection.layers.values()]
-
-
 def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -> dict[str, Tensor]:
     """The tensors of a layer's adapter, for its original base weight.
 
@@ -272,8 +270,9 @@ def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -
     )
     if replaced:
         return parts | {"initial_A": initial_A, "initial_B": initial_B}
-    parts["lora_A"] = torch.cat([parts["lora_A"], initial_A])
-    parts["lora_B"] = torch.cat([parts["lora_B"], -initial_B], dim=1)
+    parts["lora_A"], parts["lora_B"] = doubled_rank(
+        parts["lora_A"], parts["lora_B"], initial_A, initial_B, target.groups
+    )
     return parts
 
 

@@ -21,6 +21,7 @@ from lora_init.initialize.checks import (
     moved_together,
     warn_of_concerns,
 )
+from lora_init.initialize.groups import group_layers, joined
 from lora_init.initialize.jobs import Job
 from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
@@ -220,7 +221,8 @@ class _Worker:
     def _factors(self, job: Job, layers: list[Layer]) -> list[Factors]:
         """Load the factors of a job from the cache, or compute them."""
         cache = self.cache
-        if cache is None or not cacheable(cache, self.plan.initializer, job.targets):
+        grouped = any(target.groups > 1 for target in job.targets)
+        if cache is None or grouped or not cacheable(cache, self.plan.initializer, job.targets):
             return self._computed(job.targets, layers)
         memory = CachedFactors(cache, self.plan, job.device)
         keys = [memory.key(layer) for layer in layers]
@@ -238,14 +240,21 @@ class _Worker:
 
     def _computed(self, targets: tuple[Target, ...], layers: list[Layer]) -> list[Factors]:
         """Call the method: on one layer, on a stack, or on the layers of a stack in turn."""
+        if (count := targets[0].groups) > 1:  # alike for all targets of a job
+            groups = (group_layers(layer, count) for layer in layers)
+            made = [joined(self._made(each)) for each in groups]
+        else:
+            made = self._made(layers)
+        for target, factors in zip(targets, made, strict=True):
+            check_shapes(target.name, target.shape, target.rank, self.plan.initializer, factors)
+        return made
+
+    def _made(self, layers: list[Layer]) -> list[Factors]:
+        """The factors of layers of one shape, rank, scaling and type."""
         spec, options = self.plan.initializer, self.plan.options
         if len(layers) == 1 or not spec.is_batched:
-            made = [spec.factors(layer, options) for layer in layers]
-        else:
-            made = unstacked(spec.factors(stacked(layers), options), len(layers))
-        for target, factors in zip(targets, made, strict=True):
-            check_shapes(target.name, target.shape, target.rank, spec, factors)
-        return made
+            return [spec.factors(layer, options) for layer in layers]
+        return unstacked(spec.factors(stacked(layers), options), len(layers))
 
     def _settled(self, target: Target, given: Layer, factors: Factors) -> Factors:
         home, dtype = self.homes[target.name], self.plan.adapter_dtype

@@ -24,6 +24,7 @@ from lora_init.plan.make import make_plan
 from lora_init.plan.match import exactly
 from lora_init.plan.plan import Plan
 from lora_init.registry import get_initializer
+from lora_init.weights.kinds import known_format
 
 # The methods of PEFT that subtract from the base, or replace it, when they make a layer.
 CHANGED_BY_PEFT = ("pissa", "olora", "corda", "loftq", "lora_ga", "astra")
@@ -244,10 +245,10 @@ def _refuse_shared(base: nn.Module, layers: Sequence[AdaptedLayer], plan: Plan) 
 
 def _refuse_other_geometry(layers: Sequence[AdaptedLayer], plan: Plan) -> None:
     for layer in layers:
-        if not peft_computes(layer.base):
+        if not peft_computes(layer.base, use_dora=False):
             raise TypeError(
-                f"target {layer.name!r} is a Conv2d with dilation={layer.base.dilation}, "
-                f"padding_mode={layer.base.padding_mode!r}, which is not supported by "
-                f"{plan.initializer.name}: PEFT's lora_A has neither. Leave it out "
-                "(exclude_modules), or use lora_init.get_peft_model"
+                f"target {layer.name!r} is a {known_format(layer.base).name} with "
+                f"dilation={layer.base.dilation}, padding_mode={layer.base.padding_mode!r}, which "
+                f"is not supported by {plan.initializer.name}: PEFT's lora_A has neither. Leave "
+                "it out (exclude_modules), or use lora_init.get_peft_model"
             )

@@ -12,6 +12,7 @@ from torch import nn
 from lora_init.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_init.plan.check import (
     FLOAT_DTYPES,
+    check_groups,
     check_module,
     check_target_rank,
     check_trained,
@@ -126,8 +127,10 @@ def make_plan(
         stored = known_format(module)
         rows, columns = stored.shape(module)
         shape = rows, columns
-        rank = ranks(name)
-        if not any_rank:
+        rank, groups = ranks(name), stored.groups(module)
+        if groups > 1:
+            check_groups(name, rank, shape, groups, spec, options, any_rank=any_rank)
+        elif not any_rank:
             narrow = rank_excess(rank, shape, spec)
             if narrow and everything and not ranks.matches(name):
                 omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
@@ -146,6 +149,7 @@ def make_plan(
                 quantized=stored.quantized,
                 shared_with=sharers(name, module, owners),
                 exact=computes_product(name, module),
+                groups=groups,
             )
         )
     if not targets:

@@ -46,6 +46,7 @@ class Target:
         exact: whether the module computes the product with its stored weight. False if a
             quantizer's forward rounds inputs or weights; the base weight is then not edited.
         planned_rank: r before rank allocation; None without allocation.
+        groups: how many blocks of rows have their own inputs and their own rank / groups.
     """
 
     name: str
@@ -59,10 +60,12 @@ class Target:
     shared_with: tuple[str, ...] = ()
     exact: bool = True
     planned_rank: int | None = None
+    groups: int = 1
 
     @property
     def parameters(self) -> int:
-        return self.rank * sum(self.shape)
+        rows, columns = self.shape
+        return self.rank * (rows // self.groups + columns)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ class Plan:
         for target in self.targets:
             rows, columns = target.shape
             total += target.rank * (
-                ("lora_A" not in frozen) * columns + ("lora_B" not in frozen) * rows
+                ("lora_A" not in frozen) * columns
+                + ("lora_B" not in frozen) * rows // target.groups
             )
             total += self.initializer.has_core * target.rank**2
             total += (self.use_dora + self.lora_bias) * rows
@@ -167,7 +171,8 @@ class Plan:
     def sketch_sizes(self) -> dict[str, int] | None:
         """By target, how many triplets a gradient's sketch holds; None if it cannot be sketched."""
         plain = self.calibration is not None and not self.calibration.inputs
-        if not plain or self.initializer.allocates:
+        grouped = any(target.groups > 1 for target in self.targets)
+        if not plain or grouped or self.initializer.allocates:
             return None
         sizes = {}
         for target in self.targets:

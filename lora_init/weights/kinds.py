@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_init.entry_points import EntryPoints
 from lora_init.weights.conv1d import Conv1DFormat
-from lora_init.weights.conv2d import Conv2dFormat
+from lora_init.weights.convolution import ConvolutionFormat
 from lora_init.weights.embedding import EmbeddingFormat
 from lora_init.weights.format import Operation, WeightFormat
 from lora_init.weights.linear import LinearFormat
@@ -54,7 +54,8 @@ def register_weight_format(one: WeightFormat) -> None:
 
 
 for _one in (
-    LinearFormat(), Conv1DFormat(), Linear4bitFormat(), Linear8bitFormat(), Conv2dFormat(),
+    LinearFormat(), Conv1DFormat(), Linear4bitFormat(), Linear8bitFormat(),
+    ConvolutionFormat(nn.Conv1d), ConvolutionFormat(nn.Conv2d), ConvolutionFormat(nn.Conv3d),
     EmbeddingFormat(),
 ):  # fmt: skip
     register_weight_format(_one)

@@ -24,14 +24,20 @@ from lora_init.weights.kinds import (
     weight_formats,
 )
 from lora_init.weights.linear import LinearFormat
+from lora_init.weights.patches import CLASSES
 
 
 def draws(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def convolution():
-    return nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=1, dilation=2, padding_mode="reflect")
+def convolution(dimensions):
+    """Another size, stride and dilation along each dimension, and reflected borders."""
+    along = slice(dimensions)
+    return CLASSES[dimensions](
+        4, 8, (3, 2, 1)[along], stride=(2, 1, 2)[along], padding=(2, 1, 1)[along],
+        dilation=(2, 1, 1)[along], padding_mode="reflect",
+    )  # fmt: skip
 
 
 EXAMPLES = {
@@ -39,7 +45,9 @@ EXAMPLES = {
     "Conv1D": (lambda: Conv1D(32, 64), draws(2, 3, 64)),
     "Linear4bit": (lambda: packed("Linear4bit"), draws(2, 3, 64)),
     "Linear8bitLt": (lambda: packed("Linear8bitLt"), draws(2, 3, 64)),
-    "Conv2d": (convolution, draws(2, 4, 9, 8)),
+    "Conv1d": (lambda: convolution(1), draws(2, 4, 9)),
+    "Conv2d": (lambda: convolution(2), draws(2, 4, 9, 8)),
+    "Conv3d": (lambda: convolution(3), draws(2, 4, 9, 8, 5)),
     "Embedding": (lambda: nn.Embedding(48, 32), torch.arange(48).view(6, 8)),
 }
 """A function that makes a module, and an input of the module, by format."""
@@ -157,7 +165,7 @@ def test_modules_that_cut_their_inputs_alike_have_equal_keys(name):
     assert one.reading(module) == one.reading(twin)
     assert torch.equal(one.input_rows(module, x), one.input_rows(twin, x))
     if one.operation == "convolution":
-        twin.stride = (1, 1)
+        twin.stride = tuple(step + 1 for step in twin.stride)
         assert one.reading(module) != one.reading(twin)
 
 
