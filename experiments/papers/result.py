@@ -35,7 +35,7 @@ SOURCES = (
     *("experiments/benchmark/powerlaw.py", "experiments/measures/forgetting.py"),
 )
 SHARED = (
-    *("subject", "corpus", "tasks", "starts", "language", "fine_tuning"),
+    *("subject", "corpus", "tasks", "starts", "language", "fine_tuning", "classifier*"),
     *("reproduction", "interval", "claim", "drawing"),
 )
 
