@@ -102,9 +102,7 @@ class Classifier:
         """Labeled training reviews; each `offset` draws others."""
         shape = {"size": self.options.batch_size, "length": self.options.length}
         seed = self.options.seed + offset
-        return list(
-            draw_batches(self.subject, count=count, seed=seed, device=self.device, **shape)
-        )
+        return list(draw_batches(self.subject, count=count, seed=seed, device=self.device, **shape))
 
     def calibrated(self, arms: Sequence[Arm], data: Any = None) -> Calibration | None:
         """The statistics that the starts of some arms need; `data` defaults to the reviews."""

@@ -107,9 +107,7 @@ def plots(classifier: Classifier, split: str, count: int) -> Batches:
     batches = sentence_batches(
         classifier.subject.tokenizer, texts, length=options.length, size=options.batch_size
     )
-    return [
-        {key: value.to(classifier.device) for key, value in batch.items()} for batch in batches
-    ]
+    return [{key: value.to(classifier.device) for key, value in batch.items()} for batch in batches]
 
 
 @contextmanager

@@ -138,8 +138,6 @@ def protocol_rates(folder: str, rank: int) -> dict[str, float]:
 # -- starts ----------------------------------------------------------------------------------------
 
 
-
-
 @contextmanager
 def started(
     subject: Subject, method: str, *, rank: int, scaling: float, calibration: list[Batch], seed: int
@@ -182,8 +180,6 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and {"lora_A", "lora_B"} & set(name.split("."))
     ]
-
-
 
 
 # -- curvature -------------------------------------------------------------------------------------

@@ -140,9 +140,7 @@ COMPARISONS = (
         "better scores than LoRA with 27 to 90 times fewer parameters",
         True,
     ),
-    Comparison(
-        "LoRA-SB’s start is better than LoRA-XS’s for the same core", "lora_sb", "lora_xs"
-    ),
+    Comparison("LoRA-SB’s start is better than LoRA-XS’s for the same core", "lora_sb", "lora_xs"),
     Comparison(
         "PSDLoRA starts better than Kaiming’s A of the same standard deviation",
         "psd",
