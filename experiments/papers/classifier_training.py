@@ -21,8 +21,8 @@ from torch import Tensor
 from experiments.config.training import TrainingConfig
 from experiments.data import rotten_tomatoes
 from experiments.errors import ConfigurationError, RunFailed
-from experiments.papers.classifier import draw_batches, load_classifier, train_head
 from experiments.papers.claim import Verdict
+from experiments.papers.classifier import draw_batches, load_classifier, train_head
 from experiments.papers.interval import Interval, mean
 from experiments.papers.reproduction import Options, require, require_at_least
 from experiments.papers.subject import Subject, place
@@ -52,11 +52,11 @@ class TrainingOptions(Options):
     model: str = "minilm"
     rank: int = 8
     steps: int = 20
-    batch_size: int = 16
+    batch_size: int = 8
     length: int = 24
-    head_steps: int = 40
-    calibration_batches: int = 16
-    validation: int = 256
+    head_steps: int = 60
+    calibration_batches: int = 32
+    validation: int = 128
     rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     repeats: int = 4
 

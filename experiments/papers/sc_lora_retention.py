@@ -60,13 +60,13 @@ class RetentionOptions(TrainingOptions):
     """
 
     betas: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.8, 0.9])
-    kept: int = 128
+    kept: int = 64
     size: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ascending = len(self.betas) > 1 and sorted(set(self.betas)) == self.betas
-        fits = ascending and 0 <= self.betas[0] and self.betas[-1] <= 1
+        fits = ascending and self.betas[0] >= 0 and self.betas[-1] <= 1
         require(self, "betas", fits, "two or more ascending numbers from 0 to 1")
         require(self, "kept", self.kept >= 2, "an integer >= 2")
         require(self, "size", self.size > 0, "a number > 0")

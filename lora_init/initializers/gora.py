@@ -38,7 +38,7 @@ from torch import Tensor
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import kaiming
 from lora_init.layer import Layer, LayerRequest
-from lora_init.registry import Options, register_initializer
+from lora_init.registry import Options, register_initializer, workspace
 from lora_init.weights.module_types import LINEAR_TYPES
 
 
@@ -107,6 +107,7 @@ def importance(layer: LayerRequest) -> float:
     reads=("gradient", "weight"),
     modules=(*LINEAR_TYPES, "Conv2d"),
 )
+@workspace(3.0, 0.0)
 def gora(layer: Layer, options: GoraOptions) -> Factors:
     """A (rank, in) Kaiming-uniform, B (out, rank) from the gradient; float32."""
     gradient = layer.gradient

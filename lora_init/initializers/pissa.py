@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
+from lora_init.registry import Options, batched, register_initializer, workspace
 from lora_init.weights.module_types import MODULE_TYPES
 
 
@@ -66,6 +66,7 @@ class PissaOptions(Options):
     modules=MODULE_TYPES,
 )
 @batched
+@workspace(3.0, 0.0)
 def pissa(layer: Layer, options: PissaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
     if options.niter is None:

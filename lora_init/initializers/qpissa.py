@@ -36,7 +36,7 @@ from lora_init.initializers.loftq import (
 )
 from lora_init.layer import Layer
 from lora_init.quantization import Quantizer
-from lora_init.registry import Options, batched, register_initializer
+from lora_init.registry import Options, batched, register_initializer, workspace
 from lora_init.weights.module_types import MODULE_TYPES
 
 
@@ -77,6 +77,7 @@ class QpissaOptions(Options):
     modules=MODULE_TYPES,
 )
 @batched
+@workspace(8.0, 0.0)
 def qpissa(layer: Layer, options: QpissaOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantized base."""
     weight, scaling = layer.weight, layer.scaling

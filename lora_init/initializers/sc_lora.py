@@ -40,7 +40,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.moments import InputSets
-from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer, workspace
 from lora_init.weights.module_types import LINEAR_TYPES
 
 LEARN, KEEP = "learn", "keep"
@@ -94,6 +94,7 @@ class ScLoraOptions(Options):
     modules=(*LINEAR_TYPES, "Conv2d"),
 )
 @batched
+@workspace(13.0, 2.5)
 def sc_lora(layer: Layer, options: ScLoraOptions) -> Factors:
     """A (rank, in) and B (out, rank) with orthonormal columns, float32; s B A = Q Qᵀ W."""
     weight = layer.weight.double()
