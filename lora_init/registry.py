@@ -211,6 +211,19 @@ class Initializer:
         """Whether the function also accepts a stack of layers."""
         return getattr(self.function, "is_batched", False)
 
+    def workspace(self, options: Any) -> tuple[float, float]:
+        """How many float32 copies of a weight and of its moments are in memory at the peak.
+
+        `workspace` states them for a method; others get the largest of the methods that read the
+        same parts of a layer.
+        """
+        stated = getattr(self.function, "workspace", None)
+        if stated is not None:
+            return stated(options) if callable(stated) else stated
+        decomposes = self.reads & {"weight", "target_weight", "quantizer"}
+        weights = 13.0 if decomposes else 4.0 if self.reads else 3.0
+        return weights, 9.5 if "inputs" in self.reads else 0.0
+
     @property
     def allocates(self) -> bool:
         """Whether the method chooses the ranks of the layers."""
@@ -371,6 +384,21 @@ def batched(function: Method) -> Method:
     """
     function.is_batched = True
     return function
+
+
+def workspace(*copies: Any) -> Callable[[Method], Method]:
+    """State how much memory a method takes at its peak, for `Initializer.workspace`.
+
+    Args:
+        copies: float32 copies of the weight, and of the second moment of the inputs, measured at a
+            rank far below the layer's sizes; or a function of the options that returns both.
+    """
+
+    def state(function: Method) -> Method:
+        function.workspace = copies[0] if len(copies) == 1 else copies
+        return function
+
+    return state
 
 
 def list_initializers(pattern: str = "*") -> list[Initializer]:

@@ -1,6 +1,7 @@
 """Run all reproductions, each in its own process, then write the page.
 
     python -m experiments.papers                the fast form of all
+    python -m experiments.papers --config-name family    the family tree of starts
     python -m experiments.papers --cfg job      lists every option
 
 Several run at a time, each with its share of the cores: most matrices are too small for many
@@ -30,7 +31,7 @@ from ..console import say
 from ..errors import ConfigurationError
 from ..location import CONFIGURATIONS, qualified
 from .catalogue import NAMES, check_names
-from .page import verdict_counts, write_page
+from .page import TITLE, verdict_counts, write_page
 from .reproduction import FORMS, require
 from .result import Result, read_result
 from .text import terminal_table
@@ -45,6 +46,7 @@ class AllPapers:
         form: smoke, fast or full, the same for all.
         output: results are written to `<output>/<form>/<name>`.
         page: the folder of the page and its pictures; null writes no page.
+        title: the heading of the page.
         overrides: options for all of them, such as `[device=cpu, seed=1]`.
         at_once: how many run at a time; null: one for each core, at most four.
         measure: false writes the page from existing results.
@@ -55,6 +57,7 @@ class AllPapers:
     form: str = "fast"
     output: str = "outputs/papers"
     page: str | None = "outputs/papers/page"
+    title: str = TITLE
     overrides: list[str] = field(default_factory=list)
     at_once: int | None = None
     measure: bool = True
@@ -87,7 +90,7 @@ def main(composed: DictConfig) -> None:
     if results:
         rich.get_console().print(summary(results))
         if options.page is not None:
-            say(f"papers: {write_page(results, Path(options.page))}")
+            say(f"papers: {write_page(results, Path(options.page), options.title)}")
     if failed:
         raise CompactHydraException(f"not finished: {', '.join(failed)}; the page has the others")
 

@@ -1,4 +1,4 @@
-"""All reproductions, in the order of the page."""
+"""All reproductions, in the order of their pages."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ NAMES = (
     "rank_scaling",
     "sharpness",
 )
-
-
-OTHERS = ("start_family",)
-"""Reproductions of several papers at once, which have pages of their own."""
+FAMILY = ("start_family", "trained_starts", "sc_lora_retention")
+"""Comparisons of many papers' starts, on another page."""
 
 
 def load_reproduction(name: str) -> Reproduction:
@@ -44,8 +42,9 @@ def check_names(names: Iterable[str]) -> None:
         ConfigurationError: the message has the nearest name.
     """
     for name in names:
-        if name not in (*NAMES, *OTHERS):
+        known = (*NAMES, *FAMILY)
+        if name not in known:
             raise ConfigurationError(
-                f"papers={name!r} is not supported: must be one of {', '.join(NAMES)}. "
-                f"{nearest(name, NAMES)}"
+                f"papers={name!r} is not supported: must be one of {', '.join(known)}. "
+                f"{nearest(name, known)}"
             )

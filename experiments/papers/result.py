@@ -36,7 +36,7 @@ SOURCES = (
     *("benchmark/powerlaw.py", "measures/forgetting.py"),
 )
 SHARED = (
-    *("subject", "corpus", "tasks", "starts", "language", "fine_tuning"),
+    *("subject", "corpus", "tasks", "starts", "language", "fine_tuning", "classifier*"),
     *("reproduction", "interval", "claim", "drawing"),
 )
 

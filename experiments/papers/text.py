@@ -20,6 +20,7 @@ STYLES = {
     Verdict.SAME_DIRECTION: "cyan",
     Verdict.NOT_REPRODUCED: "yellow",
     Verdict.CONTRADICTS: "red",
+    Verdict.NOT_RESOLVED: "dim",
     Verdict.NOT_JUDGED: "dim",
 }
 CLAIM_HEADERS = ("claim", "paper", "ours", "verdict", "decided by")

@@ -43,7 +43,7 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer, LayerRequest
 from lora_init.linalg.cores import STACK_BYTES, over_cores
 from lora_init.moments import InputStatistics, decompose_together, leading
-from lora_init.registry import CalibrationRequest, Options, register_initializer
+from lora_init.registry import CalibrationRequest, Options, register_initializer, workspace
 
 # Variances below this share of the largest are float32 rounding: the data never used such
 # directions (fewer tokens than r). They get no rank, and whitening them would amplify noise.
@@ -197,6 +197,7 @@ def _spectra(
     reads=("inputs",),
     operations=("product", "convolution"),
 )
+@workspace(1.0, 5.0)
 def eva(layer: Layer, options: EvaOptions) -> Factors:
     """A (rank, in) with orthonormal rows unless whitened, B (out, rank) zero; float32."""
     size = layer.rank

@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -59,6 +59,7 @@ class GeoraOptions(Options):
     operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(6.0, 0.0)
 def geora(layer: Layer, options: GeoraOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
     weight = layer.weight

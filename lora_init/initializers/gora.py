@@ -38,7 +38,7 @@ from torch import Tensor
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import kaiming
 from lora_init.layer import Layer, LayerRequest
-from lora_init.registry import Options, register_initializer
+from lora_init.registry import Options, register_initializer, workspace
 
 
 @dataclass
@@ -106,6 +106,7 @@ def importance(layer: LayerRequest) -> float:
     reads=("gradient", "weight"),
     operations=("product", "convolution"),
 )
+@workspace(3.0, 0.0)
 def gora(layer: Layer, options: GoraOptions) -> Factors:
     """A (rank, in) Kaiming-uniform, B (out, rank) from the gradient; float32."""
     gradient = layer.gradient

@@ -40,7 +40,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -101,6 +101,7 @@ register = partial(
 @register("lora_da_frozen", options=LoraDaFrozenOptions)
 @register("lora_da", options=LoraDaOptions)
 @batched
+@workspace(4.0, 9.5)
 def lora_da(layer: Layer, options: LoraDaOptions) -> Factors:
     """A (rank, in) with A Aᵀ = I / gamma, and B (out, rank), float32."""
     squares = layer.output_moments.double()

@@ -28,7 +28,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -57,6 +57,7 @@ def sine_basis(size: int, rank: int, device: torch.device) -> Float[Tensor, "siz
     operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(3.0, 0.0)
 def loram(layer: Layer, options: LoramOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32: rows and columns orthogonal, of norm β each."""
     (rows, columns), rank = layer.shape, layer.rank

@@ -32,6 +32,7 @@ from lora_init.registry import (
     get_initializer,
     list_initializers,
     register_initializer,
+    workspace,
 )
 
 
@@ -73,6 +74,7 @@ def references() -> list[str]:
     control=True,
 )
 @batched
+@workspace(3.0, 0.0)
 def matched_norm(layer: Layer, options: MatchedNormOptions) -> Factors:
     """A (rank, in) and B (out, rank) of equal Frobenius norm, float32."""
     (rows, columns), rank = layer.shape, layer.rank

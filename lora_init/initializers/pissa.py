@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -65,6 +65,7 @@ class PissaOptions(Options):
     operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(3.0, 0.0)
 def pissa(layer: Layer, options: PissaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
     if options.niter is None:

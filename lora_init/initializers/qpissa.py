@@ -36,7 +36,7 @@ from lora_init.initializers.loftq import (
 )
 from lora_init.layer import Layer
 from lora_init.quantization import Quantizer
-from lora_init.registry import Options, batched, register_initializer
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -76,6 +76,7 @@ class QpissaOptions(Options):
     operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(8.0, 0.0)
 def qpissa(layer: Layer, options: QpissaOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantized base."""
     weight, scaling = layer.weight, layer.scaling

@@ -22,7 +22,7 @@ from lora_init.factors import Factors
 from lora_init.initializers.pissa import PissaOptions, pissa
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal
-from lora_init.registry import Options, batched, register_initializer
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @register_initializer(
@@ -34,6 +34,7 @@ from lora_init.registry import Options, batched, register_initializer
     control=True,
 )
 @batched
+@workspace(3.0, 0.0)
 def random_bases(layer: Layer, options: Options) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced like PiSSA's: A Aᵀ = Bᵀ B = S_r / s."""
     rows, columns = layer.shape

@@ -40,7 +40,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.moments import InputSets
-from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer, workspace
 
 LEARN, KEEP = "learn", "keep"
 # Second moments are float32 sums. Smaller eigenvalues, relative to the largest, are their rounding.
@@ -93,6 +93,7 @@ class ScLoraOptions(Options):
     operations=("product", "convolution"),
 )
 @batched
+@workspace(13.0, 2.5)
 def sc_lora(layer: Layer, options: ScLoraOptions) -> Factors:
     """A (rank, in) and B (out, rank) with orthonormal columns, float32; s B A = Q Qᵀ W."""
     weight = layer.weight.double()

@@ -44,7 +44,7 @@ from lora_init.layer import Layer
 from lora_init.linalg.draws import uniform
 from lora_init.linalg.transfer import named_on_host
 from lora_init.quantization import Quantizer
-from lora_init.registry import Options, register_initializer
+from lora_init.registry import Options, register_initializer, workspace
 
 
 @dataclass
@@ -97,6 +97,7 @@ class SrrOptions(Options):
     reads=("weight", "inputs", "quantizer"),
     operations=("product", "convolution"),
 )
+@workspace(8.5, 2.5)
 def srr(layer: Layer, options: SrrOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, and the recipe of Q."""
     weight, (rows, columns), rank = layer.weight, layer.shape, layer.rank

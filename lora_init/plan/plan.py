@@ -22,7 +22,6 @@ from lora_init.moments import sums_bytes
 from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets
-from lora_init.plan.workspace import copies
 from lora_init.registry import (
     OVERSAMPLING,
     POWERS,
@@ -225,7 +224,7 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """The initializer's memory on a CPU, for the weights it decomposes at a time."""
-        weights, moments = copies(self.initializer, self.options)
+        weights, moments = self.initializer.workspace(self.options)
         numbers = (
             (rows * columns, weights * rows * columns + moments * columns**2)
             for rows, columns in (target.shape for target in self.targets)
