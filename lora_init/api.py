@@ -25,10 +25,12 @@ from lora_init.config.lora_config import LoraConfig
 from lora_init.initialize.run import InitializedLayer, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
+from lora_init.layers.attention import join
 from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
 from lora_init.model.verification import original_output, verify_adapted
+from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
@@ -166,28 +168,30 @@ def get_peft_model(
         check_calibration(calibration)
     injection.refuse_adapted(model)
     peft_config = with_new_heads(model, peft_config)
-    plan = make_plan(
-        model,
-        peft_config,
-        adapter_dtype,
-        quantized_base=quantized_base,
-        calibration_memory=calibration_memory,
-    )
-    plan.warn_of_left_out()
-    _warn_of_peft(model, plan)
-    if dry_run:
-        return plan
-    weights = BaseWeights(
-        model, original_weights, second_weights(model, target_weights, plan.initializer)
-    )
-    check_call(plan, weights, calibration, allow_unmatched)
-    place = device_for(device)
-    return injection.atomically(
-        partial(
-            _assemble, model, peft_config, plan, weights, calibration, place, seed,
-            keep_original, default_cache() if cache else None, verify,
+    with split_on_success(model, attention_targets(model, [peft_config])):
+        plan = make_plan(
+            model,
+            peft_config,
+            adapter_dtype,
+            quantized_base=quantized_base,
+            calibration_memory=calibration_memory,
         )
-    )  # fmt: skip
+        plan.warn_of_left_out()
+        _warn_of_peft(model, plan)
+        if dry_run:
+            join(model)
+            return plan
+        weights = BaseWeights(
+            model, original_weights, second_weights(model, target_weights, plan.initializer)
+        )
+        check_call(plan, weights, calibration, allow_unmatched)
+        place = device_for(device)
+        return injection.atomically(
+            partial(
+                _assemble, model, peft_config, plan, weights, calibration, place, seed,
+                keep_original, default_cache() if cache else None, verify,
+            )
+        )  # fmt: skip
 
 
 @overload

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_init.adapters import attention_keys
 from lora_init.adapters.core_file import write_cores
 from lora_init.adapters.embeddings import description, embeddings, rows, rows_are_needed
 from lora_init.adapters.format import (
@@ -140,9 +141,13 @@ def save_adapter(
         "copied_modules": list(copied),
         "vocabulary": {names[n]: value for n, value in description(model).items()},
     }
+    attentions = {t.attention for t in plain.targets if t.attention is not None}
+    tensors = attention_keys.in_file(tensors, attentions)
     own = replaced or not all(
         peft_computes(layer.base_layer, plan.use_dora) for layer in injection.layers.values()
     )
+    if attentions and (plan.use_dora or plan.lora_bias):
+        own = True  # PEFT refuses the first and ignores the second
     _write(folder, tensors, header, written, own, cores)
 
 

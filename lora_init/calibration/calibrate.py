@@ -16,7 +16,9 @@ from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
+from lora_init.layers.attention import join
 from lora_init.moments import InputSets, InputStatistics
+from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan
@@ -61,6 +63,18 @@ def calibrate(
     if batches is None:
         raise TypeError(f"batches=None is not supported: {BATCHES}")
     check_calibration(batches, "batches")
+    with split_on_success(model, attention_targets(model, configs)):
+        found = _collected(model, configs, batches, device)
+        join(model)
+    return found
+
+
+def _collected(
+    model: nn.Module,
+    configs: Sequence[LoraConfig],
+    batches: Iterable[Any] | Mapping[str, Iterable[Any]],
+    device: str | torch.device | None,
+) -> Calibration:
     plans = [
         plan for config in configs if (plan := make_plan(model, config)).calibration is not None
     ]

@@ -22,6 +22,7 @@ from lora_init.injection.replace import replace_modules
 from lora_init.injection.switch import set_adapter_enabled
 from lora_init.injection.transaction import Transaction, set_gradient_flags
 from lora_init.layers import LoraLayer, TrainedModule, layer_class, trainable_copy
+from lora_init.layers.attention import attentions
 from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan
 from lora_init.weights.fingerprint import fingerprint
@@ -163,6 +164,8 @@ def restore(model: nn.Module, injection: Injection, transaction: Transaction) ->
             add_product(layer.base_layer, *start, layer.scaling, 1, transaction)
     release(injection.plain, transaction)
     _unwrap(model, injection, lambda trained: trained.original_module, transaction)
+    injection.attentions = attentions(model)
+    replace_modules(model, ((one, one.joined()) for one in injection.attentions), transaction)
 
 
 @torch.inference_mode(False)
@@ -174,6 +177,8 @@ def reinstate(model: nn.Module, injection: Injection, transaction: Transaction) 
     for parameter, _ in injection.requires_grad:
         parameter.requires_grad_(False)
     _follow(injection)
+    pairs = ((one.joined(), one) for one in injection.attentions)
+    replace_modules(model, pairs, transaction)
     injection.plain = hold_plain(model, transaction)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
@@ -206,6 +211,7 @@ def unwrap_merged(model: nn.Module, injection: Injection, transaction: Transacti
         for tensor in (*trained.trained_module.parameters(), *trained.trained_module.buffers()):
             transaction.data(tensor)
     _unwrap(model, injection, TrainedModule.merged_module, transaction)
+    replace_modules(model, ((one, one.joined()) for one in attentions(model)), transaction)
     for name, parameter in injection.untied.items():
         weight = injection.layers[name].base_layer.weight
         transaction.gradient_flags([weight])

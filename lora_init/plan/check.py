@@ -109,7 +109,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
 def unobserved(model: nn.Module, name: str, spec: Initializer) -> str | None:
     """Why the inputs of a target cannot be observed; None if they can or are not needed."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    if not spec.needs_data or not isinstance(parent, nn.MultiheadAttention):
+    if not spec.needs_data or type(parent) is not nn.MultiheadAttention:
         return None
     return (
         f"nn.MultiheadAttention reads its weight instead of calling it, and {spec.name} needs its "

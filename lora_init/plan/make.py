@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_init.config.lora_config import ALL_LINEAR, LoraConfig
+from lora_init.plan.attention import attention_of
 from lora_init.plan.check import (
     FLOAT_DTYPES,
     check_groups,
@@ -127,16 +128,18 @@ def make_plan(
         stored = known_format(module)
         rows, columns = stored.shape(module)
         shape = rows, columns
-        rank, groups = ranks(name), stored.groups(module)
+        attention = attention_of(model, name)
+        selected = attention or name
+        rank, groups = ranks(selected), stored.groups(module)
         if groups > 1:
             check_groups(name, rank, shape, groups, spec, options, any_rank=any_rank)
         elif not any_rank:
             narrow = rank_excess(rank, shape, spec)
-            if narrow and everything and not ranks.matches(name):
+            if narrow and everything and not ranks.matches(selected):
                 omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
                 continue
             check_target_rank(name, rank, shape, spec, options)
-        alpha = alphas(name)
+        alpha = alphas(selected)
         targets.append(
             Target(
                 name=name,
@@ -150,6 +153,7 @@ def make_plan(
                 shared_with=sharers(name, module, owners),
                 exact=computes_product(name, module),
                 groups=groups,
+                attention=attention,
             )
         )
     if not targets:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
+from lora_init.layers.attention import SplitAttention
 from lora_init.plan.architectures import DEFAULT_TARGETS
 from lora_init.plan.patterns import Expression
 from lora_init.weights.kinds import is_linear
@@ -83,7 +84,15 @@ def select(
                 unmatched.append((setting, key))
     if not chosen:
         raise ValueError(_nothing_matched(model, target, matched, config))
+    chosen = dict.fromkeys(part for name in chosen for part in _parts(modules, name))
     return Selection(tuple(chosen), tuple(saved), tuple(unmatched), tuple(candidates))
+
+
+def _parts(modules: Mapping[str, nn.Module], name: str) -> tuple[str, ...]:
+    """The linear modules that a target stands for: both projections of an attention."""
+    if isinstance(modules[name], SplitAttention):
+        return f"{name}.in_proj", f"{name}.out_proj"
+    return (name,)
 
 
 def exactly(names: Iterable[str]) -> str:

@@ -46,6 +46,7 @@ class Target:
             quantizer's forward rounds inputs or weights; the base weight is then not edited.
         planned_rank: r before rank allocation; None without allocation.
         groups: how many blocks of rows have their own inputs and their own rank / groups.
+        attention: the name of the attention module whose projection this is; None for others.
     """
 
     name: str
@@ -60,6 +61,12 @@ class Target:
     exact: bool = True
     planned_rank: int | None = None
     groups: int = 1
+    attention: str | None = None
+
+    @property
+    def selected(self) -> str:
+        """The name by which target_modules and patterns select this target."""
+        return self.attention or self.name
 
     @property
     def parameters(self) -> int:
@@ -259,6 +266,15 @@ class Plan:
                     planned_rank=target.rank,
                 )
             )
+        by_attention: dict[str, int] = {}
+        for target in targets:
+            if by_attention.setdefault(target.selected, target.rank) != target.rank:
+                raise ValueError(
+                    f"{self.initializer.name} gives the projections of the attention "
+                    f"{target.selected!r} different ranks, which is not supported: PEFT's files "
+                    "have one rank for both. Leave it out (exclude_modules), or choose equal ranks "
+                    "in the method's options"
+                )
         kept = {f"{target.name}.bias" for target in targets}
         biases = self.trained_biases
         if self.bias == "lora_only":
@@ -275,15 +291,17 @@ class Plan:
         """
         return dataclasses.replace(
             config,
-            target_modules=portable_targets([t.name for t in self.targets], self.candidates),
+            target_modules=portable_targets(
+                dict.fromkeys(t.selected for t in self.targets), self.candidates
+            ),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
             rank_pattern={
-                f"^{re.escape(t.name)}": t.rank for t in self.targets if t.rank != config.r
+                f"^{re.escape(t.selected)}": t.rank for t in self.targets if t.rank != config.r
             },
             alpha_pattern={
-                f"^{re.escape(t.name)}": t.alpha
+                f"^{re.escape(t.selected)}": t.alpha
                 for t in self.targets
                 if t.alpha != config.lora_alpha
             },
