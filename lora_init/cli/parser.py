@@ -19,6 +19,7 @@ from lora_init.cli.creation import add_make_arguments, make_adapter
 from lora_init.cli.inspection import inspect_adapter
 from lora_init.cli.output import remark, short_warnings
 from lora_init.cli.preview import plan_adapter
+from lora_init.cli.protocol import add_compare_arguments, compare_methods
 
 EXAMPLES = """examples:
   lora-init list 'pissa*'
@@ -27,6 +28,7 @@ EXAMPLES = """examples:
   lora-init make path/to/model adapter --method eva --data train.jsonl
   lora-init inspect adapter --against path/to/model
   lora-init convert adapter smaller --rank 8 --portable
+  lora-init compare minilm reviews.csv --methods kaiming,pissa --text review --label verdict
 """
 
 
@@ -87,4 +89,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--component", choices=("transformer", "unet", "text_encoder"), default="transformer",
         help="of a diffusers pipeline",
     )  # fmt: skip
+    comparing = command(
+        "compare", compare_methods, "train methods on a table, each at its own learning rate"
+    )
+    add_compare_arguments(comparing)
     return parser.parse_args(argv)
