@@ -22,6 +22,7 @@ from lora_init.calibration.calibrate import calibrate, calibrated, for_allocatio
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sets import check_calibration, check_sets
 from lora_init.config.lora_config import LoraConfig
+from lora_init.initialize.base_weight import apply_factors
 from lora_init.initialize.run import InitializedLayer, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
@@ -36,7 +37,7 @@ from lora_init.report import InitReport, weight_figures
 from lora_init.weights.offload import first_unloaded
 from lora_init.weights.source import BaseWeights
 
-__all__ = ["calibrate", "get_peft_model", "init_factors", "reinitialize"]
+__all__ = ["apply_factors", "calibrate", "get_peft_model", "init_factors", "reinitialize"]
 
 
 class CallSettings(TypedDict, total=False):
