@@ -421,7 +421,13 @@ def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
 def device_for(device: str | torch.device | None) -> torch.device | None:
     if device is None or (device == "auto" and not torch.cuda.is_available()):
         return None
-    place = torch.device("cuda" if device == "auto" else device)
+    try:
+        place = torch.device("cuda" if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not supported: must be 'auto', or a device of torch such as "
+            "'cpu' or 'cuda:0'"
+        ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"
