@@ -5,7 +5,7 @@ from lora_init import LoraConfig, get_peft_model
 model = get_peft_model(model, LoraConfig(r=16, init_lora_weights="pissa"))
 """
 
-from lora_init.api import calibrate, get_peft_model, init_factors, reinitialize
+from lora_init.api import apply_factors, calibrate, get_peft_model, init_factors, reinitialize
 from lora_init.calibration.batches import WithLoss
 from lora_init.calibration.result import Calibration
 from lora_init.config.lora_config import LoraConfig
@@ -47,6 +47,7 @@ __all__ = [
     "Replacement",
     "WeightFormat",
     "WithLoss",
+    "apply_factors",
     "batched",
     "calibrate",
     "get_peft_model",

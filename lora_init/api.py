@@ -22,6 +22,7 @@ from lora_init.calibration.calibrate import calibrate, calibrated, for_allocatio
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sets import check_calibration, check_sets
 from lora_init.config.lora_config import LoraConfig
+from lora_init.initialize.base_weight import apply_factors
 from lora_init.initialize.run import InitializedLayer, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
@@ -38,7 +39,7 @@ from lora_init.report import InitReport, weight_figures
 from lora_init.weights.offload import first_unloaded
 from lora_init.weights.source import BaseWeights
 
-__all__ = ["calibrate", "get_peft_model", "init_factors", "reinitialize"]
+__all__ = ["apply_factors", "calibrate", "get_peft_model", "init_factors", "reinitialize"]
 
 
 class CallSettings(TypedDict, total=False):
@@ -424,7 +425,13 @@ def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
 def device_for(device: str | torch.device | None) -> torch.device | None:
     if device is None or (device == "auto" and not torch.cuda.is_available()):
         return None
-    place = torch.device("cuda" if device == "auto" else device)
+    try:
+        place = torch.device("cuda" if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not supported: must be 'auto', or a device of torch such as "
+            "'cpu' or 'cuda:0'"
+        ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"

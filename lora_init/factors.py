@@ -86,6 +86,7 @@ class Factors:
     Attributes:
         lora_A: A0, shape (rank, in), float32.
         lora_B: B0, shape (out, rank), float32.
+        base: what the method does to the base; `init_factors` sets it.
         core: R0, shape (rank, rank), float32, for methods that train only a matrix between frozen
             factors: the layer adds s B R A x. None for all other methods.
         replacement: the recipe of the base; only for ``replace`` methods.
@@ -99,6 +100,7 @@ class Factors:
     replacement: Replacement | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     core: Float[Tensor, "*stack rank rank"] | None = None
+    base: Base | None = None
 
     @property
     def output_factor(self) -> Float[Tensor, "*stack out rank"]:

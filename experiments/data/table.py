@@ -112,6 +112,12 @@ def load(config: Table) -> Splits:
             f"data.label_column={target!r}: the training rows of {config.path} have "
             f"{len(labels)} distinct label(s) {list(labels)}; classification needs two or more"
         )
+    if len(labels) > max(2, len(frames["train"]) // 2):
+        raise ConfigurationError(
+            f"data.label_column={target!r}: {len(labels)} different values in "
+            f"{len(frames['train'])} training rows of {config.path}; must be a column of classes, "
+            "with two rows or more for each. Give the name of another column."
+        )
 
     def examples(split: str, limit: int | None) -> list[Example]:
         rows = frames[split]

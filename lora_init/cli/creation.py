@@ -10,12 +10,11 @@ from typing import Any
 
 from lora_init import get_peft_model
 from lora_init.api import device_for
-from lora_init.cli.adapter_arguments import absolute, adapter_config
+from lora_init.cli.adapter_arguments import absolute, adapter_config, positive
 from lora_init.cli.checkpoints import checkpoint_folder, loaded, skeleton, task_type, tokenizer
-from lora_init.cli.output import emit
+from lora_init.cli.output import check_folder, emit
 from lora_init.cli.residual import DTYPES, RESIDUAL_FOLDER, write_residual
 from lora_init.cli.text_data import batches
-from lora_init.config.file import CONFIG_NAME
 from lora_init.files import write_atomically
 from lora_init.registry import resolve
 from lora_init.tables import render
@@ -29,9 +28,11 @@ def add_make_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help=".jsonl, .csv or .txt, for eva and the like")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--examples", type=int, default=256, help="rows of --data (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
+    parser.add_argument(
+        "--examples", type=positive, default=256, help="rows of --data (default: 256)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--max-length", type=positive, default=512, help="tokens of a row")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
     parser.add_argument(
         "--offload", metavar="FOLDER", help="with --data: offload weights that do not fit in memory"
@@ -123,19 +124,15 @@ def _check(arguments: Namespace, base: str, needs_data: bool, out: Path) -> None
             f"--method {arguments.method} replaces the base by a quantized one, which other "
             "loaders cannot compute: pass --residual to write that base too"
         )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT={str(out)!r} is a file: must be a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if (out / RECORD).is_file():
-            recorded = json.loads((out / RECORD).read_text())
-            if recorded != _record(arguments):
-                raise ValueError(
-                    f"OUT={str(out)!r} contains an unfinished adapter of another command: repeat "
-                    "that command, or pass an empty folder"
-                )
-        else:
-            what = "an adapter" if (out / CONFIG_NAME).is_file() else "other files"
-            raise ValueError(f"OUT={str(out)!r} contains {what}: must be empty or a new folder")
+    if (out / RECORD).is_file():
+        recorded = json.loads((out / RECORD).read_text())
+        if recorded != _record(arguments):
+            raise ValueError(
+                f"OUT={str(out)!r} contains an unfinished adapter of another command: repeat "
+                "that command, or pass an empty folder"
+            )
+    else:
+        check_folder(out)
 
 
 def _begin(out: Path, arguments: Namespace) -> None:

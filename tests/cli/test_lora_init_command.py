@@ -217,6 +217,7 @@ def test_an_interrupted_command_continues(run, checkpoint, tmp_path, monkeypatch
         (["--option", "nitre=4"], "did you mean 'niter'"),
         (["--target-modules", "nothing"], "target_modules"),
         (["--device", "cuda"], "device='cuda' is not supported"),
+        (["--device", "gpu"], "device='gpu' is not supported: must be 'auto', or a device"),
     ],
 )
 def test_make_refuses_before_it_writes(run, checkpoint, tmp_path, words, message):
@@ -330,17 +331,52 @@ def test_the_guide_runs(run, tmp_path, monkeypatch):
     guide = (ROOT / "docs/guides/command.md").read_text().replace(HUB_NAME, str(minilm()))
     guide = guide.replace("examples/", f"{ROOT}/examples/")
     commands = re.findall(r"^lora-init (.*)$", guide, re.MULTILINE)
-    assert len(commands) == 11
+    assert len(commands) == 12
+    small = " --seeds 0 --rates 1 --steps 2 --jobs 1 --set hydra.sweeper.max_extensions=0"
     monkeypatch.chdir(tmp_path)
     for command in commands:
+        if command.startswith("compare"):
+            command += small
         assert "error:" not in str(run(*shlex.split(command)))
 
 
-def test_usage_errors_exit_with_2(capsys):
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("convert", "usage: lora-init convert"),
+        ("lst", "invalid choice: 'lst'"),
+        ("list pissa eva", "unrecognized arguments: eva"),
+        ("make model out --batch-size 0", "--batch-size: 0 is not supported: must be at least 1"),
+        ("compare model", "the following arguments are required: DATA"),
+    ],
+)
+def test_usage_errors_exit_with_2(command, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["convert"])
+        main(command.split())
     assert caught.value.code == 2
-    assert "usage: lora-init convert" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_results_go_to_an_empty_folder_only(run, tmp_path):
+    trained_adapter(tmp_path / "in", r=4)
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        assert "is a file" in run("convert", tmp_path / "in", out).replace("not a folder", "a file")
+    run("convert", tmp_path / "in", tmp_path / "out")
+    assert "contains an adapter: must be empty" in run("convert", tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--component", "unet"], "pass --format diffusers, or leave it out"),
+        (["--portable", "--format", "diffusers"], "leave one of them out"),
+    ],
+)
+def test_convert_refuses_options_that_would_have_no_effect(run, tmp_path, words, message):
+    trained_adapter(tmp_path / "in", r=4)
+    assert message in run("convert", tmp_path / "in", tmp_path / "out", *words)
 
 
 def test_data_driven_start_of_a_packaged_model(run, tmp_path):
