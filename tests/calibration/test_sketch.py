@@ -178,7 +178,9 @@ def test_sketches_that_are_too_small_are_refused_by_name():
         Wide(), [configuration("lora_one"), configuration("lora_ga")], data,
         calibration_memory=limit("lora_ga"),
     )  # fmt: skip
-    assert {len(layer.gradient.values) for layer in both.layers.values()} == {2 * RANK + OVERSAMPLING}
+    assert {len(layer.gradient.values) for layer in both.layers.values()} == {
+        2 * RANK + OVERSAMPLING
+    }
     with pytest.raises(ValueError, match="all statistics for eva take .* bytes together"):
         calibrate(Wide(), configuration("eva"), data, calibration_memory=memory)
 
