@@ -36,7 +36,9 @@ from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
-Reads = Literal["weight", "inputs", "gradient", "output_moments", "quantizer", "target_weight"]
+Reads = Literal[
+    "weight", "bias", "inputs", "gradient", "output_moments", "quantizer", "target_weight"
+]
 """The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
 
 Method = Callable[[Layer, Any], Factors]
@@ -157,8 +159,8 @@ class Initializer:
         paper: the source of the method.
         base: what happens to the base weight: "keep", "subtract" or "replace".
         preserves_output: whether the output at step 0 equals that of the base model.
-        reads: what the method reads: "weight", "inputs", "gradient", "output_moments", "quantizer",
-            "target_weight".
+        reads: what the method reads: "weight", "bias", "inputs", "gradient", "output_moments",
+            "quantizer", "target_weight".
         modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
             Embedding as a linear map of one-hot vectors.
         control: whether the method is only for experiments: it isolates one cause of another

@@ -38,6 +38,7 @@ def init_factors(
     gradient: Float[Tensor, "out in"] | None = None,
     output_moments: Float[Tensor, " out"] | None = None,
     target_weight: Tensor | None = None,
+    bias: Float[Tensor, " out"] | None = None,
     quantizer: Quantizer | None = None,
     seed: int = 0,
     name: str | None = None,
@@ -66,6 +67,7 @@ def init_factors(
             `Initializer.reads`; else None.
         output_moments: mean squares of the gradient of the loss with respect to each output, for
             methods with "output_moments" in `Initializer.reads`.
+        bias: the layer's bias (out,), for methods whose options read it; None means no bias.
         quantizer: the quantizer of a quantized base; None uses the method's options.
         seed: the seed of random numbers, together with `name`.
         name: the layer's qualified name; None means an empty name.
@@ -92,12 +94,14 @@ def init_factors(
                 f"{setting}={type(value).__name__} is not supported: {spec.name} does not read it. "
                 "Leave it out."
             )
+    reads = spec.reads | settings.also_reads()
+    _check_bias(spec, "bias" in reads, weight, bias)
     if "target_weight" in spec.reads:
         _check_second(spec, weight, target_weight)
     place = weight.device if device is None else torch.device(device)
     given = _data(spec, settings, weight, inputs, gradient, output_moments).to(place)
     stored = None
-    if "weight" in spec.reads | settings.also_reads():
+    if "weight" in reads:
         stored = weight.detach().to(place)
         if not is_narrow(stored.dtype):
             stored = stored.to(torch.float32)
@@ -109,6 +113,7 @@ def init_factors(
         scaling=scaling,
         seed=seed,
         stored_weight=stored,
+        bias=_given_bias(weight, bias).to(place) if "bias" in reads else None,
         inputs=given.inputs,
         gradient=given.gradient,
         output_moments=given.output_moments,
@@ -167,6 +172,27 @@ def _check_second(spec: Initializer, weight: Tensor, second: Any) -> None:
             f"{tuple(weight.shape)}. Pass the second weight, which {spec.name} reads"
         )
     refuse_non_finite("target_weight", second)
+
+
+def _check_bias(spec: Initializer, is_read: bool, weight: Tensor, bias: Any) -> None:
+    if bias is None:
+        return
+    if not is_read:
+        raise ValueError(
+            f"bias={type(bias).__name__} is not supported: {spec.name} does not read it with these "
+            "options. Leave it out."
+        )
+    if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+        got = tuple(bias.shape) if isinstance(bias, Tensor) else bias
+        raise ValueError(
+            f"bias={got!r} is not supported: must be a tensor {tuple(weight.shape[:1])}. Pass the "
+            "layer's bias"
+        )
+    refuse_non_finite("bias", bias)
+
+
+def _given_bias(weight: Tensor, bias: Tensor | None) -> Float[Tensor, " out"]:
+    return torch.zeros(len(weight)) if bias is None else bias.detach().float()
 
 
 def _scaling(r: Any, lora_alpha: Any, use_rslora: bool) -> float:
