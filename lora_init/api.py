@@ -274,20 +274,20 @@ def _assemble(
     )
     parts = calibrated(plan, model, calibration, device, cache)
     if spec.allocates:
-        with _timed(seconds, "calibration"):
+        with timed(seconds, "calibration"):
             whole = for_allocation(plan, parts)
-        with _timed(seconds, "allocation"):
+        with timed(seconds, "allocation"):
             plan = allocated(plan, config, whole, weights)
         config = plan.explicit(config)
         parts = iter([whole])
 
     initialized: list[InitializedLayer] = []
     while True:
-        with _timed(seconds, "calibration"):
+        with timed(seconds, "calibration"):
             part = next(parts, None)
         if part is None:
             break
-        with _timed(seconds, "initialize"):
+        with timed(seconds, "initialize"):
             here = plan.only(part.layers)
             initialized += initialize(
                 weights, here, part.layers, seed=seed, device=device, cache=cache
@@ -299,7 +299,7 @@ def _assemble(
     preserved = spec.preserves_output and not plan.replaced
     checked = verify is not None and preserved
     expected = original_output(model, verify) if checked else None
-    with _timed(seconds, "inject"):
+    with timed(seconds, "inject"):
         done = injection.inject_factors(
             model,
             plan,
@@ -347,7 +347,8 @@ def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Add the time of a block to that of its step."""
     start = time.perf_counter()
     yield
     seconds[step] += time.perf_counter() - start

@@ -34,7 +34,9 @@ from lora_init.weights.kinds import weight_formats
 
 _METHODS = EntryPoints("lora_init.initializers", package="lora_init.initializers")
 
-Reads = Literal["weight", "inputs", "gradient", "output_moments", "quantizer", "target_weight"]
+Reads = Literal[
+    "weight", "bias", "inputs", "gradient", "output_moments", "quantizer", "target_weight"
+]
 """The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
 
 Method = Callable[[Layer, Any], Factors]
@@ -155,8 +157,8 @@ class Initializer:
         paper: the source of the method.
         base: what happens to the base weight: "keep", "subtract" or "replace".
         preserves_output: whether the output at step 0 equals that of the base model.
-        reads: what the method reads: "weight", "inputs", "gradient", "output_moments", "quantizer",
-            "target_weight".
+        reads: what the method reads: "weight", "bias", "inputs", "gradient", "output_moments",
+            "quantizer", "target_weight".
         operations: the supported ways to apply a matrix: "product" (linear layers),
             "convolution" (a matrix on patches) or "lookup" (a linear map of one-hot vectors). Every
             weight format with one of them is supported.

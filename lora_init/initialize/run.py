@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.cache import Cache
@@ -191,6 +192,9 @@ class _Worker:
             weight = self.weights.weight(target).to(device)
             if not is_narrow(weight.dtype):
                 weight = weight.to(torch.float32)
+        bias = None
+        if "bias" in self.plan.initializer.reads | self.plan.options.also_reads():
+            bias = _bias(self.weights.model.get_submodule(target.name), target).to(device)
         statistics = self.statistics.get(target.name, LayerStatistics()).to(device)
         second = None
         if "target_weight" in self.plan.initializer.reads:
@@ -210,6 +214,7 @@ class _Worker:
             scaling=target.scaling,
             seed=self.seed,
             stored_weight=weight,
+            bias=bias,
             inputs=statistics.inputs,
             gradient=gradient,
             output_moments=statistics.output_moments,
@@ -269,6 +274,23 @@ class _Worker:
             weight = widened(self.weights.weight(target).to(home)).float()
             factors = _requantized(factors, weight, target, given.quantizer)
         return factors
+
+
+def _bias(module: nn.Module, target: Target) -> Float[Tensor, " out"]:
+    """The bias of a target in float32; zeros if it has none.
+
+    Raises:
+        ValueError: the bias is not loaded.
+    """
+    found = getattr(module, "bias", None)
+    if not isinstance(found, Tensor):
+        return torch.zeros(target.shape[0])
+    if found.is_meta:
+        raise ValueError(
+            f"target {target.name!r}: its bias is on the meta device, and this method's options "
+            "read it; load the model, or set bias=False"
+        )
+    return found.detach().float()
 
 
 def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Quantizer) -> Factors:

@@ -40,6 +40,7 @@ def init_factors(
     gradient: Float[Tensor, "*stack out in"] | None = None,
     output_moments: Float[Tensor, "*stack out"] | None = None,
     target_weight: Tensor | None = None,
+    bias: Float[Tensor, "*stack out"] | None = None,
     quantizer: Quantizer | None = None,
     seed: int = 0,
     name: str | None = None,
@@ -72,6 +73,8 @@ def init_factors(
             `Initializer.reads`; else None.
         output_moments: mean squares of the gradient of the loss with respect to each output, (out,)
             or (stack, out), for methods with "output_moments" in `Initializer.reads`.
+        bias: the layer's bias, (out,) or (stack, out), for methods whose options read it; None
+            means no bias.
         quantizer: the quantizer of a quantized base; None uses the method's options.
         seed: the seed of random numbers, together with `name`.
         name: the layer's qualified name; None means an empty name.
@@ -96,6 +99,7 @@ def init_factors(
         "gradient": gradient,
         "output_moments": output_moments,
         "target_weight": target_weight,
+        "bias": bias,
     }
     for setting in ("output_moments", "target_weight"):
         if given[setting] is not None and setting not in spec.reads:
@@ -110,7 +114,8 @@ def init_factors(
     else:
         count = len(weight)
         names = [member_name(name, index) for index in range(count)]
-        read = {key: value for key, value in given.items() if key in spec.reads}
+        reads = spec.reads | settings.also_reads()
+        read = {key: value for key, value in given.items() if key in reads or key == "bias"}
         columns = [member_data(key, value, count) for key, value in read.items()]
         rows = zip(*columns, strict=True) if columns else [()] * count
         members = [
@@ -136,17 +141,20 @@ def _initialize(
     gradient: Any = None,
     output_moments: Any = None,
     target_weight: Any = None,
+    bias: Any = None,
 ) -> Factors:
     """The factors of one matrix, on the device of `weight`."""
     shown = name or "weight"
     shape = (weight.shape[0], weight.shape[1])
     check_target_rank(shown, r, shape, spec, settings)
+    reads = spec.reads | settings.also_reads()
+    _check_bias(spec, "bias" in reads, weight, bias)
     if "target_weight" in spec.reads:
         _check_second(spec, weight, target_weight)
     place = weight.device if device is None else torch.device(device)
     given = _data(spec, settings, weight, inputs, gradient, output_moments).to(place)
     stored = None
-    if "weight" in spec.reads | settings.also_reads():
+    if "weight" in reads:
         stored = weight.detach().to(place)
         if not is_narrow(stored.dtype):
             stored = stored.to(torch.float32)
@@ -158,6 +166,7 @@ def _initialize(
         scaling=scaling,
         seed=seed,
         stored_weight=stored,
+        bias=_given_bias(weight, bias).to(place) if "bias" in reads else None,
         inputs=given.inputs,
         gradient=given.gradient,
         output_moments=given.output_moments,
@@ -216,6 +225,27 @@ def _check_second(spec: Initializer, weight: Tensor, second: Any) -> None:
             f"{tuple(weight.shape)}. Pass the second weight, which {spec.name} reads"
         )
     refuse_non_finite("target_weight", second)
+
+
+def _check_bias(spec: Initializer, is_read: bool, weight: Tensor, bias: Any) -> None:
+    if bias is None:
+        return
+    if not is_read:
+        raise ValueError(
+            f"bias={type(bias).__name__} is not supported: {spec.name} does not read it with these "
+            "options. Leave it out."
+        )
+    if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+        got = tuple(bias.shape) if isinstance(bias, Tensor) else bias
+        raise ValueError(
+            f"bias={got!r} is not supported: must be a tensor {tuple(weight.shape[:1])}. Pass the "
+            "layer's bias"
+        )
+    refuse_non_finite("bias", bias)
+
+
+def _given_bias(weight: Tensor, bias: Tensor | None) -> Float[Tensor, " out"]:
+    return torch.zeros(len(weight)) if bias is None else bias.detach().float()
 
 
 def _scaling(r: Any, lora_alpha: Any, use_rslora: bool) -> float:

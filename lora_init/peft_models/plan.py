@@ -93,6 +93,7 @@ def make_peft_plan(
     layers: Sequence[AdaptedLayer],
     config: LoraConfig,
     quantized_base: str,
+    calibration_memory: int | None,
     transaction: Transaction,
 ) -> Plan:
     """The plan of an initialization, after all checks that need no data.
@@ -107,7 +108,13 @@ def make_peft_plan(
             "and B, which PEFT's layers do not have. Use lora_init.get_peft_model"
         )
     with plain_base(peft_model, transaction) as base:
-        plan = make_plan(base, config, adapter_dtype(layers), quantized_base=quantized_base)
+        plan = make_plan(
+            base,
+            config,
+            adapter_dtype(layers),
+            quantized_base=quantized_base,
+            calibration_memory=calibration_memory,
+        )
         _refuse_other_adapters(peft_model, layers, plan)
         _refuse_tied_factors(layers)
         if plan.initializer.base != "keep":
