@@ -26,6 +26,7 @@ from lora_init.initialize.run import InitializedLayer, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
 from lora_init.linalg.matrix import refuse_non_finite
+from lora_init.linalg.precision import wide_device
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
 from lora_init.model.verification import original_output, verify_adapted
@@ -420,7 +421,7 @@ def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
 def device_for(device: str | torch.device | None) -> torch.device | None:
     if device is None or (device == "auto" and not torch.cuda.is_available()):
         return None
-    place = torch.device("cuda" if device == "auto" else device)
+    place = wide_device(torch.device("cuda" if device == "auto" else device))
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"

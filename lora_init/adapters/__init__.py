@@ -17,7 +17,7 @@ A folder holds `adapter_config.json` and one safetensors file. The file depends 
   wrong adapter. Convolutions with dilation or a padding mode use the same name, since PEFT's layers
   ignore both.
 
-`lora_init.adapters.diffusers_format` describes the file of diffusers, which is read and written too.
+The file of diffusers is read and written too; see `lora_init.adapters.diffusers_format`.
 
 Files of PEFT can be loaded too. For unconverted `pissa` and `olora` adapters, the same exact
 decomposition restores the base. `pissa_niter_N`, `corda`, `astra` and `lora_ga` adapters raise an

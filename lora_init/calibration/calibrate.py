@@ -16,6 +16,7 @@ from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
+from lora_init.linalg.precision import wide_device
 from lora_init.moments import InputSets, InputStatistics
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
@@ -75,7 +76,7 @@ def calibrate(
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
-    place = None if device is None else torch.device(device)
+    place = None if device is None else wide_device(torch.device(device))
     found = collect_all(model, names, requests, batches, device=place)
     found.fingerprints = {name: fingerprint(weight) for name, weight in _weights(model, names)}
     return found
