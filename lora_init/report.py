@@ -14,7 +14,7 @@ from lora_init import linalg
 from lora_init.factors import low_rank_product
 from lora_init.layers import LoraLayer
 from lora_init.linalg.matrix import widened
-from lora_init.linalg.precision import full_precision
+from lora_init.linalg.precision import full_precision, wide
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.plan import Target
 from lora_init.tables import render
@@ -128,7 +128,8 @@ def weight_figures(
     if norm == 0.0:
         return figures | {"relative_norm": None, "captured_energy": None}
     # ‖B A‖² = <BᵀB, A Aᵀ>, r × r; float64, because for `orthogonal` the terms cancel.
-    gram = (lora_B.double().T @ lora_B.double()) * (lora_A.double() @ lora_A.double().T)
+    wide_A, wide_B = wide(lora_A), wide(lora_B)
+    gram = (wide_B.T @ wide_B) * (wide_A @ wide_A.T)
     figures["relative_norm"] = scaling * float(gram.sum().clamp_min(0).sqrt()) / norm
     if norm_A > 0:
         image = weight @ _orthonormal(lora_A.T)
@@ -142,8 +143,8 @@ def weight_figures(
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """A basis of the columns' span, without directions whose singular value is negligible."""
-    left, values, _ = linalg.thin_svd(columns.double())
-    return left[:, values > 1e-7 * values[0]].float()
+    left, values, _ = linalg.thin_svd(wide(columns))
+    return left[:, values > 1e-7 * values[0]].float().to(columns.device)
 
 
 def describe_layer(

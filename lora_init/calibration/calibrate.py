@@ -17,6 +17,7 @@ from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
 from lora_init.layers.attention import join
+from lora_init.linalg.precision import wide_device
 from lora_init.moments import GradientSketch, InputSets, InputStatistics
 from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
@@ -98,7 +99,7 @@ def _collected(
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
-    place = None if device is None else torch.device(device)
+    place = None if device is None else wide_device(torch.device(device))
     sketched = [plan for plan in plans if plan.sketches_gradients]
     # Whole gradients serve all methods, so they are collected if one method must have them.
     whole = {plan.calibration for plan in plans if not plan.sketches_gradients}

@@ -49,7 +49,7 @@ from lora_init.calibration.hooks import Observer, restore_training
 from lora_init.distributed import all_or_none, over_ranks
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import add_product
-from lora_init.linalg.precision import full_precision
+from lora_init.linalg.precision import full_precision, wide, wide_device
 from lora_init.linalg.transfer import on_host
 from lora_init.weights.kinds import known_format
 
@@ -188,7 +188,7 @@ class _Sums:
             self._sums[name] = self._zeros(name, gradient.device)
         if self.with_squares:
             # Squares of a mean loss's gradients underflow float32.
-            found = outputs.double().square().sum(0)
+            found = wide(outputs).square().sum(0)
             self.squares[name] = self.squares[name].add_(found) if name in self.squares else found
         total = self._sums[name]
         with full_precision():
@@ -209,7 +209,7 @@ class _Sums:
         shape = rows, columns
         if self.factors is not None:
             shape = self.factors[name].shape(shape)
-        return torch.zeros(shape, dtype=torch.float32, device=self.device or place)
+        return torch.zeros(shape, dtype=torch.float32, device=wide_device(self.device or place))
 
     def mean(self, count: int, place: torch.device) -> dict[str, Tensor]:
         """Divide the sums over the batches of all ranks by the number of batches.

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from lora_init.calibration.memory import Budget
 from lora_init.calibration.sums import Moments, RunningMoments, joined
 from lora_init.calibration.token_rows import TokenRows
+from lora_init.linalg.precision import wide_device
 from lora_init.weights.kinds import known_format
 
 HELD_INPUTS = 4
@@ -283,7 +284,7 @@ class Observer:
         if source not in self._sums and not source.readers <= self.deferred:
             width = known_format(module).shape(module)[-1]
             if self._budget.admits(width):
-                self._sums[source] = self._budget.sums(width, self._device or device)
+                self._sums[source] = self._budget.sums(width, wide_device(self._device or device))
             else:
                 self.deferred |= source.readers
         return self._sums.get(source)

@@ -14,12 +14,13 @@ from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors, low_rank_product
 from lora_init.injection import Transaction, atomically
 from lora_init.linalg.matrix import widened
-from lora_init.peft_models.changes import Attribute, Data, Edit, Hook, Item, Operation, Trained
-from lora_init.peft_models.layers import START, AdaptedLayer, check_peft_model, refuse_merged
+from lora_init.peft_models.changes import Attribute, Data, Edit, Item, Operation, Trained
+from lora_init.peft_models.holder import checked_holder, refuse_merged
+from lora_init.peft_models.layers import START, AdaptedLayer, forget_removed
 from lora_init.peft_models.start import Start, records
 from lora_init.peft_models.subtraction import (
     EDITED_DTYPES,
-    complete_output,
+    complete,
     holds_edit,
     subtract,
     subtracts_in_forward,
@@ -34,6 +35,8 @@ from lora_init.weights.source import BaseWeights
 def restore_peft_model(peft_model: nn.Module, adapter_name: str = "default") -> None:
     """Undo an initialization: the original base, and the adapter as PEFT had made it.
 
+    `peft_model` is what `initialize_peft_model` was given.
+
     What was trained since is lost, so save it first. Ranks, layers and PEFT's configuration are
     restored too. Float32 weights come back within 1e-6 of their largest entry, 16-bit and
     quantized ones exactly (replaced ones with ``keep_original=True`` only). If anything is raised,
@@ -45,7 +48,7 @@ def restore_peft_model(peft_model: nn.Module, adapter_name: str = "default") -> 
             merged.
         RuntimeError: the base was replaced, and the original was not kept.
     """
-    check_peft_model(peft_model, adapter_name)
+    peft_model = checked_holder(peft_model, adapter_name)
     record = records(peft_model).get(adapter_name)
     if record is None:
         raise ValueError(
@@ -70,6 +73,7 @@ def other_adapter(peft_model: Any, adapter_name: str) -> str | None:
 
 def begin(peft_model: nn.Module, adapter_name: str, transaction: Transaction) -> Operation:
     """Take back the present initialization of an adapter, before another one."""
+    forget_removed(peft_model)
     record = records(peft_model).get(adapter_name)
     if record is not None:
         record.changes.take_back(transaction)
@@ -119,7 +123,7 @@ def apply(
                 weight = weights.weight(target)
                 _change_base(layer, start, target, plan, made, weights, operation)
                 if spec.base == "subtract":
-                    operation.set(Hook(layer.module, complete_output), True, is_mark=True)
+                    complete(layer, operation)
                     errors[target.name] = _error_at_start(layer, start, weight)
             _freeze(layer, plan, operation)
         if layer.magnitude is not None:
