@@ -16,7 +16,10 @@ from lora_init.injection import Transaction
 from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Target
 
-SUPPORTED = ("Linear", "Embedding", "Conv2d", "Linear4bit", "Linear8bitLt")
+SUPPORTED = (
+    "Linear", "Embedding", "Conv2d", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear",
+    "HqqLoraLinear", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear", "EetqLoraLinear",
+)  # fmt: skip
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 
 START = "initial_factors"

@@ -12,6 +12,7 @@ from torch import nn
 from lora_init.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_init.plan.check import (
     FLOAT_DTYPES,
+    check_access,
     check_module,
     check_target_rank,
     check_trained,
@@ -115,6 +116,10 @@ def make_plan(
             continue
         try:
             check_module(model, name, spec)
+            check_access(
+                name, module, spec, options, use_dora=config.use_dora,
+                requantizes=spec.base == "subtract" and quantized_base == "requantize",
+            )  # fmt: skip
             reason = unobserved(model, name, spec) if everything else None
         except TypeError as error:
             if not everything:

