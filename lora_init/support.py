@@ -32,8 +32,8 @@ def support(
     if not spec.supports(FORMATS[module_type]):
         return None
     one = FORMATS[module_type]
-    reads_weight = use_dora or "weight" in spec.reads | spec.options().also_reads()
-    if reads_weight and not one.readable:
+    reads = {"weight", "target_weight"} & (spec.reads | spec.options().also_reads())
+    if (reads or use_dora) and not one.readable:
         return None
     if spec.base == "keep":
         return "kept"

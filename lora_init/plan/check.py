@@ -134,7 +134,7 @@ def check_access(
         )
     if (reason := stored.opaque(module)) is None:
         return
-    reads = "weight" in spec.reads | options.also_reads()
+    reads = {"weight", "target_weight"} & (spec.reads | options.also_reads())
     if cause := spec.name if reads else "use_dora=True" if use_dora else None:
         raise TypeError(
             f"{kind}, whose weight cannot be read, because {reason}, but {cause} reads it. Use a "

@@ -84,9 +84,8 @@ def of_transformers(block_size, dtype=torch.float32):
         for column in range(0, COLUMNS, columns):
             block = slice(row, row + rows), slice(column, column + columns)
             scale = plain.weight[block].abs().max().float() / 448
-            module.weight.data[block] = (plain.weight[block].float() / scale).to(
-                torch.float8_e4m3fn
-            )
+            codes = (plain.weight[block].float() / scale).to(torch.float8_e4m3fn)
+            module.weight.data[block] = codes
             module.original[block] = module.weight[block].float() * scale
             if block_size is None:
                 module.weight_scale_inv.data = scale

@@ -129,6 +129,10 @@ def test_start_training_file_and_removal_of_an_adapter(method, kind, tmp_path):
     adapted = get_peft_model(model, config, calibration=Batches([x]) if method == "eva" else None)
     layer = adapted.layers["1"]
     assert layer.base_state == ("in_forward" if method == "pissa" else "kept")
+    name = class_format(quantized_layer(kind)[0]).describe(quantized_layer(kind)[0])
+    assert name in str(adapted.plan)
+    (row,) = adapted.init_report().layers
+    assert (row.relative_norm is None) == (not FORMATS[kind.split(" ")[0]].readable)
     with torch.no_grad():
         with adapted.disable_adapter():
             expected = adapted(x)
