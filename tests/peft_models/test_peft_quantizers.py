@@ -96,6 +96,10 @@ def test_a_live_model_of_peft_is_initialized_saved_and_restored(kind, tmp_path):
     assert theirs.base_model.model[1].lora_A["default"].weight.any()
     train(theirs.base_model.model[1].lora_B["default"].weight)
     trained = theirs(x)
+    if kind not in (*OPAQUE, "compressed-tensors"):  # which are kept, or edited
+        with pytest.raises(ValueError, match="merging is not supported for layer '1'"):
+            theirs.merge_adapter()
+        assert torch.equal(theirs(x), trained)
     save_peft_model(theirs, tmp_path)
     ours = LoraModel.from_pretrained(base_model(kind)[0], tmp_path)
     torch.testing.assert_close(ours(x), trained, rtol=1e-5, atol=1e-5)
