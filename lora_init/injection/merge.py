@@ -96,11 +96,11 @@ def _fold(
 def _refuse_read_only(injection: Injection) -> None:
     for name, layer in injection.layers.items():
         one = known_format(layer.base_layer)
-        if not one.writable:
+        if (reason := one.unwritable(layer.base_layer)) is not None:
             raise ValueError(
-                f"merging is not supported for layer {name!r}: it is a {one.name} "
-                f"({one.describe(layer.base_layer)}), whose packed weight cannot be written. Keep "
-                "the adapter unmerged, or save it and merge it into the unquantized model"
+                f"merging is not supported for layer {name!r}, a {one.name} "
+                f"({one.describe(layer.base_layer)}): {reason}. Keep the adapter unmerged, or save "
+                "it and merge it into the unquantized model"
             )
 
 

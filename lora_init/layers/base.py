@@ -15,6 +15,7 @@ from lora_init.layers.effective_weight import effective_weight
 from lora_init.layers.input import only_input
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
+from lora_init.weights.float import is_float8
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.kinds import FORMATS, class_format, known_format
 from lora_init.weights.offload import HOOK_ATTRIBUTES, stored_weight
@@ -288,6 +289,8 @@ class LoraLayer(nn.Module):
         one, dtype = self._format, self._format.float_dtype(self.base_layer)
         if one.quantized:
             stored = one.read(self.base_layer)
+        elif is_float8(stored):
+            stored = stored.float()
         if self.merged or (not self.adapter_enabled and self.base_state != "edited"):
             return stored.to(dtype)
         initial = gain = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.registry import Initializer, Options
+from lora_init.weights.float import is_float8
 from lora_init.weights.kinds import class_format, is_quantized, known_format, module_type
 from lora_init.weights.offload import is_offloaded, stored_weight
 
@@ -99,7 +100,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
             f"target {name!r}: its weight is a {type(weight.data).__name__} (sharded or a tensor "
             "subclass), which is not supported; initialize before sharding"
         )
-    if weight.dtype not in FLOAT_DTYPES:
+    if weight.dtype not in FLOAT_DTYPES and not is_float8(weight):
         raise TypeError(
             f"target {name!r}: its weight has dtype {weight.dtype}, which is not supported: must "
             f"be one of {', '.join(map(str, FLOAT_DTYPES))}"
@@ -125,12 +126,13 @@ def check_access(
     """
     stored = known_format(module)
     kind = f"target {name!r} is a {type(module).__name__} ({stored.describe(module)})"
-    if not stored.writable and (spec.base == "replace" or requantizes):
+    replaces = spec.base == "replace" or (requantizes and stored.quantized)
+    if replaces and (reason := stored.unwritable(module)) is not None:
         cause = "quantized_base='requantize'" if requantizes else spec.name
         fix = "quantized_base='in_forward'" if requantizes else "the unquantized model"
         raise TypeError(
-            f"{kind}, whose weight cannot be written, but {cause} replaces it. Use {fix}, or leave "
-            "it out with exclude_modules"
+            f"{kind}, whose weight cannot be written, because {reason}, but {cause} replaces it. "
+            f"Use {fix}, or leave it out with exclude_modules"
         )
     if (reason := stored.opaque(module)) is None:
         return

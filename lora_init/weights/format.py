@@ -65,7 +65,7 @@ class WeightFormat(ABC):
             "in_forward" need not support `write`.
         quantized: whether `read` dequantizes, and `write` quantizes.
         readable: whether `read` is supported; see `opaque` for single modules.
-        writable: whether `write`, `hold` and `put_back` are supported.
+        writable: whether `write`, `hold` and `put_back` are supported; see `unwritable`.
         transposed: whether the weight is stored as (in, out).
     """
 
@@ -114,6 +114,10 @@ class WeightFormat(ABC):
         continues a sentence, as in "its weight cannot be read, because …".
         """
         return None if self.readable else f"{self.name} has no dequantizer here"
+
+    def unwritable(self, module: nn.Module) -> str | None:
+        """Why `write` is not supported; None if it is."""
+        return None if self.writable else "its packed weight is read-only"
 
     @abstractmethod
     def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:

@@ -8,7 +8,7 @@ from models import Batches
 from quantized_layers import LAYERS, quantized_layer
 from torch import nn
 
-from lora_init import LoraConfig, get_peft_model
+from lora_init import LoraConfig, calibrate, get_peft_model
 from lora_init.support import support
 from lora_init.weights.kinds import FORMATS, class_format, module_type
 
@@ -53,6 +53,94 @@ def test_kernels_that_reorder_integers_support_methods_that_read_no_weight(kind,
     expected = model(x)
     config = LoraConfig(init_lora_weights="eva", r=4, target_modules=["0"])
     assert torch.equal(get_peft_model(model, config, calibration=[x])(x), expected)
+
+
+def stored_in_float8(module):
+    """Cast the weight for each forward pass, as diffusers' layerwise casting does."""
+
+    def widen(module, args):
+        module.weight.data = module.weight.data.float()
+
+    def narrow(module, args, output):
+        module.weight.data = module.weight.data.to(torch.float8_e4m3fn)
+
+    narrow(module, None, None)
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(narrow)
+    return module
+
+
+@pytest.mark.parametrize("method", ["kaiming", "pissa", "eva"])
+def test_a_weight_that_is_stored_in_float8_is_read_and_kept(method, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(stored_in_float8(nn.Linear(64, 32))), torch.randn(6, 64)
+    expected, codes = model(x), model[0].weight.detach().clone()
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=method)
+    adapted = get_peft_model(model, config, calibration=[x] if method == "eva" else None)
+    assert "float8_e4m3fn" in str(adapted.plan)
+    layer = adapted.layers["0"]
+    assert layer.base_state == ("in_forward" if method == "pissa" else "kept")
+    torch.testing.assert_close(adapted(x), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.weight, codes.float(), rtol=1e-6, atol=1e-6)
+    assert layer.weight.dtype == torch.float32
+    adapted(x).square().sum().backward()
+    assert layer.lora_B.grad.any()
+    with pytest.raises(
+        ValueError, match="merging is not supported for layer '0', a Linear .float8"
+    ):
+        adapted.merge_adapter()
+    adapted.save_pretrained(tmp_path)
+    base = adapted.unload()
+    assert torch.equal(base[0].weight.float(), codes.float())
+    torch.testing.assert_close(type(adapted).from_pretrained(base, tmp_path)(x), expected)
+
+
+def test_a_float8_weight_is_not_replaced():
+    model = nn.Sequential(stored_in_float8(nn.Linear(64, 32)))
+    with pytest.raises(TypeError, match="stored in float8_e4m3fn.*but loftq replaces it"):
+        get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights="loftq"))
+
+
+@pytest.mark.parametrize("method", ["pissa", "eva"])
+def test_a_base_that_is_quantized_in_part(method):
+    """Quantizers leave layers out; each target is treated as its own format allows."""
+    kinds = ["GPTQ", "AWQ gemv", "torchao", "HQQLinear"]
+    torch.manual_seed(0)
+    packed = [quantized_layer(kind)[0] for kind in kinds]
+    model = nn.Sequential(*(part for one in packed for part in (one, nn.GELU(), nn.Linear(32, 64))))
+    x = torch.randn(6, 64)
+    expected = model(x)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=method)
+    if method == "eva":
+        found = calibrate(model, config, [x])
+        adapted = get_peft_model(model, config, calibration=found)
+    else:
+        adapted = get_peft_model(model, config)
+    types = [target.module_type for target in adapted.plan.targets]
+    assert types == ["GPTQ", "Linear", "AWQ", "Linear", "torchao", "Linear", "HQQLinear", "Linear"]
+    states = [layer.base_state for layer in adapted.layers.values()]
+    assert states == (["in_forward", "edited"] * 4 if method == "pissa" else ["kept"] * 8)
+    torch.testing.assert_close(adapted(x), expected, rtol=1e-5, atol=1e-5)
+    before = {name: layer.base_layer for name, layer in adapted.layers.items()}
+    with pytest.raises(ValueError, match="merging is not supported for layer '0', a GPTQ"):
+        adapted.merge_and_unload()
+    assert before == {name: layer.base_layer for name, layer in adapted.layers.items()}
+    torch.testing.assert_close(adapted.unload()(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "loftq"}, "because its packed weight is read-only, but loftq repl"),
+        ({"init_lora_weights": "pissa"}, "but quantized_base='requantize' replaces it. Use quanti"),
+    ],
+)
+def test_a_packed_weight_is_not_replaced(settings, message):
+    model = nn.Sequential(quantized_layer("GPTQ")[0])
+    config = LoraConfig(r=4, target_modules=["0"], **settings)
+    with pytest.raises(TypeError, match=rf"'0' is a QuantLinear \(gptq 4 bits/32\).*{message}"):
+        get_peft_model(model, config, quantized_base="requantize")
+    assert type(model[0]) is quantizers.QuantLinear
 
 
 READABLE = [kind for kind in LAYERS if FORMATS[kind.split(" ")[0]].readable]
@@ -148,7 +236,7 @@ def test_start_training_file_and_removal_of_an_adapter(method, kind, tmp_path):
     adapted.save_pretrained(tmp_path)
     if not class_format(module).writable:
         for merge in (adapted.merge_adapter, adapted.merge_and_unload):
-            with pytest.raises(ValueError, match="merging is not supported for layer '1'"):
+            with pytest.raises(ValueError, match="merging is not supported for layer '1', a "):
                 merge()
         assert torch.equal(adapted(x), trained)
     base = adapted.unload()
