@@ -18,6 +18,7 @@ from lora_init.linalg.precision import full_precision, wide
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.plan import Target
 from lora_init.tables import render
+from lora_init.weights.kinds import known_format
 
 
 @dataclass
@@ -117,16 +118,19 @@ class InitReport:
 
 @full_precision()
 def weight_figures(
-    weight: Float[Tensor, "out in"], lora_A: Tensor, lora_B: Tensor, scaling: float
+    weight: Float[Tensor, "out in"] | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> dict[str, float | None]:
-    """relative_norm, norm_A, norm_B and captured_energy of initial factors on a weight."""
-    weight, lora_A, lora_B = weight.float(), lora_A.detach().float(), lora_B.detach().float()
-    norm = float(linalg.frobenius_norm(weight))
+    """relative_norm, norm_A, norm_B and captured_energy of initial factors on a weight.
+
+    Without a weight, as of a quantizer whose values cannot be read, only the norms of the factors.
+    """
+    lora_A, lora_B = lora_A.detach().float(), lora_B.detach().float()
     norm_A = float(linalg.frobenius_norm(lora_A))
     norm_B = float(linalg.frobenius_norm(lora_B))
     figures: dict[str, float | None] = {"norm_A": norm_A, "norm_B": norm_B}
-    if norm == 0.0:
+    if weight is None or (norm := float(linalg.frobenius_norm(weight))) == 0.0:
         return figures | {"relative_norm": None, "captured_energy": None}
+    weight = weight.float()
     # ‖B A‖² = <BᵀB, A Aᵀ>, r × r; float64, because for `orthogonal` the terms cancel.
     wide_A, wide_B = wide(lora_A), wide(lora_B)
     gram = (wide_B.T @ wide_B) * (wide_A @ wide_A.T)
@@ -170,11 +174,12 @@ def describe_layer(
             report.details[name] = value
     if layer.base_state == "replaced" or layer.initial_lora_A is None:
         return
-    weight = original_weight()
+    is_readable = known_format(layer.base_layer).opaque(layer.base_layer) is None
+    weight = original_weight() if is_readable else None
     figures = weight_figures(weight, layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
     for name, value in figures.items():
         setattr(report, name, value)
-    if layer.base_state in ("edited", "in_forward"):
+    if weight is not None and layer.base_state in ("edited", "in_forward"):
         product = low_rank_product(layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
         norm = linalg.frobenius_norm(widened(weight))
         if norm > 0:

@@ -25,7 +25,8 @@ from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.kinds import known_format, oriented_weight
+from lora_init.weights.offload import stored_weight
 
 
 def calibrate(
@@ -244,8 +245,8 @@ def _check_sketch(plan: Plan, target: Target, sketch: GradientSketch) -> None:
 
 
 def _weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The loaded weights of these layers, each with shape (out, in)."""
+    """The loaded weights of these layers that can be read, each with shape (out, in)."""
     for name in names:
         module = model.get_submodule(name)
-        if not module.weight.is_meta:
+        if not stored_weight(module).is_meta and known_format(module).opaque(module) is None:
             yield name, oriented_weight(module)

@@ -52,6 +52,7 @@ from lora_init.linalg.mixed_products import add_product
 from lora_init.linalg.precision import full_precision, wide, wide_device
 from lora_init.linalg.transfer import on_host
 from lora_init.weights.kinds import known_format
+from lora_init.weights.offload import stored_weight
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -261,9 +262,9 @@ def _check_loss(loss: Any, number: int, modules: Mapping[str, nn.Module]) -> Non
         )
     if not bool(torch.isfinite(loss)):
         for name, module in modules.items():
-            weight = module.weight
-            if isinstance(weight, Tensor) and not weight.is_meta:
-                refuse_non_finite(name, weight.detach())
+            one = known_format(module)
+            if not (stored_weight(module).is_meta or one.unreadable(module) or one.opaque(module)):
+                refuse_non_finite(name, one.read(module))
         raise ValueError(
             f"calibration: the loss of batch {number} is {loss.item()}; labels that are all "
             "ignored (-100) give nan: drop such batches, or check the model's weights"

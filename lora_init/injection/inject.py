@@ -140,7 +140,8 @@ def _prepare(
         for frozen in plan.initializer.frozen:
             getattr(layer, frozen).requires_grad_(False)
         injection.layers[target.name] = layer
-        injection.fingerprints[target.name] = fingerprint(weights.present(target))
+        if weights.is_readable(target):
+            injection.fingerprints[target.name] = fingerprint(weights.present(target))
     for name in plan.modules_to_save:
         original = model.get_submodule(name)
         trained = trainable_copy(original, plan.adapter_dtype)

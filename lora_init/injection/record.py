@@ -13,6 +13,7 @@ from lora_init.layers.attention import SplitAttention
 from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Target
 from lora_init.weights.format import Held
+from lora_init.weights.offload import stored_weight
 from lora_init.weights.source import BaseWeights
 
 
@@ -80,7 +81,7 @@ class Injection:
             RuntimeError: the base was replaced and its original was not kept.
         """
         layer = self.layers[target.name]
-        if layer.base_layer.weight.is_meta:
+        if stored_weight(layer.base_layer).is_meta:
             return widened(self.weights.present(target))
         return layer.original_weight()
 

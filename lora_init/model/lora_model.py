@@ -38,7 +38,12 @@ from lora_init.plan.make import check_model
 from lora_init.plan.plan import Plan
 from lora_init.report import InitReport, LayerReport, describe_layer
 from lora_init.weights.bitsandbytes import parameter_count
-from lora_init.weights.offload import HOOK_ATTRIBUTES, absence, first_unloaded
+from lora_init.weights.offload import (
+    HOOK_ATTRIBUTES,
+    absence,
+    first_unloaded,
+    stored_weight,
+)
 
 
 class LoraModel(nn.Module):
@@ -629,8 +634,9 @@ class LoraModel(nn.Module):
         live = self._live_injection(None if half_merged else wanted)
         for name, layer in live.layers.items():
             core = () if layer.lora_core is None else ("lora_core",)
-            for part in ("lora_A", "lora_B", *core, "base_layer.weight"):
-                parameter = layer.get_parameter(part)
+            parts = {part: layer.get_parameter(part) for part in ("lora_A", "lora_B", *core)}
+            parts["base_layer.weight"] = stored_weight(layer.base_layer)
+            for part, parameter in parts.items():
                 untouched = part == "base_layer.weight" and layer.base_state != "edited"
                 if without_base and untouched and parameter.is_meta:
                     continue

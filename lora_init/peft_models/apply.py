@@ -115,12 +115,12 @@ def apply(
                 made.lora_A.clone(),
                 made.lora_B.clone(),
                 scaling=target.scaling,
-                fingerprint="" if spec.base == "keep" else fingerprint(oriented_weight(layer.base)),
+                fingerprint="" if spec.base == "keep" else _fingerprint(weights, layer, target),
             )
             operation.set(Attribute(layer.module, layer.mark), start, is_mark=True)
             if spec.base != "keep":
                 operation.set(Attribute(layer.base, START), start, is_mark=True)
-                weight = weights.weight(target)
+                weight = weights.weight(target) if weights.is_readable(target) else None
                 _change_base(layer, start, target, plan, made, weights, operation)
                 if spec.base == "subtract":
                     complete(layer, operation)
@@ -129,6 +129,11 @@ def apply(
         if layer.magnitude is not None:
             operation.set(Data(layer.magnitude), _magnitude(layer, target, layer.magnitude))
     return errors
+
+
+def _fingerprint(weights: BaseWeights, layer: AdaptedLayer, target: Target) -> str:
+    """The fingerprint of the original weight; empty if its values cannot be read."""
+    return fingerprint(oriented_weight(layer.base)) if weights.is_readable(target) else ""
 
 
 def drop_layer(layer: AdaptedLayer, operation: Operation) -> None:
@@ -179,6 +184,10 @@ def _change_base(
 ) -> None:
     """Edit or replace the base weight, or let the forward pass subtract."""
     base, replacement = layer.base, factors.replacement
+    if replacement is None and subtracts_in_forward(layer, target, plan):
+        start.base = "in_forward"
+        subtract(layer, operation)
+        return
     weight = weights.weight(target)
     if replacement is not None:
         make = replacement.residual if target.quantized else replacement.base
@@ -187,7 +196,7 @@ def _change_base(
         start.checksum = base_checksum(replacement, weight, target.scaling, oriented_weight(base))
         if target.quantized and weights.originals is not None:
             start.from_original_weights = fingerprint(weight)
-    elif subtracts_in_forward(layer, target, plan) or not holds_edit(layer, start, weight):
+    elif not holds_edit(layer, start, weight):
         start.base = "in_forward"
         subtract(layer, operation)
     elif weight.dtype in EDITED_DTYPES:
@@ -200,9 +209,9 @@ def _change_base(
         operation.replace_weight(target.name, base, residual, edit)
 
 
-def _error_at_start(layer: AdaptedLayer, start: Start, weight: Tensor) -> float:
+def _error_at_start(layer: AdaptedLayer, start: Start, weight: Tensor | None) -> float:
     """‖W - (base + s B0 A0)‖ / ‖W‖."""
-    if start.base == "in_forward":
+    if weight is None or start.base == "in_forward":
         return 0.0
     present = oriented_weight(layer.base) + start.product()
     norm = linalg.frobenius_norm(widened(weight))

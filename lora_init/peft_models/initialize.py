@@ -231,10 +231,11 @@ def _initialize(
 def _row(weights: BaseWeights, plan: Plan, layer: InitializedLayer) -> LayerReport:
     """The report's figures of one layer, from its weight before the change."""
     target, factors = layer.target, layer.factors
-    weight = weights.weight(target)
+    weight = weights.weight(target) if weights.is_readable(target) else None
     row = LayerReport.of(target, layer.seconds)
     figures = weight_figures(weight, factors.lora_A, factors.lora_B, target.scaling)
-    if plan.initializer.base == "subtract" and factors.replacement is None:
+    subtracts = plan.initializer.base == "subtract" and factors.replacement is None
+    if subtracts and weight is not None:
         product = low_rank_product(factors.lora_A, factors.lora_B, target.scaling)
         norm = linalg.frobenius_norm(widened(weight))
         if norm > 0:

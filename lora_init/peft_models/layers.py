@@ -13,7 +13,11 @@ from lora_init.peft_models.holder import Place, is_of_peft, wrappers
 from lora_init.peft_models.start import Start, records
 from lora_init.plan.plan import Target
 
-SUPPORTED = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt")
+SUPPORTED = (
+    "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt",
+    "TorchaoLoraLinear", "HqqLoraLinear", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear",
+    "EetqLoraLinear",
+)  # fmt: skip
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 
 START = "initial_factors"

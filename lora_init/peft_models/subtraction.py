@@ -86,6 +86,10 @@ def complete(layer: AdaptedLayer, operation: Operation) -> None:
 def subtract(layer: AdaptedLayer, operation: Operation) -> None:
     """Let a layer subtract its start in the forward pass."""
     operation.set(Hook(layer.base, subtract_initial), True, is_mark=True)
+    one = known_format(layer.base)
+    if not one.writable:
+        merge = partial(refuse_merge, layer.name, one.describe(layer.base))
+        operation.set(Attribute(layer.module, "merge"), merge, is_mark=True)
     if layer.magnitude is not None:
         decomposed = layer.module.lora_magnitude_vector[layer.adapter]
         norm = Attribute(decomposed, "get_weight_norm")
@@ -173,6 +177,17 @@ def delta_weight(module: Any, adapter: str) -> Tensor:
     if missing:
         delta -= _weighted(start.product(), missing)
     return known_format(layer.base).stored(layer.base, delta)
+
+
+def refuse_merge(name: str, kind: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `merge` of a layer that subtracts in the forward pass, on a weight of a quantizer.
+
+    PEFT would quantize the sum into a new base module, which has no hook for the subtraction.
+    """
+    raise ValueError(
+        f"merging is not supported for layer {name!r}, whose base is quantized ({kind}). Keep the "
+        "adapter unmerged, or save it and merge it into the unquantized model"
+    )
 
 
 def weight_norm(

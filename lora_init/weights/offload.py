@@ -20,6 +20,15 @@ HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward")
 deletes them from the module on which it finds them when it removes the hook."""
 
 
+def stored_weight(module: nn.Module) -> Tensor:
+    """The tensor that stores the weight: `weight`, or else the largest one of a packed module."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return max(own, key=lambda tensor: tensor.nbytes)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether the module has a hook around its forward, or a forward set on the instance."""
     return bool(
@@ -68,7 +77,7 @@ def is_unloaded(module: nn.Module) -> bool:
     A hook on an enclosing module (`preload_module_classes`) does not count. It stores the weight by
     name, and an adapter changes that name.
     """
-    return module.weight.is_meta and not is_offloaded(module)
+    return stored_weight(module).is_meta and not is_offloaded(module)
 
 
 def first_unloaded(model: nn.Module, path: str = "") -> str | None:
@@ -90,8 +99,9 @@ def factor_device(module: nn.Module) -> torch.device:
 
     It is the CPU if the weight is not loaded.
     """
-    if not module.weight.is_meta:
-        return module.weight.device
+    weight = stored_weight(module)
+    if not weight.is_meta:
+        return weight.device
     device = getattr(_offloading_hook(module), "execution_device", None)
     return torch.device("cpu" if device is None else device)
 

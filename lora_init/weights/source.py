@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.weights.checkpoint import OriginalWeights
-from lora_init.weights.kinds import FORMATS, oriented_weight
-from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, offloaded_weight
+from lora_init.weights.kinds import FORMATS, known_format, oriented_weight
+from lora_init.weights.offload import (
+    factor_device,
+    is_offloaded,
+    is_unloaded,
+    offloaded_weight,
+    stored_weight,
+)
 
 if TYPE_CHECKING:
     from lora_init.plan.plan import Target
@@ -81,6 +87,11 @@ class BaseWeights:
             raise _nowhere(unloaded[0])
         self._check_stored(unloaded)
 
+    def is_readable(self, target: Target) -> bool:
+        """Whether the values of the weight can be read, as those of few quantizers cannot."""
+        module = self._module(target)
+        return known_format(module).opaque(module) is None
+
     def is_original(self, target: Target) -> bool:
         """Whether `weight` returns the weight from before quantization."""
         return not target.quantized or self.originals is not None
@@ -118,7 +129,8 @@ class BaseWeights:
             ValueError: the weight is not loaded, and no checkpoint was passed.
         """
         module = self._module(target)
-        if not module.weight.is_meta:
+        kept = stored_weight(module)
+        if not kept.is_meta:
             return oriented_weight(module)
         if is_offloaded(module):
             stored = offloaded_weight(module)
@@ -126,7 +138,7 @@ class BaseWeights:
             stored = self.originals.weight(self._stored_name(target))
         else:
             raise _nowhere(target)
-        stored = stored.to(factor_device(module), module.weight.dtype)
+        stored = stored.to(factor_device(module), kept.dtype)
         return FORMATS[target.module_type].orient(stored)
 
     def target_weight(self, target: Target) -> Float[Tensor, "out in"]:
