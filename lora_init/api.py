@@ -126,7 +126,8 @@ def get_peft_model(
         adapter_dtype: dtype of the factors. float32 also suits 16-bit bases, where rounded factors
             are less accurate.
         device: where the decompositions run, for example "cuda". "auto" means CUDA if available;
-            None means the device of each weight.
+            None means the device of each weight. They run on the CPU where that device has no
+            float64, as Apple's "mps".
         seed: the initialization seed. Each layer derives a random stream from it and its name.
         dry_run: return the plan (targets, ranks, parameters, memory, statistics, unmatched keys)
             and do not change the model.
