@@ -46,13 +46,14 @@ __all__ = ["apply_factors", "calibrate", "get_peft_model", "init_factors", "rein
 class CallSettings(TypedDict, total=False):
     """The keywords of `get_peft_model` except `dry_run`, for the types of its overloads."""
 
-    calibration: Iterable[Any] | Calibration | None
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None
     calibration_memory: int | None
     adapter_dtype: torch.dtype
     device: str | torch.device | None
     seed: int
     quantized_base: str
     original_weights: str | PathLike | Mapping[str, Tensor] | None
+    target_weights: str | PathLike | Mapping[str, Tensor] | None
     keep_original: bool
     allow_unmatched: bool
     cache: bool
