@@ -634,7 +634,8 @@ class LoraModel(nn.Module):
         live = self._live_injection(None if half_merged else wanted)
         for name, layer in live.layers.items():
             core = () if layer.lora_core is None else ("lora_core",)
-            parts = {part: layer.get_parameter(part) for part in ("lora_A", "lora_B", *core)}
+            names = ("lora_A", "lora_B", *core)
+            parts: dict[str, Tensor] = {part: layer.get_parameter(part) for part in names}
             parts["base_layer.weight"] = stored_weight(layer.base_layer)
             for part, parameter in parts.items():
                 untouched = part == "base_layer.weight" and layer.base_state != "edited"

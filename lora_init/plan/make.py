@@ -183,6 +183,7 @@ def make_plan(
                 "whose codes cannot be trained; load the model with "
                 f"llm_int8_skip_modules=[{name.rpartition('.')[2]!r}] in its quantization_config"
             )
+    _check_quantizers(model, config.bias, targets)
     embeddings = [t.name for t in targets if FORMATS[t.module_type].operation == "lookup"]
     if config.lora_bias and embeddings:
         raise ValueError(
@@ -248,6 +249,31 @@ def _too_narrow(spec: Initializer, rank: int, shape: tuple[int, int]) -> str:
         f"{spec.name} cannot have rank {rank} on a {shape[0]}×{shape[1]} weight; to adapt it, give "
         f"it a rank of at most {min(shape)} in rank_pattern"
     )
+
+
+def _check_quantizers(model: nn.Module, bias: str, targets: list[Target]) -> None:
+    """Refuse to train biases that a quantizer fixes; warn of layers that pass on no gradient.
+
+    Raises:
+        ValueError: the bias of a target is to be trained and is not a parameter.
+    """
+    modules = {t.name: model.get_submodule(t.name) for t in targets if t.quantized}
+    for name, module in modules.items():
+        own = getattr(module, "bias", None)
+        if bias != "none" and own is not None and not isinstance(own, nn.Parameter):
+            raise ValueError(
+                f"bias={bias!r} is not supported for target {name!r}: its bias is not a parameter, "
+                f"but a buffer of the {type(module).__name__}. Use bias='none', or leave the "
+                "target out with exclude_modules"
+            )
+    blocking = [name for name, one in modules.items() if known_format(one).blocks_gradient(one)]
+    if blocking:
+        warnings.warn(
+            f"{len(blocking)} targets quantize their inputs, the first is {blocking[0]!r}: their "
+            "forward passes give no gradient to earlier layers, which then train or are calibrated "
+            "with a wrong gradient. Load the model with a quantizer of weights only",
+            stacklevel=4,
+        )
 
 
 def _trained_biases(

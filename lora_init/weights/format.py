@@ -180,6 +180,10 @@ class WeightFormat(ABC):
         """Whether a forward pass may change how the weight is stored, until `keep_plain`."""
         return False
 
+    def blocks_gradient(self, module: nn.Module) -> bool:
+        """Whether the forward pass rounds its inputs, and gives them no gradient."""
+        return False
+
     def keep_plain(self, module: nn.Module) -> None:
         """Prevent forward passes from changing how the weight is stored."""
         return
