@@ -129,12 +129,6 @@ def refused_on(base, match, error, **settings):
     assert_unchanged(base, before)
 
 
-@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
-def test_other_convolutions(kind):
-    base = nn.Sequential(kind(4, 4, 3))
-    refused_on(base, f"target '0' is a {kind.__name__}, which", TypeError, target_modules=["0"])
-
-
 @pytest.mark.parametrize("method", [True, "pissa"])
 def test_embeddings_that_rescale_themselves(method):
     base = nn.Sequential(nn.Embedding(10, 8, max_norm=1.0))

@@ -46,6 +46,7 @@ from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import describe, resolve
 from lora_init.weights.kinds import known_format
+from lora_init.weights.patches import is_transposed
 
 
 def save_adapter(
@@ -141,6 +142,14 @@ def save_adapter(
         "copied_modules": list(copied),
         "vocabulary": {names[n]: value for n, value in description(model).items()},
     }
+    transposed = [t.name for t, one in zip(plain.targets, plan.targets, strict=True)
+                  if is_transposed(injection.layers[one.name].base_layer)]  # fmt: skip
+    if transposed:
+        warnings.warn(
+            f"PEFT has no adapter for transposed convolutions ({transposed[0]!r}), so only "
+            "LoraModel.from_pretrained can load the saved adapter",
+            stacklevel=3,
+        )
     attentions = {t.attention for t in plain.targets if t.attention is not None}
     tensors = attention_keys.in_file(tensors, attentions)
     own = replaced or not all(

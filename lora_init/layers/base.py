@@ -302,10 +302,12 @@ class LoraLayer(nn.Module):
             gain = self.gain() if self.use_dora else None
             if self.base_state == "in_forward":
                 initial = self.initial_lora_A, self.initial_lora_B
-        return effective_weight(
-            stored, *factors, self.scaling,
+        reorders = one.operation == "convolution"
+        total = effective_weight(
+            one.orient(stored) if reorders else stored, *factors, self.scaling,
             transposed=one.transposed, dtype=dtype, initial=initial, gain=gain,
         )  # fmt: skip
+        return one.stored(self.base_layer, total) if reorders else total
 
     def _exact_output_factor(self) -> Float[Tensor, "out rank"]:
         """`output_factor` with all bits of float32, for weights."""

@@ -279,10 +279,14 @@ def _check_quantizers(model: nn.Module, bias: str, targets: list[Target]) -> Non
 def _trained_biases(
     model: nn.Module, bias: str, targets: list[Target], modules_to_save: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The biases to train, without those of modules to save, which are trained there."""
+    """The biases to train, without those of modules to save, which are trained there.
+
+    As in PEFT, the bias of an attention's input projection, `in_proj_bias`, is not trained.
+    """
     if bias == "none":
         return ()
-    names = [name for name, _ in model.named_parameters()]
+    fixed = {f"{target.attention}.in_proj.bias" for target in targets}
+    names = [name for name, _ in model.named_parameters() if name not in fixed]
     if bias == "lora_only":
         adapted = {f"{target.name}.bias" for target in targets}
         return tuple(name for name in names if name in adapted)
