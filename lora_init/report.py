@@ -19,6 +19,7 @@ from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.plan import Target
 from lora_init.tables import render
 from lora_init.weights.kinds import known_format
+from lora_init.weights.sharded import whole
 
 
 @dataclass
@@ -176,11 +177,12 @@ def describe_layer(
         return
     is_readable = known_format(layer.base_layer).opaque(layer.base_layer) is None
     weight = original_weight() if is_readable else None
-    figures = weight_figures(weight, layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
+    initial = whole(layer.initial_lora_A), whole(layer.initial_lora_B)
+    figures = weight_figures(weight, *initial, layer.scaling)
     for name, value in figures.items():
         setattr(report, name, value)
     if weight is not None and layer.base_state in ("edited", "in_forward"):
-        product = low_rank_product(layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
+        product = low_rank_product(*initial, layer.scaling)
         norm = linalg.frobenius_norm(widened(weight))
         if norm > 0:
             report.error = float(linalg.frobenius_norm(weight - product) / norm)

@@ -16,6 +16,7 @@ from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import known_format, oriented_weight
 from lora_init.weights.offload import stored_weight
+from lora_init.weights.sharded import is_sharded
 from lora_init.weights.source import BaseWeights
 
 # Adding an edit back to a float32 weight restores it within (growth + 1) 2^-24 max|W|. growth is
@@ -45,7 +46,9 @@ def settle_base(
         _replace(layer, target, factors.replacement, injection, weights, keep_original, transaction)
         return
     # Use the factors as stored, so that the rounded values of a 16-bit adapter are subtracted.
-    absent = stored_weight(module).is_meta
+    # The parts of a sharded weight are not edited: whatever shards it may keep other copies.
+    weight = stored_weight(module)
+    absent = weight.is_meta or is_sharded(weight)
     fixed = target.shared_with or target.quantized or absent or not target.exact
     editable = "edit" in known_format(module).subtractions
     if fixed or not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):

@@ -29,9 +29,11 @@ from lora_init.plan.check import (
 from lora_init.plan.left_out import LeftOut, described, left_out
 from lora_init.plan.match import PatternValues, select
 from lora_init.plan.plan import Plan, Target
+from lora_init.plan.sharded import check_sharded_variants
 from lora_init.plan.state_space import read_by_kernel
 from lora_init.registry import CalibrationRequest, Initializer
 from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
+from lora_init.weights.sharded import reshard
 
 QUANTIZED_BASES = ("in_forward", "requantize")
 
@@ -98,6 +100,7 @@ def make_plan(
             f"{', '.join(QUANTIZED_BASES)}"
         )
     spec, options = config.initializer()
+    reshard(model)
     selection = select(model, config, modules_to_save)
     owners = extents(model)
     ranks = PatternValues("rank_pattern", config.rank_pattern, config.r)
@@ -172,6 +175,15 @@ def make_plan(
             "setting is ignored, because the module's class decides",
             stacklevel=3,
         )
+    check_sharded_variants(
+        model,
+        [target.name for target in targets],
+        use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
+        lora_dropout=config.lora_dropout,
+        bias=config.bias,
+        modules_to_save=selection.modules_to_save,
+    )
     for name in selection.modules_to_save:
         check_trained(model, name, owners)
         inside = dict(model.get_submodule(name).named_modules(prefix=name))
