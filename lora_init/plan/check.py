@@ -68,7 +68,8 @@ def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
     if stored is not None and (reason := stored.refusal(module)) is not None:
         raise TypeError(f"target {name!r} {reason}. Leave it out with exclude_modules")
     if stored is None or stored.name not in spec.modules:
-        kind = module_type(module) + _stacked(module)
+        stacked = _stacked(module)
+        kind = (type(module).__name__ if stacked else module_type(module)) + stacked
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not support; "
             f"must be one of {', '.join(sorted(spec.modules))}. Leave it out with exclude_modules"

@@ -8,6 +8,7 @@ The rest of the package sees a weight as one or more named matrices:
 | Conv1D (transformers) | (in, out) | its transpose |
 | Embedding | (entries, width) | its transpose: out = width, in = entries, for one-hot inputs |
 | Conv2d, one group | (out, channels, height, width) | (out, channels·height·width), for patches |
+| Experts | (experts, out, in), or (experts, in, out) | (experts, out, in), a stack |
 | Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
 """
 
@@ -56,7 +57,8 @@ class WeightFormat(ABC):
     Attributes:
         name: the module type, as in plans and tables.
         operation: how the module applies its matrix: "product" with rows of features,
-            "convolution" with patches, or "lookup" of its columns. It selects the adapted layer.
+            "convolution" with patches, "lookup" of its columns, or "routed", a product of each
+            expert's matrix with the rows that a router selects. It selects the adapted layer.
         subtractions: the supported ways to subtract s B0 A0, the default first: "edit" the stored
             weight, subtract "in_forward", or "requantize" the difference. A format with only
             "in_forward" need not support `write`.
@@ -65,7 +67,7 @@ class WeightFormat(ABC):
     """
 
     name: ClassVar[str]
-    operation: ClassVar[Literal["product", "convolution", "lookup"]] = "product"
+    operation: ClassVar[Literal["product", "convolution", "lookup", "routed"]] = "product"
     subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
     quantized: ClassVar[bool] = False
     transposed: ClassVar[bool] = False

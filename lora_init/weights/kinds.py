@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_init.weights.conv1d import Conv1DFormat
 from lora_init.weights.conv2d import Conv2dFormat
 from lora_init.weights.embedding import EmbeddingFormat
+from lora_init.weights.experts import ExpertsFormat
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.linear import LinearFormat
 from lora_init.weights.linear4bit import Linear4bitFormat
@@ -36,7 +37,7 @@ def register(one: WeightFormat) -> None:
 
 for _one in (
     LinearFormat(), Conv1DFormat(), Linear4bitFormat(), Linear8bitFormat(), Conv2dFormat(),
-    EmbeddingFormat(),
+    EmbeddingFormat(), ExpertsFormat(),
 ):  # fmt: skip
     register(_one)
 
