@@ -32,7 +32,7 @@ import torch
 
 from lora_init.factors import Base, Factors
 from lora_init.layer import Layer, LayerRequest
-from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
+from lora_init.weights.module_types import EXPERTS, LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
@@ -160,7 +160,8 @@ class Initializer:
         reads: what the method reads: "weight", "inputs", "gradient", "output_moments", "quantizer",
             "target_weight".
         modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
-            Embedding as a linear map of one-hot vectors.
+            Embedding as a linear map of one-hot vectors. A method that supports Linear supports the
+            matrices of fused experts, each as one layer.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
     """
@@ -323,7 +324,8 @@ def register_initializer(
             base=base,
             preserves_output=preserves_output,
             reads=given["reads"],
-            modules=given["modules"],
+            # The weight of one expert is a matrix like that of a Linear.
+            modules=given["modules"] | ({EXPERTS} if "Linear" in given["modules"] else set()),
             control=control,
         )
         return function

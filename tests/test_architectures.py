@@ -262,7 +262,8 @@ def test_expert_parameters_are_refused_for_what_they_are(names):
     shape = "4×96×64" if "gate_up_proj" in names else "4×64×48"
     message = (
         rf"{names[-1]!r} is not a module but a parameter, 'model.layers.0.mlp.experts.*' of shape "
-        rf"{shape} in a MixtralExperts, the weights of all experts in one tensor.*leave it out"
+        rf"{shape} in a MixtralExperts, the weights of all experts in one tensor.*name it in "
+        "target_parameters"
     )
     with pytest.raises(ValueError, match=message):
         get_peft_model(mixtral(), LoraConfig(target_modules=names))

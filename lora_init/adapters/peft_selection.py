@@ -55,7 +55,7 @@ def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
     experts = EXPERT_NAMES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if experts is None:
         return ()
-    targets = [target.name for target in plan.targets]
+    targets = [target.name for target in plan.targets if target.experts is None]
     written = portable_targets(targets, plan.candidates)
     # PEFT replaces a regular expression with the last parts of the matching names.
     entries = written if isinstance(written, list) else {n.rpartition(".")[2] for n in targets}

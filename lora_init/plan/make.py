@@ -24,13 +24,16 @@ from lora_init.plan.check import (
     warn_of_float16,
 )
 from lora_init.plan.left_out import LeftOut, described, left_out
-from lora_init.plan.match import PatternValues, select
+from lora_init.plan.match import PatternValues, Selection, select
 from lora_init.plan.plan import Plan, Target
 from lora_init.plan.state_space import read_by_kernel
 from lora_init.registry import CalibrationRequest, Initializer
+from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
 
 QUANTIZED_BASES = ("in_forward", "requantize")
+EXPERTS_NEED = {"use_dora": False, "lora_bias": False, "lora_dropout": 0.0}
+"""The settings that adapted experts do not support, with the values that turn them off."""
 
 
 def check_model(model: Any) -> None:
@@ -102,9 +105,9 @@ def make_plan(
     everything = config.target_modules == ALL_LINEAR
     omitted = [] if any_rank else left_out(model, config, selection)
     targets = []
-    for name in selection.names:
-        module = model.get_submodule(name)
-        reason = read_by_kernel(model, name)
+    for name, owner, matrix in _matrices(model, selection):
+        module = model.get_submodule(owner)
+        reason = read_by_kernel(model, owner)
         if reason is not None and not everything:
             raise ValueError(
                 f"target_modules: {name!r} is not supported: {reason}. Leave it out, e.g. with "
@@ -114,8 +117,8 @@ def make_plan(
             omitted.append(LeftOut(name, type(module).__name__, reason))
             continue
         try:
-            check_module(model, name, spec)
-            reason = unobserved(model, name, spec) if everything else None
+            check_module(model, owner, spec, matrix)
+            reason = unobserved(model, owner, spec) if everything else None
         except TypeError as error:
             if not everything:
                 raise
@@ -124,7 +127,7 @@ def make_plan(
             omitted.append(LeftOut(name, type(module).__name__, reason))
             continue
         stored = known_format(module)
-        rows, columns = stored.shape(module)
+        *experts, rows, columns = stored.shape(module, matrix)
         shape = rows, columns
         rank = ranks(name)
         if not any_rank:
@@ -138,14 +141,16 @@ def make_plan(
             Target(
                 name=name,
                 module_type=stored.name,
-                shape=(rows, columns),
+                shape=shape,
                 dtype=stored.describe(module),
                 rank=rank,
                 alpha=alpha,
                 scaling=config.scaling(rank, alpha),
                 quantized=stored.quantized,
-                shared_with=sharers(name, module, owners),
+                shared_with=sharers(owner, module, owners, matrix),
                 exact=computes_product(name, module),
+                matrix=matrix,
+                experts=experts[0] if experts else None,
             )
         )
     if not targets:
@@ -153,6 +158,7 @@ def make_plan(
             f"target_modules={config.target_modules!r} leaves nothing to adapt in "
             f"{type(model).__name__}: {'; '.join(described(omitted))}"
         )
+    _refuse_variants_of_experts(config, targets)
     if config.fan_in_fan_out and all(target.module_type == "Linear" for target in targets):
         warnings.warn(
             "fan_in_fan_out=True, but every target is an nn.Linear, which stores (out, in); the "
@@ -201,6 +207,29 @@ def make_plan(
     if plan.calibration is not None:
         _check_memory(plan, plan.calibration)
     return plan
+
+
+def _refuse_variants_of_experts(config: LoraConfig, targets: list[Target]) -> None:
+    """Raise if a setting is not supported on fused experts."""
+    fused = next((target for target in targets if target.experts is not None), None)
+    if fused is None:
+        return
+    for setting, neutral in EXPERTS_NEED.items():
+        if (value := getattr(config, setting)) != neutral:
+            raise ValueError(
+                f"{setting}={value!r} is not supported with the experts {fused.name!r}: must be "
+                f"{neutral!r}. Set it so, or leave the experts out of target_parameters."
+            )
+
+
+def _matrices(model: nn.Module, selection: Selection) -> list[tuple[str, str, str]]:
+    """For each selected matrix in model order: its name, its module, and its name there."""
+    found = [(name, name, WEIGHT) for name in selection.names]
+    for name in selection.experts:
+        owner, _, matrix = name.rpartition(".")
+        found.append((name, owner, matrix))
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda one: places[one[1]])
 
 
 def _check_memory(plan: Plan, request: CalibrationRequest) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.architectures import DEFAULT_TARGETS
+from lora_init.plan.parameters import select_parameters
 from lora_init.plan.patterns import Expression
 from lora_init.weights.kinds import is_linear
 
@@ -32,12 +33,14 @@ class Selection:
         unmatched: (setting, entry) pairs that matched nothing.
         candidates: names of all modules that targets can match, those inside saved modules left
             out.
+        experts: qualified names of the fused parameters of experts to adapt, in model order.
     """
 
     names: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     unmatched: tuple[tuple[str, str], ...]
     candidates: tuple[str, ...]
+    experts: tuple[str, ...] = ()
 
 
 def select(
@@ -56,11 +59,18 @@ def select(
     modules = {name: module for name, module in model.named_modules() if name}
     names = list(modules)
     saved = _modules_to_save(names, config) if modules_to_save is None else list(modules_to_save)
-    unmatched: list[tuple[str, str]] = []
-    target = config.target_modules if config.target_modules is not None else _defaults(model)
+
+    def inside(name: str) -> bool:
+        """Whether a module is part of a saved module, which is trained as a whole."""
+        return any(name == s or name.startswith(s + ".") for s in saved)
+
+    parameters = select_parameters(model, config, inside)
+    unmatched = [("target_parameters", entry) for entry in parameters.unmatched]
+    target = config.target_modules
+    if target is None:
+        target = _defaults(model) if config.target_parameters is None else []
     excluded = excluder(config.exclude_modules)
-    # Modules inside a saved module are not adapted, because it is trained as a whole.
-    candidates = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
+    candidates = [name for name in names if not inside(name)]
     if target == ALL_LINEAR:
         heads = output_names(model, config)
         matched = [name for name in candidates if is_linear(modules[name]) and name not in heads]
@@ -74,16 +84,22 @@ def select(
             if not any(name_matches(name, entry) for name in candidates):
                 _refuse_parameter(model, entry)
                 unmatched.append(("target_modules", entry))
+    matched = [name for name in candidates if name in {*matched, *parameters.modules}]
     chosen = [name for name in matched if not excluded(name)]
+    experts = tuple(
+        name
+        for name in parameters.experts
+        if not excluded(name) and not excluded(name.rpartition(".")[0])
+    )
     unmatched += _unused_exclusions(config.exclude_modules, matched)
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, setting) or {}:
             expression = _pattern_expression(setting, key)
-            if not any(expression.match(name) for name in chosen):
+            if not any(expression.match(name) for name in (*chosen, *experts)):
                 unmatched.append((setting, key))
-    if not chosen:
+    if not chosen and not experts:
         raise ValueError(_nothing_matched(model, target, matched, config))
-    return Selection(tuple(chosen), tuple(saved), tuple(unmatched), tuple(candidates))
+    return Selection(tuple(chosen), tuple(saved), tuple(unmatched), tuple(candidates), experts)
 
 
 def exactly(names: Iterable[str]) -> str:
@@ -252,10 +268,11 @@ def _refuse_parameter(model: nn.Module, entry: str) -> None:
         owner = name.rpartition(".")[0]
         shape = "×".join(map(str, parameter.shape))
         stacked = ", the weights of all experts in one tensor" if parameter.ndim == 3 else ""
+        fix = f"name it in target_parameters=[{entry!r}]" if stacked else "leave it out"
         raise ValueError(
             f"target_modules: {entry!r} is not a module but a parameter, {name!r} of shape {shape} "
-            f"in a {type(model.get_submodule(owner)).__name__}{stacked}; only modules are "
-            "supported, so leave it out"
+            f"in a {type(model.get_submodule(owner)).__name__}{stacked}; target_modules must name "
+            f"modules, so {fix}"
         )
 
 

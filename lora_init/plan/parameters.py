@@ -1,0 +1,110 @@
+"""Select parameters by name: the fused weights of experts, and weights of linear modules.
+
+`target_parameters` follows PEFT: a list of names matches exactly or by dotted suffix. A string is
+one regular expression that must match the whole name, which PEFT does not support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_init.config.lora_config import LoraConfig
+from lora_init.plan.patterns import Expression
+from lora_init.weights.format import WEIGHT
+from lora_init.weights.kinds import class_format, is_linear
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters that a configuration selects.
+
+    Attributes:
+        experts: qualified names of fused parameters, in model order.
+        modules: qualified names of the linear modules whose weight is selected.
+        unmatched: entries of `target_parameters` that matched nothing.
+    """
+
+    experts: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+
+
+def fused_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """The module of each fused parameter of experts, by the parameter's name."""
+    found = {}
+    for name, module in model.named_modules():
+        stored = class_format(module)
+        if name and stored is not None and stored.operation == "routed":
+            found |= {f"{name}.{matrix}": module for matrix in stored.matrices(module)}
+    return found
+
+
+def select_parameters(
+    model: nn.Module, config: LoraConfig, inside: Callable[[str], bool]
+) -> Parameters:
+    """Match `target_parameters` against the names of the model's parameters.
+
+    Args:
+        inside: whether a module is part of a module that is trained whole.
+
+    Raises:
+        ValueError: an entry matches a parameter of another kind.
+    """
+    wanted = config.target_parameters
+    if wanted is None:
+        return Parameters()
+    fused = fused_parameters(model)
+    linear = {
+        f"{name}.{WEIGHT}": name
+        for name, module in model.named_modules()
+        if name and is_linear(module)
+    }
+    others = [name for name, _ in model.named_parameters()]
+    known = {name: None for name in (*fused, *linear, *others)}
+    names = [name for name in known if not inside(name.rpartition(".")[0])]
+    if isinstance(wanted, str):
+        expression = Expression("target_parameters", wanted)
+        hits = {wanted: [name for name in names if expression.fullmatch(name)]}
+    else:
+        hits = {entry: [name for name in names if _matches(name, entry)] for entry in wanted}
+    chosen = {name for found in hits.values() for name in found}
+    for entry, found in hits.items():
+        for name in found:
+            if name not in fused and name not in linear:
+                raise ValueError(_other_kind(model, entry, name))
+    return Parameters(
+        experts=tuple(name for name in fused if name in chosen),
+        modules=tuple(module for name, module in linear.items() if name in chosen),
+        unmatched=tuple(entry for entry, found in hits.items() if not found),
+    )
+
+
+def shortest_parameters(chosen: Iterable[str], names: Iterable[str]) -> list[str] | None:
+    """The shortest value of target_parameters that selects `chosen` from `names`, also in PEFT.
+
+    Uses the last two name parts ("experts.down_proj") if they suffice, else whole names.
+    """
+    chosen, names = list(chosen), list(names)
+    if not chosen:
+        return None
+    entries = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in chosen))
+    hits = [name for name in names if any(_matches(name, entry) for entry in entries)]
+    return entries if sorted(hits) == sorted(chosen) else chosen
+
+
+def _matches(name: str, entry: str) -> bool:
+    return name == entry or name.endswith("." + entry)
+
+
+def _other_kind(model: nn.Module, entry: str, name: str) -> str:
+    owner = name.rpartition(".")[0]
+    shape = "×".join(map(str, model.get_parameter(name).shape))
+    kind = type(model.get_submodule(owner)).__name__
+    return (
+        f"target_parameters: {entry!r} matches {name!r} of shape {shape} in a {kind}, which is not "
+        "supported: must be the fused weights of experts or the weight of a linear module. Leave "
+        "it out."
+    )
