@@ -25,6 +25,7 @@ from lora_init.plan.check import (
 )
 from lora_init.plan.left_out import LeftOut, described, left_out
 from lora_init.plan.match import PatternValues, Selection, select
+from lora_init.plan.parameters import fused_parameters
 from lora_init.plan.plan import Plan, Target
 from lora_init.plan.state_space import read_by_kernel
 from lora_init.registry import CalibrationRequest, Initializer
@@ -203,6 +204,7 @@ def make_plan(
         use_dora=config.use_dora,
         lora_bias=config.lora_bias,
         left_out=tuple(omitted),
+        fused=tuple(fused_parameters(model)),
     )
     if plan.calibration is not None:
         _check_memory(plan, plan.calibration)

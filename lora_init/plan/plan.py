@@ -23,6 +23,7 @@ from lora_init.moments import sums_bytes
 from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets
+from lora_init.plan.parameters import shortest_parameters
 from lora_init.plan.workspace import copies
 from lora_init.registry import (
     OVERSAMPLING,
@@ -108,6 +109,7 @@ class Plan:
         trained_biases: names of the bias parameters that are trained.
         bias, dropout, use_dora, lora_bias: as in the configuration.
         left_out: linear weights that get no adapter, with the reasons.
+        fused: names of all fused parameters of experts in the model.
     """
 
     initializer: Initializer
@@ -126,6 +128,7 @@ class Plan:
     use_dora: bool = False
     lora_bias: bool = False
     left_out: tuple[LeftOut, ...] = ()
+    fused: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -307,7 +310,12 @@ class Plan:
         """
         return dataclasses.replace(
             config,
-            target_modules=portable_targets([t.name for t in self.targets], self.candidates),
+            target_modules=portable_targets(
+                [t.name for t in self.targets if t.experts is None], self.candidates
+            ),
+            target_parameters=shortest_parameters(
+                [t.name for t in self.targets if t.experts is not None], self.fused
+            ),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
