@@ -1,0 +1,103 @@
+"""Products of groups of rows, each with its own matrix of a stack.
+
+Rows that belong to one expert are adjacent: group e ends before row ``offsets[e]``. A GPU's kernel
+computes all groups in one launch. Elsewhere one product per group is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+from torch.nn import functional
+
+ALIGNMENT = 16
+"""Bytes. The kernel needs rows that begin at multiples of it."""
+
+
+def grouped_product(
+    rows: Float[Tensor, "positions inner"],
+    stack: Float[Tensor, "groups inner out"],
+    offsets: Int32[Tensor, " groups"],
+) -> Float[Tensor, "positions out"]:
+    """rows[i] @ stack[e] for each row i of group e; zero for rows after the last group.
+
+    Both operands have one dtype. Differentiable in both. A gradient is computed only if it is
+    needed, so a frozen stack costs no memory.
+    """
+    if _has_kernel(rows, stack):
+        return functional.grouped_mm(rows, stack, offs=offsets)
+    return torch.ops.lora_init.grouped_product(rows, stack, offsets)
+
+
+def _has_kernel(rows: Tensor, stack: Tensor) -> bool:
+    """Whether torch has a kernel that needs no group sizes on the host."""
+    if not (rows.is_cuda and rows.dtype is stack.dtype is torch.bfloat16):
+        return False
+    widths = rows.shape[-1], stack.shape[-1]
+    if any(width * rows.itemsize % ALIGNMENT for width in widths):
+        return False
+    return hasattr(functional, "grouped_mm") and torch.cuda.get_device_capability(rows.device) >= (
+        8,
+        0,
+    )
+
+
+@torch.library.custom_op(
+    "lora_init::grouped_product",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor stack, Tensor offsets) -> Tensor",
+)
+def _product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
+    output = rows.new_empty(len(rows), stack.shape[2])
+    start = 0
+    for matrix, stop in zip(stack, offsets.tolist(), strict=True):
+        if stop > start:
+            torch.mm(rows[start:stop], matrix, out=output[start:stop])
+        start = stop
+    output[start:].zero_()
+    return output
+
+
+@torch.library.custom_op(
+    "lora_init::grouped_outer",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor others, Tensor offsets) -> Tensor",
+)
+def _outer(rows: Tensor, others: Tensor, offsets: Tensor) -> Tensor:
+    """The transposed rows of each group times the others."""
+    output = rows.new_empty(len(offsets), rows.shape[1], others.shape[1])
+    start = 0
+    for matrix, stop in zip(output, offsets.tolist(), strict=True):
+        torch.mm(rows[start:stop].T, others[start:stop], out=matrix)  # zero for an empty group
+        start = stop
+    return output
+
+
+@_product.register_fake
+def _(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], stack.shape[2])
+
+
+@_outer.register_fake
+def _(rows: Tensor, others: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(offsets.shape[0], rows.shape[1], others.shape[1])
+
+
+def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+    rows, stack, offsets = inputs
+    of_rows, of_stack = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(rows if of_stack else None, stack if of_rows else None, offsets)
+
+
+def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows, stack, offsets = ctx.saved_tensors
+    by_rows = by_stack = None
+    if stack is not None:
+        by_rows = torch.ops.lora_init.grouped_product(gradient, stack.transpose(1, 2), offsets)
+    if rows is not None:
+        by_stack = torch.ops.lora_init.grouped_outer(rows, gradient, offsets)
+    return by_rows, by_stack, None
+
+
+_product.register_autograd(_gradients, setup_context=_keep)
