@@ -17,14 +17,10 @@ from torch import Tensor, nn
 
 from lora_init.factors import low_rank_product
 from lora_init.layers.base import LoraLayer
-from lora_init.layers.routed_product import routed_output
+from lora_init.layers.routed_product import Update, routed_output
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
 from lora_init.weights.offload import HOOK_ATTRIBUTES
-
-Update = tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor, float, Tensor, Tensor]
-"""A (experts, rank, in), B (experts, out, rank), s, and A0 and B0 where they are subtracted."""
-
 
 class ExpertsLayer(LoraLayer):
     """The adapter of one fused parameter. A call returns its low-rank update.
@@ -34,8 +30,6 @@ class ExpertsLayer(LoraLayer):
         lora_A, lora_B: trainable factors, (experts, rank, in) and (experts, out, rank).
         lora_core: R, (experts, rank, rank), or None.
     """
-
-    drops_inputs = False
 
     def __init__(self, base_layer: nn.Module, *factors: Tensor, matrix: str, **settings: Any):
         super().__init__(base_layer, *factors, **settings)
@@ -51,10 +45,11 @@ class ExpertsLayer(LoraLayer):
         return self.adapter_enabled and not self.merged
 
     def forward(self) -> Update:
-        factors = self.lora_A, self.output_factor, self.scaling
+        initial = None, None
         if self.base_state == "in_forward":
-            return *factors, self.initial_lora_A, self.initial_lora_B
-        return factors
+            initial = self.initial_lora_A, self.initial_lora_B
+        dropout = self.dropout if self._drops() else None
+        return Update(self.lora_A, self.output_factor, self.scaling, *initial, dropout)
 
     @property
     def bias(self) -> None:
@@ -121,7 +116,8 @@ class LoraExperts(nn.Module):
         if kwargs:
             signature = inspect.signature(type(self.base_layer).forward)
             args = signature.bind(self.base_layer, *args, **kwargs).args[1:]
-        return routed_output(self.base_layer, *args, updates)
+        hidden, index, weights = (*args, None, None)[:3]
+        return routed_output(self.base_layer, hidden, index, weights, updates)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -33,7 +33,7 @@ from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
 
 QUANTIZED_BASES = ("in_forward", "requantize")
-EXPERTS_NEED = {"use_dora": False, "lora_bias": False, "lora_dropout": 0.0}
+EXPERTS_NEED = {"use_dora": False, "lora_bias": False}
 """The settings that adapted experts do not support, with the values that turn them off."""
 
 

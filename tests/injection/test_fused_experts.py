@@ -157,9 +157,16 @@ def test_a_checkpoint_of_experts_loads_into_another_start():
         assert torch.equal(first(x), second(x))
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("use_dora", True), ("lora_bias", True), ("lora_dropout", 0.1)]
-)
+def test_dropout_acts_in_training_only():
+    model, x = Mixture(), mixture_rows()[0]
+    lora = adapted(model, "kaiming", lora_dropout=0.5)
+    move(lora)
+    with torch.no_grad():
+        assert torch.equal(lora.eval()(x), lora(x))
+        assert relative_gap(lora.train()(x), lora.eval()(x)) > 1e-3
+
+
+@pytest.mark.parametrize(("setting", "value"), [("use_dora", True), ("lora_bias", True)])
 def test_settings_that_experts_do_not_support_are_refused(setting, value):
     model = Mixture()
     before = copy.deepcopy(model.state_dict())
