@@ -324,13 +324,20 @@ def register_initializer(
             base=base,
             preserves_output=preserves_output,
             reads=given["reads"],
-            # The weight of one expert is a matrix like that of a Linear.
-            modules=given["modules"] | ({EXPERTS} if "Linear" in given["modules"] else set()),
+            modules=given["modules"] | _experts(given["modules"], given["reads"]),
             control=control,
         )
         return function
 
     return decorate
+
+
+def _experts(modules: frozenset[str], reads: frozenset[str]) -> set[str]:
+    """The type of experts if a method supports them: their matrices are like those of a Linear.
+
+    The mean squares of their outputs' gradients are not collected.
+    """
+    return {EXPERTS} if "Linear" in modules and "output_moments" not in reads else set()
 
 
 def _check_call(name: str, function: Method) -> None:

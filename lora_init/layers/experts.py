@@ -22,6 +22,7 @@ from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 
+
 class ExpertsLayer(LoraLayer):
     """The adapter of one fused parameter. A call returns its low-rank update.
 

@@ -383,6 +383,10 @@ class Plan:
             lines.append(f"with {', '.join(variants)}")
         if self.trained_biases:
             lines.append(f"biases trained: {len(self.trained_biases)} ({self.bias})")
+        if self.initializer.allocates and any(t.experts is not None for t in self.targets):
+            lines.append(
+                "ranks: fused experts keep one rank for all, as planned; others may change"
+            )
         shared = [t.name for t in self.targets if t.shared_with]
         if shared and spec.base != "keep":
             how = "get a separate weight" if spec.base == "replace" else "stay as they are"
@@ -395,7 +399,7 @@ class Plan:
             [
                 t.name,
                 t.module_type,
-                f"{t.shape[0]}×{t.shape[1]}",
+                f"{t.shape[0]}×{t.shape[1]}" + (f" ({t.experts} experts)" if t.experts else ""),
                 t.dtype,
                 t.rank,
                 f"{t.alpha:g}",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from expert_mixture import Mixture, mixture_rows, reference
 from measures import relative_gap
-from methods import SPECS, WITHOUT_DATA, behavior
+from methods import METHODS, SPECS, behavior
 from models import Batches, data_of
 from products import thinned
 from torch import nn
@@ -55,10 +55,10 @@ def deltas(model):
 CELLS = thinned(
     [
         pytest.param(method, layout, rslora, id=f"{method}-{layout.split(',')[0]}-{rslora}")
-        for method in WITHOUT_DATA
+        for method in METHODS
         for layout in LAYOUTS
         for rslora in (False, True)
-        if SPECS[method].reads.isdisjoint({"target_weight"})
+        if SPECS[method].reads.isdisjoint({"target_weight", "output_moments"})
     ],
     lambda method, layout, rslora: behavior(method),
     lambda method, layout, rslora: (SPECS[method].base, layout, rslora),
