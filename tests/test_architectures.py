@@ -279,8 +279,10 @@ def test_the_experts_module_is_refused_for_what_it_holds(names):
         get_peft_model(mixtral(), LoraConfig(target_modules=names, init_lora_weights="pissa"))
 
 
-def test_all_linear_of_a_mixture_of_experts_is_its_attention():
-    plan = get_peft_model(mixtral(), LoraConfig(target_modules=ALL), dry_run=True)
+@pytest.mark.parametrize("experts", [None, True, False])
+def test_all_linear_of_a_mixture_of_experts_is_its_attention_and_its_experts(experts):
+    plan = get_peft_model(mixtral(), LoraConfig(target_modules=ALL, experts=experts), dry_run=True)
+    fused = set() if experts is False else {"gate_up_proj", "down_proj"}
     assert {target.name.rpartition(".")[2] for target in plan.targets} == {
         "q_proj", "k_proj", "v_proj", "o_proj"
-    }  # fmt: skip
+    } | fused  # fmt: skip

@@ -87,6 +87,7 @@ def with_names(plan: Plan, names: Mapping[str, str]) -> Plan:
         modules_to_save=tuple(saved),
         candidates=tuple(filter(None, candidates)),
         fused=tuple(fused),
+        mapped=tuple(names.get(name, name) for name in plan.mapped),
     )
 
 

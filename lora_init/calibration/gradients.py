@@ -13,7 +13,8 @@ differs from `Parameter.grad`:
 - For a tied weight, G covers only this layer's use of it, which is what its adapter can change.
 - For a layer that is called several times, G sums over the calls.
 - The gradient of a fused parameter of experts comes from autograd, in the parameter's dtype.
-- Other products and all sums are float32 (float64 for float64 models), whatever dtype the model computes in.
+- Other products and all sums are float32 (float64 for float64 models), whatever dtype the model
+  computes in.
 
 One definition of the mean holds for all methods: L_b is the loss that the model, or `WithLoss`,
 returns for batch b, usually the mean over its labels, and every batch has the same weight. The

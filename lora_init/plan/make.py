@@ -23,6 +23,7 @@ from lora_init.plan.check import (
     unobserved,
     warn_of_float16,
 )
+from lora_init.plan.expert_names import pefts_names
 from lora_init.plan.left_out import LeftOut, described, left_out
 from lora_init.plan.match import PatternValues, Selection, select
 from lora_init.plan.parameters import fused_parameters
@@ -109,6 +110,8 @@ def make_plan(
     for name, owner, matrix in _matrices(model, selection):
         module = model.get_submodule(owner)
         reason = read_by_kernel(model, owner)
+        is_implied = name in selection.implied
+        may_omit = (everything and matrix == WEIGHT) or (is_implied and config.experts is None)
         if reason is not None and not everything:
             raise ValueError(
                 f"target_modules: {name!r} is not supported: {reason}. Leave it out, e.g. with "
@@ -120,8 +123,10 @@ def make_plan(
         try:
             check_module(model, owner, spec, matrix)
             reason = unobserved(model, owner, spec) if everything else None
+            if matrix != WEIGHT:
+                _check_variants_of_experts(config, name)
         except TypeError as error:
-            if not everything:
+            if not may_omit:
                 raise
             reason = str(error).removeprefix(f"target {name!r}").lstrip(": ")
         if reason is not None:
@@ -130,14 +135,15 @@ def make_plan(
         stored = known_format(module)
         *experts, rows, columns = stored.shape(module, matrix)
         shape = rows, columns
-        rank = ranks(name)
+        factor = 2 if name in selection.doubled and not ranks.matches(name) else 1
+        rank = factor * ranks(name)
         if not any_rank:
             narrow = rank_excess(rank, shape, spec)
-            if narrow and everything and not ranks.matches(name):
+            if narrow and (everything or may_omit) and not ranks.matches(name):
                 omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
                 continue
             check_target_rank(name, rank, shape, spec, options)
-        alpha = alphas(name)
+        alpha = factor * alphas(name)
         targets.append(
             Target(
                 name=name,
@@ -159,7 +165,6 @@ def make_plan(
             f"target_modules={config.target_modules!r} leaves nothing to adapt in "
             f"{type(model).__name__}: {'; '.join(described(omitted))}"
         )
-    _refuse_variants_of_experts(config, targets)
     if config.fan_in_fan_out and all(target.module_type == "Linear" for target in targets):
         warnings.warn(
             "fan_in_fan_out=True, but every target is an nn.Linear, which stores (out, in); the "
@@ -205,23 +210,26 @@ def make_plan(
         lora_bias=config.lora_bias,
         left_out=tuple(omitted),
         fused=tuple(fused_parameters(model)),
+        mapped=_mapped(model, [target.name for target in targets if target.experts is None]),
     )
     if plan.calibration is not None:
         _check_memory(plan, plan.calibration)
     return plan
 
 
-def _refuse_variants_of_experts(config: LoraConfig, targets: list[Target]) -> None:
-    """Raise if a setting is not supported on fused experts."""
-    fused = next((target for target in targets if target.experts is not None), None)
-    if fused is None:
-        return
+def _check_variants_of_experts(config: LoraConfig, name: str) -> None:
+    """Raise TypeError if a setting is not supported on fused experts."""
     for setting, neutral in EXPERTS_NEED.items():
         if (value := getattr(config, setting)) != neutral:
-            raise ValueError(
-                f"{setting}={value!r} is not supported with the experts {fused.name!r}: must be "
-                f"{neutral!r}. Set it so, or leave the experts out of target_parameters."
+            raise TypeError(
+                f"target {name!r}: {setting}={value!r} is not supported with experts: must be "
+                f"{neutral!r}. Set it so, or set experts=False and leave out target_parameters"
             )
+
+
+def _mapped(model: nn.Module, targets: list[str]) -> tuple[str, ...]:
+    """The targets that PEFT would take for experts, because it maps their last name part."""
+    return tuple(name for name in targets if name.rpartition(".")[2] in pefts_names(model))
 
 
 def _matrices(model: nn.Module, selection: Selection) -> list[tuple[str, str, str]]:

@@ -18,7 +18,8 @@ from torch import nn
 
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.architectures import DEFAULT_TARGETS
-from lora_init.plan.parameters import select_parameters
+from lora_init.plan.expert_names import meant, refuse_single_expert
+from lora_init.plan.parameters import fused_parameters, select_parameters
 from lora_init.plan.patterns import Expression
 from lora_init.weights.kinds import is_linear
 
@@ -34,6 +35,7 @@ class Selection:
         candidates: names of all modules that targets can match, those inside saved modules left
             out.
         experts: qualified names of the fused parameters of experts to adapt, in model order.
+        implied, doubled: see `lora_init.plan.parameters.Parameters`.
     """
 
     names: tuple[str, ...]
@@ -41,6 +43,8 @@ class Selection:
     unmatched: tuple[tuple[str, str], ...]
     candidates: tuple[str, ...]
     experts: tuple[str, ...] = ()
+    implied: frozenset[str] = frozenset()
+    doubled: frozenset[str] = frozenset()
 
 
 def select(
@@ -64,33 +68,33 @@ def select(
         """Whether a module is part of a saved module, which is trained as a whole."""
         return any(name == s or name.startswith(s + ".") for s in saved)
 
-    parameters = select_parameters(model, config, inside)
-    unmatched = [("target_parameters", entry) for entry in parameters.unmatched]
     target = config.target_modules
     if target is None:
         target = _defaults(model) if config.target_parameters is None else []
+    former = None if target == ALL_LINEAR else _matcher(target, config)
+    parameters = select_parameters(model, config, inside, former)
+    unmatched = [("target_parameters", entry) for entry in parameters.unmatched]
     excluded = excluder(config.exclude_modules)
     candidates = [name for name in names if not inside(name)]
-    if target == ALL_LINEAR:
-        heads = output_names(model, config)
-        matched = [name for name in candidates if is_linear(modules[name]) and name not in heads]
-    elif isinstance(target, str):
-        expression = Expression("target_modules", target)
-        matched = [name for name in candidates if expression.fullmatch(name)]
-    else:
-        in_list = list_matcher(target, config)
-        matched = [name for name in candidates if in_list(name)]
-        for entry in target:
-            if not any(name_matches(name, entry) for name in candidates):
-                _refuse_parameter(model, entry)
-                unmatched.append(("target_modules", entry))
-    matched = [name for name in candidates if name in {*matched, *parameters.modules}]
-    chosen = [name for name in matched if not excluded(name)]
     experts = tuple(
         name
         for name in parameters.experts
         if not excluded(name) and not excluded(name.rpartition(".")[0])
     )
+    if target == ALL_LINEAR:
+        heads = output_names(model, config)
+        matched = [name for name in candidates if is_linear(modules[name]) and name not in heads]
+    else:
+        matches = _matcher(target, config)
+        matched = [name for name in candidates if matches(name)]
+        for entry in [] if isinstance(target, str) else target:
+            if not any(name_matches(name, entry) for name in candidates):
+                _refuse_parameter(model, entry)
+                if any(meant(name, list_matcher([entry], config)) != "none" for name in experts):
+                    continue
+                unmatched.append(("target_modules", entry))
+    matched = [name for name in candidates if name in {*matched, *parameters.modules}]
+    chosen = [name for name in matched if not excluded(name)]
     unmatched += _unused_exclusions(config.exclude_modules, matched)
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, setting) or {}:
@@ -99,7 +103,23 @@ def select(
                 unmatched.append((setting, key))
     if not chosen and not experts:
         raise ValueError(_nothing_matched(model, target, matched, config))
-    return Selection(tuple(chosen), tuple(saved), tuple(unmatched), tuple(candidates), experts)
+    return Selection(
+        tuple(chosen),
+        tuple(saved),
+        tuple(unmatched),
+        tuple(candidates),
+        experts,
+        parameters.implied,
+        parameters.doubled,
+    )
+
+
+def _matcher(target: list[str] | str, config: LoraConfig) -> Callable[[str], bool]:
+    """Match module names by a regular expression or a list."""
+    if isinstance(target, str):
+        expression = Expression("target_modules", target)
+        return lambda name: expression.fullmatch(name) is not None
+    return list_matcher(target, config)
 
 
 def exactly(names: Iterable[str]) -> str:
@@ -257,11 +277,12 @@ def output_names(model: nn.Module, config: LoraConfig) -> set[str]:
 
 
 def _refuse_parameter(model: nn.Module, entry: str) -> None:
-    """Raise if an entry names a parameter, such as the stacked weights of experts.
+    """Raise if an entry names a parameter, or a module of one expert in older checkpoints.
 
     Raises:
         ValueError: with the parameter's name, shape and owner.
     """
+    refuse_single_expert(entry, list(fused_parameters(model)))
     for name, parameter in model.named_parameters():
         if not name_matches(name, entry):
             continue

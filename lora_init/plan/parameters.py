@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_init.config.lora_config import LoraConfig
+from lora_init.plan.expert_names import FORMER, meant, pefts_names
 from lora_init.plan.patterns import Expression
 from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import class_format, is_linear
@@ -23,11 +24,16 @@ class Parameters:
 
     Attributes:
         experts: qualified names of fused parameters, in model order.
+        implied: those that no entry of `target_parameters` names.
+        doubled: those that replaced two modules, each of which is selected by its old name. Their
+            rank and alpha are doubled, as in PEFT.
         modules: qualified names of the linear modules whose weight is selected.
         unmatched: entries of `target_parameters` that matched nothing.
     """
 
     experts: tuple[str, ...] = ()
+    implied: frozenset[str] = frozenset()
+    doubled: frozenset[str] = frozenset()
     modules: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
 
@@ -43,20 +49,31 @@ def fused_parameters(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def select_parameters(
-    model: nn.Module, config: LoraConfig, inside: Callable[[str], bool]
+    model: nn.Module,
+    config: LoraConfig,
+    inside: Callable[[str], bool],
+    former: Callable[[str], bool] | None,
 ) -> Parameters:
     """Match `target_parameters` against the names of the model's parameters.
 
     Args:
         inside: whether a module is part of a module that is trained whole.
+        former: whether `target_modules` selects the old name of an expert's module. None for
+            "all-linear", which selects all of them.
 
     Raises:
-        ValueError: an entry matches a parameter of another kind.
+        ValueError: an entry matches a parameter of another kind; or with experts=True, only one of
+            two modules that a parameter replaced is selected.
     """
+    fused = {
+        name: module for name, module in fused_parameters(model).items()
+        if not inside(name.rpartition(".")[0])
+    }  # fmt: skip
+    implied, doubled = _implied(model, config, fused, former)
     wanted = config.target_parameters
     if wanted is None:
-        return Parameters()
-    fused = fused_parameters(model)
+        names = tuple(name for name in fused if name in implied)
+        return Parameters(names, frozenset(implied), frozenset(doubled))
     linear = {
         f"{name}.{WEIGHT}": name
         for name, module in model.named_modules()
@@ -76,20 +93,46 @@ def select_parameters(
             if name not in fused and name not in linear:
                 raise ValueError(_other_kind(model, entry, name))
     return Parameters(
-        experts=tuple(name for name in fused if name in chosen),
+        experts=tuple(name for name in fused if name in chosen or name in implied),
+        implied=frozenset(implied - chosen),
+        doubled=frozenset(doubled - chosen),
         modules=tuple(module for name, module in linear.items() if name in chosen),
         unmatched=tuple(entry for entry, found in hits.items() if not found),
     )
 
 
-def shortest_parameters(chosen: Iterable[str], names: Iterable[str]) -> list[str] | None:
+def _implied(
+    model: nn.Module,
+    config: LoraConfig,
+    fused: Iterable[str],
+    former: Callable[[str], bool] | None,
+) -> tuple[set[str], set[str]]:
+    """The fused parameters that `target_modules` selects, and those of them that are doubled."""
+    by_default = bool(pefts_names(model))
+    if not (by_default if config.experts is None else config.experts):
+        return set(), set()
+    implied, doubled = set(), set()
+    for name in fused:
+        found = "all" if former is None else meant(name, former)
+        if found == "some" and config.experts:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} with experts=True is not supported: "
+                f"must select both modules that {name!r} replaced, or none. Name the parameter in "
+                "target_parameters."
+            )
+        if found == "all":
+            implied.add(name)
+            if any(len(family) > 1 for family in FORMER[name.rpartition(".")[2]]):
+                doubled.add(name)
+    return implied, doubled
+
+
+def shortest_parameters(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
     """The shortest value of target_parameters that selects `chosen` from `names`, also in PEFT.
 
     Uses the last two name parts ("experts.down_proj") if they suffice, else whole names.
     """
     chosen, names = list(chosen), list(names)
-    if not chosen:
-        return None
     entries = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in chosen))
     hits = [name for name in names if any(_matches(name, entry) for entry in entries)]
     return entries if sorted(hits) == sorted(chosen) else chosen

@@ -110,6 +110,7 @@ class Plan:
         bias, dropout, use_dora, lora_bias: as in the configuration.
         left_out: linear weights that get no adapter, with the reasons.
         fused: names of all fused parameters of experts in the model.
+        mapped: the targets whose names PEFT would take for those of experts.
     """
 
     initializer: Initializer
@@ -129,6 +130,7 @@ class Plan:
     lora_bias: bool = False
     left_out: tuple[LeftOut, ...] = ()
     fused: tuple[str, ...] = ()
+    mapped: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -302,20 +304,30 @@ class Plan:
             self, targets=tuple(targets), trained_biases=biases, left_out=tuple(left_out)
         )
 
+    @property
+    def names_weights(self) -> bool:
+        """Whether a file names the weights of the `mapped` targets as parameters, for PEFT.
+
+        PEFT's adapter of a parameter has no dropout, magnitude or bias.
+        """
+        return not (self.dropout or self.use_dora or self.lora_bias)
+
     def explicit(self, config: LoraConfig) -> LoraConfig:
         """Return `config` with explicit targets, ranks and alphas, in a form that PEFT reads.
 
         The user's rules are not copied. PEFT does not find a layer list at a model's root, and it
         sorts the keys of a pattern, although the first match wins.
         """
+        weights = set(self.mapped) if self.names_weights else set()
+        modules = [t.name for t in self.targets if t.experts is None and t.name not in weights]
+        fused = [t.name for t in self.targets if t.experts is not None]
+        named = shortest_parameters(fused, self.fused) + [
+            f"{t.name}.{WEIGHT}" for t in self.targets if t.name in weights
+        ]
         return dataclasses.replace(
             config,
-            target_modules=portable_targets(
-                [t.name for t in self.targets if t.experts is None], self.candidates
-            ),
-            target_parameters=shortest_parameters(
-                [t.name for t in self.targets if t.experts is not None], self.fused
-            ),
+            target_modules=portable_targets(modules, self.candidates),
+            target_parameters=named or None,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -384,9 +396,7 @@ class Plan:
         if self.trained_biases:
             lines.append(f"biases trained: {len(self.trained_biases)} ({self.bias})")
         if self.initializer.allocates and any(t.experts is not None for t in self.targets):
-            lines.append(
-                "ranks: fused experts keep one rank for all, as planned; others may change"
-            )
+            lines.append("fused experts keep one rank for all, as planned")
         shared = [t.name for t in self.targets if t.shared_with]
         if shared and spec.base != "keep":
             how = "get a separate weight" if spec.base == "replace" else "stay as they are"
