@@ -76,6 +76,7 @@ def test_a_name_without_a_parameter_is_warned_about():
         get_peft_model(mixture("mixtral"), config)
 
 
+@pytest.mark.wrong_types
 def test_the_keyword_is_checked_and_not_written():
     with pytest.raises(ValueError, match="experts='yes' is not supported: must be True, False or"):
         LoraConfig(experts="yes")
