@@ -52,7 +52,7 @@ def routed_output(
     hidden: Float[Tensor, "tokens hidden"],
     top_k_index: Int[Tensor, "tokens top_k"] | None,
     top_k_weights: Float[Tensor, "tokens top_k"] | None,
-    updates: Mapping[str, Update],
+    updates: Mapping[str, tuple],
 ) -> Float[Tensor, "tokens hidden"]:
     """The output of a module of experts whose matrices have these updates.
 
@@ -65,7 +65,7 @@ def routed_output(
         hidden: the tokens. For Llama-4, one copy of them for each expert, one after the other.
         top_k_index: the experts of each token. A number of experts or more means no expert.
         top_k_weights: their weights. Both are None for Llama-4.
-        updates: by the name of the matrix, such as "down_proj".
+        updates: the arguments of an `Update`, by the name of the matrix, such as "down_proj".
 
     Raises:
         RuntimeError: the selected experts implementation is not known.
@@ -101,7 +101,7 @@ def product_stack(module: nn.Module, name: str) -> Float[Tensor, "experts inner 
 
 
 def _projected(
-    module: nn.Module, name: str, rows: Rows, routed: Routing, update: Update | None
+    module: nn.Module, name: str, rows: Rows, routed: Routing, update: tuple | None
 ) -> Float[Tensor, "positions out"]:
     """W_e x + s B_e A_e x + bias_e, row by row."""
     stack = product_stack(module, name)
@@ -113,7 +113,7 @@ def _projected(
     else:
         states = _one_by_one(rows, stack, routed.ends)
     if update is not None:
-        states = (states + low_rank(rows, update, routed.ends)).to(states.dtype)
+        states = (states + low_rank(rows, Update(*update), routed.ends)).to(states.dtype)
     bias = getattr(module, f"{name}_bias", None)
     return states if bias is None else states + bias[routed.experts]
 
@@ -127,7 +127,7 @@ def _one_by_one(rows: Rows, stack: Tensor, ends: Tensor) -> Tensor:
 
 
 def _of_all_tokens(
-    module: nn.Module, hidden: Float[Tensor, "tokens hidden"], updates: Mapping[str, Update]
+    module: nn.Module, hidden: Float[Tensor, "tokens hidden"], updates: Mapping[str, tuple]
 ) -> Float[Tensor, "tokens hidden"]:
     """The output of Llama-4's experts, which all read equally many rows."""
     rows = hidden
@@ -135,7 +135,7 @@ def _of_all_tokens(
         stack = product_stack(module, name)
         states = torch.bmm(rows.view(len(stack), -1, rows.shape[-1]), stack).flatten(0, 1)
         if (update := updates.get(name)) is not None:
-            states = (states + low_rank(rows, update, None)).to(states.dtype)
+            states = (states + low_rank(rows, Update(*update), None)).to(states.dtype)
         rows = states if name == DOWN else activated(module, states)
     return rows
 
