@@ -25,22 +25,29 @@ def grouped_product(
     Both operands have one dtype. Differentiable in both. A gradient is computed only if it is
     needed, so a frozen stack costs no memory.
     """
-    if _has_kernel(rows, stack):
+    if has_kernel(rows, stack):
         return functional.grouped_mm(rows, stack, offs=offsets)
     return torch.ops.lora_init.grouped_product(rows, stack, offsets)
 
 
-def _has_kernel(rows: Tensor, stack: Tensor) -> bool:
+def grouped_outer(
+    rows: Float[Tensor, "positions inner"],
+    others: Float[Tensor, "positions out"],
+    offsets: Int32[Tensor, " groups"],
+) -> Float[Tensor, "groups inner out"]:
+    """The transposed rows of each group times the other rows of the group. Differentiable."""
+    return torch.ops.lora_init.grouped_outer(rows, others, offsets)
+
+
+def has_kernel(rows: Tensor, stack: Tensor) -> bool:
     """Whether torch has a kernel that needs no group sizes on the host."""
     if not (rows.is_cuda and rows.dtype is stack.dtype is torch.bfloat16):
         return False
     widths = rows.shape[-1], stack.shape[-1]
     if any(width * rows.itemsize % ALIGNMENT for width in widths):
         return False
-    return hasattr(functional, "grouped_mm") and torch.cuda.get_device_capability(rows.device) >= (
-        8,
-        0,
-    )
+    capability = torch.cuda.get_device_capability(rows.device)
+    return hasattr(functional, "grouped_mm") and capability >= (8, 0)
 
 
 @torch.library.custom_op(
@@ -65,7 +72,6 @@ def _product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     schema="(Tensor rows, Tensor others, Tensor offsets) -> Tensor",
 )
 def _outer(rows: Tensor, others: Tensor, offsets: Tensor) -> Tensor:
-    """The transposed rows of each group times the others."""
     output = rows.new_empty(len(offsets), rows.shape[1], others.shape[1])
     start = 0
     for matrix, stop in zip(output, offsets.tolist(), strict=True):
@@ -96,8 +102,17 @@ def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     if stack is not None:
         by_rows = torch.ops.lora_init.grouped_product(gradient, stack.transpose(1, 2), offsets)
     if rows is not None:
-        by_stack = torch.ops.lora_init.grouped_outer(rows, gradient, offsets)
+        by_stack = grouped_outer(rows, gradient, offsets)
     return by_rows, by_stack, None
 
 
+def _outer_gradients(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    rows, others, offsets = ctx.saved_tensors
+    by_rows = grouped_product(others, gradient.transpose(1, 2), offsets)
+    return by_rows, grouped_product(rows, gradient, offsets), None
+
+
 _product.register_autograd(_gradients, setup_context=_keep)
+_outer.register_autograd(
+    _outer_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
