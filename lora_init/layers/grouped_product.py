@@ -1,10 +1,13 @@
 """Products of groups of rows, each with its own matrix of a stack.
 
-Rows that belong to one expert are adjacent: group e ends before row ``offsets[e]``. A GPU's kernel
-computes all groups in one launch. Elsewhere one product per group is computed.
+The rows of a group are adjacent. Group e ends before row ``offsets[e]``, and the last group ends
+with the last row. A GPU's kernel computes all groups in one launch. Elsewhere each group is one
+product.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int32
@@ -20,7 +23,7 @@ def grouped_product(
     stack: Float[Tensor, "groups inner out"],
     offsets: Int32[Tensor, " groups"],
 ) -> Float[Tensor, "positions out"]:
-    """rows[i] @ stack[e] for each row i of group e; zero for rows after the last group.
+    """rows[i] @ stack[e] for each row i of group e.
 
     Both operands have one dtype. Differentiable in both. A gradient is computed only if it is
     needed, so a frozen stack costs no memory.
@@ -50,6 +53,12 @@ def has_kernel(rows: Tensor, stack: Tensor) -> bool:
     return hasattr(functional, "grouped_mm") and capability >= (8, 0)
 
 
+def groups(tensor: Tensor, offsets: Tensor) -> Sequence[Tensor]:
+    """The rows of each group."""
+    stops = offsets.tolist()
+    return tensor.split([stop - start for start, stop in zip([0, *stops], stops, strict=False)])
+
+
 @torch.library.custom_op(
     "lora_init::grouped_product",
     mutates_args=(),
@@ -57,12 +66,10 @@ def has_kernel(rows: Tensor, stack: Tensor) -> bool:
 )
 def _product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     output = rows.new_empty(len(rows), stack.shape[2])
-    start = 0
-    for matrix, stop in zip(stack, offsets.tolist(), strict=True):
-        if stop > start:
-            torch.mm(rows[start:stop], matrix, out=output[start:stop])
-        start = stop
-    output[start:].zero_()
+    parts = zip(groups(rows, offsets), groups(output, offsets), stack.unbind(), strict=True)
+    for part, into, matrix in parts:
+        if len(part):
+            torch.mm(part, matrix, out=into)
     return output
 
 
@@ -73,10 +80,9 @@ def _product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
 )
 def _outer(rows: Tensor, others: Tensor, offsets: Tensor) -> Tensor:
     output = rows.new_empty(len(offsets), rows.shape[1], others.shape[1])
-    start = 0
-    for matrix, stop in zip(output, offsets.tolist(), strict=True):
-        torch.mm(rows[start:stop].T, others[start:stop], out=matrix)  # zero for an empty group
-        start = stop
+    parts = zip(groups(rows, offsets), groups(others, offsets), output.unbind(), strict=True)
+    for part, other, into in parts:
+        torch.mm(part.T, other, out=into)  # zero for an empty group
     return output
 
 
