@@ -1,10 +1,13 @@
 """Products of groups of rows, each with its own matrix of a stack.
 
-Rows that belong to one expert are adjacent: group e ends before row ``offsets[e]``. A GPU's kernel
-computes all groups in one launch. Elsewhere one product per group is computed.
+The rows of a group are adjacent. Group e ends before row ``offsets[e]``, and the last group ends
+with the last row. A GPU's kernel computes all groups in one launch. Elsewhere each group is one
+product.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int32
@@ -20,27 +23,40 @@ def grouped_product(
     stack: Float[Tensor, "groups inner out"],
     offsets: Int32[Tensor, " groups"],
 ) -> Float[Tensor, "positions out"]:
-    """rows[i] @ stack[e] for each row i of group e; zero for rows after the last group.
+    """rows[i] @ stack[e] for each row i of group e.
 
     Both operands have one dtype. Differentiable in both. A gradient is computed only if it is
     needed, so a frozen stack costs no memory.
     """
-    if _has_kernel(rows, stack):
+    if has_kernel(rows, stack):
         return functional.grouped_mm(rows, stack, offs=offsets)
     return torch.ops.lora_init.grouped_product(rows, stack, offsets)
 
 
-def _has_kernel(rows: Tensor, stack: Tensor) -> bool:
+def grouped_outer(
+    rows: Float[Tensor, "positions inner"],
+    others: Float[Tensor, "positions out"],
+    offsets: Int32[Tensor, " groups"],
+) -> Float[Tensor, "groups inner out"]:
+    """The transposed rows of each group times the other rows of the group. Differentiable."""
+    return torch.ops.lora_init.grouped_outer(rows, others, offsets)
+
+
+def has_kernel(rows: Tensor, stack: Tensor) -> bool:
     """Whether torch has a kernel that needs no group sizes on the host."""
     if not (rows.is_cuda and rows.dtype is stack.dtype is torch.bfloat16):
         return False
     widths = rows.shape[-1], stack.shape[-1]
     if any(width * rows.itemsize % ALIGNMENT for width in widths):
         return False
-    return hasattr(functional, "grouped_mm") and torch.cuda.get_device_capability(rows.device) >= (
-        8,
-        0,
-    )
+    capability = torch.cuda.get_device_capability(rows.device)
+    return hasattr(functional, "grouped_mm") and capability >= (8, 0)
+
+
+def groups(tensor: Tensor, offsets: Tensor) -> Sequence[Tensor]:
+    """The rows of each group."""
+    stops = offsets.tolist()
+    return tensor.split([stop - start for start, stop in zip([0, *stops], stops, strict=False)])
 
 
 @torch.library.custom_op(
@@ -50,12 +66,10 @@ def _has_kernel(rows: Tensor, stack: Tensor) -> bool:
 )
 def _product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     output = rows.new_empty(len(rows), stack.shape[2])
-    start = 0
-    for matrix, stop in zip(stack, offsets.tolist(), strict=True):
-        if stop > start:
-            torch.mm(rows[start:stop], matrix, out=output[start:stop])
-        start = stop
-    output[start:].zero_()
+    parts = zip(groups(rows, offsets), groups(output, offsets), stack.unbind(), strict=True)
+    for part, into, matrix in parts:
+        if len(part):
+            torch.mm(part, matrix, out=into)
     return output
 
 
@@ -65,12 +79,10 @@ def _product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     schema="(Tensor rows, Tensor others, Tensor offsets) -> Tensor",
 )
 def _outer(rows: Tensor, others: Tensor, offsets: Tensor) -> Tensor:
-    """The transposed rows of each group times the others."""
     output = rows.new_empty(len(offsets), rows.shape[1], others.shape[1])
-    start = 0
-    for matrix, stop in zip(output, offsets.tolist(), strict=True):
-        torch.mm(rows[start:stop].T, others[start:stop], out=matrix)  # zero for an empty group
-        start = stop
+    parts = zip(groups(rows, offsets), groups(others, offsets), output.unbind(), strict=True)
+    for part, other, into in parts:
+        torch.mm(part.T, other, out=into)  # zero for an empty group
     return output
 
 
@@ -96,8 +108,17 @@ def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     if stack is not None:
         by_rows = torch.ops.lora_init.grouped_product(gradient, stack.transpose(1, 2), offsets)
     if rows is not None:
-        by_stack = torch.ops.lora_init.grouped_outer(rows, gradient, offsets)
+        by_stack = grouped_outer(rows, gradient, offsets)
     return by_rows, by_stack, None
 
 
+def _outer_gradients(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    rows, others, offsets = ctx.saved_tensors
+    by_rows = grouped_product(others, gradient.transpose(1, 2), offsets)
+    return by_rows, grouped_product(rows, gradient, offsets), None
+
+
 _product.register_autograd(_gradients, setup_context=_keep)
+_outer.register_autograd(
+    _outer_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)

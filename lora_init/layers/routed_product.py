@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lora_init.layers.grouped_product import grouped_product
+from lora_init.layers.grouped_sum import grouped_sum
 from lora_init.layers.low_rank_sum import wide_dtype
 from lora_init.layers.routing import Routing, combined, routing
 from lora_init.weights.experts import (
@@ -52,7 +53,7 @@ def routed_output(
     hidden: Float[Tensor, "tokens hidden"],
     top_k_index: Int[Tensor, "tokens top_k"] | None,
     top_k_weights: Float[Tensor, "tokens top_k"] | None,
-    updates: Mapping[str, Update],
+    updates: Mapping[str, tuple],
 ) -> Float[Tensor, "tokens hidden"]:
     """The output of a module of experts whose matrices have these updates.
 
@@ -65,7 +66,7 @@ def routed_output(
         hidden: the tokens. For Llama-4, one copy of them for each expert, one after the other.
         top_k_index: the experts of each token. A number of experts or more means no expert.
         top_k_weights: their weights. Both are None for Llama-4.
-        updates: by the name of the matrix, such as "down_proj".
+        updates: the arguments of an `Update`, by the name of the matrix, such as "down_proj".
 
     Raises:
         RuntimeError: the selected experts implementation is not known.
@@ -101,19 +102,24 @@ def product_stack(module: nn.Module, name: str) -> Float[Tensor, "experts inner 
 
 
 def _projected(
-    module: nn.Module, name: str, rows: Rows, routed: Routing, update: Update | None
+    module: nn.Module, name: str, rows: Rows, routed: Routing, update: tuple | None
 ) -> Float[Tensor, "positions out"]:
     """W_e x + s B_e A_e x + bias_e, row by row."""
-    stack = product_stack(module, name)
-    kind = implementation(module)
+    stack, ends, kind = product_stack(module, name), routed.ends, implementation(module)
+    if kind == "grouped_mm":  # the module's own products ignore autocast, too
+        rows = rows.to(stack.dtype)
+    given = None if update is None else Update(*update)
     if kind == "batched_mm":
         states = torch.bmm(rows.unsqueeze(1), stack[routed.experts]).squeeze(1)
-    elif kind == "grouped_mm":
-        states = grouped_product(rows.to(stack.dtype), stack, routed.ends)
+    elif kind == "eager" and torch.is_autocast_enabled(rows.device.type):
+        states = _one_by_one(rows, stack, ends)
+    elif given is None or given.dropout is not None or _update_dtype(rows, given) != stack.dtype:
+        states = grouped_product(rows, stack, ends)
     else:
-        states = _one_by_one(rows, stack, routed.ends)
-    if update is not None:
-        states = (states + low_rank(rows, update, routed.ends)).to(states.dtype)
+        states = grouped_sum(rows, stack, *factors(given, stack.dtype), ends, given.scaling)
+        given = None
+    if given is not None:
+        states = (states + low_rank(rows, given, ends)).to(states.dtype)
     bias = getattr(module, f"{name}_bias", None)
     return states if bias is None else states + bias[routed.experts]
 
@@ -127,7 +133,7 @@ def _one_by_one(rows: Rows, stack: Tensor, ends: Tensor) -> Tensor:
 
 
 def _of_all_tokens(
-    module: nn.Module, hidden: Float[Tensor, "tokens hidden"], updates: Mapping[str, Update]
+    module: nn.Module, hidden: Float[Tensor, "tokens hidden"], updates: Mapping[str, tuple]
 ) -> Float[Tensor, "tokens hidden"]:
     """The output of Llama-4's experts, which all read equally many rows."""
     rows = hidden
@@ -135,7 +141,7 @@ def _of_all_tokens(
         stack = product_stack(module, name)
         states = torch.bmm(rows.view(len(stack), -1, rows.shape[-1]), stack).flatten(0, 1)
         if (update := updates.get(name)) is not None:
-            states = (states + low_rank(rows, update, None)).to(states.dtype)
+            states = (states + low_rank(rows, Update(*update), None)).to(states.dtype)
         rows = states if name == DOWN else activated(module, states)
     return rows
 
@@ -146,23 +152,28 @@ def low_rank(rows: Rows, update: Update, offsets: Tensor | None) -> Float[Tensor
     Args:
         offsets: where the rows of each expert end. None if all experts have equally many.
     """
-    dtype = _update_dtype(rows, update.lora_A)
-    lora_A, lora_B, scaling, initial_A, initial_B, dropout = update
-    if dropout is not None:
-        delta = low_rank(dropout(rows), Update(lora_A, lora_B, scaling), offsets)
-        if initial_A is None or initial_B is None:
+    if update.dropout is not None:
+        trained = Update(update.lora_A, update.lora_B, update.scaling)
+        delta = low_rank(update.dropout(rows), trained, offsets)
+        if update.initial_A is None or update.initial_B is None:
             return delta
         # The base and the subtracted product read the whole rows.
-        return delta - low_rank(rows, Update(initial_A, initial_B, scaling), offsets)
-    if initial_A is not None and initial_B is not None:
-        # B A - B0 A0 = (B - B0) A + B0 (A - A0)
-        lora_A, lora_B = (
-            torch.cat([lora_A, lora_A - initial_A], 1),
-            torch.cat([lora_B - initial_B, initial_B], 2),
-        )
-    lora_A, lora_B = lora_A.to(dtype).transpose(1, 2), lora_B.to(dtype).transpose(1, 2)
-    hidden = _product(rows.to(dtype), lora_A, offsets) * scaling
-    return _product(hidden, lora_B, offsets)
+        start = Update(update.initial_A, update.initial_B, update.scaling)
+        return delta - low_rank(rows, start, offsets)
+    dtype = _update_dtype(rows, update)
+    lora_A, lora_B = factors(update, dtype)
+    return _product(_product(rows.to(dtype), lora_A, offsets) * update.scaling, lora_B, offsets)
+
+
+def factors(
+    update: Update, dtype: torch.dtype
+) -> tuple[Float[Tensor, "experts inner rank"], Float[Tensor, "experts rank out"]]:
+    """Factors of B A - B0 A0 = (B - B0) A + B0 (A - A0) for products with rows from the left."""
+    lora_A, lora_B = update.lora_A, update.lora_B
+    if update.initial_A is not None and update.initial_B is not None:
+        lora_A = torch.cat([lora_A, lora_A - update.initial_A], 1)
+        lora_B = torch.cat([lora_B - update.initial_B, update.initial_B], 2)
+    return lora_A.to(dtype).transpose(1, 2), lora_B.to(dtype).transpose(1, 2)
 
 
 def _product(rows: Rows, stack: Tensor, offsets: Tensor | None) -> Tensor:
@@ -171,7 +182,7 @@ def _product(rows: Rows, stack: Tensor, offsets: Tensor | None) -> Tensor:
     return torch.bmm(rows.view(len(stack), -1, rows.shape[-1]), stack).flatten(0, 1)
 
 
-def _update_dtype(rows: Rows, lora_A: Tensor) -> torch.dtype:
+def _update_dtype(rows: Rows, update: Update) -> torch.dtype:
     """The dtype of the products with the factors."""
     is_half = rows.is_cuda and rows.dtype is torch.bfloat16
-    return rows.dtype if is_half else wide_dtype(rows, lora_A)
+    return rows.dtype if is_half else wide_dtype(rows, update.lora_A)
