@@ -22,13 +22,16 @@ from lora_init.calibration.calibrate import calibrate, calibrated, for_allocatio
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sets import check_calibration, check_sets
 from lora_init.config.lora_config import LoraConfig
+from lora_init.initialize.base_weight import apply_factors
 from lora_init.initialize.run import InitializedLayer, fused_layers, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
+from lora_init.layers.attention import join
 from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
 from lora_init.model.verification import original_output, verify_adapted
+from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
@@ -36,7 +39,7 @@ from lora_init.report import InitReport, weight_figures
 from lora_init.weights.offload import first_unloaded
 from lora_init.weights.source import BaseWeights
 
-__all__ = ["calibrate", "get_peft_model", "init_factors", "reinitialize"]
+__all__ = ["apply_factors", "calibrate", "get_peft_model", "init_factors", "reinitialize"]
 
 
 class CallSettings(TypedDict, total=False):
@@ -166,28 +169,30 @@ def get_peft_model(
         check_calibration(calibration)
     injection.refuse_adapted(model)
     peft_config = with_new_heads(model, peft_config)
-    plan = make_plan(
-        model,
-        peft_config,
-        adapter_dtype,
-        quantized_base=quantized_base,
-        calibration_memory=calibration_memory,
-    )
-    plan.warn_of_left_out()
-    _warn_of_peft(model, plan)
-    if dry_run:
-        return plan
-    weights = BaseWeights(
-        model, original_weights, second_weights(model, target_weights, plan.initializer)
-    )
-    check_call(plan, weights, calibration, allow_unmatched)
-    place = device_for(device)
-    return injection.atomically(
-        partial(
-            _assemble, model, peft_config, plan, weights, calibration, place, seed,
-            keep_original, default_cache() if cache else None, verify,
+    with split_on_success(model, attention_targets(model, [peft_config])):
+        plan = make_plan(
+            model,
+            peft_config,
+            adapter_dtype,
+            quantized_base=quantized_base,
+            calibration_memory=calibration_memory,
         )
-    )  # fmt: skip
+        plan.warn_of_left_out()
+        _warn_of_peft(model, plan)
+        if dry_run:
+            join(model)
+            return plan
+        weights = BaseWeights(
+            model, original_weights, second_weights(model, target_weights, plan.initializer)
+        )
+        check_call(plan, weights, calibration, allow_unmatched)
+        place = device_for(device)
+        return injection.atomically(
+            partial(
+                _assemble, model, peft_config, plan, weights, calibration, place, seed,
+                keep_original, default_cache() if cache else None, verify,
+            )
+        )  # fmt: skip
 
 
 @overload
@@ -269,9 +274,9 @@ def _assemble(
     )
     parts = calibrated(plan.in_matrices(), model, calibration, device, cache)
     if spec.allocates:
-        with _timed(seconds, "calibration"):
+        with timed(seconds, "calibration"):
             whole = for_allocation(plan.in_matrices(), parts)
-        with _timed(seconds, "allocation"):
+        with timed(seconds, "allocation"):
             plan = allocated(plan, config, whole, weights)
         config = plan.explicit(config)
         parts = iter([whole])
@@ -279,11 +284,11 @@ def _assemble(
     matrices = plan.in_matrices()
     initialized: list[InitializedLayer] = []
     while True:
-        with _timed(seconds, "calibration"):
+        with timed(seconds, "calibration"):
             part = next(parts, None)
         if part is None:
             break
-        with _timed(seconds, "initialize"):
+        with timed(seconds, "initialize"):
             here = matrices.only(part.layers)
             initialized += initialize(
                 weights, here, part.layers, seed=seed, device=device, cache=cache
@@ -295,7 +300,7 @@ def _assemble(
     preserved = spec.preserves_output and not plan.replaced
     checked = verify is not None and preserved
     expected = original_output(model, verify) if checked else None
-    with _timed(seconds, "inject"):
+    with timed(seconds, "inject"):
         done = injection.inject_factors(
             model,
             plan,
@@ -341,7 +346,8 @@ def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Add the time of a block to that of its step."""
     start = time.perf_counter()
     yield
     seconds[step] += time.perf_counter() - start
@@ -419,7 +425,13 @@ def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
 def device_for(device: str | torch.device | None) -> torch.device | None:
     if device is None or (device == "auto" and not torch.cuda.is_available()):
         return None
-    place = torch.device("cuda" if device == "auto" else device)
+    try:
+        place = torch.device("cuda" if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not supported: must be 'auto', or a device of torch such as "
+            "'cpu' or 'cuda:0'"
+        ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"

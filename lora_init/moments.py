@@ -162,6 +162,11 @@ class StackedInputs:
         return self.members[0].device
 
     @property
+    def mean(self) -> Float[Tensor, "*stack in"]:
+        """The means of all members, float64."""
+        return torch.stack([one.mean for one in self.members])
+
+    @property
     def second_moment(self) -> Float[Tensor, "*stack in in"]:
         return torch.stack([one.second_moment for one in self.members])
 

@@ -26,7 +26,7 @@ def support(spec: Initializer, module_type: str, base: str) -> str | None:
         module_type: one of `lora_init.weights.kinds.FORMATS`.
         base: "float32", "16 bits" or, for bitsandbytes' modules, "packed".
     """
-    if module_type not in spec.modules:
+    if not spec.supports(FORMATS[module_type]):
         return None
     if spec.base == "keep":
         return "kept"

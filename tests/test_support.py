@@ -15,13 +15,9 @@ from uniform import uniform
 from lora_init import LoraConfig, get_peft_model, list_initializers
 from lora_init.support import bases, support
 from lora_init.weights.kinds import FORMATS
-from lora_init.weights.module_types import MODULE_TYPES
 
 CELLS = [
-    (spec, kind, base)
-    for spec in list_initializers()
-    for kind in MODULE_TYPES
-    for base in bases(kind)
+    (spec, kind, base) for spec in list_initializers() for kind in FORMATS for base in bases(kind)
 ]
 
 
@@ -33,6 +29,10 @@ def one_module(kind, base):
         module = Conv1D(32, 64)
     elif kind == "Conv2d":
         module, x = nn.Conv2d(4, 32, 4), torch.randn(6, 4, 6, 6)
+    elif kind == "Conv1d":
+        module, x = nn.Conv1d(16, 32, 4), torch.randn(6, 16, 20)
+    elif kind == "Conv3d":
+        module, x = nn.Conv3d(8, 32, 2), torch.randn(6, 8, 4, 4, 3)
     elif kind == "Embedding":
         module, x = nn.Embedding(48, 32), torch.arange(48)
     else:
@@ -63,7 +63,7 @@ def one_module(kind, base):
         ],
         lambda spec, kind, base, dora: spec.name,
         lambda spec, kind, base, dora: (behavior(spec.name), kind),
-        lambda spec, kind, base, dora: (handling(spec.name), spec.modules, kind, base),
+        lambda spec, kind, base, dora: (handling(spec.name), spec.operations, kind, base),
         lambda spec, kind, base, dora: (handling(spec.name), kind, dora),
     ),
 )

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lora_init.adapters.attention_keys import in_model
 from lora_init.adapters.core_file import read_cores
 from lora_init.adapters.expert_layout import named
 from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
@@ -22,6 +23,7 @@ from lora_init.adapters.own import read_own
 from lora_init.adapters.tensors import Contents
 from lora_init.config.file import CONFIG_NAME, read_json, refuse_lfs_pointer
 from lora_init.injection import Injection
+from lora_init.layers.attention import SplitAttention, split
 from lora_init.plan.check import FLOAT_DTYPES
 from lora_init.plan.parameters import fused_parameters
 from lora_init.weights.source import BaseWeights
@@ -33,11 +35,12 @@ def read(
     adapter_dtype: torch.dtype,
     original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
 ) -> LoadedAdapter:
-    """Read an adapter and check every tensor against `base`, which does not change.
+    """Read an adapter and check every tensor against `base`.
 
     Args:
         folder: the folder of the adapter.
-        base: the base model.
+        base: the base model. Its attention modules that the file adapts stay split, also after an
+            error: call `lora_init.layers.attention.join` then.
         adapter_dtype: the dtype of the factors in the model.
         original_weights: the original weights of quantized or unloaded modules.
 
@@ -57,6 +60,8 @@ def read(
     try:
         parameters = values.get("target_parameters") or []
         tensors = named(tensors, parameters, fused_parameters(base))
+        tensors, attentions = in_model(tensors, base)
+        split(base, (name for name in attentions if not _is_split(base, name)))
         contents = Contents(tensors, base, adapter_dtype)
         if header is not None:
             cores = None
@@ -71,6 +76,10 @@ def read(
         if str(folder) in str(error):
             raise
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _is_split(base: nn.Module, name: str) -> bool:
+    return isinstance(base.get_submodule(name), SplitAttention)
 
 
 def fill(injection: Injection, loaded: LoadedAdapter) -> None:

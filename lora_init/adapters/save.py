@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_init.adapters import attention_keys
 from lora_init.adapters.core_file import write_cores
 from lora_init.adapters.embeddings import description, embeddings, rows, rows_are_needed
-from lora_init.adapters.expert_layout import nested, to_file
+from lora_init.adapters.expert_layout import nested
 from lora_init.adapters.format import (
     CORE_NAME,
     HEADER_KEY,
@@ -24,7 +24,8 @@ from lora_init.adapters.format import (
     PREFIX,
     WEIGHTS_NAME,
     bias_key,
-    file_shape,
+    doubled_rank,
+    in_file,
     part_key,
     peft_computes,
 )
@@ -91,13 +92,11 @@ def save_adapter(
             parts["lora_A"], parts["lora_B"] = portable_factors(
                 parts["lora_A"], parts["lora_B"], target.scaling, largest
             )
-        ranks[as_written.name] = parts["lora_A"].shape[-2], target
+        rank = parts["lora_A"].shape[-2]
+        ranks[as_written.name] = rank, target
         for part, value in parts.items():
-            rank = value.shape[-2 if part.endswith("_A") else -1]
-            if target.experts is not None:
-                value = to_file(part, value)
-            shape = file_shape(target, layer.base_layer, part, rank)
-            tensors[part_key(as_written, part)] = value.reshape(shape)
+            stored = in_file(target, layer.base_layer, part, value, rank)
+            tensors[part_key(as_written, part)] = stored
     fused = [target.name for target in plain.targets if target.experts is not None]
     tensors = nested(tensors, fused, PREFIX)
     layers = {t.name for t in plain.targets}
@@ -145,7 +144,13 @@ def save_adapter(
         "copied_modules": list(copied),
         "vocabulary": {names[n]: value for n, value in description(model).items()},
     }
-    own = replaced or not all(map(peft_computes, _base_modules(injection)))
+    attentions = {t.attention for t in plain.targets if t.attention is not None}
+    tensors = attention_keys.in_file(tensors, attentions)
+    own = replaced or not all(
+        peft_computes(layer.base_layer, plan.use_dora) for layer in injection.layers.values()
+    )
+    if attentions and (plan.use_dora or plan.lora_bias):
+        own = True  # PEFT refuses the first and ignores the second
     _write(folder, tensors, header, written, own, cores)
 
 
@@ -246,10 +251,6 @@ def _plain_header(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def _base_modules(injection: Injection) -> list[nn.Module]:
-    return [layer.base_layer for layer in injection.layers.values()]
-
-
 def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -> dict[str, Tensor]:
     """The tensors of a layer's adapter, for its original base weight.
 
@@ -277,8 +278,9 @@ def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -
     )
     if replaced:
         return parts | {"initial_A": initial_A, "initial_B": initial_B}
-    parts["lora_A"] = torch.cat([parts["lora_A"], initial_A], dim=-2)
-    parts["lora_B"] = torch.cat([parts["lora_B"], -initial_B], dim=-1)
+    parts["lora_A"], parts["lora_B"] = doubled_rank(
+        parts["lora_A"], parts["lora_B"], initial_A, initial_B, target.groups
+    )
     return parts
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.load import read
 from lora_init.config.file import CONFIG_NAME
+from lora_init.factors import block_matrix
 from lora_init.plan.plan import Target
 from lora_init.registry import Initializer
 from lora_init.weights.second import SecondCheckpoint, SecondWeights
@@ -79,7 +80,8 @@ class SecondAdapter(SecondWeights):
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for target in loaded.plan.targets:
             trained = loaded.parts[target.name]
-            lora_A, lora_B = [trained["lora_A"]], [trained["lora_B"]]
+            lora_A = [trained["lora_A"]]
+            lora_B = [block_matrix(trained["lora_B"], target.groups)]
             if loaded.plan.initializer.base == "subtract":
                 initial = loaded.factors[target.name]
                 lora_A, lora_B = [*lora_A, initial.lora_A], [*lora_B, -initial.lora_B]

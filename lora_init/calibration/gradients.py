@@ -197,7 +197,11 @@ class _Sums:
             self.squares[name] = self.squares[name].add_(found) if name in self.squares else found
         total = self._sums[name]
         with full_precision():
-            if self.factors is not None:
+            if (groups := stored.groups(module)) > 1:
+                inputs = widened(inputs).unflatten(0, (-1, groups))
+                outputs = widened(outputs).unflatten(1, (groups, -1))
+                total += torch.einsum("pgo,pgi->goi", outputs, inputs).flatten(0, 1).to(total)
+            elif self.factors is not None:
                 total += self.factors[name].product(outputs, inputs).to(total)
             elif total.device == gradient.device and inputs.dtype == outputs.dtype != torch.float64:
                 add_product(total, outputs.mT, inputs)

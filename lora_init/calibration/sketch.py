@@ -16,7 +16,8 @@ q = POWERS, the expected spectral norm of G - Q Qᵀ G is at most
 
 A gradient of rank at most k has no error beyond rounding.
 
-Source: BackPropRSVD in Bogachev et al., "RiemannLoRA", ICLR 2026, arXiv 2507.12142.
+Source: BackPropRSVD in Bogachev et al., "LoRA meets Riemannion: Muon Optimizer for
+Parametrization-independent Low-Rank Adapters" (first "RiemannLoRA"), ICLR 2026, arXiv 2507.12142.
 Deviations: the authors attach zero-valued adapters, whose gradients are the two products. This code
 sums the products in the backward hooks of `lora_init.calibration.gradients`.
 """

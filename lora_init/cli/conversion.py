@@ -16,7 +16,7 @@ from lora_init.adapters.file_layers import AdapterFile, FileLayer, read_layers, 
 from lora_init.adapters.format import PREFIX
 from lora_init.adapters.portable import portable_config, portable_factors
 from lora_init.cli.inspection import loader_obstacle
-from lora_init.cli.output import emit
+from lora_init.cli.output import check_folder, emit
 from lora_init.config.file import method_of
 from lora_init.files import write_atomically
 from lora_init.progress import tracked
@@ -47,7 +47,7 @@ def convert_adapter(arguments: Namespace) -> None:
     out = Path(arguments.out)
     config = _with_patterns(found.config, layers)
     if arguments.format == "diffusers":
-        path = _write_diffusers(out, layers, arguments.component)
+        path = _write_diffusers(out, layers, arguments.component or "transformer")
     elif arguments.portable:
         rank = max(layer.rank for layer in layers)
         layers = [_portable(layer, rank) for layer in layers]
@@ -78,6 +78,16 @@ def _check(found: AdapterFile, arguments: Namespace) -> None:
             "the base, and the factors belong to that base. Save it with PEFT's "
             "path_initial_model_for_weight_conversion first."
         )
+    if arguments.portable and arguments.format == "diffusers":
+        raise ValueError(
+            "--portable is not supported with --format diffusers, whose file has the scaling in B: "
+            "leave one of them out"
+        )
+    if arguments.component is not None and arguments.format != "diffusers":
+        raise ValueError(
+            f"--component {arguments.component} is not supported with --format peft: pass --format "
+            "diffusers, or leave it out"
+        )
     if arguments.rank is not None and arguments.rank < 1:
         raise ValueError(f"--rank {arguments.rank} is not supported: must be at least 1")
     if arguments.rank is not None and found.config.use_dora:
@@ -101,6 +111,7 @@ def _check(found: AdapterFile, arguments: Namespace) -> None:
     out = Path(arguments.out)
     if out.exists() and out.resolve() == Path(arguments.adapter).resolve():
         raise ValueError(f"OUT={str(out)!r} is the adapter itself: must be another folder")
+    check_folder(out)
 
 
 def _portable(layer: FileLayer, rank: int) -> FileLayer:

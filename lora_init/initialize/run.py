@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.cache import Cache
@@ -21,6 +22,7 @@ from lora_init.initialize.checks import (
     moved_together,
     warn_of_concerns,
 )
+from lora_init.initialize.groups import group_layers, joined
 from lora_init.initialize.jobs import Job
 from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
@@ -204,6 +206,9 @@ class _Worker:
             weight = self.weights.weight(target).to(device)
             if not is_narrow(weight.dtype):
                 weight = weight.to(torch.float32)
+        bias = None
+        if "bias" in self.plan.initializer.reads | self.plan.options.also_reads():
+            bias = _bias(self.weights.model.get_submodule(target.module), target).to(device)
         statistics = self.statistics.get(target.name, LayerStatistics()).to(device)
         second = None
         if "target_weight" in self.plan.initializer.reads:
@@ -223,6 +228,7 @@ class _Worker:
             scaling=target.scaling,
             seed=self.seed,
             stored_weight=weight,
+            bias=bias,
             inputs=statistics.inputs,
             gradient=gradient,
             output_moments=statistics.output_moments,
@@ -234,7 +240,8 @@ class _Worker:
     def _factors(self, job: Job, layers: list[Layer]) -> list[Factors]:
         """Load the factors of a job from the cache, or compute them."""
         cache = self.cache
-        if cache is None or not cacheable(cache, self.plan.initializer, job.targets):
+        grouped = any(target.groups > 1 for target in job.targets)
+        if cache is None or grouped or not cacheable(cache, self.plan.initializer, job.targets):
             return self._computed(job.targets, layers)
         memory = CachedFactors(cache, self.plan, job.device)
         keys = [memory.key(layer) for layer in layers]
@@ -252,14 +259,21 @@ class _Worker:
 
     def _computed(self, targets: tuple[Target, ...], layers: list[Layer]) -> list[Factors]:
         """Call the method: on one layer, on a stack, or on the layers of a stack in turn."""
+        if (count := targets[0].groups) > 1:  # alike for all targets of a job
+            groups = (group_layers(layer, count) for layer in layers)
+            made = [joined(self._made(each)) for each in groups]
+        else:
+            made = self._made(layers)
+        for target, factors in zip(targets, made, strict=True):
+            check_shapes(target.name, target.shape, target.rank, self.plan.initializer, factors)
+        return made
+
+    def _made(self, layers: list[Layer]) -> list[Factors]:
+        """The factors of layers of one shape, rank, scaling and type."""
         spec, options = self.plan.initializer, self.plan.options
         if len(layers) == 1 or not spec.is_batched:
-            made = [spec.factors(layer, options) for layer in layers]
-        else:
-            made = unstacked(spec.factors(stacked(layers), options), len(layers))
-        for target, factors in zip(targets, made, strict=True):
-            check_shapes(target.name, target.shape, target.rank, spec, factors)
-        return made
+            return [spec.factors(layer, options) for layer in layers]
+        return unstacked(spec.factors(stacked(layers), options), len(layers))
 
     def _settled(self, target: Target, given: Layer, factors: Factors) -> Factors:
         home, dtype = self.homes[target.name], self.plan.adapter_dtype
@@ -274,6 +288,26 @@ class _Worker:
             weight = widened(self.weights.weight(target).to(home)).float()
             factors = _requantized(factors, weight, target, given.quantizer)
         return factors
+
+
+def _bias(module: nn.Module, target: Target) -> Float[Tensor, " out"]:
+    """The bias of a target in float32; zeros if it has none.
+
+    Raises:
+        ValueError: the bias is not loaded.
+    """
+    name = "bias" if target.expert is None else f"{target.matrix}_bias"
+    found = getattr(module, name, None)
+    if found is not None and target.expert is not None:
+        found = found[target.expert]
+    if not isinstance(found, Tensor):
+        return torch.zeros(target.shape[0])
+    if found.is_meta:
+        raise ValueError(
+            f"target {target.name!r}: its bias is on the meta device, and this method's options "
+            "read it; load the model, or set bias=False"
+        )
+    return found.detach().float()
 
 
 def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Quantizer) -> Factors:

@@ -29,6 +29,7 @@ from lora_init.layers import (
     layer_class,
     trainable_copy,
 )
+from lora_init.layers.attention import attentions
 from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.fingerprint import fingerprint
@@ -179,6 +180,8 @@ def restore(model: nn.Module, injection: Injection, transaction: Transaction) ->
             add_product(layer.base_layer, *start, layer.scaling, 1, transaction)
     release(injection.plain, transaction)
     _unwrap(model, injection, lambda trained: trained.original_module, transaction)
+    injection.attentions = attentions(model)
+    replace_modules(model, ((one, one.joined()) for one in injection.attentions), transaction)
 
 
 @torch.inference_mode(False)
@@ -190,6 +193,8 @@ def reinstate(model: nn.Module, injection: Injection, transaction: Transaction) 
     for parameter, _ in injection.requires_grad:
         parameter.requires_grad_(False)
     _follow(injection)
+    pairs = ((one.joined(), one) for one in injection.attentions)
+    replace_modules(model, pairs, transaction)
     injection.plain = hold_plain(model, transaction)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
@@ -222,6 +227,7 @@ def unwrap_merged(model: nn.Module, injection: Injection, transaction: Transacti
         for tensor in (*trained.trained_module.parameters(), *trained.trained_module.buffers()):
             transaction.data(tensor)
     _unwrap(model, injection, TrainedModule.merged_module, transaction)
+    replace_modules(model, ((one, one.joined()) for one in attentions(model)), transaction)
     for name, parameter in injection.untied.items():
         weight = injection.layers[name].stored_weight
         transaction.gradient_flags([weight])

@@ -189,7 +189,7 @@ class LoraLayer(nn.Module):
     def _decomposed_output(self, x: Tensor) -> Tensor:
         """g (W x + s B A x) + bias, with g = m / ‖W + s B A‖ row by row."""
         gain = self._along_outputs(self.gain())
-        if not self._drops():
+        if not self.drops():
             values, bias, dtype = self._adapted_without_bias(x)
             return dora.scaled(values, gain, bias).to(dtype)
         # As in the authors' code: dropout applies to all terms except one output of the base.
@@ -204,7 +204,8 @@ class LoraLayer(nn.Module):
         result = frozen + (gain - 1) * dropped + gain * delta
         return (result if bias is None else result + bias).to(dtype)
 
-    def _drops(self) -> bool:
+    def drops(self) -> bool:
+        """Whether dropout changes the input of the adapter in the next forward pass."""
         dropout = self.dropout
         return isinstance(dropout, nn.Dropout) and dropout.training
 

@@ -49,7 +49,7 @@ class ExpertsLayer(LoraLayer):
         initial = None, None
         if self.base_state == "in_forward":
             initial = self.initial_lora_A, self.initial_lora_B
-        dropout = self.dropout if self._drops() else None
+        dropout = self.dropout if self.drops() else None
         return Update(self.lora_A, self.output_factor, self.scaling, *initial, dropout)
 
     @property

@@ -49,7 +49,7 @@ class LinearLayer(LoraLayer):
     # -- single autograd functions, where they compute the same function ---------------------------
 
     def _adapted_output(self, x: Tensor) -> Tensor:
-        if self.lora_bias is not None or self._drops() or not self._is_product(x):
+        if self.lora_bias is not None or self.drops() or not self._is_product(x):
             return super()._adapted_output(x)
         base, lora_A, lora_B = self.base_layer, self.lora_A, self.output_factor
         initial = None
@@ -74,7 +74,7 @@ class LinearLayer(LoraLayer):
         is_wide = x.dtype == self.lora_magnitude_vector.dtype and x.dtype.itemsize >= 4
         is_short = x.numel() <= STACKED_POSITIONS.get(x.device.type, 0) * x.shape[-1]
         # The norms need wide products, because 16 bits would round them.
-        if weight is None or self._drops() or not (is_wide and is_short):
+        if weight is None or self.drops() or not (is_wide and is_short):
             return super()._decomposed_output(x)
         return decomposed_product(
             x, weight, self.lora_A, self.output_factor, self.lora_magnitude_vector,

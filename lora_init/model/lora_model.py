@@ -29,6 +29,7 @@ from lora_init.model.verification import (
     read_message,
     unused_message,
 )
+from lora_init.plan.attention import split_on_success
 from lora_init.plan.make import check_model
 from lora_init.plan.plan import Plan
 from lora_init.report import InitReport, LayerReport, describe_layer
@@ -116,7 +117,10 @@ class LoraModel(nn.Module):
     def assume_used(self, uses: Uses) -> None:
         """Store how the layers are used, and skip the check in the next forward pass."""
         self._use_pending = False
-        self._read_layers = [name for name in self.layers if name in uses.used - uses.called]
+        read = uses.used - uses.called
+        # PEFT's layer for an attention module reads the weights of its projections too.
+        plain = [target.name for target in self.plan.targets if target.attention is None]
+        self._read_layers = [name for name in plain if name in read]
 
     def trained_modules(self) -> dict[str, TrainedModule]:
         """The fully trained modules, by name."""
@@ -488,9 +492,10 @@ class LoraModel(nn.Module):
         """
         check_model(base)
         injection.refuse_adapted(base)
-        loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
-        loaded.config.inference_mode = not is_trainable
-        return injection.atomically(partial(cls._filled, base, loaded, keep_original))
+        with split_on_success(base, []):
+            loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
+            loaded.config.inference_mode = not is_trainable
+            return injection.atomically(partial(cls._filled, base, loaded, keep_original))
 
     @classmethod
     def _filled(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping
 from functools import partial
-from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -15,9 +13,9 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.adapters.second_adapter import second_weights
-from lora_init.api import allocated, check_call, device_for
+from lora_init.api import allocated, check_call, device_for, timed
 from lora_init.cache import default_cache
-from lora_init.calibration.calibrate import calibrated
+from lora_init.calibration.calibrate import calibrated, for_allocation
 from lora_init.calibration.result import Calibration
 from lora_init.factors import low_rank_product
 from lora_init.initialize.run import InitializedLayer, initialize
@@ -53,6 +51,7 @@ def initialize_peft_model(
     *,
     options: Any = None,
     calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None = None,
+    calibration_memory: int | None = None,
     adapter_name: str = "default",
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -86,8 +85,8 @@ def initialize_peft_model(
         method: as `LoraConfig.init_lora_weights`: a name, "pissa_niter_N", a mapping, an options
             object, True or False.
         options: the method's settings, a mapping or its options object, if `method` is a name.
-        calibration, device, original_weights, target_weights, quantized_base: as of
-            `lora_init.get_peft_model`.
+        calibration, calibration_memory, device, original_weights, target_weights, quantized_base:
+            as of `lora_init.get_peft_model`.
         adapter_name: which of PEFT's adapters; rank, alpha, scaling and targets are its own.
         seed: of the initialization. Every layer has its own stream, keyed by its name.
         cache: as of `lora_init.get_peft_model`.
@@ -116,8 +115,8 @@ def initialize_peft_model(
     return atomically(
         partial(
             _initialize, peft_model, adapter_name, method_setting(method, options), calibration,
-            seed, device_for(device), original_weights, target_weights, quantized_base,
-            keep_original, cache, verify,
+            calibration_memory, seed, device_for(device), original_weights, target_weights,
+            quantized_base, keep_original, cache, verify,
         )
     )  # fmt: skip
 
@@ -127,6 +126,7 @@ def _initialize(
     adapter_name: str,
     setting: Any,
     calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
+    calibration_memory: int | None,
     seed: int,
     device: torch.device | None,
     original_weights: Any,
@@ -141,7 +141,9 @@ def _initialize(
     operation = begin(peft_model, adapter_name, transaction)
     layers = adapted_layers(peft_model, adapter_name)
     config = own_config(peft_model, layers, setting)
-    plan = make_peft_plan(peft_model, layers, config, quantized_base, transaction)
+    plan = make_peft_plan(
+        peft_model, layers, config, quantized_base, calibration_memory, transaction
+    )
     spec = plan.initializer
     expected = None
     if verify is not None and spec.preserves_output and not plan.replaced:
@@ -149,29 +151,44 @@ def _initialize(
             expected = original_output(peft_model, verify)
     cache = default_cache() if use_cache else None
     by_name = {layer.name: layer for layer in layers}
-    times = [time.perf_counter()]
+    steps = ("calibration", "allocation", "initialize", "apply")
+    seconds: dict[str, float] = dict.fromkeys(steps, 0.0)
     with plain_base(peft_model, transaction) as base:
         second = second_weights(base, target_weights, spec)
         weights = BaseWeights(base, original_weights, second)
         check_call(plan, weights, calibration, False)
         # First: a calibration pass would have bitsandbytes round the scales of packed weights.
         operation.keep_plain(base)
-        (statistics,) = calibrated(plan, base, calibration, device, cache)
-        times.append(time.perf_counter())
+        parts = calibrated(plan, base, calibration, device, cache)
         if spec.allocates:
-            plan = allocated(plan, config, statistics, weights)
-        times.append(time.perf_counter())
-        made = initialize(weights, plan, statistics.layers, seed=seed, device=device, cache=cache)
-        rows = [_row(weights, plan, layer) for layer in made]
-        times.append(time.perf_counter())
+            with timed(seconds, "calibration"):
+                whole = for_allocation(plan, parts)
+            with timed(seconds, "allocation"):
+                plan = allocated(plan, config, whole, weights)
+            parts = iter([whole])
+        made: list[InitializedLayer] = []
+        while True:
+            with timed(seconds, "calibration"):
+                part = next(parts, None)
+            if part is None:
+                break
+            with timed(seconds, "initialize"):
+                here = plan.only(part.layers)
+                made += initialize(
+                    weights, here, part.layers, seed=seed, device=device, cache=cache
+                )
+            tokens = part.tokens
+            part = None  # frees memory for the next pass
+        with timed(seconds, "initialize"):
+            rows = [_row(weights, plan, layer) for layer in made]
         factors = {layer.target.name: layer.factors for layer in made}
-        errors = apply(by_name, plan, factors, weights, operation)
+        with timed(seconds, "apply"):
+            errors = apply(by_name, plan, factors, weights, operation)
     for name in by_name.keys() - factors.keys():
         drop_layer(by_name[name], operation)
     if spec.allocates:
         set_config(peft_model.peft_config[adapter_name], config, plan, operation)
     record(peft_model, adapter_name, config, plan, operation)
-    times.append(time.perf_counter())
     for row in rows:
         start = by_name[row.name].start
         row.base = "kept" if start is None else start.base
@@ -192,16 +209,13 @@ def _initialize(
         check_first_pass(peft_model.base_model.model, adapted, operation)
     if not keep_original:
         operation.changes.drop_weights()
-    steps = ("calibration", "allocation", "initialize", "apply")
-    spent = (after - before for before, after in pairwise(times))
-    seconds = dict(zip(steps, spent, strict=True))
     return InitReport(
         method=spec.name,
         options=dataclasses.asdict(plan.options),
         base=spec.base,
         needs_calibration=plan.calibration is not None,
-        seconds=seconds | {"total": times[-1] - times[0]},
-        calibration_tokens=statistics.tokens,
+        seconds=seconds | {"total": sum(seconds.values())},
+        calibration_tokens=tokens,
         layers=rows,
     )
 

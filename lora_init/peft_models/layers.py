@@ -16,7 +16,7 @@ from lora_init.injection import Transaction
 from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Target
 
-SUPPORTED = ("Linear", "Embedding", "Conv2d", "Linear4bit", "Linear8bitLt")
+SUPPORTED = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt")
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 
 START = "initial_factors"
@@ -253,6 +253,12 @@ def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
         raise TypeError(
             f"{layer.name!r} is PEFT's lora.{kind}, which is not supported: must be one of "
             f"{', '.join(SUPPORTED)}. Leave it out with exclude_modules"
+        )
+    if (groups := getattr(layer.base, "groups", 1)) > 1:
+        raise TypeError(
+            f"{layer.name!r} is a convolution with groups={groups}, which is not supported in a "
+            "PEFT model: PEFT's lora_A reads the channels of all groups. Leave it out "
+            "(exclude_modules), or use lora_init.get_peft_model"
         )
     variant = layer.module.lora_variant.get(layer.adapter)
     if variant is not None and not type(variant).__name__.startswith("Dora"):

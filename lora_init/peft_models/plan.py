@@ -24,6 +24,7 @@ from lora_init.plan.make import make_plan
 from lora_init.plan.match import exactly
 from lora_init.plan.plan import Plan
 from lora_init.registry import get_initializer
+from lora_init.weights.kinds import known_format
 
 # The methods of PEFT that subtract from the base, or replace it, when they make a layer.
 CHANGED_BY_PEFT = ("pissa", "olora", "corda", "loftq", "lora_ga", "astra")
@@ -92,6 +93,7 @@ def make_peft_plan(
     layers: Sequence[AdaptedLayer],
     config: LoraConfig,
     quantized_base: str,
+    calibration_memory: int | None,
     transaction: Transaction,
 ) -> Plan:
     """The plan of an initialization, after all checks that need no data.
@@ -106,7 +108,13 @@ def make_peft_plan(
             "and B, which PEFT's layers do not have. Use lora_init.get_peft_model"
         )
     with plain_base(peft_model, transaction) as base:
-        plan = make_plan(base, config, adapter_dtype(layers), quantized_base=quantized_base)
+        plan = make_plan(
+            base,
+            config,
+            adapter_dtype(layers),
+            quantized_base=quantized_base,
+            calibration_memory=calibration_memory,
+        )
         _refuse_other_adapters(peft_model, layers, plan)
         _refuse_tied_factors(layers)
         if plan.initializer.base != "keep":
@@ -244,10 +252,10 @@ def _refuse_shared(base: nn.Module, layers: Sequence[AdaptedLayer], plan: Plan) 
 
 def _refuse_other_geometry(layers: Sequence[AdaptedLayer], plan: Plan) -> None:
     for layer in layers:
-        if not peft_computes(layer.base):
+        if not peft_computes(layer.base, use_dora=False):
             raise TypeError(
-                f"target {layer.name!r} is a Conv2d with dilation={layer.base.dilation}, "
-                f"padding_mode={layer.base.padding_mode!r}, which is not supported by "
-                f"{plan.initializer.name}: PEFT's lora_A has neither. Leave it out "
-                "(exclude_modules), or use lora_init.get_peft_model"
+                f"target {layer.name!r} is a {known_format(layer.base).name} with "
+                f"dilation={layer.base.dilation}, padding_mode={layer.base.padding_mode!r}, which "
+                f"is not supported by {plan.initializer.name}: PEFT's lora_A has neither. Leave "
+                "it out (exclude_modules), or use lora_init.get_peft_model"
             )

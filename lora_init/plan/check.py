@@ -73,7 +73,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
     stored = class_format(module)
     if stored is not None and (reason := stored.refusal(module)) is not None:
         raise TypeError(f"target {name!r} {reason}. Leave it out with exclude_modules")
-    if stored is None or stored.name not in spec.modules or matrix not in stored.matrices(module):
+    if stored is None or not spec.supports(stored) or matrix not in stored.matrices(module):
         stacked = _stacked(module)
         kind = (type(module).__name__ if stacked else module_type(module)) + stacked
         raise TypeError(
@@ -121,7 +121,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
 def unobserved(model: nn.Module, name: str, spec: Initializer) -> str | None:
     """Why the inputs of a target cannot be observed; None if they can or are not needed."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    if not spec.needs_data or not isinstance(parent, nn.MultiheadAttention):
+    if not spec.needs_data or type(parent) is not nn.MultiheadAttention:
         return None
     return (
         f"nn.MultiheadAttention reads its weight instead of calling it, and {spec.name} needs its "
@@ -148,6 +148,51 @@ def computes_product(name: str, module: nn.Module) -> bool:
             "class"
         )
     return False
+
+
+def check_groups(
+    name: str,
+    rank: int,
+    shape: tuple[int, int],
+    groups: int,
+    spec: Initializer,
+    options: Options,
+    *,
+    any_rank: bool = False,
+) -> None:
+    """Raise if a method does not support a grouped convolution, or this rank on it.
+
+    Each group is a matrix (out / groups, in) that gets a start of rank / groups.
+
+    Args:
+        shape: (out, in) of the stacked matrices of all groups.
+        any_rank: accept each rank that the groups can share.
+
+    Raises:
+        TypeError: the method does not support groups.
+        ValueError: the groups cannot share this rank, or the rank is too high for their matrices.
+    """
+    obstacles = {
+        "reads the inputs, which are not collected for each group": "inputs" in spec.reads,
+        "chooses the ranks": spec.allocates,
+        "trains a core, which mixes the groups": spec.has_core,
+        "replaces the base weight": spec.base == "replace",
+    }
+    for obstacle, applies in obstacles.items():
+        if applies:
+            raise TypeError(
+                f"target {name!r} is a convolution with groups={groups}, which {spec.name} does "
+                f"not support, because it {obstacle}. Leave it out with exclude_modules"
+            )
+    if rank % groups:
+        raise ValueError(
+            f"target {name!r}: rank {rank} is not supported: must be a multiple of "
+            f"groups={groups}, because each group has its own rank. Change r, or set rank_pattern "
+            "for it"
+        )
+    if not any_rank:
+        each = f"{name}, one of {groups} groups"
+        check_target_rank(each, rank // groups, (shape[0] // groups, shape[1]), spec, options)
 
 
 def _stacked(module: nn.Module) -> str:

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from lora_init.config.lora_config import ALL_LINEAR, LoraConfig
+from lora_init.plan.attention import attention_of
 from lora_init.plan.check import (
     FLOAT_DTYPES,
+    check_groups,
     check_module,
     check_target_rank,
     check_trained,
@@ -135,15 +137,19 @@ def make_plan(
         stored = known_format(module)
         *experts, rows, columns = stored.shape(module, matrix)
         shape = rows, columns
+        attention = attention_of(model, owner)
+        selected = attention or name
         factor = 2 if name in selection.doubled and not ranks.matches(name) else 1
-        rank = factor * ranks(name)
-        if not any_rank:
+        rank, groups = factor * ranks(selected), stored.groups(module)
+        if groups > 1:
+            check_groups(name, rank, shape, groups, spec, options, any_rank=any_rank)
+        elif not any_rank:
             narrow = rank_excess(rank, shape, spec)
-            if narrow and (everything or may_omit) and not ranks.matches(name):
+            if narrow and (everything or may_omit) and not ranks.matches(selected):
                 omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
                 continue
             check_target_rank(name, rank, shape, spec, options)
-        alpha = factor * alphas(name)
+        alpha = factor * alphas(selected)
         targets.append(
             Target(
                 name=name,
@@ -156,6 +162,8 @@ def make_plan(
                 quantized=stored.quantized,
                 shared_with=sharers(owner, module, owners, matrix),
                 exact=computes_product(name, module),
+                groups=groups,
+                attention=attention,
                 matrix=matrix,
                 experts=experts[0] if experts else None,
             )

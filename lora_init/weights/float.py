@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ class FloatFormat(WeightFormat):
     its weight, plus its bias (see `lora_init.weights.probe`).
     """
 
-    cls: ClassVar[type[nn.Module]]
+    cls: type[nn.Module]
     subtractions = "edit", "in_forward"
 
     def base_class(self, module: nn.Module) -> type[nn.Module] | None:

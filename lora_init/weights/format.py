@@ -7,7 +7,8 @@ The rest of the package sees a weight as one or more named matrices:
 | Linear | (out, in) | itself |
 | Conv1D (transformers) | (in, out) | its transpose |
 | Embedding | (entries, width) | its transpose: out = width, in = entries, for one-hot inputs |
-| Conv2d, one group | (out, channels, height, width) | (out, channels·height·width), for patches |
+| Conv1d, Conv2d, Conv3d | (out, channels, *kernel) | (out, channels·kernel size), for patches |
+| grouped convolution | (out, channels of a group, *kernel) | the matrices of the groups, stacked |
 | Experts | (experts, out, in), or (experts, in, out) | (experts, out, in), a stack |
 | Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
 """
@@ -28,6 +29,10 @@ from lora_init.weights.probe import Finding
 
 WEIGHT = "weight"
 """The name of the matrix of a module that has only one."""
+
+Operation = Literal["product", "convolution", "lookup", "routed"]
+"""How a module applies its matrix: to rows of features, to patches, by looking up columns, or, for
+experts, each to the rows that a router selects."""
 
 Matrix = Float[Tensor, "*experts out in"]
 
@@ -66,8 +71,8 @@ class WeightFormat(ABC):
         transposed: whether the weight is stored as (in, out).
     """
 
-    name: ClassVar[str]
-    operation: ClassVar[Literal["product", "convolution", "lookup", "routed"]] = "product"
+    name: str
+    operation: ClassVar[Operation] = "product"
     subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
     quantized: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
@@ -82,13 +87,17 @@ class WeightFormat(ABC):
     def refusal(self, module: nn.Module) -> str | None:
         """Why a module that matches cannot have an adapter; None if it can.
 
-        The text continues a sentence, as in "target 'x' is a Conv2d with groups=2, which …".
+        The text continues a sentence, as in "target 'x' is an Embedding with max_norm=1, which …".
         """
         return None
 
     def replaced_forward(self, module: nn.Module) -> Finding | None:
         """Probe a forward that was set on the instance; None if there is none."""
         return None
+
+    def groups(self, module: nn.Module) -> int:
+        """How many blocks of rows of the matrix have their own inputs: a convolution's groups."""
+        return 1
 
     def matrices(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the module's matrices."""
@@ -163,7 +172,10 @@ class WeightFormat(ABC):
         return
 
     def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
-        """The vectors that the matrix is multiplied by: tokens, or image patches."""
+        """The vectors that the matrix is multiplied by: tokens, or patches.
+
+        With groups, each position has one vector for each group.
+        """
         return x.reshape(-1, x.shape[-1])
 
     def output_rows(self, module: nn.Module, y: Tensor) -> Float[Tensor, "positions out"]:

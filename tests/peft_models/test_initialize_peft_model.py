@@ -16,7 +16,16 @@ import pytest
 import torch
 from measures import EPSILON, assert_gap, assert_unchanged, logits, snapshot, train
 from methods import SPECS, behavior, handling
-from models import Batches, bert, data_of, llama, spread_weight, token_batches
+from models import (
+    Batches,
+    ConvTower,
+    bert,
+    data_of,
+    llama,
+    spread_weight,
+    token_batches,
+    tower_batches,
+)
 from networks import Case
 from packing import kept_plain
 from products import chosen, every_value, thinned
@@ -56,7 +65,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = 4
-FLOAT_KINDS = ("Linear", "Conv1D", "Embedding", "Conv2d")
+FLOAT_KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 KINDS = (*FLOAT_KINDS, "Linear4bit", "Linear8bitLt")
 
 
@@ -79,6 +88,9 @@ class Convolutions(nn.Module):
 
 def network(kind):
     """A base with one module type, its targets, inputs, calibration data and original weights."""
+    if kind in ("Conv1d", "Conv3d"):
+        inputs = Batches(batch["x"] for batch in tower_batches(int(kind[4])))
+        return ConvTower(int(kind[4])), ["first", "second"], inputs[0], inputs, None
     if kind == "Conv2d":
         inputs = Batches(torch.randn(6, 4, 6, 7, generator=torch.Generator().manual_seed(s))
                          for s in range(3))  # fmt: skip

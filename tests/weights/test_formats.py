@@ -4,6 +4,7 @@ A new format needs one example in `EXAMPLES`.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -11,25 +12,32 @@ from networks import linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_init import LoraConfig, get_peft_model
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.kinds import (
     FORMATS,
     class_format,
     known_format,
     module_type,
-    register,
+    register_weight_format,
     weight_format,
+    weight_formats,
 )
 from lora_init.weights.linear import LinearFormat
-from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
+from lora_init.weights.patches import CLASSES
 
 
 def draws(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def convolution():
-    return nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=1, dilation=2, padding_mode="reflect")
+def convolution(dimensions):
+    """Another size, stride and dilation along each dimension, and reflected borders."""
+    along = slice(dimensions)
+    return CLASSES[dimensions](
+        4, 8, (3, 2, 1)[along], stride=(2, 1, 2)[along], padding=(2, 1, 1)[along],
+        dilation=(2, 1, 1)[along], padding_mode="reflect",
+    )  # fmt: skip
 
 
 EXAMPLES = {
@@ -37,7 +45,9 @@ EXAMPLES = {
     "Conv1D": (lambda: Conv1D(32, 64), draws(2, 3, 64)),
     "Linear4bit": (lambda: packed("Linear4bit"), draws(2, 3, 64)),
     "Linear8bitLt": (lambda: packed("Linear8bitLt"), draws(2, 3, 64)),
-    "Conv2d": (convolution, draws(2, 4, 9, 8)),
+    "Conv1d": (lambda: convolution(1), draws(2, 4, 9)),
+    "Conv2d": (lambda: convolution(2), draws(2, 4, 9, 8)),
+    "Conv3d": (lambda: convolution(3), draws(2, 4, 9, 8, 5)),
     "Embedding": (lambda: nn.Embedding(48, 32), torch.arange(48).view(6, 8)),
 }
 """A function that makes a module, and an input of the module, by format."""
@@ -69,13 +79,19 @@ def assert_same_state(module, expected):
         assert torch.equal(found[key], value), key
 
 
+@pytest.fixture
+def own_formats():
+    before = dict(FORMATS)
+    yield
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
 every_format = pytest.mark.parametrize("name", EXAMPLES)
 
 
-def test_every_format_has_an_example_and_the_types_of_methods_are_those_of_formats():
-    assert set(EXAMPLES) == set(FORMATS) - {"Experts"}  # see test_experts.py
-    assert tuple(EXAMPLES) == MODULE_TYPES
-    assert {n for n, one in FORMATS.items() if one.operation == "product"} == set(LINEAR_TYPES)
+def test_every_format_has_an_example():
+    assert set(EXAMPLES) == set(FORMATS) - {"Experts"}  # see test_experts_format.py
 
 
 @every_format
@@ -149,7 +165,7 @@ def test_modules_that_cut_their_inputs_alike_have_equal_keys(name):
     assert one.reading(module) == one.reading(twin)
     assert torch.equal(one.input_rows(module, x), one.input_rows(twin, x))
     if one.operation == "convolution":
-        twin.stride = (1, 1)
+        twin.stride = tuple(step + 1 for step in twin.stride)
         assert one.reading(module) != one.reading(twin)
 
 
@@ -212,7 +228,7 @@ def test_a_weight_that_cannot_be_read_has_a_reason(name):
     assert "on the meta device" in FORMATS[name].unreadable(unload(module))
 
 
-def test_the_format_that_was_added_last_has_precedence(monkeypatch):
+def test_the_format_that_was_added_last_has_precedence(own_formats):
     class Halved(nn.Linear):
         def forward(self, x):
             return super().forward(x) / 2
@@ -227,12 +243,11 @@ def test_the_format_that_was_added_last_has_precedence(monkeypatch):
     module = Halved(4, 3, bias=False)
     assert class_format(module).name == "Linear"
     assert weight_format(module) is None  # because of its own forward
-    monkeypatch.setattr("lora_init.weights.kinds.FORMATS", dict(FORMATS))
-    register(HalvedFormat())
+    register_weight_format(HalvedFormat())
     assert weight_format(module).name == module_type(module) == "Halved"
     assert weight_format(nn.Linear(4, 3)).name == "Linear"
     with pytest.raises(ValueError, match="name='Halved' is not supported: .*HalvedFormat has this"):
-        register(HalvedFormat())
+        register_weight_format(HalvedFormat())
     x = draws(5, 4)
     torch.testing.assert_close(module(x), x @ weight_format(module).read(module).T)
 
@@ -240,3 +255,68 @@ def test_the_format_that_was_added_last_has_precedence(monkeypatch):
 def test_a_new_format_must_say_how_it_reads_and_writes():
     with pytest.raises(TypeError, match="abstract"):
         WeightFormat()
+
+
+PLUGIN = """
+from torch import nn
+
+from lora_init import register_weight_format
+from lora_init.weights.float import FloatFormat
+
+
+class KernelLinear(nn.Module):
+    def __init__(self, columns, rows):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.normal_(nn.Linear(rows, columns).weight.detach()))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class KernelLinearFormat(FloatFormat):
+    name = "KernelLinear"
+    cls = KernelLinear
+    transposed = True
+
+
+register_weight_format(KernelLinearFormat())
+"""
+
+
+@pytest.mark.parametrize("method", ["kaiming", "pissa"])
+def test_an_entry_point_adds_a_format_that_methods_support(
+    own_formats, tmp_path, monkeypatch, method
+):
+    (tmp_path / "kernel_linear.py").write_text(PLUGIN)
+    info = tmp_path / "kernel_linear-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernel-linear\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lora_init.weight_formats]\nkernel = kernel_linear\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernel_linear", raising=False)
+    monkeypatch.setattr("lora_init.weights.kinds._ENTRY_POINTS.loaded", False)
+    assert "KernelLinear" in weight_formats()
+    model = nn.Sequential(sys.modules["kernel_linear"].KernelLinear(16, 8))
+    x = draws(4, 16)
+    expected = model(x)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=method)
+    adapted = get_peft_model(model, config)
+    assert adapted.layers["0"].module_type == "KernelLinear"
+    torch.testing.assert_close(adapted(x), expected)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
+
+
+class Unnamed(LinearFormat):
+    name = "Unnamed"
+    operation = "sum"
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [(Unnamed, "must be an instance"), (Unnamed(), "operation=.sum. of .* must be one of product")],
+)
+def test_a_wrong_format_is_refused_by_name(one, message):
+    with pytest.raises((TypeError, ValueError), match=f"{message}"):
+        register_weight_format(one)
+    assert "Unnamed" not in weight_formats()

@@ -5,9 +5,16 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from experiments.papers.drawing import chart, methods_color
-from experiments.papers.loftq_iterations.iterating import CASE, ERRORS, later_iterations, rises
-from experiments.papers.loftq_iterations.starts import (
+from ...report.canvas import INK, SOFT
+from ..drawing import chart, methods_color
+from ..reproduction import Figure, Table
+from .iteration_claims import (
+    CASE,
+    ERRORS,
+    later_iterations,
+    rises,
+)
+from .starts import (
     LOFTQ,
     LOFTQ_QERA,
     METHODS,
@@ -15,8 +22,6 @@ from experiments.papers.loftq_iterations.starts import (
     QPISSA,
     SVD_FIRST,
 )
-from experiments.papers.reproduction import Figure, Table
-from experiments.report.canvas import INK, SOFT
 
 ALTERNATING = (LOFTQ, SVD_FIRST, QPISSA)
 DASHED = alt.condition(
@@ -25,7 +30,7 @@ DASHED = alt.condition(
 
 
 def shares(models: pd.DataFrame) -> pd.DataFrame:
-    """Every error in percent of what plain quantisation at the same bits and rank has."""
+    """Every error in percent of what plain quantization at the same bits and rank has."""
     index = pd.MultiIndex.from_frame(models[CASE])
     plain = models[models["method"] == PLAIN].set_index(CASE)
     shown = models.copy()
@@ -110,7 +115,7 @@ def iterations_figure(models: pd.DataFrame) -> Figure:
     )  # fmt: skip
     return Figure(
         "iterations", f"Error against iterations, rank {rank}",
-        "In percent of what plain quantisation at the same bits loses: of the weights, of the "
+        "In percent of what plain quantization at the same bits loses: of the weights, of the "
         "layers’ outputs on held-out text, of the whole model’s last hidden states. Dashed: not "
         "iterated. A point at one T stands for itself.",
         drawing, width=None,
@@ -191,7 +196,7 @@ def layers_figure(layers: pd.DataFrame) -> Figure:
 
 
 def perplexity_figure(models: pd.DataFrame, original: float) -> Figure:
-    """The language model at 4 bits and the largest rank, a bar a start from the unquantised."""
+    """The language model at 4 bits and the largest rank, a bar a start from the unquantized."""
     rank = int(models["rank"].max())
     shown = models[(models["bits"] == 4) & (models["rank"] == rank)].sort_values("perplexity")
     shown = shown.assign(
@@ -222,7 +227,7 @@ def perplexity_figure(models: pd.DataFrame, original: float) -> Figure:
     )
     return Figure(
         "perplexity", f"Perplexity of the language model at 4 bits, rank {rank}",
-        f"Each line begins at the unquantised model’s {original:.2f}.",
+        f"Each line begins at the unquantized model’s {original:.2f}.",
         alt.layer(bars, ends, words).properties(height=alt.Step(30)),
     )  # fmt: skip
 
@@ -265,7 +270,7 @@ def divergence_figure(models: pd.DataFrame) -> Figure:
     )  # fmt: skip
     return Figure(
         "divergence", "The language model’s logit error by rank and bits",
-        f"KL(original ‖ quantised) of the next token on held-out film plots. Solid: LoftQ at "
+        f"KL(original ‖ quantized) of the next token on held-out film plots. Solid: LoftQ at "
         f"{last}; dashed: all others.",
         drawing, width=None,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is measured on which models; and the paper's own figures."""
+"""The models, layers and ranks that are measured, and the paper's own figures."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from experiments.papers.reproduction import Options
+from ..reproduction import Options, require, require_at_least
 
 METHODS = {"loftq": "loftq_iter", "qpissa": "iterations"}
-"""By initializer, what it calls T."""
+"""The initializer's option that holds T, by initializer."""
 SHOWN = {"loftq": "loftq", "qpissa": "pissa"}
-"""As the paper and the charts' colours call them."""
+"""The names in the paper, which also choose the charts' colors."""
 
 PAPER_SHARE = 128 / 4096
 PAPER_AVERAGES = {
@@ -21,7 +21,7 @@ PAPER_AVERAGES = {
     },
     ("Llama-3-8B", 64, 4096): {1: {"loftq": 5.3, "pissa": 7.7}, 5: {"loftq": 11.2, "pissa": 14.3}},
 }
-"""Nuclear norm, per cent, by (model, rank, width) and T."""
+"""Reduction of the nuclear norm in percent, by (model, rank, width) and T."""
 PAPER_PARTS = {
     "Q": ((4096, 4096), 8.1, 19.0),
     "K": ((4096, 4096), 8.1, 18.1),
@@ -52,19 +52,19 @@ def part_of(kind: str) -> str:
 
 
 @dataclass
-class PissaQuantizationSettings(Options):
-    """Settings.
+class PissaQuantizationOptions(Options):
+    """What is measured.
 
     Attributes:
-        models: as of `subjects.load_subject`.
-        blocks: of each model, evenly spaced (or a few more, where they do not divide); None: all.
-            All claims are judged on them, at one rank.
-        detailed: so many of these blocks are measured at the other ranks and in the controls, too.
-        ranks: measured beside the one that is judged.
+        models: as `load_subject` takes them.
+        blocks: the number of evenly spaced blocks of each model, or a few more if they do not
+            divide; None means all. All claims are judged on them, at one rank.
+        detailed: so many of these blocks are also measured at the other ranks and in the controls.
+        ranks: measured in addition to the rank that is judged.
         share: the judged rank as a share of the model's width; the paper's is 128 / 4096.
         iterations: T.
-        tokens, length: of the calibration text: film plots, reviews for an encoder.
-        controls: also measure the weights put on a 4-bit grid, or taken off the one they are on.
+        tokens, length: of the calibration text: film plots, or reviews for an encoder.
+        controls: also measure weights that were put on a 4-bit grid, or taken off their grid.
     """
 
     models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
@@ -79,21 +79,16 @@ class PissaQuantizationSettings(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.models:
-            raise ValueError("models=[]; name one model or more")
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"blocks={self.blocks}; allowed are integers >= 1, and null")
-        if self.detailed < 1:
-            raise ValueError(f"detailed={self.detailed}; allowed are integers >= 1")
-        if not self.ranks or min(self.ranks) < 1:
-            raise ValueError(f"ranks={self.ranks}; allowed are one or more ranks >= 1")
-        if not 0 < self.share < 1:
-            raise ValueError(f"share={self.share}; allowed are shares 0 < x < 1 of the width")
+        require(self, "models", bool(self.models), "one model or more")
+        fits = self.blocks is None or self.blocks >= 1
+        require(self, "blocks", fits, "an integer >= 1, or null")
+        require_at_least(self, 1, "detailed")
+        require(self, "ranks", min(self.ranks, default=0) >= 1, "one or more ranks >= 1")
+        require(self, "share", 0 < self.share < 1, "a share 0 < x < 1 of the width")
         ascending = all(one < next_one for one, next_one in pairwise(self.iterations))
-        if len(self.iterations) < 2 or self.iterations[0] < 1 or not ascending:
-            raise ValueError(
-                f"iterations={self.iterations}; allowed are two or more T >= 1, ascending"
-            )
+        several = len(self.iterations) > 1 and self.iterations[0] >= 1
+        require(self, "iterations", several and ascending, "two or more T >= 1, ascending")
 
     def judged_rank(self, width: int) -> int:
+        """The rank that claims are judged at, for a model of this width."""
         return max(1, round(self.share * width))

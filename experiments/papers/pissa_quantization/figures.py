@@ -5,13 +5,13 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from experiments.papers.drawing import chart, methods_color
-from experiments.papers.pissa_quantization.judging import at_judged_rank
-from experiments.papers.pissa_quantization.measuring import AS_IT_IS
-from experiments.papers.pissa_quantization.settings import PAPER_AVERAGES, PAPER_PARTS, PARTS
-from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.reproduction import Figure
-from experiments.report.canvas import INK, SOFT
+from ...report.canvas import INK, SOFT
+from ..drawing import chart, methods_color
+from ..reproduction import Figure
+from .claims import at_judged_rank
+from .options import PAPER_AVERAGES, PAPER_PARTS, PARTS
+from .rows import AS_IT_IS
+from .white_noise import leading_share
 
 METHODS = ["loftq", "pissa"]
 HEADER = alt.Header(labelColor=SOFT, labelFontSize=12.5, title=None, labelAnchor="start")

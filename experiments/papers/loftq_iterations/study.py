@@ -10,25 +10,26 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.corpus import (
+from lora_init import Calibration, LoraConfig, calibrate
+
+from ...console import say
+from ..corpus import (
     joined_blocks,
     language_batches,
     load_texts,
     sentence_batches,
 )
-from experiments.papers.language import spread
-from experiments.papers.loftq_iterations.errors import (
+from ..language import spread
+from ..subject import Layer, load_subject, place
+from .errors import (
     mean_square_output,
     relative_norm,
     remaining,
     second_moments,
 )
-from experiments.papers.loftq_iterations.outputs import HiddenStates, Measure, NextTokens
-from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
-from experiments.papers.loftq_iterations.starts import LOFTQ, Ground, Start, starts
-from experiments.papers.subject import Layer, load_subject, place
-from lora_init import Calibration, LoraConfig, calibrate
+from .options import LoftqIterationsOptions
+from .outputs import HiddenStates, Measure, NextTokens
+from .starts import LOFTQ, Ground, Start, starts
 
 BATCH = 16
 Item = TypeVar("Item")
@@ -68,46 +69,46 @@ class Frames:
     texts: pd.DataFrame
 
 
-def encoder_study(settings: LoftqIterationsSettings) -> Study:
+def encoder_study(options: LoftqIterationsOptions) -> Study:
     """An encoder on film reviews."""
-    subject = load_subject(settings.encoder, task_type="SEQ_CLS")
-    counts = {"train": settings.sentences, "test": settings.held_out_sentences}
+    subject = load_subject(options.encoder, task_type="SEQ_CLS")
+    counts = {"train": options.sentences, "test": options.held_out_sentences}
     seen, held_out = (
         sentence_batches(
             subject.tokenizer, at_equal_distances(load_texts("reviews", split), count),
-            length=settings.sentence_length, size=BATCH,
+            length=options.sentence_length, size=BATCH,
         )
         for split, count in counts.items()
     )  # fmt: skip
-    every = settings.encoder_every
-    return study(subject, every, every, seen, held_out, HiddenStates, held_out, settings)
+    every = options.encoder_every
+    return study(subject, every, every, seen, held_out, HiddenStates, held_out, options)
 
 
-def language_study(settings: LoftqIterationsSettings) -> Study:
+def language_study(options: LoftqIterationsOptions) -> Study:
     """A language model on film plots."""
-    subject = load_subject(settings.language_model)
+    subject = load_subject(options.language_model)
     seen, held_out = (
         joined_blocks(
-            subject.tokenizer, load_texts("plots", split), length=settings.block_length,
+            subject.tokenizer, load_texts("plots", split), length=options.block_length,
             tokens=tokens,
         )
-        for split, tokens in (("train", settings.tokens), ("test", settings.held_out_tokens))
+        for split, tokens in (("train", options.tokens), ("test", options.held_out_tokens))
     )  # fmt: skip
     return study(
-        subject, settings.language_every, settings.measured_every, language_batches(seen, 4),
-        language_batches(held_out, 4), NextTokens, held_out, settings,
+        subject, options.language_every, options.measured_every, language_batches(seen, 4),
+        language_batches(held_out, 4), NextTokens, held_out, options,
     )  # fmt: skip
 
 
 def at_equal_distances(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of them, by the rule of `spread`: neighbours are reviews of one film."""
+    """So many of them, by the rule of `spread`: neighbors are reviews of one film."""
     chosen = spread(torch.arange(len(items))[:, None], count)
     return [items[index] for index in chosen[:, 0].tolist()]
 
 
-def study(subject, every, measured_every, seen, held_out, measure, measured_on, settings) -> Study:
+def study(subject, every, measured_every, seen, held_out, measure, measured_on, options) -> Study:
     """Move everything to its device, and look at the inputs of all layers."""
-    device = place(settings.device)
+    device = place(options.device)
     subject.model.to(device)
     targets = subject.every(every)
     names = {layer.name for layer in targets}
@@ -120,7 +121,7 @@ def study(subject, every, measured_every, seen, held_out, measure, measured_on, 
         subject, targets,
         weights={layer.name: subject.weight(layer).clone() for layer in targets},
         calibration=calibrate(subject.model, config, seen),
-        seed=settings.seed,
+        seed=options.seed,
     )  # fmt: skip
     return Study(
         ground, measured,

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.interval import Interval, mean
-from experiments.papers.pissa_quantization.errors import NORMS
-from experiments.papers.pissa_quantization.measuring import (
+from ..claim import Claim, Verdict, judge
+from ..interval import Interval, mean
+from .errors import NORMS
+from .options import MLP, PAPER_AVERAGES, PAPER_PARTS
+from .rows import (
     AS_IT_IS,
     DITHERED,
     NOISY,
     ROUNDED,
 )
-from experiments.papers.pissa_quantization.settings import MLP, PAPER_AVERAGES, PAPER_PARTS
-from experiments.papers.pissa_quantization.white_noise import leading_share
+from .white_noise import leading_share
 
 ORDER = (
     "on every model the difference is above 0 beyond its 95 % interval over blocks; same "
@@ -54,7 +54,7 @@ def order(differences: Sequence[Interval]) -> Verdict:
     return judge(holds=all(above), direction=any(above) and not any(below), opposite=all(below))
 
 
-def claims(rows: pd.DataFrame, judged: dict[str, int]) -> list[Claim]:
+def all_claims(rows: pd.DataFrame, judged: dict[str, int]) -> list[Claim]:
     """In the paper's order; `judged` is each model's rank."""
     chosen = at_judged_rank(rows, judged)
     counts = sorted(chosen["T"].unique())
@@ -84,7 +84,7 @@ def lead_claim(chosen: pd.DataFrame, count: int) -> Claim:
     return Claim(
         statement=f"PiSSA reduces the error of NF4 more than LoftQ does, at T = {count}",
         paper=paper_words(count),
-        ours="; ".join(ours) + " (per cent, nuclear norm)",
+        ours="; ".join(ours) + " (percent, nuclear norm)",
         criterion=f"PiSSA minus LoftQ: {ORDER}. Not reproduced where LoftQ’s own reduction is not "
         "above 0 beyond its interval",
         verdict=verdict,

@@ -6,11 +6,11 @@ import itertools
 
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.interval import geometric_mean, mean
-from experiments.papers.loftq_iterations.correlations import rank_correlations
-from experiments.papers.loftq_iterations.iterating import CASE, SLACK, percent
-from experiments.papers.loftq_iterations.starts import (
+from ..claim import Claim, Verdict, judge
+from ..interval import geometric_mean, mean
+from .correlations import rank_correlations
+from .iteration_claims import CASE, SLACK, percent
+from .starts import (
     DIAGONAL,
     LOFTQ,
     LOFTQ_QERA,
@@ -92,9 +92,9 @@ def any_base_claim(layers: pd.DataFrame) -> Claim:
     largest = max(below, refit_below)
     by_bits = (best < 0.99 * closed).groupby(level="bits").mean().sort_index(ascending=False)
     return Claim(
-        statement="No other quantised base with a correction of the same rank leaves a layer less "
+        statement="No other quantized base with a correction of the same rank leaves a layer less "
         "output error than QERA’s",
-        paper="not claimed: theorem 1 takes the quantised weight as given",
+        paper="not claimed: theorem 1 takes the quantized weight as given",
         ours=f"LoftQ or QPiSSA ends more than 1 % below QERA in {below:.0%} of the layers ("
         + ", ".join(f"{bits} bits {share:.0%}" for bits, share in by_bits.items())
         + f"); LoftQ’s base with QERA’s closed form in {refit_below:.0%}, at "
@@ -102,7 +102,7 @@ def any_base_claim(layers: pd.DataFrame) -> Claim:
         criterion="no layer more than 1 % below, on the inputs of calibration; same direction: "
         "fewer than 5 %; contradicts: 5 % or more",
         verdict=judge(holds=largest == 0, direction=largest < 0.05, opposite=largest >= 0.05),
-        remark="The closed form is the optimum for the base it is given; a base that was quantised "
+        remark="The closed form is the optimum for the base it is given; a base that was quantized "
         "after a low-rank part had been taken out is another one.",
         published=False,
     )
@@ -152,7 +152,7 @@ def rank_claim(layers: pd.DataFrame, texts: pd.DataFrame) -> Claim:
 
 
 def perplexity_claim(models: pd.DataFrame, texts: pd.DataFrame, original: float) -> Claim:
-    """What share of quantisation's perplexity is won back at 4 bits, and whether beyond LoftQ."""
+    """What share of quantization's perplexity is won back at 4 bits, and whether beyond LoftQ."""
     rank = int(models["rank"].max())
     some = models[(models["bits"] == BITS) & (models["rank"] == rank)]
     some = some.set_index(["method", "T"])["perplexity"]
@@ -166,12 +166,12 @@ def perplexity_claim(models: pd.DataFrame, texts: pd.DataFrame, original: float)
     papers = (PAPERS[PLAIN] - PAPERS[QERA]) / (PAPERS[PLAIN] - PAPERS["original"])
     return Claim(
         statement="QERA’s lower output error shows in perplexity at 4 bits",
-        paper=f"{PAPERS_ROW}: QERA-exact wins back {papers:.0%} of what quantisation lost",
-        ours=f"r = {rank}: {original:.2f} unquantised, {plain:.2f} quantised only, {listed}, QERA "
+        paper=f"{PAPERS_ROW}: QERA-exact wins back {papers:.0%} of what quantization lost",
+        ours=f"r = {rank}: {original:.2f} unquantized, {plain:.2f} quantized only, {listed}, QERA "
         f"{closed:.2f}, its diagonal form {some[DIAGONAL, 0]:.2f}: QERA wins back {won:.0%}; "
         f"LoftQ’s loss less QERA’s, nats a token: {apart}",
         criterion="QERA’s loss lies below LoftQ’s at every T beyond its 95 % interval over blocks, "
-        "and QERA wins back at least 40 %; same direction: it lies below that of quantisation "
+        "and QERA wins back at least 40 %; same direction: it lies below that of quantization "
         "alone beyond the interval; contradicts: above it beyond the interval",
         verdict=judge(
             holds=all(found.above_zero for found in saved.values()) and won >= 0.4,

@@ -2,9 +2,9 @@
 
 Columns: model, part, block, detailed (whether the block is one of those that are measured at every
 rank and in the controls), out, in, variant, rank, method, T; the reductions nuclear, frobenius,
-spectral and output (per cent; output for the weights as they are); `error`, ‖W - nf4(W)‖ / ‖W‖ in
-per cent; `noise`, the reduction that the top r directions of white noise would give; `smaller`,
-100 (1 - ‖W - SVD_r(W)‖ / ‖W‖), by how much QPiSSA's first step makes smaller what is quantised.
+spectral and output (percent; output for the weights as they are); `error`, ‖W - nf4(W)‖ / ‖W‖ in
+percent; `noise`, the reduction that the top r directions of white noise would give; `smaller`,
+100 (1 - ‖W - SVD_r(W)‖ / ‖W‖), by how much QPiSSA's first step makes smaller what is quantized.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.errors import ConfigurationError
-from experiments.papers.corpus import (
+from lora_init import LoraConfig, calibrate
+from lora_init.layer import layer_generator
+from lora_init.progress import tracking
+
+from ...errors import ConfigurationError
+from ..corpus import (
     joined_blocks,
     language_batches,
     load_texts,
     sentence_batches,
 )
-from experiments.papers.pissa_quantization import grids
-from experiments.papers.pissa_quantization.errors import (
+from ..subject import Layer, Subject, place
+from . import grids
+from .errors import (
     norms_of,
     plain_error,
     remaining_error,
     squared_values,
 )
-from experiments.papers.pissa_quantization.settings import (
+from .options import (
     METHODS,
     SHOWN,
-    PissaQuantizationSettings,
+    PissaQuantizationOptions,
     part_of,
 )
-from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.subject import Layer, Subject, place
-from lora_init import LoraConfig, calibrate
-from lora_init.layer import layer_generator
-from lora_init.progress import tracking
+from .white_noise import leading_share
 
 AS_IT_IS = "as it is"
 ROUNDED, NOISY, DITHERED = "on a 4-bit grid", "with noise of that size", "off its 4-bit grid"
@@ -77,15 +78,15 @@ def width_of(subject: Subject) -> int:
 
 
 def second_moments(
-    subject: Subject, layers: Sequence[Layer], settings: PissaQuantizationSettings
+    subject: Subject, layers: Sequence[Layer], options: PissaQuantizationOptions
 ) -> dict[str, Tensor]:
     """Of the layers' inputs, by name: on film plots, or on reviews where sentences are embedded."""
     if subject.model.config.model_type == "bert":
-        texts = load_texts("reviews", limit=max(1, settings.tokens // SENTENCE_TOKENS))
-        batches = sentence_batches(subject.tokenizer, texts, length=settings.length, size=32)
+        texts = load_texts("reviews", limit=max(1, options.tokens // SENTENCE_TOKENS))
+        batches = sentence_batches(subject.tokenizer, texts, length=options.length, size=32)
     else:
         blocks = joined_blocks(
-            subject.tokenizer, load_texts("plots"), length=settings.length, tokens=settings.tokens
+            subject.tokenizer, load_texts("plots"), length=options.length, tokens=options.tokens
         )
         batches = language_batches(blocks, 8)
     config = LoraConfig(
@@ -95,25 +96,25 @@ def second_moments(
     return {layer.name: found.layers[layer.name].inputs.second_moment for layer in layers}
 
 
-def measure(subject: Subject, settings: PissaQuantizationSettings) -> list[dict[str, Any]]:
+def rows_of_model(subject: Subject, options: PissaQuantizationOptions) -> list[dict[str, Any]]:
     """All rows of one model.
 
     Raises:
         ConfigurationError: a rank above a layer's smaller side.
     """
-    layers = chosen_layers(subject, settings.blocks)
-    judged = settings.judged_rank(width_of(subject))
-    ranks = sorted({*settings.ranks, judged})
+    layers = chosen_layers(subject, options.blocks)
+    judged = options.judged_rank(width_of(subject))
+    ranks = sorted({*options.ranks, judged})
     for layer in layers:
         shape = tuple(subject.weight(layer).shape)
         if ranks[-1] > min(shape):
             raise ConfigurationError(
-                f"ranks={settings.ranks}: rank {ranks[-1]} exceeds {layer.name} of "
+                f"ranks={options.ranks}: rank {ranks[-1]} exceeds {layer.name} of "
                 f"{subject.name}, {shape[0]} × {shape[1]}; lower ranks or share"
             )
-    device = place(settings.device)
-    moments = second_moments(subject, layers, settings)
-    detailed = detailed_blocks(layers, settings.detailed)
+    device = place(options.device)
+    moments = second_moments(subject, layers, options)
+    detailed = detailed_blocks(layers, options.detailed)
     cases = [
         Case(
             layer, weight.to(device), moments[layer.name].to(device),
@@ -123,33 +124,33 @@ def measure(subject: Subject, settings: PissaQuantizationSettings) -> list[dict[
     ]  # fmt: skip
     rows = []
     with tracking(len(cases), f"layers of {subject.name}") as advance:
-        for found in _a_core_each(cases, settings, device):
+        for found in _a_core_each(cases, options, device):
             rows += [{"model": subject.name, **row} for row in found]
             advance(1)
     return rows
 
 
 def _a_core_each(
-    cases: list[Case], settings: PissaQuantizationSettings, device: torch.device
+    cases: list[Case], options: PissaQuantizationOptions, device: torch.device
 ) -> Iterator[list[dict[str, Any]]]:
     """Matrices this small keep one core busy each, and two cores by halves."""
     threads = torch.get_num_threads()
     workers = threads if device.type == "cpu" else 1
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            yield from pool.map(lambda case: rows_of(case, settings), cases)
+            yield from pool.map(lambda case: rows_of(case, options), cases)
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
 
-def rows_of(case: Case, settings: PissaQuantizationSettings) -> list[dict[str, Any]]:
+def rows_of(case: Case, options: PissaQuantizationOptions) -> list[dict[str, Any]]:
     """One layer's: at its ranks as it is; in detail, at the judged one in the other variants."""
-    rows = rows_of_weight(case, case.weight, AS_IT_IS, case.ranks, settings)
-    if settings.controls and case.detailed:
-        generator = layer_generator(settings.seed, f"variant of {case.layer.name}")
+    rows = rows_of_weight(case, case.weight, AS_IT_IS, case.ranks, options)
+    if options.controls and case.detailed:
+        generator = layer_generator(options.seed, f"variant of {case.layer.name}")
         for name, weight in variants(case.weight, generator).items():
-            rows += rows_of_weight(case, weight, name, [case.judged], settings)
+            rows += rows_of_weight(case, weight, name, [case.judged], options)
     return rows
 
 
@@ -167,7 +168,7 @@ def rows_of_weight(
     weight: Tensor,
     variant: str,
     ranks: Sequence[int],
-    settings: PissaQuantizationSettings,
+    options: PissaQuantizationOptions,
 ) -> list[dict[str, Any]]:
     layer, shape = case.layer, tuple(weight.shape)
     moment = case.moment if variant == AS_IT_IS else None
@@ -184,8 +185,8 @@ def rows_of_weight(
             "smaller": 100 * (1 - float(squares[rank:].sum().sqrt()) / norm),
         }  # fmt: skip
         for method, option in METHODS.items():
-            for count in settings.iterations:
-                generator = layer_generator(settings.seed, layer.name)
+            for count in options.iterations:
+                generator = layer_generator(options.seed, layer.name)
                 left = remaining_error(weight, method, rank, generator, **{option: count})
                 reductions = norms_of(left, moment).reductions(plain)
                 rows.append({**common, "method": SHOWN[method], "T": count, **reductions})

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.interval import Interval, geometric_mean, mean
-from experiments.papers.loftq_iterations.settings import PAPERS_ITERATIONS
-from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST
+from ..claim import Claim, Verdict, judge
+from ..interval import Interval, geometric_mean, mean
+from .options import PAPERS_ITERATIONS
+from .starts import LOFTQ, PLAIN, SVD_FIRST
 
 LOW_BITS = (4, 2)
 SLACK = 1e-4  # of the error: the SVD itself is computed to no more
@@ -56,7 +56,7 @@ def weight_claim(paths: pd.DataFrame) -> Claim:
         remark=""
         if min(falling.values()) >= 0.95
         else "The SVD is the best there is for its Q, "
-        "so that a rise can only come from quantising: a block’s scale moves with its largest "
+        "so that a rise can only come from quantizing: a block’s scale moves with its largest "
         "weight.",
     )
 
@@ -165,22 +165,22 @@ def order_claim(models: pd.DataFrame) -> Claim:
 
     others = [bits for bits in sorted(means.index, reverse=True) if bits != 2]
     return Claim(
-        statement="Whether LoftQ quantises first or decomposes first hardly matters at 2 bits: "
+        statement="Whether LoftQ quantizes first or decomposes first hardly matters at 2 bits: "
         "errors at the start",
         paper=PAPERS_ORDERS,
-        ours=f"SVD first less quantise first at T = {count}, 2 bits: {told(2)}; weights by rank: "
+        ours=f"SVD first less quantize first at T = {count}, 2 bits: {told(2)}; weights by rank: "
         + ", ".join(f"r = {rank} {row['weight']:+.1%}" for rank, row in by_rank.iterrows())
         + "".join(f". At {bits} bits: {told(bits)}" for bits in others),
         criterion="at 2 bits the mean of each error over the ranks differs by at most 5 %; same "
         "direction: by at most 15 %; contradicts: one of them by more than 30 %",
         verdict=judge(holds=largest <= 0.05, direction=largest <= 0.15, opposite=largest > 0.3),
-        remark="Both quantise equally often and end on an SVD. The paper’s own second pair is "
+        remark="Both quantize equally often and end on an SVD. The paper’s own second pair is "
         "7 points apart: a start’s error does not say where a training ends.",
     )
 
 
 PAPERS_ORDERS = (
-    "DeBERTaV3-base, 2 bits: MNLI 88.0 quantise first / 87.8 SVD first, QNLI 92.2 / 84.9"
+    "DeBERTaV3-base, 2 bits: MNLI 88.0 quantize first / 87.8 SVD first, QNLI 92.2 / 84.9"
 )
 
 
@@ -208,15 +208,15 @@ def training_claim(trained: pd.DataFrame, setting: str) -> Claim:
     accuracy = 100 * right.mean()
     points = Interval(*(100 * (x + chance) for x in (learned.value, learned.low, learned.high)))
     return Claim(
-        statement="Whether LoftQ quantises first or decomposes first hardly matters at 2 bits: "
+        statement="Whether LoftQ quantizes first or decomposes first hardly matters at 2 bits: "
         "losses after a short fine-tuning",
         paper=PAPERS_ORDERS,
-        ours=f"held-out loss SVD first less quantise first {apart.show()} (by seed {seeds}); "
-        f"quantised only less quantise first {gain.show()}; accuracy, quantise first "
-        f"{points.show('.1f')} %, SVD first {accuracy[SVD_FIRST]:.1f} %, quantised only "
+        ours=f"held-out loss SVD first less quantize first {apart.show()} (by seed {seeds}); "
+        f"quantized only less quantize first {gain.show()}; accuracy, quantize first "
+        f"{points.show('.1f')} %, SVD first {accuracy[SVD_FIRST]:.1f} %, quantized only "
         f"{accuracy[PLAIN]:.1f} %, the more frequent label {100 * chance:.1f} %",
         criterion="the orders’ losses are at most a quarter of LoftQ’s gain over plain "
-        "quantisation apart; same direction: half of it; contradicts: more than all of it, beyond "
+        "quantization apart; same direction: half of it; contradicts: more than all of it, beyond "
         "the interval; not judged where LoftQ gains nothing beyond its interval, or where its "
         "accuracy is not above that of the more frequent label beyond its interval",
         verdict=verdict,
