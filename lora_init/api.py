@@ -28,6 +28,7 @@ from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
 from lora_init.layers.attention import join
 from lora_init.linalg.matrix import refuse_non_finite
+from lora_init.linalg.precision import wide_device
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
 from lora_init.model.verification import original_output, verify_adapted
@@ -426,7 +427,7 @@ def device_for(device: str | torch.device | None) -> torch.device | None:
     if device is None or (device == "auto" and not torch.cuda.is_available()):
         return None
     try:
-        place = torch.device("cuda" if device == "auto" else device)
+        place = wide_device(torch.device("cuda" if device == "auto" else device))
     except RuntimeError as error:
         raise ValueError(
             f"device={device!r} is not supported: must be 'auto', or a device of torch such as "

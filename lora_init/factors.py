@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_init.linalg import matrix
 from lora_init.linalg.matrix import widened
-from lora_init.linalg.precision import full_precision, without_autocast
+from lora_init.linalg.precision import full_precision, wide, wide_device, without_autocast
 
 if TYPE_CHECKING:
     from lora_init.quantization import Quantizer
@@ -62,7 +62,8 @@ class Replacement:
         if weight.ndim > 2:
             pairs = zip(self.members(), weight, strict=True)
             return torch.stack([one.residual(matrix, scaling) for one, matrix in pairs])
-        lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
+        home, place = weight.device, wide_device(weight.device)
+        lora_A, lora_B, weight = wide(self.lora_A), wide(self.lora_B), weight.to(place)
         residual = matrix.empty(weight.shape, torch.float32, weight.device)
         rows = matrix.rows_together(weight.shape[1])
         together = rows if weight.device.type == "cpu" else len(weight)
@@ -70,7 +71,7 @@ class Replacement:
         for some, of_some, into in zip(*parts, strict=True):
             product = (of_some @ lora_A).mul_(scaling)
             into.copy_(torch.sub(some, product, out=product))
-        return residual
+        return residual.to(home)
 
     def base(
         self, weight: Float[Tensor, "*stack out in"], scaling: float

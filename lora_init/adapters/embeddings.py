@@ -19,6 +19,7 @@ from lora_init.injection import Transaction
 from lora_init.layers import LoraLayer
 from lora_init.plan.match import name_matches
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
+from lora_init.weights.kinds import is_quantized
 
 PEFT_NAMES = ("embed_tokens", "lm_head")
 """Names of embeddings that PEFT saves if they are adapted."""
@@ -41,7 +42,8 @@ def embeddings(model: nn.Module) -> dict[str, Any]:
         name: module
         for name, module in plain.items()
         if isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.is_floating_point()  # not packed
+        and module.weight.is_floating_point()
+        and not is_quantized(module)
     }
 
 

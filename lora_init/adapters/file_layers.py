@@ -105,12 +105,14 @@ class AdapterFile:
         layers: the adapted layers, by name.
         others: all other tensors: magnitudes, biases and fully trained modules.
         method: the start that this package recorded; None for a file of PEFT.
+        is_own: other programs do not read the file, since their layers compute something else.
     """
 
     config: LoraConfig
     layers: dict[str, FileLayer]
     others: dict[str, Tensor]
     method: str | None
+    is_own: bool = False
 
 
 def read_layers(folder: Path) -> AdapterFile:
@@ -144,7 +146,8 @@ def read_layers(folder: Path) -> AdapterFile:
     used = {key for layer in layers.values() for key in layer.keys}
     others = {key: value for key, value in tensors.items() if key not in used}
     method = header["method"]["name"] if header is not None else None
-    return AdapterFile(config, layers, others, method)
+    is_own = (folder / OWN_WEIGHTS_NAME).is_file()
+    return AdapterFile(config, layers, others, method, is_own)
 
 
 def _layers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Iterable[FileLayer]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.attention_keys import in_model
 from lora_init.adapters.core_file import read_cores
+from lora_init.adapters.diffusers_format import DIFFUSERS_NAME, as_peft
 from lora_init.adapters.expert_layout import named
 from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
 from lora_init.adapters.load_peft import read_foreign
@@ -38,7 +39,7 @@ def read(
     """Read an adapter and check every tensor against `base`.
 
     Args:
-        folder: the folder of the adapter.
+        folder: the folder of the adapter, in the format of PEFT or diffusers.
         base: the base model. Its attention modules that the file adapts stay split, also after an
             error: call `lora_init.layers.attention.join` then.
         adapter_dtype: the dtype of the factors in the model.
@@ -54,8 +55,12 @@ def read(
         raise FileNotFoundError(
             f"no folder {str(folder)!r}. Pass a folder that save_pretrained wrote."
         )
-    values = read_json(folder / CONFIG_NAME)
-    tensors, header = read_tensors(folder)
+    if (folder / DIFFUSERS_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
+        tensors, metadata = read_safetensors(folder / DIFFUSERS_NAME)
+        (tensors, values), header = as_peft(tensors, metadata, base), None
+    else:
+        values = read_json(folder / CONFIG_NAME)
+        tensors, header = read_tensors(folder)
     weights = BaseWeights(base, original_weights)
     try:
         parameters = values.get("target_parameters") or []
@@ -116,17 +121,32 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         pickled = " (adapter_model.bin is a pickle, which is not supported; convert it with PEFT)"
         hint = pickled if (folder / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {str(folder)!r}{hint}")
+    tensors, metadata = read_safetensors(path)
+    if HEADER_KEY not in metadata:
+        return tensors, None
+    try:
+        header = json.loads(metadata[HEADER_KEY])
+        if not isinstance(header, dict):
+            raise ValueError(f"its header must be a JSON object, not {metadata[HEADER_KEY]:.40}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy or save it again.") from error
+    return tensors, header
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor is not finite.
+    """
     refuse_lfs_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata[HEADER_KEY]) if HEADER_KEY in metadata else None
-        if HEADER_KEY in metadata and not isinstance(header, dict):
-            raise ValueError(f"its header must be a JSON object, not {metadata[HEADER_KEY]:.40}")
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}). Copy or save it again.") from error
     for key, value in tensors.items():
         if value.dtype in FLOAT_DTYPES and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path}: tensor {key!r} contains NaN or infinite values")
-    return tensors, header
+    return tensors, metadata

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_init.adapters.load import read
 from lora_init.config.file import CONFIG_NAME
 from lora_init.factors import block_matrix
+from lora_init.linalg.precision import wide
 from lora_init.plan.plan import Target
 from lora_init.registry import Initializer
 from lora_init.weights.second import SecondCheckpoint, SecondWeights
@@ -101,7 +102,7 @@ class SecondAdapter(SecondWeights):
             )
 
     def weight(self, weights: BaseWeights, target: Target) -> Float[Tensor, "out in"]:
-        first = weights.weight(target)
+        first = wide(weights.weight(target))
         lora_A, lora_B = (part.to(first.device) for part in self._pairs[target.name])
         # In float64, so that the difference from W0 is s B A without W0's rounding.
-        return torch.addmm(first.double(), lora_B, lora_A)
+        return torch.addmm(first, lora_B, lora_A)

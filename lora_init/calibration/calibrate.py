@@ -19,6 +19,7 @@ from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
 from lora_init.layers.attention import join
+from lora_init.linalg.precision import wide_device
 from lora_init.moments import GradientSketch, InputSets, InputStatistics
 from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
@@ -26,6 +27,7 @@ from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
+from lora_init.weights.kinds import known_format
 
 
 def calibrate(
@@ -99,7 +101,7 @@ def _collected(
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.matrices))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
-    place = None if device is None else torch.device(device)
+    place = None if device is None else wide_device(torch.device(device))
     sketched = [plan for plan in plans if plan.sketches_gradients]
     # Whole gradients serve all methods, so they are collected if one method must have them.
     whole = {plan.calibration for plan in plans if not plan.sketches_gradients}
@@ -258,7 +260,7 @@ def _check_sketch(plan: Plan, target: Target, sketch: GradientSketch) -> None:
 
 
 def _weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The loaded weights of these layers, each with shape (out, in)."""
+    """The loaded weights of these layers that can be read, each with shape (out, in)."""
     for name, place in placed(model, names).items():
-        if not place.parameter.is_meta:
+        if not place.parameter.is_meta and known_format(place.module).opaque(place.module) is None:
             yield name, place.weight

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import time
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_init import get_peft_model
 from lora_init.api import device_for
 from lora_init.cli.adapter_arguments import absolute, adapter_config, positive
-from lora_init.cli.checkpoints import checkpoint_folder, loaded, skeleton, task_type, tokenizer
+from lora_init.cli.checkpoints import (
+    checkpoint_folder,
+    is_quantized,
+    loaded,
+    skeleton,
+    task_type,
+    tokenizer,
+)
 from lora_init.cli.output import check_folder, emit
 from lora_init.cli.residual import DTYPES, RESIDUAL_FOLDER, write_residual
 from lora_init.cli.text_data import batches
@@ -77,9 +85,16 @@ def make_adapter(arguments: Namespace) -> None:
     files = data_files(arguments, request.sets if request else None)
     _check(arguments, spec, out)
     folder = checkpoint_folder(arguments.model)
-    frame = skeleton(folder)
+    quantized = is_quantized(folder)
+    if quantized and arguments.residual:
+        raise ValueError(
+            f"--residual is not supported with MODEL={str(folder)!r}, a quantized checkpoint: its "
+            "weights are not written. Leave it out, or pass the unquantized checkpoint"
+        )
+    whole = partial(loaded, folder, _device(arguments), arguments.offload)
+    frame = whole() if quantized else skeleton(folder)
     config = adapter_config(arguments, frame, absolute(arguments.model))
-    calibration, original_weights, model = None, folder, frame
+    calibration, original_weights, model = None, None if quantized else folder, frame
     if spec.needs_data:
         found = {
             name: _batches(arguments, Path(path), folder, frame) for name, path in files.items()
@@ -88,8 +103,9 @@ def make_adapter(arguments: Namespace) -> None:
     second = arguments.target_weights
     # An adapter is read with its base; a checkpoint is read one layer at a time.
     adapter = second is not None and (Path(second) / CONFIG_NAME).is_file()
-    if spec.needs_data or adapter or config.task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-        model, original_weights = loaded(folder, _device(arguments), arguments.offload), None
+    new_head = config.task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+    if not quantized and (spec.needs_data or adapter or new_head):
+        model, original_weights = whole(), None
     start = time.perf_counter()
     adapted = get_peft_model(
         model,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 
 from lora_init import __version__
+from lora_init.adapters.diffusers_format import COMPONENTS
 from lora_init.cli.adapter_arguments import add_adapter_arguments
 from lora_init.cli.catalog import list_methods, show_method
 from lora_init.cli.conversion import convert_adapter
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     converting.add_argument("--rank", type=int, metavar="R", help="truncate to this rank")
     converting.add_argument("--format", choices=("peft", "diffusers"), default="peft")
     converting.add_argument(
-        "--component", choices=("transformer", "unet", "text_encoder"),
+        "--component", choices=COMPONENTS,
         help="of a diffusers pipeline (default: transformer)",
     )  # fmt: skip
     comparing = command(

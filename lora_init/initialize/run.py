@@ -28,6 +28,7 @@ from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import is_narrow
+from lora_init.linalg.precision import wide_device
 from lora_init.linalg.transfer import wait_for_writes
 from lora_init.moments import GradientSketch
 from lora_init.plan.plan import Plan, Target
@@ -84,8 +85,9 @@ def initialize(
         plan: the method and its targets.
         statistics: calibration statistics by layer name; empty for methods that need none.
         seed: the initialization seed; each layer derives a random stream from it and its name.
-        device: where the decompositions run; None means the device of each weight. Weights move
-            there stack by stack, and results move to the device of their module.
+        device: where the decompositions run; None means the device of each weight, or the CPU if
+            that device has no float64. Weights move there stack by stack, and results move to the
+            device of their module.
         cache: the cache for decompositions; None disables it.
 
     Returns:
@@ -100,7 +102,7 @@ def initialize(
         for target in plan.targets
     }
     worker = _Worker(weights, plan, statistics, seed, homes, cache)
-    devices = {name: device or home for name, home in homes.items()}
+    devices = {name: wide_device(device or home) for name, home in homes.items()}
     planned = jobs.jobs(plan, devices)
     with tracking(len(plan.targets), f"initializing ({plan.initializer.name})") as advance:
 

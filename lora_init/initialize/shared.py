@@ -52,7 +52,11 @@ def _is_alike(plan: Plan, weights: BaseWeights, seed: int) -> bool:
         plan.initializer.name,
         1,
         [seed, str(plan.adapter_dtype), plan.quantized_base, plan.options],
-        [[target, _identity(weights.weight(target)) if reads else None] for target in plan.targets],
+        [
+            [target, _identity(weights.weight(target)) if weights.is_readable(target) else None]
+            for target in plan.targets
+            if reads
+        ],
     )
     others = from_ranks((reads, mine))
     return reads and all(other == (True, mine) for other in others)

@@ -21,7 +21,7 @@ from lora_init.initialize.stack import member_data, member_name, stacked_factors
 from lora_init.layer import Inputs, Layer, LayerStatistics
 from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.linalg.mixed_products import is_narrow
-from lora_init.linalg.precision import full_precision
+from lora_init.linalg.precision import full_precision, wide_device
 from lora_init.moments import InputSets, InputStatistics, LeadingComponents, StackedInputs
 from lora_init.plan.check import check_target_rank
 from lora_init.quantization import Quantizer
@@ -151,7 +151,7 @@ def _initialize(
     _check_bias(spec, "bias" in reads, weight, bias)
     if "target_weight" in spec.reads:
         _check_second(spec, weight, target_weight)
-    place = weight.device if device is None else torch.device(device)
+    place = wide_device(weight.device if device is None else torch.device(device))
     given = _data(spec, settings, weight, inputs, gradient, output_moments).to(place)
     stored = None
     if "weight" in reads:

@@ -44,7 +44,8 @@ def settle_base(
         _replace(layer, target, factors.replacement, injection, weights, keep_original, transaction)
         return
     # Use the factors as stored, so that the rounded values of a 16-bit adapter are subtracted.
-    fixed = target.shared_with or layer.stored_weight.is_meta or not target.exact
+    absent = layer.stored_weight.is_meta
+    fixed = target.shared_with or target.quantized or absent or not target.exact
     # Experts are not edited: the edits of a stack of matrices could not be undone one by one.
     editable = "edit" in known_format(module).subtractions and target.experts is None
     if fixed or not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):

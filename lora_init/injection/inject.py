@@ -148,7 +148,8 @@ def _prepare(
         for frozen in plan.initializer.frozen:
             getattr(layer, frozen).requires_grad_(False)
         injection.layers[target.name] = layer
-        injection.fingerprints[target.name] = fingerprint(weights.present(target))
+        if weights.is_readable(target):
+            injection.fingerprints[target.name] = fingerprint(weights.present(target))
     for name in dict.fromkeys(t.module for t in plan.targets if t.experts is not None):
         own = {t.matrix: injection.layers[t.name] for t in plan.targets if t.module == name}
         injection.routed[name] = LoraExperts(modules[f"{name}.{next(iter(own))}"], own)

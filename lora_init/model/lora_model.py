@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_init import adapters, injection
+from lora_init.adapters.diffusers_file import write_diffusers
+from lora_init.adapters.diffusers_format import component_of
+from lora_init.adapters.file_layers import AdapterFile, read_layers
 from lora_init.adapters.hub import push_adapter
 from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Replacement
@@ -34,7 +38,11 @@ from lora_init.plan.make import check_model
 from lora_init.plan.plan import Plan
 from lora_init.report import InitReport, LayerReport, describe_layer
 from lora_init.weights.bitsandbytes import parameter_count
-from lora_init.weights.offload import HOOK_ATTRIBUTES, absence, first_unloaded
+from lora_init.weights.offload import (
+    HOOK_ATTRIBUTES,
+    absence,
+    first_unloaded,
+)
 
 
 class LoraModel(nn.Module):
@@ -388,6 +396,8 @@ class LoraModel(nn.Module):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         portable: bool = False,
+        format: str = "peft",
+        component: str | None = None,
         save_function: Any = None,
         max_shard_size: Any = None,
         push_to_hub: bool = False,
@@ -409,6 +419,10 @@ class LoraModel(nn.Module):
                 argument is given, `model.safetensors` is also written, for transformers' Trainer.
             portable: whether to write a file that PEFT, vLLM and llama.cpp scale alike. It loads as
                 a plain adapter of its rank, which is 2r for methods that subtract from the base.
+            format: "peft", or "diffusers" for `pytorch_lora_weights.safetensors`, which diffusers'
+                `load_lora_weights` and `load_lora_adapter` read. It has s B in place of B.
+            component: the model's name in its pipeline, such as "unet" or "transformer", with
+                format="diffusers". None chooses it by the model's class.
             save_function: ignored, since the file is written atomically.
             max_shard_size: ignored, since an adapter is one file.
             push_to_hub: must be False. Call `push_to_hub` of the model instead.
@@ -438,6 +452,21 @@ class LoraModel(nn.Module):
                 "the original base model.",
                 stacklevel=2,
             )
+        if format not in ("peft", "diffusers"):
+            raise ValueError(
+                f"format={format!r} is not supported: must be one of 'peft', 'diffusers'. Leave it "
+                "out for PEFT's format."
+            )
+        if format == "diffusers" and portable:
+            raise ValueError(
+                "portable=True is not supported with format='diffusers', which diffusers alone "
+                "reads. Leave out one of them."
+            )
+        if component is not None and format != "diffusers":
+            raise ValueError(
+                f"component={component!r} is not supported with format={format!r}: it is a name in "
+                "diffusers' file. Leave it out, or add format='diffusers'."
+            )
         if not is_main_process:
             return
         if self._read_layers:
@@ -445,6 +474,10 @@ class LoraModel(nn.Module):
         live = self._live_injection("save_pretrained")
         if state_dict is None:
             live = self._whole_injection("save_pretrained", without_base=True)
+        if format == "diffusers":
+            found = self._as_plain_file(live, state_dict)
+            write_diffusers(Path(folder), found, component or component_of(self.base_model))
+            return
         adapters.save_adapter(
             Path(folder),
             self.base_model,
@@ -455,6 +488,19 @@ class LoraModel(nn.Module):
             save_embedding_layers=save_embedding_layers,
             portable=portable,
         )
+
+    def _as_plain_file(
+        self, live: injection.Injection, state: Mapping[str, Tensor] | None
+    ) -> AdapterFile:
+        """The layers of the adapter as a file for the original base holds them."""
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            # Only the configuration of such a file would be read differently.
+            warnings.filterwarnings("ignore", message="other loaders would scale")
+            adapters.save_adapter(
+                Path(folder), self.base_model, self.peft_config, self.plan, live,
+                state=state, save_embedding_layers=False,
+            )  # fmt: skip
+            return read_layers(Path(folder))
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
         """Upload the adapter, with a model card, to the Hugging Face Hub.
@@ -588,8 +634,9 @@ class LoraModel(nn.Module):
         for name, layer in live.layers.items():
             core = () if layer.lora_core is None else ("lora_core",)
             base = f"base_layer.{layer.matrix}"
-            for part in ("lora_A", "lora_B", *core, base):
-                parameter = layer.get_parameter(part)
+            parts = {part: layer.get_parameter(part) for part in ("lora_A", "lora_B", *core)}
+            parts[base] = layer.stored_weight
+            for part, parameter in parts.items():
                 untouched = part == base and layer.base_state != "edited"
                 if without_base and untouched and parameter.is_meta:
                     continue

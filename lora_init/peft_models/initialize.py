@@ -25,12 +25,16 @@ from lora_init.model.verification import original_output, verify_adapted
 from lora_init.peft_models.apply import apply, begin, drop_layer, set_config
 from lora_init.peft_models.first_pass import check_first_pass
 from lora_init.peft_models.guards import guard
-from lora_init.peft_models.layers import (
-    adapted_layers,
-    check_peft_model,
+from lora_init.peft_models.holder import (
+    base_model,
+    checked_holder,
+    disabled,
+    is_peft_model,
     plain_base,
     refuse_merged,
 )
+from lora_init.peft_models.injected import own_peft_config
+from lora_init.peft_models.layers import adapted_layers
 from lora_init.peft_models.load import load_adapter
 from lora_init.peft_models.plan import (
     make_peft_plan,
@@ -80,8 +84,10 @@ def initialize_peft_model(
     - replaced: by a quantized weight.
 
     Args:
-        peft_model: what `peft.get_peft_model` returned, with ``init_lora_weights=True`` (PEFT's
-            own pissa, olora, … have changed the base). Unchanged if anything fails.
+        peft_model: what `peft.get_peft_model` returned, or a model with PEFT's layers: after
+            `add_adapter` of transformers, diffusers or sentence-transformers, or
+            `peft.inject_adapter_in_model`. With ``init_lora_weights=True`` (PEFT's own pissa,
+            olora, … have changed the base). Unchanged if anything fails.
         method: as `LoraConfig.init_lora_weights`: a name, "pissa_niter_N", a mapping, an options
             object, True or False.
         options: the method's settings, a mapping or its options object, if `method` is a name.
@@ -108,7 +114,7 @@ def initialize_peft_model(
             that cannot express it. Nothing is changed.
         RuntimeError: a second call, if the original base was not kept.
     """
-    check_peft_model(peft_model, adapter_name)
+    peft_model = checked_holder(peft_model, adapter_name)
     refuse_merged(peft_model, "initialize_peft_model")
     refuse_foreign_start(peft_model, adapter_name)
     refuse_trained(peft_model, adapted_layers(peft_model, adapter_name))
@@ -147,7 +153,7 @@ def _initialize(
     spec = plan.initializer
     expected = None
     if verify is not None and spec.preserves_output and not plan.replaced:
-        with peft_model.disable_adapter():
+        with disabled(peft_model):
             expected = original_output(peft_model, verify)
     cache = default_cache() if use_cache else None
     by_name = {layer.name: layer for layer in layers}
@@ -186,6 +192,8 @@ def _initialize(
             errors = apply(by_name, plan, factors, weights, operation)
     for name in by_name.keys() - factors.keys():
         drop_layer(by_name[name], operation)
+    if not is_peft_model(peft_model):
+        own_peft_config(peft_model, adapter_name, operation)
     if spec.allocates:
         set_config(peft_model.peft_config[adapter_name], config, plan, operation)
     record(peft_model, adapter_name, config, plan, operation)
@@ -203,10 +211,10 @@ def _initialize(
             {layer.name: layer.base for layer in adapted},
             verify,
             expected=expected,
-            disabled=peft_model.disable_adapter,
+            disabled=partial(disabled, peft_model),
         )
     else:
-        check_first_pass(peft_model.base_model.model, adapted, operation)
+        check_first_pass(base_model(peft_model), adapted, operation)
     if not keep_original:
         operation.changes.drop_weights()
     return InitReport(
@@ -223,10 +231,11 @@ def _initialize(
 def _row(weights: BaseWeights, plan: Plan, layer: InitializedLayer) -> LayerReport:
     """The report's figures of one layer, from its weight before the change."""
     target, factors = layer.target, layer.factors
-    weight = weights.weight(target)
+    weight = weights.weight(target) if weights.is_readable(target) else None
     row = LayerReport.of(target, layer.seconds)
     figures = weight_figures(weight, factors.lora_A, factors.lora_B, target.scaling)
-    if plan.initializer.base == "subtract" and factors.replacement is None:
+    subtracts = plan.initializer.base == "subtract" and factors.replacement is None
+    if subtracts and weight is not None:
         product = low_rank_product(factors.lora_A, factors.lora_B, target.scaling)
         norm = linalg.frobenius_norm(widened(weight))
         if norm > 0:

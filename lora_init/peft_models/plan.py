@@ -17,7 +17,8 @@ from lora_init.adapters.format import peft_computes
 from lora_init.config.lora_config import LoraConfig
 from lora_init.injection import Transaction
 from lora_init.injection.replace import module_paths
-from lora_init.peft_models.layers import AdaptedLayer, adapted_layers, plain_base, wrappers
+from lora_init.peft_models.holder import base_model, plain_base, wrappers
+from lora_init.peft_models.layers import AdaptedLayer, adapted_layers
 from lora_init.peft_models.start import Start, base_owner, records
 from lora_init.peft_models.subtraction import check_subtraction
 from lora_init.plan.make import make_plan
@@ -136,7 +137,7 @@ def refuse_foreign_start(peft_model: Any, adapter_name: str) -> None:
         for name in records(peft_model)
         for layer in adapted_layers(peft_model, name, checked=False)
     }
-    for name, module in peft_model.base_model.model.named_modules():
+    for name, module in base_model(peft_model).named_modules():
         if isinstance(module, Start) and id(module) not in known:
             raise ValueError(
                 f"adapter {adapter_name!r}: {name.rpartition('.')[0]!r} was started already, for "

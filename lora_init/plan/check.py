@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.registry import Initializer, Options
+from lora_init.weights.float import is_float8
 from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import class_format, is_quantized, known_format, module_type
-from lora_init.weights.offload import is_offloaded
+from lora_init.weights.offload import is_offloaded, stored_weight
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,7 +52,7 @@ def extents(model: nn.Module) -> dict[int, list[Extent]]:
                 continue
             try:
                 one = extent(f"{path}.{name}".removeprefix("."), parameter, id(module))
-            except RuntimeError:  # a DTensor has no storage; `check_module` rejects it as a target
+            except RuntimeError:  # a tensor subclass without a storage, such as a DTensor
                 continue
             found.setdefault(one.storage, []).append(one)
     return found
@@ -80,7 +81,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
             f"target {name!r} is a {kind}, which {spec.name} does not support; "
             f"must be one of {', '.join(sorted(spec.modules))}. {_fix(stacked)}"
         )
-    weight = module._parameters.get(matrix)
+    weight = stored_weight(module) if stored.quantized else module._parameters.get(matrix)
     if weight is None:
         raise TypeError(
             f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
@@ -111,10 +112,48 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
             f"target {name!r}: its weight is a {type(weight.data).__name__} (sharded or a tensor "
             "subclass), which is not supported; initialize before sharding"
         )
-    if weight.dtype not in FLOAT_DTYPES:
+    if weight.dtype not in FLOAT_DTYPES and not is_float8(weight):
         raise TypeError(
             f"target {name!r}: its weight has dtype {weight.dtype}, which is not supported: must "
             f"be one of {', '.join(map(str, FLOAT_DTYPES))}"
+        )
+
+
+def check_access(
+    name: str,
+    module: nn.Module,
+    spec: Initializer,
+    options: Options,
+    *,
+    use_dora: bool = False,
+    requantizes: bool = False,
+) -> None:
+    """Raise if a packed weight would have to be read or written, and its format does not allow it.
+
+    Args:
+        requantizes: whether a subtracting method packs the residual.
+
+    Raises:
+        TypeError: names the format, who needs the values, and what to do instead.
+    """
+    stored = known_format(module)
+    kind = f"target {name!r} is a {type(module).__name__} ({stored.describe(module)})"
+    replaces = spec.base == "replace" or (requantizes and stored.quantized)
+    if replaces and (reason := stored.unwritable(module)) is not None:
+        cause = "quantized_base='requantize'" if requantizes else spec.name
+        fix = "quantized_base='in_forward'" if requantizes else "the unquantized model"
+        raise TypeError(
+            f"{kind}, whose weight cannot be written, because {reason}, but {cause} replaces it. "
+            f"Use {fix}, or leave it out with exclude_modules"
+        )
+    if (reason := stored.opaque(module)) is None:
+        return
+    reads = {"weight", "target_weight"} & (spec.reads | options.also_reads())
+    if cause := spec.name if reads else "use_dora=True" if use_dora else None:
+        raise TypeError(
+            f"{kind}, whose weight cannot be read, because {reason}, but {cause} reads it. Use a "
+            "method that draws random factors or reads inputs, or leave it out with "
+            "exclude_modules"
         )
 
 
@@ -288,9 +327,10 @@ def sharers(
 
     A module registered under several names is one module: none of its names is returned.
     """
-    weight = getattr(module, matrix)
-    assert isinstance(weight, Tensor)
-    own = extent(f"{name}.{matrix}", weight)
+    try:
+        own = extent(f"{name}.{matrix}", stored_weight(module, matrix))
+    except RuntimeError:  # a tensor subclass of a quantizer has no storage
+        return ()
     return tuple(
         other.name
         for other in owners.get(own.storage, ())

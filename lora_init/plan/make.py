@@ -13,6 +13,7 @@ from lora_init.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_init.plan.attention import attention_of
 from lora_init.plan.check import (
     FLOAT_DTYPES,
+    check_access,
     check_groups,
     check_module,
     check_target_rank,
@@ -124,6 +125,10 @@ def make_plan(
             continue
         try:
             check_module(model, owner, spec, matrix)
+            check_access(
+                name, module, spec, options, use_dora=config.use_dora,
+                requantizes=spec.base == "subtract" and quantized_base == "requantize",
+            )  # fmt: skip
             reason = unobserved(model, owner, spec) if everything else None
             if matrix != WEIGHT:
                 _check_variants_of_experts(config, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 
+import torch
 from torch import Tensor, nn
 
 from lora_init.weights.format import WEIGHT, Held, Matrix, WeightFormat
@@ -82,8 +83,15 @@ class FloatFormat(WeightFormat):
         rows, *columns = getattr(module, name).shape
         return (columns[0], rows) if self.transposed else (rows, math.prod(columns))
 
+    def unwritable(self, module: nn.Module) -> str | None:
+        if is_float8(module.weight):
+            return f"its weight is stored in {self.describe(module)}, which would round the sum"
+        return None
+
     def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:
-        return self.orient(getattr(module, name).detach())
+        """The matrix: a view in the module's dtype, or float32 values of float8 storage."""
+        weight = self.orient(getattr(module, name).detach())
+        return weight.float() if is_float8(weight) else weight
 
     def write(
         self, module: nn.Module, weight: Matrix, name: str = WEIGHT, *, own: bool = False
@@ -113,8 +121,22 @@ class FloatFormat(WeightFormat):
             held.parameter.data = data
         setattr(module, held.name, held.parameter)
 
+    def float_dtype(self, module: nn.Module) -> torch.dtype:
+        return torch.float32 if is_float8(module.weight) else module.weight.dtype
+
+    def describe(self, module: nn.Module) -> str:
+        return str(module.weight.dtype).removeprefix("torch.")
+
     def orient(self, stored: Tensor) -> Matrix:
         return stored.T if self.transposed else stored
 
     def stored(self, module: nn.Module, weight: Matrix) -> Tensor:
         return weight.T if self.transposed else weight
+
+
+def is_float8(tensor: Tensor) -> bool:
+    """Whether a tensor is stored in 8 bits, which hooks cast for each forward pass.
+
+    diffusers' layerwise casting stores weights so.
+    """
+    return tensor.is_floating_point() and tensor.itemsize == 1

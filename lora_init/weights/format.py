@@ -68,6 +68,8 @@ class WeightFormat(ABC):
             weight, subtract "in_forward", or "requantize" the difference. A format with only
             "in_forward" need not support `write`.
         quantized: whether `read` dequantizes, and `write` quantizes.
+        readable: whether `read` is supported; see `opaque` for single modules.
+        writable: whether `write`, `hold` and `put_back` are supported; see `unwritable`.
         transposed: whether the weight is stored as (in, out).
     """
 
@@ -75,6 +77,8 @@ class WeightFormat(ABC):
     operation: ClassVar[Operation] = "product"
     subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
     quantized: ClassVar[bool] = False
+    readable: ClassVar[bool] = True
+    writable: ClassVar[bool] = True
     transposed: ClassVar[bool] = False
 
     @abstractmethod
@@ -110,6 +114,18 @@ class WeightFormat(ABC):
     def unreadable(self, module: nn.Module, name: str = WEIGHT) -> str | None:
         """Why `read` would fail, for example "it is not quantized yet"; None if it works."""
         return None
+
+    def opaque(self, module: nn.Module) -> str | None:
+        """Why the values can never be read, whatever the user does; None if they can.
+
+        Such a module still supports methods that only draw random factors or read inputs. The text
+        continues a sentence, as in "its weight cannot be read, because …".
+        """
+        return None if self.readable else f"{self.name} has no dequantizer here"
+
+    def unwritable(self, module: nn.Module) -> str | None:
+        """Why `write` is not supported; None if it is."""
+        return None if self.writable else "its packed weight is read-only"
 
     @abstractmethod
     def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:

@@ -11,14 +11,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.entry_points import EntryPoints
+from lora_init.weights.awq import AWQFormat
+from lora_init.weights.compressed_tensors import CompressedTensorsFormat
 from lora_init.weights.conv1d import Conv1DFormat
 from lora_init.weights.convolution import ConvolutionFormat
 from lora_init.weights.embedding import EmbeddingFormat
 from lora_init.weights.experts import ExpertsFormat
 from lora_init.weights.format import Operation, WeightFormat
+from lora_init.weights.fp8_linear import FP8LinearFormat
+from lora_init.weights.gptq import GPTQFormat
+from lora_init.weights.hqq import HQQFormat
 from lora_init.weights.linear import LinearFormat
 from lora_init.weights.linear4bit import Linear4bitFormat
 from lora_init.weights.linear8bit import Linear8bitFormat
+from lora_init.weights.opaque import AQLMFormat, BitNetFormat, EETQFormat
+from lora_init.weights.quanto import QuantoFormat
+from lora_init.weights.torchao import TorchaoFormat
 
 FORMATS: dict[str, WeightFormat] = {}
 """The registered formats by module type. `register_weight_format` adds one."""
@@ -57,7 +65,9 @@ def register_weight_format(one: WeightFormat) -> None:
 for _one in (
     LinearFormat(), Conv1DFormat(), Linear4bitFormat(), Linear8bitFormat(),
     ConvolutionFormat(nn.Conv1d), ConvolutionFormat(nn.Conv2d), ConvolutionFormat(nn.Conv3d),
-    EmbeddingFormat(), ExpertsFormat(),
+    EmbeddingFormat(), TorchaoFormat(), QuantoFormat(), CompressedTensorsFormat(),
+    FP8LinearFormat(), HQQFormat(), AQLMFormat(), EETQFormat(), BitNetFormat(), GPTQFormat(),
+    AWQFormat(), ExpertsFormat(),
 ):  # fmt: skip
     register_weight_format(_one)
 

@@ -54,7 +54,9 @@ def probe(module: nn.Module, stored: FloatFormat) -> Finding:
         stored: how the weight is stored and used.
     """
     own = module.weight.dtype
-    dtypes = dict.fromkeys((own, torch.promote_types(own, torch.float32)))
+    # Storage in float8 is cast before the product, and torch has no products of it on a CPU.
+    wide = torch.float32 if own.itemsize == 1 else torch.promote_types(own, torch.float32)
+    dtypes = dict.fromkeys((wide,) if own.itemsize == 1 else (own, wide))
     devices = [module.weight.device] if module.weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), full_precision():
         found = [_of_dtype(module, stored, dtype) for dtype in dtypes]

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from lora_init import linalg
 from lora_init.weights.checkpoint import OriginalWeights
 from lora_init.weights.kinds import FORMATS, known_format
-from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, offloaded_weight
+from lora_init.weights.offload import (
+    factor_device,
+    is_offloaded,
+    is_unloaded,
+    offloaded_weight,
+    stored_weight,
+)
 
 if TYPE_CHECKING:
     from lora_init.plan.plan import Target
@@ -81,6 +87,11 @@ class BaseWeights:
             raise _nowhere(unloaded[0])
         self._check_stored(unloaded)
 
+    def is_readable(self, target: Target) -> bool:
+        """Whether the values of the weight can be read, as those of few quantizers cannot."""
+        module = self._module(target)
+        return known_format(module).opaque(module) is None
+
     def is_original(self, target: Target) -> bool:
         """Whether `weight` returns the weight from before quantization."""
         return not target.quantized or self.originals is not None
@@ -118,8 +129,8 @@ class BaseWeights:
             ValueError: the weight is not loaded, and no checkpoint was passed.
         """
         module = self._module(target)
-        parameter = getattr(module, target.matrix)
-        if not parameter.is_meta:
+        kept = stored_weight(module, target.matrix)
+        if not kept.is_meta:
             return _of_expert(known_format(module).read(module, target.matrix), target)
         if is_offloaded(module):
             stored = offloaded_weight(module, target.matrix)
@@ -127,7 +138,7 @@ class BaseWeights:
             stored = self.originals.weight(self._stored_name(target))
         else:
             raise _nowhere(target)
-        stored = stored.to(factor_device(module, target.matrix), parameter.dtype)
+        stored = stored.to(factor_device(module, target.matrix), kept.dtype)
         return self._as_matrix(target, stored)
 
     def target_weight(self, target: Target) -> Float[Tensor, "out in"]:

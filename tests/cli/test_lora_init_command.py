@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -448,3 +449,24 @@ def test_data_driven_start_of_a_packaged_model(run, tmp_path):
     )
     data.write_text("[1, 2]\n")
     assert "must be a JSON object" in run("make", folder, tmp_path / "x", "--data", data, *words)
+
+
+def test_plan_and_make_of_a_quantized_checkpoint_name_its_format(run, checkpoint, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized = LlamaForCausalLM.from_pretrained(
+        checkpoint, quantization_config=four_bit, device_map="cpu"
+    )
+    folder, out = tmp_path / "quantized", tmp_path / "adapter"
+    quantized.save_pretrained(folder)
+    words = (folder, "--method", "pissa", "-r", 4)
+    printed = run("plan", *words)
+    assert "Linear4bit" in printed
+    assert "nf4/64" in printed
+    assert "--residual is not supported" in run("make", *words, out, "--residual")
+    assert not out.exists()
+    run("make", *words, out)
+    base = LlamaForCausalLM.from_pretrained(folder, device_map="cpu").eval()
+    expected = base(TOKENS).logits
+    actual = PeftModel.from_pretrained(base, out)(TOKENS).logits
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)  # one layer is bfloat16
