@@ -135,7 +135,7 @@ class BaseWeights:
         if is_offloaded(module):
             stored = offloaded_weight(module, target.matrix)
         elif self.originals is not None:
-            stored = self.originals.weight(self._stored_name(target))
+            stored = self.originals.weight(self._stored_name(target), target.expert)
         else:
             raise _nowhere(target)
         stored = stored.to(factor_device(module, target.matrix), kept.dtype)
@@ -162,9 +162,12 @@ class BaseWeights:
 
     def _as_matrix(self, target: Target, stored: Tensor) -> Tensor:
         one = FORMATS[target.module_type]
-        if one.operation == "routed":  # only the module knows the layout
-            return _of_expert(one.stored(self._module(target), stored), target)
-        return one.orient(stored)
+        if one.operation != "routed":
+            return one.orient(stored)
+        # Only the module knows the layout, which is that of a stack.
+        if stored.ndim == 2:
+            return one.stored(self._module(target), stored[None])[0]
+        return _of_expert(one.stored(self._module(target), stored), target)
 
     def _module(self, target: Target) -> nn.Module:
         """The target module; for an adapted layer, its base layer."""
@@ -195,8 +198,9 @@ class BaseWeights:
 
     def _stored_name(self, target: Target) -> str:
         """The module name under which the weight is stored; tied weights may use another name."""
-        names = (target.name, *(name.removesuffix(".weight") for name in target.shared_with))
-        return next((name for name in names if self.originals.has(name)), target.name)
+        own = target.name if target.expert is None else target.name.rpartition(".")[0]
+        names = (own, *(name.removesuffix(".weight") for name in target.shared_with))
+        return next((name for name in names if self.originals.has(name)), own)
 
     def _stored_shape(self, target: Target) -> tuple[int, ...]:
         if not target.quantized:
