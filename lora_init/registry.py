@@ -161,7 +161,8 @@ class Initializer:
             "quantizer", "target_weight".
         operations: the supported ways to apply a matrix: "product" (linear layers),
             "convolution" (a matrix on patches) or "lookup" (a linear map of one-hot vectors). Every
-            weight format with one of them is supported.
+            weight format with one of them is supported. The matrices of fused experts are products
+            too, one for each expert.
         only: names of single formats that are supported in addition.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
@@ -180,6 +181,9 @@ class Initializer:
 
     def supports(self, stored: WeightFormat) -> bool:
         """Whether the method supports modules of a weight format."""
+        if stored.operation == "routed":
+            # The mean squares of the gradients of experts' outputs are not collected.
+            return "product" in self.operations and "output_moments" not in self.reads
         return stored.operation in self.operations or stored.name in self.only
 
     @property

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.factors import low_rank_product
+from lora_init.factors import low_rank_product, mean_figures
 from lora_init.layers import LoraLayer
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision, wide
@@ -25,6 +25,8 @@ from lora_init.weights.sharded import whole
 @dataclass
 class LayerReport:
     """One row of the report; a figure that the method does not have is None.
+
+    The figures of a fused parameter are means over its experts.
 
     Attributes:
         relative_norm: ‖s B0 A0‖ / ‖W‖ (Frobenius).
@@ -176,13 +178,20 @@ def describe_layer(
     if layer.base_state == "replaced" or layer.initial_lora_A is None:
         return
     is_readable = known_format(layer.base_layer).opaque(layer.base_layer) is None
-    weight = original_weight() if is_readable else None
-    initial = whole(layer.initial_lora_A), whole(layer.initial_lora_B)
-    figures = weight_figures(weight, *initial, layer.scaling)
-    for name, value in figures.items():
-        setattr(report, name, value)
-    if weight is not None and layer.base_state in ("edited", "in_forward"):
-        product = low_rank_product(*initial, layer.scaling)
+    weights = original_weight() if is_readable else None
+    factors = whole(layer.initial_lora_A), whole(layer.initial_lora_B)
+    if factors[0].ndim > 2 and weights is not None:
+        matrices = list(zip(weights, *factors, strict=True))
+    else:
+        matrices = [(weights, *factors)]
+    figures = []
+    for weight, lora_A, lora_B in matrices:
+        figures.append(weight_figures(weight, lora_A, lora_B, layer.scaling))
+        if weight is None:
+            continue
         norm = linalg.frobenius_norm(widened(weight))
-        if norm > 0:
-            report.error = float(linalg.frobenius_norm(weight - product) / norm)
+        if layer.base_state in ("edited", "in_forward") and norm > 0:
+            product = low_rank_product(lora_A, lora_B, layer.scaling)
+            figures[-1]["error"] = float(linalg.frobenius_norm(weight - product) / norm)
+    for name, value in mean_figures(figures).items():
+        setattr(report, name, value)

@@ -10,6 +10,8 @@
 Here *1 is a kernel size of 1, with as many dimensions as the kernel, and g the number of groups. c
 counts the channels of all groups, as in PEFT. Kernels of this package are zero for those of others.
 
+The factors of fused experts have PEFT's layout, see `lora_init.adapters.expert_layout`.
+
 Keys begin with "base_model.model." and the name of the module. The trained bias of an adapted
 module is called base_layer.bias. Other biases and the tensors of fully trained modules keep their
 names.
@@ -24,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_init.adapters.expert_layout import from_file, to_file
 from lora_init.factors import block_matrix, matrix_blocks
 from lora_init.plan.plan import Target
 from lora_init.weights.kinds import FORMATS, known_format
@@ -73,6 +76,7 @@ def bias_key(name: str, layers: Collection[str]) -> str:
 def file_shape(target: Target, module: Any, part: str, rank: int) -> tuple[int, ...]:
     """The shape of a part in a file; A of a convolution has the kernel size of `module`."""
     rows, columns = target.shape
+    rank *= target.experts or 1
     convolution = FORMATS[target.module_type].operation == "convolution"
     size = tuple(module.kernel_size) if convolution else ()
     ones = (1,) * len(size)
@@ -91,6 +95,8 @@ def file_shape(target: Target, module: Any, part: str, rank: int) -> tuple[int, 
 
 def in_file(target: Target, module: Any, part: str, value: Tensor, rank: int) -> Tensor:
     """A part of a layer in the shape that it has in a file."""
+    if target.experts is not None:
+        return to_file(part, value)
     if part == "lora_A":
         value = block_matrix(value, target.groups)
     return value.reshape(file_shape(target, module, part, rank))
@@ -102,6 +108,8 @@ def in_layer(target: Target, part: str, tensor: Tensor) -> Tensor:
     Raises:
         ValueError: a group of a convolution reads the channels of other groups.
     """
+    if target.experts is not None:
+        return from_file(part, tensor, target.experts)
     if not part.endswith(("_A", "_B")):
         return tensor.flatten()
     if part != "lora_A" or target.groups == 1:
@@ -118,22 +126,29 @@ def in_layer(target: Target, part: str, tensor: Tensor) -> Tensor:
 
 
 def doubled_rank(
-    lora_A: Float[Tensor, "rank in"],
-    lora_B: Float[Tensor, "out rank_of_group"],
-    initial_A: Float[Tensor, "rank in"],
-    initial_B: Float[Tensor, "out rank"],
+    lora_A: Float[Tensor, "*experts rank in"],
+    lora_B: Float[Tensor, "*experts out rank_of_group"],
+    initial_A: Float[Tensor, "*experts rank in"],
+    initial_B: Float[Tensor, "*experts out rank"],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """[A; A0] and [B, -B0], group by group; their product is B A - B0 A0."""
+    if lora_A.ndim > 2:
+        return torch.cat([lora_A, initial_A], dim=1), torch.cat([lora_B, -initial_B], dim=2)
     rows = [each.unflatten(0, (groups, -1)) for each in (lora_A, initial_A)]
     blocks = matrix_blocks(initial_B, groups)
     return torch.cat(rows, dim=1).flatten(0, 1), torch.cat([lora_B, -blocks], dim=1)
 
 
 def halved_rank(
-    lora_A: Float[Tensor, "ranks in"], lora_B: Float[Tensor, "out ranks_of_group"], groups: int
+    lora_A: Float[Tensor, "*experts ranks in"],
+    lora_B: Float[Tensor, "*experts out ranks_of_group"],
+    groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The inverse of `doubled_rank`."""
+    if lora_A.ndim > 2:
+        (A, initial_A), (B, negative_B) = lora_A.chunk(2, dim=1), lora_B.chunk(2, dim=2)
+        return A, B, initial_A, -negative_B
     A, initial_A = lora_A.unflatten(0, (groups, 2, -1)).unbind(1)
     B, negative_B = lora_B.chunk(2, dim=1)
     initial_B = block_matrix(-negative_B, groups)

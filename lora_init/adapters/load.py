@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_init.adapters.attention_keys import in_model
 from lora_init.adapters.core_file import read_cores
 from lora_init.adapters.diffusers_format import DIFFUSERS_NAME, as_peft
+from lora_init.adapters.expert_layout import named
 from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
 from lora_init.adapters.load_peft import read_foreign
 from lora_init.adapters.loaded import LoadedAdapter
@@ -25,6 +26,7 @@ from lora_init.config.file import CONFIG_NAME, read_json, refuse_lfs_pointer
 from lora_init.injection import Injection
 from lora_init.layers.attention import SplitAttention, split
 from lora_init.plan.check import FLOAT_DTYPES
+from lora_init.plan.parameters import fused_parameters
 from lora_init.weights.sharded import assign
 from lora_init.weights.source import BaseWeights
 
@@ -62,6 +64,8 @@ def read(
         tensors, header = read_tensors(folder)
     weights = BaseWeights(base, original_weights)
     try:
+        parameters = values.get("target_parameters") or []
+        tensors = named(tensors, parameters, fused_parameters(base))
         tensors, attentions = in_model(tensors, base)
         split(base, (name for name in attentions if not _is_split(base, name)))
         contents = Contents(tensors, base, adapter_dtype)

@@ -78,7 +78,7 @@ def read_own(
                 contents.part(target, "replacement_B", r),
                 header.get("checksums", {}).get(name),
             )
-            _check_quantizer(target, contents.base.get_submodule(target.name), replacement)
+            _check_quantizer(target, contents.base.get_submodule(target.module), replacement)
         elif plan.initializer.base == "subtract":
             lora_A = contents.part(target, "initial_A", r)
             lora_B = contents.part(target, "initial_B", r)

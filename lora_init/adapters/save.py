@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_init.adapters import attention_keys
 from lora_init.adapters.core_file import write_cores
 from lora_init.adapters.embeddings import description, embeddings, rows, rows_are_needed
+from lora_init.adapters.expert_layout import nested
 from lora_init.adapters.format import (
     CORE_NAME,
     HEADER_KEY,
@@ -46,11 +47,8 @@ from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import describe, resolve
 from lora_init.weights.kinds import known_format
-<<<<<<< HEAD
 from lora_init.weights.patches import is_transposed
-=======
 from lora_init.weights.sharded import whole
->>>>>>> shards
 
 
 def save_adapter(
@@ -91,18 +89,20 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, tuple[int, Target]] = {}
     factors = {t.name: _parts(t, injection, given, replaced) for t in plan.targets}
-    largest = max(len(parts["lora_A"]) for parts in factors.values())
+    largest = max(parts["lora_A"].shape[-2] for parts in factors.values())
     for target, as_written in zip(plan.targets, plain.targets, strict=True):
         parts, layer = factors[target.name], injection.layers[target.name]
         if portable:
             parts["lora_A"], parts["lora_B"] = portable_factors(
                 parts["lora_A"], parts["lora_B"], target.scaling, largest
             )
-        rank = len(parts["lora_A"])
+        rank = parts["lora_A"].shape[-2]
         ranks[as_written.name] = rank, target
         for part, value in parts.items():
             stored = in_file(target, layer.base_layer, part, value, rank)
             tensors[part_key(as_written, part)] = stored
+    fused = [target.name for target in plain.targets if target.experts is not None]
+    tensors = nested(tensors, fused, PREFIX)
     layers = {t.name for t in plain.targets}
     for name, (bias, _) in injection.biases.items():
         module, _, last = name.rpartition(".")

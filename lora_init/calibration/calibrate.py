@@ -12,6 +12,8 @@ from lora_init.cache import Cache
 from lora_init.calibration.batches import BATCHES
 from lora_init.calibration.cached import remembered
 from lora_init.calibration.collect import collect_all, collect_in_passes, collect_sketches
+from lora_init.calibration.few_tokens import with_layer_statistics
+from lora_init.calibration.places import placed
 from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
@@ -25,8 +27,7 @@ from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
-from lora_init.weights.kinds import known_format, oriented_weight
-from lora_init.weights.offload import stored_weight
+from lora_init.weights.kinds import known_format
 
 
 def calibrate(
@@ -98,7 +99,7 @@ def _collected(
         assert plan.calibration is not None
         _check_together(plan)
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
-    names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
+    names = list(dict.fromkeys(target.name for plan in plans for target in plan.matrices))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
     place = None if device is None else wide_device(torch.device(device))
     sketched = [plan for plan in plans if plan.sketches_gradients]
@@ -129,10 +130,24 @@ def calibrated(
 
     Release each part before asking for the next one.
 
+    Args:
+        plan: a plan whose targets are single matrices.
+
     Raises:
         ValueError: as `lora_init.calibration.collect.collect_in_passes`, or an existing calibration
             does not fit the model or the method.
     """
+    for part in _parts(plan, model, calibration, device, cache):
+        yield with_layer_statistics(plan, part)
+
+
+def _parts(
+    plan: Plan,
+    model: nn.Module,
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
+    device: torch.device | None,
+    cache: Cache | None,
+) -> Iterator[Calibration]:
     names = [target.name for target in plan.targets]
     request = plan.calibration
     if request is None:
@@ -246,7 +261,6 @@ def _check_sketch(plan: Plan, target: Target, sketch: GradientSketch) -> None:
 
 def _weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """The loaded weights of these layers that can be read, each with shape (out, in)."""
-    for name in names:
-        module = model.get_submodule(name)
-        if not stored_weight(module).is_meta and known_format(module).opaque(module) is None:
-            yield name, oriented_weight(module)
+    for name, place in placed(model, names).items():
+        if not place.parameter.is_meta and known_format(place.module).opaque(place.module) is None:
+            yield name, place.weight

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.cache import Cache
-from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
+from lora_init.factors import Factors, Replacement, fused, low_rank_product, unstacked
 from lora_init.initialize import jobs, shared
 from lora_init.initialize.cached import CachedFactors, cacheable
 from lora_init.initialize.checks import (
@@ -98,7 +98,7 @@ def initialize(
             message names the target.
     """
     homes = {
-        target.name: factor_device(weights.model.get_submodule(target.name))
+        target.name: factor_device(weights.model.get_submodule(target.module), target.matrix)
         for target in plan.targets
     }
     worker = _Worker(weights, plan, statistics, seed, homes, cache)
@@ -123,6 +123,20 @@ def initialize(
         [(t.name, t.rank, found[t.name].factors.metrics) for t in plan.targets],
     )
     return [found[target.name] for target in plan.targets]
+
+
+def fused_layers(plan: Plan, layers: Sequence[InitializedLayer]) -> list[InitializedLayer]:
+    """Join the matrices of each fused parameter's experts, in the order of the plan's targets."""
+    found = {layer.target.name: layer for layer in layers}
+    joined = []
+    for target in plan.targets:
+        own = [found[one.name] for one in target.single()]
+        if target.experts is None:
+            joined += own
+            continue
+        factors = fused([layer.factors for layer in own])
+        joined.append(InitializedLayer(target, factors, sum(layer.seconds for layer in own)))
+    return joined
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,7 @@ class _Worker:
                 weight = weight.to(torch.float32)
         bias = None
         if "bias" in self.plan.initializer.reads | self.plan.options.also_reads():
-            bias = _bias(self.weights.model.get_submodule(target.name), target).to(device)
+            bias = _bias(self.weights.model.get_submodule(target.module), target).to(device)
         statistics = self.statistics.get(target.name, LayerStatistics()).to(device)
         second = None
         if "target_weight" in self.plan.initializer.reads:
@@ -206,7 +220,7 @@ class _Worker:
             gradient = gradient.dense()
         quantizer = None
         if target.quantized:
-            module = self.weights.model.get_submodule(target.name)
+            module = self.weights.model.get_submodule(target.module)
             quantizer = known_format(module).quantizer(module)
         return Layer(
             names=(target.name,),
@@ -284,7 +298,10 @@ def _bias(module: nn.Module, target: Target) -> Float[Tensor, " out"]:
     Raises:
         ValueError: the bias is not loaded.
     """
-    found = getattr(module, "bias", None)
+    name = "bias" if target.expert is None else f"{target.matrix}_bias"
+    found = getattr(module, name, None)
+    if found is not None and target.expert is not None:
+        found = found[target.expert]
     if not isinstance(found, Tensor):
         return torch.zeros(target.shape[0])
     if found.is_meta:

@@ -15,7 +15,6 @@ from lora_init.plan.plan import Plan, Target
 from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import known_format, oriented_weight
-from lora_init.weights.offload import stored_weight
 from lora_init.weights.sharded import is_sharded
 from lora_init.weights.source import BaseWeights
 
@@ -47,10 +46,10 @@ def settle_base(
         return
     # Use the factors as stored, so that the rounded values of a 16-bit adapter are subtracted.
     # The parts of a sharded weight are not edited: whatever shards it may keep other copies.
-    weight = stored_weight(module)
-    absent = weight.is_meta or is_sharded(weight)
+    absent = layer.stored_weight.is_meta or is_sharded(layer.stored_weight)
     fixed = target.shared_with or target.quantized or absent or not target.exact
-    editable = "edit" in known_format(module).subtractions
+    # Experts are not edited: the edits of a stack of matrices could not be undone one by one.
+    editable = "edit" in known_format(module).subtractions and target.experts is None
     if fixed or not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):
         layer.base_state = "in_forward"
 
@@ -69,22 +68,24 @@ def _replace(
     For a weight that is not loaded, only the replacement's recipe is recorded, as in a saved file.
     """
     module, one = layer.base_layer, known_format(layer.base_layer)
-    shared, absent = bool(target.shared_with), module.weight.is_meta
+    shared, absent = bool(target.shared_with), layer.stored_weight.is_meta
     weight = weights.weight(target)
     # A packed module quantizes the residual itself. Values that are quantized already would have
     # their scales rounded twice.
     make = replacement.residual if target.quantized else replacement.base
     replaced = make(weight, target.scaling)
     if keep_original or shared or absent:
-        injection.originals[target.name] = one.hold(module, on_cpu=not (shared or absent))
+        on_cpu = not (shared or absent)
+        injection.originals[target.name] = one.hold(module, layer.matrix, on_cpu=on_cpu)
     layer.base_state = "replaced"
     if not absent:
-        transaction.weight(module)
-        one.write(module, replaced, own=shared)
+        transaction.weight(module, layer.matrix)
+        one.write(module, replaced, layer.matrix, own=shared)
     injection.replacements[target.name] = replacement
     if target.quantized and weights.originals is not None:
         injection.from_original_weights[target.name] = fingerprint(weight)
-    stored = replaced.to(module.weight.dtype) if absent else one.read(module)
+    dtype = layer.stored_weight.dtype
+    stored = replaced.to(dtype) if absent else one.read(module, layer.matrix)
     injection.checksums[target.name] = base_checksum(replacement, weight, target.scaling, stored)
 
 

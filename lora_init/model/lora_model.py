@@ -43,7 +43,6 @@ from lora_init.weights.offload import (
     HOOK_ATTRIBUTES,
     absence,
     first_unloaded,
-    stored_weight,
 )
 from lora_init.weights.sharded import is_dtensor, is_sharded, reshard
 
@@ -605,7 +604,7 @@ class LoraModel(nn.Module):
         live = self._live_injection()
         layer = live.layers[name]
         # The original base of a sharded layer stays as it is.
-        if layer.base_state == "edited" or not is_sharded(stored_weight(layer.base_layer)):
+        if layer.base_state == "edited" or not is_sharded(layer.stored_weight):
             live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
         move = partial(injection.move_initial_factors, live.layers[name], lora_A, lora_B)
         if transaction is None:
@@ -650,11 +649,12 @@ class LoraModel(nn.Module):
         reshard(self.base_model)
         for name, layer in live.layers.items():
             core = () if layer.lora_core is None else ("lora_core",)
+            base = f"base_layer.{layer.matrix}"
             names = ("lora_A", "lora_B", *core)
             parts: dict[str, Tensor] = {part: layer.get_parameter(part) for part in names}
-            parts["base_layer.weight"] = stored_weight(layer.base_layer)
+            parts[base] = layer.stored_weight
             for part, parameter in parts.items():
-                untouched = part == "base_layer.weight" and layer.base_state != "edited"
+                untouched = part == base and layer.base_state != "edited"
                 if without_base and untouched and parameter.is_meta:
                     continue
                 # Around an original base, what needs the factors gathers them.

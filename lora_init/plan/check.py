@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_init.plan.sharded import check_sharded
 from lora_init.registry import Initializer, Options
 from lora_init.weights.float import is_float8
+from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import class_format, is_quantized, known_format, module_type
 from lora_init.weights.offload import is_offloaded, stored_weight
 from lora_init.weights.sharded import is_sharded, local_part
@@ -64,32 +65,43 @@ def extents(model: nn.Module) -> dict[int, list[Extent]]:
     return found
 
 
-def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
+def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = WEIGHT) -> None:
     """Raise if the method or the library does not support this target. Reads no weight values.
+
+    Args:
+        name: the name of the module.
+        matrix: the name of the matrix in the module.
 
     Raises:
         TypeError: the module's type, or the type of its weight, is not supported.
         ValueError: the state of the weight is not supported (offloaded, made in inference mode).
     """
     module = model.get_submodule(name)
+    name = name if matrix == WEIGHT else f"{name}.{matrix}"
     stored = class_format(module)
     if stored is not None and (reason := stored.refusal(module)) is not None:
         raise TypeError(f"target {name!r} {reason}. Leave it out with exclude_modules")
-    if stored is None or not spec.supports(stored):
-        kind = module_type(module) + _stacked(module)
+    if stored is None or not spec.supports(stored) or matrix not in stored.matrices(module):
+        stacked = _stacked(module)
+        kind = (type(module).__name__ if stacked else module_type(module)) + stacked
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not support; "
-            f"must be one of {', '.join(sorted(spec.modules))}. Leave it out with exclude_modules"
+            f"must be one of {', '.join(sorted(spec.modules))}. {_fix(stacked)}"
         )
-    weight = stored_weight(module) if stored.quantized else module._parameters.get("weight")
+    weight = stored_weight(module) if stored.quantized else module._parameters.get(matrix)
     if weight is None:
         raise TypeError(
             f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
             "cannot be adapted in place; remove the parametrization first"
         )
-    if (reason := stored.unreadable(module)) is not None:
+    if (reason := stored.unreadable(module, matrix)) is not None:
         raise ValueError(f"target {name!r}: {reason}")
     _check_presence(name, weight)
+    if stored.operation == "routed" and is_offloaded(module):
+        raise ValueError(
+            f"target {name!r}: its weight is offloaded by Accelerate, and adapted experts need it "
+            "in memory; load the experts into memory first"
+        )
     if spec.base == "replace" and weight.is_meta and is_offloaded(module):
         raise ValueError(
             f"target {name!r}: its weight is offloaded by Accelerate, but {spec.name} replaces "
@@ -238,6 +250,11 @@ def _stacked(module: nn.Module) -> str:
     return f" (parameters with all experts' weights: {', '.join(stacked)})" if stacked else ""
 
 
+def _fix(stacked: str) -> str:
+    parameters = "Name its parameters in target_parameters, or leave it out with exclude_modules"
+    return parameters if stacked else "Leave it out with exclude_modules"
+
+
 def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise if parts of the base model that are to be trained have no values.
 
@@ -306,13 +323,15 @@ def _check_presence(name: str, weight: Tensor) -> None:
         )
 
 
-def sharers(name: str, module: nn.Module, owners: Mapping[int, list[Extent]]) -> tuple[str, ...]:
-    """Names of other modules' parameters that share memory with this module's weight.
+def sharers(
+    name: str, module: nn.Module, owners: Mapping[int, list[Extent]], matrix: str = WEIGHT
+) -> tuple[str, ...]:
+    """Names of other modules' parameters that share memory with this matrix of a module.
 
     A module registered under several names is one module: none of its names is returned.
     """
     try:
-        own = extent(f"{name}.weight", stored_weight(module))
+        own = extent(f"{name}.{matrix}", stored_weight(module, matrix))
     except RuntimeError:  # a tensor subclass of a quantizer has no storage
         return ()
     return tuple(

@@ -10,6 +10,7 @@ The rest of the package sees a weight as one or more named matrices:
 | Conv1d, Conv2d, Conv3d | (out, channels, *kernel) | (out, channels·kernel size), for patches |
 | ConvTranspose1d, 2d, 3d | (channels, out, *kernel) | (out, channels·kernel size), for patches |
 | grouped convolution | (out, channels of a group, *kernel) | the matrices of the groups, stacked |
+| Experts | (experts, out, in), or (experts, in, out) | (experts, out, in), a stack |
 | Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
 """
 
@@ -30,8 +31,9 @@ from lora_init.weights.probe import Finding
 WEIGHT = "weight"
 """The name of the matrix of a module that has only one."""
 
-Operation = Literal["product", "convolution", "lookup"]
-"""How a module applies its matrix: to rows of features, to patches, or by looking up columns."""
+Operation = Literal["product", "convolution", "lookup", "routed"]
+"""How a module applies its matrix: to rows of features, to patches, by looking up columns, or, for
+experts, each to the rows that a router selects."""
 
 Matrix = Float[Tensor, "*experts out in"]
 
@@ -61,7 +63,8 @@ class WeightFormat(ABC):
     Attributes:
         name: the module type, as in plans and tables.
         operation: how the module applies its matrix: "product" with rows of features,
-            "convolution" with patches, or "lookup" of its columns. It selects the adapted layer.
+            "convolution" with patches, "lookup" of its columns, or "routed", a product of each
+            expert's matrix with the rows that a router selects. It selects the adapted layer.
         subtractions: the supported ways to subtract s B0 A0, the default first: "edit" the stored
             weight, subtract "in_forward", or "requantize" the difference. A format with only
             "in_forward" need not support `write`.

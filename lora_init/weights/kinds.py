@@ -16,6 +16,7 @@ from lora_init.weights.compressed_tensors import CompressedTensorsFormat
 from lora_init.weights.conv1d import Conv1DFormat
 from lora_init.weights.convolution import ConvolutionFormat, TransposedConvolutionFormat
 from lora_init.weights.embedding import EmbeddingFormat
+from lora_init.weights.experts import ExpertsFormat
 from lora_init.weights.format import Operation, WeightFormat
 from lora_init.weights.fp8_linear import FP8LinearFormat
 from lora_init.weights.gptq import GPTQFormat
@@ -68,7 +69,7 @@ for _one in (
     *map(TransposedConvolutionFormat, TRANSPOSED.values()),
     EmbeddingFormat(), TorchaoFormat(), QuantoFormat(), CompressedTensorsFormat(),
     FP8LinearFormat(), HQQFormat(), AQLMFormat(), EETQFormat(), BitNetFormat(), GPTQFormat(),
-    AWQFormat(),
+    AWQFormat(), ExpertsFormat(),
 ):  # fmt: skip
     register_weight_format(_one)
 

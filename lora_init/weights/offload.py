@@ -20,9 +20,9 @@ HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward")
 deletes them from the module on which it finds them when it removes the hook."""
 
 
-def stored_weight(module: nn.Module) -> Tensor:
-    """The tensor that stores the weight: `weight`, or else the largest one of a packed module."""
-    weight = getattr(module, "weight", None)
+def stored_weight(module: nn.Module, matrix: str = "weight") -> Tensor:
+    """The tensor that stores a matrix: that of its name, or else the largest of a packed module."""
+    weight = getattr(module, matrix, None)
     if isinstance(weight, Tensor):
         return weight
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -66,18 +66,18 @@ def is_offloaded(module: nn.Module) -> bool:
     return _offloading_hook(module) is not None
 
 
-def offloaded_weight(module: nn.Module) -> Tensor:
-    """The weight of an offloaded module, mapped from disk or from CPU memory."""
-    return _offloading_hook(module).weights_map["weight"].detach()
+def offloaded_weight(module: nn.Module, matrix: str = "weight") -> Tensor:
+    """A matrix of an offloaded module, mapped from disk or from CPU memory."""
+    return _offloading_hook(module).weights_map[matrix].detach()
 
 
-def is_unloaded(module: nn.Module) -> bool:
-    """Whether the module's weight has no values, neither in memory nor offloaded.
+def is_unloaded(module: nn.Module, matrix: str = "weight") -> bool:
+    """Whether a matrix of the module has no values, neither in memory nor offloaded.
 
     A hook on an enclosing module (`preload_module_classes`) does not count. It stores the weight by
     name, and an adapter changes that name.
     """
-    return stored_weight(module).is_meta and not is_offloaded(module)
+    return stored_weight(module, matrix).is_meta and not is_offloaded(module)
 
 
 def first_unloaded(model: nn.Module, path: str = "") -> str | None:
@@ -94,12 +94,12 @@ def first_unloaded(model: nn.Module, path: str = "") -> str | None:
     return next((name for name in found if name is not None), None)
 
 
-def factor_device(module: nn.Module) -> torch.device:
-    """The device of a module's factors: that of its weight during the forward pass.
+def factor_device(module: nn.Module, matrix: str = "weight") -> torch.device:
+    """The device of a matrix's factors: that of the matrix during the forward pass.
 
     It is the CPU if the weight is not loaded.
     """
-    weight = stored_weight(module)
+    weight = stored_weight(module, matrix)
     if not weight.is_meta:
         return weight.device
     device = getattr(_offloading_hook(module), "execution_device", None)

@@ -1,0 +1,65 @@
+"""Products of groups of rows: values, gradients and second derivatives."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from lora_init.layers.grouped_product import grouped_outer, grouped_product
+from lora_init.layers.grouped_sum import grouped_sum
+
+OFFSETS = torch.tensor([2, 2, 6, 7], dtype=torch.int32)  # the second group is empty
+ROWS, GROUPS, INNER, OUT, RANK, SCALING = 7, 4, 5, 3, 2, 1.5
+
+
+def draws(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def operands():
+    """x, W, A, B."""
+    shapes = (ROWS, INNER), (GROUPS, INNER, OUT), (GROUPS, INNER, RANK), (GROUPS, RANK, OUT)
+    return [draws(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def added(x, W, A, B):
+    return grouped_sum(x, W, A, B, OFFSETS, SCALING)
+
+
+def multiplied(x, W):
+    return grouped_product(x, W, OFFSETS)
+
+
+def outer(x, y):
+    return grouped_outer(x, y, OFFSETS)
+
+
+def test_each_group_has_its_own_matrix():
+    x, W, A, B = operands()
+    product, total = multiplied(x, W), added(x, W, A, B)
+    bounds = [0, *OFFSETS.tolist()]
+    for group, (start, stop) in enumerate(pairwise(bounds)):
+        matrix = W[group] + SCALING * A[group] @ B[group]
+        torch.testing.assert_close(product[start:stop], x[start:stop] @ W[group])
+        torch.testing.assert_close(total[start:stop], x[start:stop] @ matrix)
+
+
+@pytest.mark.parametrize("function", [added, multiplied, outer])
+def test_first_and_second_derivatives(function):
+    inputs = {
+        added: operands(),
+        multiplied: operands()[:2],
+        outer: [draws(ROWS, INNER), draws(ROWS, OUT, seed=1)],
+    }[function]
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_a_frozen_operand_gets_no_gradient(frozen):
+    inputs = operands()
+    inputs[frozen].requires_grad_(False)
+    added(*inputs).sum().backward()
+    assert [one.grad is None for one in inputs] == [i == frozen for i in range(4)]
