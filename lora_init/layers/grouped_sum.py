@@ -74,7 +74,7 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, gradient: Tensor, of_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, gradient: Tensor | None, of_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
     """`of_hidden`, a gradient of s x A_e, exists for second derivatives only."""
     rows, stack, lora_A, lora_B, offsets, hidden = ctx.saved_tensors
     if gradient is None:
@@ -84,9 +84,9 @@ def _gradients(ctx, gradient: Tensor, of_hidden: Tensor | None) -> tuple[Tensor 
     transposed = (matrices.transpose(1, 2) for matrices in (stack, lora_B, lora_A))
     by_rows, inner = torch.ops.lora_init.grouped_sum(gradient, *transposed, offsets, ctx.scaling)
     if of_hidden is not None:
-        of_hidden = of_hidden * ctx.scaling
-        by_rows = by_rows + grouped_product(of_hidden, lora_A.transpose(1, 2), offsets)
-        inner = inner + of_hidden
+        extra: Tensor = of_hidden * ctx.scaling
+        by_rows = by_rows + grouped_product(extra, lora_A.transpose(1, 2), offsets)
+        inner = inner + extra
     of_stack, of_A, of_B = ctx.needs_input_grad[1:4]
     return (
         by_rows,
