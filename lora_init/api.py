@@ -22,7 +22,7 @@ from lora_init.calibration.calibrate import calibrate, calibrated, for_allocatio
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sets import check_calibration, check_sets
 from lora_init.config.lora_config import LoraConfig
-from lora_init.initialize.run import InitializedLayer, initialize
+from lora_init.initialize.run import InitializedLayer, fused_layers, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
 from lora_init.linalg.matrix import refuse_non_finite
@@ -267,15 +267,16 @@ def _assemble(
     seconds: dict[str, float] = dict.fromkeys(
         ("calibration", "allocation", "initialize", "inject"), 0.0
     )
-    parts = calibrated(plan, model, calibration, device, cache)
+    parts = calibrated(plan.in_matrices(), model, calibration, device, cache)
     if spec.allocates:
         with _timed(seconds, "calibration"):
-            whole = for_allocation(plan, parts)
+            whole = for_allocation(plan.in_matrices(), parts)
         with _timed(seconds, "allocation"):
             plan = allocated(plan, config, whole, weights)
         config = plan.explicit(config)
         parts = iter([whole])
 
+    matrices = plan.in_matrices()
     initialized: list[InitializedLayer] = []
     while True:
         with _timed(seconds, "calibration"):
@@ -283,14 +284,14 @@ def _assemble(
         if part is None:
             break
         with _timed(seconds, "initialize"):
-            here = plan.only(part.layers)
+            here = matrices.only(part.layers)
             initialized += initialize(
                 weights, here, part.layers, seed=seed, device=device, cache=cache
             )
         tokens = part.tokens
         part = None  # frees memory for the next pass
 
-    figures = _figures_before_replacement(weights, initialized)
+    initialized = fused_layers(plan, _with_figures(weights, initialized))
     preserved = spec.preserves_output and not plan.replaced
     checked = verify is not None and preserved
     expected = original_output(model, verify) if checked else None
@@ -315,8 +316,6 @@ def _assemble(
         layers=[],
     )
     metrics = {layer.target.name: dict(layer.factors.metrics) for layer in initialized}
-    for name, taken in figures.items():
-        metrics[name] = taken | metrics[name]
     times = {layer.target.name: layer.seconds for layer in initialized}
     made = LoraModel(model, config, plan, done, report, metrics, times)
     if verify is not None:
@@ -447,8 +446,11 @@ def allocated(
             target.rank, target.shape, statistics.layers[target.name], partial(read, target)
         )
         for target in plan.targets
+        if target.experts is None
     }
-    ranks = plan.options.allocate(requests)
+    # A file has one rank for all experts of a parameter, so these keep the planned rank.
+    fixed = {target.name: target.rank for target in plan.targets if target.experts is not None}
+    ranks = (plan.options.allocate(requests) if requests else {}) | fixed
     if not any(ranks.values()):
         raise ValueError(
             f"{plan.initializer.name}: no layer's inputs vary over the calibration data, so all "
@@ -457,17 +459,16 @@ def allocated(
     return plan.with_ranks(ranks, config)
 
 
-def _figures_before_replacement(
+def _with_figures(
     weights: BaseWeights, initialized: list[InitializedLayer]
-) -> dict[str, dict[str, Any]]:
-    """The report's figures of layers whose weight will be replaced."""
-    return {
-        layer.target.name: weight_figures(
-            weights.weight(layer.target),
-            layer.factors.lora_A,
-            layer.factors.lora_B,
-            layer.target.scaling,
-        )
-        for layer in initialized
-        if layer.factors.replacement is not None
-    }
+) -> list[InitializedLayer]:
+    """The layers; those whose weight will be replaced with the report's figures of it."""
+    layers = []
+    for layer in initialized:
+        factors = layer.factors
+        if factors.replacement is not None:
+            weight, scaling = weights.weight(layer.target), layer.target.scaling
+            figures = weight_figures(weight, factors.lora_A, factors.lora_B, scaling)
+            factors = dataclasses.replace(factors, metrics={**figures, **factors.metrics})
+        layers.append(dataclasses.replace(layer, factors=factors))
+    return layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,6 +76,9 @@ class Replacement:
         self, weight: Float[Tensor, "*stack out in"], scaling: float
     ) -> Float[Tensor, "*stack out in"]:
         """Q in float32, computed from the original weight."""
+        if weight.ndim > 2:
+            pairs = zip(self.members(), weight, strict=True)
+            return torch.stack([one.base(matrix, scaling) for one, matrix in pairs])
         return self.quantizer.roundtrip(self.residual(weight, scaling))
 
 
@@ -116,10 +119,47 @@ def output_factor(
         return widened(lora_B) @ widened(core)
 
 
-def low_rank_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Float[Tensor, "out in"]:
+def low_rank_product(
+    lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Float[Tensor, "*stack out in"]:
     """s B A in float32 or float64."""
     with full_precision():
+        if lora_A.ndim > 2:
+            return (widened(lora_B.detach()) * scaling) @ widened(lora_A.detach())
         return matrix.product(widened(lora_B.detach()) * scaling, widened(lora_A.detach()))
+
+
+def fused(experts: Sequence[Factors]) -> Factors:
+    """The factors of all experts' matrices along a new first dimension, with `mean_figures`."""
+    first = experts[0]
+    replacement = None
+    if first.replacement is not None:
+        recipes = [one.replacement for one in experts if one.replacement is not None]
+        replacement = replace(
+            first.replacement,
+            lora_A=torch.stack([recipe.lora_A for recipe in recipes]),
+            lora_B=torch.stack([recipe.lora_B for recipe in recipes]),
+        )
+    cores = [one.core for one in experts if one.core is not None]
+    return Factors(
+        torch.stack([one.lora_A for one in experts]),
+        torch.stack([one.lora_B for one in experts]),
+        replacement,
+        metrics=mean_figures([one.metrics for one in experts]),
+        core=torch.stack(cores) if cores else None,
+    )
+
+
+def mean_figures(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean over experts of each number; a figure that is no number if all have the same."""
+    means: dict[str, Any] = {}
+    for name in figures[0]:
+        values = [one.get(name) for one in figures]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            means[name] = sum(values) / len(values)
+        elif all(value == values[0] for value in values):
+            means[name] = values[0]
+    return means
 
 
 def unstacked(stack: Factors, count: int) -> list[Factors]:

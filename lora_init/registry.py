@@ -32,7 +32,7 @@ import torch
 
 from lora_init.factors import Base, Factors
 from lora_init.layer import Layer, LayerRequest
-from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
+from lora_init.weights.module_types import EXPERTS, LINEAR_TYPES, MODULE_TYPES
 
 ENTRY_POINT_GROUP = "lora_init.initializers"
 
@@ -160,7 +160,8 @@ class Initializer:
         reads: what the method reads: "weight", "inputs", "gradient", "output_moments", "quantizer",
             "target_weight".
         modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
-            Embedding as a linear map of one-hot vectors.
+            Embedding as a linear map of one-hot vectors. A method that supports Linear supports the
+            matrices of fused experts, each as one layer.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
     """
@@ -323,12 +324,20 @@ def register_initializer(
             base=base,
             preserves_output=preserves_output,
             reads=given["reads"],
-            modules=given["modules"],
+            modules=given["modules"] | _experts(given["modules"], given["reads"]),
             control=control,
         )
         return function
 
     return decorate
+
+
+def _experts(modules: frozenset[str], reads: frozenset[str]) -> set[str]:
+    """The type of experts if a method supports them: their matrices are like those of a Linear.
+
+    The mean squares of their outputs' gradients are not collected.
+    """
+    return {EXPERTS} if "Linear" in modules and "output_moments" not in reads else set()
 
 
 def _check_call(name: str, function: Method) -> None:

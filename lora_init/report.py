@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.factors import low_rank_product
+from lora_init.factors import low_rank_product, mean_figures
 from lora_init.layers import LoraLayer
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
@@ -23,6 +23,8 @@ from lora_init.tables import render
 @dataclass
 class LayerReport:
     """One row of the report; a figure that the method does not have is None.
+
+    The figures of a fused parameter are means over its experts.
 
     Attributes:
         relative_norm: ‖s B0 A0‖ / ‖W‖ (Frobenius).
@@ -169,12 +171,14 @@ def describe_layer(
             report.details[name] = value
     if layer.base_state == "replaced" or layer.initial_lora_A is None:
         return
-    weight = original_weight()
-    figures = weight_figures(weight, layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
-    for name, value in figures.items():
-        setattr(report, name, value)
-    if layer.base_state in ("edited", "in_forward"):
-        product = low_rank_product(layer.initial_lora_A, layer.initial_lora_B, layer.scaling)
+    parts = original_weight(), layer.initial_lora_A, layer.initial_lora_B
+    experts = zip(*parts, strict=True) if parts[0].ndim > 2 else [parts]
+    figures = []
+    for weight, lora_A, lora_B in experts:
+        figures.append(weight_figures(weight, lora_A, lora_B, layer.scaling))
         norm = linalg.frobenius_norm(widened(weight))
-        if norm > 0:
-            report.error = float(linalg.frobenius_norm(weight - product) / norm)
+        if layer.base_state in ("edited", "in_forward") and norm > 0:
+            product = low_rank_product(lora_A, lora_B, layer.scaling)
+            figures[-1]["error"] = float(linalg.frobenius_norm(weight - product) / norm)
+    for name, value in mean_figures(figures).items():
+        setattr(report, name, value)

@@ -262,7 +262,8 @@ def test_expert_parameters_are_refused_for_what_they_are(names):
     shape = "4×96×64" if "gate_up_proj" in names else "4×64×48"
     message = (
         rf"{names[-1]!r} is not a module but a parameter, 'model.layers.0.mlp.experts.*' of shape "
-        rf"{shape} in a MixtralExperts, the weights of all experts in one tensor.*leave it out"
+        rf"{shape} in a MixtralExperts, the weights of all experts in one tensor.*name it in "
+        "target_parameters"
     )
     with pytest.raises(ValueError, match=message):
         get_peft_model(mixtral(), LoraConfig(target_modules=names))
@@ -278,8 +279,10 @@ def test_the_experts_module_is_refused_for_what_it_holds(names):
         get_peft_model(mixtral(), LoraConfig(target_modules=names, init_lora_weights="pissa"))
 
 
-def test_all_linear_of_a_mixture_of_experts_is_its_attention():
-    plan = get_peft_model(mixtral(), LoraConfig(target_modules=ALL), dry_run=True)
+@pytest.mark.parametrize("experts", [None, True, False])
+def test_all_linear_of_a_mixture_of_experts_is_its_attention_and_its_experts(experts):
+    plan = get_peft_model(mixtral(), LoraConfig(target_modules=ALL, experts=experts), dry_run=True)
+    fused = set() if experts is False else {"gate_up_proj", "down_proj"}
     assert {target.name.rpartition(".")[2] for target in plan.targets} == {
         "q_proj", "k_proj", "v_proj", "o_proj"
-    }  # fmt: skip
+    } | fused  # fmt: skip

@@ -24,7 +24,7 @@ from lora_init.linalg.precision import full_precision
 from lora_init.plan.check import FLOAT_DTYPES
 
 Cores = dict[str, dict[str, Tensor]]
-"""By layer, the parts "lora_B" (out, rank) and "lora_core" (rank, rank)."""
+"""By layer, the parts "lora_B" (out, rank) and "lora_core" (rank, rank), or stacks of experts."""
 
 # B R of the file was computed by another machine, and a converter may have rounded it to 16 bits.
 LARGEST_GAP = 1e-2
@@ -77,7 +77,7 @@ def checked_core(name: str, cores: Cores, folded: Tensor, rank: int) -> tuple[Te
     Raises:
         ValueError: a tensor is missing, has a wrong shape or dtype, or B R is another matrix.
     """
-    shapes = {"lora_B": tuple(folded.shape), "lora_core": (rank, rank)}
+    shapes = {"lora_B": tuple(folded.shape), "lora_core": (*folded.shape[:-2], rank, rank)}
     for part, shape in shapes.items():
         value = cores.get(name, {}).get(part)
         if value is None or tuple(value.shape) != shape or value.dtype not in FLOAT_DTYPES:

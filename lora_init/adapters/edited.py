@@ -21,7 +21,13 @@ KEPT_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq", "mica")
 
 FIXED = ("use_dora", "lora_bias", "bias")
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout")
-SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+SELECTION = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+)
 
 
 def followed(
@@ -87,11 +93,13 @@ def followed(
 
 
 def _check_selection(contents: Contents, theirs: LoraConfig, plan: Plan) -> None:
-    if theirs.target_modules is None:
+    if theirs.target_modules is None and theirs.target_parameters is None:
         return
+    theirs = dataclasses.replace(theirs, experts=False)
     failure = None
     try:
-        chosen = select(contents.base, theirs, plan.modules_to_save).names
+        found = select(contents.base, theirs, plan.modules_to_save)
+        chosen = (*found.names, *found.experts)
     except ValueError as error:
         chosen, failure = (), error
     wanted = [target.name for target in plan.targets]

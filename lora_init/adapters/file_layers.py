@@ -124,6 +124,12 @@ def read_layers(folder: Path) -> AdapterFile:
     read_json(folder / CONFIG_NAME)
     config = LoraConfig.from_pretrained(folder)
     tensors, header = read_tensors(folder)
+    if any(not name.endswith(".weight") for name in config.target_parameters or ()):
+        raise ValueError(
+            f"target_parameters={config.target_parameters!r} of {folder} is not supported here: "
+            "must be None, because one tensor holds the factors of all experts. Load the adapter "
+            "with LoraModel.from_pretrained."
+        )
     if (folder / OWN_WEIGHTS_NAME).is_file() and header is not None and "quantizers" in header:
         raise ValueError(
             f"{folder} belongs to a quantized base that lora_init computes again from the original "

@@ -7,6 +7,8 @@
 | lora_bias | lora_B.bias (out,) | the same | – |
 | lora_magnitude_vector | (out,) | (1, out, 1, 1) | (width,) |
 
+The factors of fused experts have PEFT's layout, see `lora_init.adapters.expert_layout`.
+
 Keys begin with "base_model.model." and the name of the module. The trained bias of an adapted
 module is called base_layer.bias. Other biases and the tensors of fully trained modules keep their
 names.
@@ -19,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_init.adapters.expert_layout import from_file
 from lora_init.plan.plan import Target
 from lora_init.weights.kinds import FORMATS, known_format
 
@@ -63,6 +66,7 @@ def bias_key(name: str, layers: Collection[str]) -> str:
 def file_shape(target: Target, module: Any, part: str, rank: int) -> tuple[int, ...]:
     """The shape of a part in a file; A of a Conv2d has the kernel size of `module`."""
     rows, columns = target.shape
+    rank *= target.experts or 1
     convolution = FORMATS[target.module_type].operation == "convolution"
     if part in ("replacement_A", "initial_A"):
         return rank, columns
@@ -77,6 +81,8 @@ def file_shape(target: Target, module: Any, part: str, rank: int) -> tuple[int, 
     return (rows,)
 
 
-def matrix(part: str, tensor: Tensor) -> Tensor:
+def matrix(target: Target, part: str, tensor: Tensor) -> Tensor:
     """Reshape a tensor of a file for a layer: factors to matrices, other parts to vectors."""
+    if target.experts is not None:
+        return from_file(part, tensor, target.experts)
     return tensor.flatten(1) if part.endswith(("_A", "_B")) else tensor.flatten()

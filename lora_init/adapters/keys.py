@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_init.adapters.format import FIRST_FACTOR, PREFIX
+from lora_init.plan.parameters import fused_parameters
 from lora_init.plan.plan import Plan
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
@@ -76,11 +77,17 @@ def with_names(plan: Plan, names: Mapping[str, str]) -> Plan:
     targets = (dataclasses.replace(t, name=names.get(t.name, t.name)) for t in plan.targets)
     saved = (names.get(name, name) for name in plan.modules_to_save)
     candidates = dict.fromkeys(names.get(name, name) for name in plan.candidates)
+    fused = []
+    for name in plan.fused:
+        module, _, matrix = name.rpartition(".")
+        fused.append(f"{names.get(module, module)}.{matrix}")
     return dataclasses.replace(
         plan,
         targets=tuple(targets),
         modules_to_save=tuple(saved),
         candidates=tuple(filter(None, candidates)),
+        fused=tuple(fused),
+        mapped=tuple(names.get(name, name) for name in plan.mapped),
     )
 
 
@@ -149,7 +156,7 @@ def _renaming(base: nn.Module, layers: list[str]) -> Callable[[str], str]:
     Raises:
         ValueError: no rule gives each layer one module.
     """
-    modules = {name for name, _ in base.named_modules()}
+    modules = {name for name, _ in base.named_modules()} | fused_parameters(base).keys()
     if all(layer in modules for layer in layers):
         return lambda key: key
     bare: dict[str, list[str]] = {}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_init.adapters.core_file import read_cores
+from lora_init.adapters.expert_layout import named
 from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
 from lora_init.adapters.load_peft import read_foreign
 from lora_init.adapters.loaded import LoadedAdapter
@@ -22,6 +23,7 @@ from lora_init.adapters.tensors import Contents
 from lora_init.config.file import CONFIG_NAME, read_json, refuse_lfs_pointer
 from lora_init.injection import Injection
 from lora_init.plan.check import FLOAT_DTYPES
+from lora_init.plan.parameters import fused_parameters
 from lora_init.weights.source import BaseWeights
 
 
@@ -53,6 +55,8 @@ def read(
     tensors, header = read_tensors(folder)
     weights = BaseWeights(base, original_weights)
     try:
+        parameters = values.get("target_parameters") or []
+        tensors = named(tensors, parameters, fused_parameters(base))
         contents = Contents(tensors, base, adapter_dtype)
         if header is not None:
             cores = None

@@ -14,6 +14,7 @@ PEFT 0.21.2 writes more than the adapter, and some of its layers ignore settings
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -67,7 +68,7 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
     _warn_of_missing_layers(contents, written, plan)
     weights.check_unloaded(plan.targets)
     for target in plan.targets:
-        _refuse_unlike_ours(target, base.get_submodule(target.name), method)
+        _refuse_unlike_ours(target, base.get_submodule(target.module), method)
     if method == "loftq":
         warnings.warn(
             "a PEFT adapter with init_lora_weights='loftq' corrects the error of a base that PEFT "
@@ -107,6 +108,7 @@ def _warn_of_missing_layers(contents: Contents, config: LoraConfig, plan: Plan) 
     """Warn if the configuration selects layers that the file does not contain."""
     if config.target_modules is None or config.target_modules == []:
         return
+    config = dataclasses.replace(config, experts=False)
     try:
         chosen = select(contents.base, config, plan.modules_to_save).names
     except ValueError:  # the names do not match this model
@@ -155,7 +157,9 @@ def _refuse_unlike_ours(target: Target, module: nn.Module, method: Any) -> None:
     if method not in REBUILT:
         return
     how = None
-    if method == "olora" and target.module_type == "Conv1D":
+    if target.experts is not None:
+        how = "has no such start for experts"
+    elif method == "olora" and target.module_type == "Conv1D":
         how = "decomposed without its transposition"
     elif target.quantized:
         how = "quantized again after the decomposition"
@@ -183,7 +187,7 @@ def _copies(
     for name, value in (*_named(base.named_parameters), *_named(base.named_buffers)):
         copies[f"{PREFIX}{name}"] = value
     for target in plan.targets:
-        module, start = base.get_submodule(target.name), factors[target.name]
+        module, start = base.get_submodule(target.module), factors[target.name]
         for name, value in module.named_parameters():
             copies[f"{PREFIX}{target.name}.base_layer.{name}"] = value
         key = f"{PREFIX}{target.name}.base_layer.weight"

@@ -66,8 +66,8 @@ def read_own(
         name = contents.names(target.name)
         lora_A, lora_B, replacement, core = mine["lora_A"], mine["lora_B"], None, None
         if doubled == 2:
-            mine["lora_A"], mine["lora_B"] = lora_A[:r], lora_B[:, :r]
-            lora_A, lora_B = lora_A[r:].contiguous(), -lora_B[:, r:].contiguous()
+            mine["lora_A"], mine["lora_B"] = lora_A[..., :r, :], lora_B[..., :r]
+            lora_A, lora_B = lora_A[..., r:, :].contiguous(), -lora_B[..., r:].contiguous()
         elif name in quantizers:
             replacement = Replacement(
                 quantizers[name],
@@ -75,7 +75,7 @@ def read_own(
                 contents.part(target, "replacement_B", r),
                 header.get("checksums", {}).get(name),
             )
-            _check_quantizer(target, contents.base.get_submodule(target.name), replacement)
+            _check_quantizer(target, contents.base.get_submodule(target.module), replacement)
         elif plan.initializer.base == "subtract":
             lora_A = contents.part(target, "initial_A", r)
             lora_B = contents.part(target, "initial_B", r)

@@ -2,7 +2,9 @@
 
 transformers 5 stores the weights of all experts in one tensor. For such models, PEFT 0.21 rewrites
 `target_modules`: it maps old names of expert layers to parameters of the experts. Dense layers and
-shared experts with the same names then get no adapter, and PEFT drops their tensors.
+shared experts with the same names then get no adapter, and PEFT drops their tensors. A file
+therefore names the weights of such layers in `target_parameters`, which PEFT keeps. That excludes
+dropout, DoRA and `lora_bias`.
 """
 
 from __future__ import annotations
@@ -12,22 +14,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora_init.plan.expert_names import pefts_names
 from lora_init.plan.match import name_matches, portable_targets
 from lora_init.plan.plan import Plan
 from lora_init.tables import grouped
-
-_QWEN2_MOE = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-              "down_proj": "down_proj"}  # fmt: skip
-_MIXTRAL = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
-_MODEL_TYPES = {
-    "Dots3NoteTextModel UnlimitedOcrTextModel afmoe beam cohere2_moe deepseek_v2 deepseek_v3 "
-    "deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm4v_moe "
-    "glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe "
-    "qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open": _QWEN2_MOE,
-    "minimax minimax_m2 mixtral": _MIXTRAL,
-}
-EXPERT_NAMES = {kind: names for kinds, names in _MODEL_TYPES.items() for kind in kinds.split()}
-"""By model type: old names of expert layers, and the parameters to which PEFT maps them."""
 
 FUSED = "gate_up_proj"
 
@@ -52,10 +42,10 @@ def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
         model: the base model; only its `config.model_type` is used.
         plan: the plan of the adapter.
     """
-    experts = EXPERT_NAMES.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if experts is None:
+    experts = pefts_names(model)
+    if not experts or plan.names_weights:
         return ()
-    targets = [target.name for target in plan.targets]
+    targets = [target.name for target in plan.targets if target.experts is None]
     written = portable_targets(targets, plan.candidates)
     # PEFT replaces a regular expression with the last parts of the matching names.
     entries = written if isinstance(written, list) else {n.rpartition(".")[2] for n in targets}

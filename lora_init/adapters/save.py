@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.core_file import write_cores
 from lora_init.adapters.embeddings import description, embeddings, rows, rows_are_needed
+from lora_init.adapters.expert_layout import nested, to_file
 from lora_init.adapters.format import (
     CORE_NAME,
     HEADER_KEY,
@@ -83,18 +84,22 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, tuple[int, Target]] = {}
     factors = {t.name: _parts(t, injection, given, replaced) for t in plan.targets}
-    largest = max(len(parts["lora_A"]) for parts in factors.values())
+    largest = max(parts["lora_A"].shape[-2] for parts in factors.values())
     for target, as_written in zip(plan.targets, plain.targets, strict=True):
         parts, layer = factors[target.name], injection.layers[target.name]
         if portable:
             parts["lora_A"], parts["lora_B"] = portable_factors(
                 parts["lora_A"], parts["lora_B"], target.scaling, largest
             )
-        ranks[as_written.name] = len(parts["lora_A"]), target
+        ranks[as_written.name] = parts["lora_A"].shape[-2], target
         for part, value in parts.items():
-            rank = len(value) if part.endswith("_A") else value.shape[-1]
+            rank = value.shape[-2 if part.endswith("_A") else -1]
+            if target.experts is not None:
+                value = to_file(part, value)
             shape = file_shape(target, layer.base_layer, part, rank)
             tensors[part_key(as_written, part)] = value.reshape(shape)
+    fused = [target.name for target in plain.targets if target.experts is not None]
+    tensors = nested(tensors, fused, PREFIX)
     layers = {t.name for t in plain.targets}
     for name, (bias, _) in injection.biases.items():
         module, _, last = name.rpartition(".")
@@ -272,8 +277,8 @@ def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -
     )
     if replaced:
         return parts | {"initial_A": initial_A, "initial_B": initial_B}
-    parts["lora_A"] = torch.cat([parts["lora_A"], initial_A])
-    parts["lora_B"] = torch.cat([parts["lora_B"], -initial_B], dim=1)
+    parts["lora_A"] = torch.cat([parts["lora_A"], initial_A], dim=-2)
+    parts["lora_B"] = torch.cat([parts["lora_B"], -initial_B], dim=-1)
     return parts
 
 

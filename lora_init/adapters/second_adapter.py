@@ -83,8 +83,11 @@ class SecondAdapter(SecondWeights):
             if loaded.plan.initializer.base == "subtract":
                 initial = loaded.factors[target.name]
                 lora_A, lora_B = [*lora_A, initial.lora_A], [*lora_B, -initial.lora_B]
-            scaled = target.scaling * torch.cat(lora_B, dim=1).double()
-            self._pairs[target.name] = (torch.cat(lora_A).double(), scaled)
+            scaled = target.scaling * torch.cat(lora_B, dim=-1).double()
+            joined = torch.cat(lora_A, dim=-2).double()
+            for one in target.single():
+                of_one = ... if one.expert is None else one.expert
+                self._pairs[one.name] = joined[of_one], scaled[of_one]
 
     def check(self, weights: BaseWeights, targets: Sequence[Target]) -> None:
         missing = [target.name for target in targets if target.name not in self._pairs]

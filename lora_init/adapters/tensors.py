@@ -24,6 +24,7 @@ from lora_init.factors import Factors, Replacement
 from lora_init.plan.check import FLOAT_DTYPES
 from lora_init.plan.make import make_plan
 from lora_init.plan.match import PatternValues, exactly
+from lora_init.plan.parameters import fused_parameters
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.offload import factor_device
 
@@ -89,9 +90,12 @@ class Contents:
                     "training."
                 )
         config = self._with_base_names(config)
+        fused = fused_parameters(self.base)
+        plain, experts = ([n for n in names if (n in fused) == kind] for kind in (False, True))
         by_name = dataclasses.replace(
             config,
-            target_modules=exactly(names),
+            target_modules=exactly(plain) if plain else [],
+            target_parameters=exactly(experts) if experts else None,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -155,9 +159,9 @@ class Contents:
 
     def part(self, target: Target, part: str, rank: int) -> Tensor:
         """Take one part of a layer's adapter, in the shape that layers use."""
-        module = self.base.get_submodule(target.name)
+        module = self.base.get_submodule(target.module)
         value = self.take_float(part_key(target, part), file_shape(target, module, part, rank))
-        return matrix(part, value)
+        return matrix(target, part, value)
 
     def parts(self, plan: Plan, doubled: int = 1) -> dict[str, dict[str, Tensor]]:
         """Take the trained parts of all layers, with `doubled` times the rank of the plan."""
@@ -177,7 +181,7 @@ class Contents:
         core: Tensor | None = None,
     ) -> Factors:
         """Move factors to the device of the module and to the dtype of the adapter."""
-        device = factor_device(self.base.get_submodule(target.name))
+        device = factor_device(self.base.get_submodule(target.module), target.matrix)
         if replacement is not None:
             replacement = dataclasses.replace(
                 replacement,

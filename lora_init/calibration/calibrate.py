@@ -12,6 +12,8 @@ from lora_init.cache import Cache
 from lora_init.calibration.batches import BATCHES
 from lora_init.calibration.cached import remembered
 from lora_init.calibration.collect import collect_all, collect_in_passes, collect_sketches
+from lora_init.calibration.few_tokens import with_layer_statistics
+from lora_init.calibration.places import placed
 from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
@@ -22,7 +24,6 @@ from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
-from lora_init.weights.kinds import oriented_weight
 
 
 def calibrate(
@@ -73,7 +74,7 @@ def calibrate(
     for plan in plans:
         assert plan.calibration is not None
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
-    names = list(dict.fromkeys(target.name for plan in plans for target in plan.targets))
+    names = list(dict.fromkeys(target.name for plan in plans for target in plan.matrices))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
     place = None if device is None else torch.device(device)
     found = collect_all(model, names, requests, batches, device=place)
@@ -92,10 +93,24 @@ def calibrated(
 
     Release each part before asking for the next one.
 
+    Args:
+        plan: a plan whose targets are single matrices.
+
     Raises:
         ValueError: as `lora_init.calibration.collect.collect_in_passes`, or an existing calibration
             does not fit the model or the method.
     """
+    for part in _parts(plan, model, calibration, device, cache):
+        yield with_layer_statistics(plan, part)
+
+
+def _parts(
+    plan: Plan,
+    model: nn.Module,
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
+    device: torch.device | None,
+    cache: Cache | None,
+) -> Iterator[Calibration]:
     names = [target.name for target in plan.targets]
     request = plan.calibration
     if request is None:
@@ -175,7 +190,6 @@ def _check_fit(
 
 def _weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """The loaded weights of these layers, each with shape (out, in)."""
-    for name in names:
-        module = model.get_submodule(name)
-        if not module.weight.is_meta:
-            yield name, oriented_weight(module)
+    for name, place in placed(model, names).items():
+        if not place.parameter.is_meta:
+            yield name, place.weight

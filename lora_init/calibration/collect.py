@@ -32,6 +32,7 @@ from lora_init.calibration.batches import Counted, WithLoss, check_count, forwar
 from lora_init.calibration.gradients import collect_gradients, own_loss
 from lora_init.calibration.hooks import Label, Observer
 from lora_init.calibration.memory import Budget, statistics_of
+from lora_init.calibration.places import placed
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sets import joined_sets, over_sets
 from lora_init.calibration.sketch import sketch_gradients
@@ -215,9 +216,8 @@ def _collect_with_outputs(
     device: torch.device | None,
 ) -> dict[str, LayerStatistics]:
     """The gradient, the inputs' moments and the output moments of each layer, from one pass."""
-    modules = {name: model.get_submodule(name) for name in names}
     budget = Budget(dtype=sums_dtype([request]))
-    observer = Observer(modules, {request.ignore_label}, budget, device)
+    observer = Observer(placed(model, names), {request.ignore_label}, budget, device)
     squares: dict[str, Tensor] = {}
     gradients = collect_gradients(
         model, names, batches, loss=loss, device=device, observer=observer, squares=squares
@@ -243,9 +243,8 @@ def _collect_inputs(
 ) -> Calibration:
     """Run one pass. Layers that the budget has no room for are left out."""
     batches = batches.batches if isinstance(batches, WithLoss) else batches
-    modules = {name: model.get_submodule(name) for name in names}
     labels = {request.ignore_label for request in requests}
-    observer = Observer(modules, labels, budget, device)
+    observer = Observer(placed(model, names), labels, budget, device)
     counted = Counted(batches)
     with all_or_none("calibration"), observer.observing(model), torch.no_grad():
         for batch in counted:
@@ -281,6 +280,7 @@ def _statistics(observer: Observer) -> dict[tuple[str, Label], InputStatistics]:
 def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Moments]]:
     """Yield the layers and labels that share inputs, with the moments over all ranks.
 
+    Moments of no token are those of an expert that the router did not choose.
     Each rank finds out for itself which layers share inputs and which do not fit. Layers share a
     result if they share inputs on every rank.
     """
@@ -290,7 +290,10 @@ def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Mome
     sharers: dict[tuple[int, ...], list[tuple[str, Label]]] = {}
     for key in own:
         if all(key in numbered for numbered in everywhere):
-            sharers.setdefault(tuple(numbered[key] for numbered in everywhere), []).append(key)
+            # Experts that no token reached have no source. Their width decides then.
+            width = observer.places[key[0]].shape[1]
+            numbered = tuple(each[key] for each in everywhere)
+            sharers.setdefault((*numbered, width), []).append(key)
     uses = Counter(source for keys in sharers.values() for source in own[keys[0]])
     for keys in sharers.values():
         name, _ = keys[0]
@@ -299,7 +302,7 @@ def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Mome
             uses[source] -= 1
             if not uses[source]:  # the reduced total is a different tensor
                 observer.release(source)
-        if total.tokens == 0:
+        if total.tokens == 0 and observer.places[name].expert is None:
             raise ValueError(
                 f"calibration: no token reached the target {name!r}; exclude it "
                 "(exclude_modules) or pass batches that use it"

@@ -12,7 +12,9 @@ differs from `Parameter.grad`:
   supported: G is the gradient with respect to the dequantized weight.
 - For a tied weight, G covers only this layer's use of it, which is what its adapter can change.
 - For a layer that is called several times, G sums over the calls.
-- Products and sums are float32 (float64 for float64 models), whatever dtype the model computes in.
+- The gradient of a fused parameter of experts comes from autograd, in the parameter's dtype.
+- Other products and all sums are float32 (float64 for float64 models), whatever dtype the model
+  computes in.
 
 One definition of the mean holds for all methods: L_b is the loss that the model, or `WithLoss`,
 returns for batch b, usually the mean over its labels, and every batch has the same weight. The
@@ -46,6 +48,7 @@ from torch import Tensor, nn
 
 from lora_init.calibration.batches import check_count, forward, home, moved
 from lora_init.calibration.hooks import Observer, restore_training
+from lora_init.calibration.places import Place, placed
 from lora_init.distributed import all_or_none, over_ranks
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import add_product
@@ -109,23 +112,25 @@ def collect_gradients(
         RuntimeError: another rank failed. torch raises it too if a layer's input is modified before
             the backward pass, or for reentrant checkpointing (use_reentrant=False is supported).
     """
-    modules = {name: model.get_submodule(name) for name in names}
-    sums = _Sums(modules, device, factors, with_squares=squares is not None)
+    places = placed(model, names)
+    fused = _fused(places)
+    sums = _Sums(places, device, factors, with_squares=squares is not None)
     place = home(model)
     count = 0
     observed = nullcontext() if observer is None else observer.observing(model)
     with (
         all_or_none("gradients"),
         observed,
-        _tapped(model, modules, sums.add) as anchor,
+        _tapped(model, places, sums.add) as anchor,
+        _trained(fused, sums.add_fused),
     ):
         for count, batch in enumerate(batches, start=1):
             with nullcontext() if observer is None else observer.batch(batch):
                 value = loss(model, moved(batch, place))
-            _check_loss(value, count, modules)
+            _check_loss(value, count, places)
             if value.requires_grad:
-                # Only towards the anchor: autograd computes no parameter gradients.
-                value.backward(inputs=[anchor])
+                # Only towards the anchor and the experts: autograd computes no other gradients.
+                value.backward(inputs=[anchor, *fused])
     means = sums.mean(count, place)
     if squares is not None:
         for name, mean in means.items():
@@ -164,13 +169,13 @@ class _Sums:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
+        places: Mapping[str, Place],
         device: torch.device | None,
         factors: Mapping[str, Factor] | None = None,
         *,
         with_squares: bool = False,
     ) -> None:
-        self.modules = modules
+        self.places = places
         self.device = device
         self.factors = factors
         self.with_squares = with_squares
@@ -179,7 +184,7 @@ class _Sums:
 
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add g xᵀ of one call of a layer."""
-        module = self.modules[name]
+        module = self.places[name].module
         # A layer at a boundary of the device map moves its input in its forward pass.
         stored = known_format(module)
         inputs = stored.input_rows(module, x).to(gradient.device)
@@ -199,10 +204,23 @@ class _Sums:
             else:
                 total += (widened(outputs).mT @ widened(inputs)).to(total)
 
+    def add_fused(self, names: Mapping[int, str], gradient: Float[Tensor, "experts m n"]) -> None:
+        """Add the gradient of a fused parameter, as its module stores it, expert by expert."""
+        place = self.places[next(iter(names.values()))]
+        matrices = known_format(place.module).stored(place.module, gradient)
+        for expert, name in names.items():
+            own = matrices[expert]
+            if name not in self._sums:
+                self._sums[name] = self._zeros(name, gradient.device)
+            if self.factors is not None:
+                factor = self.factors[name]
+                own = widened(own.mT if factor.transposed else own)
+                with full_precision():
+                    own = own @ factor.block.to(own.device, own.dtype)
+            self._sums[name] += own.to(self._sums[name])
+
     def _zeros(self, name: str, place: torch.device) -> Tensor:
-        module = self.modules[name]
-        rows, columns = known_format(module).shape(module)
-        shape = rows, columns
+        shape = self.places[name].shape
         if self.factors is not None:
             shape = self.factors[name].shape(shape)
         return torch.zeros(shape, dtype=torch.float32, device=self.device or place)
@@ -214,11 +232,11 @@ class _Sums:
             count: number of batches on this rank.
             place: device of the zero sums of layers that no batch on this rank has reached.
         """
-        reached = [name in self._sums for name in self.modules]
+        reached = [name in self._sums for name in self.places]
         tally = over_ranks(torch.tensor([count, *reached], device="cpu")).tolist()
         check_count(tally[0])
         means = {}
-        for name, reaching in zip(self.modules, tally[1:], strict=True):
+        for name, reaching in zip(self.places, tally[1:], strict=True):
             if not reaching:
                 raise ValueError(
                     f"calibration: no gradient reached the target {name!r}; exclude it "
@@ -244,7 +262,7 @@ def _check_finite(means: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_loss(loss: Any, number: int, modules: Mapping[str, nn.Module]) -> None:
+def _check_loss(loss: Any, number: int, places: Mapping[str, Place]) -> None:
     """Raise if the loss is not a finite scalar; batch numbers start at 1.
 
     If a layer's weight is not finite, the message names it.
@@ -256,8 +274,8 @@ def _check_loss(loss: Any, number: int, modules: Mapping[str, nn.Module]) -> Non
             "be a tensor with one entry: take its mean"
         )
     if not bool(torch.isfinite(loss)):
-        for name, module in modules.items():
-            weight = module.weight
+        for name, place in places.items():
+            weight = place.parameter
             if isinstance(weight, Tensor) and not weight.is_meta:
                 refuse_non_finite(name, weight.detach())
         raise ValueError(
@@ -289,7 +307,7 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def _tapped(
-    model: nn.Module, modules: Mapping[str, nn.Module], add: Callable[[str, Tensor, Tensor], None]
+    model: nn.Module, places: Mapping[str, Place], add: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[Tensor]:
     """Register hooks, set eval mode and enable gradients, all temporarily; yields the anchor."""
     anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
@@ -303,12 +321,48 @@ def _tapped(
 
     with ExitStack() as undo:
         restore_training(model, undo)
-        for name, module in modules.items():
-            undo.callback(module.register_forward_hook(tap(name), with_kwargs=True).remove)
+        for name, place in places.items():
+            if place.expert is None:
+                handle = place.module.register_forward_hook(tap(name), with_kwargs=True)
+                undo.callback(handle.remove)
         for module in model.modules():
             module.training = getattr(module, "gradient_checkpointing", False) is True
         with torch.random.fork_rng(_accelerators(model)), torch.enable_grad():
             yield anchor
+
+
+def _fused(places: Mapping[str, Place]) -> dict[nn.Parameter, dict[int, str]]:
+    """The names of experts' matrices by number, for each fused parameter."""
+    found: dict[nn.Parameter, dict[int, str]] = {}
+    for name, place in places.items():
+        if place.expert is not None:
+            parameter: Any = place.parameter
+            found.setdefault(parameter, {})[place.expert] = name
+    return found
+
+
+@contextmanager
+def _trained(
+    fused: Mapping[nn.Parameter, Mapping[int, str]], add: Callable[[Mapping, Tensor], None]
+) -> Iterator[None]:
+    """Let backward passes report the gradients of fused parameters and free them one by one.
+
+    Autograd computes them, in the dtype of the parameters.
+    """
+
+    def hook(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad, None
+        add(fused[parameter], gradient)
+
+    with ExitStack() as undo:
+        for parameter in fused:
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.grad = None
+            parameter.requires_grad_(True)
+            undo.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        yield
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:

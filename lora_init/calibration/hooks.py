@@ -18,6 +18,9 @@ Rows that count:
   that request it. Sequence labels mask nothing.
 - Flat inputs (batch·time, features) are masked too, see `lora_init.calibration.token_rows`.
 - For an input of another shape (a pooler's, a routed expert's) every row counts.
+
+Fused experts: a matrix of an expert reads the rows that the router sends to the expert, see
+`lora_init.layers.routed_rows`. Their tokens are known, so masks apply exactly.
 """
 
 from __future__ import annotations
@@ -34,8 +37,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lora_init.calibration.memory import Budget
+from lora_init.calibration.places import Place
 from lora_init.calibration.sums import Moments, RunningMoments, joined
 from lora_init.calibration.token_rows import TokenRows
+from lora_init.layers.routed_rows import routed_rows
 from lora_init.weights.kinds import known_format
 
 HELD_INPUTS = 4
@@ -109,7 +114,7 @@ class Observer:
     """Sum the inputs of some layers while a model runs.
 
     Args:
-        modules: the layers, by name.
+        places: the matrices, by name.
         labels: the `ignore_label`s of the requests. Each gets separate statistics where the batches
             have token labels.
         budget: the memory for the sums. Layers whose input does not fit are added to `deferred`;
@@ -119,12 +124,17 @@ class Observer:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
+        places: Mapping[str, Place],
         labels: Collection[Label],
         budget: Budget,
         device: torch.device | None = None,
     ) -> None:
-        self.modules = dict(modules)
+        self.places = dict(places)
+        self._routed: dict[nn.Module, dict[tuple[str, int], str]] = {}
+        for name, place in places.items():
+            if place.expert is not None:
+                self._routed.setdefault(place.module, {})[place.matrix, place.expert] = name
+        self._admitted: set[str] = set()  # fused parameters whose experts' sums fit
         self.labels = tuple(labels)
         self.deferred: set[str] = set()
         self._budget = budget
@@ -147,8 +157,9 @@ class Observer:
         """Register hooks and set eval mode; undo both on exit."""
         with ExitStack() as undo:
             restore_training(model, undo)
-            for name, module in self.modules.items():
-                hook = self._hook(name)
+            hooks = [(p.module, self._hook(n)) for n, p in self.places.items() if p.expert is None]
+            hooks += [(module, self._routed_hook(module)) for module in self._routed]
+            for module, hook in hooks:
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             self._encoder_decoder = is_encoder_decoder(model)
             if self._encoder_decoder:
@@ -177,7 +188,7 @@ class Observer:
 
     def sources(self) -> dict[tuple[str, Label], tuple[Source, ...]]:
         """The sums that make up each layer's total, by layer and label; empty if not reached."""
-        keys = [(name, label) for name in self.modules for label in self.labels]
+        keys = [(name, label) for name in self.places for label in self.labels]
         found: dict[tuple[str, Label], tuple[Source, ...]] = dict.fromkeys(keys, ())
         for source in self._sums:
             for name in source.readers:
@@ -188,9 +199,8 @@ class Observer:
     def total(self, name: str, sources: tuple[Source, ...]) -> Moments:
         """Compute the moments of a layer's inputs."""
         if not sources:
-            module = self.modules[name]
             device = next((sums.device for sums in self._sums.values()), torch.device("cpu"))
-            return self._budget.sums(known_format(module).shape(module)[-1], device).moments
+            return self._budget.sums(self.places[name].shape[1], device).moments
         return joined([self._sums[source].moments for source in sources])
 
     def release(self, source: Source) -> None:
@@ -261,9 +271,9 @@ class Observer:
         self._overwritten[first] = written or self._overwritten.get(first, False)
         readers = frozenset(held.readers)
         self._seen.add(readers)
-        module = self.modules[first]
+        module, width = self.places[first].module, self.places[first].shape[1]
         sums = [
-            (self._sums_of(Source(readers, mask.labels), module, held.tensor.device), mask)
+            (self._sums_of(Source(readers, mask.labels), width, held.tensor.device), mask)
             for mask in held.masks
         ]
         if any(total is not None for total, _ in sums):
@@ -276,12 +286,56 @@ class Observer:
                         counted = self._rows.counted(first, leading, mask.shape, mask.rows)
                     total.add(rows, None if counted is None else mask.placed(counted, rows.device))
 
-    def _sums_of(
-        self, source: Source, module: nn.Module, device: torch.device
-    ) -> RunningMoments | None:
+    def _routed_hook(self, module: nn.Module) -> Callable:
+        readers = self._routed[module]
+        owner = self.places[next(iter(readers.values()))].owner
+        experts: dict[str, list[str]] = {}
+        for (matrix, _), name in readers.items():
+            experts.setdefault(matrix, []).append(name)
+
+        def observe(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not self._in_batch:
+                return
+            hidden, index = (*args, *kwargs.values(), None)[:2]
+            masks = [(mask, self._counted(owner, hidden, mask)) for mask in self._masks]
+            for found in routed_rows(module, hidden.detach(), index):
+                for matrix, rows in found.rows.items():
+                    name = readers.get((matrix, found.expert))
+                    if name is None or not self._admits(experts[matrix], rows.shape[1]):
+                        continue
+                    for mask, counted in masks:
+                        source = Source(frozenset([name]), mask.labels)
+                        sums = self._sums.get(source)
+                        if sums is None:
+                            device = self._device or rows.device
+                            sums = self._sums[source] = self._budget.sums(rows.shape[1], device)
+                        own = None if counted is None else counted[found.tokens].nonzero()[:, 0]
+                        sums.add(rows, own)
+
+        return observe
+
+    def _admits(self, experts: list[str], width: int) -> bool:
+        """Whether the sums of all experts of a fused parameter fit."""
+        parameter = experts[0].rpartition(".")[0]
+        if parameter not in self._admitted and experts[0] not in self.deferred:
+            if self._budget.admits(width, len(experts)):
+                self._admitted.add(parameter)
+            else:
+                self.deferred |= set(experts)
+        return parameter in self._admitted
+
+    def _counted(self, reader: str, hidden: Tensor, mask: _Mask) -> Bool[Tensor, " tokens"] | None:
+        """Which tokens count; None if all do."""
+        rows = self._rows.counted(reader, hidden.shape[:-1], mask.shape, mask.rows)
+        if rows is None:
+            return None
+        counted = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+        counted[mask.placed(rows, hidden.device)] = True
+        return counted
+
+    def _sums_of(self, source: Source, width: int, device: torch.device) -> RunningMoments | None:
         """The running sums of a source, or None if they do not fit."""
         if source not in self._sums and not source.readers <= self.deferred:
-            width = known_format(module).shape(module)[-1]
             if self._budget.admits(width):
                 self._sums[source] = self._budget.sums(width, self._device or device)
             else:

@@ -24,9 +24,9 @@ class Budget:
     dtype: torch.dtype = torch.float32
     used: int = 0
 
-    def admits(self, width: int) -> bool:
-        """Whether another input of this width fits. If so, count its bytes."""
-        size = sums_bytes(width, self.dtype)
+    def admits(self, width: int, count: int = 1) -> bool:
+        """Whether more inputs of this width fit. If so, count their bytes."""
+        size = count * sums_bytes(width, self.dtype)
         if self.memory is not None and self.used + size > self.memory:
             return False
         self.used += size

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.calibration.gradients import Factor, collect_gradients, own_loss
+from lora_init.calibration.places import placed
 from lora_init.layer import layer_generator
 from lora_init.linalg.precision import full_precision
 from lora_init.moments import GradientSketch
 from lora_init.registry import POWERS
-from lora_init.weights.kinds import known_format
 
 
 def sketch_gradients(
@@ -68,9 +68,8 @@ def sketch_gradients(
         return collect_gradients(model, sizes, batches, loss=loss, device=device, factors=factors)
 
     blocks = {}
-    for name, size in sizes.items():
-        module = model.get_submodule(name)
-        columns = known_format(module).shape(module)[1]
+    for name, place in placed(model, sizes).items():
+        size, columns = sizes[name], place.shape[1]
         blocks[name] = torch.randn(columns, size, generator=layer_generator(0, name))
     bases = _bases(products(blocks, transposed=False))
     for _ in range(POWERS):

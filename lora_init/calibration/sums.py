@@ -73,6 +73,8 @@ def joined_over_ranks(own: Moments) -> Moments:
     if rank_count() == 1:
         return own
     first = over_ranks(torch.cat([own.mean.new_tensor([own.tokens]), own.tokens * own.mean]))
+    if first[0] == 0:
+        return own
     tokens, mean = int(first[0]), first[1:] / first[0]
     products, variance = own.about(mean)
     # Few rows at a time: all of them in float64 would double the memory of a layer.

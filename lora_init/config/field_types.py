@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NAMES = ("target_modules", "exclude_modules", "layers_pattern")
+NAMES = ("target_modules", "exclude_modules", "layers_pattern", "target_parameters")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 STRINGS = ("base_model_name_or_path", "revision")
 

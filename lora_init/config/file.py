@@ -126,7 +126,8 @@ def settings(
     for name in METHODS_OF_CONFIGS:
         if method_of(method) != name:
             chosen.pop(f"{name}_config", None)  # options of another method
-    for name in ("layers_pattern", "layers_to_transform", "exclude_modules", "modules_to_save"):
+    emptied = "layers_pattern", "layers_to_transform", "exclude_modules", "modules_to_save"
+    for name in (*emptied, "target_parameters"):
         if name in chosen and _is_empty(chosen[name]) and not _is_whole(chosen[name]):
             del chosen[name]
     if "layers_to_transform" not in chosen:
@@ -265,6 +266,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_dropout": (_is_number, "a finite number"),
     "target_modules": _TARGETS,
     "exclude_modules": _TARGETS,
+    "target_parameters": _TARGETS,
     "layers_pattern": _TARGETS,
     "modules_to_save": (_is_names, "a list of names"),
     "layers_to_transform": (

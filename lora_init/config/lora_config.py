@@ -41,7 +41,6 @@ PEFT_ONLY_DEFAULTS: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
@@ -55,6 +54,9 @@ PEFT_ONLY_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 """Unsupported fields in PEFT's options of methods, with the values that mean "unused"."""
 
 ALL_LINEAR = "all-linear"
+
+NEVER_WRITTEN = ("experts",)
+"""Fields that PEFT does not have. A file names what they select."""
 
 BOOLEANS = ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out", "inference_mode")
 
@@ -117,6 +119,11 @@ class LoraConfig:
         base_model_name_or_path: written to files. If None, it is taken from the model.
         revision: the revision of the base model, written to files.
         inference_mode: whether to freeze all parameters.
+        target_parameters: names (exact or dotted suffix) or one regular expression of parameters to
+            adapt: the fused weights of experts, such as "experts.down_proj", or the weight of a
+            linear module, such as "mlp.gate.weight". With target_modules=None, only these.
+        experts: whether "all-linear" includes fused experts. It is never written to a file, whose
+            target_parameters name the experts.
 
     Raises:
         ValueError: a value is not supported. The message names the supported values.
@@ -146,6 +153,8 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    target_parameters: list[str] | str | None = None
+    experts: bool | None = None
 
     def __post_init__(self) -> None:
         self._normalize()
@@ -202,7 +211,7 @@ class LoraConfig:
             ValueError, TypeError: an edited field has a value that is not supported.
         """
         checked = self.checked()
-        values = {f.name: getattr(checked, f.name) for f in dataclasses.fields(checked)}
+        values = {name: getattr(checked, name) for name in _written()}
         spec, options = checked.initializer()
         by_field = spec.name in METHOD_CONFIGS
         for name in METHOD_CONFIGS:
@@ -257,8 +266,9 @@ class LoraConfig:
             ValueError: `peft_type` is not "LORA", a value has a wrong type, or `values` use a
                 setting of PEFT that is not supported.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        return cls(**file.settings(values, known, PEFT_ONLY_DEFAULTS, PEFT_ONLY_METHOD_DEFAULTS))
+        return cls(
+            **file.settings(values, _written(), PEFT_ONLY_DEFAULTS, PEFT_ONLY_METHOD_DEFAULTS)
+        )
 
     # -- checks ------------------------------------------------------------------------------
 
@@ -275,7 +285,8 @@ class LoraConfig:
             self.target_modules = ALL_LINEAR
         for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             setattr(self, name, {} if getattr(self, name) is None else getattr(self, name))
-        for name in ("layers_to_transform", "layers_pattern"):  # PEFT's empty lists mean unused
+        # PEFT's empty lists mean unused.
+        for name in ("layers_to_transform", "layers_pattern", "target_parameters"):
             setattr(self, name, None if getattr(self, name) == [] else getattr(self, name))
 
     def _check_numbers(self) -> None:
@@ -323,6 +334,11 @@ class LoraConfig:
                     f"{name}={getattr(self, name)!r} is not supported: must be True or False. "
                     "Choose one of them."
                 )
+        if self.experts not in (None, True, False):
+            raise ValueError(
+                f"experts={self.experts!r} is not supported: must be True, False or None. Choose "
+                "one of them."
+            )
         if self.use_dora and self.lora_bias:
             raise ValueError(
                 "lora_bias=True with use_dora=True is not supported: DoRA scales the adapted "
@@ -356,6 +372,12 @@ class LoraConfig:
         if spec.name == "pissa" and options == type(options)(niter=options.niter):
             return f"pissa_niter_{options.niter}"
         return describe(spec, options)
+
+
+def _written() -> list[str]:
+    """The names of the fields that a file holds."""
+    names = [field.name for field in dataclasses.fields(LoraConfig)]
+    return [name for name in names if name not in NEVER_WRITTEN]
 
 
 def options_class(name: str) -> type:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.cache import Cache
-from lora_init.factors import Factors, Replacement, low_rank_product, unstacked
+from lora_init.factors import Factors, Replacement, fused, low_rank_product, unstacked
 from lora_init.initialize import jobs, shared
 from lora_init.initialize.cached import CachedFactors, cacheable
 from lora_init.initialize.checks import (
@@ -94,7 +94,7 @@ def initialize(
             message names the target.
     """
     homes = {
-        target.name: factor_device(weights.model.get_submodule(target.name))
+        target.name: factor_device(weights.model.get_submodule(target.module), target.matrix)
         for target in plan.targets
     }
     worker = _Worker(weights, plan, statistics, seed, homes, cache)
@@ -119,6 +119,20 @@ def initialize(
         [(t.name, t.rank, found[t.name].factors.metrics) for t in plan.targets],
     )
     return [found[target.name] for target in plan.targets]
+
+
+def fused_layers(plan: Plan, layers: Sequence[InitializedLayer]) -> list[InitializedLayer]:
+    """Join the matrices of each fused parameter's experts, in the order of the plan's targets."""
+    found = {layer.target.name: layer for layer in layers}
+    joined = []
+    for target in plan.targets:
+        own = [found[one.name] for one in target.single()]
+        if target.experts is None:
+            joined += own
+            continue
+        factors = fused([layer.factors for layer in own])
+        joined.append(InitializedLayer(target, factors, sum(layer.seconds for layer in own)))
+    return joined
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ class _Worker:
             gradient = gradient.dense()
         quantizer = None
         if target.quantized:
-            module = self.weights.model.get_submodule(target.name)
+            module = self.weights.model.get_submodule(target.module)
             quantizer = known_format(module).quantizer(module)
         return Layer(
             names=(target.name,),

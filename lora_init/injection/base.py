@@ -44,8 +44,9 @@ def settle_base(
         _replace(layer, target, factors.replacement, injection, weights, keep_original, transaction)
         return
     # Use the factors as stored, so that the rounded values of a 16-bit adapter are subtracted.
-    fixed = target.shared_with or module.weight.is_meta or not target.exact
-    editable = "edit" in known_format(module).subtractions
+    fixed = target.shared_with or layer.stored_weight.is_meta or not target.exact
+    # Experts are not edited: the edits of a stack of matrices could not be undone one by one.
+    editable = "edit" in known_format(module).subtractions and target.experts is None
     if fixed or not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):
         layer.base_state = "in_forward"
 
@@ -64,22 +65,24 @@ def _replace(
     For a weight that is not loaded, only the replacement's recipe is recorded, as in a saved file.
     """
     module, one = layer.base_layer, known_format(layer.base_layer)
-    shared, absent = bool(target.shared_with), module.weight.is_meta
+    shared, absent = bool(target.shared_with), layer.stored_weight.is_meta
     weight = weights.weight(target)
     # A packed module quantizes the residual itself. Values that are quantized already would have
     # their scales rounded twice.
     make = replacement.residual if target.quantized else replacement.base
     replaced = make(weight, target.scaling)
     if keep_original or shared or absent:
-        injection.originals[target.name] = one.hold(module, on_cpu=not (shared or absent))
+        on_cpu = not (shared or absent)
+        injection.originals[target.name] = one.hold(module, layer.matrix, on_cpu=on_cpu)
     layer.base_state = "replaced"
     if not absent:
-        transaction.weight(module)
-        one.write(module, replaced, own=shared)
+        transaction.weight(module, layer.matrix)
+        one.write(module, replaced, layer.matrix, own=shared)
     injection.replacements[target.name] = replacement
     if target.quantized and weights.originals is not None:
         injection.from_original_weights[target.name] = fingerprint(weight)
-    stored = replaced.to(module.weight.dtype) if absent else one.read(module)
+    dtype = layer.stored_weight.dtype
+    stored = replaced.to(dtype) if absent else one.read(module, layer.matrix)
     injection.checksums[target.name] = base_checksum(replacement, weight, target.scaling, stored)
 
 

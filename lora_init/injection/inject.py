@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,15 @@ from lora_init.injection.repacking import hold_plain, release
 from lora_init.injection.replace import replace_modules
 from lora_init.injection.switch import set_adapter_enabled
 from lora_init.injection.transaction import Transaction, set_gradient_flags
-from lora_init.layers import LoraLayer, TrainedModule, layer_class, trainable_copy
+from lora_init.layers import (
+    LoraExperts,
+    LoraLayer,
+    TrainedModule,
+    layer_class,
+    trainable_copy,
+)
 from lora_init.linalg.precision import full_precision
-from lora_init.plan.plan import Plan
+from lora_init.plan.plan import Plan, Target
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.format import Held
 from lora_init.weights.offload import factor_device, is_unloaded
@@ -108,8 +115,8 @@ def _prepare(
     initial_known: bool,
 ) -> Injection:
     """Do everything that allocates memory or may fail, without changing the model."""
-    modules = {target.name: model.get_submodule(target.name) for target in plan.targets}
-    unloaded = any(map(is_unloaded, modules.values()))
+    modules = {target.name: model.get_submodule(target.module) for target in plan.targets}
+    unloaded = any(is_unloaded(modules[target.name], target.matrix) for target in plan.targets)
     injection = Injection(
         # A checkpoint passed as a mapping occupies memory: hold it only if it is needed.
         weights if unloaded else BaseWeights(model, None),
@@ -135,16 +142,25 @@ def _prepare(
             use_dora=plan.use_dora,
             lora_bias=plan.lora_bias,
             core=None if core is None else core.clone(),
+            **_place_in_module(target),
         )
         for frozen in plan.initializer.frozen:
             getattr(layer, frozen).requires_grad_(False)
         injection.layers[target.name] = layer
         injection.fingerprints[target.name] = fingerprint(weights.present(target))
+    for name in dict.fromkeys(t.module for t in plan.targets if t.experts is not None):
+        own = {t.matrix: injection.layers[t.name] for t in plan.targets if t.module == name}
+        injection.routed[name] = LoraExperts(modules[f"{name}.{next(iter(own))}"], own)
     for name in plan.modules_to_save:
         original = model.get_submodule(name)
         trained = trainable_copy(original, plan.adapter_dtype)
         injection.trained[name] = TrainedModule(original, trained)
     return injection
+
+
+def _place_in_module(target: Target) -> dict[str, Any]:
+    """The keyword that names the adapted matrix, for layers of modules with several."""
+    return {} if target.experts is None else {"matrix": target.matrix}
 
 
 @torch.inference_mode(False)
@@ -188,7 +204,7 @@ def reinstate(model: nn.Module, injection: Injection, transaction: Transaction) 
 def _follow(injection: Injection) -> None:
     """Move a detached adapter to the present device of its base layers."""
     for layer in injection.layers.values():
-        move = partial(Tensor.to, device=factor_device(layer.base_layer))
+        move = partial(Tensor.to, device=factor_device(layer.base_layer, layer.matrix))
         layer._apply(move, recurse=False)
     for trained in injection.trained.values():
         home = next(trained.original_module.parameters(), None)
@@ -207,7 +223,7 @@ def unwrap_merged(model: nn.Module, injection: Injection, transaction: Transacti
             transaction.data(tensor)
     _unwrap(model, injection, TrainedModule.merged_module, transaction)
     for name, parameter in injection.untied.items():
-        weight = injection.layers[name].base_layer.weight
+        weight = injection.layers[name].stored_weight
         transaction.gradient_flags([weight])
         weight.requires_grad_(flags[id(parameter)])
 
@@ -219,7 +235,7 @@ def refuse_adapted(model: nn.Module) -> None:
         ValueError: only one adapter per model is supported.
     """
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer | TrainedModule):
+        if isinstance(module, LoraLayer | LoraExperts | TrainedModule):
             raise ValueError(
                 f"{name!r} has an adapter already, and only one adapter per model is supported; "
                 "call unload() or merge_and_unload() on the LoraModel that holds it first, or its "
@@ -239,8 +255,8 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def _place(model: nn.Module, injection: Injection, transaction: Transaction) -> None:
-    layers, trained = injection.layers.values(), injection.trained.values()
-    replace_modules(model, ((layer.base_layer, layer) for layer in layers), transaction)
+    wrappers, trained = injection.wrappers, injection.trained.values()
+    replace_modules(model, ((one.base_layer, one) for one in wrappers), transaction)
     replace_modules(model, ((one.original_module, one) for one in trained), transaction)
 
 
@@ -250,8 +266,8 @@ def _unwrap(
     pick: Callable[[TrainedModule], nn.Module],
     transaction: Transaction,
 ) -> None:
-    layers, trained = injection.layers.values(), injection.trained.values()
-    replace_modules(model, ((layer, layer.base_layer) for layer in layers), transaction)
+    wrappers, trained = injection.wrappers, injection.trained.values()
+    replace_modules(model, ((one, one.base_layer) for one in wrappers), transaction)
     replace_modules(model, ((one, pick(one)) for one in trained), transaction)
     transaction.gradient_flags(parameter for parameter, _ in injection.requires_grad)
     set_gradient_flags(injection.requires_grad)

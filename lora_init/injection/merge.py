@@ -32,13 +32,14 @@ def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> 
         errors = {}
         for name, layer in injection.layers.items():
             bias = None if layer.lora_bias is None else layer.base_layer.bias.data
-            injection.unmerged[name] = known_format(layer.base_layer).hold(layer.base_layer), bias
+            held = known_format(layer.base_layer).hold(layer.base_layer, layer.matrix)
+            injection.unmerged[name] = held, bias
             _fold(name, injection, errors, transaction)
         _warn_of_merging(injection, errors, stacklevel=5)
         return
     for name, (held, bias) in injection.unmerged.items():
         layer = injection.layers[name]
-        transaction.weight(layer.base_layer)
+        transaction.weight(layer.base_layer, layer.matrix)
         transaction.attributes(layer, "merged")
         known_format(layer.base_layer).put_back(layer.base_layer, held)
         if bias is not None:
@@ -71,13 +72,13 @@ def _fold(
     layer = injection.layers[name]
     module = layer.base_layer
     one, weight = known_format(module), layer.merged_weight()
-    transaction.weight(module)
+    transaction.weight(module, layer.matrix)
     transaction.attributes(layer, "merged")
     if name in injection.shared:
         kept = injection.originals.get(name)
         transaction.attributes(injection, "untied")
-        injection.untied[name] = module.weight if kept is None else kept.parameter
-    one.write(module, weight, own=name in injection.shared)
+        injection.untied[name] = layer.stored_weight if kept is None else kept.parameter
+    one.write(module, weight, layer.matrix, own=name in injection.shared)
     if layer.lora_bias is not None:
         transaction.data(module.bias)
         bias = module.bias.data

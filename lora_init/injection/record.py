@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.factors import Replacement
-from lora_init.layers import LoraLayer, TrainedModule
+from lora_init.layers import LoraExperts, LoraLayer, TrainedModule
 from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Target
 from lora_init.weights.format import Held
@@ -22,6 +22,8 @@ class Injection:
     Attributes:
         weights: reads weights that are not in memory.
         layers: the adapted layers, by name.
+        routed: the wrappers of experts modules, by the modules' names. They hold the layers of the
+            modules' parameters.
         trained: the modules that are trained whole, by name.
         biases: each trained bias and its inactive values: the original values while the adapter is
             enabled, the trained values while it is disabled.
@@ -44,6 +46,7 @@ class Injection:
 
     weights: BaseWeights
     layers: dict[str, LoraLayer] = field(default_factory=dict)
+    routed: dict[str, LoraExperts] = field(default_factory=dict)
     trained: dict[str, TrainedModule] = field(default_factory=dict)
     biases: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     originals: dict[str, Held] = field(default_factory=dict)
@@ -61,6 +64,13 @@ class Injection:
     embedding_rows: bool = False
 
     @property
+    def wrappers(self) -> list[LoraLayer | LoraExperts]:
+        """The modules that replace base modules in the model."""
+        held = {id(wrapper.base_layer) for wrapper in self.routed.values()}
+        layers = [layer for layer in self.layers.values() if id(layer.base_layer) not in held]
+        return [*layers, *self.routed.values()]
+
+    @property
     def merged(self) -> bool:
         return bool(self.unmerged)
 
@@ -70,14 +80,14 @@ class Injection:
             return None
         return next((name for name, layer in self.layers.items() if layer.merged), None)
 
-    def original_weight(self, target: Target) -> Float[Tensor, "out in"]:
+    def original_weight(self, target: Target) -> Float[Tensor, "*experts out in"]:
         """A layer's weight before injection, in float32 or wider.
 
         Raises:
             RuntimeError: the base was replaced and its original was not kept.
         """
         layer = self.layers[target.name]
-        if layer.base_layer.weight.is_meta:
+        if layer.stored_weight.is_meta:
             return widened(self.weights.present(target))
         return layer.original_weight()
 

@@ -26,10 +26,12 @@ def set_adapter_enabled(injection: Injection, enabled: bool, transaction: Transa
             raise RuntimeError("the adapter is merged; call unmerge_adapter() first")
     transaction.attributes(injection, "enabled", "originals", "biases")
     for name, held in list(injection.originals.items()):
-        module = injection.layers[name].base_layer
+        layer = injection.layers[name]
+        module, matrix = layer.base_layer, layer.matrix
         one = known_format(module)
-        now = one.hold(module, on_cpu=held.data.device != module.weight.device)
-        transaction.weight(module)
+        on_cpu = held.data.device != layer.stored_weight.device
+        now = one.hold(module, matrix, on_cpu=on_cpu)
+        transaction.weight(module, matrix)
         one.put_back(module, held)
         injection.originals[name] = now
     for name, (bias, other) in list(injection.biases.items()):

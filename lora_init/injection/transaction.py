@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import known_format
 
 Result = TypeVar("Result")
@@ -36,10 +37,10 @@ class Transaction:
         before = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in values.items()}
         self.undo_by(partial(_set_attributes, owner, before))
 
-    def weight(self, module: nn.Module) -> None:
-        """Record the weight of `module`. The old weight stays in memory until the end."""
+    def weight(self, module: nn.Module, matrix: str = WEIGHT) -> None:
+        """Record a matrix of `module`. The old weight stays in memory until the end."""
         one = known_format(module)
-        self.undo_by(partial(one.put_back, module, one.hold(module)))
+        self.undo_by(partial(one.put_back, module, one.hold(module, matrix)))
 
     def data(self, parameter: Tensor) -> None:
         """Record the data of `parameter`, which will be rebound but not overwritten."""

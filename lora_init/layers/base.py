@@ -15,7 +15,7 @@ from lora_init.layers.effective_weight import effective_weight
 from lora_init.layers.input import only_input
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
-from lora_init.weights.format import WeightFormat
+from lora_init.weights.format import WEIGHT, WeightFormat
 from lora_init.weights.kinds import FORMATS, class_format, known_format
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 
@@ -46,6 +46,7 @@ class LoraLayer(nn.Module):
 
     Attributes:
         base_layer: the wrapped module; `module_type` is the name of its type.
+        matrix: the name of the adapted matrix in the module.
         lora_A, lora_B: trainable factors, (rank, in) and (out, rank).
         lora_core: R, (rank, rank), or None.
         lora_bias: b, (out,), or None.
@@ -59,6 +60,7 @@ class LoraLayer(nn.Module):
     """
 
     drops_inputs = True
+    matrix: str = WEIGHT
     on_read: Callable[[], object] | None = None
 
     base_layer: Any
@@ -74,15 +76,15 @@ class LoraLayer(nn.Module):
     def __init__(
         self,
         base_layer: nn.Module,
-        lora_A: Float[Tensor, "rank in"],
-        lora_B: Float[Tensor, "out rank"],
+        lora_A: Float[Tensor, "*experts rank in"],
+        lora_B: Float[Tensor, "*experts out rank"],
         *,
         scaling: float,
         dropout: float,
         initial: tuple[Tensor, Tensor] | None,
         use_dora: bool = False,
         lora_bias: bool = False,
-        core: Float[Tensor, "rank rank"] | None = None,
+        core: Float[Tensor, "*experts rank rank"] | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -90,7 +92,7 @@ class LoraLayer(nn.Module):
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.lora_core = None if core is None else nn.Parameter(core)
-        rows = lora_B.shape[0]
+        rows = lora_B.shape[-2]
         zeros = lora_B.new_zeros(rows) if lora_bias else None
         self.lora_bias = None if zeros is None else nn.Parameter(zeros)
         self.use_dora = use_dora
@@ -153,10 +155,10 @@ class LoraLayer(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
 
     @property
-    def output_factor(self) -> Float[Tensor, "out rank"]:
+    def output_factor(self) -> Float[Tensor, "*experts out rank"]:
         """B, or B R with a core: the adapter adds s times this times A x."""
         return output_factor(self.lora_B, self.lora_core)
 
@@ -257,6 +259,11 @@ class LoraLayer(nn.Module):
     # -- the weights -----------------------------------------------------------------------------
 
     @property
+    def stored_weight(self) -> Tensor:
+        """The base's present parameter, as the module stores it."""
+        return getattr(self.base_layer, self.matrix)
+
+    @property
     def weight(self) -> Tensor:
         """The effective weight of this layer, in its module's dtype and layout.
 
@@ -303,16 +310,16 @@ class LoraLayer(nn.Module):
             transposed=one.transposed, dtype=dtype, initial=initial, gain=gain,
         )  # fmt: skip
 
-    def _exact_output_factor(self) -> Float[Tensor, "out rank"]:
+    def _exact_output_factor(self) -> Float[Tensor, "*experts out rank"]:
         """`output_factor` with all bits of float32, for weights."""
         with full_precision():
             return self.output_factor
 
-    def _oriented_weight(self) -> Float[Tensor, "out in"]:
+    def _oriented_weight(self) -> Float[Tensor, "*experts out in"]:
         """The base's present weight, dequantized for packed modules."""
-        return self._format.read(self.base_layer)
+        return self._format.read(self.base_layer, self.matrix)
 
-    def delta_weight(self) -> Float[Tensor, "out in"]:
+    def delta_weight(self) -> Float[Tensor, "*experts out in"]:
         """s (B A - B0 A0), in float32 or wider; s B A on a kept or replaced base.
 
         Without DoRA this is the change by training.
@@ -322,11 +329,11 @@ class LoraLayer(nn.Module):
             delta -= self.initial_product()
         return delta
 
-    def initial_product(self) -> Float[Tensor, "out in"]:
+    def initial_product(self) -> Float[Tensor, "*experts out in"]:
         """s B0 A0, bit-identical to what an edit subtracts (see `injection.editing`)."""
         return low_rank_product(self.initial_lora_A, self.initial_lora_B, self.scaling)
 
-    def original_weight(self) -> Float[Tensor, "out in"]:
+    def original_weight(self) -> Float[Tensor, "*experts out in"]:
         """The weight before injection, in float32 or wider.
 
         Raises:
@@ -337,7 +344,7 @@ class LoraLayer(nn.Module):
         weight = widened(self._oriented_weight())
         return weight + self.initial_product() if self.base_state == "edited" else weight
 
-    def merged_weight(self) -> Float[Tensor, "out in"]:
+    def merged_weight(self) -> Float[Tensor, "*experts out in"]:
         """The weight of a plain layer that computes the same function (without dropout)."""
         weight = widened(self._oriented_weight())
         merged = weight + low_rank_product(self.lora_A, self._exact_output_factor(), self.scaling)

@@ -582,9 +582,10 @@ class LoraModel(nn.Module):
         live = self._live_injection(None if half_merged else wanted)
         for name, layer in live.layers.items():
             core = () if layer.lora_core is None else ("lora_core",)
-            for part in ("lora_A", "lora_B", *core, "base_layer.weight"):
+            base = f"base_layer.{layer.matrix}"
+            for part in ("lora_A", "lora_B", *core, base):
                 parameter = layer.get_parameter(part)
-                untouched = part == "base_layer.weight" and layer.base_state != "edited"
+                untouched = part == base and layer.base_state != "edited"
                 if without_base and untouched and parameter.is_meta:
                     continue
                 if reason := absence(parameter):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.registry import Initializer, Options
+from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import class_format, is_quantized, known_format, module_type
 from lora_init.weights.offload import is_offloaded
 
@@ -56,33 +57,43 @@ def extents(model: nn.Module) -> dict[int, list[Extent]]:
     return found
 
 
-def check_module(model: nn.Module, name: str, spec: Initializer) -> None:
+def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = WEIGHT) -> None:
     """Raise if the method or the library does not support this target. Reads no weight values.
+
+    Args:
+        name: the name of the module.
+        matrix: the name of the matrix in the module.
 
     Raises:
         TypeError: the module's type, or the type of its weight, is not supported.
         ValueError: the state of the weight is not supported (offloaded, made in inference mode).
     """
     module = model.get_submodule(name)
+    name = name if matrix == WEIGHT else f"{name}.{matrix}"
     stored = class_format(module)
     if stored is not None and (reason := stored.refusal(module)) is not None:
         raise TypeError(f"target {name!r} {reason}. Leave it out with exclude_modules")
-    if stored is None or stored.name not in spec.modules:
+    if stored is None or stored.name not in spec.modules or matrix not in stored.matrices(module):
         stacked = _stacked(module)
         kind = (type(module).__name__ if stacked else module_type(module)) + stacked
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not support; "
-            f"must be one of {', '.join(sorted(spec.modules))}. Leave it out with exclude_modules"
+            f"must be one of {', '.join(sorted(spec.modules))}. {_fix(stacked)}"
         )
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(matrix)
     if weight is None:
         raise TypeError(
             f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
             "cannot be adapted in place; remove the parametrization first"
         )
-    if (reason := stored.unreadable(module)) is not None:
+    if (reason := stored.unreadable(module, matrix)) is not None:
         raise ValueError(f"target {name!r}: {reason}")
     _check_presence(name, weight)
+    if stored.operation == "routed" and is_offloaded(module):
+        raise ValueError(
+            f"target {name!r}: its weight is offloaded by Accelerate, and adapted experts need it "
+            "in memory; load the experts into memory first"
+        )
     if spec.base == "replace" and weight.is_meta and is_offloaded(module):
         raise ValueError(
             f"target {name!r}: its weight is offloaded by Accelerate, but {spec.name} replaces "
@@ -145,6 +156,11 @@ def _stacked(module: nn.Module) -> str:
     parameters = (item for item in module._parameters.items() if item[0] != "weight")
     stacked = [name for name, value in parameters if getattr(value, "ndim", 0) == 3]
     return f" (parameters with all experts' weights: {', '.join(stacked)})" if stacked else ""
+
+
+def _fix(stacked: str) -> str:
+    parameters = "Name its parameters in target_parameters, or leave it out with exclude_modules"
+    return parameters if stacked else "Leave it out with exclude_modules"
 
 
 def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -220,14 +236,16 @@ def _check_presence(name: str, weight: Tensor) -> None:
         )
 
 
-def sharers(name: str, module: nn.Module, owners: Mapping[int, list[Extent]]) -> tuple[str, ...]:
-    """Names of other modules' parameters that share memory with this module's weight.
+def sharers(
+    name: str, module: nn.Module, owners: Mapping[int, list[Extent]], matrix: str = WEIGHT
+) -> tuple[str, ...]:
+    """Names of other modules' parameters that share memory with this matrix of a module.
 
     A module registered under several names is one module: none of its names is returned.
     """
-    weight = module.weight
+    weight = getattr(module, matrix)
     assert isinstance(weight, Tensor)
-    own = extent(f"{name}.weight", weight)
+    own = extent(f"{name}.{matrix}", weight)
     return tuple(
         other.name
         for other in owners.get(own.storage, ())

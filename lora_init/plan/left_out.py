@@ -90,7 +90,7 @@ def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> I
             continue
         for part, tensor in _matrices(module):
             path = f"{name}.{part}".removeprefix(".")
-            if not excluded(path):
+            if not excluded(path) and path not in selection.experts:
                 yield _parameter(path, tensor, module)
 
 
@@ -106,7 +106,8 @@ def _named(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterat
             continue
         for part, tensor in _matrices(module):
             path = f"{name}.{part}".removeprefix(".")
-            if meant(path, tensor.ndim > 2) and not excluded(path):
+            is_adapted = path in selection.experts or excluded(path)
+            if meant(path, tensor.ndim > 2) and not is_adapted:
                 yield _parameter(path, tensor, module)
 
 
@@ -154,8 +155,8 @@ def _parameter(path: str, tensor: Tensor, module: nn.Module) -> LeftOut:
     if tensor.ndim == 2:
         return LeftOut(path, "parameter", f"{what}; only linear modules are adapted")
     if "expert" in f"{path}{owner}".lower():
-        return LeftOut(path, "experts", f"{what} with the weights of all experts; only modules are "
-                       "adapted")  # fmt: skip
+        fix = "to adapt it, name it in target_parameters, or set experts=True"
+        return LeftOut(path, "experts", f"{what} with the weights of all experts; {fix}")
     return LeftOut(path, "parameter", f"{what} with a stack of weights; only modules are adapted")
 
 

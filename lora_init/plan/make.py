@@ -23,14 +23,19 @@ from lora_init.plan.check import (
     unobserved,
     warn_of_float16,
 )
+from lora_init.plan.expert_names import pefts_names
 from lora_init.plan.left_out import LeftOut, described, left_out
-from lora_init.plan.match import PatternValues, select
+from lora_init.plan.match import PatternValues, Selection, select
+from lora_init.plan.parameters import fused_parameters
 from lora_init.plan.plan import Plan, Target
 from lora_init.plan.state_space import read_by_kernel
 from lora_init.registry import CalibrationRequest, Initializer
+from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
 
 QUANTIZED_BASES = ("in_forward", "requantize")
+EXPERTS_NEED = {"use_dora": False, "lora_bias": False}
+"""The settings that adapted experts do not support, with the values that turn them off."""
 
 
 def check_model(model: Any) -> None:
@@ -102,9 +107,11 @@ def make_plan(
     everything = config.target_modules == ALL_LINEAR
     omitted = [] if any_rank else left_out(model, config, selection)
     targets = []
-    for name in selection.names:
-        module = model.get_submodule(name)
-        reason = read_by_kernel(model, name)
+    for name, owner, matrix in _matrices(model, selection):
+        module = model.get_submodule(owner)
+        reason = read_by_kernel(model, owner)
+        is_implied = name in selection.implied
+        may_omit = (everything and matrix == WEIGHT) or (is_implied and config.experts is None)
         if reason is not None and not everything:
             raise ValueError(
                 f"target_modules: {name!r} is not supported: {reason}. Leave it out, e.g. with "
@@ -114,38 +121,43 @@ def make_plan(
             omitted.append(LeftOut(name, type(module).__name__, reason))
             continue
         try:
-            check_module(model, name, spec)
-            reason = unobserved(model, name, spec) if everything else None
+            check_module(model, owner, spec, matrix)
+            reason = unobserved(model, owner, spec) if everything else None
+            if matrix != WEIGHT:
+                _check_variants_of_experts(config, name)
         except TypeError as error:
-            if not everything:
+            if not may_omit:
                 raise
             reason = str(error).removeprefix(f"target {name!r}").lstrip(": ")
         if reason is not None:
             omitted.append(LeftOut(name, type(module).__name__, reason))
             continue
         stored = known_format(module)
-        rows, columns = stored.shape(module)
+        *experts, rows, columns = stored.shape(module, matrix)
         shape = rows, columns
-        rank = ranks(name)
+        factor = 2 if name in selection.doubled and not ranks.matches(name) else 1
+        rank = factor * ranks(name)
         if not any_rank:
             narrow = rank_excess(rank, shape, spec)
-            if narrow and everything and not ranks.matches(name):
+            if narrow and (everything or may_omit) and not ranks.matches(name):
                 omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
                 continue
             check_target_rank(name, rank, shape, spec, options)
-        alpha = alphas(name)
+        alpha = factor * alphas(name)
         targets.append(
             Target(
                 name=name,
                 module_type=stored.name,
-                shape=(rows, columns),
+                shape=shape,
                 dtype=stored.describe(module),
                 rank=rank,
                 alpha=alpha,
                 scaling=config.scaling(rank, alpha),
                 quantized=stored.quantized,
-                shared_with=sharers(name, module, owners),
+                shared_with=sharers(owner, module, owners, matrix),
                 exact=computes_product(name, module),
+                matrix=matrix,
+                experts=experts[0] if experts else None,
             )
         )
     if not targets:
@@ -197,10 +209,37 @@ def make_plan(
         use_dora=config.use_dora,
         lora_bias=config.lora_bias,
         left_out=tuple(omitted),
+        fused=tuple(fused_parameters(model)),
+        mapped=_mapped(model, [target.name for target in targets if target.experts is None]),
     )
     if plan.calibration is not None:
         _check_memory(plan, plan.calibration)
     return plan
+
+
+def _check_variants_of_experts(config: LoraConfig, name: str) -> None:
+    """Raise TypeError if a setting is not supported on fused experts."""
+    for setting, neutral in EXPERTS_NEED.items():
+        if (value := getattr(config, setting)) != neutral:
+            raise TypeError(
+                f"target {name!r}: {setting}={value!r} is not supported with experts: must be "
+                f"{neutral!r}. Set it so, or set experts=False and leave out target_parameters"
+            )
+
+
+def _mapped(model: nn.Module, targets: list[str]) -> tuple[str, ...]:
+    """The targets that PEFT would take for experts, because it maps their last name part."""
+    return tuple(name for name in targets if name.rpartition(".")[2] in pefts_names(model))
+
+
+def _matrices(model: nn.Module, selection: Selection) -> list[tuple[str, str, str]]:
+    """For each selected matrix in model order: its name, its module, and its name there."""
+    found = [(name, name, WEIGHT) for name in selection.names]
+    for name in selection.experts:
+        owner, _, matrix = name.rpartition(".")
+        found.append((name, owner, matrix))
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda one: places[one[1]])
 
 
 def _check_memory(plan: Plan, request: CalibrationRequest) -> None:

@@ -18,6 +18,8 @@ from torch import nn
 
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.architectures import DEFAULT_TARGETS
+from lora_init.plan.expert_names import meant, refuse_single_expert
+from lora_init.plan.parameters import fused_parameters, select_parameters
 from lora_init.plan.patterns import Expression
 from lora_init.weights.kinds import is_linear
 
@@ -32,12 +34,17 @@ class Selection:
         unmatched: (setting, entry) pairs that matched nothing.
         candidates: names of all modules that targets can match, those inside saved modules left
             out.
+        experts: qualified names of the fused parameters of experts to adapt, in model order.
+        implied, doubled: see `lora_init.plan.parameters.Parameters`.
     """
 
     names: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     unmatched: tuple[tuple[str, str], ...]
     candidates: tuple[str, ...]
+    experts: tuple[str, ...] = ()
+    implied: frozenset[str] = frozenset()
+    doubled: frozenset[str] = frozenset()
 
 
 def select(
@@ -56,34 +63,63 @@ def select(
     modules = {name: module for name, module in model.named_modules() if name}
     names = list(modules)
     saved = _modules_to_save(names, config) if modules_to_save is None else list(modules_to_save)
-    unmatched: list[tuple[str, str]] = []
-    target = config.target_modules if config.target_modules is not None else _defaults(model)
+
+    def inside(name: str) -> bool:
+        """Whether a module is part of a saved module, which is trained as a whole."""
+        return any(name == s or name.startswith(s + ".") for s in saved)
+
+    target = config.target_modules
+    if target is None:
+        target = _defaults(model) if config.target_parameters is None else []
+    former = None if target == ALL_LINEAR else _matcher(target, config)
+    parameters = select_parameters(model, config, inside, former)
+    unmatched = [("target_parameters", entry) for entry in parameters.unmatched]
     excluded = excluder(config.exclude_modules)
-    # Modules inside a saved module are not adapted, because it is trained as a whole.
-    candidates = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
+    candidates = [name for name in names if not inside(name)]
+    experts = tuple(
+        name
+        for name in parameters.experts
+        if not excluded(name) and not excluded(name.rpartition(".")[0])
+    )
     if target == ALL_LINEAR:
         heads = output_names(model, config)
         matched = [name for name in candidates if is_linear(modules[name]) and name not in heads]
-    elif isinstance(target, str):
-        expression = Expression("target_modules", target)
-        matched = [name for name in candidates if expression.fullmatch(name)]
     else:
-        in_list = list_matcher(target, config)
-        matched = [name for name in candidates if in_list(name)]
-        for entry in target:
+        matches = _matcher(target, config)
+        matched = [name for name in candidates if matches(name)]
+        for entry in [] if isinstance(target, str) else target:
             if not any(name_matches(name, entry) for name in candidates):
                 _refuse_parameter(model, entry)
+                if any(meant(name, list_matcher([entry], config)) != "none" for name in experts):
+                    continue
                 unmatched.append(("target_modules", entry))
+    matched = [name for name in candidates if name in {*matched, *parameters.modules}]
     chosen = [name for name in matched if not excluded(name)]
     unmatched += _unused_exclusions(config.exclude_modules, matched)
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, setting) or {}:
             expression = _pattern_expression(setting, key)
-            if not any(expression.match(name) for name in chosen):
+            if not any(expression.match(name) for name in (*chosen, *experts)):
                 unmatched.append((setting, key))
-    if not chosen:
+    if not chosen and not experts:
         raise ValueError(_nothing_matched(model, target, matched, config))
-    return Selection(tuple(chosen), tuple(saved), tuple(unmatched), tuple(candidates))
+    return Selection(
+        tuple(chosen),
+        tuple(saved),
+        tuple(unmatched),
+        tuple(candidates),
+        experts,
+        parameters.implied,
+        parameters.doubled,
+    )
+
+
+def _matcher(target: list[str] | str, config: LoraConfig) -> Callable[[str], bool]:
+    """Match module names by a regular expression or a list."""
+    if isinstance(target, str):
+        expression = Expression("target_modules", target)
+        return lambda name: expression.fullmatch(name) is not None
+    return list_matcher(target, config)
 
 
 def exactly(names: Iterable[str]) -> str:
@@ -241,21 +277,23 @@ def output_names(model: nn.Module, config: LoraConfig) -> set[str]:
 
 
 def _refuse_parameter(model: nn.Module, entry: str) -> None:
-    """Raise if an entry names a parameter, such as the stacked weights of experts.
+    """Raise if an entry names a parameter, or a module of one expert in older checkpoints.
 
     Raises:
         ValueError: with the parameter's name, shape and owner.
     """
+    refuse_single_expert(entry, list(fused_parameters(model)))
     for name, parameter in model.named_parameters():
         if not name_matches(name, entry):
             continue
         owner = name.rpartition(".")[0]
         shape = "×".join(map(str, parameter.shape))
         stacked = ", the weights of all experts in one tensor" if parameter.ndim == 3 else ""
+        fix = f"name it in target_parameters=[{entry!r}]" if stacked else "leave it out"
         raise ValueError(
             f"target_modules: {entry!r} is not a module but a parameter, {name!r} of shape {shape} "
-            f"in a {type(model.get_submodule(owner)).__name__}{stacked}; only modules are "
-            "supported, so leave it out"
+            f"in a {type(model.get_submodule(owner)).__name__}{stacked}; target_modules must name "
+            f"modules, so {fix}"
         )
 
 

@@ -10,8 +10,9 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lora_init.moments import sums_bytes
 from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets
+from lora_init.plan.parameters import shortest_parameters
 from lora_init.plan.workspace import copies
 from lora_init.registry import (
     OVERSAMPLING,
@@ -31,14 +33,17 @@ from lora_init.registry import (
     sums_dtype,
 )
 from lora_init.tables import render
+from lora_init.weights.format import WEIGHT
 
 
 @dataclass(frozen=True)
 class Target:
-    """One module that gets an adapter.
+    """One matrix that gets an adapter: a module's weight, or a parameter of fused experts.
 
     Attributes:
-        shape: (out, in), as in `lora_init.weights.format`.
+        name: the name of the module; for experts, that of the parameter, such as
+            "model.layers.0.mlp.experts.down_proj".
+        shape: (out, in), as in `lora_init.weights.format`. For experts, that of one expert.
         dtype: the weight's dtype, or the format of a packed weight ("nf4/64").
         rank, alpha, scaling: r, alpha and the resulting factor s.
         quantized: whether the weight is packed.
@@ -46,6 +51,9 @@ class Target:
         exact: whether the module computes the product with its stored weight. False if a
             quantizer's forward rounds inputs or weights; the base weight is then not edited.
         planned_rank: r before rank allocation; None without allocation.
+        matrix: the name of the matrix in its module.
+        experts: the number of experts of a fused parameter; None for one matrix.
+        expert: the number of this expert, in a plan that lists the matrices of all experts.
     """
 
     name: str
@@ -59,10 +67,29 @@ class Target:
     shared_with: tuple[str, ...] = ()
     exact: bool = True
     planned_rank: int | None = None
+    matrix: str = WEIGHT
+    experts: int | None = None
+    expert: int | None = None
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds the matrix."""
+        parts = (self.matrix != WEIGHT) + (self.expert is not None)
+        return self.name.rsplit(".", parts)[0]
 
     @property
     def parameters(self) -> int:
-        return self.rank * sum(self.shape)
+        return (self.experts or 1) * self.rank * sum(self.shape)
+
+    def single(self) -> Iterator[Target]:
+        """Each expert's matrix as a target "<name>.<number>"; the target itself if it is one."""
+        if self.experts is None:
+            yield self
+            return
+        for expert in range(self.experts):
+            yield dataclasses.replace(
+                self, name=f"{self.name}.{expert}", experts=None, expert=expert
+            )
 
 
 @dataclass(frozen=True)
@@ -82,6 +109,8 @@ class Plan:
         trained_biases: names of the bias parameters that are trained.
         bias, dropout, use_dora, lora_bias: as in the configuration.
         left_out: linear weights that get no adapter, with the reasons.
+        fused: names of all fused parameters of experts in the model.
+        mapped: the targets whose names PEFT would take for those of experts.
     """
 
     initializer: Initializer
@@ -100,6 +129,8 @@ class Plan:
     use_dora: bool = False
     lora_bias: bool = False
     left_out: tuple[LeftOut, ...] = ()
+    fused: tuple[str, ...] = ()
+    mapped: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -108,12 +139,22 @@ class Plan:
         frozen = self.initializer.frozen
         for target in self.targets:
             rows, columns = target.shape
-            total += target.rank * (
+            values = target.rank * (
                 ("lora_A" not in frozen) * columns + ("lora_B" not in frozen) * rows
             )
-            total += self.initializer.has_core * target.rank**2
-            total += (self.use_dora + self.lora_bias) * rows
+            values += self.initializer.has_core * target.rank**2
+            values += (self.use_dora + self.lora_bias) * rows
+            total += (target.experts or 1) * values
         return total
+
+    @cached_property
+    def matrices(self) -> tuple[Target, ...]:
+        """The targets, with one for each expert of a fused parameter."""
+        return tuple(one for target in self.targets for one in target.single())
+
+    def in_matrices(self) -> Plan:
+        """The plan whose targets are the `matrices`, for calibration and initialization."""
+        return dataclasses.replace(self, targets=self.matrices)
 
     @property
     def requantizes(self) -> bool:
@@ -148,20 +189,20 @@ class Plan:
         sketches = self.sketch_bytes if self.sketches_gradients else None
         gradients = self.gradient_bytes if sketches is None else sketches
         sets = len(self.calibration.sets) or 1
-        inputs = sets * sum(self.input_bytes(target) for target in self.targets)
+        inputs = sets * sum(self.input_bytes(target) for target in self.matrices)
         return self.calibration.gradients * gradients + self.calibration.inputs * inputs
 
     @property
     def gradient_bytes(self) -> int:
         """Memory of all whole gradients."""
-        return 4 * sum(target.shape[0] * target.shape[1] for target in self.targets)
+        return 4 * sum(target.shape[0] * target.shape[1] for target in self.matrices)
 
     @property
     def sketch_bytes(self) -> int | None:
         """Memory of sketches of all gradients; None if the method reads whole gradients."""
         if self.sketch_sizes is None:
             return None
-        return 4 * sum(self.sketch_sizes[t.name] * sum(t.shape) for t in self.targets)
+        return 4 * sum(self.sketch_sizes[t.name] * sum(t.shape) for t in self.matrices)
 
     @property
     def sketch_sizes(self) -> dict[str, int] | None:
@@ -170,7 +211,7 @@ class Plan:
         if not plain or self.initializer.allocates:
             return None
         sizes = {}
-        for target in self.targets:
+        for target in self.matrices:
             if (directions := self.directions(target)) is None:
                 return None
             sizes[target.name] = min(directions + OVERSAMPLING, *target.shape)
@@ -185,9 +226,9 @@ class Plan:
         return limit < self.gradient_bytes and sketches < self.gradient_bytes
 
     def input_bytes(self, target: Target) -> int:
-        """Memory of the sums over one target's inputs."""
+        """Memory of the sums over one target's inputs, of all its experts."""
         requests = [] if self.calibration is None else [self.calibration]
-        return sums_bytes(target.shape[1], sums_dtype(requests))
+        return (target.experts or 1) * sums_bytes(target.shape[1], sums_dtype(requests))
 
     @property
     def passes(self) -> int:
@@ -223,7 +264,7 @@ class Plan:
         weights, moments = copies(self.initializer, self.options)
         numbers = (
             (rows * columns, weights * rows * columns + moments * columns**2)
-            for rows, columns in (target.shape for target in self.targets)
+            for rows, columns in (target.shape for target in self.matrices)
         )
         return math.ceil(4 * largest_together(numbers))
 
@@ -263,15 +304,30 @@ class Plan:
             self, targets=tuple(targets), trained_biases=biases, left_out=tuple(left_out)
         )
 
+    @property
+    def names_weights(self) -> bool:
+        """Whether a file names the weights of the `mapped` targets as parameters, for PEFT.
+
+        PEFT's adapter of a parameter has no dropout, magnitude or bias.
+        """
+        return not (self.dropout or self.use_dora or self.lora_bias)
+
     def explicit(self, config: LoraConfig) -> LoraConfig:
         """Return `config` with explicit targets, ranks and alphas, in a form that PEFT reads.
 
         The user's rules are not copied. PEFT does not find a layer list at a model's root, and it
         sorts the keys of a pattern, although the first match wins.
         """
+        weights = set(self.mapped) if self.names_weights else set()
+        modules = [t.name for t in self.targets if t.experts is None and t.name not in weights]
+        fused = [t.name for t in self.targets if t.experts is not None]
+        named = shortest_parameters(fused, self.fused) + [
+            f"{t.name}.{WEIGHT}" for t in self.targets if t.name in weights
+        ]
         return dataclasses.replace(
             config,
-            target_modules=portable_targets([t.name for t in self.targets], self.candidates),
+            target_modules=portable_targets(modules, self.candidates),
+            target_parameters=named or None,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -339,6 +395,8 @@ class Plan:
             lines.append(f"with {', '.join(variants)}")
         if self.trained_biases:
             lines.append(f"biases trained: {len(self.trained_biases)} ({self.bias})")
+        if self.initializer.allocates and any(t.experts is not None for t in self.targets):
+            lines.append("fused experts keep one rank for all, as planned")
         shared = [t.name for t in self.targets if t.shared_with]
         if shared and spec.base != "keep":
             how = "get a separate weight" if spec.base == "replace" else "stay as they are"
@@ -351,7 +409,7 @@ class Plan:
             [
                 t.name,
                 t.module_type,
-                f"{t.shape[0]}×{t.shape[1]}",
+                f"{t.shape[0]}×{t.shape[1]}" + (f" ({t.experts} experts)" if t.experts else ""),
                 t.dtype,
                 t.rank,
                 f"{t.alpha:g}",

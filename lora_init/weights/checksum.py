@@ -32,9 +32,9 @@ def checksum(weight: Tensor) -> str:
 
 def base_checksum(
     replacement: Replacement,
-    original: Float[Tensor, "out in"],
+    original: Float[Tensor, "*experts out in"],
     scaling: float,
-    stored: Float[Tensor, "out in"],
+    stored: Float[Tensor, "*experts out in"],
 ) -> str:
     """The checksum of a replaced base, or the file's checksum if the base matches the file.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from functools import cache
 
 import numpy as np
@@ -20,16 +21,16 @@ SAMPLES_A_SIDE = 12
 RELATIVE_TOLERANCE = 2.0**-7
 
 
-def fingerprint(weight: Float[Tensor, "out in"]) -> str:
+def fingerprint(weight: Float[Tensor, "*experts out in"]) -> str:
     """Encode up to 144 evenly spaced entries of the weight in bfloat16 as text.
 
     Sampling is fast for models of any size. It distinguishes base weights, but can miss a single
-    changed entry.
+    changed entry. The rows of experts are numbered through all experts.
     """
     return base64.b64encode(_samples(weight).view(torch.int16).numpy().tobytes()).decode()
 
 
-def has_fingerprint(weight: Float[Tensor, "out in"], expected: str) -> bool:
+def has_fingerprint(weight: Float[Tensor, "*experts out in"], expected: str) -> bool:
     """Whether the weight's samples equal those of `expected`, up to rounding."""
     codes = np.frombuffer(base64.b64decode(expected), dtype=np.int16).copy()
     theirs = torch.from_numpy(codes).view(torch.bfloat16).float()
@@ -41,9 +42,13 @@ def has_fingerprint(weight: Float[Tensor, "out in"], expected: str) -> bool:
     return bool(((ours - theirs).abs() <= RELATIVE_TOLERANCE * theirs.abs() + slack).all())
 
 
-def _samples(weight: Float[Tensor, "out in"]) -> Tensor:
-    row, column = (torch.tensor(_places(size), device=weight.device) for size in weight.shape)
-    return weight[row[:, None], column].to(torch.bfloat16).cpu().contiguous().flatten()
+def _samples(weight: Float[Tensor, "*experts out in"]) -> Tensor:
+    *experts, rows, columns = weight.shape
+    sizes = math.prod(experts) * rows, columns
+    row, column = (torch.tensor(_places(size), device=weight.device) for size in sizes)
+    row = row[:, None]
+    entries = weight[row // rows, row % rows, column] if experts else weight[row, column]
+    return entries.to(torch.bfloat16).cpu().contiguous().flatten()
 
 
 @cache

@@ -57,18 +57,18 @@ def is_offloaded(module: nn.Module) -> bool:
     return _offloading_hook(module) is not None
 
 
-def offloaded_weight(module: nn.Module) -> Tensor:
-    """The weight of an offloaded module, mapped from disk or from CPU memory."""
-    return _offloading_hook(module).weights_map["weight"].detach()
+def offloaded_weight(module: nn.Module, matrix: str = "weight") -> Tensor:
+    """A matrix of an offloaded module, mapped from disk or from CPU memory."""
+    return _offloading_hook(module).weights_map[matrix].detach()
 
 
-def is_unloaded(module: nn.Module) -> bool:
-    """Whether the module's weight has no values, neither in memory nor offloaded.
+def is_unloaded(module: nn.Module, matrix: str = "weight") -> bool:
+    """Whether a matrix of the module has no values, neither in memory nor offloaded.
 
     A hook on an enclosing module (`preload_module_classes`) does not count. It stores the weight by
     name, and an adapter changes that name.
     """
-    return module.weight.is_meta and not is_offloaded(module)
+    return getattr(module, matrix).is_meta and not is_offloaded(module)
 
 
 def first_unloaded(model: nn.Module, path: str = "") -> str | None:
@@ -85,13 +85,14 @@ def first_unloaded(model: nn.Module, path: str = "") -> str | None:
     return next((name for name in found if name is not None), None)
 
 
-def factor_device(module: nn.Module) -> torch.device:
-    """The device of a module's factors: that of its weight during the forward pass.
+def factor_device(module: nn.Module, matrix: str = "weight") -> torch.device:
+    """The device of a matrix's factors: that of the matrix during the forward pass.
 
     It is the CPU if the weight is not loaded.
     """
-    if not module.weight.is_meta:
-        return module.weight.device
+    weight = getattr(module, matrix)
+    if not weight.is_meta:
+        return weight.device
     device = getattr(_offloading_hook(module), "execution_device", None)
     return torch.device("cpu" if device is None else device)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.weights.checkpoint import OriginalWeights
-from lora_init.weights.kinds import FORMATS, oriented_weight
+from lora_init.weights.kinds import FORMATS, known_format
 from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, offloaded_weight
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class BaseWeights:
         """Whether `weight` returns the weight from before quantization."""
         return not target.quantized or self.originals is not None
 
-    def weight(self, target: Target) -> Float[Tensor, "out in"]:
+    def weight(self, target: Target) -> Float[Tensor, "*experts out in"]:
         """The original weight, on the device of the module's factors.
 
         It is float32 for quantized modules. For others it has the module's dtype, to which a
@@ -111,23 +111,24 @@ class BaseWeights:
             )
         return original
 
-    def present(self, target: Target) -> Float[Tensor, "out in"]:
+    def present(self, target: Target) -> Float[Tensor, "*experts out in"]:
         """The weight that the module computes with. Float weights have the module's dtype.
 
         Raises:
             ValueError: the weight is not loaded, and no checkpoint was passed.
         """
         module = self._module(target)
-        if not module.weight.is_meta:
-            return oriented_weight(module)
+        parameter = getattr(module, target.matrix)
+        if not parameter.is_meta:
+            return _of_expert(known_format(module).read(module, target.matrix), target)
         if is_offloaded(module):
-            stored = offloaded_weight(module)
+            stored = offloaded_weight(module, target.matrix)
         elif self.originals is not None:
             stored = self.originals.weight(self._stored_name(target))
         else:
             raise _nowhere(target)
-        stored = stored.to(factor_device(module), module.weight.dtype)
-        return FORMATS[target.module_type].orient(stored)
+        stored = stored.to(factor_device(module, target.matrix), parameter.dtype)
+        return self._as_matrix(target, stored)
 
     def target_weight(self, target: Target) -> Float[Tensor, "out in"]:
         """The second weight, on the device of the first one.
@@ -146,15 +147,21 @@ class BaseWeights:
         """View a checkpoint's tensor of a target as a matrix."""
         if target.quantized:
             return stored.T if self._stored_transposed(target) else stored
-        return FORMATS[target.module_type].orient(stored)
+        return self._as_matrix(target, stored)
+
+    def _as_matrix(self, target: Target, stored: Tensor) -> Tensor:
+        one = FORMATS[target.module_type]
+        if one.operation == "routed":  # only the module knows the layout
+            return _of_expert(one.stored(self._module(target), stored), target)
+        return one.orient(stored)
 
     def _module(self, target: Target) -> nn.Module:
         """The target module; for an adapted layer, its base layer."""
-        module = self.model.get_submodule(target.name)
+        module = self.model.get_submodule(target.module)
         return getattr(module, "base_layer", module)
 
     def _is_unloaded(self, target: Target) -> bool:
-        return is_unloaded(self._module(target))
+        return is_unloaded(self._module(target), target.matrix)
 
     def _check_stored(self, targets: list[Target]) -> None:
         """Raise if the checkpoint lacks one of these weights or has one of another shape."""
@@ -182,13 +189,18 @@ class BaseWeights:
 
     def _stored_shape(self, target: Target) -> tuple[int, ...]:
         if not target.quantized:
-            return tuple(self._module(target).weight.shape)
+            return tuple(getattr(self._module(target), target.matrix).shape)
         return target.shape[::-1] if self._stored_transposed(target) else target.shape
 
     def _stored_transposed(self, target: Target) -> bool:
         """Whether the checkpoint stores (in, out): a Conv1D that transformers quantized."""
         source = getattr(self._module(target), "source_cls", None)
         return source is not None and source.__name__ == "Conv1D"
+
+
+def _of_expert(weight: Tensor, target: Target) -> Tensor:
+    """The matrix of a target's expert; the whole weight if the target has no expert number."""
+    return weight if target.expert is None else weight[target.expert]
 
 
 def _nowhere(target: Target) -> ValueError:

@@ -143,7 +143,6 @@ USED = {
     "trainable_token_indices": [0, 1],
     "layer_replication": [[0, 1]],
     "alora_invocation_tokens": [5],
-    "target_parameters": ["mlp.experts.down_proj"],
     "megatron_config": {"tensor_model_parallel_size": 2},
     "arrow_config": {"top_k": 3},
     "kasa_config": {"beta": 1e-4},

@@ -163,7 +163,6 @@ def test_pefts_other_fields_are_accepted_at_their_defaults():
     ("name", "value"),
     [
         ("layer_replication", [[0, 4], [2, 5]]),
-        ("target_parameters", ["experts.down_proj"]),
         ("trainable_token_indices", [1, 2]),
         ("megatron_config", {"a": 1}),
         ("use_qalora", True),

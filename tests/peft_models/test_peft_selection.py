@@ -10,7 +10,8 @@ from peft.utils import transformers_weight_conversion as conversion
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.adapters.peft_selection import EXPERT_NAMES, different_in_peft
+from lora_init.adapters.peft_selection import different_in_peft
+from lora_init.plan.expert_names import EXPERT_NAMES
 
 CASES = [
     ("deepseek_v3", "all-linear"),
@@ -74,7 +75,7 @@ def test_the_table_of_model_types_is_pefts():
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_the_differences_are_warned_about(dry_run):
-    config = LoraConfig(r=2, target_modules=["down_proj", "o_proj"])
+    config = LoraConfig(r=2, target_modules=["down_proj", "o_proj"], lora_dropout=0.1)
     with pytest.warns(UserWarning, match=r"PEFT would load .*layers\.0\.mlp\.down_proj, .*experts"):
         get_peft_model(mixture("deepseek_v3"), config, dry_run=dry_run)
 

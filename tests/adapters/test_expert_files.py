@@ -1,0 +1,131 @@
+"""Adapter files of fused experts: PEFT's layout, read and written."""
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from mixtures import mixture
+from models import token_batches
+from peft import PeftModel
+
+from lora_init import LoraConfig, LoraModel, get_peft_model
+
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+KINDS = ["mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v3",
+         "glm4_moe", "jamba", "granitemoehybrid"]  # fmt: skip
+SUBSETS = [BOTH, ["experts.gate_up_proj"], ["experts.down_proj"]]
+
+
+def fused(kind):
+    """The parameters of a model's experts; its first matrix may have no gate."""
+    names = [name for name, _ in mixture(kind).named_parameters()]
+    return [entry for entry in BOTH if any(name.endswith(f".{entry}") for name in names)]
+
+
+@torch.no_grad()
+def moved(model):
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def output(model):
+    (batch,) = token_batches(1, padded=False)
+    return model(input_ids=batch["input_ids"]).logits
+
+
+def gap(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+FILES = [
+    pytest.param(kind, method, names, rslora,
+                 marks=() if ((kind, method) in {("mixtral", "pissa"), ("gpt_oss", "kaiming")}
+                 and names == BOTH and not rslora) or ((kind, method, rslora) ==
+                 ("qwen3_moe", "pissa", True) and names == SUBSETS[2])
+                 else pytest.mark.exhaustive)
+    for kind in KINDS
+    for method in ("kaiming", "pissa", "lora_xs")
+    for names in SUBSETS
+    for rslora in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "method", "names", "rslora"), FILES)
+def test_peft_loads_the_file_and_so_do_we(kind, method, names, rslora, tmp_path):
+    names = [name for name in names if name in fused(kind)]
+    if not names:
+        pytest.skip("no such parameter")
+    base = mixture(kind)
+    config = LoraConfig(r=3, lora_alpha=6, init_lora_weights=method, use_rslora=rslora,
+                        target_modules=["o_proj"], target_parameters=names)  # fmt: skip
+    model = moved(get_peft_model(copy.deepcopy(base), config, cache=False))
+    wanted = output(model)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_parameters"] == names
+    assert "experts" not in written
+    assert written["r"] == (6 if method == "pissa" else 3)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert gap(output(theirs), wanted) < 2e-6
+    ours = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(output(ours.eval()), wanted)
+
+
+PEFT_FILES = [
+    pytest.param(kind, names, marks=() if kind == "mixtral" else pytest.mark.exhaustive)
+    for kind in KINDS
+    for names in SUBSETS[::2]
+]
+
+
+@pytest.mark.parametrize(("kind", "names"), PEFT_FILES)
+def test_a_file_of_peft_means_the_same_here(kind, names, tmp_path):
+    names = [name for name in names if name in fused(kind)]
+    base = mixture(kind)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["o_proj"], target_parameters=names,
+                             init_lora_weights=False)  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert gap(output(ours.eval()), output(theirs)) < 2e-6
+
+
+@pytest.mark.parametrize("method", ["loftq", "pissa"])
+def test_a_file_continues_the_training(method, tmp_path):
+    base = mixture("mixtral")
+    config = LoraConfig(r=3, init_lora_weights=method, target_parameters=BOTH)
+    model = moved(get_peft_model(copy.deepcopy(base), config, cache=False))
+    model.save_pretrained(tmp_path)
+    again = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(output(again.eval()), output(model))
+    for one, other in zip(model.layers.values(), again.layers.values(), strict=True):
+        assert torch.equal(one.lora_A, other.lora_A)
+        assert torch.equal(one.stored_weight, other.stored_weight)
+        if method == "pissa":  # the file of a replaced base holds the recipe of the base instead
+            assert torch.equal(one.initial_lora_B, other.initial_lora_B)
+
+
+def test_an_edited_selection_of_experts_is_refused(tmp_path):
+    base = mixture("mixtral")
+    config = LoraConfig(r=3, target_modules=["o_proj"], target_parameters=BOTH)
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"target_parameters": BOTH[:1]}))
+    with pytest.raises(ValueError, match="contradict|does not have|lacks"):
+        LoraModel.from_pretrained(base, tmp_path)
+
+
+def test_a_portable_file_of_experts_is_refused(tmp_path):
+    model = get_peft_model(mixture("mixtral"), LoraConfig(target_parameters=BOTH))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="portable=True is not supported with the Experts"):
+            model.save_pretrained(tmp_path, portable=True)
