@@ -23,7 +23,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.benchmark import calibration, initialization, memory, steps
+from experiments.benchmark import calibration, experts, initialization, memory, steps
 from experiments.benchmark.ledger import Ledger
 from experiments.benchmark.page import amount, error, ratio
 from experiments.benchmark.row import Case, Row
@@ -37,6 +37,7 @@ CASES = {
     "calibration": calibration.cases,
     "memory": memory.cases,
     "steps": steps.cases,
+    "experts": experts.cases,
 }
 
 register_schema()
