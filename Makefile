@@ -17,7 +17,7 @@ PYTEST ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help compare benchmark gpu papers check test test-all test-papers fuzz lint format
-.PHONY: docs readme notebooks wheel check-lowest clean
+.PHONY: docs readme notebooks recording wheel check-lowest clean
 
 help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
@@ -34,6 +34,7 @@ help:
 	@echo "make docs      the documentation, in docs/_build/html; warnings are errors"
 	@echo "make readme    the table of methods and the recommendation in README.md, docs/which-start.md"
 	@echo "make notebooks the notebooks of examples/, executed again"
+	@echo "make recording the recording of lora-init compare in docs/guides/command.md, made again"
 	@echo "make wheel     build the package and check it in a clean environment"
 	@echo "make check-lowest  make check with the lowest supported torch and transformers"
 	@echo "make clean     remove the virtual environment (results in outputs/ stay)"
@@ -96,6 +97,9 @@ readme: $(STAMP)
 
 notebooks: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/run_notebooks.py
+
+recording: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/record_comparison.py
 
 wheel: $(STAMP)
 	rm -rf dist

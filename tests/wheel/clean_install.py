@@ -40,6 +40,12 @@ print(lora_init.__version__)
 """
 
 
+WITHOUT_THE_EXTRA = """
+from lora_init.cli.parser import main
+print(main(["compare", "minilm", "reviews.csv"]))
+"""
+
+
 def check(wheel: Path) -> str:
     """Install the wheel into a new environment, and return the version it reports there."""
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +55,8 @@ def check(wheel: Path) -> str:
         install = [python, "-m", "pip", "install", "--quiet", *constraints, str(wheel)]
         subprocess.run(install, check=True)
         version = _run(python, PLAIN_MODEL, folder)
+        if _run(python, WITHOUT_THE_EXTRA, folder) != "1":
+            raise SystemExit("lora-init compare must name the missing extra")
         # CPU time, and the least of three: other programs on the machine do not count.
         seconds = min(float(_run(python, IMPORT_TIME, folder)) for _ in range(3))
     if seconds > IMPORT_SECONDS:

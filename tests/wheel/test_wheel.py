@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -48,3 +49,17 @@ def test_lower_bounds_are_stated():
         assert lower_bound(package).startswith(f"{package}==")
     with pytest.raises(SystemExit, match="no lower bound for nothing"):
         lower_bound("nothing")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_compare_works_in_an_empty_folder(tmp_path):
+    """As docs/record_comparison.py records it, in small."""
+    unpacked_wheel(tmp_path)
+    small = ["--methods", "kaiming,pissa", "--seeds", "0", "--rates", "1", "--steps", "2"]
+    small += ["--jobs", "1", "--set", "hydra.sweeper.max_extensions=0"]
+    recorded = runpy.run_path(str(ROOT / "docs" / "record_comparison.py"))
+    command = [*recorded["COMMAND"][:8], *small]
+    text = recorded["record"](command, only_wheel(tmp_path), tmp_path)
+    assert "stage test: 2 runs" in text
+    assert "open comparison/report/index.html in a browser" in text.replace("\n", "")
