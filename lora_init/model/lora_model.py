@@ -634,7 +634,9 @@ class LoraModel(nn.Module):
         for name, layer in live.layers.items():
             core = () if layer.lora_core is None else ("lora_core",)
             base = f"base_layer.{layer.matrix}"
-            parts = {part: layer.get_parameter(part) for part in ("lora_A", "lora_B", *core)}
+            parts: dict[str, Tensor] = {}
+            for part in ("lora_A", "lora_B", *core):
+                parts[part] = layer.get_parameter(part)
             parts[base] = layer.stored_weight
             for part, parameter in parts.items():
                 untouched = part == base and layer.base_state != "edited"
