@@ -36,8 +36,10 @@ from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
+from lora_init.plan.sharded import check_sharded_calibration
 from lora_init.report import InitReport, weight_figures
 from lora_init.weights.offload import first_unloaded
+from lora_init.weights.sharded import reshard
 from lora_init.weights.source import BaseWeights
 
 __all__ = ["apply_factors", "calibrate", "get_peft_model", "init_factors", "reinitialize"]
@@ -46,13 +48,14 @@ __all__ = ["apply_factors", "calibrate", "get_peft_model", "init_factors", "rein
 class CallSettings(TypedDict, total=False):
     """The keywords of `get_peft_model` except `dry_run`, for the types of its overloads."""
 
-    calibration: Iterable[Any] | Calibration | None
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None
     calibration_memory: int | None
     adapter_dtype: torch.dtype
     device: str | torch.device | None
     seed: int
     quantized_base: str
     original_weights: str | PathLike | Mapping[str, Tensor] | None
+    target_weights: str | PathLike | Mapping[str, Tensor] | None
     keep_original: bool
     allow_unmatched: bool
     cache: bool
@@ -126,7 +129,8 @@ def get_peft_model(
         adapter_dtype: dtype of the factors. float32 also suits 16-bit bases, where rounded factors
             are less accurate.
         device: where the decompositions run, for example "cuda". "auto" means CUDA if available;
-            None means the device of each weight.
+            None means the device of each weight. They run on the CPU where that device has no
+            float64, as Apple's "mps".
         seed: the initialization seed. Each layer derives a random stream from it and its name.
         dry_run: return the plan (targets, ranks, parameters, memory, statistics, unmatched keys)
             and do not change the model.
@@ -289,6 +293,7 @@ def _assemble(
             part = next(parts, None)
         if part is None:
             break
+        reshard(model)
         with timed(seconds, "initialize"):
             here = matrices.only(part.layers)
             initialized += initialize(
@@ -301,6 +306,7 @@ def _assemble(
     preserved = spec.preserves_output and not plan.replaced
     checked = verify is not None and preserved
     expected = original_output(model, verify) if checked else None
+    reshard(model)
     with timed(seconds, "inject"):
         done = injection.inject_factors(
             model,
@@ -365,7 +371,7 @@ def check_call(
     plan.refuse_unmatched(allowed=allow_unmatched)
     weights.check(plan.targets)
     if not isinstance(calibration, Calibration):
-        _check_forward(plan, weights.model)
+        _check_forward(plan, weights.model, calibration)
     if plan.calibration is not None and calibration is None:
         labels = ", each with labels" if plan.calibration.gradients else ""
         raise ValueError(
@@ -403,9 +409,13 @@ def _sets(plan: Plan) -> str:
     return f", as a dict of the sets {', '.join(map(repr, names))}" if names else ""
 
 
-def _check_forward(plan: Plan, model: nn.Module) -> None:
-    """Raise ValueError if the calibration would run a model that is not loaded."""
-    if plan.calibration is not None and (name := first_unloaded(model)):
+def _check_forward(plan: Plan, model: nn.Module, calibration: Any) -> None:
+    """Raise ValueError if the calibration would run a model that is not whole in memory."""
+    if plan.calibration is None:
+        return
+    names = [target.name for target in plan.targets]
+    check_sharded_calibration(model, names, plan.initializer.name, calibration)
+    if name := first_unloaded(model):
         raise ValueError(
             f"init_lora_weights={plan.initializer.name!r} needs a forward pass, and {name!r} is on "
             "the meta device; pass calibration=<result of lora_init.calibrate on the loaded "

@@ -19,6 +19,7 @@ from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.plan import Target
 from lora_init.tables import render
 from lora_init.weights.kinds import known_format
+from lora_init.weights.sharded import whole
 
 
 @dataclass
@@ -178,7 +179,7 @@ def describe_layer(
         return
     is_readable = known_format(layer.base_layer).opaque(layer.base_layer) is None
     weights = original_weight() if is_readable else None
-    factors = layer.initial_lora_A, layer.initial_lora_B
+    factors = whole(layer.initial_lora_A), whole(layer.initial_lora_B)
     if factors[0].ndim > 2 and weights is not None:
         matrices = list(zip(weights, *factors, strict=True))
     else:

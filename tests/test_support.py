@@ -14,6 +14,7 @@ from uniform import uniform
 from lora_init import LoraConfig, get_peft_model, list_initializers
 from lora_init.support import bases, support
 from lora_init.weights.kinds import FORMATS
+from lora_init.weights.patches import TRANSPOSED
 
 CELLS = [
     (spec, kind, base) for spec in list_initializers() for kind in FORMATS for base in bases(kind)
@@ -21,8 +22,13 @@ CELLS = [
 
 
 def likeness(kind):
-    """Read-only formats differ in how they are read, which their own tests show."""
+    """Read-only formats differ in how they are read, which their own tests show.
+
+    All convolutions share one implementation.
+    """
     one = FORMATS[kind]
+    if one.operation == "convolution":
+        return one.operation
     return kind if one.writable else f"read-only, {'readable' if one.readable else 'opaque'}"
 
 
@@ -38,6 +44,10 @@ def one_module(kind, base):
         module, x = nn.Conv1d(16, 32, 4), torch.randn(6, 16, 20)
     elif kind == "Conv3d":
         module, x = nn.Conv3d(8, 32, 2), torch.randn(6, 8, 4, 4, 3)
+    elif "Transpose" in kind:
+        dimensions = int(kind[-2])
+        module = TRANSPOSED[dimensions](8, 32, 2)
+        x = torch.randn(6, 8, *(5, 4, 3)[:dimensions])
     elif kind == "Embedding":
         module, x = nn.Embedding(48, 32), torch.arange(48)
     elif kind in LAYERS:
@@ -71,6 +81,7 @@ def one_module(kind, base):
         ],
         lambda spec, kind, base, dora: spec.name,
         lambda spec, kind, base, dora: (spec.base, kind),
+        lambda spec, kind, base, dora: (kind, base),
         lambda spec, kind, base, dora: (behavior(spec.name), likeness(kind)),
         lambda spec, kind, base, dora: (handling(spec.name), spec.operations, likeness(kind), base),
         lambda spec, kind, base, dora: (handling(spec.name), likeness(kind), dora),

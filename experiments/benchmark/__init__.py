@@ -10,7 +10,8 @@ a case measures one comparison and yields its rows:
 - `initialization`: every method, with the error of its factors;
 - `calibration`: the pass that collects second moments, compared with plain forward passes;
 - `memory`: the peak of `get_peft_model`;
-- `steps`: training steps of LoRA and DoRA.
+- `steps`: training steps of LoRA and DoRA;
+- `experts`: training steps and starts of adapters on a mixture of experts.
 
 Contenders alternate within one process, so that a slow moment of the machine hits all of them.
 A ratio is the peer's figure divided by ours: above 1, lora_init takes less.

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..console import say
 from ..errors import ConfigurationError, RunFailed
 from ..location import CONFIGURATIONS
-from . import calibration, initialization, memory, steps
+from . import calibration, experts, initialization, memory, steps
 from .ledger import Ledger
 from .page import amount, error, ratio
 from .row import Case, Row
@@ -37,6 +37,7 @@ CASES = {
     "calibration": calibration.cases,
     "memory": memory.cases,
     "steps": steps.cases,
+    "experts": experts.cases,
 }
 
 register_schema()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from . import calibration, initialization, memory, steps
+from . import calibration, experts, initialization, memory, steps
 from .quality import JUDGES, MEANINGS
 from .row import LINALG, OURS, PEFT, Row
 
@@ -16,6 +16,7 @@ TITLES = {
     "calibration": calibration.TITLE,
     "memory": memory.TITLE,
     "steps": steps.TITLE,
+    "experts": experts.TITLE,
 }
 INTRODUCTIONS = {
     "initialization": """\
@@ -39,6 +40,12 @@ plan's estimate is what `dry_run=True` promises at most.
 A step is forward, backward and AdamW on real batches, with adapters on all linear layers. Both
 libraries start from the same factors. The last column is the largest relative difference of their
 losses.
+""",
+    "experts": """\
+The model is a mixture of experts with random weights. Adapters are on the query and value
+projections and on all experts; the floor is a step with the projections only. Memory is the peak
+during a step above the adapted model. The starts adapt all experts of one layer. The error of a
+step is the relative difference of the first losses, that of PiSSA an excess as above.
 """,
 }
 
@@ -128,7 +135,7 @@ def error(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.1e}"
 
 
-LEFT = ("method", "layers", "adapter", "note", "kind")
+LEFT = ("method", "layers", "adapter", "case", "note", "kind")
 NOTE: dict[str, Cell] = {"note": lambda row: row.note or NOTHING}
 TIMES: dict[str, Cell] = {
     OURS: lambda row: amount(row.ours, row.unit),
@@ -163,6 +170,13 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "adapter": lambda row: row.case,
         **TIMES,
         "loss difference": lambda row: error(row.error),
+        **NOTE,
+    },
+    "experts": {
+        "case": lambda row: row.case,
+        **TIMES,
+        "floor": lambda row: amount(row.whole, row.unit),
+        "error": lambda row: error(row.error),
         **NOTE,
     },
 }

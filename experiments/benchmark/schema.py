@@ -13,7 +13,7 @@ from ..config.resolve import as_settings
 from ..errors import nearest
 from .strategies import METHODS
 
-SECTIONS = ("initialization", "calibration", "memory", "steps")
+SECTIONS = ("initialization", "calibration", "memory", "steps", "experts")
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -112,6 +112,35 @@ class SectionSettings:
 
 
 @dataclass
+class ExpertsSettings(SectionSettings):
+    """The section on mixtures of experts, and the sizes of its model and batches.
+
+    Attributes:
+        width: of an expert; `top_k` experts read a token.
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["pissa", "olora"])
+    layers: int = 4
+    hidden: int = 512
+    heads: int = 8
+    experts: int = 32
+    width: int = 256
+    top_k: int = 4
+    vocabulary: int = 4096
+    batch_size: int = 4
+    tokens: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for method in self.methods:
+            one_of("experts.methods", method, ("pissa", "olora"))
+        for name in ("layers", "hidden", "heads", "experts", "width", "top_k", "batch_size"):
+            at_least(f"experts.{name}", getattr(self, name), 1)
+        for name in ("vocabulary", "tokens"):
+            at_least(f"experts.{name}", getattr(self, name), 2)
+
+
+@dataclass
 class BenchmarkConfig:
     """The whole benchmark.
 
@@ -128,6 +157,7 @@ class BenchmarkConfig:
     calibration: SectionSettings = field(default_factory=SectionSettings)
     memory: SectionSettings = field(default_factory=SectionSettings)
     steps: SectionSettings = field(default_factory=SectionSettings)
+    experts: ExpertsSettings = field(default_factory=ExpertsSettings)
     seconds: float | None = None
     rank: int = 8
     alpha: float = 16.0

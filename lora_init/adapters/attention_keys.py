@@ -5,8 +5,7 @@
 | factors of in_proj | attn.in_proj.lora_A.weight | attn.lora_A.weight |
 | A of out_proj | attn.out_proj.lora_A.weight | attn.base_layer.out_proj.lora_A.weight |
 | B of out_proj | attn.out_proj.lora_B.weight | half, attn.base_layer.out_proj.lora_B.weight |
-| trained bias of in_proj | attn.in_proj.base_layer.bias | attn.base_layer.in_proj_bias |
-| that of out_proj | attn.out_proj.base_layer.bias | attn.base_layer.out_proj.base_layer.bias |
+| its trained bias | attn.out_proj.base_layer.bias | attn.base_layer.out_proj.base_layer.bias |
 
 PEFT (0.18 to 0.21.2) adds s B A to the weight of out_proj twice: its attention layer sets the
 merged weight, and then merges out_proj again. With half of B, PEFT computes our output, and for a
@@ -25,7 +24,6 @@ ATTENTION_OUTPUT = ".base_layer.out_proj"
 """Follows the name of an attention module in the keys of its output projection."""
 
 OUT_FACTOR = "out_proj.lora_B.weight"
-IN_BIAS = "in_proj.base_layer.bias", "base_layer.in_proj_bias"
 
 
 def in_file(tensors: Mapping[str, Tensor], attentions: Collection[str]) -> dict[str, Tensor]:
@@ -39,9 +37,7 @@ def in_file(tensors: Mapping[str, Tensor], attentions: Collection[str]) -> dict[
         start, rest = _start(key, attentions)
         if rest == OUT_FACTOR:
             value = value / 2
-        if rest == IN_BIAS[0]:
-            rest = IN_BIAS[1]
-        elif rest.startswith("out_proj."):
+        if rest.startswith("out_proj."):
             rest = f"base_layer.{rest}"
         else:
             rest = rest.removeprefix("in_proj.")
@@ -60,9 +56,7 @@ def in_model(tensors: Mapping[str, Tensor], base: nn.Module) -> tuple[dict[str, 
         start, rest = _start(key, names)
         if rest == f"base_layer.{OUT_FACTOR}":
             value = value * 2
-        if rest == IN_BIAS[1]:
-            rest = IN_BIAS[0]
-        elif rest.startswith("base_layer.out_proj."):
+        if rest.startswith("base_layer.out_proj."):
             rest = rest.removeprefix("base_layer.")
         else:
             rest = f"in_proj.{rest}"

@@ -30,6 +30,7 @@ from lora_init.adapters.expert_layout import from_file, to_file
 from lora_init.factors import block_matrix, matrix_blocks
 from lora_init.plan.plan import Target
 from lora_init.weights.kinds import FORMATS, known_format
+from lora_init.weights.patches import is_transposed
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_WEIGHTS_NAME = "lora_init_adapter.safetensors"
@@ -56,11 +57,12 @@ def peft_computes(module: nn.Module, use_dora: bool) -> bool:
     """Whether PEFT's adapted layer for this module computes the same output.
 
     PEFT's A of a convolution uses the stride and padding of the base, but not its dilation and
-    padding mode. PEFT's DoRA fails for a grouped convolution.
+    padding mode. PEFT's DoRA fails for a grouped convolution, and PEFT has no layer for a
+    transposed one.
     """
     if known_format(module).operation != "convolution":
         return True
-    if use_dora and module.groups > 1:
+    if is_transposed(module) or (use_dora and module.groups > 1):
         return False
     return set(module.dilation) == {1} and module.padding_mode == "zeros"
 

@@ -27,6 +27,7 @@ from lora_init.injection import Injection
 from lora_init.layers.attention import SplitAttention, split
 from lora_init.plan.check import FLOAT_DTYPES
 from lora_init.plan.parameters import fused_parameters
+from lora_init.weights.sharded import assign
 from lora_init.weights.source import BaseWeights
 
 
@@ -97,14 +98,13 @@ def fill(injection: Injection, loaded: LoadedAdapter) -> None:
                 "quantization step.",
                 stacklevel=5,
             )
-    with torch.no_grad():
-        for name, parts in loaded.parts.items():
-            for part, value in parts.items():
-                getattr(injection.layers[name], part).copy_(value)
-        for name, state in loaded.trained_modules.items():
-            injection.trained[name].trained_module.load_state_dict(state)
-        for name, value in loaded.biases.items():
-            injection.biases[name][0].copy_(value)
+    for name, parts in loaded.parts.items():
+        for part, value in parts.items():
+            assign(getattr(injection.layers[name], part), value)
+    for name, state in loaded.trained_modules.items():
+        injection.trained[name].trained_module.load_state_dict(state)
+    for name, value in loaded.biases.items():
+        assign(injection.biases[name][0], value)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -47,6 +47,8 @@ from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import describe, resolve
 from lora_init.weights.kinds import known_format
+from lora_init.weights.patches import is_transposed
+from lora_init.weights.sharded import whole
 
 
 def save_adapter(
@@ -59,6 +61,7 @@ def save_adapter(
     state: Mapping[str, Tensor] | None = None,
     save_embedding_layers: str | bool = "auto",
     portable: bool = False,
+    write: bool = True,
 ) -> None:
     """Write the files of an adapter, each of them atomically.
 
@@ -70,6 +73,7 @@ def save_adapter(
         injection: the injected layers and their original weights.
         state: a state dict with the adapter's tensors; None for those of the model.
         save_embedding_layers, portable: see `LoraModel.save_pretrained`.
+        write: False on ranks that only take part in gathering shards.
 
     Raises:
         ValueError: a setting is not supported for this adapter. Nothing is written then.
@@ -105,13 +109,13 @@ def save_adapter(
         key = f"{names[module]}.{last}".removeprefix(".")
         tensors[bias_key(key, layers)] = given.bias(name, bias)
     for name, trained in injection.trained.items():
-        for key, value in trained.trained_module.state_dict().items():
+        for key, value in trained.trained_module.state_dict(keep_vars=True).items():
             tensors[f"{PREFIX}{names[name]}.{key}"] = given.trained(name, key, value)
     copied = _copied(model, names, copied, layers)
     tensors |= {
         f"{PREFIX}{name}.{key}": value
         for name, module in copied.items()
-        for key, value in module.state_dict().items()
+        for key, value in module.state_dict(keep_vars=True).items()
     }
     targeted = [target.name for target in plain.targets]
     if rows_are_needed(
@@ -144,14 +148,24 @@ def save_adapter(
         "copied_modules": list(copied),
         "vocabulary": {names[n]: value for n, value in description(model).items()},
     }
+    transposed = [t.name for t, one in zip(plain.targets, plan.targets, strict=True)
+                  if is_transposed(injection.layers[one.name].base_layer)]  # fmt: skip
+    if transposed:
+        warnings.warn(
+            f"PEFT has no adapter for transposed convolutions ({transposed[0]!r}), so only "
+            "LoraModel.from_pretrained can load the saved adapter",
+            stacklevel=3,
+        )
     attentions = {t.attention for t in plain.targets if t.attention is not None}
+    tensors = {key: whole(value) for key, value in tensors.items()}
     tensors = attention_keys.in_file(tensors, attentions)
     own = replaced or not all(
         peft_computes(layer.base_layer, plan.use_dora) for layer in injection.layers.values()
     )
     if attentions and (plan.use_dora or plan.lora_bias):
         own = True  # PEFT refuses the first and ignores the second
-    _write(folder, tensors, header, written, own, cores)
+    if write:
+        _write(folder, tensors, header, written, own, cores)
 
 
 def _cores(
@@ -198,7 +212,7 @@ def _write(
     cores: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write all files, and remove old weights with other names."""
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
     text = config.to_json()
     folder.mkdir(parents=True, exist_ok=True)
     if cores:  # first: the header of an interrupted save does not know this file

@@ -85,7 +85,8 @@ class SecondAdapter(SecondWeights):
             lora_B = [block_matrix(trained["lora_B"], target.groups)]
             if loaded.plan.initializer.base == "subtract":
                 initial = loaded.factors[target.name]
-                lora_A, lora_B = [*lora_A, initial.lora_A], [*lora_B, -initial.lora_B]
+                lora_A.append(initial.lora_A.to(lora_A[0].device))
+                lora_B.append(-initial.lora_B.to(lora_B[0].device))
             scaled = target.scaling * torch.cat(lora_B, dim=-1).double()
             joined = torch.cat(lora_A, dim=-2).double()
             for one in target.single():

@@ -23,6 +23,7 @@ from lora_init.cli.checkpoints import (
 from lora_init.cli.output import check_folder, emit
 from lora_init.cli.residual import DTYPES, RESIDUAL_FOLDER, write_residual
 from lora_init.cli.text_data import batches
+from lora_init.config.file import CONFIG_NAME
 from lora_init.files import write_atomically
 from lora_init.registry import Initializer, resolve
 from lora_init.tables import render

@@ -21,7 +21,7 @@ from lora_init.initialize.stack import member_data, member_name, stacked_factors
 from lora_init.layer import Inputs, Layer, LayerStatistics
 from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.linalg.mixed_products import is_narrow
-from lora_init.linalg.precision import full_precision, wide_device
+from lora_init.linalg.precision import full_precision, wide, wide_device
 from lora_init.moments import InputSets, InputStatistics, LeadingComponents, StackedInputs
 from lora_init.plan.check import check_target_rank
 from lora_init.quantization import Quantizer
@@ -289,7 +289,7 @@ def _data(
                 f"squares of the gradient of the loss by each output, which {spec.name} reads"
             )
         refuse_non_finite("output_moments", output_moments)
-        found.output_moments = output_moments.detach().double()
+        found.output_moments = wide(output_moments.detach())
     return found
 
 

@@ -20,6 +20,7 @@ from lora_init.injection.merge import set_merged
 from lora_init.injection.record import Injection
 from lora_init.injection.repacking import hold_plain, release
 from lora_init.injection.replace import replace_modules
+from lora_init.injection.shards import shard_adapter
 from lora_init.injection.switch import set_adapter_enabled
 from lora_init.injection.transaction import Transaction, set_gradient_flags
 from lora_init.layers import (
@@ -76,6 +77,7 @@ def inject_factors(
         )  # fmt: skip
         if layer.use_dora:
             settle_magnitude(layer, target, injection, weights)
+        shard_adapter(model, target.name, layer)
     for name in plan.trained_biases:
         bias = model.get_parameter(name)
         injection.biases[name] = (bias, bias.detach().clone())

@@ -8,7 +8,7 @@ effective weights of their adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class SplitAttention(nn.MultiheadAttention):
 
     def joined(self) -> nn.MultiheadAttention:
         """The original module, with the present parameters."""
-        (whole,) = self._whole
+        whole: Any = self._whole[0]
         whole.in_proj_weight, whole.in_proj_bias = self.in_proj.weight, self.in_proj.bias
         whole.out_proj, whole.training = self.out_proj, self.training
         return whole
@@ -89,11 +89,13 @@ class SplitAttention(nn.MultiheadAttention):
         turned = self.batch_first and query.dim() == 3
         if turned:
             parts = [part.transpose(0, 1) for part in parts]
-        identity = torch.eye(self.embed_dim, dtype=parts[0].dtype, device=parts[0].device)
+        queries, keys, values = parts
+        identity = torch.eye(self.embed_dim, dtype=queries.dtype, device=queries.device)
         with full_precision():
             heads, weights = functional.multi_head_attention_forward(
-                *parts, self.embed_dim, self.num_heads, None, None, self.bias_k, self.bias_v,
-                self.add_zero_attn, self.dropout, identity, None, training=self.training,
+                queries, keys, values, self.embed_dim, self.num_heads, None, None, self.bias_k,
+                self.bias_v, self.add_zero_attn, self.dropout, identity, None,
+                training=self.training,
                 key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
                 use_separate_proj_weight=True, q_proj_weight=identity, k_proj_weight=identity,
                 v_proj_weight=identity, average_attn_weights=average_attn_weights,
@@ -131,7 +133,7 @@ def split(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         TypeError: a module is not supported. No module is replaced then.
     """
-    modules = {name: model.get_submodule(name) for name in names}
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     for name, module in modules.items():
         if (reason := refusal(module)) is not None:
             raise TypeError(
@@ -152,7 +154,7 @@ def attentions(model: nn.Module) -> list[SplitAttention]:
     return [module for module in model.modules() if isinstance(module, SplitAttention)]
 
 
-def _replace(model: nn.Module, wanted: dict[int, nn.Module]) -> None:
+def _replace(model: nn.Module, wanted: Mapping[int, nn.Module]) -> None:
     """Replace modules everywhere, by id."""
     for parent in [*model.modules()] if wanted else ():
         for name, child in parent._modules.items():

@@ -231,7 +231,7 @@ class LoraLayer(nn.Module):
         initial = None
         if self.base_state == "in_forward":
             initial = self.initial_lora_A, self.initial_lora_B, self.initial_projection
-        if weight is None and stored_weight(self.base_layer).is_meta:
+        if weight is None and self.stored_weight.is_meta:
             raise RuntimeError(
                 "DoRA reads the weight that it decomposes, and this one is offloaded (it is on the "
                 "meta device); keep the adapted modules in memory, or train without use_dora"
@@ -291,7 +291,7 @@ class LoraLayer(nn.Module):
         return (widened(bias) + added_bias).to(bias.dtype)
 
     def _present_weight(self) -> Tensor:
-        stored = stored_weight(self.base_layer)
+        stored = self.stored_weight
         if stored.is_meta:
             return stored
         one, dtype = self._format, self._format.float_dtype(self.base_layer)
@@ -309,10 +309,12 @@ class LoraLayer(nn.Module):
             gain = self.gain() if self.use_dora else None
             if self.base_state == "in_forward":
                 initial = self.initial_lora_A, self.initial_lora_B
-        return effective_weight(
-            stored, *factors, self.scaling,
+        reorders = one.operation == "convolution"
+        total = effective_weight(
+            one.orient(stored) if reorders else stored, *factors, self.scaling,
             transposed=one.transposed, dtype=dtype, initial=initial, gain=gain,
         )  # fmt: skip
+        return one.stored(self.base_layer, total) if reorders else total
 
     def _exact_output_factor(self) -> Float[Tensor, "*experts out rank"]:
         """`output_factor` with all bits of float32, for weights."""

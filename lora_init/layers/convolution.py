@@ -1,4 +1,4 @@
-"""Adapted convolutions of one, two and three dimensions."""
+"""Adapted convolutions and transposed convolutions of one, two and three dimensions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_init.factors import block_matrix, matrix_blocks
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.weights.offload import is_hooked
-from lora_init.weights.patches import CLASSES, convolve, pointwise
+from lora_init.weights.patches import convolve, kernels, pointwise, torch_class
 
 
 class ConvolutionLayer(LoraLayer):
@@ -44,14 +44,14 @@ class ConvolutionLayer(LoraLayer):
         lora_B: Float[Tensor, "out rank"],
     ) -> Tensor:
         dtype, base = common_dtype(x, lora_A), self.base_layer
-        kernels = lora_A.to(dtype).unflatten(1, base.weight.shape[1:])
-        hidden = convolve(base, x.to(lora_A.device, dtype), kernels) * self.scaling
+        weight = kernels(base, lora_A.to(dtype))
+        hidden = convolve(base, x.to(lora_A.device, dtype), weight) * self.scaling
         return pointwise(base, hidden, matrix_blocks(lora_B.to(dtype), base.groups).contiguous())
 
     def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         base = self.base_layer
         bias = None if base.bias is None else self._along_outputs(base.bias)
-        if type(base).forward is CLASSES[base.weight.ndim - 2].forward and not is_hooked(base):
+        if type(base).forward is torch_class(base).forward and not is_hooked(base):
             return convolve(base, x, base.weight), bias
         result = base(x)
         return (result if bias is None else result - bias), bias

@@ -8,7 +8,7 @@ size of the experts' weights is formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +53,7 @@ def routed_output(
     hidden: Float[Tensor, "tokens hidden"],
     top_k_index: Int[Tensor, "tokens top_k"] | None,
     top_k_weights: Float[Tensor, "tokens top_k"] | None,
-    updates: Mapping[str, tuple],
+    updates: Mapping[str, Update],
 ) -> Float[Tensor, "tokens hidden"]:
     """The output of a module of experts whose matrices have these updates.
 
@@ -66,7 +66,7 @@ def routed_output(
         hidden: the tokens. For Llama-4, one copy of them for each expert, one after the other.
         top_k_index: the experts of each token. A number of experts or more means no expert.
         top_k_weights: their weights. Both are None for Llama-4.
-        updates: the arguments of an `Update`, by the name of the matrix, such as "down_proj".
+        updates: by the name of the matrix, such as "down_proj".
 
     Raises:
         RuntimeError: the selected experts implementation is not known.
@@ -81,11 +81,12 @@ def routed_output(
     states = _projected(module, first, hidden[routed.tokens], routed, updates.get(first))
     states = _projected(module, DOWN, activated(module, states), routed, updates.get(DOWN))
     if getattr(module, "has_post_expert_norm", False):
-        states = module.post_expert_norm(states)
+        norm: Any = module.post_expert_norm
+        states = norm(states)
     return combined(routed, states, weights, hidden.dtype)
 
 
-def activated(module: nn.Module, states: Float[Tensor, "*positions out"]) -> Tensor:
+def activated(module: Any, states: Float[Tensor, "*positions out"]) -> Tensor:
     """Apply the module's activation, with its gate if it has one."""
     if first_projection(module) == "up_proj":
         return module.act_fn(states)
@@ -102,13 +103,12 @@ def product_stack(module: nn.Module, name: str) -> Float[Tensor, "experts inner 
 
 
 def _projected(
-    module: nn.Module, name: str, rows: Rows, routed: Routing, update: tuple | None
+    module: nn.Module, name: str, rows: Rows, routed: Routing, given: Update | None
 ) -> Float[Tensor, "positions out"]:
     """W_e x + s B_e A_e x + bias_e, row by row."""
     stack, ends, kind = product_stack(module, name), routed.ends, implementation(module)
     if kind == "grouped_mm":  # the module's own products ignore autocast, too
         rows = rows.to(stack.dtype)
-    given = None if update is None else Update(*update)
     if kind == "batched_mm":
         states = torch.bmm(rows.unsqueeze(1), stack[routed.experts]).squeeze(1)
     elif kind == "eager" and torch.is_autocast_enabled(rows.device.type):
@@ -133,7 +133,7 @@ def _one_by_one(rows: Rows, stack: Tensor, ends: Tensor) -> Tensor:
 
 
 def _of_all_tokens(
-    module: nn.Module, hidden: Float[Tensor, "tokens hidden"], updates: Mapping[str, tuple]
+    module: nn.Module, hidden: Float[Tensor, "tokens hidden"], updates: Mapping[str, Update]
 ) -> Float[Tensor, "tokens hidden"]:
     """The output of Llama-4's experts, which all read equally many rows."""
     rows = hidden
@@ -141,7 +141,7 @@ def _of_all_tokens(
         stack = product_stack(module, name)
         states = torch.bmm(rows.view(len(stack), -1, rows.shape[-1]), stack).flatten(0, 1)
         if (update := updates.get(name)) is not None:
-            states = (states + low_rank(rows, Update(*update), None)).to(states.dtype)
+            states = (states + low_rank(rows, update, None)).to(states.dtype)
         rows = states if name == DOWN else activated(module, states)
     return rows
 

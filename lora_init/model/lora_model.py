@@ -21,6 +21,7 @@ from lora_init.adapters.diffusers_format import component_of
 from lora_init.adapters.file_layers import AdapterFile, read_layers
 from lora_init.adapters.hub import push_adapter
 from lora_init.config.lora_config import LoraConfig
+from lora_init.distributed import rank_number
 from lora_init.factors import Replacement
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.model import state_dict as checkpoints
@@ -43,6 +44,7 @@ from lora_init.weights.offload import (
     absence,
     first_unloaded,
 )
+from lora_init.weights.sharded import is_dtensor, is_sharded, reshard
 
 
 class LoraModel(nn.Module):
@@ -404,7 +406,9 @@ class LoraModel(nn.Module):
     ) -> None:
         """Save the adapter in PEFT's format; see `lora_init.adapters` for the files.
 
-        The arguments are those of PEFT and transformers, in PEFT's order.
+        The arguments are those of PEFT and transformers, in PEFT's order. If the adapter is sharded
+        (FSDP2, tensor parallelism, DeepSpeed ZeRO-3), all ranks must call this without
+        `state_dict`: it gathers the adapter one tensor at a time, and rank 0 writes the files.
 
         Args:
             folder: the folder to write, which is created if needed.
@@ -467,12 +471,18 @@ class LoraModel(nn.Module):
                 f"component={component!r} is not supported with format={format!r}: it is a name in "
                 "diffusers' file. Leave it out, or add format='diffusers'."
             )
-        if not is_main_process:
+        live = self._live_injection("save_pretrained")
+        gathers = state_dict is None and self._is_sharded()
+        if format == "diffusers" and gathers:
+            raise ValueError(
+                "format='diffusers' is not supported for a sharded adapter: must be 'peft'. Save "
+                "in PEFT's format, load that into a whole model, and save it there."
+            )
+        if not is_main_process and not gathers:
             return
         if self._read_layers:
             warnings.warn(read_message(self._read_layers), stacklevel=2)
-        live = self._live_injection("save_pretrained")
-        if state_dict is None:
+        if state_dict is None and not gathers:
             live = self._whole_injection("save_pretrained", without_base=True)
         if format == "diffusers":
             found = self._as_plain_file(live, state_dict)
@@ -487,6 +497,7 @@ class LoraModel(nn.Module):
             state=state_dict,
             save_embedding_layers=save_embedding_layers,
             portable=portable,
+            write=is_main_process and not (gathers and rank_number()),
         )
 
     def _as_plain_file(
@@ -590,7 +601,11 @@ class LoraModel(nn.Module):
     ) -> None:
         """Replace the initial factors of a layer, and update its base weight to match."""
         wanted = "load_state_dict with other initial factors"
-        live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
+        live = self._live_injection()
+        layer = live.layers[name]
+        # The original base of a sharded layer stays as it is.
+        if layer.base_state == "edited" or not is_sharded(layer.stored_weight):
+            live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
         move = partial(injection.move_initial_factors, live.layers[name], lora_A, lora_B)
         if transaction is None:
             injection.atomically(move)
@@ -624,23 +639,28 @@ class LoraModel(nn.Module):
         Args:
             wanted: the name of the operation, for messages.
             without_base: accept unmodified base weights on the meta device, for operations that do
-                not use them.
+                not use them; and DTensors around an unmodified base, which all ranks can gather.
             half_merged: accept an adapter for which `merge_and_unload` failed halfway.
 
         Raises:
             RuntimeError: a tensor is sharded, partitioned, offloaded or not loaded.
         """
         live = self._live_injection(None if half_merged else wanted)
+        reshard(self.base_model)
         for name, layer in live.layers.items():
             core = () if layer.lora_core is None else ("lora_core",)
             base = f"base_layer.{layer.matrix}"
-            parts: dict[str, Tensor] = {}
-            for part in ("lora_A", "lora_B", *core):
-                parts[part] = layer.get_parameter(part)
+            names = ("lora_A", "lora_B", *core)
+            parts: dict[str, Tensor] = {part: layer.get_parameter(part) for part in names}
             parts[base] = layer.stored_weight
             for part, parameter in parts.items():
                 untouched = part == base and layer.base_state != "edited"
                 if without_base and untouched and parameter.is_meta:
+                    continue
+                # Around an original base, what needs the factors gathers them.
+                original = layer.base_state in ("kept", "in_forward")
+                gathers = is_dtensor(parameter) or (untouched and is_sharded(parameter))
+                if without_base and original and gathers:
                     continue
                 if reason := absence(parameter):
                     raise RuntimeError(
@@ -650,6 +670,12 @@ class LoraModel(nn.Module):
                         "is fully in memory, and call this there."
                     )
         return live
+
+    def _is_sharded(self) -> bool:
+        """Whether the ranks hold the adapter in parts."""
+        live = self._live_injection()
+        reshard(self.base_model)
+        return any(is_sharded(layer.lora_A) for layer in live.layers.values())
 
     def refuse_in_between(self, wanted: str) -> None:
         """Raise a RuntimeError if the adapter is merged or disabled."""

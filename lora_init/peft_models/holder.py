@@ -140,11 +140,14 @@ def refuse_merged(peft_model: Any, wanted: str) -> None:
         ValueError: an adapter is merged.
     """
     for name, module in base_model(peft_model).named_modules():
-        if is_of_peft(module, "BaseTunerLayer") and module.merged_adapters:
+        if not is_of_peft(module, "BaseTunerLayer"):
+            continue
+        merged: Any = module.merged_adapters
+        if merged:
+            undo = "unmerge_adapter" if is_peft_model(peft_model) else "unfuse_lora"
             raise ValueError(
                 f"{wanted} is not supported here: {name!r} has merged adapters "
-                f"({', '.join(module.merged_adapters)}). Call "
-                f"{'unmerge_adapter' if is_peft_model(peft_model) else 'unfuse_lora'}() first"
+                f"({', '.join(merged)}). Call {undo}() first"
             )
 
 

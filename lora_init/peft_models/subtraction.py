@@ -30,7 +30,7 @@ from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.embedding import embedding_scale
 from lora_init.weights.kinds import known_format
-from lora_init.weights.patches import convolve, pointwise
+from lora_init.weights.patches import convolve, kernels, pointwise
 
 EDITED_DTYPES = (torch.float32, torch.float64)
 """The dtypes of weights that can hold the difference without a loss that matters."""
@@ -157,8 +157,7 @@ def initial_output(base: Any, start: Start, x: Tensor) -> Tensor:
         return rows if scale is None else rows * scale
     x = x.to(lora_A.dtype)
     if operation == "convolution":
-        kernels = lora_A.view(-1, *base.weight.shape[1:])
-        return pointwise(base, convolve(base, x, kernels), lora_B) * start.scaling
+        return pointwise(base, convolve(base, x, kernels(base, lora_A)), lora_B) * start.scaling
     return functional.linear(functional.linear(x, lora_A), lora_B) * start.scaling
 
 

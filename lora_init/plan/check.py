@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_init.plan.sharded import check_sharded
 from lora_init.registry import Initializer, Options
 from lora_init.weights.float import is_float8
 from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import class_format, is_quantized, known_format, module_type
 from lora_init.weights.offload import is_offloaded, stored_weight
+from lora_init.weights.sharded import is_sharded, local_part
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -33,7 +35,12 @@ class Extent:
 
 
 def extent(name: str, parameter: Tensor, owner: int = 0) -> Extent:
-    """The memory that a parameter occupies. Views of one flat buffer have different extents."""
+    """The memory that a parameter occupies. Views of one flat buffer have different extents.
+
+    A sharded parameter shares its memory only as a whole: a rank may hold an empty part of it.
+    """
+    if is_sharded(parameter):
+        return Extent(name, id(parameter), 0, 1, owner)
     last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
     start = int(parameter.storage_offset()) * parameter.itemsize
     stop = start + (last + 1) * parameter.itemsize if parameter.numel() else start
@@ -107,10 +114,11 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
             f"target {name!r}: its weight was made under torch.inference_mode, but {spec.name} "
             "must modify it; load the model outside inference_mode"
         )
-    if type(weight.data).__name__ not in ("Tensor", "Parameter"):
+    check_sharded(model, name, spec, stored)
+    if type(local_part(weight).data).__name__ not in ("Tensor", "Parameter"):
         raise TypeError(
-            f"target {name!r}: its weight is a {type(weight.data).__name__} (sharded or a tensor "
-            "subclass), which is not supported; initialize before sharding"
+            f"target {name!r}: its weight is a {type(local_part(weight).data).__name__}, which is "
+            "not supported: must be a plain tensor. Load the model without this tensor subclass."
         )
     if weight.dtype not in FLOAT_DTYPES and not is_float8(weight):
         raise TypeError(
@@ -308,11 +316,6 @@ def _check_presence(name: str, weight: Tensor) -> None:
 
     Float weights on the meta device are supported: see `lora_init.weights.source`.
     """
-    if hasattr(weight, "ds_id"):
-        raise ValueError(
-            f"target {name!r}: its weight is partitioned by DeepSpeed ZeRO-3; inject the adapter "
-            "before deepspeed.initialize, from a model that is loaded whole"
-        )
     if type(weight).__name__ == "FlatParameter" or getattr(weight, "_is_flat_param", False):
         raise ValueError(
             f"target {name!r}: its weight is flattened by FSDP; inject the adapter before wrapping "

@@ -28,10 +28,11 @@ class CompressedTensorsFormat(ReadOnlyFormat):
         is_compressed = getattr(status, "value", None) == "compressed"
         return is_compressed and isinstance(module, nn.Linear)
 
+    def blocks_gradient(self, module: nn.Module) -> bool:
+        return _scheme(module).input_activations is not None
+
     def replaced_forward(self, module: nn.Module) -> Finding | None:
-        if _scheme(module).input_activations is None:
-            return None
-        return Finding("it quantizes its inputs", True)
+        return Finding("it quantizes its inputs", True) if self.blocks_gradient(module) else None
 
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
         from compressed_tensors.compressors import BaseCompressor
@@ -52,7 +53,7 @@ class CompressedTensorsFormat(ReadOnlyFormat):
     def describe(self, module: nn.Module) -> str:
         weights = _scheme(module).weights
         size = f"/{weights.group_size}" if weights.group_size else ""
-        dynamic = " dynamic" if _scheme(module).input_activations is not None else ""
+        dynamic = " dynamic" if self.blocks_gradient(module) else ""
         kind = getattr(weights.type, "value", weights.type)
         return f"compressed-tensors {kind}{weights.num_bits}{size}{dynamic}"
 

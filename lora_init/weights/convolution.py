@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 
 from jaxtyping import Float
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.weights.float import FloatFormat
-from lora_init.weights.patches import batched, patches
+from lora_init.weights.format import WEIGHT
+from lora_init.weights.patches import batched, kernels, patches, spread
 
 
 class ConvolutionFormat(FloatFormat):
@@ -50,3 +52,37 @@ class ConvolutionFormat(FloatFormat):
     def reading(self, module: nn.Module) -> Hashable:
         padding, mode = str(module.padding), module.padding_mode
         return module.kernel_size, module.stride, padding, module.dilation, mode, module.groups
+
+
+class TransposedConvolutionFormat(ConvolutionFormat):
+    """nn.ConvTranspose1d, 2d or 3d with one group, stored as (channels, out, *kernel).
+
+    A patch holds, for one position of the output, the inputs that contribute to it.
+    """
+
+    def refusal(self, module: nn.Module) -> str | None:
+        if module.groups != 1:
+            return (
+                f"is a {self.name} with groups={module.groups}, which is not supported: groups "
+                "must be 1"
+            )
+        return super().refusal(module)
+
+    def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, ...]:
+        channels, rows, *kernel = getattr(module, name).shape
+        return rows, channels * math.prod(kernel)
+
+    def orient(self, stored: Tensor) -> Float[Tensor, "out in"]:
+        return stored.transpose(0, 1).flatten(1)
+
+    def stored(self, module: nn.Module, weight: Float[Tensor, "out in"]) -> Tensor:
+        return kernels(module, weight)
+
+    def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
+        one = (1,) * len(module.kernel_size)
+        rows = patches(spread(module, batched(module, x)), module.kernel_size, one, module.dilation)
+        sizes = module.in_channels, *module.kernel_size
+        return rows.unflatten(1, sizes).flip(*range(2, len(sizes) + 1)).flatten(1)
+
+    def reading(self, module: nn.Module) -> Hashable:
+        return "transposed", module.output_padding, super().reading(module)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_init.weights.format import WEIGHT, Held, Matrix, WeightFormat
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 from lora_init.weights.probe import Finding, probe
+from lora_init.weights.sharded import is_sharded, whole, whole_shape
 
 # Probing runs the module and a format is looked up often, so cache one probe per module.
 _FINDINGS: weakref.WeakKeyDictionary[nn.Module, Finding] = weakref.WeakKeyDictionary()
@@ -56,6 +57,8 @@ class FloatFormat(WeightFormat):
             if getattr(inner, "__func__", None) is type(module).forward:
                 return None
             return Finding("a forward under Accelerate's hook was set on the instance", False)
+        if is_sharded(module.weight):
+            return _sharded_finding(module)
         return probe(module, self)
 
     def _difference(self, module: nn.Module) -> str | None:
@@ -80,7 +83,7 @@ class FloatFormat(WeightFormat):
         return None if reason is None else f"it has its own forward, and {reason}"
 
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, ...]:
-        rows, *columns = getattr(module, name).shape
+        rows, *columns = whole_shape(getattr(module, name))
         return (columns[0], rows) if self.transposed else (rows, math.prod(columns))
 
     def unwritable(self, module: nn.Module) -> str | None:
@@ -90,7 +93,7 @@ class FloatFormat(WeightFormat):
 
     def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:
         """The matrix: a view in the module's dtype, or float32 values of float8 storage."""
-        weight = self.orient(getattr(module, name).detach())
+        weight = self.orient(whole(getattr(module, name)))
         return weight.float() if is_float8(weight) else weight
 
     def write(
@@ -140,3 +143,10 @@ def is_float8(tensor: Tensor) -> bool:
     diffusers' layerwise casting stores weights so.
     """
     return tensor.is_floating_point() and tensor.itemsize == 1
+
+
+def _sharded_finding(module: nn.Module) -> Finding | None:
+    """Only the forward of transformers' tensor parallelism is known; others cannot be probed."""
+    if module.forward.__qualname__.startswith("TensorParallelLayer."):
+        return None
+    return Finding("its weight is sharded, so this forward cannot be probed", False)

@@ -8,6 +8,7 @@ The rest of the package sees a weight as one or more named matrices:
 | Conv1D (transformers) | (in, out) | its transpose |
 | Embedding | (entries, width) | its transpose: out = width, in = entries, for one-hot inputs |
 | Conv1d, Conv2d, Conv3d | (out, channels, *kernel) | (out, channels·kernel size), for patches |
+| ConvTranspose1d, 2d, 3d | (channels, out, *kernel) | (out, channels·kernel size), for patches |
 | grouped convolution | (out, channels of a group, *kernel) | the matrices of the groups, stacked |
 | Experts | (experts, out, in), or (experts, in, out) | (experts, out, in), a stack |
 | Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
@@ -181,6 +182,10 @@ class WeightFormat(ABC):
 
     def changes_in_forward(self, module: nn.Module) -> bool:
         """Whether a forward pass may change how the weight is stored, until `keep_plain`."""
+        return False
+
+    def blocks_gradient(self, module: nn.Module) -> bool:
+        """Whether the forward pass rounds its inputs, and gives them no gradient."""
         return False
 
     def keep_plain(self, module: nn.Module) -> None:

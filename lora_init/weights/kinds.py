@@ -14,7 +14,7 @@ from lora_init.entry_points import EntryPoints
 from lora_init.weights.awq import AWQFormat
 from lora_init.weights.compressed_tensors import CompressedTensorsFormat
 from lora_init.weights.conv1d import Conv1DFormat
-from lora_init.weights.convolution import ConvolutionFormat
+from lora_init.weights.convolution import ConvolutionFormat, TransposedConvolutionFormat
 from lora_init.weights.embedding import EmbeddingFormat
 from lora_init.weights.experts import ExpertsFormat
 from lora_init.weights.format import Operation, WeightFormat
@@ -25,6 +25,7 @@ from lora_init.weights.linear import LinearFormat
 from lora_init.weights.linear4bit import Linear4bitFormat
 from lora_init.weights.linear8bit import Linear8bitFormat
 from lora_init.weights.opaque import AQLMFormat, BitNetFormat, EETQFormat
+from lora_init.weights.patches import CLASSES, TRANSPOSED
 from lora_init.weights.quanto import QuantoFormat
 from lora_init.weights.torchao import TorchaoFormat
 
@@ -64,7 +65,8 @@ def register_weight_format(one: WeightFormat) -> None:
 
 for _one in (
     LinearFormat(), Conv1DFormat(), Linear4bitFormat(), Linear8bitFormat(),
-    ConvolutionFormat(nn.Conv1d), ConvolutionFormat(nn.Conv2d), ConvolutionFormat(nn.Conv3d),
+    *map(ConvolutionFormat, CLASSES.values()),
+    *map(TransposedConvolutionFormat, TRANSPOSED.values()),
     EmbeddingFormat(), TorchaoFormat(), QuantoFormat(), CompressedTensorsFormat(),
     FP8LinearFormat(), HQQFormat(), AQLMFormat(), EETQFormat(), BitNetFormat(), GPTQFormat(),
     AWQFormat(), ExpertsFormat(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init import linalg
+from lora_init.distributed import rank_count
 from lora_init.weights.checkpoint import OriginalWeights
 from lora_init.weights.kinds import FORMATS, known_format
 from lora_init.weights.offload import (
@@ -20,6 +21,7 @@ from lora_init.weights.offload import (
     offloaded_weight,
     stored_weight,
 )
+from lora_init.weights.sharded import group_size, is_sharded
 
 if TYPE_CHECKING:
     from lora_init.plan.plan import Target
@@ -38,6 +40,7 @@ class BaseWeights:
     | offloaded by Accelerate | read from the offloaded storage | the same |
     | not loaded, on the meta device | read from the checkpoint | the same |
     | quantized | dequantized values | read from the checkpoint, if one is given |
+    | sharded over ranks | gathered by every call, on all ranks | the same |
 
     Values that are read are mapped from their file and freed with the last reference. A model
     larger than memory is therefore processed layer by layer.
@@ -58,6 +61,7 @@ class BaseWeights:
         self.model = model
         self.second = second
         self.originals = None if original_weights is None else OriginalWeights(original_weights)
+        self._gathered: dict[str, Tensor] = {}
 
     def check(self, targets: tuple[Target, ...]) -> None:
         """Raise if a checkpoint does not fit these targets or is not needed. Reads no weight.
@@ -128,6 +132,8 @@ class BaseWeights:
         Raises:
             ValueError: the weight is not loaded, and no checkpoint was passed.
         """
+        if target.name in self._gathered:
+            return self._gathered[target.name]
         module = self._module(target)
         kept = stored_weight(module, target.matrix)
         if not kept.is_meta:
@@ -140,6 +146,25 @@ class BaseWeights:
             raise _nowhere(target)
         stored = stored.to(factor_device(module, target.matrix), kept.dtype)
         return self._as_matrix(target, stored)
+
+    def is_sharded(self, target: Target) -> bool:
+        """Whether reading the weight needs all ranks that hold a part of it."""
+        return is_sharded(stored_weight(self._module(target), target.matrix))
+
+    def is_everywhere(self, target: Target) -> bool:
+        """Whether each rank of the process group holds a part of a sharded weight."""
+        return group_size(stored_weight(self._module(target), target.matrix)) == rank_count()
+
+    def gather(self, targets: Sequence[Target], *, keep: bool) -> None:
+        """Gather sharded weights on all ranks; with `keep`, this rank holds them until `free`."""
+        for target in targets:
+            weight = oriented_weight(self._module(target))
+            if keep:
+                self._gathered[target.name] = weight
+
+    def free(self) -> None:
+        """Free the gathered weights."""
+        self._gathered.clear()
 
     def target_weight(self, target: Target) -> Float[Tensor, "out in"]:
         """The second weight, on the device of the first one.

@@ -39,6 +39,9 @@ class TorchaoFormat(ReadOnlyFormat):
         """The dtype of the integers or floats, and whether the inputs are quantized too."""
         weight = module.weight
         codes = getattr(weight, "target_dtype", None) or getattr(weight, "qdata", weight).dtype
+        dynamic = " dynamic" if self.blocks_gradient(module) else ""
+        return f"torchao {str(codes).removeprefix('torch.')}{dynamic}"
+
+    def blocks_gradient(self, module: nn.Module) -> bool:
         inputs = ("act_quant_kwargs", "activation_quantization")
-        dynamic = any(getattr(weight, name, None) is not None for name in inputs)
-        return f"torchao {str(codes).removeprefix('torch.')}" + (" dynamic" if dynamic else "")
+        return any(getattr(module.weight, name, None) is not None for name in inputs)

@@ -249,10 +249,11 @@ def test_peft_and_ours_load_the_file(method, variant, tmp_path, recwarn):
     assert_gap(theirs(*x), expected, 1e-5)
 
 
-def test_ours_loads_pefts_and_writes_the_same_keys(tmp_path):
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_ours_loads_pefts_and_writes_the_same_keys(bias, tmp_path):
     base = Attention()
     x = inputs(base)
-    config = peft.LoraConfig(r=4, target_modules=["own", "cross"])
+    config = peft.LoraConfig(r=4, target_modules=["own"], bias=bias)
     theirs = train(peft.get_peft_model(copy.deepcopy(base), config), size=0.2)
     expected = theirs(*x)
     theirs.save_pretrained(tmp_path / "theirs")

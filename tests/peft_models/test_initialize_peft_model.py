@@ -49,7 +49,7 @@ from lora_init import (
 from lora_init.initializers.pissa import PissaOptions
 from lora_init.peft_models import apply
 from lora_init.peft_models.layers import adapted_layers
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.kinds import FORMATS, oriented_weight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -145,9 +145,17 @@ CELLS = [
     for kind in KINDS
     if supports(method, kind) and not SPECS[method].has_core
 ]
+
+
+def one_of(kind):
+    """The kind, or "convolution" for each of them: they share one implementation."""
+    return "convolution" if FORMATS[kind].operation == "convolution" else kind
+
+
 FEATURES = (
     lambda method, kind: behavior(method),
-    lambda method, kind: (handling(method), kind),
+    lambda method, kind: kind,
+    lambda method, kind: (handling(method), one_of(kind)),
 )
 
 

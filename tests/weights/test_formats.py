@@ -25,7 +25,7 @@ from lora_init.weights.kinds import (
     weight_formats,
 )
 from lora_init.weights.linear import LinearFormat
-from lora_init.weights.patches import CLASSES
+from lora_init.weights.patches import CLASSES, TRANSPOSED
 
 
 def draws(*shape, seed=0):
@@ -41,6 +41,15 @@ def convolution(dimensions):
     )  # fmt: skip
 
 
+def upsampling(dimensions):
+    """A transposed convolution; one of its paddings is wider than its kernel reaches."""
+    along = slice(dimensions)
+    return TRANSPOSED[dimensions](
+        4, 8, (3, 2, 1)[along], stride=(2, 3, 2)[along], padding=(1, 2, 0)[along],
+        dilation=(2, 1, 1)[along], output_padding=(1, 2, 0)[along],
+    )  # fmt: skip
+
+
 EXAMPLES = {
     "Linear": (lambda: nn.Linear(64, 32), draws(2, 3, 64)),
     "Conv1D": (lambda: Conv1D(32, 64), draws(2, 3, 64)),
@@ -49,6 +58,9 @@ EXAMPLES = {
     "Conv1d": (lambda: convolution(1), draws(2, 4, 9)),
     "Conv2d": (lambda: convolution(2), draws(2, 4, 9, 8)),
     "Conv3d": (lambda: convolution(3), draws(2, 4, 9, 8, 5)),
+    "ConvTranspose1d": (lambda: upsampling(1), draws(2, 4, 5)),
+    "ConvTranspose2d": (lambda: upsampling(2), draws(2, 4, 5, 4)),
+    "ConvTranspose3d": (lambda: upsampling(3), draws(2, 4, 5, 4, 3)),
     "Embedding": (lambda: nn.Embedding(48, 32), torch.arange(48).view(6, 8)),
 }
 EXAMPLES |= {
@@ -135,7 +147,8 @@ def test_reading_gives_the_stated_shape_and_dtype(name):
     assert matrix.dtype == torch.float32
     assert not matrix.requires_grad
     if not one.quantized:
-        assert matrix.data_ptr() == module.weight.data_ptr()  # a view, not a copy
+        if "Transpose" not in name:
+            assert matrix.data_ptr() == module.weight.data_ptr()  # a view, not a copy
         assert one.read(module.bfloat16()).dtype == one.float_dtype(module) == torch.bfloat16
         assert one.describe(module) == "bfloat16"
         assert one.quantizer(module) is None

@@ -1,5 +1,7 @@
 """Formats of quantizers whose packed weights are read, and never written."""
 
+from contextlib import nullcontext
+
 import pytest
 import quantizers
 import torch
@@ -143,6 +145,13 @@ def test_a_packed_weight_is_not_replaced(settings, message):
     assert type(model[0]) is quantizers.QuantLinear
 
 
+@pytest.mark.parametrize("kind", ["GPTQ", "HQQLinear"])
+def test_a_bias_that_is_no_parameter_is_not_trained(kind):
+    model = nn.Sequential(quantized_layer(kind)[0])
+    with pytest.raises(ValueError, match="bias='lora_only' is not supported for target '0'"):
+        get_peft_model(model, LoraConfig(r=4, target_modules=["0"], bias="lora_only"))
+
+
 READABLE = [kind for kind in LAYERS if FORMATS[kind.split(" ")[0]].readable]
 
 
@@ -214,7 +223,10 @@ def test_start_training_file_and_removal_of_an_adapter(method, kind, tmp_path):
     first, last = nn.Linear(16, columns), nn.Linear(32, 8)
     model, x = nn.Sequential(first, module, nn.GELU(), last).eval(), torch.randn(6, 16)
     config = LoraConfig(r=4, target_modules=["1"], init_lora_weights=method)
-    adapted = get_peft_model(model, config, calibration=Batches([x]) if method == "eva" else None)
+    rounds = pytest.warns(UserWarning, match="1 targets quantize their inputs, the first is '1'")
+    with rounds if kind in ROUNDING else nullcontext():
+        data = Batches([x]) if method == "eva" else None
+        adapted = get_peft_model(model, config, calibration=data)
     layer = adapted.layers["1"]
     assert layer.base_state == ("in_forward" if method == "pissa" else "kept")
     name = class_format(quantized_layer(kind)[0]).describe(quantized_layer(kind)[0])

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from experiments.benchmark.schema import (
     BenchmarkConfig,
+    ExpertsSettings,
     LlamaShape,
     ModelSettings,
     SectionSettings,
@@ -61,6 +62,18 @@ def settings(tiny_encoder, tiny_decoder, tmp_path):
         calibration=SectionSettings(["encoder"], rounds=2),
         memory=SectionSettings(["encoder"], ["pissa"]),
         steps=SectionSettings(["encoder"], rounds=2),
+        experts=ExpertsSettings(
+            rounds=2,
+            layers=1,
+            hidden=32,
+            heads=2,
+            experts=4,
+            width=16,
+            top_k=2,
+            vocabulary=16,
+            batch_size=2,
+            tokens=8,
+        ),
         rank=2,
         alpha=4,
         threads=1,

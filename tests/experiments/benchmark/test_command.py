@@ -39,7 +39,7 @@ def test_a_run_writes_page_and_picture(settings, tmp_path, monkeypatch, capsys):
     folder = benchmark(settings)
     page = (tmp_path / "docs" / "performance.md").read_text()
     assert page == (folder / "performance.md").read_text()
-    for title in ("Initialization", "Calibration", "Memory", "Training steps"):
+    for title in ("Initialization", "Calibration", "Memory", "Training steps", "Experts"):
         assert f"## {title}" in page
     assert "torch " in page
     assert "| pissa | " in page

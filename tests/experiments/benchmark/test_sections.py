@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from experiments.benchmark import calibration, contenders, initialization, memory, peaks, steps
+from experiments.benchmark import (
+    calibration,
+    contenders,
+    experts,
+    initialization,
+    memory,
+    peaks,
+    steps,
+)
 from experiments.benchmark.strategies import METHODS, STRATEGIES
 from experiments.benchmark.synthetic import parameters
 from experiments.benchmark.workload import load_workload, sampled
@@ -71,6 +79,17 @@ def test_steps_of_both_libraries_have_equal_losses(settings):
     for row in rows:
         assert min(row.ours, row.peft) > 0
         assert row.error <= 1e-5
+
+
+def test_a_mixture_of_experts_is_compared_with_peft_and_the_floor(settings):
+    step, memory_of_a_step, pissa, olora = rows_of(experts, settings)
+    assert min(step.ours, step.peft, step.whole) > 0
+    assert step.error <= 1e-5
+    assert "× the floor" in step.note
+    assert memory_of_a_step.unit == "MiB"
+    assert min(pissa.linalg, olora.linalg) > 0
+    assert pissa.error <= 1e-4
+    assert "8 matrices of one layer" in olora.note
 
 
 def test_models_with_different_adapters_are_not_compared(settings):
