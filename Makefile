@@ -23,7 +23,7 @@ help:
 	@echo "make compare   eight initializations on a real pretrained model, then the report"
 	@echo "make benchmark lora_init compared with PEFT and torch.linalg, then docs/performance.md"
 	@echo "make gpu       checks and measurements on a GPU, eight minutes; installs nothing"
-	@echo "make papers    published claims measured again, then docs/papers"
+	@echo "make papers    published claims measured again, then docs/papers and docs/family"
 	@echo "make check     the most important tests, in under 90 seconds"
 	@echo "make test      the tests, in under ten minutes on two cores"
 	@echo "make test-all  the same, with long runs and every member of their products"
@@ -51,6 +51,7 @@ gpu:
 
 papers: $(STAMP)
 	$(BIN)/python -m experiments.papers output=$(OUTPUTS)/papers page=docs/papers $(OVERRIDES)
+	$(BIN)/python -m experiments.papers --config-name family output=$(OUTPUTS)/papers page=docs/family $(OVERRIDES)
 
 # The contract of each method on one module type, one reference test per method, the README's code and
 # the docstrings' examples (tests/conftest.py has the selection).

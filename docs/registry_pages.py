@@ -126,7 +126,7 @@ def method_page(spec: Initializer) -> str:
                 f"| base weight | {BASES[spec.base]} |",
                 f"| output at step 0 | {'unchanged' if spec.preserves_output else 'changes'} |",
                 f"| trains | {trains(spec)} |",
-                f"| modules | {', '.join(sorted(spec.modules))} |",
+                f"| operations | {', '.join(sorted(spec.operations))} |",
                 f"| paper | {paper(spec)} |",
             ]
         ),

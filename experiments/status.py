@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from experiments.sweep.status.page import as_json, as_page
-from experiments.sweep.status.survey import find_sweep, survey
+from .location import qualified
+from .sweep.status.page import as_json, as_page
+from .sweep.status.survey import find_sweep, survey
 
 INTERVAL = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.status",
+        prog=f"python -m {qualified('status')}",
         description="The state of a sweep: running, finished, failed and missing runs, time left.",
     )
     parser.add_argument(

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import traceback
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,16 +17,15 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.config.resolve import resolve
-from experiments.config.store import register_schemas
-from experiments.console import say
-from experiments.errors import ConfigurationError, RunElsewhere, RunFailed
-from experiments.run.execute import execute
-from experiments.run.failures import say_failure
-from experiments.sweep.manifest import position
-from experiments.sweep.plan import by_return_value, decided_ahead
-
-CONFIGURATIONS = Path(__file__).resolve().parent.parent / "conf"
+from .config.resolve import resolve
+from .config.store import register_schemas
+from .console import say
+from .errors import ConfigurationError, RunElsewhere, RunFailed
+from .location import CONFIGURATIONS
+from .run.execute import execute
+from .run.failures import say_failure
+from .sweep.manifest import position
+from .sweep.plan import by_return_value, decided_ahead
 
 register_schemas()
 

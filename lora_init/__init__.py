@@ -5,7 +5,7 @@ from lora_init import LoraConfig, get_peft_model
 model = get_peft_model(model, LoraConfig(r=16, init_lora_weights="pissa"))
 """
 
-from lora_init.api import calibrate, get_peft_model, init_factors, reinitialize
+from lora_init.api import apply_factors, calibrate, get_peft_model, init_factors, reinitialize
 from lora_init.calibration.batches import WithLoss
 from lora_init.calibration.result import Calibration
 from lora_init.config.lora_config import LoraConfig
@@ -28,6 +28,8 @@ from lora_init.registry import (
     register_initializer,
 )
 from lora_init.report import InitReport
+from lora_init.weights.format import WeightFormat
+from lora_init.weights.kinds import register_weight_format
 
 __version__ = "0.1.0"
 
@@ -43,7 +45,9 @@ __all__ = [
     "Options",
     "Plan",
     "Replacement",
+    "WeightFormat",
     "WithLoss",
+    "apply_factors",
     "batched",
     "calibrate",
     "get_peft_model",
@@ -52,6 +56,7 @@ __all__ = [
     "list_initializers",
     "load_peft_checkpoint",
     "register_initializer",
+    "register_weight_format",
     "reinitialize",
     "restore_peft_model",
     "save_peft_model",

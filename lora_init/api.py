@@ -22,33 +22,40 @@ from lora_init.calibration.calibrate import calibrate, calibrated, for_allocatio
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sets import check_calibration, check_sets
 from lora_init.config.lora_config import LoraConfig
+from lora_init.initialize.base_weight import apply_factors
 from lora_init.initialize.run import InitializedLayer, fused_layers, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
+from lora_init.layers.attention import join
 from lora_init.linalg.matrix import refuse_non_finite
+from lora_init.linalg.precision import wide_device
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
 from lora_init.model.verification import original_output, verify_adapted
+from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
+from lora_init.plan.sharded import check_sharded_calibration
 from lora_init.report import InitReport, weight_figures
 from lora_init.weights.offload import first_unloaded
+from lora_init.weights.sharded import reshard
 from lora_init.weights.source import BaseWeights
 
-__all__ = ["calibrate", "get_peft_model", "init_factors", "reinitialize"]
+__all__ = ["apply_factors", "calibrate", "get_peft_model", "init_factors", "reinitialize"]
 
 
 class CallSettings(TypedDict, total=False):
     """The keywords of `get_peft_model` except `dry_run`, for the types of its overloads."""
 
-    calibration: Iterable[Any] | Calibration | None
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None
     calibration_memory: int | None
     adapter_dtype: torch.dtype
     device: str | torch.device | None
     seed: int
     quantized_base: str
     original_weights: str | PathLike | Mapping[str, Tensor] | None
+    target_weights: str | PathLike | Mapping[str, Tensor] | None
     keep_original: bool
     allow_unmatched: bool
     cache: bool
@@ -122,7 +129,8 @@ def get_peft_model(
         adapter_dtype: dtype of the factors. float32 also suits 16-bit bases, where rounded factors
             are less accurate.
         device: where the decompositions run, for example "cuda". "auto" means CUDA if available;
-            None means the device of each weight.
+            None means the device of each weight. They run on the CPU where that device has no
+            float64, as Apple's "mps".
         seed: the initialization seed. Each layer derives a random stream from it and its name.
         dry_run: return the plan (targets, ranks, parameters, memory, statistics, unmatched keys)
             and do not change the model.
@@ -166,28 +174,30 @@ def get_peft_model(
         check_calibration(calibration)
     injection.refuse_adapted(model)
     peft_config = with_new_heads(model, peft_config)
-    plan = make_plan(
-        model,
-        peft_config,
-        adapter_dtype,
-        quantized_base=quantized_base,
-        calibration_memory=calibration_memory,
-    )
-    plan.warn_of_left_out()
-    _warn_of_peft(model, plan)
-    if dry_run:
-        return plan
-    weights = BaseWeights(
-        model, original_weights, second_weights(model, target_weights, plan.initializer)
-    )
-    check_call(plan, weights, calibration, allow_unmatched)
-    place = device_for(device)
-    return injection.atomically(
-        partial(
-            _assemble, model, peft_config, plan, weights, calibration, place, seed,
-            keep_original, default_cache() if cache else None, verify,
+    with split_on_success(model, attention_targets(model, [peft_config])):
+        plan = make_plan(
+            model,
+            peft_config,
+            adapter_dtype,
+            quantized_base=quantized_base,
+            calibration_memory=calibration_memory,
         )
-    )  # fmt: skip
+        plan.warn_of_left_out()
+        _warn_of_peft(model, plan)
+        if dry_run:
+            join(model)
+            return plan
+        weights = BaseWeights(
+            model, original_weights, second_weights(model, target_weights, plan.initializer)
+        )
+        check_call(plan, weights, calibration, allow_unmatched)
+        place = device_for(device)
+        return injection.atomically(
+            partial(
+                _assemble, model, peft_config, plan, weights, calibration, place, seed,
+                keep_original, default_cache() if cache else None, verify,
+            )
+        )  # fmt: skip
 
 
 @overload
@@ -269,9 +279,9 @@ def _assemble(
     )
     parts = calibrated(plan.in_matrices(), model, calibration, device, cache)
     if spec.allocates:
-        with _timed(seconds, "calibration"):
+        with timed(seconds, "calibration"):
             whole = for_allocation(plan.in_matrices(), parts)
-        with _timed(seconds, "allocation"):
+        with timed(seconds, "allocation"):
             plan = allocated(plan, config, whole, weights)
         config = plan.explicit(config)
         parts = iter([whole])
@@ -279,11 +289,12 @@ def _assemble(
     matrices = plan.in_matrices()
     initialized: list[InitializedLayer] = []
     while True:
-        with _timed(seconds, "calibration"):
+        with timed(seconds, "calibration"):
             part = next(parts, None)
         if part is None:
             break
-        with _timed(seconds, "initialize"):
+        reshard(model)
+        with timed(seconds, "initialize"):
             here = matrices.only(part.layers)
             initialized += initialize(
                 weights, here, part.layers, seed=seed, device=device, cache=cache
@@ -295,7 +306,8 @@ def _assemble(
     preserved = spec.preserves_output and not plan.replaced
     checked = verify is not None and preserved
     expected = original_output(model, verify) if checked else None
-    with _timed(seconds, "inject"):
+    reshard(model)
+    with timed(seconds, "inject"):
         done = injection.inject_factors(
             model,
             plan,
@@ -341,7 +353,8 @@ def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Add the time of a block to that of its step."""
     start = time.perf_counter()
     yield
     seconds[step] += time.perf_counter() - start
@@ -358,7 +371,7 @@ def check_call(
     plan.refuse_unmatched(allowed=allow_unmatched)
     weights.check(plan.targets)
     if not isinstance(calibration, Calibration):
-        _check_forward(plan, weights.model)
+        _check_forward(plan, weights.model, calibration)
     if plan.calibration is not None and calibration is None:
         labels = ", each with labels" if plan.calibration.gradients else ""
         raise ValueError(
@@ -396,9 +409,13 @@ def _sets(plan: Plan) -> str:
     return f", as a dict of the sets {', '.join(map(repr, names))}" if names else ""
 
 
-def _check_forward(plan: Plan, model: nn.Module) -> None:
-    """Raise ValueError if the calibration would run a model that is not loaded."""
-    if plan.calibration is not None and (name := first_unloaded(model)):
+def _check_forward(plan: Plan, model: nn.Module, calibration: Any) -> None:
+    """Raise ValueError if the calibration would run a model that is not whole in memory."""
+    if plan.calibration is None:
+        return
+    names = [target.name for target in plan.targets]
+    check_sharded_calibration(model, names, plan.initializer.name, calibration)
+    if name := first_unloaded(model):
         raise ValueError(
             f"init_lora_weights={plan.initializer.name!r} needs a forward pass, and {name!r} is on "
             "the meta device; pass calibration=<result of lora_init.calibrate on the loaded "
@@ -419,7 +436,13 @@ def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
 def device_for(device: str | torch.device | None) -> torch.device | None:
     if device is None or (device == "auto" and not torch.cuda.is_available()):
         return None
-    place = torch.device("cuda" if device == "auto" else device)
+    try:
+        place = wide_device(torch.device("cuda" if device == "auto" else device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not supported: must be 'auto', or a device of torch such as "
+            "'cpu' or 'cuda:0'"
+        ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"

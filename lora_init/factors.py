@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_init.linalg import matrix
 from lora_init.linalg.matrix import widened
-from lora_init.linalg.precision import full_precision, without_autocast
+from lora_init.linalg.precision import full_precision, wide, wide_device, without_autocast
 
 if TYPE_CHECKING:
     from lora_init.quantization import Quantizer
@@ -62,7 +62,8 @@ class Replacement:
         if weight.ndim > 2:
             pairs = zip(self.members(), weight, strict=True)
             return torch.stack([one.residual(matrix, scaling) for one, matrix in pairs])
-        lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
+        home, place = weight.device, wide_device(weight.device)
+        lora_A, lora_B, weight = wide(self.lora_A), wide(self.lora_B), weight.to(place)
         residual = matrix.empty(weight.shape, torch.float32, weight.device)
         rows = matrix.rows_together(weight.shape[1])
         together = rows if weight.device.type == "cpu" else len(weight)
@@ -70,7 +71,7 @@ class Replacement:
         for some, of_some, into in zip(*parts, strict=True):
             product = (of_some @ lora_A).mul_(scaling)
             into.copy_(torch.sub(some, product, out=product))
-        return residual
+        return residual.to(home)
 
     def base(
         self, weight: Float[Tensor, "*stack out in"], scaling: float
@@ -89,6 +90,7 @@ class Factors:
     Attributes:
         lora_A: A0, shape (rank, in), float32.
         lora_B: B0, shape (out, rank), float32.
+        base: what the method does to the base; `init_factors` sets it.
         core: R0, shape (rank, rank), float32, for methods that train only a matrix between frozen
             factors: the layer adds s B R A x. None for all other methods.
         replacement: the recipe of the base; only for ``replace`` methods.
@@ -102,6 +104,7 @@ class Factors:
     replacement: Replacement | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     core: Float[Tensor, "*stack rank rank"] | None = None
+    base: Base | None = None
 
     @property
     def output_factor(self) -> Float[Tensor, "*stack out rank"]:
@@ -160,6 +163,30 @@ def mean_figures(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif all(value == values[0] for value in values):
             means[name] = values[0]
     return means
+
+
+def block_matrix(
+    blocks: Float[Tensor, "*experts rows columns_of_group"], groups: int
+) -> Float[Tensor, "*experts rows columns"]:
+    """The block-diagonal matrix of stacked blocks of equal shape; differentiable.
+
+    With B (out, rank) of this form, B A is the product of each group of a grouped convolution. The
+    rows of a group read its rank / groups rows of A and no others.
+    """
+    if groups == 1:
+        return blocks
+    each = blocks.unflatten(0, (groups, -1)).movedim(0, -1)
+    return torch.diag_embed(each).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
+
+
+def matrix_blocks(
+    block_diagonal: Float[Tensor, "rows columns"], groups: int
+) -> Float[Tensor, "rows columns_of_group"]:
+    """The inverse of `block_matrix`."""
+    if groups == 1:
+        return block_diagonal
+    each = block_diagonal.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
+    return each.diagonal(dim1=0, dim2=2).movedim(-1, 0).flatten(0, 1)
 
 
 def unstacked(stack: Factors, count: int) -> list[Factors]:

@@ -35,7 +35,7 @@ else:
     Inputs = InputStatistics | LeadingComponents | StackedInputs | InputSets
     Declared = Data | None
 
-STACKED = "stored_weight", "gradient", "output_moments"
+STACKED = "stored_weight", "bias", "gradient", "output_moments"
 """The tensors of a layer that a stack combines along a new first dimension."""
 
 
@@ -100,6 +100,7 @@ class Layer:
         seed: the initialization seed.
         stored_weight: W (out, in) or (stack, out, in); 16-bit if the model stores it so, else
             float32.
+        bias: b (out,), float32; zeros for a layer without one.
         inputs: moments of the layer's inputs; `InputSets` for a method that reads several sets.
         gradient: gradient of the loss with respect to W, float32, with the shape of W.
         output_moments: diag E[g gᵀ], float64: for each output, the mean square of the gradient of
@@ -117,6 +118,7 @@ class Layer:
     scaling: float
     seed: int = 0
     stored_weight: Declared[Float[Tensor, "*stack out in"]] = None
+    bias: Declared[Float[Tensor, "*stack out"]] = None
     inputs: Declared[Inputs] = None
     gradient: Declared[Float[Tensor, "*stack out in"]] = None
     output_moments: Declared[Float[Tensor, "*stack out"]] = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_init import linalg
 from lora_init.linalg.gram import ROWS
-from lora_init.linalg.precision import full_precision
+from lora_init.linalg.precision import full_precision, wide
 
 SMALLEST_DECOMPOSITION = 32
 
@@ -40,9 +40,9 @@ class InputStatistics:
     @classmethod
     def of_rows(cls, rows: Float[Tensor, "tokens in"]) -> InputStatistics:
         """The moments of `rows`, computed in float64; the covariance is rounded to float32."""
-        wide = rows.detach().double()
-        mean = wide.mean(0)
-        centered = wide - mean
+        exact = wide(rows.detach())
+        mean = exact.mean(0)
+        centered = exact - mean
         return cls((centered.T @ centered / len(rows)).float(), mean, len(rows))
 
     @property
@@ -160,6 +160,11 @@ class StackedInputs:
     @property
     def device(self) -> torch.device:
         return self.members[0].device
+
+    @property
+    def mean(self) -> Float[Tensor, "*stack in"]:
+        """The means of all members, float64."""
+        return torch.stack([one.mean for one in self.members])
 
     @property
     def second_moment(self) -> Float[Tensor, "*stack in in"]:

@@ -18,25 +18,25 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import importlib
-import importlib.metadata
 import inspect
-import pkgutil
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from lora_init.entry_points import EntryPoints
 from lora_init.factors import Base, Factors
 from lora_init.layer import Layer, LayerRequest
-from lora_init.weights.module_types import EXPERTS, LINEAR_TYPES, MODULE_TYPES
+from lora_init.weights.format import Operation, WeightFormat
+from lora_init.weights.kinds import weight_formats
 
-ENTRY_POINT_GROUP = "lora_init.initializers"
+_METHODS = EntryPoints("lora_init.initializers", package="lora_init.initializers")
 
-Reads = Literal["weight", "inputs", "gradient", "output_moments", "quantizer", "target_weight"]
+Reads = Literal[
+    "weight", "bias", "inputs", "gradient", "output_moments", "quantizer", "target_weight"
+]
 """The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
 
 Method = Callable[[Layer, Any], Factors]
@@ -157,11 +157,13 @@ class Initializer:
         paper: the source of the method.
         base: what happens to the base weight: "keep", "subtract" or "replace".
         preserves_output: whether the output at step 0 equals that of the base model.
-        reads: what the method reads: "weight", "inputs", "gradient", "output_moments", "quantizer",
-            "target_weight".
-        modules: the supported module types. A Conv2d is treated as a matrix on its patches, and an
-            Embedding as a linear map of one-hot vectors. A method that supports Linear supports the
-            matrices of fused experts, each as one layer.
+        reads: what the method reads: "weight", "bias", "inputs", "gradient", "output_moments",
+            "quantizer", "target_weight".
+        operations: the supported ways to apply a matrix: "product" (linear layers),
+            "convolution" (a matrix on patches) or "lookup" (a linear map of one-hot vectors). Every
+            weight format with one of them is supported. The matrices of fused experts are products
+            too, one for each expert.
+        only: names of single formats that are supported in addition.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
     """
@@ -173,8 +175,21 @@ class Initializer:
     base: Base = "keep"
     preserves_output: bool = True
     reads: frozenset[str] = frozenset()
-    modules: frozenset[str] = frozenset(LINEAR_TYPES)
+    operations: frozenset[str] = frozenset({"product"})
+    only: frozenset[str] = frozenset()
     control: bool = False
+
+    def supports(self, stored: WeightFormat) -> bool:
+        """Whether the method supports modules of a weight format."""
+        if stored.operation == "routed":
+            # The mean squares of the gradients of experts' outputs are not collected.
+            return "product" in self.operations and "output_moments" not in self.reads
+        return stored.operation in self.operations or stored.name in self.only
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The names of the supported weight formats."""
+        return frozenset(name for name, one in weight_formats().items() if self.supports(one))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -201,6 +216,19 @@ class Initializer:
     def is_batched(self) -> bool:
         """Whether the function also accepts a stack of layers."""
         return getattr(self.function, "is_batched", False)
+
+    def workspace(self, options: Any) -> tuple[float, float]:
+        """How many float32 copies of a weight and of its moments are in memory at the peak.
+
+        `workspace` states them for a method; others get the largest of the methods that read the
+        same parts of a layer.
+        """
+        stated = getattr(self.function, "workspace", None)
+        if stated is not None:
+            return stated(options) if callable(stated) else stated
+        decomposes = self.reads & {"weight", "target_weight", "quantizer"}
+        weights = 13.0 if decomposes else 4.0 if self.reads else 3.0
+        return weights, 9.5 if "inputs" in self.reads else 0.0
 
     @property
     def allocates(self) -> bool:
@@ -245,7 +273,7 @@ class Initializer:
     def __repr__(self) -> str:
         return (
             f"Initializer({self.name!r}, base={self.base!r}, reads={sorted(self.reads)}, "
-            f"modules={sorted(self.modules)}, paper={self.paper!r}"
+            f"operations={sorted(self.operations)}, paper={self.paper!r}"
             f"{', control=True' if self.control else ''})"
         )
 
@@ -255,10 +283,6 @@ class Initializer:
 
 
 _registry: dict[str, Initializer] = {}
-_loaded: bool | None = False
-"""None while the methods are being imported."""
-_loading = threading.RLock()
-"""Held during the import of the methods; reentrant, because a method may use the registry."""
 
 
 def register_initializer(
@@ -269,10 +293,16 @@ def register_initializer(
     base: Base = "keep",
     preserves_output: bool = True,
     reads: Iterable[Reads] = (),
-    modules: Iterable[str] = LINEAR_TYPES,
+    operations: Iterable[Operation] | None = None,
+    modules: Iterable[str] = (),
     control: bool = False,
 ) -> Callable[[Method], Method]:
     """Register a function as the initializer `name`; `Initializer` describes the arguments.
+
+    Args:
+        operations: None means "product", or nothing if `modules` is given.
+        modules: names of single weight formats, such as "Linear". Operations are better: they
+            include the formats that are added later.
 
     Raises:
         TypeError: `options` is not a subclass of `Options`.
@@ -297,14 +327,23 @@ def register_initializer(
                 "lora_init.registry.Options"
             )
         _check_call(name, function)
-        for argument, value in (("reads", reads), ("modules", modules)):
+        lists = {"reads": reads, "operations": operations or (), "modules": modules}
+        for argument, value in lists.items():
             if isinstance(value, str):
                 raise TypeError(
                     f"initializer {name!r}: {argument}={value!r} is not supported: must be a list; "
                     f"pass [{value!r}]"
                 )
-        given = {"reads": frozenset(reads), "modules": frozenset(modules), "base": {base}}
-        supported = {"reads": get_args(Reads), "modules": MODULE_TYPES, "base": get_args(Base)}
+        given = {argument: frozenset(value) for argument, value in lists.items()}
+        if operations is None and not given["modules"]:
+            given["operations"] = frozenset({"product"})
+        given["base"] = frozenset({base})
+        supported = {
+            "reads": get_args(Reads),
+            "operations": get_args(Operation),
+            "modules": tuple(weight_formats()) if given["modules"] else (),
+            "base": get_args(Base),
+        }
         for argument, values in given.items():
             if unknown := sorted(values - set(supported[argument])):
                 raise ValueError(
@@ -324,20 +363,13 @@ def register_initializer(
             base=base,
             preserves_output=preserves_output,
             reads=given["reads"],
-            modules=given["modules"] | _experts(given["modules"], given["reads"]),
+            operations=given["operations"],
+            only=given["modules"],
             control=control,
         )
         return function
 
     return decorate
-
-
-def _experts(modules: frozenset[str], reads: frozenset[str]) -> set[str]:
-    """The type of experts if a method supports them: their matrices are like those of a Linear.
-
-    The mean squares of their outputs' gradients are not collected.
-    """
-    return {EXPERTS} if "Linear" in modules and "output_moments" not in reads else set()
 
 
 def _check_call(name: str, function: Method) -> None:
@@ -360,9 +392,24 @@ def batched(function: Method) -> Method:
     return function
 
 
+def workspace(*copies: Any) -> Callable[[Method], Method]:
+    """State how much memory a method takes at its peak, for `Initializer.workspace`.
+
+    Args:
+        copies: float32 copies of the weight, and of the second moment of the inputs, measured at a
+            rank far below the layer's sizes; or a function of the options that returns both.
+    """
+
+    def state(function: Method) -> Method:
+        function.workspace = copies[0] if len(copies) == 1 else copies
+        return function
+
+    return state
+
+
 def list_initializers(pattern: str = "*") -> list[Initializer]:
     """All registered initializers whose name matches the shell-style `pattern`, by name."""
-    _load()
+    _METHODS.load()
     return [_registry[name] for name in sorted(fnmatch.filter(_registry, pattern))]
 
 
@@ -372,7 +419,7 @@ def get_initializer(name: str) -> Initializer:
     Raises:
         ValueError: the name is unknown; the message suggests the nearest known name.
     """
-    _load()
+    _METHODS.load()
     given, name = name, method_name(name)
     if name not in _registry:
         near = difflib.get_close_matches(name, _registry, n=1, cutoff=0.5)
@@ -401,7 +448,7 @@ def resolve(setting: Any) -> tuple[Initializer, Any]:
         ValueError: the name or an option is unknown, or an option's value is not supported.
         TypeError: `setting` has another type.
     """
-    _load()
+    _METHODS.load()
     if isinstance(setting, bool):
         setting = "kaiming" if setting else "random"
     if isinstance(setting, str):
@@ -446,24 +493,3 @@ def build_options(options: type, values: Mapping[str, Any], setting: str) -> Any
 def describe(spec: Initializer, options: Any) -> dict[str, Any]:
     """The mapping that `resolve` turns back into this method and these options."""
     return {"name": spec.name, **asdict(options)}
-
-
-def _load() -> None:
-    """Import the methods of this package and of third-party entry points, once."""
-    global _loaded
-    if _loaded is True:
-        return
-    with _loading:
-        if _loaded is not False:  # another thread loaded, or a module below called this
-            return
-        _loaded = None
-        try:
-            package = importlib.import_module("lora_init.initializers")
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{package.__name__}.{module.name}")
-            for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-                entry.load()
-        except BaseException:
-            _loaded = False
-            raise
-        _loaded = True

@@ -14,10 +14,12 @@ from lora_init import linalg
 from lora_init.factors import low_rank_product, mean_figures
 from lora_init.layers import LoraLayer
 from lora_init.linalg.matrix import widened
-from lora_init.linalg.precision import full_precision
+from lora_init.linalg.precision import full_precision, wide
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.plan import Target
 from lora_init.tables import render
+from lora_init.weights.kinds import known_format
+from lora_init.weights.sharded import whole
 
 
 @dataclass
@@ -119,18 +121,22 @@ class InitReport:
 
 @full_precision()
 def weight_figures(
-    weight: Float[Tensor, "out in"], lora_A: Tensor, lora_B: Tensor, scaling: float
+    weight: Float[Tensor, "out in"] | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> dict[str, float | None]:
-    """relative_norm, norm_A, norm_B and captured_energy of initial factors on a weight."""
-    weight, lora_A, lora_B = weight.float(), lora_A.detach().float(), lora_B.detach().float()
-    norm = float(linalg.frobenius_norm(weight))
+    """relative_norm, norm_A, norm_B and captured_energy of initial factors on a weight.
+
+    Without a weight, as of a quantizer whose values cannot be read, only the norms of the factors.
+    """
+    lora_A, lora_B = lora_A.detach().float(), lora_B.detach().float()
     norm_A = float(linalg.frobenius_norm(lora_A))
     norm_B = float(linalg.frobenius_norm(lora_B))
     figures: dict[str, float | None] = {"norm_A": norm_A, "norm_B": norm_B}
-    if norm == 0.0:
+    if weight is None or (norm := float(linalg.frobenius_norm(weight))) == 0.0:
         return figures | {"relative_norm": None, "captured_energy": None}
+    weight = weight.float()
     # ‖B A‖² = <BᵀB, A Aᵀ>, r × r; float64, because for `orthogonal` the terms cancel.
-    gram = (lora_B.double().T @ lora_B.double()) * (lora_A.double() @ lora_A.double().T)
+    wide_A, wide_B = wide(lora_A), wide(lora_B)
+    gram = (wide_B.T @ wide_B) * (wide_A @ wide_A.T)
     figures["relative_norm"] = scaling * float(gram.sum().clamp_min(0).sqrt()) / norm
     if norm_A > 0:
         image = weight @ _orthonormal(lora_A.T)
@@ -144,8 +150,8 @@ def weight_figures(
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """A basis of the columns' span, without directions whose singular value is negligible."""
-    left, values, _ = linalg.thin_svd(columns.double())
-    return left[:, values > 1e-7 * values[0]].float()
+    left, values, _ = linalg.thin_svd(wide(columns))
+    return left[:, values > 1e-7 * values[0]].float().to(columns.device)
 
 
 def describe_layer(
@@ -171,11 +177,18 @@ def describe_layer(
             report.details[name] = value
     if layer.base_state == "replaced" or layer.initial_lora_A is None:
         return
-    parts = original_weight(), layer.initial_lora_A, layer.initial_lora_B
-    experts = zip(*parts, strict=True) if parts[0].ndim > 2 else [parts]
+    is_readable = known_format(layer.base_layer).opaque(layer.base_layer) is None
+    weights = original_weight() if is_readable else None
+    factors = whole(layer.initial_lora_A), whole(layer.initial_lora_B)
+    if factors[0].ndim > 2 and weights is not None:
+        matrices = list(zip(weights, *factors, strict=True))
+    else:
+        matrices = [(weights, *factors)]
     figures = []
-    for weight, lora_A, lora_B in experts:
+    for weight, lora_A, lora_B in matrices:
         figures.append(weight_figures(weight, lora_A, lora_B, layer.scaling))
+        if weight is None:
+            continue
         norm = linalg.frobenius_norm(widened(weight))
         if layer.base_state in ("edited", "in_forward") and norm > 0:
             product = low_rank_product(lora_A, lora_B, layer.scaling)

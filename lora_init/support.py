@@ -7,7 +7,8 @@
 - ``in forward``: it does not change, and s B0 A0 is subtracted in the forward pass.
 - ``replaced``: a quantized weight replaces it (``*``: computed from `original_weights`).
 
-Every method supports rsLoRA and DoRA in all its combinations.
+Every method supports rsLoRA in all its combinations, and DoRA in those whose weight can be read:
+not in AQLM, EETQ and BitNet.
 """
 
 from __future__ import annotations
@@ -18,21 +19,29 @@ from lora_init.weights.kinds import FORMATS
 FLOAT_BASES = ("float32", "16 bits")
 
 
-def support(spec: Initializer, module_type: str, base: str) -> str | None:
+def support(
+    spec: Initializer, module_type: str, base: str, *, use_dora: bool = False
+) -> str | None:
     """A method's effect on a base weight; None if the combination is not supported.
 
     Args:
         spec: the method.
         module_type: one of `lora_init.weights.kinds.FORMATS`.
-        base: "float32", "16 bits" or, for bitsandbytes' modules, "packed".
+        base: "float32", "16 bits" or, for quantized modules, "packed".
     """
-    if module_type not in spec.modules:
+    if not spec.supports(FORMATS[module_type]):
+        return None
+    one = FORMATS[module_type]
+    reads = {"weight", "target_weight"} & (spec.reads | spec.options().also_reads())
+    if (reads or use_dora) and not one.readable:
         return None
     if spec.base == "keep":
         return "kept"
+    if spec.base == "replace" and not one.writable:
+        return None
     if spec.base == "replace":
         return "replaced*" if base == "packed" else "replaced"
-    editable = base == "float32" and "edit" in FORMATS[module_type].subtractions
+    editable = base == "float32" and "edit" in one.subtractions
     return "edited" if editable else "in forward"
 
 

@@ -5,9 +5,6 @@ import pytest
 import torch
 from measures import assert_unchanged, snapshot
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
@@ -129,22 +126,6 @@ def refused_on(base, match, error, **settings):
     assert_unchanged(base, before)
 
 
-@pytest.mark.parametrize("method", [True, "pissa", "loftq"])
-def test_grouped_convolutions(method):
-    base = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3, groups=2))
-    refused_on(
-        base,
-        "target '1' is a Conv2d with groups=2, .*groups must be 1. Leave it out",
-        TypeError, target_modules=["0", "1"], init_lora_weights=method,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d])
-def test_other_convolutions(kind):
-    base = nn.Sequential(kind(4, 4, 3))
-    refused_on(base, f"target '0' is a {kind.__name__}, which", TypeError, target_modules=["0"])
-
-
 @pytest.mark.parametrize("method", [True, "pissa"])
 def test_embeddings_that_rescale_themselves(method):
     base = nn.Sequential(nn.Embedding(10, 8, max_norm=1.0))
@@ -196,19 +177,6 @@ def test_replacing_weights_that_accelerate_has_offloaded(model, method):
     model(input_ids=BATCHES[0]["input_ids"])
 
 
-@pytest.mark.parametrize("method", [True, "pissa"])
-def test_weights_that_deepspeed_has_partitioned(model, method):
-    """ZeRO-3 leaves an empty parameter with an id of its own; its data is in other processes."""
-    weight = model.model.layers[0].self_attn.q_proj.weight
-    weight.ds_id = 7
-    weight.data = torch.empty(0)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=method)
-    message = r"q_proj': its weight is partitioned by DeepSpeed ZeRO-3; .*before deepspeed\."
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(model, config)
-    assert all(p.requires_grad for p in model.parameters())
-
-
 class FlatParameter(nn.Parameter):
     """As FSDP calls its own; one cannot be made outside of it."""
 
@@ -222,35 +190,6 @@ def test_weights_that_fsdp_has_flattened(model, method):
         "q_proj': its weight is flattened by FSDP; inject the adapter before wrapping",
         ValueError, target_modules=["q_proj"], init_lora_weights=method,
     )  # fmt: skip
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """One process that is a device mesh of its own."""
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("method", [True, "pissa"])
-def test_weights_that_are_distributed_tensors(model, mesh, method):
-    attention = model.model.layers[0].self_attn
-    parallelize_module(attention, mesh, {"q_proj": ColwiseParallel()})
-    assert type(attention.q_proj.weight.data).__name__ == "DTensor"
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=method)
-    message = r"q_proj': its weight is a DTensor \(sharded.*; initialize before sharding"
-    with pytest.raises(TypeError, match=message):
-        get_peft_model(model, config)
-    assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("method", [True, "pissa"])
-def test_weights_that_fsdp_has_sharded(model, mesh, method):
-    fully_shard(model.model.layers[0], mesh=mesh)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=method)
-    with pytest.raises(TypeError, match=r"q_proj': its weight is a DTensor \(sharded"):
-        get_peft_model(model, config)
 
 
 # -- the rest --------------------------------------------------------------------------------------

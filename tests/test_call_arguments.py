@@ -87,7 +87,7 @@ def test_a_configuration_of_another_class_is_refused(config):
 
 def use_first(rank, folder):
     """In a fork, which may forget that the methods were imported: eight threads ask for one."""
-    registry._registry, registry._loaded = {}, False
+    registry._registry, registry._METHODS.loaded = {}, False
     for name in [name for name in sys.modules if name.startswith("lora_init.initializers")]:
         del sys.modules[name]
     ready = threading.Barrier(8)

@@ -35,7 +35,9 @@ from lora_init import (
     LoraConfig,
     LoraModel,
     WithLoss,
+    calibrate,
     get_peft_model,
+    init_factors,
     initialize_peft_model,
     linalg,
     list_initializers,
@@ -45,7 +47,7 @@ from lora_init import (
 )
 from lora_init.calibration import sums
 from lora_init.layers import linear, two_parts
-from lora_init.linalg import dense
+from lora_init.linalg import dense, precision
 from lora_init.linalg.gram import CachedBlocks
 from lora_init.quantization import Quantizer
 
@@ -229,6 +231,57 @@ def test_the_same_life_as_on_the_cpu(lives, spec, case, use_dora, placement, tmp
         )
     assert_same(seen, expected)
     assert report == expected_report
+
+
+# -- a device without float64, as Apple's ----------------------------------------------------------
+
+
+@pytest.fixture
+def no_float64(monkeypatch):
+    """A device on which a float64 tensor is an error."""
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", ("cuda",))
+    with simulated_cuda(has_float64=False):
+        with pytest.raises(TypeError, match="has no float64"):
+            torch.ones(2, device=CUDA).double()
+        yield
+
+
+@pytest.mark.parametrize(
+    ("spec", "case", "use_dora"),
+    thinned(
+        [one for one in COMBINATIONS if one.values[1].kind == "Linear"],
+        lambda spec, case, use_dora: (spec.base, use_dora),
+        lambda spec, case, use_dora: "gradient" in spec.reads,
+    ),
+)
+def test_the_same_life_without_float64(lives, spec, case, use_dora, monkeypatch, tmp_path):
+    """Decompositions and sums run on the CPU; the adapter is where the model is."""
+    expected, expected_report = lives(spec, case, use_dora)
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", ("cuda",))
+    with simulated_cuda(has_float64=False):
+        seen, report = life(spec, case, use_dora, CUDA, None, tmp_path)
+    assert_same(seen, expected)
+    assert report == expected_report
+
+
+@pytest.mark.parametrize("device", [None, CUDA])
+def test_other_entry_points_work_without_float64(no_float64, device):
+    case = Case()
+    base, batches, x = case.build(), case.calibration(), case.inputs()
+    targets = list(case.shapes)
+    expected = base(x)
+    config = peft.LoraConfig(r=4, target_modules=targets)
+    model = peft.get_peft_model(on_device(copy.deepcopy(base), CUDA), config).eval()
+    initialize_peft_model(model, "pissa", device=device, verify=[x.to(CUDA)])
+    torch.testing.assert_close(model(x.to(CUDA)).cpu(), expected)
+    eva = config_of("eva", targets)
+    on = on_device(copy.deepcopy(base), CUDA)
+    statistics = calibrate(on, [eva], batches, device=device)
+    get_peft_model(on, eva, calibration=statistics, device=device)
+    weight = on_device(copy.deepcopy(base), CUDA).get_submodule(targets[0]).weight.detach()
+    inputs = torch.randn(9, weight.shape[1]).to(CUDA)
+    factors = init_factors(weight, "corda", r=2, inputs=inputs, device=device)
+    assert place(factors.lora_A) == CUDA
 
 
 # -- a model that moves ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lora_init import (
     register_initializer,
     registry,
 )
+from lora_init.registry import workspace
 
 EIGHT = {"kaiming", "gaussian", "orthogonal", "olora", "pissa", "corda", "loftq", "eva"}
 
@@ -58,6 +59,7 @@ def test_a_name_is_registered_once(clean_registry):
     [
         ({"reads": ("weights",)}, "reads=weights is not supported: must be of weight, inputs"),
         ({"modules": ("Dense",)}, "modules=Dense is not supported: must be of Linear"),
+        ({"operations": ("sum",)}, "operations=sum is not supported: must be of product"),
         ({"base": "edit"}, "base=edit is not supported: must be of keep"),
     ],
 )
@@ -65,6 +67,24 @@ def test_a_name_is_registered_once(clean_registry):
 def test_a_wrong_declaration_is_refused_by_name(clean_registry, arguments, message):
     with pytest.raises(ValueError, match=f"'lost': {message}"):
         register_initializer("lost", **arguments)(lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "supported", "refused"),
+    [
+        ({}, {"Linear", "Conv1D", "Linear4bit"}, {"Conv2d", "Embedding"}),
+        ({"modules": ("Linear",)}, {"Linear"}, {"Conv1D", "Linear4bit", "Conv2d", "Embedding"}),
+        ({"operations": ("lookup",)}, {"Embedding"}, {"Linear", "Conv2d"}),
+        ({"operations": ("lookup",), "modules": ("Conv2d",)}, {"Embedding", "Conv2d"}, {"Linear"}),
+    ],
+)
+def test_a_method_supports_operations_or_single_formats(
+    clean_registry, arguments, supported, refused
+):
+    register_initializer("mine", **arguments)(lambda layer, options: None)
+    (spec,) = list_initializers("mine")
+    assert supported <= spec.modules == spec.module_types
+    assert not refused & spec.modules
 
 
 @pytest.mark.wrong_types
@@ -90,6 +110,31 @@ def test_a_method_of_ones_own(clean_registry):
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=ConstantOptions(value=2.0))
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
     assert torch.equal(model.layers["0"].lora_A, torch.full((2, 4), 2.0))
+
+
+def test_a_method_states_its_memory_in_its_file_or_gets_a_safe_estimate(clean_registry):
+    def ones(layer, options):
+        return Factors(torch.ones(layer.rank, layer.shape[1]), torch.zeros(layer.shape[0], 2))
+
+    def megabytes(method):
+        config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=method)
+        return get_peft_model(base, config, dry_run=True).workspace_bytes / 4e6
+
+    base = nn.Sequential(nn.Linear(2000, 1000, bias=False))
+    register_initializer("stated", reads=("weight", "inputs"))(workspace(1.5, 0.5)(ones))
+    by_options = workspace(lambda options: (options.copies, 0.0))
+
+    @dataclass
+    class CopiesOptions(Options):
+        copies: float = 3.0
+
+    register_initializer("chosen", options=CopiesOptions)(by_options(lambda *given: ones(*given)))
+    register_initializer("silent", reads=("weight", "inputs"))(lambda *given: ones(*given))
+    assert megabytes("stated") == 1.5 * 2 + 0.5 * 4
+    assert megabytes({"name": "chosen", "copies": 4.0}) == 4.0 * 2
+    others = [spec for spec in list_initializers() if spec.reads <= {"weight", "inputs"}]
+    assert len(others) > 20
+    assert megabytes("silent") >= max(megabytes(spec.name) for spec in others)
 
 
 @pytest.mark.parametrize(

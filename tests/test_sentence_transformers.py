@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from measures import train
 from models import VOCABULARY
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from lora_init import LoraConfig, LoraModel, get_peft_model
+from lora_init import (
+    LoraConfig,
+    LoraModel,
+    get_peft_model,
+    initialize_peft_model,
+    restore_peft_model,
+)
 
 library = pytest.importorskip("sentence_transformers")
 models = pytest.importorskip("sentence_transformers.models")
@@ -85,3 +92,20 @@ def test_it_trains_and_saves_the_adapter(injected, folder, tmp_path):
         np.testing.assert_allclose(reopened.encode(SENTENCES), expected, atol=1e-5)
     model.unload()
     np.testing.assert_allclose(embedder(folder).encode(SENTENCES), base, atol=1e-5)
+
+
+def test_an_injected_adapter_starts_and_is_saved(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = embedder(folder)
+    expected = model.encode(SENTENCES)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["query", "value"]))
+    initialize_peft_model(model, "pissa")
+    np.testing.assert_allclose(model.encode(SENTENCES), expected, atol=1e-5)
+    train(model)
+    model.save_pretrained(str(tmp_path / "saved"))
+    loaded = embedder(folder)
+    loaded.load_adapter(str(tmp_path / "saved"))
+    np.testing.assert_allclose(loaded.encode(SENTENCES), model.encode(SENTENCES), atol=1e-5)
+    assert abs(model.encode(SENTENCES) - expected).max() > 1e-3
+    restore_peft_model(model)
+    np.testing.assert_allclose(model.encode(SENTENCES), expected, atol=1e-5)

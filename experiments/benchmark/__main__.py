@@ -23,15 +23,15 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.benchmark import calibration, experts, initialization, memory, steps
-from experiments.benchmark.ledger import Ledger
-from experiments.benchmark.page import amount, error, ratio
-from experiments.benchmark.row import Case, Row
-from experiments.benchmark.schema import BenchmarkConfig, register_schema, resolve
-from experiments.console import say
-from experiments.errors import ConfigurationError, RunFailed
+from ..console import say
+from ..errors import ConfigurationError, RunFailed
+from ..location import CONFIGURATIONS
+from . import calibration, experts, initialization, memory, steps
+from .ledger import Ledger
+from .page import amount, error, ratio
+from .row import Case, Row
+from .schema import BenchmarkConfig, register_schema, resolve
 
-CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "benchmark"
 CASES = {
     "initialization": initialization.cases,
     "calibration": calibration.cases,
@@ -49,7 +49,9 @@ warnings.filterwarnings("ignore", message="Full backward hook is firing")  # PEF
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-@hydra.main(config_path=str(CONFIGURATIONS), config_name="benchmark", version_base="1.3")
+@hydra.main(
+    config_path=str(CONFIGURATIONS / "benchmark"), config_name="benchmark", version_base="1.3"
+)
 def main(composed: DictConfig) -> None:
     try:
         benchmark(resolve(composed))

@@ -10,10 +10,11 @@ from statistics import median
 import torch
 
 import lora_init
-from experiments.benchmark.row import Case, Row
-from experiments.benchmark.schema import BenchmarkConfig
-from experiments.benchmark.timing import Contender, alternate, paired_ratio
-from experiments.benchmark.workload import load_workload
+
+from .row import Case, Row
+from .schema import BenchmarkConfig
+from .timing import Contender, alternate, paired_ratio
+from .workload import load_workload
 
 TITLE = "Calibration"
 TARGETS = {

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import lora_init
-from experiments.benchmark.strategies import LOFTQ_BITS, LOFTQ_ITERATIONS, STRATEGIES, Strategy
-from experiments.benchmark.timing import synchronize
-from experiments.errors import RunFailed
 from lora_init.weights.kinds import oriented_weight
+
+from ..errors import RunFailed
+from .strategies import LOFTQ_BITS, LOFTQ_ITERATIONS, STRATEGIES, Strategy
+from .timing import synchronize
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import lora_init
-from experiments.benchmark.peaks import MIB, peak_watch
-from experiments.benchmark.powerlaw import PowerLaw
-from experiments.benchmark.row import LINALG, OURS, PEFT, Case, Row
-from experiments.benchmark.schema import BenchmarkConfig, ExpertsSettings
-from experiments.benchmark.steps import stepper
-from experiments.benchmark.strategies import STRATEGIES
-from experiments.benchmark.timing import Contender, alternate, paired_ratio
-from experiments.benchmark.workload import Batch
 from lora_init.weights.kinds import known_format
+
+from .peaks import MIB, peak_watch
+from .powerlaw import PowerLaw
+from .row import LINALG, OURS, PEFT, Case, Row
+from .schema import BenchmarkConfig, ExpertsSettings
+from .steps import stepper
+from .strategies import STRATEGIES
+from .timing import Contender, alternate, paired_ratio
+from .workload import Batch
 
 TITLE = "Experts"
 MODEL = "qwen3_moe"

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.benchmark.contenders import Passes, Request, adapt_ours, adapt_peft, factors
-from experiments.benchmark.material import Material
-from experiments.benchmark.quality import JUDGES
-from experiments.benchmark.reference import FORMULAS, Given
-from experiments.benchmark.row import LINALG, OURS, PEFT, Case, Row
-from experiments.benchmark.schema import BenchmarkConfig
-from experiments.benchmark.timing import Contender, Turn, alternate, paired_ratio
+from .contenders import Passes, Request, adapt_ours, adapt_peft, factors
+from .material import Material
+from .quality import JUDGES
+from .reference import FORMULAS, Given
+from .row import LINALG, OURS, PEFT, Case, Row
+from .schema import BenchmarkConfig
+from .timing import Contender, Turn, alternate, paired_ratio
 
 TITLE = "Initialization"
 WHOLE = "lora_init, whole model"

@@ -14,12 +14,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmark.page import page_of
-from experiments.benchmark.picture import picture_of
-from experiments.benchmark.row import Row
-from experiments.benchmark.schema import BenchmarkConfig
-from experiments.run.environment import cpu_name, describe_environment, version
-from experiments.run.files import write_json, write_text
+from ..run.environment import cpu_name, describe_environment, version
+from ..run.files import write_json, write_text
+from .page import page_of
+from .picture import picture_of
+from .row import Row
+from .schema import BenchmarkConfig
 
 PICTURE = "benchmark"
 BUSY = 2.0  # the load average above which other work shares the machine

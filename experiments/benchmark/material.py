@@ -9,13 +9,14 @@ from functools import cached_property
 from typing import Any
 
 import lora_init
-from experiments.benchmark.contenders import LayerFactors, Request, our_config, our_plan
-from experiments.benchmark.quality import worst_error
-from experiments.benchmark.reference import Given, Truth
-from experiments.benchmark.schema import BenchmarkConfig
-from experiments.benchmark.strategies import STRATEGIES
-from experiments.benchmark.workload import Batch, Workload, load_workload, sampled
 from lora_init.weights.kinds import oriented_weight
+
+from .contenders import LayerFactors, Request, our_config, our_plan
+from .quality import worst_error
+from .reference import Given, Truth
+from .schema import BenchmarkConfig
+from .strategies import STRATEGIES
+from .workload import Batch, Workload, load_workload, sampled
 
 
 class Material:

@@ -19,12 +19,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from experiments.benchmark.contenders import Request, adapt_ours, adapt_peft, our_plan
-from experiments.benchmark.peaks import ALLOCATOR, MIB, peak_watch
-from experiments.benchmark.row import OURS, PEFT, Case, Row
-from experiments.benchmark.schema import BenchmarkConfig
-from experiments.benchmark.timing import paired_ratio
-from experiments.benchmark.workload import load_workload
+from .contenders import Request, adapt_ours, adapt_peft, our_plan
+from .peaks import ALLOCATOR, MIB, peak_watch
+from .row import OURS, PEFT, Case, Row
+from .schema import BenchmarkConfig
+from .timing import paired_ratio
+from .workload import load_workload
 
 TITLE = "Memory"
 ADAPT = {OURS: adapt_ours, PEFT: adapt_peft}

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from experiments.benchmark import calibration, experts, initialization, memory, steps
-from experiments.benchmark.quality import JUDGES, MEANINGS
-from experiments.benchmark.row import LINALG, OURS, PEFT, Row
+from . import calibration, experts, initialization, memory, steps
+from .quality import JUDGES, MEANINGS
+from .row import LINALG, OURS, PEFT, Row
 
 NOTHING = "–"
 TITLES = {

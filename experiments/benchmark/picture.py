@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from experiments.benchmark.row import LINALG, OURS, PEFT, Row
+from .row import LINALG, OURS, PEFT, Row
 
 INK, SOFT, GRID = "#24292f", "#57606a", "#e7eaee"
 SHAPES = {OURS: "circle", PEFT: "diamond", LINALG: "square"}

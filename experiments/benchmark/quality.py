@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.benchmark.contenders import LayerFactors
-from experiments.benchmark.reference import Given, Truth
-from experiments.benchmark.strategies import STRATEGIES
+from .contenders import LayerFactors
+from .reference import Given, Truth
+from .strategies import STRATEGIES
 
 EXCESS = "excess"
 SUBSPACE = "subspace"

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.benchmark.powerlaw import PowerLaw
-from experiments.benchmark.strategies import LOFTQ_ITERATIONS
 from lora_init.quantization import Quantizer
+
+from .powerlaw import PowerLaw
+from .strategies import LOFTQ_ITERATIONS
 
 # CorDA adds this share of the mean diagonal to R. It makes the last triplets of W R unique where
 # R is singular in float32 (`lora_init.initializers.corda`).

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.benchmark.timing import Ratio
+from .timing import Ratio
 
 OURS, PEFT, LINALG = "lora_init", "PEFT", "torch.linalg"
 

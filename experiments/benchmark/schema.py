@@ -9,9 +9,9 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from experiments.benchmark.strategies import METHODS
-from experiments.config.resolve import as_settings
-from experiments.errors import nearest
+from ..config.resolve import as_settings
+from ..errors import nearest
+from .strategies import METHODS
 
 SECTIONS = ("initialization", "calibration", "memory", "steps", "experts")
 EXPERT_METHODS = ("pissa", "pissa_niter_4", "olora")

@@ -16,11 +16,11 @@ from statistics import median
 import torch
 from torch import nn
 
-from experiments.benchmark.contenders import Request, adapt_ours, adapt_peft, copy_factors
-from experiments.benchmark.row import OURS, PEFT, Case, Row
-from experiments.benchmark.schema import BenchmarkConfig
-from experiments.benchmark.timing import Contender, alternate, paired_ratio
-from experiments.benchmark.workload import Batch, Workload, load_workload
+from .contenders import Request, adapt_ours, adapt_peft, copy_factors
+from .row import OURS, PEFT, Case, Row
+from .schema import BenchmarkConfig
+from .timing import Contender, alternate, paired_ratio
+from .workload import Batch, Workload, load_workload
 
 TITLE = "Training steps"
 LEARNING_RATE = 1e-4

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from experiments.benchmark.powerlaw import PowerLaw
-from experiments.benchmark.schema import LlamaShape
-from experiments.errors import ConfigurationError
+from ..errors import ConfigurationError
+from .powerlaw import PowerLaw
+from .schema import LlamaShape
 
 LARGE = 2**31  # parameters; a CPU would decompose more than these for hours
 COPIES = 2.3  # the model, a copy to inject into, and a workspace

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.benchmark.powerlaw import PowerLaw
-from experiments.benchmark.schema import BenchmarkConfig, ModelSettings
-from experiments.benchmark.synthetic import llama
-from experiments.data import Labelled, load_data
-from experiments.data.rotten_tomatoes import LABELS, RottenTomatoes
-from experiments.models import load_model
-from experiments.models.local import LocalModel
-from experiments.models.minilm import MiniLM
-from experiments.models.smollm2 import SmolLM2
+from ..data import Labelled, load_data
+from ..data.rotten_tomatoes import LABELS, RottenTomatoes
+from ..models import load_model
+from ..models.local import LocalModel
+from ..models.minilm import MiniLM
+from ..models.smollm2 import SmolLM2
+from .powerlaw import PowerLaw
+from .schema import BenchmarkConfig, ModelSettings
+from .synthetic import llama
 
 PACKAGED = {"minilm": MiniLM, "smollm2": SmolLM2}
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from experiments.errors import ConfigurationError, nearest
+from ..errors import ConfigurationError, nearest
 
 MOST = 2**53
 """The largest integer that JSON, a float and every table of results hold exactly."""

@@ -6,14 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.config.bounds import (
+from ..errors import ConfigurationError
+from .bounds import (
     check_choice,
     check_integer,
     check_label,
     check_number,
     check_path,
 )
-from experiments.errors import ConfigurationError
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -12,8 +12,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from experiments.config.bounds import check_path, refusal
-from experiments.errors import ConfigurationError
+from ..errors import ConfigurationError
+from .bounds import check_path, refusal
 
 NAME = re.compile(r"\w(?:[\w .,+=@-]*[\w+=@-])?")
 LONGEST = 200

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.config.bounds import (
+from lora_init import list_initializers
+
+from ..errors import nearest
+from ..location import PACKAGE
+from .bounds import (
     check_choice,
     check_integer,
     check_number,
@@ -12,8 +16,6 @@ from experiments.config.bounds import (
     check_switches,
     refusal,
 )
-from experiments.errors import nearest
-from lora_init import list_initializers
 
 SELECTORS = ("score", "loss")
 
@@ -38,6 +40,7 @@ class ProtocolConfig:
         equal_update: also compare at equal update size: each arm at the rate at which its weights
             moved as far as the baseline's by step 100.
         dry_run: show the plan and stop.
+        application: the name of this package, which the plugin imports.
     """
 
     _target_: str = "hydra_plugins.lora_init_protocol.ProtocolSweeper"
@@ -55,6 +58,7 @@ class ProtocolConfig:
     select_by: str = "score"
     equal_update: bool = False
     dry_run: bool = False
+    application: str = PACKAGE
 
     @property
     def arms(self) -> dict[str, str]:

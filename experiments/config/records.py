@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from experiments.config.bounds import check_choice, check_integer, refusal
+from .bounds import check_choice, check_integer, refusal
 
 BACKENDS = ("none", "wandb")
 MODES = ("offline", "online", "disabled")

@@ -9,8 +9,8 @@ from typing import TypeVar
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config.run_config import RunConfig, check_control
-from experiments.errors import ConfigurationError, nearest
+from ..errors import ConfigurationError, nearest
+from .run_config import RunConfig, check_control
 
 Settings = TypeVar("Settings")
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from omegaconf import II, MISSING
 
-from experiments.config.bounds import (
+from lora_init import list_initializers
+
+from ..errors import ConfigurationError
+from .bounds import (
     check_choice,
     check_integer,
     check_names,
@@ -16,12 +19,10 @@ from experiments.config.bounds import (
     check_seed,
     check_switches,
 )
-from experiments.config.inputs import CalibrationConfig, DataConfig, ModelConfig
-from experiments.config.names import check_name, check_outputs
-from experiments.config.records import MeasuresConfig, TrackingConfig
-from experiments.config.training import BudgetConfig, TrainingConfig
-from experiments.errors import ConfigurationError
-from lora_init import list_initializers
+from .inputs import CalibrationConfig, DataConfig, ModelConfig
+from .names import check_name, check_outputs
+from .records import MeasuresConfig, TrackingConfig
+from .training import BudgetConfig, TrainingConfig
 
 MOST_THREADS = 1024
 """Some machines kill a process that starts many thousands of threads."""

@@ -16,14 +16,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config.launchers import register_launchers
-from experiments.config.names import sweep_path
-from experiments.config.protocol import ProtocolConfig
-from experiments.config.records import TrackingConfig
-from experiments.config.run_config import InitConfig, RunConfig
-from experiments.config.training import TrainingConfig, steps_of
 from lora_init import list_initializers
 from lora_init.registry import Initializer
+
+from ..location import qualified
+from .launchers import register_launchers
+from .names import sweep_path
+from .protocol import ProtocolConfig
+from .records import TrackingConfig
+from .run_config import InitConfig, RunConfig
+from .training import TrainingConfig, steps_of
 
 SUPPLIED = {"weight", "inputs", "gradient", "output_moments", "quantizer"}
 """What a run gives to a method; a second data set or a second checkpoint is not part of it."""
@@ -87,6 +89,7 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver(
         "sweep_path", lambda outputs, sweep: str(sweep_path(outputs, sweep)), replace=True
     )
+    OmegaConf.register_new_resolver("qualified", qualified, replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for method in list_initializers():

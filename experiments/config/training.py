@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments.config.bounds import check_choice, check_integer, check_number, check_switches
+from .bounds import check_choice, check_integer, check_number, check_switches
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments.config.inputs import DataConfig
-from experiments.config.store import register_sources
-from experiments.data import chain_sum, gsm8k, gsm_symbolic, metamath, rotten_tomatoes, table
-from experiments.data.examples import Completion, Example, Generated, Judge, Labelled
-from experiments.data.judges import says_exactly
-from experiments.data.splits import Splits
-from experiments.errors import ConfigurationError
+from ..config.inputs import DataConfig
+from ..config.store import register_sources
+from ..errors import ConfigurationError
+from . import chain_sum, gsm8k, gsm_symbolic, metamath, rotten_tomatoes, table
+from .examples import Completion, Example, Generated, Judge, Labelled
+from .judges import says_exactly
+from .splits import Splits
 
 SOURCES: dict[type[DataConfig], Callable[[Any], Splits]] = {
     rotten_tomatoes.RottenTomatoes: rotten_tomatoes.load,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.config.inputs import CalibrationConfig
-from experiments.data import json_lines
-from experiments.data.examples import Completion, Example
-from experiments.errors import ConfigurationError, nearest
+from ..config.inputs import CalibrationConfig
+from ..errors import ConfigurationError, nearest
+from . import json_lines
+from .examples import Completion, Example
 
 
 def texts_of(settings: CalibrationConfig, task_type: str) -> list[Example]:

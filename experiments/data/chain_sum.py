@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.config.bounds import check_integer, check_seed
-from experiments.config.inputs import DataConfig
-from experiments.data.examples import Completion
-from experiments.data.splits import Splits, split_of
-from experiments.errors import ConfigurationError
+from ..config.bounds import check_integer, check_seed
+from ..config.inputs import DataConfig
+from ..errors import ConfigurationError
+from .examples import Completion
+from .splits import Splits, split_of
 
 ORDER = "The most must not be less than the fewest"
 

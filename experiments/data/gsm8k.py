@@ -14,17 +14,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.data.examples import Completion
-from experiments.data.judges import says_the_number
-from experiments.data.splits import Splits, bucket, take
-from experiments.data.word_problems import (
+from ..errors import ConfigurationError
+from .examples import Completion
+from .judges import says_the_number
+from .splits import Splits, bucket, take
+from .word_problems import (
     Source,
     WordProblems,
     hash_of,
     located,
     read_rows,
 )
-from experiments.errors import ConfigurationError
 
 ADDRESS = "github.com/openai/grade-school-math (folder grade_school_math/data)"
 TRAIN = Source(

@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from experiments.config.bounds import check_seed, check_switches
-from experiments.config.inputs import DataConfig
-from experiments.data.examples import Completion
-from experiments.data.splits import Splits, check_shares, split_of
-from experiments.errors import ConfigurationError
+from ..config.bounds import check_seed, check_switches
+from ..config.inputs import DataConfig
+from ..errors import ConfigurationError
+from .examples import Completion
+from .splits import Splits, check_shares, split_of
 
 PROMPT = "Question: {question}\nAnswer:"
 

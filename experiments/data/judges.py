@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.data.answers import extract_number
-from experiments.data.examples import Completion, Generated
+from .answers import extract_number
+from .examples import Completion, Generated
 
 
 def says_exactly(said: Generated, example: Completion) -> bool:

@@ -19,19 +19,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.config.bounds import check_integer
-from experiments.data import gsm8k
-from experiments.data.examples import Completion
-from experiments.data.judges import says_the_number
-from experiments.data.splits import Splits, bucket, take
-from experiments.data.word_problems import (
+from ..config.bounds import check_integer
+from ..errors import ConfigurationError
+from . import gsm8k
+from .examples import Completion
+from .judges import says_the_number
+from .splits import Splits, bucket, take
+from .word_problems import (
     Source,
     WordProblems,
     hash_of,
     located,
     read_rows,
 )
-from experiments.errors import ConfigurationError
 
 TRAIN = Source(
     ("MetaMathQA-395K.json",),

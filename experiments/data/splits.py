@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from experiments.config.bounds import check_number, refusal
-from experiments.data.examples import Example, Judge, Labelled
-from experiments.data.judges import says_exactly
+from ..config.bounds import check_number, refusal
+from .examples import Example, Judge, Labelled
+from .judges import says_exactly
 
 
 @dataclass(frozen=True)

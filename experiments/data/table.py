@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import MISSING
 
-from experiments.config.bounds import check_number, check_path
-from experiments.config.inputs import DataConfig
-from experiments.data import json_lines
-from experiments.data.examples import Completion, Example, Labelled
-from experiments.data.splits import Splits, split_of, take
-from experiments.errors import ConfigurationError, nearest
+from ..config.bounds import check_number, check_path
+from ..config.inputs import DataConfig
+from ..errors import ConfigurationError, nearest
+from . import json_lines
+from .examples import Completion, Example, Labelled
+from .splits import Splits, split_of, take
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 
@@ -111,6 +111,12 @@ def load(config: Table) -> Splits:
         raise ConfigurationError(
             f"data.label_column={target!r}: the training rows of {config.path} have "
             f"{len(labels)} distinct label(s) {list(labels)}; classification needs two or more"
+        )
+    if len(labels) > max(2, len(frames["train"]) // 2):
+        raise ConfigurationError(
+            f"data.label_column={target!r}: {len(labels)} different values in "
+            f"{len(frames['train'])} training rows of {config.path}; must be a column of classes, "
+            "with two rows or more for each. Give the name of another column."
         )
 
     def examples(split: str, limit: int | None) -> list[Example]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.config.bounds import check_number, check_path
-from experiments.config.inputs import DataConfig
-from experiments.data import json_lines
-from experiments.errors import ConfigurationError
+from ..config.bounds import check_number, check_path
+from ..config.inputs import DataConfig
+from ..errors import ConfigurationError
+from . import json_lines
 
 METAMATH_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from experiments.console import say
-from experiments.gpu import report
-from experiments.gpu.parts import PARTS, TOTAL_SECONDS, Part, selected
-from experiments.gpu.process import run_in_process
-from experiments.gpu.record import Record
-from experiments.gpu.task import pick_device
+from ..console import say
+from . import report
+from .parts import PARTS, TOTAL_SECONDS, Part, selected
+from .process import run_in_process
+from .record import Record
+from .task import pick_device
 
 SHORTEST = 5.0
 """A part needs at least this many seconds, because its imports alone take that long."""

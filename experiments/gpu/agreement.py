@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.gpu import promises
-from experiments.gpu.lifecycle import Life, exact_convolutions, lived, relative, twin
-from experiments.gpu.specimens import KINDS, PACKED, Specimen, data_of
-from experiments.gpu.task import Task
 from lora_init import Calibration, Initializer, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init import list_initializers as initializers
 from lora_init.weights.kinds import oriented_weight
+
+from . import promises
+from .lifecycle import Life, exact_convolutions, lived, relative, twin
+from .specimens import KINDS, PACKED, Specimen, data_of
+from .task import Task
 
 RANK = 8
 PROMISE = 1e-5

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from experiments.benchmark.powerlaw import PowerLaw
+from ..benchmark.powerlaw import PowerLaw
 
 LINEAR = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

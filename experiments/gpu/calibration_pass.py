@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from experiments.gpu.blocks import LLAMA_1B, TINY, llama, targets, token_batches
-from experiments.gpu.task import Task
-from experiments.gpu.waits import LISTED, counted_waits
 from lora_init import LoraConfig, calibrate
+
+from .blocks import LLAMA_1B, TINY, llama, targets, token_batches
+from .task import Task
+from .waits import LISTED, counted_waits
 
 METHODS = {
     "second moments (eva)": "eva",

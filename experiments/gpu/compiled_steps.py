@@ -7,10 +7,10 @@ import shutil
 
 import torch
 
-from experiments.gpu.blocks import LLAMA_2_7B, llama, targets, token_batches
-from experiments.gpu.record import brief
-from experiments.gpu.task import Task
-from experiments.gpu.training_steps import alternated, contenders, record_ratios, stepper
+from .blocks import LLAMA_2_7B, llama, targets, token_batches
+from .record import brief
+from .task import Task
+from .training_steps import alternated, contenders, record_ratios, stepper
 
 ORDER = ("LoRA", "PiSSA", "PEFT LoRA", "DoRA", "PEFT DoRA")
 COMPILE_SECONDS = 8.0  # an estimate for the first contender

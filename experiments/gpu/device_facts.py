@@ -9,7 +9,8 @@ import subprocess
 import torch
 
 import lora_init
-from experiments.gpu.task import Task
+
+from .task import Task
 
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "triton", "safetensors", "numpy", "scipy",

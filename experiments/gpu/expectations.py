@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.gpu.record import Record
+from .record import Record
 
 SECONDS = {
     "kaiming": (0.10, 0.52),

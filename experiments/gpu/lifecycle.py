@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from experiments.gpu.specimens import PACKED
 from lora_init import LoraModel
 from lora_init.layers import LoraLayer
 from lora_init.weights.kinds import oriented_weight
+
+from .specimens import PACKED
 
 FLOAT32_TOLERANCE = 2e-6
 UNLOAD_TOLERANCE = 1e-6

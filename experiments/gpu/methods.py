@@ -17,15 +17,16 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from experiments.gpu import exactness
-from experiments.gpu.blocks import LLAMA_2_7B, TINY, Shape, llama, targets, token_batches
-from experiments.gpu.lifecycle import relative
-from experiments.gpu.specimens import data_of
-from experiments.gpu.task import Task
-from experiments.gpu.waits import LISTED, counted_waits
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init.initialize import run as initialization
 from lora_init.registry import list_initializers, resolve
+
+from . import exactness
+from .blocks import LLAMA_2_7B, TINY, Shape, llama, targets, token_batches
+from .lifecycle import relative
+from .specimens import data_of
+from .task import Task
+from .waits import LISTED, counted_waits
 
 FIRST = (
     "kaiming", "pissa", "pissa_niter_4", "olora", "eva", "corda", "milora", "loftq", "lora_ga",

@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments.gpu.task import Task
+from ..location import qualified
+from .task import Task
 
 TOTAL_SECONDS = 480.0
 """The limit of all parts together, process starts included. The single limits add up to more,
@@ -29,7 +30,7 @@ class Part:
 
     @property
     def run(self) -> Callable[[Task], None]:
-        return importlib.import_module(f"experiments.gpu.{self.module}").run
+        return importlib.import_module(qualified(f"gpu.{self.module}")).run
 
 
 PARTS = (

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.gpu.blocks import LLAMA_2_7B, TINY, llama, targets, token_batches
-from experiments.gpu.task import Task
+from .blocks import LLAMA_2_7B, TINY, llama, targets, token_batches
+from .task import Task
 
 CHEAP: dict[str, bool | str] = {
     "random": False,

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.gpu.parts import Part, selected
-from experiments.gpu.record import Record, brief
-from experiments.gpu.task import Task, pick_device
+from .parts import Part, selected
+from .record import Record, brief
+from .task import Task, pick_device
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {

@@ -12,13 +12,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from experiments.gpu.lifecycle import relative
-from experiments.gpu.specimens import Specimen, decaying
-from experiments.gpu.task import Task
 from lora_init import LoraConfig, get_peft_model, linalg
 from lora_init.quantization import Quantizer
 from lora_init.weights.checksum import checksum
 from lora_init.weights.fingerprint import fingerprint
+
+from .lifecycle import relative
+from .specimens import Specimen, decaying
+from .task import Task
 
 FLOAT32 = torch.float32
 LAYERS = ["layers.0", "layers.1", "layers.2"]

@@ -9,10 +9,11 @@ from typing import Any
 import rich
 from rich.table import Table
 
-from experiments.gpu.expectations import expected_seconds, verdicts
-from experiments.gpu.parts import PARTS
-from experiments.gpu.record import Record
 from lora_init.files import write_atomically
+
+from .expectations import expected_seconds, verdicts
+from .parts import PARTS
+from .record import Record
 
 SMALL = "This is the small form: its times mean nothing."
 ANSWER = {True: "yes", False: "NO", None: "not judged"}

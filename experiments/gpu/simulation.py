@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.gpu.task import Task
+from .task import Task
 
 SIMULATED = Path(__file__).resolve().parents[2] / "tests" / "support" / "simulated_device.py"
 OPERATIONS = """

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from experiments.gpu.record import Record, brief
+from .record import Record, brief
 
 
 @dataclass

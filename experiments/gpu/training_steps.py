@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.gpu.blocks import LLAMA_2_7B, TINY, llama, targets, token_batches
-from experiments.gpu.task import Task
 from lora_init import LoraConfig, get_peft_model
+
+from .blocks import LLAMA_2_7B, TINY, llama, targets, token_batches
+from .task import Task
 
 RANK = 16
 OURS = {

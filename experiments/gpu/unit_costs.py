@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from experiments.gpu.task import Task
 from lora_init.linalg import dense
 from lora_init.linalg.thin import cholesky_qr
+
+from .task import Task
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 CALLS = 3

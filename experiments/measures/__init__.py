@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments.config.records import MeasuresConfig
-from experiments.measures.end import measure_end
-from experiments.measures.original_model import OriginalModel
-from experiments.measures.originals import Originals, measure_originals
-from experiments.measures.spectra import describe_spectrum
-from experiments.measures.start import describe_start
-from experiments.measures.updates import is_due, update_size
 from lora_init import LoraModel
+
+from ..config.records import MeasuresConfig
+from .end import measure_end
+from .original_model import OriginalModel
+from .originals import Originals, measure_originals
+from .spectra import describe_spectrum
+from .start import describe_start
+from .updates import is_due, update_size
 
 __all__ = [
     "MeasuresConfig",

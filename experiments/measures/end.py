@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.config.records import MeasuresConfig
-from experiments.measures.angles import mean_angle
-from experiments.measures.forgetting import KINDS, forgetting
-from experiments.measures.intruders import intruder_dimensions
-from experiments.measures.original_model import OriginalModel
-from experiments.measures.originals import Originals, spread
-from experiments.measures.products import update_norm
-from experiments.measures.updates import ratio, update_size
-from experiments.tasks import Task
 from lora_init import LoraModel
+
+from ..config.records import MeasuresConfig
+from ..tasks import Task
+from .angles import mean_angle
+from .forgetting import KINDS, forgetting
+from .intruders import intruder_dimensions
+from .original_model import OriginalModel
+from .originals import Originals, spread
+from .products import update_norm
+from .updates import ratio, update_size
 
 
 def measure_end(

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.measures.original_model import OriginalModel
-from experiments.tasks import Task
+from ..tasks import Task
+from .original_model import OriginalModel
 
 KINDS = {
     "CAUSAL_LM": "mean KL(original || trained) of next tokens, nats",

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments.config.records import MeasuresConfig
-from experiments.measures.spectra import Spectrum, leading_spectrum
 from lora_init.plan.plan import Plan
 from lora_init.weights.source import BaseWeights
+
+from ..config.records import MeasuresConfig
+from .spectra import Spectrum, leading_spectrum
 
 
 @dataclass(frozen=True)

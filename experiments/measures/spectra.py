@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.measures.angles import span
 from lora_init.layers import LoraLayer
 from lora_init.linalg import top_singular
 from lora_init.linalg.matrix import widened
+
+from .angles import span
 
 LEADING = 64  # directions: as many as common ranks, and enough to draw how a spectrum falls
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.measures.products import product_norm
-from experiments.measures.updates import ratio
 from lora_init import LoraModel
+
+from .products import product_norm
+from .updates import ratio
 
 
 def describe_start(

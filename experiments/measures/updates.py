@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from experiments.measures.products import update_norm
 from lora_init import LoraModel
+
+from .products import update_norm
 
 COMMON_STEP = 100
 """The step at which the protocol compares the update sizes of runs of all lengths."""

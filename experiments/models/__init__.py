@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from experiments.config.inputs import ModelConfig
-from experiments.config.store import register_sources
-from experiments.models import local, minilm, quantization, smollm2
-from experiments.models.pretrained import checkpoint_activations, load_checkpoint
-from experiments.models.source import Checkpoint
+from ..config.inputs import ModelConfig
+from ..config.store import register_sources
+from . import local, minilm, quantization, smollm2
+from .pretrained import checkpoint_activations, load_checkpoint
+from .source import Checkpoint
 
 SOURCES: dict[type[ModelConfig], Callable[[Any], Checkpoint]] = {
     minilm.MiniLM: minilm.locate,

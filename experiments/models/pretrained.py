@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import transformers
 
-from experiments.errors import ConfigurationError
-from experiments.models.quantization import loading_arguments
-from experiments.models.source import Checkpoint
+from ..errors import ConfigurationError
+from .quantization import loading_arguments
+from .source import Checkpoint
 
 DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 

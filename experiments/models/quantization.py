@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.config.bounds import refusal
-from experiments.errors import ConfigurationError, nearest
-from experiments.models.source import Checkpoint
 from lora_init.config.lora_config import HEADS
+
+from ..config.bounds import refusal
+from ..errors import ConfigurationError, nearest
+from .source import Checkpoint
 
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},

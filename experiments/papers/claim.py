@@ -14,6 +14,7 @@ class Verdict(StrEnum):
     SAME_DIRECTION = "same direction"
     NOT_REPRODUCED = "not reproduced"
     CONTRADICTS = "contradicts"
+    NOT_RESOLVED = "not resolved"
     NOT_JUDGED = "not judged"
 
 

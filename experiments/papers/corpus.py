@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from experiments.data import gsm_symbolic, rotten_tomatoes
-from experiments.data.splits import split_of
-from experiments.errors import ConfigurationError
+from ..data import gsm_symbolic, rotten_tomatoes
+from ..data.splits import split_of
+from ..errors import ConfigurationError
 
 CORPORA = ("plots", "reviews", "problems")
 SPLITS = ("train", "validation", "test")

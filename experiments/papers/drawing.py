@@ -13,11 +13,11 @@ import altair as alt
 import pandas as pd
 import vl_convert
 
-from experiments.papers.reproduction import Figure
-from experiments.report.canvas import INK, SOFT, inline
-from experiments.report.palette import MARKS, marks, ordered
-from experiments.report.specification import VEGA_LITE, themed
-from experiments.run.files import write_bytes, write_text
+from ..report.canvas import INK, SOFT, inline
+from ..report.palette import MARKS, marks, ordered
+from ..report.specification import VEGA_LITE, themed
+from ..run.files import write_bytes, write_text
+from .reproduction import Figure
 
 __all__ = ["INK", "MARKS", "SOFT", "marks", "ordered"]
 # Okabe and Ito's colors, which differ under the common color deficiencies.

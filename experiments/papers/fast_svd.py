@@ -30,12 +30,12 @@ from dataclasses import dataclass
 import altair as alt
 import pandas as pd
 
-from experiments.papers.application import run
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.drawing import HEADER, INK, LOG, MARKS, SOFT, chart, color, legend, tips
-from experiments.papers.fast_svd_rows import EXACT, LOWRANK, NITER, PISSA, FastSvdOptions, measure
-from experiments.papers.interval import Interval, mean
-from experiments.papers.reproduction import Figure, Measurement, Reproduction, Table
+from .application import run
+from .claim import Claim, Verdict, judge
+from .drawing import HEADER, INK, LOG, MARKS, SOFT, chart, color, legend, tips
+from .fast_svd_rows import EXACT, LOWRANK, NITER, PISSA, FastSvdOptions, measure
+from .interval import Interval, mean
+from .reproduction import Figure, Measurement, Reproduction, Table
 
 # The paper's figures for Llama-2-7B, r = 128, by niter; None: the full SVD.
 PAPER_ERRORS = {1: 1.93e-3, 16: 4.75e-4}

@@ -13,21 +13,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from experiments.benchmark.powerlaw import PowerLaw
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.papers.corpus import plot_blocks
-from experiments.papers.fine_tuning import constant_training, fine_tune
-from experiments.papers.language import block_losses
-from experiments.papers.reproduction import (
+from lora_init import LoraConfig, get_peft_model, init_factors
+from lora_init.progress import tracked
+
+from ..benchmark.powerlaw import PowerLaw
+from ..console import say
+from ..errors import ConfigurationError
+from .corpus import plot_blocks
+from .fine_tuning import constant_training, fine_tune
+from .language import block_losses
+from .reproduction import (
     Measurement,
     Options,
     require,
     require_at_least,
 )
-from experiments.papers.subject import Subject, load_subject, place
-from lora_init import LoraConfig, get_peft_model, init_factors
-from lora_init.progress import tracked
+from .subject import Subject, load_subject, place
 
 PAPER_SHARE = 128 / 4096
 LOWRANK, NITER, PISSA = "torch.svd_lowrank", "pissa_niter_N", "pissa"

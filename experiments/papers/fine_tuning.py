@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from experiments.config.training import TrainingConfig
-from experiments.console import training_bar
-from experiments.papers.corpus import language_batches
-from experiments.training.loop import make_accelerator, train
+from ..config.training import TrainingConfig
+from ..console import training_bar
+from ..training.loop import make_accelerator, train
+from .corpus import language_batches
 
 
 class Blocks:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from experiments.papers.application import run
-from experiments.papers.claim import Claim, judge
-from experiments.papers.drawing import INK, chart, color, legend, tips
-from experiments.papers.first_step_rows import (
+from .application import run
+from .claim import Claim, judge
+from .drawing import INK, chart, color, legend, tips
+from .first_step_rows import (
     CALIBRATION,
     FRESH,
     OWN_START,
@@ -28,8 +28,8 @@ from experiments.papers.first_step_rows import (
     FirstStepOptions,
     measure,
 )
-from experiments.papers.reproduction import Figure, Measurement, Reproduction, Table
-from experiments.papers.subject import file_name
+from .reproduction import Figure, Measurement, Reproduction, Table
+from .subject import file_name
 
 SHARE = 0.95
 NEAR_BOUND = 0.01

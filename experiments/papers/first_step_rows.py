@@ -29,9 +29,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.reproduction import Measurement, Options, require, require_at_least
-from experiments.papers.starts import (
+from lora_init.calibration.gradients import collect_gradients
+from lora_init.progress import tracked
+from lora_init.registry import Initializer, resolve
+
+from ..console import say
+from .reproduction import Measurement, Options, require, require_at_least
+from .starts import (
     UNCENTRED,
     Gradients,
     Start,
@@ -41,17 +45,14 @@ from experiments.papers.starts import (
     startable,
     started,
 )
-from experiments.papers.subject import DESCRIBED, Layer, Subject, short_name
-from experiments.papers.tasks import (
+from .subject import DESCRIBED, Layer, Subject, short_name
+from .tasks import (
     Batches,
     described_data,
     load_with_task,
     measured_layers,
     task_batches,
 )
-from lora_init.calibration.gradients import collect_gradients
-from lora_init.progress import tracked
-from lora_init.registry import Initializer, resolve
 
 CALIBRATION, FRESH, TOGETHER = "calibration", "fresh", "fresh together"
 OWN_START = "lora_one’s start itself"

@@ -15,16 +15,17 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.papers.claim import Claim, Verdict, as_claim
-from experiments.papers.result import Result
-from experiments.papers.text import CLAIM_HEADERS, claims_markdown, markdown
-from experiments.report.page import as_script, bundle
-from experiments.run.files import write_json, write_text
+from ..report.page import as_script, bundle
+from ..run.files import write_json, write_text
+from .claim import Claim, Verdict, as_claim
+from .result import Result
+from .text import CLAIM_HEADERS, claims_markdown, markdown
 
 HERE = Path(__file__).parent
 STYLE = HERE.parent / "report" / "page.css"
 VERDICTS = "verdicts.json"
 OWN = "our own"
+TITLE = "Published claims, measured again"
 CAVEAT = (
     "Each claim was measured on models that two CPU cores can carry, far smaller than the papers’. "
     "A verdict speaks of the claim on these models: “same direction” means that the effect has the "
@@ -32,7 +33,7 @@ CAVEAT = (
 )
 
 
-def write_page(results: Sequence[Result], output: Path) -> Path:
+def write_page(results: Sequence[Result], output: Path, title: str = TITLE) -> Path:
     """Write `index.html`, `README.md`, the pictures and `verdicts.json`; return the page's path.
 
     The pictures are copied from the folders of the results. The page loads nothing.
@@ -45,8 +46,8 @@ def write_page(results: Sequence[Result], output: Path) -> Path:
         for figure in result.figures:
             name = figure["name"]
             shutil.copy(source / f"{name}.png", output / f"{result.name}-{name}.png")
-    write_text(output / "README.md", as_markdown(results))
-    write_text(output / "index.html", as_html(results))
+    write_text(output / "README.md", as_markdown(results, title))
+    write_text(output / "index.html", as_html(results, title))
     claims = {result.name: [asdict(claim) for claim in result.claims] for result in results}
     write_json(output / VERDICTS, claims)
     return output / "index.html"
@@ -58,7 +59,7 @@ def read_verdicts(page: Path) -> dict[str, list[Claim]]:
     return {name: list(map(as_claim, claims)) for name, claims in kept.items()}
 
 
-def as_html(results: Sequence[Result]) -> str:
+def as_html(results: Sequence[Result], title: str) -> str:
     """The page with its charts and the code that draws them."""
     specifications = {
         f"{result.name}-{figure['name']}": figure["specification"]
@@ -75,6 +76,7 @@ def as_html(results: Sequence[Result]) -> str:
     style = STYLE.read_text(encoding="utf-8") + (HERE / "page.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(
         results=results,
+        title=title,
         counted=count_verdicts(results),
         caveat=CAVEAT,
         duration=duration,
@@ -88,12 +90,12 @@ def as_html(results: Sequence[Result]) -> str:
     )
 
 
-def as_markdown(results: Sequence[Result]) -> str:
+def as_markdown(results: Sequence[Result], title: str) -> str:
     """The same for readers of the repository: claims, tables and pictures."""
     headers, rows = verdict_counts(results)
     counts = markdown(headers, rows, [False] + [True] * (len(headers) - 1))
     parts = [
-        "# Published claims, measured again\n",
+        f"# {title}\n",
         f"{count_verdicts(results)}. Written by `make papers` ({'; '.join(machines(results))}). "
         "The same with charts to hover over: [index.html](index.html).\n",
         f"{CAVEAT}\n",

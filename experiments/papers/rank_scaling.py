@@ -22,16 +22,18 @@ from dataclasses import dataclass, field
 import altair as alt
 import pandas as pd
 
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.papers.application import run
-from experiments.papers.claim import Claim, judge
-from experiments.papers.corpus import plot_blocks
-from experiments.papers.drawing import HEADER, LOG, chart, color, legend, tips
-from experiments.papers.fine_tuning import constant_training, fine_tune
-from experiments.papers.interval import Interval, fit_exponent, mean
-from experiments.papers.language import block_losses
-from experiments.papers.reproduction import (
+from lora_init import LoraConfig, get_peft_model
+
+from ..console import say
+from ..errors import ConfigurationError
+from .application import run
+from .claim import Claim, judge
+from .corpus import plot_blocks
+from .drawing import HEADER, LOG, chart, color, legend, tips
+from .fine_tuning import constant_training, fine_tune
+from .interval import Interval, fit_exponent, mean
+from .language import block_losses
+from .reproduction import (
     Figure,
     Measurement,
     Options,
@@ -40,9 +42,8 @@ from experiments.papers.reproduction import (
     require,
     require_at_least,
 )
-from experiments.papers.subject import Layer, Subject, load_subject, place
-from experiments.papers.tasks import measured_layers
-from lora_init import LoraConfig, get_peft_model
+from .subject import Layer, Subject, load_subject, place
+from .tasks import measured_layers
 
 SCALINGS = {False: "alpha / r", True: "alpha / √r"}
 EXPECTED = {False: -0.5, True: 0.0}

@@ -29,12 +29,12 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from experiments.papers.application import run
-from experiments.papers.claim import Claim, judge
-from experiments.papers.drawing import HEADER, LOG, SOFT, chart, color, legend, tips
-from experiments.papers.interval import Interval, fit_exponent, geometric_mean
-from experiments.papers.rate_scaling_rows import NETWORKS, RateScalingOptions, measure
-from experiments.papers.reproduction import Figure, Measurement, Reproduction, Table
+from .application import run
+from .claim import Claim, judge
+from .drawing import HEADER, LOG, SOFT, chart, color, legend, tips
+from .interval import Interval, fit_exponent, geometric_mean
+from .rate_scaling_rows import NETWORKS, RateScalingOptions, measure
+from .reproduction import Figure, Measurement, Reproduction, Table
 
 EXPECTED = {"A": -0.5, "B": -1.0}
 OTHER = {"A": EXPECTED["B"], "B": EXPECTED["A"]}

@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.console import say
-from experiments.errors import RunFailed
-from experiments.papers.reproduction import Measurement, Options, require, require_at_least
-from experiments.papers.subject import place
 from lora_init import init_factors
 from lora_init.layer import layer_generator
 from lora_init.progress import tracked
+
+from ..console import say
+from ..errors import RunFailed
+from .reproduction import Measurement, Options, require, require_at_least
+from .subject import place
 
 NETWORKS = ("square", "narrow")
 STARTS = ("A", "B")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.papers.claim import Claim
+from .claim import Claim
 
 FORMS = ("smoke", "fast", "full")
 DEVICES = ("auto", "cpu", "cuda")
@@ -169,19 +169,3 @@ class Reproduction:
             figures=self.draw(measured),
             discussion=self.discuss(measured),
         )
-
-
-@dataclass(frozen=True)
-class Paper:
-    """A reproduction whose one function returns findings; `Reproduction` replaces it."""
-
-    name: str
-    title: str
-    source: str
-    question: str
-    settings: type[Options]
-    reproduce: Callable[[Any], Findings]
-
-    @property
-    def options(self) -> type[Options]:
-        return self.settings

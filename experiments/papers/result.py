@@ -13,9 +13,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.papers.claim import Claim, as_claim
-from experiments.papers.drawing import page_specification, write_pictures
-from experiments.papers.reproduction import (
+import lora_init
+
+from ..location import FOLDER
+from ..run.environment import describe_environment
+from ..run.files import write_json, write_text
+from .claim import Claim, as_claim
+from .drawing import page_specification, write_pictures
+from .reproduction import (
     OUTSIDE_IDENTITY,
     Figure,
     Findings,
@@ -23,19 +28,15 @@ from experiments.papers.reproduction import (
     Reproduction,
     Table,
 )
-from experiments.papers.text import cells, claims_markdown, numeric, table_markdown
-from experiments.run.environment import describe_environment
-from experiments.run.files import write_json, write_text
+from .text import cells, claims_markdown, numeric, table_markdown
 
-ROOT = Path(__file__).resolve().parents[2]
-# Code that decides a measurement, as patterns. The page and the command line are not part of it.
+# Code that decides a measurement, with the library. The page and the command line do not.
 SOURCES = (
-    *("lora_init", "experiments/data", "experiments/models", "experiments/tasks"),
-    *("experiments/training", "experiments/config/training.py"),
-    *("experiments/benchmark/powerlaw.py", "experiments/measures/forgetting.py"),
+    *("data", "models", "tasks", "training", "config/training.py"),
+    *("benchmark/powerlaw.py", "measures/forgetting.py"),
 )
 SHARED = (
-    *("subject", "corpus", "tasks", "starts", "language", "fine_tuning"),
+    *("subject", "corpus", "tasks", "starts", "language", "fine_tuning", "classifier*"),
     *("reproduction", "interval", "claim", "drawing"),
 )
 
@@ -80,13 +81,18 @@ def fingerprint(name: str, options: Options) -> str:
 @functools.cache
 def source_hash(name: str) -> str:
     """A hash of the library, the shared modules, and the modules of one reproduction."""
-    patterns = [*SOURCES, *(f"experiments/papers/{shared}.py" for shared in (*SHARED, f"{name}*"))]
-    patterns.append(f"experiments/papers/{name}")
-    places = {place for pattern in patterns for place in ROOT.glob(pattern)}
+    patterns = [*SOURCES, *(f"papers/{shared}.py" for shared in (*SHARED, f"{name}*"))]
+    patterns.append(f"papers/{name}")
+    library = Path(lora_init.__file__).parent
+    places = {library, *(place for pattern in patterns for place in FOLDER.glob(pattern))}
     files = {file for path in places for file in ([path] if path.is_file() else path.rglob("*.py"))}
+    names = {
+        file: file.relative_to(library.parent if file.is_relative_to(library) else FOLDER)
+        for file in files
+    }
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    for path in sorted(names, key=names.__getitem__):
+        digest.update(str(names[path]).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

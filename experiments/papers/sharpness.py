@@ -31,12 +31,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test, rankdata
 
-from experiments.papers.application import run
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.drawing import INK, chart, marks, methods_color, ordered, tips
-from experiments.papers.interval import Interval, fit_exponent, geometric_mean
-from experiments.papers.reproduction import Figure, Measurement, Reproduction, Table
-from experiments.papers.sharpness_rows import BASELINE, NEW, TRAINED, SharpnessOptions, measure
+from .application import run
+from .claim import Claim, Verdict, judge
+from .drawing import INK, chart, marks, methods_color, ordered, tips
+from .interval import Interval, fit_exponent, geometric_mean
+from .reproduction import Figure, Measurement, Reproduction, Table
+from .sharpness_rows import BASELINE, NEW, TRAINED, SharpnessOptions, measure
 
 # λmax over LoRA's on Qwen3-0.6B: about, or (OLoRA, LoRA-GA) up to.
 PAPER = {"olora": 100.0, "lora_ga": 100.0, "pissa": 10.0, "milora": 2.0, "init_ab": 2.0}

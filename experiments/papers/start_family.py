@@ -14,16 +14,18 @@ et al. 2026 (Astra), arXiv 2602.19111; arXiv 2602.02001 (SRR); arXiv 2505.22934 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import altair as alt
 import pandas as pd
 
-from experiments.papers.application import run
-from experiments.papers.claim import Claim, judge
-from experiments.papers.drawing import chart, color, legend, tips
-from experiments.papers.interval import mean
-from experiments.papers.reproduction import Figure, Measurement, Reproduction, Table
-from experiments.papers.start_family_rows import BETAS, StartFamilyOptions, measure
-from experiments.papers.subject import file_name
+from .application import run
+from .claim import Claim, judge
+from .drawing import chart, color, legend, tips
+from .interval import mean
+from .reproduction import Figure, Measurement, Reproduction, Table
+from .start_family_rows import BETAS, StartFamilyOptions, measure
+from .subject import file_name
 
 EQUAL = {
     ("astra", "sc_lora, beta 0"): "SC-LoRA without a set to keep is Astra",
@@ -35,6 +37,12 @@ SAME = 1e-3
 """The largest distance from 1 at which an overlap or a cosine counts as the same: twice the square
 of an angle of 0.02 between solvers of different accuracy."""
 SIDES = {"A": "rows of A", "B": "columns of B"}
+RELATIONS = {
+    "same": "the same map",
+    "scaled": "differ only in scale",
+    "A": "the same rows of A (input space)",
+    "B": "the same columns of B (output space)",
+}
 
 
 def judge_all(measured: Measurement) -> list[Claim]:
@@ -173,8 +181,41 @@ def refit_claim(rows: pd.DataFrame) -> Claim:
     )
 
 
+def relations(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Groups of starts that are related in every layer of every model, closest relation first."""
+    worst = pairs.groupby(["one", "two"]).agg(
+        A=("A", "min"),
+        B=("B", "min"),
+        cosine=("cosine", "min"),
+        least=("ratio", "min"),
+        most=("ratio", "max"),
+    )
+    equal = worst["cosine"] >= 1 - SAME
+    same = equal & (worst["least"] >= 1 - 0.01) & (worst["most"] <= 1 + 0.01)
+    linked = {"same": same, "scaled": equal}
+    linked |= {side: worst[side] >= 1 - SAME for side in SIDES}
+    rows: list[dict[str, str]] = []
+    for relation, words in RELATIONS.items():
+        known = {row["starts"] for row in rows}
+        for group in groups(worst.index[linked[relation]]):
+            starts = ", ".join(group)
+            if starts not in known:
+                rows.append({"relation": words, "starts": starts})
+    return pd.DataFrame(rows, columns=["relation", "starts"])
+
+
+def groups(linked: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """The connected components of a graph, given by its edges."""
+    found: list[set[str]] = []
+    for pair in map(set, linked):
+        joined = [group for group in found if group & pair]
+        found = [group for group in found if not group & pair]
+        found.append(pair.union(*joined))
+    return sorted(map(sorted, found))
+
+
 def tabulate(measured: Measurement) -> list[Table]:
-    """The nearest relative of each start, and the errors of quantized layers."""
+    """The groups of relatives, the nearest relative of each start, and quantized layers."""
     pairs = measured["pairs"]
     both = pd.concat([pairs, pairs.rename(columns={"one": "two", "two": "one"})])
     rows = []
@@ -193,6 +234,14 @@ def tabulate(measured: Measurement) -> list[Table]:
     )
     return [
         Table(
+            "relations",
+            "Families of starts",
+            relations(pairs),
+            note="In every measured layer of every model. A map is the product B A, or the Gram "
+            f"matrix of the other factor where A or B is zero. The same: a cosine above {1 - SAME} "
+            "and norms within 1 %. A group with a closer relation is not repeated.",
+        ),
+        Table(
             "relatives",
             "The nearest relative of each start",
             pd.DataFrame(rows),
@@ -203,45 +252,48 @@ def tabulate(measured: Measurement) -> list[Table]:
 
 
 def draw(measured: Measurement) -> list[Figure]:
-    """A heat map of overlaps for each model and factor, and the energies of the first step."""
-    figures = []
-    for model, pairs in measured["pairs"].groupby("model", sort=False):
-        for side, words in SIDES.items():
-            figures.append(
-                Figure(
-                    f"overlap_{side.lower()}_{file_name(model)}",
-                    f"{model}: overlap of the {words}",
-                    "Mean squared cosine of the principal angles, mean over layers. Dark: the same "
-                    "space. A start whose factor is zero has no row.",
-                    heat_map(pairs, side),
-                    width=None,
-                )
-            )
+    """A heat map of overlaps for each model, and the energies of the first step."""
+    figures = [
+        Figure(
+            f"overlap_{file_name(str(model))}",
+            f"{model}: how much the starts overlap",
+            "Mean squared cosine of the principal angles, mean over layers. Lower left: the rows "
+            "of A. Upper right: the columns of B. Dark: the same space. Empty: a factor is zero.",
+            heat_map(pairs),
+            width=None,
+        )
+        for model, pairs in measured["pairs"].groupby("model", sort=False)
+    ]
     return [*figures, shares_figure(measured["signs"])]
 
 
-def heat_map(pairs: pd.DataFrame, side: str) -> alt.Chart:
-    means = pairs.groupby(["one", "two"], as_index=False)[side].mean().dropna()
-    names = sorted({*means["one"], *means["two"]})
-    diagonal = pd.DataFrame({"one": names, "two": names, side: 1.0})
-    mirrored = means.rename(columns={"one": "two", "two": "one"})
-    cells = pd.concat([means, mirrored, diagonal])
-    order = clustered(cells.pivot_table(index="one", columns="two", values=side))
-    axis = alt.Axis(title=None, labelLimit=160)
+def heat_map(pairs: pd.DataFrame) -> alt.Chart:
+    """Overlaps of A below the diagonal and of B above it; relatives are neighbors."""
+    means = pairs.groupby(["one", "two"], as_index=False)[list(SIDES)].mean()
+    both = pd.concat([means, means.rename(columns={"one": "two", "two": "one"})])
+    both["either"] = both[list(SIDES)].mean(axis=1)
+    order = clustered(both.pivot_table(index="one", columns="two", values="either"))
+    places = {name: place for place, name in enumerate(order)}
+    below = both["one"].map(places) > both["two"].map(places)
+    cells = both.assign(
+        overlap=both["A"].where(below, both["B"]),
+        space=below.map({True: SIDES["A"], False: SIDES["B"]}),
+    )[["one", "two", "overlap", "space"]].dropna()
+    axis = alt.Axis(title=None, labelLimit=160, grid=False)
     return (
         chart(cells)
         .mark_rect()
         .encode(
-            x=alt.X("one:N", sort=order, axis=axis),
-            y=alt.Y("two:N", sort=order, axis=axis),
+            x=alt.X("two:N", sort=order, axis=axis),
+            y=alt.Y("one:N", sort=order, axis=axis),
             color=alt.Color(
-                f"{side}:Q",
+                "overlap:Q",
                 scale=alt.Scale(scheme="blues", domain=[0, 1]),
                 legend=legend(title="overlap"),
             ),
-            tooltip=tips("one:N", "two:N", **{side: ".3f"}),
+            tooltip=tips("one:N", "two:N", "space:N", overlap=".3f"),
         )
-        .properties(width=560, height=560)
+        .properties(width=620, height=620)
     )
 
 
@@ -281,24 +333,16 @@ def shares_figure(rows: pd.DataFrame) -> Figure:
 
 def discuss(measured: Measurement) -> list[str]:
     """What the map says, and what it does not."""
-    pairs = measured["pairs"]
-    related = pairs.groupby(["one", "two"])[["A", "B"]].mean().max(axis=1)
-    known = {frozenset(pair) for pair in EQUAL}
-    close = [
-        f"{one} and {two}"
-        for (one, two), value in related.items()
-        if value > 0.99 and frozenset((one, two)) not in known
-    ]
+    found = relations(measured["pairs"])
     sentences = []
-    if close:
-        sentences.append(
-            "Besides the equal pairs, these starts share at least one space in every layer "
-            f"(overlap above 0.99): {', '.join(close)}."
-        )
+    for relation in ("same", "scaled"):
+        listed = found.loc[found["relation"] == RELATIONS[relation], "starts"]
+        if len(listed):
+            sentences.append(f"{RELATIONS[relation].capitalize()}: {'; '.join(listed)}.")
     return [
         *sentences,
         "Starts that share a space can still differ in scale, in which factor is zero, and in what "
-        "is trained; the map says nothing about the accuracy after training.",
+        "is trained. The map says nothing about the accuracy after training.",
     ]
 
 

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.papers.reproduction import Measurement, Options, require_at_least
-from experiments.papers.subject import Layer, Subject
-from experiments.papers.tasks import described_data, load_with_task, measured_layers, task_batches
 from lora_init import Factors, LoraConfig, calibrate, init_factors, list_initializers
 from lora_init.progress import tracked
+
+from .reproduction import Measurement, Options, require_at_least
+from .subject import Layer, Subject
+from .tasks import described_data, load_with_task, measured_layers, task_batches
 
 VARIANTS = {
     "eva": {"name": "eva", "rho": 1.0},
@@ -44,21 +45,22 @@ class StartFamilyOptions(Options):
     Attributes:
         models: as `load_with_task` takes them.
         rank: the rank of all starts.
-        every: one of so many transformer blocks is measured.
+        blocks: how many transformer blocks are measured, at equal distances; 0 for all.
         examples, batch_size, length: of the data for statistics; another split of the same size is
             the set to keep.
     """
 
     models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
     rank: int = 8
-    every: int = 6
+    blocks: int = 2
     examples: int = 64
     batch_size: int = 8
     length: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "rank", "every", "examples", "batch_size", "length")
+        require_at_least(self, 0, "blocks")
+        require_at_least(self, 1, "rank", "examples", "batch_size", "length")
 
 
 def measure(options: StartFamilyOptions) -> Measurement:
@@ -69,7 +71,7 @@ def measure(options: StartFamilyOptions) -> Measurement:
     facts = {"adapter": f"r = {options.rank}, s = 1", "left out": "methods of a second checkpoint"}
     for name in options.models:
         subject = load_with_task(name, options.device)
-        layers = measured_layers(subject, options.every)
+        layers = measured_layers(subject, distance(subject, options.blocks))
         data = statistics(subject, layers, options)
         for layer in tracked(layers, f"starts of {subject.short}"):
             found = {"model": subject.short, "layer": layer.name}
@@ -88,6 +90,11 @@ def measure(options: StartFamilyOptions) -> Measurement:
             + described_data(name, size=options.batch_size, length=options.length)
         )
     return Measurement(options, {name: pd.DataFrame(found) for name, found in rows.items()}, facts)
+
+
+def distance(subject: Subject, blocks: int) -> int:
+    """One in so many blocks is measured, to measure `blocks` of them; 0 is for all."""
+    return len({layer.block for layer in subject.layers}) // blocks if blocks else 1
 
 
 def statistics(
@@ -146,25 +153,40 @@ def starts_of(
 
 
 def pairs(starts: Mapping[str, Factors]) -> list[dict[str, Any]]:
-    """For each pair: the overlap of both spaces, and the angle between both products.
+    """For each pair: the overlap of both spaces, and the cosine and ratio of both maps.
 
     The overlap of two r-dimensional spaces is the mean squared cosine of their principal angles: 1
     for the same space, r / n on average for random ones in n dimensions.
     """
     bases = {label: (basis(f.lora_A.mT), basis(output(f))) for label, f in starts.items()}
-    products = {label: (output(f) @ f.lora_A).double() for label, f in starts.items()}
+    maps = {label: start_map(factors) for label, factors in starts.items()}
     rows = []
     for one, two in itertools.combinations(starts, 2):
         row: dict[str, Any] = {"one": one, "two": two}
         for side, left, right in zip(("A", "B"), bases[one], bases[two], strict=True):
             row[side] = overlap(left, right)
-        first, second = products[one], products[two]
-        norms = float(first.norm()), float(second.norm())
-        if min(norms) > 0:
+        (kind, first), (other, second) = maps[one], maps[two]
+        if kind == other:
+            norms = float(first.norm()), float(second.norm())
             row["cosine"] = float((first * second).sum()) / math.prod(norms)
             row["ratio"] = norms[1] / norms[0]
         rows.append(row)
     return rows
+
+
+def start_map(factors: Factors) -> tuple[str, Tensor]:
+    """What decides a first step, and its kind: only maps of one kind are compared.
+
+    The product B A, or the Gram matrix of the other factor if A or B is zero. Two factors whose
+    product is zero have both Gram matrices, in a kind of their own.
+    """
+    lora_A, lora_B = factors.lora_A.double(), output(factors).double()
+    product = lora_B @ lora_A
+    if product.norm() > 1e-6 * lora_A.norm() * lora_B.norm():
+        return "product", product
+    grams = {"A": lora_A.mT @ lora_A, "B": lora_B @ lora_B.mT}
+    present = {name: gram for name, gram in grams.items() if gram.any()}
+    return "".join(present), torch.cat([gram.flatten() for gram in present.values()])
 
 
 def output(factors: Factors) -> Float[Tensor, "out rank"]:

@@ -21,12 +21,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.errors import ConfigurationError, nearest
-from experiments.papers.subject import Subject
-from experiments.report.palette import ordered
 from lora_init import Calibration, LoraConfig, calibrate, get_peft_model, list_initializers
 from lora_init.calibration.gradients import collect_gradients
 from lora_init.registry import Initializer, resolve
+
+from ..errors import ConfigurationError, nearest
+from ..report.palette import ordered
+from .subject import Subject
 
 UNCENTRED = "eva_uncentred"
 

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from experiments.errors import ConfigurationError
-from experiments.models import load_model, local, minilm, smollm2
 from lora_init.weights.kinds import oriented_weight
+
+from ..errors import ConfigurationError
+from ..models import load_model, local, minilm, smollm2
 
 MODELS = {"minilm": minilm.MiniLM, "smollm2": smollm2.SmolLM2}
 DESCRIBED = {

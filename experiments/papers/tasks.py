@@ -10,15 +10,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from experiments.errors import ConfigurationError
-from experiments.papers.corpus import (
+from ..errors import ConfigurationError
+from .corpus import (
     joined_blocks,
     language_batches,
     load_labelled,
     load_texts,
     sentence_batches,
 )
-from experiments.papers.subject import Layer, Subject, load_subject, place
+from .subject import Layer, Subject, load_subject, place
 
 CLASSIFIER = "minilm"
 

@@ -11,8 +11,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from experiments.papers.claim import Claim, Verdict
-from experiments.papers.reproduction import Table
+from .claim import Claim, Verdict
+from .reproduction import Table
 
 NOTHING = "–"
 STYLES = {
@@ -20,6 +20,7 @@ STYLES = {
     Verdict.SAME_DIRECTION: "cyan",
     Verdict.NOT_REPRODUCED: "yellow",
     Verdict.CONTRADICTS: "red",
+    Verdict.NOT_RESOLVED: "dim",
     Verdict.NOT_JUDGED: "dim",
 }
 CLAIM_HEADERS = ("claim", "paper", "ours", "verdict", "decided by")

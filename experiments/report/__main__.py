@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from ..location import qualified
 from .matrix_table import headers, matrix_rows
 from .mirror import log_to_wandb
 from .output import Report, write_report
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m experiments.report",
+        prog=f"python -m {qualified('report')}",
         description="Gather finished runs into one page with charts, pictures and tables.",
     )
     made.add_argument(

@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from experiments.run.files import read_regular
-
+from ..run.files import read_regular
 from .cells import mantissa, plural
 from .choices import TEST, Choice
 from .palette import BASELINE

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from experiments.errors import ConfigurationError
-from experiments.run.tracking import LONGEST_NAME, shortened
-
+from ..errors import ConfigurationError
+from ..run.tracking import LONGEST_NAME, shortened
 from .output import Report
 from .result_table import columns
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.run.files import as_value, read_object, read_regular
-
+from ..run.files import as_value, read_object, read_regular
 from .validation import Gaps, clean_layers, clean_metrics, clean_result
 
 

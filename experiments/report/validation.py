@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.config.bounds import MOST, SEEDS
+from ..config.bounds import MOST, SEEDS
 
 REQUIRED = ("run_id", "method", "seed", "metric")
 TEXTS = {"model": "unknown model", "data": "unknown data", "control": "none"}

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiments.config.training import BudgetConfig, TrainingConfig
-from experiments.errors import ConfigurationError
-from experiments.tasks import SeededBatches, Task
 from lora_init.plan.plan import Plan
+
+from ..config.training import BudgetConfig, TrainingConfig
+from ..errors import ConfigurationError
+from ..tasks import SeededBatches, Task
 
 
 def limit_steps(

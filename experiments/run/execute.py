@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from experiments import measures
-from experiments.config.run_config import RunConfig, control_of
-from experiments.console import say, training_bar
-from experiments.data import Splits, load_data
-from experiments.errors import DamagedFile
-from experiments.models import LoadedModel, checkpoint_activations, load_model
-from experiments.run.budget import limit_steps
-from experiments.run.environment import describe_environment
-from experiments.run.failures import record_failure, refuse_to_diverge_again
-from experiments.run.files import kind_of, write_json
-from experiments.run.folder import RunFolder, identify
-from experiments.run.held_out import (
+from .. import measures
+from ..config.run_config import RunConfig, control_of
+from ..console import say, training_bar
+from ..data import Splits, load_data
+from ..errors import DamagedFile
+from ..models import LoadedModel, checkpoint_activations, load_model
+from ..tasks import Evaluation, Task, make_task
+from ..training.evaluate import evaluate
+from ..training.loop import TrainingSummary, make_accelerator, refuse_divergence, train
+from .budget import limit_steps
+from .environment import describe_environment
+from .failures import record_failure, refuse_to_diverge_again
+from .files import kind_of, write_json
+from .folder import RunFolder, identify
+from .held_out import (
     outcome,
     read_test_set,
     refuse_unscorable,
@@ -29,10 +32,10 @@ from experiments.run.held_out import (
     validation_fields,
     write_predictions,
 )
-from experiments.run.lock import Claim, claim
-from experiments.run.metrics import recording
-from experiments.run.outputs import open_outputs
-from experiments.run.resume import (
+from .lock import Claim, claim
+from .metrics import recording
+from .outputs import open_outputs
+from .resume import (
     make_checkpoints,
     prepare_folder,
     read_first_start,
@@ -40,10 +43,7 @@ from experiments.run.resume import (
     restore_adapter,
     say_damage,
 )
-from experiments.run.start import initialize, load_base
-from experiments.tasks import Evaluation, Task, make_task
-from experiments.training.evaluate import evaluate
-from experiments.training.loop import TrainingSummary, make_accelerator, refuse_divergence, train
+from .start import initialize, load_base
 
 
 def execute(run: RunConfig, *, wait: bool = False) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from experiments.console import say
-from experiments.errors import ConfigurationError, RunFailed
-from experiments.run.files import read_object, write_json
-from experiments.run.folder import RunFolder
+from ..console import say
+from ..errors import ConfigurationError, RunFailed
+from .files import read_object, write_json
+from .folder import RunFolder
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SPACE_TEXTS = tuple(f"(os error {number})" for number in NO_SPACE)

@@ -14,8 +14,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import ConfigurationError
 from lora_init.files import write_atomically
+
+from ..errors import ConfigurationError
 
 KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}
 

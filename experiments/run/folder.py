@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.config.run_config import RunConfig
-from experiments.errors import DamagedFile
-from experiments.run.files import read_object, remove
+from ..config.run_config import RunConfig
+from ..errors import DamagedFile
+from .files import read_object, remove
 
 LONGEST_PART = 60
 OUTSIDE_IDENTITY = ("paths", "tracking", "runtime", "measures", "sweep", "read_test")

@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from experiments.config.run_config import RunConfig
-from experiments.console import say
-from experiments.data import Splits, load_data
-from experiments.errors import ConfigurationError, DamagedFile
-from experiments.models import load_model
-from experiments.run.files import write_bytes, write_json, write_text
-from experiments.run.folder import RunFolder
-from experiments.run.metrics import read_metrics, recording
-from experiments.run.start import on_device
-from experiments.tasks import Evaluation, Task, make_task
-from experiments.training.evaluate import evaluate
 from lora_init import LoraModel
+
+from ..config.run_config import RunConfig
+from ..console import say
+from ..data import Splits, load_data
+from ..errors import ConfigurationError, DamagedFile
+from ..models import load_model
+from ..tasks import Evaluation, Task, make_task
+from ..training.evaluate import evaluate
+from .files import write_bytes, write_json, write_text
+from .folder import RunFolder
+from .metrics import read_metrics, recording
+from .start import on_device
 
 
 def refuse_unscorable(run: RunConfig, data: Splits) -> None:

@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from experiments.console import say
-from experiments.errors import ConfigurationError, RunElsewhere
-from experiments.run.files import kind_of, read_object, remove, write_json
-from experiments.run.folder import RunFolder
+from ..console import say
+from ..errors import ConfigurationError, RunElsewhere
+from .files import kind_of, read_object, remove, write_json
+from .folder import RunFolder
 
 HEARTBEAT = 10.0
 STALE = 120.0

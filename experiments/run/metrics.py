@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.config.run_config import RunConfig
-from experiments.errors import DamagedFile
-from experiments.run.files import as_object, finite, read_regular
-from experiments.run.folder import RunFolder
-from experiments.run.tracking import track
+from ..config.run_config import RunConfig
+from ..errors import DamagedFile
+from .files import as_object, finite, read_regular
+from .folder import RunFolder
+from .tracking import track
 
 Record = Callable[[dict[str, Any]], None]
 

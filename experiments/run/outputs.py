@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from experiments.config.names import refuse_way_out
-from experiments.errors import ConfigurationError
-from experiments.run.files import scratch_path
+from ..config.names import refuse_way_out
+from ..errors import ConfigurationError
+from .files import scratch_path
 
 BLOCK = bytes(4096)
 

@@ -11,11 +11,19 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from experiments.config.run_config import RunConfig
-from experiments.console import say
-from experiments.errors import DamagedFile
-from experiments.run.environment import describe_environment
-from experiments.run.files import (
+from lora_init import LoraModel
+
+from ..config.run_config import RunConfig
+from ..console import say
+from ..errors import DamagedFile
+from ..training.checkpoint import (
+    FORMAT_WITHOUT_CHECKSUM,
+    Checkpoints,
+    Saved,
+    parse_checkpoint,
+)
+from .environment import describe_environment
+from .files import (
     kind_of,
     read_object,
     read_regular,
@@ -24,16 +32,9 @@ from experiments.run.files import (
     write_json,
     write_text,
 )
-from experiments.run.folder import RunFolder
-from experiments.run.lock import Claim
-from experiments.run.metrics import read_metrics
-from experiments.training.checkpoint import (
-    FORMAT_WITHOUT_CHECKSUM,
-    Checkpoints,
-    Saved,
-    parse_checkpoint,
-)
-from lora_init import LoraModel
+from .folder import RunFolder
+from .lock import Claim
+from .metrics import read_metrics
 
 
 def make_checkpoints(

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from experiments.config.run_config import RunConfig
-from experiments.data import Example, Splits, calibration_texts
-from experiments.errors import ConfigurationError
-from experiments.measures import Originals, measure_originals
-from experiments.measures.probe import PeakMemory, output_gap, probe
-from experiments.models import LoadedModel, load_model
-from experiments.run.budget import check_parameters
-from experiments.tasks import Task, draw
 from lora_init import CalibrationRequest, LoraConfig, LoraModel, get_peft_model
 from lora_init.weights.source import BaseWeights
+
+from ..config.run_config import RunConfig
+from ..data import Example, Splits, calibration_texts
+from ..errors import ConfigurationError
+from ..measures import Originals, measure_originals
+from ..measures.probe import PeakMemory, output_gap, probe
+from ..models import LoadedModel, load_model
+from ..tasks import Task, draw
+from .budget import check_parameters
 
 PROBED_EXAMPLES = 16
 

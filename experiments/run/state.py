@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.run.folder import RunFolder
-from experiments.run.lock import is_held
+from .folder import RunFolder
+from .lock import is_held
 
 STATES = ("finished", "running", "failed", "died", "missing")
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.config.records import TrackingConfig
-from experiments.console import say
+from ..config.records import TrackingConfig
+from ..console import say
 
 Log = Callable[[dict[str, Any]], None]
 LONGEST_NAME, LONGEST_JOB_TYPE = 128, 64

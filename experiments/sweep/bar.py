@@ -18,9 +18,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from experiments.config.names import sweep_path
-from experiments.console import sweep_bar
-from experiments.sweep.status.survey import Survey, survey
+from ..config.names import sweep_path
+from ..console import sweep_bar
+from .status.survey import Survey, survey
 
 INTERVAL = 1.0
 SHARE = 0.02

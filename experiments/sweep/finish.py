@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.config.run_config import RunConfig
-from experiments.console import say
-from experiments.run.execute import execute
-from experiments.run.failures import read_failure, say_failure
-from experiments.run.folder import RunFolder
-from experiments.run.lock import POLL, is_held
-from experiments.run.state import state_of
+from ..config.run_config import RunConfig
+from ..console import say
+from ..run.execute import execute
+from ..run.failures import read_failure, say_failure
+from ..run.folder import RunFolder
+from ..run.lock import POLL, is_held
+from ..run.state import state_of
 
 
 def finish_sweep(jobs: list[dict[str, Any]], configured: Callable[[list[str]], RunConfig]) -> None:

@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.config.names import sweep_path
-from experiments.errors import ConfigurationError
-from experiments.run.files import kind_of, read_object, remove, write_json
-from experiments.run.outputs import open_outputs
+from ..config.names import sweep_path
+from ..errors import ConfigurationError
+from ..run.files import kind_of, read_object, remove, write_json
+from ..run.outputs import open_outputs
 
 LOCK = ".lock"
 WRITTEN = (LOCK, "jobs", "multirun.yaml", "optimization_results.yaml")

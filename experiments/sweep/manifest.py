@@ -20,15 +20,15 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config.names import sweep_path
-from experiments.config.resolve import run_of
-from experiments.errors import ConfigurationError
-from experiments.run.files import remove, write_json
-from experiments.run.folder import RunFolder, identify
-from experiments.run.state import state_of
-from experiments.sweep.finish import finish_sweep
-from experiments.sweep.jobs import LOCK, open_sweep, read_jobs, sweep_facts, write_job
-from experiments.sweep.plan import planned_jobs, skip_unsupplied
+from ..config.names import sweep_path
+from ..config.resolve import run_of
+from ..errors import ConfigurationError
+from ..run.files import remove, write_json
+from ..run.folder import RunFolder, identify
+from ..run.state import state_of
+from .finish import finish_sweep
+from .jobs import LOCK, open_sweep, read_jobs, sweep_facts, write_job
+from .plan import planned_jobs, skip_unsupplied
 
 
 class Manifest(Callback):

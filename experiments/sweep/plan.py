@@ -8,8 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from experiments.config.store import leave_out_unsupplied
-from experiments.console import say
+from ..config.store import leave_out_unsupplied
+from ..console import say
 
 
 def decided_ahead(config: DictConfig) -> bool:

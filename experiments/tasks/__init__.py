@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from experiments.config.training import TrainingConfig
-from experiments.data import Judge, says_exactly
-from experiments.tasks.batches import SeededBatches, draw
-from experiments.tasks.causal_lm import CausalLM
-from experiments.tasks.evaluation import Evaluation, collect
-from experiments.tasks.text_classification import TextClassification
+from ..config.training import TrainingConfig
+from ..data import Judge, says_exactly
+from .batches import SeededBatches, draw
+from .causal_lm import CausalLM
+from .evaluation import Evaluation, collect
+from .text_classification import TextClassification
 
 __all__ = ["Evaluation", "SeededBatches", "Task", "collect", "draw", "make_task"]
 

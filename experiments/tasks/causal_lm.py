@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from experiments.data import Completion, Generated, Judge, says_exactly
-from experiments.tasks.batches import by_length
+from ..data import Completion, Generated, Judge, says_exactly
+from .batches import by_length
 
 IGNORED = -100
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data import Generated
+from ..data import Generated
 
 
 @dataclass(frozen=True)

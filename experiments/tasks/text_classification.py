@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from experiments.data import Labelled
-from experiments.tasks.batches import by_length
+from ..data import Labelled
+from .batches import by_length
 
 
 class TextClassification:

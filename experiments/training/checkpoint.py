@@ -25,7 +25,7 @@ from accelerate.utils import broadcast, gather_object
 from safetensors.torch import load, save
 from torch import Tensor
 
-from experiments.errors import DamagedFile, RunFailed
+from ..errors import DamagedFile, RunFailed
 
 FORMAT = 2
 FORMAT_WITHOUT_CHECKSUM = 1

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from experiments.config.training import TrainingConfig
-from experiments.tasks import Evaluation, Task, collect
+from ..config.training import TrainingConfig
+from ..tasks import Evaluation, Task, collect
 
 
 def evaluate(

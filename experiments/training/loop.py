@@ -14,11 +14,11 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
-from experiments.config.training import SCHEDULES, TrainingConfig
-from experiments.errors import RunFailed
-from experiments.tasks import SeededBatches, Task
-from experiments.training.checkpoint import Checkpoints, Progress
-from experiments.training.micro_batches import backward
+from ..config.training import SCHEDULES, TrainingConfig
+from ..errors import RunFailed
+from ..tasks import SeededBatches, Task
+from .checkpoint import Checkpoints, Progress
+from .micro_batches import backward
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
-from experiments.tasks import Task
+from ..tasks import Task
 
 
 def pieces(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:

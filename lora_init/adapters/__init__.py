@@ -17,6 +17,8 @@ A folder holds `adapter_config.json` and one safetensors file. The file depends 
   wrong adapter. Convolutions with dilation or a padding mode use the same name, since PEFT's layers
   ignore both.
 
+The file of diffusers is read and written too; see `lora_init.adapters.diffusers_format`.
+
 Files of PEFT can be loaded too. For unconverted `pissa` and `olora` adapters, the same exact
 decomposition restores the base. `pissa_niter_N`, `corda`, `astra` and `lora_ga` adapters raise an
 error, since their initial factors depended on random numbers or on data.

@@ -69,7 +69,7 @@ def followed(
     ranks = PatternValues("rank_pattern", theirs.rank_pattern, theirs.r)
     alphas = PatternValues("alpha_pattern", theirs.alpha_pattern, theirs.lora_alpha)
     for target in plan.targets:
-        name = contents.names(target.name)
+        name = contents.names(target.selected)
         rank, alpha = ranks(name), alphas(name)
         if rank != doubled * target.rank:
             raise _contradiction("r (or rank_pattern)", rank, doubled * target.rank)

@@ -19,6 +19,8 @@ from lora_init.injection import Transaction
 from lora_init.layers import LoraLayer
 from lora_init.plan.match import name_matches
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
+from lora_init.weights.kinds import is_quantized
+from lora_init.weights.sharded import assign, whole, whole_shape
 
 PEFT_NAMES = ("embed_tokens", "lm_head")
 """Names of embeddings that PEFT saves if they are adapted."""
@@ -41,7 +43,8 @@ def embeddings(model: nn.Module) -> dict[str, Any]:
         name: module
         for name, module in plain.items()
         if isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.is_floating_point()  # not packed
+        and module.weight.is_floating_point()
+        and not is_quantized(module)
     }
 
 
@@ -50,7 +53,7 @@ def description(model: nn.Module) -> dict[str, dict[str, Any]]:
     recorded: dict[str, dict[str, Any]] = {}
     for name, module in embeddings(model).items():
         weight = module.weight
-        recorded[name] = {"shape": list(weight.shape)}
+        recorded[name] = {"shape": list(whole_shape(weight))}
         if _comparable(weight):
             recorded[name]["fingerprint"] = fingerprint(weight.detach())
     return recorded
@@ -75,7 +78,7 @@ def check_vocabulary(
         expected = recorded.get(name)
         if expected is None or name in known:
             continue
-        shape, wanted = list(module.weight.shape), expected["shape"]
+        shape, wanted = list(whole_shape(module.weight)), expected["shape"]
         if shape != wanted:
             raise ValueError(
                 f"the adapter was trained with a vocabulary of {wanted[0]} entries ({name!r}), "
@@ -165,7 +168,7 @@ def rows(
         if name in originals:
             tensors[f"{PREFIX}{name}.base_layer.weight"] = originals[name]
         else:
-            for key, value in module.state_dict().items():
+            for key, value in module.state_dict(keep_vars=True).items():  # parts, to be gathered
                 tensors[f"{PREFIX}{name}.{key}"] = value
     return tensors
 
@@ -190,16 +193,16 @@ def take_rows(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 if key not in tensors or not parameter.is_floating_point():
                     continue
                 value = tensors.pop(key)
-                if value.shape != parameter.shape:
+                if value.shape != whole_shape(parameter):
                     raise ValueError(
                         f"{key!r} in the adapter file has shape {tuple(value.shape)}, but this "
-                        f"base model has {tuple(parameter.shape)}. Call base."
+                        f"base model has {tuple(whole_shape(parameter))}. Call base."
                         f"resize_token_embeddings({len(value)}) first, or load the base model of "
                         "the training."
                     )
                 if not value.is_floating_point():
                     raise ValueError(f"{key!r} has dtype {value.dtype}. The file is damaged.")
-                if not parameter.is_meta and not same_rows(value, parameter):
+                if not parameter.is_meta and not same_rows(value, whole(parameter)):
                     found[f"{name}.{part}"] = value
     return found
 
@@ -215,8 +218,7 @@ def put_rows(base: nn.Module, rows: Mapping[str, Tensor], transaction: Transacti
     for name, value in rows.items():
         path, _, own_name = name.rpartition(".")
         transaction.values(base.get_submodule(path), own_name)
-        with torch.no_grad():
-            base.get_parameter(name).copy_(value)
+        assign(base.get_parameter(name), value)
 
 
 def same_rows(value: Tensor, expected: Tensor) -> bool:

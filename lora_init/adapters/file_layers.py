@@ -16,6 +16,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_init.adapters.attention_keys import ATTENTION_OUTPUT
 from lora_init.adapters.format import OWN_WEIGHTS_NAME, PREFIX, WEIGHTS_NAME
 from lora_init.adapters.keys import without_adapter_name
 from lora_init.adapters.load import read_tensors
@@ -36,7 +37,8 @@ class FileLayer:
 
     Attributes:
         name: the module's name in the file.
-        lora_A, lora_B: the factors as stored: (r, in) and (out, r), with kernel sizes for Conv2d.
+        lora_A, lora_B: the factors as stored: (r, in) and (out, r); with kernel sizes for
+            convolutions.
         expected_rank: the rank that the configuration states for this layer.
         alpha: the alpha that the configuration states.
         scaling: s as PEFT computes it, alpha / r or alpha / sqrt(r).
@@ -103,12 +105,14 @@ class AdapterFile:
         layers: the adapted layers, by name.
         others: all other tensors: magnitudes, biases and fully trained modules.
         method: the start that this package recorded; None for a file of PEFT.
+        is_own: other programs do not read the file, since their layers compute something else.
     """
 
     config: LoraConfig
     layers: dict[str, FileLayer]
     others: dict[str, Tensor]
     method: str | None
+    is_own: bool = False
 
 
 def read_layers(folder: Path) -> AdapterFile:
@@ -142,7 +146,8 @@ def read_layers(folder: Path) -> AdapterFile:
     used = {key for layer in layers.values() for key in layer.keys}
     others = {key: value for key, value in tensors.items() if key not in used}
     method = header["method"]["name"] if header is not None else None
-    return AdapterFile(config, layers, others, method)
+    is_own = (folder / OWN_WEIGHTS_NAME).is_file()
+    return AdapterFile(config, layers, others, method, is_own)
 
 
 def _layers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Iterable[FileLayer]:
@@ -156,14 +161,20 @@ def _layers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Iterable[FileL
             other = key.removesuffix(first) + second
             if other not in tensors:
                 raise ValueError(f"the adapter file lacks {other!r}: it is damaged or incomplete")
-            lora_B, rank = tensors[other], ranks(name)
+            selected = name.removesuffix(ATTENTION_OUTPUT)
+            lora_B, rank, alpha = tensors[other], ranks(selected), alphas(selected)
+            if lora_A.ndim > 2 and lora_B.shape[1] < len(lora_A):
+                raise ValueError(
+                    f"{name!r} is a convolution with groups={len(lora_A) // lora_B.shape[1]}, "
+                    "which is not supported here. Load the adapter with LoraModel.from_pretrained."
+                )
             if lora_B.shape[1] != lora_A.shape[0]:
                 raise ValueError(
                     f"{name!r}: lora_A has rank {lora_A.shape[0]} and lora_B {lora_B.shape[1]} in "
                     "the adapter file, which is damaged"
                 )
-            scaling = config.scaling(rank, alphas(name))
-            yield FileLayer(name, lora_A, lora_B, rank, alphas(name), scaling, (key, other))
+            scaling = config.scaling(rank, alpha)
+            yield FileLayer(name, lora_A, lora_B, rank, alpha, scaling, (key, other))
 
 
 def write_plain(

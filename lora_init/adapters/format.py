@@ -1,11 +1,14 @@
 """Names and shapes of the tensors in an adapter file.
 
-| part | Linear, Conv1D, quantized | Conv2d | Embedding |
+| part | Linear, Conv1D, quantized | convolution | Embedding |
 |---|---|---|---|
-| lora_A | lora_A.weight (r, in) | lora_A.weight (r, c, h, w) | lora_embedding_A (r, entries) |
-| lora_B | lora_B.weight (out, r) | lora_B.weight (out, r, 1, 1) | lora_embedding_B (width, r) |
+| lora_A | lora_A.weight (r, in) | lora_A.weight (r, c, *kernel) | lora_embedding_A (r, entries) |
+| lora_B | lora_B.weight (out, r) | lora_B.weight (out, r / g, *1) | lora_embedding_B (width, r) |
 | lora_bias | lora_B.bias (out,) | the same | – |
-| lora_magnitude_vector | (out,) | (1, out, 1, 1) | (width,) |
+| lora_magnitude_vector | (out,) | (1, out, *1) | (width,) |
+
+Here *1 is a kernel size of 1, with as many dimensions as the kernel, and g the number of groups. c
+counts the channels of all groups, as in PEFT. Kernels of this package are zero for those of others.
 
 The factors of fused experts have PEFT's layout, see `lora_init.adapters.expert_layout`.
 
@@ -19,11 +22,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.adapters.expert_layout import from_file
+from lora_init.adapters.expert_layout import from_file, to_file
+from lora_init.factors import block_matrix, matrix_blocks
 from lora_init.plan.plan import Target
 from lora_init.weights.kinds import FORMATS, known_format
+from lora_init.weights.patches import is_transposed
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_WEIGHTS_NAME = "lora_init_adapter.safetensors"
@@ -46,15 +53,18 @@ def part_key(target: Target, part: str) -> str:
     return f"{PREFIX}{target.name}.{keys.get(part, part)}"
 
 
-def peft_computes(module: nn.Module) -> bool:
+def peft_computes(module: nn.Module, use_dora: bool) -> bool:
     """Whether PEFT's adapted layer for this module computes the same output.
 
-    PEFT's A of a Conv2d uses the stride and padding of the base, but not its dilation and padding
-    mode.
+    PEFT's A of a convolution uses the stride and padding of the base, but not its dilation and
+    padding mode. PEFT's DoRA fails for a grouped convolution, and PEFT has no layer for a
+    transposed one.
     """
     if known_format(module).operation != "convolution":
         return True
-    return module.dilation == (1, 1) and module.padding_mode == "zeros"
+    if is_transposed(module) or (use_dora and module.groups > 1):
+        return False
+    return set(module.dilation) == {1} and module.padding_mode == "zeros"
 
 
 def bias_key(name: str, layers: Collection[str]) -> str:
@@ -64,25 +74,82 @@ def bias_key(name: str, layers: Collection[str]) -> str:
 
 
 def file_shape(target: Target, module: Any, part: str, rank: int) -> tuple[int, ...]:
-    """The shape of a part in a file; A of a Conv2d has the kernel size of `module`."""
+    """The shape of a part in a file; A of a convolution has the kernel size of `module`."""
     rows, columns = target.shape
     rank *= target.experts or 1
     convolution = FORMATS[target.module_type].operation == "convolution"
+    size = tuple(module.kernel_size) if convolution else ()
+    ones = (1,) * len(size)
     if part in ("replacement_A", "initial_A"):
         return rank, columns
     if part in ("replacement_B", "initial_B"):
         return rows, rank
     if part == "lora_A":
-        return (rank, *module.weight.shape[1:]) if convolution else (rank, columns)
+        return (rank, module.in_channels, *size) if convolution else (rank, columns)
     if part == "lora_B":
-        return (rows, rank, 1, 1) if convolution else (rows, rank)
+        return rows, rank // target.groups, *ones
     if part == "lora_magnitude_vector":
-        return (1, rows, 1, 1) if convolution else (rows,)
+        return (1, rows, *ones) if convolution else (rows,)
     return (rows,)
 
 
-def matrix(target: Target, part: str, tensor: Tensor) -> Tensor:
-    """Reshape a tensor of a file for a layer: factors to matrices, other parts to vectors."""
+def in_file(target: Target, module: Any, part: str, value: Tensor, rank: int) -> Tensor:
+    """A part of a layer in the shape that it has in a file."""
+    if target.experts is not None:
+        return to_file(part, value)
+    if part == "lora_A":
+        value = block_matrix(value, target.groups)
+    return value.reshape(file_shape(target, module, part, rank))
+
+
+def in_layer(target: Target, part: str, tensor: Tensor) -> Tensor:
+    """The inverse of `in_file`: factors are matrices, other parts vectors.
+
+    Raises:
+        ValueError: a group of a convolution reads the channels of other groups.
+    """
     if target.experts is not None:
         return from_file(part, tensor, target.experts)
-    return tensor.flatten(1) if part.endswith(("_A", "_B")) else tensor.flatten()
+    if not part.endswith(("_A", "_B")):
+        return tensor.flatten()
+    if part != "lora_A" or target.groups == 1:
+        return tensor.flatten(1)
+    blocks = matrix_blocks(tensor.flatten(1), target.groups)
+    if torch.count_nonzero(blocks) != torch.count_nonzero(tensor):
+        raise ValueError(
+            f"lora_A of {target.name!r} is not supported: must be zero for the channels of other "
+            f"groups, because this convolution has groups={target.groups}. PEFT trains a kernel "
+            "over all channels, and the trained layer is no grouped convolution. Leave the layer "
+            "out (exclude_modules) and train again."
+        )
+    return blocks
+
+
+def doubled_rank(
+    lora_A: Float[Tensor, "*experts rank in"],
+    lora_B: Float[Tensor, "*experts out rank_of_group"],
+    initial_A: Float[Tensor, "*experts rank in"],
+    initial_B: Float[Tensor, "*experts out rank"],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """[A; A0] and [B, -B0], group by group; their product is B A - B0 A0."""
+    if lora_A.ndim > 2:
+        return torch.cat([lora_A, initial_A], dim=1), torch.cat([lora_B, -initial_B], dim=2)
+    rows = [each.unflatten(0, (groups, -1)) for each in (lora_A, initial_A)]
+    blocks = matrix_blocks(initial_B, groups)
+    return torch.cat(rows, dim=1).flatten(0, 1), torch.cat([lora_B, -blocks], dim=1)
+
+
+def halved_rank(
+    lora_A: Float[Tensor, "*experts ranks in"],
+    lora_B: Float[Tensor, "*experts out ranks_of_group"],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inverse of `doubled_rank`."""
+    if lora_A.ndim > 2:
+        (A, initial_A), (B, negative_B) = lora_A.chunk(2, dim=1), lora_B.chunk(2, dim=2)
+        return A, B, initial_A, -negative_B
+    A, initial_A = lora_A.unflatten(0, (groups, 2, -1)).unbind(1)
+    B, negative_B = lora_B.chunk(2, dim=1)
+    initial_B = block_matrix(-negative_B, groups)
+    return A.flatten(0, 1), B, initial_A.flatten(0, 1), initial_B

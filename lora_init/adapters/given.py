@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_init.adapters.keys import plain_names, without_wrappers
+from lora_init.weights.sharded import whole, whole_shape
 
 
 class Given:
@@ -43,16 +44,17 @@ class Given:
 
     def _value(self, key: str, own: Tensor) -> Tensor:
         if self.state is None:
-            return own.detach()
+            return whole(own)
         found = self.state.get(without_wrappers(key))
         if found is None:
             raise ValueError(
                 f"state_dict lacks 'base_model.{key}'. Pass the result of the LoraModel's "
                 "state_dict(), or leave out state_dict."
             )
-        if found.shape != own.shape and own.numel():
+        if found.shape != whole_shape(own) and own.numel():
             raise ValueError(
                 f"state_dict: 'base_model.{key}' has shape {tuple(found.shape)}, the model has "
-                f"{tuple(own.shape)}. Pass the state dict of this model, gathered from its shards."
+                f"{tuple(whole_shape(own))}. Pass the state dict of this model, gathered from its "
+                "shards."
             )
-        return found.detach()
+        return whole(found)

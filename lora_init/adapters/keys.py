@@ -74,7 +74,14 @@ def plain_names(model: nn.Module) -> PlainNames:
 
 def with_names(plan: Plan, names: Mapping[str, str]) -> Plan:
     """Return a plan whose modules are renamed by the mapping `names`."""
-    targets = (dataclasses.replace(t, name=names.get(t.name, t.name)) for t in plan.targets)
+    targets = (
+        dataclasses.replace(
+            target,
+            name=names.get(target.name, target.name),
+            attention=target.attention and names.get(target.attention, target.attention),
+        )
+        for target in plan.targets
+    )
     saved = (names.get(name, name) for name in plan.modules_to_save)
     candidates = dict.fromkeys(names.get(name, name) for name in plan.candidates)
     fused = []

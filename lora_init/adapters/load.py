@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lora_init.adapters.attention_keys import in_model
 from lora_init.adapters.core_file import read_cores
+from lora_init.adapters.diffusers_format import DIFFUSERS_NAME, as_peft
 from lora_init.adapters.expert_layout import named
 from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
 from lora_init.adapters.load_peft import read_foreign
@@ -22,8 +24,10 @@ from lora_init.adapters.own import read_own
 from lora_init.adapters.tensors import Contents
 from lora_init.config.file import CONFIG_NAME, read_json, refuse_lfs_pointer
 from lora_init.injection import Injection
+from lora_init.layers.attention import SplitAttention, split
 from lora_init.plan.check import FLOAT_DTYPES
 from lora_init.plan.parameters import fused_parameters
+from lora_init.weights.sharded import assign
 from lora_init.weights.source import BaseWeights
 
 
@@ -33,11 +37,12 @@ def read(
     adapter_dtype: torch.dtype,
     original_weights: str | PathLike | Mapping[str, Tensor] | None = None,
 ) -> LoadedAdapter:
-    """Read an adapter and check every tensor against `base`, which does not change.
+    """Read an adapter and check every tensor against `base`.
 
     Args:
-        folder: the folder of the adapter.
-        base: the base model.
+        folder: the folder of the adapter, in the format of PEFT or diffusers.
+        base: the base model. Its attention modules that the file adapts stay split, also after an
+            error: call `lora_init.layers.attention.join` then.
         adapter_dtype: the dtype of the factors in the model.
         original_weights: the original weights of quantized or unloaded modules.
 
@@ -51,12 +56,18 @@ def read(
         raise FileNotFoundError(
             f"no folder {str(folder)!r}. Pass a folder that save_pretrained wrote."
         )
-    values = read_json(folder / CONFIG_NAME)
-    tensors, header = read_tensors(folder)
+    if (folder / DIFFUSERS_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
+        tensors, metadata = read_safetensors(folder / DIFFUSERS_NAME)
+        (tensors, values), header = as_peft(tensors, metadata, base), None
+    else:
+        values = read_json(folder / CONFIG_NAME)
+        tensors, header = read_tensors(folder)
     weights = BaseWeights(base, original_weights)
     try:
         parameters = values.get("target_parameters") or []
         tensors = named(tensors, parameters, fused_parameters(base))
+        tensors, attentions = in_model(tensors, base)
+        split(base, (name for name in attentions if not _is_split(base, name)))
         contents = Contents(tensors, base, adapter_dtype)
         if header is not None:
             cores = None
@@ -73,6 +84,10 @@ def read(
         raise ValueError(f"{folder}: {error}") from error
 
 
+def _is_split(base: nn.Module, name: str) -> bool:
+    return isinstance(base.get_submodule(name), SplitAttention)
+
+
 def fill(injection: Injection, loaded: LoadedAdapter) -> None:
     """Copy the trained values of a file into a model after injection of its initial factors."""
     for name, expected in loaded.checksums.items():
@@ -83,14 +98,13 @@ def fill(injection: Injection, loaded: LoadedAdapter) -> None:
                 "quantization step.",
                 stacklevel=5,
             )
-    with torch.no_grad():
-        for name, parts in loaded.parts.items():
-            for part, value in parts.items():
-                getattr(injection.layers[name], part).copy_(value)
-        for name, state in loaded.trained_modules.items():
-            injection.trained[name].trained_module.load_state_dict(state)
-        for name, value in loaded.biases.items():
-            injection.biases[name][0].copy_(value)
+    for name, parts in loaded.parts.items():
+        for part, value in parts.items():
+            assign(getattr(injection.layers[name], part), value)
+    for name, state in loaded.trained_modules.items():
+        injection.trained[name].trained_module.load_state_dict(state)
+    for name, value in loaded.biases.items():
+        assign(injection.biases[name][0], value)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -107,17 +121,32 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         pickled = " (adapter_model.bin is a pickle, which is not supported; convert it with PEFT)"
         hint = pickled if (folder / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {str(folder)!r}{hint}")
+    tensors, metadata = read_safetensors(path)
+    if HEADER_KEY not in metadata:
+        return tensors, None
+    try:
+        header = json.loads(metadata[HEADER_KEY])
+        if not isinstance(header, dict):
+            raise ValueError(f"its header must be a JSON object, not {metadata[HEADER_KEY]:.40}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy or save it again.") from error
+    return tensors, header
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor is not finite.
+    """
     refuse_lfs_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata[HEADER_KEY]) if HEADER_KEY in metadata else None
-        if HEADER_KEY in metadata and not isinstance(header, dict):
-            raise ValueError(f"its header must be a JSON object, not {metadata[HEADER_KEY]:.40}")
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}). Copy or save it again.") from error
     for key, value in tensors.items():
         if value.dtype in FLOAT_DTYPES and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path}: tensor {key!r} contains NaN or infinite values")
-    return tensors, header
+    return tensors, metadata

@@ -9,7 +9,8 @@ PEFT 0.21.2 writes more than the adapter, and some of its layers ignore settings
   `<module>.original_module.bias`. Older versions wrote all tensors with "bias" in their name, such
   as T5's `relative_attention_bias.weight`.
 - "pissa" and "olora" initialize an embedding like True, and keep its weight.
-- A of a Conv2d uses the stride and padding of the base, but not its dilation and padding mode.
+- A of a convolution uses the stride and padding of the base, but not its dilation and padding
+  mode.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lora_init.adapters.saved_modules import in_file
 from lora_init.adapters.tensors import Contents
 from lora_init.config.file import method_of
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import Factors, low_rank_product
+from lora_init.factors import Factors, block_matrix, low_rank_product
 from lora_init.layer import Layer
 from lora_init.linalg.matrix import widened
 from lora_init.plan.match import select
@@ -79,7 +80,7 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
     factors = {}
     for target in plan.targets:
         mine = parts[target.name]
-        start = mine["lora_A"], mine["lora_B"]
+        start = mine["lora_A"], block_matrix(mine["lora_B"], target.groups)
         if method in REBUILT:
             start = _rebuilt(target, weights, plan)
         factors[target.name] = contents.factors(target, *start)
@@ -148,11 +149,12 @@ def _rebuilt(target: Target, weights: BaseWeights, plan: Plan) -> tuple[Tensor, 
 
 def _refuse_unlike_ours(target: Target, module: nn.Module, method: Any) -> None:
     """Raise if PEFT's layer or its base weight cannot be reproduced."""
-    if not peft_computes(module):
+    if not peft_computes(module, use_dora=False):
         raise ValueError(
-            f"dilation={module.dilation} and padding_mode={module.padding_mode!r} of the Conv2d "
-            f"{target.name!r} are not supported in a PEFT adapter: PEFT's lora_A ignores both, so "
-            "this layer cannot compute the trained output. Leave the layer out and train again."
+            f"dilation={module.dilation} and padding_mode={module.padding_mode!r} of the "
+            f"{target.module_type} {target.name!r} are not supported in a PEFT adapter: PEFT's "
+            "lora_A ignores both, so this layer cannot compute the trained output. Leave the layer "
+            "out and train again."
         )
     if method not in REBUILT:
         return

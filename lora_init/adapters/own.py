@@ -11,12 +11,13 @@ from torch import nn
 from lora_init.adapters.core_file import Cores, checked_core
 from lora_init.adapters.edited import followed, listed
 from lora_init.adapters.embeddings import check_vocabulary, take_rows
+from lora_init.adapters.format import halved_rank
 from lora_init.adapters.header import check_header
 from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.adapters.saved_modules import in_file
 from lora_init.adapters.tensors import Contents
 from lora_init.config.lora_config import LoraConfig
-from lora_init.factors import Replacement
+from lora_init.factors import Replacement, block_matrix
 from lora_init.plan.plan import Plan, Target
 from lora_init.quantization import Quantizer
 from lora_init.weights.fingerprint import has_fingerprint
@@ -64,10 +65,12 @@ def read_own(
     for target in plan.targets:
         mine, r = parts[target.name], target.rank
         name = contents.names(target.name)
-        lora_A, lora_B, replacement, core = mine["lora_A"], mine["lora_B"], None, None
+        lora_A, lora_B = mine["lora_A"], block_matrix(mine["lora_B"], target.groups)
+        replacement, core = None, None
         if doubled == 2:
-            mine["lora_A"], mine["lora_B"] = lora_A[..., :r, :], lora_B[..., :r]
-            lora_A, lora_B = lora_A[..., r:, :].contiguous(), -lora_B[..., r:].contiguous()
+            halves = halved_rank(lora_A, mine["lora_B"], target.groups)
+            mine["lora_A"], mine["lora_B"] = halves[:2]
+            lora_A, lora_B = (half.contiguous() for half in halves[2:])
         elif name in quantizers:
             replacement = Replacement(
                 quantizers[name],

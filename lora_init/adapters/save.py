@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_init.adapters import attention_keys
 from lora_init.adapters.core_file import write_cores
 from lora_init.adapters.embeddings import description, embeddings, rows, rows_are_needed
-from lora_init.adapters.expert_layout import nested, to_file
+from lora_init.adapters.expert_layout import nested
 from lora_init.adapters.format import (
     CORE_NAME,
     HEADER_KEY,
@@ -24,7 +24,8 @@ from lora_init.adapters.format import (
     PREFIX,
     WEIGHTS_NAME,
     bias_key,
-    file_shape,
+    doubled_rank,
+    in_file,
     part_key,
     peft_computes,
 )
@@ -46,6 +47,8 @@ from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import describe, resolve
 from lora_init.weights.kinds import known_format
+from lora_init.weights.patches import is_transposed
+from lora_init.weights.sharded import whole
 
 
 def save_adapter(
@@ -58,6 +61,7 @@ def save_adapter(
     state: Mapping[str, Tensor] | None = None,
     save_embedding_layers: str | bool = "auto",
     portable: bool = False,
+    write: bool = True,
 ) -> None:
     """Write the files of an adapter, each of them atomically.
 
@@ -69,6 +73,7 @@ def save_adapter(
         injection: the injected layers and their original weights.
         state: a state dict with the adapter's tensors; None for those of the model.
         save_embedding_layers, portable: see `LoraModel.save_pretrained`.
+        write: False on ranks that only take part in gathering shards.
 
     Raises:
         ValueError: a setting is not supported for this adapter. Nothing is written then.
@@ -91,13 +96,11 @@ def save_adapter(
             parts["lora_A"], parts["lora_B"] = portable_factors(
                 parts["lora_A"], parts["lora_B"], target.scaling, largest
             )
-        ranks[as_written.name] = parts["lora_A"].shape[-2], target
+        rank = parts["lora_A"].shape[-2]
+        ranks[as_written.name] = rank, target
         for part, value in parts.items():
-            rank = value.shape[-2 if part.endswith("_A") else -1]
-            if target.experts is not None:
-                value = to_file(part, value)
-            shape = file_shape(target, layer.base_layer, part, rank)
-            tensors[part_key(as_written, part)] = value.reshape(shape)
+            stored = in_file(target, layer.base_layer, part, value, rank)
+            tensors[part_key(as_written, part)] = stored
     fused = [target.name for target in plain.targets if target.experts is not None]
     tensors = nested(tensors, fused, PREFIX)
     layers = {t.name for t in plain.targets}
@@ -106,13 +109,13 @@ def save_adapter(
         key = f"{names[module]}.{last}".removeprefix(".")
         tensors[bias_key(key, layers)] = given.bias(name, bias)
     for name, trained in injection.trained.items():
-        for key, value in trained.trained_module.state_dict().items():
+        for key, value in trained.trained_module.state_dict(keep_vars=True).items():
             tensors[f"{PREFIX}{names[name]}.{key}"] = given.trained(name, key, value)
     copied = _copied(model, names, copied, layers)
     tensors |= {
         f"{PREFIX}{name}.{key}": value
         for name, module in copied.items()
-        for key, value in module.state_dict().items()
+        for key, value in module.state_dict(keep_vars=True).items()
     }
     targeted = [target.name for target in plain.targets]
     if rows_are_needed(
@@ -145,8 +148,24 @@ def save_adapter(
         "copied_modules": list(copied),
         "vocabulary": {names[n]: value for n, value in description(model).items()},
     }
-    own = replaced or not all(map(peft_computes, _base_modules(injection)))
-    _write(folder, tensors, header, written, own, cores)
+    transposed = [t.name for t, one in zip(plain.targets, plan.targets, strict=True)
+                  if is_transposed(injection.layers[one.name].base_layer)]  # fmt: skip
+    if transposed:
+        warnings.warn(
+            f"PEFT has no adapter for transposed convolutions ({transposed[0]!r}), so only "
+            "LoraModel.from_pretrained can load the saved adapter",
+            stacklevel=3,
+        )
+    attentions = {t.attention for t in plain.targets if t.attention is not None}
+    tensors = {key: whole(value) for key, value in tensors.items()}
+    tensors = attention_keys.in_file(tensors, attentions)
+    own = replaced or not all(
+        peft_computes(layer.base_layer, plan.use_dora) for layer in injection.layers.values()
+    )
+    if attentions and (plan.use_dora or plan.lora_bias):
+        own = True  # PEFT refuses the first and ignores the second
+    if write:
+        _write(folder, tensors, header, written, own, cores)
 
 
 def _cores(
@@ -193,7 +212,7 @@ def _write(
     cores: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write all files, and remove old weights with other names."""
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
     text = config.to_json()
     folder.mkdir(parents=True, exist_ok=True)
     if cores:  # first: the header of an interrupted save does not know this file
@@ -246,10 +265,6 @@ def _plain_header(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def _base_modules(injection: Injection) -> list[nn.Module]:
-    return [layer.base_layer for layer in injection.layers.values()]
-
-
 def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -> dict[str, Tensor]:
     """The tensors of a layer's adapter, for its original base weight.
 
@@ -277,8 +292,9 @@ def _parts(target: Target, injection: Injection, given: Given, replaced: bool) -
     )
     if replaced:
         return parts | {"initial_A": initial_A, "initial_B": initial_B}
-    parts["lora_A"] = torch.cat([parts["lora_A"], initial_A], dim=-2)
-    parts["lora_B"] = torch.cat([parts["lora_B"], -initial_B], dim=-1)
+    parts["lora_A"], parts["lora_B"] = doubled_rank(
+        parts["lora_A"], parts["lora_B"], initial_A, initial_B, target.groups
+    )
     return parts
 
 

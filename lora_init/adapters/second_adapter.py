@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lora_init.adapters.load import read
 from lora_init.config.file import CONFIG_NAME
+from lora_init.factors import block_matrix
+from lora_init.linalg.precision import wide
 from lora_init.plan.plan import Target
 from lora_init.registry import Initializer
 from lora_init.weights.second import SecondCheckpoint, SecondWeights
@@ -79,10 +81,12 @@ class SecondAdapter(SecondWeights):
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for target in loaded.plan.targets:
             trained = loaded.parts[target.name]
-            lora_A, lora_B = [trained["lora_A"]], [trained["lora_B"]]
+            lora_A = [trained["lora_A"]]
+            lora_B = [block_matrix(trained["lora_B"], target.groups)]
             if loaded.plan.initializer.base == "subtract":
                 initial = loaded.factors[target.name]
-                lora_A, lora_B = [*lora_A, initial.lora_A], [*lora_B, -initial.lora_B]
+                lora_A.append(initial.lora_A.to(lora_A[0].device))
+                lora_B.append(-initial.lora_B.to(lora_B[0].device))
             scaled = target.scaling * torch.cat(lora_B, dim=-1).double()
             joined = torch.cat(lora_A, dim=-2).double()
             for one in target.single():
@@ -99,7 +103,7 @@ class SecondAdapter(SecondWeights):
             )
 
     def weight(self, weights: BaseWeights, target: Target) -> Float[Tensor, "out in"]:
-        first = weights.weight(target)
+        first = wide(weights.weight(target))
         lora_A, lora_B = (part.to(first.device) for part in self._pairs[target.name])
         # In float64, so that the difference from W0 is s B A without W0's rounding.
-        return torch.addmm(first.double(), lora_B, lora_A)
+        return torch.addmm(first, lora_B, lora_A)

@@ -15,7 +15,7 @@ from lora_init.adapters.format import (
     PREFIX,
     bias_key,
     file_shape,
-    matrix,
+    in_layer,
     part_key,
 )
 from lora_init.adapters.keys import as_in, plain_names
@@ -161,7 +161,7 @@ class Contents:
         """Take one part of a layer's adapter, in the shape that layers use."""
         module = self.base.get_submodule(target.module)
         value = self.take_float(part_key(target, part), file_shape(target, module, part, rank))
-        return matrix(target, part, value)
+        return in_layer(target, part, value)
 
     def parts(self, plan: Plan, doubled: int = 1) -> dict[str, dict[str, Tensor]]:
         """Take the trained parts of all layers, with `doubled` times the rank of the plan."""

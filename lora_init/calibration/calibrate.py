@@ -18,12 +18,16 @@ from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
-from lora_init.moments import InputSets, InputStatistics
+from lora_init.layers.attention import join
+from lora_init.linalg.precision import wide_device
+from lora_init.moments import GradientSketch, InputSets, InputStatistics
+from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
-from lora_init.plan.plan import Plan
+from lora_init.plan.plan import Plan, Target
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
+from lora_init.weights.kinds import known_format
 
 
 def calibrate(
@@ -31,12 +35,13 @@ def calibrate(
     configs: LoraConfig | Sequence[LoraConfig],
     batches: Iterable[Any] | Mapping[str, Iterable[Any]],
     *,
+    calibration_memory: int | None = None,
     device: str | torch.device | None = None,
 ) -> Calibration:
     """Run calibration once for several configurations of `get_peft_model`.
 
-    The result fits any rank. One pass collects the moments of all inputs. Methods that need
-    gradients add a second pass::
+    The result fits any rank; sketches fit ranks up to those of the configurations. One pass
+    collects the moments of all inputs. Methods that need gradients add a second pass::
 
         found = calibrate(model, [eva, corda], batches)
         model = get_peft_model(model, eva, calibration=found)
@@ -44,9 +49,13 @@ def calibrate(
     Args:
         model: the base model. It is not changed. Under `torch.distributed` every rank passes
             different batches and gets the statistics of all of them.
-        configs: the configurations whose target layers are observed. Their ranks do not matter.
+        configs: the configurations whose target layers are observed. Their ranks only matter for
+            sketches.
         batches: as `calibration` of `get_peft_model`. Must be a list or a loader if both passes are
             needed; a dict of sets for methods that compare several.
+        calibration_memory: bytes for the statistics, which are all in memory together. If gradients
+            do not fit, the result holds sketches of them for the ranks of these configurations, as
+            for `get_peft_model`.
         device: where the sums are stored. None stores them on the device of the activations.
 
     Returns:
@@ -62,8 +71,23 @@ def calibrate(
     if batches is None:
         raise TypeError(f"batches=None is not supported: {BATCHES}")
     check_calibration(batches, "batches")
+    with split_on_success(model, attention_targets(model, configs)):
+        found = _collected(model, configs, batches, device, calibration_memory)
+        join(model)
+    return found
+
+
+def _collected(
+    model: nn.Module,
+    configs: Sequence[LoraConfig],
+    batches: Iterable[Any] | Mapping[str, Iterable[Any]],
+    device: str | torch.device | None,
+    calibration_memory: int | None,
+) -> Calibration:
     plans = [
-        plan for config in configs if (plan := make_plan(model, config)).calibration is not None
+        plan
+        for config in configs
+        if (plan := make_plan(model, config, calibration_memory=calibration_memory)).calibration
     ]
     if not plans:
         methods = ", ".join(repr(config.init_lora_weights) for config in configs)
@@ -73,11 +97,24 @@ def calibrate(
         )
     for plan in plans:
         assert plan.calibration is not None
+        _check_together(plan)
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.matrices))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
-    place = None if device is None else torch.device(device)
-    found = collect_all(model, names, requests, batches, device=place)
+    place = None if device is None else wide_device(torch.device(device))
+    sketched = [plan for plan in plans if plan.sketches_gradients]
+    # Whole gradients serve all methods, so they are collected if one method must have them.
+    whole = {plan.calibration for plan in plans if not plan.sketches_gradients}
+    sizes: dict[str, int] = {}
+    for plan in sketched:
+        for name, size in (plan.sketch_sizes or {}).items():
+            sizes[name] = max(size, sizes.get(name, 0))
+    found = Calibration()
+    if rest := [request for request in requests if request in whole]:
+        found = collect_all(model, names, rest, batches, device=place)
+    for request in (request for request in requests if request not in whole):
+        sketches = collect_sketches(model, sizes, request, batches, device=place)
+        found = Calibration(found.requests | sketches.requests, sketches.tokens, sketches.batches)
     found.fingerprints = {name: fingerprint(weight) for name, weight in _weights(model, names)}
     return found
 
@@ -168,6 +205,8 @@ def _check_fit(
 ) -> None:
     for target in plan.targets:
         inputs, gradient = found.layers[target.name].inputs, found.layers[target.name].gradient
+        if isinstance(gradient, GradientSketch):
+            _check_sketch(plan, target, gradient)
         if isinstance(gradient, Tensor) and tuple(gradient.shape) != target.shape:
             raise ValueError(
                 f"calibration: the gradient of {target.name!r} has shape {tuple(gradient.shape)}, "
@@ -188,8 +227,40 @@ def _check_fit(
             )
 
 
+def _check_together(plan: Plan) -> None:
+    """Raise if statistics that cannot be sketched exceed the memory."""
+    limit, needed = plan.calibration_memory, plan.statistics_bytes
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"calibration_memory={limit}: all statistics for {plan.initializer.name} take {needed} "
+            "bytes together; pass as many, or pass calibration_memory and the batches to "
+            "get_peft_model, which releases the statistics of each layer"
+        )
+
+
+def _check_sketch(plan: Plan, target: Target, sketch: GradientSketch) -> None:
+    """Raise if a sketch has fewer triplets than the method needs at this rank."""
+    needed, rows, columns = plan.sketch_sizes, len(sketch.left), len(sketch.right)
+    if needed is None:
+        raise ValueError(
+            f"calibration: it holds sketches of gradients, and {plan.initializer.name} reads whole "
+            "gradients; run lora_init.calibrate with calibration_memory=None"
+        )
+    if (rows, columns) != target.shape:
+        raise ValueError(
+            f"calibration: the gradient of {target.name!r} has shape {(rows, columns)}, its weight "
+            f"{target.shape}; pass what lora_init.calibrate found on this model"
+        )
+    if len(sketch.values) < needed[target.name]:
+        raise ValueError(
+            f"calibration: the sketch of {target.name!r} holds {len(sketch.values)} triplets, and "
+            f"{plan.initializer.name} needs {needed[target.name]} at r={target.rank}; pass this "
+            "configuration to lora_init.calibrate, too"
+        )
+
+
 def _weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The loaded weights of these layers, each with shape (out, in)."""
+    """The loaded weights of these layers that can be read, each with shape (out, in)."""
     for name, place in placed(model, names).items():
-        if not place.parameter.is_meta:
+        if not place.parameter.is_meta and known_format(place.module).opaque(place.module) is None:
             yield name, place.weight

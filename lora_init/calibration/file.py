@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_init.cache import key
 from lora_init.files import write_atomically
 from lora_init.linalg.matrix import is_finite
-from lora_init.moments import InputStatistics
+from lora_init.moments import GradientSketch, InputStatistics
 from lora_init.registry import CalibrationRequest
 
 HEADER_KEY = "lora_init_calibration"
@@ -154,6 +154,9 @@ def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str,
         tensors[f"{number}.{kind}"] = found
         return {"number": number, "kind": kind}
     values = {f.name: getattr(found, f.name) for f in fields(found) if not f.name.startswith("_")}
+    if isinstance(found, GradientSketch):
+        tensors |= {f"{number}.{name}": value for name, value in values.items()}
+        return {"number": number, "kind": "gradient_sketch"}
     tensors |= {f"{number}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
     plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
     return {"number": number, "kind": "moments", "values": plain}
@@ -182,6 +185,12 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
         return tensor("gradient", torch.float32, shape=(None, None))
     if kind == "output_moments":
         return tensor("output_moments", torch.float64, shape=(None,))
+    if kind == "gradient_sketch":
+        values = tensor("values", torch.float32, shape=(None,))
+        left, right = (
+            tensor(side, torch.float32, shape=(None, len(values))) for side in ("left", "right")
+        )
+        return GradientSketch(left, values, right)
     mean = tensor("mean", torch.float64, shape=(None,))
     width = len(mean)
     values = _entry(found, "values", dict)
@@ -193,7 +202,7 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
         raise ValueError(
             "it holds sketches of the inputs, which this version does not read any more"
         )
-    raise ValueError(f"kind={kind!r} must be moments, gradient or output_moments")
+    raise ValueError(f"kind={kind!r} must be moments, gradient, gradient_sketch or output_moments")
 
 
 def _request(found: Any) -> CalibrationRequest:
@@ -211,6 +220,8 @@ def _of(objects: list[Any], layers: Mapping[str, Any], name: str, part: str) -> 
     if number >= len(objects):
         raise ValueError(f"layer {name!r} refers to object {number} of {len(objects)}")
     kinds = {"gradient": 2, "output_moments": 1}
+    if part == "gradient" and isinstance(objects[number], GradientSketch):
+        return objects[number]
     if getattr(objects[number], "ndim", None) != kinds.get(part):
         raise ValueError(f"layer {name!r} refers to statistics of another kind")
     return objects[number]

@@ -52,7 +52,7 @@ from lora_init.calibration.places import Place, placed
 from lora_init.distributed import all_or_none, over_ranks
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import add_product
-from lora_init.linalg.precision import full_precision
+from lora_init.linalg.precision import full_precision, wide, wide_device
 from lora_init.linalg.transfer import on_host
 from lora_init.weights.kinds import known_format
 
@@ -193,11 +193,15 @@ class _Sums:
             self._sums[name] = self._zeros(name, gradient.device)
         if self.with_squares:
             # Squares of a mean loss's gradients underflow float32.
-            found = outputs.double().square().sum(0)
+            found = wide(outputs).square().sum(0)
             self.squares[name] = self.squares[name].add_(found) if name in self.squares else found
         total = self._sums[name]
         with full_precision():
-            if self.factors is not None:
+            if (groups := stored.groups(module)) > 1:
+                inputs = widened(inputs).unflatten(0, (-1, groups))
+                outputs = widened(outputs).unflatten(1, (groups, -1))
+                total += torch.einsum("pgo,pgi->goi", outputs, inputs).flatten(0, 1).to(total)
+            elif self.factors is not None:
                 total += self.factors[name].product(outputs, inputs).to(total)
             elif total.device == gradient.device and inputs.dtype == outputs.dtype != torch.float64:
                 add_product(total, outputs.mT, inputs)
@@ -223,7 +227,7 @@ class _Sums:
         shape = self.places[name].shape
         if self.factors is not None:
             shape = self.factors[name].shape(shape)
-        return torch.zeros(shape, dtype=torch.float32, device=self.device or place)
+        return torch.zeros(shape, dtype=torch.float32, device=wide_device(self.device or place))
 
     def mean(self, count: int, place: torch.device) -> dict[str, Tensor]:
         """Divide the sums over the batches of all ranks by the number of batches.
@@ -275,9 +279,9 @@ def _check_loss(loss: Any, number: int, places: Mapping[str, Place]) -> None:
         )
     if not bool(torch.isfinite(loss)):
         for name, place in places.items():
-            weight = place.parameter
-            if isinstance(weight, Tensor) and not weight.is_meta:
-                refuse_non_finite(name, weight.detach())
+            module, one = place.module, known_format(place.module)
+            if not (place.parameter.is_meta or one.unreadable(module) or one.opaque(module)):
+                refuse_non_finite(name, place.weight)
         raise ValueError(
             f"calibration: the loss of batch {number} is {loss.item()}; labels that are all "
             "ignored (-100) give nan: drop such batches, or check the model's weights"

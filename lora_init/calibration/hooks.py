@@ -41,6 +41,7 @@ from lora_init.calibration.places import Place
 from lora_init.calibration.sums import Moments, RunningMoments, joined
 from lora_init.calibration.token_rows import TokenRows
 from lora_init.layers.routed_rows import routed_rows
+from lora_init.linalg.precision import wide_device
 from lora_init.weights.kinds import known_format
 
 HELD_INPUTS = 4
@@ -337,7 +338,7 @@ class Observer:
         """The running sums of a source, or None if they do not fit."""
         if source not in self._sums and not source.readers <= self.deferred:
             if self._budget.admits(width):
-                self._sums[source] = self._budget.sums(width, self._device or device)
+                self._sums[source] = self._budget.sums(width, wide_device(self._device or device))
             else:
                 self.deferred |= source.readers
         return self._sums.get(source)

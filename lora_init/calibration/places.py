@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import class_format, known_format
+from lora_init.weights.offload import stored_weight
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Place:
     @property
     def parameter(self) -> Tensor:
         """The stored weight, of all experts if the module has several."""
-        return getattr(self.module, self.matrix)
+        return stored_weight(self.module, self.matrix)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -16,7 +16,8 @@ q = POWERS, the expected spectral norm of G - Q Qᵀ G is at most
 
 A gradient of rank at most k has no error beyond rounding.
 
-Source: BackPropRSVD in Bogachev et al., "RiemannLoRA", ICLR 2026, arXiv 2507.12142.
+Source: BackPropRSVD in Bogachev et al., "LoRA meets Riemannion: Muon Optimizer for
+Parametrization-independent Low-Rank Adapters" (first "RiemannLoRA"), ICLR 2026, arXiv 2507.12142.
 Deviations: the authors attach zero-valued adapters, whose gradients are the two products. This code
 sums the products in the backward hooks of `lora_init.calibration.gradients`.
 """
@@ -33,7 +34,7 @@ from lora_init import linalg
 from lora_init.calibration.gradients import Factor, collect_gradients, own_loss
 from lora_init.calibration.places import placed
 from lora_init.layer import layer_generator
-from lora_init.linalg.precision import full_precision
+from lora_init.linalg.precision import full_precision, wide
 from lora_init.moments import GradientSketch
 from lora_init.registry import POWERS
 
@@ -88,12 +89,12 @@ def _bases(blocks: dict[str, Tensor]) -> dict[str, Tensor]:
 def _basis(block: Tensor) -> Tensor:
     # Scaled first: float32 products of tiny gradients would underflow in the decomposition.
     scale = block.abs().max().clamp_min(torch.finfo(block.dtype).tiny)
-    return linalg.thin_qr((block / scale).double())[0].to(block.dtype)
+    return linalg.thin_qr(wide(block / scale))[0].to(block.dtype)
 
 
 def _sketch(basis: Tensor, image: Tensor) -> GradientSketch:
     """U, S, V of Q (Gᵀ Q)ᵀ."""
     with full_precision():
-        right, values, turns = linalg.thin_svd(image.double())
-        left = basis.to(image.device).double() @ turns.mT
+        right, values, turns = linalg.thin_svd(wide(image))
+        left = basis.to(turns.device).double() @ turns.mT
     return GradientSketch(left.float(), values.float(), right.float())

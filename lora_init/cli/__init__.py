@@ -1,1 +1,1 @@
-"""The command `lora-init`: list methods, plan and make adapters, inspect and convert files."""
+"""The command `lora-init`: list and compare methods, make, inspect and convert adapters."""

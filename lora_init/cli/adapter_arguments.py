@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ def adapter_config(arguments: Namespace, model: nn.Module, base_name: str) -> Lo
         task_type=task_type(model),
         base_model_name_or_path=base_name,
     )
+
+
+def positive(text: str) -> int:
+    """An argument that must be an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"{text} is not supported: must be at least 1")
+    return value
 
 
 def absolute(model: str) -> str:

@@ -44,19 +44,20 @@ def checkpoint_folder(model: str) -> Path:
         ) from error
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether a quantizer's package makes the modules of the checkpoint while loading it."""
+    return getattr(_config(folder)[0], "quantization_config", None) is not None
+
+
 def skeleton(folder: Path) -> nn.Module:
-    """The model without weights, on the meta device; takes seconds for any size.
+    """The model of an unquantized checkpoint without weights, on the meta device.
+
+    It takes seconds for any size.
 
     Raises:
-        ValueError: transformers does not know the class, or the checkpoint is quantized.
+        ValueError: transformers does not know the class.
     """
     config, model_class = _config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"MODEL={str(folder)!r} is a quantized checkpoint, which the command does not support. "
-            "Pass the checkpoint from before the quantization, or call get_peft_model on the "
-            "loaded model."
-        )
     with torch.device("meta"):
         model = model_class(config)
     stored = getattr(config, "dtype", None)
@@ -64,7 +65,7 @@ def skeleton(folder: Path) -> nn.Module:
 
 
 def loaded(folder: Path, device: str, offload: str | None) -> nn.Module:
-    """The model with its weights in their stored dtype, for forward passes.
+    """The model with its weights in their stored dtype or quantized, for forward passes.
 
     Args:
         folder: the checkpoint.
@@ -76,6 +77,8 @@ def loaded(folder: Path, device: str, offload: str | None) -> nn.Module:
         return model_class.from_pretrained(
             folder, dtype="auto", device_map="auto", offload_folder=offload
         ).eval()
+    if is_quantized(folder):
+        return model_class.from_pretrained(folder, device_map=device).eval()
     return model_class.from_pretrained(folder, dtype="auto").eval().to(device)
 
 

@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from lora_init import LoraConfig
+from lora_init.adapters.diffusers_file import write_diffusers
 from lora_init.adapters.file_layers import AdapterFile, FileLayer, read_layers, write_plain
-from lora_init.adapters.format import PREFIX
 from lora_init.adapters.portable import portable_config, portable_factors
 from lora_init.cli.inspection import loader_obstacle
-from lora_init.cli.output import emit
+from lora_init.cli.output import check_folder, emit
 from lora_init.config.file import method_of
-from lora_init.files import write_atomically
 from lora_init.progress import tracked
 from lora_init.tables import render
-
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
 """Starts of PEFT whose unconverted files belong to a base that PEFT changed."""
@@ -47,7 +43,12 @@ def convert_adapter(arguments: Namespace) -> None:
     out = Path(arguments.out)
     config = _with_patterns(found.config, layers)
     if arguments.format == "diffusers":
-        path = _write_diffusers(out, layers, arguments.component)
+        layers_by_name = {layer.name: layer for layer in layers}
+        path = write_diffusers(
+            out,
+            dataclasses.replace(found, layers=layers_by_name),
+            arguments.component or "transformer",
+        )
     elif arguments.portable:
         rank = max(layer.rank for layer in layers)
         layers = [_portable(layer, rank) for layer in layers]
@@ -78,6 +79,16 @@ def _check(found: AdapterFile, arguments: Namespace) -> None:
             "the base, and the factors belong to that base. Save it with PEFT's "
             "path_initial_model_for_weight_conversion first."
         )
+    if arguments.portable and arguments.format == "diffusers":
+        raise ValueError(
+            "--portable is not supported with --format diffusers, whose file has the scaling in B: "
+            "leave one of them out"
+        )
+    if arguments.component is not None and arguments.format != "diffusers":
+        raise ValueError(
+            f"--component {arguments.component} is not supported with --format peft: pass --format "
+            "diffusers, or leave it out"
+        )
     if arguments.rank is not None and arguments.rank < 1:
         raise ValueError(f"--rank {arguments.rank} is not supported: must be at least 1")
     if arguments.rank is not None and found.config.use_dora:
@@ -85,22 +96,20 @@ def _check(found: AdapterFile, arguments: Namespace) -> None:
             "--rank is not supported with use_dora=true: the trained magnitudes belong to the rows "
             "of the full product. Merge the adapter instead."
         )
-    if arguments.portable or arguments.format == "diffusers":
-        wanted = "--portable" if arguments.portable else "--format diffusers"
+    if arguments.portable:
         embedding = next((la.name for la in found.layers.values() if la.is_embedding), None)
-        obstacle = loader_obstacle(found) if arguments.portable else None
+        obstacle = loader_obstacle(found)
         if obstacle is None and embedding is not None:
             obstacle = f"{embedding!r} is an embedding"
-        if obstacle is None and arguments.format == "diffusers" and found.others:
-            obstacle = f"the file contains {sorted(found.others)[0]!r}"
         if obstacle is not None:
             raise ValueError(
-                f"{wanted} is not supported for this adapter: {obstacle}. Merge the adapter, or "
+                f"--portable is not supported for this adapter: {obstacle}. Merge the adapter, or "
                 "convert without this option."
             )
     out = Path(arguments.out)
     if out.exists() and out.resolve() == Path(arguments.adapter).resolve():
         raise ValueError(f"OUT={str(out)!r} is the adapter itself: must be another folder")
+    check_folder(out)
 
 
 def _portable(layer: FileLayer, rank: int) -> FileLayer:
@@ -139,20 +148,3 @@ def _with_patterns(config: LoraConfig, layers: list[FileLayer]) -> LoraConfig:
         rank_pattern={f"^{re.escape(la.name)}": la.rank for la in layers if la.rank != rank},
         alpha_pattern={f"^{re.escape(la.name)}": la.alpha for la in layers if la.alpha != alpha},
     )
-
-
-def _write_diffusers(folder: Path, layers: list[FileLayer], component: str) -> Path:
-    """Write the file that diffusers' `load_lora_weights` reads, with B scaled by s.
-
-    diffusers 0.42 adds B A, unscaled. It reads alphas for some pipelines only: for a UNet's PEFT
-    names, it ignores them.
-    """
-    tensors = {}
-    for layer in layers:
-        scaled = (layer.lora_B.float() * layer.scaling).to(layer.lora_B.dtype)
-        for key, value in zip(layer.keys, (layer.lora_A, scaled), strict=True):
-            tensors[f"{component}.{key.removeprefix(PREFIX)}"] = value.contiguous().clone()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / DIFFUSERS_NAME
-    write_atomically(path, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
-    return path

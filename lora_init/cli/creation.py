@@ -5,33 +5,56 @@ from __future__ import annotations
 import json
 import time
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_init import get_peft_model
 from lora_init.api import device_for
-from lora_init.cli.adapter_arguments import absolute, adapter_config
-from lora_init.cli.checkpoints import checkpoint_folder, loaded, skeleton, task_type, tokenizer
-from lora_init.cli.output import emit
+from lora_init.cli.adapter_arguments import absolute, adapter_config, positive
+from lora_init.cli.checkpoints import (
+    checkpoint_folder,
+    is_quantized,
+    loaded,
+    skeleton,
+    task_type,
+    tokenizer,
+)
+from lora_init.cli.output import check_folder, emit
 from lora_init.cli.residual import DTYPES, RESIDUAL_FOLDER, write_residual
 from lora_init.cli.text_data import batches
 from lora_init.config.file import CONFIG_NAME
 from lora_init.files import write_atomically
-from lora_init.registry import resolve
+from lora_init.registry import Initializer, resolve
 from lora_init.tables import render
 
+SINGLE = "data"
 RECORD = "lora_init_make.json"
 """A file in an unfinished folder: the arguments, so that only the same command continues it."""
 
 
 def add_make_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--data", metavar="FILE", help=".jsonl, .csv or .txt, for eva and the like")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="[SET=]FILE",
+        help=".jsonl, .csv or .txt, for eva and the like; once for each set of a method that "
+        "compares sets, such as learn=a.jsonl and keep=b.jsonl",
+    )
+    parser.add_argument(
+        "--target-weights",
+        metavar="FOLDER",
+        help="second checkpoint, or an adapter on MODEL, for from_delta",
+    )
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--examples", type=int, default=256, help="rows of --data (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
+    parser.add_argument(
+        "--examples", type=positive, default=256, help="rows of --data (default: 256)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--max-length", type=positive, default=512, help="tokens of a row")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
     parser.add_argument(
         "--offload", metavar="FOLDER", help="with --data: offload weights that do not fit in memory"
@@ -57,23 +80,40 @@ def make_adapter(arguments: Namespace) -> None:
     Raises:
         ValueError, FileNotFoundError: an argument is not supported. Nothing is written then.
     """
-    spec, _ = resolve(arguments.method)
+    spec, options = resolve(arguments.method)
     out = Path(arguments.out)
-    _check(arguments, spec.base, spec.needs_data, out)
+    request = spec.request(options)
+    files = data_files(arguments, request.sets if request else None)
+    _check(arguments, spec, out)
     folder = checkpoint_folder(arguments.model)
-    frame = skeleton(folder)
+    quantized = is_quantized(folder)
+    if quantized and arguments.residual:
+        raise ValueError(
+            f"--residual is not supported with MODEL={str(folder)!r}, a quantized checkpoint: its "
+            "weights are not written. Leave it out, or pass the unquantized checkpoint"
+        )
+    whole = partial(loaded, folder, _device(arguments), arguments.offload)
+    frame = whole() if quantized else skeleton(folder)
     config = adapter_config(arguments, frame, absolute(arguments.model))
-    calibration, original_weights, model = None, folder, frame
+    calibration, original_weights, model = None, None if quantized else folder, frame
     if spec.needs_data:
-        calibration = _batches(arguments, folder, frame)
-    if spec.needs_data or config.task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-        model, original_weights = loaded(folder, _device(arguments), arguments.offload), None
+        found = {
+            name: _batches(arguments, Path(path), folder, frame) for name, path in files.items()
+        }
+        calibration = found.get(SINGLE, found)
+    second = arguments.target_weights
+    # An adapter is read with its base; a checkpoint is read one layer at a time.
+    adapter = second is not None and (Path(second) / CONFIG_NAME).is_file()
+    new_head = config.task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+    if not quantized and (spec.needs_data or adapter or new_head):
+        model, original_weights = whole(), None
     start = time.perf_counter()
     adapted = get_peft_model(
         model,
         config,
         calibration=calibration,
         original_weights=original_weights,
+        target_weights=arguments.target_weights,
         device=None if arguments.device == "cpu" else arguments.device,
         seed=arguments.seed,
     )
@@ -93,16 +133,52 @@ def make_adapter(arguments: Namespace) -> None:
     emit(arguments, data, text)
 
 
-def _check(arguments: Namespace, base: str, needs_data: bool, out: Path) -> None:
-    if needs_data and arguments.data is None:
+def data_files(arguments: Namespace, sets: tuple[str, ...] | None) -> dict[str, str]:
+    """The file of each calibration set; one file without a set has the name `SINGLE`.
+
+    Args:
+        sets: the sets that the method compares, empty for a method of one set; None for a method
+            that reads no data.
+
+    Raises:
+        ValueError: the files are not those of the method.
+    """
+    method, given = f"--method {arguments.method}", arguments.data
+    if sets is None:
+        if given:
+            raise ValueError(
+                f"--data is not supported with {method}, which reads no data: leave it out"
+            )
+        return {}
+    if not given:
+        wanted = " ".join(f"--data {name}=FILE" for name in sets) or "--data FILE"
+        raise ValueError(f"{method} reads data: pass {wanted} with texts (.jsonl, .csv or .txt)")
+    if not sets:
+        if len(given) > 1:
+            raise ValueError(
+                f"--data {' --data '.join(given)} is not supported with {method}: must be one file"
+            )
+        return {SINGLE: given[0]}
+    found = dict(text.partition("=")[::2] for text in given)
+    if sorted(found) != sorted(sets) or len(given) != len(sets) or not all(found.values()):
         raise ValueError(
-            f"--method {arguments.method} reads data: pass --data FILE with texts (.jsonl, .csv or "
-            ".txt)"
+            f"--data {' --data '.join(given)} is not supported with {method}: must be one file for "
+            f"each set, {' '.join(f'--data {name}=FILE' for name in sets)}"
         )
-    if not needs_data and arguments.data is not None:
+    return found
+
+
+def _check(arguments: Namespace, spec: Initializer, out: Path) -> None:
+    base = spec.base
+    if "target_weight" in spec.reads and arguments.target_weights is None:
         raise ValueError(
-            f"--data is not supported with --method {arguments.method}, which reads no data: leave "
-            "it out"
+            f"--method {arguments.method} reads a second weight: pass --target-weights FOLDER, a "
+            "checkpoint or an adapter"
+        )
+    if "target_weight" not in spec.reads and arguments.target_weights is not None:
+        raise ValueError(
+            f"--target-weights is not supported with --method {arguments.method}, which reads no "
+            "second weight: leave it out"
         )
     if arguments.residual and base == "keep":
         raise ValueError(
@@ -123,19 +199,15 @@ def _check(arguments: Namespace, base: str, needs_data: bool, out: Path) -> None
             f"--method {arguments.method} replaces the base by a quantized one, which other "
             "loaders cannot compute: pass --residual to write that base too"
         )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT={str(out)!r} is a file: must be a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if (out / RECORD).is_file():
-            recorded = json.loads((out / RECORD).read_text())
-            if recorded != _record(arguments):
-                raise ValueError(
-                    f"OUT={str(out)!r} contains an unfinished adapter of another command: repeat "
-                    "that command, or pass an empty folder"
-                )
-        else:
-            what = "an adapter" if (out / CONFIG_NAME).is_file() else "other files"
-            raise ValueError(f"OUT={str(out)!r} contains {what}: must be empty or a new folder")
+    if (out / RECORD).is_file():
+        recorded = json.loads((out / RECORD).read_text())
+        if recorded != _record(arguments):
+            raise ValueError(
+                f"OUT={str(out)!r} contains an unfinished adapter of another command: repeat "
+                "that command, or pass an empty folder"
+            )
+    else:
+        check_folder(out)
 
 
 def _begin(out: Path, arguments: Namespace) -> None:
@@ -155,11 +227,11 @@ def _device(arguments: Namespace) -> str:
     return "cpu" if place is None else str(place)
 
 
-def _batches(arguments: Namespace, folder: Path, model: Any) -> list[dict[str, Any]]:
+def _batches(arguments: Namespace, path: Path, folder: Path, model: Any) -> list[dict[str, Any]]:
     task = task_type(model)
     ids = model.config.label2id if task == "SEQ_CLS" else None
     return batches(
-        Path(arguments.data),
+        path,
         tokenizer(folder),
         text_column=arguments.text_column,
         label_column=arguments.label_column,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from lora_init.config.file import CONFIG_NAME
 
 
 def emit(arguments: Namespace, data: Any, text: str) -> None:
@@ -17,6 +21,25 @@ def emit(arguments: Namespace, data: Any, text: str) -> None:
         print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
     else:
         print(text)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder of results that cannot be made or already has content.
+
+    Raises:
+        ValueError: the message names OUT. Nothing is made.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"OUT={str(out)!r} is a file: must be a folder")
+    if out.is_dir() and any(out.iterdir()):
+        what = "an adapter" if (out / CONFIG_NAME).is_file() else "other files"
+        raise ValueError(f"OUT={str(out)!r} contains {what}: must be empty or a new folder")
+    existing = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"OUT={str(out)!r} cannot be made, because {str(existing)!r} is not a folder that you "
+            "can write to: pass another folder"
+        )
 
 
 def remark(text: str) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
+from lora_init import __version__
+from lora_init.adapters.diffusers_format import COMPONENTS
 from lora_init.cli.adapter_arguments import add_adapter_arguments
 from lora_init.cli.catalog import list_methods, show_method
 from lora_init.cli.conversion import convert_adapter
@@ -19,6 +21,7 @@ from lora_init.cli.creation import add_make_arguments, make_adapter
 from lora_init.cli.inspection import inspect_adapter
 from lora_init.cli.output import remark, short_warnings
 from lora_init.cli.preview import plan_adapter
+from lora_init.cli.protocol import add_compare_arguments, compare_methods
 
 EXAMPLES = """examples:
   lora-init list 'pissa*'
@@ -27,6 +30,7 @@ EXAMPLES = """examples:
   lora-init make path/to/model adapter --method eva --data train.jsonl
   lora-init inspect adapter --against path/to/model
   lora-init convert adapter smaller --rank 8 --portable
+  lora-init compare minilm reviews.csv --methods kaiming,pissa --text review --label verdict
 """
 
 
@@ -56,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"lora-init {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str) -> ArgumentParser:
@@ -84,7 +89,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     converting.add_argument("--rank", type=int, metavar="R", help="truncate to this rank")
     converting.add_argument("--format", choices=("peft", "diffusers"), default="peft")
     converting.add_argument(
-        "--component", choices=("transformer", "unet", "text_encoder"), default="transformer",
-        help="of a diffusers pipeline",
+        "--component", choices=COMPONENTS,
+        help="of a diffusers pipeline (default: transformer)",
     )  # fmt: skip
+    comparing = command(
+        "compare", compare_methods, "train methods on a table, each at its own learning rate"
+    )
+    add_compare_arguments(comparing)
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`lora-init plan`: what a start would do to a model, without loading its weights."""
+"""`lora-init plan`: what a start would do to a model, without loading unquantized weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from lora_init import Plan, get_peft_model, init_factors
 from lora_init.cli.adapter_arguments import absolute, adapter_config
-from lora_init.cli.checkpoints import checkpoint_folder, skeleton
+from lora_init.cli.checkpoints import checkpoint_folder, is_quantized, loaded, skeleton
 from lora_init.cli.output import emit
 from lora_init.plan.left_out import described
 from lora_init.plan.plan import Target
@@ -21,7 +21,8 @@ SAMPLES = (192, 384)
 
 def plan_adapter(arguments: Namespace) -> None:
     """Print the targets, ranks, parameters, memory and time of a start, and what it leaves out."""
-    model = skeleton(checkpoint_folder(arguments.model))
+    folder = checkpoint_folder(arguments.model)
+    model = loaded(folder, "cpu", None) if is_quantized(folder) else skeleton(folder)
     config = adapter_config(arguments, model, absolute(arguments.model))
     plan = get_peft_model(model, config, dry_run=True)
     assert isinstance(plan, Plan)

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Job:
-    """Targets of one shape, rank, scaling and type that are initialized by one call."""
+    """Targets of one shape, rank, scaling, type and group count, initialized by one call."""
 
     targets: tuple[Target, ...]
     device: torch.device
@@ -51,7 +51,8 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
             numbers = _numbers(target, plan) if device.type == "cpu" else None
             made.append(Job((target,), device, numbers))
             continue
-        alike = target.shape, target.rank, target.scaling, target.module_type, device
+        kind = target.module_type, target.groups
+        alike = target.shape, target.rank, target.scaling, kind, device
         stack = waiting.setdefault(alike, [])
         stack.append(target)
         if 4 * _stacked_numbers(target, plan) * (len(stack) + 1) > STACK_BYTES:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.cache import Cache
@@ -21,11 +22,13 @@ from lora_init.initialize.checks import (
     moved_together,
     warn_of_concerns,
 )
+from lora_init.initialize.groups import group_layers, joined
 from lora_init.initialize.jobs import Job
 from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import is_narrow
+from lora_init.linalg.precision import wide_device
 from lora_init.linalg.transfer import wait_for_writes
 from lora_init.moments import GradientSketch
 from lora_init.plan.plan import Plan, Target
@@ -82,8 +85,9 @@ def initialize(
         plan: the method and its targets.
         statistics: calibration statistics by layer name; empty for methods that need none.
         seed: the initialization seed; each layer derives a random stream from it and its name.
-        device: where the decompositions run; None means the device of each weight. Weights move
-            there stack by stack, and results move to the device of their module.
+        device: where the decompositions run; None means the device of each weight, or the CPU if
+            that device has no float64. Weights move there stack by stack, and results move to the
+            device of their module.
         cache: the cache for decompositions; None disables it.
 
     Returns:
@@ -98,7 +102,7 @@ def initialize(
         for target in plan.targets
     }
     worker = _Worker(weights, plan, statistics, seed, homes, cache)
-    devices = {name: device or home for name, home in homes.items()}
+    devices = {name: wide_device(device or home) for name, home in homes.items()}
     planned = jobs.jobs(plan, devices)
     with tracking(len(plan.targets), f"initializing ({plan.initializer.name})") as advance:
 
@@ -204,6 +208,9 @@ class _Worker:
             weight = self.weights.weight(target).to(device)
             if not is_narrow(weight.dtype):
                 weight = weight.to(torch.float32)
+        bias = None
+        if "bias" in self.plan.initializer.reads | self.plan.options.also_reads():
+            bias = _bias(self.weights.model.get_submodule(target.module), target).to(device)
         statistics = self.statistics.get(target.name, LayerStatistics()).to(device)
         second = None
         if "target_weight" in self.plan.initializer.reads:
@@ -223,6 +230,7 @@ class _Worker:
             scaling=target.scaling,
             seed=self.seed,
             stored_weight=weight,
+            bias=bias,
             inputs=statistics.inputs,
             gradient=gradient,
             output_moments=statistics.output_moments,
@@ -234,7 +242,8 @@ class _Worker:
     def _factors(self, job: Job, layers: list[Layer]) -> list[Factors]:
         """Load the factors of a job from the cache, or compute them."""
         cache = self.cache
-        if cache is None or not cacheable(cache, self.plan.initializer, job.targets):
+        grouped = any(target.groups > 1 for target in job.targets)
+        if cache is None or grouped or not cacheable(cache, self.plan.initializer, job.targets):
             return self._computed(job.targets, layers)
         memory = CachedFactors(cache, self.plan, job.device)
         keys = [memory.key(layer) for layer in layers]
@@ -252,14 +261,21 @@ class _Worker:
 
     def _computed(self, targets: tuple[Target, ...], layers: list[Layer]) -> list[Factors]:
         """Call the method: on one layer, on a stack, or on the layers of a stack in turn."""
+        if (count := targets[0].groups) > 1:  # alike for all targets of a job
+            groups = (group_layers(layer, count) for layer in layers)
+            made = [joined(self._made(each)) for each in groups]
+        else:
+            made = self._made(layers)
+        for target, factors in zip(targets, made, strict=True):
+            check_shapes(target.name, target.shape, target.rank, self.plan.initializer, factors)
+        return made
+
+    def _made(self, layers: list[Layer]) -> list[Factors]:
+        """The factors of layers of one shape, rank, scaling and type."""
         spec, options = self.plan.initializer, self.plan.options
         if len(layers) == 1 or not spec.is_batched:
-            made = [spec.factors(layer, options) for layer in layers]
-        else:
-            made = unstacked(spec.factors(stacked(layers), options), len(layers))
-        for target, factors in zip(targets, made, strict=True):
-            check_shapes(target.name, target.shape, target.rank, spec, factors)
-        return made
+            return [spec.factors(layer, options) for layer in layers]
+        return unstacked(spec.factors(stacked(layers), options), len(layers))
 
     def _settled(self, target: Target, given: Layer, factors: Factors) -> Factors:
         home, dtype = self.homes[target.name], self.plan.adapter_dtype
@@ -274,6 +290,26 @@ class _Worker:
             weight = widened(self.weights.weight(target).to(home)).float()
             factors = _requantized(factors, weight, target, given.quantizer)
         return factors
+
+
+def _bias(module: nn.Module, target: Target) -> Float[Tensor, " out"]:
+    """The bias of a target in float32; zeros if it has none.
+
+    Raises:
+        ValueError: the bias is not loaded.
+    """
+    name = "bias" if target.expert is None else f"{target.matrix}_bias"
+    found = getattr(module, name, None)
+    if found is not None and target.expert is not None:
+        found = found[target.expert]
+    if not isinstance(found, Tensor):
+        return torch.zeros(target.shape[0])
+    if found.is_meta:
+        raise ValueError(
+            f"target {target.name!r}: its bias is on the meta device, and this method's options "
+            "read it; load the model, or set bias=False"
+        )
+    return found.detach().float()
 
 
 def _requantized(factors: Factors, weight: Tensor, target: Target, quantizer: Quantizer) -> Factors:

@@ -1,8 +1,11 @@
 """Distributed initialization: ranks of a process group split the layers and exchange the results.
 
 This requires the same work on all ranks: the same method on the same targets, weights and seed.
-Otherwise each rank computes all its layers. Examples are a sharded model, a model from another
-checkpoint, and methods that are too cheap to share.
+Otherwise each rank computes all its layers. Examples are a model from another checkpoint, and
+methods that are too cheap to share.
+
+Sharded weights are gathered in rounds: every rank takes part in gathering the layers of a round,
+keeps the layer that it computes, and frees it before the next round.
 """
 
 from __future__ import annotations
@@ -12,12 +15,11 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from lora_init.cache import key
 from lora_init.distributed import all_or_none, from_ranks, rank_count, rank_number
 from lora_init.initialize.jobs import Job
-from lora_init.plan.plan import Plan
+from lora_init.plan.plan import Plan, Target
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.source import BaseWeights
 
@@ -37,12 +39,47 @@ def shared(
     Raises:
         RuntimeError: another rank failed; the message contains its error.
     """
-    if rank_count() == 1 or not _is_alike(plan, weights, seed):
+    sharded = [t for t in plan.targets if plan.reads_weight(t) and weights.is_sharded(t)]
+    if rank_count() == 1 and not sharded:
         return run(jobs)
-    with all_or_none("initialization"):
-        own = run(_share(jobs))
+    alike = _is_alike(plan, weights, seed)
+    if sharded:
+        own = _in_rounds(run, jobs, weights, alike=alike)
+    elif alike:
+        with all_or_none("initialization"):
+            own = run(_share(jobs))
+    if not alike:
+        return own if sharded else run(jobs)
     everything = from_ranks([layer.moved("cpu") for layer in own])
     return [layer for part in everything for layer in part]
+
+
+def _in_rounds(
+    run: Run, jobs: Sequence[Job], weights: BaseWeights, *, alike: bool
+) -> list[InitializedLayer]:
+    """Compute this rank's jobs, one a round, with all ranks gathering the weights of each round.
+
+    A rank that fails still takes part in the remaining rounds, since the others would wait for it.
+    """
+    count, number = (rank_count(), rank_number()) if alike else (1, 0)
+    ordered = sorted(jobs, key=lambda job: -_size(job))  # layers of equal work in a round
+    done: list[InitializedLayer] = []
+    failure = None
+    for start in range(0, len(ordered), count):
+        turn = ordered[start : start + count]
+        for index, job in enumerate(turn):
+            sharded = [target for target in job.targets if weights.is_sharded(target)]
+            weights.gather(sharded, keep=index == number)
+        if number < len(turn) and failure is None:
+            try:
+                done += run([turn[number]])
+            except Exception as error:
+                failure = error
+        weights.free()
+    with all_or_none("initialization"):
+        if failure is not None:
+            raise failure
+    return done
 
 
 def _is_alike(plan: Plan, weights: BaseWeights, seed: int) -> bool:
@@ -52,14 +89,26 @@ def _is_alike(plan: Plan, weights: BaseWeights, seed: int) -> bool:
         plan.initializer.name,
         1,
         [seed, str(plan.adapter_dtype), plan.quantized_base, plan.options],
-        [[target, _identity(weights.weight(target)) if reads else None] for target in plan.targets],
+        [
+            [target, _identity(weights, target) if weights.is_readable(target) else None]
+            for target in plan.targets
+            if reads
+        ],
     )
-    others = from_ranks((reads, mine))
-    return reads and all(other == (True, mine) for other in others)
+    everywhere = all(weights.is_everywhere(t) for t in plan.targets if weights.is_sharded(t))
+    shares = reads and everywhere
+    others = from_ranks((shares, mine))
+    return shares and all(other == (True, mine) for other in others)
 
 
-def _identity(weight: Tensor) -> list[str | int]:
-    """A cheap fingerprint: samples of the weight, and the exact sum of its bits as integers."""
+def _identity(weights: BaseWeights, target: Target) -> list[str | int]:
+    """A cheap fingerprint: samples of the weight, and the exact sum of its bits as integers.
+
+    A sharded weight has none: it is the same one on all ranks that hold a part of it.
+    """
+    if weights.is_sharded(target):
+        return []
+    weight = weights.weight(target)
     bits = weight.view(INTEGERS[weight.element_size()])
     return [fingerprint(weight), int(bits.sum(dtype=torch.int64))]
 

@@ -30,8 +30,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.initializers.qera import lifted, output_error
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @register_initializer(
@@ -39,9 +38,10 @@ from lora_init.weights.module_types import LINEAR_TYPES
     paper="Liu et al. 2026, arXiv 2602.19111",
     base="subtract",
     reads=("weight", "inputs"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @batched
+@workspace(3.5, 3.0)
 def astra(layer: Layer, options: Options) -> Factors:
     """A (rank, in), B (out, rank) with orthonormal columns; float32; s B A = U Uᵀ W."""
     weight, moment = layer.weight, lifted(layer.inputs.second_moment)

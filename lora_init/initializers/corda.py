@@ -34,8 +34,7 @@ import torch
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer, workspace
 
 # R comes from float32 sums. Directions without any input carry noise of this size, relative to the
 # mean diagonal. Adding it to R's diagonal makes the thin SVD of W R unique there: on the null space
@@ -80,9 +79,10 @@ class CordaOptions(Options):
     paper="Yang et al. 2024, arXiv 2406.05223",
     base="subtract",
     reads=("weight", "inputs"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @batched
+@workspace(lambda options: (7.0, 4.0) if options.corda_method == "kpm" else (1.0, 3.0))
 def corda(layer: Layer, options: CordaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A is the projection U Uᵀ W."""
     second_moment = layer.inputs.second_moment

@@ -43,8 +43,7 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer, LayerRequest
 from lora_init.linalg.cores import STACK_BYTES, over_cores
 from lora_init.moments import InputStatistics, decompose_together, leading
-from lora_init.registry import CalibrationRequest, Options, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import CalibrationRequest, Options, register_initializer, workspace
 
 # Variances below this share of the largest are float32 rounding: the data never used such
 # directions (fewer tokens than r). They get no rank, and whitening them would amplify noise.
@@ -189,15 +188,16 @@ def _spectra(
     options=EvaFrozenOptions,
     paper="Yin et al. 2025, arXiv 2509.04398",
     reads=("inputs",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @register_initializer(
     "eva",
     options=EvaOptions,
     paper="Paischer et al. 2024, arXiv 2410.07170",
     reads=("inputs",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
+@workspace(1.0, 5.0)
 def eva(layer: Layer, options: EvaOptions) -> Factors:
     """A (rank, in) with orthonormal rows unless whitened, B (out, rank) zero; float32."""
     size = layer.rank

@@ -33,8 +33,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import uniform
-from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, register_initializer, workspace
 
 FORMS = ("product", "directions")
 # Smaller singular values of D, relative to the largest, are rounding.
@@ -68,12 +67,13 @@ register = partial(
     register_initializer,
     paper="a definition of this project",
     reads=("weight", "target_weight"),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 
 
 @register("from_delta_subtracted", options=FromDeltaSubtractedOptions, base="subtract")
 @register("from_delta", options=FromDeltaOptions, preserves_output=False)
+@workspace(6.5, 0.0)
 def from_delta(layer: Layer, options: FromDeltaOptions | FromDeltaSubtractedOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32; balanced, or A orthonormal and B zero."""
     difference = (layer.target_weight.double() - layer.weight.double()).float()

@@ -15,13 +15,12 @@ from lora_init.initializers.kaiming import embedding
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal, zeros
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
     "gaussian",
     paper="Hu et al. 2021, arXiv 2106.09685, section 4.1",
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 def gaussian(layer: Layer, options: Options) -> Factors:
     """A (rank, in) normal with standard deviation 1/rank, B (out, rank) zero; float32."""

@@ -38,8 +38,7 @@ from torch import Tensor
 from lora_init.factors import Factors
 from lora_init.initializers.kaiming import kaiming
 from lora_init.layer import Layer, LayerRequest
-from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import Options, register_initializer, workspace
 
 
 @dataclass
@@ -105,8 +104,9 @@ def importance(layer: LayerRequest) -> float:
     paper="He et al. 2025, arXiv 2502.12171",
     preserves_output=False,
     reads=("gradient", "weight"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
+@workspace(3.0, 0.0)
 def gora(layer: Layer, options: GoraOptions) -> Factors:
     """A (rank, in) Kaiming-uniform, B (out, rank) from the gradient; float32."""
     gradient = layer.gradient

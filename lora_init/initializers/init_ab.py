@@ -25,7 +25,6 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import uniform
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 PAPER = "Li et al. 2025, arXiv 2505.23194"
 
@@ -62,14 +61,14 @@ class InitAbSubtractedOptions(InitAbOptions):
     options=InitAbSubtractedOptions,
     paper=PAPER,
     base="subtract",
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @register_initializer(
     "init_ab",
     options=InitAbOptions,
     paper=PAPER,
     preserves_output=False,
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 def init_ab(layer: Layer, options: InitAbOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, uniform within ±gamma/sqrt(in)."""

@@ -20,13 +20,12 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import uniform, zeros
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
     "init_b",
     paper="Hayou, Ghosh & Yu 2024, arXiv 2406.08447",
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 def init_b(layer: Layer, options: Options) -> Factors:
     """A (rank, in) zero, B (out, rank) uniform within ±1/sqrt(rank); float32."""

@@ -16,7 +16,6 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal, uniform, zeros
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 def embedding(layer: Layer) -> Factors:
@@ -28,7 +27,7 @@ def embedding(layer: Layer) -> Factors:
 @register_initializer(
     "kaiming",
     paper="Hu et al. 2021, arXiv 2106.09685",
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 def kaiming(layer: Layer, options: Options) -> Factors:
     """A (rank, in) uniform within ±1/sqrt(in), B (out, rank) zero; float32."""

@@ -32,8 +32,7 @@ from lora_init.factors import Factors, Replacement
 from lora_init.layer import Layer
 from lora_init.linalg.transfer import named_on_host
 from lora_init.quantization import Quantizer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 NORMAL_FLOAT = {2: "nf2", 4: "nf4", 8: "int8"}
 
@@ -120,9 +119,10 @@ def layer_quantizer(layer: Layer, options: QuantizingOptions) -> Quantizer:
     base="replace",
     preserves_output=False,
     reads=("weight", "quantizer"),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(6.5, 0.0)
 def loftq(layer: Layer, options: LoftqOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, and the recipe of the quantized base."""
     weight, scaling = layer.weight, layer.scaling

@@ -40,8 +40,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -95,13 +94,14 @@ register = partial(
     paper="Zhang et al. 2025, arXiv 2510.24561",
     preserves_output=False,
     reads=("inputs", "gradient", "output_moments"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 
 
 @register("lora_da_frozen", options=LoraDaFrozenOptions)
 @register("lora_da", options=LoraDaOptions)
 @batched
+@workspace(4.0, 9.5)
 def lora_da(layer: Layer, options: LoraDaOptions) -> Factors:
     """A (rank, in) with A Aᵀ = I / gamma, and B (out, rank), float32."""
     squares = layer.output_moments.double()

@@ -56,8 +56,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, Reads, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import Options, Reads, batched, register_initializer, workspace
 
 # B takes the last half of the triplets, which converge last. The default tolerance would leave
 # their subspace inaccurate.
@@ -117,9 +116,10 @@ class LoraGaOptions(Options):
     paper="Wang et al. 2024, arXiv 2407.05000",
     base="subtract",
     reads=("gradient",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @batched
+@workspace(4.0, 0.0)
 def lora_ga(layer: Layer, options: LoraGaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, rows and columns orthogonal, of norm k each."""
     gradient, rank = layer.gradient, layer.rank

@@ -30,8 +30,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -54,13 +53,14 @@ register = partial(
     paper="Tang et al. 2025, arXiv 2503.02659",
     base="subtract",
     reads=("weight", "inputs"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 
 
 @register("lora_null_frozen", options=LoraNullFrozenOptions)
 @register("lora_null", options=LoraNullOptions)
 @batched
+@workspace(2.0, 6.5)
 def lora_null(layer: Layer, options: LoraNullOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32; s B A = W N Nᵀ, A Aᵀ = Bᵀ B = S / s."""
     unused = layer.inputs.least_directions(layer.rank)

@@ -32,7 +32,6 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
 
 
 @dataclass
@@ -62,7 +61,7 @@ class LoraOneOptions(Options):
     paper="Zhang, Liu & Chen 2025, arXiv 2502.01235",
     preserves_output=False,
     reads=("gradient",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @batched
 def lora_one(layer: Layer, options: LoraOneOptions) -> Factors:

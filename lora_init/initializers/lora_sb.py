@@ -34,7 +34,6 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
 
 
 @dataclass
@@ -63,7 +62,7 @@ class LoraSbOptions(Options):
     paper="Ponkshe et al. 2024, arXiv 2411.19557",
     preserves_output=False,
     reads=("gradient",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @batched
 def lora_sb(layer: Layer, options: LoraSbOptions) -> Factors:

@@ -28,8 +28,7 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -58,9 +57,10 @@ class LoraXsOptions(Options):
     paper="Bałazy et al. 2024, arXiv 2405.17604",
     preserves_output=False,
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(3.0, 0.0)
 def lora_xs(layer: Layer, options: LoraXsOptions) -> Factors:
     """A (rank, in), B (out, rank) with orthonormal columns and R (rank, rank), float32."""
     size = linalg.nesting_rank(layer.rank, min(layer.shape))

@@ -28,8 +28,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -55,9 +54,10 @@ def sine_basis(size: int, rank: int, device: torch.device) -> Float[Tensor, "siz
     paper="Zhang et al. 2025, arXiv 2507.06558",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(3.0, 0.0)
 def loram(layer: Layer, options: LoramOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32: rows and columns orthogonal, of norm β each."""
     (rows, columns), rank = layer.shape, layer.rank

@@ -32,8 +32,8 @@ from lora_init.registry import (
     get_initializer,
     list_initializers,
     register_initializer,
+    workspace,
 )
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -70,10 +70,11 @@ def references() -> list[str]:
     paper="control, no paper",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
     control=True,
 )
 @batched
+@workspace(3.0, 0.0)
 def matched_norm(layer: Layer, options: MatchedNormOptions) -> Factors:
     """A (rank, in) and B (out, rank) of equal Frobenius norm, float32."""
     (rows, columns), rank = layer.shape, layer.rank

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -37,9 +36,10 @@ class MicaOptions(Options):
     options=MicaOptions,
     paper="Rüdiger & Raschka 2026, arXiv 2604.01694",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(9.0, 0.0)
 def mica(layer: Layer, options: MicaOptions) -> Factors:
     """A (rank, in) zero, B (out, rank) with orthonormal columns; float32."""
     size = linalg.nesting_rank(layer.rank, min(layer.shape))

@@ -21,8 +21,7 @@ import torch
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @register_initializer(
@@ -30,9 +29,10 @@ from lora_init.weights.module_types import MODULE_TYPES
     paper="Wang et al. 2024, arXiv 2406.09044",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(9.0, 0.0)
 def milora(layer: Layer, options: Options) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s, ascending."""
     size = linalg.nesting_rank(layer.rank, min(layer.shape))

@@ -17,8 +17,7 @@ from __future__ import annotations
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @register_initializer(
@@ -26,9 +25,10 @@ from lora_init.weights.module_types import LINEAR_TYPES
     paper="Büyükakyüz 2024, arXiv 2406.01775",
     base="subtract",
     reads=("weight",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @batched
+@workspace(3.0, 0.0)
 def olora(layer: Layer, options: Options) -> Factors:
     """B (out, rank) with orthonormal columns, A (rank, in) upper trapezoidal; float32."""
     q, r = linalg.leading_qr(layer.stored_weight, layer.rank)

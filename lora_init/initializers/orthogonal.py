@@ -24,7 +24,6 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -41,7 +40,7 @@ class OrthogonalOptions(Options):
     "orthogonal",
     options=OrthogonalOptions,
     paper="D. Nimmaturi, datta0.github.io",
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 def orthogonal(layer: Layer, options: OrthogonalOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, with B A = 0."""

@@ -20,7 +20,6 @@ from lora_init.initializers.random_bases import haar_columns
 from lora_init.layer import Layer
 from lora_init.linalg.draws import zeros
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @dataclass
@@ -38,7 +37,7 @@ class OrthonormalOptions(Options):
     "orthonormal",
     options=OrthonormalOptions,
     paper="control, no paper",
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
     control=True,
 )
 def orthonormal(layer: Layer, options: OrthonormalOptions) -> Factors:

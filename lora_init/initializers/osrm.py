@@ -24,8 +24,7 @@ from functools import partial
 from lora_init.factors import Factors
 from lora_init.initializers.lora_null import used_share
 from lora_init.layer import Layer
-from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import CalibrationRequest, Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -47,13 +46,14 @@ register = partial(
     register_initializer,
     paper="Zhang & Zhou 2025, arXiv 2505.22934",
     reads=("inputs",),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 
 
 @register("osrm_frozen", options=OsrmFrozenOptions)
 @register("osrm", options=OsrmOptions)
 @batched
+@workspace(0.5, 4.5)
 def osrm(layer: Layer, options: OsrmOptions) -> Factors:
     """A (rank, in) with orthonormal rows, B (out, rank) zero; float32."""
     unused = layer.inputs.least_directions(layer.rank)

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -63,9 +62,10 @@ class PissaOptions(Options):
     paper="Meng et al. 2024, arXiv 2404.02948",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(3.0, 0.0)
 def pissa(layer: Layer, options: PissaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
     if options.niter is None:

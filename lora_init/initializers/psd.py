@@ -31,7 +31,6 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal, uniform, zeros
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 FORMS = ("signal", "iid", "shuffle", "row", "column")
 
@@ -70,7 +69,7 @@ class PsdOptions(Options):
     "psd",
     options=PsdOptions,
     paper="PSDLoRA, kesiledada233 (code); a control",
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
     control=True,
 )
 def psd(layer: Layer, options: PsdOptions) -> Factors:

@@ -42,8 +42,7 @@ from lora_init.initializers.loftq import block_quantizer, layer_quantizer
 from lora_init.layer import Layer
 from lora_init.linalg.transfer import named_on_host
 from lora_init.quantization import Quantizer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -76,9 +75,10 @@ class QeraOptions(Options):
     base="replace",
     preserves_output=False,
     reads=("weight", "inputs", "quantizer"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @batched
+@workspace(5.0, 3.0)
 def qera(layer: Layer, options: QeraOptions) -> Factors:
     """A (rank, in), B (out, rank) with orthonormal columns, float32, and the recipe of Q."""
     weight, (rows, columns) = layer.weight, layer.shape

@@ -36,8 +36,7 @@ from lora_init.initializers.loftq import (
 )
 from lora_init.layer import Layer
 from lora_init.quantization import Quantizer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @dataclass
@@ -74,9 +73,10 @@ class QpissaOptions(Options):
     base="replace",
     preserves_output=False,
     reads=("weight", "quantizer"),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 @batched
+@workspace(8.0, 0.0)
 def qpissa(layer: Layer, options: QpissaOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, balanced, and the recipe of the quantized base."""
     weight, scaling = layer.weight, layer.scaling

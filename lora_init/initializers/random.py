@@ -13,14 +13,13 @@ from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.draws import uniform
 from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
 
 
 @register_initializer(
     "random",
     paper="debugging aid, no paper",
     preserves_output=False,
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 def random(layer: Layer, options: Options) -> Factors:
     """A (rank, in) within ±1/sqrt(in), B (out, rank) within ±1/sqrt(rank); float32."""

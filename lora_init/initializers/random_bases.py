@@ -22,8 +22,7 @@ from lora_init.factors import Factors
 from lora_init.initializers.pissa import PissaOptions, pissa
 from lora_init.layer import Layer
 from lora_init.linalg.draws import normal
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 
 @register_initializer(
@@ -31,10 +30,11 @@ from lora_init.weights.module_types import MODULE_TYPES
     paper="control, no paper",
     base="subtract",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
     control=True,
 )
 @batched
+@workspace(3.0, 0.0)
 def random_bases(layer: Layer, options: Options) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced like PiSSA's: A Aᵀ = Bᵀ B = S_r / s."""
     rows, columns = layer.shape

@@ -27,19 +27,19 @@ from functools import partial
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.registry import Options, batched, register_initializer
-from lora_init.weights.module_types import MODULE_TYPES
+from lora_init.registry import Options, batched, register_initializer, workspace
 
 register = partial(
     register_initializer,
     paper="ICML 2026, arXiv 2606.31813",
     reads=("weight",),
-    modules=MODULE_TYPES,
+    operations=("product", "convolution", "lookup"),
 )
 
 
 @register("rlpo")
 @batched
+@workspace(3.0, 0.0)
 def rlpo(layer: Layer, options: Options) -> Factors:
     """A (rank, in): the first right singular vectors, as rows; B (out, rank) zero; float32."""
     size = linalg.nesting_rank(layer.rank, min(layer.shape))
@@ -48,6 +48,7 @@ def rlpo(layer: Layer, options: Options) -> Factors:
 
 @register("rlmo")
 @batched
+@workspace(9.0, 0.0)
 def rlmo(layer: Layer, options: Options) -> Factors:
     """A (rank, in): the last right singular vectors, the very last first; B (out, rank) zero."""
     size = linalg.nesting_rank(layer.rank, min(layer.shape))

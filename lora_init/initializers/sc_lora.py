@@ -10,7 +10,9 @@ and
 
     B = Q,    A = Qᵀ W / s,    s B A = Q Qᵀ W,
 
-and the base becomes W - s B A. At beta = 0, s B A is the best rank-r copy of the outputs on
+and the base becomes W - s B A. With `bias=True`, P and N are second moments of W x + b, with the
+layer's bias b: P = W C₊ Wᵀ + W μ bᵀ + b μᵀ Wᵀ + b bᵀ, where μ is the mean input. Q then lies in
+the space of W's columns and b. At beta = 0, s B A is the best rank-r copy of the outputs on
 "learn". A larger beta moves the adapter away from what "keep" uses. M is indefinite. A direction
 with a negative eigenvalue costs more on "keep" than it gives on "learn". The report counts the
 positive eigenvalues, and a warning names layers with fewer of them than r.
@@ -19,11 +21,11 @@ Source: Luo et al., "SC-LoRA: Balancing Efficient Fine-tuning and Knowledge Pres
 Subspace-Constrained LoRA", 2025, arXiv 2505.23724.
 Deviations: the official code divides the outputs of each sample by |max y| and sums over samples.
 That weight cannot be computed from C, so this code makes the sets comparable by their traces;
-`normalize="none"` uses the moments as they are. The official code includes the bias in the outputs;
-this code does not, because a constant output needs no adapter. The official code has no scaling;
-this code divides A by s. For out > in, Q lies in the column space of W, where s B A can act. The
-authors use beta = 0.8 to keep world knowledge, 0.9 to keep safety and 0.5 for poisoned data.
-PEFT does not have this method.
+`normalize="none"` uses the moments as they are. The official code includes the bias in the outputs.
+This code does so only with `bias=True`, because a constant output needs no adapter. The official
+code has no scaling; this code divides A by s. For out > in, Q lies in the column space of W, where
+s B A can act. The authors use beta = 0.8 to keep world knowledge, 0.9 to keep safety and 0.5 for
+poisoned data. PEFT does not have this method.
 """
 
 from __future__ import annotations
@@ -40,8 +42,14 @@ from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.moments import InputSets
-from lora_init.registry import CalibrationRequest, Options, batched, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import (
+    CalibrationRequest,
+    Options,
+    Reads,
+    batched,
+    register_initializer,
+    workspace,
+)
 
 LEARN, KEEP = "learn", "keep"
 # Second moments are float32 sums. Smaller eigenvalues, relative to the largest, are their rounding.
@@ -55,10 +63,12 @@ class ScLoraOptions(Options):
     Attributes:
         beta: weight of the set "keep", between 0 and 1.
         normalize: "trace" divides the second moment of each set by its trace, "none" does not.
+        bias: whether the outputs include the bias, as in the official code.
     """
 
     beta: float = 0.5
     normalize: str = "trace"
+    bias: bool = False
 
     def __post_init__(self) -> None:
         number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
@@ -72,6 +82,12 @@ class ScLoraOptions(Options):
                 f"sc_lora: normalize={self.normalize!r} is not supported: must be one of trace, "
                 "none. Use 'trace' for sets of different sizes"
             )
+
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"sc_lora: bias={self.bias!r} is not supported: must be True or False")
+
+    def also_reads(self) -> frozenset[Reads]:
+        return frozenset({"bias"} if self.bias else ())
 
     def input_request(self) -> CalibrationRequest:
         return CalibrationRequest(sets=(LEARN, KEEP))
@@ -91,18 +107,23 @@ class ScLoraOptions(Options):
     paper="Luo et al. 2025, arXiv 2505.23724",
     base="subtract",
     reads=("weight", "inputs"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
 @batched
+@workspace(13.0, 2.5)
 def sc_lora(layer: Layer, options: ScLoraOptions) -> Factors:
     """A (rank, in) and B (out, rank) with orthonormal columns, float32; s B A = Q Qᵀ W."""
     weight = layer.weight.double()
-    basis, reduced = None, weight
+    basis, columns = None, weight
+    if options.bias:
+        assert layer.bias is not None
+        columns = torch.cat([weight, layer.bias.double()[..., None]], dim=-1)
     if layer.shape[0] > layer.shape[1]:
-        basis, reduced = linalg.thin_qr(weight)
+        basis, columns = linalg.thin_qr(columns)
+    reduced, bias = columns.split([layer.shape[1], columns.shape[-1] - layer.shape[1]], dim=-1)
     inputs = layer.inputs
     assert isinstance(inputs, InputSets)
-    learn, keep = (_outputs(reduced, inputs[name].second_moment) for name in (LEARN, KEEP))
+    learn, keep = (_outputs(reduced, bias, inputs[name]) for name in (LEARN, KEEP))
     if options.normalize == "trace":
         learn, keep = (one / _trace(one).clamp_min(torch.finfo().tiny) for one in (learn, keep))
     size = linalg.nesting_rank(layer.rank, min(layer.shape))
@@ -128,10 +149,14 @@ def sc_lora(layer: Layer, options: ScLoraOptions) -> Factors:
 
 
 def _outputs(
-    weight: Float[Tensor, "*stack out in"], moment: Float[Tensor, "*stack in in"]
+    weight: Float[Tensor, "*stack out in"], bias: Float[Tensor, "*stack out one"], inputs: Any
 ) -> Float[Tensor, "*stack out out"]:
-    """W C Wᵀ."""
-    return weight @ moment @ weight.mT
+    """The second moment of W x, or of W x + b; `bias` has no columns or one."""
+    found = weight @ inputs.second_moment @ weight.mT
+    if bias.shape[-1]:
+        mixed = weight @ inputs.mean[..., None].to(weight) @ bias.mT
+        found = found + mixed + mixed.mT + bias @ bias.mT
+    return found
 
 
 def _trace(matrix: Float[Tensor, "*stack out out"]) -> Float[Tensor, "*stack 1 1"]:

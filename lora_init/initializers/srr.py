@@ -44,8 +44,7 @@ from lora_init.layer import Layer
 from lora_init.linalg.draws import uniform
 from lora_init.linalg.transfer import named_on_host
 from lora_init.quantization import Quantizer
-from lora_init.registry import Options, register_initializer
-from lora_init.weights.module_types import LINEAR_TYPES
+from lora_init.registry import Options, register_initializer, workspace
 
 
 @dataclass
@@ -96,8 +95,9 @@ class SrrOptions(Options):
     base="replace",
     preserves_output=False,
     reads=("weight", "inputs", "quantizer"),
-    modules=(*LINEAR_TYPES, "Conv2d"),
+    operations=("product", "convolution"),
 )
+@workspace(8.5, 2.5)
 def srr(layer: Layer, options: SrrOptions) -> Factors:
     """A (rank, in), B (out, rank), float32, and the recipe of Q."""
     weight, (rows, columns), rank = layer.weight, layer.shape, layer.rank

@@ -15,6 +15,7 @@ from lora_init.plan.plan import Plan, Target
 from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import known_format, oriented_weight
+from lora_init.weights.sharded import is_sharded
 from lora_init.weights.source import BaseWeights
 
 # Adding an edit back to a float32 weight restores it within (growth + 1) 2^-24 max|W|. growth is
@@ -44,7 +45,9 @@ def settle_base(
         _replace(layer, target, factors.replacement, injection, weights, keep_original, transaction)
         return
     # Use the factors as stored, so that the rounded values of a 16-bit adapter are subtracted.
-    fixed = target.shared_with or layer.stored_weight.is_meta or not target.exact
+    # The parts of a sharded weight are not edited: whatever shards it may keep other copies.
+    absent = layer.stored_weight.is_meta or is_sharded(layer.stored_weight)
+    fixed = target.shared_with or target.quantized or absent or not target.exact
     # Experts are not edited: the edits of a stack of matrices could not be undone one by one.
     editable = "edit" in known_format(module).subtractions and target.experts is None
     if fixed or not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):

@@ -20,6 +20,7 @@ from lora_init.injection.merge import set_merged
 from lora_init.injection.record import Injection
 from lora_init.injection.repacking import hold_plain, release
 from lora_init.injection.replace import replace_modules
+from lora_init.injection.shards import shard_adapter
 from lora_init.injection.switch import set_adapter_enabled
 from lora_init.injection.transaction import Transaction, set_gradient_flags
 from lora_init.layers import (
@@ -29,6 +30,7 @@ from lora_init.layers import (
     layer_class,
     trainable_copy,
 )
+from lora_init.layers.attention import attentions
 from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.fingerprint import fingerprint
@@ -75,6 +77,7 @@ def inject_factors(
         )  # fmt: skip
         if layer.use_dora:
             settle_magnitude(layer, target, injection, weights)
+        shard_adapter(model, target.name, layer)
     for name in plan.trained_biases:
         bias = model.get_parameter(name)
         injection.biases[name] = (bias, bias.detach().clone())
@@ -147,7 +150,8 @@ def _prepare(
         for frozen in plan.initializer.frozen:
             getattr(layer, frozen).requires_grad_(False)
         injection.layers[target.name] = layer
-        injection.fingerprints[target.name] = fingerprint(weights.present(target))
+        if weights.is_readable(target):
+            injection.fingerprints[target.name] = fingerprint(weights.present(target))
     for name in dict.fromkeys(t.module for t in plan.targets if t.experts is not None):
         own = {t.matrix: injection.layers[t.name] for t in plan.targets if t.module == name}
         injection.routed[name] = LoraExperts(modules[f"{name}.{next(iter(own))}"], own)
@@ -179,6 +183,8 @@ def restore(model: nn.Module, injection: Injection, transaction: Transaction) ->
             add_product(layer.base_layer, *start, layer.scaling, 1, transaction)
     release(injection.plain, transaction)
     _unwrap(model, injection, lambda trained: trained.original_module, transaction)
+    injection.attentions = attentions(model)
+    replace_modules(model, ((one, one.joined()) for one in injection.attentions), transaction)
 
 
 @torch.inference_mode(False)
@@ -190,6 +196,8 @@ def reinstate(model: nn.Module, injection: Injection, transaction: Transaction) 
     for parameter, _ in injection.requires_grad:
         parameter.requires_grad_(False)
     _follow(injection)
+    pairs = ((one.joined(), one) for one in injection.attentions)
+    replace_modules(model, pairs, transaction)
     injection.plain = hold_plain(model, transaction)
     for layer in injection.layers.values():
         if layer.base_state == "edited":
@@ -222,6 +230,7 @@ def unwrap_merged(model: nn.Module, injection: Injection, transaction: Transacti
         for tensor in (*trained.trained_module.parameters(), *trained.trained_module.buffers()):
             transaction.data(tensor)
     _unwrap(model, injection, TrainedModule.merged_module, transaction)
+    replace_modules(model, ((one, one.joined()) for one in attentions(model)), transaction)
     for name, parameter in injection.untied.items():
         weight = injection.layers[name].stored_weight
         transaction.gradient_flags([weight])

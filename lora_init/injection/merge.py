@@ -21,13 +21,16 @@ def set_merged(injection: Injection, merged: bool, transaction: Transaction) -> 
     While merged, the injection keeps a copy of the unmerged weights, which costs their memory.
 
     Raises:
-        ValueError: a layer has a `lora_bias` and its base has no bias to merge it into.
+        ValueError: a packed weight cannot be written, or a layer has a `lora_bias` and its base
+            has no bias to merge it into. Nothing has changed then.
     """
     if merged == injection.merged:
         return
+    if merged:
+        _refuse_read_only(injection)
+        _refuse_lone_bias(injection)
     transaction.attributes(injection, "unmerged", "untied")
     if merged:
-        _refuse_lone_bias(injection)
         set_adapter_enabled(injection, True, transaction)
         errors = {}
         for name, layer in injection.layers.items():
@@ -55,6 +58,7 @@ def fold(injection: Injection) -> None:
     Each layer is merged completely or not at all. Layers that an earlier, failed call has merged
     are skipped.
     """
+    _refuse_read_only(injection)
     _refuse_lone_bias(injection)
     atomically(partial(set_adapter_enabled, injection, True))
     errors = {}
@@ -88,6 +92,17 @@ def _fold(
         norm = linalg.frobenius_norm(weight)
         error = linalg.frobenius_norm(weight - one.read(module))
         errors[name] = float(error / norm) if norm > 0 else 0.0
+
+
+def _refuse_read_only(injection: Injection) -> None:
+    for name, layer in injection.layers.items():
+        one = known_format(layer.base_layer)
+        if (reason := one.unwritable(layer.base_layer)) is not None:
+            raise ValueError(
+                f"merging is not supported for layer {name!r}, a {one.name} "
+                f"({one.describe(layer.base_layer)}): {reason}. Keep the adapter unmerged, or save "
+                "it and merge it into the unquantized model"
+            )
 
 
 def _refuse_lone_bias(injection: Injection) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_init.factors import Replacement
 from lora_init.layers import LoraExperts, LoraLayer, TrainedModule
+from lora_init.layers.attention import SplitAttention
 from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Target
 from lora_init.weights.format import Held
@@ -42,6 +43,7 @@ class Injection:
         plain: packed modules as they were before `hold_plain`.
         embedding_rows: whether the base's embeddings were loaded from an adapter's file. A new file
             must then contain them.
+        attentions: the split attention modules of an adapter that was taken out of the model.
     """
 
     weights: BaseWeights
@@ -62,6 +64,7 @@ class Injection:
     untied: dict[str, nn.Parameter | None] = field(default_factory=dict)
     plain: dict[nn.Module, Held] = field(default_factory=dict)
     embedding_rows: bool = False
+    attentions: list[SplitAttention] = field(default_factory=list)
 
     @property
     def wrappers(self) -> list[LoraLayer | LoraExperts]:

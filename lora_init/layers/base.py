@@ -15,9 +15,10 @@ from lora_init.layers.effective_weight import effective_weight
 from lora_init.layers.input import only_input
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
+from lora_init.weights.float import is_float8
 from lora_init.weights.format import WEIGHT, WeightFormat
 from lora_init.weights.kinds import FORMATS, class_format, known_format
-from lora_init.weights.offload import HOOK_ATTRIBUTES
+from lora_init.weights.offload import HOOK_ATTRIBUTES, stored_weight
 
 BaseState = Literal["kept", "edited", "in_forward", "replaced"]
 """How a layer accounts for its initial product s B0 A0:
@@ -189,7 +190,7 @@ class LoraLayer(nn.Module):
     def _decomposed_output(self, x: Tensor) -> Tensor:
         """g (W x + s B A x) + bias, with g = m / ‖W + s B A‖ row by row."""
         gain = self._along_outputs(self.gain())
-        if not self._drops():
+        if not self.drops():
             values, bias, dtype = self._adapted_without_bias(x)
             return dora.scaled(values, gain, bias).to(dtype)
         # As in the authors' code: dropout applies to all terms except one output of the base.
@@ -204,7 +205,8 @@ class LoraLayer(nn.Module):
         result = frozen + (gain - 1) * dropped + gain * delta
         return (result if bias is None else result + bias).to(dtype)
 
-    def _drops(self) -> bool:
+    def drops(self) -> bool:
+        """Whether dropout changes the input of the adapter in the next forward pass."""
         dropout = self.dropout
         return isinstance(dropout, nn.Dropout) and dropout.training
 
@@ -229,7 +231,7 @@ class LoraLayer(nn.Module):
         initial = None
         if self.base_state == "in_forward":
             initial = self.initial_lora_A, self.initial_lora_B, self.initial_projection
-        if weight is None and self.base_layer.weight.is_meta:
+        if weight is None and self.stored_weight.is_meta:
             raise RuntimeError(
                 "DoRA reads the weight that it decomposes, and this one is offloaded (it is on the "
                 "meta device); keep the adapted modules in memory, or train without use_dora"
@@ -261,7 +263,7 @@ class LoraLayer(nn.Module):
     @property
     def stored_weight(self) -> Tensor:
         """The base's present parameter, as the module stores it."""
-        return getattr(self.base_layer, self.matrix)
+        return stored_weight(self.base_layer, self.matrix)
 
     @property
     def weight(self) -> Tensor:
@@ -289,12 +291,14 @@ class LoraLayer(nn.Module):
         return (widened(bias) + added_bias).to(bias.dtype)
 
     def _present_weight(self) -> Tensor:
-        stored = self.base_layer.weight
+        stored = self.stored_weight
         if stored.is_meta:
             return stored
         one, dtype = self._format, self._format.float_dtype(self.base_layer)
         if one.quantized:
             stored = one.read(self.base_layer)
+        elif is_float8(stored):
+            stored = stored.float()
         if self.merged or (not self.adapter_enabled and self.base_state != "edited"):
             return stored.to(dtype)
         initial = gain = None
@@ -305,10 +309,12 @@ class LoraLayer(nn.Module):
             gain = self.gain() if self.use_dora else None
             if self.base_state == "in_forward":
                 initial = self.initial_lora_A, self.initial_lora_B
-        return effective_weight(
-            stored, *factors, self.scaling,
+        reorders = one.operation == "convolution"
+        total = effective_weight(
+            one.orient(stored) if reorders else stored, *factors, self.scaling,
             transposed=one.transposed, dtype=dtype, initial=initial, gain=gain,
         )  # fmt: skip
+        return one.stored(self.base_layer, total) if reorders else total
 
     def _exact_output_factor(self) -> Float[Tensor, "*experts out rank"]:
         """`output_factor` with all bits of float32, for weights."""

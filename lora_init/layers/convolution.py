@@ -1,41 +1,60 @@
-"""Adapted two-dimensional convolutions."""
+"""Adapted convolutions and transposed convolutions of one, two and three dimensions."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
+from lora_init.factors import block_matrix, matrix_blocks
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.weights.offload import is_hooked
+from lora_init.weights.patches import convolve, kernels, pointwise, torch_class
 
 
 class ConvolutionLayer(LoraLayer):
-    """``h = base(x) + s B (A * x)``: the rows of A are kernels of the base's size, B is 1 × 1.
+    """``h = base(x) + s B (A * x)``: the rows of A are kernels of the base's size, B is pointwise.
 
-    A has shape (rank, channels·height·width) here and (rank, channels, height, width) in files.
+    A has shape (rank, channels·kernel size) here and (rank, channels, *kernel) in files.
+
+    With groups, each group has its own factors of rank / groups: its kernels in A read its channels
+    and its rows of B, (out, rank / groups), read what these kernels return.
     """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        lora_A: Float[Tensor, "rank in"],
+        lora_B: Float[Tensor, "out rank"],
+        **settings: Any,
+    ) -> None:
+        super().__init__(base_layer, lora_A, lora_B, **settings)
+        self.lora_B = nn.Parameter(matrix_blocks(lora_B, self.base_layer.groups).contiguous())
+
+    @property
+    def output_factor(self) -> Float[Tensor, "out rank"]:
+        """B as a matrix, with zeros between the groups."""
+        return block_matrix(super().output_factor, self.base_layer.groups)
 
     def _low_rank(
         self,
-        x: Float[Tensor, "*batch channels height width"],
+        x: Float[Tensor, "*batch_channels_positions"],
         lora_A: Float[Tensor, "rank in"],
         lora_B: Float[Tensor, "out rank"],
     ) -> Tensor:
-        dtype = common_dtype(x, lora_A)
-        kernels = lora_A.to(dtype).unflatten(1, self.base_layer.weight.shape[1:])
-        # torch's method applies stride, dilation and all padding modes of the base.
-        hidden = nn.Conv2d._conv_forward(self.base_layer, x.to(lora_A.device, dtype), kernels, None)
-        hidden = hidden * self.scaling
-        return functional.conv2d(hidden, lora_B.to(dtype)[:, :, None, None])
+        dtype, base = common_dtype(x, lora_A), self.base_layer
+        weight = kernels(base, lora_A.to(dtype))
+        hidden = convolve(base, x.to(lora_A.device, dtype), weight) * self.scaling
+        return pointwise(base, hidden, matrix_blocks(lora_B.to(dtype), base.groups).contiguous())
 
     def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         base = self.base_layer
         bias = None if base.bias is None else self._along_outputs(base.bias)
-        if type(base).forward is nn.Conv2d.forward and not is_hooked(base):
-            return base._conv_forward(x, base.weight, None), bias
+        if type(base).forward is torch_class(base).forward and not is_hooked(base):
+            return convolve(base, x, base.weight), bias
         result = base(x)
         return (result if bias is None else result - bias), bias
 
-    def _along_outputs(self, vector: Float[Tensor, " out"]) -> Float[Tensor, "out 1 1"]:
-        return vector[:, None, None]
+    def _along_outputs(self, vector: Float[Tensor, " out"]) -> Float[Tensor, "out ..."]:
+        return vector.view(-1, *[1] * (self.base_layer.weight.ndim - 2))

@@ -26,6 +26,7 @@ from torch import Tensor
 from lora_init.layers import two_parts
 from lora_init.layers.transforms import is_transformed
 from lora_init.linalg.matrix import widened
+from lora_init.linalg.precision import wide_device
 
 Initial = tuple[Tensor, Tensor, Tensor]
 """A0, B0 and W A0ᵀ, if the forward pass subtracts the initial product."""
@@ -34,8 +35,9 @@ Initial = tuple[Tensor, Tensor, Tensor]
 @torch.no_grad()
 def square_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
     """‖W‖² row by row, summed in float64."""
-    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
-    return norms.square().to(widened(weight).dtype)
+    place = wide_device(weight.device)
+    norms = torch.linalg.vector_norm(weight.to(place), dim=1, dtype=torch.float64)
+    return norms.square().to(widened(weight).dtype).to(weight.device)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class ExpertsLayer(LoraLayer):
         initial = None, None
         if self.base_state == "in_forward":
             initial = self.initial_lora_A, self.initial_lora_B
-        dropout = self.dropout if self._drops() else None
+        dropout = self.dropout if self.drops() else None
         return Update(self.lora_A, self.output_factor, self.scaling, *initial, dropout)
 
     @property
@@ -110,14 +110,15 @@ class LoraExperts(nn.Module):
         self.training = base_layer.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        layers = {matrix: self._modules[matrix] for matrix in self.matrices}
+        layers: dict[str, Any] = {matrix: self._modules[matrix] for matrix in self.matrices}
         updates = {matrix: layer() for matrix, layer in layers.items() if layer.is_active}
         if not updates:
             return self.base_layer(*args, **kwargs)
         if kwargs:
             signature = inspect.signature(type(self.base_layer).forward)
             args = signature.bind(self.base_layer, *args, **kwargs).args[1:]
-        hidden, index, weights = (*args, None, None)[:3]
+        given: tuple[Any, ...] = (*args, None, None)
+        hidden, index, weights = given[:3]
         return routed_output(self.base_layer, hidden, index, weights, updates)
 
     def __getattr__(self, name: str) -> Any:

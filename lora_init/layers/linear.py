@@ -12,8 +12,10 @@ from lora_init.layers.adapted_product import adapted_product
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.layers.decomposed_product import decomposed_product
 from lora_init.layers.low_rank_sum import low_rank_sum, wide_dtype
+from lora_init.layers.tensor_parallel import AddedToProduct, beside
 from lora_init.layers.transforms import is_transformed
 from lora_init.weights.offload import is_hooked
+from lora_init.weights.sharded import is_dtensor
 
 STACKED_POSITIONS = {"cpu": 2048}
 """Maximum number of positions, by device, for which copying the inputs is cheaper than reading the
@@ -49,7 +51,10 @@ class LinearLayer(LoraLayer):
     # -- single autograd functions, where they compute the same function ---------------------------
 
     def _adapted_output(self, x: Tensor) -> Tensor:
-        if self.lora_bias is not None or self._drops() or not self._is_product(x):
+        if self.lora_bias is not None or self.drops() or not self._is_product(x):
+            if is_dtensor(self.base_layer.weight):
+                with AddedToProduct(self._parallel_delta):
+                    return self.base_layer(x)
             return super()._adapted_output(x)
         base, lora_A, lora_B = self.base_layer, self.lora_A, self.output_factor
         initial = None
@@ -69,12 +74,21 @@ class LinearLayer(LoraLayer):
             return adapted_product(x, weight, lora_A, lora_B, base.bias, self.scaling)
         return low_rank_sum(x, weight, lora_A, lora_B, base.bias, initial, self.scaling)
 
+    def _parallel_delta(self, x: Tensor) -> Tensor:
+        """s (B A - B0 A0) x under tensor parallelism."""
+        factors = beside(self.lora_A, x), beside(self.output_factor, x)
+        delta = self._low_rank(x, *factors)
+        if self.base_state == "in_forward":
+            initial = beside(self.initial_lora_A, x), beside(self.initial_lora_B, x)
+            delta = delta - self._low_rank(x, *initial)
+        return delta
+
     def _decomposed_output(self, x: Tensor) -> Tensor:
         weight = self._plain_weight(x)
         is_wide = x.dtype == self.lora_magnitude_vector.dtype and x.dtype.itemsize >= 4
         is_short = x.numel() <= STACKED_POSITIONS.get(x.device.type, 0) * x.shape[-1]
         # The norms need wide products, because 16 bits would round them.
-        if weight is None or self._drops() or not (is_wide and is_short):
+        if weight is None or self.drops() or not (is_wide and is_short):
             return super()._decomposed_output(x)
         return decomposed_product(
             x, weight, self.lora_A, self.output_factor, self.lora_magnitude_vector,

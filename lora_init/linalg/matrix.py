@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_init.linalg.precision import wide_device
+
 LARGE = 1 << 22
 """numpy asks Linux for huge pages from this many bytes; torch never does."""
 ALIGNMENT = 64
@@ -69,6 +71,8 @@ def products(
 def frobenius_norm(matrix: Float[Tensor, "*stack m n"]) -> Float[Tensor, "*stack"]:
     """Return ``‖W‖`` in float64, right to 1e-7 of itself (1e-6 for 16 bits).
 
+    It is on the device of W, or on the CPU if that device has no float64.
+
     Squares are summed in float32 along contiguous rows or columns, and these sums in float64. A sum
     in float32 alone would lose digits; one in float64 alone is many times slower.
     """
@@ -80,7 +84,9 @@ def frobenius_norm(matrix: Float[Tensor, "*stack m n"]) -> Float[Tensor, "*stack
         torch.linalg.vector_norm(piece, dim=-1, dtype=torch.float32)
         for piece in matrix.split(WIDEST, dim=-1)
     ]
-    return torch.linalg.vector_norm(torch.cat(pieces, dim=-1), dim=-1, dtype=torch.float64)
+    sums = torch.cat(pieces, dim=-1)
+    sums = sums.to(wide_device(sums.device))
+    return torch.linalg.vector_norm(sums, dim=-1, dtype=torch.float64)
 
 
 def is_finite(values: Tensor) -> bool:

@@ -11,13 +11,27 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+WITHOUT_FLOAT64 = ("mps",)
+"""The types of devices that have no float64: Apple's GPUs."""
+
+
+def wide_device(device: torch.device) -> torch.device:
+    """The device for decompositions and float64: `device`, or the CPU if it has no float64."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def wide(values: Tensor) -> Tensor:
+    """The tensor in float64, on its `wide_device`."""
+    return values.to(wide_device(values.device)).double()
 
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Compute products in the dtype of their factors. Reduced float32 products stay as set."""
     with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
+        for device in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_init.linalg.precision import wide
+
 
 def on_host(numbers: Sequence[Tensor]) -> list[Any]:
     """Return each tensor as `Tensor.tolist` does, with one copy per device for all of them."""
@@ -19,7 +21,7 @@ def on_host(numbers: Sequence[Tensor]) -> list[Any]:
         some = [numbers[index].detach() for index in indices]
         # float64 holds every float32 number and all counts below 2^53.
         if len({number.dtype for number in some}) > 1:
-            some = [number.double() for number in some]
+            some = [wide(number) for number in some]
         values = torch.cat([number.flatten() for number in some]).cpu()
         parts = values.split([number.numel() for number in some])
         for index, part in zip(indices, parts, strict=True):

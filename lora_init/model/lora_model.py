@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_init import adapters, injection
+from lora_init.adapters.diffusers_file import write_diffusers
+from lora_init.adapters.diffusers_format import component_of
+from lora_init.adapters.file_layers import AdapterFile, read_layers
 from lora_init.adapters.hub import push_adapter
 from lora_init.config.lora_config import LoraConfig
+from lora_init.distributed import rank_number
 from lora_init.factors import Replacement
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.model import state_dict as checkpoints
@@ -29,11 +34,17 @@ from lora_init.model.verification import (
     read_message,
     unused_message,
 )
+from lora_init.plan.attention import split_on_success
 from lora_init.plan.make import check_model
 from lora_init.plan.plan import Plan
 from lora_init.report import InitReport, LayerReport, describe_layer
 from lora_init.weights.bitsandbytes import parameter_count
-from lora_init.weights.offload import HOOK_ATTRIBUTES, absence, first_unloaded
+from lora_init.weights.offload import (
+    HOOK_ATTRIBUTES,
+    absence,
+    first_unloaded,
+)
+from lora_init.weights.sharded import is_dtensor, is_sharded, reshard
 
 
 class LoraModel(nn.Module):
@@ -116,7 +127,10 @@ class LoraModel(nn.Module):
     def assume_used(self, uses: Uses) -> None:
         """Store how the layers are used, and skip the check in the next forward pass."""
         self._use_pending = False
-        self._read_layers = [name for name in self.layers if name in uses.used - uses.called]
+        read = uses.used - uses.called
+        # PEFT's layer for an attention module reads the weights of its projections too.
+        plain = [target.name for target in self.plan.targets if target.attention is None]
+        self._read_layers = [name for name in plain if name in read]
 
     def trained_modules(self) -> dict[str, TrainedModule]:
         """The fully trained modules, by name."""
@@ -384,13 +398,17 @@ class LoraModel(nn.Module):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         portable: bool = False,
+        format: str = "peft",
+        component: str | None = None,
         save_function: Any = None,
         max_shard_size: Any = None,
         push_to_hub: bool = False,
     ) -> None:
         """Save the adapter in PEFT's format; see `lora_init.adapters` for the files.
 
-        The arguments are those of PEFT and transformers, in PEFT's order.
+        The arguments are those of PEFT and transformers, in PEFT's order. If the adapter is sharded
+        (FSDP2, tensor parallelism, DeepSpeed ZeRO-3), all ranks must call this without
+        `state_dict`: it gathers the adapter one tensor at a time, and rank 0 writes the files.
 
         Args:
             folder: the folder to write, which is created if needed.
@@ -405,6 +423,10 @@ class LoraModel(nn.Module):
                 argument is given, `model.safetensors` is also written, for transformers' Trainer.
             portable: whether to write a file that PEFT, vLLM and llama.cpp scale alike. It loads as
                 a plain adapter of its rank, which is 2r for methods that subtract from the base.
+            format: "peft", or "diffusers" for `pytorch_lora_weights.safetensors`, which diffusers'
+                `load_lora_weights` and `load_lora_adapter` read. It has s B in place of B.
+            component: the model's name in its pipeline, such as "unet" or "transformer", with
+                format="diffusers". None chooses it by the model's class.
             save_function: ignored, since the file is written atomically.
             max_shard_size: ignored, since an adapter is one file.
             push_to_hub: must be False. Call `push_to_hub` of the model instead.
@@ -434,13 +456,38 @@ class LoraModel(nn.Module):
                 "the original base model.",
                 stacklevel=2,
             )
-        if not is_main_process:
+        if format not in ("peft", "diffusers"):
+            raise ValueError(
+                f"format={format!r} is not supported: must be one of 'peft', 'diffusers'. Leave it "
+                "out for PEFT's format."
+            )
+        if format == "diffusers" and portable:
+            raise ValueError(
+                "portable=True is not supported with format='diffusers', which diffusers alone "
+                "reads. Leave out one of them."
+            )
+        if component is not None and format != "diffusers":
+            raise ValueError(
+                f"component={component!r} is not supported with format={format!r}: it is a name in "
+                "diffusers' file. Leave it out, or add format='diffusers'."
+            )
+        live = self._live_injection("save_pretrained")
+        gathers = state_dict is None and self._is_sharded()
+        if format == "diffusers" and gathers:
+            raise ValueError(
+                "format='diffusers' is not supported for a sharded adapter: must be 'peft'. Save "
+                "in PEFT's format, load that into a whole model, and save it there."
+            )
+        if not is_main_process and not gathers:
             return
         if self._read_layers:
             warnings.warn(read_message(self._read_layers), stacklevel=2)
-        live = self._live_injection("save_pretrained")
-        if state_dict is None:
+        if state_dict is None and not gathers:
             live = self._whole_injection("save_pretrained", without_base=True)
+        if format == "diffusers":
+            found = self._as_plain_file(live, state_dict)
+            write_diffusers(Path(folder), found, component or component_of(self.base_model))
+            return
         adapters.save_adapter(
             Path(folder),
             self.base_model,
@@ -450,7 +497,21 @@ class LoraModel(nn.Module):
             state=state_dict,
             save_embedding_layers=save_embedding_layers,
             portable=portable,
+            write=is_main_process and not (gathers and rank_number()),
         )
+
+    def _as_plain_file(
+        self, live: injection.Injection, state: Mapping[str, Tensor] | None
+    ) -> AdapterFile:
+        """The layers of the adapter as a file for the original base holds them."""
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            # Only the configuration of such a file would be read differently.
+            warnings.filterwarnings("ignore", message="other loaders would scale")
+            adapters.save_adapter(
+                Path(folder), self.base_model, self.peft_config, self.plan, live,
+                state=state, save_embedding_layers=False,
+            )  # fmt: skip
+            return read_layers(Path(folder))
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
         """Upload the adapter, with a model card, to the Hugging Face Hub.
@@ -488,9 +549,10 @@ class LoraModel(nn.Module):
         """
         check_model(base)
         injection.refuse_adapted(base)
-        loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
-        loaded.config.inference_mode = not is_trainable
-        return injection.atomically(partial(cls._filled, base, loaded, keep_original))
+        with split_on_success(base, []):
+            loaded = adapters.read(Path(folder), base, adapter_dtype, original_weights)
+            loaded.config.inference_mode = not is_trainable
+            return injection.atomically(partial(cls._filled, base, loaded, keep_original))
 
     @classmethod
     def _filled(
@@ -539,7 +601,11 @@ class LoraModel(nn.Module):
     ) -> None:
         """Replace the initial factors of a layer, and update its base weight to match."""
         wanted = "load_state_dict with other initial factors"
-        live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
+        live = self._live_injection()
+        layer = live.layers[name]
+        # The original base of a sharded layer stays as it is.
+        if layer.base_state == "edited" or not is_sharded(layer.stored_weight):
+            live = self._whole_injection(wanted, without_base=not self.plan.use_dora)
         move = partial(injection.move_initial_factors, live.layers[name], lora_A, lora_B)
         if transaction is None:
             injection.atomically(move)
@@ -573,20 +639,28 @@ class LoraModel(nn.Module):
         Args:
             wanted: the name of the operation, for messages.
             without_base: accept unmodified base weights on the meta device, for operations that do
-                not use them.
+                not use them; and DTensors around an unmodified base, which all ranks can gather.
             half_merged: accept an adapter for which `merge_and_unload` failed halfway.
 
         Raises:
             RuntimeError: a tensor is sharded, partitioned, offloaded or not loaded.
         """
         live = self._live_injection(None if half_merged else wanted)
+        reshard(self.base_model)
         for name, layer in live.layers.items():
             core = () if layer.lora_core is None else ("lora_core",)
             base = f"base_layer.{layer.matrix}"
-            for part in ("lora_A", "lora_B", *core, base):
-                parameter = layer.get_parameter(part)
+            names = ("lora_A", "lora_B", *core)
+            parts: dict[str, Tensor] = {part: layer.get_parameter(part) for part in names}
+            parts[base] = layer.stored_weight
+            for part, parameter in parts.items():
                 untouched = part == base and layer.base_state != "edited"
                 if without_base and untouched and parameter.is_meta:
+                    continue
+                # Around an original base, what needs the factors gathers them.
+                original = layer.base_state in ("kept", "in_forward")
+                gathers = is_dtensor(parameter) or (untouched and is_sharded(parameter))
+                if without_base and original and gathers:
                     continue
                 if reason := absence(parameter):
                     raise RuntimeError(
@@ -596,6 +670,12 @@ class LoraModel(nn.Module):
                         "is fully in memory, and call this there."
                     )
         return live
+
+    def _is_sharded(self) -> bool:
+        """Whether the ranks hold the adapter in parts."""
+        live = self._live_injection()
+        reshard(self.base_model)
+        return any(is_sharded(layer.lora_A) for layer in live.layers.values())
 
     def refuse_in_between(self, wanted: str) -> None:
         """Raise a RuntimeError if the adapter is merged or disabled."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.calibration.batches import forward, home, moved
+from lora_init.linalg.precision import wide
 
 FLOAT32_TOLERANCE = 1e-4
 """Largest accepted difference of an output, relative to its largest entry. It lies between the
@@ -211,7 +212,7 @@ def _compare(found: list[Tensor], wanted: list[Tensor], tolerance: float | None)
         accepted = tolerance
         if accepted is None:
             accepted = max(FLOAT32_TOLERANCE, 4 * torch.finfo(other.dtype).eps)
-        one, other = one.double(), other.double()
+        one, other = wide(one), wide(other)
         differing = ~((one == other) | (one.isnan() & other.isnan()))  # masked logits are -inf
         size = float(other[other.isfinite()].abs().amax()) if other.isfinite().any() else 0.0
         difference = float((one - other)[differing].abs().amax()) if differing.any() else 0.0

@@ -24,8 +24,14 @@ know that:
   (not on a replaced base).
 - `merge_adapter` and `merge_and_unload` merge s (B A - B0 A0).
 - `unload` and `delete_adapter` restore the original base first.
+- An adapter of weight c (PEFT's `set_scale`, diffusers' `set_adapters`) gives
+  W + c s (B A - B0 A0).
 - What would be wrong is refused by name: sums of adapters, hot-swapping, other adapters for the
   changed base, a second PEFT model around it, and whatever needs the base while it is merged.
+
+A model can also hold PEFT's layers without a PeftModel, after `add_adapter` of transformers,
+diffusers or sentence-transformers, or `inject_adapter_in_model`. `lora_init.peft_models.injected`
+describes their functions.
 
 Nothing here imports PEFT: its layers are recognized by their classes.
 """

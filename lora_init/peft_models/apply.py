@@ -14,12 +14,13 @@ from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors, low_rank_product
 from lora_init.injection import Transaction, atomically
 from lora_init.linalg.matrix import widened
-from lora_init.peft_models.changes import Attribute, Data, Edit, Hook, Item, Operation, Trained
-from lora_init.peft_models.layers import START, AdaptedLayer, check_peft_model, refuse_merged
+from lora_init.peft_models.changes import Attribute, Data, Edit, Item, Operation, Trained
+from lora_init.peft_models.holder import checked_holder, refuse_merged
+from lora_init.peft_models.layers import START, AdaptedLayer, forget_removed
 from lora_init.peft_models.start import Start, records
 from lora_init.peft_models.subtraction import (
     EDITED_DTYPES,
-    complete_output,
+    complete,
     holds_edit,
     subtract,
     subtracts_in_forward,
@@ -34,6 +35,8 @@ from lora_init.weights.source import BaseWeights
 def restore_peft_model(peft_model: nn.Module, adapter_name: str = "default") -> None:
     """Undo an initialization: the original base, and the adapter as PEFT had made it.
 
+    `peft_model` is what `initialize_peft_model` was given.
+
     What was trained since is lost, so save it first. Ranks, layers and PEFT's configuration are
     restored too. Float32 weights come back within 1e-6 of their largest entry, 16-bit and
     quantized ones exactly (replaced ones with ``keep_original=True`` only). If anything is raised,
@@ -45,7 +48,7 @@ def restore_peft_model(peft_model: nn.Module, adapter_name: str = "default") -> 
             merged.
         RuntimeError: the base was replaced, and the original was not kept.
     """
-    check_peft_model(peft_model, adapter_name)
+    peft_model = checked_holder(peft_model, adapter_name)
     record = records(peft_model).get(adapter_name)
     if record is None:
         raise ValueError(
@@ -70,6 +73,7 @@ def other_adapter(peft_model: Any, adapter_name: str) -> str | None:
 
 def begin(peft_model: nn.Module, adapter_name: str, transaction: Transaction) -> Operation:
     """Take back the present initialization of an adapter, before another one."""
+    forget_removed(peft_model)
     record = records(peft_model).get(adapter_name)
     if record is not None:
         record.changes.take_back(transaction)
@@ -111,20 +115,25 @@ def apply(
                 made.lora_A.clone(),
                 made.lora_B.clone(),
                 scaling=target.scaling,
-                fingerprint="" if spec.base == "keep" else fingerprint(oriented_weight(layer.base)),
+                fingerprint="" if spec.base == "keep" else _fingerprint(weights, layer, target),
             )
             operation.set(Attribute(layer.module, layer.mark), start, is_mark=True)
             if spec.base != "keep":
                 operation.set(Attribute(layer.base, START), start, is_mark=True)
-                weight = weights.weight(target)
+                weight = weights.weight(target) if weights.is_readable(target) else None
                 _change_base(layer, start, target, plan, made, weights, operation)
                 if spec.base == "subtract":
-                    operation.set(Hook(layer.module, complete_output), True, is_mark=True)
+                    complete(layer, operation)
                     errors[target.name] = _error_at_start(layer, start, weight)
             _freeze(layer, plan, operation)
         if layer.magnitude is not None:
             operation.set(Data(layer.magnitude), _magnitude(layer, target, layer.magnitude))
     return errors
+
+
+def _fingerprint(weights: BaseWeights, layer: AdaptedLayer, target: Target) -> str:
+    """The fingerprint of the original weight; empty if its values cannot be read."""
+    return fingerprint(oriented_weight(layer.base)) if weights.is_readable(target) else ""
 
 
 def drop_layer(layer: AdaptedLayer, operation: Operation) -> None:
@@ -175,6 +184,10 @@ def _change_base(
 ) -> None:
     """Edit or replace the base weight, or let the forward pass subtract."""
     base, replacement = layer.base, factors.replacement
+    if replacement is None and subtracts_in_forward(layer, target, plan):
+        start.base = "in_forward"
+        subtract(layer, operation)
+        return
     weight = weights.weight(target)
     if replacement is not None:
         make = replacement.residual if target.quantized else replacement.base
@@ -183,7 +196,7 @@ def _change_base(
         start.checksum = base_checksum(replacement, weight, target.scaling, oriented_weight(base))
         if target.quantized and weights.originals is not None:
             start.from_original_weights = fingerprint(weight)
-    elif subtracts_in_forward(layer, target, plan) or not holds_edit(layer, start, weight):
+    elif not holds_edit(layer, start, weight):
         start.base = "in_forward"
         subtract(layer, operation)
     elif weight.dtype in EDITED_DTYPES:
@@ -196,9 +209,9 @@ def _change_base(
         operation.replace_weight(target.name, base, residual, edit)
 
 
-def _error_at_start(layer: AdaptedLayer, start: Start, weight: Tensor) -> float:
+def _error_at_start(layer: AdaptedLayer, start: Start, weight: Tensor | None) -> float:
     """‖W - (base + s B0 A0)‖ / ‖W‖."""
-    if start.base == "in_forward":
+    if weight is None or start.base == "in_forward":
         return 0.0
     present = oriented_weight(layer.base) + start.product()
     norm = linalg.frobenius_norm(widened(weight))

@@ -15,7 +15,9 @@ from torch import nn
 from lora_init.injection import Transaction, atomically
 from lora_init.peft_models.apply import other_adapter
 from lora_init.peft_models.changes import Attribute, Operation
-from lora_init.peft_models.layers import AdaptedLayer, refuse_merged, wrappers
+from lora_init.peft_models.holder import is_peft_model, refuse_merged, wrappers
+from lora_init.peft_models.injected import guard_injected
+from lora_init.peft_models.layers import AdaptedLayer
 from lora_init.peft_models.save import save_pretrained
 from lora_init.peft_models.start import base_owner, records
 from lora_init.peft_models.state_dict import StateDictHooks, layers_like
@@ -29,17 +31,28 @@ def guard(
 ) -> None:
     """Replace PEFT's methods that must know about an initialized adapter.
 
+    `lora_init.peft_models.injected` has those of a model that is no PeftModel.
+
     Args:
         layers: of the adapter that is initialized.
         load_adapter: for PEFT's method of that name.
     """
+    for layer in layers:
+        guarded = partial(update_layer, layer.module, layer.adapter)
+        operation.set(Attribute(layer.module, "update_layer"), guarded, is_mark=True)
+    changed_base = records(peft_model)[layers[0].adapter].changed_base
+    if changed_base:
+        operation.set(StateDictHooks(peft_model), True, is_mark=True)
+    if not is_peft_model(peft_model):
+        guard_injected(peft_model, layers, operation)
+        return
     tuner = peft_model.base_model
     guards = [
         (tuner, "delete_adapter", delete_adapter),
         (tuner, "unload", unload),
         (tuner, "merge_and_unload", merge_and_unload),
     ]
-    if records(peft_model)[layers[0].adapter].changed_base:
+    if changed_base:
         guards += [
             (peft_model, "save_pretrained", save_pretrained),
             (peft_model, "load_adapter", load_adapter),
@@ -47,13 +60,9 @@ def guard(
         ]
         if hasattr(tuner.model, "save_pretrained"):
             guards.append((tuner.model, "save_pretrained", refuse_save_of_base))
-        operation.set(StateDictHooks(peft_model), True, is_mark=True)
     for owner, name, function in guards:
         if not isinstance(vars(owner).get(name), partial):
             operation.set(Attribute(owner, name), partial(function, peft_model), is_mark=True)
-    for layer in layers:
-        guarded = partial(update_layer, layer.module, layer.adapter)
-        operation.set(Attribute(layer.module, "update_layer"), guarded, is_mark=True)
 
 
 def delete_adapter(peft_model: Any, adapter_name: str) -> None:

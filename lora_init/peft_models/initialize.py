@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping
 from functools import partial
-from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -15,9 +13,9 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.adapters.second_adapter import second_weights
-from lora_init.api import allocated, check_call, device_for
+from lora_init.api import allocated, check_call, device_for, timed
 from lora_init.cache import default_cache
-from lora_init.calibration.calibrate import calibrated
+from lora_init.calibration.calibrate import calibrated, for_allocation
 from lora_init.calibration.result import Calibration
 from lora_init.factors import low_rank_product
 from lora_init.initialize.run import InitializedLayer, initialize
@@ -27,12 +25,16 @@ from lora_init.model.verification import original_output, verify_adapted
 from lora_init.peft_models.apply import apply, begin, drop_layer, set_config
 from lora_init.peft_models.first_pass import check_first_pass
 from lora_init.peft_models.guards import guard
-from lora_init.peft_models.layers import (
-    adapted_layers,
-    check_peft_model,
+from lora_init.peft_models.holder import (
+    base_model,
+    checked_holder,
+    disabled,
+    is_peft_model,
     plain_base,
     refuse_merged,
 )
+from lora_init.peft_models.injected import own_peft_config
+from lora_init.peft_models.layers import adapted_layers
 from lora_init.peft_models.load import load_adapter
 from lora_init.peft_models.plan import (
     make_peft_plan,
@@ -53,6 +55,7 @@ def initialize_peft_model(
     *,
     options: Any = None,
     calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None = None,
+    calibration_memory: int | None = None,
     adapter_name: str = "default",
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -81,13 +84,15 @@ def initialize_peft_model(
     - replaced: by a quantized weight.
 
     Args:
-        peft_model: what `peft.get_peft_model` returned, with ``init_lora_weights=True`` (PEFT's
-            own pissa, olora, … have changed the base). Unchanged if anything fails.
+        peft_model: what `peft.get_peft_model` returned, or a model with PEFT's layers: after
+            `add_adapter` of transformers, diffusers or sentence-transformers, or
+            `peft.inject_adapter_in_model`. With ``init_lora_weights=True`` (PEFT's own pissa,
+            olora, … have changed the base). Unchanged if anything fails.
         method: as `LoraConfig.init_lora_weights`: a name, "pissa_niter_N", a mapping, an options
             object, True or False.
         options: the method's settings, a mapping or its options object, if `method` is a name.
-        calibration, device, original_weights, target_weights, quantized_base: as of
-            `lora_init.get_peft_model`.
+        calibration, calibration_memory, device, original_weights, target_weights, quantized_base:
+            as of `lora_init.get_peft_model`.
         adapter_name: which of PEFT's adapters; rank, alpha, scaling and targets are its own.
         seed: of the initialization. Every layer has its own stream, keyed by its name.
         cache: as of `lora_init.get_peft_model`.
@@ -109,15 +114,15 @@ def initialize_peft_model(
             that cannot express it. Nothing is changed.
         RuntimeError: a second call, if the original base was not kept.
     """
-    check_peft_model(peft_model, adapter_name)
+    peft_model = checked_holder(peft_model, adapter_name)
     refuse_merged(peft_model, "initialize_peft_model")
     refuse_foreign_start(peft_model, adapter_name)
     refuse_trained(peft_model, adapted_layers(peft_model, adapter_name))
     return atomically(
         partial(
             _initialize, peft_model, adapter_name, method_setting(method, options), calibration,
-            seed, device_for(device), original_weights, target_weights, quantized_base,
-            keep_original, cache, verify,
+            calibration_memory, seed, device_for(device), original_weights, target_weights,
+            quantized_base, keep_original, cache, verify,
         )
     )  # fmt: skip
 
@@ -127,6 +132,7 @@ def _initialize(
     adapter_name: str,
     setting: Any,
     calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
+    calibration_memory: int | None,
     seed: int,
     device: torch.device | None,
     original_weights: Any,
@@ -141,37 +147,56 @@ def _initialize(
     operation = begin(peft_model, adapter_name, transaction)
     layers = adapted_layers(peft_model, adapter_name)
     config = own_config(peft_model, layers, setting)
-    plan = make_peft_plan(peft_model, layers, config, quantized_base, transaction)
+    plan = make_peft_plan(
+        peft_model, layers, config, quantized_base, calibration_memory, transaction
+    )
     spec = plan.initializer
     expected = None
     if verify is not None and spec.preserves_output and not plan.replaced:
-        with peft_model.disable_adapter():
+        with disabled(peft_model):
             expected = original_output(peft_model, verify)
     cache = default_cache() if use_cache else None
     by_name = {layer.name: layer for layer in layers}
-    times = [time.perf_counter()]
+    steps = ("calibration", "allocation", "initialize", "apply")
+    seconds: dict[str, float] = dict.fromkeys(steps, 0.0)
     with plain_base(peft_model, transaction) as base:
         second = second_weights(base, target_weights, spec)
         weights = BaseWeights(base, original_weights, second)
         check_call(plan, weights, calibration, False)
         # First: a calibration pass would have bitsandbytes round the scales of packed weights.
         operation.keep_plain(base)
-        (statistics,) = calibrated(plan, base, calibration, device, cache)
-        times.append(time.perf_counter())
+        parts = calibrated(plan, base, calibration, device, cache)
         if spec.allocates:
-            plan = allocated(plan, config, statistics, weights)
-        times.append(time.perf_counter())
-        made = initialize(weights, plan, statistics.layers, seed=seed, device=device, cache=cache)
-        rows = [_row(weights, plan, layer) for layer in made]
-        times.append(time.perf_counter())
+            with timed(seconds, "calibration"):
+                whole = for_allocation(plan, parts)
+            with timed(seconds, "allocation"):
+                plan = allocated(plan, config, whole, weights)
+            parts = iter([whole])
+        made: list[InitializedLayer] = []
+        while True:
+            with timed(seconds, "calibration"):
+                part = next(parts, None)
+            if part is None:
+                break
+            with timed(seconds, "initialize"):
+                here = plan.only(part.layers)
+                made += initialize(
+                    weights, here, part.layers, seed=seed, device=device, cache=cache
+                )
+            tokens = part.tokens
+            part = None  # frees memory for the next pass
+        with timed(seconds, "initialize"):
+            rows = [_row(weights, plan, layer) for layer in made]
         factors = {layer.target.name: layer.factors for layer in made}
-        errors = apply(by_name, plan, factors, weights, operation)
+        with timed(seconds, "apply"):
+            errors = apply(by_name, plan, factors, weights, operation)
     for name in by_name.keys() - factors.keys():
         drop_layer(by_name[name], operation)
+    if not is_peft_model(peft_model):
+        own_peft_config(peft_model, adapter_name, operation)
     if spec.allocates:
         set_config(peft_model.peft_config[adapter_name], config, plan, operation)
     record(peft_model, adapter_name, config, plan, operation)
-    times.append(time.perf_counter())
     for row in rows:
         start = by_name[row.name].start
         row.base = "kept" if start is None else start.base
@@ -186,22 +211,19 @@ def _initialize(
             {layer.name: layer.base for layer in adapted},
             verify,
             expected=expected,
-            disabled=peft_model.disable_adapter,
+            disabled=partial(disabled, peft_model),
         )
     else:
-        check_first_pass(peft_model.base_model.model, adapted, operation)
+        check_first_pass(base_model(peft_model), adapted, operation)
     if not keep_original:
         operation.changes.drop_weights()
-    steps = ("calibration", "allocation", "initialize", "apply")
-    spent = (after - before for before, after in pairwise(times))
-    seconds = dict(zip(steps, spent, strict=True))
     return InitReport(
         method=spec.name,
         options=dataclasses.asdict(plan.options),
         base=spec.base,
         needs_calibration=plan.calibration is not None,
-        seconds=seconds | {"total": times[-1] - times[0]},
-        calibration_tokens=statistics.tokens,
+        seconds=seconds | {"total": sum(seconds.values())},
+        calibration_tokens=tokens,
         layers=rows,
     )
 
@@ -209,10 +231,11 @@ def _initialize(
 def _row(weights: BaseWeights, plan: Plan, layer: InitializedLayer) -> LayerReport:
     """The report's figures of one layer, from its weight before the change."""
     target, factors = layer.target, layer.factors
-    weight = weights.weight(target)
+    weight = weights.weight(target) if weights.is_readable(target) else None
     row = LayerReport.of(target, layer.seconds)
     figures = weight_figures(weight, factors.lora_A, factors.lora_B, target.scaling)
-    if plan.initializer.base == "subtract" and factors.replacement is None:
+    subtracts = plan.initializer.base == "subtract" and factors.replacement is None
+    if subtracts and weight is not None:
         product = low_rank_product(factors.lora_A, factors.lora_B, target.scaling)
         norm = linalg.frobenius_norm(widened(weight))
         if norm > 0:

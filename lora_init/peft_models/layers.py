@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.adapters.format import file_shape
-from lora_init.injection import Transaction
-from lora_init.peft_models.start import Start
+from lora_init.peft_models.holder import Place, is_of_peft, wrappers
+from lora_init.peft_models.start import Start, records
 from lora_init.plan.plan import Target
 
-SUPPORTED = ("Linear", "Embedding", "Conv2d", "Linear4bit", "Linear8bitLt")
+SUPPORTED = (
+    "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt",
+    "TorchaoLoraLinear", "HqqLoraLinear", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear",
+    "EetqLoraLinear",
+)  # fmt: skip
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 
 START = "initial_factors"
@@ -24,21 +25,6 @@ START = "initial_factors"
 
 PEFT's layer has it too, with the adapter's name appended.
 """
-
-
-@dataclass(frozen=True)
-class Place:
-    """An attribute of a parent module that holds one of PEFT's wrappers."""
-
-    parent: nn.Module
-    attribute: str
-
-    @property
-    def module(self) -> Any:
-        return getattr(self.parent, self.attribute)
-
-    def put(self, module: nn.Module) -> None:
-        setattr(self.parent, self.attribute, module)
 
 
 @dataclass(frozen=True)
@@ -130,33 +116,6 @@ class AdaptedLayer:
         return getattr(self.base, START)
 
 
-def check_peft_model(peft_model: Any, adapter_name: str) -> None:
-    """Refuse anything but a PEFT model with a LoRA adapter of this name.
-
-    Raises:
-        TypeError: another kind of model or of adapter.
-        ValueError: no adapter of this name.
-    """
-    if not _is_of_peft(peft_model, "PeftModel"):
-        kind = type(peft_model)
-        raise TypeError(
-            f"peft_model={kind.__module__}.{kind.__qualname__} is not supported: it must be a PEFT "
-            "model. Pass what peft.get_peft_model returned (lora_init.get_peft_model takes plain "
-            "models)"
-        )
-    configs = peft_model.peft_config
-    if adapter_name not in configs:
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is not supported: must be one of {', '.join(configs)}"
-        )
-    kind = getattr(configs[adapter_name], "peft_type", None)
-    kind = getattr(kind, "value", kind)
-    if kind != "LORA":
-        raise TypeError(
-            f"adapter {adapter_name!r} has peft_type={kind}, which is not supported: must be LORA"
-        )
-
-
 def adapted_layers(
     peft_model: Any, adapter_name: str, *, checked: bool = True
 ) -> list[AdaptedLayer]:
@@ -171,7 +130,7 @@ def adapted_layers(
     """
     found: dict[int, tuple[str, list[Place]]] = {}
     for name, place in wrappers(peft_model):
-        if _is_of_peft(place.module, "LoraLayer") and adapter_name in place.module.r:
+        if is_of_peft(place.module, "LoraLayer") and adapter_name in place.module.r:
             found.setdefault(id(place.module), (name, []))[1].append(place)
     layers = [
         AdaptedLayer(name, places[0].module, adapter_name, tuple(places))
@@ -185,66 +144,11 @@ def adapted_layers(
     return layers
 
 
-@contextmanager
-def plain_base(peft_model: Any, transaction: Transaction) -> Iterator[nn.Module]:
-    """The base model without PEFT's wrappers, which are put back afterwards.
-
-    Names, statistics and weights are then those of a plain model. If an interrupt stops the
-    return to the wrappers, the transaction completes it.
-    """
-    found = [(place, place.module) for _, place in wrappers(peft_model)]
-    try:
-        for place, wrapper in found:
-            transaction.undo_by(partial(place.put, wrapper))
-            if _is_of_peft(wrapper, "BaseTunerLayer"):
-                place.put(wrapper.get_base_layer())
-            else:
-                place.put(wrapper.original_module)
-        yield peft_model.base_model.model
-    finally:
-        for place, wrapper in found:
-            place.put(wrapper)
-
-
-def refuse_merged(peft_model: Any, wanted: str) -> None:
-    """Refuse an operation that would change factors while a base weight holds them.
-
-    Raises:
-        ValueError: an adapter is merged.
-    """
-    for name, module in peft_model.base_model.model.named_modules():
-        if _is_of_peft(module, "BaseTunerLayer") and module.merged_adapters:
-            raise ValueError(
-                f"{wanted} is not supported here: {name!r} has merged adapters "
-                f"({', '.join(module.merged_adapters)}). Call unmerge_adapter() first"
-            )
-
-
-def wrappers(peft_model: Any) -> list[tuple[str, Place]]:
-    """PEFT's outermost modules in the base model: name and place of each, in model order."""
-    found: list[tuple[str, Place]] = []
-    seen: set[int] = set()
-
-    def walk(parent: nn.Module, prefix: str) -> None:
-        if id(parent) in seen:
-            return
-        seen.add(id(parent))
-        for attribute, child in list(parent._modules.items()):
-            if _is_of_peft(child, "BaseTunerLayer", "AuxiliaryTrainingWrapper"):
-                found.append((f"{prefix}{attribute}", Place(parent, attribute)))
-            elif child is not None:
-                walk(child, f"{prefix}{attribute}.")
-
-    walk(peft_model.base_model.model, "")
-    return found
-
-
-def _is_of_peft(module: Any, *names: str) -> bool:
-    """Whether the module is an instance of a class of PEFT with one of these names."""
-    return any(
-        cls.__name__ in names and cls.__module__.split(".")[0] == "peft"
-        for cls in type(module).__mro__
-    )
+def forget_removed(model: Any) -> None:
+    """Forget the initialization of adapters whose layers have left the model."""
+    for name in list(records(model)):
+        if not any(layer.start for layer in adapted_layers(model, name, checked=False)):
+            del records(model)[name]
 
 
 def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
@@ -253,6 +157,12 @@ def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
         raise TypeError(
             f"{layer.name!r} is PEFT's lora.{kind}, which is not supported: must be one of "
             f"{', '.join(SUPPORTED)}. Leave it out with exclude_modules"
+        )
+    if (groups := getattr(layer.base, "groups", 1)) > 1:
+        raise TypeError(
+            f"{layer.name!r} is a convolution with groups={groups}, which is not supported in a "
+            "PEFT model: PEFT's lora_A reads the channels of all groups. Leave it out "
+            "(exclude_modules), or use lora_init.get_peft_model"
         )
     variant = layer.module.lora_variant.get(layer.adapter)
     if variant is not None and not type(variant).__name__.startswith("Dora"):
@@ -263,7 +173,7 @@ def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
     if layer.module.merged_adapters:
         raise ValueError(
             f"{layer.name!r} has merged adapters ({', '.join(layer.module.merged_adapters)}). Call "
-            "unmerge_adapter() first"
+            "unmerge_adapter() or unfuse_lora() first"
         )
     if any(parameter.is_meta for parameter in layer.parameters()):
         raise ValueError(

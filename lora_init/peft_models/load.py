@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -18,20 +19,22 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lora_init import adapters
-from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME, part_key
+from lora_init.adapters.format import (
+    HEADER_KEY,
+    OWN_WEIGHTS_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    part_key,
+)
 from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.factors import Factors
 from lora_init.injection import Transaction, atomically
 from lora_init.peft_models.apply import apply, begin, drop_layer, set_config
 from lora_init.peft_models.changes import Data, Operation
 from lora_init.peft_models.guards import guard
-from lora_init.peft_models.layers import (
-    AdaptedLayer,
-    adapted_layers,
-    check_peft_model,
-    plain_base,
-    refuse_merged,
-)
+from lora_init.peft_models.holder import checked_holder, is_peft_model, plain_base, refuse_merged
+from lora_init.peft_models.injected import own_peft_config
+from lora_init.peft_models.layers import AdaptedLayer, adapted_layers
 from lora_init.peft_models.plan import adapter_dtype, refuse_foreign_start
 from lora_init.peft_models.start import base_owner, record, records
 from lora_init.peft_models.state_dict import AXES, AnotherStart
@@ -68,7 +71,7 @@ def load_peft_checkpoint(
         FileNotFoundError, ValueError: no adapter, a damaged one, or another model's, by name; the
             model is unchanged then.
     """
-    check_peft_model(peft_model, adapter_name)
+    peft_model = checked_holder(peft_model, adapter_name)
     refuse_merged(peft_model, "load_peft_checkpoint")
     refuse_foreign_start(peft_model, adapter_name)
     atomically(
@@ -108,6 +111,9 @@ def _load(
         apply(layers, plan, factors, loaded.weights, operation, initial_known=changed)
     for name in layers.keys() - factors.keys():
         drop_layer(layers.pop(name), operation)
+    if not is_peft_model(peft_model):
+        own_peft_config(peft_model, adapter_name, operation)
+        theirs = peft_model.peft_config[adapter_name]
     if ranks != {target.name: (target.rank, target.alpha) for target in plan.targets}:
         set_config(theirs, config, plan, operation)
     record(peft_model, adapter_name, config, plan, operation)
@@ -217,6 +223,9 @@ def _fill(
     if owner is not None:
         plan = records(peft_model)[owner].plan
         tensors = _as_pefts(tensors, plan, adapted_layers(peft_model, owner))
+    if not is_peft_model(peft_model):
+        own = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+        return sys.modules["peft"].set_peft_model_state_dict(peft_model, own, adapter_name)
     load = type(peft_model).load_adapter
     with tempfile.TemporaryDirectory() as plain:
         save_file(tensors, Path(plain) / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -17,13 +17,15 @@ from lora_init.adapters.format import peft_computes
 from lora_init.config.lora_config import LoraConfig
 from lora_init.injection import Transaction
 from lora_init.injection.replace import module_paths
-from lora_init.peft_models.layers import AdaptedLayer, adapted_layers, plain_base, wrappers
+from lora_init.peft_models.holder import base_model, plain_base, wrappers
+from lora_init.peft_models.layers import AdaptedLayer, adapted_layers
 from lora_init.peft_models.start import Start, base_owner, records
 from lora_init.peft_models.subtraction import check_subtraction
 from lora_init.plan.make import make_plan
 from lora_init.plan.match import exactly
 from lora_init.plan.plan import Plan
 from lora_init.registry import get_initializer
+from lora_init.weights.kinds import known_format
 
 # The methods of PEFT that subtract from the base, or replace it, when they make a layer.
 CHANGED_BY_PEFT = ("pissa", "olora", "corda", "loftq", "lora_ga", "astra")
@@ -92,6 +94,7 @@ def make_peft_plan(
     layers: Sequence[AdaptedLayer],
     config: LoraConfig,
     quantized_base: str,
+    calibration_memory: int | None,
     transaction: Transaction,
 ) -> Plan:
     """The plan of an initialization, after all checks that need no data.
@@ -106,7 +109,13 @@ def make_peft_plan(
             "and B, which PEFT's layers do not have. Use lora_init.get_peft_model"
         )
     with plain_base(peft_model, transaction) as base:
-        plan = make_plan(base, config, adapter_dtype(layers), quantized_base=quantized_base)
+        plan = make_plan(
+            base,
+            config,
+            adapter_dtype(layers),
+            quantized_base=quantized_base,
+            calibration_memory=calibration_memory,
+        )
         _refuse_other_adapters(peft_model, layers, plan)
         _refuse_tied_factors(layers)
         if plan.initializer.base != "keep":
@@ -128,7 +137,7 @@ def refuse_foreign_start(peft_model: Any, adapter_name: str) -> None:
         for name in records(peft_model)
         for layer in adapted_layers(peft_model, name, checked=False)
     }
-    for name, module in peft_model.base_model.model.named_modules():
+    for name, module in base_model(peft_model).named_modules():
         if isinstance(module, Start) and id(module) not in known:
             raise ValueError(
                 f"adapter {adapter_name!r}: {name.rpartition('.')[0]!r} was started already, for "
@@ -244,10 +253,10 @@ def _refuse_shared(base: nn.Module, layers: Sequence[AdaptedLayer], plan: Plan) 
 
 def _refuse_other_geometry(layers: Sequence[AdaptedLayer], plan: Plan) -> None:
     for layer in layers:
-        if not peft_computes(layer.base):
+        if not peft_computes(layer.base, use_dora=False):
             raise TypeError(
-                f"target {layer.name!r} is a Conv2d with dilation={layer.base.dilation}, "
-                f"padding_mode={layer.base.padding_mode!r}, which is not supported by "
-                f"{plan.initializer.name}: PEFT's lora_A has neither. Leave it out "
-                "(exclude_modules), or use lora_init.get_peft_model"
+                f"target {layer.name!r} is a {known_format(layer.base).name} with "
+                f"dilation={layer.base.dilation}, padding_mode={layer.base.padding_mode!r}, which "
+                f"is not supported by {plan.initializer.name}: PEFT's lora_A has neither. Leave "
+                "it out (exclude_modules), or use lora_init.get_peft_model"
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -23,12 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME, part_key
+from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, PREFIX, WEIGHTS_NAME, part_key
 from lora_init.adapters.own import FORMAT_VERSION
-from lora_init.adapters.save import exported_config
 from lora_init.config.lora_config import CONFIG_NAME
 from lora_init.files import write_atomically
-from lora_init.peft_models.layers import AdaptedLayer, check_peft_model
+from lora_init.peft_models.exported import exported_peft_config
+from lora_init.peft_models.holder import checked_holder, is_peft_model
+from lora_init.peft_models.layers import AdaptedLayer
 from lora_init.peft_models.start import Record, base_owner, records
 from lora_init.peft_models.state_dict import extend, layers_like, plain_state_dict, shorten
 from lora_init.registry import describe
@@ -42,8 +44,9 @@ def save_peft_model(
 ) -> None:
     """Write an adapter for the original base, in PEFT's format.
 
-    After `initialize_peft_model`, `peft_model.save_pretrained(folder)` does the same for all
-    adapters: use either. On a kept base it writes PEFT's own file.
+    After `initialize_peft_model`, `save_pretrained(folder)` of a PeftModel does the same for all
+    adapters: use either. On a kept base it writes PEFT's own file. A model that is no PeftModel
+    has functions with other formats, which are right too unless the method replaces the base.
 
     Args:
         folder: gets `adapter_config.json` and `adapter_model.safetensors`. An adapter that is not
@@ -51,11 +54,16 @@ def save_peft_model(
         settings: further arguments of PEFT's `save_pretrained`, such as `state_dict`.
 
     Raises:
-        TypeError, ValueError: not a PEFT model, no such adapter, or a setting that would write
-            something else.
+        TypeError, ValueError: not a model with PEFT's layers, no such adapter, or a setting that
+            would write something else.
     """
-    check_peft_model(peft_model, adapter_name)
-    peft_model.save_pretrained(str(folder), selected_adapters=[adapter_name], **settings)
+    holder = checked_holder(peft_model, adapter_name)
+    if is_peft_model(holder):
+        holder.save_pretrained(str(folder), selected_adapters=[adapter_name], **settings)
+    elif base_owner(holder) is None:
+        _write_plain(holder, adapter_name, Path(folder), **settings)
+    else:
+        save_pretrained(holder, folder, selected_adapters=[adapter_name], **settings)
 
 
 def save_pretrained(
@@ -117,33 +125,52 @@ def _save_one(
             (folder / other_adapters).unlink(missing_ok=True)
     theirs = peft_model.peft_config[name]
     peft_model.peft_config[name] = _converted_config(theirs, record, is_replaced)
+    settings |= {"state_dict": state, "is_main_process": is_main_process}
     try:
-        type(peft_model).save_pretrained(
-            peft_model,
-            str(save_directory),
-            selected_adapters=[name],
-            state_dict=state,
-            is_main_process=is_main_process,
-            **settings,
-        )
+        if is_peft_model(peft_model):
+            settings["selected_adapters"] = [name]
+            type(peft_model).save_pretrained(peft_model, str(save_directory), **settings)
+        else:
+            _write_plain(peft_model, name, save_directory, **settings)
     finally:
         peft_model.peft_config[name] = theirs
     if is_main_process:
         _rewrite(folder, record, {layer.name: layer for layer in layers}, is_replaced)
 
 
+def _write_plain(
+    model: Any,
+    name: str,
+    save_directory: Path,
+    *,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    save_embedding_layers: str | bool = "auto",
+) -> None:
+    """Write what PEFT's `save_pretrained` writes, of a model that is no PeftModel."""
+    get_state = sys.modules["peft"].get_peft_model_state_dict
+    state = get_state(
+        model, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
+    )
+    if not is_main_process:
+        return
+    folder = save_directory / (name if name != "default" else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
+    _write(folder / WEIGHTS_NAME, tensors, None)
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
 def _converted_config(theirs: Any, record: Record, is_replaced: bool) -> Any:
     """PEFT's configuration of the same adapter on the original base, at rank 2r."""
-    converted = copy.deepcopy(theirs)
-    if is_replaced:
-        # PEFT refuses an unknown method with these words, until the configuration is rewritten.
-        converted.init_lora_weights = _notice(record)
-        return converted
-    doubled = exported_config(record.config, record.plan)
-    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
-        setattr(converted, name, getattr(doubled, name))
-    converted.init_lora_weights = True
-    converted.eva_config, converted.corda_config, converted.loftq_config = None, None, {}
+    if not is_replaced:
+        return exported_peft_config(theirs, record.config, record.plan)
+    converted = copy.copy(theirs)
+    vars(converted).pop("to_dict", None)
+    # PEFT refuses an unknown method with these words, until the configuration is rewritten.
+    converted.init_lora_weights = _notice(record)
     return converted
 
 

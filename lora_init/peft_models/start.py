@@ -69,6 +69,34 @@ class Start(nn.Module):
         (layer,) = self.layer
         return self.base == "in_forward" and not layer.disable_adapters and not layer.merged
 
+    def weight(self, adapter: str | None = None) -> float:
+        """The weight c of an adapter, the active one by default: its scaling over alpha / r.
+
+        diffusers weights adapters by their scaling. On the original base, an adapter of weight c
+        adds c s (B A - B0 A0), so c s B0 A0 is subtracted. c is usually 1, and 0 if the layer has
+        no active adapter.
+
+        Raises:
+            ValueError: c is not 1, with several active adapters or with DoRA.
+        """
+        (layer,) = self.layer
+        names = layer.active_adapters if adapter is None else [adapter]
+        active = [name for name in names if name in layer.r]
+        if not active:
+            return 0.0
+        weights = [_weight(layer, name) for name in active]
+        if all(weight == 1 for weight in weights):
+            return 1.0
+        has_dora = any(name in layer.lora_magnitude_vector for name in active)
+        if len(active) > 1 or has_dora:
+            reason = "use_dora=True" if has_dora else f"several active adapters ({active})"
+            raise ValueError(
+                f"an adapter weight of {weights[0]:g} is not supported with {reason}: adapter "
+                f"{self.adapter!r} has changed the base of this model. Set the weight to 1, or "
+                "save the adapter and load it into the original base"
+            )
+        return weights[0]
+
     def factors(self, adapter: str | None = None) -> tuple[Tensor, Tensor]:
         """A0 and B0. If the forward pass subtracts them, they have an adapter's dtype.
 
@@ -92,6 +120,14 @@ class Start(nn.Module):
     def product(self) -> Float[Tensor, "out in"]:
         """s B0 A0 in float32 or wider."""
         return low_rank_product(*self.factors(), self.scaling)
+
+
+def _weight(layer: Any, adapter: str) -> float:
+    rank, uses_root = layer.r[adapter], getattr(layer, "use_rslora", {}).get(adapter, False)
+    weight = layer.scaling[adapter] * (rank**0.5 if uses_root else rank)
+    weight /= layer.lora_alpha[adapter]
+    # Programs multiply the scaling for one pass, and divide it again.
+    return 1.0 if abs(weight - 1) < 1e-9 else weight
 
 
 @dataclass

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.peft_models.layers import AdaptedLayer, adapted_layers
+from lora_init.peft_models.holder import is_peft_model
+from lora_init.peft_models.layers import START, AdaptedLayer, adapted_layers
 from lora_init.peft_models.start import base_owner
 from lora_init.weights.kinds import known_format
 
@@ -53,7 +54,12 @@ class StateDictHooks:
 
 
 def plain_state_dict(peft_model: Any) -> dict[str, Tensor]:
-    """The state dict as the model stores it, by PEFT's own names."""
+    """The state dict as the model stores it, by PEFT's own names.
+
+    Without a PeftModel, a subtracting start has rank 2r in it already.
+    """
+    if not is_peft_model(peft_model):
+        return dict(peft_model.state_dict())
     return dict(peft_model.base_model.state_dict(prefix="base_model."))
 
 
@@ -105,7 +111,7 @@ def export(model: Any, state: dict[str, Tensor], prefix: str, _: dict[str, Any])
         ValueError: an adapter that has no form on the original base, or a caller that needs one.
     """
     owner = base_owner(model)
-    if _is_called_by("hotswap_adapter_from_state_dict"):
+    if is_called_by("hotswap_adapter_from_state_dict"):
         raise ValueError(
             f"hotswap_adapter is not supported: adapter {owner!r} has changed the base of this "
             f"model. Call peft_model.load_adapter, or restore_peft_model(peft_model, {owner!r}) "
@@ -114,11 +120,11 @@ def export(model: Any, state: dict[str, Tensor], prefix: str, _: dict[str, Any])
     for path, layer in _changed_layers(model):
         start = layer.base_start
         if start.replacement is not None:
-            if _is_called_by("get_peft_model_state_dict"):
+            if is_called_by("get_peft_model_state_dict"):
                 raise ValueError(
                     f"get_peft_model_state_dict is not supported: adapter {owner!r} has replaced "
                     "the base by a quantized one, and its A and B mean nothing on the original "
-                    "base. Use peft_model.save_pretrained(), or merge_and_unload()"
+                    "base. Use lora_init.save_peft_model(model, folder), or merge it"
                 )
             continue
         extend(state, prefix + path, layer)
@@ -165,8 +171,11 @@ def _changed_layers(model: Any) -> Iterator[tuple[str, AdaptedLayer]]:
         ValueError: an adapter that has no form on the original base.
     """
     paths = {id(module): path for path, module in model.named_modules()}
-    present = [n for n in model.peft_config if adapted_layers(model, n, checked=False)]
-    layers = [layer for name in present for layer in layers_like(model, name, checked=False)]
+    layers: list[AdaptedLayer] = []
+    for name in model.peft_config:
+        present = adapted_layers(model, name, checked=False)
+        if any(hasattr(layer.base, START) for layer in present):
+            layers += layers_like(model, name, checked=False)
     for layer in layers:
         path = paths[id(layer.module)]
         for wrapper in WRAPPER_PREFIXES:
@@ -205,7 +214,7 @@ def _stored_product(layer: AdaptedLayer) -> Tensor:
     return known_format(layer.base).stored(layer.base, layer.base_start.product())
 
 
-def _is_called_by(function: str) -> bool:
+def is_called_by(function: str) -> bool:
     """Whether a function of this name is among the callers.
 
     PEFT's functions take the state dict of the whole model, as programs do that save the whole

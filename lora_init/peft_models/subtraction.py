@@ -6,7 +6,8 @@ from the base module's output while the layer is enabled and not merged. PEFT th
 the adapter's precision, so both products cancel at step 0.
 
 `disable_adapter` and the rows of ``adapter_names="__base__"`` give the original function on every
-base, edited or not. Merging adds s (B A - B0 A0) to the weight.
+base, edited or not. Merging adds s (B A - B0 A0) to the weight. An adapter that a program weights
+by c (diffusers' `set_adapters`, PEFT's `set_scale`) gives W + c s (B A - B0 A0).
 
 Hooks are functions, and replaced methods are `functools.partial` objects, so copies, pickles and
 replicas work.
@@ -29,6 +30,7 @@ from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.embedding import embedding_scale
 from lora_init.weights.kinds import known_format
+from lora_init.weights.patches import convolve, kernels, pointwise
 
 EDITED_DTYPES = (torch.float32, torch.float64)
 """The dtypes of weights that can hold the difference without a loss that matters."""
@@ -74,11 +76,20 @@ def _reads_base_weight(layer: AdaptedLayer) -> bool:
     return layer.magnitude is not None and drops and not layer.is_embedding
 
 
+def complete(layer: AdaptedLayer, operation: Operation) -> None:
+    """Let a layer on a subtracted base compute the original function, and merge, at any weight."""
+    operation.set(Hook(layer.module, complete_output), True, is_mark=True)
+    delta = Attribute(layer.module, "get_delta_weight")
+    operation.set(delta, partial(delta_weight, layer.module), is_mark=True)
+
+
 def subtract(layer: AdaptedLayer, operation: Operation) -> None:
     """Let a layer subtract its start in the forward pass."""
     operation.set(Hook(layer.base, subtract_initial), True, is_mark=True)
-    delta = Attribute(layer.module, "get_delta_weight")
-    operation.set(delta, partial(delta_weight, layer.module), is_mark=True)
+    one = known_format(layer.base)
+    if not one.writable:
+        merge = partial(refuse_merge, layer.name, one.describe(layer.base))
+        operation.set(Attribute(layer.module, "merge"), merge, is_mark=True)
     if layer.magnitude is not None:
         decomposed = layer.module.lora_magnitude_vector[layer.adapter]
         norm = Attribute(decomposed, "get_weight_norm")
@@ -88,19 +99,24 @@ def subtract(layer: AdaptedLayer, operation: Operation) -> None:
 def subtract_initial(
     base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Any:
-    """A forward hook of a base module: base(x) - s B0 A0 x, in the wider dtype of the two."""
+    """A forward hook of a base module: base(x) - c s B0 A0 x, in the wider dtype of the two."""
     start = getattr(base, START)
     if not start.is_subtracting():
         return None
     start.output_dtype = output.dtype
+    weight = start.weight()
+    if weight == 0:
+        return None
     x = args[0] if args else next(iter(kwargs.values()))
-    return output - initial_output(base, start, x)
+    return output - _weighted(initial_output(base, start, x), weight)
 
 
 def complete_output(
     layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Any:
     """A forward hook of PEFT's layer: the original function for rows without an adapter.
+
+    An edited weight lacks s B0 A0, of which an adapter of weight c subtracts only c times.
 
     The output gets the dtype of the base module's own output, which `subtract_initial` widened.
     """
@@ -111,14 +127,24 @@ def complete_output(
         if start.base == "in_forward":
             return None
         return (output + initial_output(base, start, x)).to(output.dtype)
+    if layer.merged:
+        return None
     dtype = start.output_dtype if start.is_subtracting() else output.dtype
+    weight = start.weight()
+    if weight != 1 and start.base == "edited":
+        output = output + (1 - weight) * initial_output(base, start, x)
     names = kwargs.get("adapter_names")
     if names is not None and "__base__" in names:
         rows = [row for row, name in enumerate(names) if name == "__base__"]
         whole = output.to(torch.promote_types(output.dtype, start.initial_A.dtype), copy=True)
-        whole[rows] = whole[rows] + initial_output(base, start, x[rows]).to(whole.dtype)
+        initial = _weighted(initial_output(base, start, x[rows]), weight)
+        whole[rows] = whole[rows] + initial.to(whole.dtype)
         output = whole
     return output.to(dtype)
+
+
+def _weighted(output: Tensor, weight: float) -> Tensor:
+    return output if weight == 1 else output * weight
 
 
 def initial_output(base: Any, start: Start, x: Tensor) -> Tensor:
@@ -131,23 +157,36 @@ def initial_output(base: Any, start: Start, x: Tensor) -> Tensor:
         return rows if scale is None else rows * scale
     x = x.to(lora_A.dtype)
     if operation == "convolution":
-        kernel = lora_A.view(-1, *base.weight.shape[1:])
-        hidden = functional.conv2d(x, kernel, None, base.stride, base.padding)
-        return functional.conv2d(hidden, lora_B[:, :, None, None]) * start.scaling
+        return pointwise(base, convolve(base, x, kernels(base, lora_A)), lora_B) * start.scaling
     return functional.linear(functional.linear(x, lora_A), lora_B) * start.scaling
 
 
 def delta_weight(module: Any, adapter: str) -> Tensor:
-    """PEFT's `get_delta_weight` of a layer that subtracts in the forward pass.
+    """PEFT's `get_delta_weight` of a layer on a subtracted base.
 
-    The first adapter that is merged subtracts s B0 A0, and the last one that is unmerged adds it
-    again: `merged_adapters` is empty only for those two.
+    The first adapter that is merged subtracts c s B0 A0, less what an edited weight lacks already.
+    The last one that is unmerged adds it again: `merged_adapters` is empty only for those two.
     """
     layer = AdaptedLayer("", module, adapter, ())
+    start = layer.base_start
+    missing = 0.0 if module.merged_adapters else start.weight(adapter) - (start.base == "edited")
+    if missing == 0 and start.base == "edited":
+        return type(module).get_delta_weight(module, adapter)
     delta = low_rank_product(layer.matrix("lora_A"), layer.matrix("lora_B"), layer.scaling)
-    if not module.merged_adapters:
-        delta -= layer.base_start.product()
+    if missing:
+        delta -= _weighted(start.product(), missing)
     return known_format(layer.base).stored(layer.base, delta)
+
+
+def refuse_merge(name: str, kind: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `merge` of a layer that subtracts in the forward pass, on a weight of a quantizer.
+
+    PEFT would quantize the sum into a new base module, which has no hook for the subtraction.
+    """
+    raise ValueError(
+        f"merging is not supported for layer {name!r}, whose base is quantized ({kind}). Keep the "
+        "adapter unmerged, or save it and merge it into the unquantized model"
+    )
 
 
 def weight_norm(

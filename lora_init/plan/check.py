@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_init.plan.sharded import check_sharded
 from lora_init.registry import Initializer, Options
+from lora_init.weights.float import is_float8
 from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import class_format, is_quantized, known_format, module_type
-from lora_init.weights.offload import is_offloaded
+from lora_init.weights.offload import is_offloaded, stored_weight
+from lora_init.weights.sharded import is_sharded, local_part
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,7 +35,12 @@ class Extent:
 
 
 def extent(name: str, parameter: Tensor, owner: int = 0) -> Extent:
-    """The memory that a parameter occupies. Views of one flat buffer have different extents."""
+    """The memory that a parameter occupies. Views of one flat buffer have different extents.
+
+    A sharded parameter shares its memory only as a whole: a rank may hold an empty part of it.
+    """
+    if is_sharded(parameter):
+        return Extent(name, id(parameter), 0, 1, owner)
     last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
     start = int(parameter.storage_offset()) * parameter.itemsize
     stop = start + (last + 1) * parameter.itemsize if parameter.numel() else start
@@ -51,7 +59,7 @@ def extents(model: nn.Module) -> dict[int, list[Extent]]:
                 continue
             try:
                 one = extent(f"{path}.{name}".removeprefix("."), parameter, id(module))
-            except RuntimeError:  # a DTensor has no storage; `check_module` rejects it as a target
+            except RuntimeError:  # a tensor subclass without a storage, such as a DTensor
                 continue
             found.setdefault(one.storage, []).append(one)
     return found
@@ -73,14 +81,14 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
     stored = class_format(module)
     if stored is not None and (reason := stored.refusal(module)) is not None:
         raise TypeError(f"target {name!r} {reason}. Leave it out with exclude_modules")
-    if stored is None or stored.name not in spec.modules or matrix not in stored.matrices(module):
+    if stored is None or not spec.supports(stored) or matrix not in stored.matrices(module):
         stacked = _stacked(module)
         kind = (type(module).__name__ if stacked else module_type(module)) + stacked
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not support; "
             f"must be one of {', '.join(sorted(spec.modules))}. {_fix(stacked)}"
         )
-    weight = module._parameters.get(matrix)
+    weight = stored_weight(module) if stored.quantized else module._parameters.get(matrix)
     if weight is None:
         raise TypeError(
             f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
@@ -106,22 +114,61 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
             f"target {name!r}: its weight was made under torch.inference_mode, but {spec.name} "
             "must modify it; load the model outside inference_mode"
         )
-    if type(weight.data).__name__ not in ("Tensor", "Parameter"):
+    check_sharded(model, name, spec, stored)
+    if type(local_part(weight).data).__name__ not in ("Tensor", "Parameter"):
         raise TypeError(
-            f"target {name!r}: its weight is a {type(weight.data).__name__} (sharded or a tensor "
-            "subclass), which is not supported; initialize before sharding"
+            f"target {name!r}: its weight is a {type(local_part(weight).data).__name__}, which is "
+            "not supported: must be a plain tensor. Load the model without this tensor subclass."
         )
-    if weight.dtype not in FLOAT_DTYPES:
+    if weight.dtype not in FLOAT_DTYPES and not is_float8(weight):
         raise TypeError(
             f"target {name!r}: its weight has dtype {weight.dtype}, which is not supported: must "
             f"be one of {', '.join(map(str, FLOAT_DTYPES))}"
         )
 
 
+def check_access(
+    name: str,
+    module: nn.Module,
+    spec: Initializer,
+    options: Options,
+    *,
+    use_dora: bool = False,
+    requantizes: bool = False,
+) -> None:
+    """Raise if a packed weight would have to be read or written, and its format does not allow it.
+
+    Args:
+        requantizes: whether a subtracting method packs the residual.
+
+    Raises:
+        TypeError: names the format, who needs the values, and what to do instead.
+    """
+    stored = known_format(module)
+    kind = f"target {name!r} is a {type(module).__name__} ({stored.describe(module)})"
+    replaces = spec.base == "replace" or (requantizes and stored.quantized)
+    if replaces and (reason := stored.unwritable(module)) is not None:
+        cause = "quantized_base='requantize'" if requantizes else spec.name
+        fix = "quantized_base='in_forward'" if requantizes else "the unquantized model"
+        raise TypeError(
+            f"{kind}, whose weight cannot be written, because {reason}, but {cause} replaces it. "
+            f"Use {fix}, or leave it out with exclude_modules"
+        )
+    if (reason := stored.opaque(module)) is None:
+        return
+    reads = {"weight", "target_weight"} & (spec.reads | options.also_reads())
+    if cause := spec.name if reads else "use_dora=True" if use_dora else None:
+        raise TypeError(
+            f"{kind}, whose weight cannot be read, because {reason}, but {cause} reads it. Use a "
+            "method that draws random factors or reads inputs, or leave it out with "
+            "exclude_modules"
+        )
+
+
 def unobserved(model: nn.Module, name: str, spec: Initializer) -> str | None:
     """Why the inputs of a target cannot be observed; None if they can or are not needed."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    if not spec.needs_data or not isinstance(parent, nn.MultiheadAttention):
+    if not spec.needs_data or type(parent) is not nn.MultiheadAttention:
         return None
     return (
         f"nn.MultiheadAttention reads its weight instead of calling it, and {spec.name} needs its "
@@ -148,6 +195,51 @@ def computes_product(name: str, module: nn.Module) -> bool:
             "class"
         )
     return False
+
+
+def check_groups(
+    name: str,
+    rank: int,
+    shape: tuple[int, int],
+    groups: int,
+    spec: Initializer,
+    options: Options,
+    *,
+    any_rank: bool = False,
+) -> None:
+    """Raise if a method does not support a grouped convolution, or this rank on it.
+
+    Each group is a matrix (out / groups, in) that gets a start of rank / groups.
+
+    Args:
+        shape: (out, in) of the stacked matrices of all groups.
+        any_rank: accept each rank that the groups can share.
+
+    Raises:
+        TypeError: the method does not support groups.
+        ValueError: the groups cannot share this rank, or the rank is too high for their matrices.
+    """
+    obstacles = {
+        "reads the inputs, which are not collected for each group": "inputs" in spec.reads,
+        "chooses the ranks": spec.allocates,
+        "trains a core, which mixes the groups": spec.has_core,
+        "replaces the base weight": spec.base == "replace",
+    }
+    for obstacle, applies in obstacles.items():
+        if applies:
+            raise TypeError(
+                f"target {name!r} is a convolution with groups={groups}, which {spec.name} does "
+                f"not support, because it {obstacle}. Leave it out with exclude_modules"
+            )
+    if rank % groups:
+        raise ValueError(
+            f"target {name!r}: rank {rank} is not supported: must be a multiple of "
+            f"groups={groups}, because each group has its own rank. Change r, or set rank_pattern "
+            "for it"
+        )
+    if not any_rank:
+        each = f"{name}, one of {groups} groups"
+        check_target_rank(each, rank // groups, (shape[0] // groups, shape[1]), spec, options)
 
 
 def _stacked(module: nn.Module) -> str:
@@ -224,11 +316,6 @@ def _check_presence(name: str, weight: Tensor) -> None:
 
     Float weights on the meta device are supported: see `lora_init.weights.source`.
     """
-    if hasattr(weight, "ds_id"):
-        raise ValueError(
-            f"target {name!r}: its weight is partitioned by DeepSpeed ZeRO-3; inject the adapter "
-            "before deepspeed.initialize, from a model that is loaded whole"
-        )
     if type(weight).__name__ == "FlatParameter" or getattr(weight, "_is_flat_param", False):
         raise ValueError(
             f"target {name!r}: its weight is flattened by FSDP; inject the adapter before wrapping "
@@ -243,9 +330,10 @@ def sharers(
 
     A module registered under several names is one module: none of its names is returned.
     """
-    weight = getattr(module, matrix)
-    assert isinstance(weight, Tensor)
-    own = extent(f"{name}.{matrix}", weight)
+    try:
+        own = extent(f"{name}.{matrix}", stored_weight(module, matrix))
+    except RuntimeError:  # a tensor subclass of a quantizer has no storage
+        return ()
     return tuple(
         other.name
         for other in owners.get(own.storage, ())

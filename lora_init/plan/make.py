@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from lora_init.config.lora_config import ALL_LINEAR, LoraConfig
+from lora_init.plan.attention import attention_of
 from lora_init.plan.check import (
     FLOAT_DTYPES,
+    check_access,
+    check_groups,
     check_module,
     check_target_rank,
     check_trained,
@@ -28,10 +31,12 @@ from lora_init.plan.left_out import LeftOut, described, left_out
 from lora_init.plan.match import PatternValues, Selection, select
 from lora_init.plan.parameters import fused_parameters
 from lora_init.plan.plan import Plan, Target
+from lora_init.plan.sharded import check_sharded_variants
 from lora_init.plan.state_space import read_by_kernel
 from lora_init.registry import CalibrationRequest, Initializer
 from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
+from lora_init.weights.sharded import reshard
 
 QUANTIZED_BASES = ("in_forward", "requantize")
 EXPERTS_NEED = {"use_dora": False, "lora_bias": False}
@@ -100,6 +105,7 @@ def make_plan(
             f"{', '.join(QUANTIZED_BASES)}"
         )
     spec, options = config.initializer()
+    reshard(model)
     selection = select(model, config, modules_to_save)
     owners = extents(model)
     ranks = PatternValues("rank_pattern", config.rank_pattern, config.r)
@@ -122,6 +128,10 @@ def make_plan(
             continue
         try:
             check_module(model, owner, spec, matrix)
+            check_access(
+                name, module, spec, options, use_dora=config.use_dora,
+                requantizes=spec.base == "subtract" and quantized_base == "requantize",
+            )  # fmt: skip
             reason = unobserved(model, owner, spec) if everything else None
             if matrix != WEIGHT:
                 _check_variants_of_experts(config, name)
@@ -135,15 +145,19 @@ def make_plan(
         stored = known_format(module)
         *experts, rows, columns = stored.shape(module, matrix)
         shape = rows, columns
+        attention = attention_of(model, owner)
+        selected = attention or name
         factor = 2 if name in selection.doubled and not ranks.matches(name) else 1
-        rank = factor * ranks(name)
-        if not any_rank:
+        rank, groups = factor * ranks(selected), stored.groups(module)
+        if groups > 1:
+            check_groups(name, rank, shape, groups, spec, options, any_rank=any_rank)
+        elif not any_rank:
             narrow = rank_excess(rank, shape, spec)
-            if narrow and (everything or may_omit) and not ranks.matches(name):
+            if narrow and (everything or may_omit) and not ranks.matches(selected):
                 omitted.append(LeftOut(name, type(module).__name__, _too_narrow(spec, rank, shape)))
                 continue
             check_target_rank(name, rank, shape, spec, options)
-        alpha = factor * alphas(name)
+        alpha = factor * alphas(selected)
         targets.append(
             Target(
                 name=name,
@@ -156,6 +170,8 @@ def make_plan(
                 quantized=stored.quantized,
                 shared_with=sharers(owner, module, owners, matrix),
                 exact=computes_product(name, module),
+                groups=groups,
+                attention=attention,
                 matrix=matrix,
                 experts=experts[0] if experts else None,
             )
@@ -171,6 +187,15 @@ def make_plan(
             "setting is ignored, because the module's class decides",
             stacklevel=3,
         )
+    check_sharded_variants(
+        model,
+        [target.name for target in targets],
+        use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
+        lora_dropout=config.lora_dropout,
+        bias=config.bias,
+        modules_to_save=selection.modules_to_save,
+    )
     for name in selection.modules_to_save:
         check_trained(model, name, owners)
         inside = dict(model.get_submodule(name).named_modules(prefix=name))
@@ -182,6 +207,7 @@ def make_plan(
                 "whose codes cannot be trained; load the model with "
                 f"llm_int8_skip_modules=[{name.rpartition('.')[2]!r}] in its quantization_config"
             )
+    _check_quantizers(model, config.bias, targets)
     embeddings = [t.name for t in targets if FORMATS[t.module_type].operation == "lookup"]
     if config.lora_bias and embeddings:
         raise ValueError(
@@ -276,13 +302,42 @@ def _too_narrow(spec: Initializer, rank: int, shape: tuple[int, int]) -> str:
     )
 
 
+def _check_quantizers(model: nn.Module, bias: str, targets: list[Target]) -> None:
+    """Refuse to train biases that a quantizer fixes; warn of layers that pass on no gradient.
+
+    Raises:
+        ValueError: the bias of a target is to be trained and is not a parameter.
+    """
+    modules = {t.name: model.get_submodule(t.name) for t in targets if t.quantized}
+    for name, module in modules.items():
+        own = getattr(module, "bias", None)
+        if bias != "none" and own is not None and not isinstance(own, nn.Parameter):
+            raise ValueError(
+                f"bias={bias!r} is not supported for target {name!r}: its bias is not a parameter, "
+                f"but a buffer of the {type(module).__name__}. Use bias='none', or leave the "
+                "target out with exclude_modules"
+            )
+    blocking = [name for name, one in modules.items() if known_format(one).blocks_gradient(one)]
+    if blocking:
+        warnings.warn(
+            f"{len(blocking)} targets quantize their inputs, the first is {blocking[0]!r}: their "
+            "forward passes give no gradient to earlier layers, which then train or are calibrated "
+            "with a wrong gradient. Load the model with a quantizer of weights only",
+            stacklevel=4,
+        )
+
+
 def _trained_biases(
     model: nn.Module, bias: str, targets: list[Target], modules_to_save: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The biases to train, without those of modules to save, which are trained there."""
+    """The biases to train, without those of modules to save, which are trained there.
+
+    As in PEFT, the bias of an attention's input projection, `in_proj_bias`, is not trained.
+    """
     if bias == "none":
         return ()
-    names = [name for name, _ in model.named_parameters()]
+    fixed = {f"{target.attention}.in_proj.bias" for target in targets}
+    names = [name for name, _ in model.named_parameters() if name not in fixed]
     if bias == "lora_only":
         adapted = {f"{target.name}.bias" for target in targets}
         return tuple(name for name in names if name in adapted)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
+from lora_init.layers.attention import SplitAttention
 from lora_init.plan.architectures import DEFAULT_TARGETS
 from lora_init.plan.expert_names import meant, refuse_single_expert
 from lora_init.plan.parameters import fused_parameters, select_parameters
@@ -103,6 +104,7 @@ def select(
                 unmatched.append((setting, key))
     if not chosen and not experts:
         raise ValueError(_nothing_matched(model, target, matched, config))
+    chosen = dict.fromkeys(part for name in chosen for part in _parts(modules, name))
     return Selection(
         tuple(chosen),
         tuple(saved),
@@ -120,6 +122,13 @@ def _matcher(target: list[str] | str, config: LoraConfig) -> Callable[[str], boo
         expression = Expression("target_modules", target)
         return lambda name: expression.fullmatch(name) is not None
     return list_matcher(target, config)
+
+
+def _parts(modules: Mapping[str, nn.Module], name: str) -> tuple[str, ...]:
+    """The linear modules that a target stands for: both projections of an attention."""
+    if isinstance(modules[name], SplitAttention):
+        return f"{name}.in_proj", f"{name}.out_proj"
+    return (name,)
 
 
 def exactly(names: Iterable[str]) -> str:

@@ -24,7 +24,6 @@ from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets
 from lora_init.plan.parameters import shortest_parameters
-from lora_init.plan.workspace import copies
 from lora_init.registry import (
     OVERSAMPLING,
     POWERS,
@@ -51,6 +50,8 @@ class Target:
         exact: whether the module computes the product with its stored weight. False if a
             quantizer's forward rounds inputs or weights; the base weight is then not edited.
         planned_rank: r before rank allocation; None without allocation.
+        groups: how many blocks of rows have their own inputs and their own rank / groups.
+        attention: the name of the attention module whose projection this is; None for others.
         matrix: the name of the matrix in its module.
         experts: the number of experts of a fused parameter; None for one matrix.
         expert: the number of this expert, in a plan that lists the matrices of all experts.
@@ -67,6 +68,14 @@ class Target:
     shared_with: tuple[str, ...] = ()
     exact: bool = True
     planned_rank: int | None = None
+    groups: int = 1
+    attention: str | None = None
+
+    @property
+    def selected(self) -> str:
+        """The name by which target_modules and patterns select this target."""
+        return self.attention or self.name
+
     matrix: str = WEIGHT
     experts: int | None = None
     expert: int | None = None
@@ -79,7 +88,8 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        return (self.experts or 1) * self.rank * sum(self.shape)
+        rows, columns = self.shape
+        return (self.experts or 1) * self.rank * (rows // self.groups + columns)
 
     def single(self) -> Iterator[Target]:
         """Each expert's matrix as a target "<name>.<number>"; the target itself if it is one."""
@@ -140,7 +150,8 @@ class Plan:
         for target in self.targets:
             rows, columns = target.shape
             values = target.rank * (
-                ("lora_A" not in frozen) * columns + ("lora_B" not in frozen) * rows
+                ("lora_A" not in frozen) * columns
+                + ("lora_B" not in frozen) * rows // target.groups
             )
             values += self.initializer.has_core * target.rank**2
             values += (self.use_dora + self.lora_bias) * rows
@@ -208,7 +219,8 @@ class Plan:
     def sketch_sizes(self) -> dict[str, int] | None:
         """By target, how many triplets a gradient's sketch holds; None if it cannot be sketched."""
         plain = self.calibration is not None and not self.calibration.inputs
-        if not plain or self.initializer.allocates:
+        grouped = any(target.groups > 1 for target in self.targets)
+        if not plain or grouped or self.initializer.allocates:
             return None
         sizes = {}
         for target in self.matrices:
@@ -261,7 +273,7 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """The initializer's memory on a CPU, for the weights it decomposes at a time."""
-        weights, moments = copies(self.initializer, self.options)
+        weights, moments = self.initializer.workspace(self.options)
         numbers = (
             (rows * columns, weights * rows * columns + moments * columns**2)
             for rows, columns in (target.shape for target in self.matrices)
@@ -296,6 +308,15 @@ class Plan:
                     planned_rank=target.rank,
                 )
             )
+        by_attention: dict[str, int] = {}
+        for target in targets:
+            if by_attention.setdefault(target.selected, target.rank) != target.rank:
+                raise ValueError(
+                    f"{self.initializer.name} gives the projections of the attention "
+                    f"{target.selected!r} different ranks, which is not supported: PEFT's files "
+                    "have one rank for both. Leave it out (exclude_modules), or choose equal ranks "
+                    "in the method's options"
+                )
         kept = {f"{target.name}.bias" for target in targets}
         biases = self.trained_biases
         if self.bias == "lora_only":
@@ -319,23 +340,23 @@ class Plan:
         sorts the keys of a pattern, although the first match wins.
         """
         weights = set(self.mapped) if self.names_weights else set()
-        modules = [t.name for t in self.targets if t.experts is None and t.name not in weights]
+        modules = [t.selected for t in self.targets if t.experts is None and t.name not in weights]
         fused = [t.name for t in self.targets if t.experts is not None]
         named = shortest_parameters(fused, self.fused) + [
             f"{t.name}.{WEIGHT}" for t in self.targets if t.name in weights
         ]
         return dataclasses.replace(
             config,
-            target_modules=portable_targets(modules, self.candidates),
+            target_modules=portable_targets(dict.fromkeys(modules), self.candidates),
             target_parameters=named or None,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
             rank_pattern={
-                f"^{re.escape(t.name)}": t.rank for t in self.targets if t.rank != config.r
+                f"^{re.escape(t.selected)}": t.rank for t in self.targets if t.rank != config.r
             },
             alpha_pattern={
-                f"^{re.escape(t.name)}": t.alpha
+                f"^{re.escape(t.selected)}": t.alpha
                 for t in self.targets
                 if t.alpha != config.lora_alpha
             },

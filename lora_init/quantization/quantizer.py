@@ -46,6 +46,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.linalg import matrix
+from lora_init.linalg.precision import wide
 from lora_init.quantization.codebooks import (
     FP4_ASCENDING,
     Grid,
@@ -201,7 +202,7 @@ class Quantizer:
         codes, scales = [], []
         for blocks in _blocks(weight.reshape(-1), self.block_size):
             if self.kind == "uniform":
-                scale = _deviation_scale(blocks.to(averages_in)).float()
+                scale = _deviation_scale(_cast(blocks, averages_in)).float().to(blocks.device)
             else:
                 scale = blocks.abs().amax(dim=1)
             divisor = scale.clamp(min=SMALLEST_SCALE)[:, None]
@@ -268,7 +269,7 @@ def _grid_of(kind: str, bits: int) -> Grid:
 
 def _nested(scale: Float[Tensor, " blocks"], averages_in: torch.dtype) -> NestedScale:
     """Quantize the scales, with the rounding of bitsandbytes' CPU kernel."""
-    offset = scale.mean(dtype=averages_in).float()
+    offset = _cast(scale, averages_in).mean().float().to(scale.device)
     boundaries = midpoints(dynamic_table().to(scale.device))
     codes, largest = [], []
     for blocks in _blocks(scale - offset, DOUBLE_BLOCK):
@@ -295,6 +296,11 @@ def _blocks(flat: Tensor, size: int) -> Iterator[Tensor]:
         yield flat[first : min(full, first + together)].view(-1, size)
     if full < flat.numel():
         yield flat[full:].view(1, -1)
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in a dtype; float64 may be on another device."""
+    return wide(values) if dtype == torch.float64 else values.to(dtype)
 
 
 def _deviation_scale(blocks: Float[Tensor, "blocks size"]) -> Float[Tensor, " blocks"]:

@@ -85,8 +85,12 @@ class OriginalWeights:
             if isinstance(key, str) and key.endswith(".weight"):
                 self._keys.setdefault(_last_part(key), []).append(key)
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str, expert: int | None = None) -> Tensor:
         """The weight of module `name`, in its stored dtype and layout.
+
+        Args:
+            name: the name of a module, or of a fused parameter of experts.
+            expert: the number of the expert whose matrix alone is read.
 
         Raises:
             ValueError: no tensor or several match, it is not float, or the file is damaged.
@@ -95,9 +99,9 @@ class OriginalWeights:
         self._check(name, key)
         stored = self._stored[key]
         if isinstance(stored, Tensor):
-            return stored.detach()
+            return stored.detach() if expert is None else stored.detach()[expert]
         with _opened(stored) as file:
-            return file.get_tensor(key)
+            return file.get_tensor(key) if expert is None else file.get_slice(key)[expert]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `weight(name)`; reads only the header.
@@ -138,7 +142,8 @@ class OriginalWeights:
         )
 
     def _matches(self, name: str) -> list[str]:
-        for exact in (f"{name}.weight", f"{_bare(name)}.weight"):
+        # A fused parameter of experts has its own name in the checkpoint.
+        for exact in (f"{name}.weight", f"{_bare(name)}.weight", name, _bare(name)):
             if exact in self._stored:
                 return [exact]
         ours = f".{_bare(name)}.weight"

@@ -106,6 +106,12 @@ class ExpertsFormat(FloatFormat):
     def float_dtype(self, module: nn.Module) -> torch.dtype:
         return getattr(module, DOWN).dtype
 
+    def describe(self, module: nn.Module) -> str:
+        return str(self.float_dtype(module)).removeprefix("torch.")
+
+    def unwritable(self, module: nn.Module) -> str | None:
+        return None
+
 
 def first_projection(module: nn.Module) -> str:
     """The name of the parameter that reads the hidden states."""

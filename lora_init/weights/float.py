@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lora_init.weights.format import WEIGHT, Held, Matrix, WeightFormat
 from lora_init.weights.offload import HOOK_ATTRIBUTES
 from lora_init.weights.probe import Finding, probe
+from lora_init.weights.sharded import is_sharded, whole, whole_shape
 
 # Probing runs the module and a format is looked up often, so cache one probe per module.
 _FINDINGS: weakref.WeakKeyDictionary[nn.Module, Finding] = weakref.WeakKeyDictionary()
@@ -24,7 +25,7 @@ class FloatFormat(WeightFormat):
     its weight, plus its bias (see `lora_init.weights.probe`).
     """
 
-    cls: ClassVar[type[nn.Module]]
+    cls: type[nn.Module]
     subtractions = "edit", "in_forward"
 
     def base_class(self, module: nn.Module) -> type[nn.Module] | None:
@@ -56,6 +57,8 @@ class FloatFormat(WeightFormat):
             if getattr(inner, "__func__", None) is type(module).forward:
                 return None
             return Finding("a forward under Accelerate's hook was set on the instance", False)
+        if is_sharded(module.weight):
+            return _sharded_finding(module)
         return probe(module, self)
 
     def _difference(self, module: nn.Module) -> str | None:
@@ -80,11 +83,18 @@ class FloatFormat(WeightFormat):
         return None if reason is None else f"it has its own forward, and {reason}"
 
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, ...]:
-        rows, *columns = getattr(module, name).shape
+        rows, *columns = whole_shape(getattr(module, name))
         return (columns[0], rows) if self.transposed else (rows, math.prod(columns))
 
+    def unwritable(self, module: nn.Module) -> str | None:
+        if is_float8(module.weight):
+            return f"its weight is stored in {self.describe(module)}, which would round the sum"
+        return None
+
     def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:
-        return self.orient(getattr(module, name).detach())
+        """The matrix: a view in the module's dtype, or float32 values of float8 storage."""
+        weight = self.orient(whole(getattr(module, name)))
+        return weight.float() if is_float8(weight) else weight
 
     def write(
         self, module: nn.Module, weight: Matrix, name: str = WEIGHT, *, own: bool = False
@@ -114,8 +124,29 @@ class FloatFormat(WeightFormat):
             held.parameter.data = data
         setattr(module, held.name, held.parameter)
 
+    def float_dtype(self, module: nn.Module) -> torch.dtype:
+        return torch.float32 if is_float8(module.weight) else module.weight.dtype
+
+    def describe(self, module: nn.Module) -> str:
+        return str(module.weight.dtype).removeprefix("torch.")
+
     def orient(self, stored: Tensor) -> Matrix:
         return stored.T if self.transposed else stored
 
     def stored(self, module: nn.Module, weight: Matrix) -> Tensor:
         return weight.T if self.transposed else weight
+
+
+def is_float8(tensor: Tensor) -> bool:
+    """Whether a tensor is stored in 8 bits, which hooks cast for each forward pass.
+
+    diffusers' layerwise casting stores weights so.
+    """
+    return tensor.is_floating_point() and tensor.itemsize == 1
+
+
+def _sharded_finding(module: nn.Module) -> Finding | None:
+    """Only the forward of transformers' tensor parallelism is known; others cannot be probed."""
+    if module.forward.__qualname__.startswith("TensorParallelLayer."):
+        return None
+    return Finding("its weight is sharded, so this forward cannot be probed", False)

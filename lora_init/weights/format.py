@@ -7,7 +7,9 @@ The rest of the package sees a weight as one or more named matrices:
 | Linear | (out, in) | itself |
 | Conv1D (transformers) | (in, out) | its transpose |
 | Embedding | (entries, width) | its transpose: out = width, in = entries, for one-hot inputs |
-| Conv2d, one group | (out, channels, height, width) | (out, channels·height·width), for patches |
+| Conv1d, Conv2d, Conv3d | (out, channels, *kernel) | (out, channels·kernel size), for patches |
+| ConvTranspose1d, 2d, 3d | (channels, out, *kernel) | (out, channels·kernel size), for patches |
+| grouped convolution | (out, channels of a group, *kernel) | the matrices of the groups, stacked |
 | Experts | (experts, out, in), or (experts, in, out) | (experts, out, in), a stack |
 | Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
 """
@@ -28,6 +30,10 @@ from lora_init.weights.probe import Finding
 
 WEIGHT = "weight"
 """The name of the matrix of a module that has only one."""
+
+Operation = Literal["product", "convolution", "lookup", "routed"]
+"""How a module applies its matrix: to rows of features, to patches, by looking up columns, or, for
+experts, each to the rows that a router selects."""
 
 Matrix = Float[Tensor, "*experts out in"]
 
@@ -63,13 +69,17 @@ class WeightFormat(ABC):
             weight, subtract "in_forward", or "requantize" the difference. A format with only
             "in_forward" need not support `write`.
         quantized: whether `read` dequantizes, and `write` quantizes.
+        readable: whether `read` is supported; see `opaque` for single modules.
+        writable: whether `write`, `hold` and `put_back` are supported; see `unwritable`.
         transposed: whether the weight is stored as (in, out).
     """
 
-    name: ClassVar[str]
-    operation: ClassVar[Literal["product", "convolution", "lookup", "routed"]] = "product"
+    name: str
+    operation: ClassVar[Operation] = "product"
     subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
     quantized: ClassVar[bool] = False
+    readable: ClassVar[bool] = True
+    writable: ClassVar[bool] = True
     transposed: ClassVar[bool] = False
 
     @abstractmethod
@@ -82,13 +92,17 @@ class WeightFormat(ABC):
     def refusal(self, module: nn.Module) -> str | None:
         """Why a module that matches cannot have an adapter; None if it can.
 
-        The text continues a sentence, as in "target 'x' is a Conv2d with groups=2, which …".
+        The text continues a sentence, as in "target 'x' is an Embedding with max_norm=1, which …".
         """
         return None
 
     def replaced_forward(self, module: nn.Module) -> Finding | None:
         """Probe a forward that was set on the instance; None if there is none."""
         return None
+
+    def groups(self, module: nn.Module) -> int:
+        """How many blocks of rows of the matrix have their own inputs: a convolution's groups."""
+        return 1
 
     def matrices(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the module's matrices."""
@@ -101,6 +115,18 @@ class WeightFormat(ABC):
     def unreadable(self, module: nn.Module, name: str = WEIGHT) -> str | None:
         """Why `read` would fail, for example "it is not quantized yet"; None if it works."""
         return None
+
+    def opaque(self, module: nn.Module) -> str | None:
+        """Why the values can never be read, whatever the user does; None if they can.
+
+        Such a module still supports methods that only draw random factors or read inputs. The text
+        continues a sentence, as in "its weight cannot be read, because …".
+        """
+        return None if self.readable else f"{self.name} has no dequantizer here"
+
+    def unwritable(self, module: nn.Module) -> str | None:
+        """Why `write` is not supported; None if it is."""
+        return None if self.writable else "its packed weight is read-only"
 
     @abstractmethod
     def read(self, module: nn.Module, name: str = WEIGHT) -> Matrix:
@@ -158,12 +184,19 @@ class WeightFormat(ABC):
         """Whether a forward pass may change how the weight is stored, until `keep_plain`."""
         return False
 
+    def blocks_gradient(self, module: nn.Module) -> bool:
+        """Whether the forward pass rounds its inputs, and gives them no gradient."""
+        return False
+
     def keep_plain(self, module: nn.Module) -> None:
         """Prevent forward passes from changing how the weight is stored."""
         return
 
     def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
-        """The vectors that the matrix is multiplied by: tokens, or image patches."""
+        """The vectors that the matrix is multiplied by: tokens, or patches.
+
+        With groups, each position has one vector for each group.
+        """
         return x.reshape(-1, x.shape[-1])
 
     def output_rows(self, module: nn.Module, y: Tensor) -> Float[Tensor, "positions out"]:

@@ -20,6 +20,15 @@ HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward")
 deletes them from the module on which it finds them when it removes the hook."""
 
 
+def stored_weight(module: nn.Module, matrix: str = "weight") -> Tensor:
+    """The tensor that stores a matrix: that of its name, or else the largest of a packed module."""
+    weight = getattr(module, matrix, None)
+    if isinstance(weight, Tensor):
+        return weight
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return max(own, key=lambda tensor: tensor.nbytes)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether the module has a hook around its forward, or a forward set on the instance."""
     return bool(
@@ -68,7 +77,7 @@ def is_unloaded(module: nn.Module, matrix: str = "weight") -> bool:
     A hook on an enclosing module (`preload_module_classes`) does not count. It stores the weight by
     name, and an adapter changes that name.
     """
-    return getattr(module, matrix).is_meta and not is_offloaded(module)
+    return stored_weight(module, matrix).is_meta and not is_offloaded(module)
 
 
 def first_unloaded(model: nn.Module, path: str = "") -> str | None:
@@ -90,7 +99,7 @@ def factor_device(module: nn.Module, matrix: str = "weight") -> torch.device:
 
     It is the CPU if the weight is not loaded.
     """
-    weight = getattr(module, matrix)
+    weight = stored_weight(module, matrix)
     if not weight.is_meta:
         return weight.device
     device = getattr(_offloading_hook(module), "execution_device", None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.linalg.precision import full_precision
+from lora_init.weights.patches import convolve
 
 if TYPE_CHECKING:
     from lora_init.weights.float import FloatFormat
@@ -53,7 +54,9 @@ def probe(module: nn.Module, stored: FloatFormat) -> Finding:
         stored: how the weight is stored and used.
     """
     own = module.weight.dtype
-    dtypes = dict.fromkeys((own, torch.promote_types(own, torch.float32)))
+    # Storage in float8 is cast before the product, and torch has no products of it on a CPU.
+    wide = torch.float32 if own.itemsize == 1 else torch.promote_types(own, torch.float32)
+    dtypes = dict.fromkeys((wide,) if own.itemsize == 1 else (own, wide))
     devices = [module.weight.device] if module.weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), full_precision():
         found = [_of_dtype(module, stored, dtype) for dtype in dtypes]
@@ -155,7 +158,7 @@ def _product(twin: nn.Module, x: Tensor, stored: FloatFormat) -> Tensor:
     if stored.operation == "lookup":
         return functional.embedding(x, weight)
     if stored.operation == "convolution":
-        return nn.Conv2d._conv_forward(twin, x, weight, bias)
+        return convolve(twin, x, weight, bias)
     return functional.linear(x, stored.orient(weight), bias)
 
 
@@ -174,7 +177,7 @@ def _errors(twin: nn.Module, function: Callable, stored: FloatFormat) -> list[fl
                 f"it returns {found.dtype} of shape {tuple(found.shape)}, not {wanted.dtype} of "
                 f"shape {tuple(wanted.shape)}"
             )
-        norms = size if is_lookup else size * _input_norms(x, wanted, stored)
+        norms = size if is_lookup else size * _input_norms(twin, x, stored)
         if bias is not None:
             norms = norms + bias.abs().amax()
         difference = (found - wanted).abs().nan_to_num(nan=torch.inf) / (norms * tolerance + 1e-30)
@@ -203,8 +206,7 @@ def _called(function: Callable, x: Tensor) -> Tensor:
     return found
 
 
-def _input_norms(x: Tensor, wanted: Tensor, stored: FloatFormat) -> Tensor:
+def _input_norms(twin: nn.Module, x: Tensor, stored: FloatFormat) -> Tensor:
     """‖x‖ of the input of each output, in a shape that broadcasts over the outputs."""
-    if stored.operation != "convolution":
-        return x.float().norm(dim=-1, keepdim=True)
-    return x.float().flatten(-3).norm(dim=-1)[..., None, None, None]
+    features = twin.weight.ndim - 1 if stored.operation == "convolution" else 1
+    return torch.linalg.vector_norm(x.float(), dim=tuple(range(-features, 0)), keepdim=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init import linalg
+from lora_init.distributed import rank_count
 from lora_init.weights.checkpoint import OriginalWeights
 from lora_init.weights.kinds import FORMATS, known_format
-from lora_init.weights.offload import factor_device, is_offloaded, is_unloaded, offloaded_weight
+from lora_init.weights.offload import (
+    factor_device,
+    is_offloaded,
+    is_unloaded,
+    offloaded_weight,
+    stored_weight,
+)
+from lora_init.weights.sharded import group_size, is_sharded
 
 if TYPE_CHECKING:
     from lora_init.plan.plan import Target
@@ -32,6 +40,7 @@ class BaseWeights:
     | offloaded by Accelerate | read from the offloaded storage | the same |
     | not loaded, on the meta device | read from the checkpoint | the same |
     | quantized | dequantized values | read from the checkpoint, if one is given |
+    | sharded over ranks | gathered by every call, on all ranks | the same |
 
     Values that are read are mapped from their file and freed with the last reference. A model
     larger than memory is therefore processed layer by layer.
@@ -52,6 +61,7 @@ class BaseWeights:
         self.model = model
         self.second = second
         self.originals = None if original_weights is None else OriginalWeights(original_weights)
+        self._gathered: dict[str, Tensor] = {}
 
     def check(self, targets: tuple[Target, ...]) -> None:
         """Raise if a checkpoint does not fit these targets or is not needed. Reads no weight.
@@ -80,6 +90,11 @@ class BaseWeights:
         if unloaded and self.originals is None:
             raise _nowhere(unloaded[0])
         self._check_stored(unloaded)
+
+    def is_readable(self, target: Target) -> bool:
+        """Whether the values of the weight can be read, as those of few quantizers cannot."""
+        module = self._module(target)
+        return known_format(module).opaque(module) is None
 
     def is_original(self, target: Target) -> bool:
         """Whether `weight` returns the weight from before quantization."""
@@ -117,18 +132,39 @@ class BaseWeights:
         Raises:
             ValueError: the weight is not loaded, and no checkpoint was passed.
         """
+        if target.name in self._gathered:
+            return self._gathered[target.name]
         module = self._module(target)
-        parameter = getattr(module, target.matrix)
-        if not parameter.is_meta:
+        kept = stored_weight(module, target.matrix)
+        if not kept.is_meta:
             return _of_expert(known_format(module).read(module, target.matrix), target)
         if is_offloaded(module):
             stored = offloaded_weight(module, target.matrix)
         elif self.originals is not None:
-            stored = self.originals.weight(self._stored_name(target))
+            stored = self.originals.weight(self._stored_name(target), target.expert)
         else:
             raise _nowhere(target)
-        stored = stored.to(factor_device(module, target.matrix), parameter.dtype)
+        stored = stored.to(factor_device(module, target.matrix), kept.dtype)
         return self._as_matrix(target, stored)
+
+    def is_sharded(self, target: Target) -> bool:
+        """Whether reading the weight needs all ranks that hold a part of it."""
+        return is_sharded(stored_weight(self._module(target), target.matrix))
+
+    def is_everywhere(self, target: Target) -> bool:
+        """Whether each rank of the process group holds a part of a sharded weight."""
+        return group_size(stored_weight(self._module(target), target.matrix)) == rank_count()
+
+    def gather(self, targets: Sequence[Target], *, keep: bool) -> None:
+        """Gather sharded weights on all ranks; with `keep`, this rank holds them until `free`."""
+        for target in targets:
+            weight = oriented_weight(self._module(target))
+            if keep:
+                self._gathered[target.name] = weight
+
+    def free(self) -> None:
+        """Free the gathered weights."""
+        self._gathered.clear()
 
     def target_weight(self, target: Target) -> Float[Tensor, "out in"]:
         """The second weight, on the device of the first one.
@@ -151,9 +187,12 @@ class BaseWeights:
 
     def _as_matrix(self, target: Target, stored: Tensor) -> Tensor:
         one = FORMATS[target.module_type]
-        if one.operation == "routed":  # only the module knows the layout
-            return _of_expert(one.stored(self._module(target), stored), target)
-        return one.orient(stored)
+        if one.operation != "routed":
+            return one.orient(stored)
+        # Only the module knows the layout, which is that of a stack.
+        if stored.ndim == 2:
+            return one.stored(self._module(target), stored[None])[0]
+        return _of_expert(one.stored(self._module(target), stored), target)
 
     def _module(self, target: Target) -> nn.Module:
         """The target module; for an adapted layer, its base layer."""
@@ -184,8 +223,9 @@ class BaseWeights:
 
     def _stored_name(self, target: Target) -> str:
         """The module name under which the weight is stored; tied weights may use another name."""
-        names = (target.name, *(name.removesuffix(".weight") for name in target.shared_with))
-        return next((name for name in names if self.originals.has(name)), target.name)
+        own = target.name if target.expert is None else target.name.rpartition(".")[0]
+        names = (own, *(name.removesuffix(".weight") for name in target.shared_with))
+        return next((name for name in names if self.originals.has(name)), own)
 
     def _stored_shape(self, target: Target) -> tuple[int, ...]:
         if not target.quantized:

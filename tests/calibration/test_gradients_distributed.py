@@ -1,5 +1,7 @@
 """Gradients over two processes: what one process finds that reads all batches; failures of all.
 
+So are starts from several sets, from output moments and from sketches, and those with a core.
+
 Nothing heavy is imported here, because each process imports this file.
 """
 
@@ -10,7 +12,7 @@ import torch
 from processes import run_ranks
 from torch import distributed, nn
 
-from lora_init import WithLoss
+from lora_init import LoraConfig, WithLoss, get_peft_model
 from lora_init.calibration.collect import collect
 from lora_init.registry import CalibrationRequest
 
@@ -52,14 +54,61 @@ def gradients(batches, loss=mean_square):
     return {name: layer.gradient for name, layer in found.layers.items()}
 
 
+STARTS = {
+    "sets": "sc_lora",
+    "output moments": "lora_da",
+    "core": "lora_sb",
+    "core without data": "lora_xs",
+    "sketches": "lora_one",
+}
+
+
+class Wide(nn.Module):
+    """A layer whose gradient takes more memory than a sketch of it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = nn.Linear(48, 60)
+
+    def forward(self, x):
+        return torch.tanh(self.wide(x))
+
+
+def wide_batches():
+    generator = torch.Generator().manual_seed(2)
+    scales = torch.arange(1, 49) ** -1.0
+    return [scales * torch.randn(30 + 5 * n, 48, generator=generator) for n in range(4)]
+
+
+def start(method, batches):
+    """s B A and A of the layer, or with its core."""
+    calibration = WithLoss(batches, lambda model, x: model(x).square().mean())
+    memory = 4 * 48 * 60 - 1 if method == "lora_one" else None
+    if method == "sc_lora":
+        calibration = {"learn": batches, "keep": [x.flip(1) for x in batches]}
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["wide"], init_lora_weights=method)
+    model = get_peft_model(
+        Wide(), config, calibration=calibration, calibration_memory=memory, cache=False
+    )
+    assert model.plan.sketches_gradients == (method == "lora_one")
+    layer = model.layers["wide"]
+    return {
+        "A": layer.lora_A.detach(),
+        "product": layer.scaling * layer.output_factor.detach() @ layer.lora_A.detach(),
+    }
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
         timeout=timedelta(seconds=60),
     )  # fmt: skip
-    own = shares()[rank]
+    own, wide = shares()[rank], wide_batches()
+    wide = wide[:1] if rank == 0 else wide[1:]
     found = {"gradients": gradients(own)}
+    found |= {case: start(method, wide) for case, method in STARTS.items()}
     for case, batches, loss in (
         ("unreached", own if rank == 1 else [], mean_square),
         ("failed", own, mean_square if rank == 1 else no_scalar),
@@ -96,3 +145,12 @@ def test_a_failure_of_one_rank_is_one_of_all(found):
     message = "ValueError: calibration: the loss of batch 1 is a Tensor of shape (5, 6)"
     assert found[0]["failed"].startswith(message)
     assert found[1]["failed"].startswith(f"RuntimeError: gradients: rank 0 failed with {message}")
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_ranks_get_the_start_of_all_batches(found, case):
+    expected = start(STARTS[case], wide_batches())
+    for name, wanted in expected.items():
+        actual = found[0][case][name]
+        assert torch.equal(actual, found[1][case][name])
+        assert (actual - wanted).norm() <= 1e-4 * wanted.norm()

@@ -2,13 +2,21 @@
 
 import math
 
+import peft
 import pytest
 import torch
 from measures import relative_gap
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_init import LoraConfig, WithLoss, calibrate, get_peft_model
+from lora_init import (
+    Calibration,
+    LoraConfig,
+    WithLoss,
+    calibrate,
+    get_peft_model,
+    initialize_peft_model,
+)
 from lora_init.calibration.gradients import collect_gradients
 from lora_init.calibration.sketch import sketch_gradients
 from lora_init.registry import OVERSAMPLING, POWERS
@@ -140,3 +148,56 @@ def test_a_calibration_that_was_made_before_needs_no_memory():
         Wide(), configuration("lora_ga"), calibration=found, calibration_memory=limit("lora_ga")
     )
     assert torch.equal(same.layers["first"].lora_A, whole.layers["first"].lora_A)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "lora_one"])
+def test_a_calibration_holds_sketches_and_its_file_too(tmp_path, method):
+    data, memory = WithLoss(batches(), loss), limit(method)
+    direct = get_peft_model(
+        Wide(), configuration(method), calibration=data, calibration_memory=memory
+    )
+    found = calibrate(Wide(), configuration(method), data, calibration_memory=memory)
+    assert found.batches == 3
+    found.save(tmp_path / "sketches.safetensors")
+    for each in (found, Calibration.load(tmp_path / "sketches.safetensors")):
+        model = get_peft_model(Wide(), configuration(method), calibration=each)
+        for name, layer in model.layers.items():
+            assert torch.equal(layer.lora_A, direct.layers[name].lora_A)
+            assert torch.equal(layer.lora_B, direct.layers[name].lora_B)
+
+
+def test_sketches_that_are_too_small_are_refused_by_name():
+    data = WithLoss(batches(), loss)
+    memory = limit("lora_one")
+    found = calibrate(Wide(), configuration("lora_one"), data, calibration_memory=memory)
+    with pytest.raises(ValueError, match="holds 20 triplets, and lora_ga needs 24 at r=4"):
+        get_peft_model(Wide(), configuration("lora_ga"), calibration=found)
+    with pytest.raises(ValueError, match="gora reads whole gradients; run lora_init.calibrate"):
+        get_peft_model(Wide(), configuration("gora"), calibration=found)
+    both = calibrate(
+        Wide(), [configuration("lora_one"), configuration("lora_ga")], data,
+        calibration_memory=limit("lora_ga"),
+    )  # fmt: skip
+    assert {len(layer.gradient.values) for layer in both.layers.values()} == {
+        2 * RANK + OVERSAMPLING
+    }
+    with pytest.raises(ValueError, match="all statistics for eva take .* bytes together"):
+        calibrate(Wide(), configuration("eva"), data, calibration_memory=memory)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "corda"])
+def test_a_peft_model_calibrates_in_as_much_memory(method):
+    names = ["first", "second"]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, init_lora_weights=method)
+    memory = int(0.8 * get_peft_model(Wide(), config, dry_run=True).statistics_bytes)
+    settings = {"calibration": WithLoss(batches(), loss), "calibration_memory": memory}
+    expected = get_peft_model(Wide(), config, **settings)
+    model = peft.get_peft_model(
+        Wide(),
+        peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, fan_in_fan_out=False),
+    )
+    initialize_peft_model(model, method, **settings)
+    for name in names:
+        layer = model.base_model.model.get_submodule(name)
+        assert torch.equal(layer.lora_A["default"].weight, expected.layers[name].lora_A)
+        assert torch.equal(layer.lora_B["default"].weight, expected.layers[name].lora_B)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -209,6 +210,15 @@ def test_an_interrupted_command_continues(run, checkpoint, tmp_path, monkeypatch
     [
         (["--method", "eva"], "--method eva reads data: pass --data FILE"),
         (["--data", "x.csv"], "--data is not supported with --method pissa"),
+        (["--method", "sc_lora"], "pass --data learn=FILE --data keep=FILE with texts"),
+        (
+            ["--method", "sc_lora", "--data", "x.csv"],
+            "must be one file for each set, --data learn=FILE --data keep=FILE",
+        ),
+        (["--method", "sc_lora", "--data", "learn=x.csv", "--data", "learn=y.csv"], "each set"),
+        (["--method", "eva", "--data", "x.csv", "--data", "y.csv"], "must be one file"),
+        (["--method", "from_delta"], "pass --target-weights FOLDER, a checkpoint or an adapter"),
+        (["--target-weights", "x"], "--target-weights is not supported with --method pissa"),
         (["--method", "loftq"], "pass --residual to write that base too"),
         (["--method", "kaiming", "--residual"], "which keeps the base: leave it out"),
         (["--dtype", "bfloat16"], "pass --residual, or leave it out"),
@@ -217,6 +227,7 @@ def test_an_interrupted_command_continues(run, checkpoint, tmp_path, monkeypatch
         (["--option", "nitre=4"], "did you mean 'niter'"),
         (["--target-modules", "nothing"], "target_modules"),
         (["--device", "cuda"], "device='cuda' is not supported"),
+        (["--device", "gpu"], "device='gpu' is not supported: must be 'auto', or a device"),
     ],
 )
 def test_make_refuses_before_it_writes(run, checkpoint, tmp_path, words, message):
@@ -330,17 +341,88 @@ def test_the_guide_runs(run, tmp_path, monkeypatch):
     guide = (ROOT / "docs/guides/command.md").read_text().replace(HUB_NAME, str(minilm()))
     guide = guide.replace("examples/", f"{ROOT}/examples/")
     commands = re.findall(r"^lora-init (.*)$", guide, re.MULTILINE)
-    assert len(commands) == 11
+    assert len(commands) == 12
+    small = " --seeds 0 --rates 1 --steps 2 --jobs 1 --set hydra.sweeper.max_extensions=0"
     monkeypatch.chdir(tmp_path)
     for command in commands:
+        if command.startswith("compare"):
+            command += small
         assert "error:" not in str(run(*shlex.split(command)))
 
 
-def test_usage_errors_exit_with_2(capsys):
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("convert", "usage: lora-init convert"),
+        ("lst", "invalid choice: 'lst'"),
+        ("list pissa eva", "unrecognized arguments: eva"),
+        ("make model out --batch-size 0", "--batch-size: 0 is not supported: must be at least 1"),
+        ("compare model", "the following arguments are required: DATA"),
+    ],
+)
+def test_usage_errors_exit_with_2(command, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["convert"])
+        main(command.split())
     assert caught.value.code == 2
-    assert "usage: lora-init convert" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_results_go_to_an_empty_folder_only(run, tmp_path):
+    trained_adapter(tmp_path / "in", r=4)
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        assert "is a file" in run("convert", tmp_path / "in", out).replace("not a folder", "a file")
+    run("convert", tmp_path / "in", tmp_path / "out")
+    assert "contains an adapter: must be empty" in run("convert", tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--component", "unet"], "pass --format diffusers, or leave it out"),
+        (["--portable", "--format", "diffusers"], "leave one of them out"),
+    ],
+)
+def test_convert_refuses_options_that_would_have_no_effect(run, tmp_path, words, message):
+    trained_adapter(tmp_path / "in", r=4)
+    assert message in run("convert", tmp_path / "in", tmp_path / "out", *words)
+
+
+def test_two_sets_of_data(run, tmp_path):
+    """SC-LoRA: the factors equal those of the same two sets in Python."""
+    folder, texts = minilm(), {"learn": ["a good film", "nice"], "keep": ["rain in spring"]}
+    words = ["--method", "sc_lora", "-r", 2, "--target-modules", "query"]
+    for name, some in texts.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(some))
+        words += ["--data", f"{name}={tmp_path / name}.txt"]
+    run("make", folder, tmp_path / "out", *words)
+    tokenize = AutoTokenizer.from_pretrained(folder)
+    sets = {
+        name: [dict(tokenize(some, return_tensors="pt", padding=True))]
+        for name, some in texts.items()
+    }
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights="sc_lora", target_modules=["query"])
+    model = get_peft_model(AutoModel.from_pretrained(folder), config, calibration=sets)
+    model.save_pretrained(tmp_path / "library")
+    made, wanted = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "library")
+    )
+    assert made.keys() == wanted.keys()
+    for key in made:
+        torch.testing.assert_close(made[key], wanted[key])
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_a_start_from_a_second_checkpoint_or_adapter(run, checkpoint, tmp_path, kind):
+    second = tmp_path / "second"
+    model = trained_adapter(second, r=2, lora_alpha=4)
+    expected = model(TOKENS).logits.detach()
+    if kind == "checkpoint":
+        model.merge_and_unload().save_pretrained(second := tmp_path / "merged")
+    words = ["--method", "from_delta", "-r", 2, "--target-weights", second]
+    assert "error:" not in run("make", checkpoint, tmp_path / "out", *words)
+    torch.testing.assert_close(logits(tmp_path / "out", checkpoint), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_data_driven_start_of_a_packaged_model(run, tmp_path):
@@ -367,3 +449,24 @@ def test_data_driven_start_of_a_packaged_model(run, tmp_path):
     )
     data.write_text("[1, 2]\n")
     assert "must be a JSON object" in run("make", folder, tmp_path / "x", "--data", data, *words)
+
+
+def test_plan_and_make_of_a_quantized_checkpoint_name_its_format(run, checkpoint, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized = LlamaForCausalLM.from_pretrained(
+        checkpoint, quantization_config=four_bit, device_map="cpu"
+    )
+    folder, out = tmp_path / "quantized", tmp_path / "adapter"
+    quantized.save_pretrained(folder)
+    words = (folder, "--method", "pissa", "-r", 4)
+    printed = run("plan", *words)
+    assert "Linear4bit" in printed
+    assert "nf4/64" in printed
+    assert "--residual is not supported" in run("make", *words, out, "--residual")
+    assert not out.exists()
+    run("make", *words, out)
+    base = LlamaForCausalLM.from_pretrained(folder, device_map="cpu").eval()
+    expected = base(TOKENS).logits
+    actual = PeftModel.from_pretrained(base, out)(TOKENS).logits
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)  # one layer is bfloat16

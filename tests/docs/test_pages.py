@@ -28,6 +28,7 @@ import experiments.train  # noqa: F401  # registers the schemas
 from experiments.config.resolve import run_of
 from lora_init import list_initializers, registry
 from lora_init.cli import parser as command_line
+from lora_init.weights.kinds import weight_formats
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -94,12 +95,14 @@ def test_every_block_has_a_known_language():
 
 @pytest.fixture
 def registered():
-    """The registry is put back: a page may register a method."""
+    """The registries are put back: a page may register a method or a weight format."""
     list_initializers()
-    before = dict(registry._registry)
+    registries = registry._registry, weight_formats()
+    before = [dict(one) for one in registries]
     yield
-    registry._registry.clear()
-    registry._registry.update(before)
+    for one, content in zip(registries, before, strict=True):
+        one.clear()
+        one.update(content)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -157,6 +160,7 @@ def test_commands_exist(page, command, monkeypatch, capsys):
 
 
 def check_module(module, arguments, monkeypatch, capsys):
+    module = module.replace("lora_init_experiments", "experiments")  # its name in an installation
     if module == "experiments.train":
         check_training(arguments)
         return

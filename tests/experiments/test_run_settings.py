@@ -136,3 +136,17 @@ def test_an_epochs_steps_are_checked(composed, value):
         resolve(made)
     made.training.steps = "${steps_of:1,8,4}"
     assert OmegaConf.to_object(made).training.steps == 2
+
+
+def test_a_users_configurations_extend_ours(command, tmp_path):
+    """A preset, and a primary configuration, in a folder of the user's."""
+    presets = tmp_path / "init" / "preset"
+    presets.mkdir(parents=True)
+    preset = "defaults:\n  - /init/pissa@_here_\n  - _self_\nniter: 3\n"
+    (presets / "mine.yaml").write_text(preset)
+    (tmp_path / "my_run.yaml").write_text("defaults:\n  - train\n  - _self_\nsweep: mine\n")
+    ours = ["--config-dir", str(tmp_path), "--config-name", "my_run", "--cfg", "job"]
+    status, shown, _ = command(*ours, "init=preset/mine")
+    assert status == 0
+    assert "name: pissa\n  niter: 3" in shown
+    assert "sweep: mine" in shown

@@ -57,6 +57,50 @@ def test_is_the_papers_formula(rows, columns, beta, scaling):
     assert factors.metrics["positive_eigenvalues"] == min(RANK, int((values > 1e-6).sum()))
 
 
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_the_outputs_may_include_the_bias(rows, columns):
+    """Also under `get_peft_model`, which takes the layer's own bias."""
+    layer = torch.nn.Linear(columns, rows)
+    layer.weight.data = spread_weight(rows, columns)
+    layer.bias.data = torch.linspace(-1, 1, rows)
+    learn, keep = data(columns)
+    learn, keep = learn + 0.5, keep - 0.3
+    outputs = [layer(x).double().detach() for x in (learn, keep)]
+    moments = [y.T @ y / len(y) for y in outputs]
+    matrix = 0.6 * moments[0] / moments[0].trace() - 0.4 * moments[1] / moments[1].trace()
+    both = torch.cat([layer.weight, layer.bias[:, None]], 1).double().detach()
+    span = torch.linalg.svd(both, full_matrices=False)[0]
+    left = span @ torch.linalg.eigh(span.T @ matrix @ span)[1].flip(1)[:, :RANK]
+    expected = left @ left.T @ layer.weight.double().detach()
+    settings = {"r": RANK, "options": {"beta": 0.4, "bias": True}}
+    alone = init_factors(
+        layer.weight, "sc_lora", bias=layer.bias, inputs={"learn": learn, "keep": keep}, **settings
+    )
+    assert relative_gap(alone.lora_B.double() @ alone.lora_A.double(), expected) < 1e-4
+    config = LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=["0"],
+        init_lora_weights={"name": "sc_lora", "beta": 0.4, "bias": True},
+    )  # fmt: skip
+    model = get_peft_model(
+        torch.nn.Sequential(layer), config, calibration={"learn": [learn], "keep": [keep]}
+    )
+    product = model.layers["0"].initial_product().double()
+    assert relative_gap(product, expected) < 1e-4
+
+
+def test_a_bias_that_is_not_read_is_refused():
+    with pytest.raises(ValueError, match="bias=Tensor is not supported: sc_lora does not read it"):
+        init_factors(
+            torch.eye(4), "sc_lora", r=2, bias=torch.zeros(4),
+            inputs={"learn": torch.eye(4), "keep": torch.eye(4)},
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"bias=\(3,\) is not supported: must be a tensor \(4,\)"):
+        init_factors(
+            torch.eye(4), {"name": "sc_lora", "bias": True}, r=2, bias=torch.zeros(3),
+            inputs={"learn": torch.eye(4), "keep": torch.eye(4)},
+        )  # fmt: skip
+
+
 def test_without_normalization():
     weight, (learn, keep) = spread_weight(40, 40), data(40)
     factors = factors_of(weight, 3 * learn, keep, normalize="none", beta=0.4)

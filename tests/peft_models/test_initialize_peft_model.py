@@ -16,7 +16,16 @@ import pytest
 import torch
 from measures import EPSILON, assert_gap, assert_unchanged, logits, snapshot, train
 from methods import SPECS, behavior, handling
-from models import Batches, bert, data_of, llama, spread_weight, token_batches
+from models import (
+    Batches,
+    ConvTower,
+    bert,
+    data_of,
+    llama,
+    spread_weight,
+    token_batches,
+    tower_batches,
+)
 from networks import Case
 from packing import kept_plain
 from products import chosen, every_value, thinned
@@ -40,7 +49,7 @@ from lora_init import (
 from lora_init.initializers.pissa import PissaOptions
 from lora_init.peft_models import apply
 from lora_init.peft_models.layers import adapted_layers
-from lora_init.weights.kinds import oriented_weight
+from lora_init.weights.kinds import FORMATS, oriented_weight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -56,7 +65,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = 4
-FLOAT_KINDS = ("Linear", "Conv1D", "Embedding", "Conv2d")
+FLOAT_KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 KINDS = (*FLOAT_KINDS, "Linear4bit", "Linear8bitLt")
 
 
@@ -79,6 +88,9 @@ class Convolutions(nn.Module):
 
 def network(kind):
     """A base with one module type, its targets, inputs, calibration data and original weights."""
+    if kind in ("Conv1d", "Conv3d"):
+        inputs = Batches(batch["x"] for batch in tower_batches(int(kind[4])))
+        return ConvTower(int(kind[4])), ["first", "second"], inputs[0], inputs, None
     if kind == "Conv2d":
         inputs = Batches(torch.randn(6, 4, 6, 7, generator=torch.Generator().manual_seed(s))
                          for s in range(3))  # fmt: skip
@@ -133,9 +145,17 @@ CELLS = [
     for kind in KINDS
     if supports(method, kind) and not SPECS[method].has_core
 ]
+
+
+def one_of(kind):
+    """The kind, or "convolution" for each of them: they share one implementation."""
+    return "convolution" if FORMATS[kind].operation == "convolution" else kind
+
+
 FEATURES = (
     lambda method, kind: behavior(method),
-    lambda method, kind: (handling(method), kind),
+    lambda method, kind: kind,
+    lambda method, kind: (handling(method), one_of(kind)),
 )
 
 

@@ -18,6 +18,7 @@ from methods import behavior
 from models import (
     VOCABULARY,
     ConvBlock,
+    ConvTower,
     built_once,
     data_of,
     gpt2,
@@ -25,6 +26,7 @@ from models import (
     llama,
     spread,
     token_batches,
+    tower_batches,
 )
 from packing import packed
 from products import every_value, thinned
@@ -97,6 +99,14 @@ CASES = {
         ConvBlock, image_batches, ["conv1", "conv2", "conv_shortcut", "time_emb_proj"],
         {"conv2": 6}, {"conv1": 3},
     ),
+    **{
+        f"Conv{dimensions}d": Case(
+            functools.partial(ConvTower, dimensions),
+            functools.partial(tower_batches, dimensions),
+            ["first", "second"], {"second": 6}, {"first": 3},
+        )
+        for dimensions in (1, 3)
+    },
     "Linear4bit": Case(
         functools.partial(bert, "nf4 double"), token_batches, LINEAR,
         {r"layer\.1\..*query": 6}, {"dense": 3},
@@ -207,7 +217,7 @@ def test_peft_loads_ours(name, variant, method, tmp_path):
     thinned(
         [
             pytest.param(kind, spec.name, dora, id=f"{kind}-{spec.name}{'-dora' * dora}")
-            for kind in ("Embedding", "Conv2d", "Linear4bit", "Linear8bitLt")
+            for kind in ("Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt")
             for spec in list_initializers()
             for dora in (False, True)
             if kind in spec.module_types
@@ -227,7 +237,7 @@ def test_peft_loads_every_method_of_ours(name, method, use_dora, tmp_path):
 
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
-@pytest.mark.parametrize("name", ["Linear", "Embedding", "Conv2d", "Linear4bit"])
+@pytest.mark.parametrize("name", ["Linear", "Embedding", "Conv2d", "Conv3d", "Linear4bit"])
 def test_a_subtracting_dora_is_written_at_twice_the_rank(name, use_rslora, tmp_path):
     """The magnitude belongs to the whole weight, for every base."""
     case = CASES[name]

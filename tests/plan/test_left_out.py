@@ -166,8 +166,8 @@ def test_a_head_that_is_adapted_is_not_left_out():
 
 
 def test_the_report_has_what_the_plan_left_out():
+    config = LoraConfig(r=2, target_modules="all-linear", experts=False)
     with pytest.warns(UserWarning, match="get_peft_model leaves out"):
-        config = LoraConfig(r=2, target_modules="all-linear", experts=False)
         model = get_peft_model(mixture("mixtral"), config)
     report = model.init_report()
     assert tuple(report.left_out) == model.plan.left_out

@@ -2,7 +2,7 @@
 
     python tests/support/device_counts.py
 
-prints the table of docs/gpu.md. The device is simulated: every operation on it counts as a launch,
+writes the table of docs/gpu.md. The device is simulated: every operation on it counts as a launch,
 except views and allocations. Two Linear layers in bfloat16 are so large that Krylov spaces are used
 as for large layers. Statistics are there already, and no cache is used.
 """
@@ -10,6 +10,7 @@ as for large layers. Statistics are there already, and no cache is used.
 import functools
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from unittest import mock
 
 import simulated_device
@@ -27,6 +28,7 @@ from lora_init.linalg import dense
 from lora_init.linalg.mixed_products import mixed_support
 from lora_init.moments import InputStatistics
 
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 ROWS, COLUMNS, RANK = 320, 288, 4
 # As for matrices of thousands of rows: Krylov spaces of W, not dense solvers of its Gram matrix.
 LIKE_LARGE_MATRICES = {"GRAM_DIMENSION": 0, "DENSE_SHARE": 0.2, "DENSE_DIMENSION": 64}
@@ -197,4 +199,7 @@ def table():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with nearby_by_default():
-        print(table())
+        made = table()
+    before, rest = PAGE.read_text().split(made.splitlines()[0], 1)
+    after = rest.split("\n\n", 1)[1]
+    PAGE.write_text(f"{before}{made}\n\n{after}")

@@ -184,6 +184,27 @@ def t5_batches(**options):
     )
 
 
+class ConvTower(nn.Module):
+    """Two convolutions of one or three dimensions, as of audio and of videos."""
+
+    def __init__(self, dimensions):
+        super().__init__()
+        torch.manual_seed(0)
+        kind = {1: nn.Conv1d, 3: nn.Conv3d}[dimensions]
+        self.first = kind(4, 12, 3, padding=1)
+        self.second = kind(12, 8, (3, 2, 1)[:dimensions], stride=2)
+        self.eval()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def tower_batches(dimensions):
+    generator = torch.Generator().manual_seed(1)
+    size = (2, 4, 9, 6, 5)[: dimensions + 2]
+    return Batches({"x": torch.randn(size, generator=generator)} for _ in range(2))
+
+
 class ConvBlock(nn.Module):
     """A residual block of a diffusion model: two convolutions, a time embedding, a shortcut."""
 

@@ -54,8 +54,11 @@ WITH_OUT_DTYPE = {
 
 
 @contextmanager
-def simulated_cuda():
-    """A process with one CUDA device, for the duration of the context."""
+def simulated_cuda(*, has_float64=True):
+    """A process with one CUDA device, for the duration of the context.
+
+    Without float64 it stands for Apple's GPUs: a float64 tensor there is a TypeError.
+    """
     values = {
         "_lazy_init": lambda: None,
         "current_device": lambda: 0,
@@ -67,7 +70,7 @@ def simulated_cuda():
         "is_initialized": lambda: True,
         "synchronize": lambda device=None: None,
     }
-    operations = Operations()
+    operations = Operations(has_float64)
     values |= {
         "get_rng_state": lambda device=None: operations.random_state,
         "set_rng_state": lambda state, device=None: setattr(operations, "random_state", state),
@@ -84,6 +87,11 @@ def simulated_cuda():
 
 
 # -- where a tensor is -----------------------------------------------------------------------------
+
+
+def refuse_float64(operations, tensor):
+    if not operations.has_float64 and tensor.dtype is torch.float64 and place(tensor) == CUDA:
+        raise TypeError("the device has no float64")
 
 
 def place(tensor):
@@ -218,9 +226,9 @@ class Calls(TorchFunctionMode):
         if func is Tensor.to:
             where, *settings = target_of(*args, **kwargs)
             if where in DEVICES and place(args[0]) is not None:
-                return moved(args[0], where, *settings)
+                return self._checked(moved(args[0], where, *settings))
         if func is Tensor.cuda:
-            return moved(args[0], CUDA)
+            return self._checked(moved(args[0], CUDA))
         if func is Tensor.cpu:
             return moved(args[0], CPU, **kwargs)
         if func is Tensor.backward:
@@ -239,7 +247,11 @@ class Calls(TorchFunctionMode):
             result = func(*args, **(kwargs | {"device": "cpu"}))
         finally:
             self.operations.making = before
-        return moved(result, where) if place(result) != where else result
+        return self._checked(moved(result, where) if place(result) != where else result)
+
+    def _checked(self, tensor):
+        refuse_float64(self.operations, tensor)
+        return tensor
 
     def _settled(self, result, args, kwargs):
         """What torch made itself in this call, and never met another tensor, goes with the rest."""
@@ -292,8 +304,9 @@ class Stream:
 class Operations(TorchDispatchMode):
     """Compares the places of an operation's tensors, and gives the results theirs."""
 
-    def __init__(self):
+    def __init__(self, has_float64=True):
         super().__init__()
+        self.has_float64 = has_float64
         self.making = None
         self.random_state = torch.Generator().manual_seed(20_26).get_state()
         self.stream = Stream()
@@ -320,6 +333,7 @@ class Operations(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if not hasattr(storage, "simulated_place"):
                     storage.simulated_place = where
+                refuse_float64(self, tensor)
             return result
 
     def _common_place(self, func, given, args, kwargs):

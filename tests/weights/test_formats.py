@@ -4,32 +4,50 @@ A new format needs one example in `EXAMPLES`.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
 from networks import linear
+from quantized_layers import LAYERS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_init import LoraConfig, get_peft_model
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.kinds import (
     FORMATS,
     class_format,
     known_format,
     module_type,
-    register,
+    register_weight_format,
     weight_format,
+    weight_formats,
 )
 from lora_init.weights.linear import LinearFormat
-from lora_init.weights.module_types import LINEAR_TYPES, MODULE_TYPES
+from lora_init.weights.patches import CLASSES, TRANSPOSED
 
 
 def draws(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def convolution():
-    return nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=1, dilation=2, padding_mode="reflect")
+def convolution(dimensions):
+    """Another size, stride and dilation along each dimension, and reflected borders."""
+    along = slice(dimensions)
+    return CLASSES[dimensions](
+        4, 8, (3, 2, 1)[along], stride=(2, 1, 2)[along], padding=(2, 1, 1)[along],
+        dilation=(2, 1, 1)[along], padding_mode="reflect",
+    )  # fmt: skip
+
+
+def upsampling(dimensions):
+    """A transposed convolution; one of its paddings is wider than its kernel reaches."""
+    along = slice(dimensions)
+    return TRANSPOSED[dimensions](
+        4, 8, (3, 2, 1)[along], stride=(2, 3, 2)[along], padding=(1, 2, 0)[along],
+        dilation=(2, 1, 1)[along], output_padding=(1, 2, 0)[along],
+    )  # fmt: skip
 
 
 EXAMPLES = {
@@ -37,8 +55,16 @@ EXAMPLES = {
     "Conv1D": (lambda: Conv1D(32, 64), draws(2, 3, 64)),
     "Linear4bit": (lambda: packed("Linear4bit"), draws(2, 3, 64)),
     "Linear8bitLt": (lambda: packed("Linear8bitLt"), draws(2, 3, 64)),
-    "Conv2d": (convolution, draws(2, 4, 9, 8)),
+    "Conv1d": (lambda: convolution(1), draws(2, 4, 9)),
+    "Conv2d": (lambda: convolution(2), draws(2, 4, 9, 8)),
+    "Conv3d": (lambda: convolution(3), draws(2, 4, 9, 8, 5)),
+    "ConvTranspose1d": (lambda: upsampling(1), draws(2, 4, 5)),
+    "ConvTranspose2d": (lambda: upsampling(2), draws(2, 4, 5, 4)),
+    "ConvTranspose3d": (lambda: upsampling(3), draws(2, 4, 5, 4, 3)),
     "Embedding": (lambda: nn.Embedding(48, 32), torch.arange(48).view(6, 8)),
+}
+EXAMPLES |= {
+    name: (LAYERS[name], None) for name in FORMATS if FORMATS[name].quantized and name in LAYERS
 }
 """A function that makes a module, and an input of the module, by format."""
 
@@ -69,13 +95,21 @@ def assert_same_state(module, expected):
         assert torch.equal(found[key], value), key
 
 
+@pytest.fixture
+def own_formats():
+    before = dict(FORMATS)
+    yield
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
 every_format = pytest.mark.parametrize("name", EXAMPLES)
+writable_formats = pytest.mark.parametrize("name", [n for n in EXAMPLES if FORMATS[n].writable])
+"""Those that are not, `test_read_only.py` tests."""
 
 
-def test_every_format_has_an_example_and_the_types_of_methods_are_those_of_formats():
-    assert set(EXAMPLES) == set(FORMATS) - {"Experts"}  # see test_experts.py
-    assert tuple(EXAMPLES) == MODULE_TYPES
-    assert {n for n, one in FORMATS.items() if one.operation == "product"} == set(LINEAR_TYPES)
+def test_every_format_has_an_example():
+    assert set(EXAMPLES) == set(FORMATS) - {"Experts"}  # see test_experts_format.py
 
 
 @every_format
@@ -83,11 +117,10 @@ def test_a_module_has_one_format(name):
     module, one = made(name), FORMATS[name]
     assert weight_format(module) is class_format(module) is known_format(module) is one
     assert (one.name, module_type(module)) == (name, name)
-    assert [other.name for other in FORMATS.values() if other.matches(module)] == [name]
     assert one.refusal(module) is one.unreadable(module) is one.replaced_forward(module) is None
 
 
-@every_format
+@writable_formats
 def test_the_dtype_does_not_decide(name):
     module = made(name)
     module.weight = nn.Parameter(module.weight.detach().to(torch.uint8), requires_grad=False)
@@ -105,7 +138,7 @@ def test_the_declared_subtractions_fit_the_storage(name):
     assert "in_forward" in one.subtractions
 
 
-@every_format
+@writable_formats
 def test_reading_gives_the_stated_shape_and_dtype(name):
     module, one = made(name), FORMATS[name]
     assert one.matrices(module) == ("weight",)
@@ -114,13 +147,14 @@ def test_reading_gives_the_stated_shape_and_dtype(name):
     assert matrix.dtype == torch.float32
     assert not matrix.requires_grad
     if not one.quantized:
-        assert matrix.data_ptr() == module.weight.data_ptr()  # a view, not a copy
+        if "Transpose" not in name:
+            assert matrix.data_ptr() == module.weight.data_ptr()  # a view, not a copy
         assert one.read(module.bfloat16()).dtype == one.float_dtype(module) == torch.bfloat16
         assert one.describe(module) == "bfloat16"
         assert one.quantizer(module) is None
 
 
-@every_format
+@writable_formats
 def test_the_shape_is_known_on_the_meta_device(name):
     module, one = made(name), FORMATS[name]
     expected = one.shape(module)
@@ -129,7 +163,7 @@ def test_the_shape_is_known_on_the_meta_device(name):
     assert class_format(module) is one
 
 
-@every_format
+@writable_formats
 @torch.no_grad()
 def test_the_matrix_times_the_rows_of_the_input_is_the_output(name):
     module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
@@ -142,18 +176,18 @@ def test_the_matrix_times_the_rows_of_the_input_is_the_output(name):
     assert torch.linalg.norm(output - product) <= bound * torch.linalg.norm(product)
 
 
-@every_format
+@writable_formats
 def test_modules_that_cut_their_inputs_alike_have_equal_keys(name):
     module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
     twin = copy.deepcopy(module)
     assert one.reading(module) == one.reading(twin)
     assert torch.equal(one.input_rows(module, x), one.input_rows(twin, x))
     if one.operation == "convolution":
-        twin.stride = (1, 1)
+        twin.stride = tuple(step + 1 for step in twin.stride)
         assert one.reading(module) != one.reading(twin)
 
 
-@every_format
+@writable_formats
 def test_what_is_written_is_read(name):
     module, one = made(name), FORMATS[name]
     matrix = draws(*one.shape(module), seed=2)
@@ -172,7 +206,7 @@ def test_what_is_written_is_read(name):
         assert module.weight.shape == parameter.shape
 
 
-@every_format
+@writable_formats
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_a_held_weight_comes_back_exactly(name, on_cpu):
     module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
@@ -190,7 +224,7 @@ def test_a_held_weight_comes_back_exactly(name, on_cpu):
         assert torch.equal(copy.deepcopy(module)(x), output)
 
 
-@every_format
+@writable_formats
 def test_only_declared_formats_change_in_the_forward_pass(name):
     module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
     assert one.changes_in_forward(module) <= one.quantized
@@ -212,7 +246,7 @@ def test_a_weight_that_cannot_be_read_has_a_reason(name):
     assert "on the meta device" in FORMATS[name].unreadable(unload(module))
 
 
-def test_the_format_that_was_added_last_has_precedence(monkeypatch):
+def test_the_format_that_was_added_last_has_precedence(own_formats):
     class Halved(nn.Linear):
         def forward(self, x):
             return super().forward(x) / 2
@@ -227,12 +261,11 @@ def test_the_format_that_was_added_last_has_precedence(monkeypatch):
     module = Halved(4, 3, bias=False)
     assert class_format(module).name == "Linear"
     assert weight_format(module) is None  # because of its own forward
-    monkeypatch.setattr("lora_init.weights.kinds.FORMATS", dict(FORMATS))
-    register(HalvedFormat())
+    register_weight_format(HalvedFormat())
     assert weight_format(module).name == module_type(module) == "Halved"
     assert weight_format(nn.Linear(4, 3)).name == "Linear"
     with pytest.raises(ValueError, match="name='Halved' is not supported: .*HalvedFormat has this"):
-        register(HalvedFormat())
+        register_weight_format(HalvedFormat())
     x = draws(5, 4)
     torch.testing.assert_close(module(x), x @ weight_format(module).read(module).T)
 
@@ -240,3 +273,68 @@ def test_the_format_that_was_added_last_has_precedence(monkeypatch):
 def test_a_new_format_must_say_how_it_reads_and_writes():
     with pytest.raises(TypeError, match="abstract"):
         WeightFormat()
+
+
+PLUGIN = """
+from torch import nn
+
+from lora_init import register_weight_format
+from lora_init.weights.float import FloatFormat
+
+
+class KernelLinear(nn.Module):
+    def __init__(self, columns, rows):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.normal_(nn.Linear(rows, columns).weight.detach()))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class KernelLinearFormat(FloatFormat):
+    name = "KernelLinear"
+    cls = KernelLinear
+    transposed = True
+
+
+register_weight_format(KernelLinearFormat())
+"""
+
+
+@pytest.mark.parametrize("method", ["kaiming", "pissa"])
+def test_an_entry_point_adds_a_format_that_methods_support(
+    own_formats, tmp_path, monkeypatch, method
+):
+    (tmp_path / "kernel_linear.py").write_text(PLUGIN)
+    info = tmp_path / "kernel_linear-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernel-linear\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lora_init.weight_formats]\nkernel = kernel_linear\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernel_linear", raising=False)
+    monkeypatch.setattr("lora_init.weights.kinds._ENTRY_POINTS.loaded", False)
+    assert "KernelLinear" in weight_formats()
+    model = nn.Sequential(sys.modules["kernel_linear"].KernelLinear(16, 8))
+    x = draws(4, 16)
+    expected = model(x)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=method)
+    adapted = get_peft_model(model, config)
+    assert adapted.layers["0"].module_type == "KernelLinear"
+    torch.testing.assert_close(adapted(x), expected)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
+
+
+class Unnamed(LinearFormat):
+    name = "Unnamed"
+    operation = "sum"
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [(Unnamed, "must be an instance"), (Unnamed(), "operation=.sum. of .* must be one of product")],
+)
+def test_a_wrong_format_is_refused_by_name(one, message):
+    with pytest.raises((TypeError, ValueError), match=f"{message}"):
+        register_weight_format(one)
+    assert "Unnamed" not in weight_formats()

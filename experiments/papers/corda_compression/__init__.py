@@ -1,25 +1,18 @@
-"""CorDA: the components it calls the smallest are those that a model can do without.
+"""CorDA: does a model need the components that CorDA calls the smallest?
 
-Every linear layer of the blocks loses its q smallest components, and the perplexity on held-out
-text says what that cost. All methods compared leave a projection of the weight, W - P P'W, and
-differ in which q output directions P they take for the least (`projections`):
+Every linear layer of the blocks loses its q smallest components. The perplexity on held-out text
+measures the cost. Each method leaves a projection of the weight, W - P PᵀW. They differ in the q
+output directions P that they call the smallest (see `projections`):
 
     plain SVD            left singular vectors of W
     ASVD                 of W diag(mean |x|)^alpha
-    CorDA                of W R, R = XX'/tokens
-    whitened             of W L, R = LL': for these P the mean square error of the output is least
-
-    projections   which components are the least, by method
-    inputs        what calibration saw of each layer's inputs
-    dropping      perplexity as more and more components are dropped
-    claims        the paper's statements and their verdicts
-    figures       table and charts
-    reproduction  settings, and the way through all of it
+    CorDA                of W R, R = X Xᵀ / tokens
+    whitened             of W L, R = L Lᵀ; this P has the least mean square error of the output
 
 Source: Yang et al. 2024, "CorDA", NeurIPS 2024, arXiv 2406.05223, table 1 and figure 2; Yuan et al.
 2023, "ASVD", arXiv 2312.05821; Wang et al. 2024, "SVD-LLM", arXiv 2403.07378 (whitening).
 """
 
-from experiments.papers.corda_compression.reproduction import PAPER
+from .reproduction import REPRODUCTION
 
-__all__ = ["PAPER"]
+__all__ = ["REPRODUCTION"]

@@ -11,8 +11,8 @@ import math
 import pandas as pd
 import torch
 
-from experiments.papers.claim import Claim, judge
-from experiments.papers.interval import Interval, mean
+from ..claim import Claim, judge
+from ..interval import Interval, mean
 
 LABELS = {"plain": "plain SVD", "asvd": "ASVD", "corda": "CorDA", "whitened": "whitened SVD"}
 COMPARED = 0.25
@@ -153,7 +153,7 @@ def square_root(own: pd.DataFrame) -> Claim:
     difference = paired(pair["whitened"], pair["corda"])
     everywhere = bool((found["whitened"] < found["corda"]).all())
     return Claim(
-        statement="The square root of R, which minimises the layer’s output error, does better "
+        statement="The square root of R, which minimizes the layer’s output error, does better "
         "than CorDA’s R",
         paper="– (not compared; whitening is SVD-LLM’s)",
         ours=f"a quarter dropped: whitened {at['whitened']:.4g}, CorDA {at['corda']:.4g}, "

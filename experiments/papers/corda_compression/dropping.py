@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from experiments.papers.corda_compression.projections import (
+from lora_init.progress import tracked
+
+from ..language import block_losses
+from .projections import (
     Inputs,
     LeastComponents,
     least_components,
 )
-from experiments.papers.language import block_losses
-from lora_init.progress import tracked
 
 
 @torch.no_grad()

@@ -5,19 +5,19 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from experiments.papers.corda_compression.claims import (
+from ...report.palette import MARKS
+from ..drawing import chart
+from ..reproduction import Figure, Table
+from .claims import (
     LABELS,
     PAPER,
     PAPER_FRACTIONS,
     PAPER_FULL,
     PAPER_WIDTH,
 )
-from experiments.papers.drawing import chart
-from experiments.papers.reproduction import Figure, Table
-from experiments.report.palette import MARKS
 
 OURS, THEIRS = "ours", "the paper’s"
-# Plain SVD drops what PiSSA leaves: its colour.
+# Plain SVD drops what PiSSA leaves: its color.
 COLORS = {
     "plain": MARKS["pissa"].color,
     "asvd": "#44aa99",

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from experiments.papers.corda_compression.projections import Inputs
-from experiments.papers.corpus import language_batches
 from lora_init import LoraConfig, calibrate
+
+from ..corpus import language_batches
+from .projections import Inputs
 
 
 def observe_inputs(

@@ -1,4 +1,4 @@
-"""Settings, and the way from a model to findings."""
+"""What CorDA's compression is measured on, and the way from a model to claims."""
 
 from __future__ import annotations
 
@@ -6,31 +6,42 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.corda_compression import claims, figures
-from experiments.papers.corda_compression.dropping import losses_by_fraction
-from experiments.papers.corda_compression.inputs import observe_inputs
-from experiments.papers.corpus import joined_blocks, load_texts
-from experiments.papers.language import block_losses, paired_error, perplexity, spread
-from experiments.papers.reproduction import Findings, Options, Paper
-from experiments.papers.subject import Subject, load_subject, place
+from ...console import say
+from ..claim import Claim
+from ..corpus import joined_blocks, load_texts
+from ..language import block_losses, paired_error, perplexity, spread
+from ..reproduction import (
+    Figure,
+    Measurement,
+    Options,
+    Reproduction,
+    Table,
+    require,
+)
+from ..subject import Subject, load_subject, place
+from . import claims, figures
+from .dropping import losses_by_fraction
+from .inputs import observe_inputs
 
 OWN, FOREIGN = "plots", "problems"
 
 
 @dataclass
-class CordaCompressionSettings(Options):
-    """Settings.
+class CordaCompressionOptions(Options):
+    """What is dropped, and the text for calibration and test.
 
     Attributes:
-        model: as of `subjects.load_subject`, a causal model.
-        blocks_apart: components are dropped in every so many-th block of the model; 1: in all.
-        fractions: of min(out, in), ascending; the paper's 16, 128, 512 and 1024 of 4096.
-        calibration_tokens: of the test text's own domain (film plots), and as many of a foreign one
-            (word problems).
-        few_tokens: the first so many of them, as the small calibration.
-        test_tokens: of held-out plots, spread over films.
+        model: a causal model, as `load_subject` takes it.
+        blocks_apart: components are dropped in one of so many blocks of the model; 1 means in all.
+        fractions: the dropped shares of min(out, in), ascending. The paper drops 16, 128, 512 and
+            1024 of 4096.
+        calibration_tokens: tokens of film plots, the domain of the test, and as many tokens of
+            word problems, a foreign domain.
+        few_tokens: the small calibration uses so many of the first of them.
+        test_tokens: tokens of held-out plots, spread over films.
         length, batch_size: of blocks, in calibration and test.
         alpha: ASVD's exponent.
     """
@@ -47,38 +58,35 @@ class CordaCompressionSettings(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = all(0 < fraction < 1 for fraction in self.fractions)
-        if not allowed or len(self.fractions) < 2 or sorted(set(self.fractions)) != self.fractions:
-            raise ValueError(
-                f"fractions={self.fractions}; allowed are two or more in 0 < x < 1, ascending"
-            )
-        if claims.COMPARED not in self.fractions:
-            raise ValueError(
-                f"fractions={self.fractions}; {claims.COMPARED:g} must be among them: the paper’s "
-                "figures are compared there"
-            )
-        if not self.length <= self.few_tokens < self.calibration_tokens:
-            raise ValueError(
-                f"few_tokens={self.few_tokens}; allowed are numbers from length={self.length} to "
-                f"below calibration_tokens={self.calibration_tokens}"
-            )
-        if self.test_tokens < 2 * self.length:
-            raise ValueError(
-                f"test_tokens={self.test_tokens}; allowed are two blocks of length={self.length} "
-                "or more: differences are paired by block"
-            )
+        ascending = sorted(set(self.fractions)) == self.fractions and len(self.fractions) > 1
+        inside = all(0 < fraction < 1 for fraction in self.fractions)
+        require(self, "fractions", ascending and inside, "two or more in 0 < x < 1, ascending")
+        compared = f"a list with {claims.COMPARED:g}, where the paper’s figures are compared"
+        require(self, "fractions", claims.COMPARED in self.fractions, compared)
+        require(
+            self,
+            "few_tokens",
+            self.length <= self.few_tokens < self.calibration_tokens,
+            f"from length={self.length} to below calibration_tokens={self.calibration_tokens}",
+        )
+        require(
+            self,
+            "test_tokens",
+            self.test_tokens >= 2 * self.length,
+            f"two blocks of length={self.length} or more, because differences are paired by block",
+        )
 
 
-def reproduce(settings: CordaCompressionSettings) -> Findings:
-    """Measure, and judge."""
-    subject = load_subject(settings.model)
-    subject.model.to(place(settings.device))
-    names = [layer.name for layer in subject.every(settings.blocks_apart)]
-    test = joined_blocks(subject.tokenizer, load_texts(OWN, "test"), length=settings.length)
-    test = spread(test, settings.test_tokens // settings.length)
-    whole = block_losses(subject.model, test, settings.batch_size)
+def measure(options: CordaCompressionOptions) -> Measurement:
+    """Measure the perplexity for each method, calibration and dropped share."""
+    subject = load_subject(options.model)
+    subject.model.to(place(options.device))
+    names = [layer.name for layer in subject.every(options.blocks_apart)]
+    test = joined_blocks(subject.tokenizer, load_texts(OWN, "test"), length=options.length)
+    test = spread(test, options.test_tokens // options.length)
+    whole = block_losses(subject.model, test, options.batch_size)
     rows = []
-    for method, corpus, tokens, losses in measured(subject, names, test, settings):
+    for method, corpus, tokens, losses in compressed_losses(subject, names, test, options):
         for fraction, found in losses.items():
             rows.append(
                 {
@@ -92,63 +100,44 @@ def reproduce(settings: CordaCompressionSettings) -> Findings:
                     "losses": found,
                 }
             )
-    frame = pd.DataFrame(rows)
     full = perplexity(whole)
-    width = subject.model.config.hidden_size
-    return Findings(
-        claims=claims.all_claims(frame, full, width),
-        setting={
-            "model": subject.described,
-            "layers": f"{len(names)} linear layers, those of "
-            + ("all blocks" if settings.blocks_apart == 1 else "a few blocks"),
-            "test": f"{test.numel()} tokens of held-out film plots, spread over films; perplexity "
-            f"of the whole model {full:.2f}",
-            "calibration": f"{settings.calibration_tokens} tokens of other films’ plots, the first "
-            f"{settings.few_tokens} of them, and {settings.calibration_tokens} tokens of word "
-            "problems",
-            "the paper’s": "Llama-2-7B; WikiText-2; 256 and 32 samples of 2,048 tokens",
-        },
-        tables=[figures.table(frame, full)],
-        figures=figures.charts(frame, full, width),
-        discussion=discussion(settings),
-    )
+    model = {"perplexity": full, "width": subject.model.config.hidden_size}
+    facts = {
+        "model": subject.described,
+        "layers": f"{len(names)} linear layers, those of "
+        + ("all blocks" if options.blocks_apart == 1 else "a few blocks"),
+        "test": f"{test.numel()} tokens of held-out film plots, spread over films; perplexity "
+        f"of the whole model {full:.2f}",
+        "calibration": f"{options.calibration_tokens} tokens of other films’ plots, the first "
+        f"{options.few_tokens} of them, and {options.calibration_tokens} tokens of word problems",
+        "the paper’s": "Llama-2-7B; WikiText-2; 256 and 32 samples of 2,048 tokens",
+    }
+    frames = {"compressed": pd.DataFrame(rows), "model": pd.DataFrame([model])}
+    return Measurement(options, frames, facts)
 
 
-def discussion(settings: CordaCompressionSettings) -> list[str]:
-    told = [
-        "All four methods drop a projection of the weight, and all but plain SVD ask in which "
-        "output directions the inputs that occur leave least; they differ in how the inputs are "
-        "weighted. ASVD knows each feature’s size and no correlation; CorDA weights by R, "
-        "whitening by its square root, for which the layer’s output error is least."
-    ]
-    if settings.model == "smollm2":
-        told.append(
-            "The weights come from 4-bit values: rounding noise fills their smallest components, "
-            "which plain SVD drops first. Plain SVD may fare differently on weights that were "
-            "trained in 16 bits."
-        )
-    return told
-
-
-def measured(
-    subject: Subject, names: list[str], test, settings: CordaCompressionSettings
-) -> Iterator:
-    """(method, corpus, tokens, the blocks' losses by fraction), for all that is compared."""
-    shared = {"alpha": settings.alpha, "batch_size": settings.batch_size}
+def compressed_losses(
+    subject: Subject,
+    names: list[str],
+    test: Int[Tensor, "blocks length"],
+    options: CordaCompressionOptions,
+) -> Iterator[tuple[str, str, int, dict[float, Tensor]]]:
+    """Yield method, corpus, tokens, and the blocks' losses by dropped share."""
+    shared = {"alpha": options.alpha, "batch_size": options.batch_size}
     say("  plain SVD")
-    fractions = settings.fractions
+    fractions = options.fractions
     losses = losses_by_fraction(subject.model, names, "plain", None, fractions, test, **shared)
     yield "plain", "–", 0, losses
     for corpus, tokens, methods in (
-        (OWN, settings.calibration_tokens, ("asvd", "corda", "whitened")),
-        (OWN, settings.few_tokens, ("corda",)),
-        (FOREIGN, settings.calibration_tokens, ("corda", "whitened")),
+        (OWN, options.calibration_tokens, ("asvd", "corda", "whitened")),
+        (OWN, options.few_tokens, ("corda",)),
+        (FOREIGN, options.calibration_tokens, ("corda", "whitened")),
     ):
         blocks = joined_blocks(
-            subject.tokenizer, load_texts(corpus), length=settings.length, tokens=tokens
+            subject.tokenizer, load_texts(corpus), length=options.length, tokens=tokens
         )
         say(f"  calibration on {blocks.numel()} tokens of {corpus}")
-        inputs = observe_inputs(subject.model, names, blocks, settings.batch_size)
+        inputs = observe_inputs(subject.model, names, blocks, options.batch_size)
         for method in methods:
             say(f"  {claims.LABELS[method]}")
             losses = losses_by_fraction(
@@ -157,12 +146,54 @@ def measured(
             yield method, corpus, tokens, losses
 
 
-PAPER = Paper(
+def whole_model(measured: Measurement) -> tuple[float, int]:
+    """The perplexity and the width of the whole model."""
+    row = measured["model"].iloc[0]
+    return float(row["perplexity"]), int(row["width"])
+
+
+def judge_all(measured: Measurement) -> list[Claim]:
+    """Four claims of the paper, and one question that this project adds."""
+    return claims.all_claims(measured["compressed"], *whole_model(measured))
+
+
+def tabulate(measured: Measurement) -> list[Table]:
+    """Perplexity by method, calibration and dropped share."""
+    return [figures.table(measured["compressed"], whole_model(measured)[0])]
+
+
+def draw(measured: Measurement) -> list[Figure]:
+    """Perplexity against the dropped share, and the effect of the calibration."""
+    return figures.charts(measured["compressed"], *whole_model(measured))
+
+
+def discuss(measured: Measurement) -> list[str]:
+    """What the methods have in common, and a limit of this model."""
+    sentences = [
+        "All four methods drop a projection of the weight. All but plain SVD choose the output "
+        "directions in which the inputs that occur leave least. They differ in how they weight "
+        "the inputs. ASVD knows each feature’s size and no correlation. CorDA weights by R, "
+        "whitening by its square root, for which the layer’s output error is least."
+    ]
+    if measured.options.model == "smollm2":
+        sentences.append(
+            "The weights come from 4-bit values: rounding noise fills their smallest components, "
+            "which plain SVD drops first. Plain SVD may do better or worse on weights that were "
+            "trained in 16 bits."
+        )
+    return sentences
+
+
+REPRODUCTION = Reproduction(
     name="corda_compression",
     title="CorDA: dropping the smallest components",
     source="Yang et al. 2024, arXiv 2406.05223, table 1 and figure 2",
     question="Does a model keep its perplexity when every linear layer loses the components that "
     "CorDA calls the smallest?",
-    settings=CordaCompressionSettings,
-    reproduce=reproduce,
+    options=CordaCompressionOptions,
+    measure=measure,
+    judge=judge_all,
+    tabulate=tabulate,
+    draw=draw,
+    discuss=discuss,
 )

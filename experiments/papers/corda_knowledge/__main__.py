@@ -1,7 +1,7 @@
-"""python -m experiments.papers.corda_knowledge"""
+"""Run `python -m experiments.papers.corda_knowledge`."""
 
-from experiments.papers.application import run
-from experiments.papers.corda_knowledge import PAPER
+from ..application import run
+from . import REPRODUCTION
 
 if __name__ == "__main__":
-    run(PAPER)
+    run(REPRODUCTION)

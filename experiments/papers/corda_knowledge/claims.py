@@ -1,7 +1,7 @@
 """The paper's statements, its figures, and what follows from ours.
 
 `steps` are the rows of `tradeoff`; `equal` those of `at_equal_learning` by the share of the common
-fall where they were read, none where some start learnt nothing and nothing can be compared.
+fall where they were read, none where some start learned nothing and nothing can be compared.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.corda_knowledge.tradeoff import at_the_end, grid_edge
-from experiments.papers.interval import Interval, mean
+from ..claim import Claim, Verdict, judge
+from ..interval import Interval, mean
+from .tradeoff import at_the_end, grid_edge
 
 LABELS = {
     "kaiming": "LoRA",
@@ -75,7 +75,7 @@ def keeps_more(
     *,
     published: bool = True,
 ) -> Claim:
-    """kpm against another start where both have learnt the same: seed by seed, and over blocks.
+    """kpm against another start where both have learned the same: seed by seed, and over blocks.
 
     Args:
         measure: "divergence", or "perplexity", for which no margin is asked.
@@ -83,7 +83,7 @@ def keeps_more(
     margin, name = (MARGIN, "KL") if measure == "divergence" else (1.0, "perplexity on plots")
     below = f"below {margin:g} of {LABELS[other]}’s" if margin < 1 else f"below {LABELS[other]}’s"
     criterion = (
-        f"where half of the common fall is learnt and where all of it is, kpm’s {name} is {below} "
+        f"where half of the common fall is learned and where all of it is, kpm’s {name} is {below} "
         "with every seed, and the mean difference over blocks of text is below 0 beyond its 95 % "
         "interval; same direction: below it on average at both; contradicts: above it"
         + (f" by 1 / {margin:g}" if margin < 1 else "")
@@ -91,7 +91,7 @@ def keeps_more(
         "edge of their rates"
     )
     if not equal:
-        ours = f"some start learnt nothing (best fall of its loss: {fall:.3f} nats)"
+        ours = f"some start learned nothing (best fall of its loss: {fall:.3f} nats)"
         return Claim(
             statement, paper, ours, criterion, Verdict.NOT_JUDGED, published=published
         )  # fmt: skip
@@ -118,7 +118,7 @@ def keeps_more(
         statement=statement,
         paper=paper,
         ours="; ".join(
-            f"{name} at {share * fall:.2f} nats learnt: kpm {found['corda_kpm']:.3g}, "
+            f"{name} at {share * fall:.2f} nats learned: kpm {found['corda_kpm']:.3g}, "
             f"{LABELS[other]} {found[other]:.3g} (difference of the {unit} "
             f"{difference.show('+.3g')})"
             for (share, found), difference in zip(middle.items(), differences, strict=True)

@@ -1,4 +1,4 @@
-"""Forgetting against what is learnt: tables and the chart."""
+"""Forgetting against what is learned: tables and the chart."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import altair as alt
 import pandas as pd
 
-from experiments.papers.corda_knowledge.claims import LABELS
-from experiments.papers.corda_knowledge.tradeoff import ARRAYS, SHARES
-from experiments.papers.drawing import chart
-from experiments.papers.reproduction import Figure, Table
-from experiments.report.canvas import SOFT
-from experiments.report.palette import MARKS
+from ...report.canvas import SOFT
+from ...report.palette import MARKS
+from ..drawing import chart
+from ..reproduction import Figure, Table
+from .claims import LABELS
+from .tradeoff import ARRAYS, SHARES
 
 COLORS = {
     "kaiming": MARKS["kaiming"].color,
@@ -23,11 +23,11 @@ COLORS = {
 
 
 def equal_tables(equal: Mapping[float, pd.DataFrame], fall: float) -> list[Table]:
-    """What each start forgets where all have learnt the same; the most learnt comes first."""
+    """What each start forgets where all have learned the same; the most learned comes first."""
     return [
         Table(
             f"equal_{100 * share:.0f}",
-            f"Forgetting where every start has learnt {share * fall:.3f} nats",
+            f"Forgetting where every start has learned {share * fall:.3f} nats",
             equal_rows(found),
             {"perplexity of plots": ".2f"},
             note="KL(original ‖ trained) of the next token on held-out plots, nats; over seeds, "
@@ -64,12 +64,12 @@ def end_table(steps: pd.DataFrame) -> Table:
             {
                 "start": found["method"].map(LABELS),
                 "rate": found["rate"].map("{:g}".format),
-                "learnt, nats": found["fall"],
+                "learned, nats": found["fall"],
                 "KL, nats": found["divergence"],
                 "perplexity of plots": found["perplexity"],
             }
         ),
-        {"learnt, nats": ".3f", "perplexity of plots": ".2f"},
+        {"learned, nats": ".3f", "perplexity of plots": ".2f"},
         note="Means over the seeds that were trained at that rate: the first at every one, the "
         "others at those that won with it. A training that diverged has no row.",
     )  # fmt: skip
@@ -94,7 +94,7 @@ def tradeoff_figure(steps: pd.DataFrame, fall: float) -> Figure:
         legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1),
     )  # fmt: skip
     base = chart(drawn).encode(
-        x=alt.X("fall:Q", title="learnt: fall of the loss on held-out problems, nats"),
+        x=alt.X("fall:Q", title="learned: fall of the loss on held-out problems, nats"),
         y=alt.Y("distance:Q", title="forgotten: √KL on held-out plots, √nats"),
         color=color,
         detail="run:N",
@@ -118,8 +118,8 @@ def tradeoff_figure(steps: pd.DataFrame, fall: float) -> Figure:
         )
         layers.insert(0, rule.encode(x="fall:Q"))
     return Figure(
-        "tradeoff", "What is forgotten for what is learnt",
+        "tradeoff", "What is forgotten for what is learned",
         "A line a training, from the origin; low and to the right is good. Starts are compared on "
-        "the dashed lines: at what all have learnt, and at half of it.",
+        "the dashed lines: at what all have learned, and at half of it.",
         alt.layer(*layers).properties(height=340),
     )  # fmt: skip

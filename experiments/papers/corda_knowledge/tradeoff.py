@@ -1,6 +1,6 @@
-"""Forgetting at one amount learnt, from points along trainings; and the rates that win.
+"""Forgetting at one amount learned, from points along trainings; and the rates that win.
 
-Frames hold a row for each method, rate, seed and step: `fall`, of the loss on what is learnt since
+Frames hold a row for each method, rate, seed and step: `fall`, of the loss on what is learned since
 step 0; `divergence`, KL(original ‖ trained), and `perplexity` on what is to be kept; and arrays
 over the blocks of it, `divergences` and `losses`, of which these two are the mean and the
 exponential of the mean. At step 0 fall and divergences are 0.
@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 ARRAYS = ["divergences", "losses"]
 SHARES = (0.5, 1.0)
-"""Of what all have learnt: the whole is where the slowest start ends, at its highest rate perhaps;
+"""Of what all have learned: the whole is where the slowest start ends, at its highest rate perhaps;
 half of it is on everyone's way."""
 
 
@@ -76,14 +76,14 @@ def means(
 
 
 def at_the_end(steps: pd.DataFrame) -> pd.DataFrame:
-    """Method, seed, rate, fall: each at the rate that has learnt most after the last step."""
+    """Method, seed, rate, fall: each at the rate that has learned most after the last step."""
     last = steps[steps["step"] == steps["step"].max()]
     best = last.groupby(["method", "seed"], sort=False)["fall"].idxmax()
     return last.loc[best, ["method", "seed", "rate", "fall"]].reset_index(drop=True)
 
 
 def at_shares(steps: pd.DataFrame) -> dict[float, pd.DataFrame]:
-    """`at_equal_learning` by share of the common fall; nothing where some start learnt nothing."""
+    """`at_equal_learning` by share of the common fall; nothing where some start learned nothing."""
     fall = reached_by_all(steps)
     return {share: at_equal_learning(steps, share * fall) for share in SHARES if fall > 0}
 

@@ -1,4 +1,4 @@
-"""One training after another from one start: learnt and forgotten as it goes on."""
+"""One training after another from one start: learned and forgotten as it goes on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.config.training import TrainingConfig
-from experiments.errors import RunFailed
-from experiments.papers.corda_knowledge.tradeoff import means
-from experiments.papers.fine_tuning import fine_tune
-from experiments.papers.language import block_losses
 from lora_init import LoraModel
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import oriented_weight
+
+from ...config.training import TrainingConfig
+from ...errors import RunFailed
+from ..fine_tuning import fine_tune
+from ..language import block_losses
+from .tradeoff import means
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class Held:
     """What is never trained on.
 
     Attributes:
-        learnt: blocks of what is learnt.
+        learned: blocks of what is learned.
         kept: blocks of what is to be kept.
         original: the original model's log-probabilities of the next token on `kept`, on the CPU.
-        loss: of the original model on `learnt`, nats a token.
+        loss: of the original model on `learned`, nats a token.
         losses: of the original model on each block of `kept`.
     """
 
-    learnt: Int[Tensor, "blocks length"]
+    learned: Int[Tensor, "blocks length"]
     kept: Int[Tensor, "some length"]
     original: Float[Tensor, "some length words"]
     loss: float
@@ -45,7 +46,7 @@ class Held:
 @torch.no_grad()
 def hold(
     model: nn.Module,
-    learnt: Int[Tensor, "blocks length"],
+    learned: Int[Tensor, "blocks length"],
     kept: Int[Tensor, "some length"],
     batch_size: int,
 ) -> Held:
@@ -57,10 +58,10 @@ def hold(
         losses.append(losses_of(logits, some.to(home)))
         logarithms.append(logits.log_softmax(-1).cpu())
     return Held(
-        learnt,
+        learned,
         kept,
         torch.cat(logarithms),
-        float(block_losses(model, learnt, batch_size).mean()),
+        float(block_losses(model, learned, batch_size).mean()),
         np.concatenate(losses),
     )
 
@@ -129,7 +130,7 @@ def trajectory(
             return
         was_training = model.training
         model.eval()
-        loss = float(block_losses(model, held.learnt, size).mean())
+        loss = float(block_losses(model, held.learned, size).mean())
         row = point(step, held.loss - loss, *forgotten(model, held, size))
         model.train(was_training)
         if all(math.isfinite(row[name]) for name in ("fall", "divergence", "perplexity")):

@@ -1,7 +1,7 @@
-"""python -m experiments.papers.eva_variance"""
+"""Run `python -m experiments.papers.eva_variance`."""
 
-from experiments.papers.application import run
-from experiments.papers.eva_variance import PAPER
+from ..application import run
+from . import REPRODUCTION
 
 if __name__ == "__main__":
-    run(PAPER)
+    run(REPRODUCTION)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import altair as alt
 import pandas as pd
 
-from experiments.papers.drawing import chart
-from experiments.papers.eva_variance.claims import TAU
-from experiments.papers.eva_variance.costs import FULL_SVD
-from experiments.papers.eva_variance.inputs import ANOTHER_ORDER, OTHER_DATA, THE_END
-from experiments.papers.reproduction import Figure, Table
-from experiments.papers.subject import file_name
-from experiments.report.canvas import INK, SOFT
-from experiments.report.palette import marks
+from ...report.canvas import INK, SOFT
+from ...report.palette import marks
+from ..drawing import chart
+from ..reproduction import Figure, Table
+from ..subject import file_name
+from .claims import TAU
+from .costs import FULL_SVD
+from .inputs import ANOTHER_ORDER, OTHER_DATA, THE_END
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 CEILING = "most possible"

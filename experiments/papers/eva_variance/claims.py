@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.papers.claim import Claim, Verdict, judge
-from experiments.papers.eva_variance.costs import FULL_SVD
-from experiments.papers.eva_variance.inputs import OTHER_DATA
-from experiments.papers.eva_variance.settings import EVAS
-from experiments.papers.starts import UNCENTRED
+from ..claim import Claim, Verdict, judge
+from ..starts import UNCENTRED
+from .costs import FULL_SVD
+from .inputs import OTHER_DATA
+from .options import EVAS
 
 SHARE = 0.95
 MOST, TIMES_RANDOM = 0.5, 5
@@ -223,7 +223,7 @@ def cheap(costs: Sequence[dict]) -> Claim:
     order = sorted(COSTS, key=lambda name: seconds[name])
     return Claim(
         statement="OLoRA’s start costs least, then EVA’s, then PiSSA’s, LoRA-GA’s and CorDA’s",
-        paper="per cent of the training time at batch 16: OLoRA 0.1, EVA 0.7, PiSSA 1.5, LoRA-GA "
+        paper="percent of the training time at batch 16: OLoRA 0.1, EVA 0.7, PiSSA 1.5, LoRA-GA "
         "2.4, CorDA 4.5",
         ours="seconds: " + ", ".join(f"{COSTS[name]} {seconds[name]:.2g}" for name in order),
         criterion="seconds on the same sequences rise in this order, PiSSA by a full decomposition "

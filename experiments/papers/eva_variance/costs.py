@@ -14,16 +14,17 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.eva_variance.settings import EvaVarianceSettings
-from experiments.papers.starts import configuration
-from experiments.papers.subject import Layer, Subject
-from experiments.papers.tasks import Batches
 from lora_init import LoraModel, get_peft_model
 from lora_init.calibration.batches import moved
 from lora_init.progress import tracked
 
-# Per cent of the training time at batch 16, EVA's paper.
+from ...console import say
+from ..starts import configuration
+from ..subject import Layer, Subject
+from ..tasks import Batches
+from .options import EvaVarianceOptions
+
+# percent of the training time at batch 16, EVA's paper.
 PAPER_SHARES = {"olora": 0.1, "eva": 0.7, "pissa": 1.5, "lora_ga": 2.4, "corda": 4.5}
 METHODS = ("kaiming", *PAPER_SHARES)
 FULL_SVD = "full SVD of all weights"
@@ -34,7 +35,7 @@ def measure_costs(
     layers: Sequence[Layer],
     own: Batches,
     sequences: int,
-    settings: EvaVarianceSettings,
+    options: EvaVarianceOptions,
 ) -> tuple[list[dict], float]:
     """Rows by method, and the seconds of one epoch.
 
@@ -48,20 +49,20 @@ def measure_costs(
     step = 0.0
     rows = []
     for method in tracked(METHODS, "timing"):
-        config = configuration(method, names, settings.rank)
+        config = configuration(method, names, options.rank)
         model = get_peft_model(
-            subject.model, config, calibration=own, seed=settings.seed, cache=False
+            subject.model, config, calibration=own, seed=options.seed, cache=False
         )
         try:
             spent = dict(model.init_report().seconds)
             if method == "kaiming":
-                step = seconds_of_step(model, own, settings.cost_steps)
+                step = seconds_of_step(model, own, options.cost_steps)
         finally:
             model.unload()
         rows.append({"method": method, "seconds": spent["total"] - spent["inject"]})
     whole = timed(lambda: full_decompositions(subject, layers))
     rows.append({"method": FULL_SVD, "seconds": whole})
-    steps = -(-sequences // settings.cost_batch)
+    steps = -(-sequences // options.cost_batch)
     for row in rows:
         row["steps"] = row["seconds"] / step
         row["share"] = 100 * row["seconds"] / (steps * step)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.papers.eva_variance.inputs import ANOTHER_ORDER
-from experiments.papers.starts import UNCENTRED
+from ..starts import UNCENTRED
+from .inputs import ANOTHER_ORDER
 
 EXACT = 0.99
 

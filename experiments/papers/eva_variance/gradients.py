@@ -21,10 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.console import say
-from experiments.papers.eva_variance.settings import EvaVarianceSettings
-from experiments.papers.eva_variance.variance import row_space
-from experiments.papers.starts import (
+from lora_init import linalg
+from lora_init.calibration.gradients import collect_gradients
+from lora_init.progress import tracked
+from lora_init.registry import resolve
+
+from ...console import say
+from ..starts import (
     Gradients,
     calibration_for,
     moves_function,
@@ -32,12 +35,10 @@ from experiments.papers.starts import (
     startable,
     started,
 )
-from experiments.papers.subject import Layer, Subject
-from experiments.papers.tasks import Batches
-from lora_init import linalg
-from lora_init.calibration.gradients import collect_gradients
-from lora_init.progress import tracked
-from lora_init.registry import resolve
+from ..subject import Layer, Subject
+from ..tasks import Batches
+from .options import EvaVarianceOptions
+from .variance import row_space
 
 
 @dataclass
@@ -97,10 +98,10 @@ def square_norm(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
 
-def first_gradient_methods(settings: EvaVarianceSettings, with_moved: bool) -> list[str]:
+def first_gradient_methods(options: EvaVarianceOptions, with_moved: bool) -> list[str]:
     """Those asked for that train B."""
-    methods = settings.methods or startable()
-    specs = {name: resolve(setting(name, settings.rank))[0] for name in methods}
+    methods = options.methods or startable()
+    specs = {name: resolve(setting(name, options.rank))[0] for name in methods}
     return [
         name
         for name in methods
@@ -113,7 +114,7 @@ def measure_gradients(
     layers: Sequence[Layer],
     own: Batches,
     fresh: Batches,
-    settings: EvaVarianceSettings,
+    options: EvaVarianceOptions,
     with_moved: bool,
 ) -> list[dict]:
     """One row a layer and method.
@@ -122,16 +123,14 @@ def measure_gradients(
         own: what data-driven methods are calibrated on.
         fresh: what the gradients are taken from, a batch at a time.
     """
-    methods = first_gradient_methods(settings, with_moved)
+    methods = first_gradient_methods(options, with_moved)
     names = [layer.name for layer in layers]
     say(f"  {subject.name}: first gradients of {len(methods)} methods on {len(layers)} layers")
-    calibration = calibration_for(subject, methods, names, settings.rank, own)
+    calibration = calibration_for(subject, methods, names, options.rank, own)
     waiting: dict[str, Mapping[str, FirstGradient]] = {}
     done: dict[str, Mapping[str, FirstGradient]] = {}
     for method in tracked(methods, "starting"):
-        with started(
-            subject, method, names, settings.rank, calibration, seed=settings.seed
-        ) as start:
+        with started(subject, method, names, options.rank, calibration, seed=options.seed) as start:
             sums = {name: FirstGradient(lora_A) for name, lora_A in start.lora_A.items()}
             if moves_function(start.initializer):
                 for batch in fresh:
@@ -144,7 +143,7 @@ def measure_gradients(
         gradients = collect_gradients(subject.model, names, [batch])
         for sums in [*waiting.values(), ceilings]:
             add(sums, gradients)
-    best = {name: ceiling.share(settings.rank) for name, ceiling in ceilings.items()}
+    best = {name: ceiling.share(options.rank) for name, ceiling in ceilings.items()}
     return [
         {
             "layer": layer.name,

@@ -11,18 +11,6 @@ from functools import partial
 
 import torch
 
-from experiments.console import say
-from experiments.papers.eva_variance.settings import EvaVarianceSettings
-from experiments.papers.eva_variance.variance import (
-    directions,
-    explained_share,
-    least_cosine,
-    merged,
-    overlap,
-    powers_of_two,
-)
-from experiments.papers.subject import Layer, Subject
-from experiments.papers.tasks import Batches
 from lora_init import init_factors
 from lora_init.calibration.collect import collect
 from lora_init.initializers.eva import EvaOptions
@@ -31,6 +19,19 @@ from lora_init.moments import InputStatistics
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.kinds import oriented_weight
+
+from ...console import say
+from ..subject import Layer, Subject
+from ..tasks import Batches
+from .options import EvaVarianceOptions
+from .variance import (
+    directions,
+    explained_share,
+    least_cosine,
+    merged,
+    overlap,
+    powers_of_two,
+)
 
 RANDOM = ("kaiming", "gaussian")
 THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "all of other films"
@@ -68,7 +69,7 @@ def measure_inputs(
     chosen: Sequence[Layer],
     own: Batches,
     other: Batches,
-    settings: EvaVarianceSettings,
+    options: EvaVarianceOptions,
 ) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
     """Rows of explained variance, of convergence, of components that turn, and of ranks.
 
@@ -79,27 +80,27 @@ def measure_inputs(
     names = [layer.name for layer in chosen]
     counts = powers_of_two(len(own))
     say(
-        f"  {subject.name}: inputs over {len(own)} batches, in {1 + settings.orders} orders, and "
+        f"  {subject.name}: inputs over {len(own)} batches, in {1 + options.orders} orders, and "
         "of other films"
     )
     everything = [layer.name for layer in subject.layers]
     found: dict[int, Directions] = {}
     for count, total in prefixes(subject, everything, own, followed(counts)):
         seen = {key: total[key] for key in total if key[0] in set(names)}
-        found[count] = found_directions(seen, settings.rank)
+        found[count] = found_directions(seen, options.rank)
     ((_, fresh),) = prefixes(subject, names, other, [len(other)])
-    best = found_directions(fresh, settings.rank)
+    best = found_directions(fresh, options.rank)
     converged = convergence({count: found[count] for count in counts}, best, fresh)
-    for order in range(settings.orders):
-        generator = torch.Generator().manual_seed(settings.seed + order)
+    for order in range(options.orders):
+        generator = torch.Generator().manual_seed(options.seed + order)
         mixed = torch.randperm(len(own), generator=generator)
         # After all batches every order has seen the same; every second count says how it comes.
         some = counts[-2::-2][::-1]
         for count, again in prefixes(subject, names, [own[i] for i in mixed[: some[-1]]], some):
-            shuffled = found_directions(again, settings.rank)
+            shuffled = found_directions(again, options.rank)
             converged += compared(shuffled, found[count], best, fresh, count, ANOTHER_ORDER, order)
-    explained = explained_variance(subject, seen, fresh, settings)
-    ranks = chosen_ranks(subject, total, settings)
+    explained = explained_variance(subject, seen, fresh, options)
+    ranks = chosen_ranks(subject, total, options)
     return explained, converged, turning(found), ranks
 
 
@@ -173,18 +174,18 @@ def turning(found: Mapping[int, Directions]) -> list[dict]:
 
 
 def explained_variance(
-    subject: Subject, seen: Inputs, fresh: Inputs, settings: EvaVarianceSettings
+    subject: Subject, seen: Inputs, fresh: Inputs, options: EvaVarianceOptions
 ) -> list[dict]:
     """By input, rank and method: the share on the data seen, and on other films."""
     kinds = {layer.name: layer.kind for layer in subject.layers}
     rows = []
     for key, statistics in seen.items():
         width = len(statistics.mean)
-        ranks = [rank for rank in settings.ranks if rank <= width]
+        ranks = [rank for rank in options.ranks if rank <= width]
         for rank in ranks:
             starts = {"eva": directions(statistics, rank)}
             for method in RANDOM:
-                starts[method] = random_start(method, key[0], width, rank, settings.seed)
+                starts[method] = random_start(method, key[0], width, rank, options.seed)
             for method, lora_A in starts.items():
                 rows.append(
                     {
@@ -205,19 +206,19 @@ def random_start(method: str, name: str, width: int, rank: int, seed: int) -> to
     return init_factors(torch.empty(width, width), method, r=rank, seed=seed, name=name).lora_A
 
 
-def chosen_ranks(subject: Subject, inputs: Inputs, settings: EvaVarianceSettings) -> list[dict]:
+def chosen_ranks(subject: Subject, inputs: Inputs, options: EvaVarianceOptions) -> list[dict]:
     """EVA's ranks over all layers, from `rank` each."""
     found = {name: statistics for key, statistics in inputs.items() for name in key}
     requests = {
         layer.name: LayerRequest(
-            settings.rank,
+            options.rank,
             tuple(oriented_weight(subject.model.get_submodule(layer.name)).shape),
             LayerStatistics(inputs=found[layer.name]),
             partial(oriented_weight, subject.model.get_submodule(layer.name)),
         )
         for layer in subject.layers
     }
-    ranks = EvaOptions(rho=settings.rho).allocate(requests)
+    ranks = EvaOptions(rho=options.rho).allocate(requests)
     return [
         {
             "layer": layer.name,
@@ -225,7 +226,7 @@ def chosen_ranks(subject: Subject, inputs: Inputs, settings: EvaVarianceSettings
             "kind": shortened(layer.kind),
             "rank": ranks[layer.name],
             "parameters": ranks[layer.name] * sum(requests[layer.name].shape),
-            "uniform": settings.rank * sum(requests[layer.name].shape),
+            "uniform": options.rank * sum(requests[layer.name].shape),
         }
         for layer in subject.layers
     ]

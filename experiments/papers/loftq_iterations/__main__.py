@@ -1,7 +1,7 @@
-"""`python -m experiments.papers.loftq_iterations`."""
+"""Run `python -m experiments.papers.loftq_iterations`."""
 
-from experiments.papers.application import run
-from experiments.papers.loftq_iterations import PAPER
+from ..application import run
+from . import REPRODUCTION
 
 if __name__ == "__main__":
-    run(PAPER)
+    run(REPRODUCTION)

@@ -1,4 +1,4 @@
-"""What a quantised layer with its adapter loses, of its weight and of its outputs.
+"""What a quantized layer with its adapter loses, of its weight and of its outputs.
 
 E = W - Q - s B A is what is left. Of the weight, ‖E‖_F / ‖W‖_F; of the outputs, with R the
 uncentred second moment of the layer's real inputs, the root mean square sqrt(E‖E x‖² / E‖W x‖²) =

@@ -1,4 +1,4 @@
-"""How far a whole quantised model is from the original one, on held-out text."""
+"""How far a whole quantized model is from the original one, on held-out text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from experiments.measures.forgetting import token_divergence
-from experiments.papers.corpus import language_batches
-from experiments.papers.language import losses_of
+from ...measures.forgetting import token_divergence
+from ..corpus import language_batches
+from ..language import losses_of
 
 BLOCKS_AT_ONCE = 4
 

@@ -2,15 +2,15 @@
 
 | method | base | adapter |
 |---|---|---|
-| quantised only | Q = quant(W) | 0 |
-| loftq | T times quantise, SVD | the last SVD |
-| svd first | QPiSSA's alternation: T times SVD, quantise | one more SVD, of W - Q |
-| qpissa | the same base | the SVD before the last quantisation |
+| quantized only | Q = quant(W) | 0 |
+| loftq | T times quantize, SVD | the last SVD |
+| svd first | QPiSSA's alternation: T times SVD, quantize | one more SVD, of W - Q |
+| qpissa | the same base | the SVD before the last quantization |
 | qera | Q = quant(W) | the closed form for this Q, from the inputs' second moment |
 | qera, diagonal | Q = quant(W) | the same with a diagonal second moment: the paper's QERA-approx |
 | loftq + qera | LoftQ's base at the last T | the closed form for that Q |
 
-`svd first` and `loftq` quantise equally often and both end on an SVD, so that between them nothing
+`svd first` and `loftq` quantize equally often and both end on an SVD, so that between them nothing
 but the order differs.
 """
 
@@ -24,16 +24,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.errors import ConfigurationError
-from experiments.papers.loftq_iterations.errors import base_error
-from experiments.papers.subject import Layer, Subject
 from lora_init import Calibration, LoraConfig, LoraModel, get_peft_model, init_factors, linalg
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.qera import output_error
 from lora_init.layer import LayerStatistics, layer_generator
 from lora_init.moments import InputStatistics
 
-PLAIN, LOFTQ, SVD_FIRST, QPISSA = "quantised only", "loftq", "svd first", "qpissa"
+from ...errors import ConfigurationError
+from ..subject import Layer, Subject
+from .errors import base_error
+
+PLAIN, LOFTQ, SVD_FIRST, QPISSA = "quantized only", "loftq", "svd first", "qpissa"
 QERA, DIAGONAL, LOFTQ_QERA = "qera", "qera, diagonal", "loftq + qera"
 METHODS = (PLAIN, LOFTQ, SVD_FIRST, QPISSA, QERA, DIAGONAL, LOFTQ_QERA)
 
@@ -58,7 +59,7 @@ class Ground:
     """What every start of one model is made from.
 
     Attributes:
-        targets: the layers that are quantised and adapted.
+        targets: the layers that are quantized and adapted.
         weights: their original weights, by name.
         calibration: of their inputs.
     """

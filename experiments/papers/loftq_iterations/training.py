@@ -1,4 +1,4 @@
-"""Short fine-tunings from a quantised encoder: does the order of the alternation show in them?
+"""Short fine-tunings from a quantized encoder: does the order of the alternation show in them?
 
 What is trained is the adapter and the classifier's head, drawn at random: every arm and seed starts
 from the same one.
@@ -11,22 +11,23 @@ from collections.abc import Iterator
 import pandas as pd
 import torch
 
-from experiments.config.training import TrainingConfig
-from experiments.console import say
-from experiments.data import Labelled, rotten_tomatoes
-from experiments.papers.loftq_iterations.measuring import Study, at_equal_distances
-from experiments.papers.loftq_iterations.settings import LoftqIterationsSettings
-from experiments.papers.loftq_iterations.starts import LOFTQ, PLAIN, SVD_FIRST, Ground
-from experiments.papers.subject import place
-from experiments.tasks.text_classification import TextClassification
-from experiments.training.loop import make_accelerator, train
 from lora_init import LoraModel, init_factors
+
+from ...config.training import TrainingConfig
+from ...console import say
+from ...data import Labelled, rotten_tomatoes
+from ...tasks.text_classification import TextClassification
+from ...training.loop import make_accelerator, train
+from ..subject import place
+from .options import LoftqIterationsOptions
+from .starts import LOFTQ, PLAIN, SVD_FIRST, Ground
+from .study import Study, at_equal_distances
 
 BITS = 2
 TASK = "SEQ_CLS"
 
 
-def fine_tunings(found: Study, settings: LoftqIterationsSettings, iterations: int) -> pd.DataFrame:
+def fine_tunings(found: Study, options: LoftqIterationsOptions, iterations: int) -> pd.DataFrame:
     """A row a start, seed and held-out sentence: its loss, and whether it was classified right.
 
     Its column `chance` is the accuracy of always naming the sentences' most frequent label.
@@ -34,31 +35,31 @@ def fine_tunings(found: Study, settings: LoftqIterationsSettings, iterations: in
     Args:
         iterations: T of both orders.
     """
-    rank = max(settings.ranks)
+    rank = max(options.ranks)
     data = rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes())
-    train_count = settings.training_steps * settings.training_batch
+    train_count = options.training_steps * options.training_batch
     examples = at_equal_distances(data.train, train_count)
-    validation = at_equal_distances(data.validation, settings.validation_sentences)
-    task = TextClassification(found.ground.subject.tokenizer, settings.sentence_length)
+    validation = at_equal_distances(data.validation, options.validation_sentences)
+    task = TextClassification(found.ground.subject.tokenizer, options.sentence_length)
     chance = task.majority(validation)
     rows = []
     for method, model in arms(found.ground, rank, iterations):
         say(f"  {found.ground.subject.name}: training from {BITS} bits, {method}")
         start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        for seed in settings.training_seeds:
+        for seed in options.training_seeds:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if parameter.requires_grad:
                         parameter.copy_(start[name])
             rows += [
                 {"method": method, "seed": seed, "chance": chance, **row}
-                for row in trained(model, task, examples, validation, settings, seed)
+                for row in trained(model, task, examples, validation, options, seed)
             ]
     return pd.DataFrame(rows)
 
 
 def arms(ground: Ground, rank: int, iterations: int) -> Iterator[tuple[str, LoraModel]]:
-    """Both orders at the same T, and quantisation with a start that corrects nothing (QLoRA's)."""
+    """Both orders at the same T, and quantization with a start that corrects nothing (QLoRA's)."""
     chosen = {"name": "loftq", "loftq_bits": BITS, "loftq_iter": iterations}
     with ground.started(rank, chosen, task_type=TASK) as model:
         yield LOFTQ, model
@@ -81,21 +82,21 @@ def trained(
     task: TextClassification,
     examples: list[Labelled],
     validation: list[Labelled],
-    settings: LoftqIterationsSettings,
+    options: LoftqIterationsOptions,
     seed: int,
 ) -> list[dict]:
     training = TrainingConfig(
-        steps=settings.training_steps, batch_size=settings.training_batch,
-        learning_rate=settings.learning_rate, max_length=settings.sentence_length,
+        steps=options.training_steps, batch_size=options.training_batch,
+        learning_rate=options.learning_rate, max_length=options.sentence_length,
         validate_at_end=False,
     )  # fmt: skip
     train(
         model, task, examples, training, seed=seed,
-        accelerator=make_accelerator(training, settings.device), record=lambda row: None,
+        accelerator=make_accelerator(training, options.device), record=lambda row: None,
     )  # fmt: skip
     model.eval()
     with torch.no_grad():
         return [
             {"text": row["id"], "loss": row["loss"], "right": float(row["correct"])}
-            for row in task.rows(model, validation, 64, place(settings.device))
+            for row in task.rows(model, validation, 64, place(options.device))
         ]

@@ -1,7 +1,7 @@
-"""python -m experiments.papers.pissa_quantization"""
+"""Run `python -m experiments.papers.pissa_quantization`."""
 
-from experiments.papers.application import run
-from experiments.papers.pissa_quantization import PAPER
+from ..application import run
+from . import REPRODUCTION
 
 if __name__ == "__main__":
-    run(PAPER)
+    run(REPRODUCTION)

@@ -41,7 +41,7 @@ class Norms:
 def norms_of(error: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None) -> Norms:
     """All of them from the eigenvalues of the smaller Gram matrix.
 
-    Squaring costs singular values below 1e-8 of the largest their digits; errors of a quantiser
+    Squaring costs singular values below 1e-8 of the largest their digits; errors of a quantizer
     have none, and a sum of them would not notice.
     """
     error = error.double()

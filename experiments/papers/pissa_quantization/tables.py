@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.papers.pissa_quantization.errors import NORMS
-from experiments.papers.pissa_quantization.judging import at_judged_rank, by_block, means, points
-from experiments.papers.pissa_quantization.measuring import AS_IT_IS
-from experiments.papers.pissa_quantization.settings import PAPER_AVERAGES, PAPER_PARTS
-from experiments.papers.pissa_quantization.white_noise import leading_share
-from experiments.papers.reproduction import Table
+from ..reproduction import Table
+from .claims import at_judged_rank, by_block, means, points
+from .errors import NORMS
+from .options import PAPER_AVERAGES, PAPER_PARTS
+from .rows import AS_IT_IS
+from .white_noise import leading_share
 
 NAMES = {"loftq": "LoftQ", "pissa": "PiSSA"}
 

@@ -6,7 +6,8 @@
     overview   what is left to do, and the grid, as tables
     record     protocol.json
     stages     the stages in their order
+    search     the jobs of a Hydra launcher, and the whole protocol on them
 
-The settings are `experiments.config.protocol`. Hydra finds plugins only in `hydra_plugins/`, so the
-sweeper that composes and launches is `hydra_plugins/lora_init_protocol.py`.
+The settings are `ProtocolConfig`. Hydra finds plugins only in `hydra_plugins/`, so the sweeper that
+Hydra knows is `hydra_plugins/lora_init_protocol.py`.
 """

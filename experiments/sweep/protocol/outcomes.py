@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.errors import DamagedFile
-from experiments.run.files import read_object
-from experiments.run.folder import RunFolder
-from experiments.run.metrics import read_metrics
+from ...errors import DamagedFile
+from ...run.files import read_object
+from ...run.folder import RunFolder
+from ...run.metrics import read_metrics
 
 UPDATE_STEP = 100
 

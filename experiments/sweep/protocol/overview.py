@@ -9,9 +9,9 @@ from statistics import fmean
 
 from rich.table import Table
 
-from experiments.sweep.protocol.outcomes import Outcome
-from experiments.sweep.protocol.rates import Choice
-from experiments.sweep.protocol.trials import Trial
+from .outcomes import Outcome
+from .rates import Choice
+from .trials import Trial
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.config.protocol import ProtocolConfig
-from experiments.run.files import write_json
-from experiments.run.folder import RunFolder
+from ...config.protocol import ProtocolConfig
+from ...run.files import write_json
+from ...run.folder import RunFolder
 
 
 @dataclass
@@ -36,5 +36,5 @@ class Record:
 
     def write(self) -> None:
         content = asdict(self) | {"settings": asdict(self.settings)}
-        del content["path"], content["settings"]["_target_"]
+        del content["path"], content["settings"]["_target_"], content["settings"]["application"]
         write_json(self.path, content)

@@ -12,15 +12,15 @@ from typing import Protocol
 
 import rich
 
-from experiments.config.protocol import ProtocolConfig
-from experiments.console import say
-from experiments.errors import ConfigurationError
-from experiments.run.folder import RunFolder
-from experiments.sweep.protocol.outcomes import Outcome, outcome
-from experiments.sweep.protocol.overview import Costs, grid_table, plan_table
-from experiments.sweep.protocol.rates import Choice, choose, first_steps, next_step, rate, rate_for
-from experiments.sweep.protocol.record import Record
-from experiments.sweep.protocol.trials import Entry, Trial, entries, trials
+from ...config.protocol import ProtocolConfig
+from ...console import say
+from ...errors import ConfigurationError
+from ...run.folder import RunFolder
+from .outcomes import Outcome, outcome
+from .overview import Costs, grid_table, plan_table
+from .rates import Choice, choose, first_steps, next_step, rate, rate_for
+from .record import Record
+from .trials import Entry, Trial, entries, trials
 
 
 class Jobs(Protocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.config.protocol import ProtocolConfig
-from experiments.errors import ConfigurationError
+from ...config.protocol import ProtocolConfig
+from ...errors import ConfigurationError
 
 SETTINGS = {
     "init": "hydra.sweeper.methods=[…]",

@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from experiments.run.lock import STALE
-from experiments.sweep.status.survey import Line, Survey, seconds_left
+from ...run.lock import STALE
+from .survey import Line, Survey, seconds_left
 
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "died": "red"}
 FIRST = ("running", "failed", "died", "missing", "finished")

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.run.failures import read_failure
-from experiments.run.files import read_object
-from experiments.run.folder import RunFolder
-from experiments.run.lock import heartbeat
-from experiments.run.state import state_of
-from experiments.sweep.jobs import read_jobs, sweep_facts
+from ...run.failures import read_failure
+from ...run.files import read_object
+from ...run.folder import RunFolder
+from ...run.lock import heartbeat
+from ...run.state import state_of
+from ..jobs import read_jobs, sweep_facts
 
 SWEEPS = Path("outputs") / "sweeps"
 REMAINING = ("running", "missing", "died", "failed")

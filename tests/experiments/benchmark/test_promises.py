@@ -11,7 +11,9 @@ import pytest
 from experiments.benchmark.peaks import ALLOCATOR, MIB
 
 KPM = {"name": "corda", "corda_method": "kpm"}
-METHODS = ["pissa", "corda", KPM, "mica", "loftq", "qpissa", "eva", "lora_null"]
+METHODS = [
+    "pissa", "corda", KPM, "mica", "loftq", "qpissa", "eva", "lora_null", "sc_lora", "lora_da",
+]  # fmt: skip
 
 CALLS = """
 import json, sys
@@ -21,7 +23,7 @@ from torch import nn
 
 import lora_init
 from experiments.benchmark.peaks import peak_watch
-from lora_init import LoraConfig, get_peft_model
+from lora_init import LoraConfig, WithLoss, get_peft_model
 
 torch.set_num_threads(1)
 
@@ -33,7 +35,10 @@ def call(method, rows, columns):
     found = None
     if plan.calibration is not None:
         inputs = torch.randn(2048, columns) * torch.linspace(0.1, 1, columns)
-        found = lora_init.calibrate(base, config, [inputs])
+        batches = WithLoss([inputs], lambda model, x: model(x).square().mean())
+        sets = plan.calibration.sets
+        batches = {name: batches for name in sets} if sets else batches
+        found = lora_init.calibrate(base, config, batches)
     watch = peak_watch(torch.device("cpu"))
     adapted = get_peft_model(base, config, calibration=found)
     return plan.factor_bytes + plan.workspace_bytes, watch.rise()

@@ -10,16 +10,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments.papers.application import CONFIGURATIONS, register_schema, resolve
+from experiments.location import CONFIGURATIONS
+from experiments.papers.application import register_schema, resolve
 from experiments.papers.catalogue import load_reproduction
-from experiments.papers.reproduction import Findings, Measurement, Options, Reproduction
+from experiments.papers.reproduction import Findings, Measurement, Options
 
 
 def options_of(name: str, form: str, *overrides: str, **replaced: Any) -> Options:
     """The options that a command line would give the reproduction `name`, some then replaced."""
     register_schema(load_reproduction(name))
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGURATIONS / name), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGURATIONS / "papers" / name), version_base="1.3"):
         return replace(resolve(compose(form, overrides=list(overrides))), **replaced)
 
 
@@ -31,10 +32,7 @@ def smoke_measurement(name: str, **replaced: Any) -> Measurement:
 
 @cache
 def smoke_findings(name: str, **replaced: Any) -> Findings:
-    reproduction = load_reproduction(name)
-    if isinstance(reproduction, Reproduction):
-        return reproduction.conclude(smoke_measurement(name, **replaced))
-    return reproduction.reproduce(options_of(name, "smoke", "device=cpu", **replaced))
+    return load_reproduction(name).conclude(smoke_measurement(name, **replaced))
 
 
 @pytest.fixture(scope="session")

@@ -252,11 +252,11 @@ def test_remarks_are_computed():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("fractions=[0.25]", r"fractions=\[0.25\]; allowed are two or more"),
+        ("fractions=[0.25]", r"fractions=\[0.25\] is not supported: must be two or more"),
         ("fractions=[0.25,1.0]", "in 0 < x < 1"),
-        ("fractions=[0.1,0.2]", "0.25 must be among them"),
-        ("few_tokens=9000", "few_tokens=9000; allowed are numbers from length=128 to below"),
-        ("test_tokens=128", "test_tokens=128; allowed are two blocks of length=128"),
+        ("fractions=[0.1,0.2]", "must be a list with 0.25"),
+        ("few_tokens=9000", "few_tokens=9000 is not supported: must be from length=128 to below"),
+        ("test_tokens=128", "test_tokens=128 is not supported: must be two blocks of length=128"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(composed_paper, override, message):

@@ -155,10 +155,10 @@ LEARNT = {0.5: 0.1, 1.0: 0.6, 2.0: 1.0, 4.0: 0.2}
 def steps(
     slopes: dict[str, float],
     falls: dict[str, float],
-    learnt: dict[float, float] = LEARNT,
+    learned: dict[float, float] = LEARNT,
     noise: float = 0.0,
 ) -> pd.DataFrame:
-    """By rate, what is learnt of a method's fall, and two seeds: distance = slope · rate · fall,
+    """By rate, what is learned of a method's fall, and two seeds: distance = slope · rate · fall,
     the second seed forgets a little more.
 
     Args:
@@ -167,7 +167,7 @@ def steps(
     rows = []
     for number, (method, slope) in enumerate(slopes.items()):
         drawn = np.random.default_rng(number).normal(size=4)
-        for rate, share in learnt.items():
+        for rate, share in learned.items():
             for seed in (0, 1):
                 for step in (0, 1, 2):
                     fall = falls[method] * share * step / 2
@@ -298,9 +298,12 @@ def test_the_perplexity_is_told_as_it_went():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("+rates.olora=[1e-3]", "allowed are those of kaiming, corda_kpm, corda_ipm, pissa"),
-        ("rates.kaiming=[]", r"rates.kaiming=\[\]; allowed are one or more numbers > 0"),
-        ("measured_steps=[4,99]", r"measured_steps=\[4, 99\]; allowed are steps from 1 to"),
+        ("+rates.olora=[1e-3]", "must be rates of some of kaiming, corda_kpm, corda_ipm, pissa"),
+        ("rates.kaiming=[]", r"rates=.*kaiming.: \[\].* must be one or more numbers > 0"),
+        (
+            "measured_steps=[4,99]",
+            r"measured_steps=\[4, 99\] is not supported: must be steps from 1 to",
+        ),
         ("repeats=0", "repeats=0"),
     ],
 )

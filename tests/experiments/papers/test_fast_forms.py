@@ -1,4 +1,4 @@
-"""The fast form of every reproduction, as `make papers` runs it, compared with docs/papers.
+"""The fast form of every reproduction, as `make papers` runs it, compared with its page.
 
 Each takes two to eight minutes, so `make test` excludes them and `make test-papers` runs them.
 test_forms.py runs the smoke forms.
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from experiments.papers.catalogue import NAMES
+from experiments.papers.catalogue import FAMILY, NAMES
 from experiments.papers.page import read_verdicts
 from experiments.papers.result import read_result
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = read_verdicts(ROOT / "docs" / "papers")
+PAGES = {name: read_verdicts(ROOT / "docs" / name) for name in ("papers", "family")}
 
 
 @pytest.mark.fast_form
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY])
 def test_the_fast_form_gives_the_verdicts_of_the_page(tmp_path, name):
     command = [
         sys.executable, "-m", f"experiments.papers.{name}", "--config-name", "fast",
@@ -36,7 +36,7 @@ def test_the_fast_form_gives_the_verdicts_of_the_page(tmp_path, name):
     assert done.returncode == 0, done.stdout[-3000:]
     result = read_result(tmp_path / "fast" / name)
     found = {claim.statement: claim for claim in result.claims}
-    kept = {claim.statement: claim for claim in PAGE[name]}
+    kept = {claim.statement: claim for claim in {**PAGES["papers"], **PAGES["family"]}[name]}
     assert list(found) == list(kept)
     for statement, claim in kept.items():
         measured = found[statement]
@@ -51,5 +51,6 @@ def test_the_fast_form_gives_the_verdicts_of_the_page(tmp_path, name):
         assert (tmp_path / "fast" / name / f"{figure['name']}.png").stat().st_size > 5_000
 
 
-def test_the_page_has_every_reproduction():
-    assert tuple(PAGE) == NAMES
+def test_the_pages_have_every_reproduction():
+    assert tuple(PAGES["papers"]) == NAMES
+    assert tuple(PAGES["family"]) == FAMILY

@@ -12,14 +12,14 @@ from products import chosen
 from substitutes import random_llama
 
 from experiments.errors import ConfigurationError
-from experiments.papers.catalogue import NAMES, load_reproduction
+from experiments.papers.catalogue import FAMILY, NAMES, load_reproduction
 from experiments.papers.claim import Verdict
 from experiments.papers.reproduction import FORMS
 from experiments.papers.result import read_result, write_result
 
 
 @pytest.mark.parametrize("form", chosen(FORMS, "fast"))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY])
 def test_every_form_composes(composed_paper, name, form):
     settings = composed_paper(name, form)
     assert type(settings) is load_reproduction(name).options
@@ -42,7 +42,7 @@ def text_model(tmp_path_factory) -> Path:
     return random_llama(tmp_path_factory.mktemp("text-model"), width=64, characters=printable)
 
 
-@pytest.mark.parametrize("name", chosen(NAMES, "first_step", "corda_knowledge"))
+@pytest.mark.parametrize("name", chosen((*NAMES, *FAMILY), "first_step", "corda_knowledge"))
 def test_the_smoke_form_writes_its_files(smoke, composed_paper, text_model, tmp_path, name):
     replaced = {}
     if name in SUBSTITUTED:
@@ -76,7 +76,7 @@ def test_the_smoke_form_writes_its_files(smoke, composed_paper, text_model, tmp_
     json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY])
 def test_a_misspelt_setting_is_refused_by_name(composed_paper, name):
     from hydra.errors import HydraException
 
@@ -84,7 +84,7 @@ def test_a_misspelt_setting_is_refused_by_name(composed_paper, name):
         composed_paper(name, "fast", "sede=1")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY])
 def test_a_bad_value_is_refused(composed_paper, name):
     with pytest.raises(
         ConfigurationError, match="device='tpu' is not supported: must be one of auto, cpu, cuda"

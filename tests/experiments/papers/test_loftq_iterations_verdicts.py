@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from experiments.papers.claim import Verdict
-from experiments.papers.loftq_iterations import closed_form, iterating
+from experiments.papers.loftq_iterations import closed_form_claims, iteration_claims
 from experiments.papers.loftq_iterations.correlations import rank_correlations
 from experiments.papers.loftq_iterations.starts import (
     DIAGONAL,
@@ -37,7 +37,7 @@ def test_weights(rising, last, verdict):
         for case, layer in itertools.product(CASES, range(100))
         for t, value in enumerate([1.0, 1.1 if layer < rising else 0.9, last], start=1)
     )
-    assert iterating.weight_claim(paths).verdict is verdict
+    assert iteration_claims.weight_claim(paths).verdict is verdict
 
 
 @pytest.mark.parametrize(("rising", "verdict"), [(6, REPRODUCED), (1, DIRECTION), (0, NOT)])
@@ -48,7 +48,7 @@ def test_outputs(rising, verdict):
         | {"output": 1 + (0.2 if n < rising else -0.2) * (t > 1)}
         for case, n, t in itertools.product(CASES, range(100), (1, 2, 5, 10))
     )
-    claim = iterating.output_claim(layers)
+    claim = iteration_claims.output_claim(layers)
     assert claim.verdict is verdict
     assert "T = 5" in claim.ours
 
@@ -67,7 +67,7 @@ def test_whole_model(rise, noise, verdict):
         for t, factor in ((1, 1.0), (2, 0.9), (5, last)):
             error *= factor * (np.exp(noise * generator.normal()) if t == 5 else 1)
             rows.append(case | {"method": LOFTQ, "T": t, "text": text, "error": error})
-    claim = iterating.model_claim(pd.DataFrame(rows))
+    claim = iteration_claims.model_claim(pd.DataFrame(rows))
     assert claim.verdict is verdict
     if verdict is REPRODUCED:
         assert "rises in 1 of 8 steps" in claim.ours
@@ -81,7 +81,7 @@ def test_the_largest_of_many_rises_is_judged_on_other_texts():
         for case, text in itertools.product(CASES, range(20))
         for t, error in ((1, 1.0), (5, 1.3 if text % 2 == 0 and case["rank"] == 8 else 0.9))
     ]
-    claim = iterating.model_claim(pd.DataFrame(rows))
+    claim = iteration_claims.model_claim(pd.DataFrame(rows))
     assert claim.verdict is NOT
     assert "-10.0 % on the other texts" in claim.ours
 
@@ -99,7 +99,7 @@ def test_order(ratio, verdict):
         for case in CASES
         for method, t in ((LOFTQ, 1), (LOFTQ, 5), (SVD_FIRST, 5))
     )
-    claim = iterating.order_claim(models)
+    claim = iteration_claims.order_claim(models)
     assert claim.verdict is verdict
     assert "At 4 bits: weights +0.0%, layer outputs +0.0%, whole model +100.0%" in claim.ours
 
@@ -125,11 +125,11 @@ def test_training(svd, plain, wrong, verdict):
         }
         for (method, shift), seed, n in itertools.product(shifts.items(), (0, 1), range(20))
     )  # fmt: skip
-    claim = iterating.training_claim(trained, "five steps")
+    claim = iteration_claims.training_claim(trained, "five steps")
     assert claim.verdict is verdict
     assert claim.remark.startswith("five steps; ")
     if wrong:
-        assert "accuracy, quantise first 60.0 [36.5, 83.5] %" in claim.ours
+        assert "accuracy, quantize first 60.0 [36.5, 83.5] %" in claim.ours
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_lower_output_error(lower, verdict):
             (QERA, 0, 0.8 if n < lower else 0.95), (LOFTQ, 1, 1.0), (LOFTQ, 5, 0.9),
         )
     )  # fmt: skip
-    assert closed_form.lower_claim(models).verdict is verdict
+    assert closed_form_claims.lower_claim(models).verdict is verdict
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_own_base(worse, verdict):
             (LOFTQ, 1, 0.9 if n < worse else 1.2), (LOFTQ, 5, 0.1),
         )
     )  # fmt: skip
-    assert closed_form.own_base_claim(layers).verdict is verdict
+    assert closed_form_claims.own_base_claim(layers).verdict is verdict
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_any_base(below, refit, verdict):
             (QPISSA, 5, 0.9 if n < below else 1.0), (LOFTQ_QERA, 5, refit),
         )
     )  # fmt: skip
-    assert closed_form.any_base_claim(layers).verdict is verdict
+    assert closed_form_claims.any_base_claim(layers).verdict is verdict
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_ranks(up, noise, ratio, verdict):
         for case, n in itertools.product(CASES, range(10))
         for value in [1.0 if case["rank"] == 8 else ratio * np.exp(noise * (-1) ** n)]
     )
-    assert closed_form.rank_claim(layers, texts).verdict is verdict
+    assert closed_form_claims.rank_claim(layers, texts).verdict is verdict
     alone = layers[layers["rank"] == 8], texts[texts["rank"] == 8]
-    assert closed_form.rank_claim(*alone).verdict is Verdict.NOT_JUDGED
+    assert closed_form_claims.rank_claim(*alone).verdict is Verdict.NOT_JUDGED
 
 
 def language(losses: dict, noise: float = 0.0) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -237,7 +237,7 @@ def language(losses: dict, noise: float = 0.0) -> tuple[pd.DataFrame, pd.DataFra
 def test_perplexity(qera, noise, verdict):
     losses = {(QERA, 0): qera, (DIAGONAL, 0): 2.8, (PLAIN, 0): 3.0, (LOFTQ, 1): 2.9}
     models, texts = language(losses | {(LOFTQ, 5): 2.7}, noise)
-    claim = closed_form.perplexity_claim(models, texts, original=np.exp(2.3))
+    claim = closed_form_claims.perplexity_claim(models, texts, original=np.exp(2.3))
     assert claim.verdict is verdict
     won = (np.exp(3.0) - np.exp(qera)) / (np.exp(3.0) - np.exp(2.3))
     assert f"wins back {won:.0%}" in claim.ours
@@ -256,7 +256,7 @@ def test_perplexity(qera, noise, verdict):
 def test_diagonal(shift, noise, verdict):
     losses = {(QERA, 0): 3.0, (DIAGONAL, 0): 3.0 + shift, (PLAIN, 0): 4.0}
     models, texts = language(losses, noise)
-    assert closed_form.diagonal_claim(texts, models).verdict is verdict
+    assert closed_form_claims.diagonal_claim(texts, models).verdict is verdict
 
 
 def starts_with(follows: list[str]) -> pd.DataFrame:
@@ -275,9 +275,9 @@ def starts_with(follows: list[str]) -> pd.DataFrame:
 )
 def test_correlation(outputs, verdict):
     models = starts_with(["output"] * outputs + ["weight"] * (4 - outputs))
-    assert closed_form.correlation_claim(models).verdict is verdict
+    assert closed_form_claims.correlation_claim(models).verdict is verdict
     few = models.groupby(["bits", "rank"]).head(2)
-    assert closed_form.correlation_claim(few).verdict is NOT
+    assert closed_form_claims.correlation_claim(few).verdict is NOT
 
 
 def test_rank_correlations_are_spearmans_by_group():
@@ -297,5 +297,5 @@ def test_only_what_no_paper_states_is_our_own():
         for case in CASES
         for method, t in ((QERA, 0), (PLAIN, 0), (DIAGONAL, 0), (LOFTQ, 1), (LOFTQ_QERA, 1))
     )
-    assert closed_form.own_base_claim(layers).published
-    assert not closed_form.any_base_claim(layers).published
+    assert closed_form_claims.own_base_claim(layers).published
+    assert not closed_form_claims.any_base_claim(layers).published

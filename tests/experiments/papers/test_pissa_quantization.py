@@ -14,15 +14,16 @@ from experiments.errors import ConfigurationError
 from experiments.models.smollm2 import SmolLM2, locate
 from experiments.papers.claim import Verdict
 from experiments.papers.interval import Interval
-from experiments.papers.pissa_quantization import grids, judging, measuring, reproduction
+from experiments.papers.pissa_quantization import claims, grids, reproduction
+from experiments.papers.pissa_quantization import rows as measured_rows
+from experiments.papers.pissa_quantization.claims import order
 from experiments.papers.pissa_quantization.errors import (
     NORMS,
     norms_of,
     plain_error,
     remaining_error,
 )
-from experiments.papers.pissa_quantization.judging import order
-from experiments.papers.pissa_quantization.settings import PissaQuantizationSettings, part_of
+from experiments.papers.pissa_quantization.options import PissaQuantizationOptions, part_of
 from experiments.papers.pissa_quantization.tables import everything
 from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.subject import Layer, load_subject
@@ -124,7 +125,7 @@ def test_smollm2_is_on_the_grid_and_an_ordinary_weight_is_not():
             assert not grids.on_grid(dithered)
             assert float((dithered - weight).norm() / weight.norm()) < 0.12
     assert not grids.on_grid(drawn(64, 64))
-    assert list(measuring.variants(drawn(8, 33), torch.Generator())) == []
+    assert list(measured_rows.variants(drawn(8, 33), torch.Generator())) == []
 
 
 def test_variants_move_a_weight_as_far_as_they_say():
@@ -142,13 +143,13 @@ def test_variants_move_a_weight_as_far_as_they_say():
 
 def test_measured_rows_are_those_of_a_dense_computation():
     subject = load_subject("minilm")
-    layer = measuring.chosen_layers(subject, 1)[0]
+    layer = measured_rows.chosen_layers(subject, 1)[0]
     weight = subject.weight(layer)
     error = weight.double() - Quantizer().roundtrip(weight).double()
     values = np.linalg.svd(error.numpy(), compute_uv=False)
-    settings = PissaQuantizationSettings(ranks=[12], iterations=[1, 2], controls=False)
-    case = measuring.Case(layer, weight, torch.eye(384), [12], settings.judged_rank(384), True)
-    frame = pd.DataFrame(measuring.rows_of(case, settings))
+    settings = PissaQuantizationOptions(ranks=[12], iterations=[1, 2], controls=False)
+    case = measured_rows.Case(layer, weight, torch.eye(384), [12], settings.judged_rank(384), True)
+    frame = pd.DataFrame(measured_rows.rows_of(case, settings))
     (found,) = frame[(frame["method"] == "loftq") & (frame["T"] == 1)].to_dict("records")
     assert case.judged == 12  # of 384: 1 / 32
     assert found["nuclear"] == pytest.approx(100 * values[:12].sum() / values.sum(), abs=0.02)
@@ -159,9 +160,9 @@ def test_measured_rows_are_those_of_a_dense_computation():
 
 def test_blocks_are_evenly_spaced():
     layers = [Layer(f"{block}.q", block, "q_proj") for block in (2, 7, 12, 17, 22, 27)]
-    assert measuring.detailed_blocks(layers, 3) == {7, 17, 27}
-    assert measuring.detailed_blocks(layers, 1) == {17}
-    assert measuring.detailed_blocks(layers, 9) == {2, 7, 12, 17, 22, 27}
+    assert measured_rows.detailed_blocks(layers, 3) == {7, 17, 27}
+    assert measured_rows.detailed_blocks(layers, 1) == {17}
+    assert measured_rows.detailed_blocks(layers, 9) == {2, 7, 12, 17, 22, 27}
 
 
 def test_parts_have_the_papers_names():
@@ -207,7 +208,7 @@ def made(
                         other = loftq + (output if method == "pissa" else 0) + 0.01 * block
                         rows.append(
                             {"model": model, "block": block, "part": part, "method": method,
-                             "T": count, "rank": 8, "variant": judging.AS_IT_IS, "nuclear": value,
+                             "T": count, "rank": 8, "variant": claims.AS_IT_IS, "nuclear": value,
                              "frobenius": value, "spectral": value, "output": other, "noise": 5.0,
                              "smaller": 6.0, "detailed": True}
                         )  # fmt: skip
@@ -228,7 +229,7 @@ def made(
 )
 def test_verdicts_follow_the_rows(rows, verdicts):
     # Blocks differ by a constant only, so that every interval of a difference is a point.
-    found = judging.claims(rows, {"one": 8, "other": 8})
+    found = claims.all_claims(rows, {"one": 8, "other": 8})
     assert [claim.verdict for claim in found] == verdicts
     assert [claim.published for claim in found] == [True] * 4 + [False]
 
@@ -252,30 +253,30 @@ def test_the_controls_say_what_a_grid_costs(rounded, dithered, told):
     both = pd.concat(
         [
             rows,
-            control("one", judging.ROUNDED, rounded),
-            control("other", judging.DITHERED, 4 - dithered),
+            control("one", claims.ROUNDED, rounded),
+            control("other", claims.DITHERED, 4 - dithered),
         ]
     )
-    said = judging.controls_told(both)
-    assert f"one {judging.ROUNDED} {rounded:+.1f}" in said
-    assert f"other {judging.DITHERED} {4 - dithered:+.1f}" in said
+    said = claims.controls_told(both)
+    assert f"one {claims.ROUNDED} {rounded:+.1f}" in said
+    assert f"other {claims.DITHERED} {4 - dithered:+.1f}" in said
     verdict, effects = said.rsplit(": ", 1)
     assert verdict.endswith(told)
     assert effects.startswith(f"{rounded - 4:+.1f}")
     assert f" on one, {dithered:+.1f}" in effects
-    assert judging.controls_told(rows) == ""
+    assert claims.controls_told(rows) == ""
 
 
 def test_one_control_alone_names_no_agreement():
     rows = made(7, 11, 8, 4)
-    rounded = made(7, 10, 8, 4).assign(variant=judging.ROUNDED)
+    rounded = made(7, 10, 8, 4).assign(variant=claims.ROUNDED)
     both = pd.concat([rows, rounded[rounded["model"] == "one"]])
-    assert "What the grid does to PiSSA’s lead: -1.0 on one." in judging.controls_told(both)
+    assert "What the grid does to PiSSA’s lead: -1.0 on one." in claims.controls_told(both)
 
 
 def test_all_rows_are_in_one_table():
     low = made(7, 11, 8, 4)
-    controls = low.assign(variant=judging.ROUNDED)
+    controls = low.assign(variant=claims.ROUNDED)
     frame = everything(pd.concat([low, made(9, 12, 8, 4).assign(rank=16), controls])).frame
     assert list(frame.columns[:4]) == ["model", "layer", "r", "T"]
     assert list(frame.columns[4:]) == [
@@ -293,19 +294,19 @@ def test_all_rows_are_in_one_table():
 def test_a_rank_above_a_layer_is_refused_by_name(composed_paper):
     settings = composed_paper("pissa_quantization", "smoke", "ranks=[400]")
     with pytest.raises(ConfigurationError, match=r"ranks=\[400\]: rank 400 exceeds .* 384 × 384"):
-        reproduction.reproduce(settings)
+        reproduction.measure(settings)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("iterations=[5]", r"iterations=\[5\]; allowed are two or more"),
-        ("iterations=[5,1]", r"iterations=\[5, 1\]; .* ascending"),
-        ("share=1.5", "share=1.5; allowed are shares"),
-        ("blocks=0", "blocks=0; allowed are integers >= 1, and null"),
-        ("detailed=0", "detailed=0; allowed are integers >= 1"),
-        ("ranks=[0,4]", r"ranks=\[0, 4\]; allowed are one or more"),
-        ("models=[]", "name one model or more"),
+        ("iterations=[5]", r"iterations=\[5\] is not supported: must be two or more"),
+        ("iterations=[5,1]", r"iterations=\[5, 1\] .* ascending"),
+        ("share=1.5", "share=1.5 is not supported: must be a share"),
+        ("blocks=0", "blocks=0 is not supported: must be an integer >= 1, or null"),
+        ("detailed=0", "detailed=0 is not supported: must be an integer >= 1"),
+        ("ranks=[0,4]", r"ranks=\[0, 4\] is not supported: must be one or more"),
+        ("models=[]", "must be one model or more"),
     ],
 )
 def test_bad_settings_are_refused(composed_paper, override, message):

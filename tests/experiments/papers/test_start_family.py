@@ -40,6 +40,26 @@ def test_pairs_compare_spaces_and_products():
     assert "cosine" not in rows["plain", "zero"]
 
 
+def test_starts_are_grouped_by_their_closest_relation():
+    lora_A, lora_B = drawn(2, 5), drawn(4, 2, seed=1)
+    zero, turned = torch.zeros(4, 2), drawn(2, 2, seed=4)
+    starts = {
+        "plain": Factors(lora_A, lora_B),
+        "turned": Factors(turned @ lora_A, lora_B @ turned.inverse()),
+        "scaled": Factors(lora_A, 3 * lora_B),
+        "kept": Factors(lora_A, zero),
+        "kept half": Factors(lora_A / 2, zero),
+        "other": Factors(drawn(2, 5, seed=2), drawn(4, 2, seed=3)),
+    }
+    found = page.relations(pd.DataFrame(pairs(starts)))
+    assert found.values.tolist() == [
+        [page.RELATIONS["same"], "plain, turned"],
+        [page.RELATIONS["scaled"], "kept, kept half"],
+        [page.RELATIONS["scaled"], "plain, scaled, turned"],
+        [page.RELATIONS["A"], "kept, kept half, plain, scaled, turned"],
+    ]
+
+
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 def test_equal_starts_are_equal_on_a_random_layer(shape):
     """The identities on which the page's first claim rests."""
@@ -143,6 +163,4 @@ def test_the_claim_on_unused_directions(gains, verdict):
 def test_the_smoke_form_is_drawn(smoke):
     found = smoke("start_family")
     assert len(found.claims) == 6
-    assert {figure.name for figure in found.figures} == {
-        "overlap_a_minilm", "overlap_b_minilm", "signs",
-    }  # fmt: skip
+    assert {figure.name for figure in found.figures} == {"overlap_minilm", "signs"}

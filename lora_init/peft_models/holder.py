@@ -1,0 +1,159 @@
+"""The model that holds PEFT's layers: a PeftModel, or a model that has them in itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lora_init.injection import Transaction
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attribute of a parent module that holds one of PEFT's wrappers."""
+
+    parent: nn.Module
+    attribute: str
+
+    @property
+    def module(self) -> Any:
+        return getattr(self.parent, self.attribute)
+
+    def put(self, module: nn.Module) -> None:
+        setattr(self.parent, self.attribute, module)
+
+
+def checked_holder(peft_model: Any, adapter_name: str) -> Any:
+    """The model that holds a LoRA adapter of this name: a PeftModel, or a model with PEFT's layers.
+
+    Of a SentenceTransformer, this is its transformers model.
+
+    Raises:
+        TypeError: another kind of model or of adapter.
+        ValueError: no adapter of this name.
+    """
+    holder = peft_model
+    inner = getattr(peft_model, "transformers_model", None)
+    if not hasattr(peft_model, "peft_config") and isinstance(inner, nn.Module):
+        holder = inner
+    configs = getattr(holder, "peft_config", None)
+    is_module = isinstance(holder, nn.Module) and not is_of_peft(holder, "BaseTuner")
+    if not is_module or not isinstance(configs, dict):
+        kind = type(peft_model)
+        raise TypeError(
+            f"peft_model={kind.__module__}.{kind.__qualname__} is not supported: it must be a PEFT "
+            "model, or a model with an adapter of PEFT. Pass what peft.get_peft_model returned, or "
+            "call model.add_adapter first (lora_init.get_peft_model takes plain models)"
+        )
+    if adapter_name not in configs:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not supported: must be one of {', '.join(configs)}"
+        )
+    kind = getattr(configs[adapter_name], "peft_type", None)
+    kind = getattr(kind, "value", kind)
+    if kind != "LORA":
+        raise TypeError(
+            f"adapter {adapter_name!r} has peft_type={kind}, which is not supported: must be LORA"
+        )
+    return holder
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether the model is a PeftModel. PEFT's layers can also be in a model of another class."""
+    return is_of_peft(model, "PeftModel")
+
+
+def base_model(peft_model: Any) -> nn.Module:
+    """The model in which PEFT has put its layers; without a PeftModel, the model itself."""
+    return peft_model.base_model.model if is_peft_model(peft_model) else peft_model
+
+
+@contextmanager
+def disabled(peft_model: Any) -> Iterator[None]:
+    """A context in which the layers compute the base model. Gradient flags are restored."""
+    if is_peft_model(peft_model):
+        with peft_model.disable_adapter():
+            yield
+        return
+    layers = [place.module for _, place in wrappers(peft_model)]
+    flags = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def wrappers(peft_model: Any) -> list[tuple[str, Place]]:
+    """PEFT's outermost modules in the base model: name and place of each, in model order."""
+    found: list[tuple[str, Place]] = []
+    seen: set[int] = set()
+
+    def walk(parent: nn.Module, prefix: str) -> None:
+        if id(parent) in seen:
+            return
+        seen.add(id(parent))
+        for attribute, child in list(parent._modules.items()):
+            if is_of_peft(child, "BaseTunerLayer", "AuxiliaryTrainingWrapper"):
+                found.append((f"{prefix}{attribute}", Place(parent, attribute)))
+            elif child is not None:
+                walk(child, f"{prefix}{attribute}.")
+
+    walk(base_model(peft_model), "")
+    return found
+
+
+@contextmanager
+def plain_base(peft_model: Any, transaction: Transaction) -> Iterator[nn.Module]:
+    """The base model without PEFT's wrappers, which are put back afterwards.
+
+    Names, statistics and weights are then those of a plain model. If an interrupt stops the
+    return to the wrappers, the transaction completes it.
+    """
+    found = [(place, place.module) for _, place in wrappers(peft_model)]
+    try:
+        for place, wrapper in found:
+            transaction.undo_by(partial(place.put, wrapper))
+            if is_of_peft(wrapper, "BaseTunerLayer"):
+                place.put(wrapper.get_base_layer())
+            else:
+                place.put(wrapper.original_module)
+        yield base_model(peft_model)
+    finally:
+        for place, wrapper in found:
+            place.put(wrapper)
+
+
+def refuse_merged(peft_model: Any, wanted: str) -> None:
+    """Refuse an operation that would change factors while a base weight holds them.
+
+    Raises:
+        ValueError: an adapter is merged.
+    """
+    for name, module in base_model(peft_model).named_modules():
+        if not is_of_peft(module, "BaseTunerLayer"):
+            continue
+        merged: Any = module.merged_adapters
+        if merged:
+            undo = "unmerge_adapter" if is_peft_model(peft_model) else "unfuse_lora"
+            raise ValueError(
+                f"{wanted} is not supported here: {name!r} has merged adapters "
+                f"({', '.join(merged)}). Call {undo}() first"
+            )
+
+
+def is_of_peft(module: Any, *names: str) -> bool:
+    """Whether the module is an instance of a class of PEFT with one of these names."""
+    return any(
+        cls.__name__ in names and cls.__module__.split(".")[0] == "peft"
+        for cls in type(module).__mro__
+    )

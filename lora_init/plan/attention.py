@@ -1,0 +1,38 @@
+"""Make the projections of targeted attention modules targets of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lora_init.config.lora_config import LoraConfig
+from lora_init.layers.attention import SplitAttention, join, split
+from lora_init.plan.match import select
+
+
+def attention_targets(model: nn.Module, configs: Iterable[LoraConfig]) -> list[str]:
+    """The attention modules that the configurations select."""
+    if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        return []
+    names = dict.fromkeys(name for config in configs for name in select(model, config).names)
+    return [n for n in names if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
+
+
+@contextmanager
+def split_on_success(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Split attention modules; an error inside joins them again."""
+    split(model, names)
+    try:
+        yield
+    except BaseException:
+        join(model)
+        raise
+
+
+def attention_of(model: nn.Module, name: str) -> str | None:
+    """The name of the split attention whose projection has this name; None for other modules."""
+    parent, _, last = name.rpartition(".")
+    is_part = last in ("in_proj", "out_proj")
+    return parent if is_part and isinstance(model.get_submodule(parent), SplitAttention) else None

@@ -1,0 +1,45 @@
+"""Weights of transformers' FP8Linear: float8 values with one scale per block of rows and columns.
+
+W[j, i] = weight[j, i] · weight_scale_inv[j // rows, i // columns], or one scale for all values.
+
+Source: transformers' fine-grained FP8 integration, the layout of DeepSeek-V3 (arXiv 2412.19437).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_init.weights.format import class_names
+from lora_init.weights.read_only import ReadOnlyFormat
+
+
+class FP8LinearFormat(ReadOnlyFormat):
+    """transformers' FP8Linear, recognized by its class name."""
+
+    name = "FP8Linear"
+
+    def matches(self, module: nn.Module) -> bool:
+        return self.name in class_names(module)
+
+    def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        weight = module.weight.float()
+        if module.weight.element_size() > 1:  # loaded without quantization
+            return weight
+        scale = module.weight_scale_inv.float()
+        if module.block_size is not None:
+            rows, columns = (
+                torch.arange(size, device=scale.device) // block
+                for size, block in zip(weight.shape, module.block_size, strict=True)
+            )
+            scale = scale[rows[:, None], columns]
+        return weight * scale
+
+    def float_dtype(self, module: nn.Module) -> torch.dtype:
+        """The module does not record it: the dtype of its bias, or bfloat16 as in transformers."""
+        return torch.bfloat16 if module.bias is None else module.bias.dtype
+
+    def describe(self, module: nn.Module) -> str:
+        block = module.block_size
+        return "fp8" if block is None else f"fp8/{'×'.join(map(str, block))}"

@@ -1,0 +1,115 @@
+"""Weights that several ranks hold in parts: DTensors, and parameters of DeepSpeed ZeRO-3.
+
+| sharded by | between two forward passes | during the forward pass of its module |
+|---|---|---|
+| FSDP2 (`fully_shard`) | a DTensor | a plain tensor |
+| tensor parallelism | a DTensor | a DTensor |
+| DeepSpeed ZeRO-3 | an empty tensor with a `ds_id` | a plain tensor |
+
+Each function that gathers is a collective: every rank that holds a part must call it, in one order.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Sharding = Literal["FSDP2", "tensor parallelism", "DeepSpeed ZeRO-3"]
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor. By name, because importing its class takes seconds."""
+    return type(tensor.data).__name__ == "DTensor"
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has split the parameter over the ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether several ranks hold the parameter in parts at this moment."""
+    return is_dtensor(parameter) or is_partitioned(parameter)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter. Communicates nothing."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, or the tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The whole tensor without gradient: gathered from all ranks, or the tensor itself."""
+    if is_dtensor(parameter):
+        # FSDP2 can keep shards in CPU memory, where an accelerator's process group cannot gather.
+        return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+    if is_partitioned(parameter):
+        with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Copy whole values, which are equal on all ranks, into a parameter or into its parts."""
+    if is_dtensor(parameter):
+        parts = torch.distributed.tensor.distribute_tensor(
+            value, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter.to_local().copy_(parts.to_local())
+    elif is_partitioned(parameter):
+        with sys.modules["deepspeed"].zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+    else:
+        parameter.copy_(value)
+
+
+def group_size(parameter: Tensor) -> int:
+    """The number of ranks that hold a part of a sharded parameter."""
+    if is_dtensor(parameter):
+        return parameter.device_mesh.size()
+    return torch.distributed.get_world_size(parameter.ds_process_group)
+
+
+def fsdp_unit(model: nn.Module, name: str) -> nn.Module | None:
+    """The innermost module around `name`, or `name` itself, that `fully_shard` was called on."""
+    parts = name.split(".") if name else []
+    for end in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if is_unit(module):
+            return module
+    return None
+
+
+def sharding(model: nn.Module, name: str) -> Sharding | None:
+    """What shards the weight of the module `name`; None if nothing does."""
+    weight: Any = model.get_submodule(name)._parameters.get("weight")
+    if weight is None:
+        return None
+    if is_partitioned(weight):
+        return "DeepSpeed ZeRO-3"
+    if not is_dtensor(weight):
+        return None
+    return "tensor parallelism" if fsdp_unit(model, name) is None else "FSDP2"
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that FSDP2 keeps after a forward pass, in its root module above all.
+
+    A change to such a weight would be lost, because only the shards stay.
+    """
+    for module in model.modules():
+        if is_unit(module):
+            module.reshard()
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2's `fully_shard` was called on the module."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -1,0 +1,114 @@
+"""What is refused on a sharded base, on a mesh of one process, with nothing changed."""
+
+import pytest
+import torch
+from models import gpt2, llama, token_batches
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lora_init import LoraConfig, calibrate, get_peft_model
+
+BATCHES = token_batches(count=1)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def whole_model(model, mesh):
+    return fully_shard(model, mesh=mesh)
+
+
+def first_layer(model, mesh):
+    fully_shard(model.model.layers[0], mesh=mesh)
+
+
+def each_query(model, mesh):
+    for layer in model.model.layers:
+        fully_shard(layer.self_attn.q_proj, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def by_outputs(model, mesh):
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, {"self_attn.q_proj": ColwiseParallel()})
+
+
+def by_entries(model, mesh):
+    style = RowwiseParallel(input_layouts=torch.distributed.tensor.Replicate())
+    parallelize_module(model.model, mesh, {"embed_tokens": style})
+
+
+def partitioned(model, mesh):
+    """As DeepSpeed ZeRO-3 leaves it: an empty parameter with an id."""
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_proj.weight
+        weight.ds_id, weight.ds_shape = 7, weight.shape
+        weight.data = torch.empty(0)
+
+
+@pytest.mark.parametrize(
+    ("shard", "settings", "message"),
+    [
+        (first_layer, {}, "layers.1.self_attn.q_proj' is not supported: it is outside the modules"),
+        (whole_model, {"init_lora_weights": "loftq"}, "loftq replaces the weight. Call get_peft_m"),
+        (whole_model, {"modules_to_save": ["lm_head"]}, "modules_to_save='lm_head' is not suppo"),
+        (each_query, {"use_dora": True}, "use_dora=True is not supported for .* by FSDP2"),
+        (by_outputs, {"use_dora": True}, "use_dora=True is not .* by tensor parallelism. Call"),
+        (by_outputs, {"lora_dropout": 0.1}, "lora_dropout=0.1 is not supported for .*q_proj'"),
+        (by_outputs, {"lora_bias": True}, "lora_bias=True is not supported for .*q_proj'"),
+        (by_outputs, {"bias": "all"}, "bias='all' is not supported for .*q_proj'"),
+        (by_outputs, {"init_lora_weights": "loftq"}, "tensor parallelism, and loftq replaces"),
+        (by_outputs, {"init_lora_weights": "eva"}, "'eva' needs a forward pass, and .*q_proj' is"),
+        (by_entries, {"target_modules": ["embed_tokens"]}, "it is a Embedding: must be"),
+        (partitioned, {"use_dora": True}, "use_dora=True is not supported .* by DeepSpeed ZeRO-3"),
+        (partitioned, {"init_lora_weights": "qpissa"}, "by DeepSpeed ZeRO-3, and qpissa replaces"),
+        (partitioned, {"init_lora_weights": "corda"}, "'corda' needs a forward pass, .* by Dee"),
+    ],
+)  # fmt: skip
+def test_refused_by_name(mesh, shard, settings, message):
+    model = llama()
+    shard(model, mesh)
+    names = [name for name, _ in model.named_modules()]
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": "pissa"} | settings
+    with pytest.raises((TypeError, ValueError), match=message):
+        get_peft_model(model, LoraConfig(r=2, **settings), calibration=BATCHES)
+    assert names == [name for name, _ in model.named_modules()]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_forward_of_a_sharded_module_is_refused(mesh):
+    model = llama()
+    by_outputs(model, mesh)
+    module = model.model.layers[0].self_attn.q_proj
+    module.forward = lambda x: nn.Linear.forward(module, x).round()
+    with pytest.raises(TypeError, match="its weight is sharded, so this forward cannot be probed"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_a_calibration_of_the_whole_model_fits_a_parallel_one(mesh):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva")
+    found = calibrate(llama(), config, BATCHES)
+    expected = get_peft_model(llama(), config, calibration=found)
+    model = llama()
+    by_outputs(model, mesh)
+    model = get_peft_model(model, config, calibration=found)
+    for name, layer in model.layers.items():
+        assert torch.equal(layer.lora_A.full_tensor(), expected.layers[name].lora_A)
+
+
+def test_tied_embeddings_and_transposed_weights(mesh):
+    """Conv1D stores (in, out), and wte is lm_head too: FSDP2 shards one parameter for both."""
+    model = gpt2()
+    expected = model(**BATCHES[0]).logits
+    fully_shard(model, mesh=mesh)
+    config = LoraConfig(r=2, target_modules=["c_attn", "wte"], init_lora_weights="pissa")
+    adapted = get_peft_model(model, config, verify=BATCHES[0])
+    torch.testing.assert_close(adapted.eval()(**BATCHES[0]).logits, expected)
+    assert adapted.plan.targets[0].shared_with == ("lm_head.weight",)

@@ -1,0 +1,135 @@
+"""An adapter on a base under tensor parallelism, with two ranks, compared with one process."""
+
+from functools import partial
+
+import pytest
+import torch
+from models import llama
+from processes import run_ranks
+from products import chosen
+from sharded import WORLD, batches, config, findings, gap, join, leave, logits, products, train
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import LlamaForCausalLM
+
+from lora_init import LoraModel, get_peft_model
+from lora_init.weights.sharded import whole
+
+BY_OUTPUTS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+BY_INPUTS = ["o_proj", "down_proj"]
+CASES = {
+    "pissa": ("torch", "pissa", torch.float32),
+    "transformers": ("transformers", "pissa", torch.float32),
+    "kaiming": ("torch", True, torch.float32),
+    "lora_xs": ("torch", "lora_xs", torch.float32),
+    "double": ("torch", "pissa", torch.float64),
+}
+FEW = {"pissa", "transformers"}
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # only on rank 0
+FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def parallel_llama(by, dtype, folder):
+    if by == "transformers":
+        return LlamaForCausalLM.from_pretrained(f"{folder}/base", tp_plan="auto").eval()
+    model = llama().to(dtype)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    styles = dict.fromkeys(BY_OUTPUTS, ColwiseParallel) | dict.fromkeys(BY_INPUTS, RowwiseParallel)
+    for name, module in model.named_modules():
+        if (style := styles.get(name.rpartition(".")[2])) is not None:
+            parallelize_module(module, mesh, style())
+    return model
+
+
+def adapted(base, start, dtype, seed=0):
+    return get_peft_model(base, config(init_lora_weights=start), adapter_dtype=dtype, seed=seed)
+
+
+def gradients(model):
+    model(**batches()[0]).loss.backward()
+    found = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def work(rank, folder, cases):
+    join(rank, folder)
+    leave({case: in_parallel(case, folder) for case in cases}, rank, folder)
+
+
+def in_parallel(case, folder):
+    by, start, dtype = CASES[case]
+    data = batches()
+    base = parallel_llama(by, dtype, folder)
+    before = logits(base, data)
+    model = adapted(base, start, dtype)
+    found = {
+        "start": products(model),
+        "step 0": gap({0: logits(model, data)}, {0: before}),
+        "report": [row["error"] for row in model.init_report().to_dict()["layers"]],
+        "gradients": gradients(model),
+        "trained": products(train(model, data)),
+        "logits": logits(model, data),
+    }
+    with model.disable_adapter():
+        found["disabled"] = gap({0: logits(model, data)}, {0: before})
+    model.save_pretrained(f"{folder}/{case}")
+    found["state"] = get_model_state_dict(model, options=FULL)
+    distributed.barrier()
+    other = adapted(parallel_llama(by, dtype, folder), start, dtype, seed=1)
+    set_model_state_dict(other, dict(found["state"]), options=FROM_RANK_0)
+    found["loaded"] = gap({0: logits(other, data)}, {0: found["logits"]})
+    other = LoraModel.from_pretrained(
+        parallel_llama(by, dtype, folder), f"{folder}/{case}", adapter_dtype=dtype
+    )
+    found["from file"] = gap({0: logits(other.eval(), data)}, {0: found["logits"]})
+    return found
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return ran(FEW, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory):
+    return ran(CASES.keys() - FEW, tmp_path_factory)
+
+
+def ran(cases, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tensor_parallel")
+    llama().save_pretrained(folder / "base")
+    run_ranks(partial(work, cases=sorted(cases)), folder, WORLD)
+    return folder, findings(folder)
+
+
+@pytest.mark.parametrize("case", chosen(CASES, *FEW))
+def test_two_ranks_are_one_process(request, case):
+    folder, found = request.getfixturevalue("few" if case in FEW else "rest")
+    _, start, dtype = CASES[case]
+    model = adapted(llama().to(dtype), start, dtype)
+    first, by_layer = products(model), gradients(model)
+    errors = [row["error"] for row in model.init_report().to_dict()["layers"]]
+    trained = products(train(model, batches()))
+    expected = logits(model, batches())
+    # Two layers of sums in another order: float64 shows that nothing else differs.
+    tolerance = 1e-6 if dtype == torch.float64 else 5e-6
+    for one in (rank[case] for rank in found):
+        assert gap(one["start"], first) <= 1e-6
+        assert gap(one["gradients"], by_layer) <= tolerance
+        assert gap(one["trained"], trained) <= 1e-6
+        torch.testing.assert_close(one["logits"], expected, atol=1e-5, rtol=1e-5)
+        assert one["report"] == pytest.approx(errors, rel=1e-5)
+        assert one["disabled"] == 0
+        assert start == "lora_xs" or one["step 0"] == 0  # lora_xs changes the output
+        for way in ("loaded", "from file"):
+            assert one[way] <= 1e-6, way
+    assert found[0][case]["state"].keys() == model.state_dict().keys()
+    fresh = LoraModel.from_pretrained(llama().to(dtype), folder / case, adapter_dtype=dtype)
+    torch.testing.assert_close(logits(fresh.eval(), batches()), expected, atol=1e-4, rtol=1e-4)
