@@ -13,12 +13,13 @@ from functools import partial
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_init
 from lora_init.weights.kinds import known_format
 
 from .peaks import MIB, peak_watch
+from .powerlaw import PowerLaw
 from .row import LINALG, OURS, PEFT, Case, Row
 from .schema import BenchmarkConfig, ExpertsSettings
 from .steps import stepper
@@ -30,10 +31,13 @@ TITLE = "Experts"
 MODEL = "qwen3_moe"
 FLOOR = "query and value projections only"
 MATRICES = ("gate_up_proj", "down_proj")
-DECOMPOSITIONS = {
-    "pissa": lambda matrix: torch.linalg.svd(matrix, full_matrices=False),
-    "olora": torch.linalg.qr,
-}
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, ...]:
+    return torch.linalg.svd(matrix, full_matrices=False)
+
+
+DECOMPOSITIONS = {"pissa": svd, "pissa_niter_4": svd, "olora": torch.linalg.qr}
 
 
 def cases(settings: BenchmarkConfig) -> Iterator[Case]:
@@ -130,10 +134,17 @@ def peak(contender: Contender) -> int:
 
 
 def starts(settings: BenchmarkConfig, method: str) -> Iterator[Row]:
-    """Yield the time of a start of all experts of one layer; PEFT has none of these methods."""
+    """Yield the time of a start of all experts of one layer, whose weights follow a power law.
+
+    PEFT has none of these methods for experts.
+    """
     chosen, model = settings.experts, mixture(settings.experts, settings.seed)
     block = model.get_submodule("model.layers.0.mlp.experts")
     stored = known_format(block)
+    for name in MATRICES:
+        count, *shape = stored.shape(block, name)
+        laws = [PowerLaw(*shape, f"{name}.{expert}", settings.seed) for expert in range(count)]
+        stored.write(block, torch.stack([law.weight() for law in laws]), name)
     matrices = [matrix for name in MATRICES for matrix in stored.read(block, name)]
     config = lora_init.LoraConfig(
         r=settings.rank,
@@ -168,7 +179,7 @@ def starts(settings: BenchmarkConfig, method: str) -> Iterator[Row]:
 @torch.no_grad()
 def worst(method: str, found: nn.Module | None, block: nn.Module) -> float | None:
     """How much more PiSSA leaves of a matrix than the best factors; the largest of two experts."""
-    if found is None or method != "pissa":
+    if found is None or not method.startswith("pissa"):
         return None
     errors = []
     for name in MATRICES:

@@ -14,6 +14,7 @@ from ..errors import nearest
 from .strategies import METHODS
 
 SECTIONS = ("initialization", "calibration", "memory", "steps", "experts")
+EXPERT_METHODS = ("pissa", "pissa_niter_4", "olora")
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -119,7 +120,7 @@ class ExpertsSettings(SectionSettings):
         width: of an expert; `top_k` experts read a token.
     """
 
-    methods: list[str] = field(default_factory=lambda: ["pissa", "olora"])
+    methods: list[str] = field(default_factory=lambda: list(EXPERT_METHODS))
     layers: int = 4
     hidden: int = 512
     heads: int = 8
@@ -133,7 +134,7 @@ class ExpertsSettings(SectionSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for method in self.methods:
-            one_of("experts.methods", method, ("pissa", "olora"))
+            one_of("experts.methods", method, EXPERT_METHODS)
         for name in ("layers", "hidden", "heads", "experts", "width", "top_k", "batch_size"):
             at_least(f"experts.{name}", getattr(self, name), 1)
         for name in ("vocabulary", "tokens"):

@@ -82,13 +82,13 @@ def test_steps_of_both_libraries_have_equal_losses(settings):
 
 
 def test_a_mixture_of_experts_is_compared_with_peft_and_the_floor(settings):
-    step, memory_of_a_step, pissa, olora = rows_of(experts, settings)
+    step, memory_of_a_step, pissa, quick, olora = rows_of(experts, settings)
     assert min(step.ours, step.peft, step.whole) > 0
     assert step.error <= 1e-5
     assert "× the floor" in step.note
     assert memory_of_a_step.unit == "MiB"
     assert min(pissa.linalg, olora.linalg) > 0
-    assert pissa.error <= 1e-4
+    assert max(pissa.error, quick.error) <= 1e-4
     assert "8 matrices of one layer" in olora.note
 
 
