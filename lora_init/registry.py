@@ -225,7 +225,7 @@ class Initializer:
         """
         stated = getattr(self.function, "workspace", None)
         if stated is not None:
-            return stated(options) if callable(stated) else stated
+            return stated if isinstance(stated, tuple) else stated(options)
         decomposes = self.reads & {"weight", "target_weight", "quantizer"}
         weights = 13.0 if decomposes else 4.0 if self.reads else 3.0
         return weights, 9.5 if "inputs" in self.reads else 0.0

@@ -57,7 +57,7 @@ def test_a_name_is_registered_once(clean_registry):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reads": ("weights",)}, "reads=weights is not supported: must be of weight, inputs"),
+        ({"reads": ("weights",)}, "reads=weights is not supported: must be of weight, "),
         ({"modules": ("Dense",)}, "modules=Dense is not supported: must be of Linear"),
         ({"operations": ("sum",)}, "operations=sum is not supported: must be of product"),
         ({"base": "edit"}, "base=edit is not supported: must be of keep"),
