@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_init.adapters.expert_layout import from_file, to_file
 from lora_init.factors import block_matrix, matrix_blocks
@@ -53,7 +53,7 @@ def part_key(target: Target, part: str) -> str:
     return f"{PREFIX}{target.name}.{keys.get(part, part)}"
 
 
-def peft_computes(module: nn.Module, use_dora: bool) -> bool:
+def peft_computes(module: Any, use_dora: bool) -> bool:
     """Whether PEFT's adapted layer for this module computes the same output.
 
     PEFT's A of a convolution uses the stride and padding of the base, but not its dilation and
