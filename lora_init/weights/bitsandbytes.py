@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lora_init.quantization.quantizer import Quantized, Quantizer
 from lora_init.weights.format import WEIGHT, Matrix, WeightFormat, class_names
+from lora_init.weights.sharded import whole_shape
 
 
 class PackedFormat(WeightFormat):
@@ -97,7 +98,7 @@ def parameter_count(parameter: Tensor) -> int:
     """The number of weights in a parameter. 4-bit storage holds two codes per byte."""
     if type(parameter).__name__ == "Params4bit":
         return 2 * parameter.element_size() * parameter.numel()
-    return parameter.numel()
+    return whole_shape(parameter).numel()
 
 
 def unquantized(module: nn.Module, fix: str = "") -> ValueError:

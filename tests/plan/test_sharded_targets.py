@@ -92,6 +92,13 @@ def test_a_forward_of_a_sharded_module_is_refused(mesh):
         get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
 
 
+def test_a_sharded_attention_is_refused(mesh):
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(TypeError, match="target '0' is not supported: '0.in_proj_weight' is shar"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+
+
 def test_a_calibration_of_the_whole_model_fits_a_parallel_one(mesh):
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva")
     found = calibrate(llama(), config, BATCHES)
