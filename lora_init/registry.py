@@ -223,7 +223,7 @@ class Initializer:
         `workspace` states them for a method; others get the largest of the methods that read the
         same parts of a layer.
         """
-        stated = getattr(self.function, "workspace", None)
+        stated: Any = getattr(self.function, "workspace", None)
         if stated is not None:
             return stated if isinstance(stated, tuple) else stated(options)
         decomposes = self.reads & {"weight", "target_weight", "quantizer"}
