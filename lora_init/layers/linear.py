@@ -14,7 +14,7 @@ from lora_init.layers.decomposed_product import decomposed_product
 from lora_init.layers.low_rank_sum import low_rank_sum, wide_dtype
 from lora_init.layers.tensor_parallel import AddedToProduct, beside
 from lora_init.layers.transforms import is_transformed
-from lora_init.weights.offload import is_hooked
+from lora_init.weights.offload import is_hooked, stored_weight
 from lora_init.weights.sharded import is_dtensor
 
 STACKED_POSITIONS = {"cpu": 2048}
@@ -52,7 +52,7 @@ class LinearLayer(LoraLayer):
 
     def _adapted_output(self, x: Tensor) -> Tensor:
         if self.lora_bias is not None or self.drops() or not self._is_product(x):
-            if is_dtensor(self.base_layer.weight):
+            if is_dtensor(stored_weight(self.base_layer)):
                 with AddedToProduct(self._parallel_delta):
                     return self.base_layer(x)
             return super()._adapted_output(x)
