@@ -33,7 +33,7 @@ def shard_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
 
 def _in_own_unit(layer: LoraLayer) -> None:
     """FSDP2 has built its units already, so the layer becomes one, which reduces its gradients."""
-    weight = layer.base_layer.weight
+    weight = layer.stored_weight
     fsdp = torch.distributed.fsdp  # imported by the code that sharded the weight
     mesh = weight.device_mesh
     offloads = weight.device.type != mesh.device_type
@@ -49,7 +49,7 @@ def _in_own_unit(layer: LoraLayer) -> None:
 
 
 def _along_weight(layer: LoraLayer) -> None:
-    weight = layer.base_layer.weight
+    weight = layer.stored_weight
     tensor = torch.distributed.tensor
     (place,) = weight.placements
     everywhere = tensor.Replicate()

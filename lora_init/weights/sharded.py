@@ -90,7 +90,12 @@ def fsdp_unit(model: nn.Module, name: str) -> nn.Module | None:
 
 def sharding(model: nn.Module, name: str) -> Sharding | None:
     """What shards the weight of the module `name`; None if nothing does."""
-    weight: Any = model.get_submodule(name)._parameters.get("weight")
+    owner, _, matrix = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    if matrix in parent._parameters:  # a fused parameter of experts
+        weight: Any = parent._parameters[matrix]
+    else:
+        weight = model.get_submodule(name)._parameters.get("weight")
     if weight is None:
         return None
     if is_partitioned(weight):
