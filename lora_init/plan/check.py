@@ -107,6 +107,11 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
             f"target {name!r}: its weight is offloaded by Accelerate, but {spec.name} replaces "
             "it; load the model into memory first"
         )
+    if stored.quantized and is_sharded(weight):
+        raise TypeError(
+            f"target {name!r} is not supported: its {stored.name} weight is sharded, and a "
+            "quantized weight must be whole. Call get_peft_model before the model is sharded."
+        )
     if stored.quantized:
         return
     if weight.is_inference() and spec.base != "keep":

@@ -26,15 +26,17 @@ def check_sharded(model: nn.Module, name: str, spec: Initializer, stored: Weight
     how = sharding(model, name)
     if how is None:
         return
-    weight = model.get_submodule(name).weight
     problem = None
-    if spec.base == "replace":
+    if stored.operation == "routed":
+        problem = "it holds the weights of all experts"
+    elif spec.base == "replace":
         problem = f"{spec.name} replaces the weight"
     elif how == "DeepSpeed ZeRO-3":
         problem = _engine(model)
         if problem is None and stored.operation == "convolution":
             problem = f"it is a {stored.name}: must be an nn.Linear, a Conv1D or an nn.Embedding"
     else:
+        weight = model.get_submodule(name).weight
         shards = [place for place in weight.placements if not place.is_replicate()]
         plain = all(type(place).__name__ == "Shard" for place in shards)
         if how == "FSDP2" and (len(shards) != 1 or not plain):

@@ -80,22 +80,25 @@ def group_size(parameter: Tensor) -> int:
 
 def fsdp_unit(model: nn.Module, name: str) -> nn.Module | None:
     """The innermost module around `name`, or `name` itself, that `fully_shard` was called on."""
-    parts = name.split(".") if name else []
-    for end in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:end]))
-        if is_unit(module):
-            return module
-    return None
+    module: Any = model
+    found = model if is_unit(model) else None
+    for part in name.split(".") if name else ():
+        module = getattr(module, part)
+        if isinstance(module, nn.Module) and is_unit(module):
+            found = module
+    return found
 
 
 def sharding(model: nn.Module, name: str) -> Sharding | None:
-    """What shards the weight of the module `name`; None if nothing does."""
-    owner, _, matrix = name.rpartition(".")
-    parent = model.get_submodule(owner)
-    if matrix in parent._parameters:  # a fused parameter of experts
-        weight: Any = parent._parameters[matrix]
-    else:
-        weight = model.get_submodule(name)._parameters.get("weight")
+    """What shards a weight; None if nothing does.
+
+    Args:
+        name: the name of the module, or of the parameter that holds the weights of all experts.
+    """
+    found: Any = model
+    for part in name.split("."):
+        found = getattr(found, part)
+    weight: Any = found._parameters.get("weight") if isinstance(found, nn.Module) else found
     if weight is None:
         return None
     if is_partitioned(weight):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import gpt2, llama, token_batches
+from packing import packed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -96,6 +97,14 @@ def test_a_sharded_attention_is_refused(mesh):
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     fully_shard(model, mesh=mesh)
     with pytest.raises(TypeError, match="target '0' is not supported: '0.in_proj_weight' is shar"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+
+
+def test_a_sharded_quantized_weight_is_refused(mesh):
+    model = packed(nn.Sequential(nn.Linear(64, 64)), "nf4")
+    weight = model[0].weight
+    weight.ds_id, weight.ds_shape = 7, weight.shape
+    with pytest.raises(TypeError, match="target '0' is not supported: its Linear4bit weight is sh"):
         get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
 
 
