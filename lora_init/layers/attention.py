@@ -28,6 +28,8 @@ class SplitAttention(nn.MultiheadAttention):
     among query, key and value, so its inputs are the rows of all of them.
     """
 
+    in_proj: Any  # a linear module, or its adapted layer
+
     def __init__(self, whole: nn.MultiheadAttention) -> None:
         nn.Module.__init__(self)
         state = vars(whole)
@@ -40,7 +42,7 @@ class SplitAttention(nn.MultiheadAttention):
         projection.train(whole.training)
         for name in ("weight", "bias"):
             projection.register_parameter(name, self._parameters.pop(f"in_proj_{name}"))
-        self.in_proj = projection
+        self._modules = {"in_proj": projection, **self._modules}  # first, as in the forward pass
 
     @property
     def in_proj_weight(self) -> Tensor:
