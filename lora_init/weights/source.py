@@ -158,7 +158,7 @@ class BaseWeights:
     def gather(self, targets: Sequence[Target], *, keep: bool) -> None:
         """Gather sharded weights on all ranks; with `keep`, this rank holds them until `free`."""
         for target in targets:
-            weight = oriented_weight(self._module(target))
+            weight = self.present(target)
             if keep:
                 self._gathered[target.name] = weight
 
