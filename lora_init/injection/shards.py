@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import sys
+
 from torch import Tensor, nn
 
 from lora_init.layers import LoraLayer
@@ -34,7 +35,8 @@ def shard_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
 def _in_own_unit(layer: LoraLayer) -> None:
     """FSDP2 has built its units already, so the layer becomes one, which reduces its gradients."""
     weight = layer.stored_weight
-    fsdp = torch.distributed.fsdp  # imported by the code that sharded the weight
+    # Imported by the code that sharded the weight; importing it here would take seconds.
+    fsdp = sys.modules["torch.distributed.fsdp"]
     mesh = weight.device_mesh
     offloads = weight.device.type != mesh.device_type
     fsdp.fully_shard(
@@ -50,7 +52,7 @@ def _in_own_unit(layer: LoraLayer) -> None:
 
 def _along_weight(layer: LoraLayer) -> None:
     weight = layer.stored_weight
-    tensor = torch.distributed.tensor
+    tensor = sys.modules["torch.distributed.tensor"]
     (place,) = weight.placements
     everywhere = tensor.Replicate()
     places = {

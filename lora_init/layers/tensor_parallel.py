@@ -45,4 +45,5 @@ def beside(factor: Tensor, x: Tensor) -> Tensor:
     """
     if not is_dtensor(x):
         return local_part(factor)
-    return factor.redistribute(placements=factor.placements)
+    parts: Any = factor
+    return parts.redistribute(placements=parts.placements)

@@ -36,7 +36,7 @@ def check_sharded(model: nn.Module, name: str, spec: Initializer, stored: Weight
         if problem is None and stored.operation == "convolution":
             problem = f"it is a {stored.name}: must be an nn.Linear, a Conv1D or an nn.Embedding"
     else:
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         shards = [place for place in weight.placements if not place.is_replicate()]
         plain = all(type(place).__name__ == "Shard" for place in shards)
         if how == "FSDP2" and (len(shards) != 1 or not plain):
