@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ def shard_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
 
 def _in_own_unit(layer: LoraLayer) -> None:
     """FSDP2 has built its units already, so the layer becomes one, which reduces its gradients."""
-    weight = layer.stored_weight
+    weight: Any = layer.stored_weight
     # Imported by the code that sharded the weight; importing it here would take seconds.
     fsdp = sys.modules["torch.distributed.fsdp"]
     mesh = weight.device_mesh
@@ -51,7 +52,7 @@ def _in_own_unit(layer: LoraLayer) -> None:
 
 
 def _along_weight(layer: LoraLayer) -> None:
-    weight = layer.stored_weight
+    weight: Any = layer.stored_weight
     tensor = sys.modules["torch.distributed.tensor"]
     (place,) = weight.placements
     everywhere = tensor.Replicate()
