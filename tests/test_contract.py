@@ -40,7 +40,7 @@ from methods import (
     one_of_each,
 )
 from models import Batches, data_of, spread_weight
-from networks import SHAPES, Case, Chain, chain_calibration, chain_inputs
+from networks import NETWORK_KINDS, SHAPES, Case, Chain, chain_calibration, chain_inputs
 from packing import kept_plain
 from products import thinned
 from torch import nn
@@ -66,7 +66,7 @@ EXPECTED_SCALINGS = {"s=1/16": 1 / 16, "s=1": 1.0, "s=2": 2.0, "s=16": 16.0, "rs
 VARIANTS = {name: {"scaling": name} for name in SCALINGS} | {"dora": {"use_dora": True}}
 BASES = [
     Case(one.name, dtype)
-    for one in sorted(FORMATS.values(), key=lambda one: one.quantized)
+    for one in map(FORMATS.__getitem__, NETWORK_KINDS)
     for dtype in DTYPES[: 1 if one.quantized else None]
 ]
 DRAWN = [spec.name for spec in list_initializers() if not spec.reads]

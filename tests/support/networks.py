@@ -20,6 +20,8 @@ CONVOLUTION_SHAPES = {"square": (8, 36), "strided": (12, 48), "dilated": (8, 108
 IN_CHANNELS = {"square": 4, "strided": 8, "dilated": 12}
 EMBEDDING_SHAPES = {"words": (16, 40), "kinds": (16, 12)}
 PACKED_KINDS = ("Linear4bit", "Linear8bitLt")
+NETWORK_KINDS = ("Linear", "Conv1D", "Conv2d", "Embedding", *PACKED_KINDS)
+"""The module types of `Case`. tests/test_support.py has a cell for each method on every type."""
 
 
 class Chain(nn.Module):
