@@ -157,7 +157,7 @@ def mean_figures(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean over experts of each number; a figure that is no number if all have the same."""
     means: dict[str, Any] = {}
     for name in figures[0]:
-        values = [one.get(name) for one in figures]
+        values: list[Any] = [one.get(name) for one in figures]
         if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             means[name] = sum(values) / len(values)
         elif all(value == values[0] for value in values):

@@ -186,11 +186,11 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
     if kind == "output_moments":
         return tensor("output_moments", torch.float64, shape=(None,))
     if kind == "gradient_sketch":
-        values = tensor("values", torch.float32, shape=(None,))
+        singular = tensor("values", torch.float32, shape=(None,))
         left, right = (
-            tensor(side, torch.float32, shape=(None, len(values))) for side in ("left", "right")
+            tensor(side, torch.float32, shape=(None, len(singular))) for side in ("left", "right")
         )
-        return GradientSketch(left, values, right)
+        return GradientSketch(left, singular, right)
     mean = tensor("mean", torch.float64, shape=(None,))
     width = len(mean)
     values = _entry(found, "values", dict)

@@ -297,7 +297,8 @@ class Observer:
         def observe(_: nn.Module, args: tuple, kwargs: dict) -> None:
             if not self._in_batch:
                 return
-            hidden, index = (*args, *kwargs.values(), None)[:2]
+            given: list[Any] = [*args, *kwargs.values(), None]
+            hidden, index = given[:2]
             masks = [(mask, self._counted(owner, hidden, mask)) for mask in self._masks]
             for found in routed_rows(module, hidden.detach(), index):
                 for matrix, rows in found.rows.items():

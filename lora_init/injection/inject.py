@@ -153,7 +153,9 @@ def _prepare(
         if weights.is_readable(target):
             injection.fingerprints[target.name] = fingerprint(weights.present(target))
     for name in dict.fromkeys(t.module for t in plan.targets if t.experts is not None):
-        own = {t.matrix: injection.layers[t.name] for t in plan.targets if t.module == name}
+        own: dict[str, Any] = {
+            t.matrix: injection.layers[t.name] for t in plan.targets if t.module == name
+        }
         injection.routed[name] = LoraExperts(modules[f"{name}.{next(iter(own))}"], own)
     for name in plan.modules_to_save:
         original = model.get_submodule(name)

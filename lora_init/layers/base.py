@@ -261,7 +261,7 @@ class LoraLayer(nn.Module):
     # -- the weights -----------------------------------------------------------------------------
 
     @property
-    def stored_weight(self) -> Tensor:
+    def stored_weight(self) -> nn.Parameter | Any:
         """The base's present parameter, as the module stores it."""
         return stored_weight(self.base_layer, self.matrix)
 
