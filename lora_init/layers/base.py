@@ -90,6 +90,7 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.module_type = known_format(base_layer).name
+        self._kind = _kind(base_layer)
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.lora_core = None if core is None else nn.Parameter(core)
@@ -151,7 +152,9 @@ class LoraLayer(nn.Module):
 
     @property
     def _format(self) -> WeightFormat:
-        # The base module may have been replaced by one of another class.
+        if _kind(self.base_layer) == self._kind:
+            return FORMATS[self.module_type]
+        # The base module may have been replaced by one of another class, or its weight sharded.
         return class_format(self.base_layer) or FORMATS[self.module_type]
 
     @property
@@ -398,3 +401,8 @@ def added(delta: Tensor, result: Tensor) -> Tensor:
 
 def common_dtype(x: Tensor, factor: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, factor.dtype)
+
+
+def _kind(module: nn.Module) -> tuple[type, type]:
+    """The classes of a module and of its weight, which decide its format."""
+    return type(module), type(module._parameters.get(WEIGHT))
