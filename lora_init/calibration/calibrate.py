@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,8 +138,9 @@ def calibrated(
         ValueError: as `lora_init.calibration.collect.collect_in_passes`, or an existing calibration
             does not fit the model or the method.
     """
-    for part in _parts(plan, model, calibration, device, cache):
-        yield with_layer_statistics(plan, part)
+    # A loop's variable would keep the part in memory during the next pass.
+    parts = _parts(plan, model, calibration, device, cache)
+    yield from map(partial(with_layer_statistics, plan), parts)
 
 
 def _parts(

@@ -128,14 +128,23 @@ def test_what_a_loader_would_not_read_is_refused_before_anything_is_written(mess
     assert not (tmp_path / "folder").exists()
 
 
-@pytest.mark.parametrize("portable", [False, True])
-def test_targets_that_peft_takes_for_experts_are_named_at_saving(portable, tmp_path):
-    base = llama()
-    base.config.model_type = "deepseek_v3"  # whose names PEFT maps
-    with pytest.warns(UserWarning, match="PEFT would load the saved adapter differently"):
-        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    with pytest.warns(UserWarning, match="PEFT would load the saved .*down_proj"):
-        model.save_pretrained(tmp_path, portable=portable)
+@pytest.mark.parametrize("method", ["kaiming", "pissa"])
+def test_peft_adapts_the_dense_layers_whose_names_it_takes_for_experts(method, tmp_path):
+    def base():
+        model = llama()
+        model.config.model_type = "deepseek_v3"  # whose names PEFT maps
+        return model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=method)
+    model = get_peft_model(base(), config)
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.lora_B.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+    ours, theirs = logits(model, token_batches()), logits(loaded, token_batches())
+    gap = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+    assert gap < 1e-5
 
 
 @pytest.mark.parametrize(
