@@ -172,7 +172,8 @@ def test_the_comparison_keeps_its_promises(configured):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_composes_with_a_control(configured, name):
-    run = configured("control=rslora", config=name)
+    needed = NEEDED["data", "table"] if name == "sweep_table" else []
+    run = configured("control=rslora", *needed, config=name)
     assert run.sweep != "default"
     assert run.control == "rslora"
 
