@@ -29,6 +29,7 @@ from torch import Tensor
 from lora_init.adapters.expert_layout import from_file, to_file
 from lora_init.factors import block_matrix, matrix_blocks
 from lora_init.plan.plan import Target
+from lora_init.weights.experts import is_transposed as is_stored_transposed
 from lora_init.weights.kinds import FORMATS, known_format
 from lora_init.weights.patches import is_transposed
 
@@ -65,6 +66,17 @@ def peft_computes(module: Any, use_dora: bool) -> bool:
     if is_transposed(module) or (use_dora and module.groups > 1):
         return False
     return set(module.dilation) == {1} and module.padding_mode == "zeros"
+
+
+def peft_transposes(target: Target, module: Any) -> bool:
+    """Whether PEFT adapts the transposed matrices of these experts, as it does for Llama-4.
+
+    PEFT reads a stack that does not declare its layout as (experts, out, in). For a stack that is
+    (experts, in, out), its A is Bᵀ of this package, and its B is Aᵀ.
+    """
+    if target.experts is None:
+        return False
+    return is_stored_transposed(module) and not hasattr(module, "is_transposed")
 
 
 def bias_key(name: str, layers: Collection[str]) -> str:

@@ -28,6 +28,7 @@ from lora_init.adapters.format import (
     in_file,
     part_key,
     peft_computes,
+    peft_transposes,
 )
 from lora_init.adapters.given import Given
 from lora_init.adapters.keys import plain_names, with_names
@@ -96,6 +97,8 @@ def save_adapter(
             parts["lora_A"], parts["lora_B"] = portable_factors(
                 parts["lora_A"], parts["lora_B"], target.scaling, largest
             )
+        if peft_transposes(target, layer.base_layer):
+            parts["lora_A"], parts["lora_B"] = parts["lora_B"].mT, parts["lora_A"].mT
         rank = parts["lora_A"].shape[-2]
         ranks[as_written.name] = rank, target
         for part, value in parts.items():

@@ -17,6 +17,7 @@ from lora_init.adapters.format import (
     file_shape,
     in_layer,
     part_key,
+    peft_transposes,
 )
 from lora_init.adapters.keys import as_in, plain_names
 from lora_init.config.lora_config import LoraConfig
@@ -27,6 +28,9 @@ from lora_init.plan.match import PatternValues, exactly
 from lora_init.plan.parameters import fused_parameters
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.offload import factor_device
+
+TRANSPOSES = {"lora_A": "lora_B", "lora_B": "lora_A"}
+"""The part of a file whose transpose is a layer's part, where PEFT adapts transposed matrices."""
 
 
 class Contents:
@@ -160,6 +164,11 @@ class Contents:
     def part(self, target: Target, part: str, rank: int) -> Tensor:
         """Take one part of a layer's adapter, in the shape that layers use."""
         module = self.base.get_submodule(target.module)
+        if part in TRANSPOSES and peft_transposes(target, module):
+            mirrored = dataclasses.replace(target, shape=target.shape[::-1])
+            other = TRANSPOSES[part]
+            shape = file_shape(mirrored, module, other, rank)
+            return in_layer(target, other, self.take_float(part_key(target, other), shape)).mT
         value = self.take_float(part_key(target, part), file_shape(target, module, part, rank))
         return in_layer(target, part, value)
 

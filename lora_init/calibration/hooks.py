@@ -42,6 +42,7 @@ from lora_init.calibration.sums import Moments, RunningMoments, joined
 from lora_init.calibration.token_rows import TokenRows
 from lora_init.layers.routed_rows import routed_rows
 from lora_init.linalg.precision import wide_device
+from lora_init.weights.experts import DOWN
 from lora_init.weights.kinds import known_format
 
 HELD_INPUTS = 4
@@ -299,7 +300,10 @@ class Observer:
                 return
             given: list[Any] = [*args, *kwargs.values(), None]
             hidden, index = given[:2]
-            masks = [(mask, self._counted(owner, hidden, mask)) for mask in self._masks]
+            # Llama-4 passes one copy of the tokens per expert, without an index.
+            copies = 1 if index is not None else len(getattr(module, DOWN))
+            tokens = hidden[: len(hidden) // copies]
+            masks = [(mask, self._counted(owner, tokens, mask)) for mask in self._masks]
             for found in routed_rows(module, hidden.detach(), index):
                 for matrix, rows in found.rows.items():
                     name = readers.get((matrix, found.expert))
@@ -311,7 +315,9 @@ class Observer:
                         if sums is None:
                             device = self._device or rows.device
                             sums = self._sums[source] = self._budget.sums(rows.shape[1], device)
-                        own = None if counted is None else counted[found.tokens].nonzero()[:, 0]
+                        own = None
+                        if counted is not None:
+                            own = counted[found.tokens % len(tokens)].nonzero()[:, 0]
                         sums.add(rows, own)
 
         return observe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,16 @@ def add_adapter_arguments(parser: ArgumentParser) -> None:
         metavar="NAMES",
         help="names with commas, or a regular expression as 're:…' (default: all-linear)",
     )
+    parser.add_argument(
+        "--target-parameters",
+        metavar="NAMES",
+        help="fused weights of experts, such as experts.down_proj; as --target-modules",
+    )
+    parser.add_argument(
+        "--experts",
+        action=BooleanOptionalAction,
+        help="whether all-linear includes fused experts (default: of the models that PEFT maps)",
+    )
     parser.add_argument("--exclude-modules", metavar="NAMES", help="as --target-modules")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -48,6 +58,8 @@ def adapter_config(arguments: Namespace, model: nn.Module, base_name: str) -> Lo
         lora_alpha=arguments.r if arguments.lora_alpha is None else arguments.lora_alpha,
         use_rslora=arguments.use_rslora,
         target_modules=_names(arguments.target_modules),
+        target_parameters=_names(arguments.target_parameters),
+        experts=arguments.experts,
         exclude_modules=_names(arguments.exclude_modules),
         init_lora_weights=_method(arguments),
         task_type=task_type(model),

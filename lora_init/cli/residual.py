@@ -51,13 +51,20 @@ def write_residual(
         By layer, ‖round(W') - W'‖ / ‖W‖ for the new weight W' (Frobenius norms).
 
     Raises:
-        ValueError: an adapted weight is tied to another one, which the edit would change too.
+        ValueError: an adapted weight is tied to another one, which the edit would change too; or
+            experts are adapted.
     """
     tied = next((target for target in model.plan.targets if target.shared_with), None)
     if tied is not None:
         raise ValueError(
             f"--residual is not supported with the adapted layer {tied.name!r}, which shares its "
             f"weight with {tied.shared_with[0]!r}: exclude it with --exclude-modules"
+        )
+    routed = (t for t in model.plan.targets if FORMATS[t.module_type].operation == "routed")
+    if (experts := next(routed, None)) is not None:
+        raise ValueError(
+            f"--residual is not supported with {experts.name!r}, a fused weight of experts: leave "
+            "experts out with --no-experts, or leave --residual out"
         )
     base = out / RESIDUAL_FOLDER
     base.mkdir(parents=True, exist_ok=True)

@@ -41,15 +41,21 @@ def routed_rows(
 
     Args:
         module: a module that `ExpertsFormat` supports, with its weights in memory.
-        hidden: the tokens that the module was called with. For Llama-4, one copy per expert.
+        hidden: the tokens that the module was called with. For Llama-4, one copy per expert, in
+            which the rows that the router did not select are zero.
         top_k_index: the experts of each token; None for Llama-4.
     """
     first = first_projection(module)
     stack = product_stack(module, first)
     bias = getattr(module, f"{first}_bias", None)
     if top_k_index is None:
-        tokens = torch.arange(len(hidden), device=hidden.device)
-        groups = tokens.chunk(len(stack))
+        # Llama-4 multiplies the tokens that the router did not select by a score of zero.
+        is_selected = hidden.detach().any(dim=-1).chunk(len(stack))
+        first_rows = range(0, len(hidden), len(is_selected[0]))
+        groups = [
+            start + chosen.nonzero()[:, 0]
+            for start, chosen in zip(first_rows, is_selected, strict=True)
+        ]
     else:
         routed = routing(top_k_index, len(stack))
         sizes = torch.diff(routed.offsets, prepend=routed.offsets.new_zeros(1)).tolist()

@@ -16,7 +16,7 @@ from lora_init.injection import Transaction, atomically
 from lora_init.linalg.matrix import widened
 from lora_init.peft_models.changes import Attribute, Data, Edit, Item, Operation, Trained
 from lora_init.peft_models.holder import checked_holder, refuse_merged
-from lora_init.peft_models.layers import START, AdaptedLayer, forget_removed
+from lora_init.peft_models.layers import AdaptedLayer, forget_removed
 from lora_init.peft_models.start import Start, records
 from lora_init.peft_models.subtraction import (
     EDITED_DTYPES,
@@ -119,7 +119,7 @@ def apply(
             )
             operation.set(Attribute(layer.module, layer.mark), start, is_mark=True)
             if spec.base != "keep":
-                operation.set(Attribute(layer.base, START), start, is_mark=True)
+                operation.set(Attribute(layer.base, layer.base_mark), start, is_mark=True)
                 weight = weights.weight(target) if weights.is_readable(target) else None
                 _change_base(layer, start, target, plan, made, weights, operation)
                 if spec.base == "subtract":
@@ -133,7 +133,7 @@ def apply(
 
 def _fingerprint(weights: BaseWeights, layer: AdaptedLayer, target: Target) -> str:
     """The fingerprint of the original weight; empty if its values cannot be read."""
-    return fingerprint(oriented_weight(layer.base)) if weights.is_readable(target) else ""
+    return fingerprint(layer.base_weight) if weights.is_readable(target) else ""
 
 
 def drop_layer(layer: AdaptedLayer, operation: Operation) -> None:

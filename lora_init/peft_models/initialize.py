@@ -17,8 +17,8 @@ from lora_init.api import allocated, check_call, device_for, timed
 from lora_init.cache import default_cache
 from lora_init.calibration.calibrate import calibrated, for_allocation
 from lora_init.calibration.result import Calibration
-from lora_init.factors import low_rank_product
-from lora_init.initialize.run import InitializedLayer, initialize
+from lora_init.factors import low_rank_product, mean_figures
+from lora_init.initialize.run import InitializedLayer, fused_layers, initialize
 from lora_init.injection import Transaction, atomically
 from lora_init.linalg.matrix import widened
 from lora_init.model.verification import original_output, verify_adapted
@@ -47,6 +47,9 @@ from lora_init.peft_models.start import record
 from lora_init.plan.plan import Plan
 from lora_init.report import InitReport, LayerReport, weight_figures
 from lora_init.weights.source import BaseWeights
+
+FIGURES = ("relative_norm", "norm_A", "norm_B", "captured_energy", "error")
+"""The figures of a `LayerReport` that are computed from the weight and the factors."""
 
 
 def initialize_peft_model(
@@ -78,9 +81,9 @@ def initialize_peft_model(
     base is
 
     - kept: unchanged;
-    - subtracted from: a float32 weight is edited. 16-bit, quantized and tied weights are unchanged,
-      and the forward pass subtracts s B0 A0, so step 0 is exact there too. `step_0_error` in the
-      report's details is ‖W - (base + s B0 A0)‖ / ‖W‖;
+    - subtracted from: a float32 weight is edited. 16-bit, quantized and tied weights and fused
+      experts are unchanged, and the forward pass subtracts s B0 A0, so step 0 is exact there too.
+      `step_0_error` in the report's details is ‖W - (base + s B0 A0)‖ / ‖W‖;
     - replaced: by a quantized weight.
 
     Args:
@@ -165,13 +168,14 @@ def _initialize(
         check_call(plan, weights, calibration, False)
         # First: a calibration pass would have bitsandbytes round the scales of packed weights.
         operation.keep_plain(base)
-        parts = calibrated(plan, base, calibration, device, cache)
+        parts = calibrated(plan.in_matrices(), base, calibration, device, cache)
         if spec.allocates:
             with timed(seconds, "calibration"):
-                whole = for_allocation(plan, parts)
+                whole = for_allocation(plan.in_matrices(), parts)
             with timed(seconds, "allocation"):
                 plan = allocated(plan, config, whole, weights)
             parts = iter([whole])
+        matrices = plan.in_matrices()
         made: list[InitializedLayer] = []
         while True:
             with timed(seconds, "calibration"):
@@ -179,14 +183,16 @@ def _initialize(
             if part is None:
                 break
             with timed(seconds, "initialize"):
-                here = plan.only(part.layers)
+                here = matrices.only(part.layers)
                 made += initialize(
                     weights, here, part.layers, seed=seed, device=device, cache=cache
                 )
             tokens = part.tokens
             part = None  # frees memory for the next pass
         with timed(seconds, "initialize"):
-            rows = [_row(weights, plan, layer) for layer in made]
+            singles = {layer.target.name: _row(weights, matrices, layer) for layer in made}
+            made = fused_layers(plan, made)
+            rows = [_joined(layer, singles) for layer in made]
         factors = {layer.target.name: layer.factors for layer in made}
         with timed(seconds, "apply"):
             errors = apply(by_name, plan, factors, weights, operation)
@@ -226,6 +232,20 @@ def _initialize(
         calibration_tokens=tokens,
         layers=rows,
     )
+
+
+def _joined(layer: InitializedLayer, singles: Mapping[str, LayerReport]) -> LayerReport:
+    """The report of a target; for a fused parameter, the mean figures of its experts."""
+    target = layer.target
+    if target.experts is None:
+        return singles[target.name]
+    row = LayerReport.of(target, layer.seconds)
+    experts = [singles[one.name] for one in target.single()]
+    figures = [{name: getattr(one, name) for name in FIGURES} for one in experts]
+    for name, value in mean_figures(figures).items():
+        setattr(row, name, value)
+    row.details |= mean_figures([one.details for one in experts])
+    return row
 
 
 def _row(weights: BaseWeights, plan: Plan, layer: InitializedLayer) -> LayerReport:

@@ -8,15 +8,19 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_init.adapters.expert_layout import from_file, to_file
 from lora_init.adapters.format import file_shape
 from lora_init.peft_models.holder import Place, is_of_peft, wrappers
 from lora_init.peft_models.start import Start, records
 from lora_init.plan.plan import Target
+from lora_init.weights.experts import is_transposed
+from lora_init.weights.format import WEIGHT
+from lora_init.weights.kinds import class_format, known_format
 
 SUPPORTED = (
     "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt",
     "TorchaoLoraLinear", "HqqLoraLinear", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear",
-    "EetqLoraLinear",
+    "EetqLoraLinear", "ParamWrapper",
 )  # fmt: skip
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 
@@ -32,7 +36,7 @@ class AdaptedLayer:
     """One adapter's part in one of PEFT's LoRA layers.
 
     Attributes:
-        name: of the adapted module in the base model.
+        name: of the adapted module in the base model; for experts, of the fused parameter.
         module: PEFT's layer.
         places: where the layer is; two if the model uses one module twice.
     """
@@ -45,6 +49,26 @@ class AdaptedLayer:
     @property
     def base(self) -> Any:
         return self.module.get_base_layer()
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the adapted weight in the base module."""
+        return getattr(self.module, "parameter_name", WEIGHT)
+
+    @property
+    def base_weight(self) -> Float[Tensor, "*experts out in"]:
+        """The present weight of the base module."""
+        return known_format(self.base).read(self.base, self.weight_name)
+
+    @property
+    def base_mark(self) -> str:
+        """The attribute of a changed base module that holds the `Start` of this weight."""
+        return START if self.weight_name == WEIGHT else f"{START}_{self.weight_name}"
+
+    @property
+    def experts(self) -> int | None:
+        """The number of experts of a fused parameter; None for one matrix."""
+        return getattr(self.module, "num_experts", None)
 
     @property
     def is_embedding(self) -> bool:
@@ -76,12 +100,15 @@ class AdaptedLayer:
         """The attribute of PEFT's layer that holds this factor of all adapters."""
         return which.replace("lora_", "lora_embedding_") if self.is_embedding else which
 
-    def matrix(self, which: str) -> Float[Tensor, "rows columns"]:
+    def matrix(self, which: str) -> Float[Tensor, "*experts rows columns"]:
         """A as (rank, in) or B as (out, rank)."""
-        return self.factor(which).detach().flatten(1)
+        value = self.factor(which).detach().flatten(1)
+        return value if self.experts is None else from_file(which, value, self.experts)
 
     def stored(self, target: Target, which: str, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`: a factor of any rank in the layout of PEFT's parameter."""
+        if self.experts is not None:
+            return to_file(which, matrix)
         rank = len(matrix) if which == "lora_A" else matrix.shape[1]
         return matrix.reshape(file_shape(target, self.base, which, rank))
 
@@ -113,7 +140,7 @@ class AdaptedLayer:
     @property
     def base_start(self) -> Start:
         """The start, perhaps of another adapter, that has changed the base of this layer."""
-        return getattr(self.base, START)
+        return getattr(self.base, self.base_mark)
 
 
 def adapted_layers(
@@ -129,7 +156,7 @@ def adapted_layers(
         ValueError: a layer that is merged, not in memory, or whose scaling was changed.
     """
     found: dict[int, tuple[str, list[Place]]] = {}
-    for name, place in wrappers(peft_model):
+    for name, place in (one for outer in wrappers(peft_model) for one in _nested(*outer)):
         if is_of_peft(place.module, "LoraLayer") and adapter_name in place.module.r:
             found.setdefault(id(place.module), (name, []))[1].append(place)
     layers = [
@@ -144,11 +171,35 @@ def adapted_layers(
     return layers
 
 
+def _nested(name: str, place: Place) -> list[tuple[str, Place]]:
+    """The wrapper at a place; of parameters, all nested wrappers, the innermost first."""
+    found = []
+    while is_of_peft(place.module, "ParamWrapper"):
+        found.append((f"{name}.{place.module.parameter_name}", place))
+        place = Place(place.module, "base_layer")
+    return found[::-1] or [(name, place)]
+
+
 def forget_removed(model: Any) -> None:
     """Forget the initialization of adapters whose layers have left the model."""
     for name in list(records(model)):
         if not any(layer.start for layer in adapted_layers(model, name, checked=False)):
             del records(model)[name]
+
+
+def _unsupported_parameter(layer: AdaptedLayer) -> str | None:
+    """What a parameter is that PEFT adapts and this package does not; None if it does."""
+    stored = class_format(layer.base)
+    if stored is None or layer.weight_name not in stored.matrices(layer.base):
+        return f"a parameter of a {type(layer.base).__name__}"
+    if stored.operation != "routed":
+        return f"the {layer.weight_name} of a {stored.name} in PEFT's ParamWrapper"
+    if layer.module.get_param().is_meta or stored.refusal(layer.base) is not None:
+        return f"a parameter of a module that {stored.refusal(layer.base) or 'is not loaded'}"
+    # PEFT reads experts that do not declare a layout as (out, in).
+    if is_transposed(layer.base) != getattr(layer.base, "is_transposed", False):
+        return f"stored as (in, out), but PEFT's factors of a {type(layer.base).__name__} are not"
+    return None
 
 
 def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
@@ -157,6 +208,11 @@ def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
         raise TypeError(
             f"{layer.name!r} is PEFT's lora.{kind}, which is not supported: must be one of "
             f"{', '.join(SUPPORTED)}. Leave it out with exclude_modules"
+        )
+    if kind == "ParamWrapper" and (reason := _unsupported_parameter(layer)) is not None:
+        raise TypeError(
+            f"{layer.name!r} is {reason}, which is not supported in a PEFT model. Leave it out of "
+            "target_parameters, or use lora_init.get_peft_model"
         )
     if (groups := getattr(layer.base, "groups", 1)) > 1:
         raise TypeError(

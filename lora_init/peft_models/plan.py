@@ -68,13 +68,17 @@ def own_config(
         for name, place in wrappers(peft_model)
         if adapter in getattr(place.module, "modules_to_save", ())
     ]
+    parameters = [layer.name for layer in layers if layer.experts is not None]
+    modules = [layer.name for layer in layers if layer.experts is None]
     patterns = {f"^{re.escape(layer.name)}": layer for layer in layers}
     ranks = {key: layer.rank for key, layer in patterns.items()}
     alphas = {key: layer.alpha for key, layer in patterns.items()}
     return LoraConfig(
         r=theirs.r,
         lora_alpha=theirs.lora_alpha,
-        target_modules=exactly(layer.name for layer in layers),
+        target_modules=exactly(modules) if modules else None,
+        target_parameters=exactly(parameters) if parameters else None,
+        experts=False,
         lora_dropout=theirs.lora_dropout,
         bias=theirs.bias,
         use_rslora=theirs.use_rslora,
@@ -122,6 +126,12 @@ def make_peft_plan(
             _refuse_shared(base, layers, plan)
             _refuse_other_geometry(layers, plan)
         for layer, target in zip(layers, plan.targets, strict=True):
+            if target.experts is not None and plan.initializer.base == "replace":
+                raise ValueError(
+                    f"method={spec.name!r} is not supported for {target.name!r} in a PEFT model: "
+                    "it replaces the weights of experts. Leave it out of target_parameters, or use "
+                    "lora_init.get_peft_model"
+                )
             check_subtraction(layer, target, plan)
     return plan
 

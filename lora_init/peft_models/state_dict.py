@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_init.adapters.expert_layout import from_file, to_file
 from lora_init.peft_models.holder import is_peft_model
-from lora_init.peft_models.layers import START, AdaptedLayer, adapted_layers
+from lora_init.peft_models.layers import AdaptedLayer, adapted_layers
 from lora_init.peft_models.start import base_owner
 from lora_init.weights.kinds import known_format
 
@@ -86,7 +87,7 @@ def extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
     """Make A and B of a layer [A; A0] and [B, -B0] in a state dict, if they are not yet."""
     for which, key, axis in _factors(path, layer):
         # A process that does not write gets an empty tensor, or no key.
-        if key not in state or state[key].numel() == 0 or state[key].shape[axis] != layer.rank:
+        if key not in state or state[key].numel() == 0 or state[key].shape[axis] != _width(layer):
             continue
         if type(state[key]).__name__ == "DTensor":
             raise NotImplementedError(
@@ -94,7 +95,12 @@ def extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
                 "adapter that has changed its base. Gather the adapter first, or train with a "
                 "method that keeps the base"
             )
-        state[key] = torch.cat([state[key], _initial(layer, which, state[key])], dim=axis)
+        initial = _initial(layer, which, state[key])
+        if layer.experts is None:
+            state[key] = torch.cat([state[key], initial], dim=axis)
+        else:
+            parts = [from_file(which, one, layer.experts) for one in (state[key], initial)]
+            state[key] = to_file(which, torch.cat(parts, dim=axis + 1))
 
 
 def shorten(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
@@ -146,13 +152,18 @@ def split(model: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
             value = state.get(key)
             if value is None or value.numel() == 0:
                 continue
-            if value.shape[axis] != 2 * layer.rank:
+            if value.shape[axis] != 2 * _width(layer):
                 raise ValueError(
                     f"load_state_dict: {key!r} has rank {value.shape[axis]}, but must have rank "
-                    f"{2 * layer.rank}, that of this model's start on the original base. Load what "
-                    "its state_dict() or save_pretrained() gave, or call restore_peft_model first"
+                    f"{2 * _width(layer)}, that of this model's start on the original base. Load "
+                    "what its state_dict() or save_pretrained() gave, or call restore_peft_model "
+                    "first"
                 )
-            own, part = value.split(layer.rank, dim=axis)
+            if layer.experts is None:
+                own, part = value.split(layer.rank, dim=axis)
+            else:
+                both = from_file(which, value, layer.experts).split(layer.rank, dim=axis + 1)
+                own, part = (to_file(which, one) for one in both)
             if not torch.equal(part, _initial(layer, which, own)):
                 raise AnotherStart(
                     f"load_state_dict: {key!r} belongs to another start than this model's. Call "
@@ -174,7 +185,7 @@ def _changed_layers(model: Any) -> Iterator[tuple[str, AdaptedLayer]]:
     layers: list[AdaptedLayer] = []
     for name in model.peft_config:
         present = adapted_layers(model, name, checked=False)
-        if any(hasattr(layer.base, START) for layer in present):
+        if any(hasattr(layer.base, layer.base_mark) for layer in present):
             layers += layers_like(model, name, checked=False)
     for layer in layers:
         path = paths[id(layer.module)]
@@ -190,10 +201,17 @@ def _factors(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, str, int]]:
         yield which, f"{path}.{layer.container(which)}.{layer.adapter}{suffix}", axis
 
 
+def _width(layer: AdaptedLayer) -> int:
+    """The rank of the factors in a state dict, which are those of all experts together."""
+    return (layer.experts or 1) * layer.rank
+
+
 def _initial(layer: AdaptedLayer, which: str, like: Tensor) -> Tensor:
     """A0 or -B0 in the layout of a state dict's factor."""
     lora_A, lora_B = layer.base_start.factors(layer.adapter)
     initial = lora_A if which == "lora_A" else -lora_B
+    if layer.experts is not None:
+        return to_file(which, initial).to(like)
     shape = list(like.shape)
     shape[AXES[which]] = initial.shape[AXES[which]]
     return initial.view(shape).to(like)

@@ -25,6 +25,7 @@ from torch.nn import functional
 from lora_init.factors import low_rank_product
 from lora_init.injection.base import comes_back
 from lora_init.peft_models.changes import Attribute, Hook, Operation
+from lora_init.peft_models.expert_factors import activated, subtracting_factors
 from lora_init.peft_models.layers import START, AdaptedLayer
 from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Plan, Target
@@ -42,7 +43,7 @@ def subtracts_in_forward(layer: AdaptedLayer, target: Target, plan: Plan) -> boo
         return False
     if target.quantized:
         return not plan.requantizes
-    if target.shared_with:
+    if target.shared_with or target.experts is not None:
         return True
     return not _reads_base_weight(layer) and layer.base.weight.dtype not in EDITED_DTYPES
 
@@ -78,13 +79,20 @@ def _reads_base_weight(layer: AdaptedLayer) -> bool:
 
 def complete(layer: AdaptedLayer, operation: Operation) -> None:
     """Let a layer on a subtracted base compute the original function, and merge, at any weight."""
-    operation.set(Hook(layer.module, complete_output), True, is_mark=True)
+    if layer.experts is None:
+        operation.set(Hook(layer.module, complete_output), True, is_mark=True)
     delta = Attribute(layer.module, "get_delta_weight")
     operation.set(delta, partial(delta_weight, layer.module), is_mark=True)
 
 
 def subtract(layer: AdaptedLayer, operation: Operation) -> None:
     """Let a layer subtract its start in the forward pass."""
+    if layer.experts is not None:
+        factors = partial(subtracting_factors, layer.module, layer.base_start)
+        activate = partial(activated, layer.module, layer.adapter)
+        operation.set(Attribute(layer.module, "get_delta_factors"), factors, is_mark=True)
+        operation.set(Attribute(layer.module, "_activate_lora"), activate, is_mark=True)
+        return
     operation.set(Hook(layer.base, subtract_initial), True, is_mark=True)
     one = known_format(layer.base)
     if not one.writable:
@@ -175,7 +183,8 @@ def delta_weight(module: Any, adapter: str) -> Tensor:
     delta = low_rank_product(layer.matrix("lora_A"), layer.matrix("lora_B"), layer.scaling)
     if missing:
         delta -= _weighted(start.product(), missing)
-    return known_format(layer.base).stored(layer.base, delta)
+    stored = known_format(layer.base).stored(layer.base, delta)
+    return stored if layer.experts is None else stored.to(module.get_param().dtype)
 
 
 def refuse_merge(name: str, kind: str, *args: Any, **kwargs: Any) -> None:

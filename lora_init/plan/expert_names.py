@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from lora_init.weights.experts import DOWN
+from lora_init.weights.experts import FORMER
 
 _QWEN2_MOE = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
               "down_proj": "down_proj"}  # fmt: skip
@@ -26,13 +26,6 @@ _MODEL_TYPES = {
 }
 EXPERT_NAMES = {kind: names for kinds, names in _MODEL_TYPES.items() for kind in kinds.split()}
 """By model type: old names of expert layers, and the parameters to which PEFT maps them."""
-
-FORMER = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "up_proj": (("up_proj",),),
-    DOWN: (("down_proj",), ("w2",)),
-}
-"""By parameter: the names of the linear modules that it replaced, in two families of models."""
 
 ONE_EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.(?P<name>\w+)$")
 

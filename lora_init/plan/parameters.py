@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_init.config.lora_config import LoraConfig
-from lora_init.plan.expert_names import FORMER, meant, pefts_names
+from lora_init.plan.expert_names import meant, pefts_names
 from lora_init.plan.patterns import Expression
+from lora_init.weights.experts import FORMER
 from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import class_format, is_linear
 

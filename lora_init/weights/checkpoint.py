@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_init.weights.single_experts import present_name, single_experts
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,6 +50,7 @@ class OriginalWeights:
     the two names may have an extra prefix of whole dotted parts: "model.layers.0.up" matches
     "layers.0.up" and vice versa. A prefix "base_model." is ignored. The match must be unique. Two
     modules can match the same tensor, which is right for tied weights only (compare their `key`).
+    A fused parameter of experts also matches the tensors of its single experts.
 
     Args:
         source: a folder in Hugging Face's layout, one `.safetensors` file, or a mapping of names to
@@ -84,6 +87,7 @@ class OriginalWeights:
         for key in self._stored:
             if isinstance(key, str) and key.endswith(".weight"):
                 self._keys.setdefault(_last_part(key), []).append(key)
+        self._experts = single_experts(key for key in self._stored if isinstance(key, str))
 
     def weight(self, name: str, expert: int | None = None) -> Tensor:
         """The weight of module `name`, in its stored dtype and layout.
@@ -95,7 +99,15 @@ class OriginalWeights:
         Raises:
             ValueError: no tensor or several match, it is not float, or the file is damaged.
         """
-        key = self.key(name)
+        tensors = self._single_experts(name)
+        if tensors and expert is None:
+            return torch.stack([self.weight(name, number) for number in range(len(tensors))])
+        if tensors and expert is not None:
+            rows = [self._tensor(name, key) for key in tensors[expert]]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+        return self._tensor(name, self.key(name), expert)
+
+    def _tensor(self, name: str, key: str, expert: int | None = None) -> Tensor:
         self._check(name, key)
         stored = self._stored[key]
         if isinstance(stored, Tensor):
@@ -109,8 +121,17 @@ class OriginalWeights:
         Raises:
             ValueError: as `weight`.
         """
-        key = self.key(name)
-        return self._check(name, key)
+        tensors = self._single_experts(name)
+        if not tensors:
+            return self._check(name, self.key(name))
+        shapes = {tuple(self._check(name, key) for key in keys) for keys in tensors}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"original_weights: the experts of {name!r} have different shapes in {self.source};"
+                " pass the checkpoint of this model"
+            )
+        (parts,) = shapes
+        return len(tensors), sum(part[0] for part in parts), *parts[0][1:]
 
     def has(self, name: str) -> bool:
         """Whether exactly one stored tensor, of any dtype, matches module `name`."""
@@ -118,6 +139,8 @@ class OriginalWeights:
 
     def key(self, name: str) -> str:
         """The name under which the weight of module `name` is stored.
+
+        Of a fused parameter that is stored as single experts, it is the first expert's tensor.
 
         Raises:
             ValueError: no tensor or several match.
@@ -147,11 +170,20 @@ class OriginalWeights:
             if exact in self._stored:
                 return [exact]
         ours = f".{_bare(name)}.weight"
-        return [
-            key
-            for key in self._keys.get(_last_part(ours), [])
-            if f".{key}".endswith(ours) or ours.endswith(f".{key}")
-        ]
+        stored = self._keys.get(_last_part(ours), [])
+        found = [key for key in stored if _agree(key, ours)]
+        found = found or [key for key in stored if _agree(present_name(key), ours)]
+        return found or [self._experts[fused][0][0] for fused in self._fused(name)]
+
+    def _fused(self, name: str) -> list[str]:
+        return [fused for fused in self._experts if _agree(fused, f".{_bare(name)}")]
+
+    def _single_experts(self, name: str) -> list[tuple[str, ...]]:
+        """The tensors of each expert, if the parameter is stored as such; else none."""
+        fused = self._fused(name)
+        if len(fused) != 1 or self._matches(name) != [self._experts[fused[0]][0][0]]:
+            return []
+        return self._experts[fused[0]]
 
     def _check(self, name: str, key: str) -> tuple[int, ...]:
         """Raise if a tensor is not an unquantized weight; return its shape."""
@@ -269,6 +301,11 @@ def _opened(path: Path) -> Iterator[Any]:
             f"original_weights: {path} is damaged ({error}); a download that was cut short, or a "
             "Git LFS pointer in the file's place? Download it again"
         ) from error
+
+
+def _agree(key: str, ours: str) -> bool:
+    """Whether a stored name and a name that begins with a dot differ by a prefix only."""
+    return f".{key}".endswith(ours) or ours.endswith(f".{key}")
 
 
 def _bare(name: str) -> str:

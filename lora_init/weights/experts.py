@@ -25,6 +25,13 @@ FIRST = ("gate_up_proj", "up_proj")
 
 DOWN = "down_proj"
 
+FORMER = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",),),
+    DOWN: (("down_proj",), ("w2",)),
+}
+"""By parameter: the names of the linear modules that it replaced, in two families of models."""
+
 ALL_TOKENS = "Llama4TextExperts"
 """The class whose experts all read every token. It has no router arguments."""
 

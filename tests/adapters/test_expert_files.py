@@ -78,6 +78,21 @@ def test_peft_loads_the_file_and_so_do_we(kind, method, names, rslora, tmp_path)
     assert torch.equal(output(ours.eval()), wanted)
 
 
+@pytest.mark.parametrize("method", ["kaiming", "pissa"])
+def test_llama4_files_have_the_transposed_factors_that_peft_reads(method, tmp_path):
+    """PEFT reads every stack that declares no layout as (experts, out, in)."""
+    base = mixture("llama4_text")
+    config = LoraConfig(r=3, init_lora_weights=method, target_parameters=BOTH)
+    model = moved(get_peft_model(copy.deepcopy(base), config, cache=False))
+    wanted = output(model)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert gap(output(theirs), wanted) < 2e-6
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        assert gap(output(LoraModel.from_pretrained(copy.deepcopy(base), folder)), wanted) < 2e-6
+
+
 PEFT_FILES = [
     pytest.param(kind, names, marks=() if kind == "mixtral" else pytest.mark.exhaustive)
     for kind in KINDS

@@ -24,6 +24,10 @@ MIXTURES = {
                            "topk_group": 1, "first_k_dense_replace": 1},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
+LINEAR_ROUTERS = {
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 24,
+                    "intermediate_size_mlp": 48},
+}  # fmt: skip
 
 MAMBA = {"state_size": 8, "conv_kernel": 4, "expand": 2, "time_step_rank": 4}
 MAMBA2 = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_n_heads": 8,
@@ -58,7 +62,8 @@ STATE_SPACES = {
 def mixture(kind: str, **settings) -> nn.Module:
     """A causal language model of this `model_type`, with weights large enough to matter."""
     torch.manual_seed(0)
-    chosen = SMALL | MIXTURES.get(kind, {}) | STATE_SPACES.get(kind, {}) | settings
+    own = (MIXTURES | LINEAR_ROUTERS | STATE_SPACES).get(kind, {})
+    chosen = SMALL | own | settings
     config = AutoConfig.for_model(kind, **chosen)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from mixtures import mixture
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.cli.parser import main
+from lora_init.weights.checkpoint import OriginalWeights
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
@@ -24,3 +26,33 @@ def test_experts_of_an_unloaded_model_are_read_from_a_checkpoint(kind, tmp_path)
     for name, layer in get_peft_model(loaded, config, cache=False).layers.items():
         assert torch.equal(lazy.layers[name].lora_A, layer.lora_A), name
         assert lazy.layers[name].stored_weight.is_meta
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_single_experts_of_a_checkpoint_are_read_as_fused_ones(kind, tmp_path):
+    """`save_pretrained` writes one tensor per expert; `lora-init make` reads that folder."""
+    loaded = mixture(kind)
+    loaded.save_pretrained(tmp_path / "base")
+    words = ["--method", "pissa", "-r", "2", "--target-modules", "q_proj", "--target-parameters"]
+    names = "experts.gate_up_proj,experts.down_proj"
+    out = tmp_path / "made"
+    assert main(["make", str(tmp_path / "base"), str(out), *words, names]) == 0
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights="pissa", target_modules=["q_proj"],
+                        target_parameters=names.split(","), task_type="CAUSAL_LM")  # fmt: skip
+    get_peft_model(loaded, config, cache=False).save_pretrained(tmp_path / "library")
+    made, wanted = (load_file(folder / "adapter_model.safetensors")
+                    for folder in (out, tmp_path / "library"))  # fmt: skip
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[key], wanted[key]) for key in made)
+
+
+def test_an_incomplete_set_of_experts_is_refused():
+    stored = {f"mlp.experts.{expert}.down_proj.weight": torch.ones(3, 2) for expert in (0, 2)}
+    with pytest.raises(ValueError, match="holds no weight for 'mlp.experts.down_proj'"):
+        OriginalWeights(stored).shape("mlp.experts.down_proj")
+
+
+def test_a_residual_base_of_experts_is_refused(tmp_path, capsys):
+    mixture("mixtral").save_pretrained(tmp_path / "base")
+    assert main(["make", str(tmp_path / "base"), str(tmp_path / "out"), "--residual"]) == 1
+    assert "--no-experts" in capsys.readouterr().err
