@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from expert_mixture import Mixture, mixture_rows
 from measures import assert_gap
 from methods import behavior, handling
 from models import Batches, data_of
@@ -17,7 +18,11 @@ from lora_init.weights.kinds import FORMATS
 from lora_init.weights.patches import TRANSPOSED
 
 CELLS = [
-    (spec, kind, base) for spec in list_initializers() for kind in FORMATS for base in bases(kind)
+    (spec, kind, base)
+    for spec in list_initializers()
+    for kind in FORMATS
+    for base in bases(kind)
+    if kind != "Experts"  # see test_a_cell_of_experts_is_true
 ]
 
 
@@ -121,3 +126,43 @@ def test_a_cell_is_true(spec, kind, base, use_dora):
         assert_gap(actual, expected, epsilon)
     actual.float().pow(2).sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in adapted.parameters())
+
+
+@pytest.mark.parametrize(
+    ("spec", "base", "use_dora"),
+    thinned(
+        [
+            pytest.param(spec, base, dora, id=f"{spec.name}-{base}{'-dora' * dora}")
+            for spec in list_initializers()
+            for base in bases("Experts")
+            for dora in (False, True)
+            if "target_weight" not in spec.reads
+        ],
+        lambda spec, base, dora: (spec.base, base, dora),
+        lambda spec, base, dora: ("output_moments" in spec.reads, dora),
+    ),
+)
+def test_a_cell_of_experts_is_true(spec, base, use_dora):
+    dtype = torch.float32 if base == "float32" else torch.bfloat16
+    model = Mixture().to(dtype)
+    rows = [batch.to(dtype) for batch in mixture_rows()]
+    config = LoraConfig(
+        r=3,
+        target_parameters=["experts.down_proj"],
+        init_lora_weights={"name": spec.name, **uniform(spec.name)},
+        use_dora=use_dora,
+    )
+    promised = support(spec, "Experts", base, use_dora=use_dora)
+    calibration = data_of(spec, Batches(rows))
+    if promised is None:
+        with pytest.raises((TypeError, ValueError), match="does not support|use_dora"):
+            get_peft_model(model, config, calibration=calibration)
+        return
+    with torch.no_grad():
+        expected = model(rows[0])
+    adapted = get_peft_model(model, config, calibration=calibration)
+    assert adapted.layers["experts.down_proj"].base_state == promised.replace(" ", "_")
+    if spec.preserves_output:
+        assert_gap(
+            adapted(rows[0]), expected, torch.finfo(dtype).eps if base != "float32" else 3e-6
+        )

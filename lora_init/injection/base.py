@@ -48,8 +48,7 @@ def settle_base(
     # The parts of a sharded weight are not edited: whatever shards it may keep other copies.
     absent = layer.stored_weight.is_meta or is_sharded(layer.stored_weight)
     fixed = target.shared_with or target.quantized or absent or not target.exact
-    # Experts are not edited: the edits of a stack of matrices could not be undone one by one.
-    editable = "edit" in known_format(module).subtractions and target.experts is None
+    editable = "edit" in known_format(module).subtractions
     if fixed or not editable or not _edit(layer, factors.lora_A, factors.lora_B, transaction):
         layer.base_state = "in_forward"
 

@@ -53,10 +53,13 @@ class ExpertsFormat(FloatFormat):
 
     name = "Experts"
     operation = "routed"
+    # The edits of a stack of matrices could not be undone one by one.
+    subtractions = ("in_forward",)
 
     def base_class(self, module: nn.Module) -> type[nn.Module] | None:
         """The module's class, if the module has a first projection and `down_proj` in 3-D."""
-        stacks = [module._parameters.get(name) for name in (*FIRST, DOWN)]
+        parameters = dict(module._parameters)  # another class of mapping in a scripted module
+        stacks = [parameters.get(name) for name in (*FIRST, DOWN)]
         found = [stack.shape for stack in stacks if stack is not None and stack.ndim == 3]
         is_pair = stacks[-1] is not None and len(found) == 2 and found[0][0] == found[1][0]
         return type(module) if is_pair else None

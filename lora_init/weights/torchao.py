@@ -24,9 +24,10 @@ class TorchaoFormat(ReadOnlyFormat):
     name = "torchao"
 
     def matches(self, module: nn.Module) -> bool:
+        if not isinstance(module, nn.Linear):
+            return False
         weight = module._parameters.get("weight")
-        package = type(weight).__module__.partition(".")[0]
-        return isinstance(module, nn.Linear) and package == "torchao"
+        return type(weight).__module__.partition(".")[0] == "torchao"
 
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
         weight = module.weight.detach()

@@ -214,9 +214,9 @@ def test_only_the_targets_are_read(folders, monkeypatch):
     read = []
     real = original_weights.OriginalWeights.weight
 
-    def spy(self, name):
+    def spy(self, name, *expert):
         read.append(name)
-        return real(self, name)
+        return real(self, name, *expert)
 
     monkeypatch.setattr(original_weights.OriginalWeights, "weight", spy)
     settings = config("olora", target_modules=["v_proj"])
