@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.singleton import Singleton
 
 from experiments import compare as application
 from experiments import train
@@ -43,6 +46,10 @@ def test_a_comparison_ends_with_a_page(compare, monkeypatch, tmp_path):
         train.main()
         return SimpleNamespace(returncode=0)
 
+    # A sweep in this process replaces Hydra's store of settings and plugins.
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", copy.deepcopy(store.repo))
+    monkeypatch.setattr(Singleton, "_instances", dict(Singleton._instances))
     monkeypatch.setattr(application, "subprocess", SimpleNamespace(run=in_process))
     monkeypatch.setattr(
         output, "draw", lambda summarizer, views, majority, metric, _: (
