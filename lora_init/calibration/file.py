@@ -187,10 +187,10 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
         return tensor("output_moments", torch.float64, shape=(None,))
     if kind == "gradient_sketch":
         singular = tensor("values", torch.float32, shape=(None,))
-        left, right = (
+        sides = [
             tensor(side, torch.float32, shape=(None, len(singular))) for side in ("left", "right")
-        )
-        return GradientSketch(left, singular, right)
+        ]
+        return GradientSketch(sides[0], singular, sides[1])
     mean = tensor("mean", torch.float64, shape=(None,))
     width = len(mean)
     values = _entry(found, "values", dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,11 @@ def sample_package(tmp_path) -> Path:
     return site
 
 
+def own_lines(messages: str) -> list[str]:
+    """The lines of a standard error without torchao's, which transformers imports if it is there."""
+    return [line for line in messages.splitlines() if not re.search("torchao|_pytree", line)]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_package):
@@ -152,7 +158,7 @@ def test_a_third_partys_method_is_listed_and_swept(tiny, tmp_path, sample_packag
     mistake = [*tiny, "init=sample", "init.siez=1"]
     done = command_lines(sweep, preset, mistake, path=sample_package, cwd=tmp_path)
     of_the_sweep, of_the_preset, of_the_mistake = done.stderr.split("done\n")
-    assert of_the_sweep == of_the_preset == ""
+    assert own_lines(of_the_sweep) == own_lines(of_the_preset) == []
     assert "sample" in done.stdout.splitlines()[0].split()
     runs = manifest(tmp_path / "outputs")["runs"]
     swept = {Path(run["folder"]).name.split("-")[0]: run for run in runs}
