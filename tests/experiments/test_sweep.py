@@ -144,7 +144,7 @@ def sample_package(tmp_path) -> Path:
 
 
 def own_lines(messages: str) -> list[str]:
-    """The lines of a standard error without torchao's, which transformers imports if it is there."""
+    """The lines of a standard error, without those of torchao, which transformers imports."""
     return [line for line in messages.splitlines() if not re.search("torchao|_pytree", line)]
 
 
