@@ -29,8 +29,7 @@ import torch
 from lora_init.entry_points import EntryPoints
 from lora_init.factors import Base, Factors
 from lora_init.layer import Layer, LayerRequest
-from lora_init.weights.format import Operation, WeightFormat
-from lora_init.weights.kinds import weight_formats
+from lora_init.weights.format import Operation, WeightFormat, weight_formats
 
 _METHODS = EntryPoints("lora_init.initializers", package="lora_init.initializers")
 
@@ -162,8 +161,7 @@ class Initializer:
         operations: the supported ways to apply a matrix: "product" (linear layers),
             "convolution" (a matrix on patches) or "lookup" (a linear map of one-hot vectors). Every
             weight format with one of them is supported. The matrices of fused experts are products
-            too, one for each expert.
-        only: names of single formats that are supported in addition.
+            too, one for each expert. The name of a weight format adds this format only.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
     """
@@ -176,7 +174,6 @@ class Initializer:
     preserves_output: bool = True
     reads: frozenset[str] = frozenset()
     operations: frozenset[str] = frozenset({"product"})
-    only: frozenset[str] = frozenset()
     control: bool = False
 
     def supports(self, stored: WeightFormat) -> bool:
@@ -184,7 +181,7 @@ class Initializer:
         if stored.operation == "routed":
             # The mean squares of the gradients of experts' outputs are not collected.
             return "product" in self.operations and "output_moments" not in self.reads
-        return stored.operation in self.operations or stored.name in self.only
+        return not self.operations.isdisjoint({stored.operation, stored.name})
 
     @property
     def modules(self) -> frozenset[str]:
@@ -363,8 +360,7 @@ def register_initializer(
             base=base,
             preserves_output=preserves_output,
             reads=given["reads"],
-            operations=given["operations"],
-            only=given["modules"],
+            operations=given["operations"] | given["modules"],
             control=control,
         )
         return function

@@ -19,12 +19,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_init.entry_points import EntryPoints
 from lora_init.quantization.quantizer import Quantizer
 from lora_init.weights.probe import Finding
 
@@ -211,3 +212,43 @@ class WeightFormat(ABC):
 def class_names(module: nn.Module) -> set[str]:
     """The names of the module's class and its base classes."""
     return {cls.__name__ for cls in type(module).__mro__}
+
+
+FORMATS: dict[str, WeightFormat] = {}
+"""The registered formats by module type. `register_weight_format` adds one."""
+
+_ENTRY_POINTS = EntryPoints("lora_init.weight_formats")
+
+
+def register_weight_format(one: WeightFormat) -> None:
+    """Add a format. A module that several formats match has the one that was added last.
+
+    Other packages name the module that calls this in the entry-point group
+    ``lora_init.weight_formats``.
+
+    Raises:
+        TypeError: `one` is not an instance of a subclass of `WeightFormat`.
+        ValueError: another format has the same name, or `one.operation` is unknown.
+    """
+    if not isinstance(one, WeightFormat):
+        raise TypeError(
+            f"weight format {one!r} is not supported: must be an instance of a subclass of "
+            "lora_init.weights.format.WeightFormat. Pass an instance, as in MyFormat()."
+        )
+    if one.operation not in get_args(Operation):
+        raise ValueError(
+            f"operation={one.operation!r} of the weight format {one.name!r} is not supported: "
+            f"must be one of {', '.join(get_args(Operation))}. Correct it in the class."
+        )
+    if one.name in FORMATS:
+        raise ValueError(
+            f"name={one.name!r} is not supported: must be a new name, because "
+            f"{type(FORMATS[one.name]).__name__} has this one. Choose another name."
+        )
+    FORMATS[one.name] = one
+
+
+def weight_formats() -> dict[str, WeightFormat]:
+    """All formats by module type, including those of other packages."""
+    _ENTRY_POINTS.load()
+    return FORMATS

@@ -312,7 +312,7 @@ def test_an_entry_point_adds_a_format_that_methods_support(
     (info / "entry_points.txt").write_text("[lora_init.weight_formats]\nkernel = kernel_linear\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "kernel_linear", raising=False)
-    monkeypatch.setattr("lora_init.weights.kinds._ENTRY_POINTS.loaded", False)
+    monkeypatch.setattr("lora_init.weights.format._ENTRY_POINTS.loaded", False)
     assert "KernelLinear" in weight_formats()
     model = nn.Sequential(sys.modules["kernel_linear"].KernelLinear(16, 8))
     x = draws(4, 16)
