@@ -312,6 +312,13 @@ def _nothing_matched(model: nn.Module, target: Any, matched: list[str], config: 
             f"exclude_modules={config.exclude_modules!r} leaves nothing of target_modules="
             f"{target!r}, which matched {_some(matched)}"
         )
+    if not target and config.target_parameters is not None:
+        fused = {name.rpartition(".")[2] for name in fused_parameters(model)}
+        known = f"its experts' are called {_some(fused)}" if fused else "it has no fused experts"
+        return (
+            f"target_parameters={config.target_parameters!r} matches no parameter of "
+            f"{type(model).__name__}; {known}"
+        )
     linear = {
         name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)
     }
