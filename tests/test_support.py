@@ -147,7 +147,7 @@ def test_a_cell_of_experts_is_true(spec, base, use_dora):
     model = Mixture().to(dtype)
     rows = [batch.to(dtype) for batch in mixture_rows()]
     config = LoraConfig(
-        r=3,
+        r=2,
         target_parameters=["experts.down_proj"],
         init_lora_weights={"name": spec.name, **uniform(spec.name)},
         use_dora=use_dora,
