@@ -27,10 +27,10 @@ DENSE_SHARE = 0.1
 """A dense solver takes the Gram matrix up to this size, or above this share of it."""
 GRAM_DIMENSION = 1024
 """A Krylov space of the first triplets uses the Gram matrix up to this smaller side; above, W."""
-CORE_DENSE_DIMENSION = 160
-"""For the first triplets of a matrix, a dense solver on a CPU's core pays only up to this size."""
-CORE_GRAM_BLOCKS = 32
-"""There, the Gram matrix costs more than products with W from this many block widths."""
+TRIPLET_DIMENSION = 160
+"""For the first triplets of a matrix, a dense solver is used only up to this size."""
+GRAM_BLOCKS = 32
+"""On a CPU, products with W are cheaper if the smaller side is at least so many block widths."""
 PARTIAL_DIMENSION = 384
 """LAPACK's partial eigensolver beats torch's full one from this size."""
 

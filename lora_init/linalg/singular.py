@@ -150,15 +150,15 @@ def _check_settings(
 def _chosen(matrix: Tensor | Operator, rank: int, *, warm: bool) -> str:
     """Return the method of "auto"."""
     smaller = min(matrix.shape[-2:])
-    small, squared = dense.DENSE_DIMENSION, dense.GRAM_DIMENSION
-    if isinstance(matrix, Tensor) and matrix.device.type in dense.LAPACK_DEVICES:
-        small = min(small, dense.CORE_DENSE_DIMENSION)
-        squared = min(squared, dense.CORE_GRAM_BLOCKS * block_width(rank, smaller) - 1)
+    known = isinstance(matrix, Tensor)
+    small = min(dense.DENSE_DIMENSION, dense.TRIPLET_DIMENSION) if known else dense.DENSE_DIMENSION
     if smaller <= small or rank > dense.DENSE_SHARE * smaller:
         return "gram"
+    squared = known and smaller <= dense.GRAM_DIMENSION
+    if matrix.device.type in dense.LAPACK_DEVICES:
+        squared &= smaller < dense.GRAM_BLOCKS * block_width(rank, smaller)
     # With a good start the products are too few to pay for a Gram matrix.
-    pays = isinstance(matrix, Tensor) and smaller <= squared and not warm
-    return "gram-krylov" if pays else "krylov"
+    return "gram-krylov" if squared and not warm else "krylov"
 
 
 def _by_squares(tall: Tensor, rank: int) -> Tensor | None:
