@@ -29,8 +29,6 @@ GRAM_DIMENSION = 1024
 """A Krylov space of the first triplets uses the Gram matrix up to this smaller side; above, W."""
 TRIPLET_DIMENSION = 160
 """For the first triplets of a matrix, a dense solver is used only up to this size."""
-GRAM_BLOCKS = 32
-"""On a CPU, products with W are cheaper if the smaller side is at least so many block widths."""
 PARTIAL_DIMENSION = 384
 """LAPACK's partial eigensolver beats torch's full one from this size."""
 

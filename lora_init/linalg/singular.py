@@ -154,11 +154,9 @@ def _chosen(matrix: Tensor | Operator, rank: int, *, warm: bool) -> str:
     small = min(dense.DENSE_DIMENSION, dense.TRIPLET_DIMENSION) if known else dense.DENSE_DIMENSION
     if smaller <= small or rank > dense.DENSE_SHARE * smaller:
         return "gram"
-    squared = known and smaller <= dense.GRAM_DIMENSION
-    if matrix.device.type in dense.LAPACK_DEVICES:
-        squared &= smaller < dense.GRAM_BLOCKS * block_width(rank, smaller)
     # With a good start the products are too few to pay for a Gram matrix.
-    return "gram-krylov" if squared and not warm else "krylov"
+    squared = known and smaller <= dense.GRAM_DIMENSION and not warm
+    return "gram-krylov" if squared else "krylov"
 
 
 def _by_squares(tall: Tensor, rank: int) -> Tensor | None:
