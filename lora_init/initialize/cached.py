@@ -22,7 +22,7 @@ from lora_init.moments import InputSets
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import Initializer
 
-VERSIONS = {"pissa": 3, "milora": 5, "mica": 4, "corda": 5}
+VERSIONS = {"pissa": 4, "milora": 5, "mica": 4, "corda": 5}
 """The version of the results of each cached method; increase it whenever the results change.
 
 Only methods whose decomposition takes longer than hashing its input are cached.

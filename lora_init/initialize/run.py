@@ -97,10 +97,12 @@ def initialize(
         ValueError: a weight or a factor is not finite, or a factor has the wrong shape; the
             message names the target.
     """
-    homes = {
-        target.name: factor_device(weights.model.get_submodule(target.module), target.matrix)
-        for target in plan.targets
+    stored = {(target.module, target.matrix) for target in plan.targets}  # experts share one
+    places = {
+        (module, matrix): factor_device(weights.model.get_submodule(module), matrix)
+        for module, matrix in stored
     }
+    homes = {target.name: places[target.module, target.matrix] for target in plan.targets}
     worker = _Worker(weights, plan, statistics, seed, homes, cache)
     devices = {name: wide_device(device or home) for name, home in homes.items()}
     planned = jobs.jobs(plan, devices)

@@ -39,7 +39,10 @@ def shared(
     Raises:
         RuntimeError: another rank failed; the message contains its error.
     """
-    sharded = [t for t in plan.targets if plan.reads_weight(t) and weights.is_sharded(t)]
+    read = [target for target in plan.targets if plan.reads_weight(target)]
+    stored = {(target.module, target.matrix): target for target in read}  # experts share one
+    parts = {key for key, target in stored.items() if weights.is_sharded(target)}
+    sharded = [target for target in read if (target.module, target.matrix) in parts]
     if rank_count() == 1 and not sharded:
         return run(jobs)
     alike = _is_alike(plan, weights, seed)

@@ -49,13 +49,13 @@ class Decomposition:
         return replace(self, left=left, values=values, right=right)
 
 
-def nesting_rank(rank: int, limit: int) -> int:
-    """Return the rank to decompose for `rank`: the next power of two, from 16 to `limit`.
+def nesting_rank(rank: int, limit: int, *, smallest: int = 16) -> int:
+    """Return the rank to decompose for `rank`: the next power of two, `smallest` to `limit`.
 
     The last digits of a partial decomposition depend on the number of triplets. Neighboring ranks
     therefore share one decomposition, and each takes its first `rank` triplets.
     """
-    return min(limit, max(16, 1 << (rank - 1).bit_length()))
+    return min(limit, max(smallest, 1 << (rank - 1).bit_length()))
 
 
 def from_right(

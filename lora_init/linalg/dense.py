@@ -27,6 +27,8 @@ DENSE_SHARE = 0.1
 """A dense solver takes the Gram matrix up to this size, or above this share of it."""
 GRAM_DIMENSION = 1024
 """A Krylov space of the first triplets uses the Gram matrix up to this smaller side; above, W."""
+TRIPLET_DIMENSION = 160
+"""For the first triplets of a matrix, a dense solver is used only up to this size."""
 PARTIAL_DIMENSION = 384
 """LAPACK's partial eigensolver beats torch's full one from this size."""
 

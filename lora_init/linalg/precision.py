@@ -30,10 +30,13 @@ def wide(values: Tensor) -> Tensor:
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Compute products in the dtype of their factors. Reduced float32 products stay as set."""
+    active = [device for device in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(device)]
+    if not active:
+        yield
+        return
     with ExitStack() as stack:
-        for device in ("cpu", "cuda", "mps"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in active:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

@@ -150,10 +150,12 @@ def _check_settings(
 def _chosen(matrix: Tensor | Operator, rank: int, *, warm: bool) -> str:
     """Return the method of "auto"."""
     smaller = min(matrix.shape[-2:])
-    if smaller <= dense.DENSE_DIMENSION or rank > dense.DENSE_SHARE * smaller:
+    known = isinstance(matrix, Tensor)
+    small = min(dense.DENSE_DIMENSION, dense.TRIPLET_DIMENSION) if known else dense.DENSE_DIMENSION
+    if smaller <= small or rank > dense.DENSE_SHARE * smaller:
         return "gram"
     # With a good start the products are too few to pay for a Gram matrix.
-    squared = isinstance(matrix, Tensor) and smaller <= dense.GRAM_DIMENSION and not warm
+    squared = known and smaller <= dense.GRAM_DIMENSION and not warm
     return "gram-krylov" if squared else "krylov"
 
 

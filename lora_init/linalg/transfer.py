@@ -14,9 +14,12 @@ from lora_init.linalg.precision import wide
 def on_host(numbers: Sequence[Tensor]) -> list[Any]:
     """Return each tensor as `Tensor.tolist` does, with one copy per device for all of them."""
     by_device: dict[torch.device, list[int]] = {}
-    for index, number in enumerate(numbers):
-        by_device.setdefault(number.device, []).append(index)
     found: dict[int, Any] = {}
+    for index, number in enumerate(numbers):
+        if number.device.type == "cpu":
+            found[index] = number.tolist()
+        else:
+            by_device.setdefault(number.device, []).append(index)
     for indices in by_device.values():
         some = [numbers[index].detach() for index in indices]
         # float64 holds every float32 number and all counts below 2^53.
