@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
 from experiments import compare as application
@@ -49,7 +50,9 @@ def test_a_comparison_ends_with_a_page(compare, monkeypatch, tmp_path):
     # A sweep in this process replaces Hydra's store of settings and plugins.
     store = ConfigStore.instance()
     monkeypatch.setattr(store, "repo", copy.deepcopy(store.repo))
-    monkeypatch.setattr(Singleton, "_instances", dict(Singleton._instances))
+    # GlobalHydra is left out: an instance that both dictionaries hold would stay initialized.
+    others = {kind: one for kind, one in Singleton._instances.items() if kind is not GlobalHydra}
+    monkeypatch.setattr(Singleton, "_instances", others)
     monkeypatch.setattr(application, "subprocess", SimpleNamespace(run=in_process))
     monkeypatch.setattr(
         output, "draw", lambda summarizer, views, majority, metric, _: (
