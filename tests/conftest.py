@@ -19,6 +19,7 @@ import annotations
 import jaxtyping
 import pytest
 import torch
+from products import mark_exhaustive
 from simulated_device import simulated_cuda
 
 # Else each process that a test starts compiles all of lora_init and experiments, for seconds.
@@ -73,7 +74,9 @@ def quick(items):
             yield item
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(config, items):
+    mark_exhaustive(items)
     if config.getoption("--check-only"):
         items[:] = quick(items)
     for item in items:

@@ -35,6 +35,8 @@ from transformers import (
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
 from lora_init.plan.architectures import DEFAULT_TARGETS
 
+pytestmark = pytest.mark.sampled(3)
+
 METHODS = list_initializers()
 
 

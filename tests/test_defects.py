@@ -42,6 +42,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
 
+pytestmark = pytest.mark.sampled(3)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -52,6 +52,7 @@ from lora_init.linalg.gram import CachedBlocks
 from lora_init.quantization import Quantizer
 
 pytestmark = [
+    pytest.mark.sampled(4),
     pytest.mark.filterwarnings("ignore:merged into .* quantized weights"),
     pytest.mark.filterwarnings("ignore:.*shared its weight with another module"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),

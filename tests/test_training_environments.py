@@ -35,6 +35,8 @@ from transformers import (
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 LLAMA = ["q_proj", "k_proj", "up_proj"]
 BERT = ["query", "dense"]
 CASES = {

@@ -10,6 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(4)
+
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(4)
+
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -22,6 +22,8 @@ from lora_init import LoraConfig, LoraModel, get_peft_model
 from lora_init.files import write_atomically
 from lora_init.weights.checkpoint import OriginalWeights
 
+pytestmark = pytest.mark.sampled(4)
+
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

@@ -14,6 +14,8 @@ from diffusion import COMPONENTS, MODELS, TARGETS, output
 from lora_init import LoraConfig, LoraModel, get_peft_model
 from lora_init.adapters.diffusers_format import DIFFUSERS_NAME
 
+pytestmark = pytest.mark.sampled(3)
+
 EXACT = 4e-6
 
 

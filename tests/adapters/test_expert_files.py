@@ -13,6 +13,8 @@ from peft import PeftModel
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 KINDS = ["mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v3",
          "glm4_moe", "jamba", "granitemoehybrid"]  # fmt: skip

@@ -22,6 +22,8 @@ from transformers import (
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 WEIGHTS = "adapter_model.safetensors"
 
 

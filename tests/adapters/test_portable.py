@@ -14,6 +14,8 @@ from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 SETTINGS = {
     "plain": {},
     "rslora": {"use_rslora": True},

@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(4)
+
 OWN, PEFTS = "lora_init_adapter.safetensors", "adapter_model.safetensors"
 
 

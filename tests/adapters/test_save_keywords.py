@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 
 def adapted(method="pissa", make=llama, **settings):
     settings = {"r": 2, "target_modules": ["q_proj"]} | settings

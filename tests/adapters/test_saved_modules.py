@@ -20,6 +20,8 @@ from transformers import (
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 
 def distilbert(kind=DistilBertForSequenceClassification):
     torch.manual_seed(0)

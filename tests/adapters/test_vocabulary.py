@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 SIZE = 103  # of 96
 MODELS = {
     "llama": (llama, ["q_proj"], token_batches),

@@ -13,6 +13,8 @@ from lora_init import LoraConfig, get_peft_model
 from lora_init.calibration import collect
 from lora_init.moments import sums_bytes
 
+pytestmark = pytest.mark.sampled(3)
+
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CPU = torch.device("cpu")
 # What `llama`'s inputs take: down_proj reads one 96 wide, the others' are 64.

@@ -17,6 +17,8 @@ from lora_init.calibration.collect import collect
 from lora_init.moments import sums_bytes
 from lora_init.registry import CalibrationRequest
 
+pytestmark = pytest.mark.sampled(3)
+
 WORLD = 2
 BATCHES = token_batches(count=5, size=6)
 SHARES = {"uneven": (slice(0, 2), slice(2, 5)), "one has none": (slice(0, 5), slice(0, 0))}

@@ -39,6 +39,7 @@ def compare(capsys, tmp_path, tiny_encoder, reviews_csv):
     return run
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_ends_with_a_page(compare, monkeypatch, tmp_path):
     """The sweep runs in this process, and the charts are not drawn, to save their time."""
 

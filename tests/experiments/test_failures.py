@@ -20,6 +20,8 @@ from experiments.run.folder import identify
 from experiments.run.metrics import MetricsFile
 from experiments.training import loop as training
 
+pytestmark = pytest.mark.sampled(3)
+
 
 @pytest.mark.parametrize(
     ("error", "reason"),

@@ -68,6 +68,7 @@ def test_goals_are_judged_in_the_full_form_only():
         assert (goal["found"], goal["met"]) == (3.0, met)
 
 
+@pytest.mark.exhaustive
 def test_a_part_runs_in_a_process_without_optional_packages(tmp_path, monkeypatch):
     for package in OPTIONAL:
         (tmp_path / f"{package}.py").write_text("raise ModuleNotFoundError(__name__)")

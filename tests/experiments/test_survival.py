@@ -25,6 +25,7 @@ def manifest(outputs: Path) -> dict:
     return json.loads((outputs / "sweeps" / "default" / "manifest.json").read_text())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_sweep_killed_and_taken_up_by_two_at_once(
     command, configured, tiny, tmp_path, monkeypatch

@@ -152,6 +152,7 @@ def test_mirror():
     assert mirror(row) == ({"validation/loss": 0.5, "validation/accuracy": 1.0}, 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_an_offline_run_of_the_real_wandb(configured, tiny, tmp_path, capfd):
     import wandb

@@ -25,6 +25,8 @@ from lora_init.plan.plan import Plan
 from lora_init.weights.kinds import FORMATS, oriented_weight
 from lora_init.weights.linear import LinearFormat
 
+pytestmark = pytest.mark.sampled(3)
+
 CASES = [
     Case(),
     Case("Conv1D"),

@@ -9,6 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from lora_init.layers.grouped_product import grouped_outer, grouped_product
 from lora_init.layers.grouped_sum import grouped_sum
 
+pytestmark = pytest.mark.sampled(3)
+
 OFFSETS = torch.tensor([2, 2, 6, 7], dtype=torch.int32)  # the second group is empty
 ROWS, GROUPS, INNER, OUT, RANK, SCALING = 7, 4, 5, 3, 2, 1.5
 

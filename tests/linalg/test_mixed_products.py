@@ -10,6 +10,8 @@ from torch import nn
 from lora_init import LoraConfig, get_peft_model, linalg
 from lora_init.linalg import mixed_products
 
+pytestmark = pytest.mark.sampled(3)
+
 every_narrow_dtype = pytest.mark.parametrize("dtype", mixed_products.SIXTEEN_BITS, ids=str)
 NARROW_METHODS = ["pissa", "pissa_niter_4", "olora", "milora"]
 

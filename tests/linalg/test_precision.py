@@ -16,6 +16,8 @@ from lora_init import LoraConfig, calibrate, get_peft_model, linalg
 from lora_init.linalg import cores
 from lora_init.linalg.precision import full_precision
 
+pytestmark = pytest.mark.sampled(3)
+
 CASE = Case()
 
 

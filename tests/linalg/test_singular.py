@@ -27,6 +27,8 @@ from lora_init.linalg import (
     top_singular,
 )
 
+pytestmark = pytest.mark.sampled(3)
+
 
 @every_adversary
 @every_dtype

@@ -19,6 +19,8 @@ from lora_init import linalg
 from lora_init.linalg import dense
 from lora_init.linalg.thin import cholesky_qr, householder_signs, thin_qr
 
+pytestmark = pytest.mark.sampled(3)
+
 
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):

@@ -13,6 +13,8 @@ from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, reinitialize
 
+pytestmark = pytest.mark.sampled(3)
+
 CHANGING = ["push_to_hub", "add_adapter", "load_adapter", "dequantize"]
 
 

@@ -16,6 +16,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lora_init import LoraConfig, LoraModel, get_peft_model, reinitialize
 
+pytestmark = pytest.mark.sampled(4)
+
 VARIANTS = {
     "plain": {},
     "dora": {"use_dora": True},

@@ -52,6 +52,7 @@ from lora_init.peft_models.layers import adapted_layers
 from lora_init.weights.kinds import FORMATS, oriented_weight
 
 pytestmark = [
+    pytest.mark.sampled(4),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
     # PEFT's, about what it does with embeddings and transposed layers.

@@ -18,6 +18,7 @@ from lora_init import initialize_peft_model, load_peft_checkpoint, restore_peft_
 from lora_init.peft_models.start import records
 
 pytestmark = [
+    pytest.mark.sampled(3),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
 ]

@@ -36,6 +36,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
 
 pytestmark = [
+    pytest.mark.sampled(3),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),

@@ -19,6 +19,7 @@ datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
 pytestmark = [
+    pytest.mark.sampled(3),
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
 ]

@@ -12,6 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 METHODS = ["pissa", "kaiming", "orthogonal", "loftq"]
 
 

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
+pytestmark = pytest.mark.sampled(3)
+
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 

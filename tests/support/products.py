@@ -5,8 +5,10 @@ in two that meet, seldom in three: `make test` runs members in which all of thes
 `make test-all` every one.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from itertools import combinations
+from zlib import crc32
 
 import pytest
 
@@ -50,3 +52,20 @@ def chosen(parameters: Iterable, *ids: Hashable) -> list:
     """`parameters` with those marked `exhaustive` whose values are not among `ids`."""
     rest = pytest.mark.exhaustive
     return [pytest.param(p, marks=() if p in ids else rest) for p in parameters]
+
+
+def mark_exhaustive(items: list[pytest.Item]) -> None:
+    """Of each test marked `sampled(n)`, mark all members but one in n as `exhaustive`.
+
+    The members that stay have the smallest checksums of their names. So the sample is the same
+    everywhere, and no value of a product is always in it or never.
+    """
+    tests = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("exhaustive"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for members in tests.values():
+        (step,) = members[0].get_closest_marker("sampled").args
+        members.sort(key=lambda item: crc32(item.nodeid.encode()))
+        for item in members[-(-len(members) // step) :]:
+            item.add_marker(pytest.mark.exhaustive)

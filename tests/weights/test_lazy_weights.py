@@ -29,6 +29,8 @@ from lora_init import LoraConfig, LoraModel, calibrate, get_peft_model, reinitia
 from lora_init.layers import LoraLayer
 from lora_init.weights import checkpoint as original_weights
 
+pytestmark = pytest.mark.sampled(3)
+
 METHODS = [True, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq", "qpissa"]
 MODELS = {"llama": llama, "tied": lambda: llama(tied=True), "gpt2": gpt2, "bert": bert}
 

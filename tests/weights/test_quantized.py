@@ -32,6 +32,8 @@ from lora_init.injection import base as settling
 from lora_init.weights.bitsandbytes import PackedFormat
 from lora_init.weights.kinds import known_format, oriented_weight
 
+pytestmark = pytest.mark.sampled(3)
+
 PACKINGS = {
     "nf4 double": ("Linear4bit", {}),
     "nf4": ("Linear4bit", {"compress_statistics": False}),

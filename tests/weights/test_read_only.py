@@ -14,6 +14,8 @@ from lora_init import LoraConfig, calibrate, get_peft_model
 from lora_init.support import support
 from lora_init.weights.kinds import FORMATS, class_format, module_type
 
+pytestmark = pytest.mark.sampled(3)
+
 READ = [
     *((kind, {"bits": bits, "ordered": ordered}) for bits in (2, 3, 4, 8)
       for ordered in (True, False) for kind in ("QuantLinear", "TorchQuantLinear")),
