@@ -31,13 +31,13 @@ from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.linalg.precision import wide_device
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
+from lora_init.model.report import InitReport, weight_figures
 from lora_init.model.verification import original_output, verify_adapted
 from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
 from lora_init.plan.sharded import check_sharded_calibration
-from lora_init.report import InitReport, weight_figures
 from lora_init.weights.offload import first_unloaded
 from lora_init.weights.sharded import reshard
 from lora_init.weights.source import BaseWeights

@@ -21,6 +21,7 @@ from lora_init.factors import low_rank_product, mean_figures
 from lora_init.initialize.run import InitializedLayer, fused_layers, initialize
 from lora_init.injection import Transaction, atomically
 from lora_init.linalg.matrix import widened
+from lora_init.model.report import InitReport, LayerReport, weight_figures
 from lora_init.model.verification import original_output, verify_adapted
 from lora_init.peft_models.apply import apply, begin, drop_layer, set_config
 from lora_init.peft_models.first_pass import check_first_pass
@@ -45,7 +46,6 @@ from lora_init.peft_models.plan import (
 )
 from lora_init.peft_models.start import record
 from lora_init.plan.plan import Plan
-from lora_init.report import InitReport, LayerReport, weight_figures
 from lora_init.weights.source import BaseWeights
 
 FIGURES = ("relative_norm", "norm_A", "norm_B", "captured_energy", "error")
