@@ -20,8 +20,8 @@ from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
 from lora_init.layers.attention import join
+from lora_init.linalg.moments import GradientSketch, InputSets, InputStatistics
 from lora_init.linalg.precision import wide_device
-from lora_init.moments import GradientSketch, InputSets, InputStatistics
 from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads

@@ -42,7 +42,7 @@ from lora_init.allocation import redistribute, redistribute_by_cost
 from lora_init.factors import Factors
 from lora_init.layer import Layer, LayerRequest
 from lora_init.linalg.cores import STACK_BYTES, over_cores
-from lora_init.moments import InputStatistics, decompose_together, leading
+from lora_init.linalg.moments import InputStatistics, decompose_together, leading
 from lora_init.registry import CalibrationRequest, Options, register_initializer, workspace
 
 # Variances below this share of the largest are float32 rounding: the data never used such

@@ -18,7 +18,7 @@ from lora_init.initialize import jobs
 from lora_init.layer import stacked
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
 from lora_init.linalg import cores as concurrency
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 from lora_init.plan.make import make_plan
 
 CPU = torch.device("cpu")
