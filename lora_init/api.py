@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_init import injection
 from lora_init.adapters.peft_selection import describe_differences, different_in_peft
 from lora_init.adapters.second_adapter import second_weights
-from lora_init.cache import Cache, default_cache
+from lora_init.cache import default_cache
 from lora_init.calibration.calibrate import calibrate, calibrated, for_allocation
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sets import check_calibration, check_sets
@@ -26,9 +26,8 @@ from lora_init.initialize.base_weight import apply_factors
 from lora_init.initialize.run import InitializedLayer, fused_layers, initialize
 from lora_init.initialize.single import init_factors
 from lora_init.layer import LayerRequest
-from lora_init.layers.attention import join
 from lora_init.linalg.matrix import refuse_non_finite
-from lora_init.linalg.precision import wide_device
+from lora_init.linalg.precision import device_for
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
 from lora_init.model.report import InitReport, weight_figures
@@ -174,7 +173,8 @@ def get_peft_model(
         check_calibration(calibration)
     injection.refuse_adapted(model)
     peft_config = with_new_heads(model, peft_config)
-    with split_on_success(model, attention_targets(model, [peft_config])):
+    attentions = attention_targets(model, [peft_config])
+    with split_on_success(model, attentions, join_after=dry_run):
         plan = make_plan(
             model,
             peft_config,
@@ -185,7 +185,6 @@ def get_peft_model(
         plan.warn_of_left_out()
         _warn_of_peft(model, plan)
         if dry_run:
-            join(model)
             return plan
         weights = BaseWeights(
             model, original_weights, second_weights(model, target_weights, plan.initializer)
@@ -195,7 +194,7 @@ def get_peft_model(
         return injection.atomically(
             partial(
                 _assemble, model, peft_config, plan, weights, calibration, place, seed,
-                keep_original, default_cache() if cache else None, verify,
+                keep_original, cache, verify,
             )
         )  # fmt: skip
 
@@ -266,7 +265,7 @@ def _assemble(
     device: torch.device | None,
     seed: int,
     keep_original: bool,
-    cache: Cache | None,
+    use_cache: bool,
     verify: Any,
     transaction: injection.Transaction,
 ) -> LoraModel:
@@ -277,31 +276,11 @@ def _assemble(
     seconds: dict[str, float] = dict.fromkeys(
         ("calibration", "allocation", "initialize", "inject"), 0.0
     )
-    parts = calibrated(plan.in_matrices(), model, calibration, device, cache)
+    plan, initialized, tokens = computed_layers(
+        plan, config, weights, calibration, device, seed, use_cache, seconds
+    )
     if spec.allocates:
-        with timed(seconds, "calibration"):
-            whole = for_allocation(plan.in_matrices(), parts)
-        with timed(seconds, "allocation"):
-            plan = allocated(plan, config, whole, weights)
         config = plan.explicit(config)
-        parts = iter([whole])
-
-    matrices = plan.in_matrices()
-    initialized: list[InitializedLayer] = []
-    while True:
-        with timed(seconds, "calibration"):
-            part = next(parts, None)
-        if part is None:
-            break
-        reshard(model)
-        with timed(seconds, "initialize"):
-            here = matrices.only(part.layers)
-            initialized += initialize(
-                weights, here, part.layers, seed=seed, device=device, cache=cache
-            )
-        tokens = part.tokens
-        part = None  # frees memory for the next pass
-
     initialized = fused_layers(plan, _with_figures(weights, initialized))
     preserved = spec.preserves_output and not plan.replaced
     checked = verify is not None and preserved
@@ -335,6 +314,53 @@ def _assemble(
         if not keep_original:
             injection.forget_originals(model, done)
     return made
+
+
+def computed_layers(
+    plan: Plan,
+    config: LoraConfig,
+    weights: BaseWeights,
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
+    device: torch.device | None,
+    seed: int,
+    use_cache: bool,
+    seconds: dict[str, float],
+) -> tuple[Plan, list[InitializedLayer], int]:
+    """Calibrate, allocate ranks and compute the factors, without a change to the model.
+
+    Args:
+        plan: the plan of `config`.
+        config: what the user configured.
+        weights: the base weights; `weights.model` runs the calibration.
+        calibration, device, seed, use_cache: as of `get_peft_model`.
+        seconds: receives the times of "calibration", "allocation" and "initialize".
+
+    Returns:
+        The plan with the allocated ranks, a layer per matrix, and the number of calibration tokens.
+    """
+    model, tokens = weights.model, 0
+    cache = default_cache() if use_cache else None
+    parts = calibrated(plan.in_matrices(), model, calibration, device, cache)
+    if plan.initializer.allocates:
+        with timed(seconds, "calibration"):
+            whole = for_allocation(plan.in_matrices(), parts)
+        with timed(seconds, "allocation"):
+            plan = _allocated(plan, config, whole, weights)
+        parts = iter([whole])
+
+    matrices = plan.in_matrices()
+    layers: list[InitializedLayer] = []
+    while True:
+        with timed(seconds, "calibration"):
+            part = next(parts, None)
+        if part is None:
+            return plan, layers, tokens
+        reshard(model)
+        with timed(seconds, "initialize"):
+            here = matrices.only(part.layers)
+            layers += initialize(weights, here, part.layers, seed=seed, device=device, cache=cache)
+        tokens = part.tokens
+        part = None  # frees memory for the next pass
 
 
 def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
@@ -433,24 +459,7 @@ def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def device_for(device: str | torch.device | None) -> torch.device | None:
-    if device is None or (device == "auto" and not torch.cuda.is_available()):
-        return None
-    try:
-        place = wide_device(torch.device("cuda" if device == "auto" else device))
-    except RuntimeError as error:
-        raise ValueError(
-            f"device={device!r} is not supported: must be 'auto', or a device of torch such as "
-            "'cpu' or 'cuda:0'"
-        ) from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"
-        )
-    return place
-
-
-def allocated(
+def _allocated(
     plan: Plan, config: LoraConfig, statistics: Calibration, weights: BaseWeights
 ) -> Plan:
     """The plan with the ranks that the method's allocator chooses.
