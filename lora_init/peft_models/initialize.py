@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.adapters.second_adapter import second_weights
-from lora_init.api import check_call, computed_layers, timed
 from lora_init.calibration.result import Calibration
 from lora_init.factors import low_rank_product, mean_figures
 from lora_init.initialize.run import InitializedLayer, fused_layers
+from lora_init.initialize.steps import check_call, computed_layers, timed
 from lora_init.injection import Transaction, atomically
 from lora_init.linalg.matrix import widened
-from lora_init.linalg.precision import device_for
 from lora_init.model.report import InitReport, LayerReport, weight_figures
 from lora_init.model.verification import original_output, verify_adapted
 from lora_init.peft_models.apply import apply, begin, drop_layer, set_config
@@ -123,7 +122,7 @@ def initialize_peft_model(
     return atomically(
         partial(
             _initialize, peft_model, adapter_name, method_setting(method, options), calibration,
-            calibration_memory, seed, device_for(device), original_weights, target_weights,
+            calibration_memory, seed, device, original_weights, target_weights,
             quantized_base, keep_original, cache, verify,
         )
     )  # fmt: skip
@@ -136,7 +135,7 @@ def _initialize(
     calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
     calibration_memory: int | None,
     seed: int,
-    device: torch.device | None,
+    device: str | torch.device | None,
     original_weights: Any,
     target_weights: Any,
     quantized_base: str,
