@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from .location import qualified
+from .config.location import qualified
 from .sweep.status.page import as_json, as_page
 from .sweep.status.survey import find_sweep, survey
 
