@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from lora_init import Initializer, list_initializers
-from lora_init.support import support_table
+from lora_init.cli.support import support_table
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- methods: begin -->", "<!-- methods: end -->"

@@ -19,13 +19,13 @@ from rich.console import Console
 from lora_init import LoraConfig, get_peft_model
 from lora_init.registry import get_initializer
 
+from .config.location import CONFIGURATIONS, FOLDER, PACKAGE
 from .config.protocol import ProtocolConfig
 from .config.resolve import run_of
 from .config.run_config import RunConfig
 from .config.store import missing_inputs, register_schemas
 from .data import Splits, load_data
 from .errors import ConfigurationError
-from .location import CONFIGURATIONS, FOLDER, PACKAGE
 from .models import load_model
 from .report.__main__ import make, show
 from .run.outputs import open_outputs

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from .location import qualified
 from .sweep.status.page import as_json, as_page
 from .sweep.status.survey import find_sweep, survey
 
@@ -21,7 +20,7 @@ INTERVAL = 2.0
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog=f"python -m {qualified('status')}",
+        prog=f"python -m {__package__}.status",
         description="The state of a sweep: running, finished, failed and missing runs, time left.",
     )
     parser.add_argument(

@@ -17,11 +17,11 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from .config.location import CONFIGURATIONS
 from .config.resolve import resolve
 from .config.store import register_schemas
 from .console import say
 from .errors import ConfigurationError, RunElsewhere, RunFailed
-from .location import CONFIGURATIONS
 from .run.execute import execute
 from .run.failures import say_failure
 from .sweep.manifest import position

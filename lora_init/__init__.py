@@ -12,6 +12,7 @@ from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors, Replacement
 from lora_init.layer import Layer
 from lora_init.model.lora_model import LoraModel
+from lora_init.model.report import InitReport
 from lora_init.peft_models import (
     initialize_peft_model,
     load_peft_checkpoint,
@@ -27,7 +28,6 @@ from lora_init.registry import (
     list_initializers,
     register_initializer,
 )
-from lora_init.report import InitReport
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.kinds import register_weight_format
 

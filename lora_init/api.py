@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from os import PathLike
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -17,28 +15,22 @@ from torch import Tensor, nn
 from lora_init import injection
 from lora_init.adapters.peft_selection import describe_differences, different_in_peft
 from lora_init.adapters.second_adapter import second_weights
-from lora_init.cache import Cache, default_cache
-from lora_init.calibration.calibrate import calibrate, calibrated, for_allocation
+from lora_init.calibration.calibrate import calibrate
 from lora_init.calibration.result import Calibration
-from lora_init.calibration.sets import check_calibration, check_sets
+from lora_init.calibration.sets import check_calibration
 from lora_init.config.lora_config import LoraConfig
 from lora_init.initialize.base_weight import apply_factors
-from lora_init.initialize.run import InitializedLayer, fused_layers, initialize
+from lora_init.initialize.run import InitializedLayer, fused_layers
 from lora_init.initialize.single import init_factors
-from lora_init.layer import LayerRequest
-from lora_init.layers.attention import join
-from lora_init.linalg.matrix import refuse_non_finite
-from lora_init.linalg.precision import wide_device
+from lora_init.initialize.steps import check_call, computed_layers, timed
 from lora_init.model.base_methods import uncover_methods
 from lora_init.model.lora_model import LoraModel
+from lora_init.model.report import InitReport, weight_figures
 from lora_init.model.verification import original_output, verify_adapted
 from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
-from lora_init.plan.plan import Plan, Target
-from lora_init.plan.sharded import check_sharded_calibration
-from lora_init.report import InitReport, weight_figures
-from lora_init.weights.offload import first_unloaded
+from lora_init.plan.plan import Plan
 from lora_init.weights.sharded import reshard
 from lora_init.weights.source import BaseWeights
 
@@ -174,7 +166,8 @@ def get_peft_model(
         check_calibration(calibration)
     injection.refuse_adapted(model)
     peft_config = with_new_heads(model, peft_config)
-    with split_on_success(model, attention_targets(model, [peft_config])):
+    attentions = attention_targets(model, [peft_config])
+    with split_on_success(model, attentions, join_after=dry_run):
         plan = make_plan(
             model,
             peft_config,
@@ -185,17 +178,15 @@ def get_peft_model(
         plan.warn_of_left_out()
         _warn_of_peft(model, plan)
         if dry_run:
-            join(model)
             return plan
         weights = BaseWeights(
             model, original_weights, second_weights(model, target_weights, plan.initializer)
         )
         check_call(plan, weights, calibration, allow_unmatched)
-        place = device_for(device)
         return injection.atomically(
             partial(
-                _assemble, model, peft_config, plan, weights, calibration, place, seed,
-                keep_original, default_cache() if cache else None, verify,
+                _assemble, model, peft_config, plan, weights, calibration, device, seed,
+                keep_original, cache, verify,
             )
         )  # fmt: skip
 
@@ -263,10 +254,10 @@ def _assemble(
     plan: Plan,
     weights: BaseWeights,
     calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
-    device: torch.device | None,
+    device: str | torch.device | None,
     seed: int,
     keep_original: bool,
-    cache: Cache | None,
+    use_cache: bool,
     verify: Any,
     transaction: injection.Transaction,
 ) -> LoraModel:
@@ -277,31 +268,11 @@ def _assemble(
     seconds: dict[str, float] = dict.fromkeys(
         ("calibration", "allocation", "initialize", "inject"), 0.0
     )
-    parts = calibrated(plan.in_matrices(), model, calibration, device, cache)
+    plan, initialized, tokens = computed_layers(
+        plan, config, weights, calibration, device, seed, use_cache, seconds
+    )
     if spec.allocates:
-        with timed(seconds, "calibration"):
-            whole = for_allocation(plan.in_matrices(), parts)
-        with timed(seconds, "allocation"):
-            plan = allocated(plan, config, whole, weights)
         config = plan.explicit(config)
-        parts = iter([whole])
-
-    matrices = plan.in_matrices()
-    initialized: list[InitializedLayer] = []
-    while True:
-        with timed(seconds, "calibration"):
-            part = next(parts, None)
-        if part is None:
-            break
-        reshard(model)
-        with timed(seconds, "initialize"):
-            here = matrices.only(part.layers)
-            initialized += initialize(
-                weights, here, part.layers, seed=seed, device=device, cache=cache
-            )
-        tokens = part.tokens
-        part = None  # frees memory for the next pass
-
     initialized = fused_layers(plan, _with_figures(weights, initialized))
     preserved = spec.preserves_output and not plan.replaced
     checked = verify is not None and preserved
@@ -352,77 +323,6 @@ def _verify(model: LoraModel, batch: Any, expected: Any) -> None:
     model.assume_used(uses)
 
 
-@contextmanager
-def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Add the time of a block to that of its step."""
-    start = time.perf_counter()
-    yield
-    seconds[step] += time.perf_counter() - start
-
-
-def check_call(
-    plan: Plan,
-    weights: BaseWeights,
-    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
-    allow_unmatched: bool,
-) -> None:
-    """Raise an error or a warning for arguments that do not fit the plan."""
-    spec = plan.initializer
-    plan.refuse_unmatched(allowed=allow_unmatched)
-    weights.check(plan.targets)
-    if not isinstance(calibration, Calibration):
-        _check_forward(plan, weights.model, calibration)
-    if plan.calibration is not None and calibration is None:
-        labels = ", each with labels" if plan.calibration.gradients else ""
-        raise ValueError(
-            f"init_lora_weights={spec.name!r} needs calibration data: pass calibration=<iterable "
-            f"of batches>, e.g. a list of tokenizer outputs{labels}{_sets(plan)}"
-        )
-    if weights.second is not None:
-        weights.second.check(weights, plan.targets)
-    if plan.calibration is not None:
-        check_sets(spec.name, plan.calibration, calibration)
-    if plan.requantizes and not plan.replaced:
-        raise ValueError(
-            "quantized_base='requantize' is not supported: no target is quantized. Leave it out, "
-            "or load the model with a quantization_config"
-        )
-    quantized = [target.name for target in plan.targets if not weights.is_original(target)]
-    if spec.base == "replace" and quantized:
-        raise ValueError(
-            f"target {quantized[0]!r} is quantized already, and {spec.name} needs its unquantized "
-            "weight: pass original_weights=<folder of the unquantized checkpoint>, or the "
-            "unquantized model"
-        )
-    if plan.dropout > 0 and spec.base != "keep":
-        warnings.warn(
-            f"lora_dropout={plan.dropout} with {spec.name}: the adapter contains a part of the "
-            "base weight, so dropout changes the pretrained function from the first step on. Use "
-            "lora_dropout=0.0, as this method's paper does",
-            stacklevel=3,
-        )
-
-
-def _sets(plan: Plan) -> str:
-    """How to name the sets that a plan's method compares."""
-    names = plan.calibration.sets if plan.calibration is not None else ()
-    return f", as a dict of the sets {', '.join(map(repr, names))}" if names else ""
-
-
-def _check_forward(plan: Plan, model: nn.Module, calibration: Any) -> None:
-    """Raise ValueError if the calibration would run a model that is not whole in memory."""
-    if plan.calibration is None:
-        return
-    names = [target.name for target in plan.targets]
-    check_sharded_calibration(model, names, plan.initializer.name, calibration)
-    if name := first_unloaded(model):
-        raise ValueError(
-            f"init_lora_weights={plan.initializer.name!r} needs a forward pass, and {name!r} is on "
-            "the meta device; pass calibration=<result of lora_init.calibrate on the loaded "
-            "model>, or let Accelerate offload it (device_map='auto', offload_folder=...)"
-        )
-
-
 def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
     """Warn if PEFT would load the saved adapter onto different modules."""
     if differences := different_in_peft(model, plan):
@@ -431,55 +331,6 @@ def _warn_of_peft(model: nn.Module, plan: Plan) -> None:
             f"LoraModel.from_pretrained, or leave these out: {describe_differences(differences)}",
             stacklevel=3,
         )
-
-
-def device_for(device: str | torch.device | None) -> torch.device | None:
-    if device is None or (device == "auto" and not torch.cuda.is_available()):
-        return None
-    try:
-        place = wide_device(torch.device("cuda" if device == "auto" else device))
-    except RuntimeError as error:
-        raise ValueError(
-            f"device={device!r} is not supported: must be 'auto', or a device of torch such as "
-            "'cpu' or 'cuda:0'"
-        ) from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"
-        )
-    return place
-
-
-def allocated(
-    plan: Plan, config: LoraConfig, statistics: Calibration, weights: BaseWeights
-) -> Plan:
-    """The plan with the ranks that the method's allocator chooses.
-
-    Raises:
-        ValueError: all ranks are 0, or a weight that the allocator reads is not finite.
-    """
-
-    def read(target: Target) -> Tensor:
-        weight = weights.weight(target)
-        refuse_non_finite(target.name, weight)
-        return weight
-
-    requests = {
-        target.name: LayerRequest(
-            target.rank, target.shape, statistics.layers[target.name], partial(read, target)
-        )
-        for target in plan.targets
-        if target.experts is None
-    }
-    # A file has one rank for all experts of a parameter, so these keep the planned rank.
-    fixed = {target.name: target.rank for target in plan.targets if target.experts is not None}
-    ranks = (plan.options.allocate(requests) if requests else {}) | fixed
-    if not any(ranks.values()):
-        raise ValueError(
-            f"{plan.initializer.name}: no layer's inputs vary over the calibration data, so all "
-            "ranks would be 0; pass real, varied batches"
-        )
-    return plan.with_ranks(ranks, config)
 
 
 def _with_figures(

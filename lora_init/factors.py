@@ -38,7 +38,7 @@ class Replacement:
         quantizer: the quantizer of the base.
         lora_A: A in the formula, (rank, in).
         lora_B: B in the formula, (out, rank).
-        checksum: checksum of Q in the loaded file, if any (see `lora_init.weights.checksum`).
+        checksum: checksum of Q in the loaded file, if any (see `lora_init.injection.checksum`).
     """
 
     quantizer: Quantizer

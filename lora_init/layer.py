@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init.linalg.matrix import widened
-from lora_init.moments import (
+from lora_init.linalg.moments import (
     GradientSketch,
     InputSets,
     InputStatistics,

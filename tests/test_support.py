@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from uniform import uniform
 
 from lora_init import LoraConfig, get_peft_model, list_initializers
-from lora_init.support import bases, support
+from lora_init.cli.support import bases, support
 from lora_init.weights.kinds import FORMATS
 from lora_init.weights.patches import TRANSPOSED
 

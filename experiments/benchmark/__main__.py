@@ -23,9 +23,9 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..config.location import CONFIGURATIONS
 from ..console import say
 from ..errors import ConfigurationError, RunFailed
-from ..location import CONFIGURATIONS
 from . import calibration, experts, initialization, memory, steps
 from .ledger import Ledger
 from .page import amount, error, ratio

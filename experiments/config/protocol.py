@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from lora_init import list_initializers
 
 from ..errors import nearest
-from ..location import PACKAGE
 from .bounds import (
     check_choice,
     check_integer,
@@ -16,6 +15,7 @@ from .bounds import (
     check_switches,
     refusal,
 )
+from .location import PACKAGE
 
 SELECTORS = ("score", "loss")
 

@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_init import list_initializers
 from lora_init.registry import Initializer
 
-from ..location import qualified
 from .launchers import register_launchers
+from .location import qualified
 from .names import sweep_path
 from .protocol import ProtocolConfig
 from .records import TrackingConfig

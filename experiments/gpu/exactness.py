@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_init.layers import LoraLayer
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 LIMITS = {"excess": 1e-4, "tail": 1e-3, "gap": 1e-5, "missing": 1e-4}
 """The most that each figure may be: the promises of the methods' documentation. `tail` may be ten

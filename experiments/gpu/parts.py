@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..location import qualified
+from ..config.location import qualified
 from .task import Task
 
 TOTAL_SECONDS = 480.0

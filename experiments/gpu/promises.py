@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model, linalg
+from lora_init.injection.checksum import checksum
 from lora_init.quantization import Quantizer
-from lora_init.weights.checksum import checksum
 from lora_init.weights.fingerprint import fingerprint
 
 from .lifecycle import relative

@@ -26,10 +26,10 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.table import Table
 
+from ..config.location import CONFIGURATIONS, qualified
 from ..config.resolve import as_settings
 from ..console import say
 from ..errors import ConfigurationError
-from ..location import CONFIGURATIONS, qualified
 from .catalogue import NAMES, check_names
 from .page import TITLE, verdict_counts, write_page
 from .reproduction import FORMS, require

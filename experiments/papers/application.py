@@ -15,10 +15,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
+from ..config.location import CONFIGURATIONS
 from ..config.resolve import as_settings
 from ..console import say
 from ..errors import ConfigurationError, RunFailed
-from ..location import CONFIGURATIONS
 from .reproduction import Options, Reproduction
 from .result import Result, fingerprint, folder, read_result, write_result
 from .text import terminal_claims, terminal_table

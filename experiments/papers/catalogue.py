@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 
+from ..config.location import qualified
 from ..errors import ConfigurationError, nearest
-from ..location import qualified
 from .reproduction import Reproduction
 
 NAMES = (

@@ -15,7 +15,7 @@ from typing import Any
 
 import lora_init
 
-from ..location import FOLDER
+from ..config.location import FOLDER
 from ..run.environment import describe_environment
 from ..run.files import write_json, write_text
 from .claim import Claim, as_claim

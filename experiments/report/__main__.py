@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from ..location import qualified
+from ..config.location import qualified
 from .matrix_table import headers, matrix_rows
 from .mirror import log_to_wandb
 from .output import Report, write_report

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_init.plan.expert_names import pefts_names
+from lora_init.plan.left_out import by_reason
 from lora_init.plan.match import name_matches, portable_targets
 from lora_init.plan.plan import Plan
-from lora_init.tables import grouped
 
 FUSED = "gate_up_proj"
 
@@ -66,12 +66,7 @@ def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
 
 def describe_differences(differences: Iterable[Difference]) -> str:
     """Format the differences, grouped by reason and with collapsed layer numbers."""
-    by_reason: dict[str, list[str]] = {}
-    for difference in differences:
-        by_reason.setdefault(difference.reason, []).append(difference.name)
-    return "; ".join(
-        f"{', '.join(grouped(names))}: {reason}" for reason, names in by_reason.items()
-    )
+    return "; ".join(by_reason((each.name, each.reason) for each in differences))
 
 
 def _expert(entry: str, experts: dict[str, str]) -> str | None:

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from lora_init.cache.keys import digest
 
+RANK = 0
+"""A part of the checksum and of the file name, so that entries of older versions stay valid."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored result: tensors on the CPU, metadata and, for decompositions, the rank."""
+    """A stored result: tensors on the CPU, and metadata."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
-    rank: int | None
 
 
 def bytes_of(path: Path, limit: int) -> bytes:
@@ -44,9 +46,7 @@ def bytes_of(path: Path, limit: int) -> bytes:
     return path.read_bytes()
 
 
-def serialized(
-    key: str, rank: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
-) -> bytes:
+def serialized(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     """The bytes of an entry's file, with a checksum over its whole content."""
     # Copies: safetensors refuses tensors that share one storage.
     plain = {
@@ -54,10 +54,10 @@ def serialized(
         for name, tensor in tensors.items()
     }
     text = json.dumps(dict(metadata))
-    return save(plain, {"metadata": text, "checksum": digest(key, rank, text, plain)})
+    return save(plain, {"metadata": text, "checksum": digest(key, RANK, text, plain)})
 
 
-def deserialized(key: str, rank: int, data: bytes) -> Entry:
+def deserialized(key: str, data: bytes) -> Entry:
     """Parse an entry and verify its checksum.
 
     Raises:
@@ -68,6 +68,6 @@ def deserialized(key: str, rank: int, data: bytes) -> Entry:
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
     text = header["metadata"]
-    if header["checksum"] != digest(key, rank, text, tensors):
+    if header["checksum"] != digest(key, RANK, text, tensors):
         raise ValueError("wrong checksum")
-    return Entry(tensors, json.loads(text), rank or None)
+    return Entry(tensors, json.loads(text))

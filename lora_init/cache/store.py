@@ -1,9 +1,6 @@
 """The cache folder: one safetensors file per entry, shared between processes without locks.
 
-    <folder>/<first two digits of the key>/<key>-<rank>.safetensors
-
-A decomposition of rank r also answers requests for smaller ranks. The rank is part of the file
-name, so a smaller decomposition never overwrites a larger one.
+    <folder>/<first two digits of the key>/<key>-0.safetensors
 
 No locks are needed, for these reasons:
 
@@ -11,8 +8,8 @@ No locks are needed, for these reasons:
 - A file is renamed to its final name when it is complete (`os.replace`), and never changes after
   that. An open file stays readable when its name is removed.
 - Eviction and cleanup only remove files. A removed result is computed again.
-- The header holds a checksum over key, rank, metadata and tensors, which every reader verifies. A
-  damaged file is removed and counts as a miss.
+- The header holds a checksum over key, metadata and tensors, which every reader verifies. A damaged
+  file is removed and counts as a miss.
 
 A killed writer leaves a temporary file, whose name holds the host and the process id. The next
 process that uses the cache removes the file if the writer is gone or the file is an hour old.
@@ -39,11 +36,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_init.cache.entry import Entry, bytes_of, deserialized, serialized
+from lora_init.cache.entry import RANK, Entry, bytes_of, deserialized, serialized
 
 KEY = re.compile(r"[0-9a-f]{64}")
 SHARD = re.compile(r"[0-9a-f]{2}")
-ENTRY = re.compile(r"(?P<key>[0-9a-f]{64})-(?P<rank>\d+)\.safetensors")
+ENTRY = re.compile(r"[0-9a-f]{64}-\d+\.safetensors")
 TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{16}\.tmp")
 
 ROOM_AFTER_EVICTION = 0.1
@@ -78,20 +75,22 @@ class Cache:
         self._swept = False
         self._warned: set[str] = set()
 
-    def get(self, key: str, *, rank: int | None = None) -> Entry | None:
-        """Return the smallest entry of this key with at least this rank, or None.
-
-        Args:
-            key: the result of `lora_init.cache.key`.
-            rank: the required rank of a decomposition. The entry may have a larger rank, which the
-                caller must truncate.
-        """
-        for stored in self._ranks(key):
-            if stored >= (rank or 0):
-                entry = self._read(key, stored)
-                if entry is not None:
-                    return entry
-        return None
+    def get(self, key: str) -> Entry | None:
+        """Return the entry of the result of `lora_init.cache.key`, or None."""
+        path = self._path(key)
+        try:
+            entry = deserialized(key, bytes_of(path, self.limit))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn_unusable(error)
+            return None
+        except Exception:  # a damaged file may raise any error of the parser
+            self._discard(path)
+            return None
+        with contextlib.suppress(OSError):  # the access time only affects the order of eviction
+            os.utime(path)
+        return entry
 
     def has_room(self, size: int) -> bool:
         """Whether a result of `size` bytes fits into the cache; warns once if it does not."""
@@ -110,40 +109,35 @@ class Cache:
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, Any],
         *,
-        rank: int | None = None,
         durable: bool = True,
     ) -> None:
-        """Store an entry, unless the cache has one of at least this rank.
+        """Store an entry, unless the cache has it.
 
-        Entries of smaller rank are removed. A result that exceeds the limit is neither copied nor
-        hashed. Disk errors only warn.
+        A result that exceeds the limit is neither copied nor hashed. Disk errors only warn.
 
         Args:
             key: the result of `lora_init.cache.key`.
             tensors: named tensors on any device, with any strides.
             metadata: JSON values. Tuples are read back as lists.
-            rank: the rank of a decomposition; None for other results.
             durable: call fsync. Without it, a power failure may lose the entry, which is then a
                 miss. The end of the process loses nothing.
 
         Raises:
             TypeError: JSON cannot represent the metadata.
         """
-        ranks = self._ranks(key)
-        if any(stored >= (rank or 0) for stored in ranks):
+        path = self._path(key)
+        if os.path.lexists(path):
             return
         if not self.has_room(sum(tensor.nbytes for tensor in tensors.values())):
             return
-        data = serialized(key, rank or 0, tensors, metadata)
+        data = serialized(key, tensors, metadata)
         if not self.has_room(len(data)):
             return
         try:
-            _write(self._path(key, rank or 0), data, durable)
+            _write(path, data, durable)
         except OSError as error:
             self._warn_unusable(error)
             return
-        for smaller in ranks:
-            _remove(self._path(key, smaller))
         self._unwatched -= len(data)
         if self._unwatched < 0:
             self._look_after()
@@ -159,11 +153,8 @@ class Cache:
         sizes = [found.st_size for path, found in self._files(ENTRY) if _remove(path)]
         return Usage(len(sizes), sum(sizes))
 
-    def _path(self, key: str, rank: int) -> Path:
-        return self.folder / key[:2] / f"{key}-{rank}.safetensors"
-
-    def _ranks(self, key: str) -> list[int]:
-        """The ranks stored under this key, ascending; 0 means an entry without a rank."""
+    def _path(self, key: str) -> Path:
+        """The file of an entry; the first call removes what killed writers left behind."""
         if not KEY.fullmatch(key):
             raise ValueError(
                 f"key={key!r} is not supported: must be 64 hexadecimal digits. Call "
@@ -171,31 +162,7 @@ class Cache:
             )
         if not self._swept:
             self._sweep()
-        try:
-            names = os.listdir(self.folder / key[:2])
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            self._warn_unusable(error)
-            return []
-        found = [ENTRY.fullmatch(name) for name in names if name.startswith(key)]
-        return sorted(int(match["rank"]) for match in found if match)
-
-    def _read(self, key: str, rank: int) -> Entry | None:
-        path = self._path(key, rank)
-        try:
-            entry = deserialized(key, rank, bytes_of(path, self.limit))
-        except FileNotFoundError:  # evicted since it was listed
-            return None
-        except OSError as error:
-            self._warn_unusable(error)
-            return None
-        except Exception:  # a damaged file may raise any error of the parser
-            self._discard(path)
-            return None
-        with contextlib.suppress(OSError):  # the access time only affects the order of eviction
-            os.utime(path)
-        return entry
+        return self.folder / key[:2] / f"{key}-{RANK}.safetensors"
 
     def _discard(self, path: Path) -> None:
         """Remove a damaged entry; a folder that is not empty stays."""

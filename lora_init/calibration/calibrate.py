@@ -19,9 +19,8 @@ from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
-from lora_init.layers.attention import join
+from lora_init.linalg.moments import GradientSketch, InputSets, InputStatistics
 from lora_init.linalg.precision import wide_device
-from lora_init.moments import GradientSketch, InputSets, InputStatistics
 from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
@@ -72,10 +71,8 @@ def calibrate(
     if batches is None:
         raise TypeError(f"batches=None is not supported: {BATCHES}")
     check_calibration(batches, "batches")
-    with split_on_success(model, attention_targets(model, configs)):
-        found = _collected(model, configs, batches, device, calibration_memory)
-        join(model)
-    return found
+    with split_on_success(model, attention_targets(model, configs), join_after=True):
+        return _collected(model, configs, batches, device, calibration_memory)
 
 
 def _collected(

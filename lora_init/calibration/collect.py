@@ -39,8 +39,8 @@ from lora_init.calibration.sketch import sketch_gradients
 from lora_init.calibration.sums import Moments, joined_over_ranks
 from lora_init.distributed import all_or_none, from_ranks, over_ranks
 from lora_init.layer import LayerStatistics
+from lora_init.linalg.moments import InputStatistics
 from lora_init.linalg.transfer import on_host
-from lora_init.moments import InputStatistics
 from lora_init.registry import POWERS, CalibrationRequest, sums_dtype
 
 __all__ = ["Calibration", "LayerStatistics", "collect", "collect_all", "collect_in_passes"]

@@ -18,7 +18,7 @@ from lora_init.calibration.memory import statistics_of
 from lora_init.calibration.result import Calibration
 from lora_init.calibration.sums import Moments, joined
 from lora_init.layer import LayerStatistics
-from lora_init.moments import GradientSketch, InputSets, InputStatistics
+from lora_init.linalg.moments import GradientSketch, InputSets, InputStatistics
 from lora_init.plan.plan import Plan, Target
 
 

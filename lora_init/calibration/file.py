@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_init.cache import key
 from lora_init.files import write_atomically
 from lora_init.linalg.matrix import is_finite
-from lora_init.moments import GradientSketch, InputStatistics
+from lora_init.linalg.moments import GradientSketch, InputStatistics
 from lora_init.registry import CalibrationRequest
 
 HEADER_KEY = "lora_init_calibration"

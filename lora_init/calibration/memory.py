@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_init.calibration.sums import Moments, RunningMoments
-from lora_init.moments import InputStatistics, sums_bytes
+from lora_init.linalg.moments import InputStatistics, sums_bytes
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_init.calibration import file
 from lora_init.layer import LayerStatistics
-from lora_init.moments import InputSets
+from lora_init.linalg.moments import InputSets
 from lora_init.registry import CalibrationRequest
 
 

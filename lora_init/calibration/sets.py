@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_init.calibration.batches import WithLoss, check_batches
 from lora_init.calibration.result import Calibration
 from lora_init.layer import LayerStatistics
-from lora_init.moments import InputSets
+from lora_init.linalg.moments import InputSets
 from lora_init.registry import CalibrationRequest
 
 

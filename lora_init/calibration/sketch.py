@@ -34,8 +34,8 @@ from lora_init import linalg
 from lora_init.calibration.gradients import Factor, collect_gradients, own_loss
 from lora_init.calibration.places import placed
 from lora_init.layer import layer_generator
+from lora_init.linalg.moments import GradientSketch
 from lora_init.linalg.precision import full_precision, wide
-from lora_init.moments import GradientSketch
 from lora_init.registry import POWERS
 
 

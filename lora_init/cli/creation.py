@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_init import get_peft_model
-from lora_init.api import device_for
 from lora_init.cli.adapter_arguments import absolute, adapter_config, positive
 from lora_init.cli.checkpoints import (
     checkpoint_folder,
@@ -25,6 +24,7 @@ from lora_init.cli.residual import DTYPES, RESIDUAL_FOLDER, write_residual
 from lora_init.cli.text_data import batches
 from lora_init.config.file import CONFIG_NAME
 from lora_init.files import write_atomically
+from lora_init.linalg.precision import device_for
 from lora_init.registry import Initializer, resolve
 from lora_init.tables import render
 

@@ -18,7 +18,7 @@ from lora_init.cache import Cache, Entry, fingerprint, key
 from lora_init.factors import Factors
 from lora_init.layer import Layer
 from lora_init.linalg.matrix import is_finite
-from lora_init.moments import InputSets
+from lora_init.linalg.moments import InputSets
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import Initializer
 

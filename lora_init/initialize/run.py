@@ -28,9 +28,9 @@ from lora_init.layer import Layer, LayerStatistics, stacked
 from lora_init.linalg import draws
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import is_narrow
+from lora_init.linalg.moments import GradientSketch
 from lora_init.linalg.precision import wide_device
 from lora_init.linalg.transfer import wait_for_writes
-from lora_init.moments import GradientSketch
 from lora_init.plan.plan import Plan, Target
 from lora_init.progress import tracking
 from lora_init.quantization import Quantizer

@@ -21,8 +21,8 @@ from lora_init.initialize.stack import member_data, member_name, stacked_factors
 from lora_init.layer import Inputs, Layer, LayerStatistics
 from lora_init.linalg.matrix import refuse_non_finite
 from lora_init.linalg.mixed_products import is_narrow
+from lora_init.linalg.moments import InputSets, InputStatistics, LeadingComponents, StackedInputs
 from lora_init.linalg.precision import full_precision, wide, wide_device
-from lora_init.moments import InputSets, InputStatistics, LeadingComponents, StackedInputs
 from lora_init.plan.check import check_target_rank
 from lora_init.quantization import Quantizer
 from lora_init.registry import Initializer, Options, build_options, resolve

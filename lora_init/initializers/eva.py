@@ -38,11 +38,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.allocation import redistribute, redistribute_by_cost
 from lora_init.factors import Factors
 from lora_init.layer import Layer, LayerRequest
 from lora_init.linalg.cores import STACK_BYTES, over_cores
-from lora_init.moments import InputStatistics, decompose_together, leading
+from lora_init.linalg.moments import InputStatistics, decompose_together, leading
 from lora_init.registry import CalibrationRequest, Options, register_initializer, workspace
 
 # Variances below this share of the largest are float32 rounding: the data never used such
@@ -111,11 +110,12 @@ class EvaOptions(Options):
         }
         _decompose(requests, limits, self.center)
         spectra = _spectra(requests, limits, self.center)
-        if self.budget == "parameters":
-            costs = {name: sum(layer.shape) for name, layer in requests.items()}
-            budget = sum(layer.rank * costs[name] for name, layer in requests.items())
-            return redistribute_by_cost(spectra, costs, budget)
-        return redistribute(spectra, budget=sum(layer.rank for layer in requests.values()))
+        costs = {
+            name: sum(layer.shape) if self.budget == "parameters" else 1
+            for name, layer in requests.items()
+        }
+        budget = sum(layer.rank * costs[name] for name, layer in requests.items())
+        return _redistribute(spectra, costs, budget)
 
 
 @dataclass
@@ -181,6 +181,39 @@ def _spectra(
     return {
         name: spectra[id(layer.statistics.inputs), limits[name]] for name, layer in requests.items()
     }
+
+
+def _redistribute(
+    spectra: Mapping[str, Float[Tensor, " candidates"]], costs: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Choose ranks by score per cost, with a limit on the sum of costs.
+
+    The algorithm is greedy: it takes the best ratio that still fits. The scores of a layer descend
+    and its ranks have equal cost, so a layer always gets its first directions. The unused budget is
+    less than the cost of one more rank in any layer that could still grow.
+
+    Args:
+        spectra: per layer, scores in descending order that are comparable between layers. The
+            length of a layer's spectrum limits its rank. Zeros are never chosen.
+        costs: the cost of one rank of each layer: 1, or its parameters.
+        budget: the maximum of the sum of costs.
+
+    Returns:
+        One rank per layer, in the order of `spectra`, possibly 0. Ties go to the earlier layer.
+    """
+    pool = [
+        (score / costs[name], name)
+        for name, scores in spectra.items()
+        for score in scores.tolist()
+        if score > 0
+    ]
+    pool.sort(key=lambda entry: entry[0], reverse=True)  # stable: ties stay in order
+    ranks = dict.fromkeys(spectra, 0)
+    for _, name in pool:
+        if costs[name] <= budget:
+            budget -= costs[name]
+            ranks[name] += 1
+    return ranks
 
 
 @register_initializer(

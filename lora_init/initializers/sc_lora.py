@@ -41,7 +41,7 @@ from torch import Tensor
 from lora_init import linalg
 from lora_init.factors import Factors
 from lora_init.layer import Layer
-from lora_init.moments import InputSets
+from lora_init.linalg.moments import InputSets
 from lora_init.registry import (
     CalibrationRequest,
     Options,

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from lora_init.factors import Factors, Replacement, low_rank_product
+from lora_init.injection.checksum import base_checksum
 from lora_init.injection.editing import add_product
 from lora_init.injection.record import Injection
 from lora_init.injection.transaction import Transaction
 from lora_init.layers import LoraLayer
 from lora_init.linalg.matrix import widened
 from lora_init.plan.plan import Plan, Target
-from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import known_format, oriented_weight
 from lora_init.weights.sharded import is_sharded

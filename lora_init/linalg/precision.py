@@ -22,6 +22,28 @@ def wide_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
+def device_for(device: str | torch.device | None) -> torch.device | None:
+    """The device that a user's `device=` names; None for the device of each weight.
+
+    Raises:
+        ValueError: torch does not know the device, or this machine does not have it.
+    """
+    if device is None or (device == "auto" and not torch.cuda.is_available()):
+        return None
+    try:
+        place = wide_device(torch.device("cuda" if device == "auto" else device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not supported: must be 'auto', or a device of torch such as "
+            "'cpu' or 'cuda:0'"
+        ) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={str(device)!r} is not supported: no CUDA device is present. Use device=None"
+        )
+    return place
+
+
 def wide(values: Tensor) -> Tensor:
     """The tensor in float64, on its `wide_device`."""
     return values.to(wide_device(values.device)).double()

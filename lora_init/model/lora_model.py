@@ -26,6 +26,7 @@ from lora_init.factors import Replacement
 from lora_init.layers import LoraLayer, TrainedModule
 from lora_init.model import state_dict as checkpoints
 from lora_init.model.base_methods import cover_methods, uncover_methods
+from lora_init.model.report import InitReport, LayerReport, describe_layer
 from lora_init.model.signatures import blank, bound_to_base, with_forward_of
 from lora_init.model.verification import (
     Uses,
@@ -37,7 +38,6 @@ from lora_init.model.verification import (
 from lora_init.plan.attention import split_on_success
 from lora_init.plan.make import check_model
 from lora_init.plan.plan import Plan
-from lora_init.report import InitReport, LayerReport, describe_layer
 from lora_init.weights.bitsandbytes import parameter_count
 from lora_init.weights.offload import (
     HOOK_ATTRIBUTES,

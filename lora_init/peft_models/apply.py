@@ -13,6 +13,7 @@ from lora_init import linalg
 from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Factors, low_rank_product
 from lora_init.injection import Transaction, atomically
+from lora_init.injection.checksum import base_checksum
 from lora_init.linalg.matrix import widened
 from lora_init.peft_models.changes import Attribute, Data, Edit, Item, Operation, Trained
 from lora_init.peft_models.holder import checked_holder, refuse_merged
@@ -26,7 +27,6 @@ from lora_init.peft_models.subtraction import (
     subtracts_in_forward,
 )
 from lora_init.plan.plan import Plan, Target
-from lora_init.weights.checksum import base_checksum
 from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import FORMATS, oriented_weight
 from lora_init.weights.source import BaseWeights

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.adapters.second_adapter import second_weights
-from lora_init.api import allocated, check_call, device_for, timed
-from lora_init.cache import default_cache
-from lora_init.calibration.calibrate import calibrated, for_allocation
 from lora_init.calibration.result import Calibration
 from lora_init.factors import low_rank_product, mean_figures
-from lora_init.initialize.run import InitializedLayer, fused_layers, initialize
+from lora_init.initialize.run import InitializedLayer, fused_layers
+from lora_init.initialize.steps import check_call, computed_layers, timed
 from lora_init.injection import Transaction, atomically
 from lora_init.linalg.matrix import widened
+from lora_init.model.report import InitReport, LayerReport, weight_figures
 from lora_init.model.verification import original_output, verify_adapted
 from lora_init.peft_models.apply import apply, begin, drop_layer, set_config
 from lora_init.peft_models.first_pass import check_first_pass
@@ -45,7 +44,6 @@ from lora_init.peft_models.plan import (
 )
 from lora_init.peft_models.start import record
 from lora_init.plan.plan import Plan
-from lora_init.report import InitReport, LayerReport, weight_figures
 from lora_init.weights.source import BaseWeights
 
 FIGURES = ("relative_norm", "norm_A", "norm_B", "captured_energy", "error")
@@ -124,7 +122,7 @@ def initialize_peft_model(
     return atomically(
         partial(
             _initialize, peft_model, adapter_name, method_setting(method, options), calibration,
-            calibration_memory, seed, device_for(device), original_weights, target_weights,
+            calibration_memory, seed, device, original_weights, target_weights,
             quantized_base, keep_original, cache, verify,
         )
     )  # fmt: skip
@@ -137,7 +135,7 @@ def _initialize(
     calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | Calibration | None,
     calibration_memory: int | None,
     seed: int,
-    device: torch.device | None,
+    device: str | torch.device | None,
     original_weights: Any,
     target_weights: Any,
     quantized_base: str,
@@ -158,7 +156,6 @@ def _initialize(
     if verify is not None and spec.preserves_output and not plan.replaced:
         with disabled(peft_model):
             expected = original_output(peft_model, verify)
-    cache = default_cache() if use_cache else None
     by_name = {layer.name: layer for layer in layers}
     steps = ("calibration", "allocation", "initialize", "apply")
     seconds: dict[str, float] = dict.fromkeys(steps, 0.0)
@@ -168,27 +165,10 @@ def _initialize(
         check_call(plan, weights, calibration, False)
         # First: a calibration pass would have bitsandbytes round the scales of packed weights.
         operation.keep_plain(base)
-        parts = calibrated(plan.in_matrices(), base, calibration, device, cache)
-        if spec.allocates:
-            with timed(seconds, "calibration"):
-                whole = for_allocation(plan.in_matrices(), parts)
-            with timed(seconds, "allocation"):
-                plan = allocated(plan, config, whole, weights)
-            parts = iter([whole])
+        plan, made, tokens = computed_layers(
+            plan, config, weights, calibration, device, seed, use_cache, seconds
+        )
         matrices = plan.in_matrices()
-        made: list[InitializedLayer] = []
-        while True:
-            with timed(seconds, "calibration"):
-                part = next(parts, None)
-            if part is None:
-                break
-            with timed(seconds, "initialize"):
-                here = matrices.only(part.layers)
-                made += initialize(
-                    weights, here, part.layers, seed=seed, device=device, cache=cache
-                )
-            tokens = part.tokens
-            part = None  # frees memory for the next pass
         with timed(seconds, "initialize"):
             singles = {layer.target.name: _row(weights, matrices, layer) for layer in made}
             made = fused_layers(plan, made)

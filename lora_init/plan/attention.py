@@ -37,14 +37,18 @@ def attention_targets(model: nn.Module, configs: Iterable[LoraConfig]) -> list[s
 
 
 @contextmanager
-def split_on_success(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Split attention modules; an error inside joins them again."""
+def split_on_success(
+    model: nn.Module, names: Iterable[str], *, join_after: bool = False
+) -> Iterator[None]:
+    """Split attention modules; an error inside joins them again, and so does `join_after`."""
     split(model, names)
     try:
         yield
     except BaseException:
         join(model)
         raise
+    if join_after:
+        join(model)
 
 
 def attention_of(model: nn.Module, name: str) -> str | None:

@@ -69,10 +69,15 @@ def left_out(model: nn.Module, config: LoraConfig, selection: Selection) -> list
 
 def described(found: Iterable[LeftOut]) -> list[str]:
     """One line per reason, with layer numbers collapsed."""
-    by_reason: dict[str, list[str]] = {}
-    for each in found:
-        by_reason.setdefault(each.reason, []).append(each.name)
-    return [f"{', '.join(grouped(names))}: {reason}" for reason, names in by_reason.items()]
+    return by_reason((each.name, each.reason) for each in found)
+
+
+def by_reason(found: Iterable[tuple[str, str]]) -> list[str]:
+    """One line per reason for pairs of a name and a reason, with layer numbers collapsed."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found:
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(grouped(names))}: {reason}" for reason, names in reasons.items()]
 
 
 def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> Iterator[LeftOut]:

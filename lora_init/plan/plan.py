@@ -19,7 +19,7 @@ import torch
 
 from lora_init.config.lora_config import LoraConfig
 from lora_init.linalg.cores import largest_together
-from lora_init.moments import sums_bytes
+from lora_init.linalg.moments import sums_bytes
 from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.probe import Finding
+from lora_init.weights.format import Finding
 from lora_init.weights.read_only import ReadOnlyFormat
 
 

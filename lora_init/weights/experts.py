@@ -16,9 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.weights.float import FloatFormat
-from lora_init.weights.format import WEIGHT, class_names
+from lora_init.weights.format import WEIGHT, Finding, class_names
 from lora_init.weights.offload import HOOK_ATTRIBUTES, absence
-from lora_init.weights.probe import Finding
 
 FIRST = ("gate_up_proj", "up_proj")
 """The parameter that reads the hidden states, with and without a gate."""

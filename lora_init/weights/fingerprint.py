@@ -1,6 +1,6 @@
 """Fingerprints that distinguish base weights cheaply, from samples.
 
-`lora_init.weights.checksum` compares all bytes.
+`lora_init.injection.checksum` compares all bytes.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from lora_init.weights.format import WEIGHT, Held, Matrix, WeightFormat
+from lora_init.weights.format import WEIGHT, Finding, Held, Matrix, WeightFormat
 from lora_init.weights.offload import HOOK_ATTRIBUTES
-from lora_init.weights.probe import Finding, probe
+from lora_init.weights.probe import probe
 from lora_init.weights.sharded import is_sharded, whole, whole_shape
 
 # Probing runs the module and a format is looked up often, so cache one probe per module.

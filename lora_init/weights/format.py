@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from lora_init.entry_points import EntryPoints
 from lora_init.quantization.quantizer import Quantizer
-from lora_init.weights.probe import Finding
 
 WEIGHT = "weight"
 """The name of the matrix of a module that has only one."""
@@ -54,6 +53,19 @@ class Held:
     data: Tensor
     name: str = WEIGHT
     state: Any = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a probe of a module's forward.
+
+    Attributes:
+        reason: why the function is not the product; None if it is.
+        is_close: whether the function is the product up to a typical quantization error.
+    """
+
+    reason: str | None
+    is_close: bool
 
 
 class WeightFormat(ABC):

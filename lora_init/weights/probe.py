@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.linalg.precision import full_precision
+from lora_init.weights.format import Finding
 from lora_init.weights.patches import convolve
 
 if TYPE_CHECKING:
@@ -31,19 +31,6 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 LARGEST_QUANTIZATION_ERROR = 0.25
 """Tolerance relative to the output norm. 4-bit inputs cause 0.1, a different function 0.5."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of a probe.
-
-    Attributes:
-        reason: why the function is not the product; None if it is.
-        is_close: whether the function is the product up to a typical quantization error.
-    """
-
-    reason: str | None
-    is_close: bool
 
 
 def probe(module: nn.Module, stored: FloatFormat) -> Finding:

@@ -1,4 +1,4 @@
-"""Round trips, nesting ranks, and damage."""
+"""Round trips and damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from stores import LARGE, files, some_tensors
 
 from lora_init.cache import Cache, key
-from lora_init.cache import store as store_module
 
 
 def test_a_text_that_is_no_key_is_refused(store):
@@ -34,7 +33,6 @@ def test_round_trip(store, no_warnings, dtype):
     store.put(name, tensors, metadata)
     entry = Cache(store.folder, LARGE).get(name)
     assert entry.metadata == metadata
-    assert entry.rank is None
     assert entry.tensors.keys() == tensors.keys()
     for label, tensor in tensors.items():
         assert entry.tensors[label].dtype == dtype
@@ -57,34 +55,6 @@ def test_metadata_outside_json_is_refused_and_nothing_is_written(store):
     with pytest.raises(TypeError, match="not JSON serializable"):
         store.put(key("svd", 1), {}, {"weight": object()})
     assert not store.folder.exists()
-
-
-def test_one_decomposition_serves_every_smaller_rank(store, no_warnings):
-    name = key("svd", 1)
-    for rank, kept in ((8, 8), (4, 8), (16, 16), (16, 16), (2, 16)):
-        store.put(name, {"S": torch.arange(rank)}, {}, rank=rank)
-        assert [path.name for path in files(store)] == [f"{name}-{kept}.safetensors"]
-    for asked in (None, 1, 8, 16):
-        entry = store.get(name, rank=asked)
-        assert entry.rank == 16
-        assert len(entry.tensors["S"]) == 16
-    assert store.get(name, rank=17) is None
-    assert store.get(key("svd", 2), rank=1) is None
-
-
-def test_a_larger_rank_written_meanwhile_stays(store, monkeypatch):
-    name = key("svd", 1)
-    write = store_module._write
-
-    def overtaken(path, data, durable):
-        monkeypatch.setattr(store_module, "_write", write)
-        store.put(name, {"S": torch.arange(16)}, {}, rank=16)
-        write(path, data, durable)
-
-    monkeypatch.setattr(store_module, "_write", overtaken)
-    store.put(name, {"S": torch.arange(8)}, {}, rank=8)
-    assert store.get(name, rank=8).rank == 8
-    assert store.get(name, rank=9).rank == 16
 
 
 # Damage.
@@ -133,33 +103,31 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_is_a_miss_and_is_removed(store, damage):
     name = key("svd", 1)
-    store.put(name, some_tensors(), {"a": 1}, rank=4)
+    store.put(name, some_tensors(), {"a": 1})
     (path,) = files(store)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.warns(UserWarning, match="a damaged file in the cache"):
-        assert store.get(name, rank=2) is None
+        assert store.get(name) is None
     assert files(store) == []
-    store.put(name, some_tensors(), {"a": 1}, rank=4)
+    store.put(name, some_tensors(), {"a": 1})
     assert torch.equal(store.get(name).tensors["U"], some_tensors()["U"])
 
 
-@pytest.mark.parametrize("moved", ["key", "rank"])
-def test_another_entrys_file_is_a_miss(store, moved):
+def test_another_entrys_file_is_a_miss(store):
     mine, theirs = key("svd", 1, "mine"), key("svd", 1, "theirs")
-    store.put(theirs, some_tensors(), {}, rank=4)
+    store.put(theirs, some_tensors(), {})
     (path,) = files(store)
-    asked = mine if moved == "key" else theirs
-    target = store._path(asked, 4 if moved == "key" else 8)
+    target = store._path(mine)
     target.parent.mkdir(exist_ok=True)
     path.rename(target)
     with pytest.warns(UserWarning, match="damaged"):
-        assert store.get(asked, rank=4) is None
+        assert store.get(mine) is None
 
 
 def test_every_single_damaged_byte_is_found(store):
     """Never another exception, never a wrong value, wherever the damage is."""
     name = key("svd", 1)
-    store.put(name, {"S": torch.tensor([1.0, 2.0])}, {"a": 1}, rank=2)
+    store.put(name, {"S": torch.tensor([1.0, 2.0])}, {"a": 1})
     (path,) = files(store)
     intact = path.read_bytes()
     draw = random.Random(0)
@@ -168,7 +136,7 @@ def test_every_single_damaged_byte_is_found(store):
         for at in range(len(intact)):
             for byte in {intact[at] ^ 1, intact[at] ^ 128, draw.randrange(256)} - {intact[at]}:
                 path.write_bytes(intact[:at] + bytes([byte]) + intact[at + 1 :])
-                entry = store.get(name, rank=2)
+                entry = store.get(name)
                 # White space between the header and the tensors says nothing.
                 assert entry is None or intact[at : at + 1] == b" "
                 assert entry is None or entry.tensors["S"].tolist() == [1.0, 2.0]
@@ -184,11 +152,3 @@ def test_damage_is_said_once(store):
             warnings.simplefilter("always")
             assert store.get(name) is None
         assert len(caught) == (index == 0)
-
-
-def test_a_smaller_rank_serves_where_the_larger_one_is_damaged(store):
-    name = key("svd", 1)
-    store.put(name, {"S": torch.arange(8)}, {}, rank=8)
-    store._path(name, 4).write_bytes(b"")
-    with pytest.warns(UserWarning, match="damaged"):
-        assert store.get(name, rank=4).rank == 8

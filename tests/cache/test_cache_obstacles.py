@@ -65,14 +65,14 @@ def at_most(seconds: int):
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 def test_an_obstacle_is_a_miss_and_is_replaced_or_passed_over(store, obstacle):
     name = key("svd", 1)
-    path = store._path(name, 4)
+    path = store._path(name)
     path.parent.mkdir(parents=True)
     OBSTACLES[obstacle](path)
     with at_most(2), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert store.get(name, rank=2) is None
-        store.put(name, some_tensors(), {}, rank=4)
-        entry = store.get(name, rank=2)
+        assert store.get(name) is None
+        store.put(name, some_tensors(), {})
+        entry = store.get(name)
     if obstacle == "folder with a file":
         assert entry is None
         assert (path / "notes.txt").read_text() == "keep"
@@ -122,7 +122,7 @@ def test_an_obstacle_in_a_folders_place_is_said_once(tmp_path, place, obstacle):
 
 def test_a_folder_that_stays_is_named(store):
     name = key("svd", 1)
-    path = store._path(name, 0)
+    path = store._path(name)
     path.mkdir(parents=True)
     (path / "notes.txt").write_text("keep")
     with pytest.warns(UserWarning, match="is not a file of the cache and cannot be removed"):

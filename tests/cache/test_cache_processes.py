@@ -18,9 +18,8 @@ from lora_init.cache import store as store_module
 from lora_init.cache.store import ABANDONED_SECONDS
 
 
-def value_of(index: int, rank: int, length: int = 400) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(index)
-    return torch.randn(16, length, generator=generator)[:rank].clone()
+def value_of(index: int, length: int = 400) -> torch.Tensor:
+    return torch.randn(16, length, generator=torch.Generator().manual_seed(index))
 
 
 def use_at_random(folder: Path, limit: int, seed: int, rounds: int, length: int = 400) -> None:
@@ -28,15 +27,14 @@ def use_at_random(folder: Path, limit: int, seed: int, rounds: int, length: int 
     warnings.simplefilter("error")
     store, draw = Cache(folder, limit), random.Random(seed)
     for _ in range(rounds):
-        index, rank = draw.randrange(12), draw.choice((1, 2, 4, 8, 16))
+        index = draw.randrange(12)
         name = key("hammer", 1, index)
-        entry = store.get(name, rank=rank)
+        entry = store.get(name)
         if entry is None:
-            store.put(name, {"V": value_of(index, rank, length)}, {"index": index}, rank=rank)
+            store.put(name, {"V": value_of(index, length)}, {"index": index})
         else:
-            assert entry.rank >= rank
             assert entry.metadata == {"index": index}
-            assert torch.equal(entry.tensors["V"], value_of(index, entry.rank, length))
+            assert torch.equal(entry.tensors["V"], value_of(index, length))
 
 
 def clear_repeatedly(folder: Path, limit: int) -> None:
@@ -48,7 +46,7 @@ def clear_repeatedly(folder: Path, limit: int) -> None:
 
 @posix_only
 def test_many_processes_use_one_small_cache(tmp_path):
-    store = Cache(tmp_path / "cache", 100_000)  # all twelve at rank 16 would be 310,000
+    store = Cache(tmp_path / "cache", 100_000)  # all twelve would be 310,000
     place = store.folder, store.limit
     processes = [started(use_at_random, *place, seed, 120) for seed in range(5)]
     processes.append(started(clear_repeatedly, *place))
@@ -109,9 +107,3 @@ def test_which_temporary_files_are_swept(store, sweep):
         expected[path] = stays
     sweep(Cache(store.folder, LARGE))
     assert {path: path.exists() for path in expected} == expected
-
-
-def test_an_entry_evicted_while_it_is_looked_up_is_a_miss(store, monkeypatch, no_warnings):
-    name = key("svd", 1)
-    monkeypatch.setattr(store, "_ranks", lambda key: [4])
-    assert store.get(name, rank=4) is None

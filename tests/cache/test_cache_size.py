@@ -25,11 +25,11 @@ def test_the_least_recently_used_go_first(tmp_path, no_warnings):
     names = [key("svd", 1, index) for index in range(11)]
     for index, name in enumerate(names[:10]):
         store.put(name, {"U": torch.zeros(1000)}, {})
-        os.utime(store._path(name, 0), (index, index))
+        os.utime(store._path(name), (index, index))
     assert store.usage() == Usage(10, 10 * size)
     assert store.get(names[0]) is not None  # used: now the last to go
     store.put(names[10], {"U": torch.zeros(1000)}, {})
-    gone = {index for index, name in enumerate(names) if not store._path(name, 0).exists()}
+    gone = {index for index, name in enumerate(names) if not store._path(name).exists()}
     assert gone == {1, 2}  # down to nine tenths of the limit
     assert store.usage() == Usage(9, 9 * size)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.calibration import collect
-from lora_init.moments import sums_bytes
+from lora_init.linalg.moments import sums_bytes
 
 pytestmark = pytest.mark.sampled(3)
 

@@ -14,7 +14,7 @@ from torch import distributed, nn
 
 from lora_init import LoraConfig, calibrate, get_peft_model
 from lora_init.calibration.collect import collect
-from lora_init.moments import sums_bytes
+from lora_init.linalg.moments import sums_bytes
 from lora_init.registry import CalibrationRequest
 
 pytestmark = pytest.mark.sampled(3)

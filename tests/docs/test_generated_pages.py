@@ -12,7 +12,7 @@ import torch
 
 import lora_init
 from lora_init import list_initializers
-from lora_init.support import support_table
+from lora_init.cli.support import support_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

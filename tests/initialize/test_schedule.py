@@ -13,12 +13,12 @@ from products import thinned
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.api import device_for
 from lora_init.initialize import jobs
 from lora_init.layer import stacked
 from lora_init.linalg import bottom_singular, leading_qr, top_eigen, top_singular
 from lora_init.linalg import cores as concurrency
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
+from lora_init.linalg.precision import device_for
 from lora_init.plan.make import make_plan
 
 CPU = torch.device("cpu")

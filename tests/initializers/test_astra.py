@@ -10,7 +10,7 @@ from lora_init.factors import Replacement
 from lora_init.initializers.astra import astra
 from lora_init.initializers.corda import CordaOptions, corda
 from lora_init.initializers.qera import QeraOptions, qera
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 from lora_init.registry import Options
 
 RANK = 6

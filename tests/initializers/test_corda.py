@@ -9,7 +9,7 @@ from networks import Chain, chain_inputs
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.corda import CordaOptions, corda
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 SHAPES = [(48, 48), (80, 32), (32, 80)]
 RANK = 6

@@ -17,7 +17,7 @@ from lora_init import LoraConfig, calibrate, get_peft_model, linalg
 from lora_init.initializers.eva import EvaOptions, eva
 from lora_init.layer import LayerRequest, LayerStatistics
 from lora_init.linalg import cores
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 

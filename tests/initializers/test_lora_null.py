@@ -8,7 +8,7 @@ from models import llama, spread_weight, token_batches
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.lora_null import LoraNullOptions, lora_null
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 SHAPES = [(48, 48), (80, 32), (32, 80)]
 RANK = 6

@@ -8,7 +8,7 @@ from models import llama, token_batches
 
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.osrm import OsrmOptions, osrm
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 RANK = 6
 

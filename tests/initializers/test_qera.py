@@ -16,7 +16,7 @@ from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.loftq import LoftqOptions, loftq
 from lora_init.initializers.qera import QeraOptions, qera
 from lora_init.initializers.qpissa import QpissaOptions, qpissa
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 from lora_init.quantization import Quantizer
 from lora_init.weights.kinds import oriented_weight
 

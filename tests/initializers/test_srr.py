@@ -9,7 +9,7 @@ from models import spread_weight
 from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.qera import QeraOptions, qera
 from lora_init.initializers.srr import SrrOptions, srr
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 from lora_init.quantization import Quantizer
 
 RANK = 6

@@ -26,7 +26,7 @@ from lora_init.calibration.result import Calibration
 from lora_init.layer import LayerStatistics
 from lora_init.linalg import dense
 from lora_init.linalg.mixed_products import mixed_support
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 ROWS, COLUMNS, RANK = 320, 288, 4

@@ -1,7 +1,7 @@
 """Layers for tests that call a method's function directly."""
 
 from lora_init.layer import Layer
-from lora_init.moments import InputSets, InputStatistics
+from lora_init.linalg.moments import InputSets, InputStatistics
 
 
 def layer_of(weight, rank, scaling=2.0, *, name="layer", **parts):

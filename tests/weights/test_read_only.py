@@ -11,7 +11,7 @@ from quantized_layers import LAYERS, quantized_layer
 from torch import nn
 
 from lora_init import LoraConfig, calibrate, get_peft_model
-from lora_init.support import support
+from lora_init.cli.support import support
 from lora_init.weights.kinds import FORMATS, class_format, module_type
 
 pytestmark = pytest.mark.sampled(3)

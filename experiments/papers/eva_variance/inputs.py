@@ -15,7 +15,7 @@ from lora_init import init_factors
 from lora_init.calibration.collect import collect
 from lora_init.initializers.eva import EvaOptions
 from lora_init.layer import LayerRequest, LayerStatistics
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.kinds import oriented_weight

@@ -16,7 +16,7 @@ from lora_init import init_factors
 from lora_init.calibration.memory import statistics_of
 from lora_init.calibration.sums import Moments, joined
 from lora_init.initializers.eva import EvaOptions
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 INDEPENDENT = 1e-6
 

@@ -28,7 +28,7 @@ from lora_init import Calibration, LoraConfig, LoraModel, get_peft_model, init_f
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.qera import output_error
 from lora_init.layer import LayerStatistics, layer_generator
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 from ...errors import ConfigurationError
 from ..subject import Layer, Subject

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments.location import CONFIGURATIONS
+from experiments.config.location import CONFIGURATIONS
 from experiments.papers.application import register_schema, resolve
 from experiments.papers.catalogue import load_reproduction
 from experiments.papers.reproduction import Findings, Measurement, Options

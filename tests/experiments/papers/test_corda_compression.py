@@ -23,7 +23,7 @@ from experiments.papers.corda_compression.projections import (
 from experiments.papers.language import block_losses
 from lora_init import init_factors
 from lora_init.initializers.corda import CordaOptions
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 SHAPES = [(12, 12), (20, 9), (9, 20)]
 

@@ -31,7 +31,7 @@ from experiments.papers.eva_variance.variance import (
 from experiments.papers.starts import configuration
 from experiments.papers.tasks import load_with_task, task_batches
 from lora_init import get_peft_model
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

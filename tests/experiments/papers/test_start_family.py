@@ -10,7 +10,7 @@ from experiments.papers import start_family as page
 from experiments.papers.claim import Verdict
 from experiments.papers.start_family_rows import basis, output_errors, overlap, pairs, positive
 from lora_init import Factors, init_factors
-from lora_init.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

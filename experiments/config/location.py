@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PACKAGE = __name__.rpartition(".")[0]
-FOLDER = Path(__file__).resolve().parent
+PACKAGE = __name__.rsplit(".", 2)[0]
+FOLDER = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = next(
     place for place in (FOLDER / "conf", FOLDER.parent / "conf") if (place / "train.yaml").is_file()
 )

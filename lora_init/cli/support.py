@@ -1,6 +1,6 @@
 """The table of supported combinations of methods, module types and base dtypes.
 
-`python -m lora_init.support` prints it. A cell names the effect on the base weight:
+`python -m lora_init.cli.support` prints it. A cell names the effect on the base weight:
 
 - ``kept``: it does not change.
 - ``edited``: s B0 A0 is subtracted from it, and restored within 1e-6 of its largest entry.

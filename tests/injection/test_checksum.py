@@ -24,8 +24,8 @@ from lora_init import (
 from lora_init.cache import hash
 from lora_init.cache.hash import block_sums
 from lora_init.factors import Replacement
+from lora_init.injection.checksum import base_checksum, checksum
 from lora_init.quantization import Quantizer
-from lora_init.weights.checksum import base_checksum, checksum
 
 SETTINGS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 UNIFORM = {"name": "loftq", "quantizer": "uniform"}
