@@ -55,8 +55,6 @@ pytestmark = [
     pytest.mark.sampled(4),
     pytest.mark.filterwarnings("ignore:merged into .* quantized weights"),
     pytest.mark.filterwarnings("ignore:.*shared its weight with another module"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
 ]
 
 PLACEMENTS = {"model": (CUDA, None), "decompositions": (CPU, CUDA)}

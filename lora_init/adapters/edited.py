@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lora_init.adapters.tensors import Contents
 from lora_init.config.lora_config import LoraConfig
 from lora_init.plan.match import PatternValues, name_matches, select
 from lora_init.plan.plan import Plan
+from lora_init.plan.tables import listed
 
 KEPT_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq", "mica")
 """Values of init_lora_weights for which PEFT does not change the base weights."""
@@ -129,9 +130,3 @@ def _contradiction(name: str, found: Any, wanted: Any) -> ValueError:
         f"{name}={found!r} in adapter_config.json contradicts the adapter, which was saved with "
         f"{wanted!r}. Restore this value."
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first three names, and the number of the others."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more

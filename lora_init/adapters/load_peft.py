@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.edited import KEPT_STARTS, listed
+from lora_init.adapters.edited import KEPT_STARTS
 from lora_init.adapters.embeddings import take_rows
 from lora_init.adapters.format import PREFIX, peft_computes
 from lora_init.adapters.loaded import LoadedAdapter
@@ -36,6 +36,7 @@ from lora_init.layer import Layer
 from lora_init.linalg.matrix import widened
 from lora_init.plan.match import select
 from lora_init.plan.plan import Plan, Target
+from lora_init.plan.tables import listed
 from lora_init.weights.kinds import FORMATS, known_format, module_type
 from lora_init.weights.source import BaseWeights
 

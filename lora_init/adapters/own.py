@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_init.adapters.core_file import Cores, checked_core
-from lora_init.adapters.edited import followed, listed
+from lora_init.adapters.edited import followed
 from lora_init.adapters.embeddings import check_vocabulary, take_rows
 from lora_init.adapters.format import halved_rank
 from lora_init.adapters.header import check_header
@@ -19,6 +19,7 @@ from lora_init.adapters.tensors import Contents
 from lora_init.config.lora_config import LoraConfig
 from lora_init.factors import Replacement, block_matrix
 from lora_init.plan.plan import Plan, Target
+from lora_init.plan.tables import listed
 from lora_init.quantization import Quantizer
 from lora_init.weights.fingerprint import has_fingerprint
 from lora_init.weights.kinds import known_format

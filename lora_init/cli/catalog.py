@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_init import Initializer, list_initializers
 from lora_init.cli.output import emit
+from lora_init.plan.tables import render
 from lora_init.registry import get_initializer
-from lora_init.tables import render
 
 
 def list_methods(arguments: Namespace) -> None:

@@ -17,8 +17,8 @@ from lora_init.adapters.portable import portable_config, portable_factors
 from lora_init.cli.inspection import loader_obstacle
 from lora_init.cli.output import check_folder, emit
 from lora_init.config.file import method_of
+from lora_init.plan.tables import render
 from lora_init.progress import tracked
-from lora_init.tables import render
 
 CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
 """Starts of PEFT whose unconverted files belong to a base that PEFT changed."""

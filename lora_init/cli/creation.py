@@ -25,8 +25,8 @@ from lora_init.cli.text_data import batches
 from lora_init.config.file import CONFIG_NAME
 from lora_init.files import write_atomically
 from lora_init.linalg.precision import device_for
+from lora_init.plan.tables import render
 from lora_init.registry import Initializer, resolve
-from lora_init.tables import render
 
 SINGLE = "data"
 RECORD = "lora_init_make.json"

@@ -11,8 +11,8 @@ import torch
 from lora_init.adapters.file_layers import AdapterFile, FileLayer, read_layers
 from lora_init.cli.checkpoints import checkpoint_folder
 from lora_init.cli.output import emit
+from lora_init.plan.tables import render
 from lora_init.progress import tracked
-from lora_init.tables import render
 from lora_init.weights.checkpoint import OriginalWeights
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -22,7 +22,6 @@ from lora_init.registry import (
     Initializer,
     build_options,
     describe,
-    get_initializer,
     method_name,
     resolve,
 )
@@ -378,11 +377,6 @@ def _written() -> list[str]:
     """The names of the fields that a file holds."""
     names = [field.name for field in dataclasses.fields(LoraConfig)]
     return [name for name in names if name not in NEVER_WRITTEN]
-
-
-def options_class(name: str) -> type:
-    """The options dataclass of a registered method, such as "eva"."""
-    return get_initializer(name).options
 
 
 def check_rank(setting: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision, wide
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.plan import Target
-from lora_init.tables import render
+from lora_init.plan.tables import render
 from lora_init.weights.kinds import known_format
 from lora_init.weights.sharded import whole
 

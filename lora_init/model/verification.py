@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_init.calibration.batches import forward, home, moved
 from lora_init.linalg.precision import wide
+from lora_init.plan.tables import listed
 
 FLOAT32_TOLERANCE = 1e-4
 """Largest accepted difference of an output, relative to its largest entry. It lies between the
@@ -94,7 +95,6 @@ def verify_adapted(
     *,
     expected: Any = None,
     disabled: Callable[[], AbstractContextManager] | None = None,
-    tolerance: float | None = None,
 ) -> Uses:
     """Run one batch and raise if the model ignores an adapter.
 
@@ -110,14 +110,13 @@ def verify_adapted(
             output. If given, the output is compared with it.
         disabled: returns a context in which the adapter is disabled. If given, that output is also
             compared with `expected`.
-        tolerance: the largest accepted difference, relative to the largest entry. The default is
-            1e-4, or four times the epsilon of the output's dtype if that is larger.
 
     Returns:
         The layers that the batch used.
 
     Raises:
-        ValueError: the model called the original module of a layer, or the outputs differ.
+        ValueError: the model called the original module of a layer, or the outputs differ by more
+            than 1e-4 of the largest entry, or four times the epsilon of the output's dtype.
     """
     batch = moved(batch, home(model))
     with _undisturbed(model):
@@ -126,10 +125,10 @@ def verify_adapted(
         if uses.bypassed:
             raise ValueError(bypassed_message([name for name in layers if name in uses.bypassed]))
         if expected is not None:
-            _compare(_tensors(output), _tensors(expected), tolerance)
+            _compare(_tensors(output), _tensors(expected))
         if expected is not None and disabled is not None:
             with disabled():
-                _compare(_tensors(forward(model, batch)), _tensors(expected), tolerance)
+                _compare(_tensors(forward(model, batch)), _tensors(expected))
     unused = [name for name in layers if name not in uses.used]
     if unused:
         warnings.warn(unused_message(unused, len(layers)), stacklevel=3)
@@ -159,9 +158,9 @@ def has_compiled_part(model: nn.Module) -> bool:
 def bypassed_message(names: list[str]) -> str:
     """The error for layers whose original module was called."""
     return (
-        f"verify: the model calls the original module of {listed(names)} and ignores its adapter. "
-        "It has another reference to the module, for example in a list or a closure. Add the "
-        "module to exclude_modules, or change the model to call its attribute."
+        f"verify: the model calls the original module of {listed(names, 6)} and ignores its "
+        "adapter. It has another reference to the module, for example in a list or a closure. Add "
+        "the module to exclude_modules, or change the model to call its attribute."
     )
 
 
@@ -169,7 +168,7 @@ def unused_message(names: list[str], count: int) -> str:
     """The warning for layers that a forward pass did not use."""
     return (
         f"{len(names)} of {count} adapted layers were not used in the forward pass: "
-        f"{listed(names)}. Either this input does not need them (such as an expert without "
+        f"{listed(names, 6)}. Either this input does not need them (such as an expert without "
         "tokens), or the model has another reference to the original module and ignores the "
         "adapter. Check with get_peft_model(..., verify=<batch>). If the adapter is ignored, add "
         "the layers to exclude_modules."
@@ -179,16 +178,10 @@ def unused_message(names: list[str], count: int) -> str:
 def read_message(names: list[str]) -> str:
     """The warning for layers whose weight is read without a call."""
     return (
-        f"the model reads the weight of {listed(names)} instead of calling the layer. PEFT and "
+        f"the model reads the weight of {listed(names, 6)} instead of calling the layer. PEFT and "
         "other loaders ignore an adapter there, so their outputs differ. Load the file with "
         "LoraModel.from_pretrained, or save the merged model."
     )
-
-
-def listed(names: list[str], limit: int = 6) -> str:
-    """The first names, and the number of the others."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
 
 
 @contextmanager
@@ -205,13 +198,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _compare(found: list[Tensor], wanted: list[Tensor], tolerance: float | None) -> None:
+def _compare(found: list[Tensor], wanted: list[Tensor]) -> None:
     for one, other in zip(found, wanted, strict=False):
         if one.shape != other.shape or not one.numel():
             continue
-        accepted = tolerance
-        if accepted is None:
-            accepted = max(FLOAT32_TOLERANCE, 4 * torch.finfo(other.dtype).eps)
+        accepted = max(FLOAT32_TOLERANCE, 4 * torch.finfo(other.dtype).eps)
         one, other = wide(one), wide(other)
         differing = ~((one == other) | (one.isnan() & other.isnan()))  # masked logits are -inf
         size = float(other[other.isfinite()].abs().amax()) if other.isfinite().any() else 0.0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.match import Selection, excluder, list_matcher, looks_linear, output_names
 from lora_init.plan.new_weights import are_known, new_modules
-from lora_init.tables import grouped
+from lora_init.plan.tables import grouped
 from lora_init.weights.kinds import is_linear
 
 # Name parts of tensors that multiply activations. Position tables, biases, scales and learned

@@ -22,6 +22,7 @@ from lora_init.plan.architectures import DEFAULT_TARGETS
 from lora_init.plan.expert_names import meant, refuse_single_expert
 from lora_init.plan.parameters import fused_parameters, select_parameters
 from lora_init.plan.patterns import Expression
+from lora_init.plan.tables import listed
 from lora_init.weights.kinds import is_linear
 
 
@@ -341,7 +342,5 @@ def looks_linear(module: nn.Module) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def _some(names: Iterable[str], limit: int = 12) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more
+def _some(names: Iterable[str]) -> str:
+    return listed(sorted(names), 12)

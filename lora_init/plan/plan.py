@@ -24,6 +24,7 @@ from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
 from lora_init.plan.match import portable_targets
 from lora_init.plan.parameters import shortest_parameters
+from lora_init.plan.tables import render
 from lora_init.registry import (
     OVERSAMPLING,
     POWERS,
@@ -31,7 +32,6 @@ from lora_init.registry import (
     Initializer,
     sums_dtype,
 )
-from lora_init.tables import render
 from lora_init.weights.format import WEIGHT
 
 

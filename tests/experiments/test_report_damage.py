@@ -18,7 +18,6 @@ from experiments.report.__main__ import make
 
 NAN, INFINITE = float("nan"), float("inf")
 ODD = [None, "x", "", [], [1], {}, {"a": 1}, True, -1, 1e308, 10**400, NAN, INFINITE, "1.5", 2**70]
-GONE = object()
 PATHS = {
     "result.json": [
         *(("run_id", "method", "seed", "metric", "score", "validation_score", "status", "model",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, product
 from measures import relative_gap
 from models import spread_weight
 
@@ -28,10 +28,6 @@ def inputs(columns, tokens=400):
 
 def factors_of(weight, x, scaling=2.0, rank=RANK):
     return astra(layer_of(weight, rank, scaling, inputs=InputStatistics.of_rows(x)), Options())
-
-
-def product(factors, scaling=2.0):
-    return scaling * factors.lora_B.double() @ factors.lora_A.double()
 
 
 def lost(weight, x, part):

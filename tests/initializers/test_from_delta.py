@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, product
 from measures import assert_gap, assert_unchanged, relative_gap, snapshot, train
 from models import spread_weight
 from networks import SHAPES, Chain, chain_inputs
@@ -24,10 +24,6 @@ TARGETS = list(SHAPES)
 def factors_of(weight, other, rank=RANK, scaling=2.0, **options):
     layer = layer_of(weight, rank, scaling, target_weight=other)
     return from_delta(layer, FromDeltaOptions(**options))
-
-
-def product(factors, scaling=2.0):
-    return scaling * factors.lora_B.double() @ factors.lora_A.double()
 
 
 def best(matrix, rank=RANK):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, settings_of_scalings
 from measures import EPSILON, assert_gap, relative_gap
 from networks import Chain, chain_inputs
 
@@ -14,13 +14,7 @@ from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 TEXT = pytest.param("1", marks=pytest.mark.wrong_types)
-SCALINGS = {  # alpha, use_rslora
-    1 / 16: (RANK / 16, False),
-    1.0: (RANK, False),
-    2.0: (2 * RANK, False),
-    16.0: (16 * RANK, False),
-    4.0: (8, True),
-}
+SCALINGS = settings_of_scalings(RANK)
 METHODS = ["init_ab", "init_ab_subtracted"]
 every_method = pytest.mark.parametrize("method", METHODS)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, product
 from measures import relative_gap
 from models import llama, spread_weight, token_batches
 
@@ -25,10 +25,6 @@ def inputs(columns, tokens=2000):
 def factors_of(weight, x, scaling=2.0, rank=RANK):
     layer = layer_of(weight, rank, scaling, inputs=InputStatistics.of_rows(x))
     return lora_null(layer, LoraNullOptions())
-
-
-def product(factors, scaling=2.0):
-    return scaling * factors.lora_B.double() @ factors.lora_A.double()
 
 
 @pytest.mark.parametrize("scaling", [1 / 16, 2.0, 16.0])

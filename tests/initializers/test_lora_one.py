@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, product, settings_of_scalings
 from losses import mean_gradients, mean_square
 from measures import relative_gap
 from networks import Chain, chain_inputs
@@ -17,22 +17,12 @@ RANK = 4
 GAMMA = 128.0
 TEXT = pytest.param("128", marks=pytest.mark.wrong_types)
 SHAPES = [(40, 40), (56, 24), (24, 56)]
-SCALINGS = {  # alpha, use_rslora
-    1 / 16: (RANK / 16, False),
-    1.0: (RANK, False),
-    2.0: (2 * RANK, False),
-    16.0: (16 * RANK, False),
-    8.0: (16, True),
-}
+SCALINGS = settings_of_scalings(RANK)
 
 
 def factors_of(gradient, rank=RANK, scaling=2.0, seed=0, **options):
     layer = layer_of(gradient, rank, scaling, seed=seed, gradient=gradient)
     return lora_one(layer, LoraOneOptions(**options))
-
-
-def product(factors, scaling=2.0):
-    return scaling * factors.lora_B.double() @ factors.lora_A.double()
 
 
 def step(gradient, scaling=2.0, rank=RANK, gamma=GAMMA):
@@ -82,13 +72,6 @@ def test_factors_are_balanced(rows, columns, gamma):
 def test_the_size_of_the_gradient_does_not_matter():
     small, large = factors_of(steep(24, 56, size=1e-9)), factors_of(steep(24, 56, size=1e3))
     assert relative_gap(product(small), product(large)) < 1e-5
-
-
-def test_same_factors_twice():
-    gradient = steep(400, 320)
-    first, second = factors_of(gradient), factors_of(gradient.clone())
-    assert torch.equal(first.lora_A, second.lora_A)
-    assert torch.equal(first.lora_B, second.lora_B)
 
 
 def test_a_gradient_of_lower_rank():
@@ -154,9 +137,3 @@ def test_the_start_is_a_step_down():
 def test_bad_gamma_is_refused(gamma):
     with pytest.raises(ValueError, match=r"lora_one: gamma=.*must be a finite number > 0"):
         LoraConfig(init_lora_weights={"name": "lora_one", "gamma": gamma})
-
-
-def test_data_without_labels_are_refused():
-    config = LoraConfig(r=RANK, target_modules=["tall"], init_lora_weights="lora_one")
-    with pytest.raises(ValueError, match="needs calibration data: .*, each with labels"):
-        get_peft_model(Chain(), config)

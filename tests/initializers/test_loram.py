@@ -7,7 +7,7 @@ import numpy
 import pytest
 import scipy.fft
 import torch
-from layers import layer_of
+from layers import layer_of, settings_of_scalings
 from measures import EPSILON, assert_gap, relative_gap
 from models import spread_weight
 from networks import Chain, chain_inputs
@@ -18,13 +18,7 @@ from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 SHAPES = [(40, 40), (96, 24), (24, 96)]
-SCALINGS = {  # alpha, use_rslora
-    1 / 16: (RANK / 16, False),
-    1.0: (RANK, False),
-    2.0: (2 * RANK, False),
-    16.0: (16 * RANK, False),
-    4.0: (8, True),
-}
+SCALINGS = settings_of_scalings(RANK)
 
 
 def factors_of(weight, rank=RANK, scaling=2.0, seed=0):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, product, settings_of_scalings
 from measures import EPSILON, relative_gap
 from models import spread_weight
 from networks import Chain, chain_inputs
@@ -16,21 +16,11 @@ from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 SHAPES = [(40, 40), (96, 24), (24, 96)]
-SCALINGS = {  # alpha, use_rslora
-    1 / 16: (RANK / 16, False),
-    1.0: (RANK, False),
-    2.0: (2 * RANK, False),
-    16.0: (16 * RANK, False),
-    4.0: (8, True),
-}
+SCALINGS = settings_of_scalings(RANK)
 
 
 def factors_of(weight, rank=RANK, scaling=2.0, seed=0):
     return milora(layer_of(weight, rank, scaling, seed=seed), Options())
-
-
-def product(factors, scaling=2.0):
-    return scaling * factors.lora_B.double() @ factors.lora_A.double()
 
 
 def last_triplets(weight, rank=RANK):

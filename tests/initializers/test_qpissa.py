@@ -203,14 +203,6 @@ def test_zero_weight(bits):
     assert factors.metrics["error_without_adapter"] == 0.0
 
 
-def test_same_factors_twice():
-    weight = spread_weight(96, 40)
-    first, second = factors_of(weight), factors_of(weight.clone())
-    assert torch.equal(first.lora_A, second.lora_A)
-    assert torch.equal(first.lora_B, second.lora_B)
-    assert first.metrics == second.metrics
-
-
 @pytest.mark.parametrize("method", [qpissa, loftq])
 def test_a_quantised_base_brings_its_own_quantiser(method):
     weight, own = spread_weight(96, 40), Quantizer("nf4", 4, 128)
@@ -241,16 +233,6 @@ def test_layers_are_closer_to_the_base_than_plain_quantisation(kind, scaling):
         x = chain_inputs(200, weight.shape[1])
         plain = x @ (weight - nearest(weight.double(), 4).float()).T
         assert (layer(x) - module(x)).norm() < 0.7 * plain.norm()
-
-
-def test_the_original_is_kept_on_request():
-    base = Chain()
-    settings = {"name": "qpissa", "iterations": 1}
-    config = LoraConfig(r=4, target_modules=["square", "wide"], init_lora_weights=settings)
-    model = get_peft_model(copy.deepcopy(base), config, keep_original=True)
-    restored = model.unload()
-    for key, value in base.state_dict().items():
-        assert torch.equal(restored.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import layer_of
+from layers import layer_of, product
 from measures import relative_gap
 from models import spread_weight
 
@@ -37,10 +37,6 @@ def top(matrix, moment, count):
     """The leading eigenvectors of M R Mᵀ."""
     matrix = matrix.double()
     return torch.linalg.eigh(matrix @ moment @ matrix.T)[1].flip(1)[:, :count]
-
-
-def product(factors, scaling=2.0):
-    return scaling * factors.lora_B.double() @ factors.lora_A.double()
 
 
 def output_error(weight, factors, x, scaling=2.0):

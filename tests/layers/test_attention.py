@@ -13,8 +13,6 @@ from torch import nn
 
 from lora_init import LoraConfig, LoraModel, WithLoss, calibrate, get_peft_model, reinitialize
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-
 EXACT = EPSILON[torch.float32]
 
 

@@ -14,10 +14,7 @@ from lora_init import LoraConfig, get_peft_model, initialize_peft_model
 from lora_init.peft_models.layers import adapted_layers
 from lora_init.peft_models.start import records
 
-pytestmark = [
-    pytest.mark.sampled(3),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-]
+pytestmark = pytest.mark.sampled(3)
 
 KINDS = list(MODELS)
 EXACT = 4e-6

@@ -51,18 +51,7 @@ from lora_init.peft_models import apply
 from lora_init.peft_models.layers import adapted_layers
 from lora_init.weights.kinds import FORMATS, oriented_weight
 
-pytestmark = [
-    pytest.mark.sampled(4),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-    # PEFT's, about what it does with embeddings and transposed layers.
-    pytest.mark.filterwarnings("ignore:Could not identify embedding layer"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-    pytest.mark.filterwarnings("ignore:aLoRA is currently only supported"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
-]
+pytestmark = pytest.mark.sampled(4)
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = 4

@@ -24,11 +24,6 @@ from lora_init import (
 from lora_init.peft_models.layers import adapted_layers
 from lora_init.peft_models.start import records
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
-]
-
 TARGETS = ["q_proj", "down_proj"]
 EXACT = 4e-6  # in the logits of two layers, with PiSSA's ‖s B0 A0‖ of up to twice ‖W‖
 

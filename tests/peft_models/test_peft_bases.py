@@ -22,14 +22,7 @@ from lora_init import (
 from lora_init.peft_models.layers import adapted_layers
 from lora_init.weights.kinds import oriented_weight
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-    pytest.mark.filterwarnings("ignore:(Merge|Unmerge) lora module to"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
-    pytest.mark.filterwarnings("ignore:Could not identify embedding layer"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:(Merge|Unmerge) lora module to")
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASES = ["Linear", "bfloat16", "float16", "Linear4bit", "Linear8bitLt", "Conv1D", "Embedding"]

@@ -21,11 +21,7 @@ from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 
-pytestmark = [
-    pytest.mark.sampled(4),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-]
+pytestmark = pytest.mark.sampled(4)
 ARCHITECTURES = {
     "llama": (llama, ["q_proj", "v_proj", "down_proj"]),
     "gpt2": (gpt2, ["c_attn", "c_proj"]),
@@ -319,7 +315,6 @@ def test_ours_rebuilds_pefts_unconverted(architecture, method, use_dora, use_rsl
     assert_gap(logits(converted, token_batches()), expected, 1e-5 * ratio)
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_ours_rebuilds_pefts_unconverted_embedding_and_head(tmp_path):
     """PEFT starts an embedding as True does; the residual of the head is in its file."""
     base = llama()
@@ -336,8 +331,6 @@ def test_ours_rebuilds_pefts_unconverted_embedding_and_head(tmp_path):
         assert_gap(logits(loaded, token_batches()), logits(base, token_batches()), 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize(
     ("tied", "settings", "match"),
     [
@@ -520,7 +513,6 @@ def change_file(folder, change):
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_pefts_copies_of_the_base_must_be_the_bases(tmp_path):
     """A targeted embedding is saved with its weight; another vocabulary is another model."""
     base = llama()

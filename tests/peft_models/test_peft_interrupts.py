@@ -17,11 +17,7 @@ from products import every_value
 from lora_init import initialize_peft_model, load_peft_checkpoint, restore_peft_model
 from lora_init.peft_models.start import records
 
-pytestmark = [
-    pytest.mark.sampled(3),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-]
+pytestmark = pytest.mark.sampled(3)
 
 CASES = {
     "float32": Case(),

@@ -22,10 +22,7 @@ from lora_init import (
 )
 from lora_init.peft_models.layers import adapted_layers
 
-pytestmark = [
-    pytest.mark.sampled(3),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-]
+pytestmark = pytest.mark.sampled(3)
 
 TARGETS = ["square", "tall", "wide"]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -37,13 +37,7 @@ from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
 
 pytestmark = [
     pytest.mark.sampled(3),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.s. have invalid shape"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
 

@@ -10,7 +10,7 @@ from models import bert, llama
 from torch import nn
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
-from lora_init.tables import grouped
+from lora_init.plan.tables import grouped
 
 EXPERTS = {
     "mixtral": "mlp.gate.weight",

@@ -46,3 +46,14 @@ def parts_of(request, moments, gradient):
     half[len(half) // 2 :] = half[:, len(half) // 2 :] = 0
     other = InputStatistics(half, moments.mean, moments.tokens)
     return {"inputs": InputSets(dict(zip(request.sets, (moments, other), strict=True)))}
+
+
+def settings_of_scalings(rank):
+    """By scaling s: the settings (lora_alpha, use_rslora) that give it at this rank."""
+    plain = {scaling: (scaling * rank, False) for scaling in (1 / 16, 1.0, 2.0, 16.0)}
+    return plain | {4.0: (4 * rank**0.5, True)}
+
+
+def product(factors, scaling=2.0):
+    """s B A in float64."""
+    return scaling * factors.lora_B.double() @ factors.lora_A.double()

@@ -24,6 +24,12 @@ def render(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())
 
 
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
