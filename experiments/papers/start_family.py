@@ -296,7 +296,8 @@ def draw(measured: Measurement) -> list[Figure]:
             f"overlap_{file_name(str(model))}",
             f"{model}: how much the starts overlap",
             "Mean squared cosine of the principal angles, mean over layers. Lower left: the rows "
-            "of A. Upper right: the columns of B. Dark: the same space. Empty: a factor is zero.",
+            "of A. Upper right: the columns of B. Dark: the same space. Empty: a factor is zero, "
+            "or the diagonal.",
             heat_map(pairs),
             width=None,
         )
@@ -318,12 +319,14 @@ def heat_map(pairs: pd.DataFrame) -> alt.Chart:
         space=below.map({True: SIDES["A"], False: SIDES["B"]}),
     )[["one", "two", "overlap", "space"]].dropna()
     axis = alt.Axis(title=None, labelLimit=160, grid=False)
+    # A start without cells in one half would be missing on one axis only, and shift the diagonal.
+    whole = alt.Scale(domain=order)
     return (
         chart(cells)
         .mark_rect()
         .encode(
-            x=alt.X("two:N", sort=order, axis=axis),
-            y=alt.Y("one:N", sort=order, axis=axis),
+            x=alt.X("two:N", sort=order, scale=whole, axis=axis),
+            y=alt.Y("one:N", sort=order, scale=whole, axis=axis),
             color=alt.Color(
                 "overlap:Q",
                 scale=alt.Scale(scheme="blues", domain=[0, 1]),
