@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_sweeps import no_charts, write_run
+from synthetic_sweeps import long_sentences, no_charts, write_run
 
 from experiments.report import output, page
 from experiments.report.__main__ import make
+from experiments.report.caveats import caveats
 from experiments.report.fronts import fronts
 from experiments.report.headline import headline
 from experiments.report.judgement import NOT_RESOLVED, TIE, WORSE, corrected, judge
@@ -137,11 +138,27 @@ def test_the_headline_says_what_the_verdicts_say(tmp_path):
     assert second.startswith("Tied, within the margin: forgetting (m2, ±10 %) and memory of the")
     assert second.endswith(" (all 4, ±16 MiB).")
     assert third == (
-        "Not resolved: accuracy (all 4) and forgetting (m3); not measured: size of the update."
+        "Not resolved: accuracy (all 4) and forgetting (m3). Not measured: size of the update."
     )
     first, second, _ = headline(Matrix(judged(matrix, "score", [NOT_RESOLVED])), [], "accuracy")
     assert first == "No quantity of any method differs from kaiming’s beyond doubt."
     assert second == "Tied: nothing. No interval lies within its margin."
+
+
+@pytest.mark.usefixtures("without_charts")
+def test_generated_sentences_are_short(tmp_path):
+    """The texts about a sweep with every quantity, each resolved, tied and not resolved."""
+    write_runs(tmp_path)
+    report = make([tmp_path], tmp_path / "report")
+    arms = [WORSE, WORSE, TIE, NOT_RESOLVED]
+    judgements = [one for name in QUANTITY for one in judged(report.matrix, name, arms)]
+    every = Matrix(judgements)
+    texts = [
+        *headline(every, [replace(POWER, task="rotten_tomatoes")], "exact match"),
+        *headline(Matrix(judgements[:4], list(QUANTITY.values())[1:]), [], "accuracy"),
+        *caveats(report.rows, every, 2, 1000),
+    ]
+    assert long_sentences(texts) == []
 
 
 POWER = Power(
