@@ -133,7 +133,7 @@ def sentences(sweep: PublishedSweep, decisions: list[Decision]) -> tuple[str, st
             lower.setdefault(rate(arm, sweep), []).append(arm)
     groups = [f"{listing(map(quoted, arms))} {multiple}" for multiple, arms in lower.items()]
     second = (
-        "Search the learning rate again when you change the start. Times "
+        "Search the learning rate again when you change the start. As multiples of "
         f"`{BASELINE}`’s, the best rates were {'; '.join(groups)}."
     )
     forgets = [
