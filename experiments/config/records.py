@@ -24,6 +24,9 @@ class MeasuresConfig:
         intruder_layers: evenly spaced layers whose intruder dimensions are counted; null counts
             all, 0 none. Each needs a full singular value decomposition of its weight.
         intruder_directions: how many leading directions of the trained weight to look at.
+        first_step_layers: evenly spaced linear layers in which the first step is compared with the
+            gradient of the whole weight; null compares all, 0 none. It takes one forward and
+            backward pass, and memory for these layers' gradients.
         spectra_layers: evenly spaced layers whose singular values are recorded.
     """
 
@@ -31,12 +34,14 @@ class MeasuresConfig:
     forgetting_texts: int = 64
     intruder_layers: int | None = 8
     intruder_directions: int = 10
+    first_step_layers: int | None = 8
     spectra_layers: int = 4
 
     def __post_init__(self) -> None:
         for name in ("update_every", "forgetting_texts", "spectra_layers"):
             check_integer(f"measures.{name}", getattr(self, name), 0, fix="0 means none")
-        check_integer("measures.intruder_layers", self.intruder_layers, 0, null="all layers")
+        for name in ("intruder_layers", "first_step_layers"):
+            check_integer(f"measures.{name}", getattr(self, name), 0, null="all layers")
         fix = "measures.intruder_layers=0 turns this measure off"
         check_integer("measures.intruder_directions", self.intruder_directions, 1, fix=fix)
 

@@ -34,6 +34,7 @@ def describe_start(
     ]
     return {
         "output_gap": init["output_gap"],
+        "first_step_error": init.get("first_step_error"),  # older runs have none
         "norm_A": math.hypot(*(float(lora_A.double().norm()) for lora_A, _ in starts)),
         "norm_B": math.hypot(*(float(lora_B.double().norm()) for _, lora_B in starts)),
         "relative_norm": ratio(math.hypot(*products), math.hypot(*(norms[n] for n in layers))),

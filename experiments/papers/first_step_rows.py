@@ -1,22 +1,12 @@
 """The rows of LoRA-GA's first step: every method's step in every layer, on known and on new data.
 
-With G = dL/dW (m × n) and the factors B0 (m × r), A0 (r × n), one step of SGD at rate η changes
-
-    ΔB = -η s G A0ᵀ,   ΔA = -η s B0ᵀ G,   so that   s(ΔB A0 + B0 ΔA) = -η s² U,
-    U = G A0ᵀ A0 + B0 B0ᵀ G,
-
-up to η², where full fine-tuning goes along -G. Adam's first step takes the signs of both gradients,
-U = sign(G A0ᵀ) A0 + B0 sign(B0ᵀ G). The distance of U from G at the best length c of the step,
-
-    min_c ‖c U - G‖ / ‖G‖ = sqrt(1 - <U, G>² / (‖U‖² ‖G‖²)),
-
-is the sine of the angle between them: 0 follows G, 1 is perpendicular to it. U has rank 2r at most,
-so no start is closer than the best approximation of that rank (Eckart and Young),
+`experiments.measures.fidelity` has the step U of SGD and of Adam, and its relative error, the
+distance from the gradient G at the best length. U has rank 2r at most, so no start is closer than
+the best approximation of that rank (Eckart and Young),
 
     sqrt(sum over i > 2r of σ_i²) / ‖G‖,    σ the singular values of G.
 
-U is never formed: it is a product of an m × 2r and a 2r × n matrix. The gradients of one batch are
-in memory at a time.
+The gradients of one batch are in memory at a time.
 """
 
 from __future__ import annotations
@@ -34,6 +24,7 @@ from lora_init.progress import tracked
 from lora_init.registry import Initializer, resolve
 
 from ..console import say
+from ..measures.fidelity import Product, first_step, relative_error
 from .reproduction import Measurement, Options, require, require_at_least
 from .starts import (
     UNCENTRED,
@@ -57,9 +48,6 @@ from .tasks import (
 CALIBRATION, FRESH, TOGETHER = "calibration", "fresh", "fresh together"
 OWN_START = "lora_one’s start itself"
 SUBJECT = "lora_ga"
-
-Product = tuple[Float[Tensor, "out inner"], Float[Tensor, "inner in"]]
-"""Two matrices that stand for their product."""
 
 
 @dataclass
@@ -120,44 +108,6 @@ class FirstStepOptions(Options):
 
     def data(self, model: str) -> Data:
         return self.encoder if model == "minilm" else self.language
-
-
-# -- steps -----------------------------------------------------------------------------------------
-
-
-def first_step(
-    rule: str,
-    gradient: Float[Tensor, "out in"],
-    lora_A: Float[Tensor, "rank in"],
-    lora_B: Float[Tensor, "out rank"],
-    frozen: Sequence[str] = (),
-) -> Product:
-    """U of one step of "sgd" or "adam", in float64; a factor in `frozen` does not move."""
-    gradient, lora_A, lora_B = gradient.double(), lora_A.double(), lora_B.double()
-    move_B, move_A = gradient @ lora_A.T, lora_B.T @ gradient
-    if rule == "adam":
-        move_B, move_A = move_B.sign(), move_A.sign()
-    parts = {"lora_B": (move_B, lora_A), "lora_A": (lora_B, move_A)}
-    left, right = zip(*(part for name, part in parts.items() if name not in frozen), strict=True)
-    return torch.cat(left, dim=1), torch.cat(right)
-
-
-def relative_error(step: Product, wanted: Float[Tensor, "out in"]) -> float:
-    """min over c ≥ 0 of ‖c U - G‖ / ‖G‖; 1 if U is zero or points away from G.
-
-    Raises:
-        ValueError: the gradient is zero.
-    """
-    left, right = (factor.double() for factor in step)
-    wanted = wanted.double()
-    norm = float(torch.linalg.vector_norm(wanted)) ** 2
-    if norm == 0:
-        raise ValueError("a gradient of zero is not supported: no step follows it.")
-    square = float(((left.T @ left) * (right @ right.T)).sum())
-    product = float(((left.T @ wanted) * right).sum())
-    if square <= 0 or product <= 0:
-        return 1.0
-    return max(0.0, 1 - product**2 / (square * norm)) ** 0.5
 
 
 def rank_bounds(gradient: Float[Tensor, "out in"], ranks: Sequence[int]) -> list[float]:

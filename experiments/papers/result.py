@@ -33,7 +33,7 @@ from .text import cells, claims_markdown, numeric, table_markdown
 # Code that decides a measurement, with the library. The page and the command line do not.
 SOURCES = (
     *("data", "models", "tasks", "training", "config/training.py"),
-    *("benchmark/powerlaw.py", "measures/forgetting.py"),
+    *("benchmark/powerlaw.py", "measures/forgetting.py", "measures/fidelity.py"),
 )
 SHARED = (
     *("subject", "corpus", "tasks", "starts", "language", "fine_tuning", "classifier*"),

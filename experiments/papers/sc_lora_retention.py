@@ -145,7 +145,7 @@ def measure(options: RetentionOptions) -> Measurement:
         )
     facts = {
         "model": f"{classifier.subject.described}; the head is trained alone, then frozen",
-        "learnt": f"film reviews: {options.steps} steps of {options.batch_size} sentences",
+        "learned": f"film reviews: {options.steps} steps of {options.batch_size} sentences",
         "kept": f"{options.kept} film plots, cut at {options.length} tokens",
         "adapter": f"query and value, r = {options.rank}, s = 1",
         "same size": f"‖ΔW‖ = {options.size:g} ‖W‖, all adapted layers together",
@@ -252,7 +252,7 @@ def tabulate(measured: Measurement) -> list[Table]:
     return [
         Table(
             "retention",
-            "What is learnt and what changes, means over seeds",
+            "What is learned and what changes, means over seeds",
             frame.rename(columns=words),
             {"rate": "g", "loss": ".4f", "accuracy": ".1%"},
             "Change: 1 minus the mean cosine of the representations of film plots.",

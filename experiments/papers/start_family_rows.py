@@ -1,7 +1,8 @@
 """The rows of `start_family`: starts of the same layers, compared without any training.
 
 All starts get the statistics of one pass over the data, and the scaling 1. `VARIANTS` are methods
-with the settings under which they should equal others.
+with the settings under which they should equal others. `written_out` computes three published
+starts from their formulas in float64, without the library's solvers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lora_init import Factors, LoraConfig, calibrate, init_factors, list_initializers
 from lora_init.progress import tracked
+from lora_init.quantization import Quantizer
 
 from .reproduction import Measurement, Options, require_at_least
 from .subject import Layer, Subject
@@ -34,7 +36,13 @@ VARIANTS = {
     "geora, all": {"name": "geora", "fraction": 1.0},
 }
 LEARN, KEEP = "train", "validation"
-BITS = (2, 4)
+BITS = (2, 3, 4)
+DRAWS = 200
+GAMMA = 16.0
+"""LoRA-GA's default gamma, here and in PEFT."""
+LIFT = 1e-6
+"""By this share of its mean, QERA raises the diagonal of R."""
+IPA, LOI, UNQUANTIZED = "IPA, written out", "LOI, written out", "QERA at Q = 0, written out"
 BETAS = (0.5, 0.8, 0.9)
 
 
@@ -77,6 +85,7 @@ def measure(options: StartFamilyOptions) -> Measurement:
             found = {"model": subject.short, "layer": layer.name}
             weight, given = subject.weight(layer), data[layer.name]
             starts = starts_of(weight, given, layer.name, options)
+            starts |= written_out(weight, given, options.rank)
             rows["pairs"] += [found | row for row in pairs(starts)]
             rows["gradients"].append(found | captured(given["gradient"], options))
             rows["inputs"].append(found | input_shares(given["inputs"], options.rank))
@@ -152,6 +161,32 @@ def starts_of(
     return found
 
 
+def written_out(
+    weight: Float[Tensor, "out in"], given: Mapping[str, Any], rank: int
+) -> dict[str, Factors]:
+    """IPA, LOI and QERA at Q = 0 from their papers' formulas, in float64.
+
+    IPA: the leading eigenvectors of the centered covariance. LOI: U_{1:r} V_{r+1:2r}ᵀ of the
+    gradient, without its factor. QERA: SVD_r(W R^(1/2)) R^(-1/2) with a raised diagonal of R.
+    """
+    inputs = given["inputs"]
+    principal = torch.linalg.eigh(inputs.covariance.double()).eigenvectors[:, -rank:]
+    left, _, right = torch.linalg.svd(given["gradient"].double(), full_matrices=False)
+    moment = inputs.second_moment.double()
+    moment.diagonal().add_(LIFT * moment.diagonal().mean())
+    values, vectors = torch.linalg.eigh(moment)
+    root = values.clamp_min(0).sqrt()
+    leading, sizes, outputs = torch.linalg.svd(
+        weight.double() @ (vectors * root) @ vectors.mT, full_matrices=False
+    )
+    unquantized = sizes[:rank, None] * outputs[:rank] @ (vectors / root) @ vectors.mT
+    return {
+        IPA: Factors(principal.mT.float(), torch.zeros(len(weight), rank)),
+        LOI: Factors(right[rank : 2 * rank].float(), left[:, :rank].float()),
+        UNQUANTIZED: Factors(unquantized.float(), leading[:, :rank].float()),
+    }
+
+
 def pairs(starts: Mapping[str, Factors]) -> list[dict[str, Any]]:
     """For each pair: the overlap of both spaces, and the cosine and ratio of both maps.
 
@@ -207,18 +242,34 @@ def overlap(one: Tensor | None, two: Tensor | None) -> float | None:
 
 
 def captured(gradient: Float[Tensor, "out in"], options: Any) -> dict[str, float]:
-    """Shares of ‖G‖² that the first step can follow, by the choice of 2r singular triplets.
+    """What the first step of LoRA-GA can follow, by the choice of 2r singular triplets.
 
     With rows of A from the right vectors in one set and columns of B from the left vectors in
-    another, the step contains the triplets of both sets. PEFT draws one set for both.
+    another, the step contains the triplets of both sets. PEFT draws one set for both: the share of
+    ‖G‖² is that of r triplets, for which this has the mean and the central 95 % of random draws.
+
+    The cosine of the first step and G follows from the singular values alone: triplet i moves by
+    S_i times the square of its factor's norm. PEFT multiplies the columns of B by S and k, and
+    leaves the rows of A at norm 1, where the authors multiply both by k.
     """
     rank = options.rank
-    energy = torch.linalg.svdvals(gradient.double()).square()
-    draw = torch.randperm(2 * rank, generator=torch.Generator().manual_seed(options.seed))
-    total = float(energy.sum())
+    values = torch.linalg.svdvals(gradient.double())
+    energy = values.square()
+    generator = torch.Generator().manual_seed(options.seed)
+    drawn = torch.stack(
+        [energy[torch.randperm(2 * rank, generator=generator)[:rank]].sum() for _ in range(DRAWS)]
+    )
+    shares = drawn / energy[: 2 * rank].sum()
+    low, high = (float(shares.quantile(level)) for level in (0.025, 0.975))
+    of_A, of_B = values[:rank], values[rank : 2 * rank]
+    scaled = torch.cat([of_A, of_B**3 * len(gradient) ** 0.5 / GAMMA])
     return {
-        "different sets": float(energy[: 2 * rank].sum()) / total,
-        "the same set": float(energy[draw[:rank]].sum()) / total,
+        "different sets": float(energy[: 2 * rank].sum() / energy.sum()),
+        "the same set": float(shares.mean()),
+        "low": low,
+        "high": high,
+        "cosine": float(energy[: 2 * rank].sum().sqrt() / values.norm()),
+        "cosine, B times S": float((scaled @ values[: 2 * rank]) / scaled.norm() / values.norm()),
     }
 
 
@@ -254,18 +305,36 @@ def positive(weight: Tensor, given: Mapping[str, Any], rank: int) -> list[dict[s
     return rows
 
 
+class ThreeBits(Quantizer):
+    """Blocks of 64 values on 8 even steps between plus and minus the largest; 3 bits."""
+
+    def roundtrip(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
+        blocks = weight.reshape(-1, self.block_size)
+        scale = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        steps = ((blocks / scale + 1) * 3.5).round()
+        return ((steps / 3.5 - 1) * scale).reshape(weight.shape)
+
+
 def output_errors(weight: Tensor, inputs: Any, options: Any) -> list[dict[str, Any]]:
     """Relative output errors of a quantized layer with an adapter: QERA, SRR, and SRR refitted."""
     moment = inputs.second_moment.double()
     rows = []
     for bits in BITS:
         settings = {
-            "qera": {"name": "qera", "bits": bits},
-            "srr": {"name": "srr", "bits": bits},
-            "srr, refitted": {"name": "srr", "bits": bits, "refit": True},
+            "qera": {"name": "qera"},
+            "srr": {"name": "srr"},
+            "srr, refitted": {"name": "srr", "refit": True},
         }
+        chosen = {} if bits == 3 else {"bits": bits}
         for method, setting in settings.items():
-            start = init_factors(weight, setting, r=options.rank, inputs=inputs, seed=options.seed)
+            start = init_factors(
+                weight,
+                setting | chosen,
+                r=options.rank,
+                inputs=inputs,
+                seed=options.seed,
+                quantizer=ThreeBits() if bits == 3 else None,
+            )
             base = start.replacement.base(weight, 1.0).double()
             left = weight.double() - base - start.lora_B.double() @ start.lora_A.double()
             error = ((left @ moment) * left).sum() / ((weight.double() @ moment) * weight).sum()

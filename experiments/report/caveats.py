@@ -51,8 +51,8 @@ def caveats(rows: list[Row], matrix: Matrix, seeds: int, examples: int | None) -
     lines = [legend(matrix)] if matrix.judgements else []
     if BOTH in kinds:
         lines.append(
-            f"The interval of a score is a 95 % percentile bootstrap interval: {held_out} and the "
-            "seeds are resampled 2,000 times, with the same draws for every method."
+            "The interval of a score is a 95 % percentile bootstrap interval. It resamples "
+            f"{held_out} and the seeds 2,000 times, with the same draws for every method."
         )
         lines.append(
             "The interval of a difference of scores adds the variance between the examples to the "

@@ -106,6 +106,28 @@ def listing(parts: Iterable[object]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+MOST_WORDS = 25
+
+
+def short_sentences(lead: str, parts: Iterable[str]) -> str:
+    """A list as short sentences: the later ones begin with "Also" and the lead.
+
+    >>> short_sentences("Not measured", ["the score", "the loss"])
+    'Not measured: the score and the loss.'
+    >>> long = ["the " + "very " * 12 + name for name in ("low loss", "high loss")]
+    >>> [len(sentence.split()) for sentence in short_sentences("Tied", long).split(". ")]
+    [16, 17]
+    """
+    made: list[list[str]] = [[]]
+    for part in parts:
+        if made[-1] and len(f"also {lead} {listing([*made[-1], part])}".split()) > MOST_WORDS:
+            made.append([])
+        made[-1].append(part)
+    first, *others = (listing(some) for some in made)
+    again = f"Also {lead[0].lower()}{lead[1:]}"
+    return " ".join([f"{lead}: {first}.", *(f"{again}: {other}." for other in others)])
+
+
 def markdown(
     title: str, headers: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---"
 ) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_init import list_initializers
 
-from .cells import judged_text, listing, mantissa, markdown
+from .cells import judged_text, listing, mantissa, markdown, short_sentences
 from .judgement import BETTER, NOT_RESOLVED, TIE, WORSE, Judgement
 from .palette import BASELINE
 from .published import PublishedSweep, read_page
@@ -125,7 +125,7 @@ def sentences(sweep: PublishedSweep, decisions: list[Decision]) -> tuple[str, st
     else:
         first = (
             f"Begin with `{BASELINE}`: no other start has a resolved gain in {sweep.metric} at its "
-            f"own best rate, though differences up to {100 * widest:.0f} points stay possible."
+            f"own best rate. Differences of up to {100 * widest:.0f} points stay possible."
         )
     lower: dict[str, list[str]] = {}
     for arm in sweep.rates:
@@ -133,8 +133,8 @@ def sentences(sweep: PublishedSweep, decisions: list[Decision]) -> tuple[str, st
             lower.setdefault(rate(arm, sweep), []).append(arm)
     groups = [f"{listing(map(quoted, arms))} {multiple}" for multiple, arms in lower.items()]
     second = (
-        f"Search the learning rate again when you change the start: times `{BASELINE}`’s, the best "
-        f"rates were {'; '.join(groups)}."
+        "Search the learning rate again when you change the start. As multiples of "
+        f"`{BASELINE}`’s, the best rates were {'; '.join(groups)}."
     )
     forgets = [
         f"`{one.arm}` forgets more than `{BASELINE}` ({judged_text(one, brief=True)})"
@@ -142,9 +142,8 @@ def sentences(sweep: PublishedSweep, decisions: list[Decision]) -> tuple[str, st
         if one.quantity.name == "forgetting" and one.verdict == WORSE
     ]
     four_bit = [one for one in decisions if one.situation.label.startswith("a 4-bit base")]
-    parts = [*forgets, *(f"for {d.situation.label}, begin with `{d.start}`" for d in four_bit)]
-    third = "; ".join(parts)
-    return first, second, third[0].upper() + third[1:] + "."
+    parts = [*forgets, *(f"For {d.situation.label}, begin with `{d.start}`" for d in four_bit)]
+    return first, second, " ".join(f"{part}." for part in parts)
 
 
 def quoted(name: str) -> str:
@@ -198,13 +197,14 @@ def silent(sweep: PublishedSweep, decisions: list[Decision]) -> list[str]:
     return [
         f"Larger models, other data and longer training: the sweep is {facts.get('Model')}, "
         f"{facts.get('Training')}, and the reproductions use models of up to 135M parameters.",
-        "Not resolved in the sweep: "
-        + listing(
-            f"{sweep.metric if q == SCORE else q.label} ({counts[q]} of "
-            f"{sum(one.quantity == q for one in sweep.judgements)})"
-            for q in ordered
-        )
-        + ".",
+        short_sentences(
+            "Not resolved in the sweep",
+            [
+                f"{sweep.metric if q == SCORE else q.label} ({counts[q]} of "
+                f"{sum(one.quantity == q for one in sweep.judgements)})"
+                for q in ordered
+            ],
+        ),
         *(
             f"{one.situation.label[0].upper()}{one.situation.label[1:]}: no sweep or reproduction "
             "here decides it."

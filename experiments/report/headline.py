@@ -1,8 +1,8 @@
-"""Three sentences from the matrix: what differs, what does not, and what could not be seen."""
+"""Three texts from the matrix: what differs, what does not, and what could not be seen."""
 
 from __future__ import annotations
 
-from .cells import judged_text, listing, plural
+from .cells import judged_text, plural, short_sentences
 from .judgement import NOT_RESOLVED, TIE, Judgement
 from .matrix import Matrix
 from .palette import BASELINE
@@ -14,10 +14,10 @@ NAMED = 3  # arms that a sentence names; of more it counts
 
 
 def headline(matrix: Matrix, powers: list[Power], metric: str) -> tuple[str, str, str]:
-    """The sentences. Nothing in them is fixed beforehand.
+    """The texts, in short sentences. Nothing in them is fixed beforehand.
 
     Args:
-        powers: what the sweep could resolve, for the third sentence.
+        powers: what the sweep could resolve, for the third text.
         metric: the name of the score.
     """
     if not matrix.judgements:
@@ -41,37 +41,39 @@ def differences(matrix: Matrix, metric: str) -> str:
             )
     if not parts:
         return f"No quantity of any method differs from {BASELINE}’s beyond doubt."
-    return f"Different from {BASELINE}: {listing(parts)}."
+    return short_sentences(f"Different from {BASELINE}", parts)
 
 
 def ties(matrix: Matrix, metric: str) -> str:
     parts = counted(matrix, metric, TIE)
     if not parts:
         return "Tied: nothing. No interval lies within its margin."
-    return f"Tied, within the margin: {listing(parts)}."
+    return short_sentences("Tied, within the margin", parts)
 
 
 def unseen(matrix: Matrix, powers: list[Power], metric: str) -> str:
     parts = counted(matrix, metric, NOT_RESOLVED)
-    text = f"Not resolved: {listing(parts)}." if parts else "Not resolved: nothing."
+    texts = [short_sentences("Not resolved", parts or ["nothing"])]
     score = [power for power in powers if power.quantity == SCORE]
     if score and any(o.verdict == NOT_RESOLVED for o in matrix.of(SCORE)):
-        text = f"{text[:-1]}; {reach(score[0], metric)}."
+        texts.append(reach(score[0], metric))
     if matrix.absent:
-        text = f"{text[:-1]}; not measured: {listing(q.label for q in matrix.absent)}."
-    return text
+        texts.append(
+            short_sentences("Not measured", [quantity.label for quantity in matrix.absent])
+        )
+    return " ".join(texts)
 
 
 def reach(power: Power, metric: str) -> str:
     """What a sweep resolves of the score, and what one point would take."""
-    text = f"this sweep resolves {metric} differences from {power.least_text}"
+    text = f"This sweep resolves {metric} differences from {power.least_text}."
     if not power.now > POINT:
         return text
     seeds, both = power.seeds_for(POINT), power.both_for(POINT)
     if seeds is not None:
-        return f"{text}, and 1 point would take {plural(seeds, 'seed')}"
+        return f"{text} One point would take {plural(seeds, 'seed')}."
     if both is not None:
-        return f"{text}, and 1 point would take {plural(both[0], 'seed')} and {both[1]:,} examples"
+        return f"{text} One point would take {plural(both[0], 'seed')} and {both[1]:,} examples."
     return text
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cells import judged_text, plural, scientific, significant
+from .cells import judged_text, plural, scientific, short_sentences, significant
 from .judgement import NOT_RESOLVED, Judgement
 from .matrix import Matrix
 from .palette import BASELINE
@@ -94,12 +94,12 @@ def matrix_rows(rows: list[Row], matrix: Matrix, brief: bool = False) -> list[li
 
 def legend(matrix: Matrix) -> str:
     """What the verdicts mean, with each quantity's margin."""
-    margins = ", ".join(f"{q.short} {q.margin_text}" for q in matrix.quantities)
+    margins = [f"{q.short.replace('.', '')} {q.margin_text}" for q in matrix.quantities]
     return (
         f"Differences to {BASELINE}, paired over seeds, with 95 % intervals; residual variance "
         "pooled over methods. better, worse, larger, smaller: p < 0.05 after Holm’s correction "
-        f"over the methods. tie: the interval lies within the margin ({margins}). not resolved: "
-        "neither."
+        "over the methods. tie: the interval lies within the margin. not resolved: neither. "
+        + short_sentences("Margins", margins)
     )
 
 

@@ -13,9 +13,11 @@ from lora_init import CalibrationRequest, LoraConfig, LoraModel, get_peft_model
 from lora_init.weights.source import BaseWeights
 
 from ..config.run_config import RunConfig
+from ..console import say
 from ..data import Example, Splits, calibration_texts
 from ..errors import ConfigurationError
 from ..measures import Originals, measure_originals
+from ..measures.fidelity import first_step_error
 from ..measures.probe import PeakMemory, output_gap, probe
 from ..models import LoadedModel, load_model
 from ..tasks import Task, draw
@@ -67,8 +69,26 @@ def initialize(
         "trainable_parameters": trainable,
         "total_parameters": total,
         "output_gap": output_gap(before, probe(adapted, batch, mask)),
+        "first_step_error": fidelity(run, data, task, adapted, list(originals.norms)),
     }
     return adapted, report, originals
+
+
+def fidelity(
+    run: RunConfig, data: Splits, task: Task, model: LoraModel, targets: Sequence[str]
+) -> float | None:
+    """The relative error of the first step on a few examples; None, and a line, if it fails."""
+    if run.measures.first_step_layers == 0:
+        return None
+    size = run.runtime.micro_batch_size or PROBED_EXAMPLES
+    examples = data.train[:PROBED_EXAMPLES]
+    starts = range(0, len(examples), size)
+    batches = [task.collate(examples[start : start + size]) for start in starts]
+    try:
+        return first_step_error(model, targets, batches, run.measures.first_step_layers)
+    except ValueError as error:  # a measure never ends a run
+        say(f"  the first step is not compared with the gradient: {error}")
+        return None
 
 
 Batch = dict[str, torch.Tensor]

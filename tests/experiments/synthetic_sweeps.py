@@ -274,3 +274,8 @@ def write_protocol(root, name="protocol", control=None, matched=None, **settings
                 "equal_update": equal}  # fmt: skip
     (sweep / "protocol.json").write_text(json.dumps(protocol))
     return sweep
+
+
+def long_sentences(texts, most=25):
+    """The sentences with more words than a reader takes in at once."""
+    return [one for text in texts for one in text.split(". ") if len(one.split()) > most]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from experiments.data import load_data
 from experiments.errors import ConfigurationError
 from experiments.measures.angles import mean_angle, principal_angles
+from experiments.measures.fidelity import first_step_error
 from experiments.measures.forgetting import pooled_distance, token_divergence
 from experiments.measures.intruders import intruder_dimensions
 from experiments.measures.originals import spread
@@ -112,6 +114,70 @@ def test_what_a_start_takes_of_a_spectrum():
     assert taken(spectrum, torch.zeros(4, 30)) is None
 
 
+@pytest.mark.parametrize(
+    "method", ["kaiming", "orthogonal", "eva_frozen", "lora_xs", "rlmo", "with an unadapted layer"]
+)
+def test_the_first_step_is_compared_with_the_gradient(method):
+    """Against one step of SGD by autograd, of merged weights; a layer may have no adapter."""
+    torch.manual_seed(0)
+
+    class Losses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16))
+
+        def forward(self, x, labels):
+            return SimpleNamespace(loss=F.cross_entropy(self.layers(x), labels))
+
+    base = Losses()
+    batch = {"x": torch.randn(40, 12), "labels": torch.randint(0, 16, (40,))}
+    names = ["layers.0", "layers.2"]
+    adapted = names[:1] if method == "with an unadapted layer" else names
+    init = {"name": "eva_frozen", "rho": 1.0} if method == "eva_frozen" else method
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=adapted,
+        init_lora_weights="orthogonal" if len(adapted) < 2 else init,
+    )  # fmt: skip
+    model = get_peft_model(base, config, calibration=[batch])
+    found = first_step_error(model, names, [batch], None)
+
+    rate = 1e-6
+    weights = {n: base.get_submodule(n) for n in names}
+    plain = {
+        n: (m.merged_weight() if n in adapted else m.weight).detach().double().requires_grad_()
+        for n, m in weights.items()
+    }
+    x = batch["x"].double()
+    for name, module in weights.items():
+        bias = (module.base_layer if name in adapted else module).bias.detach().double()
+        x = F.linear(torch.tanh(x) if name == names[1] else x, plain[name], bias)
+    gradients = torch.autograd.grad(F.cross_entropy(x, batch["labels"]), list(plain.values()))
+    moves = []
+    for (name, module), gradient in zip(weights.items(), gradients, strict=True):
+        if name not in adapted:
+            moves.append(torch.zeros_like(gradient))
+            continue
+        factors = [module.lora_A, module.lora_B, module.lora_core]
+        wide = [None if f is None else f.detach().double().requires_grad_() for f in factors]
+
+        def product(lora_A, lora_B, core):
+            return 2 * (lora_B if core is None else lora_B @ core) @ lora_A
+
+        trained = [i for i, f in enumerate(factors) if f is not None and f.requires_grad]
+        slopes = torch.autograd.grad(
+            (product(*wide) * gradient).sum(), [wide[i] for i in trained], materialize_grads=True
+        )
+        moved = list(wide)
+        for i, slope in zip(trained, slopes, strict=True):
+            moved[i] = wide[i] - rate * slope
+        moves.append((product(*moved) - product(*wide)).detach() / rate)
+    step = torch.cat([move.flatten() for move in moves])
+    wanted = -torch.cat([gradient.flatten() for gradient in gradients])
+    cosine = float(step @ wanted / step.norm() / wanted.norm())
+    assert found == pytest.approx((1 - cosine**2) ** 0.5, rel=1e-4)
+    assert first_step_error(model, [], [batch], None) is None
+
+
 def test_forgetting_of_tokens_and_of_texts():
     mask = torch.tensor([[True, True, False], [True, True, True]])
     before, after = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
@@ -185,6 +251,7 @@ def check_language_model(run, result, method):
     assert start["output_gap"] == result["output_gap"]
     assert start["gradient_norms"] == result["first_step_gradient_norms"]
     assert start["calibration_tokens"] == 0
+    assert 0 < start["first_step_error"] < 1
 
     written = json.loads((identify(run).path / "end.json").read_text())["layers"]
     layers = {row["name"]: row for row in written}
@@ -272,7 +339,7 @@ def test_measures_change_nothing(configured, tiny, method):
     settings = [*tiny, f"init={method}", "model.dropout=0.1", "training.steps=6"]
     few = [
         "measures.update_every=0", "measures.forgetting_texts=0", "measures.intruder_layers=0",
-        "measures.spectra_layers=0",
+        "measures.spectra_layers=0", "measures.first_step_layers=0",
     ]  # fmt: skip
     more = ["measures.update_every=1", "measures.intruder_layers=null", "runtime.rerun=true"]
     outcomes, adapters = [], []
@@ -287,6 +354,7 @@ def test_measures_change_nothing(configured, tiny, method):
         assert len(rows_of(run, "update")) == (6 if measured else 1)
         assert (result["end"]["forgetting"] is not None) == measured
         assert (result["end"]["intruder_dimensions"] is not None) == measured
+        assert (result["start"]["first_step_error"] is not None) == measured
         assert result["end"]["update_size"] > 0
     assert outcomes[0] == outcomes[1]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
@@ -297,6 +365,7 @@ def test_measures_change_nothing(configured, tiny, method):
     [
         ("measures.update_every=-1", "measures.update_every=-1 .*an integer >= 0"),
         ("measures.intruder_directions=0", "measures.intruder_layers=0"),
+        ("measures.first_step_layers=-1", "measures.first_step_layers=-1 .*an integer >= 0"),
     ],
 )
 def test_bad_settings_are_named(configured, override, message):

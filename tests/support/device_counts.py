@@ -21,8 +21,9 @@ from simulated_device import CPU, CUDA, place, simulated_cuda, tensors_in
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_init import LoraConfig, api, get_peft_model, list_initializers
+from lora_init import LoraConfig, get_peft_model, list_initializers
 from lora_init.calibration.result import Calibration
+from lora_init.initialize import steps
 from lora_init.layer import LayerStatistics
 from lora_init.linalg import dense
 from lora_init.linalg.mixed_products import mixed_support
@@ -174,8 +175,8 @@ def counted(setting):
         calibration = None
         if plan.calibration is not None:
             calibration = statistics_of(["0", "1"], plan.calibration, 7)
-        for name in ("initialize", "allocated"):
-            stack.enter_context(mock.patch.object(api, name, counts_calls(getattr(api, name))))
+        for name in ("initialize", "_allocated"):
+            stack.enter_context(mock.patch.object(steps, name, counts_calls(getattr(steps, name))))
         get_peft_model(base.cuda(), config, calibration=calibration, cache=False)
     return counts
 

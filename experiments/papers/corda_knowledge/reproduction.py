@@ -181,7 +181,7 @@ def discuss(measured: Measurement) -> list[str]:
         "the same amount. Each has its best rate, which is chosen on the same held-out texts.",
         "KL counts every change of the predictions, also an improvement. "
         + improved(measured["steps"])
-        + " Neither is the recall of facts, which the paper measures.",
+        + " Neither measures the recall of facts, as the paper does.",
         f"{measured.options.steps} steps show how a training begins, not where it ends.",
     ]
 

@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from experiments.errors import ConfigurationError
+from experiments.measures.fidelity import first_step, relative_error
 from experiments.papers import first_step as page
 from experiments.papers.claim import Verdict
 from experiments.papers.first_step_rows import (
     CALIBRATION,
     FRESH,
     OWN_START,
-    first_step,
     measure,
     rank_bounds,
-    relative_error,
 )
 from experiments.papers.reproduction import Measurement
 from experiments.papers.starts import configuration

@@ -8,7 +8,15 @@ import torch
 
 from experiments.papers import start_family as page
 from experiments.papers.claim import Verdict
-from experiments.papers.start_family_rows import basis, output_errors, overlap, pairs, positive
+from experiments.papers.start_family_rows import (
+    basis,
+    captured,
+    output_errors,
+    overlap,
+    pairs,
+    positive,
+    written_out,
+)
 from lora_init import Factors, init_factors
 from lora_init.linalg.moments import InputStatistics
 
@@ -64,6 +72,7 @@ def test_starts_are_grouped_by_their_closest_relation():
 def test_equal_starts_are_equal_on_a_random_layer(shape):
     """The identities on which the page's first claim rests."""
     weight, inputs = drawn(*shape), InputStatistics.of_rows(drawn(200, shape[1], seed=1).double())
+    gradient = drawn(*shape, seed=3)
     keep = InputStatistics.of_rows(drawn(200, shape[1], seed=2).double())
     settings = {"r": 3, "name": "layer"}
     starts = {
@@ -82,7 +91,11 @@ def test_equal_starts_are_equal_on_a_random_layer(shape):
         ),
         "pissa": init_factors(weight, "pissa", **settings),
         "geora, all": init_factors(weight, {"name": "geora", "fraction": 1.0}, **settings),
-    }  # fmt: skip
+        "lora_ga, LOI": init_factors(
+            weight, {"name": "lora_ga", "direction": "A2rBr", "scale": "unit"}, gradient=gradient,
+            **settings,
+        ),
+    } | written_out(weight, {"inputs": inputs, "gradient": gradient}, 3)  # fmt: skip
     found = pd.DataFrame(pairs(starts))
     for one, two in page.EQUAL:
         assert float(page.distances(found, one, two).max()) < page.SAME
@@ -101,6 +114,44 @@ def test_the_refit_has_the_least_output_error():
     for _, some in errors.groupby("bits"):
         error = some.set_index("method")["error"]
         assert error["srr, refitted"] <= error["srr"] * (1 + 1e-6)
+    qera = errors[errors["method"] == "qera"].set_index("bits")["error"]
+    assert qera[2] > qera[3] > qera[4]
+
+
+def test_the_first_step_by_triplets_is_that_of_the_factors():
+    """PEFT's factors are A = V_{1:r}ᵀ and B = k U_{r+1:2r} S_{r+1:2r}."""
+    gradient, rank = drawn(12, 20).double(), 3
+
+    class Settings:
+        seed = 0
+
+    Settings.rank = rank
+    found = captured(gradient, Settings)
+    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+    lora_A, lora_B = right[:rank], left[:, rank : 2 * rank]
+    for name, scaled in (
+        ("cosine", lora_B),
+        ("cosine, B times S", lora_B * values[rank : 2 * rank] * 12**0.25 / 4),
+    ):
+        step = gradient @ lora_A.mT @ lora_A + scaled @ scaled.mT @ gradient
+        cosine = (step * gradient).sum() / step.norm() / gradient.norm()
+        assert found[name] == pytest.approx(float(cosine))
+    assert found["the same set"] == pytest.approx(0.5, abs=0.02)
+    assert found["low"] < 0.4 < 0.6 < found["high"]
+
+
+@pytest.mark.parametrize(
+    ("peft", "verdict"),
+    [
+        ([0.7, 0.71, 0.72], Verdict.REPRODUCED),
+        ([0.894, 0.895, 0.896], Verdict.SAME_DIRECTION),
+        ([0.8, 0.9, 0.95], Verdict.NOT_REPRODUCED),
+        ([0.95, 0.96, 0.97], Verdict.CONTRADICTS),
+    ],
+)
+def test_the_claim_on_peft_scale(peft, verdict):
+    rows = pd.DataFrame({"cosine": [0.9] * 3, "cosine, B times S": peft})
+    assert page.scale_claim(rows).verdict is verdict
 
 
 def test_positive_eigenvalues_fall_with_beta():
@@ -162,5 +213,5 @@ def test_the_claim_on_unused_directions(gains, verdict):
 @pytest.mark.exhaustive
 def test_the_smoke_form_is_drawn(smoke):
     found = smoke("start_family")
-    assert len(found.claims) == 6
+    assert len(found.claims) == 7
     assert {figure.name for figure in found.figures} == {"overlap_minilm", "signs"}

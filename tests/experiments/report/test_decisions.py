@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic_sweeps import write_protocol
+from synthetic_sweeps import long_sentences, write_protocol
 
 from experiments.report import output, page
 from experiments.report.__main__ import make
@@ -36,6 +36,11 @@ def test_the_page_and_the_readme_are_up_to_date(tmp_path):
         written, kept = ((root / name).read_text("utf-8") for root in (tmp_path, ROOT))
         assert written == kept, f"{name}: run `make readme`"
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+def test_the_sentences_of_the_page_are_short():
+    page = (ROOT / "docs" / "which-start.md").read_text("utf-8")
+    assert long_sentences(line for line in page.splitlines() if not line.startswith("|")) == []
 
 
 def with_verdict(sweep, arm, quantity, verdict, value=0.05):

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_sweeps import no_charts, write_run
+from synthetic_sweeps import long_sentences, no_charts, write_run
 
 from experiments.report import output, page
 from experiments.report.__main__ import make
+from experiments.report.caveats import caveats
 from experiments.report.fronts import fronts
 from experiments.report.headline import headline
 from experiments.report.judgement import NOT_RESOLVED, TIE, WORSE, corrected, judge
@@ -53,6 +54,8 @@ def test_every_quantity_is_read_from_the_runs(tmp_path):
             folder = tmp_path / f"{method}-{seed}"
             write_curve(folder, [x + 0.01 * seed for x in losses[method]])
             start = {"added_memory_bytes": (1 + 80 * (method == "pissa")) * 2**20 + seed}
+            if seed or method != "olora":
+                start["first_step_error"] = 0.9 - 0.3 * (method == "pissa") + 0.001 * seed
             edit(folder, start=start)
     write_curve(tmp_path / "olora-1", [0.7, 0.5, 0.5])
     report = make([tmp_path], tmp_path / "report")
@@ -64,7 +67,8 @@ def test_every_quantity_is_read_from_the_runs(tmp_path):
     assert olora["added_memory_bytes"].verdict == TIE
     assert olora["steps_to_baseline"].verdict == NOT_RESOLVED
     assert "no run of olora" in olora["steps_to_baseline"].reason
-    assert [quantity.name for quantity in report.matrix.absent] == ["first_step_error"]
+    assert pissa["first_step_error"].value == pytest.approx(2 / 3, rel=1e-3)
+    assert report.matrix.absent == []
     text = (tmp_path / "report" / "table.md").read_text()
     assert "| not reached not resolved |" in text
     assert "What it would take: accuracy" in text
@@ -134,11 +138,27 @@ def test_the_headline_says_what_the_verdicts_say(tmp_path):
     assert second.startswith("Tied, within the margin: forgetting (m2, ±10 %) and memory of the")
     assert second.endswith(" (all 4, ±16 MiB).")
     assert third == (
-        "Not resolved: accuracy (all 4) and forgetting (m3); not measured: size of the update."
+        "Not resolved: accuracy (all 4) and forgetting (m3). Not measured: size of the update."
     )
     first, second, _ = headline(Matrix(judged(matrix, "score", [NOT_RESOLVED])), [], "accuracy")
     assert first == "No quantity of any method differs from kaiming’s beyond doubt."
     assert second == "Tied: nothing. No interval lies within its margin."
+
+
+@pytest.mark.usefixtures("without_charts")
+def test_generated_sentences_are_short(tmp_path):
+    """The texts about a sweep with every quantity, each resolved, tied and not resolved."""
+    write_runs(tmp_path)
+    report = make([tmp_path], tmp_path / "report")
+    arms = [WORSE, WORSE, TIE, NOT_RESOLVED]
+    judgements = [one for name in QUANTITY for one in judged(report.matrix, name, arms)]
+    every = Matrix(judgements)
+    texts = [
+        *headline(every, [replace(POWER, task="rotten_tomatoes")], "exact match"),
+        *headline(Matrix(judgements[:4], list(QUANTITY.values())[1:]), [], "accuracy"),
+        *caveats(report.rows, every, 2, 1000),
+    ]
+    assert long_sentences(texts) == []
 
 
 POWER = Power(
