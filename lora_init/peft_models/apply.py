@@ -104,7 +104,7 @@ def apply(
         layer, made = layers[target.name], factors[target.name]
         _set_rank(layer, target, operation)
         for which in ("lora_A", "lora_B"):
-            stored = layer.stored(target, which, getattr(made, which)).clone()
+            stored = layer.stored(which, getattr(made, which)).clone()
             operation.set(Data(layer.factor(which)), stored)
         if layer.bias is not None:
             operation.set(Data(layer.bias), torch.zeros_like(layer.bias))

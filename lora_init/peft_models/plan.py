@@ -200,8 +200,9 @@ def refuse_trained(peft_model: Any, layers: Sequence[AdaptedLayer]) -> None:
         start = layer.start
         if start is not None:
             fresh = all(
-                torch.equal(layer.matrix(which), initial.to(layer.factor(which).dtype))
+                torch.equal(factor, layer.stored(which, initial.to(factor)))
                 for which, initial in zip(("lora_A", "lora_B"), start.factors(), strict=True)
+                for factor in [layer.factor(which)]
             )
             fix = "restore_peft_model(peft_model) removes it"
         else:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_init.factors import low_rank_product
+from lora_init.factors import block_matrix, low_rank_product, matrix_blocks
 from lora_init.injection.base import comes_back
 from lora_init.peft_models.changes import Attribute, Hook, Operation
 from lora_init.peft_models.expert_factors import activated, subtracting_factors
@@ -31,7 +31,7 @@ from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.embedding import embedding_scale
 from lora_init.weights.kinds import known_format
-from lora_init.weights.patches import convolve, kernels, pointwise
+from lora_init.weights.patches import convolve_all_channels, pointwise
 
 EDITED_DTYPES = (torch.float32, torch.float64)
 """The dtypes of weights that can hold the difference without a loss that matters."""
@@ -156,7 +156,10 @@ def _weighted(output: Tensor, weight: float) -> Tensor:
 
 
 def initial_output(base: Any, start: Start, x: Tensor) -> Tensor:
-    """s B0 A0 x, by the operations with which PEFT's layer computes s B A x."""
+    """s B0 A0 x, by the operations with which PEFT's layer computes s B A x.
+
+    PEFT's A of a grouped convolution reads all channels, those of other groups with zeros.
+    """
     lora_A, lora_B = start.factors()
     operation = known_format(base).operation
     if operation == "lookup":
@@ -165,7 +168,8 @@ def initial_output(base: Any, start: Start, x: Tensor) -> Tensor:
         return rows if scale is None else rows * scale
     x = x.to(lora_A.dtype)
     if operation == "convolution":
-        return pointwise(base, convolve(base, x, kernels(base, lora_A)), lora_B) * start.scaling
+        hidden = convolve_all_channels(base, x, block_matrix(lora_A, base.groups))
+        return pointwise(base, hidden, matrix_blocks(lora_B, base.groups)) * start.scaling
     return functional.linear(functional.linear(x, lora_A), lora_B) * start.scaling
 
 
@@ -174,8 +178,16 @@ def delta_weight(module: Any, adapter: str) -> Tensor:
 
     The first adapter that is merged subtracts c s B0 A0, less what an edited weight lacks already.
     The last one that is unmerged adds it again: `merged_adapters` is empty only for those two.
+
+    Raises:
+        NotImplementedError: a grouped convolution, for which PEFT refuses to merge too.
     """
     layer = AdaptedLayer("", module, adapter, ())
+    if layer.groups > 1:
+        raise NotImplementedError(
+            f"get_delta_weight is not supported for a convolution with groups={layer.groups}: "
+            "PEFT's lora_A reads the channels of all groups. Keep the adapter unmerged"
+        )
     start = layer.base_start
     missing = 0.0 if module.merged_adapters else start.weight(adapter) - (start.base == "edited")
     if missing == 0 and start.base == "edited":
