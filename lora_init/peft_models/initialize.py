@@ -189,7 +189,7 @@ def _initialize(
         if row.name in errors:
             row.details["step_0_error"] = errors[row.name]
     guard(peft_model, layers, operation, load_adapter)
-    adapted = [by_name[row.name] for row in rows]
+    adapted = [by_name[row.name] for row in rows if by_name[row.name].is_called]
     if verify is not None:
         verify_adapted(
             peft_model,

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from lora_init.adapters.expert_layout import from_file, to_file
 from lora_init.factors import block_matrix, matrix_blocks
-from lora_init.peft_models.holder import Place, is_of_peft, wrappers
+from lora_init.layers.attention import refusal as attention_refusal
+from lora_init.peft_models.holder import Place, is_attention, is_of_peft, output_place, wrappers
 from lora_init.peft_models.start import Start, records
 from lora_init.weights.experts import is_transposed
 from lora_init.weights.format import WEIGHT
-from lora_init.weights.kinds import class_format, known_format
+from lora_init.weights.kinds import FORMATS, class_format, known_format
 
 SUPPORTED = (
     "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt",
     "TorchaoLoraLinear", "HqqLoraLinear", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear",
-    "EetqLoraLinear", "ParamWrapper",
+    "EetqLoraLinear", "ParamWrapper", "MultiheadAttention",
 )  # fmt: skip
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 
@@ -42,12 +43,14 @@ class AdaptedLayer:
         name: of the adapted module in the base model; for experts, of the fused parameter.
         module: PEFT's layer.
         places: where the layer is; two if the model uses one module twice.
+        attention: the name of the attention module whose projection this is; None for others.
     """
 
     name: str
     module: Any
     adapter: str
     places: tuple[Place, ...]
+    attention: str | None = None
 
     @property
     def base(self) -> Any:
@@ -56,12 +59,15 @@ class AdaptedLayer:
     @property
     def weight_name(self) -> str:
         """The name of the adapted weight in the base module."""
+        if is_attention(self.module):
+            return "in_proj_weight"
         return getattr(self.module, "parameter_name", WEIGHT)
 
     @property
     def base_weight(self) -> Float[Tensor, "*experts out in"]:
         """The present weight of the base module."""
-        return known_format(self.base).read(self.base, self.weight_name)
+        stored = FORMATS["Linear"] if self.attention else known_format(self.base)
+        return stored.read(self.base, self.weight_name)
 
     @property
     def base_mark(self) -> str:
@@ -154,6 +160,14 @@ class AdaptedLayer:
         return rank // self.groups if which == "lora_B" else rank
 
     @property
+    def is_called(self) -> bool:
+        """Whether a forward pass calls the layer, not only its `get_delta_weight`.
+
+        PEFT's layer for an attention reads the change of its output projection.
+        """
+        return self.attention is None or is_attention(self.module)
+
+    @property
     def groups(self) -> int:
         """The groups of a convolution; 1 for other modules."""
         return getattr(self.base, "groups", 1)
@@ -201,13 +215,15 @@ def adapted_layers(
         TypeError: a layer of an unsupported class, or with a variant other than DoRA; by name.
         ValueError: a layer that is merged, not in memory, or whose scaling was changed.
     """
-    found: dict[int, tuple[str, list[Place]]] = {}
-    for name, place in (one for outer in wrappers(peft_model) for one in _nested(*outer)):
-        if is_of_peft(place.module, "LoraLayer") and adapter_name in place.module.r:
-            found.setdefault(id(place.module), (name, []))[1].append(place)
+    found: dict[int, tuple[str, list[Place], str | None]] = {}
+    for outer in wrappers(peft_model):
+        attention = outer[0] if is_attention(outer[1].module) else None
+        for name, place in _nested(*outer):
+            if is_of_peft(place.module, "LoraLayer") and adapter_name in place.module.r:
+                found.setdefault(id(place.module), (name, [], attention))[1].append(place)
     layers = [
-        AdaptedLayer(name, places[0].module, adapter_name, tuple(places))
-        for name, places in found.values()
+        AdaptedLayer(name, places[0].module, adapter_name, tuple(places), attention)
+        for name, places, attention in found.values()
     ]
     if checked:
         if not layers:
@@ -218,7 +234,12 @@ def adapted_layers(
 
 
 def _nested(name: str, place: Place) -> list[tuple[str, Place]]:
-    """The wrapper at a place; of parameters, all nested wrappers, the innermost first."""
+    """The wrapper at a place; of parameters, all nested wrappers, the innermost first.
+
+    PEFT's layer for an attention module stands for both projections.
+    """
+    if is_attention(place.module):
+        return [(f"{name}.in_proj", place), (f"{name}.out_proj", output_place(place.module))]
     found = []
     while is_of_peft(place.module, "ParamWrapper"):
         found.append((f"{name}.{place.module.parameter_name}", place))
@@ -259,6 +280,11 @@ def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
         raise TypeError(
             f"{layer.name!r} is {reason}, which is not supported in a PEFT model. Leave it out of "
             "target_parameters, or use lora_init.get_peft_model"
+        )
+    if is_attention(layer.module) and (reason := attention_refusal(layer.base)) is not None:
+        raise TypeError(
+            f"{layer.attention!r} {reason}, which is not supported in a PEFT model. Leave it out "
+            "with exclude_modules"
         )
     if layer.groups > 1 and layer.magnitude is not None:
         raise TypeError(
