@@ -107,3 +107,13 @@ def test_what_peft_cannot_compute_is_refused_by_name():
     initialize_peft_model(model, "pissa")
     with pytest.raises(NotImplementedError, match="get_delta_weight is not supported.*groups=2"):
         model.base_model.model[0].get_delta_weight("default")
+
+
+def test_peft_has_no_layer_for_transposed_convolutions():
+    """If this fails, PEFT supports them and `initialize_peft_model` can."""
+    with pytest.raises(ValueError, match="ConvTranspose2d.*is not supported"):
+        wrapped(nn.Sequential(nn.ConvTranspose2d(8, 6, 3)))
+    line = nn.Sequential(nn.ConvTranspose1d(8, 6, 3))
+    parameter = wrapped(line, target_modules=None, target_parameters=["0.weight"])
+    with pytest.raises(TypeError, match="'0.weight' is the weight of a ConvTranspose1d in PEFT's"):
+        initialize_peft_model(parameter, "pissa")
