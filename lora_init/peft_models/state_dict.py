@@ -100,8 +100,10 @@ def extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
 def shorten(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
     """The inverse of `extend`, for a file that stores A0 and B0 under other names."""
     for which, key, axis in _factors(path, layer):
-        if key in state and state[key].shape[axis] == 2 * layer.width(which):
-            state[key] = layer.divided(which, state[key])[0]
+        present = state.get(key)
+        if present is None or present.numel() == 0 or present.shape[axis] == layer.width(which):
+            continue
+        state[key] = layer.divided(which, present)[0]
 
 
 def export(model: Any, state: dict[str, Tensor], prefix: str, _: dict[str, Any]) -> None:
