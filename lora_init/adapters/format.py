@@ -8,7 +8,8 @@
 | lora_magnitude_vector | (out,) | (1, out, *1) | (width,) |
 
 Here *1 is a kernel size of 1, with as many dimensions as the kernel, and g the number of groups. c
-counts the channels of all groups, as in PEFT. Kernels of this package are zero for those of others.
+counts the channels of all groups, as in PEFT. Kernels of this package are zero for those of others,
+unless PEFT has trained them.
 
 The factors of fused experts have PEFT's layout, see `lora_init.adapters.expert_layout`.
 
@@ -109,7 +110,7 @@ def in_file(target: Target, module: Any, part: str, value: Tensor, rank: int) ->
     """A part of a layer in the shape that it has in a file."""
     if target.experts is not None:
         return to_file(part, value)
-    if part == "lora_A":
+    if part == "lora_A" and value.shape[1] == target.shape[1]:
         value = block_matrix(value, target.groups)
     return value.reshape(file_shape(target, module, part, rank))
 
@@ -117,8 +118,7 @@ def in_file(target: Target, module: Any, part: str, value: Tensor, rank: int) ->
 def in_layer(target: Target, part: str, tensor: Tensor) -> Tensor:
     """The inverse of `in_file`: factors are matrices, other parts vectors.
 
-    Raises:
-        ValueError: a group of a convolution reads the channels of other groups.
+    A of a grouped convolution keeps the channels of all groups if it is not zero between them.
     """
     if target.experts is not None:
         return from_file(part, tensor, target.experts)
@@ -127,14 +127,14 @@ def in_layer(target: Target, part: str, tensor: Tensor) -> Tensor:
     if part != "lora_A" or target.groups == 1:
         return tensor.flatten(1)
     blocks = matrix_blocks(tensor.flatten(1), target.groups)
-    if torch.count_nonzero(blocks) != torch.count_nonzero(tensor):
-        raise ValueError(
-            f"lora_A of {target.name!r} is not supported: must be zero for the channels of other "
-            f"groups, because this convolution has groups={target.groups}. PEFT trains a kernel "
-            "over all channels, and the trained layer is no grouped convolution. Leave the layer "
-            "out (exclude_modules) and train again."
-        )
-    return blocks
+    is_grouped = torch.count_nonzero(blocks) == torch.count_nonzero(tensor)
+    return blocks if is_grouped else tensor.flatten(1)
+
+
+def own_channels(target: Target, lora_A: Float[Tensor, "*experts rank in"]) -> Tensor:
+    """A with the channels of each group only: the columns that `target.shape` counts."""
+    is_wide = target.groups > 1 and lora_A.shape[-1] != target.shape[1]
+    return matrix_blocks(lora_A, target.groups) if is_wide else lora_A
 
 
 def doubled_rank(
@@ -147,6 +147,8 @@ def doubled_rank(
     """[A; A0] and [B, -B0], group by group; their product is B A - B0 A0."""
     if lora_A.ndim > 2:
         return torch.cat([lora_A, initial_A], dim=1), torch.cat([lora_B, -initial_B], dim=2)
+    if lora_A.shape[1] != initial_A.shape[1]:  # PEFT has trained A for all channels
+        initial_A = block_matrix(initial_A, groups)
     rows = [each.unflatten(0, (groups, -1)) for each in (lora_A, initial_A)]
     blocks = matrix_blocks(initial_B, groups)
     return torch.cat(rows, dim=1).flatten(0, 1), torch.cat([lora_B, -blocks], dim=1)
@@ -157,7 +159,7 @@ def halved_rank(
     lora_B: Float[Tensor, "*experts out ranks_of_group"],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The inverse of `doubled_rank`."""
+    """The inverse of `doubled_rank`. Both parts of A have the same width."""
     if lora_A.ndim > 2:
         (A, initial_A), (B, negative_B) = lora_A.chunk(2, dim=1), lora_B.chunk(2, dim=2)
         return A, B, initial_A, -negative_B

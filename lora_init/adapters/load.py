@@ -99,6 +99,10 @@ def fill(injection: Injection, loaded: LoadedAdapter) -> None:
                 stacklevel=5,
             )
     for name, parts in loaded.parts.items():
+        layer = injection.layers[name]
+        if parts["lora_A"].shape[-1] != layer.lora_A.shape[-1]:  # for the channels of all groups
+            wide = layer.lora_A.data.new_empty(parts["lora_A"].shape)
+            layer.lora_A = nn.Parameter(wide, requires_grad=layer.lora_A.requires_grad)
         for part, value in parts.items():
             assign(getattr(injection.layers[name], part), value)
     for name, state in loaded.trained_modules.items():

@@ -71,6 +71,12 @@ def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any
     weights.check_unloaded(plan.targets)
     for target in plan.targets:
         _refuse_unlike_ours(target, base.get_submodule(target.module), method)
+        if target.groups > 1 and plan.use_dora:
+            raise ValueError(
+                f"use_dora=True of a PEFT adapter is not supported for {target.name!r}, a "
+                f"convolution with groups={target.groups}: PEFT reads the norms of another weight "
+                "there. Leave the layer out and train again."
+            )
     if method == "loftq":
         warnings.warn(
             "a PEFT adapter with init_lora_weights='loftq' corrects the error of a base that PEFT "

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_init.adapters.format import own_channels
 from lora_init.adapters.load import read
 from lora_init.config.file import CONFIG_NAME
 from lora_init.factors import block_matrix
@@ -81,6 +82,12 @@ class SecondAdapter(SecondWeights):
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for target in loaded.plan.targets:
             trained = loaded.parts[target.name]
+            if own_channels(target, trained["lora_A"]) is not trained["lora_A"]:
+                raise ValueError(
+                    f"target_weights={str(folder)!r} is not supported: PEFT has trained the lora_A "
+                    f"of {target.name!r} for the channels of all groups, so the change is no "
+                    "grouped weight. Leave this layer out"
+                )
             lora_A = [trained["lora_A"]]
             lora_B = [block_matrix(trained["lora_B"], target.groups)]
             if loaded.plan.initializer.base == "subtract":

@@ -16,6 +16,7 @@ from lora_init.adapters.format import (
     bias_key,
     file_shape,
     in_layer,
+    own_channels,
     part_key,
     peft_transposes,
 )
@@ -189,7 +190,10 @@ class Contents:
         replacement: Replacement | None = None,
         core: Tensor | None = None,
     ) -> Factors:
-        """Move factors to the device of the module and to the dtype of the adapter."""
+        """Move factors to the device of the module and to the dtype of the adapter.
+
+        A of a grouped convolution gets the width of a layer's initial factors.
+        """
         device = factor_device(self.base.get_submodule(target.module), target.matrix)
         if replacement is not None:
             replacement = dataclasses.replace(
@@ -198,7 +202,7 @@ class Contents:
                 lora_B=replacement.lora_B.to(device),
             )
         return Factors(
-            lora_A.to(device, self.dtype),
+            own_channels(target, lora_A).to(device, self.dtype),
             lora_B.to(device, self.dtype),
             replacement,
             core=None if core is None else core.to(device, self.dtype),

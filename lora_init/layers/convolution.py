@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from jaxtyping import Float
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from lora_init.factors import block_matrix, matrix_blocks
 from lora_init.layers.base import LoraLayer, common_dtype
 from lora_init.weights.offload import is_hooked
-from lora_init.weights.patches import convolve, kernels, pointwise, torch_class
+from lora_init.weights.patches import (
+    convolve,
+    convolve_all_channels,
+    kernels,
+    pointwise,
+    torch_class,
+)
 
 
 class ConvolutionLayer(LoraLayer):
@@ -20,6 +27,10 @@ class ConvolutionLayer(LoraLayer):
 
     With groups, each group has its own factors of rank / groups: its kernels in A read its channels
     and its rows of B, (out, rank / groups), read what these kernels return.
+
+    In a file that PEFT has trained, the kernels read the channels of all groups: A has shape
+    (rank, all channels·kernel size). Such a layer computes and trains what PEFT's does. Its sum
+    with the base is no grouped convolution, so it has no effective weight and cannot be merged.
     """
 
     def __init__(
@@ -37,6 +48,20 @@ class ConvolutionLayer(LoraLayer):
         """B as a matrix, with zeros between the groups."""
         return block_matrix(super().output_factor, self.base_layer.groups)
 
+    def _exact_output_factor(self) -> Float[Tensor, "out rank"]:
+        """B for the effective weight.
+
+        Raises:
+            ValueError: A reads the channels of all groups.
+        """
+        if reads_all_channels(self.base_layer, self.lora_A):
+            raise ValueError(
+                f"a convolution with groups={self.base_layer.groups} cannot hold this adapter, "
+                "whose lora_A PEFT has trained for the channels of all groups. Keep the adapter "
+                "unmerged"
+            )
+        return super()._exact_output_factor()
+
     def _low_rank(
         self,
         x: Float[Tensor, "*batch_channels_positions"],
@@ -44,8 +69,11 @@ class ConvolutionLayer(LoraLayer):
         lora_B: Float[Tensor, "out rank"],
     ) -> Tensor:
         dtype, base = common_dtype(x, lora_A), self.base_layer
-        weight = kernels(base, lora_A.to(dtype))
-        hidden = convolve(base, x.to(lora_A.device, dtype), weight) * self.scaling
+        x, lora_A = x.to(lora_A.device, dtype), lora_A.to(dtype)
+        if reads_all_channels(base, lora_A):
+            hidden = convolve_all_channels(base, x, lora_A) * self.scaling
+        else:
+            hidden = convolve(base, x, kernels(base, lora_A)) * self.scaling
         return pointwise(base, hidden, matrix_blocks(lora_B.to(dtype), base.groups).contiguous())
 
     def _base_without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -58,3 +86,10 @@ class ConvolutionLayer(LoraLayer):
 
     def _along_outputs(self, vector: Float[Tensor, " out"]) -> Float[Tensor, "out ..."]:
         return vector.view(-1, *[1] * (self.base_layer.weight.ndim - 2))
+
+
+def reads_all_channels(module: Any, lora_A: Float[Tensor, "rank in"]) -> bool:
+    """Whether A has kernels over the channels of all groups, not of one."""
+    return module.groups > 1 and lora_A.shape[1] == module.in_channels * math.prod(
+        module.kernel_size
+    )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_init import linalg
-from lora_init.factors import low_rank_product, mean_figures
+from lora_init.factors import low_rank_product, matrix_blocks, mean_figures
 from lora_init.layers import LoraLayer
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision, wide
@@ -121,11 +121,18 @@ class InitReport:
 
 @full_precision()
 def weight_figures(
-    weight: Float[Tensor, "out in"] | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    weight: Float[Tensor, "out in"] | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    groups: int = 1,
 ) -> dict[str, float | None]:
     """relative_norm, norm_A, norm_B and captured_energy of initial factors on a weight.
 
     Without a weight, as of a quantizer whose values cannot be read, only the norms of the factors.
+
+    Args:
+        groups: of a convolution. Each group has its own rows of the weight, of A and of B.
     """
     lora_A, lora_B = lora_A.detach().float(), lora_B.detach().float()
     norm_A = float(linalg.frobenius_norm(lora_A))
@@ -138,13 +145,14 @@ def weight_figures(
     wide_A, wide_B = wide(lora_A), wide(lora_B)
     gram = (wide_B.T @ wide_B) * (wide_A @ wide_A.T)
     figures["relative_norm"] = scaling * float(gram.sum().clamp_min(0).sqrt()) / norm
-    if norm_A > 0:
-        image = weight @ _orthonormal(lora_A.T)
-    elif norm_B > 0:
-        image = _orthonormal(lora_B).T @ weight
-    else:
+    if norm_A == norm_B == 0:
         return figures | {"captured_energy": None}
-    figures["captured_energy"] = (float(linalg.frobenius_norm(image)) / norm) ** 2
+    captured = 0.0
+    parts = (one.chunk(groups) for one in (weight, lora_A, matrix_blocks(lora_B, groups)))
+    for rows, own_A, own_B in zip(*parts, strict=True):
+        image = rows @ _orthonormal(own_A.T) if norm_A > 0 else _orthonormal(own_B).T @ rows
+        captured += float(linalg.frobenius_norm(image)) ** 2
+    figures["captured_energy"] = captured / norm**2
     return figures
 
 
@@ -186,7 +194,8 @@ def describe_layer(
         matrices = [(weights, *factors)]
     figures = []
     for weight, lora_A, lora_B in matrices:
-        figures.append(weight_figures(weight, lora_A, lora_B, layer.scaling))
+        groups = getattr(layer.base_layer, "groups", 1)
+        figures.append(weight_figures(weight, lora_A, lora_B, layer.scaling, groups))
         if weight is None:
             continue
         norm = linalg.frobenius_norm(widened(weight))

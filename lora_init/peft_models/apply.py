@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -101,10 +102,10 @@ def apply(
     """
     spec, errors = plan.initializer, {}
     for target in plan.targets:
-        layer, made = layers[target.name], factors[target.name]
+        layer, made = layers[target.name], _in_peft(factors[target.name], target)
         _set_rank(layer, target, operation)
         for which in ("lora_A", "lora_B"):
-            stored = layer.stored(target, which, getattr(made, which)).clone()
+            stored = layer.stored(which, getattr(made, which)).clone()
             operation.set(Data(layer.factor(which)), stored)
         if layer.bias is not None:
             operation.set(Data(layer.bias), torch.zeros_like(layer.bias))
@@ -131,13 +132,33 @@ def apply(
     return errors
 
 
+def _in_peft(factors: Factors, target: Target) -> Factors:
+    """The factors with which PEFT's layer computes s B A.
+
+    PEFT adds the product to the output projection of an attention twice, so B is halved there; see
+    `lora_init.adapters.attention_keys`.
+    """
+    if target.attention is None or target.name.endswith("in_proj"):
+        return factors
+    return dataclasses.replace(factors, lora_B=factors.lora_B / 2)
+
+
 def _fingerprint(weights: BaseWeights, layer: AdaptedLayer, target: Target) -> str:
     """The fingerprint of the original weight; empty if its values cannot be read."""
     return fingerprint(layer.base_weight) if weights.is_readable(target) else ""
 
 
 def drop_layer(layer: AdaptedLayer, operation: Operation) -> None:
-    """Remove the adapter from a layer that was allocated rank 0; the plain module remains."""
+    """Remove the adapter from a layer that was allocated rank 0; the plain module remains.
+
+    Raises:
+        ValueError: a projection of an attention, which PEFT adapts as a whole.
+    """
+    if layer.attention is not None:
+        raise ValueError(
+            f"{layer.name!r} gets no rank, which is not supported in a PEFT model: PEFT adapts "
+            "both projections of an attention or none. Leave it out (exclude_modules)"
+        )
     for place in layer.places:
         operation.set(Attribute(place.parent, place.attribute), layer.base)
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_init.injection import Transaction
+from lora_init.layers.attention import SplitAttention
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,21 @@ def wrappers(peft_model: Any) -> list[tuple[str, Place]]:
 def plain_base(peft_model: Any, transaction: Transaction) -> Iterator[nn.Module]:
     """The base model without PEFT's wrappers, which are put back afterwards.
 
-    Names, statistics and weights are then those of a plain model. If an interrupt stops the
+    Names, statistics and weights are then those of a plain model, in which attention modules with
+    an adapter are split into their projections. If an interrupt stops the
     return to the wrappers, the transaction completes it.
     """
     found = [(place, place.module) for _, place in wrappers(peft_model)]
+    inside = [output_place(wrapper) for _, wrapper in found if is_attention(wrapper)]
+    found = [(place, place.module) for place in inside if is_of_peft(place.module)] + found
+    split: dict[int, SplitAttention] = {}
     try:
         for place, wrapper in found:
             transaction.undo_by(partial(place.put, wrapper))
-            if is_of_peft(wrapper, "BaseTunerLayer"):
+            if is_attention(wrapper):
+                whole = wrapper.get_base_layer()
+                place.put(split.setdefault(id(whole), SplitAttention(whole)))
+            elif is_of_peft(wrapper, "BaseTunerLayer"):
                 place.put(wrapper.get_base_layer())
             else:
                 place.put(wrapper.original_module)
@@ -151,9 +159,19 @@ def refuse_merged(peft_model: Any, wanted: str) -> None:
             )
 
 
+def is_attention(module: Any) -> bool:
+    """Whether the module is PEFT's layer for an nn.MultiheadAttention."""
+    return is_of_peft(module, "MultiheadAttention")
+
+
+def output_place(attention: Any) -> Place:
+    """Where PEFT's layer for an nn.MultiheadAttention holds the one for its output projection."""
+    return Place(attention.get_base_layer(), "out_proj")
+
+
 def is_of_peft(module: Any, *names: str) -> bool:
-    """Whether the module is an instance of a class of PEFT with one of these names."""
+    """Whether the module is an instance of a class of PEFT, with one of these names if given."""
     return any(
-        cls.__name__ in names and cls.__module__.split(".")[0] == "peft"
+        (cls.__name__ in names or not names) and cls.__module__.split(".")[0] == "peft"
         for cls in type(module).__mro__
     )

@@ -189,7 +189,7 @@ def _initialize(
         if row.name in errors:
             row.details["step_0_error"] = errors[row.name]
     guard(peft_model, layers, operation, load_adapter)
-    adapted = [by_name[row.name] for row in rows]
+    adapted = [by_name[row.name] for row in rows if by_name[row.name].is_called]
     if verify is not None:
         verify_adapted(
             peft_model,
@@ -233,7 +233,8 @@ def _row(weights: BaseWeights, plan: Plan, layer: InitializedLayer) -> LayerRepo
     target, factors = layer.target, layer.factors
     weight = weights.weight(target) if weights.is_readable(target) else None
     row = LayerReport.of(target, layer.seconds)
-    figures = weight_figures(weight, factors.lora_A, factors.lora_B, target.scaling)
+    parts = factors.lora_A, factors.lora_B
+    figures = weight_figures(weight, *parts, target.scaling, target.groups)
     subtracts = plan.initializer.base == "subtract" and factors.replacement is None
     if subtracts and weight is not None:
         product = low_rank_product(factors.lora_A, factors.lora_B, target.scaling)

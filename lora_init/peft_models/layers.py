@@ -5,24 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.adapters.expert_layout import from_file, to_file
-from lora_init.adapters.format import file_shape
-from lora_init.peft_models.holder import Place, is_of_peft, wrappers
+from lora_init.factors import block_matrix, matrix_blocks
+from lora_init.layers.attention import refusal as attention_refusal
+from lora_init.peft_models.holder import Place, is_attention, is_of_peft, output_place, wrappers
 from lora_init.peft_models.start import Start, records
-from lora_init.plan.plan import Target
 from lora_init.weights.experts import is_transposed
 from lora_init.weights.format import WEIGHT
-from lora_init.weights.kinds import class_format, known_format
+from lora_init.weights.kinds import FORMATS, class_format, known_format
 
 SUPPORTED = (
     "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt",
     "TorchaoLoraLinear", "HqqLoraLinear", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear",
-    "EetqLoraLinear", "ParamWrapper",
+    "EetqLoraLinear", "ParamWrapper", "MultiheadAttention",
 )  # fmt: skip
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
+
+AXES = {"lora_A": 0, "lora_B": 1}
+"""The dimension of each factor of PEFT that counts its rank."""
 
 START = "initial_factors"
 """The attribute of a changed base module that holds its `Start`.
@@ -39,12 +43,14 @@ class AdaptedLayer:
         name: of the adapted module in the base model; for experts, of the fused parameter.
         module: PEFT's layer.
         places: where the layer is; two if the model uses one module twice.
+        attention: the name of the attention module whose projection this is; None for others.
     """
 
     name: str
     module: Any
     adapter: str
     places: tuple[Place, ...]
+    attention: str | None = None
 
     @property
     def base(self) -> Any:
@@ -53,12 +59,15 @@ class AdaptedLayer:
     @property
     def weight_name(self) -> str:
         """The name of the adapted weight in the base module."""
+        if is_attention(self.module):
+            return "in_proj_weight"
         return getattr(self.module, "parameter_name", WEIGHT)
 
     @property
     def base_weight(self) -> Float[Tensor, "*experts out in"]:
         """The present weight of the base module."""
-        return known_format(self.base).read(self.base, self.weight_name)
+        stored = FORMATS["Linear"] if self.attention else known_format(self.base)
+        return stored.read(self.base, self.weight_name)
 
     @property
     def base_mark(self) -> str:
@@ -101,16 +110,67 @@ class AdaptedLayer:
         return which.replace("lora_", "lora_embedding_") if self.is_embedding else which
 
     def matrix(self, which: str) -> Float[Tensor, "*experts rows columns"]:
-        """A as (rank, in) or B as (out, rank)."""
+        """A as (rank, in) or B as (out, rank); not of grouped convolutions."""
         value = self.factor(which).detach().flatten(1)
         return value if self.experts is None else from_file(which, value, self.experts)
 
-    def stored(self, target: Target, which: str, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`: a factor of any rank in the layout of PEFT's parameter."""
+    def stored(self, which: str, matrix: Tensor, like: Tensor | None = None) -> Tensor:
+        """A factor of any rank, as an initializer returns it, in the layout of PEFT's parameter.
+
+        For a grouped convolution, PEFT's A reads the channels of all groups, and its B has one
+        block for each group.
+
+        Args:
+            like: a tensor in this layout, if the parameter itself may be sharded.
+        """
         if self.experts is not None:
             return to_file(which, matrix)
-        rank = len(matrix) if which == "lora_A" else matrix.shape[1]
-        return matrix.reshape(file_shape(target, self.base, which, rank))
+        sizes = (self.factor(which) if like is None else like).shape
+        if which == "lora_A":
+            return block_matrix(matrix, self.groups).reshape(-1, *sizes[1:])
+        blocks = matrix_blocks(matrix, self.groups)
+        return blocks.reshape(*blocks.shape, *sizes[2:])
+
+    def joined(self, which: str, own: Tensor, other: Tensor) -> Tensor:
+        """Two factors in PEFT's layout as one of their summed rank, group by group."""
+        axis = AXES[which]
+        if self.experts is not None:
+            parts = [from_file(which, one, self.experts) for one in (own, other)]
+            return to_file(which, torch.cat(parts, dim=axis + 1))
+        if axis == 0:
+            parts = [one.unflatten(0, (self.groups, -1)) for one in (own, other)]
+            return torch.cat(parts, dim=1).flatten(0, 1)
+        return torch.cat([own, other], dim=axis)
+
+    def divided(self, which: str, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `joined` for two factors of the same rank."""
+        axis = AXES[which]
+        if self.experts is not None:
+            own, other = from_file(which, value, self.experts).chunk(2, dim=axis + 1)
+            return to_file(which, own), to_file(which, other)
+        if axis == 0:
+            own, other = value.unflatten(0, (self.groups, 2, -1)).unbind(1)
+            return own.flatten(0, 1), other.flatten(0, 1)
+        own, other = value.chunk(2, dim=axis)
+        return own, other
+
+    def width(self, which: str) -> int:
+        """The size of a factor of PEFT along its rank."""
+        rank = (self.experts or 1) * self.rank
+        return rank // self.groups if which == "lora_B" else rank
+
+    @property
+    def is_called(self) -> bool:
+        """Whether a forward pass calls the layer, not only its `get_delta_weight`.
+
+        PEFT's layer for an attention reads the change of its output projection.
+        """
+        return self.attention is None or is_attention(self.module)
+
+    @property
+    def groups(self) -> int:
+        """The groups of a convolution; 1 for other modules."""
+        return getattr(self.base, "groups", 1)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -155,13 +215,15 @@ def adapted_layers(
         TypeError: a layer of an unsupported class, or with a variant other than DoRA; by name.
         ValueError: a layer that is merged, not in memory, or whose scaling was changed.
     """
-    found: dict[int, tuple[str, list[Place]]] = {}
-    for name, place in (one for outer in wrappers(peft_model) for one in _nested(*outer)):
-        if is_of_peft(place.module, "LoraLayer") and adapter_name in place.module.r:
-            found.setdefault(id(place.module), (name, []))[1].append(place)
+    found: dict[int, tuple[str, list[Place], str | None]] = {}
+    for outer in wrappers(peft_model):
+        attention = outer[0] if is_attention(outer[1].module) else None
+        for name, place in _nested(*outer):
+            if is_of_peft(place.module, "LoraLayer") and adapter_name in place.module.r:
+                found.setdefault(id(place.module), (name, [], attention))[1].append(place)
     layers = [
-        AdaptedLayer(name, places[0].module, adapter_name, tuple(places))
-        for name, places in found.values()
+        AdaptedLayer(name, places[0].module, adapter_name, tuple(places), attention)
+        for name, places, attention in found.values()
     ]
     if checked:
         if not layers:
@@ -172,7 +234,12 @@ def adapted_layers(
 
 
 def _nested(name: str, place: Place) -> list[tuple[str, Place]]:
-    """The wrapper at a place; of parameters, all nested wrappers, the innermost first."""
+    """The wrapper at a place; of parameters, all nested wrappers, the innermost first.
+
+    PEFT's layer for an attention module stands for both projections.
+    """
+    if is_attention(place.module):
+        return [(f"{name}.in_proj", place), (f"{name}.out_proj", output_place(place.module))]
     found = []
     while is_of_peft(place.module, "ParamWrapper"):
         found.append((f"{name}.{place.module.parameter_name}", place))
@@ -214,11 +281,16 @@ def _check_layer(layer: AdaptedLayer, peft_config: Any) -> None:
             f"{layer.name!r} is {reason}, which is not supported in a PEFT model. Leave it out of "
             "target_parameters, or use lora_init.get_peft_model"
         )
-    if (groups := getattr(layer.base, "groups", 1)) > 1:
+    if is_attention(layer.module) and (reason := attention_refusal(layer.base)) is not None:
         raise TypeError(
-            f"{layer.name!r} is a convolution with groups={groups}, which is not supported in a "
-            "PEFT model: PEFT's lora_A reads the channels of all groups. Leave it out "
-            "(exclude_modules), or use lora_init.get_peft_model"
+            f"{layer.attention!r} {reason}, which is not supported in a PEFT model. Leave it out "
+            "with exclude_modules"
+        )
+    if layer.groups > 1 and layer.magnitude is not None:
+        raise TypeError(
+            f"use_dora=True is not supported for {layer.name!r}, a convolution with "
+            f"groups={layer.groups}: PEFT's DoRA reads the norms of another weight. "
+            "Leave it out (exclude_modules), or use lora_init.get_peft_model"
         )
     variant = layer.module.lora_variant.get(layer.adapter)
     if variant is not None and not type(variant).__name__.startswith("Dora"):

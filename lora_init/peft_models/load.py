@@ -34,10 +34,10 @@ from lora_init.peft_models.changes import Data, Operation
 from lora_init.peft_models.guards import guard
 from lora_init.peft_models.holder import checked_holder, is_peft_model, plain_base, refuse_merged
 from lora_init.peft_models.injected import own_peft_config
-from lora_init.peft_models.layers import AdaptedLayer, adapted_layers
+from lora_init.peft_models.layers import AXES, AdaptedLayer, adapted_layers
 from lora_init.peft_models.plan import adapter_dtype, refuse_foreign_start
 from lora_init.peft_models.start import base_owner, record, records
-from lora_init.peft_models.state_dict import AXES, AnotherStart
+from lora_init.peft_models.state_dict import AnotherStart
 from lora_init.peft_models.subtraction import check_subtraction
 from lora_init.plan.plan import Plan
 
@@ -245,7 +245,7 @@ def _as_pefts(
     by_name = {layer.name: layer for layer in layers}
     for target in plan.targets:
         layer = by_name[target.name]
-        for which, axis in AXES.items():
+        for which in AXES:
             made = tensors.pop(part_key(target, f"replacement_{which[-1]}"), None)
             initial = tensors.pop(part_key(target, f"initial_{which[-1]}"), None)
             present = getattr(layer.base_start.replacement, which, None)
@@ -255,9 +255,9 @@ def _as_pefts(
                     f"{layer.adapter!r} has made. Call load_peft_checkpoint(peft_model, folder)"
                 )
             if initial is not None:
-                initial = layer.stored(target, which, -initial if axis else initial)
+                initial = layer.stored(which, -initial if which == "lora_B" else initial)
                 key = part_key(target, which)
-                tensors[key] = torch.cat([tensors[key], initial], dim=axis)
+                tensors[key] = layer.joined(which, tensors[key], initial)
     return tensors
 
 

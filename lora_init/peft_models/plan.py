@@ -69,8 +69,10 @@ def own_config(
         if adapter in getattr(place.module, "modules_to_save", ())
     ]
     parameters = [layer.name for layer in layers if layer.experts is not None]
-    modules = [layer.name for layer in layers if layer.experts is None]
-    patterns = {f"^{re.escape(layer.name)}": layer for layer in layers}
+    modules = dict.fromkeys(
+        layer.attention or layer.name for layer in layers if layer.experts is None
+    )
+    patterns = {f"^{re.escape(layer.attention or layer.name)}": layer for layer in layers}
     ranks = {key: layer.rank for key, layer in patterns.items()}
     alphas = {key: layer.alpha for key, layer in patterns.items()}
     return LoraConfig(
@@ -126,10 +128,11 @@ def make_peft_plan(
             _refuse_shared(base, layers, plan)
             _refuse_other_geometry(layers, plan)
         for layer, target in zip(layers, plan.targets, strict=True):
-            if target.experts is not None and plan.initializer.base == "replace":
+            if (target.experts or target.attention) and plan.initializer.base == "replace":
+                what = "an attention" if target.attention else "experts"
                 raise ValueError(
                     f"method={spec.name!r} is not supported for {target.name!r} in a PEFT model: "
-                    "it replaces the weights of experts. Leave it out of target_parameters, or use "
+                    f"it replaces the weights of {what}. Leave it out of the targets, or use "
                     "lora_init.get_peft_model"
                 )
             check_subtraction(layer, target, plan)
@@ -200,8 +203,9 @@ def refuse_trained(peft_model: Any, layers: Sequence[AdaptedLayer]) -> None:
         start = layer.start
         if start is not None:
             fresh = all(
-                torch.equal(layer.matrix(which), initial.to(layer.factor(which).dtype))
+                torch.equal(factor, layer.stored(which, initial.to(factor)))
                 for which, initial in zip(("lora_A", "lora_B"), start.factors(), strict=True)
+                for factor in [layer.factor(which)]
             )
             fix = "restore_peft_model(peft_model) removes it"
         else:
@@ -251,8 +255,9 @@ def _refuse_shared(base: nn.Module, layers: Sequence[AdaptedLayer], plan: Plan) 
         # A subtracting method does not change a tied weight, but one module in two places is
         # called without its adapter in the other one.
         elsewhere = [] if plan.initializer.base == "subtract" else list(target.shared_with)
-        if len(paths[id(layer.base)]) > len(layer.places):
-            elsewhere += [path for path in paths[id(layer.base)] if path != layer.name]
+        present = paths[id(base.get_submodule(target.module))]
+        if len(present) > len(layer.places):
+            elsewhere += [path for path in present if path != layer.name]
         if elsewhere:
             raise ValueError(
                 f"target {layer.name!r} shares its weight with {elsewhere[0]!r}, and "
@@ -263,7 +268,7 @@ def _refuse_shared(base: nn.Module, layers: Sequence[AdaptedLayer], plan: Plan) 
 
 def _refuse_other_geometry(layers: Sequence[AdaptedLayer], plan: Plan) -> None:
     for layer in layers:
-        if not peft_computes(layer.base, use_dora=False):
+        if layer.attention is None and not peft_computes(layer.base, use_dora=False):
             raise TypeError(
                 f"target {layer.name!r} is a {known_format(layer.base).name} with "
                 f"dilation={layer.base.dilation}, padding_mode={layer.base.padding_mode!r}, which "

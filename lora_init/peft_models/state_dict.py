@@ -18,16 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.adapters.expert_layout import from_file, to_file
 from lora_init.peft_models.holder import is_peft_model
-from lora_init.peft_models.layers import AdaptedLayer, adapted_layers
+from lora_init.peft_models.layers import AXES, AdaptedLayer, adapted_layers
 from lora_init.peft_models.start import base_owner
 from lora_init.weights.kinds import known_format
 
 # FSDP, activation checkpointing and torch.compile add these to module names, not to keys.
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-AXES = {"lora_A": 0, "lora_B": 1}
-"""The dimension of each factor that counts its rank."""
 
 
 class AnotherStart(ValueError):
@@ -87,7 +84,8 @@ def extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
     """Make A and B of a layer [A; A0] and [B, -B0] in a state dict, if they are not yet."""
     for which, key, axis in _factors(path, layer):
         # A process that does not write gets an empty tensor, or no key.
-        if key not in state or state[key].numel() == 0 or state[key].shape[axis] != _width(layer):
+        present = state.get(key)
+        if present is None or present.numel() == 0 or present.shape[axis] != layer.width(which):
             continue
         if type(state[key]).__name__ == "DTensor":
             raise NotImplementedError(
@@ -96,18 +94,16 @@ def extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
                 "method that keeps the base"
             )
         initial = _initial(layer, which, state[key])
-        if layer.experts is None:
-            state[key] = torch.cat([state[key], initial], dim=axis)
-        else:
-            parts = [from_file(which, one, layer.experts) for one in (state[key], initial)]
-            state[key] = to_file(which, torch.cat(parts, dim=axis + 1))
+        state[key] = layer.joined(which, state[key], initial)
 
 
 def shorten(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
     """The inverse of `extend`, for a file that stores A0 and B0 under other names."""
-    for _, key, axis in _factors(path, layer):
-        if key in state and state[key].numel():
-            state[key] = state[key].narrow(axis, 0, layer.rank)
+    for which, key, axis in _factors(path, layer):
+        present = state.get(key)
+        if present is None or present.numel() == 0 or present.shape[axis] == layer.width(which):
+            continue
+        state[key] = layer.divided(which, present)[0]
 
 
 def export(model: Any, state: dict[str, Tensor], prefix: str, _: dict[str, Any]) -> None:
@@ -152,18 +148,15 @@ def split(model: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
             value = state.get(key)
             if value is None or value.numel() == 0:
                 continue
-            if value.shape[axis] != 2 * _width(layer):
+            wanted = 2 * layer.width(which)
+            if value.shape[axis] != wanted:
                 raise ValueError(
                     f"load_state_dict: {key!r} has rank {value.shape[axis]}, but must have rank "
-                    f"{2 * _width(layer)}, that of this model's start on the original base. Load "
+                    f"{wanted}, that of this model's start on the original base. Load "
                     "what its state_dict() or save_pretrained() gave, or call restore_peft_model "
                     "first"
                 )
-            if layer.experts is None:
-                own, part = value.split(layer.rank, dim=axis)
-            else:
-                both = from_file(which, value, layer.experts).split(layer.rank, dim=axis + 1)
-                own, part = (to_file(which, one) for one in both)
+            own, part = layer.divided(which, value)
             if not torch.equal(part, _initial(layer, which, own)):
                 raise AnotherStart(
                     f"load_state_dict: {key!r} belongs to another start than this model's. Call "
@@ -201,20 +194,10 @@ def _factors(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, str, int]]:
         yield which, f"{path}.{layer.container(which)}.{layer.adapter}{suffix}", axis
 
 
-def _width(layer: AdaptedLayer) -> int:
-    """The rank of the factors in a state dict, which are those of all experts together."""
-    return (layer.experts or 1) * layer.rank
-
-
 def _initial(layer: AdaptedLayer, which: str, like: Tensor) -> Tensor:
     """A0 or -B0 in the layout of a state dict's factor."""
     lora_A, lora_B = layer.base_start.factors(layer.adapter)
-    initial = lora_A if which == "lora_A" else -lora_B
-    if layer.experts is not None:
-        return to_file(which, initial).to(like)
-    shape = list(like.shape)
-    shape[AXES[which]] = initial.shape[AXES[which]]
-    return initial.view(shape).to(like)
+    return layer.stored(which, lora_A if which == "lora_A" else -lora_B, like).to(like)
 
 
 def _original_weight(layer: AdaptedLayer, weight: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_init.factors import low_rank_product
+from lora_init.factors import block_matrix, low_rank_product, matrix_blocks
 from lora_init.injection.base import comes_back
 from lora_init.peft_models.changes import Attribute, Hook, Operation
 from lora_init.peft_models.expert_factors import activated, subtracting_factors
@@ -31,7 +31,7 @@ from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.embedding import embedding_scale
 from lora_init.weights.kinds import known_format
-from lora_init.weights.patches import convolve, kernels, pointwise
+from lora_init.weights.patches import convolve_all_channels, pointwise
 
 EDITED_DTYPES = (torch.float32, torch.float64)
 """The dtypes of weights that can hold the difference without a loss that matters."""
@@ -43,7 +43,7 @@ def subtracts_in_forward(layer: AdaptedLayer, target: Target, plan: Plan) -> boo
         return False
     if target.quantized:
         return not plan.requantizes
-    if target.shared_with or target.experts is not None:
+    if target.shared_with or target.experts is not None or target.attention is not None:
         return True
     return not _reads_base_weight(layer) and layer.base.weight.dtype not in EDITED_DTYPES
 
@@ -79,14 +79,17 @@ def _reads_base_weight(layer: AdaptedLayer) -> bool:
 
 def complete(layer: AdaptedLayer, operation: Operation) -> None:
     """Let a layer on a subtracted base compute the original function, and merge, at any weight."""
-    if layer.experts is None:
+    if layer.experts is None and layer.attention is None:
         operation.set(Hook(layer.module, complete_output), True, is_mark=True)
     delta = Attribute(layer.module, "get_delta_weight")
-    operation.set(delta, partial(delta_weight, layer.module), is_mark=True)
+    function = delta_weight if layer.attention is None else attention_delta
+    operation.set(delta, partial(function, layer.module), is_mark=True)
 
 
 def subtract(layer: AdaptedLayer, operation: Operation) -> None:
     """Let a layer subtract its start in the forward pass."""
+    if layer.attention is not None:
+        return  # PEFT merges for each forward pass, with what `attention_delta` returns
     if layer.experts is not None:
         factors = partial(subtracting_factors, layer.module, layer.base_start)
         activate = partial(activated, layer.module, layer.adapter)
@@ -156,7 +159,10 @@ def _weighted(output: Tensor, weight: float) -> Tensor:
 
 
 def initial_output(base: Any, start: Start, x: Tensor) -> Tensor:
-    """s B0 A0 x, by the operations with which PEFT's layer computes s B A x."""
+    """s B0 A0 x, by the operations with which PEFT's layer computes s B A x.
+
+    PEFT's A of a grouped convolution reads all channels, those of other groups with zeros.
+    """
     lora_A, lora_B = start.factors()
     operation = known_format(base).operation
     if operation == "lookup":
@@ -165,19 +171,30 @@ def initial_output(base: Any, start: Start, x: Tensor) -> Tensor:
         return rows if scale is None else rows * scale
     x = x.to(lora_A.dtype)
     if operation == "convolution":
-        return pointwise(base, convolve(base, x, kernels(base, lora_A)), lora_B) * start.scaling
+        hidden = convolve_all_channels(base, x, block_matrix(lora_A, base.groups))
+        return pointwise(base, hidden, matrix_blocks(lora_B, base.groups)) * start.scaling
     return functional.linear(functional.linear(x, lora_A), lora_B) * start.scaling
 
 
 def delta_weight(module: Any, adapter: str) -> Tensor:
     """PEFT's `get_delta_weight` of a layer on a subtracted base.
 
-    The first adapter that is merged subtracts c s B0 A0, less what an edited weight lacks already.
-    The last one that is unmerged adds it again: `merged_adapters` is empty only for those two.
+    The first adapter that is merged subtracts c s B0 A0, less what an edited weight lacks already,
+    and adds it again when it is unmerged.
+
+    Raises:
+        NotImplementedError: a grouped convolution, for which PEFT refuses to merge too.
     """
     layer = AdaptedLayer("", module, adapter, ())
+    if layer.groups > 1:
+        raise NotImplementedError(
+            f"get_delta_weight is not supported for a convolution with groups={layer.groups}: "
+            "PEFT's lora_A reads the channels of all groups. Keep the adapter unmerged"
+        )
     start = layer.base_start
-    missing = 0.0 if module.merged_adapters else start.weight(adapter) - (start.base == "edited")
+    missing = 0.0
+    if _is_first(module, adapter):
+        missing = start.weight(adapter) - (start.base == "edited")
     if missing == 0 and start.base == "edited":
         return type(module).get_delta_weight(module, adapter)
     delta = low_rank_product(layer.matrix("lora_A"), layer.matrix("lora_B"), layer.scaling)
@@ -185,6 +202,32 @@ def delta_weight(module: Any, adapter: str) -> Tensor:
         delta -= _weighted(start.product(), missing)
     stored = known_format(layer.base).stored(layer.base, delta)
     return stored if layer.experts is None else stored.to(module.get_param().dtype)
+
+
+def attention_delta(module: Any, adapter: str) -> Tensor:
+    """PEFT's `get_delta_weight` of a projection of an attention; differentiable.
+
+    The first adapter that is merged subtracts c s B0 A0. The operations are those of PEFT, so both
+    products cancel at step 0.
+    """
+    delta = type(module).get_delta_weight(module, adapter)
+    if not _is_first(module, adapter):
+        return delta
+    start = AdaptedLayer("", module, adapter, ()).base_start
+    lora_A, lora_B = start.factors(adapter)
+    if lora_B.device.type == "cpu" and lora_B.dtype.itemsize == 2:
+        lora_A, lora_B = lora_A.float(), lora_B.float()
+    initial = (lora_B @ lora_A) * start.scaling
+    return delta - _weighted(initial, start.weight(adapter)).to(delta.dtype)
+
+
+def _is_first(module: Any, adapter: str) -> bool:
+    """Whether an adapter is the first of those that are merged, or the only one.
+
+    PEFT's attention layer reads the change of its output projection before and after it changes
+    the list of merged adapters.
+    """
+    return next(iter(module.merged_adapters), adapter) == adapter
 
 
 def refuse_merge(name: str, kind: str, *args: Any, **kwargs: Any) -> None:

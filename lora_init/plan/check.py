@@ -154,7 +154,8 @@ def check_access(
     replaces = spec.base == "replace" or (requantizes and stored.quantized)
     if replaces and (reason := stored.unwritable(module)) is not None:
         cause = "quantized_base='requantize'" if requantizes else spec.name
-        fix = "quantized_base='in_forward'" if requantizes else "the unquantized model"
+        fix = "the unquantized model, or bitsandbytes' quantization with original_weights"
+        fix = "quantized_base='in_forward'" if requantizes else fix
         raise TypeError(
             f"{kind}, whose weight cannot be written, because {reason}, but {cause} replaces it. "
             f"Use {fix}, or leave it out with exclude_modules"

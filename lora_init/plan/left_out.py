@@ -16,7 +16,7 @@ from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.match import Selection, excluder, list_matcher, looks_linear, output_names
 from lora_init.plan.new_weights import are_known, new_modules
 from lora_init.plan.tables import grouped
-from lora_init.weights.kinds import is_linear
+from lora_init.weights.kinds import class_format, is_linear
 
 # Name parts of tensors that multiply activations. Position tables, biases, scales and learned
 # tokens can have two or three dimensions too.
@@ -92,6 +92,13 @@ def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> I
         if looks_linear(module):
             inside += (f"{name}.",)  # one line for the module, none for its parts
             yield LeftOut(name, type(module).__name__, _unknown_class(module))
+            continue
+        stored = class_format(module)
+        refusal = stored.refusal(module) if stored and stored.operation == "routed" else None
+        if stored and refusal is not None:
+            inside += (f"{name}.",)
+            for matrix in stored.matrices(module):
+                yield LeftOut(f"{name}.{matrix}", "experts", refusal)
             continue
         for part, tensor in _matrices(module):
             path = f"{name}.{part}".removeprefix(".")

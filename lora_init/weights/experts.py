@@ -37,6 +37,9 @@ ALL_TOKENS = "Llama4TextExperts"
 UNDECLARED = (ALL_TOKENS, "Step3p7Experts")
 """transformers' classes whose function is known, although they do not declare their layout."""
 
+MXFP4 = "Mxfp4GptOssExperts"
+"""transformers' class of experts in 4 bits. Its weights may be tensors of a kernel's library."""
+
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 """The names of transformers' experts implementations that adapted experts follow."""
 
@@ -57,6 +60,8 @@ class ExpertsFormat(FloatFormat):
 
     def base_class(self, module: nn.Module) -> type[nn.Module] | None:
         """The module's class, if the module has a first projection and `down_proj` in 3-D."""
+        if MXFP4 in class_names(module):
+            return type(module)
         parameters = dict(module._parameters)  # another class of mapping in a scripted module
         stacks = [parameters.get(name) for name in (*FIRST, DOWN)]
         found = [stack.shape for stack in stacks if stack is not None and stack.ndim == 3]
@@ -68,6 +73,11 @@ class ExpertsFormat(FloatFormat):
         return None if reason is None else f"is a {type(module).__name__}, {reason}"
 
     def _reason(self, module: nn.Module) -> str | None:
+        if MXFP4 in class_names(module):
+            return (
+                "which is not supported: transformers cannot train through its packed weights. "
+                "Load the model with quantization_config=Mxfp4Config(dequantize=True)"
+            )
         if not hasattr(module, "is_transposed") and not class_names(module) & set(UNDECLARED):
             return (
                 "which is not supported: its experts must declare their layout (`is_transposed`, "
@@ -91,6 +101,8 @@ class ExpertsFormat(FloatFormat):
 
     def matrices(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the two parameters."""
+        if MXFP4 in class_names(module):
+            return FIRST[0], DOWN
         return first_projection(module), DOWN
 
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, ...]:

@@ -63,6 +63,17 @@ def pointwise(
     return FUNCTIONS[dimensions](x, kernels, groups=module.groups)
 
 
+def convolve_all_channels(
+    module: Any, x: Tensor, matrix: Float[Tensor, "kernels all_channels"]
+) -> Tensor:
+    """The output of kernels that read the channels of all groups, as PEFT's lora_A does.
+
+    Stride and padding are those of the module. Dilation and padding mode do not apply, as in PEFT.
+    """
+    dense = matrix.unflatten(1, (-1, *module.kernel_size))
+    return FUNCTIONS[len(module.kernel_size)](x, dense, None, module.stride, module.padding)
+
+
 def batched(module: nn.Module, x: Tensor) -> Float[Tensor, "batch channels *positions"]:
     """The input or output of a convolution, with a batch dimension."""
     return x[None] if x.ndim < module.weight.ndim else x

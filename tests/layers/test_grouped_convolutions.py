@@ -160,13 +160,38 @@ def test_a_file_of_dora_is_read_by_ours_alone(tmp_path):
     assert_gap(LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x), 1e-6)
 
 
-def test_pefts_kernels_over_all_groups_are_refused(tmp_path):
-    base = grouped("picture")
-    peft.get_peft_model(
-        copy.deepcopy(base), peft.LoraConfig(r=6, target_modules=["0"])
-    ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="lora_A of '0' is not supported: must be zero for the"):
-        LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+@every_case
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+def test_ours_loads_what_peft_trained_for_all_channels(case, trained, tmp_path):
+    """PEFT's kernels read the channels of all groups, which no grouped weight does."""
+    base = grouped(case)
+    x = inputs(base)
+    config = peft.LoraConfig(r=6, lora_alpha=9, target_modules=["0"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    if trained:
+        train(theirs, size=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True)
+    assert_gap(ours(x), theirs(x), 1e-6)
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+    layer, other = ours.layers["0"], theirs.base_model.model[0]
+    wanted = other.lora_B["default"].weight.grad
+    assert_gap(layer.lora_B.grad, wanted.flatten(1), 1e-5)
+    if trained:
+        wanted = other.lora_A["default"].weight.grad
+        assert_gap(layer.lora_A.grad, wanted.flatten(1), 1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert_gap(again(x), theirs(x), 1e-6)
+    again = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert_gap(again(x), theirs(x), 1e-6)
+    before = again.state_dict()
+    for refused in (again.merge_adapter, again.merge_and_unload, lambda: layer.weight):
+        with pytest.raises(ValueError, match="cannot hold this adapter.*Keep the adapter unmerged"):
+            refused()
+    assert all(torch.equal(value, before[key]) for key, value in again.state_dict().items())
+    assert_gap(again.unload()(x), base(x), 1e-6)
 
 
 # -- refusals --------------------------------------------------------------------------------------

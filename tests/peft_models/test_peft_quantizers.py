@@ -24,9 +24,9 @@ LAYERS = {
     "AWQ": AwqLoraLinear,
     "AQLM": AqlmLoraLinear,
 }
-KINDS = ["torchao", "torchao dynamic", "HQQLinear", "QLinear", "compressed-tensors", "FP8Linear",
-         *LAYERS]  # fmt: skip
-OPAQUE = ("AQLM",)
+KINDS = ["torchao", "torchao dynamic", "torchao int4", "torchao float8", "HQQLinear", "QLinear",
+         "QLinear float8", "compressed-tensors", "FP8Linear", "BitNet", *LAYERS]  # fmt: skip
+OPAQUE = ("AQLM", "BitNet")
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
