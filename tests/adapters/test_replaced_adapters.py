@@ -276,7 +276,7 @@ class Dilated(nn.Module):
 @pytest.mark.parametrize(
     "options", [{"dilation": 2}, {"padding_mode": "circular"}], ids=["dilation", "padding_mode"]
 )
-def test_a_convolution_that_peft_computes_differently_is_not_in_pefts_format(options, method, tmp_path):
+def test_a_convolution_that_peft_computes_differently_needs_our_format(options, method, tmp_path):
     """PEFT's A has only the base's stride and padding, so equal tensors give another function."""
     config = LoraConfig(r=4, target_modules=["conv"], init_lora_weights=method)
     model = train(get_peft_model(Dilated(**options), config))
