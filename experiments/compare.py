@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -26,13 +28,11 @@ from .config.run_config import RunConfig
 from .config.store import missing_inputs, register_schemas
 from .data import Splits, load_data
 from .errors import ConfigurationError
-from .models import load_model
+from .models import PACKAGED, load_model
 from .report.__main__ import make, show
 from .run.outputs import open_outputs
 
 CONFIGURATION = "sweep_table"
-PACKAGED = ("minilm", "smollm2")
-"""Models that a Python package ships, by their short names."""
 LEAST_ROWS = 5
 """In each split. Below this, one row is more than a fifth of the score."""
 SPARE_BYTES = 64 * 2**20
@@ -119,7 +119,8 @@ def compare(asked: Comparison, shown: Any) -> dict[str, Any]:
     if FOLDER.name == PACKAGE and not CONFIGURATIONS.is_relative_to(FOLDER):  # a clone
         paths = (str(FOLDER.parent), os.environ.get("PYTHONPATH"))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    done = subprocess.run([*command, *asked.settings()], env=environment, stdout=shown)
+    with descriptor(shown) as stream:
+        done = subprocess.run([*command, *asked.settings()], env=environment, stdout=stream)
     if done.returncode != 0:
         raise ChildProcessError(
             f"the comparison in {asked.out!r} is not complete; the reasons are above. Give the "
@@ -144,6 +145,30 @@ def compare(asked: Comparison, shown: Any) -> dict[str, Any]:
         "methods": rows,
         "summary": list(report.headline),
     }
+
+
+@contextmanager
+def descriptor(shown: Any) -> Iterator[Any]:
+    """A stream that a process can write to: `shown`, or a pipe into it, as in a notebook."""
+    try:
+        shown.fileno()
+    except (AttributeError, OSError):
+        reader, writer = os.pipe()
+
+        def copy() -> None:
+            with open(reader, errors="replace") as lines:
+                for line in lines:
+                    shown.write(line)
+
+        copying = Thread(target=copy)
+        copying.start()
+        try:
+            yield writer
+        finally:
+            os.close(writer)
+            copying.join()
+    else:
+        yield shown
 
 
 def composed(settings: Sequence[str]) -> tuple[RunConfig, ProtocolConfig]:

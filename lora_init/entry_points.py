@@ -24,7 +24,11 @@ class EntryPoints:
         self._loading = threading.RLock()
 
     def load(self) -> None:
-        """Import the modules, once. After a failure, the next call tries again."""
+        """Import the modules, once. After a failure, the next call tries again.
+
+        Raises:
+            ImportError: the module of an entry point fails; the message names its package.
+        """
         if self.loaded is True:
             return
         with self._loading:
@@ -37,8 +41,19 @@ class EntryPoints:
                     for module in pkgutil.iter_modules(package.__path__):
                         importlib.import_module(f"{self.package}.{module.name}")
                 for entry in importlib.metadata.entry_points(group=self.group):
-                    entry.load()
+                    self._import(entry)
             except BaseException:
                 self.loaded = False
                 raise
             self.loaded = True
+
+    def _import(self, entry: importlib.metadata.EntryPoint) -> None:
+        try:
+            entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "an unknown package"
+            raise ImportError(
+                f"entry point {entry.name!r} of {package} in {self.group} cannot be loaded: "
+                f"{entry.value} raised {type(error).__name__}: {error}. Correct or uninstall "
+                "that package."
+            ) from error

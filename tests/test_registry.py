@@ -17,6 +17,7 @@ from lora_init import (
     register_initializer,
     registry,
 )
+from lora_init.entry_points import EntryPoints
 from lora_init.registry import workspace
 
 EIGHT = {"kaiming", "gaussian", "orthogonal", "olora", "pissa", "corda", "loftq", "eva"}
@@ -197,3 +198,14 @@ def test_frozen_factors_are_not_trained(clean_registry):
     assert layer.lora_A.requires_grad
     assert not layer.lora_B.requires_grad
     assert plan.parameters == model.get_nb_trainable_parameters()[0] == 8
+
+
+@pytest.mark.parametrize("group", ["lora_init.initializers", "lora_init.weight_formats"])
+def test_an_entry_point_that_fails_names_its_package(tmp_path, monkeypatch, group):
+    info = tmp_path / "sample_pkg-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sample-pkg\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\nsample = no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="'sample' of sample-pkg in .* raised ModuleNotFound"):
+        EntryPoints(group).load()

@@ -16,15 +16,11 @@ from torch import Tensor, nn
 
 from ..data import Labelled, load_data
 from ..data.rotten_tomatoes import LABELS, RottenTomatoes
-from ..models import load_model
+from ..models import PACKAGED, load_model
 from ..models.local import LocalModel
-from ..models.minilm import MiniLM
-from ..models.smollm2 import SmolLM2
 from .powerlaw import PowerLaw
 from .schema import BenchmarkConfig, ModelSettings
 from .synthetic import llama
-
-PACKAGED = {"minilm": MiniLM, "smollm2": SmolLM2}
 
 Batch = dict[str, Tensor]
 
@@ -79,7 +75,7 @@ def load_workload(name: str, settings: BenchmarkConfig) -> Workload:
         return Workload(name, chosen, model, None, device, seed, known)
     kind = PACKAGED.get(chosen.source)
     loaded = load_model(
-        kind() if kind else LocalModel(name=name, path=chosen.source),
+        kind(name=chosen.source) if kind else LocalModel(name=name, path=chosen.source),
         task_type=chosen.task,
         labels=LABELS,
         head_seed=seed,

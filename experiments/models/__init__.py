@@ -26,7 +26,18 @@ SOURCES: dict[type[ModelConfig], Callable[[Any], Checkpoint]] = {
 }
 register_sources("model", SOURCES)
 
-__all__ = ["SOURCES", "LoadedModel", "ModelConfig", "checkpoint_activations", "load_model"]
+PACKAGED: dict[str, type[ModelConfig]] = {"minilm": minilm.MiniLM, "smollm2": smollm2.SmolLM2}
+"""Models that a Python package ships, by their short names."""
+
+__all__ = [
+    "PACKAGED",
+    "SOURCES",
+    "LoadedModel",
+    "ModelConfig",
+    "checkpoint_activations",
+    "load_model",
+    "packaged_folder",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,16 @@ class LoadedModel:
     notes: tuple[str, ...]
     original_weights: str | None = None
     """Where the unquantized weights of a quantized model are."""
+
+
+def packaged_folder(name: str) -> str:
+    """The folder of a packaged model.
+
+    Raises:
+        ConfigurationError: its package is not installed.
+    """
+    config = PACKAGED[name](name=name)
+    return SOURCES[type(config)](config).source
 
 
 def load_model(

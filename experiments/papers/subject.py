@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lora_init.weights.kinds import oriented_weight
 
 from ..errors import ConfigurationError
-from ..models import load_model, local, minilm, smollm2
+from ..models import PACKAGED, load_model, local
 
-MODELS = {"minilm": minilm.MiniLM, "smollm2": smollm2.SmolLM2}
 DESCRIBED = {
     "minilm": "all-MiniLM-L6-v2 (BERT, 22.7M parameters, width 384, float32)",
     "smollm2": "SmolLM2-135M-Instruct (Llama, 134.5M parameters, width 576, weights converted from "
@@ -104,12 +103,12 @@ def load_subject(
     Raises:
         ConfigurationError: the model does not exist or cannot be loaded.
     """
-    if name in MODELS:
-        config = MODELS[name]()
+    if name in PACKAGED:
+        config = PACKAGED[name](name=name)
     elif "/" in name or name.startswith((".", "~")):
         config = local.LocalModel(path=name)
     else:
-        known = ", ".join(MODELS)
+        known = ", ".join(PACKAGED)
         raise ConfigurationError(
             f"model={name!r} is not supported: must be one of {known}, a folder, or a hub name."
         )

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lora_init import LoraConfig
 from lora_init.cli.checkpoints import task_type
-from lora_init.registry import build_options, describe, resolve
+from lora_init.registry import Initializer, Options, build_options, describe, resolve
+
+MODEL_HELP = "folder or hub name, or the packaged minilm or smollm2"
 
 
 def add_adapter_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder of a model, or its name on the hub")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--method", default="pissa", help="see `lora-init list` (default: pissa)")
     parser.add_argument(
         "--option",
@@ -75,14 +76,21 @@ def positive(text: str) -> int:
     return value
 
 
-def absolute(model: str) -> str:
-    """The name of a model for `adapter_config.json`: a hub name, or an absolute path."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
+def method_of(name: str, argument: str) -> tuple[Initializer, Options]:
+    """A method and its default options; the error names the argument of the command.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    try:
+        return resolve(name)
+    except ValueError as error:
+        message = str(error).replace("init_lora_weights=", argument)
+        raise ValueError(message.replace("True (kaiming), False (random) or ", "")) from error
 
 
 def _method(arguments: Namespace) -> dict[str, Any]:
-    spec, options = resolve(arguments.method)
+    spec, options = method_of(arguments.method, "--method ")
     values = describe(spec, options)
     given = {}
     for option in arguments.option:

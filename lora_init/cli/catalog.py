@@ -8,9 +8,9 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from lora_init import Initializer, list_initializers
+from lora_init.cli.adapter_arguments import method_of
 from lora_init.cli.output import emit
 from lora_init.plan.tables import render
-from lora_init.registry import get_initializer
 
 
 def list_methods(arguments: Namespace) -> None:
@@ -26,19 +26,23 @@ def list_methods(arguments: Namespace) -> None:
             f"PATTERN={arguments.pattern!r} matches no method: must match one of {names}"
         )
     rows = [
-        [s.name, ", ".join(sorted(s.reads)) or None, s.base, s.preserves_output, s.paper]
+        [s.name, _words(sorted(s.reads)), s.base, _words(s.preserves_output), s.paper]
         for s in found
     ]
     header = ["method", "reads", "base", "keeps the output", "paper"]
-    emit(arguments, [_facts(spec) for spec in found], render(header, [_words(r) for r in rows]))
+    emit(arguments, [_facts(spec) for spec in found], render(header, rows))
 
 
 def show_method(arguments: Namespace) -> None:
     """Print what a method does, what it reads, and its options with their defaults."""
-    spec = get_initializer(arguments.method)
-    options = [[f.name, f.type, _default(f)] for f in fields(spec.options)]
+    spec, settings = method_of(arguments.method, "METHOD=")
+    options = [
+        [f.name, getattr(f.type, "__name__", f.type), str(getattr(settings, f.name))]
+        for f in fields(settings)
+    ]
+    facts = {name: value for name, value in _facts(spec).items() if name != "options"}
     text = [inspect.getdoc(inspect.getmodule(spec.function)) or spec.name, ""]
-    text += [f"{name}: {value}" for name, value in _facts(spec).items() if name != "options"]
+    text += [f"{name}: {_words(value)}" for name, value in facts.items()]
     if options:
         text += ["", render(["option", "type", "default"], options)]
     emit(arguments, _facts(spec), "\n".join(text))
@@ -64,5 +68,7 @@ def _default(field: Field) -> Any:
     return None if field.default_factory is MISSING else field.default_factory()
 
 
-def _words(row: list[Any]) -> list[Any]:
-    return [("yes" if cell else "no") if isinstance(cell, bool) else cell for cell in row]
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "–"
+    return ("yes" if value else "no") if isinstance(value, bool) else value

@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_init.cli.applications import application
+
 FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 """The files of a model on the hub that are downloaded: weights, configuration, tokenizer."""
+
+PACKAGED = ("minilm", "smollm2")
+"""Short names of models that Python packages ship. A folder of that name comes first."""
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -23,13 +28,26 @@ TASKS = {
 """PEFT's task type by the ending of transformers' class name."""
 
 
+def full_name(model: str) -> str:
+    """The name of a model for `adapter_config.json`: a hub name, or an absolute path.
+
+    Raises:
+        ValueError: `model` is a short name, and its package is not installed.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    return application("models").packaged_folder(model) if model in PACKAGED else model
+
+
 def checkpoint_folder(model: str) -> Path:
-    """The folder of a checkpoint: `model` itself, or the download of a name on the hub.
+    """The folder of a checkpoint: a folder, a packaged model, or the download of a hub name.
 
     Raises:
         FileNotFoundError: `model` is neither a folder nor a name on the hub.
+        ValueError: `model` is a short name, and its package is not installed.
     """
-    path = Path(model).expanduser()
+    path = Path(full_name(model))
     if path.is_dir():
         return path
     hub = _library("huggingface_hub")
@@ -40,7 +58,8 @@ def checkpoint_folder(model: str) -> Path:
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"MODEL={model!r} is neither a folder here nor a model that the hub returned "
-            f"({type(error).__name__}): pass the folder of a model"
+            f"({type(error).__name__}): must be the folder of a transformers model, a hub name, or "
+            f"one of {', '.join(PACKAGED)}"
         ) from error
 
 

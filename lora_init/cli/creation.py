@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_init import get_peft_model
-from lora_init.cli.adapter_arguments import absolute, adapter_config, positive
+from lora_init.cli.adapter_arguments import adapter_config, method_of, positive
 from lora_init.cli.checkpoints import (
     checkpoint_folder,
+    full_name,
     is_quantized,
     loaded,
     skeleton,
@@ -26,7 +27,7 @@ from lora_init.config.file import CONFIG_NAME
 from lora_init.files import write_atomically
 from lora_init.linalg.precision import device_for
 from lora_init.plan.tables import render
-from lora_init.registry import Initializer, resolve
+from lora_init.registry import Initializer
 
 SINGLE = "data"
 RECORD = "lora_init_make.json"
@@ -80,7 +81,7 @@ def make_adapter(arguments: Namespace) -> None:
     Raises:
         ValueError, FileNotFoundError: an argument is not supported. Nothing is written then.
     """
-    spec, options = resolve(arguments.method)
+    spec, options = method_of(arguments.method, "--method ")
     out = Path(arguments.out)
     request = spec.request(options)
     files = data_files(arguments, request.sets if request else None)
@@ -94,7 +95,7 @@ def make_adapter(arguments: Namespace) -> None:
         )
     whole = partial(loaded, folder, _device(arguments), arguments.offload)
     frame = whole() if quantized else skeleton(folder)
-    config = adapter_config(arguments, frame, absolute(arguments.model))
+    config = adapter_config(arguments, frame, full_name(arguments.model))
     calibration, original_weights, model = None, None if quantized else folder, frame
     if spec.needs_data:
         found = {
@@ -219,7 +220,7 @@ def _begin(out: Path, arguments: Namespace) -> None:
 def _record(arguments: Namespace) -> dict[str, Any]:
     """The arguments that decide the result."""
     values = {k: v for k, v in vars(arguments).items() if k not in ("json", "run", "command")}
-    return json.loads(json.dumps(values | {"model": absolute(arguments.model)}, default=str))
+    return json.loads(json.dumps(values | {"model": full_name(arguments.model)}, default=str))
 
 
 def _device(arguments: Namespace) -> str:

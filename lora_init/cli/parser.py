@@ -34,6 +34,12 @@ EXAMPLES = """examples:
 """
 
 
+MISTAKES = (
+    ValueError, TypeError, NotImplementedError, OSError, ImportError, SafetensorError,
+)  # fmt: skip
+"""Errors whose message a user is meant to read. Others are defects, and print a traceback."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = parse(argv)
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         remark("interrupted")
         return 130
-    except (ValueError, TypeError, NotImplementedError, OSError, SafetensorError) as error:
+    except MISTAKES as error:
         remark(f"error: {error}")
         return 1
     return 0

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from lora_init import Plan, get_peft_model, init_factors
-from lora_init.cli.adapter_arguments import absolute, adapter_config
-from lora_init.cli.checkpoints import checkpoint_folder, is_quantized, loaded, skeleton
+from lora_init.cli.adapter_arguments import adapter_config
+from lora_init.cli.checkpoints import checkpoint_folder, full_name, is_quantized, loaded, skeleton
 from lora_init.cli.output import emit
 from lora_init.plan.left_out import described
 from lora_init.plan.plan import Target
+from lora_init.registry import Initializer, Options
 
 SAMPLES = (192, 384)
 """Sizes of the random matrices that are timed: the shorter side of a layer is reduced to them."""
@@ -23,7 +24,7 @@ def plan_adapter(arguments: Namespace) -> None:
     """Print the targets, ranks, parameters, memory and time of a start, and what it leaves out."""
     folder = checkpoint_folder(arguments.model)
     model = loaded(folder, "cpu", None) if is_quantized(folder) else skeleton(folder)
-    config = adapter_config(arguments, model, absolute(arguments.model))
+    config = adapter_config(arguments, model, full_name(arguments.model))
     plan = get_peft_model(model, config, dry_run=True)
     assert isinstance(plan, Plan)
     seconds = None if arguments.no_time else estimated_seconds(plan)
@@ -70,15 +71,37 @@ def _timed(plan: Plan, target: Target, shape: tuple[int, ...]) -> float:
     rows, columns = shape
     weight = torch.randn(rows, columns, generator=generator)
     rank = min(target.rank, max(1, min(shape) // 2))
-    reads = plan.initializer.reads
-    inputs = torch.randn(2 * columns, columns, generator=generator) if "inputs" in reads else None
-    gradient = torch.randn(rows, columns, generator=generator) if "gradient" in reads else None
+    data = random_data(plan.initializer, plan.options, rows, columns, generator)
     best = float("inf")
     for _ in range(2):  # the first call also loads code
         start = time.perf_counter()
-        init_factors(weight, plan.options, r=rank, inputs=inputs, gradient=gradient)
+        init_factors(weight, plan.options, r=rank, **data)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def random_data(
+    spec: Initializer, options: Options, rows: int, columns: int, generator: torch.Generator
+) -> dict[str, Any]:
+    """Random data of the kinds that a method reads, as arguments of `init_factors`."""
+    request = spec.request(options)
+    sizes = {
+        "gradient": (rows, columns),
+        "target_weight": (rows, columns),
+        "output_moments": (rows,),
+    }
+    data: dict[str, Any] = {
+        name: torch.randn(size, generator=generator)
+        for name, size in sizes.items()
+        if name in spec.reads
+    }
+    if "output_moments" in data:
+        data["output_moments"] = data["output_moments"].square()
+    if "inputs" in spec.reads:
+        names = (request.sets if request else ()) or (None,)
+        sets = {name: torch.randn(2 * columns, columns, generator=generator) for name in names}
+        data["inputs"] = sets.get(None, sets)
+    return data
 
 
 def _duration(seconds: float) -> str:

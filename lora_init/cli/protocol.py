@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
-import lora_init
+from lora_init.cli.adapter_arguments import MODEL_HELP
+from lora_init.cli.applications import application
 from lora_init.cli.output import emit
-
-PACKAGES = ("lora_init_experiments", "experiments")
-"""The name of the applications in an installation, and in a clone."""
 
 NAMES = {
     "data.path=": "DATA=",
@@ -32,9 +27,7 @@ NAMES = {
 
 
 def add_compare_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder or hub name, or the packaged minilm or smollm2"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("data", metavar="DATA", help="table of texts and labels: .csv .tsv .jsonl")
     parser.add_argument(
         "--methods", default="kaiming,pissa,eva", metavar="NAMES",
@@ -68,9 +61,9 @@ def compare_methods(arguments: Namespace) -> None:
             started then.
         ChildProcessError: a run failed.
     """
-    application = _application()
+    compare = application("compare")
     try:
-        asked = application.Comparison(
+        asked = compare.Comparison(
             model=arguments.model,
             data=arguments.data,
             text=arguments.text,
@@ -85,33 +78,13 @@ def compare_methods(arguments: Namespace) -> None:
             jobs=arguments.jobs,
             overrides=arguments.set,
         )
-        found = application.compare(asked, sys.stderr if arguments.json else sys.stdout)
+        found = compare.compare(asked, sys.stderr if arguments.json else sys.stdout)
     except ValueError as error:
         message = str(error)
         for setting, name in NAMES.items():
             message = message.replace(setting, name)
         raise ValueError(message) from error
     emit(arguments, found, f"open {found['page']} in a browser")
-
-
-def _application() -> Any:
-    """The module that compares, which comes with the extra `experiments`.
-
-    It is imported by name: the library does not depend on its applications.
-    """
-    root = Path(lora_init.__file__).resolve().parents[1]
-    found = [name for name in PACKAGES if (root / name / "compare.py").is_file()]
-    if not found:
-        raise ValueError(f"compare.py is in none of {', '.join(PACKAGES)} in {root}: reinstall")
-    if found[0] not in sys.modules and str(root) not in sys.path:
-        sys.path.append(str(root))  # a clone
-    try:
-        return import_module(f"{found[0]}.compare")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"compare needs {error.name}, which is not installed: "
-            "pip install 'lora_init[experiments]'"
-        ) from error
 
 
 def _names(text: str) -> list[str]:

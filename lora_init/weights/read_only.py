@@ -40,13 +40,20 @@ class ReadOnlyFormat(WeightFormat):
 
         Raises:
             TypeError: the values cannot be read; see `opaque`.
+            ValueError: `values` returns another shape than `shape` states.
         """
         if (reason := self.opaque(module)) is not None:
             raise TypeError(
                 f"the weight of a {type(module).__name__} ({self.describe(module)}) cannot be "
                 f"read, because {reason}"
             )
-        return self.values(module).to(torch.float32)
+        values = self.values(module)
+        if tuple(values.shape) != tuple(self.shape(module, name)):
+            raise ValueError(
+                f"{type(self).__name__}.values returned shape {tuple(values.shape)}: must be "
+                f"(out, in) = {tuple(self.shape(module, name))}"
+            )
+        return values.to(torch.float32)
 
     @abstractmethod
     def values(self, module: nn.Module) -> Matrix:

@@ -1,4 +1,4 @@
-"""Adapter files: damaged, foreign or incomplete ones are refused by name, the base unchanged."""
+"""Damaged, foreign or incomplete adapter files are refused by name; the base is unchanged."""
 
 import json
 
@@ -72,7 +72,7 @@ def refused(folder):
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa", "loftq"])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_trained_head_and_adapter_come_back_trainable(tmp_path, method, use_rslora):
+def test_the_trained_head_and_adapter_load_as_trainable(tmp_path, method, use_rslora):
     model = trained(method, use_rslora=use_rslora, rank_pattern={"query": 2})
     model.save_pretrained(tmp_path)
     loaded = LoraModel.from_pretrained(bert(seed=0), tmp_path)
@@ -97,7 +97,7 @@ def test_the_trained_head_and_adapter_come_back_trainable(tmp_path, method, use_
     ],
     ids=["dora", "lora_bias", "bias-all", "bias-lora_only", "embedding-dora"],
 )
-def test_every_variant_comes_back_trainable(tmp_path, method, variant):
+def test_every_variant_loads_as_trainable(tmp_path, method, variant):
     model = trained(method, **variant)
     model.save_pretrained(tmp_path)
     loaded = LoraModel.from_pretrained(bert(), tmp_path)
@@ -105,7 +105,7 @@ def test_every_variant_comes_back_trainable(tmp_path, method, variant):
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
     ours, theirs = loaded.state_dict(), model.state_dict()
-    if method == "pissa":  # a kept or replaced base does not need its initial factors any more
+    if method == "pissa":  # a kept or replaced base no longer needs its initial factors
         assert ours.keys() == theirs.keys()
     assert all(
         torch.equal(value, theirs[key]) for key, value in ours.items() if "initial" not in key
@@ -130,7 +130,7 @@ QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
     ],
     ids=["dora", "lora_bias", "bias-lora_only", "bias-all"],
 )
-def test_a_part_of_a_variant_that_is_missing_or_surplus(tmp_path, variant, key):
+def test_a_missing_or_surplus_part_of_a_variant_is_refused(tmp_path, variant, key):
     trained("pissa", **variant).save_pretrained(tmp_path)
     tensors, metadata = contents(tmp_path / WEIGHTS)
     part = tensors.pop(key)
@@ -162,7 +162,7 @@ def test_a_subtracted_adapter_is_written_for_the_original_base(folder):
     assert config["modules_to_save"] == ["classifier"]
 
 
-def test_a_file_cut_short(folder, refused):
+def test_a_truncated_file_is_refused(folder, refused):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
     refused("adapter_model.safetensors is damaged")
@@ -170,7 +170,7 @@ def test_a_file_cut_short(folder, refused):
     refused("adapter_model.safetensors is damaged")
 
 
-def test_a_missing_file(folder, refused):
+def test_a_missing_file_is_refused(folder, refused):
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     refused("no adapter_model.safetensors.*a pickle, which is not supported", FileNotFoundError)
     (folder / "adapter_model.bin").unlink()
@@ -197,14 +197,14 @@ KEY = "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight"
         (lambda t: [t.pop(k) for k in list(t) if "lora_A" in k], "contains no lora_A"),
     ],
 )
-def test_a_tensor_missing_surplus_misshaped_or_not_finite(folder, refused, change, message):
+def test_a_tensor_that_is_missing_or_wrong_is_refused(folder, refused, change, message):
     tensors, metadata = contents(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
     refused(message)
 
 
-def test_the_adapter_of_another_base(refused, folder):
+def test_the_adapter_of_another_base_is_refused(refused, folder):
     message = r"query.lora_A.weight' has shape \(8, 16\): must be .* this base model"
     refused(message, base=bert(hidden_size=32))
     refused("'bert.encoder.layer.0.*', which Linear does not", base=torch.nn.Linear(2, 2))

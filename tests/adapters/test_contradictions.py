@@ -1,4 +1,4 @@
-"""Files that lack layers, were edited, or hold tensors that are no factors."""
+"""Adapter files without some layers, with edits, or with tensors that are not factors."""
 
 import json
 import warnings
@@ -40,7 +40,7 @@ def refused(folder, match, make=llama):
     assert_unchanged(base, before)
 
 
-# -- layers that are not there -----------------------------------------------------------------
+# -- missing layers -----------------------------------------------------------------
 
 
 def without(part):
@@ -93,13 +93,13 @@ FOLLOWED = {
     "alpha of a layer": {"alpha_pattern": {"layers.1.self_attn.q_proj": 1.5}},
     "rslora and alphas": {"use_rslora": True, "alpha_pattern": {"v_proj": 9}, "lora_alpha": 3},
     "how it is used": {"inference_mode": False, "lora_dropout": 0.25, "revision": "main"},
-    "who wrote it": {"peft_version": "0.99", "auto_mapping": {"a": 1}, "later": None},
+    "other metadata": {"peft_version": "0.99", "auto_mapping": {"a": 1}, "later": None},
 }
 
 
 @pytest.mark.parametrize(("method", "rslora"), [("kaiming", False), ("pissa", True)])
 @pytest.mark.parametrize("values", FOLLOWED.values(), ids=FOLLOWED)
-def test_an_edit_is_followed_as_peft_follows_it(values, method, rslora, tmp_path):
+def test_an_edit_has_the_same_effect_as_in_peft(values, method, rslora, tmp_path):
     patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 5}}
     model = adapted(method, use_rslora=rslora, **patterns)
     model.save_pretrained(tmp_path)
@@ -148,7 +148,7 @@ def test_the_scaling_of_a_replaced_base_is_not_edited(values, tmp_path):
     refused(tmp_path, "base of this adapter depends on the original scaling")
 
 
-# -- tensors that are no factors ---------------------------------------------------------------
+# -- tensors that are not factors ---------------------------------------------------------------
 
 DTYPES = [
     torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64,

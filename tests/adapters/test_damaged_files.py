@@ -47,7 +47,7 @@ KINDS = ["peft", "kaiming dora", "pissa plain", "loftq plain"]
 
 @pytest.fixture(scope="module", params=KINDS)
 def files(request, tmp_path_factory):
-    """The bytes of a good folder's files."""
+    """The bytes of the files of an intact folder."""
     folder = tmp_path_factory.mktemp("good")
     save(request.param, folder)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".md"}
@@ -96,7 +96,7 @@ def paths(value, path=()):
 
 
 def mutated(value, draw):
-    """A copy of a JSON object in which one part is another, gone, or called otherwise."""
+    """A copy of a JSON object in which one part is changed, removed or renamed."""
     path = draw.choice(list(paths(value))[1:])
     value = copy.deepcopy(value)
     parent = value
@@ -113,7 +113,7 @@ def mutated(value, draw):
 
 
 def with_header(data, change, folder):
-    """A safetensors file's bytes with another header of ours."""
+    """The bytes of a safetensors file with another header."""
     path = folder / "rewritten"
     path.write_bytes(data)
     with safe_open(path, framework="pt") as file:
@@ -126,7 +126,7 @@ def with_header(data, change, folder):
 
 
 def flipped(data, draw):
-    """One bit differs, mostly in the header; sometimes the end is missing."""
+    """Bytes with one flipped bit, mostly in the header; sometimes the end is missing."""
     data = bytearray(data)
     place = draw.randrange(min(len(data), draw.choice([64, 3000, len(data)])))
     data[place] ^= 1 << draw.randrange(8)
@@ -153,7 +153,7 @@ def test_a_mutated_folder_is_refused_by_name_or_right(part, files, load, tmp_pat
 
 
 @pytest.mark.parametrize("header", [*JUNK, {"format_version": 1}], ids=repr)
-def test_a_header_that_is_none_is_refused(header, load, tmp_path):
+def test_an_invalid_header_is_refused(header, load, tmp_path):
     save("pissa plain", tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     files[WEIGHTS] = with_header(files[WEIGHTS], lambda _: header, tmp_path)
@@ -219,7 +219,7 @@ def test_files_have_the_mode_that_the_umask_gives(mask, tmp_path):
 
 
 def writer(folder):
-    """The id of a process that has begun to write the adapter and does not get on."""
+    """The id of a process that has begun to write the adapter and then waits forever."""
     reader, end = os.pipe()
 
     def write(path):
@@ -239,7 +239,7 @@ def writer(folder):
     return process
 
 
-def test_the_next_save_removes_what_killed_writers_left(tmp_path):
+def test_the_next_save_removes_the_scratch_files_of_killed_writers(tmp_path):
     killed, running = writer(tmp_path), writer(tmp_path)
     try:
         os.kill(killed, signal.SIGKILL)
@@ -251,7 +251,7 @@ def test_the_next_save_removes_what_killed_writers_left(tmp_path):
         save("pissa plain", tmp_path)
         left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
         assert {young.name, ".other"} < left
-        assert len(left) == 3  # and the one of the writer that still runs
+        assert len(left) == 3  # and the scratch file of the writer that still runs
         assert any(f"-{running}-" in name for name in left)
     finally:
         os.kill(running, signal.SIGKILL)

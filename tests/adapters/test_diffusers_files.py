@@ -1,4 +1,4 @@
-"""Our adapters as files of diffusers, and files of diffusers in our models."""
+"""Save adapters in the format of diffusers, and load files of diffusers."""
 
 import copy
 

@@ -22,7 +22,7 @@ SUBSETS = [BOTH, ["experts.gate_up_proj"], ["experts.down_proj"]]
 
 
 def fused(kind):
-    """The parameters of a model's experts; its first matrix may have no gate."""
+    """The parameters of a model's experts. Their first matrix may have no gate."""
     names = [name for name, _ in mixture(kind).named_parameters()]
     return [entry for entry in BOTH if any(name.endswith(f".{entry}") for name in names)]
 

@@ -1,4 +1,4 @@
-"""Keys of a file that spell the base's modules otherwise: mapped to one module each, or named."""
+"""Keys that spell a module's name differently: mapped to one module each, or refused by name."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def rewrite(folder, rename):
-    """Other keys in a file of PEFT's."""
+    """Rename the keys of a file of PEFT."""
     tensors = {rename(key): value for key, value in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -71,7 +71,7 @@ def test_a_file_with_other_names_loads(rename, tmp_path):
     assert_gap(logits(theirs, token_batches()), expected, 1e-6)
 
 
-def test_another_leading_part_is_said(tmp_path):
+def test_another_leading_part_gives_a_warning(tmp_path):
     peft_adapter(llama, tmp_path, target_modules=["q_proj"])
     rewrite(tmp_path, RENAMES["the backbone alone"])
     with pytest.warns(UserWarning, match="are called '…' in the file and 'model.…' in Llama"):
@@ -170,7 +170,7 @@ def test_former_names_of_vision_language_models_are_mapped(make, renames, tmp_pa
 
 
 class Pair(nn.Module):
-    """Two towers with the same inside: a name without the tower's is of neither."""
+    """Two equal towers: a key without the tower's name is ambiguous."""
 
     def __init__(self):
         super().__init__()

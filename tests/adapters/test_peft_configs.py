@@ -1,4 +1,4 @@
-"""`adapter_config.json` of every version of PEFT is read, and what it cannot mean is refused."""
+"""`adapter_config.json` of every PEFT version is read; unsupported settings are refused."""
 
 import dataclasses
 import json
@@ -76,7 +76,7 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("extra", UNUSED.values(), ids=UNUSED)
-def test_what_is_unused_is_passed_over(extra):
+def test_unused_fields_are_ignored(extra):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = LoraConfig.from_dict(VALUES | extra)
@@ -189,7 +189,7 @@ NO_CONFIG = {
 
 
 @pytest.mark.parametrize(("text", "message"), NO_CONFIG.values(), ids=NO_CONFIG)
-def test_a_file_that_is_none_is_named_with_the_cause(text, message, tmp_path):
+def test_an_invalid_file_is_named_with_the_cause(text, message, tmp_path):
     write(tmp_path, text)
     with pytest.raises(ValueError, match=message) as caught:
         LoraConfig.from_pretrained(tmp_path)
@@ -208,7 +208,7 @@ def test_a_byte_order_mark_is_read(tmp_path):
     assert LoraConfig.from_pretrained(tmp_path).r == 8
 
 
-def test_a_pointer_in_the_place_of_the_tensors_is_named(tmp_path):
+def test_a_pointer_file_instead_of_tensors_is_named(tmp_path):
     write(tmp_path, VALUES)
     (tmp_path / "adapter_model.safetensors").write_text(POINTER)
     with pytest.raises(ValueError, match="adapter_model.safetensors is a Git LFS pointer"):
@@ -248,7 +248,7 @@ def test_a_kept_base_loads_however_it_was_started(start, tmp_path):
         for name, layer in model.layers.items()
         for part in ("lora_A", "lora_B")
     }
-    save_file(tensors, tmp_path / "adapter_model.safetensors")  # PEFT's: without our header
+    save_file(tensors, tmp_path / "adapter_model.safetensors")  # a file of PEFT, without our header
     loaded = LoraModel.from_pretrained(llama(), tmp_path)
     assert all(torch.equal(layer.lora_B, torch.full_like(layer.lora_B, 0.1))
                for layer in loaded.layers.values())  # fmt: skip

@@ -44,7 +44,7 @@ def peft_scaling(config, tensor_rank):
 
 @torch.no_grad()
 def merged_by(scaling, base, folder):
-    """The base with W + scaling · B A, from the folder's files alone."""
+    """The base with W + scaling · B A, computed from the folder's files alone."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     for key, lora_A in tensors.items():
@@ -122,7 +122,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_a_loader_would_not_read_is_refused_before_anything_is_written(message, tmp_path):
+def test_what_a_loader_cannot_read_is_refused_before_anything_is_written(message, tmp_path):
     make, settings = REFUSED[message]
     model = get_peft_model(make(), LoraConfig(r=2, **settings))
     with pytest.raises(ValueError, match=f"portable=True is not supported with .*{message}"):
@@ -156,7 +156,7 @@ def test_peft_adapts_the_dense_layers_whose_names_it_takes_for_experts(method, t
         ({"rank_pattern": {"q_proj": 2}}, ("vLLM",)),
         ({"alpha_pattern": {"q_proj": 3}}, ("vLLM", "llama.cpp")),
         ({"use_rslora": True}, ("llama.cpp",)),
-        # One rank for every layer: the pattern changes nothing for anyone.
+        # One rank for every layer: the pattern changes nothing in any loader.
         ({"rank_pattern": {".*": 4}}, ()),
     ],
     ids=["plain", "ranks", "alphas", "rslora", "one rank"],

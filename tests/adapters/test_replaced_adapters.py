@@ -1,7 +1,7 @@
-"""Adapters of replaced bases: our own file, lossless, and refused where the base would be another.
+"""Adapters of replaced bases have a lossless file format, which is refused on another base.
 
-PEFT's format has no place for a base that was quantised anew: LoftQ, QPiSSA, a requantised
-residual, and a quantised base that was computed from the unquantised checkpoint.
+PEFT's format cannot store a base that was quantized again: LoftQ, QPiSSA, a requantized residual,
+and a quantized base that was computed from the unquantized checkpoint.
 """
 
 import json
@@ -36,7 +36,7 @@ def llama(kind=None, seed=0):
     return model if kind is None else packed(model, kind)
 
 
-# name: (kind of base, method, whether it needs the unquantised checkpoint, further arguments)
+# name: (kind of base, method, whether it needs the unquantized checkpoint, further arguments)
 CASES = {
     "loftq": (None, "loftq", False, {}),
     "qpissa": (None, "qpissa", False, {}),
@@ -72,7 +72,7 @@ def loaded(case, folder, **arguments):
 
 
 def assert_same_logits(actual, expected):
-    """To the bit: nothing of a replaced base is rounded on its way through the file."""
+    """Compare exactly: saving and loading a replaced base rounds nothing."""
     batches = token_batches()
     pairs = zip(logits(actual, batches), logits(expected, batches), strict=True)
     assert all(torch.equal(a, e) for a, e in pairs)
@@ -97,7 +97,7 @@ VARIANTS = {
         2,
     ),
 )
-def test_it_comes_back_to_the_bit(case, variant, tmp_path):
+def test_it_loads_bit_for_bit(case, variant, tmp_path):
     model = adapted(case, **variant)
     assert {layer.base_state for layer in model.layers.values()} == {"replaced"}
     model.save_pretrained(tmp_path)
@@ -118,8 +118,8 @@ def test_peft_refuses_the_folder(case, tmp_path):
         peft.PeftModel.from_pretrained(llama(CASES[case][0]), tmp_path)
 
 
-def test_a_partly_quantised_model(tmp_path):
-    """Float layers are edited there, quantised ones replaced; one file holds both."""
+def test_a_partly_quantized_model_is_saved_in_one_file(tmp_path):
+    """Float layers are edited, quantized layers are replaced, and one file stores both."""
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights="pissa")
     model = train(get_peft_model(llama("nf4"), config, quantized_base="requantize"))
     states = {layer.module_type: layer.base_state for layer in model.layers.values()}
@@ -130,13 +130,13 @@ def test_a_partly_quantised_model(tmp_path):
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case[2]])
-def test_original_weights_that_it_was_not_made_from_are_not_read(case, tmp_path):
+def test_original_weights_that_were_not_used_are_not_read(case, tmp_path):
     model = adapted(case)
     model.save_pretrained(tmp_path)
     assert_same_logits(loaded(case, tmp_path, original_weights=originals(seed=1)), model)
 
 
-def test_the_originals_are_kept_on_request(tmp_path):
+def test_the_original_weights_are_kept_on_request(tmp_path):
     model = adapted("requantized-nf4")
     model.save_pretrained(tmp_path)
     again = loaded("requantized-nf4", tmp_path, keep_original=True)
@@ -156,7 +156,7 @@ def refused(folder, message, kind, **arguments):
     assert_unchanged(base, before)
 
 
-def test_the_unquantised_checkpoint_is_asked_for(tmp_path):
+def test_an_error_requests_the_unquantized_checkpoint(tmp_path):
     adapted("loftq-nf4").save_pretrained(tmp_path / "adapter")
     message = r"'model.layers.0.self_attn.q_proj' was quantized from.*original_weights=<its folder>"
     refused(tmp_path / "adapter", message, "nf4")
@@ -171,7 +171,7 @@ def test_another_checkpoint_is_refused(tmp_path):
     adapted("loftq-nf4").save_pretrained(tmp_path)
     foreign, near, fewer = originals(seed=1), originals(), originals()
     refused(tmp_path, r"q_proj' differs from the model's by", "nf4", original_weights=foreign)
-    # One that was trained on: within the quantisation's error, and still another base.
+    # A checkpoint after more training differs by less than the quantization error.
     name = "model.layers.1.mlp.up_proj.weight"
     near[name] = near[name] + 0.05 * near[name].std() * torch.randn_like(near[name])
     message = r"original_weights: .*layers.1.mlp.up_proj' is not the one"
@@ -192,7 +192,7 @@ def test_another_checkpoint_is_refused(tmp_path):
         ("qpissa-nf4-double", "nf4", r"nf4/64\+double"),
     ],
 )
-def test_a_base_quantised_otherwise_is_refused(case, kind, expected, tmp_path):
+def test_a_base_with_another_quantization_is_refused(case, kind, expected, tmp_path):
     adapted(case).save_pretrained(tmp_path)
     arguments = {"original_weights": originals()} if CASES[case][2] else {}
     message = rf"is quantized as .*trained on {expected}. Load the model with the quantization_conf"
@@ -200,7 +200,7 @@ def test_a_base_quantised_otherwise_is_refused(case, kind, expected, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["requantized-nf4", "requantized-int8", "loftq-nf4"])
-def test_an_unquantised_base_is_refused(case, tmp_path):
+def test_an_unquantized_base_is_refused(case, tmp_path):
     adapted(case).save_pretrained(tmp_path)
     arguments = {"original_weights": originals()} if CASES[case][2] else {}
     message = "is not the one the adapter was trained on|is given, but no target is quantized"
@@ -208,8 +208,8 @@ def test_an_unquantised_base_is_refused(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["loftq", "qpissa"])
-def test_a_quantised_base_is_no_unquantised_one(case, tmp_path):
-    """Quantised twice is another weight than quantised once."""
+def test_a_quantized_base_is_refused_as_original_weights(case, tmp_path):
+    """Quantizing a weight twice gives another weight than quantizing it once."""
     adapted(case).save_pretrained(tmp_path)
     refused(tmp_path, "quantized base is computed from these weights", "nf4")
 
@@ -249,8 +249,8 @@ def test_a_later_format_is_refused(tmp_path):
     refused(tmp_path, "format_version=2 .* is not supported: must be 1", None)
 
 
-def test_quantised_in_the_forward_pass_needs_nothing_of_it(tmp_path):
-    """A base that stays as it is has PEFT's file, also where the unquantised weights were read."""
+def test_a_subtraction_in_the_forward_pass_needs_no_such_file(tmp_path):
+    """An unchanged base has PEFT's file format, even if the unquantized weights were read."""
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
     model = train(get_peft_model(llama("nf4"), config, original_weights=originals()))
     assert {layer.base_state for layer in model.layers.values()} == {"in_forward"}
@@ -276,8 +276,8 @@ class Dilated(nn.Module):
 @pytest.mark.parametrize(
     "options", [{"dilation": 2}, {"padding_mode": "circular"}], ids=["dilation", "padding_mode"]
 )
-def test_a_convolution_that_peft_would_compute_otherwise(options, method, tmp_path):
-    """PEFT's A has the base's stride and padding only: the same tensors, another function."""
+def test_a_convolution_that_peft_computes_differently_needs_our_format(options, method, tmp_path):
+    """PEFT's A has only the base's stride and padding, so equal tensors give another function."""
     config = LoraConfig(r=4, target_modules=["conv"], init_lora_weights=method)
     model = train(get_peft_model(Dilated(**options), config))
     model.save_pretrained(tmp_path / "ours")
@@ -287,7 +287,7 @@ def test_a_convolution_that_peft_would_compute_otherwise(options, method, tmp_pa
     x = torch.randn(2, 6, 9, 9)
     again = LoraModel.from_pretrained(Dilated(**options), tmp_path / "ours")
     torch.testing.assert_close(again(x), model(x))
-    # And PEFT's adapter of such a convolution is none of ours.
+    # PEFT's adapter of such a convolution is refused too.
     theirs = peft.get_peft_model(Dilated(**options), peft.LoraConfig(r=4, target_modules=["conv"]))
     theirs.save_pretrained(tmp_path / "theirs")
     message = r"dilation=.*padding_mode=.*Conv2d 'conv'.*PEFT's lora_A ignores both"

@@ -1,4 +1,4 @@
-"""What trainers and scripts pass to `save_pretrained`."""
+"""Keywords that trainers and scripts pass to `save_pretrained`."""
 
 import inspect
 import json
@@ -44,7 +44,7 @@ def test_a_keyword_of_trainers_is_accepted(name, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_order_is_pefts():
+def test_positional_arguments_have_pefts_order():
     theirs = list(inspect.signature(peft.PeftModel.save_pretrained).parameters)[2:-1]
     ours = list(inspect.signature(LoraModel.save_pretrained).parameters)[2:]
     assert ours[: len(theirs)] == theirs
@@ -73,7 +73,7 @@ def test_only_the_main_process_writes(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-def test_a_conversion_that_is_not_needed_is_said(tmp_path):
+def test_a_conversion_that_is_not_needed_gives_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="already fits the original base model"):
         adapted().save_pretrained(tmp_path, path_initial_model_for_weight_conversion="init")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
@@ -99,7 +99,7 @@ def test_a_gathered_state_dict_is_what_is_written(method, make, settings, prefix
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.zero_()  # as a shard that is not here
+                parameter.zero_()  # as if this shard were on another rank
     model.save_pretrained(tmp_path, state_dict=gathered)
     loaded = LoraModel.from_pretrained(make(), tmp_path)
     assert_gap(logits(loaded, token_batches()), expected, 1e-5)

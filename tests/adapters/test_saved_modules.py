@@ -1,4 +1,4 @@
-"""Modules trained whole: PEFT selects them by the raw end of a name, and files say which."""
+"""Modules that are trained in full. PEFT selects them by the end of a name; files list them."""
 
 import functools
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def distilbert(kind=DistilBertForSequenceClassification):
 
 
 class Tower(nn.Module):
-    """A vision tower's names: `norm` ends several names, and the head is called like a part."""
+    """A vision tower: several names end with `norm`, and the head is named like another part."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ def test_a_module_that_peft_cannot_tell_from_an_adapted_one_is_named(tmp_path):
     assert_gap(logits(ours, token_batches()), logits(model, token_batches()), 1e-6)
 
 
-def test_a_part_of_a_saved_module_that_is_missing_is_refused(tmp_path):
+def test_a_missing_part_of_a_saved_module_is_refused(tmp_path):
     model = peft.get_peft_model(
         bert(), peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
     )

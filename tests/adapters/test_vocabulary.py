@@ -1,4 +1,4 @@
-"""Resized vocabularies: the new rows are in the file, or their absence is noticed."""
+"""Resized vocabularies: the file contains the new rows, or loading names the missing ones."""
 
 import json
 
@@ -25,7 +25,7 @@ every_model = pytest.mark.parametrize(("make", "targets", "batches"), MODELS.val
 
 
 def resized(make, size=SIZE, seed=1):
-    """A model with new rows, which are others for another seed."""
+    """A model with new rows, which depend on the seed."""
     model = make()
     before = model.get_input_embeddings().num_embeddings
     model.resize_token_embeddings(size)
@@ -47,7 +47,7 @@ def with_new_tokens(batches):
 
 @pytest.mark.parametrize("method", ["pissa"])
 @every_model
-def test_the_rows_travel_with_the_adapter(make, targets, batches, method, tmp_path):
+def test_the_adapter_file_contains_the_rows(make, targets, batches, method, tmp_path):
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights=method)
     model = train(get_peft_model(resized(make), config))
     expected = logits(model, with_new_tokens(batches))
@@ -57,7 +57,7 @@ def test_the_rows_travel_with_the_adapter(make, targets, batches, method, tmp_pa
     assert_gap(logits(ours, with_new_tokens(batches)), expected, 1e-5)
     theirs = peft.PeftModel.from_pretrained(resized(make, seed=3), tmp_path)
     assert_gap(logits(theirs, with_new_tokens(batches)), expected, 1e-5)
-    # What was loaded is saved again, without being asked for.
+    # Rows that were loaded are saved again without a request.
     ours.save_pretrained(tmp_path / "again")
     again = LoraModel.from_pretrained(resized(make, seed=4), tmp_path / "again")
     assert_gap(logits(again, with_new_tokens(batches)), expected, 1e-5)
@@ -92,7 +92,7 @@ def saved_base(folder, make=llama):
 
 @pytest.mark.parametrize("size", [None, SIZE, 80])
 def test_auto_compares_with_the_saved_base(size, tmp_path):
-    """PEFT's rule: the vocabulary of the base's own configuration decides."""
+    """PEFT's rule: the vocabulary size in the base's configuration decides."""
     base = saved_base(tmp_path / "base")
     if size is not None:
         base.resize_token_embeddings(size)
@@ -155,7 +155,7 @@ def test_ours_loads_pefts_resized(make, targets, batches, tmp_path):
     assert_unchanged(base, before)
 
 
-def test_rows_are_taken_back_where_the_loading_fails(tmp_path, monkeypatch):
+def test_rows_are_restored_if_loading_fails(tmp_path, monkeypatch):
     from lora_init import adapters
 
     model = get_peft_model(resized(llama), LoraConfig(r=2, target_modules=["q_proj"]))

@@ -237,7 +237,36 @@ def test_make_refuses_before_it_writes(run, checkpoint, tmp_path, words, message
     assert not (tmp_path / "out").exists()
 
 
+def test_packaged_models_have_short_names(run, tmp_path):
+    """The adapter names the folder, so that PEFT finds the base."""
+    words = ["-r", 1, "--method", "kaiming", "--target-modules", "query"]
+    run("make", "minilm", tmp_path / "out", *words)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(minilm())
+    assert len(run("plan", "minilm", *words, "--json", "--no-time")["targets"]) == 6
+
+
+@pytest.mark.parametrize("method", ["from_delta", "lora_da", "osrm", "sc_lora"])
+def test_plan_estimates_the_time_of_methods_with_several_inputs(run, checkpoint, method):
+    assert run("plan", checkpoint, "--method", method, "-r", 2, "--json")["seconds"] > 0
+
+
+def test_an_unknown_method_is_named_as_in_the_command(run, checkpoint):
+    for words, setting in (
+        (["show", "pisa"], "METHOD="),
+        (["plan", checkpoint, "--method", "pisa"], "--method "),
+    ):
+        assert f"{setting}'pisa' is not a registered initializer: did you mean 'pissa'" in run(
+            *words
+        )
+
+
+def test_show_prints_the_options_of_a_name_with_settings(run):
+    assert re.search(r"niter +int \| None +4", run("show", "pissa_niter_4"))
+
+
 def test_models_that_cannot_be_read(run, tmp_path):
+    assert "one of minilm, smollm2" in run("plan", "no-such-owner/no-such-model")
     assert "no such folder" in run("plan", "/no/such/folder")
     assert "has no config.json" in run("plan", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["Nothing"]}')

@@ -1,4 +1,4 @@
-"""LoraConfig: fields and defaults of the reference, PEFT's file, and refusals by name."""
+"""LoraConfig: the reference's fields and defaults, PEFT's file, and errors that name a field."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def test_defaults_agree_with_peft():
         assert getattr(LoraConfig(), name) == getattr(peft.LoraConfig(), name), name
 
 
-def test_file_has_pefts_keys_and_comes_back(tmp_path):
+def test_the_file_has_pefts_keys_and_loads_unchanged(tmp_path):
     config = LoraConfig(
         r=16,
         lora_alpha=32,
@@ -191,7 +191,7 @@ def test_options_of_another_method_are_refused():
     refused("task_type='NOPE'", task_type="NOPE")
 
 
-def test_fields_of_peft_that_we_lack(tmp_path):
+def test_fields_of_peft_that_are_not_supported(tmp_path):
     values = LoraConfig().to_dict()
     assert LoraConfig.from_dict(values).to_dict() == values
     for name, value in {"use_qalora": True, "layer_replication": [[0, 1]]}.items():

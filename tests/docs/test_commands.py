@@ -34,7 +34,7 @@ CAUSAL = [
 ]  # fmt: skip
 PROTOCOL = ["methods=[kaiming]", "seeds=[0]", "grid=1", "max_extensions=0"]
 IN_PROCESS = "hydra.launcher.n_jobs=1"
-# A recipe with a Llama of two layers in place of the large one.
+# A recipe with a Llama of two layers instead of the large one.
 RECIPE = ["lora.r=4", "training.max_length=48", "training.max_new_tokens=2"]
 MODULE = "python -m experiments."
 PAGES = ("docs/guides/own_model_and_data.md", "docs/guides/fair_protocol.md", "docs/recipes.md",
@@ -42,7 +42,7 @@ PAGES = ("docs/guides/own_model_and_data.md", "docs/guides/fair_protocol.md", "d
 
 
 def sequences():
-    """The commands of a block stay together: a report needs the sweep above it."""
+    """Keep the commands of a block together: a report needs the sweep above it."""
     for block in blocks():
         lines = block.code.splitlines()
         if block.page in PAGES and block.language == "bash" and lines[0].startswith(MODULE):
@@ -50,7 +50,7 @@ def sequences():
 
 
 def reduced(command, outputs):
-    """The command as the page has it, with overrides that make it small appended."""
+    """The command as the page has it, with overrides that make it small."""
     if command.startswith(f"{MODULE}papers "):
         return f"{command.replace('outputs/', f'{outputs}/')} form=smoke output={outputs}/papers"
     if command.startswith(f"{MODULE}papers."):
@@ -83,7 +83,7 @@ def reduced(command, outputs):
 
 @pytest.fixture
 def run(monkeypatch, capfd, tmp_path):
-    """Run a command in the repository, in this process where it is Python's; returns its output."""
+    """Run a command in the repository, in this process where it is Python's; return its output."""
     interpreter = str(Path(sys.executable).parent)
     monkeypatch.setenv("PATH", f"{interpreter}:{os.environ['PATH']}")
     monkeypatch.setenv("MODEL", str(MINILM))
@@ -97,7 +97,7 @@ def run(monkeypatch, capfd, tmp_path):
         GlobalHydra.instance().clear()
         try:
             with warnings.catch_warnings():
-                # The module may have been imported, by its name, before.
+                # Another test may have imported the module by its name.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:
@@ -131,7 +131,7 @@ def test_make_compare_works(run, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("lines", list(sequences()))
 def test_commands_work(lines, run, tmp_path, monkeypatch):
-    # `make compare` draws the charts, in processes of its own.
+    # `make compare` draws the charts, in other processes.
     monkeypatch.setattr(
         output, "draw", lambda summarizer, views, majority, metric, _: (
             [], make_canvas(summarizer, views, metric)

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of lora_init give what they show."""
+"""The examples in the docstrings of lora_init print the results that they show."""
 
 from __future__ import annotations
 

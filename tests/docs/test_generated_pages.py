@@ -30,7 +30,7 @@ def pages():
 
 
 def test_the_readme_has_the_table_of_the_registry(pages):
-    """Otherwise: make readme."""
+    """If it fails, run `make readme`."""
     assert pages.with_table(README.read_text()) == README.read_text()
 
 

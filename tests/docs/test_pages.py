@@ -95,7 +95,7 @@ def test_every_block_has_a_known_language():
 
 @pytest.fixture
 def registered():
-    """The registries are put back: a page may register a method or a weight format."""
+    """Restore the registries: a page may register a method or a weight format."""
     list_initializers()
     registries = registry._registry, weight_formats()
     before = [dict(one) for one in registries]
@@ -197,7 +197,7 @@ def check_training(arguments):
 
 
 def one_value(override: str) -> str:
-    """An override that sweeps, with the first of its values."""
+    """Reduce an override that sweeps to the first of its values."""
     name, _, value = override.partition("=")
     if value == "glob(*)":
         value = "kaiming"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from experiments import compare as application
 from experiments import train
 from experiments.report import output
 from experiments.report.gallery import make_canvas
-from lora_init.cli import protocol
+from lora_init.cli import applications
 from lora_init.cli.parser import main
 
 COLUMNS = ["--text", "review", "--label", "verdict"]
@@ -141,7 +143,7 @@ def test_an_installation_without_the_extra(compare, monkeypatch):
     def without(name):
         raise ModuleNotFoundError(f"No module named 'hydra' for {name}", name="hydra")
 
-    monkeypatch.setattr(protocol, "import_module", without)
+    monkeypatch.setattr(applications, "import_module", without)
     assert "pip install 'lora_init[experiments]'" in compare()[2]
 
 
@@ -151,3 +153,11 @@ def test_a_failed_run_is_an_error(compare, monkeypatch):
     code, _, remarks = compare()
     assert code == 1
     assert "Give the same command again to continue it" in remarks
+
+
+def test_the_output_of_a_run_reaches_a_stream_without_a_descriptor():
+    """A notebook's standard output is such a stream."""
+    shown = io.StringIO()
+    with application.descriptor(shown) as stream:
+        subprocess.run([sys.executable, "-c", "print('first'); print('last')"], stdout=stream)
+    assert shown.getvalue() == "first\nlast\n"

@@ -77,7 +77,7 @@ def test_a_name_without_a_parameter_is_warned_about():
 
 
 @pytest.mark.wrong_types
-def test_the_keyword_is_checked_and_not_written():
+def test_the_keyword_is_checked_and_not_saved():
     with pytest.raises(ValueError, match="experts='yes' is not supported: must be True, False or"):
         LoraConfig(experts="yes")
     assert "experts" not in LoraConfig(experts=True).to_dict()

@@ -1,4 +1,4 @@
-"""Regular expressions from files and users end in bounded time, and mean what `re` means."""
+"""Regular expressions take bounded time, and match what Python's `re` matches."""
 
 import re
 import time
@@ -27,7 +27,7 @@ SLOW = [
 
 
 class Letters(nn.Module):
-    """Layers under long names of one letter, which make expressions backtrack."""
+    """Layers with long names of one repeated letter, which make expressions backtrack."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ def test_many_slow_keys_take_no_longer_than_one():
     assert time.thread_time() - start < 1
 
 
-def test_an_expression_may_be_used_again_and_again():
+def test_an_expression_can_be_used_several_times():
     expression = Expression("target_modules", r".*\.(q|v)_proj")
     for _ in range(20_000):
         assert expression.fullmatch("model.layers.0.self_attn.q_proj")
@@ -89,7 +89,7 @@ TEXTS = [
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_expressions_mean_what_re_means(pattern):
+def test_expressions_match_what_re_matches(pattern):
     ours, theirs = Expression("target_modules", pattern), re.compile(pattern)
     for text in TEXTS:
         for ours_found, found in (
@@ -109,7 +109,7 @@ PIECES = ["a", "b", r"\.", ".", "[ab]", r"\w", "(a|b)", "(?:ab)?", "a*", "b+?", 
     st.lists(st.sampled_from(PIECES), max_size=6).map("".join),
     st.lists(st.sampled_from(["a", "b", ".", "1", "_", "{e}"]), max_size=6).map("".join),
 )
-def test_any_expression_means_what_re_means(pattern, text):
+def test_any_expression_matches_what_re_matches(pattern, text):
     try:
         theirs = re.compile(pattern)
     except re.error:

@@ -1,4 +1,4 @@
-"""What a selection leaves out is said: in the plan, the report and one warning."""
+"""The plan, the report and one warning list the modules that a selection leaves out."""
 
 import json
 import warnings
@@ -60,7 +60,7 @@ PARTIAL = [
 
 
 @pytest.mark.parametrize(("targets", "parts"), PARTIAL)
-def test_names_that_reach_only_a_part_are_completed_by_a_warning(targets, parts):
+def test_names_that_match_only_some_layers_give_a_warning(targets, parts):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plan = dry(mixture("qwen2_moe"), targets)
@@ -178,7 +178,7 @@ def test_the_report_has_what_the_plan_left_out():
 
 
 class Constant(nn.Module):
-    """One layer reads inputs that vary, the other one always the same."""
+    """One layer reads inputs that vary; the other reads constant inputs."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +232,7 @@ DRAWING = ["kaiming", "gaussian", "random", "orthogonal", "init_ab", "init_ab_su
 
 @pytest.mark.parametrize("method", DRAWING)
 @pytest.mark.parametrize("targets", ["all-linear", ["gate", "small"]])
-def test_methods_that_draw_have_no_limit_of_rank(method, targets, tmp_path):
+def test_methods_that_draw_random_factors_allow_any_rank(method, targets, tmp_path):
     base, x = Narrow(), torch.randn(5, 16)
     state = {name: value.clone() for name, value in base.state_dict().items()}
     config = LoraConfig(r=8, target_modules=targets, init_lora_weights=method)
@@ -307,7 +307,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["pissa", "eva"])
-def test_all_linear_passes_over_what_cannot_be_adapted(method):
+def test_all_linear_skips_what_cannot_be_adapted(method):
     batches = [torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))]
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=method)
     with pytest.warns(UserWarning, match=r"normed: its weight is computed"):

@@ -1,4 +1,4 @@
-"""A head that the checkpoint did not hold is trained whole, whatever it is called."""
+"""A head that is missing in the checkpoint is trained in full, whatever its name is."""
 
 import json
 import warnings
@@ -39,7 +39,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """By case, checkpoints without the head and with it."""
+    """For each case, a checkpoint without the head and one with it."""
     found = {}
     for case, (base, headed, _, _) in CASES.items():
         without, with_head = (tmp_path_factory.mktemp(case) / part for part in ("base", "whole"))
@@ -109,7 +109,7 @@ def test_other_new_weights_are_named(folders):
     assert plan.modules_to_save == ("classifier",)
 
 
-def test_a_resized_vocabulary_is_no_head(folders):
+def test_a_resized_vocabulary_is_not_a_head(folders):
     base = LlamaForCausalLM.from_pretrained(folders["decoder"][0])
     base.resize_token_embeddings(60)
     plan = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), dry_run=True)

@@ -1,4 +1,4 @@
-"""What is refused on a sharded base, on a mesh of one process, with nothing changed."""
+"""Targets that are refused on a sharded base. Nothing changes; the mesh has one process."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def by_entries(model, mesh):
 
 
 def partitioned(model, mesh):
-    """As DeepSpeed ZeRO-3 leaves it: an empty parameter with an id."""
+    """A module as DeepSpeed ZeRO-3 leaves it: an empty parameter with an id."""
     for layer in model.model.layers:
         weight = layer.self_attn.q_proj.weight
         weight.ds_id, weight.ds_shape = 7, weight.shape

@@ -1,4 +1,4 @@
-"""Which modules are adapted: PEFT's rules, plus what its users trip over."""
+"""Which modules are adapted: PEFT's rules, and mistakes that its users report."""
 
 import re
 
@@ -161,7 +161,7 @@ def test_what_matches_nothing_is_reported_and_refused():
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 def test_unmatched_keys_are_allowed_on_request(setting):
-    """One configuration for several models: what an entry says is done where it matches."""
+    """One configuration for several models: each entry applies where it matches."""
     pattern = {"query": 2, r"layers\.1\..*": 2}
     config = LoraConfig(r=4, target_modules=["q_proj"], **{setting: pattern})
     with pytest.raises(ValueError, match=f"{setting}: 'query'.*or pass allow_unmatched=True"):
@@ -174,14 +174,14 @@ def test_unmatched_keys_are_allowed_on_request(setting):
     assert values == [other, 2, other]
 
 
-# Not from a regular expression: Hypothesis would first tabulate Unicode, seconds in a fresh clone.
+# A regular expression would make Hypothesis tabulate Unicode first, for seconds.
 PARTS = [a + b for a in "abc" for b in ("", *"abc")]
 NAMES = st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map(".".join)
 
 
 @given(names=st.lists(NAMES, unique=True, min_size=1), keys=st.lists(NAMES, unique=True))
 def test_a_pattern_is_the_first_dotted_suffix(names, keys):
-    """Against the rule written out, on any names: no key reaches over a part's boundary."""
+    """Compare with the rule, on random names: a key never matches a part of a name's component."""
     patterns = {re.escape(key): value for value, key in enumerate(keys, 1)}
     for name in names:
         parts = name.split(".")
@@ -191,7 +191,7 @@ def test_a_pattern_is_the_first_dotted_suffix(names, keys):
 
 
 class Tree(nn.Module):
-    """Linear modules under the given dotted names, as far as they do not collide."""
+    """Linear modules with the given dotted names, except names that collide."""
 
     def __init__(self, names):
         super().__init__()
@@ -225,7 +225,7 @@ def test_plans_of_any_model_follow_the_rules(names, ranks, alphas, use_rslora, d
         (name, module) for name, module in model.named_modules()
         if any(name == target or name.endswith(f".{target}") for target in targets)
     ]  # fmt: skip
-    assume(all(isinstance(module, nn.Linear) for _, module in meant))  # none a container
+    assume(all(isinstance(module, nn.Linear) for _, module in meant))  # no name is a container
     expected = [name for name, _ in meant]
     config = LoraConfig(
         r=2, lora_alpha=7, target_modules=targets, use_rslora=use_rslora,

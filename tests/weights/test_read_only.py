@@ -13,6 +13,7 @@ from torch import nn
 from lora_init import LoraConfig, calibrate, get_peft_model
 from lora_init.cli.support import support
 from lora_init.weights.kinds import FORMATS, class_format, module_type
+from lora_init.weights.read_only import ReadOnlyFormat
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -259,3 +260,26 @@ def test_start_training_file_and_removal_of_an_adapter(method, kind, tmp_path):
         assert torch.equal(base(x), expected)
         loaded = type(adapted).from_pretrained(base, tmp_path)
         torch.testing.assert_close(loaded(x), trained, rtol=1e-6, atol=1e-6)
+
+
+class Transposed(ReadOnlyFormat):
+    """A format whose author returns the stored values without transposing them."""
+
+    name = "Transposed"
+
+    def matches(self, module):
+        return isinstance(module, nn.Linear)
+
+    def values(self, module):
+        return module.weight.T
+
+    def float_dtype(self, module):
+        return module.weight.dtype
+
+    def describe(self, module):
+        return "float32"
+
+
+def test_values_must_have_the_shape_of_the_format():
+    with pytest.raises(ValueError, match=r"Transposed.values returned shape \(16, 8\): must be"):
+        Transposed().read(nn.Linear(16, 8))
