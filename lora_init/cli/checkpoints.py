@@ -17,6 +17,9 @@ FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 PACKAGED = ("minilm", "smollm2")
 """Short names of models that Python packages ship. A folder of that name comes first."""
 
+MXFP4 = "mxfp4"
+"""The name of gpt-oss's quantization in a configuration."""
+
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -64,8 +67,20 @@ def checkpoint_folder(model: str) -> Path:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether a quantizer's package makes the modules of the checkpoint while loading it."""
-    return getattr(_config(folder)[0], "quantization_config", None) is not None
+    """Whether a quantizer's package makes the modules of the checkpoint while loading it.
+
+    MXFP4 does not count: its experts are read and loaded as dequantized values.
+    """
+    return _quantization(folder) not in (None, MXFP4)
+
+
+def _quantization(folder: Path) -> str | None:
+    """The name of the quantization in the configuration of a checkpoint."""
+    found = getattr(_config(folder)[0], "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    return values.get("quant_method", "unknown")
 
 
 def skeleton(folder: Path) -> nn.Module:
@@ -92,13 +107,16 @@ def loaded(folder: Path, device: str, offload: str | None) -> nn.Module:
         offload: a folder for the weights that do not fit in memory; needs accelerate.
     """
     _, model_class = _config(folder)
+    settings: dict[str, Any] = {"dtype": "auto"}
+    if _quantization(folder) == MXFP4:
+        settings["quantization_config"] = _library("transformers").Mxfp4Config(dequantize=True)
     if offload is not None:
         return model_class.from_pretrained(
-            folder, dtype="auto", device_map="auto", offload_folder=offload
+            folder, device_map="auto", offload_folder=offload, **settings
         ).eval()
     if is_quantized(folder):
         return model_class.from_pretrained(folder, device_map=device).eval()
-    return model_class.from_pretrained(folder, dtype="auto").eval().to(device)
+    return model_class.from_pretrained(folder, **settings).eval().to(device)
 
 
 def task_type(model: nn.Module) -> str | None:

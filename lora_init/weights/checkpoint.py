@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_init.weights.mxfp4 import mxfp4_values
 from lora_init.weights.single_experts import present_name, single_experts
 
 WEIGHTS = "model.safetensors"
@@ -37,6 +38,9 @@ QUANTIZED = (
     ".weight.quant_state.bitsandbytes__nf4",
     ".weight.quant_state.bitsandbytes__fp4",
 )
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Endings of the two tensors that hold a parameter in MXFP4, as gpt-oss is published."""
+
 CONVERT = (
     "convert it once, AutoModel.from_pretrained(folder).save_pretrained(new_folder), and pass the "
     "new folder"
@@ -50,7 +54,8 @@ class OriginalWeights:
     the two names may have an extra prefix of whole dotted parts: "model.layers.0.up" matches
     "layers.0.up" and vice versa. A prefix "base_model." is ignored. The match must be unique. Two
     modules can match the same tensor, which is right for tied weights only (compare their `key`).
-    A fused parameter of experts also matches the tensors of its single experts.
+    A fused parameter of experts also matches the tensors of its single experts, and those of MXFP4
+    codes, from which its values are computed.
 
     Args:
         source: a folder in Hugging Face's layout, one `.safetensors` file, or a mapping of names to
@@ -87,10 +92,13 @@ class OriginalWeights:
         for key in self._stored:
             if isinstance(key, str) and key.endswith(".weight"):
                 self._keys.setdefault(_last_part(key), []).append(key)
-        self._experts = single_experts(key for key in self._stored if isinstance(key, str))
+        names = [key for key in self._stored if isinstance(key, str)]
+        self._experts = single_experts(names)
+        packed = [key.removesuffix(BLOCKS) for key in names if key.endswith(BLOCKS)]
+        self._packed = [name for name in packed if name + SCALES in self._stored]
 
     def weight(self, name: str, expert: int | None = None) -> Tensor:
-        """The weight of module `name`, in its stored dtype and layout.
+        """The weight of module `name`, in its stored dtype and layout; bfloat16 for MXFP4 codes.
 
         Args:
             name: the name of a module, or of a fused parameter of experts.
@@ -105,7 +113,17 @@ class OriginalWeights:
         if tensors and expert is not None:
             rows = [self._tensor(name, key) for key in tensors[expert]]
             return rows[0] if len(rows) == 1 else torch.cat(rows)
-        return self._tensor(name, self.key(name), expert)
+        key = self.key(name)
+        if not self._is_packed(key):
+            return self._tensor(name, key, expert)
+        codes = self._tensor(name, key, expert)
+        scales = self._tensor(name, key.removesuffix(BLOCKS) + SCALES, expert)
+        # transformers stores these experts as (in, out). bfloat16 holds every value exactly.
+        return mxfp4_values(codes, scales).mT.to(torch.bfloat16)
+
+    def _is_packed(self, key: str) -> bool:
+        """Whether the tensor holds the codes or the scales of MXFP4."""
+        return key.removesuffix(BLOCKS).removesuffix(SCALES) in self._packed
 
     def _tensor(self, name: str, key: str, expert: int | None = None) -> Tensor:
         self._check(name, key)
@@ -123,7 +141,12 @@ class OriginalWeights:
         """
         tensors = self._single_experts(name)
         if not tensors:
-            return self._check(name, self.key(name))
+            key = self.key(name)
+            shape = self._check(name, key)
+            if self._is_packed(key):
+                *stack, rows, blocks, size = shape
+                return (*stack, 2 * blocks * size, rows)
+            return shape
         shapes = {tuple(self._check(name, key) for key in keys) for keys in tensors}
         if len(shapes) > 1:
             raise ValueError(
@@ -169,6 +192,8 @@ class OriginalWeights:
         for exact in (f"{name}.weight", f"{_bare(name)}.weight", name, _bare(name)):
             if exact in self._stored:
                 return [exact]
+        if packed := [one for one in self._packed if _agree(one, f".{_bare(name)}")]:
+            return [one + BLOCKS for one in packed]
         ours = f".{_bare(name)}.weight"
         stored = self._keys.get(_last_part(ours), [])
         found = [key for key in stored if _agree(key, ours)]
@@ -202,6 +227,8 @@ class OriginalWeights:
             )
         # Check the suffixes first: packed codes can have a float dtype (quant_storage).
         self._check_quantized(name, key.removesuffix(".weight"))
+        if self._is_packed(key) and dtype in (torch.uint8, "U8"):
+            return tuple(shape)
         if dtype not in DTYPES and dtype not in HEADER_DTYPES:
             raise _quantized(name, f"{self.source} holds {key!r} as {dtype}")
         return tuple(shape)

@@ -1,13 +1,17 @@
 """Fused experts of a model that is not loaded are read from a checkpoint, expert by expert."""
 
 import copy
+import json
 
 import pytest
 import torch
-from mixtures import mixture
+from mixtures import SMALL, mixture
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lora_init import LoraConfig, get_peft_model
+from lora_init.cli.checkpoints import loaded as load_checkpoint
 from lora_init.cli.parser import main
 from lora_init.weights.checkpoint import OriginalWeights
 
@@ -56,3 +60,61 @@ def test_a_residual_base_of_experts_is_refused(tmp_path, capsys):
     mixture("mixtral").save_pretrained(tmp_path / "base")
     assert main(["make", str(tmp_path / "base"), str(tmp_path / "out"), "--residual"]) == 1
     assert "--no-experts" in capsys.readouterr().err
+
+
+def packed_checkpoint(folder):
+    """A gpt-oss checkpoint with MXFP4 experts, and the model that it means, in bfloat16."""
+    values = SMALL | {"intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("gpt_oss", **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = state.pop(name).shape
+        codes = torch.randint(
+            0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator
+        )
+        scales = torch.randint(
+            118, 124, (experts, rows, columns // 32), dtype=torch.uint8, generator=generator
+        )
+        state |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+        values = convert_moe_packed_tensors(codes, scales, dtype=torch.bfloat16)
+        model.get_parameter(name).data.copy_(values)
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+    stored = config.to_dict() | {
+        "architectures": ["GptOssForCausalLM"], "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(stored))
+    return model
+
+
+def test_experts_in_mxfp4_are_read_as_transformers_dequantizes_them(tmp_path):
+    model = packed_checkpoint(tmp_path / "base")
+    stored = OriginalWeights(tmp_path / "base")
+    for layer in range(2):
+        for name in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{name}"
+            wanted = model.get_parameter(name)
+            assert stored.shape(name) == tuple(wanted.shape)
+            assert torch.equal(stored.weight(name), wanted)
+            assert torch.equal(stored.weight(f"base_model.{name}", 2), wanted[2])
+    assert "experts" not in stored.key("model.layers.0.self_attn.q_proj")
+    read = load_checkpoint(tmp_path / "base", "cpu", None).state_dict()
+    assert all(torch.equal(read[key], value) for key, value in model.state_dict().items())
+
+
+def test_make_reads_a_checkpoint_in_mxfp4(tmp_path):
+    model = packed_checkpoint(tmp_path / "base")
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    words = ["--method", "pissa", "-r", "2", "--target-modules", "q_proj"]
+    words += ["--target-parameters", ",".join(names)]
+    assert main(["make", str(tmp_path / "base"), str(tmp_path / "made"), *words]) == 0
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights="pissa", target_modules=["q_proj"],
+                        target_parameters=names, task_type="CAUSAL_LM")  # fmt: skip
+    get_peft_model(model, config, cache=False).save_pretrained(tmp_path / "library")
+    made, wanted = (load_file(tmp_path / folder / "adapter_model.safetensors")
+                    for folder in ("made", "library"))  # fmt: skip
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[key], wanted[key]) for key in made)
