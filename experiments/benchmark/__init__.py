@@ -12,6 +12,7 @@ a case measures one comparison and yields its rows:
 - `memory`: the peak of `get_peft_model`;
 - `steps`: training steps of LoRA and DoRA;
 - `experts`: training steps and starts of adapters on a mixture of experts.
+- `sharded`: memory and time of starts on a base that several ranks share.
 
 Contenders alternate within one process, so that a slow moment of the machine hits all of them.
 A ratio is the peer's figure divided by ours: above 1, lora_init takes less.

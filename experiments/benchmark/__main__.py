@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..config.location import CONFIGURATIONS
 from ..console import say
 from ..errors import ConfigurationError, RunFailed
-from . import calibration, experts, initialization, memory, steps
+from . import calibration, experts, initialization, memory, sharded, steps
 from .ledger import Ledger
 from .page import amount, error, ratio
 from .row import Case, Row
@@ -38,6 +38,7 @@ CASES = {
     "memory": memory.cases,
     "steps": steps.cases,
     "experts": experts.cases,
+    "sharded": sharded.cases,
 }
 
 register_schema()

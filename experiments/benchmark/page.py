@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from . import calibration, experts, initialization, memory, steps
+from . import calibration, experts, initialization, memory, sharded, steps
 from .quality import JUDGES, MEANINGS
 from .row import LINALG, OURS, PEFT, Row
 
@@ -17,6 +17,7 @@ TITLES = {
     "memory": memory.TITLE,
     "steps": steps.TITLE,
     "experts": experts.TITLE,
+    "sharded": sharded.TITLE,
 }
 INTRODUCTIONS = {
     "initialization": """\
@@ -46,6 +47,11 @@ The model is a mixture of experts with random weights. Adapters are on the query
 projections and on all experts; the floor is a step with the projections only. Memory is the peak
 during a step above the adapted model. The starts adapt all experts of one layer. The error of a
 step is the relative difference of the first losses, that of PiSSA an excess as above.
+""",
+    "sharded": """\
+The base is sharded by `fully_shard` over processes of one machine, one thread each. Memory is the
+largest peak of a rank during `get_peft_model` above its shard. The promise is one layer, all
+factors and the work space of the decomposition. The time is that of the slowest rank.
 """,
 }
 
@@ -177,6 +183,12 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         **TIMES,
         "floor": lambda row: amount(row.whole, row.unit),
         "error": lambda row: error(row.error),
+        **NOTE,
+    },
+    "sharded": {
+        "case": lambda row: row.case,
+        OURS: lambda row: amount(row.ours, row.unit),
+        "promise": lambda row: amount(row.planned, row.unit),
         **NOTE,
     },
 }

@@ -13,7 +13,7 @@ from ..config.resolve import as_settings
 from ..errors import nearest
 from .strategies import METHODS
 
-SECTIONS = ("initialization", "calibration", "memory", "steps", "experts")
+SECTIONS = ("initialization", "calibration", "memory", "steps", "experts", "sharded")
 EXPERT_METHODS = ("pissa", "pissa_niter_4", "olora")
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -142,6 +142,28 @@ class ExpertsSettings(SectionSettings):
 
 
 @dataclass
+class ShardedSettings(SectionSettings):
+    """The section on sharded bases.
+
+    Attributes:
+        ranks: the numbers of processes.
+        layers, width: the linear layers, (width, width) in float32.
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["pissa_niter_4"])
+    ranks: list[int] = field(default_factory=lambda: [1, 2, 4])
+    layers: int = 8
+    width: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for rank in self.ranks:
+            at_least("sharded.ranks", rank, 1)
+        for name in ("layers", "width"):
+            at_least(f"sharded.{name}", getattr(self, name), 1)
+
+
+@dataclass
 class BenchmarkConfig:
     """The whole benchmark.
 
@@ -159,6 +181,7 @@ class BenchmarkConfig:
     memory: SectionSettings = field(default_factory=SectionSettings)
     steps: SectionSettings = field(default_factory=SectionSettings)
     experts: ExpertsSettings = field(default_factory=ExpertsSettings)
+    sharded: ShardedSettings = field(default_factory=ShardedSettings)
     seconds: float | None = None
     rank: int = 8
     alpha: float = 16.0

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_init.layers import LoraLayer
-from lora_init.weights.sharded import sharding
+from lora_init.weights.sharded import fsdp_mesh, sharding
 
 
 def shard_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
@@ -16,7 +16,7 @@ def shard_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
 
     | the base weight is sharded by | the factors |
     |---|---|
-    | FSDP2 | an FSDP2 unit of the layer, on the same mesh, without mixed precision |
+    | FSDP2 | an FSDP2 unit of the layer, on the unit's mesh, without mixed precision |
     | tensor parallelism, by outputs | A on each rank, B by rows |
     | tensor parallelism, by inputs | A by columns, B on each rank |
     | DeepSpeed ZeRO-3 | whole, until `deepspeed.initialize` splits them |
@@ -28,17 +28,17 @@ def shard_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
     """
     how = sharding(model, name)
     if how == "FSDP2":
-        _in_own_unit(layer)
+        _in_own_unit(model, name, layer)
     elif how == "tensor parallelism":
         _along_weight(layer)
 
 
-def _in_own_unit(layer: LoraLayer) -> None:
+def _in_own_unit(model: nn.Module, name: str, layer: LoraLayer) -> None:
     """FSDP2 has built its units already, so the layer becomes one, which reduces its gradients."""
     weight: Any = layer.stored_weight
     # Imported by the code that sharded the weight; importing it here would take seconds.
     fsdp = sys.modules["torch.distributed.fsdp"]
-    mesh = weight.device_mesh
+    mesh = fsdp_mesh(model, name)
     offloads = weight.device.type != mesh.device_type
     fsdp.fully_shard(
         layer,

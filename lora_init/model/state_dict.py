@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,9 +182,26 @@ def _refuse_fsdp1(model: LoraModel, prefix: str, *_: Any) -> None:
         )
 
 
+def _refuse_ignored_frozen() -> None:
+    """Raise if torch will remove the frozen parameters, and fail at the first that is not there.
+
+    Raises:
+        ValueError: `StateDictOptions(ignore_frozen_params=True)`. A caller's frame shows it.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_get_model_state_dict":
+        frame = frame.f_back
+    if frame is not None and getattr(frame.f_locals.get("info"), "ignore_frozen_params", False):
+        raise ValueError(
+            "ignore_frozen_params=True is not supported: must be False, because the state dict of "
+            "a LoraModel has no frozen base weights that torch could remove. Leave it out."
+        )
+
+
 def _keep_adapter_only(
     model: LoraModel, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
 ) -> None:
+    _refuse_ignored_frozen()
     model.undo_broken_loading()
     wanted = {prefix + key for key in adapter_keys(model)}
     if not wanted:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_init.injection import Transaction
 from lora_init.layers.attention import SplitAttention
+from lora_init.weights.offload import absence
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,21 @@ def is_attention(module: Any) -> bool:
 def output_place(attention: Any) -> Place:
     """Where PEFT's layer for an nn.MultiheadAttention holds the one for its output projection."""
     return Place(attention.get_base_layer(), "out_proj")
+
+
+def refuse_sharded(peft_model: Any, wanted: str) -> None:
+    """Refuse a model whose parameters several ranks hold in parts. Communicates nothing.
+
+    Raises:
+        ValueError: names a parameter, and what has sharded it.
+    """
+    for name, parameter in base_model(peft_model).named_parameters():
+        if not parameter.is_meta and (reason := absence(parameter)) is not None:
+            raise ValueError(
+                f"{wanted} is not supported here: {name!r} is {reason}, and must be whole. Call "
+                "initialize_peft_model before the model is sharded: before a Trainer with FSDP or "
+                "DeepSpeed trains, without LoraInitCallback; and load the model without zero.Init"
+            )
 
 
 def is_of_peft(module: Any, *names: str) -> bool:

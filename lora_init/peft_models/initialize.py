@@ -31,6 +31,7 @@ from lora_init.peft_models.holder import (
     is_peft_model,
     plain_base,
     refuse_merged,
+    refuse_sharded,
 )
 from lora_init.peft_models.injected import own_peft_config
 from lora_init.peft_models.layers import adapted_layers
@@ -111,12 +112,14 @@ def initialize_peft_model(
     Raises:
         ValueError, TypeError: as `lora_init.get_peft_model`. Also, by name: an adapter that is
             trained already; other adapters under a method that changes the base; a merged adapter;
+            a model that FSDP or DeepSpeed ZeRO-3 has sharded;
             a base that another PEFT model has changed; a layer, variant or convolution of PEFT's
             that cannot express it. Nothing is changed.
         RuntimeError: a second call, if the original base was not kept.
     """
     peft_model = checked_holder(peft_model, adapter_name)
     refuse_merged(peft_model, "initialize_peft_model")
+    refuse_sharded(peft_model, "initialize_peft_model")
     refuse_foreign_start(peft_model, adapter_name)
     refuse_trained(peft_model, adapted_layers(peft_model, adapter_name))
     return atomically(

@@ -94,6 +94,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
             f"target {name!r}: its weight is computed (a parametrization or a weight norm), so it "
             "cannot be adapted in place; remove the parametrization first"
         )
+    check_sharded(model, name, spec, stored)
     if (reason := stored.unreadable(module, matrix)) is not None:
         raise ValueError(f"target {name!r}: {reason}")
     _check_presence(name, weight)
@@ -107,11 +108,6 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
             f"target {name!r}: its weight is offloaded by Accelerate, but {spec.name} replaces "
             "it; load the model into memory first"
         )
-    if stored.quantized and is_sharded(weight):
-        raise TypeError(
-            f"target {name!r} is not supported: its {stored.name} weight is sharded, and a "
-            "quantized weight must be whole. Call get_peft_model before the model is sharded."
-        )
     if stored.quantized:
         return
     if weight.is_inference() and spec.base != "keep":
@@ -119,7 +115,6 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
             f"target {name!r}: its weight was made under torch.inference_mode, but {spec.name} "
             "must modify it; load the model outside inference_mode"
         )
-    check_sharded(model, name, spec, stored)
     if type(local_part(weight).data).__name__ not in ("Tensor", "Parameter"):
         raise TypeError(
             f"target {name!r}: its weight is a {type(local_part(weight).data).__name__}, which is "
@@ -152,7 +147,8 @@ def check_access(
     stored = known_format(module)
     kind = f"target {name!r} is a {type(module).__name__} ({stored.describe(module)})"
     replaces = spec.base == "replace" or (requantizes and stored.quantized)
-    if replaces and (reason := stored.unwritable(module)) is not None:
+    sharded = requantizes and is_sharded(stored_weight(module)) and "it is sharded"
+    if replaces and (reason := sharded or stored.unwritable(module)) is not None:
         cause = "quantized_base='requantize'" if requantizes else spec.name
         fix = "the unquantized model, or bitsandbytes' quantization with original_weights"
         fix = "quantized_base='in_forward'" if requantizes else fix

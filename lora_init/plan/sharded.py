@@ -10,11 +10,25 @@ from torch import nn
 from lora_init.distributed import from_ranks
 from lora_init.registry import Initializer
 from lora_init.weights.format import WeightFormat
-from lora_init.weights.sharded import fsdp_unit, is_sharded, is_unit, sharding
+from lora_init.weights.offload import stored_weight
+from lora_init.weights.sharded import (
+    Sharding,
+    fsdp_mesh,
+    fsdp_unit,
+    is_dtensor,
+    is_sharded,
+    is_unit,
+    sharding,
+)
 
 BEFORE = "Call get_peft_model before the model is sharded"
 IN_CALL = {"DeepSpeed ZeRO-3", "tensor parallelism"}
 """What gathers or computes only inside the call of the module whose weight it shards."""
+UNSHARDED = {
+    "Linear8bitLt": "fully_shard drops the scales of a Linear8bitLt",
+    "compressed-tensors": "its first forward pass replaces the parameters that fully_shard manages",
+}
+"""Quantized formats whose forward pass fails under FSDP2, with the reason."""
 
 
 def check_sharded(model: nn.Module, name: str, spec: Initializer, stored: WeightFormat) -> None:
@@ -33,19 +47,18 @@ def check_sharded(model: nn.Module, name: str, spec: Initializer, stored: Weight
         problem = f"{spec.name} replaces the weight"
     elif how == "DeepSpeed ZeRO-3":
         problem = _engine(model)
+        if problem is None and stored.quantized:
+            problem = f"it is a quantized {stored.name}"
         if problem is None and stored.operation == "convolution":
             problem = f"it is a {stored.name}: must be an nn.Linear, a Conv1D or an nn.Embedding"
-    else:
-        weight: Any = model.get_submodule(name).weight
-        shards = [place for place in weight.placements if not place.is_replicate()]
-        plain = all(type(place).__name__ == "Shard" for place in shards)
-        if how == "FSDP2" and (len(shards) != 1 or not plain):
-            problem = f"its placements are {weight.placements}: must be one Shard"
-        if how == "tensor parallelism":
-            if stored.name != "Linear":
-                problem = f"it is a {stored.name}: must be an nn.Linear"
-            elif weight.device_mesh.ndim != 1 or not plain:
-                problem = f"its placements are {weight.placements}: must be one Shard or Replicate"
+    elif how == "tensor parallelism" and stored.name not in ("Linear", "torchao"):
+        problem = f"it is a {stored.name}: must be an nn.Linear"
+    elif stored.name in UNSHARDED:
+        problem = UNSHARDED[stored.name]
+    elif how == "FSDP2" and fsdp_mesh(model, name) is None:
+        problem = "its unit has no sharded parameter, so its mesh is not known"
+    elif is_dtensor(weight := stored_weight(model.get_submodule(name))):
+        problem = _placements(weight, how)
     if problem is not None:
         raise TypeError(
             f"target {name!r} is not supported: its weight is sharded by {how}, and {problem}. "
@@ -135,6 +148,17 @@ def check_sharded_calibration(
                 f"{how}: pass calibration=<result of lora_init.calibrate on the model before it "
                 "was sharded>."
             )
+
+
+def _placements(weight: Any, how: Sharding) -> str | None:
+    """Why the parts of a weight are not supported; None if they are."""
+    shards = [place for place in weight.placements if not place.is_replicate()]
+    plain = all(type(place).__name__ == "Shard" for place in shards)
+    if how == "FSDP2" and (len(shards) != 1 or not plain):
+        return f"its placements are {weight.placements}: must be one Shard"
+    if how == "tensor parallelism" and (weight.device_mesh.ndim != 1 or not plain):
+        return f"its placements are {weight.placements}: must be one Shard or Replicate"
+    return None
 
 
 def _engine(model: nn.Module) -> str | None:

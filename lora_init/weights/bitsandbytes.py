@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lora_init.quantization.quantizer import Quantized, Quantizer
 from lora_init.weights.format import WEIGHT, Matrix, WeightFormat, class_names
-from lora_init.weights.sharded import whole_shape
+from lora_init.weights.sharded import read_whole, whole_shape
 
 
 class PackedFormat(WeightFormat):
@@ -57,6 +57,9 @@ class PackedFormat(WeightFormat):
         Raises:
             ValueError: the weight is not quantized (yet).
         """
+        return read_whole(self._values, module)
+
+    def _values(self, module: nn.Module) -> Matrix:
         quantizer = self.quantizer(module)
         codes, scale = self.codes_and_scale(module)
         return quantizer.dequantize(Quantized(codes.reshape(self.shape(module)), scale, quantizer))

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_init.weights.format import WEIGHT, Held, Matrix, WeightFormat
 from lora_init.weights.offload import stored_weight
+from lora_init.weights.sharded import read_whole
 
 
 class ReadOnlyFormat(WeightFormat):
@@ -47,7 +48,7 @@ class ReadOnlyFormat(WeightFormat):
                 f"the weight of a {type(module).__name__} ({self.describe(module)}) cannot be "
                 f"read, because {reason}"
             )
-        values = self.values(module)
+        values = read_whole(self.values, module)
         if tuple(values.shape) != tuple(self.shape(module, name)):
             raise ValueError(
                 f"{type(self).__name__}.values returned shape {tuple(values.shape)}: must be "

@@ -7,11 +7,16 @@
 | DeepSpeed ZeRO-3 | an empty tensor with a `ds_id` | a plain tensor |
 
 Each function that gathers is a collective: every rank that holds a part must call it, in one order.
+
+A quantized weight is sharded in one of two ways. Packed codes are plain tensors: their parts are
+gathered, then dequantized. A part of a tensor subclass has its own scales: each rank dequantizes
+its part, then the values are gathered.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -49,7 +54,10 @@ def whole(parameter: Tensor) -> Tensor:
     """The whole tensor without gradient: gathered from all ranks, or the tensor itself."""
     if is_dtensor(parameter):
         # FSDP2 can keep shards in CPU memory, where an accelerator's process group cannot gather.
-        return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+        parts: Any = parameter.detach().to(parameter.device_mesh.device_type)
+        if parts.is_floating_point() and parts.itemsize == 1:  # gloo cannot gather float8
+            return parts.view(torch.uint8).full_tensor().view(parts.dtype)
+        return parts.full_tensor()
     if is_partitioned(parameter):
         with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
@@ -71,6 +79,42 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
+def read_whole(read: Callable[[nn.Module], Tensor], module: nn.Module) -> Tensor:
+    """Read the matrix of a module whose parameters may be sharded.
+
+    Args:
+        read: dequantizes the matrix of a module that holds plain parameters, or of one that holds
+            a rank's part of a tensor subclass.
+    """
+    own = {name: value for name, value in module._parameters.items() if value is not None}
+    sharded: dict[str, Any] = {name: value for name, value in own.items() if is_sharded(value)}
+    if not sharded:
+        return read(module)
+    weight = sharded.get("weight")
+    if weight is None or not has_own_scales(weight):
+        return read(_holding(module, {name: whole(value) for name, value in sharded.items()}))
+    part = read(_holding(module, {"weight": weight.detach().to_local()}))
+    values = torch.distributed.tensor.DTensor.from_local(
+        part, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+    )
+    return whole(values)
+
+
+def has_own_scales(tensor: Tensor) -> bool:
+    """Whether this rank's part of a weight is a quantizer's tensor subclass."""
+    return is_dtensor(tensor) and type(local_part(tensor).data) is not Tensor
+
+
+def _holding(module: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
+    """A module that shares everything with another one, except these parameters.
+
+    It is made without `copy`, which calls the constructor of an FSDP2 unit.
+    """
+    made = object.__new__(type(module))
+    made.__dict__ = {**vars(module), "_parameters": {**module._parameters, **parameters}}
+    return made
+
+
 def group_size(parameter: Tensor) -> int:
     """The number of ranks that hold a part of a sharded parameter."""
     if is_dtensor(parameter):
@@ -90,7 +134,10 @@ def fsdp_unit(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def sharding(model: nn.Module, name: str) -> Sharding | None:
-    """What shards a weight; None if nothing does.
+    """What shards the parameters of a module; None if nothing does.
+
+    Inside an FSDP2 unit it is FSDP2, even if the weight is a buffer that every rank holds whole:
+    the ranks read different batches, so the adapter's gradients must be reduced.
 
     Args:
         name: the name of the module, or of the parameter that holds the weights of all experts.
@@ -98,14 +145,20 @@ def sharding(model: nn.Module, name: str) -> Sharding | None:
     found: Any = model
     for part in name.split("."):
         found = getattr(found, part)
-    weight: Any = found._parameters.get("weight") if isinstance(found, nn.Module) else found
-    if weight is None:
-        return None
-    if is_partitioned(weight):
+    own = found.parameters(recurse=False) if isinstance(found, nn.Module) else [found]
+    parameters = list(own)
+    if any(map(is_partitioned, parameters)):
         return "DeepSpeed ZeRO-3"
-    if not is_dtensor(weight):
-        return None
-    return "tensor parallelism" if fsdp_unit(model, name) is None else "FSDP2"
+    if fsdp_unit(model, name) is not None:
+        return "FSDP2"
+    return "tensor parallelism" if any(map(is_dtensor, parameters)) else None
+
+
+def fsdp_mesh(model: nn.Module, name: str) -> Any:
+    """The mesh of the FSDP2 unit around a module; None if that unit shards no parameter."""
+    unit = fsdp_unit(model, name)
+    sharded: Any = () if unit is None else filter(is_dtensor, unit.parameters())
+    return next((parameter.device_mesh for parameter in sharded), None)
 
 
 def reshard(model: nn.Module) -> None:

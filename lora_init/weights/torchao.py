@@ -1,7 +1,8 @@
 """Linear layers whose weight is a tensor subclass of torchao: int8, int4, float8, with or without
 quantized inputs.
 
-Sources: torchao's `quantize_`, whose configurations replace the weight and keep the module's class.
+Sources: torchao's `quantize_`, whose configurations replace the weight and keep the module's class;
+its `to_nf4`, for QLoRA.
 
 Deviations:
     - A subclass without `dequantize`, such as some int4 layouts, is read by multiplying it with the
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.weights.read_only import ReadOnlyFormat
+from lora_init.weights.sharded import local_part
 
 
 class TorchaoFormat(ReadOnlyFormat):
@@ -27,22 +29,28 @@ class TorchaoFormat(ReadOnlyFormat):
         if not isinstance(module, nn.Linear):
             return False
         weight = module._parameters.get("weight")
-        return type(weight).__module__.partition(".")[0] == "torchao"
+        part = None if weight is None else local_part(weight)
+        return type(part).__module__.partition(".")[0] == "torchao"
 
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
         weight = module.weight.detach()
+        if hasattr(weight, "get_original_weight"):  # NF4Tensor, whose `dequantize` is another
+            return weight.get_original_weight()
         if type(weight).dequantize is not Tensor.dequantize:
             return weight.dequantize()
-        identity = torch.eye(module.in_features, dtype=weight.dtype, device=weight.device)
+        identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         return functional.linear(identity, weight).T
 
     def describe(self, module: nn.Module) -> str:
         """The dtype of the integers or floats, and whether the inputs are quantized too."""
-        weight = module.weight
-        codes = getattr(weight, "target_dtype", None) or getattr(weight, "qdata", weight).dtype
+        weight = local_part(module.weight)
+        codes = getattr(weight, "target_dtype", None)
+        if codes is None and hasattr(weight, "qdata"):
+            codes = weight.qdata.dtype
+        kind = type(weight).__name__.removesuffix("Tensor").lower() if codes is None else codes
         dynamic = " dynamic" if self.blocks_gradient(module) else ""
-        return f"torchao {str(codes).removeprefix('torch.')}{dynamic}"
+        return f"torchao {str(kind).removeprefix('torch.')}{dynamic}"
 
     def blocks_gradient(self, module: nn.Module) -> bool:
-        inputs = ("act_quant_kwargs", "activation_quantization")
-        return any(getattr(module.weight, name, None) is not None for name in inputs)
+        inputs, weight = ("act_quant_kwargs", "activation_quantization"), local_part(module.weight)
+        return any(getattr(weight, name, None) is not None for name in inputs)

@@ -21,6 +21,14 @@ def of_torchao(configuration, dtype=torch.float32, **settings):
     return model[0]
 
 
+def of_torchao_nf4():
+    library = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    module = float_layer()
+    codes = library.to_nf4(module.weight.detach(), scaler_block_size=8)
+    module.weight = nn.Parameter(codes, requires_grad=False)
+    return module
+
+
 def of_hqq(bits, axis, dtype=torch.float32):
     library = pytest.importorskip("hqq.core.quantize")
     settings = library.BaseQuantizeConfig(nbits=bits, group_size=32, axis=axis)
@@ -103,6 +111,7 @@ LAYERS = {
     "torchao dynamic": lambda: of_torchao("Int8DynamicActivationInt8WeightConfig"),
     "torchao int4": lambda: of_torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
     "torchao float8": lambda: of_torchao("Float8WeightOnlyConfig"),
+    "torchao nf4": of_torchao_nf4,
     "HQQLinear": lambda: of_hqq(4, 1),
     "HQQLinear axis 0": lambda: of_hqq(3, 0),
     "QLinear": lambda: of_quanto("qint8"),

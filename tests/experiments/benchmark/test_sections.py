@@ -10,8 +10,10 @@ from experiments.benchmark import (
     initialization,
     memory,
     peaks,
+    sharded,
     steps,
 )
+from experiments.benchmark.schema import ShardedSettings
 from experiments.benchmark.strategies import METHODS, STRATEGIES
 from experiments.benchmark.synthetic import parameters
 from experiments.benchmark.workload import load_workload, sampled
@@ -90,6 +92,19 @@ def test_a_mixture_of_experts_is_compared_with_peft_and_the_floor(settings):
     assert min(pissa.linalg, olora.linalg) > 0
     assert max(pissa.error, quick.error) <= 1e-4
     assert "8 matrices of one layer" in olora.note
+
+
+@pytest.mark.exhaustive
+def test_a_sharded_base_is_measured_by_ranks(settings):
+    """Fresh processes import torch for seconds. The small layers hide in fixed costs of gloo."""
+    settings.sharded = ShardedSettings(ranks=[1, 2], layers=4, width=512)
+    rows = rows_of(sharded, settings)
+    assert [(row.case.partition(", ")[2], row.unit) for row in rows] == [
+        ("1 rank: memory", "MiB"), ("1 rank: time", "s"),
+        ("2 ranks: memory", "MiB"), ("2 ranks: time", "s"),
+    ]  # fmt: skip
+    assert min(rows[1].ours, rows[3].ours) > 0
+    assert rows[0].planned == rows[2].planned > 1
 
 
 def test_models_with_different_adapters_are_not_compared(settings):

@@ -1,0 +1,107 @@
+"""Starts of adapters on a base that FSDP2 has sharded: peak memory of a rank, and time by ranks.
+
+The model is a stack of equal linear layers, each a unit. Ranks are processes of one machine that
+communicate through gloo, so the times show how the work is shared, not a fast network. Memory and
+time are measured in separate processes, because `ALLOCATOR` costs time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from lora_init import LoraConfig, get_peft_model
+
+from .peaks import ALLOCATOR, MIB, HostPeak
+from .row import Case, Row
+from .schema import BenchmarkConfig
+
+TITLE = "Sharded bases"
+
+
+def cases(settings: BenchmarkConfig) -> Iterator[Case]:
+    shape = settings.sharded
+    name = f"{shape.layers} layers of {4 * shape.width**2 / MIB:.3g} MiB"
+    for method in shape.methods:
+        for world in shape.ranks:
+            yield Case("sharded", name, method, partial(measure, settings, name, method, world))
+
+
+def measure(settings: BenchmarkConfig, name: str, method: str, world: int) -> Iterator[Row]:
+    """The largest rise of a rank, and the time of the slowest rank."""
+    ranks = "1 rank" if world == 1 else f"{world} ranks"
+    found = in_ranks(settings, method, world, ALLOCATOR)
+    yield Row(
+        "sharded", name, f"{method}, {ranks}: memory", settings.rank, "MiB",
+        ours=max(rank["rise"] for rank in found),
+        planned=max(rank["planned"] for rank in found),
+        note="; ".join({rank["note"] for rank in found if rank["note"]}),
+    )  # fmt: skip
+    found = in_ranks(settings, method, world, {})
+    seconds = max(rank["seconds"] for rank in found)
+    yield Row("sharded", name, f"{method}, {ranks}: time", settings.rank, "s", ours=seconds)
+
+
+def in_ranks(
+    settings: BenchmarkConfig, method: str, world: int, variables: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Return the figures of each rank, from fresh processes with these environment variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)  # read when a process starts
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(world, multiprocessing.get_context("spawn")) as pool,
+        ):
+            start = partial(start_of_rank, settings, method, world, f"file://{folder}/store")
+            return list(pool.map(start, range(world)))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def start_of_rank(
+    settings: BenchmarkConfig, method: str, world: int, store: str, rank: int
+) -> dict[str, Any]:
+    """Start an adapter as one rank. The promise is one layer, the factors, and the work space."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    shape = settings.sharded
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, init_lora_weights=method,
+                        target_modules="all-linear")  # fmt: skip
+    # A first call loads code.
+    get_peft_model(sharded_stack(2, 64, settings.seed), config, cache=False)
+    model = sharded_stack(shape.layers, shape.width, settings.seed)
+    plan = get_peft_model(model, config, dry_run=True)
+    distributed.barrier()
+    watch, begin = HostPeak(), time.perf_counter()
+    get_peft_model(model, config, cache=False)
+    seconds, rise = time.perf_counter() - begin, watch.rise()
+    distributed.barrier()
+    distributed.destroy_process_group()
+    planned = 4 * shape.width**2 + plan.factor_bytes + plan.workspace_bytes
+    return {
+        "rise": rise / MIB, "planned": planned / MIB, "seconds": seconds, "note": watch.note,
+    }  # fmt: skip
+
+
+def sharded_stack(layers: int, width: int, seed: int) -> nn.Module:
+    """A stack of linear layers with random weights, each of which is a unit of FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    for _ in range(layers):
+        model.append(fully_shard(nn.Linear(width, width, bias=False), mesh=mesh))
+    return fully_shard(model, mesh=mesh)
