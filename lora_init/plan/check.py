@@ -97,10 +97,10 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
     if (reason := stored.unreadable(module, matrix)) is not None:
         raise ValueError(f"target {name!r}: {reason}")
     _check_presence(name, weight)
-    if stored.operation == "routed" and is_offloaded(module):
+    if stored.operation in ("routed", "selection") and is_offloaded(module):
         raise ValueError(
-            f"target {name!r}: its weight is offloaded by Accelerate, and adapted experts need it "
-            "in memory; load the experts into memory first"
+            f"target {name!r}: its weight is offloaded by Accelerate, and adapted experts and "
+            "routers need it in memory; load the module into memory first"
         )
     if spec.base == "replace" and weight.is_meta and is_offloaded(module):
         raise ValueError(

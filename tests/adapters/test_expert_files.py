@@ -1,4 +1,4 @@
-"""Adapter files of fused experts: PEFT's layout, read and written."""
+"""Adapter files of fused experts and of routers: PEFT's layout, read and written."""
 
 import copy
 import json
@@ -78,6 +78,46 @@ def test_peft_loads_the_file_and_so_do_we(kind, method, names, rslora, tmp_path)
     assert gap(output(theirs), wanted) < 2e-6
     ours = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert torch.equal(output(ours.eval()), wanted)
+
+
+ROUTERS = [
+    pytest.param(kind, "kaiming" if kind == "mixtral" else "pissa",
+                 marks=() if kind in ("mixtral", "gpt_oss") else pytest.mark.exhaustive)
+    for kind in [*KINDS, "llama4_text"]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "method"), ROUTERS)
+def test_files_of_routers_mean_the_same_in_peft(kind, method, tmp_path):
+    base = mixture(kind)
+    has_router = any(name.endswith("router.weight") for name, _ in base.named_parameters())
+    name = "router" if has_router else "gate"
+    if not any(n.endswith(f"{name}.weight") for n, _ in base.named_parameters()):
+        pytest.skip("no router")
+    settings = {"r": 2, "target_modules": ["o_proj"], "rank_pattern": {f"{name}.weight": 1},
+                "target_parameters": [f"{name}.weight"]}  # fmt: skip
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(init_lora_weights=method, **settings))
+    wanted = output(moved(model))
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_parameters"] == [f"{name}.weight"]
+    assert gap(output(LoraModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()), wanted) == 0
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert gap(output(theirs), wanted) < 2e-6
+    config = peft.LoraConfig(**settings, init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
+    assert gap(output(ours), output(theirs)) < 2e-6
+
+
+def test_peft_finds_the_rank_of_a_dense_layer_that_a_file_names_as_a_parameter(tmp_path):
+    base, name = mixture("deepseek_v3"), "model.layers.0.mlp.down_proj"
+    config = LoraConfig(r=2, target_modules=["o_proj", name], rank_pattern={"mlp.down_proj": 3})
+    model = moved(get_peft_model(copy.deepcopy(base), config))
+    model.save_pretrained(tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert gap(output(theirs), output(model)) < 2e-6
 
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa"])

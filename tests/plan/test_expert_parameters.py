@@ -70,6 +70,25 @@ def test_the_weight_of_a_linear_module_is_a_parameter_too():
     ]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "settings", "routers"),
+    [
+        ("mixtral", {"target_modules": "all-linear"}, 2),
+        ("mixtral", {"target_modules": "all-linear", "experts": False}, 0),
+        ("mixtral", {"target_modules": "all-linear", "lora_dropout": 0.1}, 0),
+        ("mixtral", {"target_modules": ["gate", "w2"]}, 2),
+        ("gpt_oss", {"target_modules": "all-linear"}, 0),
+        ("gpt_oss", {"target_modules": "all-linear", "experts": True}, 2),
+        ("gpt_oss", {"target_parameters": ["0.mlp.router.weight"]}, 1),
+        ("llama4_text", {"target_modules": "all-linear", "experts": True}, 2),
+    ],
+)
+def test_the_selection_of_routers(kind, settings, routers):
+    plan = get_peft_model(mixture(kind), LoraConfig(r=2, **settings), dry_run=True)
+    assert sum(target.module_type == "Router" for target in plan.targets) == routers
+
+
 def test_a_name_without_a_parameter_is_warned_about():
     config = LoraConfig(target_parameters=["experts.down_proj", "experts.w2"])
     with pytest.warns(UserWarning, match="target_parameters: 'experts.w2' matches none"):
