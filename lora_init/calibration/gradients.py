@@ -129,7 +129,7 @@ def collect_gradients(
                 value = loss(model, moved(batch, place))
             _check_loss(value, count, places)
             if value.requires_grad:
-                # Only towards the anchor and these parameters: autograd computes no other gradients.
+                # Only towards the anchor and these parameters: no other gradient is computed.
                 value.backward(inputs=[anchor, *fused])
     means = sums.mean(count, place)
     if squares is not None:

@@ -19,7 +19,7 @@ from torch import nn
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.layers.attention import SplitAttention
 from lora_init.plan.architectures import DEFAULT_TARGETS
-from lora_init.plan.expert_names import meant, refuse_single_expert
+from lora_init.plan.expert_names import meant, refuse_former_name
 from lora_init.plan.parameters import fused_parameters, includes_experts, select_parameters
 from lora_init.plan.patterns import Expression
 from lora_init.plan.tables import listed
@@ -306,7 +306,7 @@ def _refuse_parameter(model: nn.Module, entry: str) -> None:
     Raises:
         ValueError: with the parameter's name, shape and owner.
     """
-    refuse_single_expert(entry, list(fused_parameters(model)))
+    refuse_former_name(entry, list(fused_parameters(model)))
     for name, parameter in model.named_parameters():
         if not name_matches(name, entry):
             continue

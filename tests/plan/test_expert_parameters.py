@@ -51,6 +51,9 @@ def test_the_selection_of_experts(kind, settings, expected):
     [
         ("qwen3_moe", {"target_modules": ["experts.3.up_proj"]},
          r"'experts.3.up_proj' is the module of one expert.*target_parameters=\['experts.gate_up"),
+        ("granitemoehybrid", {"target_modules": ["block_sparse_moe.input_linear"]},
+         r"'block_sparse_moe.input_linear' is the module of experts in an older checkpoint.*"
+         r"target_parameters=\['experts.gate_up_proj'\]"),
         ("qwen3_moe", {"target_modules": ["gate_proj"], "experts": True},
          r"experts=True is not supported: must select both modules that '.*gate_up_proj' replaced"),
         ("gpt_oss", {"target_parameters": ["experts.down_proj_bias"]},
