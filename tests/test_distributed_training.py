@@ -161,7 +161,8 @@ def expert_gradients(part, wrap=lambda model: model):
         target_parameters=["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
     )
     model = get_peft_model(mixture("qwen3_moe"), config, cache=False).train()
-    wrap(model)(**part(batches_for("edited")[0])).loss.backward()
+    wrapped = wrap(model)  # its hooks live as long as it does
+    wrapped(**part(batches_for("edited")[0])).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
