@@ -86,7 +86,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
         kind = (type(module).__name__ if stacked else module_type(module)) + stacked
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not support; "
-            f"must be one of {', '.join(sorted(spec.modules))}. {_fix(stacked)}"
+            f"must be one of {', '.join(sorted(spec.modules))}. {_fix(stacked, matrix)}"
         )
     weight = stored_weight(module) if stored.quantized else module._parameters.get(matrix)
     if weight is None:
@@ -256,9 +256,9 @@ def _stacked(module: nn.Module) -> str:
     return f" (parameters with all experts' weights: {', '.join(stacked)})" if stacked else ""
 
 
-def _fix(stacked: str) -> str:
+def _fix(stacked: str, matrix: str) -> str:
     parameters = "Name its parameters in target_parameters, or leave it out with exclude_modules"
-    return parameters if stacked else "Leave it out with exclude_modules"
+    return parameters if stacked and matrix == WEIGHT else "Leave it out with exclude_modules"
 
 
 def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -184,6 +184,18 @@ def test_settings_that_experts_do_not_support_are_refused(setting, value):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_start_from_second_weights(layout):
+    model, other = Mixture(layout), Mixture(layout)
+    with torch.no_grad():
+        other.experts.down_proj.mul_(1.5)
+    config = LoraConfig(r=16, lora_alpha=16, init_lora_weights="from_delta",
+                        target_parameters=["experts.down_proj"])  # fmt: skip
+    lora = get_peft_model(model, config, target_weights=other.state_dict(), cache=False)
+    with torch.no_grad():
+        assert relative_gap(lora(mixture_rows()[0]), other(mixture_rows()[0])) < 1e-5
+
+
 def test_hooks_of_the_experts_run():
     model, x = Mixture(), mixture_rows()[0]
     inputs, outputs = [], []

@@ -117,6 +117,10 @@ def test_what_peft_cannot_hold_is_refused():
     model = peft.get_peft_model(mixture("mixtral"), config)
     with pytest.raises(TypeError, match="the weight of a Linear in PEFT's ParamWrapper, which is"):
         initialize_peft_model(model, "pissa")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    model = peft.get_peft_model(mixture("llama4_text"), config)
+    with pytest.raises(TypeError, match="stored as .in, out., but PEFT's factors of a Llama4TextE"):
+        initialize_peft_model(model, "pissa")
     model = wrapped()
     initialize_peft_model(model, "pissa", cache=False)
     model.add_adapter("other", model.peft_config["default"])
