@@ -110,7 +110,7 @@ def test_every_way_out_of_a_subtracting_start(dtype, tmp_path):
 
 def test_what_peft_cannot_hold_is_refused():
     with pytest.raises(
-        ValueError, match="'loftq' is not supported .* replaces the weight of a par"
+        ValueError, match="'loftq' is not supported .* replaces the weights of a par"
     ):
         initialize_peft_model(wrapped(), "loftq")
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["k_proj.weight"])
