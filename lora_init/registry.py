@@ -160,8 +160,8 @@ class Initializer:
             "quantizer", "target_weight".
         operations: the supported ways to apply a matrix: "product" (linear layers),
             "convolution" (a matrix on patches) or "lookup" (a linear map of one-hot vectors). Every
-            weight format with one of them is supported. The matrices of fused experts are products
-            too, one for each expert. The name of a weight format adds this format only.
+            weight format with one of them is supported. The matrices of routers and
+            of fused experts are products too. The name of a weight format adds this format only.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
     """
@@ -178,8 +178,8 @@ class Initializer:
 
     def supports(self, stored: WeightFormat) -> bool:
         """Whether the method supports modules of a weight format."""
-        if stored.operation == "routed":
-            # The mean squares of the gradients of experts' outputs are not collected.
+        if stored.operation in ("routed", "selection"):
+            # The mean squares of the gradients of their outputs are not collected.
             return "product" in self.operations and "output_moments" not in self.reads
         return not self.operations.isdisjoint({stored.operation, stored.name})
 

@@ -282,9 +282,9 @@ def test_the_experts_module_is_refused_for_what_it_holds(names):
 
 
 @pytest.mark.parametrize("experts", [None, True, False])
-def test_all_linear_of_a_mixture_of_experts_is_its_attention_and_its_experts(experts):
+def test_all_linear_of_a_mixture_of_experts_has_its_experts_and_routers(experts):
     plan = get_peft_model(mixtral(), LoraConfig(target_modules=ALL, experts=experts), dry_run=True)
-    fused = set() if experts is False else {"gate_up_proj", "down_proj"}
+    fused = set() if experts is False else {"gate_up_proj", "down_proj", "gate"}
     assert {target.name.rpartition(".")[2] for target in plan.targets} == {
         "q_proj", "k_proj", "v_proj", "o_proj"
     } | fused  # fmt: skip

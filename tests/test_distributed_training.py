@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, cpu_offload, disk_offload
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
+from mixtures import mixture
 from models import bert, gpt2, llama, token_batches
 from processes import run_ranks
 from products import chosen
@@ -138,6 +139,7 @@ def work(rank, folder):
             "adamw": replicated(case, rank, "adamw"),
             "fsdp": sharded(case, rank, folder),
         }
+    found["experts"] = expert_gradients(lambda batch: half(batch, rank), DistributedDataParallel)
     found["accelerate"] = accelerated("edited")
     found["trainer"] = {case: under_trainer(case, folder, 2) for case in ("edited", "kept tied")}
     torch.save(found, f"{folder}/rank{rank}.pt")
@@ -148,6 +150,20 @@ def work(rank, folder):
 def adapted_state(case, rank):
     torch.manual_seed(100 + rank)  # as processes that seed nothing
     return adapted(case).state_dict()
+
+
+def expert_gradients(part, wrap=lambda model: model):
+    """The gradients of experts, routers and a linear layer after one batch."""
+    config = LoraConfig(
+        r=2,
+        init_lora_weights="pissa",
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
+    )
+    model = get_peft_model(mixture("qwen3_moe"), config, cache=False).train()
+    wrapped = wrap(model)  # its hooks live as long as it does
+    wrapped(**part(batches_for("edited")[0])).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def replicated(case, rank, name):
@@ -284,6 +300,14 @@ def test_two_processes_are_one(found, case, optimizer):
     fresh = adapted(case)
     fresh.load_state_dict({k.removeprefix("module."): v for k, v in ways[0]["state"].items()})
     assert gap(products(fresh), ways[0]["products"]) == 0.0
+
+
+def test_gradients_of_experts_are_those_of_one_process(found):
+    expected = expert_gradients(lambda batch: batch)
+    assert {name.split(".")[-3] for name in expected} >= {"self_attn", "experts", "mlp"}
+    for one in found:
+        assert one["experts"].keys() == expected.keys()
+        assert gap(one["experts"], expected) <= 1e-5
 
 
 def test_accelerate_with_two_processes(found):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from expert_mixture import Mixture, mixture_rows
+from expert_mixture import Choice, Mixture, mixture_rows
 from measures import assert_gap
 from methods import behavior, handling
 from models import Batches, data_of
@@ -22,7 +22,7 @@ CELLS = [
     for spec in list_initializers()
     for kind in FORMATS
     for base in bases(kind)
-    if kind != "Experts"  # see test_a_cell_of_experts_is_true
+    if kind not in ("Experts", "Router")  # see test_a_cell_of_experts_or_routers_is_true
 ]
 
 
@@ -129,30 +129,34 @@ def test_a_cell_is_true(spec, kind, base, use_dora):
 
 
 @pytest.mark.parametrize(
-    ("spec", "base", "use_dora"),
+    ("spec", "kind", "base", "use_dora"),
     thinned(
         [
-            pytest.param(spec, base, dora, id=f"{spec.name}-{base}{'-dora' * dora}")
+            pytest.param(spec, kind, base, dora, id=f"{spec.name}-{kind}-{base}{'-dora' * dora}")
             for spec in list_initializers()
-            for base in bases("Experts")
+            for kind in ("Experts", "Router")
+            for base in bases(kind)
             for dora in (False, True)
             if "target_weight" not in spec.reads
         ],
-        lambda spec, base, dora: (spec.base, base, dora),
-        lambda spec, base, dora: ("output_moments" in spec.reads, dora),
+        lambda spec, kind, base, dora: (spec.base, kind, base, dora),
+        lambda spec, kind, base, dora: ("output_moments" in spec.reads, kind, dora),
     ),
 )
-def test_a_cell_of_experts_is_true(spec, base, use_dora):
+def test_a_cell_of_experts_or_routers_is_true(spec, kind, base, use_dora):
     dtype = torch.float32 if base == "float32" else torch.bfloat16
-    model = Mixture().to(dtype)
+    model, parameter = (
+        (Mixture(), "experts.down_proj") if kind == "Experts" else (Choice(), "gate.weight")
+    )
+    model = model.to(dtype)
     rows = [batch.to(dtype) for batch in mixture_rows()]
     config = LoraConfig(
         r=2,
-        target_parameters=["experts.down_proj"],
+        target_parameters=[parameter],
         init_lora_weights={"name": spec.name, **uniform(spec.name)},
         use_dora=use_dora,
     )
-    promised = support(spec, "Experts", base, use_dora=use_dora)
+    promised = support(spec, kind, base, use_dora=use_dora)
     calibration = data_of(spec, Batches(rows))
     if promised is None:
         with pytest.raises((TypeError, ValueError), match="does not support|use_dora"):
@@ -161,7 +165,8 @@ def test_a_cell_of_experts_is_true(spec, base, use_dora):
     with torch.no_grad():
         expected = model(rows[0])
     adapted = get_peft_model(model, config, calibration=calibration)
-    assert adapted.layers["experts.down_proj"].base_state == promised.replace(" ", "_")
+    layer = adapted.layers[parameter.removesuffix(".weight")]
+    assert layer.base_state == promised.replace(" ", "_")
     if spec.preserves_output:
         assert_gap(
             adapted(rows[0]), expected, torch.finfo(dtype).eps if base != "float32" else 3e-6

@@ -31,10 +31,13 @@ def write_diffusers(folder: Path, found: AdapterFile, component: str) -> Path:
     """
     layers = list(found.layers.values())
     embedding = next((layer.name for layer in layers if layer.is_embedding), None)
-    if embedding is not None or found.others or found.is_own:
+    experts = next((layer.name for layer in layers if layer.experts is not None), None)
+    if embedding is not None or experts is not None or found.others or found.is_own:
         reason = "a convolution has a dilation or padding mode, which diffusers' layers ignore"
         if embedding is not None:
             reason = f"{embedding!r} is an embedding"
+        elif experts is not None:
+            reason = f"{experts!r} holds the factors of all experts"
         elif found.others:
             reason = f"the file contains {sorted(found.others)[0]!r}"
         raise ValueError(

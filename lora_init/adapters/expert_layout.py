@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -67,12 +68,12 @@ def nested(tensors: Mapping[str, Tensor], parameters: Iterable[str], prefix: str
 
 
 def named(
-    tensors: Mapping[str, Tensor], entries: Collection[str], fused: Iterable[str]
-) -> dict[str, Tensor]:
+    tensors: Mapping[str, Any], entries: Collection[str], fused: Iterable[str]
+) -> dict[str, Any]:
     """The inverse of `nested`: the keys of a file, with the names of fused parameters.
 
     Args:
-        tensors: the tensors of the file.
+        tensors: what belongs to each key of the file.
         entries: the file's `target_parameters`.
         fused: the names of the base model's fused parameters. Wrappers may have changed the names
             of outer modules, so only the name of the experts module itself must agree.

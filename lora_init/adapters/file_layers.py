@@ -7,7 +7,7 @@ replaced base also contains the recipe of that base, and is not supported here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_init.adapters.attention_keys import ATTENTION_OUTPUT
+from lora_init.adapters.expert_layout import from_file, named, to_file
 from lora_init.adapters.format import OWN_WEIGHTS_NAME, PREFIX, WEIGHTS_NAME
 from lora_init.adapters.keys import without_adapter_name
 from lora_init.adapters.load import read_tensors
 from lora_init.config.file import CONFIG_NAME, read_json
 from lora_init.config.lora_config import LoraConfig
 from lora_init.files import write_atomically
-from lora_init.plan.match import PatternValues
+from lora_init.plan.match import PatternValues, name_matches
+from lora_init.weights.experts import DOWN, FIRST
 
+FUSED = (*FIRST, DOWN)
+PARTS = ("lora_A", "lora_B")
 FACTORS = (
     (".lora_A.weight", ".lora_B.weight"),
     (".lora_embedding_A", ".lora_embedding_B"),
@@ -36,13 +40,14 @@ class FileLayer:
     """The factors of one adapted layer in a file.
 
     Attributes:
-        name: the module's name in the file.
+        name: the module's name in the file; for experts, that of the fused parameter.
         lora_A, lora_B: the factors as stored: (r, in) and (out, r); with kernel sizes for
-            convolutions.
+            convolutions; for E experts (E r, in) and (out, r E).
         expected_rank: the rank that the configuration states for this layer.
         alpha: the alpha that the configuration states.
         scaling: s as PEFT computes it, alpha / r or alpha / sqrt(r).
         keys: the keys of both tensors in the file.
+        experts: the number of experts of a fused parameter; None for one matrix.
     """
 
     name: str
@@ -52,10 +57,30 @@ class FileLayer:
     alpha: float
     scaling: float
     keys: tuple[str, str]
+    experts: int | None = None
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[0] // (self.experts or 1)
+
+    def single(self) -> list[FileLayer]:
+        """The layers of the single experts; the layer itself if it has one matrix."""
+        if self.experts is None:
+            return [self]
+        stacks = (from_file(part, getattr(self, part), self.experts) for part in PARTS)
+        return [
+            dataclasses.replace(self, lora_A=lora_A, lora_B=lora_B, experts=None)
+            for lora_A, lora_B in zip(*stacks, strict=True)
+        ]
+
+    def joined(self, layers: Sequence[FileLayer]) -> FileLayer:
+        """The inverse of `single`, for layers that all have the same rank."""
+        if self.experts is None:
+            return layers[0]
+        lora_A, lora_B = (
+            to_file(part, torch.stack([getattr(layer, part) for layer in layers])) for part in PARTS
+        )
+        return dataclasses.replace(layers[0], lora_A=lora_A, lora_B=lora_B, experts=len(layers))
 
     @property
     def is_embedding(self) -> bool:
@@ -128,12 +153,6 @@ def read_layers(folder: Path) -> AdapterFile:
     read_json(folder / CONFIG_NAME)
     config = LoraConfig.from_pretrained(folder)
     tensors, header = read_tensors(folder)
-    if any(not name.endswith(".weight") for name in config.target_parameters or ()):
-        raise ValueError(
-            f"target_parameters={config.target_parameters!r} of {folder} is not supported here: "
-            "must be None, because one tensor holds the factors of all experts. Load the adapter "
-            "with LoraModel.from_pretrained."
-        )
     if (folder / OWN_WEIGHTS_NAME).is_file() and header is not None and "quantizers" in header:
         raise ValueError(
             f"{folder} belongs to a quantized base that lora_init computes again from the original "
@@ -153,11 +172,12 @@ def read_layers(folder: Path) -> AdapterFile:
 def _layers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Iterable[FileLayer]:
     ranks = PatternValues("rank_pattern", config.rank_pattern, config.r)
     alphas = PatternValues("alpha_pattern", config.alpha_pattern, config.lora_alpha)
-    for key, lora_A in tensors.items():
+    for shown, key in _named_keys(config, tensors).items():
+        lora_A = tensors[key]
         for first, second in FACTORS:
             if not key.endswith(first):
                 continue
-            name = key.removeprefix(PREFIX).removesuffix(first)
+            name = shown.removeprefix(PREFIX).removesuffix(first)
             other = key.removesuffix(first) + second
             if other not in tensors:
                 raise ValueError(f"the adapter file lacks {other!r}: it is damaged or incomplete")
@@ -174,7 +194,31 @@ def _layers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Iterable[FileL
                     "the adapter file, which is damaged"
                 )
             scaling = config.scaling(rank, alpha)
-            yield FileLayer(name, lora_A, lora_B, rank, alpha, scaling, (key, other))
+            experts = None
+            if any(name_matches(name, entry) for entry in _parameters(config)):
+                experts, rest = divmod(len(lora_A), rank)
+                if rest:
+                    raise ValueError(
+                        f"{name!r}: lora_A has {len(lora_A)} rows in the adapter file, which must "
+                        f"be a multiple of the rank {rank} that adapter_config.json states"
+                    )
+            yield FileLayer(name, lora_A, lora_B, rank, alpha, scaling, (key, other), experts)
+
+
+def _named_keys(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The keys of a file, by keys that have the names of fused parameters."""
+    entries = _parameters(config)
+    return named({key: key for key in tensors}, entries, entries)
+
+
+def _parameters(config: LoraConfig) -> list[str]:
+    """The fused parameters of experts that a file adapts, by their ends.
+
+    Without a model, an entry such as "down_proj" is taken for a parameter of a module `experts`.
+    """
+    entries = config.target_parameters
+    found = [e for e in entries if e.endswith(FUSED)] if isinstance(entries, list) else []
+    return [entry if "." in entry else f"experts.{entry}" for entry in found]
 
 
 def write_plain(

@@ -12,7 +12,7 @@ differs from `Parameter.grad`:
   supported: G is the gradient with respect to the dequantized weight.
 - For a tied weight, G covers only this layer's use of it, which is what its adapter can change.
 - For a layer that is called several times, G sums over the calls.
-- The gradient of a fused parameter of experts comes from autograd, in the parameter's dtype.
+- The gradients of experts and routers come from autograd, in the parameter's dtype.
 - Other products and all sums are float32 (float64 for float64 models), whatever dtype the model
   computes in.
 
@@ -129,7 +129,7 @@ def collect_gradients(
                 value = loss(model, moved(batch, place))
             _check_loss(value, count, places)
             if value.requires_grad:
-                # Only towards the anchor and the experts: autograd computes no other gradients.
+                # Only towards the anchor and these parameters: no other gradient is computed.
                 value.backward(inputs=[anchor, *fused])
     means = sums.mean(count, place)
     if squares is not None:
@@ -208,12 +208,14 @@ class _Sums:
             else:
                 total += (widened(outputs).mT @ widened(inputs)).to(total)
 
-    def add_fused(self, names: Mapping[int, str], gradient: Float[Tensor, "experts m n"]) -> None:
-        """Add the gradient of a fused parameter, as its module stores it, expert by expert."""
+    def add_fused(
+        self, names: Mapping[int | None, str], gradient: Float[Tensor, "*experts m n"]
+    ) -> None:
+        """Add the gradient of a parameter, as its module stores it, expert by expert."""
         place = self.places[next(iter(names.values()))]
         matrices = known_format(place.module).stored(place.module, gradient)
         for expert, name in names.items():
-            own = matrices[expert]
+            own = matrices if expert is None else matrices[expert]
             if name not in self._sums:
                 self._sums[name] = self._zeros(name, gradient.device)
             if self.factors is not None:
@@ -326,7 +328,7 @@ def _tapped(
     with ExitStack() as undo:
         restore_training(model, undo)
         for name, place in places.items():
-            if place.expert is None:
+            if not place.has_own_forward:
                 handle = place.module.register_forward_hook(tap(name), with_kwargs=True)
                 undo.callback(handle.remove)
         for module in model.modules():
@@ -335,11 +337,11 @@ def _tapped(
             yield anchor
 
 
-def _fused(places: Mapping[str, Place]) -> dict[nn.Parameter, dict[int, str]]:
-    """The names of experts' matrices by number, for each fused parameter."""
-    found: dict[nn.Parameter, dict[int, str]] = {}
+def _fused(places: Mapping[str, Place]) -> dict[nn.Parameter, dict[int | None, str]]:
+    """The names of experts' matrices by number for each fused parameter; None for a router's."""
+    found: dict[nn.Parameter, dict[int | None, str]] = {}
     for name, place in places.items():
-        if place.expert is not None:
+        if place.has_own_forward:
             parameter: Any = place.parameter
             found.setdefault(parameter, {})[place.expert] = name
     return found
@@ -347,9 +349,9 @@ def _fused(places: Mapping[str, Place]) -> dict[nn.Parameter, dict[int, str]]:
 
 @contextmanager
 def _trained(
-    fused: Mapping[nn.Parameter, Mapping[int, str]], add: Callable[[Mapping, Tensor], None]
+    fused: Mapping[nn.Parameter, Mapping[int | None, str]], add: Callable[[Mapping, Tensor], None]
 ) -> Iterator[None]:
-    """Let backward passes report the gradients of fused parameters and free them one by one.
+    """Let backward passes report the gradients of these parameters and free them one by one.
 
     Autograd computes them, in the dtype of the parameters.
     """

@@ -32,6 +32,11 @@ class Place:
     expert: int | None = None
 
     @property
+    def has_own_forward(self) -> bool:
+        """Whether the module's output is more than the product with this matrix."""
+        return self.expert is not None or known_format(self.module).operation == "selection"
+
+    @property
     def parameter(self) -> Tensor:
         """The stored weight, of all experts if the module has several."""
         return stored_weight(self.module, self.matrix)

@@ -19,6 +19,7 @@ from lora_init.cli.output import check_folder, emit
 from lora_init.config.file import method_of
 from lora_init.plan.tables import render
 from lora_init.progress import tracked
+from lora_init.weights.format import WEIGHT
 
 CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
 """Starts of PEFT whose unconverted files belong to a base that PEFT changed."""
@@ -26,6 +27,8 @@ CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
 
 def convert_adapter(arguments: Namespace) -> None:
     """Truncate, rescale or rename the tensors of an adapter; print the error of each layer.
+
+    The matrix of each expert is truncated by itself.
 
     Raises:
         ValueError: a setting is not supported for this adapter. Nothing is written then.
@@ -118,20 +121,30 @@ def _portable(layer: FileLayer, rank: int) -> FileLayer:
 
 
 def _truncated(layer: FileLayer, rank: int, config: LoraConfig) -> tuple[FileLayer, float]:
-    """The best approximation of s B A with a smaller rank, and its relative Frobenius error."""
+    """The best approximation of s B A with a smaller rank, and its relative Frobenius error.
+
+    For experts, of each s B A, and the error of all together.
+    """
     if rank >= layer.rank:
         return layer, 0.0
-    u, values, v = layer.cores()
-    if float(values[0]) <= layer.noise():
+    singles = layer.single()
+    cores = [one.cores() for one in singles]
+    if all(float(v[0]) <= one.noise() for one, (_, v, _) in zip(singles, cores, strict=True)):
         raise ValueError(
             f"--rank {rank} is not supported: s B A of {layer.name!r} is zero, as at the start of "
             "training. Its truncation could not be trained. Make an adapter of this rank instead."
         )
-    error = float(torch.linalg.vector_norm(values[rank:]) / torch.linalg.vector_norm(values))
-    roots = (values[:rank] / layer.scaling).sqrt()
-    lora_A, lora_B = roots[:, None] * v[:, :rank].T, u[:, :rank] * roots
+    spectra = torch.stack([values for _, values, _ in cores])
+    error = float(torch.linalg.vector_norm(spectra[:, rank:]) / torch.linalg.vector_norm(spectra))
     alpha = layer.scaling / config.scaling(rank, 1.0)
-    return layer.with_factors(lora_A, lora_B, alpha), error
+    truncated = []
+    for one, (u, values, v) in zip(singles, cores, strict=True):
+        roots = (values[:rank] / layer.scaling).sqrt()
+        lora_A, lora_B = roots[:, None] * v[:, :rank].T, u[:, :rank] * roots
+        if float(values[0]) <= one.noise():  # an expert that no token has reached
+            lora_A, lora_B = one.lora_A[:rank], torch.zeros_like(lora_B)
+        truncated.append(one.with_factors(lora_A, lora_B, alpha))
+    return layer.joined(truncated), error
 
 
 def _with_patterns(config: LoraConfig, layers: list[FileLayer]) -> LoraConfig:
@@ -141,10 +154,13 @@ def _with_patterns(config: LoraConfig, layers: list[FileLayer]) -> LoraConfig:
     """
     pairs = [(layer.rank, layer.alpha) for layer in layers]
     rank, alpha = max(set(pairs), key=pairs.count)
+    # PEFT matches the name of a weight that target_parameters selects, such as a router's.
+    optional = rf"(\.{WEIGHT})?" if config.target_parameters else ""
+    keys = {layer.name: f"^{re.escape(layer.name)}{optional}" for layer in layers}
     return dataclasses.replace(
         config,
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={f"^{re.escape(la.name)}": la.rank for la in layers if la.rank != rank},
-        alpha_pattern={f"^{re.escape(la.name)}": la.alpha for la in layers if la.alpha != alpha},
+        rank_pattern={keys[la.name]: la.rank for la in layers if la.rank != rank},
+        alpha_pattern={keys[la.name]: la.alpha for la in layers if la.alpha != alpha},
     )

@@ -22,6 +22,9 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def inspect_adapter(arguments: Namespace) -> None:
     """Print ranks, scalings, norms and singular values, and the scaling in each loader.
 
+    A fused parameter of experts has one row: norms are those of all its experts, singular values
+    are root mean squares over them, and `used` is the largest numerical rank.
+
     With --against, norms are also given relative to the base weight, which is read lazily.
     """
     found = read_layers(Path(arguments.adapter))
@@ -36,7 +39,8 @@ def inspect_adapter(arguments: Namespace) -> None:
     rows = [
         [
             row["name"],
-            f"{row['shape'][0]}×{row['shape'][1]}",
+            f"{row['shape'][0]}×{row['shape'][1]}"
+            + (f" ({row['experts']} experts)" if row["experts"] else ""),
             row["rank"],
             row["numerical_rank"],
             row["scaling"],
@@ -73,13 +77,18 @@ def inspect_adapter(arguments: Namespace) -> None:
 
 
 def _figures(layer: FileLayer, base: OriginalWeights | None) -> dict[str, Any]:
-    _, values, _ = layer.cores()
-    norm = float(torch.linalg.vector_norm(values))
+    singles = layer.single()
+    spectra = [one.cores()[1] for one in singles]
+    values = torch.stack(spectra).square().mean(0).sqrt()
+    norm = len(singles) ** 0.5 * float(torch.linalg.vector_norm(values))
     figures: dict[str, Any] = {
         "name": layer.name,
         "shape": list(layer.shape),
         "rank": layer.rank,
-        "numerical_rank": int((values > layer.noise()).sum()),
+        "experts": layer.experts,
+        "numerical_rank": max(
+            int((found > one.noise()).sum()) for one, found in zip(singles, spectra, strict=True)
+        ),
         "alpha": layer.alpha,
         "scaling": layer.scaling,
         "dtype": str(layer.lora_A.dtype).removeprefix("torch."),
@@ -90,7 +99,8 @@ def _figures(layer: FileLayer, base: OriginalWeights | None) -> dict[str, Any]:
     }
     if base is not None:
         weight = base.weight(layer.name)
-        if sorted(layer.shape) != sorted((weight.shape[0], weight.flatten(1).shape[1])):
+        *stack, rows, columns = weight.shape if layer.experts else weight.flatten(1).shape
+        if sorted(layer.shape) != sorted((rows, columns)) or stack != [layer.experts][: len(stack)]:
             raise ValueError(
                 f"--against: the weight of {layer.name!r} has shape {tuple(weight.shape)} there, "
                 f"and the adapter has {layer.shape}. Pass the base model of this adapter."
@@ -145,6 +155,8 @@ def loader_obstacle(found: AdapterFile) -> str | None:
     if config.modules_to_save:
         return f"modules_to_save={config.modules_to_save!r}"
     for layer in found.layers.values():
+        if layer.experts is not None:
+            return f"{layer.name!r} holds the factors of all experts"
         if layer.is_embedding or layer.lora_A.ndim != 2:
             return f"{layer.name!r} is not a linear layer"
     return None

@@ -8,7 +8,7 @@
 - ``replaced``: a quantized weight replaces it (``*``: computed from `original_weights`).
 
 Every method supports rsLoRA in all its combinations, and DoRA in those whose weight can be read:
-not in AQLM, EETQ and BitNet. Experts have no DoRA.
+not in AQLM, EETQ and BitNet. Experts and routers have no DoRA.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def support(
     reads = {"weight", "target_weight"} & (spec.reads | spec.options().also_reads())
     if (reads or use_dora) and not one.readable:
         return None
-    if use_dora and one.operation == "routed":
+    if use_dora and one.operation in ("routed", "selection"):
         return None
     if spec.base == "keep":
         return "kept"

@@ -121,8 +121,8 @@ class LoraConfig:
         target_parameters: names (exact or dotted suffix) or one regular expression of parameters to
             adapt: the fused weights of experts, such as "experts.down_proj", or the weight of a
             linear module, such as "mlp.gate.weight". With target_modules=None, only these.
-        experts: whether "all-linear" includes fused experts. It is never written to a file, whose
-            target_parameters name the experts.
+        experts: whether "all-linear" includes experts and routers. It is never written to a file,
+            whose target_parameters name them.
 
     Raises:
         ValueError: a value is not supported. The message names the supported values.

@@ -12,6 +12,7 @@ from lora_init.layers.convolution import ConvolutionLayer
 from lora_init.layers.embedding import EmbeddingLayer
 from lora_init.layers.experts import ExpertsLayer, LoraExperts
 from lora_init.layers.linear import LinearLayer
+from lora_init.layers.router import RouterLayer
 from lora_init.layers.saved_module import TrainedModule, trainable_copy
 from lora_init.weights.kinds import known_format
 
@@ -30,6 +31,7 @@ _CLASSES = {
     "convolution": ConvolutionLayer,
     "lookup": EmbeddingLayer,
     "routed": ExpertsLayer,
+    "selection": RouterLayer,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lora_init.layers.base import LoraLayer
 from lora_init.layers.routed_product import Update, routed_output
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
-from lora_init.weights.offload import HOOK_ATTRIBUTES
+from lora_init.weights.offload import HOOK_ATTRIBUTES, has_hooks
 
 
 class ExpertsLayer(LoraLayer):
@@ -89,6 +90,10 @@ class ExpertsLayer(LoraLayer):
         return f"experts={self.experts}, {super().extra_repr()}"
 
 
+class AdaptedForward(partial):
+    """The forward pass that an experts module has while its hooks run."""
+
+
 class LoraExperts(nn.Module):
     """An experts module with adapters on some of its fused parameters.
 
@@ -112,8 +117,30 @@ class LoraExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         layers: dict[str, Any] = {matrix: self._modules[matrix] for matrix in self.matrices}
         updates = {matrix: layer() for matrix, layer in layers.items() if layer.is_active}
+        base = self.base_layer
         if not updates:
-            return self.base_layer(*args, **kwargs)
+            return base(*args, **kwargs)
+        own = vars(base).get("forward")
+        if own is not None and not hasattr(base, HOOK_ATTRIBUTES[0]):
+            raise RuntimeError(
+                f"a forward was set on this {type(base).__name__} after it got an adapter, and "
+                "adapted experts do not call it. Restore the forward of its class, or set it on "
+                "the adapted module"
+            )
+        adapted = AdaptedForward(self._adapted_output, updates)
+        if not has_hooks(base):
+            return adapted(*args, **kwargs)
+        base.forward = adapted
+        try:
+            return base(*args, **kwargs)
+        finally:
+            del base.forward
+            if own is not None:
+                base.forward = own
+
+    def _adapted_output(
+        self, updates: Mapping[str, Update], /, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if kwargs:
             signature = inspect.signature(type(self.base_layer).forward)
             args = signature.bind(self.base_layer, *args, **kwargs).args[1:]

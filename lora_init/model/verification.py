@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.calibration.batches import forward, home, moved
+from lora_init.layers.experts import AdaptedForward
 from lora_init.linalg.precision import wide
 from lora_init.plan.tables import listed
 
@@ -80,8 +81,10 @@ class Uses:
             layer.on_read = lambda: self.used.add(name)
 
     def _on_base(self, name: str) -> Callable:
-        def hook(*_: Any) -> None:
-            if not self._running[name]:
+        def hook(base: nn.Module, *_: Any) -> None:
+            # Adapted experts call their module if it has hooks.
+            is_adapted = isinstance(vars(base).get("forward"), AdaptedForward)
+            if not self._running[name] and not is_adapted:
                 self.bypassed.add(name)
 
         return hook

@@ -77,7 +77,13 @@ class AdaptedLayer:
     @property
     def experts(self) -> int | None:
         """The number of experts of a fused parameter; None for one matrix."""
-        return getattr(self.module, "num_experts", None)
+        is_stack = self.is_parameter and self.module.get_param().ndim == 3
+        return self.module.num_experts if is_stack else None
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether PEFT replaces the weight instead of adding to the output of the base module."""
+        return is_of_peft(self.module, "ParamWrapper")
 
     @property
     def is_embedding(self) -> bool:
@@ -242,7 +248,8 @@ def _nested(name: str, place: Place) -> list[tuple[str, Place]]:
         return [(f"{name}.in_proj", place), (f"{name}.out_proj", output_place(place.module))]
     found = []
     while is_of_peft(place.module, "ParamWrapper"):
-        found.append((f"{name}.{place.module.parameter_name}", place))
+        matrix = place.module.parameter_name
+        found.append((name if matrix == WEIGHT else f"{name}.{matrix}", place))
         place = Place(place.module, "base_layer")
     return found[::-1] or [(name, place)]
 
@@ -259,12 +266,12 @@ def _unsupported_parameter(layer: AdaptedLayer) -> str | None:
     stored = class_format(layer.base)
     if stored is None or layer.weight_name not in stored.matrices(layer.base):
         return f"a parameter of a {type(layer.base).__name__}"
-    if stored.operation != "routed":
+    if stored.operation not in ("routed", "selection"):
         return f"the {layer.weight_name} of a {stored.name} in PEFT's ParamWrapper"
     if layer.module.get_param().is_meta or stored.refusal(layer.base) is not None:
         return f"a parameter of a module that {stored.refusal(layer.base) or 'is not loaded'}"
     # PEFT reads experts that do not declare a layout as (out, in).
-    if is_transposed(layer.base) != getattr(layer.base, "is_transposed", False):
+    if layer.experts and is_transposed(layer.base) != getattr(layer.base, "is_transposed", False):
         return f"stored as (in, out), but PEFT's factors of a {type(layer.base).__name__} are not"
     return None
 

@@ -128,8 +128,8 @@ def make_peft_plan(
             _refuse_shared(base, layers, plan)
             _refuse_other_geometry(layers, plan)
         for layer, target in zip(layers, plan.targets, strict=True):
-            if (target.experts or target.attention) and plan.initializer.base == "replace":
-                what = "an attention" if target.attention else "experts"
+            if (layer.is_parameter or target.attention) and plan.initializer.base == "replace":
+                what = "an attention" if target.attention else "a parameter"
                 raise ValueError(
                     f"method={spec.name!r} is not supported for {target.name!r} in a PEFT model: "
                     f"it replaces the weights of {what}. Leave it out of the targets, or use "

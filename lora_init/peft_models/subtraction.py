@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from lora_init.factors import block_matrix, low_rank_product, matrix_blocks
 from lora_init.injection.base import comes_back
+from lora_init.linalg.matrix import widened
 from lora_init.peft_models.changes import Attribute, Hook, Operation
 from lora_init.peft_models.expert_factors import activated, subtracting_factors
 from lora_init.peft_models.layers import START, AdaptedLayer
@@ -43,7 +44,7 @@ def subtracts_in_forward(layer: AdaptedLayer, target: Target, plan: Plan) -> boo
         return False
     if target.quantized:
         return not plan.requantizes
-    if target.shared_with or target.experts is not None or target.attention is not None:
+    if target.shared_with or layer.is_parameter or target.attention is not None:
         return True
     return not _reads_base_weight(layer) and layer.base.weight.dtype not in EDITED_DTYPES
 
@@ -79,7 +80,7 @@ def _reads_base_weight(layer: AdaptedLayer) -> bool:
 
 def complete(layer: AdaptedLayer, operation: Operation) -> None:
     """Let a layer on a subtracted base compute the original function, and merge, at any weight."""
-    if layer.experts is None and layer.attention is None:
+    if not layer.is_parameter and layer.attention is None:
         operation.set(Hook(layer.module, complete_output), True, is_mark=True)
     delta = Attribute(layer.module, "get_delta_weight")
     function = delta_weight if layer.attention is None else attention_delta
@@ -90,7 +91,7 @@ def subtract(layer: AdaptedLayer, operation: Operation) -> None:
     """Let a layer subtract its start in the forward pass."""
     if layer.attention is not None:
         return  # PEFT merges for each forward pass, with what `attention_delta` returns
-    if layer.experts is not None:
+    if layer.is_parameter:
         factors = partial(subtracting_factors, layer.module, layer.base_start)
         activate = partial(activated, layer.module, layer.adapter)
         operation.set(Attribute(layer.module, "get_delta_factors"), factors, is_mark=True)
@@ -197,11 +198,16 @@ def delta_weight(module: Any, adapter: str) -> Tensor:
         missing = start.weight(adapter) - (start.base == "edited")
     if missing == 0 and start.base == "edited":
         return type(module).get_delta_weight(module, adapter)
-    delta = low_rank_product(layer.matrix("lora_A"), layer.matrix("lora_B"), layer.scaling)
+    if layer.is_parameter and layer.experts is None:
+        # PEFT calls this in each forward pass, so gradients must reach the factors.
+        lora_A, lora_B = (widened(layer.factor(which)) for which in ("lora_A", "lora_B"))
+        delta = (lora_B * layer.scaling) @ lora_A
+    else:
+        delta = low_rank_product(layer.matrix("lora_A"), layer.matrix("lora_B"), layer.scaling)
     if missing:
         delta -= _weighted(start.product(), missing)
     stored = known_format(layer.base).stored(layer.base, delta)
-    return stored if layer.experts is None else stored.to(module.get_param().dtype)
+    return stored.to(module.get_param().dtype) if layer.is_parameter else stored
 
 
 def attention_delta(module: Any, adapter: str) -> Tensor:

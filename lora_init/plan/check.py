@@ -86,7 +86,7 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
         kind = (type(module).__name__ if stacked else module_type(module)) + stacked
         raise TypeError(
             f"target {name!r} is a {kind}, which {spec.name} does not support; "
-            f"must be one of {', '.join(sorted(spec.modules))}. {_fix(stacked)}"
+            f"must be one of {', '.join(sorted(spec.modules))}. {_fix(stacked, matrix)}"
         )
     weight = stored_weight(module) if stored.quantized else module._parameters.get(matrix)
     if weight is None:
@@ -98,10 +98,10 @@ def check_module(model: nn.Module, name: str, spec: Initializer, matrix: str = W
     if (reason := stored.unreadable(module, matrix)) is not None:
         raise ValueError(f"target {name!r}: {reason}")
     _check_presence(name, weight)
-    if stored.operation == "routed" and is_offloaded(module):
+    if stored.operation in ("routed", "selection") and is_offloaded(module):
         raise ValueError(
-            f"target {name!r}: its weight is offloaded by Accelerate, and adapted experts need it "
-            "in memory; load the experts into memory first"
+            f"target {name!r}: its weight is offloaded by Accelerate, and adapted experts and "
+            "routers need it in memory; load the module into memory first"
         )
     if spec.base == "replace" and weight.is_meta and is_offloaded(module):
         raise ValueError(
@@ -252,9 +252,9 @@ def _stacked(module: nn.Module) -> str:
     return f" (parameters with all experts' weights: {', '.join(stacked)})" if stacked else ""
 
 
-def _fix(stacked: str) -> str:
+def _fix(stacked: str, matrix: str) -> str:
     parameters = "Name its parameters in target_parameters, or leave it out with exclude_modules"
-    return parameters if stacked else "Leave it out with exclude_modules"
+    return parameters if stacked and matrix == WEIGHT else "Leave it out with exclude_modules"
 
 
 def check_values(setting: str, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import nn
 
 from lora_init.weights.experts import FORMER
+from lora_init.weights.single_experts import former_names
 
 _QWEN2_MOE = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
               "down_proj": "down_proj"}  # fmt: skip
@@ -49,8 +50,8 @@ def meant(name: str, matches: Callable[[str], bool]) -> Literal["all", "some", "
     return "some" if any(any(family) for family in found) else "none"
 
 
-def refuse_single_expert(entry: str, parameters: list[str]) -> None:
-    """Raise if an entry of target_modules names a module of one expert.
+def refuse_former_name(entry: str, parameters: list[str]) -> None:
+    """Raise if an entry of target_modules names experts as an older checkpoint does.
 
     Args:
         parameters: the names of the model's fused parameters.
@@ -59,13 +60,13 @@ def refuse_single_expert(entry: str, parameters: list[str]) -> None:
         ValueError: the message has the new name.
     """
     found = ONE_EXPERT.search(entry)
-    if found is None:
-        return
     for name in parameters:
-        matrix = name.rpartition(".")[2]
-        if any(found["name"] in family for family in FORMER[matrix]):
+        families = FORMER[name.rpartition(".")[2]]
+        is_one = found is not None and any(found["name"] in family for family in families)
+        if is_one or any(f".{former}".endswith(f".{entry}") for former in former_names(name)):
             short = ".".join(name.split(".")[-2:])
+            kind = "one expert" if is_one else "experts"
             raise ValueError(
-                f"target_modules: {entry!r} is the module of one expert in an older checkpoint. "
+                f"target_modules: {entry!r} is the module of {kind} in an older checkpoint. "
                 f"All experts share the parameter {name!r} now: set target_parameters=[{short!r}]."
             )

@@ -16,7 +16,7 @@ from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.plan.match import Selection, excluder, list_matcher, looks_linear, output_names
 from lora_init.plan.new_weights import are_known, new_modules
 from lora_init.plan.tables import grouped
-from lora_init.weights.kinds import class_format, is_linear
+from lora_init.weights.kinds import class_format, is_linear, is_router
 
 # Name parts of tensors that multiply activations. Position tables, biases, scales and learned
 # tokens can have two or three dimensions too.
@@ -25,6 +25,8 @@ _NO_MATRIX = re.compile(
     r"bias|scale|zero|embed|pos|token|latent|query_|norm|conv|original\d|codebook"
 )
 _NO_LINEAR_CLASS = re.compile(r"Embed|Norm|Conv|Position")
+
+_ROUTER = "a router; to adapt it, name it in target_modules, or set experts=True"
 
 TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -88,6 +90,9 @@ def _all_linear(model: nn.Module, config: LoraConfig, selection: Selection) -> I
     for name, module in model.named_modules():
         known = name in passed or name.startswith(inside) or excluded(name)
         if known or is_linear(module):
+            continue
+        if is_router(module):
+            yield LeftOut(name, type(module).__name__, _ROUTER)
             continue
         if looks_linear(module):
             inside += (f"{name}.",)  # one line for the module, none for its parts

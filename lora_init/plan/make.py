@@ -34,13 +34,16 @@ from lora_init.plan.plan import Plan, Target
 from lora_init.plan.sharded import check_sharded_variants
 from lora_init.plan.state_space import read_by_kernel
 from lora_init.registry import CalibrationRequest, Initializer
-from lora_init.weights.format import WEIGHT
+from lora_init.weights.format import WEIGHT, WeightFormat
 from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
 from lora_init.weights.sharded import reshard
 
 QUANTIZED_BASES = ("in_forward", "requantize")
-EXPERTS_NEED = {"use_dora": False, "lora_bias": False}
-"""The settings that adapted experts do not support, with the values that turn them off."""
+UNSUPPORTED = {
+    "routed": {"use_dora": False, "lora_bias": False},
+    "selection": {"use_dora": False, "lora_bias": False, "lora_dropout": 0},
+}
+"""The settings that experts and routers do not support, with the values that turn them off."""
 
 
 def check_model(model: Any) -> None:
@@ -133,8 +136,7 @@ def make_plan(
                 requantizes=spec.base == "subtract" and quantized_base == "requantize",
             )  # fmt: skip
             reason = unobserved(model, owner, spec) if everything else None
-            if matrix != WEIGHT:
-                _check_variants_of_experts(config, name)
+            _check_variants(config, name, known_format(module))
         except TypeError as error:
             if not may_omit:
                 raise
@@ -243,13 +245,13 @@ def make_plan(
     return plan
 
 
-def _check_variants_of_experts(config: LoraConfig, name: str) -> None:
-    """Raise TypeError if a setting is not supported on fused experts."""
-    for setting, neutral in EXPERTS_NEED.items():
+def _check_variants(config: LoraConfig, name: str, stored: WeightFormat) -> None:
+    """Raise TypeError if a setting is not supported on experts or routers."""
+    for setting, neutral in UNSUPPORTED.get(stored.operation, {}).items():
         if (value := getattr(config, setting)) != neutral:
             raise TypeError(
-                f"target {name!r}: {setting}={value!r} is not supported with experts: must be "
-                f"{neutral!r}. Set it so, or set experts=False and leave out target_parameters"
+                f"target {name!r}: {setting}={value!r} is not supported with {stored.name}: must "
+                f"be {neutral!r}. Set it so, or leave the target out with exclude_modules"
             )
 
 

@@ -19,11 +19,12 @@ from torch import nn
 from lora_init.config.lora_config import ALL_LINEAR, HEADS, LoraConfig
 from lora_init.layers.attention import SplitAttention
 from lora_init.plan.architectures import DEFAULT_TARGETS
-from lora_init.plan.expert_names import meant, refuse_single_expert
-from lora_init.plan.parameters import fused_parameters, select_parameters
+from lora_init.plan.expert_names import meant, refuse_former_name
+from lora_init.plan.parameters import fused_parameters, includes_experts, select_parameters
 from lora_init.plan.patterns import Expression
 from lora_init.plan.tables import listed
-from lora_init.weights.kinds import is_linear
+from lora_init.weights.format import WEIGHT
+from lora_init.weights.kinds import is_linear, is_router
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,12 @@ def select(
     )
     if target == ALL_LINEAR:
         heads = output_names(model, config)
-        matched = [name for name in candidates if is_linear(modules[name]) and name not in heads]
+        suits = [is_linear, is_router] if includes_experts(model, config) else [is_linear]
+        matched = [
+            name
+            for name in candidates
+            if name not in heads and any(suited(modules[name]) for suited in suits)
+        ]
     else:
         matches = _matcher(target, config)
         matched = [name for name in candidates if matches(name)]
@@ -101,7 +107,7 @@ def select(
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, setting) or {}:
             expression = _pattern_expression(setting, key)
-            if not any(expression.match(name) for name in (*chosen, *experts)):
+            if not any(_selects(expression, name) for name in (*chosen, *experts)):
                 unmatched.append((setting, key))
     if not chosen and not experts:
         raise ValueError(_nothing_matched(model, target, matched, config))
@@ -172,13 +178,21 @@ class PatternValues:
 
     def matches(self, name: str) -> bool:
         """Whether any key matches the name."""
-        return any(expression.match(name) for expression, _ in self._values)
+        return any(_selects(expression, name) for expression, _ in self._values)
 
     def __call__(self, name: str) -> Any:
         for expression, value in self._values:
-            if expression.match(name):
+            if _selects(expression, name):
                 return value
         return self._default
+
+
+def _selects(expression: Expression, name: str) -> bool:
+    """Whether a key of a pattern matches the name of a module, or that of its weight.
+
+    PEFT matches the name of the weight where `target_parameters` selects it.
+    """
+    return any(expression.match(one) for one in (name, f"{name}.{WEIGHT}"))
 
 
 def pattern_value(setting: str, patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -292,7 +306,7 @@ def _refuse_parameter(model: nn.Module, entry: str) -> None:
     Raises:
         ValueError: with the parameter's name, shape and owner.
     """
-    refuse_single_expert(entry, list(fused_parameters(model)))
+    refuse_former_name(entry, list(fused_parameters(model)))
     for name, parameter in model.named_parameters():
         if not name_matches(name, entry):
             continue

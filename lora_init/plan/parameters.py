@@ -1,4 +1,4 @@
-"""Select parameters by name: the fused weights of experts, and weights of linear modules.
+"""Select parameters by name: the fused weights of experts, and those of linear modules and routers.
 
 `target_parameters` follows PEFT: a list of names matches exactly or by dotted suffix. A string is
 one regular expression that must match the whole name, which PEFT does not support.
@@ -16,7 +16,7 @@ from lora_init.plan.expert_names import meant, pefts_names
 from lora_init.plan.patterns import Expression
 from lora_init.weights.experts import FORMER
 from lora_init.weights.format import WEIGHT
-from lora_init.weights.kinds import class_format, is_linear
+from lora_init.weights.kinds import class_format, is_linear, is_router
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Parameters:
         implied: those that no entry of `target_parameters` names.
         doubled: those that replaced two modules, each of which is selected by its old name. Their
             rank and alpha are doubled, as in PEFT.
-        modules: qualified names of the linear modules whose weight is selected.
+        modules: qualified names of the linear modules and routers whose weight is selected.
         unmatched: entries of `target_parameters` that matched nothing.
     """
 
@@ -75,13 +75,13 @@ def select_parameters(
     if wanted is None:
         names = tuple(name for name in fused if name in implied)
         return Parameters(names, frozenset(implied), frozenset(doubled))
-    linear = {
+    weights = {
         f"{name}.{WEIGHT}": name
         for name, module in model.named_modules()
-        if name and is_linear(module)
+        if name and (is_linear(module) or is_router(module))
     }
     others = [name for name, _ in model.named_parameters()]
-    known = {name: None for name in (*fused, *linear, *others)}
+    known = {name: None for name in (*fused, *weights, *others)}
     names = [name for name in known if not inside(name.rpartition(".")[0])]
     if isinstance(wanted, str):
         expression = Expression("target_parameters", wanted)
@@ -91,15 +91,20 @@ def select_parameters(
     chosen = {name for found in hits.values() for name in found}
     for entry, found in hits.items():
         for name in found:
-            if name not in fused and name not in linear:
+            if name not in fused and name not in weights:
                 raise ValueError(_other_kind(model, entry, name))
     return Parameters(
         experts=tuple(name for name in fused if name in chosen or name in implied),
         implied=frozenset(implied - chosen),
         doubled=frozenset(doubled - chosen),
-        modules=tuple(module for name, module in linear.items() if name in chosen),
+        modules=tuple(module for name, module in weights.items() if name in chosen),
         unmatched=tuple(entry for entry, found in hits.items() if not found),
     )
+
+
+def includes_experts(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether "all-linear" selects experts and routers too. The default follows PEFT."""
+    return bool(pefts_names(model)) if config.experts is None else config.experts
 
 
 def _implied(
@@ -109,8 +114,7 @@ def _implied(
     former: Callable[[str], bool] | None,
 ) -> tuple[set[str], set[str]]:
     """The fused parameters that `target_modules` selects, and those of them that are doubled."""
-    by_default = bool(pefts_names(model))
-    if not (by_default if config.experts is None else config.experts):
+    if not includes_experts(model, config):
         return set(), set()
     implied, doubled = set(), set()
     for name in fused:
@@ -149,6 +153,6 @@ def _other_kind(model: nn.Module, entry: str, name: str) -> str:
     kind = type(model.get_submodule(owner)).__name__
     return (
         f"target_parameters: {entry!r} matches {name!r} of shape {shape} in a {kind}, which is not "
-        "supported: must be the fused weights of experts or the weight of a linear module. Leave "
-        "it out."
+        "supported: must be the fused weights of experts, or the weight of a linear module or a "
+        "router. Leave it out."
     )

@@ -32,7 +32,7 @@ from lora_init.registry import (
     Initializer,
     sums_dtype,
 )
-from lora_init.weights.format import WEIGHT
+from lora_init.weights.format import FORMATS, WEIGHT
 
 
 @dataclass(frozen=True)
@@ -339,12 +339,19 @@ class Plan:
         The user's rules are not copied. PEFT does not find a layer list at a model's root, and it
         sorts the keys of a pattern, although the first match wins.
         """
-        weights = set(self.mapped) if self.names_weights else set()
+        routers = [t.name for t in self.targets if FORMATS[t.module_type].operation == "selection"]
+        weights = {*(self.mapped if self.names_weights else ()), *routers}
         modules = [t.selected for t in self.targets if t.experts is None and t.name not in weights]
         fused = [t.name for t in self.targets if t.experts is not None]
-        named = shortest_parameters(fused, self.fused) + [
-            f"{t.name}.{WEIGHT}" for t in self.targets if t.name in weights
-        ]
+        known = [f"{name}.{WEIGHT}" for name in self.candidates]
+        named = shortest_parameters(fused, self.fused)
+        named += shortest_parameters([f"{name}.{WEIGHT}" for name in routers], known)
+        named += [f"{name}.{WEIGHT}" for name in self.mapped if name in weights - set(routers)]
+        # PEFT matches its patterns with the names of parameters, where a file names parameters.
+        keys = {
+            t.name: f"^{re.escape(t.selected)}" + rf"(\.{WEIGHT})?" * (t.name in weights)
+            for t in self.targets
+        }
         return dataclasses.replace(
             config,
             target_modules=portable_targets(dict.fromkeys(modules), self.candidates),
@@ -352,13 +359,9 @@ class Plan:
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
-            rank_pattern={
-                f"^{re.escape(t.selected)}": t.rank for t in self.targets if t.rank != config.r
-            },
+            rank_pattern={keys[t.name]: t.rank for t in self.targets if t.rank != config.r},
             alpha_pattern={
-                f"^{re.escape(t.selected)}": t.alpha
-                for t in self.targets
-                if t.alpha != config.lora_alpha
+                keys[t.name]: t.alpha for t in self.targets if t.alpha != config.lora_alpha
             },
         )
 

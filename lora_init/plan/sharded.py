@@ -43,6 +43,8 @@ def check_sharded(model: nn.Module, name: str, spec: Initializer, stored: Weight
     problem = None
     if stored.operation == "routed":
         problem = "it holds the weights of all experts"
+    elif stored.operation == "selection":
+        problem = "it is a router"
     elif spec.base == "replace":
         problem = f"{spec.name} replaces the weight"
     elif how == "DeepSpeed ZeRO-3":

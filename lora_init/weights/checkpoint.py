@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_init.weights.mxfp4 import mxfp4_values
-from lora_init.weights.single_experts import present_name, single_experts
+from lora_init.weights.single_experts import former_names, present_name, single_experts
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -198,6 +198,12 @@ class OriginalWeights:
         stored = self._keys.get(_last_part(ours), [])
         found = [key for key in stored if _agree(key, ours)]
         found = found or [key for key in stored if _agree(present_name(key), ours)]
+        found = found or [
+            key
+            for former in former_names(_bare(name))
+            for key in self._keys.get(_last_part(former), ())
+            if _agree(key, f".{former}.weight")
+        ]
         return found or [self._experts[fused][0][0] for fused in self._fused(name)]
 
     def _fused(self, name: str) -> list[str]:

@@ -11,6 +11,7 @@ The rest of the package sees a weight as one or more named matrices:
 | ConvTranspose1d, 2d, 3d | (channels, out, *kernel) | (out, channels·kernel size), for patches |
 | grouped convolution | (out, channels of a group, *kernel) | the matrices of the groups, stacked |
 | Experts | (experts, out, in), or (experts, in, out) | (experts, out, in), a stack |
+| Router | (experts, in) | itself |
 | Linear4bit, Linear8bitLt | packed codes and scales | the dequantized matrix, float32 |
 """
 
@@ -31,9 +32,9 @@ from lora_init.quantization.quantizer import Quantizer
 WEIGHT = "weight"
 """The name of the matrix of a module that has only one."""
 
-Operation = Literal["product", "convolution", "lookup", "routed"]
-"""How a module applies its matrix: to rows of features, to patches, by looking up columns, or, for
-experts, each to the rows that a router selects."""
+Operation = Literal["product", "convolution", "lookup", "routed", "selection"]
+"""How a module applies its matrix: to rows of features, to patches, by looking up columns, for
+experts to the rows that a router selects, or in a router's own forward pass."""
 
 Matrix = Float[Tensor, "*experts out in"]
 
@@ -76,8 +77,9 @@ class WeightFormat(ABC):
     Attributes:
         name: the module type, as in plans and tables.
         operation: how the module applies its matrix: "product" with rows of features,
-            "convolution" with patches, "lookup" of its columns, or "routed", a product of each
-            expert's matrix with the rows that a router selects. It selects the adapted layer.
+            "convolution" with patches, "lookup" of its columns, "routed", a product of each
+            expert's matrix with the rows that a router selects, or "selection", a product inside a
+            router's forward pass. It selects the adapted layer.
         subtractions: the supported ways to subtract s B0 A0, the default first: "edit" the stored
             weight, subtract "in_forward", or "requantize" the difference. A format with only
             "in_forward" need not support `write`.

@@ -29,6 +29,7 @@ from lora_init.weights.linear8bit import Linear8bitFormat
 from lora_init.weights.opaque import AQLMFormat, BitNetFormat, EETQFormat
 from lora_init.weights.patches import CLASSES, TRANSPOSED
 from lora_init.weights.quanto import QuantoFormat
+from lora_init.weights.router import RouterFormat
 from lora_init.weights.torchao import TorchaoFormat
 
 for _one in (
@@ -37,7 +38,7 @@ for _one in (
     *map(TransposedConvolutionFormat, TRANSPOSED.values()),
     EmbeddingFormat(), TorchaoFormat(), QuantoFormat(), CompressedTensorsFormat(),
     FP8LinearFormat(), HQQFormat(), AQLMFormat(), EETQFormat(), BitNetFormat(), GPTQFormat(),
-    AWQFormat(), ExpertsFormat(),
+    AWQFormat(), ExpertsFormat(), RouterFormat(),
 ):  # fmt: skip
     register_weight_format(_one)
 
@@ -81,6 +82,12 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module computes products with a supported weight, as "all-linear" selects."""
     found = weight_format(module)
     return found is not None and found.operation == "product"
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether the module is a router with a supported weight."""
+    found = weight_format(module)
+    return found is not None and found.operation == "selection"
 
 
 def is_quantized(module: nn.Module) -> bool:

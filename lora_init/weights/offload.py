@@ -31,12 +31,16 @@ def stored_weight(module: nn.Module, matrix: str = "weight") -> Tensor:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether the module has a hook around its forward, or a forward set on the instance."""
+    return has_hooks(module) or "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook of torch runs when the module is called."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
     )
 
 

@@ -51,33 +51,37 @@ class SecondCheckpoint(SecondWeights):
             self._stored = OriginalWeights(source)
 
     def check(self, weights: BaseWeights, targets: Sequence[Target]) -> None:
-        found: dict[str, str] = {}
+        found: dict[tuple[str, int | None], str] = {}
         with _named_after_the_argument():
             for target in targets:
                 name = self._name(target)
                 empty = torch.empty(self._stored.shape(name), device="meta")
-                shape, key = tuple(weights.oriented(target, empty).shape), self._stored.key(name)
-                if shape != target.shape:
+                shape = tuple(weights.oriented(target, empty).shape)
+                wanted = target.shape if target.experts is None else (target.experts, *target.shape)
+                if shape != wanted:
                     raise ValueError(
                         f"target_weights: the weight of {target.name!r} is {shape} (out, in) there "
-                        f"and {target.shape} in the model; pass a checkpoint of the same model"
+                        f"and {wanted} in the model; pass a checkpoint of the same model"
                     )
-                if key in found and not target.shared_with:
+                key = self._stored.key(name)
+                place = key, target.expert
+                if place in found and not target.shared_with:
                     raise ValueError(
-                        f"target_weights: {found[key]!r} and {target.name!r} both find {key!r}; "
+                        f"target_weights: {found[place]!r} and {target.name!r} both find {key!r}; "
                         "pass a checkpoint with the names of this model"
                     )
-                found[key] = target.name
+                found[place] = target.name
 
     def weight(self, weights: BaseWeights, target: Target) -> Float[Tensor, "out in"]:
         with _named_after_the_argument():
-            stored = self._stored.weight(self._name(target))
+            stored = self._stored.weight(self._name(target), target.expert)
         return weights.oriented(target, stored).to(weights.present(target).device)
 
     def _name(self, target: Target) -> str:
         """The module name under which the weight is stored; tied weights may use another name."""
-        names = (target.name, *(name.removesuffix(".weight") for name in target.shared_with))
-        return next((name for name in names if self._stored.has(name)), target.name)
+        own = target.name if target.expert is None else target.name.rpartition(".")[0]
+        names = (own, *(name.removesuffix(".weight") for name in target.shared_with))
+        return next((name for name in names if self._stored.has(name)), own)
 
 
 @contextmanager

@@ -179,7 +179,7 @@ class BaseWeights:
             )
         return self.second.weight(self, target)
 
-    def oriented(self, target: Target, stored: Tensor) -> Float[Tensor, "out in"]:
+    def oriented(self, target: Target, stored: Tensor) -> Float[Tensor, "*experts out in"]:
         """View a checkpoint's tensor of a target as a matrix."""
         if target.quantized:
             return stored.T if self._stored_transposed(target) else stored

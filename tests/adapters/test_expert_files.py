@@ -1,4 +1,4 @@
-"""Adapter files of fused experts: PEFT's layout, read and written."""
+"""Adapter files of fused experts and of routers: PEFT's layout, read and written."""
 
 import copy
 import json
@@ -12,6 +12,7 @@ from models import token_batches
 from peft import PeftModel
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
+from lora_init.cli.parser import main
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -80,6 +81,46 @@ def test_peft_loads_the_file_and_so_do_we(kind, method, names, rslora, tmp_path)
     assert torch.equal(output(ours.eval()), wanted)
 
 
+ROUTERS = [
+    pytest.param(kind, "kaiming" if kind == "mixtral" else "pissa",
+                 marks=() if kind in ("mixtral", "gpt_oss") else pytest.mark.exhaustive)
+    for kind in [*KINDS, "llama4_text"]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "method"), ROUTERS)
+def test_files_of_routers_mean_the_same_in_peft(kind, method, tmp_path):
+    base = mixture(kind)
+    has_router = any(name.endswith("router.weight") for name, _ in base.named_parameters())
+    name = "router" if has_router else "gate"
+    if not any(n.endswith(f"{name}.weight") for n, _ in base.named_parameters()):
+        pytest.skip("no router")
+    settings = {"r": 2, "target_modules": ["o_proj"], "rank_pattern": {f"{name}.weight": 1},
+                "target_parameters": [f"{name}.weight"]}  # fmt: skip
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(init_lora_weights=method, **settings))
+    wanted = output(moved(model))
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_parameters"] == [f"{name}.weight"]
+    assert gap(output(LoraModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()), wanted) == 0
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert gap(output(theirs), wanted) < 2e-6
+    config = peft.LoraConfig(**settings, init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
+    assert gap(output(ours), output(theirs)) < 2e-6
+
+
+def test_peft_finds_the_rank_of_a_dense_layer_that_a_file_names_as_a_parameter(tmp_path):
+    base, name = mixture("deepseek_v3"), "model.layers.0.mlp.down_proj"
+    config = LoraConfig(r=2, target_modules=["o_proj", name], rank_pattern={"mlp.down_proj": 3})
+    model = moved(get_peft_model(copy.deepcopy(base), config))
+    model.save_pretrained(tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert gap(output(theirs), output(model)) < 2e-6
+
+
 @pytest.mark.parametrize("method", ["kaiming", "pissa"])
 def test_llama4_files_have_the_transposed_factors_that_peft_reads(method, tmp_path):
     """PEFT reads every stack that declares no layout as (experts, out, in)."""
@@ -127,6 +168,48 @@ def test_a_file_continues_the_training(method, tmp_path):
         assert torch.equal(one.stored_weight, other.stored_weight)
         if method == "pissa":  # the file of a replaced base holds the recipe of the base instead
             assert torch.equal(one.initial_lora_B, other.initial_lora_B)
+
+
+def test_the_commands_treat_each_expert_by_itself(tmp_path, capsys):
+    base = mixture("mixtral")
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["o_proj"],
+                        target_parameters=[*BOTH, "gate.weight"])  # fmt: skip
+    model = moved(get_peft_model(copy.deepcopy(base), config))
+    model.save_pretrained(tmp_path / "in")
+    base.save_pretrained(tmp_path / "base")
+
+    def run(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        caught = capsys.readouterr()
+        return json.loads(caught.out) if code == 0 else caught.err
+
+    rows = run("inspect", tmp_path / "in", "--against", tmp_path / "base", "--json")
+    assert "holds the factors of all experts" in rows["loaders"]["vLLM"]
+    assert {row["name"] for row in rows["layers"]} == set(model.layers)
+    products, errors = {}, {}
+    for row in rows["layers"]:
+        layer = model.layers[row["name"]]
+        products[row["name"]] = product = layer.delta_weight().double().detach()
+        values = torch.linalg.svdvals(product)[..., :3]
+        errors[row["name"]] = float(values[..., 2:].norm() / values.norm())
+        found = torch.tensor(row["singular_values"], dtype=torch.float64)
+        torch.testing.assert_close(found, values.view(-1, 3).square().mean(0).sqrt())
+        assert row["relative_norm"] == pytest.approx(
+            float(product.norm() / layer.stored_weight.norm())
+        )
+        assert (row["rank"], row["shape"]) == (3, list(product.shape[-2:]))
+    found = run("convert", tmp_path / "in", tmp_path / "out", "--rank", 2, "--json")
+    assert {row["name"]: row["error"] for row in found["layers"]} == pytest.approx(errors)
+    again = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "out")
+    for name, layer in again.layers.items():
+        gap_of_layer = gap(layer.delta_weight().double(), products[name])
+        assert gap_of_layer == pytest.approx(errors[name], rel=1e-4)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    assert gap(output(theirs), output(again.eval())) < 2e-6
+    for words in (["--portable"], ["--format", "diffusers"]):
+        message = run("convert", tmp_path / "in", tmp_path / "other", *words)
+        assert "holds the factors of all experts" in message
 
 
 def test_an_edited_selection_of_experts_is_refused(tmp_path):

@@ -23,7 +23,7 @@ def rank_of(method):
     return 2 if method == "orthogonal" else 3
 
 
-def adapted(model, method, parameters=PARAMETERS, modules=None, **settings):
+def adapted(model, method, parameters=PARAMETERS, modules=None, verify=None, **settings):
     """The model with experts adapted by a method, at uniform ranks."""
     config = LoraConfig(
         r=rank_of(method),
@@ -34,7 +34,9 @@ def adapted(model, method, parameters=PARAMETERS, modules=None, **settings):
         **settings,
     )
     calibration = data_of(SPECS[method], Batches(mixture_rows()))
-    return get_peft_model(model, config, calibration=calibration, cache=False, keep_original=True)
+    return get_peft_model(
+        model, config, calibration=calibration, cache=False, keep_original=True, verify=verify
+    )
 
 
 def move(model):
@@ -180,6 +182,44 @@ def test_settings_that_experts_do_not_support_are_refused(setting, value):
         adapted(model, "kaiming", **{setting: value})
     assert type(model.experts).__name__ == "MixtralExperts"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_start_from_second_weights(layout):
+    model, other = Mixture(layout), Mixture(layout)
+    with torch.no_grad():
+        other.experts.down_proj.mul_(1.5)
+    config = LoraConfig(r=16, lora_alpha=16, init_lora_weights="from_delta",
+                        target_parameters=["experts.down_proj"])  # fmt: skip
+    lora = get_peft_model(model, config, target_weights=other.state_dict(), cache=False)
+    with torch.no_grad():
+        assert relative_gap(lora(mixture_rows()[0]), other(mixture_rows()[0])) < 1e-5
+
+
+def test_hooks_of_the_experts_run():
+    model, x = Mixture(), mixture_rows()[0]
+    inputs, outputs = [], []
+    model.experts.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    lora = adapted(model, "pissa", verify=x)
+    module = lora.base_model.experts.base_layer
+    module.register_forward_hook(lambda module, args, output: outputs.append(output) or 2 * output)
+    move(lora)
+    inputs.clear()
+    with torch.no_grad():
+        doubled = lora(x)
+        assert torch.equal(doubled, 2 * outputs[-1])
+        module._forward_hooks.clear()
+        assert torch.equal(lora(x), outputs[-1])
+    assert len(inputs) == 2
+    assert "forward" not in vars(module)
+
+
+def test_a_forward_that_is_set_on_adapted_experts_is_refused():
+    model, x = Mixture(), mixture_rows()[0]
+    lora = adapted(model, "pissa")
+    lora.base_model.experts.base_layer.forward = lambda *args: args[0]
+    with pytest.raises(RuntimeError, match="a forward was set on this MixtralExperts after"):
+        lora(x)
 
 
 def test_a_failed_injection_leaves_the_experts():

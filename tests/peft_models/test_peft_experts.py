@@ -22,9 +22,14 @@ from lora_init.peft_models.layers import adapted_layers
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
+def parameters(kind):
+    """The weights of a model's experts and routers."""
+    return [*EXPERTS, "router.weight" if kind == "gpt_oss" else "gate.weight"]
+
+
 def wrapped(kind="mixtral", dtype=torch.float32, r=3, **settings):
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["q_proj"],
-                             target_parameters=EXPERTS, **settings)  # fmt: skip
+                             target_parameters=parameters(kind), **settings)  # fmt: skip
     return peft.get_peft_model(mixture(kind).to(dtype), config).eval()
 
 
@@ -55,8 +60,8 @@ def test_the_start_is_that_of_get_peft_model(kind, method):
     model, base = wrapped(kind), mixture(kind)
     before = output(base)
     report = initialize_peft_model(model, method, calibration=calibration, cache=False)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=EXPERTS,
-                        init_lora_weights=method)  # fmt: skip
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"],
+                        target_parameters=parameters(kind), init_lora_weights=method)  # fmt: skip
     ours = get_peft_model(base, config, calibration=calibration, cache=False).eval()
     assert gap(output(model), before) < 2e-6
     assert sorted(row.name for row in report.layers) == sorted(ours.layers)
@@ -104,11 +109,17 @@ def test_every_way_out_of_a_subtracting_start(dtype, tmp_path):
 
 
 def test_what_peft_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match="'loftq' is not supported .* replaces the weights of exp"):
+    with pytest.raises(
+        ValueError, match="'loftq' is not supported .* replaces the weights of a par"
+    ):
         initialize_peft_model(wrapped(), "loftq")
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["gate.weight"])
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["k_proj.weight"])
     model = peft.get_peft_model(mixture("mixtral"), config)
-    with pytest.raises(TypeError, match="a parameter of a MixtralTopKRouter, which is not supp"):
+    with pytest.raises(TypeError, match="the weight of a Linear in PEFT's ParamWrapper, which is"):
+        initialize_peft_model(model, "pissa")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    model = peft.get_peft_model(mixture("llama4_text"), config)
+    with pytest.raises(TypeError, match="stored as .in, out., but PEFT's factors of a Llama4TextE"):
         initialize_peft_model(model, "pissa")
     model = wrapped()
     initialize_peft_model(model, "pissa", cache=False)

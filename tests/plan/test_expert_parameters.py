@@ -51,6 +51,9 @@ def test_the_selection_of_experts(kind, settings, expected):
     [
         ("qwen3_moe", {"target_modules": ["experts.3.up_proj"]},
          r"'experts.3.up_proj' is the module of one expert.*target_parameters=\['experts.gate_up"),
+        ("granitemoehybrid", {"target_modules": ["block_sparse_moe.input_linear"]},
+         r"'block_sparse_moe.input_linear' is the module of experts in an older checkpoint.*"
+         r"target_parameters=\['experts.gate_up_proj'\]"),
         ("qwen3_moe", {"target_modules": ["gate_proj"], "experts": True},
          r"experts=True is not supported: must select both modules that '.*gate_up_proj' replaced"),
         ("gpt_oss", {"target_parameters": ["experts.down_proj_bias"]},
@@ -68,6 +71,25 @@ def test_the_weight_of_a_linear_module_is_a_parameter_too():
     assert [target.name for target in plan.targets] == [
         f"model.layers.{number}.self_attn.q_proj" for number in range(2)
     ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "settings", "routers"),
+    [
+        ("mixtral", {"target_modules": "all-linear"}, 2),
+        ("mixtral", {"target_modules": "all-linear", "experts": False}, 0),
+        ("mixtral", {"target_modules": "all-linear", "lora_dropout": 0.1}, 0),
+        ("mixtral", {"target_modules": ["gate", "w2"]}, 2),
+        ("gpt_oss", {"target_modules": "all-linear"}, 0),
+        ("gpt_oss", {"target_modules": "all-linear", "experts": True}, 2),
+        ("gpt_oss", {"target_parameters": ["0.mlp.router.weight"]}, 1),
+        ("llama4_text", {"target_modules": "all-linear", "experts": True}, 2),
+    ],
+)
+def test_the_selection_of_routers(kind, settings, routers):
+    plan = get_peft_model(mixture(kind), LoraConfig(r=2, **settings), dry_run=True)
+    assert sum(target.module_type == "Router" for target in plan.targets) == routers
 
 
 def test_a_name_without_a_parameter_is_warned_about():

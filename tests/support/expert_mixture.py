@@ -1,7 +1,7 @@
-"""A small model of one layer of fused experts behind a router, for tests of every method."""
+"""Small models of one layer of fused experts, and of one router, for tests of every method."""
 
 import torch
-from expert_modules import EXPERTS, HIDDEN, experts
+from expert_modules import EXPERTS, HIDDEN, experts, router
 from torch import nn
 
 
@@ -24,6 +24,21 @@ class Mixture(nn.Module):
         hidden = self.entry(x).reshape(-1, HIDDEN)
         indices, scores = self.routing(hidden)
         return self.experts(hidden, indices, scores).view_as(x)
+
+
+class Choice(nn.Module):
+    """A linear layer and a router; the outputs are its logits and its scores."""
+
+    def __init__(self, kind="plain"):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.entry = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.entry.weight.data = torch.randn(HIDDEN, HIDDEN, generator=generator) / 5
+        self.gate = router(kind)
+
+    def forward(self, x):
+        logits, scores, _ = self.gate(self.entry(x))
+        return torch.cat([logits, scores.to(logits.dtype)], dim=-1)
 
 
 def mixture_rows(count=3, size=40, seed=1):

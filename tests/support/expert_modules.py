@@ -28,11 +28,18 @@ KNOWN = {
 CLASSES = {layout: cls for layout, cls in KNOWN.items() if cls is not None}
 """A class by layout."""
 
+ROUTERS = {
+    "plain": found("mixtral", "MixtralTopKRouter"),
+    "biased": found("gpt_oss", "GptOssTopKRouter"),
+}
+"""Classes of routers that store their weight as a parameter."""
+
 ROUTED = [layout for layout in CLASSES if layout != "all tokens"]
 
 CONFIG = {
     "num_local_experts": EXPERTS,
     "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
     "hidden_size": HIDDEN,
     "moe_hidden_size": HIDDEN,
     "intermediate_size": WIDTH,
@@ -56,6 +63,15 @@ def experts(layout, implementation="eager", dtype=torch.float32):
         parameter.data = torch.randn(parameter.shape, generator=generator) / 4
         if name.endswith("norm.weight"):
             parameter.data += 1
+    return module.to(dtype).requires_grad_(False)
+
+
+def router(kind="plain", dtype=torch.float32):
+    """A router with random frozen weights."""
+    module = ROUTERS[kind](SimpleNamespace(**CONFIG))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
     return module.to(dtype).requires_grad_(False)
 
 

@@ -50,6 +50,15 @@ def upsampling(dimensions):
     )  # fmt: skip
 
 
+class Logits(nn.Linear):
+    """A router that does not select, so that its output is one tensor."""
+
+    num_experts = 5
+
+    def __init__(self):
+        super().__init__(24, self.num_experts)
+
+
 EXAMPLES = {
     "Linear": (lambda: nn.Linear(64, 32), draws(2, 3, 64)),
     "Conv1D": (lambda: Conv1D(32, 64), draws(2, 3, 64)),
@@ -62,6 +71,7 @@ EXAMPLES = {
     "ConvTranspose2d": (lambda: upsampling(2), draws(2, 4, 5, 4)),
     "ConvTranspose3d": (lambda: upsampling(3), draws(2, 4, 5, 4, 3)),
     "Embedding": (lambda: nn.Embedding(48, 32), torch.arange(48).view(6, 8)),
+    "Router": (lambda: Logits(), draws(2, 3, 24)),
 }
 EXAMPLES |= {
     name: (LAYERS[name], None) for name in FORMATS if FORMATS[name].quantized and name in LAYERS
@@ -133,7 +143,7 @@ def test_the_dtype_does_not_decide(name):
 @every_format
 def test_the_declared_subtractions_fit_the_storage(name):
     one = FORMATS[name]
-    assert ("edit" in one.subtractions) != one.quantized
+    assert ("edit" in one.subtractions) != (one.quantized or one.operation == "selection")
     assert ("requantize" in one.subtractions) <= one.quantized
     assert "in_forward" in one.subtractions
 

@@ -32,13 +32,14 @@ def test_experts_of_an_unloaded_model_are_read_from_a_checkpoint(kind, tmp_path)
         assert lazy.layers[name].stored_weight.is_meta
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoehybrid"])
 def test_single_experts_of_a_checkpoint_are_read_as_fused_ones(kind, tmp_path):
-    """`save_pretrained` writes one tensor per expert; `lora-init make` reads that folder."""
+    """`save_pretrained` writes older names; `lora-init make` reads that folder."""
     loaded = mixture(kind)
     loaded.save_pretrained(tmp_path / "base")
     words = ["--method", "pissa", "-r", "2", "--target-modules", "q_proj", "--target-parameters"]
-    names = "experts.gate_up_proj,experts.down_proj"
+    router = "router.weight" if kind == "granitemoehybrid" else "gate.weight"
+    names = f"experts.gate_up_proj,experts.down_proj,{router}"
     out = tmp_path / "made"
     assert main(["make", str(tmp_path / "base"), str(out), *words, names]) == 0
     config = LoraConfig(r=2, lora_alpha=2, init_lora_weights="pissa", target_modules=["q_proj"],
@@ -47,7 +48,21 @@ def test_single_experts_of_a_checkpoint_are_read_as_fused_ones(kind, tmp_path):
     made, wanted = (load_file(folder / "adapter_model.safetensors")
                     for folder in (out, tmp_path / "library"))  # fmt: skip
     assert made.keys() == wanted.keys()
-    assert all(torch.equal(made[key], wanted[key]) for key in made)
+    # Stacks are decomposed from slices of a file, whose products may round differently.
+    bound = 1e-5 if kind == "granitemoehybrid" else 0
+    assert all(torch.allclose(made[key], wanted[key], rtol=0, atol=bound) for key in made)
+
+
+def test_names_of_other_families_are_known():
+    stored = {f"a.experts.{e}.{m}.weight": torch.full((2, 3), e + i / 10.0)
+              for e in (0, 1) for i, m in enumerate(("fc1", "fc2", "fc3"))}  # fmt: skip
+    stored |= {"b.experts.fc1.weight": torch.ones(4, 3, 2), "c.router.layer.weight": torch.eye(2)}
+    weights = OriginalWeights(stored)
+    gate_up = torch.cat([torch.full((2, 3), 1.0), torch.full((2, 3), 1.2)])
+    assert torch.equal(weights.weight("a.experts.gate_up_proj", 1), gate_up)
+    assert torch.equal(weights.weight("a.experts.down_proj", 1), torch.full((2, 3), 1.1))
+    assert weights.shape("b.experts.gate_up_proj") == (4, 3, 2)
+    assert weights.key("c.router") == "c.router.layer.weight"
 
 
 def test_an_incomplete_set_of_experts_is_refused():
