@@ -154,7 +154,7 @@ def fused(experts: Sequence[Factors]) -> Factors:
 
 
 def mean_figures(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean over experts of each number; a figure that is no number if all have the same."""
+    """The mean over experts of each number; a figure that is not a number if all have the same."""
     means: dict[str, Any] = {}
     for name in figures[0]:
         values: list[Any] = [one.get(name) for one in figures]

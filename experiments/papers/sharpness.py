@@ -5,8 +5,8 @@ compute the same function, the sharper one needs the smaller rate. The paper mea
 eigenvalue of the Hessian with respect to the adapter's parameters and explains tuned rates by it:
 it is largest for OLoRA and LoRA-GA, then PiSSA's, then MiLoRA's and Init[AB]'s.
 
-With B = 0 the loss is no quadratic bowl: ∂²L/∂A² = 0, and the Hessian is (0, C; Cᵀ, H_BB), a saddle
-whose cross term C carries the gradient of the product. So λmin is reported as well.
+With B = 0 the loss is not a quadratic bowl: ∂²L/∂A² = 0, and the Hessian is (0, C; Cᵀ, H_BB), a
+saddle whose cross term C carries the gradient of the product. So λmin is reported as well.
 
 Adam does not step along the gradient. Its first step is η in the direction of the gradient's signs
 d, in which a quadratic model's loss falls by η ‖g‖₁ - η² dᵀ H d / 2: most, on average over batches,

@@ -30,7 +30,7 @@ class ConvolutionLayer(LoraLayer):
 
     In a file that PEFT has trained, the kernels read the channels of all groups: A has shape
     (rank, all channels·kernel size). Such a layer computes and trains what PEFT's does. Its sum
-    with the base is no grouped convolution, so it has no effective weight and cannot be merged.
+    with the base is not a grouped convolution, so it has no effective weight and cannot be merged.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def guard(
 ) -> None:
     """Replace PEFT's methods that must know about an initialized adapter.
 
-    `lora_init.peft_models.injected` has those of a model that is no PeftModel.
+    `lora_init.peft_models.injected` has those of a model that is not a PeftModel.
 
     Args:
         layers: of the adapter that is initialized.

@@ -45,7 +45,7 @@ def save_peft_model(
     """Write an adapter for the original base, in PEFT's format.
 
     After `initialize_peft_model`, `save_pretrained(folder)` of a PeftModel does the same for all
-    adapters: use either. On a kept base it writes PEFT's own file. A model that is no PeftModel
+    adapters: use either. On a kept base it writes PEFT's own file. A model that is not a PeftModel
     has functions with other formats, which are right too unless the method replaces the base.
 
     Args:
@@ -147,7 +147,7 @@ def _write_plain(
     state_dict: dict[str, Tensor] | None = None,
     save_embedding_layers: str | bool = "auto",
 ) -> None:
-    """Write what PEFT's `save_pretrained` writes, of a model that is no PeftModel."""
+    """Write what PEFT's `save_pretrained` writes, of a model that is not a PeftModel."""
     get_state = sys.modules["peft"].get_peft_model_state_dict
     state = get_state(
         model, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers

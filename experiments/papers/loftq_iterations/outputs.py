@@ -45,7 +45,7 @@ class Measure(Protocol):
 
 
 class HiddenStates:
-    """``‖H - H'‖_F / ‖H‖_F``, H the last hidden states of all tokens that are no padding."""
+    """``‖H - H'‖_F / ‖H‖_F``, H the last hidden states of all tokens that are not padding."""
 
     def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
         self.batches = batches

@@ -25,7 +25,7 @@ def rounded(weight: Weight) -> Weight:
     """The nearest values of llama.cpp's Q4_1, whose step and least value are 16-bit floats.
 
     Raises:
-        ValueError: the weight is no whole number of runs.
+        ValueError: the weight is not a whole number of runs.
     """
     runs = _runs(weight)
     least, step = _grid(runs)
