@@ -9,15 +9,14 @@ from typing import overload
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from lora_init.linalg import dense
 from lora_init.linalg.draws import Generators
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.thin import thin_qr
 
-SAME_ROUNDING = 12
-"""A product W V with fewer columns is rounded by the layout of W in memory (MKL, float32)."""
+FEW = 12
+"""The least columns whose products MKL rounds alike for every layout of a float32 matrix."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +79,13 @@ def from_right(
         rank: how many triplets to keep; None: all.
         largest: s_1, the scale of the residual, if it is not among the triplets.
     """
-    image = operator.matmul(_padded(right.to(operator.dtype)))[..., : right.shape[-1]]
-    left, values, right = rotated(right, image, rank)
+    left, values, right = rotated(right, operator.matmul(right.to(operator.dtype)), rank)
     # W right = left S holds by construction. The other half shows how good the span is.
     backward = operator.rmatmul(left).double() - right.double() * values.double()[..., None, :]
     error = torch.linalg.vector_norm(backward, dim=-2).amax(-1)
     scale = values[..., 0].double() if largest is None else largest.double()
     left, values, right = (t.contiguous() for t in (left, values, right))
     return Decomposition(left, values, right, method, relative(error, scale), scale)
-
-
-def _padded(block: Float[Tensor, "*stack n k"]) -> Float[Tensor, "*stack n width"]:
-    """Return the block with columns of zeros up to `SAME_ROUNDING`."""
-    return functional.pad(block, (0, max(SAME_ROUNDING - block.shape[-1], 0)))
 
 
 def rotated(

@@ -54,7 +54,7 @@ def test_equal_blocks_are_drawn_once(monkeypatch):
     drawn.clear()
     with simulated_cuda():
         model = started(base.cuda(), "pissa")
-    assert drawn == [(300, 16)] * 2
+    assert drawn == [(300, 20)] * 2
     for name, layer in model.layers.items():
         other = expected.layers[name]
         gap = (layer.lora_B @ layer.lora_A).cpu() - other.lora_B @ other.lora_A
