@@ -110,7 +110,7 @@ MOST_WORDS = 25
 
 
 def short_sentences(lead: str, parts: Iterable[str]) -> str:
-    """A list as short sentences: the later ones begin with "Also" and the lead.
+    """A list as short sentences: the later ones begin with "Also" and the lead. Empty without parts.
 
     >>> short_sentences("Not measured", ["the score", "the loss"])
     'Not measured: the score and the loss.'
@@ -119,6 +119,8 @@ def short_sentences(lead: str, parts: Iterable[str]) -> str:
     [16, 17]
     """
     made: list[list[str]] = [[]]
+    if not (parts := list(parts)):
+        return ""
     for part in parts:
         if made[-1] and len(f"also {lead} {listing([*made[-1], part])}".split()) > MOST_WORDS:
             made.append([])
