@@ -110,7 +110,7 @@ MOST_WORDS = 25
 
 
 def short_sentences(lead: str, parts: Iterable[str]) -> str:
-    """A list as short sentences: the later ones begin with "Also" and the lead. Empty without parts.
+    """A list as short sentences: later ones begin with "Also" and the lead. Empty without parts.
 
     >>> short_sentences("Not measured", ["the score", "the loss"])
     'Not measured: the score and the loss.'
