@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.benchmark.schema import (
+    SECTIONS,
     BenchmarkConfig,
     ExpertsSettings,
     LlamaShape,
@@ -48,7 +49,7 @@ def default(composed):
 
 @pytest.fixture
 def settings(tiny_encoder, tiny_decoder, tmp_path):
-    """All sections on tiny models."""
+    """The sections of one process, on tiny models."""
     shape = {"batch_size": 2, "tokens": 8, "rows": 4, "row_tokens": 16, "batches": 2, "ranks": [2]}
     return BenchmarkConfig(
         models={
@@ -74,6 +75,7 @@ def settings(tiny_encoder, tiny_decoder, tmp_path):
             batch_size=2,
             tokens=8,
         ),
+        sections=[section for section in SECTIONS if section != "sharded"],
         rank=2,
         alpha=4,
         threads=1,
