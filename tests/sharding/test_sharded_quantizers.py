@@ -6,7 +6,6 @@ import pytest
 import torch
 from packing import packed
 from processes import run_ranks
-from products import chosen
 from quantized_layers import COLUMNS, ROWS, quantized_layer
 from sharded import WORLD, findings, gap, join, leave, products
 from torch import nn
@@ -27,8 +26,6 @@ CASES = {
     ("torchao float8", "by outputs"): "pissa",
     ("torchao float8", "by inputs"): "pissa",
 }  # fmt: skip
-FEW = [("torchao nf4", "FSDP2"), ("Linear4bit", "FSDP2"), ("GPTQ", "FSDP2"),
-       ("torchao float8", "by outputs")]  # fmt: skip
 
 
 def network(kind):
@@ -101,13 +98,8 @@ def in_parts(kind, how, rank):
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return ran(FEW, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def rest(tmp_path_factory):
-    return ran([case for case in CASES if case not in FEW], tmp_path_factory)
+def ranks(tmp_path_factory):
+    return ran(CASES, tmp_path_factory)
 
 
 def ran(cases, tmp_path_factory):
@@ -118,8 +110,9 @@ def ran(cases, tmp_path_factory):
     return findings(folder)
 
 
-@pytest.mark.parametrize("case", chosen(CASES, *FEW))
-def test_two_ranks_are_one_process(request, case):
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_are_one_process(ranks, case):
     kind, _ = case
     # EVA's statistics are sums over the ranks, in another order than in one process.
     tolerance = 1e-5 if CASES[case] == "eva" else 1e-6
@@ -127,7 +120,7 @@ def test_two_ranks_are_one_process(request, case):
     first = products(model)
     trained = products(train(model, batches()))
     assert gap(first, trained) > 1e-3
-    for one in (rank[case] for rank in request.getfixturevalue("few" if case in FEW else "rest")):
+    for one in (rank[case] for rank in ranks):
         assert gap(one["start"], first) <= 1e-6
         assert gap(one["trained"], trained) <= tolerance
         assert one["step 0"] <= 1e-6

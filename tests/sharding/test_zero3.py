@@ -80,6 +80,7 @@ def work(rank, folder):
     leave(found, rank, folder)
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_are_one_process(tmp_path):
     run_ranks(work, tmp_path, WORLD)
     model = get_peft_model(llama(), config(init_lora_weights="pissa"))
