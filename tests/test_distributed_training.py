@@ -44,6 +44,11 @@ FULL = StateDictOptions(full_state_dict=True)
 every_case = pytest.mark.parametrize("case", CASES)
 
 
+def tolerance_of(case):
+    """Bfloat16 products of half a batch may round a value to its neighbor."""
+    return 2e-3 if case == "in the forward pass" else 1e-6
+
+
 def adapted(case, seed=0):
     make, method, targets, more = CASES[case]
     config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=method, target_modules=targets, **more)
@@ -292,7 +297,7 @@ def test_two_processes_are_one(found, case, optimizer):
     ways = [one[case]["ddp" if optimizer == "sgd" else "adamw"] for one in found]
     assert gap(start, expected) > 1e-3
     for way in ways:
-        assert gap(way["products"], expected) <= 1e-6
+        assert gap(way["products"], expected) <= tolerance_of(case)
         assert way["back"]
         assert list(way["state"]) == [f"module.{name}" for name in model.state_dict()]
     assert all(torch.equal(ways[0]["state"][k], v) for k, v in ways[1]["state"].items())
@@ -347,7 +352,7 @@ def test_fully_sharded(found, case):
         # Gathered, it is a plain adapter again.
         fresh = adapted(case)
         fresh.load_state_dict(fsdp["state"])
-        assert gap(products(fresh), products(model)) <= 1e-6
+        assert gap(products(fresh), products(model)) <= tolerance_of(case)
 
 
 # -- FullyShardedDataParallel, in one process ------------------------------------------------------
