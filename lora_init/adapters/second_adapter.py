@@ -85,7 +85,7 @@ class SecondAdapter(SecondWeights):
             if own_channels(target, trained["lora_A"]) is not trained["lora_A"]:
                 raise ValueError(
                     f"target_weights={str(folder)!r} is not supported: PEFT has trained the lora_A "
-                    f"of {target.name!r} for the channels of all groups, so the change is no "
+                    f"of {target.name!r} for the channels of all groups, so the change is not a "
                     "grouped weight. Leave this layer out"
                 )
             lora_A = [trained["lora_A"]]

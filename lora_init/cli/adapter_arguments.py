@@ -80,7 +80,7 @@ def method_of(name: str, argument: str) -> tuple[Initializer, Options]:
     """A method and its default options; the error names the argument of the command.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: the method is unknown.
     """
     try:
         return resolve(name)

@@ -63,7 +63,9 @@ class GeoraOptions(Options):
 def geora(layer: Layer, options: GeoraOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
     weight = layer.weight
-    size = linalg.nesting_rank(layer.rank, min(layer.shape), smallest=linalg.FEW)  # as PiSSA
+    size = linalg.nesting_rank(
+        layer.rank, min(layer.shape), smallest=linalg.LEAST_TRIPLETS
+    )  # as PiSSA
     main = linalg.top_singular(weight, size).leading(layer.rank)
     spectral = (main.left * main.values[..., None, :]) @ main.right.mT
     kept = smallest(spectral.abs_(), options.fraction) | smallest(weight.abs(), options.fraction)

@@ -69,7 +69,7 @@ class PissaOptions(Options):
 def pissa(layer: Layer, options: PissaOptions) -> Factors:
     """A (rank, in) and B (out, rank), float32, balanced: A Aᵀ = Bᵀ B = S_r / s."""
     if options.niter is None:
-        size = linalg.nesting_rank(layer.rank, min(layer.shape), smallest=linalg.FEW)
+        size = linalg.nesting_rank(layer.rank, min(layer.shape), smallest=linalg.LEAST_TRIPLETS)
         triplets = linalg.top_singular(layer.stored_weight, size, method=options.method)
         triplets = triplets.leading(layer.rank)
     else:

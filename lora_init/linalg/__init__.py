@@ -7,7 +7,7 @@ of torch and, on an accelerator, with the other members of a stack.
 """
 
 from lora_init.linalg.bottom import bottom_singular
-from lora_init.linalg.decomposition import FEW, Decomposition, fix_signs, nesting_rank
+from lora_init.linalg.decomposition import LEAST_TRIPLETS, Decomposition, fix_signs, nesting_rank
 from lora_init.linalg.eigen import bottom_eigen, top_eigen
 from lora_init.linalg.matrix import frobenius_norm
 from lora_init.linalg.operators import Operator
@@ -15,8 +15,8 @@ from lora_init.linalg.singular import ITERATIONS, METHODS, QUALITY, top_singular
 from lora_init.linalg.thin import leading_qr, thin_qr, thin_svd
 
 __all__ = [
-    "FEW",
     "ITERATIONS",
+    "LEAST_TRIPLETS",
     "METHODS",
     "QUALITY",
     "Decomposition",

@@ -15,7 +15,7 @@ from lora_init.linalg.draws import Generators
 from lora_init.linalg.operators import Operator
 from lora_init.linalg.thin import thin_qr
 
-FEW = 12
+LEAST_TRIPLETS = 12
 """The least columns whose products MKL rounds alike for every layout of a float32 matrix."""
 
 

@@ -31,7 +31,7 @@ class Block(torch.nn.Module):
         super().__init__()
         self.experts = Mxfp4GptOssExperts(GptOssConfig(num_local_experts=2, hidden_size=64))
         self.gate = torch.nn.Linear(64, 2)
-        if is_swizzled:  # the kernels' tensors are no parameters
+        if is_swizzled:  # the kernels' tensors are not parameters
             del self.experts.gate_up_proj, self.experts.down_proj
             self.experts.gate_up_proj = self.experts.down_proj = object()
 
