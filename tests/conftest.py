@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import annotations
 import jaxtyping
+import products
 import pytest
 import torch
 from products import mark_exhaustive
@@ -42,6 +43,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "wrong_types: passes what the annotations forbid")
+    products.every_member = "not exhaustive" not in config.option.markexpr
     # The members of products repeat calls that `make test` has checked.
     repeats = config.option.markexpr == "exhaustive"
     if not (config.getoption("--no-check-shapes") or repeats):

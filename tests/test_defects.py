@@ -80,6 +80,7 @@ def adapt(base, *, r=4, calibration=None, **settings):
     one_of_each_and_value(
         [(llama, ["q_proj", "v_proj", "down_proj"]), (gpt2, ["c_attn", "c_proj"])], SUBTRACTING
     ),
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_1_base_comes_back_for_another_adapter(make, targets, method, tmp_path):
     base, batches = make(), token_batches()
@@ -284,7 +285,9 @@ def test_2_untied_head_is_supported():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "method"), one_of_each_and_value([(torch.bfloat16,), (torch.float16,)], SUBTRACTING)
+    ("dtype", "method"),
+    one_of_each_and_value([(torch.bfloat16,), (torch.float16,)], SUBTRACTING),
+    ids=str,
 )
 def test_5_factors_are_not_rounded_after_the_base(dtype, method):
     """The error against the float32 function stays what the 16-bit base's own rounding makes."""

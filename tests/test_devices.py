@@ -300,6 +300,7 @@ MOVES = [(CPU, CUDA), (CUDA, CPU)]
 @pytest.mark.parametrize(
     ("method", "use_dora", "case", "quantized_base", "start", "end"),
     every_value([(*started, *move) for started in STARTED for move in MOVES], 6),
+    ids=str,
 )
 def test_a_model_that_moves(cuda, method, use_dora, case, quantized_base, start, end, tmp_path):
     """Trained, then moved while the adapter is on, off, merged or detached: all of it follows."""

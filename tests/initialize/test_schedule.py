@@ -117,6 +117,7 @@ BATCHED = [(name, None) for name, spec in SPECS.items() if spec.is_batched]
         lambda method, niter, shape: (behavior(method), shape),
         lambda method, niter, shape: niter and shape,
     ),
+    ids=str,
 )
 def test_a_stack_gives_what_its_layers_give(method, niter, shape):
     """Within 1e-6 of ‖W‖ in the product: batched kernels round in another order."""

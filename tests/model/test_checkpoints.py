@@ -332,6 +332,7 @@ def stored(state, how, folder):
         ),
         3,
     ),
+    ids=str,
 )
 def test_another_methods_checkpoint_is_refused(methods, owned, how, tmp_path):
     other, mine = methods

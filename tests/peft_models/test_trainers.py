@@ -48,6 +48,7 @@ def losses(made):
 @pytest.mark.parametrize(
     ("method", "settings"),
     every_value(product(METHODS, [{}, {"use_dora": True}, {"bias": "all"}]), 2),
+    ids=str,
 )
 def test_trainer_saves_an_adapter(method, settings, tmp_path):
     made = trainer(adapted(method, **settings), tmp_path / "run", save_steps=2)

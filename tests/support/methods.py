@@ -6,7 +6,7 @@ runs that part, and `make test-all` runs every member.
 """
 
 import pytest
-from products import chosen, thinned
+from products import chosen, reduced, thinned
 
 from lora_init import list_initializers
 
@@ -45,11 +45,13 @@ def across(methods: list[str], values: list, group=handling) -> list:
     """(method, value) with every value at the first method of each group."""
     shown = {p.values[0] for p in one_of_each(methods, group) if not p.marks}
     rest = pytest.mark.exhaustive
-    return [
-        pytest.param(method, value, marks=() if method in shown else rest)
-        for method in methods
-        for value in values
-    ]
+    return reduced(
+        [
+            pytest.param(method, value, marks=() if method in shown else rest)
+            for method in methods
+            for value in values
+        ]
+    )
 
 
 def every_method_and_group(parameters: list) -> list:

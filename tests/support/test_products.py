@@ -2,18 +2,23 @@
 
 from itertools import combinations, product
 
+import products
 import pytest
-from products import every_pair, thinned
+from products import every_pair, exhaustive, thinned
 
 VALUES = list(product("abcd", (1, 2, 3), "xy"))
 
 
+@pytest.fixture(autouse=True)
+def every_member(monkeypatch):
+    monkeypatch.setattr(products, "every_member", True)
+
+
 def split(parameters):
     """Members without and with the mark."""
-    marked = [any(mark.name == "exhaustive" for mark in p.marks) for p in parameters]
     return (
-        [p for p, rest in zip(parameters, marked, strict=True) if not rest],
-        [p for p, rest in zip(parameters, marked, strict=True) if rest],
+        [p for p in parameters if not exhaustive(p)],
+        [p for p in parameters if exhaustive(p)],
     )
 
 
@@ -46,3 +51,10 @@ def test_ids_marks_and_order_stay():
     assert [[mark.name for mark in p.marks] for p in made] == [
         ["skip"], ["skip"], ["skip", "exhaustive"]
     ]  # fmt: skip
+
+
+def test_a_run_without_exhaustive_tests_builds_the_others_only(monkeypatch):
+    monkeypatch.setattr(products, "every_member", False)
+    assert [p.values for p in thinned([("a", 1), ("b", 1)], lambda letter, number: number)] == [
+        ("a", 1)
+    ]
