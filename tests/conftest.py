@@ -106,10 +106,13 @@ def pytest_collection_finish(session):
 gc.set_threshold(20_000, 20, 20)
 torch.set_num_threads(1)  # the matrices are small, and xdist already uses the cores
 
-# bitsandbytes compiles some of its CPU kernels anew for each shape, seconds each with a cold cache,
+# bitsandbytes compiles some of its CPU kernels for each shape, seconds each with a cold cache,
 # and runs the same functions as they are where that fails.
 with contextlib.suppress(ImportError), mock.patch.object(torch, "compile", None):
     import bitsandbytes  # noqa: F401
+# hqq loads torch's compiler, two seconds, for a backend that no test uses.
+with contextlib.suppress(ImportError), mock.patch.object(torch, "compile", lambda: lambda f: f):
+    import hqq.core.quantize  # noqa: F401
 
 with contextlib.suppress(ImportError):  # a machine that runs the GPU's tests may lack it
     from hypothesis import settings
