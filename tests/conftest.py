@@ -110,8 +110,15 @@ torch.set_num_threads(1)  # the matrices are small, and xdist already uses the c
 # and runs the same functions as they are where that fails.
 with contextlib.suppress(ImportError), mock.patch.object(torch, "compile", None):
     import bitsandbytes  # noqa: F401
+
+
+def plain():
+    """A decorator in place of `torch.compile()`."""
+    return lambda function: function
+
+
 # hqq loads torch's compiler, two seconds, for a backend that no test uses.
-with contextlib.suppress(ImportError), mock.patch.object(torch, "compile", lambda: lambda f: f):
+with contextlib.suppress(ImportError), mock.patch.object(torch, "compile", plain):
     import hqq.core.quantize  # noqa: F401
 
 with contextlib.suppress(ImportError):  # a machine that runs the GPU's tests may lack it

@@ -89,7 +89,8 @@ every_combination = pytest.mark.parametrize(
     ("method", "case", "variant"),
     thinned(
         COMBINATIONS,
-        lambda method, case, variant: (method, variant),
+        lambda method, case, variant: method,
+        lambda method, case, variant: (behavior(method), variant),
         lambda method, case, variant: (behavior(method), str(case)),
         lambda method, case, variant: (handling(method), str(case), variant == "dora"),
     ),
@@ -301,7 +302,7 @@ def assert_same(actual, expected):
     thinned(
         [(method, *others) for method in METHODS for others in product(KINDS, DTYPES)],
         lambda method, kind, dtype: method,
-        lambda method, kind, dtype: (behavior(method), kind, dtype),
+        lambda method, kind, dtype: (handling(method), kind, dtype),
     ),
     ids=str,
 )

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from methods import METHODS, SPECS, behavior
+from methods import METHODS, SPECS, behavior, handling
 from models import data_of
 from networks import Case
 from products import thinned
@@ -45,8 +45,8 @@ def factors(method, kind, base, setting):
     ("method", "setting"),
     thinned(
         list(product(METHODS, [torch.float64, torch.float16, "meta"])),
-        lambda method, setting: setting == torch.float64 and method,
-        lambda method, setting: (setting, behavior(method)),
+        lambda method, setting: behavior(method),
+        lambda method, setting: (setting, handling(method)),
     ),
     ids=str,
 )

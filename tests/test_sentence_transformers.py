@@ -5,6 +5,7 @@ import pytest
 import torch
 from measures import train
 from models import VOCABULARY
+from products import chosen
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lora_init import (
@@ -63,7 +64,7 @@ def put_in_place(made):
     return model, made
 
 
-@pytest.mark.parametrize("injected", [around, inside, put_in_place])
+@pytest.mark.parametrize("injected", chosen([around, inside, put_in_place], inside))
 def test_it_trains_and_saves_the_adapter(injected, folder, tmp_path):
     base = embedder(folder).encode(SENTENCES)
     model, trained = injected(embedder(folder))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from measures import assert_unchanged, relative_gap, snapshot
 from models import llama, token_batches
+from products import chosen
 from torch import nn
 
 from lora_init import LoraConfig, get_peft_model
@@ -92,7 +93,9 @@ def test_batches_that_can_be_read_only_once_are_refused_at_the_first():
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("method", [CORDA, EVA], ids=["corda", "eva"])
+@pytest.mark.parametrize(
+    "method", chosen([CORDA, EVA], EVA), ids=lambda one: one["init_lora_weights"]
+)
 @pytest.mark.wrong_types
 def test_statistics_are_let_go_before_the_next_pass(method, monkeypatch):
     alive = weakref.WeakSet()

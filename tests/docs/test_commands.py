@@ -1,7 +1,7 @@
 """The training, reporting and measuring commands of README and documentation, run in a small form.
 
-`test_pages` checks that each of them exists. Here they run from end to end: `make compare` in every
-test run, the others with `make test-all`.
+`test_pages` checks in every test run that each of them exists and composes. Here they run from end
+to end, with `make test-all`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def run(monkeypatch, capfd, tmp_path):
     return carry_out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_make_compare_works(run, tmp_path):
     """With two methods, one seed and two steps, and with the real report."""

@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from products import chosen
 
 import experiments.train  # noqa: F401  # registers the schemas
 from experiments.config.resolve import run_of
@@ -106,7 +108,9 @@ def registered():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", PYTHON)
+@pytest.mark.parametrize(
+    "page", chosen(PYTHON, *(page for page in PYTHON if "guides/" not in page))
+)
 def test_python_blocks_run(page, registered, tmp_path, monkeypatch, free_port):
     monkeypatch.chdir(tmp_path)
     one_process = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port}
@@ -157,6 +161,17 @@ def test_commands_exist(page, command, monkeypatch, capsys):
         assert extras <= set(project["optional-dependencies"])
     else:
         assert words[0] in PROGRAMS
+
+
+@pytest.mark.parametrize("target", ["compare", "benchmark", "papers"])
+def test_commands_of_make_exist(target, monkeypatch, capsys):
+    """Each program that the target starts takes its arguments."""
+    monkeypatch.chdir(ROOT)
+    printed = subprocess.run(["make", "-n", target], capture_output=True, text=True, check=True)
+    started = re.findall(r"python -m (experiments\S*) ?(.*)", printed.stdout)
+    assert started
+    for module, arguments in started:
+        check_module(module, shlex.split(arguments), monkeypatch, capsys)
 
 
 def check_module(module, arguments, monkeypatch, capsys):

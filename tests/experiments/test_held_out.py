@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from products import chosen
 
 from experiments.errors import ConfigurationError
 from experiments.run import execute as execution
@@ -27,7 +28,7 @@ def rows(folder, split):
     return [row for row in map(json.loads, lines) if row["split"] == split]
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", chosen(KINDS, "pissa", "eva"))
 def test_a_late_test_gives_the_scores_of_an_early_one(configured, tiny, tmp_path, method):
     overrides = [*tiny, *UNMEASURED, f"init={method}"]
     at_once = execute(configured(*overrides, f"paths.outputs={tmp_path}/at-once"))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from products import chosen
 from safetensors.torch import load_file
 from scipy import linalg as scipy_linalg
 from torch import nn
@@ -227,7 +228,7 @@ def original_weights(base, model):
     return {name: base.get_submodule(name).weight.detach().double() for name in model.layers}
 
 
-@pytest.mark.parametrize("method", ["pissa", "loftq"])
+@pytest.mark.parametrize("method", chosen(["pissa", "loftq"], "pissa"))
 def test_a_language_model(configured, tiny_causal, method):
     """Against dense matrices, and the checkpoint loaded anew; loftq's base is not the original."""
     steps = ["training.steps=6", "training.learning_rate=1e-2", "measures.update_every=2"]
@@ -333,7 +334,7 @@ def check_encoder(run, result):
     }
 
 
-@pytest.mark.parametrize("method", ["random", "pissa"])
+@pytest.mark.parametrize("method", chosen(["random", "pissa"], "pissa"))
 def test_measures_change_nothing(configured, tiny, method):
     """The same run without them: losses, test and adapter to the bit, also with dropout."""
     settings = [*tiny, f"init={method}", "model.dropout=0.1", "training.steps=6"]

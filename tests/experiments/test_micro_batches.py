@@ -113,6 +113,7 @@ def losses(result):
     return [row["loss"] for row in rows if row["split"] == "train"]
 
 
+@pytest.mark.exhaustive
 def test_a_run_in_pieces_and_checkpointed_is_the_same_run(configured, tiny_causal, monkeypatch):
     plain = configured(*tiny_causal, "init=pissa")
     small = configured(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from products import chosen
 from synthetic_sweeps import SYNTHETIC, write_grid, write_protocol, write_sweep
 
 from experiments.report import output
@@ -75,6 +76,7 @@ def drawn_charts(elements):
     return [part.split("</svg>")[0] for part in charts.split("<svg")[1:]]
 
 
+@pytest.mark.exhaustive
 def test_a_filter_in_the_address_reaches_every_chart(report, tmp_path):
     elements = browse(f"{report.page.as_uri()}#methods=kaiming,eva&seeds=1", tmp_path)
     assert 'data-ready="10"' in elements
@@ -129,6 +131,7 @@ setTimeout(async () => {
 </script>"""
 
 
+@pytest.mark.exhaustive
 def test_a_page_that_is_handed_on_links_to_nothing(report, tmp_path):
     page = report.page.parent.with_name("handed_on.html")
     elements = browse(page.as_uri(), tmp_path)
@@ -230,7 +233,7 @@ setTimeout(async () => {
 </script>"""
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", chosen([1280, 390], 1280))
 def test_nothing_overlaps_or_overflows_and_every_filter_works(protocol, tmp_path, width):
     with_visitor(protocol, SURVEYOR)
     # A window of Chromium has at least 500 pixels; a frame may be narrower.
@@ -257,6 +260,7 @@ def test_nothing_overlaps_or_overflows_and_every_filter_works(protocol, tmp_path
         assert (protocol.page.parent / link / "result.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_two_tasks_are_shown_one_at_a_time_and_averaged(tmp_path):
     sweep = write_grid(tmp_path, methods=("kaiming", "pissa"), rates=[1e-4, 1e-3], seeds=(0, 1),
                        tasks=("r8", "rotten_tomatoes"), blocks=1, steps=20)  # fmt: skip

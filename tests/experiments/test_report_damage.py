@@ -144,6 +144,7 @@ def test_a_damaged_file_is_named_and_the_page_is_drawn(whole, tmp_path, monkeypa
     assert sum("manifest" in run or run == "3" or run == "None" for run in reasons) >= 2
 
 
+@pytest.mark.exhaustive
 def test_hundreds_of_runs_and_one_huge_number(whole, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     shutil.copytree(whole, runs)

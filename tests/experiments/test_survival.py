@@ -73,6 +73,7 @@ def test_a_sweep_killed_and_taken_up_by_two_at_once(
     assert losses(folders[1]) == losses(identify(alone))
 
 
+@pytest.mark.exhaustive
 def test_a_failing_run_ends_neither_sweep_nor_silence(command, tiny, tmp_path):
     rates = "training.learning_rate=1e30,1e-3"
     status, printed, told = command(

@@ -114,6 +114,7 @@ def test_a_failing_wandb_is_one_warning(monkeypatch, tmp_path, capsys, call, err
     assert wandb.calls.count("finish") == (call in ("log", "finish")), "an open run is closed"
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_the_same_whatever_wandb_does(configured, tiny, monkeypatch, tmp_path, capsys):
     """Without the package, and with one that fails in the middle."""
     unmeasured = ("measures.forgetting_texts=0", "measures.intruder_layers=0",

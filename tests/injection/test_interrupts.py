@@ -272,7 +272,7 @@ warns = pytest.mark.filterwarnings("ignore:.*shared its weight:UserWarning", "ig
     ),
 )
 def test_an_interrupt_leaves_the_state_before_or_after(state, operation, tmp_path):
-    check_interrupts(state, operation, tmp_path, 6, KeyboardInterrupt)
+    check_interrupts(state, operation, tmp_path, 3, KeyboardInterrupt)
 
 
 @pytest.mark.exhaustive

@@ -332,7 +332,9 @@ def test_nothing_is_changed_when_it_fails_in_the_middle(method, first, monkeypat
 # -- EVA's ranks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_rslora", chosen([False, True], True), ids={False: "plain", True: "rslora"}.get)
+@pytest.mark.parametrize(
+    "use_rslora", chosen([False, True], True), ids={False: "plain", True: "rslora"}.get
+)
 def test_eva_moves_ranks(use_rslora, tmp_path):
     base, batches = llama(), token_batches()
     with torch.no_grad():  # so that the inputs of the next layer do not vary

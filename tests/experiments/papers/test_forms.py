@@ -42,7 +42,7 @@ def text_model(tmp_path_factory) -> Path:
     return random_llama(tmp_path_factory.mktemp("text-model"), width=64, characters=printable)
 
 
-@pytest.mark.parametrize("name", chosen((*NAMES, *FAMILY), "first_step", "corda_knowledge"))
+@pytest.mark.parametrize("name", chosen((*NAMES, *FAMILY), "first_step"))
 def test_the_smoke_form_writes_its_files(smoke, composed_paper, text_model, tmp_path, name):
     replaced = {}
     if name in SUBSTITUTED:
