@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from stores import LARGE, files, some_tensors
+from stores import LARGE, files
 
 from lora_init.cache import Cache, key
 from lora_init.cache.store import Usage
@@ -59,16 +59,6 @@ def test_a_result_larger_than_the_cache_is_neither_copied_nor_hashed(tmp_path):
     with pytest.warns(UserWarning, match="a result of 10000000000 bytes or more is not cached"):
         store.put(key("svd", 1, 0), {"U": nowhere}, {})
     assert not store.folder.exists()
-
-
-def test_a_look_at_the_folder_is_rare(tmp_path, monkeypatch):
-    store = Cache(tmp_path / "cache", LARGE)
-    looks = []
-    look = store._look_after
-    monkeypatch.setattr(store, "_look_after", lambda: looks.append(1) or look())
-    for index in range(20):
-        store.put(key("svd", 1, index), some_tensors(), {})
-    assert len(looks) == 1
 
 
 def test_only_the_caches_own_files_are_touched(tmp_path):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from stores import LARGE, files, posix_only, some_tensors, started
+from stores import LARGE, files, posix_only, some_tensors
 
 from lora_init.cache import Cache, key
 from lora_init.cache.store import Usage
@@ -43,26 +42,6 @@ def test_a_failed_write_is_said_once_and_leaves_nothing(store, monkeypatch, code
     assert store.get(key("svd", 1, 0)) is not None
 
 
-@posix_only
-def test_a_disk_that_fills_up_midway(store):
-    """A real one: a limit on the size of this process's files, in a process of its own."""
-
-    def write():
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        with pytest.warns(UserWarning, match="cannot be used"):
-            store.put(key("svd", 1, 0), some_tensors(size=10_000), {})
-        store.put(key("svd", 1, 1), some_tensors(), {})
-
-    process = started(write)
-    process.join()
-    assert process.exitcode == 0
-    assert len(files(store)) == 1
-    assert store.get(key("svd", 1, 1)) is not None
-
-
 def test_an_interrupted_write_leaves_nothing(store, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -71,18 +50,6 @@ def test_an_interrupted_write_leaves_nothing(store, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         store.put(key("svd", 1), some_tensors(), {})
     assert files(store) == []
-
-
-def test_a_folder_that_cannot_be_there(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    store = Cache(tmp_path / "file" / "cache", LARGE)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert store.get(key("svd", 1)) is None
-            store.put(key("svd", 1), some_tensors(), {})
-    assert ["cannot be used" in str(warning.message) for warning in caught] == [True]
-    assert store.usage() == store.clear() == Usage(0, 0)
 
 
 @contextlib.contextmanager

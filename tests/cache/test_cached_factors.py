@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
-from contextlib import nullcontext
 from itertools import product
 
 import pytest
 import torch
 from products import every_pair
-from simulated_device import CUDA, place, simulated_cuda
+from simulated_device import simulated_cuda
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from lora_init import LoraConfig, calibrate, get_peft_model, list_initializers
-from lora_init.cache import Cache, default_cache, keys
+from lora_init import LoraConfig, get_peft_model, list_initializers
+from lora_init.cache import default_cache
 from lora_init.calibration import collect
-from lora_init.calibration.cached import least_bytes, remembered
-from lora_init.calibration.result import Calibration
 from lora_init.initialize import cached as cached_factors
 from lora_init.initialize import run
-from lora_init.registry import CalibrationRequest
 
 
 @pytest.fixture(autouse=True)
@@ -301,28 +296,6 @@ def test_layers_that_share_an_input_and_not_a_width():
         }  # fmt: skip
 
 
-@pytest.fixture
-def hashed(monkeypatch):
-    """The tensors that were hashed for keys."""
-    found = []
-    original = keys.fingerprint
-
-    def recording(tensor):
-        found.append(tensor)
-        return original(tensor)
-
-    monkeypatch.setattr(keys, "fingerprint", recording)
-    monkeypatch.setattr(cached_factors, "fingerprint", recording)
-    return found
-
-
-def test_a_key_is_made_of_the_weight_as_it_is_stored(hashed):
-    """Half the bytes of its float32 copy."""
-    started("pissa", base=network().bfloat16())
-    weights = [tensor for tensor in hashed if tensor.dtype == torch.bfloat16]
-    assert sorted(map(tuple, (weight.shape for weight in weights))) == [(50, 60), (70, 50)]
-
-
 def test_another_device_or_torch_is_another_entry(computed, monkeypatch):
     started("pissa")
     with simulated_cuda():
@@ -335,58 +308,6 @@ def test_another_device_or_torch_is_another_entry(computed, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "99.0")
     started("pissa")
     assert sorted(computed) == ["0", "2"]
-
-
-def test_nothing_is_hashed_for_factors_larger_than_the_limit(hashed, monkeypatch):
-    monkeypatch.setenv("LORA_INIT_CACHE_BYTES", "7000")  # of 16 · (60 + 50) and 16 · (50 + 70)
-    with pytest.warns(UserWarning, match="a result of 7040 bytes or more is not cached"):
-        started("pissa", rank=16)
-    assert hashed == []
-
-
-REQUESTS = [
-    (CalibrationRequest(), 4 * (60**2 + 50**2)),
-    (CalibrationRequest(smallest=True), 8 * (60**2 + 50**2)),
-    (CalibrationRequest(gradients=True), 4 * (60 * 50 + 50 * 70)),
-]
-
-
-@pytest.mark.parametrize(("asked", "least"), REQUESTS, ids=str)
-@pytest.mark.parametrize("fits", [True, False])
-@pytest.mark.wrong_types
-def test_no_model_is_hashed_for_statistics_larger_than_the_limit(
-    asked, least, fits, hashed, tmp_path
-):
-    cache = Cache(tmp_path / "cache", least / 0.9 + (1 if fits else -10))
-    shapes = {"a.0": (50, 60), "a.2": (70, 50)}
-    given = cache, network(), shapes, [asked], batches()
-    collected = Calibration()
-    with nullcontext() if fits else pytest.warns(UserWarning, match=f"of {least} bytes or more"):
-        assert remembered(lambda: collected, *given, None) is collected
-    assert bool(hashed) == fits
-
-
-def test_layers_of_one_module_may_share_their_input():
-    shapes = {"a.q": (9, 8), "a.k": (5, 8), "a.o": (8, 9), "b.q": (9, 8)}
-    assert least_bytes(shapes, [CalibrationRequest()]) == 4 * (8**2 + 9**2 + 8**2)
-
-
-def test_statistics_stay_on_their_device_until_it_is_known_that_they_fit():
-    with simulated_cuda():
-        data = [batch.cuda() for batch in batches()]
-        config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="corda")
-        found = calibrate(network().cuda(), config, data)
-        tensors, _ = found.to_tensors()
-        assert {place(tensor) for tensor in tensors.values()} == {CUDA}
-
-
-@pytest.mark.parametrize(("method", "waits"), [("pissa", 0), ("eva", 1)])
-def test_only_a_calibration_waits_for_the_disk(method, waits, monkeypatch):
-    synced = []
-    monkeypatch.setattr(os, "fsync", synced.append)
-    started(method)
-    assert len(synced) == waits
-    assert default_cache().usage().entries > 0
 
 
 @pytest.mark.parametrize("kind", ["offloaded", "wrapped"])
