@@ -1,6 +1,7 @@
 """`init_factors` gives one matrix the numbers that `get_peft_model` gives a layer."""
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from models import data_of
 from products import thinned
 from second import nearby
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from uniform import uniform
 
 from lora_init import (
@@ -19,40 +21,47 @@ from lora_init import (
     get_peft_model,
     init_factors,
 )
+from lora_init.weights.kinds import oriented_weight
 
 ROWS, COLUMNS, RANK = 24, 18, 4
 
 
-def base():
+def base(kind="Linear", dtype=torch.float32):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(COLUMNS, ROWS))
+    layer = nn.Linear(COLUMNS, ROWS) if kind == "Linear" else Conv1D(ROWS, COLUMNS)
+    return nn.Sequential(layer.to(dtype))
 
 
 @pytest.mark.parametrize(
-    ("method", "use_rslora"),
+    ("method", "use_rslora", "kind", "dtype"),
     thinned(
-        [(method, use_rslora) for method in METHODS for use_rslora in (False, True)],
-        lambda method, use_rslora: method,
-        lambda method, use_rslora: (behavior(method), use_rslora),
+        list(
+            product(METHODS, [False, True], ["Linear", "Conv1D"], [torch.float32, torch.bfloat16])
+        ),
+        lambda method, use_rslora, kind, dtype: (method, kind),
+        lambda method, use_rslora, kind, dtype: (behavior(method), use_rslora),
+        lambda method, use_rslora, kind, dtype: (behavior(method), kind, dtype),
     ),
+    ids=str,
 )
-def test_the_numbers_are_those_of_a_model(method, use_rslora):
+def test_the_numbers_are_those_of_a_model(method, use_rslora, kind, dtype):
+    """The tests of each method compare those of `init_factors` with the method's formula."""
     settings = {"r": RANK, "lora_alpha": 6.0, "use_rslora": use_rslora}
     chosen = {"name": method, **uniform(method)}
     config = LoraConfig(target_modules=["0"], init_lora_weights=chosen, **settings)
     data, found = {}, None
     if config.initializer()[0].needs_data:
         batches = WithLoss(
-            [torch.randn(50, COLUMNS, generator=torch.Generator().manual_seed(1))],
-            lambda model, batch: model(batch).square().mean(),
+            [torch.randn(50, COLUMNS, generator=torch.Generator().manual_seed(1)).to(dtype)],
+            lambda model, batch: model(batch).float().square().mean(),
         )
-        found = calibrate(base(), config, data_of(config.initializer()[0], batches))
+        found = calibrate(base(kind, dtype), config, data_of(config.initializer()[0], batches))
         statistics = found.layers["0"]
         data = {"inputs": statistics.inputs, "gradient": statistics.gradient}
         if statistics.output_moments is not None:
             data["output_moments"] = statistics.output_moments
-    model = get_peft_model(base(), config, calibration=found, seed=3, cache=False)
-    weight = base()[0].weight
+    model = get_peft_model(base(kind, dtype), config, calibration=found, seed=3, cache=False)
+    weight = oriented_weight(base(kind, dtype)[0])
     if "target_weight" in config.initializer()[0].reads:
         data["target_weight"] = nearby(weight.detach(), "0")
     before = weight.detach().clone()
@@ -63,7 +72,7 @@ def test_the_numbers_are_those_of_a_model(method, use_rslora):
     assert torch.equal(weight, before)
     if factors.replacement is not None:
         replaced = factors.replacement.base(weight.detach(), layer.scaling)
-        assert torch.equal(replaced, layer.base_layer.weight)
+        assert torch.equal(replaced.to(dtype), oriented_weight(layer.base_layer))
 
 
 def test_rows_of_inputs_are_as_good_as_a_calibration():
@@ -72,8 +81,8 @@ def test_rows_of_inputs_are_as_good_as_a_calibration():
     inputs = calibrate(base(), config, [rows]).layers["0"].inputs
     weight = base()[0].weight
     first, second = (init_factors(weight, "corda", r=RANK, inputs=one) for one in (rows, inputs))
-    product = first.lora_B @ first.lora_A
-    assert torch.allclose(product, second.lora_B @ second.lora_A, atol=1e-6 * float(product.norm()))
+    one, other = (found.lora_B @ found.lora_A for found in (first, second))
+    assert torch.allclose(one, other, atol=1e-6 * float(one.norm()))
 
 
 def test_options_by_name():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -68,38 +67,6 @@ def test_the_number_of_threads_is_left_alone():
     thread.start()
     thread.join()
     assert seen == [before]
-
-
-def test_an_error_ends_the_rest_and_is_raised():
-    plan = plan_of([(8, 8)] * 20)
-    planned = jobs.jobs(plan, dict.fromkeys((t.name for t in plan.targets), CPU))
-
-    def work(job):
-        raise ValueError(job.targets[0].name)
-
-    with pytest.raises(ValueError, match=r"\d+"):
-        list(jobs.run(work, planned))
-
-
-def test_stacks_hold_equal_layers_only_and_no_more_than_fit(monkeypatch):
-    shapes = [(8, 6), (6, 8), (8, 6), (8, 6), (8, 6)]
-    plan = plan_of(shapes)
-    plan = replace(plan, targets=(*plan.targets[:4], replace(plan.targets[4], scaling=3.0)))
-    cuda = torch.device("cuda")
-    devices = dict.fromkeys((t.name for t in plan.targets), cuda)
-
-    def stacks() -> list[list[str]]:
-        return sorted([t.name for t in job.targets] for job in jobs.jobs(plan, devices))
-
-    assert stacks() == [["0", "2", "3"], ["1"], ["4"]]
-    monkeypatch.setattr(jobs, "STACK_BYTES", 4 * 2 * 48)
-    assert stacks() == [["0", "2"], ["1"], ["3"], ["4"]]
-    gora = plan_of(shapes, "gora")  # works on one layer at a time
-    assert all(len(job.targets) == 1 for job in jobs.jobs(gora, devices))
-    # Second moments are larger than the weights of layers with many inputs.
-    wide = plan_of([(8, 40)] * 4, "corda")
-    monkeypatch.setattr(jobs, "STACK_BYTES", 4 * 2 * 40**2)
-    assert [len(job.targets) for job in jobs.jobs(wide, devices)] == [2, 2]
 
 
 BATCHED = [(name, None) for name, spec in SPECS.items() if spec.is_batched]

@@ -8,12 +8,11 @@ import pytest
 import torch
 from layers import layer_of
 from measures import relative_gap
-from models import bert, llama, t5, t5_batches, token_batches
+from models import bert, llama, token_batches
 from networks import Chain, chain_inputs
-from simulated_device import simulated_cuda
 from torch import nn
 
-from lora_init import LoraConfig, calibrate, get_peft_model, linalg
+from lora_init import LoraConfig, calibrate, get_peft_model
 from lora_init.initializers.eva import EvaOptions, eva
 from lora_init.layer import LayerRequest, LayerStatistics
 from lora_init.linalg import cores
@@ -155,23 +154,6 @@ def test_padding_batch_size_and_order_do_not_matter():
             gram = layer.lora_A.T @ layer.lora_A
             projected = actual.layers[name].lora_A.detach()
             assert relative_gap(projected @ gram, projected) < 1e-2, name
-
-
-def test_encoder_decoder_masks():
-    """The encoder's mask for its rows and for cross-attention, the decoder's own for the rest."""
-    base, batches = t5(), t5_batches()
-    model = get_peft_model(copy.deepcopy(base), config_for(["q", "k"]), calibration=batches)
-    names = list(model.layers)
-    by_encoder = [n for n in names if n.startswith("encoder") or "EncDecAttention.k" in n]
-    inputs = stacked_inputs(base, by_encoder, batches)
-    inputs |= stacked_inputs(
-        base, [n for n in names if n not in by_encoder], batches,
-        lambda batch: batch["decoder_attention_mask"],
-    )  # fmt: skip
-    assert len(by_encoder) == 6
-    assert len(names) == 12
-    for name, layer in model.layers.items():
-        assert_principal(layer.lora_A, inputs[name], True, 4)
 
 
 def labelled(batches, value=-100):
@@ -402,72 +384,6 @@ def test_directions_are_exact_whatever_the_other_readers_ask_for():
     moments[1].principal_components(8, True)
     first, second = (m.principal_components(2, True)[1] for m in moments)
     assert torch.equal(first, second)
-
-
-class Wide(nn.Module):
-    """Three layers of one width; the first two read the same input."""
-
-    def __init__(self):
-        super().__init__()
-        self.query, self.key = nn.Linear(72, 60, bias=False), nn.Linear(72, 72, bias=False)
-        self.output = nn.Linear(72, 60, bias=False)
-
-    def forward(self, x):
-        self.query(x)
-        return self.output(self.key(x))
-
-
-def wide_model(device=None):
-    torch.manual_seed(3)
-    base = Wide()
-    x = torch.randn(300, 72) * torch.arange(1, 73) ** -0.7
-    found = calibrate(base, config_for(["query", "key", "output"], r=24, rho=2.0), [x])
-    config = config_for(["query", "key", "output"], r=24, rho=2.0)
-    return get_peft_model(base, config, calibration=found, device=device)
-
-
-def decompositions(monkeypatch):
-    """The shapes that `top_eigen` is called with, as they come."""
-    shapes, decompose = [], linalg.top_eigen
-
-    def recorded(matrix, *arguments, **settings):
-        shapes.append(tuple(matrix.shape))
-        return decompose(matrix, *arguments, **settings)
-
-    monkeypatch.setattr(linalg, "top_eigen", recorded)
-    return shapes
-
-
-def test_an_input_is_decomposed_once(monkeypatch):
-    """At r * rho, of which a layer of a smaller rank takes the first components."""
-    shapes = decompositions(monkeypatch)
-    model = wide_model()
-    assert any(layer.rank <= 32 for layer in model.layers.values())  # half of r * rho, rounded up
-    assert shapes == [(72, 72)] * 2
-
-
-def test_an_accelerator_decomposes_inputs_of_one_width_together(monkeypatch):
-    expected = wide_model()
-    shapes = decompositions(monkeypatch)
-    with simulated_cuda():
-        model = wide_model("cuda")
-    assert shapes == [(2, 72, 72)]
-    for name, layer in model.layers.items():
-        other = expected.layers[name]
-        assert layer.rank == other.rank
-        torch.testing.assert_close(layer.lora_A, other.lora_A, rtol=0, atol=1e-6)
-
-
-def test_moved_statistics_keep_their_decompositions(monkeypatch):
-    moments = InputStatistics.of_rows(torch.randn(80, 40))
-    expected = moments.principal_components(4, True), moments.least_directions(4)
-    monkeypatch.setattr(linalg, "top_eigen", None)
-    monkeypatch.setattr(linalg, "bottom_eigen", None)
-    with simulated_cuda():
-        there = moments.to(torch.device("cuda"))
-        found = there.principal_components(4, True), there.least_directions(4)
-    assert torch.equal(found[1].cpu(), expected[1])
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(found[0], expected[0], strict=True))
 
 
 def test_ipa_is_the_frozen_form():

@@ -203,15 +203,6 @@ def test_a_generator_is_enough_and_the_cache_gives_the_same(tmp_path, monkeypatc
         assert torch.equal(layer.lora_B, models[1].layers[name].lora_B)
 
 
-def test_frozen():
-    config = LoraConfig(r=2, target_modules=["first"], init_lora_weights="lora_da_frozen")
-    model = get_peft_model(Words(), config, calibration=WithLoss(word_batches(), masked_loss))
-    masked_loss(model, word_batches()[0]).backward()
-    layer = model.layers["first"]
-    assert layer.lora_A.grad is None
-    assert layer.lora_B.grad.any()
-
-
 @pytest.mark.parametrize(
     ("missing", "message"),
     [

@@ -1,18 +1,13 @@
 """milora: the last r singular triplets, by full SVDs in float64."""
 
-import copy
-
 import pytest
 import torch
 from layers import layer_of, product, settings_of_scalings
-from measures import EPSILON, relative_gap
+from measures import relative_gap
 from models import spread_weight
-from networks import Chain, chain_inputs
 
-from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.milora import milora
 from lora_init.registry import Options
-from lora_init.weights.kinds import oriented_weight
 
 RANK = 4
 SHAPES = [(40, 40), (96, 24), (24, 96)]
@@ -93,26 +88,3 @@ def test_components_without_a_value_are_counted():
     assert factors.lora_A[:3].norm() < 1e-3 * factors.lora_A[3:].norm()
     assert relative_gap(product(factors), minor_part(weight, 8)) < 1e-4
     assert int(factors_of(spread_weight(40, 24)).metrics["vanishing_components"].sum()) == 0
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-def test_the_adapter_is_the_minor_part(kind, dtype, scaling):
-    """For both orientations: the base keeps the principal part, the layer its function."""
-    base = Chain(kind, dtype)
-    alpha, use_rslora = SCALINGS[scaling]
-    config = LoraConfig(
-        r=RANK, lora_alpha=alpha, use_rslora=use_rslora, target_modules=["square", "tall", "wide"],
-        init_lora_weights="milora",
-    )  # fmt: skip
-    model = get_peft_model(copy.deepcopy(base), config)
-    for name, layer in model.layers.items():
-        weight = oriented_weight(base.get_submodule(name)).double()
-        assert layer.scaling == scaling
-        assert relative_gap(product(layer, scaling), minor_part(weight)) < 1e-4, name
-        if dtype == torch.float32:
-            residual = weight - minor_part(weight)
-            assert relative_gap(oriented_weight(layer.base_layer), residual) < 1e-5, name
-    x = chain_inputs(20, dtype=dtype)
-    assert relative_gap(model(x), base(x)) < 3 * EPSILON[dtype]

@@ -5,7 +5,6 @@ import torch
 from layers import layer_of
 from models import spread_weight
 
-from lora_init import LoraConfig, get_peft_model
 from lora_init.initializers.olora import olora
 from lora_init.registry import Options
 
@@ -55,17 +54,3 @@ def test_dependent_leading_columns():
     torch.testing.assert_close(identity, torch.eye(6), rtol=0, atol=1e-5)
     product = factors.lora_B @ factors.lora_A
     torch.testing.assert_close(product[:, :6], weight[:, :6], rtol=0, atol=1e-5)
-
-
-def test_base_is_the_rest():
-    weight = spread_weight(24, 40)
-    layer = torch.nn.Linear(40, 24)
-    layer.weight.data.copy_(weight)
-    model = get_peft_model(
-        torch.nn.Sequential(layer),
-        LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights="olora"),
-    )
-    q, r = torch.linalg.qr(weight.double())
-    expected = weight.double() - 2.0 * q[:, :4] @ r[:4]
-    base = model.layers["0"].base_layer.weight.double()
-    assert (base - expected).norm() < 1e-6 * weight.norm()

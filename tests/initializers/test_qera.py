@@ -1,6 +1,5 @@
 """qera: the paper's own formula, with its square root and inverse, in float64; and its bound."""
 
-import copy
 import importlib.util
 from pathlib import Path
 
@@ -8,18 +7,16 @@ import pytest
 import torch
 from layers import layer_of, product, settings_of_scalings
 from measures import relative_gap
-from models import Batches, spread_weight
-from networks import Chain, chain_inputs
+from models import spread_weight
 from products import chosen
 from safetensors import safe_open
 
-from lora_init import LoraConfig, get_peft_model
+from lora_init import LoraConfig
 from lora_init.initializers.loftq import LoftqOptions, loftq
 from lora_init.initializers.qera import QeraOptions, qera
 from lora_init.initializers.qpissa import QpissaOptions, qpissa
 from lora_init.linalg.moments import InputStatistics
 from lora_init.quantization import Quantizer
-from lora_init.weights.kinds import oriented_weight
 
 RANK = 8
 SHAPES = [(64, 64), (96, 40), (40, 96)]
@@ -192,45 +189,7 @@ def test_zero_weight():
     assert factors.metrics["error"] == factors.metrics["error_without_adapter"] == 0.0
 
 
-def test_same_factors_twice_and_the_statistics_stay():
-    weight = spread_weight(320, 300)
-    moments = InputStatistics.of_rows(inputs(300, tokens=900))
-    before = moments.covariance.clone()
-    first, second = (qera(layer_of(weight, RANK, inputs=moments), QeraOptions()) for _ in range(2))
-    assert torch.equal(first.lora_A, second.lora_A)
-    assert torch.equal(first.lora_B, second.lora_B)
-    assert torch.equal(moments.covariance, before)
-
-
 # -- from data to model ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-def test_end_to_end(kind, dtype, scaling):
-    """The inputs are each layer's own; the base is plain quantisation's, in either orientation."""
-    base = Chain(kind, dtype)
-    batches = Batches([chain_inputs(300, dtype=dtype, seed=seed) for seed in (1, 2)])
-    alpha, use_rslora = SCALINGS[scaling]
-    config = LoraConfig(
-        r=RANK, lora_alpha=alpha, use_rslora=use_rslora, target_modules=["square", "tall"],
-        init_lora_weights="qera",
-    )  # fmt: skip
-    model = get_peft_model(copy.deepcopy(base), config, calibration=batches)
-    x = torch.cat(batches)
-    with torch.no_grad():
-        seen = {"square": x, "tall": torch.tanh(base.square(x))}
-    for name, layer in model.layers.items():
-        weight = oriented_weight(base.get_submodule(name)).float()
-        expected, bound = reference(weight, seen[name].float())
-        assert layer.scaling == pytest.approx(scaling)
-        assert relative_gap(product(layer, scaling), expected) < 1e-2, name
-        lost = plain_error(weight) - product(layer, scaling)
-        error = float((seen[name].double() @ lost.T).square().sum() / len(x))
-        assert error == pytest.approx(bound, rel=1e-3), name
-        kept = Quantizer("nf4", 4).roundtrip(weight).to(dtype)
-        assert torch.equal(oriented_weight(layer.base_layer), kept)
 
 
 def test_a_quantised_base_brings_its_own_quantiser():
