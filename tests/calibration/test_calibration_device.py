@@ -329,13 +329,6 @@ def test_waits_of_gradients(monkeypatch):
     assert each["aten.addmm.dtype_out"] + each["aten.clone.default"] == 3 * kernels
 
 
-def test_sums_on_the_cpu_take_one_copy_an_input_and_batch(monkeypatch):
-    (_, few), (_, more) = (
-        counted(REQUESTS["second moments"], monkeypatch, n, device=CPU_DEVICE) for n in (2, 3)
-    )
-    assert (more - few)[CUDA, CPU] == 2
-
-
 def test_masks_on_either_device_select_the_same_rows(monkeypatch):
     request = REQUESTS["second moments"]
     mask = torch.ones(2, 9, dtype=torch.long)

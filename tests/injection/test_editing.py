@@ -12,9 +12,7 @@ from torch.utils.dlpack import to_dlpack
 from transformers.pytorch_utils import Conv1D
 
 from lora_init import LoraConfig, get_peft_model
-from lora_init.cache.keys import fingerprint
 from lora_init.factors import low_rank_product
-from lora_init.injection import editing
 from lora_init.injection.editing import add_product
 from lora_init.injection.exclusive import is_exclusive
 from lora_init.linalg import matrix
@@ -122,38 +120,6 @@ def test_memory_that_others_see_is_not_written_to(held, tmp_path):
     del other
 
 
-def alone(module):
-    return module
-
-
-def deep_copied(module):
-    return copy.deepcopy(module)
-
-
-def cast(module):
-    return module.bfloat16().float()
-
-
-def in_an_optimizer(module):
-    module.optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    return module
-
-
-def with_a_gradient(module):
-    module(torch.ones(1, 6)).sum().backward()
-    return module
-
-
-@pytest.mark.parametrize("made", [alone, deep_copied, cast, in_an_optimizer, with_a_gradient])
-def test_memory_of_ones_own_is(made):
-    module = made(nn.Linear(6, 8))
-    address, before = module.weight.data_ptr(), module.weight.detach().clone()
-    lora_A, lora_B = factors(8, 6)
-    add_product(module, lora_A, lora_B, SCALING, -1)
-    assert module.weight.data_ptr() == address
-    assert torch.equal(module.weight, before - low_rank_product(lora_A, lora_B, SCALING))
-
-
 def linear(rows, columns):
     return nn.Linear(columns, rows)
 
@@ -206,26 +172,6 @@ def test_dtypes(dtype, adapter_dtype):
     assert_gap(module.weight, expected, 3 * EPSILON.get(dtype, EPSILON[torch.float32]))
 
 
-def test_an_interrupt_undoes_the_rows_that_were_done(monkeypatch):
-    monkeypatch.setattr(matrix, "TOGETHER", 7 * 30)
-    module = nn.Linear(30, 50)
-    before = module.weight.detach().clone()
-    products = matrix.products
-    left = iter([4])
-
-    def interrupted(*args):
-        stop = next(left, None)
-        for number, item in enumerate(products(*args)):
-            if number == stop:
-                raise KeyboardInterrupt
-            yield item
-
-    monkeypatch.setattr(editing, "products", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        add_product(module, *factors(50, 30), SCALING, -1)
-    assert_gap(module.weight, before, 10 * EPSILON[torch.float32])
-
-
 @pytest.mark.parametrize("part", [0, 3, 7])
 def test_a_signal_right_after_an_addition_is_undone_too(part, monkeypatch):
     monkeypatch.setattr(matrix, "TOGETHER", 7 * 30)
@@ -243,12 +189,6 @@ def test_a_signal_right_after_an_addition_is_undone_too(part, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         add_product(module, *factors(50, 30), SCALING, -1)
     assert_gap(module.weight, before, 10 * EPSILON[torch.float32])
-
-
-def test_hashing_a_weight_leaves_its_memory_its_own():
-    module = nn.Linear(6, 8)
-    fingerprint(module.weight)
-    assert is_exclusive(module.weight)
 
 
 def test_an_injected_model_keeps_its_memory_and_a_state_dict_its_numbers():

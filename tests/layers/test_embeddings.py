@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from lora_init import LoraConfig, LoraModel, get_peft_model
+from lora_init import LoraConfig, get_peft_model
 
 METHODS = [name for name, spec in SPECS.items() if "Embedding" in spec.module_types]
 ENTRIES, WIDTH, SCALE = 30, 12, 4.0
@@ -82,29 +82,6 @@ def test_output_is_a_row_of_the_table(make, method, dtype, use_dora):
     merged = model.merge_and_unload()
     assert type(merged[0]) is type(base[0])
     assert_gap(merged(IDS), expected, 3 * EPSILON[dtype])
-
-
-@pytest.mark.parametrize(
-    ("make", "method"),
-    thinned(
-        list(product(SCALES, METHODS)),
-        lambda make, method: method,
-        lambda make, method: (make, handling(method)),
-    ),
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_unload_and_files(make, method, tmp_path):
-    base = network(make)
-    model = train(adapt(copy.deepcopy(base), init_lora_weights=method))
-    expected = model(IDS)
-    model.save_pretrained(tmp_path)
-    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert_gap(loaded(IDS), expected, 1e-5)
-    if model.layers["0"].base_state == "replaced":
-        return
-    with model.disable_adapter():
-        assert_gap(model(IDS), base(IDS), EPSILON[torch.float32])
-    assert_gap(model.unload()(IDS), base(IDS), EPSILON[torch.float32])
 
 
 @every_variant

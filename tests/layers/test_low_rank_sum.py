@@ -197,17 +197,6 @@ def test_a_call_sees_every_change_since_the_last(change, size, monkeypatch):
     assert same == torch.allclose(before.double(), actual.double(), atol=0.02)
 
 
-def test_autocast_gets_the_input_as_it_is():
-    """It converts what it multiplies; a float32 copy made before that would be wasted."""
-    layer = get_peft_model(
-        nn.Sequential(nn.Linear(64, 64)).bfloat16(), LoraConfig(r=4, target_modules=["0"])
-    ).layers["0"]
-    x = torch.randn(512, 64).bfloat16()
-    with Kernels() as seen, torch.autocast("cpu", torch.bfloat16):
-        layer(x)
-    assert seen.conversions_of(x.numel()) == 0
-
-
 VIEWS = {
     "_unsafe_view", "alias", "detach", "expand", "lift_fresh", "new_empty", "permute",
     "promote_types", "select", "slice", "split", "t", "transpose", "unsqueeze", "view",
@@ -227,9 +216,6 @@ class Kernels(TorchDispatchMode):
         if name not in VIEWS:
             self.calls.append((name, result.numel() if isinstance(result, torch.Tensor) else 0))
         return result
-
-    def conversions_of(self, size):
-        return self.calls.count(("_to_copy", size))
 
 
 def promised_kernels():

@@ -88,25 +88,6 @@ def test_a_trace_can_be_saved(model):
     torch.testing.assert_close(torch.jit.load(file)(x), model(x))
 
 
-def test_hooks_on_the_base_are_called():
-    model = adapted(use_dora=False)
-    expected = model(inputs())
-    seen = []
-    for layer in model.layers.values():
-        layer.base_layer.register_forward_hook(lambda module, args, out: seen.append(module))
-    torch.testing.assert_close(model(inputs()), expected)
-    assert seen == [layer.base_layer for layer in model.layers.values()]
-
-
-def test_a_forward_put_over_the_base_is_called():
-    model = adapted(use_dora=False)
-    layer = model.layers["0"]
-    own = layer.base_layer.forward
-    expected = layer(inputs()) + 1
-    layer.base_layer.forward = lambda x: own(x) + 1
-    torch.testing.assert_close(layer(inputs()), expected)
-
-
 @pytest.fixture(params=[False, True], ids=["large", "small"])
 def size(request, monkeypatch):
     """Large inputs take an autograd function, small ones torch's own operations."""

@@ -1,7 +1,6 @@
 """Autocast and reduced float32 products change no factor, merged weight or restored base."""
 
 import copy
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -131,26 +130,6 @@ def test_linear_algebra_by_itself_is_exact(function, reduced_products):
     with Float32Products() as products:
         getattr(linalg, function)(matrix, 3)
     assert products.settings <= {("ieee", "ieee")}
-
-
-def test_threads_that_share_the_work_are_exact_until_the_last_one_is_done(
-    reduced_products, monkeypatch
-):
-    monkeypatch.setattr(cores, "POOLED", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        settings = list(
-            cores.over_cores(
-                lambda seconds: (time.sleep(seconds), rounding_of_products())[1],
-                [0.0, 0.01, 0.05],
-                lambda item: 100,
-            )
-        )
-    finally:
-        torch.set_num_threads(threads)
-    assert settings == [("ieee", "ieee")] * 3
-    assert rounding_of_products() == reduced_products
 
 
 def test_an_error_restores_the_users_setting(reduced_products):

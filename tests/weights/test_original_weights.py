@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_init.weights import checkpoint
 from lora_init.weights.checkpoint import OriginalWeights
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -93,41 +92,6 @@ def test_parameters_are_a_mapping_too():
 
 
 # -- laziness --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", [write_single, write_sharded], ids=lambda f: f.__name__)
-def test_only_the_asked_tensor_is_read(tmp_path, layout, monkeypatch):
-    read, opened, closed = [], [], []
-
-    class Spy:
-        def __init__(self, path, framework):
-            self.path, self.file = path, real(path, framework=framework)
-            self.keys, self.get_slice = self.file.keys, self.file.get_slice
-
-        def __enter__(self):
-            opened.append(self.path.name)
-            self.file.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            closed.append(self.path.name)
-            return self.file.__exit__(*error)
-
-        def get_tensor(self, key):
-            read.append(key)
-            return self.file.get_tensor(key)
-
-    real = checkpoint.safe_open
-    monkeypatch.setattr(checkpoint, "safe_open", Spy)
-    original = OriginalWeights(layout(tmp_path, tensors()))
-    assert original.has("model.norm")
-    assert original.shape("model.layers.0.mlp.up") == (5, 4)
-    assert read == []
-    original.weight("model.layers.1.mlp.up")
-    assert read == ["model.layers.1.mlp.up.weight"]
-    assert opened == closed, "a file stayed open"
-    if layout is write_sharded:
-        assert set(opened) == {SHARDS[0]}
 
 
 def test_other_shards_are_left_alone(tmp_path):
