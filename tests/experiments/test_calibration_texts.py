@@ -56,13 +56,3 @@ def test_a_missing_file_and_a_task_with_labels_are_refused(questions):
         texts_of(CalibrationConfig(path="nowhere"), "CAUSAL_LM")
     with pytest.raises(ConfigurationError, match="for language models"):
         texts_of(CalibrationConfig(path=str(questions)), "SEQ_CLS")
-
-
-@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085"], ids=ascii)
-def test_texts_of_any_editor(tmp_path, end):
-    """Raw separators in strings, a byte order mark, CRLF and a blank last line."""
-    path = tmp_path / "questions.jsonl"
-    content = f'\ufeff{{"question": "a{end}b"}}\r\n{{"question": "c"}}\r\n\r\n'
-    path.write_bytes(content.encode())
-    made = texts_of(CalibrationConfig(path=str(path)), "CAUSAL_LM")
-    assert [example.reasoning for example in made] == [f"a{end}b", "c"]

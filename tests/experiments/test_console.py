@@ -27,14 +27,6 @@ def test_parallel_workers_draw_no_bars(monkeypatch, process, errors_shown, bar):
     assert ("training" in terminal.file.getvalue()) == bar
 
 
-def test_a_workers_line_takes_the_place_of_the_sweeps_bar(monkeypatch):
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(rich, "get_console", lambda: terminal)
-    monkeypatch.setattr(console, "first_process", lambda: False)
-    console.say("run 3/4 pissa seed 0")
-    assert terminal.file.getvalue() == f"{console.ERASE_LINE}run 3/4 pissa seed 0\n"
-
-
 def test_a_sweeps_bar_is_one_line(monkeypatch):
     terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr(rich, "get_console", lambda: terminal)
@@ -44,12 +36,6 @@ def test_a_sweeps_bar_is_one_line(monkeypatch):
     told = terminal.file.getvalue()
     assert "12 of 16 runs done, 2 at work" in told
     assert told.count("\n") == 1, "only when it ends"
-
-
-def test_without_a_terminal_there_is_no_bar(monkeypatch):
-    monkeypatch.setattr(console, "shows_bars", lambda: False)
-    with console.sweep_bar() as show:
-        assert show is None
 
 
 def test_markup_is_not_interpreted(capsys):

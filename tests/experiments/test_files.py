@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
 
 import pytest
 
-from experiments.run.files import read_object, read_regular, remove, write_bytes, write_json
+from experiments.run.files import read_object, read_regular, remove, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -24,16 +23,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         write_json(path, {"score": object()})
     assert json.loads(path.read_text())["list"] == [1, None]
     assert names(tmp_path) == ["result.json"]
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_files_have_the_permissions_of_the_umask(tmp_path, mask):
-    before = os.umask(mask)
-    try:
-        write_bytes(tmp_path / "result.json", b"{}")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "result.json").stat().st_mode) == 0o666 & ~mask
 
 
 @pytest.mark.parametrize(

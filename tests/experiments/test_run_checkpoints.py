@@ -7,7 +7,6 @@ import json
 import random
 import re
 
-import numpy as np
 import pytest
 import torch
 from products import chosen
@@ -20,7 +19,6 @@ from experiments.run.folder import identify
 from experiments.run.resume import read_checkpoint
 from experiments.training import checkpoint as module
 from experiments.training import loop as training
-from experiments.training.checkpoint import get_generators, set_generators
 
 METHODS = ("pissa", "eva", "loftq")  # base edited, ranks redistributed, base replaced
 LENGTH = ("training.steps=9", "training.validate_every=3", "training.schedule=cosine")
@@ -175,19 +173,13 @@ def test_checkpoints_come_by_the_clock(configured, tiny, monkeypatch):
     assert written == [2, 4, 6]
 
 
-@pytest.mark.parametrize(
-    "damage", chosen(["cut", "metrics", "other run", "other ranks"], "cut", "metrics")
-)
+@pytest.mark.parametrize("damage", chosen(["other run", "other ranks"], "other run"))
 def test_a_checkpoint_that_does_not_fit_is_not_gone_on_from(configured, tiny, broken_off, damage):
     run = configured(*tiny, *UNMEASURED, "init=pissa", "runtime.checkpoint_every=1")
     folder = identify(run)
     broken_off(run, 3)
     path = folder.checkpoint_file
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-1])
-    elif damage == "metrics":
-        folder.metrics_file.write_text("")
-    elif damage == "other run":
+    if damage == "other run":
         other = configured(*tiny, *UNMEASURED, "init=pissa", "seed=1", "runtime.checkpoint_every=1")
         broken_off(other, 3)
         path.write_bytes(identify(other).checkpoint_file.read_bytes())
@@ -215,11 +207,3 @@ def test_nothing_in_a_checkpoint_is_pickled(configured, tiny, broken_off):
     assert saved.progress.step == 1
     names = [path.name for path in identify(run).checkpoint_file.parent.iterdir()]
     assert names == ["training.safetensors"]
-
-
-def test_generators_come_back_through_json():
-    cpu = torch.device("cpu")
-    tensors, facts = get_generators(cpu)
-    expected = (torch.rand(3).tolist(), random.random(), np.random.rand())  # noqa: NPY002
-    set_generators(tensors, json.loads(json.dumps(facts)), cpu)
-    assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == expected  # noqa: NPY002

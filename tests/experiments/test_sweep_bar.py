@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import signal
 import threading
-
-import pytest
-from omegaconf import OmegaConf
 
 from experiments.sweep import bar as sweep_bar
 from experiments.sweep.status.survey import Line, Survey
@@ -24,20 +20,6 @@ def test_parts_of_runs_count():
     assert sweep_bar.progress_of(Survey("one", 8, lines)) == (2.25, 8, 2)
     # A sweeper that decides as it goes has no total.
     assert sweep_bar.progress_of(Survey("one", None, lines)) == (2.25, 6, 2)
-
-
-@pytest.mark.parametrize(
-    ("launcher", "shown"),
-    [
-        ({"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}, False),
-        ({"_target_": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"}, False),
-        ({"_target_": "hydra_plugins.x.JoblibLauncher", "n_jobs": 1}, False),
-        ({"_target_": "hydra_plugins.x.JoblibLauncher", "n_jobs": 2}, True),
-        ({"_target_": "hydra_plugins.x.LocalLauncher"}, True),
-    ],
-)
-def test_where_the_last_line_is_free(launcher, shown):
-    assert sweep_bar.leaves_a_line(OmegaConf.create(launcher)) == shown
 
 
 def test_it_follows_until_the_sweep_ends(tmp_path, monkeypatch):
@@ -72,15 +54,3 @@ def test_it_goes_to_workers_without_its_thread():
     sent = pickle.loads(pickle.dumps(bar))
     assert sent.thread is None
     sent.end()
-
-
-def test_an_interruption_ends_it_first():
-    bar, seen = sweep_bar.SweepBar(), []
-    signal.signal(signal.SIGINT, lambda number, frame: seen.append(bar.ended.is_set()))
-    try:
-        bar.end_when_interrupted()
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # the handler before it is back
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert seen == [True, True]

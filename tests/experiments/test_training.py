@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from experiments.config.training import TrainingConfig
 from experiments.errors import RunFailed
+from experiments.training import loop
 from experiments.training.evaluate import evaluate
 from experiments.training.loop import (
     gradient_norms,
@@ -157,17 +157,28 @@ def test_b_may_learn_faster_than_a():
     assert rows[0]["lr"] == pytest.approx(1e-3)
 
 
-def test_observation_comes_after_every_step_and_takes_no_time():
+class Clock:
+    """A second passes at each look at it."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_observation_comes_after_every_step_and_takes_no_time(monkeypatch):
     settings = TrainingConfig(steps=3, batch_size=4, learning_rate=1e-3)
-    seen = []
+    seen, clock = [], Clock()
+    monkeypatch.setattr(loop, "time", clock)
 
     def observe(step):
         seen.append(step)
-        time.sleep(0.1)
+        clock.now += 1e6
 
     _, summary = run_toy(Toy(), settings, observe=observe)
     assert seen == [1, 2, 3]
-    assert summary.seconds < 0.3
+    assert 0 < summary.seconds < 1e6
 
 
 def test_validation_comes_when_it_is_due():
@@ -175,13 +186,6 @@ def test_validation_comes_when_it_is_due():
     due = []
     run_toy(Toy(), settings, validate=due.append)
     assert due == [3, 6, 7]
-
-
-def test_a_diverging_run_says_where_and_what_to_do():
-    settings = TrainingConfig(steps=50, batch_size=4, learning_rate=1e30, warmup=0.0)
-    with pytest.raises(RunFailed, match=r"lower training\.learning_rate=1e\+30") as error:
-        run_toy(Toy(), settings)
-    assert error.value.facts["step"] >= 2
 
 
 def test_parameter_groups_leave_frozen_ones_out():
@@ -244,6 +248,7 @@ def test_weights_that_the_last_step_ruins_end_the_run(steps):
     settings = TrainingConfig(
         steps=steps, batch_size=4, learning_rate=1e30, warmup=0.0, schedule="constant"
     )
-    with pytest.raises(RunFailed, match="training diverged") as error:
+    message = r"training diverged; lower training\.learning_rate=1e\+30"
+    with pytest.raises(RunFailed, match=message) as error:
         run_toy(Toy(), settings)
     assert error.value.reason == "diverged"

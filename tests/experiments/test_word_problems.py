@@ -216,14 +216,3 @@ def test_rows_of_any_editor(tmp_path, suffix, mark):
     content = between.join(rows)
     path.write_bytes(mark + (b"[" + content + b"]" if suffix == "json" else content + b"\r\n"))
     assert [row["q"] for row in read_rows(path, ["q"])] == [f"{i}\u2028x" for i in range(3)]
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [(b'{"q": "x"}\n{"q": ', "line 2"), (b'{"q": "x"}\n\xff', "line 2"), (b"[" * 99_999, "deeply")],
-)
-def test_a_damaged_row_is_named(tmp_path, content, told):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ConfigurationError, match=told):
-        read_rows(path, ["q"])
