@@ -20,7 +20,6 @@ from models import (
     data_of,
     gpt2,
     llama,
-    spread_weight,
     t5,
     t5_batches,
     token_batches,
@@ -39,7 +38,6 @@ from lora_init import (
     get_peft_model,
     init_factors,
     initialize_peft_model,
-    linalg,
     list_initializers,
     load_peft_checkpoint,
     reinitialize,
@@ -49,7 +47,6 @@ from lora_init.calibration import sums
 from lora_init.layers import linear, two_parts
 from lora_init.linalg import dense, precision
 from lora_init.linalg.gram import CachedBlocks
-from lora_init.quantization import Quantizer
 
 pytestmark = [
     pytest.mark.sampled(4),
@@ -431,57 +428,6 @@ def test_a_layer_whose_hook_moves_its_input(cuda, method, make, use_dora):
 
 
 # -- what initializers are made of -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["exact", "gram", "krylov", "subspace"])
-def test_partial_decompositions(cuda, method):
-    weight = spread_weight(400, 300, torch.Generator().manual_seed(0))
-    settings = {"niter": 3} if method == "subspace" else {}
-
-    def triplets(matrix):
-        seeded = {**settings, "generator": torch.Generator()}
-        first = linalg.top_singular(matrix, 4, method=method, **settings)
-        operator = linalg.Operator.product(matrix, matrix.T @ matrix)
-        return [
-            first,
-            linalg.top_singular(matrix, 6, method=method, start=first.right, **settings),
-            linalg.top_singular(operator, 4, method=method, **seeded),
-            linalg.bottom_singular(matrix, 4),
-        ]
-
-    for actual, expected in zip(triplets(weight.cuda()), triplets(weight), strict=True):
-        assert actual.method == expected.method
-        for part in ("left", "values", "right"):
-            assert place(getattr(actual, part)) == CUDA
-            assert torch.equal(getattr(actual, part).cpu(), getattr(expected, part))
-
-
-@pytest.mark.parametrize("method", ["exact", "krylov"])
-def test_eigenpairs_and_triangles(cuda, method):
-    weight = spread_weight(300, 300, torch.Generator().manual_seed(0))
-    moment = weight.T @ weight
-    found = [
-        *linalg.top_eigen(moment.cuda(), 4, method=method),
-        *linalg.leading_qr(weight.cuda(), 4),
-    ]
-    expected = [*linalg.top_eigen(moment, 4, method=method), *linalg.leading_qr(weight, 4)]
-    for actual, other in zip(found, expected, strict=True):
-        assert place(actual) == CUDA
-        assert torch.equal(actual.cpu(), other)
-
-
-@pytest.mark.parametrize(
-    "quantizer",
-    [
-        Quantizer("nf4"), Quantizer("nf4", double=True), Quantizer("fp4"),
-        Quantizer("fp4", double=True), Quantizer("nf2", 2), Quantizer("uniform", 2),
-        Quantizer("uniform", 8), Quantizer("int8", 8),
-    ],
-    ids=lambda quantizer: quantizer.name,
-)  # fmt: skip
-def test_quantizers(cuda, quantizer):
-    weight = spread_weight(30, 50, torch.Generator().manual_seed(0))
-    assert torch.equal(quantizer.roundtrip(weight.cuda()).cpu(), quantizer.roundtrip(weight))
 
 
 OPTIONS = [

@@ -8,7 +8,6 @@ import pytest
 
 from lora_init import LoraConfig
 from lora_init.initializers.corda import CordaOptions
-from lora_init.initializers.eva import EvaOptions
 from lora_init.initializers.pissa import PissaOptions
 
 REFERENCE = {
@@ -100,12 +99,6 @@ def test_every_form_of_the_initializer_means_the_same():
         assert (spec.name, options) == ("pissa", expected)
     assert LoraConfig(init_lora_weights=True).initializer()[0].name == "kaiming"
     assert LoraConfig(init_lora_weights=False).initializer()[0].name == "random"
-
-
-@pytest.mark.parametrize("value", [EvaOptions(rho=1.0), {"rho": 1.0}, peft.EvaConfig(rho=1.0)])
-def test_method_options_as_dataclass_mapping_or_pefts_own(value):
-    config = LoraConfig(init_lora_weights="eva", eva_config=value)
-    assert config.initializer()[1] == EvaOptions(rho=1.0)
 
 
 def test_options_without_a_peft_field_survive_the_file(tmp_path):
@@ -208,11 +201,3 @@ def test_fields_of_peft_that_are_not_supported(tmp_path):
     assert config.initializer()[1].corda_method == "kpm"
     with pytest.raises(ValueError, match=r"corda_config.cache_file is a setting of PEFT"):
         LoraConfig(init_lora_weights="corda", corda_config=corda | {"cache_file": "x"})
-
-
-def test_a_missing_or_damaged_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
-        LoraConfig.from_pretrained(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        LoraConfig.from_pretrained(tmp_path)

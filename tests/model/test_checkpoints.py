@@ -105,16 +105,6 @@ def test_an_unloaded_model_has_a_plain_state_dict_again():
     assert base.state_dict().keys() == expected
 
 
-def test_a_copy_of_a_model_has_its_own_hooks():
-    model = start()
-    twin = copy.deepcopy(model)
-    other = train(start(seed=1))
-    twin.load_state_dict(copied(other.state_dict()))
-    x = chain_inputs(20)
-    assert_gap(twin(x), other(x), 1e-5)
-    assert_gap(model(x), Chain()(x), 1e-5)
-
-
 # -- inside another module -------------------------------------------------------------------------
 
 
@@ -153,15 +143,6 @@ def test_the_owners_missing_tensors_are_still_reported():
         scorer.load_state_dict(state)
     result = scorer.load_state_dict(state, strict=False)
     assert result.missing_keys == ["before.weight", "after.bias"]
-
-
-def test_an_owners_state_dict_survives_a_file(tmp_path):
-    scorer = train(Scorer(start()))
-    torch.save(scorer.state_dict(), tmp_path / "state.pt")
-    resumed = Scorer(start())
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    x = chain_inputs(20)
-    assert torch.equal(resumed(x), scorer(x))
 
 
 # -- from another start ----------------------------------------------------------------------------

@@ -858,11 +858,3 @@ def test_another_models_checkpoint_is_refused(tmp_path):
         assert_unchanged(model, before)
     with pytest.raises(FileNotFoundError):
         load_peft_checkpoint(wrapped(base, ["q_proj"]), tmp_path / "nowhere")
-
-
-def test_the_header_names_the_method(tmp_path):
-    of_language("pissa").save_pretrained(tmp_path)
-    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
-        header = json.loads(file.metadata()["lora_init"])
-    assert header["method"] == {"name": "pissa", "niter": None, "method": "auto"}
-    assert header["base"] == "subtract"

@@ -459,16 +459,6 @@ def test_peft_converts_and_ours_loads(tmp_path):
     assert_gap(logits(loaded, token_batches()), expected, 1e-5)
 
 
-def test_ours_loads_pefts_mica(tmp_path):
-    """Its files are plain adapters."""
-    base = llama()
-    _, expected = peft_adapter(
-        base, tmp_path, r=4, target_modules=["q_proj"], init_lora_weights="mica"
-    )
-    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert_gap(logits(loaded, token_batches()), expected, 1e-6)
-
-
 def test_ours_loads_pefts_eva(tmp_path):
     """Its redistributed ranks are in the patterns; layers of rank 0 are not targets."""
     base = llama()
