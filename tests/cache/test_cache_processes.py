@@ -57,6 +57,7 @@ def test_many_processes_use_one_small_cache(tmp_path):
     assert not [path for path in files(store) if path.suffix == ".tmp"]
 
 
+@pytest.mark.exhaustive
 @posix_only
 def test_killed_writers_leave_a_usable_cache(tmp_path):
     store = Cache(tmp_path / "cache", 4_000_000)

@@ -260,7 +260,6 @@ def test_nothing_overlaps_or_overflows_and_every_filter_works(protocol, tmp_path
         assert (protocol.page.parent / link / "result.json").exists()
 
 
-@pytest.mark.exhaustive
 def test_two_tasks_are_shown_one_at_a_time_and_averaged(tmp_path):
     sweep = write_grid(tmp_path, methods=("kaiming", "pissa"), rates=[1e-4, 1e-3], seeds=(0, 1),
                        tasks=("r8", "rotten_tomatoes"), blocks=1, steps=20)  # fmt: skip

@@ -41,7 +41,7 @@ STARTS = {
     "lora_ga": {"init_lora_weights": "lora_ga"},
     "lora_xs": {"init_lora_weights": "lora_xs"},
 }
-FEW = {"pissa", "eva", "dora"}
+FEW = {"pissa", "eva"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 

@@ -30,7 +30,7 @@ CASES = {
     "lora_xs": ("torch", "lora_xs", torch.float32),
     "double": ("torch", "pissa", torch.float64),
 }
-FEW = {"pissa", "transformers"}
+FEW = {"transformers"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # only on rank 0
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 

@@ -26,6 +26,7 @@ def rows_of(section, settings):
     return [row for case in section.cases(settings) for row in case.measure()]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_initialization_measures_every_method(settings):
     settings.initialization.methods = list(METHODS)

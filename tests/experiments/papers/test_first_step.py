@@ -65,6 +65,7 @@ def test_bounds_are_those_of_a_truncated_svd(shape):
         assert relative_error(nearest, gradient) == pytest.approx(bound, abs=1e-7)
 
 
+@pytest.mark.exhaustive
 def test_measured_errors_equal_those_of_plain_backward_passes(smoke_rows):
     """One method keeps the base, one subtracts, one changes the function."""
     methods = ("orthogonal", "pissa", "lora_one")
