@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What one test computed is not for another to find.
 os.environ.setdefault("LORA_INIT_CACHE", "off")
-# One thread in the processes that tests start, too, and in what is no part of torch.
+# One thread in the processes that tests start, too, and in libraries other than torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import annotations
@@ -96,7 +96,7 @@ def pytest_collection_finish(session):
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger) and not logger.name.startswith("lora_init"):
             logger.propagate = True
-    # PEFT writes a README beside every adapter, from a template that it compiles each time: 20 ms.
+    # PEFT writes a README next to every adapter, and compiles its template each time: 20 ms.
     if "peft" in sys.modules:
         sys.modules["peft"].PeftModel.create_or_update_model_card = lambda *_: None
 

@@ -58,7 +58,7 @@ def adapted(case, seed=0):
     model = get_peft_model(make(), config, seed=seed)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # each process would draw masks of its own
+            module.p = 0.0  # each process would draw other masks
     return model
 
 

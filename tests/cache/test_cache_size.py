@@ -1,4 +1,4 @@
-"""A limit on the size: the least recently used go first, and nobody else's files."""
+"""A limit on the size: the least recently used entries go first, and no file of others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cache gives is what would have been computed, for every rank and scaling it serves."""
+"""A cached start equals a computed one, at every rank and scaling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bars are for one run on a terminal of its own; lines are shown as they are."""
+"""A single run on a terminal shows a bar; lines are shown as they are."""
 
 from __future__ import annotations
 

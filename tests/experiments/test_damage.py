@@ -107,7 +107,7 @@ class Claimed:
     begin = staticmethod(lambda: None)
 
 
-def test_what_is_whole_is_gone_on_from(broken, capsys):
+def test_an_intact_run_continues(broken, capsys):
     run, folder = broken
     saved = prepare_folder(run, folder, Claimed, True)
     assert saved.progress.step == 2
@@ -141,7 +141,7 @@ WRITTEN_ANEW = ("config.yaml", "environment.json", "running.json", "failed.json"
     ("name", "damage"),
     every_value(product(WRITTEN_ANEW, [kind for kind in DAMAGE if kind != "missing"]), 2),
 )
-def test_what_a_continued_run_writes_anew_does_not_stop_it(broken, name, damage):
+def test_files_that_a_continued_run_overwrites_do_not_stop_it(broken, name, damage):
     """Left by a process that was killed at the run's end."""
     run, folder = broken
     path = folder.path / name

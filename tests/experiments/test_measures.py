@@ -230,7 +230,7 @@ def original_weights(base, model):
 
 @pytest.mark.parametrize("method", chosen(["pissa", "loftq"], "pissa"))
 def test_a_language_model(configured, tiny_causal, method):
-    """Against dense matrices, and the checkpoint loaded anew; loftq's base is not the original."""
+    """Against dense matrices, and the reloaded checkpoint; loftq's base is not the original."""
     steps = ["training.steps=6", "training.learning_rate=1e-2", "measures.update_every=2"]
     run = configured(*tiny_causal, f"init={method}", *steps)
     check_language_model(run, execute(run), method)

@@ -1,4 +1,4 @@
-"""A run that is broken off goes on with the losses, to the last bit, of one that was not."""
+"""A run that was interrupted continues with the losses of one that was not, to the last bit."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_continued_run_has_the_same_losses(configured, tiny, broken_off, tmp_p
 
 
 @pytest.mark.exhaustive
-def test_it_may_be_broken_off_again_and_again(configured, tiny_causal, broken_off, tmp_path):
+def test_a_run_may_be_interrupted_several_times(configured, tiny_causal, broken_off, tmp_path):
     settings = [*tiny_causal, *UNMEASURED, *LENGTH, "init=olora", "model.dropout=0.1"]
     whole = configured(*settings, f"paths.outputs={tmp_path}/whole")
     execute(whole)
@@ -109,8 +109,8 @@ def test_a_run_killed_after_its_last_step_only_tests(configured, tiny, monkeypat
     assert [row["split"] for row in rows(folder)] == splits
 
 
-def test_the_tracker_of_a_continued_run_is_told_all(configured, tiny, broken_off, monkeypatch):
-    """Each process opens a tracker of its own, and only the last one sees the end."""
+def test_the_tracker_of_a_continued_run_gets_all_rows(configured, tiny, broken_off, monkeypatch):
+    """Each process opens its own tracker, and only the last one sees the end."""
     told = []
 
     @contextlib.contextmanager
@@ -127,7 +127,7 @@ def test_the_tracker_of_a_continued_run_is_told_all(configured, tiny, broken_off
     assert told[1] == [(row["split"], row["step"]) for row in rows(identify(run))]
 
 
-def test_a_time_limit_is_gone_on_from_by_the_same_command(configured, tiny, tmp_path):
+def test_the_same_command_continues_after_a_time_limit(configured, tiny, tmp_path):
     whole = configured(*tiny, *UNMEASURED, f"paths.outputs={tmp_path}/whole")
     execute(whole)
     run = configured(*tiny, *UNMEASURED, "runtime.time_limit_minutes=1e-6")
@@ -174,7 +174,7 @@ def test_checkpoints_come_by_the_clock(configured, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", chosen(["other run", "other ranks"], "other run"))
-def test_a_checkpoint_that_does_not_fit_is_not_gone_on_from(configured, tiny, broken_off, damage):
+def test_a_checkpoint_of_another_run_is_not_continued(configured, tiny, broken_off, damage):
     run = configured(*tiny, *UNMEASURED, "init=pissa", "runtime.checkpoint_every=1")
     folder = identify(run)
     broken_off(run, 3)

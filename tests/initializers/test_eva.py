@@ -312,9 +312,9 @@ def test_budget_counts_the_planned_ranks():
 
 
 class Shapes(nn.Module):
-    """A cheap and a dear layer on the same steep inputs, and a middle one on flat ones."""
+    """A cheap and an expensive layer on the same steep inputs, and a middle one on flat inputs."""
 
-    SIZES: ClassVar = {"cheap": 8, "dear": 200, "middle": 60}
+    SIZES: ClassVar = {"cheap": 8, "expensive": 200, "middle": 60}
 
     def __init__(self):
         super().__init__()
@@ -323,7 +323,7 @@ class Shapes(nn.Module):
 
     def forward(self, x):
         steep = x * 0.8 ** torch.arange(32)
-        return self.cheap(steep).sum() + self.dear(steep).sum() + self.middle(x).sum()
+        return self.cheap(steep).sum() + self.expensive(steep).sum() + self.middle(x).sum()
 
 
 def test_a_budget_of_parameters_is_kept():
@@ -333,7 +333,7 @@ def test_a_budget_of_parameters_is_kept():
     model = get_peft_model(Shapes(), config, calibration=uneven_inputs())
     x = torch.cat(uneven_inputs()).double()
     steep = x * 0.8 ** torch.arange(32).double()
-    inputs = {"cheap": steep, "dear": steep, "middle": x}
+    inputs = {"cheap": steep, "expensive": steep, "middle": x}
     costs = {name: 32 + rows for name, rows in Shapes.SIZES.items()}
     ratios = {}
     for name, seen in inputs.items():

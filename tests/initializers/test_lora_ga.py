@@ -69,7 +69,7 @@ def test_each_vector_is_resolved_where_a_krylov_space_answers(rows, columns, dec
 
 
 def test_a_gradient_of_lower_rank_gives_orthonormal_factors():
-    """A pooler's, say, which sees a row a sequence: the rest are directions beside it."""
+    """As of a pooler, which reads one row a sequence. The rest are orthogonal directions."""
     gradient = steep(24, 56, decay=0.5)[:, :3] @ steep(56, 24, decay=0.5)[:3]
     for zero in (gradient, torch.zeros(24, 24)):
         factors = factors_of(zero)

@@ -24,7 +24,7 @@ def factors_of(weight, rank=RANK, scaling=2.0, seed=0):
 
 
 def reference(weight, rank=RANK, scaling=2.0):
-    """Algorithm 1 with mean squares of whole matrices; the scaling stands beside the bases."""
+    """Algorithm 1 with mean squares of whole matrices; the scaling multiplies the bases."""
     left, right = (
         torch.from_numpy(scipy.fft.dst(numpy.eye(size), type=1, norm="ortho"))[:, :rank]
         for size in weight.shape

@@ -1,4 +1,4 @@
-"""mica: the left vectors of the smallest singular values, frozen, beside an A of zeros."""
+"""mica: the left vectors of the smallest singular values, frozen, and an A of zeros."""
 
 import copy
 

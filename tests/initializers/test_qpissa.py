@@ -1,4 +1,4 @@
-"""qpissa, by full float64 SVDs and quantisers written anew from the papers."""
+"""qpissa, by full float64 SVDs and quantizers that this file computes from the papers."""
 
 import importlib.util
 from pathlib import Path

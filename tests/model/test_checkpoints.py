@@ -109,7 +109,7 @@ def test_an_unloaded_model_has_a_plain_state_dict_again():
 
 
 class Scorer(nn.Module):
-    """A LoraModel between two modules of its owner's."""
+    """A LoraModel between two other modules."""
 
     def __init__(self, model):
         super().__init__()

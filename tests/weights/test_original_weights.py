@@ -171,8 +171,8 @@ def test_what_is_no_match(name, keys):
         original.weight(name)
 
 
-def test_a_lone_weight_is_nobodys():
-    """A file of one bare layer would otherwise serve every module."""
+def test_a_weight_without_a_name_matches_no_module():
+    """A file of one bare layer would otherwise match every module."""
     assert not OriginalWeights({"weight": torch.zeros(2, 2)}).has("model.layers.0.up")
 
 

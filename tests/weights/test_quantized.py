@@ -226,7 +226,7 @@ def test_unadapted_packed_layers_are_given_back_as_they_were(packing):
     assert_unchanged(restored, before | {"training": snapshot(restored)["training"]})
 
 
-# -- the residual packed anew ----------------------------------------------------------------------
+# -- the residual packed again ---------------------------------------------------------------------
 
 
 @each_packing_and_method
