@@ -11,6 +11,7 @@ from lora_init.layers.grouped_sum import grouped_sum
 
 pytestmark = pytest.mark.sampled(3)
 
+
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"], autouse=True)
 def threads(request, monkeypatch):
     """With two threads, groups are multiplied two by two."""
