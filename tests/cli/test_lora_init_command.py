@@ -57,6 +57,7 @@ def run(capsys):
     """Run the command; return its JSON, or its message on standard error if it fails."""
 
     def call(*words):
+        capsys.readouterr()  # what a library printed before
         code = main([str(word) for word in words])
         printed = capsys.readouterr()
         if code:
