@@ -182,7 +182,7 @@ def stacked(layers: Sequence[Layer]) -> Layer:
     """Combine layers of one kind, shape, rank and scaling into a stack."""
     first = layers[0]
     tensors = {
-        name: torch.stack([getattr(one, name) for one in layers])
+        name: _stack([getattr(one, name) for one in layers])
         for name in STACKED
         if getattr(first, name) is not None
     }
@@ -193,6 +193,23 @@ def stacked(layers: Sequence[Layer]) -> Layer:
         is_stack=True,
         **tensors,
     )
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """A stack of tensors of one shape: a view if they are adjacent entries of one, else a copy."""
+    first, *rest = tensors
+    strides, start = first.stride(), first.storage_offset()
+    step = rest[0].storage_offset() - start if rest else 0
+    adjacent = step > 0 and all(
+        one.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and one.dtype is first.dtype
+        and one.stride() == strides
+        and one.storage_offset() == start + step * number
+        for number, one in enumerate(rest, start=1)
+    )
+    if not adjacent:
+        return torch.stack(list(tensors))
+    return first.as_strided((len(tensors), *first.shape), (step, *strides), start)
 
 
 def _stacked_inputs(members: Sequence[Any]) -> Inputs:

@@ -134,23 +134,20 @@ def peak(contender: Contender) -> int:
 
 
 def starts(settings: BenchmarkConfig, method: str) -> Iterator[Row]:
-    """Yield the time of a start of all experts of one layer, whose weights follow a power law.
+    """Yield the time of a start of all experts, whose weights follow a power law.
 
     PEFT has none of these methods for experts.
     """
     chosen, model = settings.experts, mixture(settings.experts, settings.seed)
-    block = model.get_submodule("model.layers.0.mlp.experts")
-    stored = known_format(block)
-    for name in MATRICES:
-        count, *shape = stored.shape(block, name)
-        laws = [PowerLaw(*shape, f"{name}.{expert}", settings.seed) for expert in range(count)]
-        stored.write(block, torch.stack([law.weight() for law in laws]), name)
-    matrices = [matrix for name in MATRICES for matrix in stored.read(block, name)]
+    layers = blocks(model)
+    matrices = [
+        matrix for name, block in layers.items() for matrix in written(block, name, settings.seed)
+    ]
     config = lora_init.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         init_lora_weights=STRATEGIES[method].ours,
-        target_parameters=[f"layers.0.mlp.experts.{name}" for name in MATRICES],
+        target_parameters=[f"mlp.experts.{name}" for name in MATRICES],
     )
     decompose = DECOMPOSITIONS[method]
     contenders = {
@@ -171,9 +168,24 @@ def starts(settings: BenchmarkConfig, method: str) -> Iterator[Row]:
     yield Row(
         "experts", MODEL, method, settings.rank, ours=median(seconds[OURS]),
         linalg=median(seconds[LINALG]), ratio=paired_ratio(seconds[LINALG], seconds[OURS]),
-        peer=LINALG, error=worst(method, found, block), kind="excess",
-        note=f"{len(matrices)} matrices of one layer",
+        peer=LINALG, error=worst(method, found, next(iter(layers.values()))), kind="excess",
+        note=f"{len(matrices)} matrices",
     )  # fmt: skip
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The module of experts of each layer, by name."""
+    return {name: one for name, one in model.named_modules() if name.endswith("mlp.experts")}
+
+
+def written(block: nn.Module, layer: str, seed: int) -> Iterator[Tensor]:
+    """Write weights that follow a power law to a layer's experts, and yield the matrices."""
+    stored = known_format(block)
+    for name in MATRICES:
+        count, *shape = stored.shape(block, name)
+        laws = [PowerLaw(*shape, f"{layer}.{name}.{expert}", seed) for expert in range(count)]
+        stored.write(block, torch.stack([law.weight() for law in laws]), name)
+        yield from stored.read(block, name)
 
 
 @torch.no_grad()

@@ -8,19 +8,32 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lora_init.config.file import CONFIG_NAME
+
+_RESULTS: ContextVar[TextIO | None] = ContextVar("_RESULTS", default=None)
 
 
 def emit(arguments: Namespace, data: Any, text: str) -> None:
     """Print the result: `data` as JSON with --json, otherwise `text`."""
     if arguments.json:
-        print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
-    else:
-        print(text)
+        text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    print(text, file=_RESULTS.get() or sys.stdout)
+
+
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Keep standard output for `emit`: what other libraries print there goes to standard error."""
+    token = _RESULTS.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _RESULTS.reset(token)
 
 
 def check_folder(out: Path) -> None:

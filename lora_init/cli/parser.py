@@ -9,6 +9,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from safetensors import SafetensorError
 
@@ -19,7 +20,7 @@ from lora_init.cli.catalog import list_methods, show_method
 from lora_init.cli.conversion import convert_adapter
 from lora_init.cli.creation import add_make_arguments, make_adapter
 from lora_init.cli.inspection import inspect_adapter
-from lora_init.cli.output import remark, short_warnings
+from lora_init.cli.output import remark, results_only, short_warnings
 from lora_init.cli.preview import plan_adapter
 from lora_init.cli.protocol import add_compare_arguments, compare_methods
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = parse(argv)
     try:
-        with short_warnings():
+        with short_warnings(), results_only() if arguments.json else nullcontext():
             arguments.run(arguments)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,10 @@ On an accelerator, layers of one shape form a stack, initialized by one call; `S
 its size. On a CPU a stack would wait for its slowest LAPACK call. So layers run in parallel threads
 there (see `lora_init.linalg.cores`). The number of threads depends on the size of the work: the
 weight, or the factors for methods that only draw random numbers.
+
+Small experts of one parameter form stacks on a CPU, too, because a call costs more than their
+decomposition. A stack has the same members whatever else is adapted, so results do not depend on
+the other targets, to the last bit.
 """
 
 from __future__ import annotations
@@ -20,14 +24,21 @@ from lora_init.plan.plan import Plan, Target
 
 Result = TypeVar("Result")
 
+CACHED = 1 << 20
+"""Numbers of a stack of experts on a CPU: it stays in the cache between two products with it."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """Targets of one shape, rank, scaling, type and group count, initialized by one call."""
+    """Targets of one shape, rank, scaling, type and group count, initialized by one call.
+
+    Attributes:
+        numbers: how many numbers the work reads; None for an accelerator.
+    """
 
     targets: tuple[Target, ...]
     device: torch.device
-    numbers: int | None = None  # numbers that a layer's work reads; None for an accelerator
+    numbers: int | None = None
 
     def parts(self) -> tuple[Job, ...]:
         """Jobs with less memory: two halves of a stack, or one layer on the CPU, or none."""
@@ -45,8 +56,12 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
     """Group all targets into jobs; `devices` maps each target's name to its device."""
     made: list[Job] = []
     waiting: dict[tuple, list[Target]] = {}
+    experts: dict[tuple[str, str], list[Target]] = {}
     for target in plan.targets:
         device = devices[target.name]
+        if device.type == "cpu" and target.expert is not None and stackable(plan, target):
+            experts.setdefault((target.module, target.matrix), []).append(target)
+            continue
         if device.type == "cpu" or not stackable(plan, target):
             numbers = _numbers(target, plan) if device.type == "cpu" else None
             made.append(Job((target,), device, numbers))
@@ -58,6 +73,12 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
         if 4 * _stacked_numbers(target, plan) * (len(stack) + 1) > STACK_BYTES:
             made.append(Job(tuple(waiting.pop(alike)), device))
     made += [Job(tuple(stack), alike[-1]) for alike, stack in waiting.items()]
+    for alike in experts.values():
+        numbers = _numbers(alike[0], plan)
+        count = max(CACHED // _stacked_numbers(alike[0], plan), 1)
+        for start in range(0, len(alike), count):
+            stack = tuple(alike[start : start + count])
+            made.append(Job(stack, devices[stack[0].name], numbers * len(stack)))
     return made
 
 

@@ -48,8 +48,10 @@ class InitializedLayer:
     seconds: float
 
     def moved(self, device: torch.device | str) -> InitializedLayer:
-        """A copy with its tensors on `device`."""
+        """The layer with its tensors on `device`."""
         factors, replacement = self.factors, self.factors.replacement
+        if replacement is None and factors.lora_A.device == torch.device(device):
+            return self
         if replacement is not None:
             replacement = replace(
                 replacement,

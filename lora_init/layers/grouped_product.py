@@ -1,18 +1,18 @@
 """Products of groups of rows, each with its own matrix of a stack.
 
 The rows of a group are adjacent. Group e ends before row ``offsets[e]``, and the last group ends
-with the last row. A GPU's kernel computes all groups in one launch. Elsewhere each group is one
-product.
+with the last row. A GPU's kernel computes all groups in one launch. Elsewhere one product computes
+one group, or two small ones.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional
+
+from lora_init.layers.grouped_batches import batches, multiply
 
 ALIGNMENT = 16
 """Bytes. The kernel needs rows that begin at multiples of it."""
@@ -53,10 +53,10 @@ def has_kernel(rows: Tensor, stack: Tensor) -> bool:
     return hasattr(functional, "grouped_mm") and capability >= (8, 0)
 
 
-def groups(tensor: Tensor, offsets: Tensor) -> Sequence[Tensor]:
-    """The rows of each group."""
+def sizes(offsets: Int32[Tensor, " groups"]) -> list[int]:
+    """How many rows each group has."""
     stops = offsets.tolist()
-    return tensor.split([stop - start for start, stop in zip([0, *stops], stops, strict=False)])
+    return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 @torch.library.custom_op(
@@ -66,10 +66,9 @@ def groups(tensor: Tensor, offsets: Tensor) -> Sequence[Tensor]:
 )
 def _product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     output = rows.new_empty(len(rows), stack.shape[2])
-    parts = zip(groups(rows, offsets), groups(output, offsets), stack.unbind(), strict=True)
-    for part, into, matrix in parts:
-        if len(part):
-            torch.mm(part, matrix, out=into)
+    for batch in batches(sizes(offsets), rows.dtype):
+        into = batch.output(output)
+        batch.store(multiply(batch.view(rows), batch.members(stack), into), output)
     return output
 
 
@@ -80,7 +79,8 @@ def _product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
 )
 def _outer(rows: Tensor, others: Tensor, offsets: Tensor) -> Tensor:
     output = rows.new_empty(len(offsets), rows.shape[1], others.shape[1])
-    parts = zip(groups(rows, offsets), groups(others, offsets), output.unbind(), strict=True)
+    counts = sizes(offsets)
+    parts = zip(rows.split(counts), others.split(counts), output.unbind(), strict=True)
     for part, other, into in parts:
         torch.mm(part.T, other, out=into)  # zero for an empty group
     return output

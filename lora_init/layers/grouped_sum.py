@@ -11,12 +11,8 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from lora_init.layers.grouped_product import (
-    grouped_outer,
-    grouped_product,
-    groups,
-    has_kernel,
-)
+from lora_init.layers.grouped_batches import batches, multiply
+from lora_init.layers.grouped_product import grouped_outer, grouped_product, has_kernel, sizes
 
 
 def grouped_sum(
@@ -51,13 +47,17 @@ def _sum(
     """The sum, and s x A_e, which the backward pass reads."""
     output = rows.new_empty(len(rows), stack.shape[2])
     hidden = rows.new_empty(len(rows), lora_A.shape[2])
-    parts = (groups(tensor, offsets) for tensor in (rows, output, hidden))
-    matrices = (tensor.unbind() for tensor in (stack, lora_A, lora_B))
-    for x, into, inner, weight, A, B in zip(*parts, *matrices, strict=True):
-        if len(x):
-            torch.mm(x, A, out=inner).mul_(scaling)
-            torch.mm(x, weight, out=into).addmm_(inner, B)
-    return output, hidden
+    for batch in batches(sizes(offsets), rows.dtype):
+        x, A, B = batch.view(rows), batch.members(lora_A), batch.members(lora_B)
+        inner = multiply(x, A, batch.output(hidden))
+        total = multiply(x, batch.members(stack), batch.output(output))
+        if len(total) == 1:
+            total[0].addmm_(inner[0], B[0], alpha=scaling)
+        else:
+            total.baddbmm_(inner, B, alpha=scaling)
+        batch.store(inner, hidden)
+        batch.store(total, output)
+    return output, hidden.mul_(scaling)
 
 
 @_sum.register_fake

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_init.layers.grouped_product import grouped_product
 from lora_init.layers.grouped_sum import grouped_sum
 from lora_init.layers.low_rank_sum import wide_dtype
-from lora_init.layers.routing import Routing, combined, routing
+from lora_init.layers.routing import Routing, combined, routed_tokens, routing
 from lora_init.weights.experts import (
     DOWN,
     first_projection,
@@ -78,7 +78,8 @@ def routed_output(
         return _of_all_tokens(module, hidden, updates)
     routed = routing(top_k_index, len(getattr(module, DOWN)))
     weights = top_k_weights.masked_fill(top_k_index >= len(routed.offsets), 0)
-    states = _projected(module, first, hidden[routed.tokens], routed, updates.get(first))
+    rows = routed_tokens(routed, hidden)
+    states = _projected(module, first, rows, routed, updates.get(first))
     states = _projected(module, DOWN, activated(module, states), routed, updates.get(DOWN))
     if getattr(module, "has_post_expert_norm", False):
         norm: Any = module.post_expert_norm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -18,6 +18,7 @@ class Routing(NamedTuple):
         offsets: where the rows of each expert end.
         ends: the same, where the last expert also has the rows of pairs without an expert.
         order: the pair, in the router's order, of each row.
+        inverse: the row of each pair.
         top_k: pairs per token.
     """
 
@@ -26,7 +27,31 @@ class Routing(NamedTuple):
     offsets: Int32[Tensor, " experts"]
     ends: Int32[Tensor, " experts"]
     order: Int[Tensor, " positions"]
+    inverse: Int[Tensor, " positions"]
     top_k: int
+
+
+class _Gathered(torch.autograd.Function):
+    """rows[index], where the gradient is gathered too.
+
+    Each row is gathered `times` times. Row i is at ``inverse[i * times : (i + 1) * times]``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, times: int
+    ) -> Float[Tensor, "positions columns"]:
+        ctx.save_for_backward(inverse)
+        ctx.times = times
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+        (inverse,) = ctx.saved_tensors
+        by_row = gradient.index_select(0, inverse)
+        if ctx.times > 1:
+            by_row = by_row.view(-1, ctx.times, gradient.shape[1]).sum(1)
+        return by_row, None, None, None
 
 
 def routing(top_k_index: Int[Tensor, "tokens top_k"], count: int) -> Routing:
@@ -41,8 +66,18 @@ def routing(top_k_index: Int[Tensor, "tokens top_k"], count: int) -> Routing:
     numbers = torch.arange(count, device=experts.device, dtype=experts.dtype)
     offsets = torch.searchsorted(experts, numbers, right=True).int()
     ends = torch.cat([offsets[:-1], offsets.new_full((1,), len(order))])
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
     top_k = top_k_index.shape[-1]
-    return Routing(order // top_k, experts.clamp(max=count - 1), offsets, ends, order, top_k)
+    last = experts.clamp(max=count - 1)
+    return Routing(order // top_k, last, offsets, ends, order, inverse, top_k)
+
+
+def routed_tokens(
+    routed: Routing, hidden: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "positions hidden"]:
+    """The token of each row."""
+    return _Gathered.apply(hidden, routed.tokens, routed.inverse, routed.top_k)
 
 
 def combined(
@@ -53,7 +88,5 @@ def combined(
 ) -> Float[Tensor, "tokens out"]:
     """The sum of each token's outputs, times the weights of its pairs, in this dtype."""
     weighted = outputs * top_k_weights.reshape(-1)[routed.order].unsqueeze(-1)
-    inverse = torch.empty_like(routed.order)
-    inverse[routed.order] = torch.arange(len(inverse), device=inverse.device)
-    by_token = weighted[inverse].view(-1, routed.top_k, outputs.shape[-1])
-    return by_token.sum(1).to(dtype)
+    by_pair = _Gathered.apply(weighted, routed.inverse, routed.order, 1)
+    return by_pair.view(-1, routed.top_k, outputs.shape[-1]).sum(1).to(dtype)

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -56,6 +57,7 @@ def run(capsys):
     """Run the command; return its JSON, or its message on standard error if it fails."""
 
     def call(*words):
+        capsys.readouterr()  # what a library printed before
         code = main([str(word) for word in words])
         printed = capsys.readouterr()
         if code:
@@ -497,3 +499,14 @@ def test_plan_and_make_of_a_quantized_checkpoint_name_its_format(run, checkpoint
     expected = base(TOKENS).logits
     actual = PeftModel.from_pretrained(base, out)(TOKENS).logits
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)  # one layer is bfloat16
+
+
+def test_standard_output_has_json_only(run, checkpoint, monkeypatch):
+    read = AutoConfig.from_pretrained
+
+    def noisy(*args, **kwargs):
+        print("setting the accelerator")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", noisy)
+    assert run("plan", checkpoint, "-r", 2, "--no-time", "--json")["targets"]

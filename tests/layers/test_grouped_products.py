@@ -11,6 +11,13 @@ from lora_init.layers.grouped_sum import grouped_sum
 
 pytestmark = pytest.mark.sampled(3)
 
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"], autouse=True)
+def threads(request, monkeypatch):
+    """With two threads, groups are multiplied two by two."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
 OFFSETS = torch.tensor([2, 2, 6, 7], dtype=torch.int32)  # the second group is empty
 ROWS, GROUPS, INNER, OUT, RANK, SCALING = 7, 4, 5, 3, 2, 1.5
 
@@ -46,6 +53,26 @@ def test_each_group_has_its_own_matrix():
         matrix = W[group] + SCALING * A[group] @ B[group]
         torch.testing.assert_close(product[start:stop], x[start:stop] @ W[group])
         torch.testing.assert_close(total[start:stop], x[start:stop] @ matrix)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[3], [2, 2], [0, 5, 0], [9, 1, 4, 4, 2], [200, 3, 1, 150], [1, 0, 7]],
+    ids=str,
+)
+def test_groups_of_every_size(sizes):
+    offsets = torch.tensor(sizes).cumsum(0).int()
+    x, W = draws(sum(sizes), INNER), draws(len(sizes), INNER, OUT, seed=1)
+    A, B = draws(len(sizes), INNER, RANK, seed=2), draws(len(sizes), RANK, OUT, seed=3)
+    wanted = torch.cat(
+        [
+            rows @ (W[group] + SCALING * A[group] @ B[group])
+            for group, rows in enumerate(x.split(sizes))
+        ]
+    )
+    torch.testing.assert_close(grouped_sum(x, W, A, B, offsets, SCALING), wanted)
+    wanted = torch.cat([rows @ W[group] for group, rows in enumerate(x.split(sizes))])
+    torch.testing.assert_close(grouped_product(x, W, offsets), wanted)
 
 
 @pytest.mark.parametrize("function", [added, multiplied, outer])
