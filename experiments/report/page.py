@@ -134,7 +134,6 @@ def script_data(page: Page, output: Path | None) -> dict[str, Any]:
         "tables": {name: columns(table) for name, table in tables.items()},
         "filters": page.canvas.filters,
         "initial": page.canvas.initial,
-        "subsets": [",".join(map(str, subset)) for subset in page.summarizer.seed_subsets()],
         "folders": None if output is None else folders(page.runs, output),
         "colors": {method: mark.color for method, mark in page.canvas.marks.items()},
         "renderer": "canvas" if marks > CANVAS_ABOVE else "svg",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from .palette import BASELINE, ordered
 from .runs import Problem, read_predictions
 from .statistics import LEAST_SEEDS, Bootstrap, Interval, seed_interval
 
-MAX_SEEDS_FOR_ALL_SUBSETS = 4
 BOTH, SEEDS, NONE = "examples and seeds", "seeds alone", "no interval"
 
 
@@ -61,7 +59,7 @@ LARGEST = ("output_gap", "output_gap_kl")
 
 
 class Summarizer:
-    """Rows for any choice of seeds, all from the same bootstrap draws per task.
+    """Rows of every task, all from the same bootstrap draws per task.
 
     Args:
         runs: the table of runs.
@@ -93,25 +91,16 @@ class Summarizer:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(choice.task for choice in self.choices))
 
-    def rows(self, task: str, seeds: tuple[int, ...] | None = None) -> list[Row]:
+    def rows(self, task: str) -> list[Row]:
         """The rows of one task in the report's order: methods, then ranks, then names."""
         order = ordered({choice.method for choice in self.choices})
         chosen = [choice for choice in self.choices if choice.task == task]
         chosen.sort(key=lambda c: (order.index(c.method), c.rank, c.arm))
-        frames = {choice.arm: self.runs.loc[list(choice.runs)] for choice in chosen}
-        if seeds is not None:
-            frames = {arm: frame[frame["seed"].isin(seeds)] for arm, frame in frames.items()}
-        return [self._row(c, frames[c.arm]) for c in chosen if len(frames[c.arm])]
+        return [self._row(choice, self.runs.loc[list(choice.runs)]) for choice in chosen]
 
     def all_rows(self) -> list[Row]:
         """The rows of all tasks, one task after the other."""
         return [row for task in self.tasks for row in self.rows(task)]
-
-    def seed_subsets(self) -> list[tuple[int, ...]]:
-        """Every choice of a few seeds. Of many seeds, each one alone and all together."""
-        count = len(self.seeds)
-        sizes = range(1, count + 1) if count <= MAX_SEEDS_FOR_ALL_SUBSETS else {1, count}
-        return [subset for size in sizes for subset in combinations(self.seeds, size)]
 
     def answers(self, task: str) -> dict[tuple[str, int], np.ndarray]:
         """By arm and seed, whether each common example was answered correctly.

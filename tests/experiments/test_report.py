@@ -106,7 +106,7 @@ def test_page_is_headed_and_complete(html, report):
     assert "one learning rate: a demonstration, not a ranking" in html
     for method in SYNTHETIC:
         assert f'data-value="{method}"' in html
-    for chart in ("loss", "score", "difference", "factors", "power", "cost", "gradient", "layers"):
+    for chart in ("loss", "score", "difference", "factors", "power", "cost", "layers"):
         assert f'data-chart="{chart}"' in html
     for words in ("all-MiniLM-L6-v2", "rotten_tomatoes", "120 steps", "0.001", "2 threads",
                   "weights derived from 4-bit values", "2 seeds are few"):  # fmt: skip
@@ -137,7 +137,7 @@ def test_broken_runs_are_named(html, report):
 
 def test_pictures_and_tables_exist(report):
     folder = report.page.parent
-    for chart in ("loss", "score", "difference", "factors", "power", "cost", "gradient", "layers"):
+    for chart in ("loss", "score", "difference", "factors", "power", "cost", "layers"):
         assert (folder / f"{chart}.svg").read_text().startswith("<svg")
         assert (folder / f"{chart}.pdf").read_bytes().startswith(b"%PDF")
         png = (folder / f"{chart}.png").read_bytes()
@@ -213,7 +213,6 @@ def test_zero_and_missing_measurements_are_named(tmp_path):
     assert "No run recorded the first step's gradient norm." in report.warnings
     html = report.page.read_text()
     assert 'data-chart="cost"' not in html
-    assert 'data-chart="gradient"' not in html
     assert "seconds is exactly zero" in html
 
 
