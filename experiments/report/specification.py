@@ -1,15 +1,17 @@
-"""A chart as Vega-Lite JSON: one definition for the page and for files."""
+"""A chart as Vega-Lite JSON for the page, and as SVG, PDF and PNG."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
+import vl_convert
 
-from .canvas import GRID, INK, ON_PAGE, SOFT, records
+from .canvas import GRID, INK, ON_PAGE, SOFT, Canvas, Chart, records
 
 # Version 6.4 writes "undefined" for names in the tooltips of nearest-point selections.
 VEGA_LITE = "6.1"
@@ -21,6 +23,34 @@ FONT = "Inter, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 def page_specification(drawing: alt.LayerChart) -> dict:
     """For the page: as wide as its card, without title and data, which the page has."""
     return themed(drawing.properties(width="container"))
+
+
+def write_pictures(
+    chart: Chart, canvas: Canvas, tables: dict[str, pd.DataFrame], output: Path
+) -> list[str]:
+    """Write the files of a chart and of its choices (`layers`, `layers-update_size`, …).
+
+    Returns:
+        The names of the files without an ending.
+    """
+    title = chart.title + canvas.shown_first(chart)
+    cases = {chart.name: (title, {})}
+    if chart.choices:
+        shown = list(chart.choices.items())[: None if chart.all_drawn else 1]
+        cases = {
+            f"{chart.name}-{value}" if position else chart.name: (
+                f"{title}: {label}",
+                {chart.parameter: value},
+            )
+            for position, (value, label) in enumerate(shown)
+        }
+    for name, (heading, parameters) in cases.items():
+        specification = file_specification(chart.drawing, heading, tables, parameters)
+        svg = vl_convert.vegalite_to_svg(specification, vl_version=VEGA_LITE)
+        (output / f"{name}.svg").write_text(svg, encoding="utf-8")
+        (output / f"{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
+        (output / f"{name}.pdf").write_bytes(vl_convert.svg_to_pdf(svg))
+    return list(cases)
 
 
 def file_specification(

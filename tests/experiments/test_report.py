@@ -16,7 +16,7 @@ from synthetic_sweeps import EXAMPLES, STEPS, SYNTHETIC, no_charts, write_run, w
 from experiments.report import output
 from experiments.report.__main__ import main, make
 from experiments.report.quantities import SCORE
-from experiments.report.result_table import latex
+from experiments.report.table import latex
 
 ROOT = Path(__file__).resolve().parents[2]
 
