@@ -111,8 +111,6 @@ def make_report(sweep: Sweep, output: Path, progress: Callable[[str], None]) -> 
             *checks.setting_warnings(arms.differences(runs)),
             *checks.choice_warnings(runs, summarizer.choices),
             *checks.baseline_warnings(rows, only),
-            *checks.empty_columns(runs, gathered.layers, gathered.metrics),
-            *checks.equal_scores(runs),
         ],
         summarizer=summarizer,
         reused=gathered.reused,

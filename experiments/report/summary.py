@@ -23,14 +23,15 @@ class Row:
     Attributes:
         interval: what the score's interval covers: "examples and seeds", "seeds alone" or
             "no interval".
-        measures: all other measures by name. The output gap is the largest over seeds.
+        measures: the means of all other measures by name; NaN if no run has one. The output gap is
+            the largest over seeds.
     """
 
     choice: Choice
     seeds: tuple[int, ...]
     score: Interval
     interval: str
-    measures: dict[str, Interval]
+    measures: dict[str, float]
 
     @property
     def arm(self) -> str:
@@ -46,16 +47,13 @@ class Row:
 
     def get(self, name: str) -> float | None:
         """The mean of a measure; None if no run has it."""
-        value = self.measures[name].estimate
+        value = self.measures[name]
         return None if np.isnan(value) else value
 
 
 MEANS = (
-    "init_seconds", "calibration_seconds", "trainable_parameters", "peak_memory_bytes",
-    "first_step_gradient_norm", "relative_norm", "update_size", "forgetting",
-    "intruder_dimensions",
+    "init_seconds", "trainable_parameters", "first_step_gradient_norm", "update_size", "forgetting",
 )  # fmt: skip
-LARGEST = ("output_gap", "output_gap_kl")
 
 
 class Summarizer:
@@ -116,11 +114,11 @@ class Summarizer:
     def _row(self, choice: Choice, runs: pd.DataFrame) -> Row:
         mine = runs.sort_values("seed")
         score, kind = self._score(mine)
-        measures = {key: over_seeds(mine[key]) for key in MEANS}
-        measures |= {key: single(mine[key].max()) for key in LARGEST}
+        measures = {key: float(mine[key].mean()) for key in MEANS}
+        measures["output_gap"] = float(mine["output_gap"].max())
         computed = self.costs.get((choice.task, choice.arm))
         if computed is not None:
-            measures["init_seconds"] = single(computed)
+            measures["init_seconds"] = computed
         seeds = tuple(int(seed) for seed in mine["seed"])
         return Row(choice, seeds, score, kind, measures)
 
@@ -131,17 +129,6 @@ class Summarizer:
             return self.bootstraps[runs["task"].iloc[0]].score(rows), BOTH
         values = runs[self.quantity].to_numpy()
         return seed_interval(values), SEEDS if len(values) >= LEAST_SEEDS else NONE
-
-
-def over_seeds(values: pd.Series) -> Interval:
-    """The mean of the known values with its interval."""
-    known = values.dropna().to_numpy()
-    return seed_interval(known) if len(known) else single(np.nan)
-
-
-def single(value: float) -> Interval:
-    """A value without an interval."""
-    return Interval(float(value), np.nan, np.nan)
 
 
 def computed_costs(runs: pd.DataFrame) -> dict[tuple[str, str], float]:

@@ -116,7 +116,7 @@ def score_rows(summarizer: Summarizer) -> pd.DataFrame:
             "low": 100 * row.score.low,
             "high": 100 * row.score.high,
             "series": without_rank(row.arm),
-            "init_seconds": row.measures["init_seconds"].estimate,
+            "init_seconds": row.measures["init_seconds"],
         }
         for row in summarizer.all_rows()
     )

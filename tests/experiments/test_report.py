@@ -202,18 +202,18 @@ def test_damaged_predictions_are_named_and_leave_no_interval(tmp_path):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_zero_and_missing_measurements_are_named(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path / f"kaiming-{seed}", "kaiming", seed)
-        path = tmp_path / f"kaiming-{seed}" / "result.json"
-        result = json.loads(path.read_text())
-        path.write_text(json.dumps(result | {"init_seconds": 0, "first_step_gradient_norm": None}))
+def test_constant_and_missing_measurements_are_named(tmp_path):
+    for method in ("kaiming", "pissa"):
+        for seed in (0, 1):
+            write_run(tmp_path / f"{method}-{seed}", method, seed, blocks=1)
+            path = tmp_path / f"{method}-{seed}" / "result.json"
+            changes = {"init_seconds": 0, "first_step_gradient_norm": None}
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     report = make([tmp_path], tmp_path / "report")
-    assert any("seconds is exactly zero" in warning for warning in report.warnings)
-    assert "No run recorded the first step's gradient norm." in report.warnings
+    assert "first gradient" in report.headline[2].split("Not measured: ")[1]
     html = report.page.read_text()
     assert 'data-chart="cost"' not in html
-    assert "seconds is exactly zero" in html
+    assert "seconds of the start, pissa: every run has the same value." in html
 
 
 @pytest.mark.usefixtures("without_charts")
