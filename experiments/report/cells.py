@@ -101,21 +101,20 @@ MOST_WORDS = 25
 
 
 def short_sentences(lead: str, parts: Iterable[str]) -> str:
-    """A list as short sentences: later ones begin with "Also" and the lead. Empty without parts.
+    """A list as short sentences: later ones begin with "Also". Empty without parts.
 
     >>> short_sentences("Not measured", ["the score", "the loss"])
     'Not measured: the score and the loss.'
     >>> long = ["the " + "very " * 12 + name for name in ("low loss", "high loss")]
     >>> [len(sentence.split()) for sentence in short_sentences("Tied", long).split(". ")]
-    [16, 17]
+    [16, 16]
     """
     made: list[list[str]] = [[]]
     if not (parts := list(parts)):
         return ""
     for part in parts:
-        if made[-1] and len(f"also {lead} {listing([*made[-1], part])}".split()) > MOST_WORDS:
+        if made[-1] and len(f"{lead} {listing([*made[-1], part])}".split()) > MOST_WORDS:
             made.append([])
         made[-1].append(part)
     first, *others = (listing(some) for some in made)
-    again = f"Also {lead[0].lower()}{lead[1:]}"
-    return " ".join([f"{lead}: {first}.", *(f"{again}: {other}." for other in others)])
+    return " ".join([f"{lead}: {first}.", *(f"Also: {other}." for other in others)])

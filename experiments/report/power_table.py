@@ -9,6 +9,7 @@ from .power import POINTS, Power, size_text
 from .quantities import SCORE
 from .table import Table
 
+ROUNDING = 1e-9  # logarithms and shares whose deviation is smaller are equal
 POWER_HEADERS = (
     "quantity", "seeds", "half-width", "resolved from", "SD shared", "SD seeds", "SD examples",
     "SD rest",
@@ -45,9 +46,11 @@ def power_tables(powers: list[Power], metric: str) -> list[Table]:
 
 def deviation(variance: float, power: Power) -> str:
     """A standard deviation: in percent for a factor, else in the quantity's unit."""
-    if not variance > 0:
-        return "0" if variance == 0 else "—"
+    if math.isnan(variance):
+        return "—"
     value = math.sqrt(variance)
+    if value < ROUNDING:
+        return "0"
     if power.factor:
         return f"{100 * math.expm1(value):.2g} %"
     return f"{power.quantity.scale * value:.2g} {power.quantity.unit}".strip()
