@@ -161,9 +161,9 @@ def change(pairs: pd.DataFrame, bootstrap: tuple[dict[str, int], Bootstrap] | No
         interval = seed_interval(ours - theirs)
         if column == "score" and bootstrap is not None:
             index, draws = bootstrap
-            rows = [index.get(folder) for folder in pairs["folder"]]
-            others = [index.get(folder) for folder in pairs["folder_other"]]
-            if None not in rows + others:
+            rows = [index[folder] for folder in pairs["folder"] if folder in index]
+            others = [index[folder] for folder in pairs["folder_other"] if folder in index]
+            if len(rows) == len(others) == len(pairs):
                 interval = draws.difference(rows, others)
         figures[name] = Figure(float(ours.mean()), float(theirs.mean()), interval)
     first = pairs.iloc[0]

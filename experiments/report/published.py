@@ -85,9 +85,9 @@ def stored(verdicts: pd.DataFrame) -> list[Judgement]:
     made = []
     for row in verdicts.itertuples():
         quantity = quantities[row.quantity]
-        values = (float(value) / quantity.scale for value in (row.value, row.low, row.high))
+        value, low, high = (float(x) / quantity.scale for x in (row.value, row.low, row.high))
         made.append(Judgement(
-            quantity, row.task, row.arm, BASELINE, *values, np.nan, row.verdict, bool(row.factor),
-            EXAMPLES_TOO if quantity == SCORE else SEEDS_ALONE, quantity.margin,
+            quantity, row.task, row.arm, BASELINE, value, low, high, np.nan, row.verdict,
+            bool(row.factor), EXAMPLES_TOO if quantity == SCORE else SEEDS_ALONE, quantity.margin,
         ))  # fmt: skip
     return made

@@ -17,6 +17,7 @@ from .canvas import GRID, INK, ON_PAGE, SOFT, Canvas, Chart, records
 VEGA_LITE = "6.1"
 # Slanted labels extend a few pixels further to the right than Vega computes.
 PADDING = {"left": 6, "top": 6, "right": 14, "bottom": 6}
+FILE_WIDTH = 640
 FONT = "Inter, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 
@@ -34,8 +35,8 @@ def write_pictures(
         The names of the files without an ending.
     """
     title = chart.title + canvas.shown_first(chart)
-    cases = {chart.name: (title, {})}
-    if chart.choices:
+    cases: dict[str, tuple[str, dict[str, Any]]] = {chart.name: (title, {})}
+    if chart.parameter is not None:
         shown = list(chart.choices.items())[: None if chart.all_drawn else 1]
         cases = {
             f"{chart.name}-{value}" if position else chart.name: (
@@ -56,9 +57,8 @@ def write_pictures(
 def file_specification(
     drawing: alt.LayerChart,
     title: str,
-    tables: dict[str, pd.DataFrame] | None = None,
-    parameters: dict[str, Any] | None = None,
-    width: int = 640,
+    tables: dict[str, pd.DataFrame],
+    parameters: dict[str, Any],
 ) -> dict:
     """For a file: with a fixed width, a title and its data.
 
@@ -68,12 +68,12 @@ def file_specification(
     """
     heading = alt.TitleParams(title, anchor="start", offset=18, fontSize=16)
     # Validation takes half of the time, and the page has validated the same drawing.
-    specification = themed(drawing.properties(width=width, title=heading), validate=False)
+    specification = themed(drawing.properties(width=FILE_WIDTH, title=heading), validate=False)
     drop_hidden_layers(specification)
     for parameter in specification.get("params", []):
-        if parameter["name"] in (parameters or {}):
+        if parameter["name"] in parameters:
             parameter["value"] = parameters[parameter["name"]]
-    for name in used(specification) & (tables or {}).keys():
+    for name in used(specification) & tables.keys():
         specification.setdefault("datasets", {})[name] = records(tables[name])
     return specification
 

@@ -124,8 +124,8 @@ class Summarizer:
 
     def _score(self, runs: pd.DataFrame) -> tuple[Interval, str]:
         """By bootstrap if all predictions are available, else by Student's t."""
-        rows = [self.index.get(run) for run in runs["run_id"]]
-        if None not in rows:
+        rows = [self.index[run] for run in runs["run_id"] if run in self.index]
+        if len(rows) == len(runs):
             return self.bootstraps[runs["task"].iloc[0]].score(rows), BOTH
         values = runs[self.quantity].to_numpy()
         return seed_interval(values), SEEDS if len(values) >= LEAST_SEEDS else NONE

@@ -174,19 +174,26 @@ def step_curves(metrics: pd.DataFrame, chosen: pd.DataFrame, split: str, value: 
 
 
 def layer_values(layers: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-    """One row per layer of each chosen run. `layer_rank` may differ between layers, as in EVA."""
-    names = [*RUN, "layer", "shape", "layer_rank", "error", *LAYER]
+    """One row per layer of each chosen setting: means over seeds.
+
+    `layer_rank` may differ between layers, as in EVA.
+    """
+    keys, values = (
+        ["arm", "method", "rank", "task", "layer", "shape"],
+        ["layer_rank", "error", *LAYER],
+    )
     layers = layers[layers["run_id"].isin(chosen["run_id"])] if len(layers) else layers
     if layers.empty:
-        return pd.DataFrame(columns=names)
+        return pd.DataFrame(columns=[*keys, *values])
     layers = layers.rename(columns={"rank": "layer_rank"})
     layers = layers.drop(columns=["method", "seed"]).merge(chosen.reset_index(drop=True))
     known = list(dict.fromkeys(layers["name"]))
     short = dict(zip(known, short_names(known), strict=True))
-    layers = layers.reindex(columns=[*layers, *(n for n in names if n not in layers)])
     sides = layers.reindex(columns=["out_features", "in_features"])
     shape = [f"{rows:g} × {columns:g}" for rows, columns in sides.itertuples(index=False)]
-    return layers.assign(layer=layers["name"].map(short), shape=shape)[names]
+    layers = layers.assign(layer=layers["name"].map(short), shape=shape)
+    numbers = layers.reindex(columns=[*keys, *values]).astype(dict.fromkeys(values, float))
+    return numbers.groupby(keys, sort=False)[values].mean().reset_index()
 
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:

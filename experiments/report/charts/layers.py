@@ -46,12 +46,7 @@ def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerCh
     base = (
         canvas.table("layers")
         .transform_filter(ARM_CHOSEN)
-        .transform_calculate(chosen="datum[quantity]")
-        .transform_aggregate(
-            value="mean(chosen)", relative_norm="mean(relative_norm)", rank="mean(layer_rank)",
-            error="mean(error)", known="valid(chosen)",
-            groupby=["arm", "method", "layer", "shape"],
-        )
+        .transform_calculate(value="datum[quantity]")
         .encode(
             x=alt.X(
                 "arm:N", sort=canvas.arms, title=None,
@@ -69,7 +64,7 @@ def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerCh
                 METHOD,
                 ("layer:N", "layer"),
                 ("shape:N", "weight (out × in)"),
-                ("rank:Q", "rank", ".4g"),
+                ("layer_rank:Q", "rank", ".4g"),
                 ("value:Q", "chosen quantity", ".4g"),
                 ("relative_norm:Q", "‖sBA‖ / ‖W‖", ".4g"),
                 ("error:Q", "error", ".4g"),
@@ -86,11 +81,11 @@ def heat_map(canvas: Canvas, layers: pd.DataFrame, quantity: str) -> alt.LayerCh
         ),
     )  # fmt: skip
     known = (
-        base.transform_filter("datum.known > 0")
+        base.transform_filter("isValid(datum.value)")
         .mark_rect(stroke="white", strokeWidth=0.7)
         .encode(color=color)
     )
-    unknown = base.transform_filter("datum.known == 0").mark_rect(
+    unknown = base.transform_filter("!isValid(datum.value)").mark_rect(
         color="#eef0f3", stroke="white", strokeWidth=0.7
     )
     drawing = canvas.finish(alt.layer(unknown, known), tall)
