@@ -159,12 +159,8 @@ def interval_of(low: str, high: str, form: str = ".2f") -> list[tuple[str, ...]]
     return [(f"{low}:Q", "95 % from", form), (f"{high}:Q", "to", form)]
 
 
-def inline(frame: pd.DataFrame) -> alt.InlineData:
-    """Rows as JSON values inside a chart; NaN becomes null."""
-    return alt.InlineData(values=records(frame))
-
-
 def records(frame: pd.DataFrame) -> list[dict]:
+    """Rows as JSON values; NaN becomes null."""
     return json.loads(frame.to_json(orient="records", double_precision=10))
 
 

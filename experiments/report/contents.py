@@ -11,7 +11,7 @@ import pandas as pd
 from .canvas import Canvas, Chart
 from .comparison import Comparison
 from .matrix import Matrix
-from .matrix_table import verdicts
+from .matrix_table import verdict_table
 from .power import Power
 from .power_table import power_tables
 from .result_table import results
@@ -82,7 +82,7 @@ class Report:
 
     def tables(self, narrow: bool = False) -> list[Table]:
         """The verdicts, if anything is compared, and the results. `narrow`: for a terminal."""
-        compared = verdicts(self.rows, self.matrix, self.metric, brief=narrow)
+        compared = verdict_table(self.rows, self.matrix, self.metric, brief=narrow)
         return [
             *([compared] if compared else []),
             results(self.rows, self.metric, self.name if narrow else "Results", narrow),
@@ -90,6 +90,6 @@ class Report:
 
     def equal_tables(self) -> list[Table]:
         """The same at equal update size."""
-        compared = verdicts(self.equal_rows, self.equal_matrix, self.metric)
+        compared = verdict_table(self.equal_rows, self.equal_matrix, self.metric)
         found = results(self.equal_rows, self.metric, "At equal update size")
         return [*([compared] if compared else []), found]

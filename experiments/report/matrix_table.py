@@ -67,7 +67,9 @@ def mean_text(mean: float | None, quantity: Quantity) -> str:
     return f"{quantity.scale * mean:,.1f} {unit}"
 
 
-def verdicts(rows: list[Row], matrix: Matrix, metric: str, brief: bool = False) -> Table | None:
+def verdict_table(
+    rows: list[Row], matrix: Matrix, metric: str, brief: bool = False
+) -> Table | None:
     """The matrix as text; None if nothing is compared.
 
     Args:

@@ -152,7 +152,9 @@ def rate_curves(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "seeds"])
 
 
-def step_curves(metrics: pd.DataFrame, chosen: pd.DataFrame, split: str, value: str):
+def step_curves(
+    metrics: pd.DataFrame, chosen: pd.DataFrame, split: str, value: str
+) -> pd.DataFrame:
     """Mean, lowest and highest seed of a logged value by step, at the chosen settings.
 
     Of more than `POINTS` logged steps, a point averages the steps near it.
