@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from ..config.bounds import check_choice, check_integer, check_number
 from ..config.resolve import as_settings
-from ..errors import nearest
 from .strategies import METHODS
 
 SECTIONS = ("initialization", "calibration", "memory", "steps", "experts", "sharded")
@@ -33,8 +32,8 @@ class LlamaShape:
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "intermediate", "heads", "key_value_heads", "vocabulary"):
-            at_least(f"models.*.llama.{name}", getattr(self, name), 1)
-        one_of("models.*.llama.dtype", self.dtype, DTYPES)
+            check_integer(f"models.*.llama.{name}", getattr(self, name), 1)
+        check_choice("models.*.llama.dtype", self.dtype, DTYPES)
 
 
 @dataclass
@@ -70,18 +69,18 @@ class ModelSettings:
     peers: list[str] | None = None
 
     def __post_init__(self) -> None:
-        one_of("models.*.task", self.task, TASKS)
+        check_choice("models.*.task", self.task, TASKS)
         for name in ("batch_size", "rows", "batches"):
-            at_least(f"models.*.{name}", getattr(self, name), 1)
+            check_integer(f"models.*.{name}", getattr(self, name), 1)
         for name in ("tokens", "row_tokens"):
-            at_least(f"models.*.{name}", getattr(self, name), 2)
+            check_integer(f"models.*.{name}", getattr(self, name), 2)
         for rank in self.ranks:
-            at_least("models.*.ranks", rank, 1)
+            check_integer("models.*.ranks", rank, 1)
         if self.sample is not None:
-            at_least("models.*.sample", self.sample, 1)
+            check_integer("models.*.sample", self.sample, 1)
         for name in ("methods", "peers"):
             for method in getattr(self, name) or ():
-                one_of(f"models.*.{name}", method, METHODS)
+                check_choice(f"models.*.{name}", method, METHODS)
         if self.source is not None and self.llama is not None:
             raise ValueError(
                 "models.*.source and models.*.llama are not supported together: must be one of "
@@ -107,9 +106,9 @@ class SectionSettings:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            one_of("*.methods", method, METHODS)
-        at_least("*.rounds", self.rounds, 1)
-        at_least("*.budget", self.budget, 0)
+            check_choice("*.methods", method, METHODS)
+        check_integer("*.rounds", self.rounds, 1)
+        check_number("*.budget", self.budget, least=0)
 
 
 @dataclass
@@ -134,11 +133,11 @@ class ExpertsSettings(SectionSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for method in self.methods:
-            one_of("experts.methods", method, EXPERT_METHODS)
+            check_choice("experts.methods", method, EXPERT_METHODS)
         for name in ("layers", "hidden", "heads", "experts", "width", "top_k", "batch_size"):
-            at_least(f"experts.{name}", getattr(self, name), 1)
+            check_integer(f"experts.{name}", getattr(self, name), 1)
         for name in ("vocabulary", "tokens"):
-            at_least(f"experts.{name}", getattr(self, name), 2)
+            check_integer(f"experts.{name}", getattr(self, name), 2)
 
 
 @dataclass
@@ -158,9 +157,9 @@ class ShardedSettings(SectionSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for rank in self.ranks:
-            at_least("sharded.ranks", rank, 1)
+            check_integer("sharded.ranks", rank, 1)
         for name in ("layers", "width"):
-            at_least(f"sharded.{name}", getattr(self, name), 1)
+            check_integer(f"sharded.{name}", getattr(self, name), 1)
 
 
 @dataclass
@@ -193,15 +192,13 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         for section in self.sections:
-            one_of("sections", section, SECTIONS)
+            check_choice("sections", section, SECTIONS)
             for name in getattr(self, section).models:
                 self._check_model(section, name)
-        at_least("rank", self.rank, 1)
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha!r} is not supported: must be above 0.")
-        for name in ("threads", "seconds"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
+        check_integer("rank", self.rank, 1)
+        check_number("alpha", self.alpha, above=0)
+        check_integer("threads", self.threads, 1, null="torch's default")
+        check_number("seconds", self.seconds, least=1, null="no limit")
         try:
             torch.device(self.device)
         except RuntimeError as error:
@@ -211,7 +208,7 @@ class BenchmarkConfig:
             ) from error
 
     def _check_model(self, section: str, name: str) -> None:
-        one_of(f"{section}.models", name, tuple(self.models))
+        check_choice(f"{section}.models", name, tuple(self.models))
         model = self.models[name]
         if model.source is None and model.llama is None:
             raise ValueError(
@@ -223,19 +220,6 @@ class BenchmarkConfig:
                 f"{section}.models={name!r} is not supported: must be a model with a source, "
                 "because synthetic models have no tokenizer."
             )
-
-
-def one_of(setting: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        hint = nearest(str(value), allowed)
-        raise ValueError(
-            f"{setting}={value!r} is not supported: {hint}must be one of {', '.join(allowed)}."
-        )
-
-
-def at_least(setting: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{setting}={value!r} is not supported: must be {least} or more.")
 
 
 def register_schema() -> None:

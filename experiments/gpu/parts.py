@@ -35,13 +35,11 @@ class Part:
 
 PARTS = (
     Part("device", "device_facts", 40, "The device, its software, and its settings."),
-    Part("unit_costs", "unit_costs", 35, "Bandwidth, products and small decompositions."),
     Part("agreement", "agreement", 110, "The same adapters as on the CPU, and their unloading."),
     Part("methods", "methods", 125, "All methods on Llama-2-7B's shapes in bfloat16."),
     Part("training", "training_steps", 45, "Training steps compared with PEFT's, eager."),
     Part("calibration", "calibration_pass", 35, "Calibration compared with plain forward passes."),
     Part("simulation", "simulation", 30, "The simulated device of the tests against this one."),
-    Part("peft", "peft_starts", 35, "PEFT's own initialization of the same layers."),
     Part("compiled", "compiled_steps", 45, "The training steps under torch.compile."),
 )
 

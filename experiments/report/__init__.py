@@ -7,13 +7,15 @@ Imports go down this list only:
     mirror         the report in wandb
     output         everything into one folder
     page           the HTML page
-    pictures       a chart as SVG, PDF and PNG
+    contents       everything that a report shows
     gallery        which charts a report has; charts/ has the drawings
-    canvas         what all charts share; specification: a chart as JSON
+    specification  a chart as JSON, SVG, PDF and PNG
+    canvas         what all charts share
     views          the tables that the charts are drawn from; spectra; fronts
     headline       three sentences: what differs, what does not, what could not be seen
     caveats        what the intervals cover
-    result_table   the results for a terminal, in Markdown and in LaTeX; matrix_table: the verdicts
+    result_table   the results; matrix_table: the verdicts; power_table: what more seeds resolve
+    table          a table for a terminal, in Markdown and in LaTeX
     power          what a sweep resolves, and what more seeds and examples would
     matrix         every quantity of every arm compared with the baseline
     checks         warnings

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..config.location import qualified
-from .matrix_table import headers, matrix_rows
+from .contents import Report
 from .mirror import log_to_wandb
-from .output import Report, write_report
-from .result_table import terminal, terminal_table
+from .output import write_report
 from .sweeps import load_sweeps
 
 SHOWN = 20  # problems that the terminal lists
@@ -95,13 +94,11 @@ def show(report: Report, console: Console) -> None:
         console.print(f"[red]and[/red] {len(report.problems) - SHOWN} more; the page lists all")
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
-    console.print(terminal_table(report.rows, report.metric, report.name))
+    *compared, results = report.tables(narrow=True)
+    console.print(results.terminal())
     console.print("± is half of the 95 % interval; the page explains what it covers", style="dim")
-    if report.matrix.judgements:
-        texts = matrix_rows(report.rows, report.matrix, brief=True)
-        bold = [row.is_baseline for row in report.rows]
-        head = headers(report.matrix, report.metric)
-        console.print(terminal("Compared with the baseline", head, texts, bold, close=True))
+    for table in compared:
+        console.print(table.terminal(close=True))
         console.print(
             "?: not resolved; tie: equal within the margin that the page states", style="dim"
         )

@@ -22,7 +22,7 @@ from lora_init.files import write_atomically
 
 from .frames import layer_rows, metric_rows, run_row, runs_frame
 from .runs import Problem, read_run
-from .sweeps import Sweep, check_entry
+from .sweeps import Sweep, finished_folder
 
 FORMAT = "6"  # of the tables; tables of another format are read again from the runs
 TABLES = ("layers", "metrics", "runs")  # runs last: the other tables have every run that it lists
@@ -54,13 +54,13 @@ def gather(sweep: Sweep, cache: Path, progress: Callable[[str], None]) -> Gather
         if number % 100 == 0:
             progress(f"reading runs: {number:,} of {len(sweep.entries):,}")
         try:
-            check_entry(entry)
-            folder, stamp = str(entry.folder), stamp_of(entry.folder)
+            path = finished_folder(entry)
+            folder, stamp = str(path), stamp_of(path)
             hit = known.get(folder)
             if hit is not None and hit.stamp == stamp:
                 run_id, gaps, rows = hit.run_id, json.loads(hit.gaps), None
             else:
-                run, found = read_run(entry.folder)
+                run, found = read_run(path)
                 run_id, gaps = run.run_id, [[gap.run, gap.reason] for gap in found]
                 row = {**run_row(run), "stamp": stamp, "gaps": json.dumps(gaps)}
                 rows = {"runs": [row], "layers": [*layer_rows(run)], "metrics": [*metric_rows(run)]}
@@ -111,8 +111,8 @@ def join(
 
 def read_tables(cache: Path) -> dict[str, pd.DataFrame]:
     """The tables of the last report; empty ones if any is missing, damaged or of another format."""
-    empty = dict.fromkeys(TABLES, pd.DataFrame(columns=KEYS))
-    found = {}
+    empty = {name: pd.DataFrame(columns=KEYS) for name in TABLES}
+    found: dict[str, pd.DataFrame] = {}
     for name in TABLES:
         try:
             table = pq.read_table(cache / f"{name}.parquet")

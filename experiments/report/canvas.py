@@ -16,10 +16,7 @@ ARM_CHOSEN = (
     "indexof(methods, datum.method) >= 0 && indexof(ranks, datum.rank) >= 0 "
     "&& indexof(tasks, datum.task) >= 0"
 )
-OVER_TASKS = "indexof(methods, datum.method) >= 0 && indexof(ranks, datum.rank) >= 0"
-SEED_CHOSEN = f"{ARM_CHOSEN} && indexof(seeds, datum.seed) >= 0"
-RUN_CHOSEN = f"{SEED_CHOSEN} && (rates == 'all' || datum.best)"
-SUBSET_CHOSEN = f"{ARM_CHOSEN} && datum.seeds == join(seeds, ',')"
+RUN_CHOSEN = f"{ARM_CHOSEN} && (rates == 'all' || datum.best)"
 # The ends of an interval's bar. Without an interval both are the mean, because axes need values.
 # Tooltips show `low` and `high`, which are then missing.
 BAR = {
@@ -43,7 +40,7 @@ class Chart:
         wide: whether it uses both columns of a wide page.
         parameter, choices: a parameter of this chart, its values and their labels, which the page
             offers as a list. The first value is the initial one.
-        over: the filter that the drawing ignores because it shows all values: "ranks" or "tasks".
+        every_rank: whether the drawing shows all ranks, whatever the filter says.
         all_drawn: whether every choice is drawn as a file, or only the first.
     """
 
@@ -55,7 +52,7 @@ class Chart:
     wide: bool = False
     parameter: str | None = None
     choices: dict[str, str] = field(default_factory=dict)
-    over: str | None = None
+    every_rank: bool = False
     all_drawn: bool = True
 
 
@@ -77,9 +74,9 @@ class Canvas:
     def shown_first(self, chart: Chart) -> str:
         """The suffix of a file's title: the one rank and task of several that it shows."""
         parts = []
-        if chart.over != "ranks" and len(self.initial["ranks"]) < len(self.filters["ranks"]):
+        if not chart.every_rank and len(self.initial["ranks"]) < len(self.filters["ranks"]):
             parts.append(", ".join(f"rank {rank:g}" for rank in self.initial["ranks"]))
-        if chart.over != "tasks" and len(self.initial["tasks"]) < len(self.filters["tasks"]):
+        if len(self.initial["tasks"]) < len(self.filters["tasks"]):
             parts += self.initial["tasks"]
         return f" ({', '.join(parts)})" if parts else ""
 
@@ -162,12 +159,8 @@ def interval_of(low: str, high: str, form: str = ".2f") -> list[tuple[str, ...]]
     return [(f"{low}:Q", "95 % from", form), (f"{high}:Q", "to", form)]
 
 
-def inline(frame: pd.DataFrame) -> alt.InlineData:
-    """Rows as JSON values inside a chart; NaN becomes null."""
-    return alt.InlineData(values=records(frame))
-
-
 def records(frame: pd.DataFrame) -> list[dict]:
+    """Rows as JSON values; NaN becomes null."""
     return json.loads(frame.to_json(orient="records", double_precision=10))
 
 

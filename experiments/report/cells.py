@@ -73,24 +73,15 @@ def mantissa(value: float) -> str:
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
-def scientific(value: float | None) -> str:
-    if value is None:
+def number(value: float | None) -> str:
+    """Three significant digits, or an integer from a thousand on.
+
+    >>> [number(value) for value in (None, 0.0, 2.94e-6, 0.0444, 7.485, 444672.0)]
+    ['—', '0', '2.94e-06', '0.0444', '7.49', '444,672']
+    """
+    if value is None or math.isnan(value):
         return "—"
-    return "0" if value == 0 else f"{value:.1e}"
-
-
-def seconds(value: float | None) -> str:
-    if value is None:
-        return "—"
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
-
-
-def count(value: float | None) -> str:
-    return "—" if value is None else f"{value:,.0f}"
-
-
-def significant(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def plural(number: int, noun: str) -> str:
@@ -110,32 +101,20 @@ MOST_WORDS = 25
 
 
 def short_sentences(lead: str, parts: Iterable[str]) -> str:
-    """A list as short sentences: later ones begin with "Also" and the lead. Empty without parts.
+    """A list as short sentences: later ones begin with "Also". Empty without parts.
 
     >>> short_sentences("Not measured", ["the score", "the loss"])
     'Not measured: the score and the loss.'
     >>> long = ["the " + "very " * 12 + name for name in ("low loss", "high loss")]
     >>> [len(sentence.split()) for sentence in short_sentences("Tied", long).split(". ")]
-    [16, 17]
+    [16, 16]
     """
     made: list[list[str]] = [[]]
     if not (parts := list(parts)):
         return ""
     for part in parts:
-        if made[-1] and len(f"also {lead} {listing([*made[-1], part])}".split()) > MOST_WORDS:
+        if made[-1] and len(f"{lead} {listing([*made[-1], part])}".split()) > MOST_WORDS:
             made.append([])
         made[-1].append(part)
     first, *others = (listing(some) for some in made)
-    again = f"Also {lead[0].lower()}{lead[1:]}"
-    return " ".join([f"{lead}: {first}.", *(f"{again}: {other}." for other in others)])
-
-
-def markdown(
-    title: str, headers: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---"
-) -> str:
-    """A Markdown table under its title. `align` is the rule of all columns but the first."""
-    headers = list(headers)
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rules = ["---"] + [align] * (len(headers) - 1)
-    lines = [f"| {' | '.join(row)} |" for row in (headers, rules, *cells)]
-    return "\n".join([f"**{title}**", "", *lines]) + "\n"
+    return " ".join([f"{lead}: {first}.", *(f"Also: {other}." for other in others)])

@@ -18,16 +18,6 @@ from .summary import Row
 from .sweeps import Sweep
 from .validation import is_number, is_text
 
-MEASURED = {
-    "score": "the score",
-    "init_seconds": "the initialization's seconds",
-    "first_step_gradient_norm": "the first step's gradient norm",
-    "trainable_parameters": "the trainable parameters",
-    "captured_energy": "the captured energy",
-    "relative_norm": "‖sBA‖ / ‖W‖",
-    "output_gap": "the output gap at step 0",
-    "loss": "the loss",
-}
 CLEARLY_ABOVE_MAJORITY = 0.10
 VALUES, SETTINGS = 6, 8  # that one line lists
 
@@ -40,32 +30,6 @@ def setting_warnings(different: dict[str, list]) -> list[str]:
         more = f" and {len(values) - VALUES} more" if len(values) > VALUES else ""
         warnings.append(f"The runs differ in {key}: {', '.join(shown)}{more}")
     return warnings
-
-
-def empty_columns(*frames: pd.DataFrame) -> list[str]:
-    """Measured quantities that are missing or zero in every run: both look like bugs."""
-    warnings = []
-    for column, label in MEASURED.items():
-        if column == "score" and frames[0]["validation_score"].notna().any():
-            continue
-        frame = next((f for f in frames if column in f), None)
-        values = pd.Series(dtype=float) if frame is None else frame[column].dropna()
-        if values.empty:
-            warnings.append(f"No run recorded {label}.")
-        elif column != "score" and (pd.to_numeric(values) == 0).all():
-            warnings.append(f"In every run {label} is exactly zero: was it measured?")
-    return warnings
-
-
-def equal_scores(runs: pd.DataFrame) -> list[str]:
-    """Equal scores everywhere compare nothing. Most often the task is too hard or too easy."""
-    scores = runs["score"].dropna()
-    if len(scores) < 2 or scores.nunique() > 1:
-        return []
-    return [
-        f"Every run has the same score, {100 * scores.iloc[0]:.1f} %. It does not distinguish "
-        "methods or learning rates. Look at the losses, or train for longer."
-    ]
 
 
 def shared_seeds(runs: pd.DataFrame) -> list[Problem]:
@@ -86,7 +50,7 @@ def choice_warnings(runs: pd.DataFrame, choices: list[Choice]) -> list[str]:
             f"The protocol has not chosen a setting for {', '.join(missing)} yet. The comparison "
             "leaves this out."
         )
-    edges = [f"{c.arm} ({c.learning_rate:g})" for c in choices if c.at_edge]
+    edges = dict.fromkeys(f"{c.arm} ({c.learning_rate:g})" for c in choices if c.at_edge)
     if edges:
         warnings.append(
             "The chosen learning rate is the lowest or the highest that was tried, so the best may "
@@ -108,12 +72,11 @@ def choice_warnings(runs: pd.DataFrame, choices: list[Choice]) -> list[str]:
 
 
 def baseline_warnings(rows: list[Row], majority: float | None) -> list[str]:
-    """A comparison means little without a baseline, or with one that has learned nothing."""
-    baselines = [row for row in rows if row.is_baseline]
-    if not baselines:
-        return [f"No run of {BASELINE}: the comparison has no baseline."]
-    best = max(row.score.estimate for row in baselines)
-    if majority is not None and best < majority + CLEARLY_ABOVE_MAJORITY:
+    """A comparison with a baseline that has learned nothing means little."""
+    best = max((row.score.estimate for row in rows if row.is_baseline), default=None)
+    if majority is None or best is None:
+        return []
+    if best < majority + CLEARLY_ABOVE_MAJORITY:
         return [
             f"{BASELINE} scores {100 * best:.1f} %; always answering the majority class scores "
             f"{100 * majority:.1f} %. With so little learned, differences between methods mean "

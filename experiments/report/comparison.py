@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from .arms import without_rank
-from .cells import difference_text, mantissa, scientific, seconds
+from .cells import difference_text, mantissa, number
 from .runs import Problem
 from .statistics import Bootstrap, Interval, seed_interval
 from .summary import align_examples
+from .table import Table
 
 SETTING = ("model", "data", "method", "rank", "series", "learning_rate")
 FIGURES = {"score": "score", "init_seconds": "init s", "output_gap": "output gap"}
@@ -39,8 +40,7 @@ class Figure:
 
     @property
     def differs(self) -> bool:
-        known = not np.isnan(self.difference.low)
-        return known and not self.difference.contains_zero
+        return not np.isnan(self.difference.low) and not self.difference.contains_zero
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Change:
         return [
             self.arm, self.task, mantissa(self.learning_rate), str(self.seeds),
             "test" if self.tested else "validation", difference_text(score.difference),
-            f"{seconds(known(time.theirs))} → {seconds(known(time.ours))}",
-            f"{scientific(known(gap.theirs))} → {scientific(known(gap.ours))}",
+            f"{number(time.theirs)} → {number(time.ours)}",
+            f"{number(gap.theirs)} → {number(gap.ours)}",
             ", ".join(self.flagged),
         ]  # fmt: skip
 
@@ -89,6 +89,11 @@ class Comparison:
     changes: list[Change]
     alone: int
     other_alone: int
+
+    @property
+    def table(self) -> Table:
+        title = f"{self.name} against {self.other}"
+        return Table(title, HEADERS, [change.cells() for change in self.changes])
 
     def facts(self) -> list[tuple[str, str]]:
         """Labels with their values, for the head of the table."""
@@ -156,9 +161,9 @@ def change(pairs: pd.DataFrame, bootstrap: tuple[dict[str, int], Bootstrap] | No
         interval = seed_interval(ours - theirs)
         if column == "score" and bootstrap is not None:
             index, draws = bootstrap
-            rows = [index.get(folder) for folder in pairs["folder"]]
-            others = [index.get(folder) for folder in pairs["folder_other"]]
-            if None not in rows + others:
+            rows = [index[folder] for folder in pairs["folder"] if folder in index]
+            others = [index[folder] for folder in pairs["folder_other"] if folder in index]
+            if len(rows) == len(others) == len(pairs):
                 interval = draws.difference(rows, others)
         figures[name] = Figure(float(ours.mean()), float(theirs.mean()), interval)
     first = pairs.iloc[0]
@@ -166,10 +171,6 @@ def change(pairs: pd.DataFrame, bootstrap: tuple[dict[str, int], Bootstrap] | No
         first["task"], first["arm"], first["method"], first["learning_rate"], tested, len(pairs),
         figures,
     )  # fmt: skip
-
-
-def known(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 def commits(runs: pd.DataFrame) -> list[str]:

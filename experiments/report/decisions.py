@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import numpy as np
 
 from lora_init import list_initializers
 
-from .cells import judged_text, listing, mantissa, markdown, short_sentences
+from .cells import judged_text, listing, mantissa, short_sentences
 from .judgement import BETTER, NOT_RESOLVED, TIE, WORSE, Judgement
 from .palette import BASELINE
 from .published import PublishedSweep, read_page
 from .quantities import SCORE
 from .situations import SITUATIONS, Situation
+from .table import Table
 
 START, END = "<!-- which start: begin -->", "<!-- which start: end -->"
 HEADERS = ("you have", "begin with", "rate", "our sweep", "papers’ claims, measured again")
@@ -171,14 +173,19 @@ def page(sweep: PublishedSweep, verdicts: dict[str, list[dict[str, str]]]) -> st
         "Written by `python -m experiments.report.decisions`; do not edit.",
         "\n\n".join(sentences(sweep, decisions)),
         described + ' <a href="protocol.html">The whole report</a>. {doc}`evidence` has more.',
-        markdown("What to begin with", HEADERS, [one.cells() for one in decisions]),
+        words("What to begin with", HEADERS, [one.cells() for one in decisions]),
         "A resolved difference is “better” or “worse”. “Reproduced” speaks of our small models.",
-        markdown("The claims", CLAIM_HEADERS, claim_rows(decisions)),
-        markdown("The rate to begin with", ("start", "best rate", f"times {BASELINE}’s"), rates),
+        words("The claims", CLAIM_HEADERS, claim_rows(decisions)),
+        words("The rate to begin with", ("start", "best rate", f"times {BASELINE}’s"), rates),
         "## What the evidence does not say",
         "\n".join(f"- {line}" for line in silent(sweep, decisions)),
     ]
     return "\n\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def words(title: str, headers: Sequence[str], rows: list[list[str]]) -> str:
+    """A table of words in Markdown."""
+    return Table(title, headers, rows, align="---").markdown()
 
 
 def claim_rows(decisions: list[Decision]) -> list[list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from altair.utils.schemapi import debug_mode
 
 from .canvas import Canvas, Chart
-from .charts import fronts, layers, power, robustness, scores, spectra, start, training, verdicts
+from .charts import fronts, layers, power, robustness, scores, spectra, training, verdicts
 from .palette import marks, ordered
 from .summary import Summarizer
 from .views import Views
@@ -28,10 +28,9 @@ def draw(
             *verdicts.charts(canvas, views),
             *fronts.charts(canvas, views),
             *power.charts(canvas, views),
-            *robustness.charts(canvas, views, covers, diverged),
+            *robustness.charts(canvas, views, diverged),
             *scores.charts(canvas, views, {task: 100 * m for task, m in majority.items()}, covers),
             *training.charts(canvas, views),
-            *start.charts(canvas, views),
             *layers.charts(canvas, views),
             *spectra.charts(canvas, views),
         ]
@@ -48,7 +47,6 @@ def make_canvas(summarizer: Summarizer, views: Views, metric: str) -> Canvas:
     filters = {
         "methods": methods,
         "ranks": sorted(runs["rank"].unique().tolist()),
-        "seeds": sorted(runs["seed"].unique().tolist()),
         "tasks": sorted(runs["task"].unique()),
     }
     initial = dict(filters)

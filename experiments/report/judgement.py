@@ -134,13 +134,13 @@ def first_verdict(
         reason: why there is no verdict.
     """
     half = np.nan if reason else found.half_width
-    ends = (found.value, found.value - half, found.value + half)
-    inside = not reason and within(ends[1], ends[2], margin, factor)
+    value, low, high = found.value, found.value - half, found.value + half
+    inside = not reason and within(low, high, margin, factor)
     if factor:
         with np.errstate(over="ignore"):
-            ends = tuple(float(np.exp(end)) for end in ends)
+            value, low, high = (float(np.exp(end)) for end in (value, low, high))
     return Judgement(
-        *place, *ends, np.nan if reason else found.p, TIE if inside else NOT_RESOLVED,
+        *place, value, low, high, np.nan if reason else found.p, TIE if inside else NOT_RESOLVED,
         factor, covers, margin, reason,
     )  # fmt: skip
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..errors import ConfigurationError
 from ..run.tracking import LONGEST_NAME, shortened
-from .output import Report
-from .result_table import columns
+from .contents import Report
+from .result_table import results
 
 JOB_TYPE = "report"
 
@@ -42,11 +42,8 @@ def log_to_wandb(report: Report, project: str = "lora_init") -> Path:
     )
     failed = True
     try:
-        shown = columns(report.metric, report.rows)
-        table = wandb.Table(
-            columns=[column.header for column in shown],
-            data=[[column.show(row) for column in shown] for row in report.rows],
-        )
+        shown = results(report.rows, report.metric, report.name)
+        table = wandb.Table(columns=list(shown.headers), data=[list(row) for row in shown.rows])
         pictures = {
             f"charts/{name}": wandb.Image(str(path))
             for name, path in report.figures.items()

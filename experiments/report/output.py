@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from . import arms, checks, comparison, facts, matrix_table, peft_results
+from . import arms, checks, comparison, facts
 from .archive import gather
-from .cells import listing, markdown
+from .cells import listing
 from .choices import at_equal_update, choose, mark_best, with_kept_runs, without_repeats
+from .contents import Report
 from .gallery import draw
 from .headline import headline
 from .matrix import Matrix, make_matrix
-from .page import Page, render
-from .pictures import write_pictures
+from .page import render
+from .peft_results import load_peft_results, peft_table
 from .power import powers
 from .quantities import SCORE
-from .result_table import latex_results, latex_table, markdown_table
-from .runs import Problem
-from .summary import Row, Summarizer
+from .specification import write_pictures
+from .summary import Summarizer
 from .sweeps import Sweep
 from .views import make_views
-
-
-@dataclass(frozen=True)
-class Report:
-    """The files of a report, and what it found.
-
-    Attributes:
-        headline: what differs, what does not, and what could not be seen.
-        matrix: every quantity of every arm, compared with the baseline.
-        figures: by name, the path of each chart's PNG, and of the page under "page".
-        rows: the rows of the chosen settings, one task after the other.
-        reused: the number of unchanged runs, which were not read again.
-    """
-
-    page: Path
-    name: str
-    headline: tuple[str, str, str]
-    metric: str
-    rows: list[Row]
-    matrix: Matrix
-    problems: list[Problem]
-    warnings: list[str]
-    figures: dict[str, Path] = field(default_factory=dict)
-    comparison: comparison.Comparison | None = None
-    reused: int = 0
 
 
 def write_report(
@@ -72,14 +47,43 @@ def write_report(
     Raises:
         ValueError: no run is finished, so that there is nothing to report.
     """
+    report = make_report(sweep, output, progress)
+    if other is not None:
+        progress("comparing sweeps")
+        theirs = gather(other, output / "compared", progress)
+        if theirs.runs.empty:
+            raise ValueError(f"--compare: no finished run in '{other.name}'")
+        others = without_repeats(arms.with_arms(theirs.runs))
+        names = (sweep.name, other.name)
+        found = comparison.compare(report.runs, others, names, report.problems)
+        report = replace(report, comparison=found)
+    if peft is not None:
+        peers, unread = load_peft_results(peft)
+        report.problems.extend(unread)
+        report = replace(report, peft=peft_table(peers))
+    write_tables(report)
+    for chart in report.charts:
+        progress(f"chart: {chart.title}")
+        names = write_pictures(chart, report.canvas, report.views.tables, output)
+        report.figures.update({name: output / f"{name}.png" for name in names})
+    progress("page")
+    report.page.write_text(render(report, output), encoding="utf-8")
+    report.figures["page"] = report.page
+    if alone is not None:
+        alone.parent.mkdir(parents=True, exist_ok=True)
+        alone.write_text(render(report, None), encoding="utf-8")
+    return report
+
+
+def make_report(sweep: Sweep, output: Path, progress: Callable[[str], None]) -> Report:
+    """Read the runs of `sweep`, and compute everything that the report says about them."""
     gathered = gather(sweep, output, progress)
     if gathered.runs.empty:
         reasons = "".join(f"\n  {p.run}: {p.reason}" for p in gathered.problems)
         raise ValueError(f"no finished run in '{sweep.name}'{reasons}")
     progress("intervals")
     runs, summarizer, equal = choose_settings(sweep, gathered.runs)
-    choices, rows = summarizer.choices, summarizer.all_rows()
-    matrix = make_matrix(summarizer, gathered.metrics)
+    rows, matrix = summarizer.all_rows(), make_matrix(summarizer, gathered.metrics)
     found = powers(matrix, summarizer)
     tested = summarizer.quantity == "score"
     majority = majorities(runs) if tested else {}
@@ -87,27 +91,9 @@ def write_report(
     metric = listing(str(m).replace("_", " ") for m in runs["metric"].unique())
     metric = metric if tested else f"validation {metric}"
     views = make_views(runs, gathered.layers, gathered.metrics, summarizer, matrix, found)
-    problems = gathered.problems + summarizer.problems + checks.shared_seeds(runs)
-    compared, peers = None, []
-    if other is not None:
-        progress("comparing sweeps")
-        theirs = gather(other, output / "compared", progress)
-        if theirs.runs.empty:
-            raise ValueError(f"--compare: no finished run in '{other.name}'")
-        others = without_repeats(arms.with_arms(theirs.runs))
-        compared = comparison.compare(runs, others, (sweep.name, other.name), problems)
-    if peft is not None:
-        peers, unread = peft_results.load_peft_results(peft)
-        problems += unread
-    warnings = [
-        *checks.setting_warnings(arms.differences(runs)),
-        *checks.choice_warnings(runs, choices),
-        *checks.baseline_warnings(rows, only),
-        *checks.empty_columns(runs, gathered.layers, gathered.metrics),
-        *checks.equal_scores(runs),
-    ]
     charts, canvas = draw(summarizer, views, majority, metric, checks.diverged(sweep))
-    page = Page(
+    return Report(
+        folder=output,
         sweep=sweep,
         headline=headline(matrix, found, metric),
         metric=metric,
@@ -120,28 +106,15 @@ def write_report(
         charts=charts,
         canvas=canvas,
         views=views,
-        problems=problems,
-        warnings=warnings,
+        problems=gathered.problems + summarizer.problems + checks.shared_seeds(runs),
+        warnings=[
+            *checks.setting_warnings(arms.differences(runs)),
+            *checks.choice_warnings(runs, summarizer.choices),
+            *checks.baseline_warnings(rows, only),
+        ],
         summarizer=summarizer,
-        comparison=compared,
-        peft=peers,
+        reused=gathered.reused,
     )
-    write_tables(page, output)
-    figures = {}
-    for chart in charts:
-        progress(f"chart: {chart.title}")
-        names = write_pictures(chart, canvas, views.tables, output)
-        figures |= {name: output / f"{name}.png" for name in names}
-    progress("page")
-    path = output / "index.html"
-    path.write_text(render(page, output), encoding="utf-8")
-    if alone is not None:
-        alone.parent.mkdir(parents=True, exist_ok=True)
-        alone.write_text(render(page, None), encoding="utf-8")
-    return Report(
-        path, sweep.name, page.headline, metric, rows, matrix, problems, warnings,
-        {**figures, "page": path}, compared, gathered.reused,
-    )  # fmt: skip
 
 
 def choose_settings(
@@ -177,45 +150,38 @@ def only_matched(sweep: Sweep) -> set[str]:
     return matched - selected
 
 
-def write_tables(page: Page, output: Path) -> None:
+def write_tables(report: Report) -> None:
     """Write every table of the page as Markdown, and the results and the matrix as LaTeX too."""
-    notes = [f"{note} ({methods})" for note, methods in facts.notes(page.runs)]
-    notes += [f"left out: {p.run}: {p.reason}" for p in page.problems if p.fatal]
-    headers = matrix_table.headers(page.matrix, page.metric)
-    verdicts = matrix_table.matrix_rows(page.rows, page.matrix) if page.matrix.judgements else []
-    parts = ["".join(f"- {sentence}\n" for sentence in page.headline)]
-    if verdicts:
-        parts += [
-            markdown("Compared with the baseline", headers, verdicts),
-            f"{matrix_table.legend(page.matrix)}\n",
-        ]
-    parts.append(markdown_table(page.rows, page.metric, "Results"))
-    for title, head, cells in matrix_table.power_tables(page.powers, page.metric):
-        parts.append(markdown(title, head, cells, "---:"))
-    parts.append("".join(f"- {note}\n" for note in notes))
+    notes = [f"{note} ({methods})" for note, methods in facts.notes(report.runs)]
+    notes += [f"left out: {p.run}: {p.reason}" for p in report.problems if p.fatal]
+    shown = report.tables()
+    *compared, results = shown
+    results = replace(results, title=f"{report.name}. ±: half of the 95 % interval")
+    caption = " ".join(report.headline).rstrip(".")
+    parts = [
+        lines(report.headline),
+        *(table.markdown() for table in (*shown, *report.power_tables)),
+        lines(notes),
+    ]
     texts = {
         "table.md": "\n".join(filter(None, parts)),
         "table.tex": "\n".join([
             r"% needs \usepackage{booktabs}",
-            *(f"% {line}" for line in (*page.headline, *notes)),
-            *([latex_table(" ".join(page.headline).rstrip("."), headers, verdicts)]
-              if verdicts else []),
-            latex_results(page.rows, page.metric, page.sweep.name),
+            *(f"% {line}" for line in (*report.headline, *notes)),
+            *(replace(table, title=caption).latex() for table in compared),
+            results.latex(),
         ]),
     }  # fmt: skip
-    if page.equal_rows:
-        title = "At equal update size"
-        cells = matrix_table.matrix_rows(page.equal_rows, page.equal_matrix)
-        texts["equal_update.md"] = "\n".join([
-            markdown(title, matrix_table.headers(page.equal_matrix, page.metric), cells),
-            markdown_table(page.equal_rows, page.metric, title),
-        ])  # fmt: skip
-    if page.comparison is not None:
-        title = f"{page.comparison.name} against {page.comparison.other}"
-        cells = [change.cells() for change in page.comparison.changes]
-        texts["comparison.md"] = markdown(title, comparison.HEADERS, cells)
-    if page.peft:
-        cells = [row.cells() for row in page.peft]
-        texts["peft.md"] = markdown("PEFT's own results", peft_results.HEADERS, cells)
+    if report.equal_rows:
+        texts["equal_update.md"] = "\n".join(table.markdown() for table in report.equal_tables())
+    if report.comparison is not None:
+        texts["comparison.md"] = report.comparison.table.markdown()
+    if report.peft is not None:
+        texts["peft.md"] = report.peft.markdown()
     for name, text in texts.items():
-        (output / name).write_text(text, encoding="utf-8")
+        (report.folder / name).write_text(text, encoding="utf-8")
+
+
+def lines(texts: Iterable[str]) -> str:
+    """A list in Markdown."""
+    return "".join(f"- {text}\n" for text in texts)

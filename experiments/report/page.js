@@ -1,9 +1,9 @@
 "use strict";
-// One state, shown by chips, tables and every chart; the address keeps it (`#methods=…&seeds=…`).
+// One state, shown by chips, tables and every chart; the address keeps it (`#methods=…&ranks=…`).
 (() => {
   const report = JSON.parse(document.getElementById("report-data").textContent);
-  const KINDS = ["methods", "ranks", "seeds", "tasks"];
-  const COLUMN = { methods: "method", ranks: "rank", seeds: "seed", tasks: "task" };
+  const KINDS = ["methods", "ranks", "tasks"];
+  const COLUMN = { methods: "method", ranks: "rank", tasks: "task" };
   const SHOWN = 200; // rows of the list of runs at a time
   const all = report.filters;
   const state = { rates: "best" };
@@ -82,8 +82,6 @@
     }
     document.getElementById("rates")?.setAttribute("aria-pressed", String(state.rates === "all"));
     document.getElementById("reset").disabled = KINDS.every(initially) && state.rates === "best";
-    document.getElementById("subset-hint").hidden =
-      report.subsets.includes(chosen("seeds").join(","));
     listRuns();
     views.forEach(update);
   }

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cells import count, mantissa
+from .cells import mantissa, number
 from .runs import Problem, read_json
+from .table import Table
 
 SCORE = "test accuracy"
 HEADERS = (
@@ -51,9 +52,14 @@ class PeftRow:
         rate = "—" if self.learning_rate is None else mantissa(self.learning_rate)
         return [
             self.experiment, self.task, self.model, self.adapter, self.init or "—",
-            count(self.rank), rate, count(self.steps), count(self.trainable),
+            number(self.rank), rate, number(self.steps), number(self.trainable),
             f"{100 * self.score:.1f}", self.version or "—",
         ]  # fmt: skip
+
+
+def peft_table(rows: list[PeftRow]) -> Table:
+    """The rows as text."""
+    return Table("PEFT's own results", HEADERS, [row.cells() for row in rows])
 
 
 def load_peft_results(path: Path) -> tuple[list[PeftRow], list[Problem]]:

@@ -143,21 +143,12 @@ def with_examples(pooled: Estimate, difference: np.ndarray) -> Estimate:
     """
     seeds, examples = difference.shape
     over_examples, rest = example_parts(difference)
-    return widened(pooled, over_examples / examples, examples - 1, rest / (seeds * examples))
-
-
-def widened(pooled: Estimate, by_example: float, freedom: float, both: float = 0.0) -> Estimate:
-    """An estimate over seeds with the variance of its mean over examples added.
-
-    Args:
-        by_example: that variance, with `freedom` degrees of freedom.
-        both: the part of it that the variance over seeds has already.
-    """
-    by_seed = pooled.error**2
-    total = max(by_seed + by_example - both, by_seed, by_example)
+    by_seed, by_example = pooled.error**2, over_examples / examples
+    # The variance over seeds has the part of a single seed and example already.
+    total = max(by_seed + by_example - rest / (seeds * examples), by_seed, by_example)
     if not total > 0:
         return Estimate(pooled.value, float(np.sqrt(total)), pooled.freedom)
-    spread = by_seed**2 / pooled.freedom + by_example**2 / freedom
+    spread = by_seed**2 / pooled.freedom + by_example**2 / (examples - 1)
     return Estimate(pooled.value, float(np.sqrt(total)), float(total**2 / spread))
 
 

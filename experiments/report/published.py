@@ -1,8 +1,6 @@
 """What a report's page holds: the runs and the verdicts of a published sweep, read back.
 
-A page keeps the figures of its runs, but not their predictions. A page of an earlier version has
-no verdicts. They are then computed from its runs; the choice of the examples is covered by the
-widths of its intervals for single seeds, which is on the safe side.
+A page keeps the figures of its runs and the verdicts on them, but not the predictions.
 """
 
 from __future__ import annotations
@@ -17,14 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .judgement import EXAMPLES_TOO, SEEDS_ALONE, Judgement, corrected, first_verdict, judge
+from .judgement import EXAMPLES_TOO, SEEDS_ALONE, Judgement
 from .palette import BASELINE
-from .pooled import Layout, widened
 from .quantities import QUANTITIES, SCORE
 
 DATA = re.compile(r'<script type="application/json" id="report-data">(.*?)</script>', re.DOTALL)
 FACT = re.compile(r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", re.DOTALL)
-NORMAL = 1.959964  # t(0.975) with many degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,16 @@ def read_page(path: Path) -> PublishedSweep:
     """Read a page back.
 
     Raises:
-        ValueError: the file is not a page of the report, or has several tasks.
+        ValueError: the file is not a page of the report, has no verdicts, or has several tasks.
     """
     text = path.read_text(encoding="utf-8")
     found = DATA.search(text)
     if found is None:
         raise ValueError(f"page={path} is not supported: must be a page of experiments.report")
     tables = json.loads(found[1])["tables"]
-    runs, rows = as_frame(tables["runs"]), as_frame(tables["rows"])
+    if not tables.get("verdicts"):
+        raise ValueError(f"page={path} is not supported: must have verdicts. Draw it again.")
+    runs = as_frame(tables["runs"])
     if runs["task"].nunique() > 1:
         raise ValueError(f"page={path} is not supported: must have one task")
     chosen = runs[runs["best"].astype(bool) & runs["score"].notna()]
@@ -69,9 +67,7 @@ def read_page(path: Path) -> PublishedSweep:
     tried = runs.groupby("arm")["learning_rate"].agg(["min", "max"])
     edge = {arm for arm, rate in rates.items() if rate in tuple(tried.loc[arm])}
     facts = {label: html.unescape(value).strip() for label, value in FACT.findall(text)}
-    verdicts = tables.get("verdicts")
-    judgements = stored(as_frame(verdicts)) if verdicts else judged(chosen, rows)
-    return PublishedSweep(facts, rates, edge, judgements)
+    return PublishedSweep(facts, rates, edge, stored(as_frame(tables["verdicts"])))
 
 
 def as_frame(table: dict[str, Any]) -> pd.DataFrame:
@@ -89,48 +85,9 @@ def stored(verdicts: pd.DataFrame) -> list[Judgement]:
     made = []
     for row in verdicts.itertuples():
         quantity = quantities[row.quantity]
-        values = (float(value) / quantity.scale for value in (row.value, row.low, row.high))
+        value, low, high = (float(x) / quantity.scale for x in (row.value, row.low, row.high))
         made.append(Judgement(
-            quantity, row.task, row.arm, BASELINE, *values, np.nan, row.verdict, bool(row.factor),
-            EXAMPLES_TOO if quantity == SCORE else SEEDS_ALONE, quantity.margin,
+            quantity, row.task, row.arm, BASELINE, value, low, high, np.nan, row.verdict,
+            bool(row.factor), EXAMPLES_TOO if quantity == SCORE else SEEDS_ALONE, quantity.margin,
         ))  # fmt: skip
-    return made
-
-
-def judged(chosen: pd.DataFrame, rows: pd.DataFrame) -> list[Judgement]:
-    """Every quantity of the page, over seeds; the score over examples too."""
-    baselines = {arm: BASELINE for arm in chosen["arm"].unique() if arm != BASELINE}
-    arms, seeds = chosen["arm"].tolist(), chosen["seed"].tolist()
-    made = []
-    for quantity in QUANTITIES:
-        if quantity.name not in chosen:
-            continue
-        values = chosen[quantity.name].to_numpy(dtype=float)
-        if quantity == SCORE:
-            found = scores(arms, seeds, values / 100, rows, baselines)
-        else:
-            found = judge(arms, seeds, values, quantity, baselines)
-        made += corrected(found)
-    return made
-
-
-def scores(
-    arms: list[str],
-    seeds: list[int],
-    values: np.ndarray,
-    rows: pd.DataFrame,
-    baselines: dict[str, str],
-) -> list[Judgement]:
-    """The score's differences, widened by the variance between examples of single seeds."""
-    alone = rows[~rows["seeds"].astype(str).str.contains(",")]
-    if "difference_low" not in alone:
-        raise ValueError("the page has no intervals of single seeds: draw it from its runs")
-    spread = (alone["difference_high"] - alone["difference_low"]) / (2 * NORMAL * 100)
-    by_example = (spread**2).groupby(alone["arm"]).mean()
-    layout = Layout(arms, seeds, values)
-    made = []
-    for arm, baseline in baselines.items():
-        found = widened(layout.difference(arm, baseline), float(by_example[arm]), np.inf)
-        place = (SCORE, "", arm, baseline)
-        made.append(first_verdict(place, found, False, EXAMPLES_TOO, SCORE.margin, ""))
     return made

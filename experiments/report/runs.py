@@ -54,6 +54,8 @@ class Run:
 
 def failure_text(folder: Path | None) -> str:
     """What the run wrote into `failed.json`; empty if it wrote nothing readable."""
+    if folder is None:
+        return ""
     try:
         failure = read_json(folder / "failed.json")
         reason = failure.get("reason")

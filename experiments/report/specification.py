@@ -1,20 +1,23 @@
-"""A chart as Vega-Lite JSON: one definition for the page and for files."""
+"""A chart as Vega-Lite JSON for the page, and as SVG, PDF and PNG."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
+import vl_convert
 
-from .canvas import GRID, INK, ON_PAGE, SOFT, records
+from .canvas import GRID, INK, ON_PAGE, SOFT, Canvas, Chart, records
 
 # Version 6.4 writes "undefined" for names in the tooltips of nearest-point selections.
 VEGA_LITE = "6.1"
 # Slanted labels extend a few pixels further to the right than Vega computes.
 PADDING = {"left": 6, "top": 6, "right": 14, "bottom": 6}
+FILE_WIDTH = 640
 FONT = "Inter, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 
 
@@ -23,12 +26,39 @@ def page_specification(drawing: alt.LayerChart) -> dict:
     return themed(drawing.properties(width="container"))
 
 
+def write_pictures(
+    chart: Chart, canvas: Canvas, tables: dict[str, pd.DataFrame], output: Path
+) -> list[str]:
+    """Write the files of a chart and of its choices (`layers`, `layers-update_size`, …).
+
+    Returns:
+        The names of the files without an ending.
+    """
+    title = chart.title + canvas.shown_first(chart)
+    cases: dict[str, tuple[str, dict[str, Any]]] = {chart.name: (title, {})}
+    if chart.parameter is not None:
+        shown = list(chart.choices.items())[: None if chart.all_drawn else 1]
+        cases = {
+            f"{chart.name}-{value}" if position else chart.name: (
+                f"{title}: {label}",
+                {chart.parameter: value},
+            )
+            for position, (value, label) in enumerate(shown)
+        }
+    for name, (heading, parameters) in cases.items():
+        specification = file_specification(chart.drawing, heading, tables, parameters)
+        svg = vl_convert.vegalite_to_svg(specification, vl_version=VEGA_LITE)
+        (output / f"{name}.svg").write_text(svg, encoding="utf-8")
+        (output / f"{name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=2))
+        (output / f"{name}.pdf").write_bytes(vl_convert.svg_to_pdf(svg))
+    return list(cases)
+
+
 def file_specification(
     drawing: alt.LayerChart,
     title: str,
-    tables: dict[str, pd.DataFrame] | None = None,
-    parameters: dict[str, Any] | None = None,
-    width: int = 640,
+    tables: dict[str, pd.DataFrame],
+    parameters: dict[str, Any],
 ) -> dict:
     """For a file: with a fixed width, a title and its data.
 
@@ -38,12 +68,12 @@ def file_specification(
     """
     heading = alt.TitleParams(title, anchor="start", offset=18, fontSize=16)
     # Validation takes half of the time, and the page has validated the same drawing.
-    specification = themed(drawing.properties(width=width, title=heading), validate=False)
+    specification = themed(drawing.properties(width=FILE_WIDTH, title=heading), validate=False)
     drop_hidden_layers(specification)
     for parameter in specification.get("params", []):
-        if parameter["name"] in (parameters or {}):
+        if parameter["name"] in parameters:
             parameter["value"] = parameters[parameter["name"]]
-    for name in used(specification) & (tables or {}).keys():
+    for name in used(specification) & tables.keys():
         specification.setdefault("datasets", {})[name] = records(tables[name])
     return specification
 

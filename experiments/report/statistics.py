@@ -108,31 +108,6 @@ def quantile(count: int) -> float:
     return float(student.ppf(0.5 + LEVEL / 2, count - 1))
 
 
-def interquartile_mean(scores: list[np.ndarray], draws: int = 2000, seed: int = 0) -> Interval:
-    """Mean of the middle half of all scores, with a stratified bootstrap interval.
-
-    Agarwal et al. 2021 (Deep Reinforcement Learning at the Edge of the Statistical Precipice,
-    arXiv 2108.13264) pool the scores of all tasks and seeds, and cut off the lowest and the highest
-    quarter. The interval resamples seeds within each task.
-
-    Args:
-        scores: per task an array of the scores of its seeds.
-    """
-    generator = np.random.default_rng(seed)
-    resampled = [s[generator.integers(0, len(s), (draws, len(s)))] for s in scores]
-    return _interval(
-        _middle_mean(np.concatenate(scores)[None])[0],
-        _middle_mean(np.concatenate(resampled, axis=1)),
-    )
-
-
-def _middle_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis without the lowest and the highest quarter (rounded down)."""
-    cut = values.shape[-1] // 4
-    ordered = np.sort(values, axis=-1)
-    return ordered[..., cut : values.shape[-1] - cut].mean(axis=-1)
-
-
 def _resample_examples(
     correct: np.ndarray, draws: int, generator: np.random.Generator
 ) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from .palette import BASELINE, ordered
 from .runs import Problem, read_predictions
 from .statistics import LEAST_SEEDS, Bootstrap, Interval, seed_interval
 
-MAX_SEEDS_FOR_ALL_SUBSETS = 4
 BOTH, SEEDS, NONE = "examples and seeds", "seeds alone", "no interval"
 
 
@@ -25,14 +23,15 @@ class Row:
     Attributes:
         interval: what the score's interval covers: "examples and seeds", "seeds alone" or
             "no interval".
-        measures: all other measures by name. The output gap is the largest over seeds.
+        measures: the means of all other measures by name; NaN if no run has one. The output gap is
+            the largest over seeds.
     """
 
     choice: Choice
     seeds: tuple[int, ...]
     score: Interval
     interval: str
-    measures: dict[str, Interval]
+    measures: dict[str, float]
 
     @property
     def arm(self) -> str:
@@ -48,20 +47,17 @@ class Row:
 
     def get(self, name: str) -> float | None:
         """The mean of a measure; None if no run has it."""
-        value = self.measures[name].estimate
+        value = self.measures[name]
         return None if np.isnan(value) else value
 
 
 MEANS = (
-    "init_seconds", "calibration_seconds", "trainable_parameters", "peak_memory_bytes",
-    "first_step_gradient_norm", "relative_norm", "update_size", "forgetting",
-    "intruder_dimensions",
+    "init_seconds", "trainable_parameters", "first_step_gradient_norm", "update_size", "forgetting",
 )  # fmt: skip
-LARGEST = ("output_gap", "output_gap_kl")
 
 
 class Summarizer:
-    """Rows for any choice of seeds, all from the same bootstrap draws per task.
+    """Rows of every task, all from the same bootstrap draws per task.
 
     Args:
         runs: the table of runs.
@@ -93,25 +89,16 @@ class Summarizer:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(choice.task for choice in self.choices))
 
-    def rows(self, task: str, seeds: tuple[int, ...] | None = None) -> list[Row]:
+    def rows(self, task: str) -> list[Row]:
         """The rows of one task in the report's order: methods, then ranks, then names."""
         order = ordered({choice.method for choice in self.choices})
         chosen = [choice for choice in self.choices if choice.task == task]
         chosen.sort(key=lambda c: (order.index(c.method), c.rank, c.arm))
-        frames = {choice.arm: self.runs.loc[list(choice.runs)] for choice in chosen}
-        if seeds is not None:
-            frames = {arm: frame[frame["seed"].isin(seeds)] for arm, frame in frames.items()}
-        return [self._row(c, frames[c.arm]) for c in chosen if len(frames[c.arm])]
+        return [self._row(choice, self.runs.loc[list(choice.runs)]) for choice in chosen]
 
     def all_rows(self) -> list[Row]:
         """The rows of all tasks, one task after the other."""
         return [row for task in self.tasks for row in self.rows(task)]
-
-    def seed_subsets(self) -> list[tuple[int, ...]]:
-        """Every choice of a few seeds. Of many seeds, each one alone and all together."""
-        count = len(self.seeds)
-        sizes = range(1, count + 1) if count <= MAX_SEEDS_FOR_ALL_SUBSETS else {1, count}
-        return [subset for size in sizes for subset in combinations(self.seeds, size)]
 
     def answers(self, task: str) -> dict[tuple[str, int], np.ndarray]:
         """By arm and seed, whether each common example was answered correctly.
@@ -127,32 +114,21 @@ class Summarizer:
     def _row(self, choice: Choice, runs: pd.DataFrame) -> Row:
         mine = runs.sort_values("seed")
         score, kind = self._score(mine)
-        measures = {key: over_seeds(mine[key]) for key in MEANS}
-        measures |= {key: single(mine[key].max()) for key in LARGEST}
+        measures = {key: float(mine[key].mean()) for key in MEANS}
+        measures["output_gap"] = float(mine["output_gap"].max())
         computed = self.costs.get((choice.task, choice.arm))
         if computed is not None:
-            measures["init_seconds"] = single(computed)
+            measures["init_seconds"] = computed
         seeds = tuple(int(seed) for seed in mine["seed"])
         return Row(choice, seeds, score, kind, measures)
 
     def _score(self, runs: pd.DataFrame) -> tuple[Interval, str]:
         """By bootstrap if all predictions are available, else by Student's t."""
-        rows = [self.index.get(run) for run in runs["run_id"]]
-        if None not in rows:
+        rows = [self.index[run] for run in runs["run_id"] if run in self.index]
+        if len(rows) == len(runs):
             return self.bootstraps[runs["task"].iloc[0]].score(rows), BOTH
         values = runs[self.quantity].to_numpy()
         return seed_interval(values), SEEDS if len(values) >= LEAST_SEEDS else NONE
-
-
-def over_seeds(values: pd.Series) -> Interval:
-    """The mean of the known values with its interval."""
-    known = values.dropna().to_numpy()
-    return seed_interval(known) if len(known) else single(np.nan)
-
-
-def single(value: float) -> Interval:
-    """A value without an interval."""
-    return Interval(float(value), np.nan, np.nan)
 
 
 def computed_costs(runs: pd.DataFrame) -> dict[tuple[str, str], float]:

@@ -153,7 +153,8 @@ def locate(path: str, sweep_folder: Path) -> Path:
     return next(finished, None) or next(existing, None) or candidates[0]
 
 
-def check_entry(entry: Entry) -> None:
-    """Raise with the sweep's reason if it did not finish this run."""
+def finished_folder(entry: Entry) -> Path:
+    """The run's folder. Raise with the sweep's reason if it did not finish this run."""
     if entry.status != "finished" or entry.folder is None:
         raise ValueError(f"the sweep marked it '{entry.status}'{failure_text(entry.folder)}")
+    return entry.folder

@@ -7,7 +7,7 @@ lacks a required value is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..config.bounds import MOST, SEEDS
@@ -21,9 +21,9 @@ NUMBERS = (
     "trainable_parameters", "total_parameters", "steps", "learning_rate", "rank", "wall_seconds",
 )  # fmt: skip
 GROUPS = ("output_gap", "start", "end", "environment", "config", "init")
-NESTED = ("output_gap", "gradient_norms")
-"""Objects within a group. No table shows them."""
-ROW_TEXTS = ("name", "module_type", "base", "split")
+MEASURES = ("output_gap", "start", "end")
+"""Groups of numbers."""
+ROW_TEXTS = ("name", "module_type", "base", "split", "forgetting_kind")
 LARGEST = 1e30
 """Sums and squares of such numbers are finite."""
 
@@ -49,6 +49,22 @@ def clean_result(result: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
     Raises:
         ValueError: a required value is missing or wrong.
     """
+    check_required(result)
+    cleaned = dict(result)
+    for key, default in TEXTS.items():
+        cleaned[key] = kept(result, key, is_text, "a name", gaps) or default
+    for key in NUMBERS:
+        cleaned[key] = kept(result, key, is_number, "a number that a table can hold", gaps)
+    for key in GROUPS:
+        cleaned[key] = kept(result, key, is_object, "an object", gaps) or {}
+    for key in MEASURES:
+        cleaned[key] = clean_row(cleaned[key], gaps, f"{key}.")
+    cleaned["notes"] = kept(result, "notes", is_list, "a list", gaps) or []
+    return cleaned
+
+
+def check_required(result: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a value without which there is no run is missing or wrong."""
     status = result.get("status", "finished")
     if status != "finished":
         raise ValueError(f"its result.json says '{shown(status)}'")
@@ -67,89 +83,65 @@ def clean_result(result: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
         if value is not None and not is_number(value):
             why = ": the run diverged" if type(value) is float else ", not a number"
             raise ValueError(f"its {key} is {shown(value)}{why}")
-    cleaned = dict(result)
-    for key, default in TEXTS.items():
-        if not is_text(cleaned.get(key)):
-            if cleaned.get(key) is not None:
-                gaps.add(key, cleaned[key], "a name")
-            cleaned[key] = default
-    for key in NUMBERS:
-        keep_number(cleaned, key, gaps)
-    for key in GROUPS:
-        cleaned[key] = group(cleaned, key, gaps)
-    for key in ("output_gap", "start", "end"):
-        for name in list(cleaned[key]):
-            if name in NESTED:
-                cleaned[key][name] = group(cleaned[key], name, gaps)
-            elif name != "forgetting_kind":
-                keep_number(cleaned[key], name, gaps, f"{key}.{name}")
-            elif not is_text(cleaned[key][name]):
-                gaps.add(f"{key}.{name}", cleaned[key].pop(name), "a name")
-    if not isinstance(cleaned.get("notes"), list):
-        if cleaned.get("notes") is not None:
-            gaps.add("notes", cleaned["notes"], "a list")
-        cleaned["notes"] = []
-    return cleaned
 
 
 def clean_layers(content: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
     """`init.json` or `end.json` with its named layers and their numbers."""
-    layers = content.get("layers")
-    if layers is None:
-        return {**content, "layers": []}
-    if not isinstance(layers, list):
-        gaps.add("layers", layers, "a list")
-        return {**content, "layers": []}
-    kept = []
-    for layer in layers:
+    layers = []
+    for layer in kept(content, "layers", is_list, "a list", gaps) or []:
         if isinstance(layer, dict) and is_text(layer.get("name")):
             details = layer.get("details")
-            kept.append(clean_row(layer, gaps) | {
-                "details": details if isinstance(details, dict) else {}
-            })  # fmt: skip
+            details = details if isinstance(details, dict) else {}
+            layers.append({**clean_row(layer, gaps), "details": details})
         else:
             gaps.add("a layer", layer, "an object with a name")
-    return {**content, "layers": kept}
+    return {**content, "layers": layers}
 
 
 def clean_metrics(rows: Iterable[Any], gaps: Gaps) -> list[dict[str, Any]]:
     """The rows with a step and a split, and their numbers."""
-    kept = []
+    cleaned = []
     for row in rows:
         step = row.get("step") if isinstance(row, dict) else None
         if type(step) is int and 0 <= step < 2**53 and is_text(row.get("split")):
-            kept.append(clean_row(row, gaps))
+            cleaned.append(clean_row(row, gaps))
         else:
             gaps.add("a row", row, "an object with a step and a split")
-    return kept
+    return cleaned
 
 
-def clean_row(row: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
-    """The row with names in `ROW_TEXTS` and numbers elsewhere, so that columns have one type."""
-    kept: dict[str, Any] = {}
+def clean_row(row: dict[str, Any], gaps: Gaps, group: str = "") -> dict[str, Any]:
+    """The row with names in `ROW_TEXTS` and numbers elsewhere, so that columns have one type.
+
+    Lists and objects are left out: no table shows them.
+    """
+    cleaned: dict[str, Any] = {}
     for key, value in row.items():
         good = is_text(value) if key in ROW_TEXTS else is_number(value)
         if good or value is None:
-            kept[key] = value
+            cleaned[key] = value
         elif not isinstance(value, list | dict):
-            gaps.add(key, value, "a name" if key in ROW_TEXTS else "a number")
-    return kept
+            gaps.add(f"{group}{key}", value, "a name" if key in ROW_TEXTS else "a number")
+    return cleaned
 
 
-def keep_number(values: dict[str, Any], key: str, gaps: Gaps, name: str | None = None) -> None:
+def kept(
+    values: dict[str, Any], key: str, good: Callable[[object], bool], must_be: str, gaps: Gaps
+) -> Any:
+    """The value; None if it is missing or wrong, which `gaps` then names."""
     value = values.get(key)
-    if value is not None and not is_number(value):
-        gaps.add(name or key, value, "a number that a table can hold")
-        values[key] = None
+    if value is None or good(value):
+        return value
+    gaps.add(key, value, must_be)
+    return None
 
 
-def group(values: dict[str, Any], key: str, gaps: Gaps) -> dict[str, Any]:
-    found = values.get(key)
-    if isinstance(found, dict):
-        return dict(found)
-    if found is not None:
-        gaps.add(key, found, "an object")
-    return {}
+def is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
 def is_text(value: object) -> bool:

@@ -12,13 +12,12 @@ import numpy as np
 import pandas as pd
 
 from .arms import without_rank
-from .choices import Choice
 from .frames import END, short_names
 from .fronts import fronts
 from .matrix import Matrix
 from .power import Power, curve
 from .spectra import spectra
-from .statistics import interquartile_mean
+from .statistics import seed_interval
 from .summary import Summarizer
 
 RUN = ("run_id", "arm", "method", "seed", "rank", "task")
@@ -30,8 +29,14 @@ LAYER = (
     "captured_energy", "relative_norm", "update_size", "intruder_dimensions", "angle_A", "angle_B",
 )  # fmt: skip
 DIGITS = 5
-POINTS, FEWER_POINTS = 120, 60
-MANY_RUNS = 60
+LOGGED = {
+    "loss": ("train", "loss"),
+    "validation": ("validation", "loss"),
+    "gradients": ("train", "grad_norm"),
+    "update": ("update", "update_size"),
+}
+"""By chart, the split and the column of the logged rows that it shows."""
+POINTS = 100  # of a curve
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,10 @@ class Views:
     Attributes:
         curve: the quantity of the robustness curve: "score" or "validation_score".
         forgetting: the kind of forgetting that the runs measured.
-        smoothing: width of the window over which losses are averaged, in logged steps.
     """
 
     tables: dict[str, pd.DataFrame]
     curve: str
-    smoothing: int
     forgetting: str
 
 
@@ -65,24 +68,25 @@ def make_views(
         layers, metrics: of every run.
     """
     chosen = summarizer.runs[list(RUN)].assign(rank=summarizer.runs["rank"].fillna(0))
-    training, window = smoothed_training(metrics, chosen)
     learned = curve_quantity(runs)
     kind = "; ".join(runs["forgetting_kind"].dropna().unique())
     arms = list(dict.fromkeys(row.arm for row in summarizer.all_rows()))
+    all_points = points(runs, summarizer.quantity, learned)
     tables = {
-        "runs": points(runs, summarizer.quantity, learned),
+        "runs": all_points,
         "rows": score_rows(summarizer),
-        "training": training,
-        "validation": held_out(metrics, chosen),
-        "updates": updates(metrics, chosen),
+        "robustness": rate_curves(all_points),
+        **{
+            name: step_curves(metrics, chosen, split, value)
+            for name, (split, value) in LOGGED.items()
+        },
         "layers": layer_values(layers, chosen),
-        "tasks": task_means(summarizer),
         "verdicts": verdicts(matrix, chosen),
         "power": pd.concat([curve(power) for power in powers]) if powers else pd.DataFrame(),
-        "fronts": fronts(points(runs, summarizer.quantity, learned)),
+        "fronts": fronts(all_points),
         "spectra": spectra(summarizer.runs, arms, summarizer.problems),
     }
-    return Views({name: rounded(frame) for name, frame in tables.items()}, learned, window, kind)
+    return Views({name: rounded(frame) for name, frame in tables.items()}, learned, kind)
 
 
 def curve_quantity(runs: pd.DataFrame) -> str:
@@ -99,24 +103,22 @@ def points(runs: pd.DataFrame, quantity: str, curve: str) -> pd.DataFrame:
 
 
 def score_rows(summarizer: Summarizer) -> pd.DataFrame:
-    """The rows of every choice of seeds that the page offers, with scores in percent."""
+    """One row per arm at its chosen setting, with scores in percent."""
     return pd.DataFrame(
         {
             "arm": row.arm,
             "method": row.method,
             "rank": 0.0 if np.isnan(row.choice.rank) else row.choice.rank,
-            "task": task,
+            "task": row.choice.task,
             "learning_rate": row.choice.learning_rate,
-            "seeds": ",".join(map(str, subset)),
+            "seeds": ",".join(map(str, row.seeds)),
             "score": 100 * row.score.estimate,
             "low": 100 * row.score.low,
             "high": 100 * row.score.high,
             "series": without_rank(row.arm),
-            "init_seconds": row.measures["init_seconds"].estimate,
+            "init_seconds": row.measures["init_seconds"],
         }
-        for task in summarizer.tasks
-        for subset in summarizer.seed_subsets()
-        for row in summarizer.rows(task, subset)
+        for row in summarizer.all_rows()
     )
 
 
@@ -139,97 +141,61 @@ def verdicts(matrix: Matrix, chosen: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def smoothed_training(metrics: pd.DataFrame, chosen: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Each run's training losses and gradient norms, averaged over a window and thinned.
-
-    The window is centered and a twentieth of the logged steps wide (odd, at least 1). It shrinks
-    at both ends, so that the first and the last point are not shifted.
-
-    Returns:
-        The rows, and the window's width in logged rows.
-    """
-    training = of_split(metrics, chosen, "train", ["loss", "grad_norm"])
-    if training.empty:
-        return training, 1
-    training = training.sort_values(["run_id", "step"], ignore_index=True)
-    by_run = training.groupby("run_id", sort=False)
-    logged = int(by_run["step"].size().median())
-    window = max(1, logged // 20) | 1
-    for column in ("loss", "grad_norm"):
-        smooth = by_run[column].rolling(window, center=True, min_periods=1).mean()
-        training[column] = smooth.to_numpy()
-    count = POINTS if by_run.ngroups <= MANY_RUNS else FEWER_POINTS
-    # The same grid of steps for all seeds, so that they can be averaged.
-    spacing = training["step"].diff().where(training["run_id"].eq(training["run_id"].shift()))
-    grid = max(1, int(spacing.median() if spacing.notna().any() else 1)) * -(-logged // count)
-    kept = (training["step"] - by_run["step"].transform("min")) % grid == 0
-    return training[kept], window
+def rate_curves(points: pd.DataFrame) -> pd.DataFrame:
+    """The mean over seeds at each learning rate, with Student's t interval from three seeds on."""
+    known = points[points["curve"].notna()]
+    keys = ["arm", "method", "rank", "task", "learning_rate", "best"]
+    rows = []
+    for key, values in known.groupby(keys, sort=False)["curve"]:
+        mean = seed_interval(values.to_numpy())
+        rows.append((*key, mean.estimate, mean.low, mean.high, len(values)))
+    return pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "seeds"])
 
 
-def held_out(metrics: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-    """Validation losses; empty for fewer than two steps."""
-    rows = of_split(metrics, chosen, "validation", ["loss"])
-    return rows if rows["step"].nunique() > 1 else rows.iloc[:0]
-
-
-def updates(metrics: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-    """‖ΔW‖ / ‖W‖ over all adapted layers at the measured steps."""
-    return of_split(metrics, chosen, "update", ["update_size"])
-
-
-def of_split(
-    metrics: pd.DataFrame, chosen: pd.DataFrame, split: str, values: list[str]
+def step_curves(
+    metrics: pd.DataFrame, chosen: pd.DataFrame, split: str, value: str
 ) -> pd.DataFrame:
-    """The rows of one split that have the first of `values`, with the columns of `chosen`."""
-    columns = [*chosen.columns, "step", *values]
-    if metrics.empty or values[0] not in metrics:
+    """Mean, lowest and highest seed of a logged value by step, at the chosen settings.
+
+    Of more than `POINTS` logged steps, a point averages the steps near it.
+    """
+    keys = ["arm", "method", "rank", "task"]
+    columns = [*keys, "step", "mean", "lowest", "highest", "seeds"]
+    if metrics.empty or value not in metrics:
         return pd.DataFrame(columns=columns)
-    rows = metrics[(metrics["split"] == split) & metrics[values[0]].notna()]
-    rows = rows.reindex(columns=["run_id", "step", *values])
-    return rows.merge(chosen.reset_index(drop=True), on="run_id")[columns]
+    rows = metrics[(metrics["split"] == split) & metrics[value].notna()]
+    rows = rows[["run_id", "step", value]].merge(chosen.reset_index(drop=True), on="run_id")
+    if rows.empty:
+        return pd.DataFrame(columns=columns)
+    steps, place = np.unique(rows["step"], return_inverse=True)
+    width = -(-len(steps) // POINTS)
+    middle = np.minimum(place // width * width + width // 2, len(steps) - 1)
+    by_run = rows.assign(step=steps[middle]).groupby(["run_id", *keys, "step"])[value].mean()
+    over_seeds = by_run.groupby([*keys, "step"]).agg(["mean", "min", "max", "count"])
+    return over_seeds.reset_index().set_axis(columns, axis=1)
 
 
 def layer_values(layers: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-    """One row per layer of each chosen run. `layer_rank` may differ between layers, as in EVA."""
-    names = [*RUN, "layer", "shape", "layer_rank", "error", *LAYER]
+    """One row per layer of each chosen setting: means over seeds.
+
+    `layer_rank` may differ between layers, as in EVA.
+    """
+    keys, values = (
+        ["arm", "method", "rank", "task", "layer", "shape"],
+        ["layer_rank", "error", *LAYER],
+    )
     layers = layers[layers["run_id"].isin(chosen["run_id"])] if len(layers) else layers
     if layers.empty:
-        return pd.DataFrame(columns=names)
+        return pd.DataFrame(columns=[*keys, *values])
     layers = layers.rename(columns={"rank": "layer_rank"})
     layers = layers.drop(columns=["method", "seed"]).merge(chosen.reset_index(drop=True))
     known = list(dict.fromkeys(layers["name"]))
     short = dict(zip(known, short_names(known), strict=True))
-    layers = layers.reindex(columns=[*layers, *(n for n in names if n not in layers)])
     sides = layers.reindex(columns=["out_features", "in_features"])
     shape = [f"{rows:g} × {columns:g}" for rows, columns in sides.itertuples(index=False)]
-    return layers.assign(layer=layers["name"].map(short), shape=shape)[names]
-
-
-def task_means(summarizer: Summarizer) -> pd.DataFrame:
-    """Interquartile mean over tasks and seeds, for arms that all of several tasks have."""
-    tasks = summarizer.tasks
-    by_arm: dict[str, dict[str, Choice]] = {}
-    for choice in summarizer.choices:
-        by_arm.setdefault(choice.arm, {})[choice.task] = choice
-    rows = []
-    for arm, by_task in by_arm.items():
-        if len(tasks) < 2 or len(by_task) < len(tasks):
-            continue
-        scores = [
-            summarizer.runs.loc[list(by_task[task].runs), summarizer.quantity].to_numpy()
-            for task in tasks
-        ]
-        mean = interquartile_mean(scores)
-        choice = by_task[tasks[0]]
-        rows.append(
-            {
-                "arm": arm, "method": choice.method, "score": 100 * mean.estimate,
-                "rank": 0.0 if np.isnan(choice.rank) else choice.rank,
-                "low": 100 * mean.low, "high": 100 * mean.high, "tasks": len(tasks),
-                "runs": sum(map(len, scores)),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    layers = layers.assign(layer=layers["name"].map(short), shape=shape)
+    numbers = layers.reindex(columns=[*keys, *values]).astype(dict.fromkeys(values, float))
+    return numbers.groupby(keys, sort=False)[values].mean().reset_index()
 
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:

@@ -82,10 +82,10 @@ def test_a_part_runs_in_a_process_without_optional_packages(tmp_path, monkeypatc
 
 
 def test_a_part_that_takes_too_long_is_killed_and_the_next_one_runs(tmp_path):
-    killed = run_in_process(selected(["unit_costs"])[0], tmp_path, small=True, seconds=0.2)
+    killed = run_in_process(selected(["methods"])[0], tmp_path, small=True, seconds=0.2)
     assert killed.status == "killed"
     assert "0 s" in killed.message
-    assert Record.read("unit_costs", tmp_path / "unit_costs.json").status == "killed"
+    assert Record.read("methods", tmp_path / "methods.json").status == "killed"
 
 
 def finished(status="done", wrong=()):

@@ -16,7 +16,7 @@ from synthetic_sweeps import EXAMPLES, STEPS, SYNTHETIC, no_charts, write_run, w
 from experiments.report import output
 from experiments.report.__main__ import main, make
 from experiments.report.quantities import SCORE
-from experiments.report.result_table import latex
+from experiments.report.table import latex
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,7 +106,7 @@ def test_page_is_headed_and_complete(html, report):
     assert "one learning rate: a demonstration, not a ranking" in html
     for method in SYNTHETIC:
         assert f'data-value="{method}"' in html
-    for chart in ("loss", "score", "difference", "factors", "power", "cost", "gradient", "layers"):
+    for chart in ("loss", "score", "difference", "factors", "power", "cost", "layers"):
         assert f'data-chart="{chart}"' in html
     for words in ("all-MiniLM-L6-v2", "rotten_tomatoes", "120 steps", "0.001", "2 threads",
                   "weights derived from 4-bit values", "2 seeds are few"):  # fmt: skip
@@ -137,7 +137,7 @@ def test_broken_runs_are_named(html, report):
 
 def test_pictures_and_tables_exist(report):
     folder = report.page.parent
-    for chart in ("loss", "score", "difference", "factors", "power", "cost", "gradient", "layers"):
+    for chart in ("loss", "score", "difference", "factors", "power", "cost", "layers"):
         assert (folder / f"{chart}.svg").read_text().startswith("<svg")
         assert (folder / f"{chart}.pdf").read_bytes().startswith(b"%PDF")
         png = (folder / f"{chart}.png").read_bytes()
@@ -202,19 +202,18 @@ def test_damaged_predictions_are_named_and_leave_no_interval(tmp_path):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_zero_and_missing_measurements_are_named(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path / f"kaiming-{seed}", "kaiming", seed)
-        path = tmp_path / f"kaiming-{seed}" / "result.json"
-        result = json.loads(path.read_text())
-        path.write_text(json.dumps(result | {"init_seconds": 0, "first_step_gradient_norm": None}))
+def test_constant_and_missing_measurements_are_named(tmp_path):
+    for method in ("kaiming", "pissa"):
+        for seed in (0, 1):
+            write_run(tmp_path / f"{method}-{seed}", method, seed, blocks=1)
+            path = tmp_path / f"{method}-{seed}" / "result.json"
+            changes = {"init_seconds": 0, "first_step_gradient_norm": None}
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     report = make([tmp_path], tmp_path / "report")
-    assert any("seconds is exactly zero" in warning for warning in report.warnings)
-    assert "No run recorded the first step's gradient norm." in report.warnings
+    assert "first gradient" in report.headline[2].split("Not measured: ")[1]
     html = report.page.read_text()
     assert 'data-chart="cost"' not in html
-    assert 'data-chart="gradient"' not in html
-    assert "seconds is exactly zero" in html
+    assert "seconds of the start, pissa: every run has the same value." in html
 
 
 @pytest.mark.usefixtures("without_charts")

@@ -55,18 +55,17 @@ def test_the_robustness_curve_is_the_mean_with_students_interval(tmp_path, monke
 
 
 def test_the_title_of_a_file_names_its_rank_and_task(tmp_path, monkeypatch):
-    only({"score", "rank", "tasks"}, monkeypatch)
+    only({"score", "rank"}, monkeypatch)
     sweep = write_grid(tmp_path, methods=("kaiming", "pissa"), rates=[1e-3], ranks=(8, 32),
                        seeds=(0,), tasks=("r8", "rotten_tomatoes"), blocks=1)  # fmt: skip
     make([sweep], sweep / "report")
     titles = {
         name: re.search(r"Title text '([^']*)'", (sweep / "report" / f"{name}.svg").read_text())[1]
-        for name in ("score", "rank", "tasks")
+        for name in ("score", "rank")
     }
     assert titles == {
         "score": "Accuracy at the chosen setting (rank 8, r8)",
         "rank": "Accuracy against rank (r8)",
-        "tasks": "Interquartile mean over 2 tasks (rank 8)",
     }
 
 

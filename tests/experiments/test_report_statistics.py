@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.report.statistics import Bootstrap, interquartile_mean, seed_interval
+from experiments.report.statistics import Bootstrap, seed_interval
 
 
 def binomial(generator, probability, runs, examples):
@@ -90,27 +90,3 @@ def test_the_interval_over_seeds_is_students():
     generator = np.random.default_rng(8)
     found = [seed_interval(generator.normal(0.7, 0.02, 3)) for _ in range(2000)]
     assert 0.935 <= np.mean([i.low <= 0.7 <= i.high for i in found]) <= 0.965
-
-
-def test_the_interquartile_mean_cuts_a_quarter_at_each_end():
-    """Eight scores of two tasks: the middle four; an outlier within a quarter changes nothing."""
-    tasks = [np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.5, 0.6, 0.7, 0.8])]
-    assert interquartile_mean(tasks).estimate == pytest.approx((0.3 + 0.4 + 0.5 + 0.6) / 4)
-    tasks[0][0] = -9.0
-    assert interquartile_mean(tasks).estimate == pytest.approx(0.45)
-
-
-def test_the_interquartile_mean_is_resampled_within_tasks():
-    """Constant scores within each task: nothing varies. Drawn over tasks, it would."""
-    interval = interquartile_mean([np.full(3, 0.2), np.full(3, 0.4), np.full(3, 0.9)])
-    assert interval.low == interval.high == pytest.approx(interval.estimate)
-    tasks = [np.array([0.2, 0.3, 0.25]), np.array([0.6, 0.8, 0.7])]
-    found = interquartile_mean(tasks)
-    generator = np.random.default_rng(3)
-    draws = []
-    for _ in range(4000):  # the same in a plain loop
-        pooled = sorted(np.concatenate([generator.choice(task, 3) for task in tasks]))
-        draws.append(np.mean(pooled[1:5]))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    assert found.low == pytest.approx(low, abs=0.01)
-    assert found.high == pytest.approx(high, abs=0.01)

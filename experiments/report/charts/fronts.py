@@ -20,8 +20,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
     return [Chart(
         "forgetting", "Learning against forgetting",
         f"{line}Ring: no other point of any method at this rank learns more and forgets less. "
-        "Means over all seeds; the filter of seeds does not apply. Forgetting is measured against "
-        f"the original base{kind}.",
+        f"Means over all seeds. Forgetting is measured against the original base{kind}.",
         drawing(canvas, views, several), SECTION, wide=several,
     )]  # fmt: skip
 

@@ -25,8 +25,8 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
         "power", "What more seeds would resolve",
         "Solid: half of the 95 % interval of a difference. Dashed: the smallest difference that "
         "four of five such sweeps would call, after the strictest step of Holm’s correction. The "
-        "number of held-out examples stays as it is. Marked: this sweep. The filters of methods, "
-        "ranks and seeds do not apply.",
+        "number of held-out examples stays as it is. Marked: this sweep. The filters of methods "
+        "and ranks do not apply.",
         drawing(canvas, frame, next(iter(choices))), SECTION, parameter="quantity",
         choices=choices,
     )]  # fmt: skip

@@ -21,7 +21,7 @@ def charts(canvas: Canvas, views: Views) -> list[Chart]:
         return []
     made = []
     caption = (
-        "Paired over all seeds, with 95 % intervals; the filter of seeds does not apply. Hollow: a "
+        "Paired over all seeds, with 95 % intervals. Hollow: a "
         "tie, or not resolved, as the label says."
     )
     for name, part, title, values in (

@@ -12,7 +12,6 @@ from experiments.report.__main__ import make
 from experiments.report.decisions import decide, main, sentences, with_sentences
 from experiments.report.judgement import BETTER, WORSE
 from experiments.report.published import read_page
-from experiments.report.quantities import SCORE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -97,18 +96,13 @@ def test_a_new_page_gives_its_verdicts_back(tmp_path, monkeypatch):
             assert (one.value, one.low) == pytest.approx((whole.value, whole.low), rel=1e-3)
 
 
-def test_an_earlier_page_is_judged_from_its_runs(sweep):
-    """Its intervals of single seeds widen those over seeds."""
-    score = [one for one in sweep.judgements if one.quantity == SCORE]
-    assert len(score) == 7
-    assert all(one.low < one.value < one.high for one in score)
-    (olora,) = (o for o in sweep.judgements if (o.arm, o.quantity.name) == ("olora", "forgetting"))
-    assert olora.verdict == WORSE
-
-
 def test_what_is_no_page_is_refused(tmp_path):
     (tmp_path / "x.html").write_text("<p>")
     with pytest.raises(ValueError, match="must be a page of"):
+        read_page(tmp_path / "x.html")
+    page = (ROOT / "docs" / "protocol.html").read_text("utf-8")
+    (tmp_path / "x.html").write_text(page.replace('"verdicts":{', '"others":{'), encoding="utf-8")
+    with pytest.raises(ValueError, match="must have verdicts"):
         read_page(tmp_path / "x.html")
     with pytest.raises(ValueError, match="must have the lines"):
         with_sentences("# no markers", ("a", "b", "c"))
