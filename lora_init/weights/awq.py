@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import class_names
+from lora_init.weights.format import class_names, register_weight_format
 from lora_init.weights.gptq import reordering_kernel
 from lora_init.weights.packed_integers import unpacked
 from lora_init.weights.read_only import ReadOnlyFormat
@@ -63,6 +63,9 @@ class AWQFormat(ReadOnlyFormat):
 
     def describe(self, module: nn.Module) -> str:
         return f"awq {_bits(module)} bits/{_group_size(module)}"
+
+
+register_weight_format(AWQFormat())
 
 
 def _interleaved(words: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import Finding
+from lora_init.weights.format import Finding, register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
 
 
@@ -56,6 +56,9 @@ class CompressedTensorsFormat(ReadOnlyFormat):
         dynamic = " dynamic" if self.blocks_gradient(module) else ""
         kind = getattr(weights.type, "value", weights.type)
         return f"compressed-tensors {kind}{weights.num_bits}{size}{dynamic}"
+
+
+register_weight_format(CompressedTensorsFormat())
 
 
 def _scheme(module: nn.Module) -> Any:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.weights.float import FloatFormat
-from lora_init.weights.format import WEIGHT
-from lora_init.weights.patches import batched, kernels, patches, spread
+from lora_init.weights.format import WEIGHT, register_weight_format
+from lora_init.weights.patches import CLASSES, TRANSPOSED, batched, kernels, patches, spread
 
 
 class ConvolutionFormat(FloatFormat):
@@ -86,3 +86,9 @@ class TransposedConvolutionFormat(ConvolutionFormat):
 
     def reading(self, module: nn.Module) -> Hashable:
         return "transposed", module.output_padding, super().reading(module)
+
+
+for _cls in CLASSES.values():
+    register_weight_format(ConvolutionFormat(_cls))
+for _cls in TRANSPOSED.values():
+    register_weight_format(TransposedConvolutionFormat(_cls))

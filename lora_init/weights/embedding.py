@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.weights.float import FloatFormat
+from lora_init.weights.format import register_weight_format
 
 
 class EmbeddingFormat(FloatFormat):
@@ -33,6 +34,9 @@ class EmbeddingFormat(FloatFormat):
 
     def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
         return functional.one_hot(x.flatten(), len(module.weight)).to(module.weight.dtype)
+
+
+register_weight_format(EmbeddingFormat())
 
 
 def embedding_scale(module: nn.Module) -> float | Tensor | None:

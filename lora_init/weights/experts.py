@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.weights.float import FloatFormat
-from lora_init.weights.format import WEIGHT, Finding, class_names
+from lora_init.weights.format import WEIGHT, Finding, class_names, register_weight_format
 from lora_init.weights.offload import HOOK_ATTRIBUTES, absence
 
 FIRST = ("gate_up_proj", "up_proj")
@@ -132,6 +132,9 @@ class ExpertsFormat(FloatFormat):
 
     def unwritable(self, module: nn.Module) -> str | None:
         return None
+
+
+register_weight_format(ExpertsFormat())
 
 
 def first_projection(module: nn.Module) -> str:

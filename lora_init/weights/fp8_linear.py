@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import class_names
+from lora_init.weights.format import class_names, register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
 
 
@@ -43,3 +43,6 @@ class FP8LinearFormat(ReadOnlyFormat):
     def describe(self, module: nn.Module) -> str:
         block = module.block_size
         return "fp8" if block is None else f"fp8/{'×'.join(map(str, block))}"
+
+
+register_weight_format(FP8LinearFormat())

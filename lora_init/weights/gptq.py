@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import WEIGHT, class_names
+from lora_init.weights.format import WEIGHT, class_names, register_weight_format
 from lora_init.weights.packed_integers import WORD, unpacked
 from lora_init.weights.read_only import ReadOnlyFormat
 
@@ -49,7 +49,9 @@ class GPTQFormat(ReadOnlyFormat):
     name = "GPTQ"
 
     def matches(self, module: nn.Module) -> bool:
-        return bool(class_names(module) & CLASSES) and hasattr(module, "g_idx")
+        names = class_names(module)
+        is_awq = any(name.lower().startswith("awq") for name in names)
+        return bool(names & CLASSES) and hasattr(module, "g_idx") and not is_awq
 
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, int]:
         return module.scales.shape[-1], len(module.g_idx)
@@ -87,3 +89,6 @@ class GPTQFormat(ReadOnlyFormat):
     def _is_first_version(self, module: nn.Module) -> bool:
         version = getattr(module, "qzero_format", None)
         return version is None or version() == 1
+
+
+register_weight_format(GPTQFormat())

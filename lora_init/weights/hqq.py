@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import WEIGHT, class_names
+from lora_init.weights.format import WEIGHT, class_names, register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
 
 
@@ -41,3 +41,6 @@ class HQQFormat(ReadOnlyFormat):
     def describe(self, module: nn.Module) -> str:
         meta = module.meta
         return f"hqq {meta['nbits']:g} bits/{meta['group_size']} axis {meta['axis']}"
+
+
+register_weight_format(HQQFormat())

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lora_init.quantization.codebooks import dynamic_table
 from lora_init.quantization.quantizer import DOUBLE_BLOCK, Quantized, Quantizer, expanded
 from lora_init.weights.bitsandbytes import PackedFormat, unquantized
-from lora_init.weights.format import WEIGHT, Held
+from lora_init.weights.format import WEIGHT, Held, register_weight_format
 
 ROWS = 32  # number of rows that bitsandbytes' CPU repacking interleaves
 
@@ -167,6 +167,9 @@ class Linear4bitFormat(PackedFormat):
         """The dtype in which the codes are stored; repacked codes are bytes."""
         state = self._quant_state(module)
         return getattr(state, "original_storage_type", module.weight.dtype)
+
+
+register_weight_format(Linear4bitFormat())
 
 
 def _is_repacked(state: Any) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_init.quantization.quantizer import Quantized, Quantizer
 from lora_init.weights.bitsandbytes import PackedFormat, unquantized
-from lora_init.weights.format import WEIGHT, Held
+from lora_init.weights.format import WEIGHT, Held, register_weight_format
 
 
 class Linear8bitFormat(PackedFormat):
@@ -61,6 +61,9 @@ class Linear8bitFormat(PackedFormat):
         if codes.dtype != torch.int8 or scale is None:
             raise unquantized(module)
         return codes, scale
+
+
+register_weight_format(Linear8bitFormat())
 
 
 def _moved(value: Tensor | None, codes: Tensor, codes_there: Tensor) -> Tensor | None:

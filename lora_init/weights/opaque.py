@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_init.weights.format import class_names
+from lora_init.weights.format import class_names, register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
 
 
@@ -50,6 +50,9 @@ class AQLMFormat(OpaqueFormat):
     classes: ClassVar = {"QuantizedLinear", "AqlmLinear"}
 
 
+register_weight_format(AQLMFormat())
+
+
 class EETQFormat(OpaqueFormat):
     """int8 codes in the order of EETQ's kernels."""
 
@@ -57,8 +60,14 @@ class EETQFormat(OpaqueFormat):
     classes: ClassVar = {"EetqLinear", "W8A16Linear"}
 
 
+register_weight_format(EETQFormat())
+
+
 class BitNetFormat(OpaqueFormat):
     """Ternary codes (Ma et al. 2024, arXiv 2402.17764)."""
 
     name = "BitNet"
     classes: ClassVar = {"BitLinear", "AutoBitLinear"}
+
+
+register_weight_format(BitNetFormat())

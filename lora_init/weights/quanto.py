@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import class_names
+from lora_init.weights.format import class_names, register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
 
 
@@ -28,3 +28,6 @@ class QuantoFormat(ReadOnlyFormat):
     def describe(self, module: nn.Module) -> str:
         inputs = module.activation_qtype
         return f"quanto {module.weight_qtype.name}" + (f" inputs {inputs.name}" if inputs else "")
+
+
+register_weight_format(QuantoFormat())

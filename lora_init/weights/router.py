@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_init.weights.experts import FLOAT_DTYPES
 from lora_init.weights.float import FloatFormat
-from lora_init.weights.format import WEIGHT
+from lora_init.weights.format import WEIGHT, register_weight_format
 from lora_init.weights.offload import absence
 from lora_init.weights.probe import Finding
 
@@ -40,3 +40,6 @@ class RouterFormat(FloatFormat):
     def replaced_forward(self, module: nn.Module) -> Finding | None:
         """A forward that was set on the instance is called with the adapted weight."""
         return None
+
+
+register_weight_format(RouterFormat())

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_init.weights.format import register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
 from lora_init.weights.sharded import local_part
 
@@ -54,3 +55,6 @@ class TorchaoFormat(ReadOnlyFormat):
     def blocks_gradient(self, module: nn.Module) -> bool:
         inputs, weight = ("act_quant_kwargs", "activation_quantization"), local_part(module.weight)
         return any(getattr(weight, name, None) is not None for name in inputs)
+
+
+register_weight_format(TorchaoFormat())
