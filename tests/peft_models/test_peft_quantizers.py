@@ -3,10 +3,10 @@
 import peft
 import pytest
 import torch
+from format_examples.packed_layers import quantized_layer
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from quantized_layers import quantized_layer
 from torch import nn
 
 from lora_init import (

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import pytest
 import quantizers
 import torch
+from format_examples.packed_layers import LAYERS, quantized_layer
 from methods import SPECS
 from models import Batches
-from quantized_layers import LAYERS, quantized_layer
 from torch import nn
 
 from lora_init import LoraConfig, calibrate, get_peft_model

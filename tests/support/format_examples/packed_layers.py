@@ -1,5 +1,7 @@
 """One linear layer of each quantizer, packed by its own package where that runs on a CPU."""
 
+import functools
+
 import pytest
 import quantizers
 import torch
@@ -133,3 +135,11 @@ def quantized_layer(kind):
     """A new layer, and the number of its inputs."""
     module = LAYERS[kind]()
     return module, getattr(module, "in_features", COLUMNS)
+
+
+def _with_input(kind):
+    module, columns = quantized_layer(kind)
+    return module, torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
+
+
+EXAMPLES = {kind: functools.partial(_with_input, kind) for kind in LAYERS}
