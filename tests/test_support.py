@@ -92,7 +92,7 @@ def test_a_cell_is_true(spec, kind, base, use_dora):
         weights = {"0.weight": read + 0.02 * torch.randn(read.shape)}
     adapted = get_peft_model(model, config, calibration=calibration, original_weights=weights)
     layer = adapted.layers["0"]
-    assert layer.module_type == kind
+    assert adapted.plan.targets[0].module_type == kind
     assert layer.base_state == promised.rstrip("*").replace(" ", "_")
     actual = adapted(x)
     assert actual.dtype == expected.dtype
@@ -134,7 +134,7 @@ def test_a_cell_of_experts_or_routers_is_true(spec, kind, base, use_dora):
         expected = model(rows[0])
     adapted = get_peft_model(model, config, calibration=calibration)
     layer = adapted.layers[parameter.removesuffix(".weight")]
-    assert layer.module_type == kind
+    assert adapted.plan.targets[0].module_type == kind
     assert layer.base_state == promised.replace(" ", "_")
     if spec.preserves_output:
         assert_gap(

@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -187,7 +187,7 @@ class WeightFormat(Promising, ABC):
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype of the weight, or the one from which it was quantized."""
-        return module.weight.dtype
+        return getattr(module, WEIGHT).dtype
 
     def describe(self, module: nn.Module) -> str:
         """The weight's dtype, or the format of a packed weight, e.g. "nf4/64"."""
@@ -227,6 +227,12 @@ class WeightFormat(Promising, ABC):
     def reading(self, module: nn.Module) -> Hashable:
         """A key for how `input_rows` cuts an input. Modules with equal keys read the same rows."""
         return None
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """The (out, in) of a linear module, which states them as torch's does."""
+    linear = cast(nn.Linear, module)
+    return linear.out_features, linear.in_features
 
 
 def class_names(module: nn.Module) -> set[str]:

@@ -58,14 +58,12 @@ def module_type(module: nn.Module) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes products with a supported weight, as "all-linear" selects."""
-    found = weight_format(module)
-    return found is not None and found.operation == "product"
+    return getattr(weight_format(module), "operation", None) == "product"
 
 
 def is_router(module: nn.Module) -> bool:
     """Whether the module is a router with a supported weight."""
-    found = weight_format(module)
-    return found is not None and found.operation == "selection"
+    return getattr(weight_format(module), "operation", None) == "selection"
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -12,7 +12,9 @@ from format_examples import EXAMPLES, example
 from format_examples.float_modules import draws
 from torch import nn
 
+import lora_init.weights
 from lora_init import LoraConfig, get_peft_model
+from lora_init.entry_points import import_modules
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.kinds import (
     FORMATS,
@@ -260,6 +262,14 @@ class KernelLinearFormat(FloatFormat):
 
 register_weight_format(KernelLinearFormat())
 """
+
+
+def test_a_file_of_the_package_needs_no_other_edit(own_formats, tmp_path, monkeypatch):
+    (tmp_path / "kernel_linear.py").write_text(PLUGIN)
+    monkeypatch.setattr(lora_init.weights, "__path__", [str(tmp_path)])
+    import_modules("lora_init.weights")
+    kernel_linear = sys.modules.pop("lora_init.weights.kernel_linear")
+    assert module_type(kernel_linear.KernelLinear(4, 3)) == "KernelLinear"
 
 
 @pytest.mark.parametrize("method", ["kaiming", "pissa"])

@@ -127,6 +127,7 @@ LAYERS = {
     "AQLM": lambda: quantizers.QuantizedLinear(COLUMNS, ROWS),
     "EETQ": lambda: quantizers.EetqLinear(COLUMNS, ROWS),
     "BitNet": lambda: quantizers.BitLinear(COLUMNS, ROWS),
+    "INC": lambda: quantizers.PatchedLinear(COLUMNS, ROWS),
 }
 """Functions that make a layer, by the name of its format, and a variant."""
 
