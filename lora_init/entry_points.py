@@ -37,9 +37,7 @@ class EntryPoints:
             self.loaded = None
             try:
                 if self.package is not None:
-                    package = importlib.import_module(self.package)
-                    for module in pkgutil.iter_modules(package.__path__):
-                        importlib.import_module(f"{self.package}.{module.name}")
+                    import_modules(self.package)
                 for entry in importlib.metadata.entry_points(group=self.group):
                     self._import(entry)
             except BaseException:
@@ -57,3 +55,10 @@ class EntryPoints:
                 f"{entry.value} raised {type(error).__name__}: {error}. Correct or uninstall "
                 "that package."
             ) from error
+
+
+def import_modules(package: str) -> None:
+    """Import every module of a package, in the order of their names."""
+    found = importlib.import_module(package)
+    for module in pkgutil.iter_modules(found.__path__):
+        importlib.import_module(f"{package}.{module.name}")

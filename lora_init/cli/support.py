@@ -8,7 +8,7 @@
 - ``replaced``: a quantized weight replaces it (``*``: computed from `original_weights`).
 
 Every method supports rsLoRA in all its combinations, and DoRA in those whose weight can be read:
-not in AQLM, EETQ and BitNet. Experts and routers have no DoRA.
+not in AQLM, BitNet, EETQ and INC. Experts and routers have no DoRA.
 """
 
 from __future__ import annotations

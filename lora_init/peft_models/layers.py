@@ -21,7 +21,7 @@ from lora_init.weights.kinds import FORMATS, class_format, known_format
 SUPPORTED = (
     "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt",
     "TorchaoLoraLinear", "HqqLoraLinear", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear",
-    "EetqLoraLinear", "ParamWrapper", "MultiheadAttention",
+    "EetqLoraLinear", "IncLoraLinear", "ParamWrapper", "MultiheadAttention",
 )  # fmt: skip
 """The supported classes of PEFT's LoRA layers; Conv1D is one of its Linear layers."""
 

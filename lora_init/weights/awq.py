@@ -12,11 +12,13 @@ Sources: Lin et al. 2023 (arXiv 2306.00978); the layouts of AutoAWQ and GPT-QMod
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import class_names
+from lora_init.weights.format import class_names, register_weight_format
 from lora_init.weights.gptq import reordering_kernel
 from lora_init.weights.packed_integers import unpacked
 from lora_init.weights.read_only import ReadOnlyFormat
@@ -27,6 +29,17 @@ OTHER_LAYOUTS = {"WQLinear_GEMVFast", "WQLinear_Marlin", "WQLinear_Exllama", "WQ
                  "WQLinear_IPEX", "AwqGEMVFastLinear", "AwqGEMVFastQuantLinear"}  # fmt: skip
 # The position of each output within a packed word of the GEMM layout.
 POSITIONS = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+class AWQLayer(Protocol):
+    """What is read of a layer. Its bits are `w_bit` in AutoAWQ and `bits` in GPT-QModel."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    in_features: int
+    group_size: int
+    bits: int
 
 
 class AWQFormat(ReadOnlyFormat):
@@ -49,20 +62,24 @@ class AWQFormat(ReadOnlyFormat):
         return None
 
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        layer = cast(AWQLayer, module)
         if "gemv" not in type(module).__name__.lower():
-            codes, zeros = (_interleaved(part).T for part in (module.qweight, module.qzeros))
-            scales = module.scales.float().T
+            codes, zeros = (_interleaved(part).T for part in (layer.qweight, layer.qzeros))
+            scales = layer.scales.float().T
         else:
-            codes, zeros = unpacked(module.qweight, BITS), unpacked(module.qzeros, BITS)
-            scales = module.scales.float()
-        group = torch.arange(module.in_features, device=codes.device) // _group_size(module)
+            codes, zeros = unpacked(layer.qweight, BITS), unpacked(layer.qzeros, BITS)
+            scales = layer.scales.float()
+        group = torch.arange(layer.in_features, device=codes.device) // _group_size(module)
         return (codes - zeros[:, group]) * scales[:, group]
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
-        return module.scales.dtype
+        return cast(AWQLayer, module).scales.dtype
 
     def describe(self, module: nn.Module) -> str:
         return f"awq {_bits(module)} bits/{_group_size(module)}"
+
+
+register_weight_format(AWQFormat())
 
 
 def _interleaved(words: Tensor) -> Tensor:
@@ -72,9 +89,9 @@ def _interleaved(words: Tensor) -> Tensor:
 
 
 def _bits(module: nn.Module) -> int:
-    return getattr(module, "w_bit", None) or module.bits
+    return getattr(module, "w_bit", None) or cast(AWQLayer, module).bits
 
 
 def _group_size(module: nn.Module) -> int:
-    size = module.group_size
-    return module.in_features if size == -1 else size
+    layer = cast(AWQLayer, module)
+    return layer.in_features if layer.group_size == -1 else layer.group_size

@@ -18,12 +18,14 @@ Deviations:
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lora_init.quantization.quantizer import Quantized, Quantizer
-from lora_init.weights.format import WEIGHT, Matrix, WeightFormat, class_names
+from lora_init.weights.format import WEIGHT, Matrix, WeightFormat, class_names, sizes
+from lora_init.weights.offload import stored_weight
 from lora_init.weights.sharded import read_whole, whole_shape
 
 
@@ -37,10 +39,10 @@ class PackedFormat(WeightFormat):
         return self.name in class_names(module)
 
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, int]:
-        return module.out_features, module.in_features
+        return sizes(module)
 
     def unreadable(self, module: nn.Module, name: str = WEIGHT) -> str | None:
-        if module.weight.is_meta:
+        if stored_weight(module).is_meta:
             return (
                 "its quantized weight is on the meta device (offloaded, or not loaded); load the "
                 "model into memory first, or build it without a quantization_config"
@@ -79,7 +81,7 @@ class PackedFormat(WeightFormat):
                 f"weight has shape {tuple(weight.shape)}, but this {type(module).__name__} needs "
                 f"{self.shape(module)}, (out, in)."
             )
-        self.store(module, quantizer.quantize(weight.to(module.weight.device)))
+        self.store(module, quantizer.quantize(weight.to(stored_weight(module).device)))
 
     def describe(self, module: nn.Module) -> str:
         """The quantizer's name: "nf4/64 double", "fp4/64", "int8"."""
@@ -95,6 +97,13 @@ class PackedFormat(WeightFormat):
     @abstractmethod
     def store(self, module: nn.Module, quantized: Quantized) -> None:
         """Give the module a new parameter with these codes and scales."""
+
+
+def bitsandbytes_parameter(name: str) -> Callable[..., nn.Parameter]:
+    """A class of bitsandbytes' parameters, whose constructor has arguments that torch's has not."""
+    from bitsandbytes import nn as modules
+
+    return getattr(modules, name)
 
 
 def parameter_count(parameter: Tensor) -> int:

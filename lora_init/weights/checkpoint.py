@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from lora_init.weights.mxfp4 import mxfp4_values
 from lora_init.weights.single_experts import former_names, present_name, single_experts
+
+if TYPE_CHECKING:
+    from lora_init.plan.plan import Target
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -243,6 +246,13 @@ class OriginalWeights:
         for ending in QUANTIZED:
             if module + ending in self._stored:
                 raise _quantized(name, f"{self.source} holds {module + ending!r}")
+
+
+def stored_name(originals: OriginalWeights, target: Target) -> str:
+    """The module name under which a weight is stored; tied weights may use another name."""
+    own = target.name if target.expert is None else target.name.rpartition(".")[0]
+    names = (own, *(name.removesuffix(".weight") for name in target.shared_with))
+    return next((name for name in names if originals.has(name)), own)
 
 
 def _quantized(name: str, finding: str) -> ValueError:

@@ -8,13 +8,13 @@ Source: the library's compressors, which decompress each layer without changing 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import Finding
+from lora_init.weights.format import Finding, register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
 
 
@@ -41,13 +41,13 @@ class CompressedTensorsFormat(ReadOnlyFormat):
         scheme = _scheme(module)
         kind = scheme.format or infer_module_format(type(module), scheme)
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        state = {name: tensor.data for name, tensor in own}
+        state: dict[str, Tensor | None] = {name: tensor.data for name, tensor in own}
         compressor = BaseCompressor.get_value_from_registry(getattr(kind, "value", kind))
-        return compressor.decompress(state, scheme)["weight"]
+        return cast(Tensor, compressor.decompress(state, scheme)["weight"])
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype of the scales, or bfloat16 if these are exponents."""
-        dtype = module.weight_scale.dtype
+        dtype = cast(Tensor, module.weight_scale).dtype
         return dtype if dtype.is_floating_point else torch.bfloat16
 
     def describe(self, module: nn.Module) -> str:
@@ -56,6 +56,9 @@ class CompressedTensorsFormat(ReadOnlyFormat):
         dynamic = " dynamic" if self.blocks_gradient(module) else ""
         kind = getattr(weights.type, "value", weights.type)
         return f"compressed-tensors {kind}{weights.num_bits}{size}{dynamic}"
+
+
+register_weight_format(CompressedTensorsFormat())
 
 
 def _scheme(module: nn.Module) -> Any:

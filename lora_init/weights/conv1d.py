@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lora_init.weights.float import FloatFormat
+from lora_init.weights.format import register_weight_format
 
 
 class Conv1DFormat(FloatFormat):
@@ -18,3 +19,6 @@ class Conv1DFormat(FloatFormat):
             if cls.__name__ == self.name and cls.__module__.startswith("transformers"):
                 return cls
         return None
+
+
+register_weight_format(Conv1DFormat())

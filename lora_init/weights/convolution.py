@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from lora_init.weights.float import FloatFormat
-from lora_init.weights.format import WEIGHT
-from lora_init.weights.patches import batched, kernels, patches, spread
+from lora_init.weights.format import WEIGHT, register_weight_format
+from lora_init.weights.patches import CLASSES, TRANSPOSED, batched, kernels, patches, spread
 
 
 class ConvolutionFormat(FloatFormat):
@@ -31,27 +33,29 @@ class ConvolutionFormat(FloatFormat):
         self.name = cls.__name__
 
     def groups(self, module: nn.Module) -> int:
-        return module.groups
+        return cast(_ConvNd, module).groups
 
     def orient(self, stored: Tensor) -> Float[Tensor, "out in"]:
         return stored.flatten(1)
 
     def stored(self, module: nn.Module, weight: Float[Tensor, "out in"]) -> Tensor:
-        return weight.reshape(module.weight.shape)
+        return weight.reshape(cast(_ConvNd, module).weight.shape)
 
     def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padding = module._reversed_padding_repeated_twice
+        conv = cast(_ConvNd, module)
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        padding = conv._reversed_padding_repeated_twice
         padded = functional.pad(batched(module, x), padding, mode=mode)
-        rows = patches(padded, module.kernel_size, module.stride, module.dilation)
-        return rows.view(len(rows) * module.groups, -1)
+        rows = patches(padded, conv.kernel_size, conv.stride, conv.dilation)
+        return rows.view(len(rows) * conv.groups, -1)
 
     def output_rows(self, module: nn.Module, y: Tensor) -> Float[Tensor, "positions out"]:
         return batched(module, y).movedim(1, -1).flatten(0, -2)
 
     def reading(self, module: nn.Module) -> Hashable:
-        padding, mode = str(module.padding), module.padding_mode
-        return module.kernel_size, module.stride, padding, module.dilation, mode, module.groups
+        conv = cast(_ConvNd, module)
+        padding, mode = str(conv.padding), conv.padding_mode
+        return conv.kernel_size, conv.stride, padding, conv.dilation, mode, conv.groups
 
 
 class TransposedConvolutionFormat(ConvolutionFormat):
@@ -61,10 +65,9 @@ class TransposedConvolutionFormat(ConvolutionFormat):
     """
 
     def refusal(self, module: nn.Module) -> str | None:
-        if module.groups != 1:
+        if (groups := cast(_ConvNd, module).groups) != 1:
             return (
-                f"is a {self.name} with groups={module.groups}, which is not supported: groups "
-                "must be 1"
+                f"is a {self.name} with groups={groups}, which is not supported: groups must be 1"
             )
         return super().refusal(module)
 
@@ -79,10 +82,17 @@ class TransposedConvolutionFormat(ConvolutionFormat):
         return kernels(module, weight)
 
     def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
-        one = (1,) * len(module.kernel_size)
-        rows = patches(spread(module, batched(module, x)), module.kernel_size, one, module.dilation)
-        sizes = module.in_channels, *module.kernel_size
+        conv = cast(_ConvNd, module)
+        one = (1,) * len(conv.kernel_size)
+        rows = patches(spread(module, batched(module, x)), conv.kernel_size, one, conv.dilation)
+        sizes = conv.in_channels, *conv.kernel_size
         return rows.unflatten(1, sizes).flip(*range(2, len(sizes) + 1)).flatten(1)
 
     def reading(self, module: nn.Module) -> Hashable:
-        return "transposed", module.output_padding, super().reading(module)
+        return "transposed", cast(_ConvNd, module).output_padding, super().reading(module)
+
+
+for _cls in CLASSES.values():
+    register_weight_format(ConvolutionFormat(_cls))
+for _cls in TRANSPOSED.values():
+    register_weight_format(TransposedConvolutionFormat(_cls))

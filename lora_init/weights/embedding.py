@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.weights.float import FloatFormat
+from lora_init.weights.format import register_weight_format
 
 
 class EmbeddingFormat(FloatFormat):
@@ -24,15 +27,19 @@ class EmbeddingFormat(FloatFormat):
         return super().has_own_forward(module) and embedding_scale(module) is None
 
     def refusal(self, module: nn.Module) -> str | None:
-        if module.max_norm is not None:
+        if (bound := cast(nn.Embedding, module).max_norm) is not None:
             return (
-                f"is an Embedding with max_norm={module.max_norm}, which rescales its weight in "
+                f"is an Embedding with max_norm={bound}, which rescales its weight in "
                 "every forward pass"
             )
         return super().refusal(module)
 
     def input_rows(self, module: nn.Module, x: Tensor) -> Float[Tensor, "positions in"]:
-        return functional.one_hot(x.flatten(), len(module.weight)).to(module.weight.dtype)
+        weight = cast(nn.Embedding, module).weight
+        return functional.one_hot(x.flatten(), len(weight)).to(weight.dtype)
+
+
+register_weight_format(EmbeddingFormat())
 
 
 def embedding_scale(module: nn.Module) -> float | Tensor | None:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init.weights.float import FloatFormat
-from lora_init.weights.format import WEIGHT, Finding, class_names
+from lora_init.weights.format import WEIGHT, Finding, class_names, register_weight_format
 from lora_init.weights.offload import HOOK_ATTRIBUTES, absence
 
 FIRST = ("gate_up_proj", "up_proj")
@@ -75,8 +75,9 @@ class ExpertsFormat(FloatFormat):
     def _reason(self, module: nn.Module) -> str | None:
         if MXFP4 in class_names(module):
             return (
-                "which is not supported: transformers cannot train through its packed weights. "
-                "Load the model with quantization_config=Mxfp4Config(dequantize=True)"
+                "which is not supported: its forward needs triton kernels on a GPU, which have no "
+                "gradients. Load the model with quantization_config=Mxfp4Config(dequantize=True), "
+                "or build it on the meta device and pass original_weights=<the checkpoint>"
             )
         if not hasattr(module, "is_transposed") and not class_names(module) & set(UNDECLARED):
             return (
@@ -86,11 +87,8 @@ class ExpertsFormat(FloatFormat):
         if getattr(module, "_is_expert_parallel", False):
             return "whose experts are distributed over processes (expert parallelism)"
         for name in self.matrices(module):
-            parameter = getattr(module, name)
-            if parameter.dtype not in FLOAT_DTYPES:
-                return f"whose {name} has dtype {parameter.dtype}: it must be 16-, 32- or 64-bit"
-            if not parameter.is_meta and (where := absence(parameter)) is not None:
-                return f"whose {name} is {where}"
+            if (reason := unusable(module, name)) is not None:
+                return reason
         return unknown_implementation(module)
 
     def replaced_forward(self, module: nn.Module) -> Finding | None:
@@ -132,6 +130,18 @@ class ExpertsFormat(FloatFormat):
 
     def unwritable(self, module: nn.Module) -> str | None:
         return None
+
+
+register_weight_format(ExpertsFormat())
+
+
+def unusable(module: nn.Module, name: str) -> str | None:
+    """Why the forward pass of an adapted module cannot use a parameter; None if it can."""
+    parameter: Tensor = getattr(module, name)
+    if parameter.dtype not in FLOAT_DTYPES:
+        return f"whose {name} has dtype {parameter.dtype}: it must be 16-, 32- or 64-bit"
+    where = None if parameter.is_meta else absence(parameter)
+    return None if where is None else f"whose {name} is {where}"
 
 
 def first_projection(module: nn.Module) -> str:

@@ -50,14 +50,14 @@ class FloatFormat(WeightFormat):
 
         The wrapper of Accelerate's hooks does not count, because it calls the class's forward.
         """
-        if "forward" not in vars(module) or module.weight.is_meta:
+        if "forward" not in vars(module) or self._weight(module).is_meta:
             return None
         if hasattr(module, HOOK_ATTRIBUTES[0]):
             inner = vars(module).get(HOOK_ATTRIBUTES[1])
             if getattr(inner, "__func__", None) is type(module).forward:
                 return None
             return Finding("a forward under Accelerate's hook was set on the instance", False)
-        if is_sharded(module.weight):
+        if is_sharded(self._weight(module)):
             return _sharded_finding(module)
         return probe(module, self)
 
@@ -82,12 +82,16 @@ class FloatFormat(WeightFormat):
         reason = _FINDINGS[module].reason
         return None if reason is None else f"it has its own forward, and {reason}"
 
+    def _weight(self, module: nn.Module) -> Tensor:
+        """The stored weight of a module that has one matrix."""
+        return getattr(module, WEIGHT)
+
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, ...]:
         rows, *columns = whole_shape(getattr(module, name))
         return (columns[0], rows) if self.transposed else (rows, math.prod(columns))
 
     def unwritable(self, module: nn.Module) -> str | None:
-        if is_float8(module.weight):
+        if is_float8(self._weight(module)):
             return f"its weight is stored in {self.describe(module)}, which would round the sum"
         return None
 
@@ -125,10 +129,11 @@ class FloatFormat(WeightFormat):
         setattr(module, held.name, held.parameter)
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
-        return torch.float32 if is_float8(module.weight) else module.weight.dtype
+        weight = self._weight(module)
+        return torch.float32 if is_float8(weight) else weight.dtype
 
     def describe(self, module: nn.Module) -> str:
-        return str(module.weight.dtype).removeprefix("torch.")
+        return str(self._weight(module).dtype).removeprefix("torch.")
 
     def orient(self, stored: Tensor) -> Matrix:
         return stored.T if self.transposed else stored

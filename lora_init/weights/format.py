@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lora_init.entry_points import EntryPoints
 from lora_init.quantization.quantizer import Quantizer
+from lora_init.weights.promise import Promising
 
 WEIGHT = "weight"
 """The name of the matrix of a module that has only one."""
@@ -35,6 +36,9 @@ WEIGHT = "weight"
 Operation = Literal["product", "convolution", "lookup", "routed", "selection"]
 """How a module applies its matrix: to rows of features, to patches, by looking up columns, for
 experts to the rows that a router selects, or in a router's own forward pass."""
+
+Subtraction = Literal["edit", "in_forward", "requantize"]
+"""How a format subtracts s B0 A0: from the stored weight, in the forward pass, or by quantizing."""
 
 Matrix = Float[Tensor, "*experts out in"]
 
@@ -69,8 +73,10 @@ class Finding:
     is_close: bool
 
 
-class WeightFormat(ABC):
+class WeightFormat(Promising, ABC):
     """How one type of module stores its weight. An instance has no state.
+
+    What its functions return is checked; see `lora_init.weights.promise`.
 
     A matrix is (out, in), or (experts, out, in) where one tensor holds those of all experts.
 
@@ -91,7 +97,7 @@ class WeightFormat(ABC):
 
     name: str
     operation: ClassVar[Operation] = "product"
-    subtractions: ClassVar[tuple[Literal["edit", "in_forward", "requantize"], ...]]
+    subtractions: ClassVar[tuple[Subtraction, ...]]
     quantized: ClassVar[bool] = False
     readable: ClassVar[bool] = True
     writable: ClassVar[bool] = True
@@ -181,7 +187,7 @@ class WeightFormat(ABC):
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype of the weight, or the one from which it was quantized."""
-        return module.weight.dtype
+        return getattr(module, WEIGHT).dtype
 
     def describe(self, module: nn.Module) -> str:
         """The weight's dtype, or the format of a packed weight, e.g. "nf4/64"."""
@@ -223,6 +229,12 @@ class WeightFormat(ABC):
         return None
 
 
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """The (out, in) of a linear module, which states them as torch's does."""
+    linear = cast(nn.Linear, module)
+    return linear.out_features, linear.in_features
+
+
 def class_names(module: nn.Module) -> set[str]:
     """The names of the module's class and its base classes."""
     return {cls.__name__ for cls in type(module).__mro__}
@@ -242,24 +254,34 @@ def register_weight_format(one: WeightFormat) -> None:
 
     Raises:
         TypeError: `one` is not an instance of a subclass of `WeightFormat`.
-        ValueError: another format has the same name, or `one.operation` is unknown.
+        ValueError: an attribute of the format is missing or unknown, or another format has its
+            name.
     """
     if not isinstance(one, WeightFormat):
         raise TypeError(
             f"weight format {one!r} is not supported: must be an instance of a subclass of "
             "lora_init.weights.format.WeightFormat. Pass an instance, as in MyFormat()."
         )
+    name = getattr(one, "name", None)
+    if not isinstance(name, str) or not name:
+        raise _wrong(one, "name", name, "the name of the module type")
     if one.operation not in get_args(Operation):
-        raise ValueError(
-            f"operation={one.operation!r} of the weight format {one.name!r} is not supported: "
-            f"must be one of {', '.join(get_args(Operation))}. Correct it in the class."
-        )
-    if one.name in FORMATS:
-        raise ValueError(
-            f"name={one.name!r} is not supported: must be a new name, because "
-            f"{type(FORMATS[one.name]).__name__} has this one. Choose another name."
-        )
+        raise _wrong(one, "operation", one.operation, f"one of {', '.join(get_args(Operation))}")
+    subtractions = getattr(one, "subtractions", None)
+    if not subtractions or not set(subtractions) <= set(get_args(Subtraction)):
+        known = f"a tuple of some of {', '.join(get_args(Subtraction))}"
+        raise _wrong(one, "subtractions", subtractions, known)
+    if name in FORMATS:
+        former = type(FORMATS[name]).__name__
+        raise _wrong(one, "name", name, f"a new name, because {former} has this one")
     FORMATS[one.name] = one
+
+
+def _wrong(one: WeightFormat, attribute: str, value: object, must: str) -> ValueError:
+    return ValueError(
+        f"{attribute}={value!r} of the weight format {type(one).__name__} is not supported: must "
+        f"be {must}. Correct it in the class."
+    )
 
 
 def weight_formats() -> dict[str, WeightFormat]:

@@ -7,12 +7,23 @@ Source: transformers' fine-grained FP8 integration, the layout of DeepSeek-V3 (a
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import class_names
+from lora_init.weights.format import register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
+
+
+class FP8Layer(Protocol):
+    """What is read of a layer; `block_size` is None for one scale."""
+
+    weight: Tensor
+    weight_scale_inv: Tensor
+    bias: Tensor | None
+    block_size: tuple[int, int] | None
 
 
 class FP8LinearFormat(ReadOnlyFormat):
@@ -20,26 +31,28 @@ class FP8LinearFormat(ReadOnlyFormat):
 
     name = "FP8Linear"
 
-    def matches(self, module: nn.Module) -> bool:
-        return self.name in class_names(module)
-
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
-        weight = module.weight.float()
-        if module.weight.element_size() > 1:  # loaded without quantization
+        layer = cast(FP8Layer, module)
+        weight = layer.weight.float()
+        if layer.weight.element_size() > 1:  # loaded without quantization
             return weight
-        scale = module.weight_scale_inv.float()
-        if module.block_size is not None:
+        scale = layer.weight_scale_inv.float()
+        if layer.block_size is not None:
             rows, columns = (
                 torch.arange(size, device=scale.device) // block
-                for size, block in zip(weight.shape, module.block_size, strict=True)
+                for size, block in zip(weight.shape, layer.block_size, strict=True)
             )
             scale = scale[rows[:, None], columns]
         return weight * scale
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
         """The module does not record it: the dtype of its bias, or bfloat16 as in transformers."""
-        return torch.bfloat16 if module.bias is None else module.bias.dtype
+        bias = cast(FP8Layer, module).bias
+        return torch.bfloat16 if bias is None else bias.dtype
 
     def describe(self, module: nn.Module) -> str:
-        block = module.block_size
+        block = cast(FP8Layer, module).block_size
         return "fp8" if block is None else f"fp8/{'×'.join(map(str, block))}"
+
+
+register_weight_format(FP8LinearFormat())

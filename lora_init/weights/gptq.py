@@ -14,11 +14,13 @@ Deviations:
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import WEIGHT, class_names
+from lora_init.weights.format import WEIGHT, class_names, register_weight_format
 from lora_init.weights.packed_integers import WORD, unpacked
 from lora_init.weights.read_only import ReadOnlyFormat
 
@@ -43,47 +45,65 @@ def reordering_kernel(module: nn.Module) -> str | None:
     )
 
 
+class GPTQLayer(Protocol):
+    """What is read of a layer. `g_idx` has the group of each input."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bits: int
+
+
 class GPTQFormat(ReadOnlyFormat):
     """The linear layers of AutoGPTQ and GPT-QModel, recognized by their class names."""
 
     name = "GPTQ"
 
     def matches(self, module: nn.Module) -> bool:
-        return bool(class_names(module) & CLASSES) and hasattr(module, "g_idx")
+        names = class_names(module)
+        is_awq = any(name.lower().startswith("awq") for name in names)
+        return bool(names & CLASSES) and hasattr(module, "g_idx") and not is_awq
 
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, int]:
-        return module.scales.shape[-1], len(module.g_idx)
+        layer = cast(GPTQLayer, module)
+        return layer.scales.shape[-1], len(layer.g_idx)
 
     def opaque(self, module: nn.Module) -> str | None:
         if (reason := reordering_kernel(module)) is not None:
             return reason
-        rows, columns = self.shape(module)
-        words = module.qweight
-        if (*words.shape, words.dtype) != (columns * module.bits // WORD, rows, torch.int32):
+        (rows, columns), layer = self.shape(module), cast(GPTQLayer, module)
+        words = layer.qweight
+        if (*words.shape, words.dtype) != (columns * layer.bits // WORD, rows, torch.int32):
             return f"its qweight has the unknown layout {tuple(words.shape)}, {words.dtype}"
         return None
 
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
-        bits, groups = module.bits, module.g_idx.long()
-        codes = unpacked(module.qweight.T.contiguous(), bits)
-        zeros = unpacked(module.qzeros, bits)
+        layer = cast(GPTQLayer, module)
+        bits, groups = layer.bits, layer.g_idx.long()
+        codes = unpacked(layer.qweight.T.contiguous(), bits)
+        zeros = unpacked(layer.qzeros, bits)
         if self._is_first_version(module):
             # A zero point of 0 is stored as 2^bits - 1, to which the sum wraps around.
             zeros = (zeros + 1) & ((1 << bits) - 1)
-        scales = module.scales.float()
+        scales = layer.scales.float()
         return (codes - zeros[groups].T) * scales[groups].T
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
-        return module.scales.dtype
+        return cast(GPTQLayer, module).scales.dtype
 
     def describe(self, module: nn.Module) -> str:
-        groups = module.g_idx
+        layer = cast(GPTQLayer, module)
+        groups = layer.g_idx
         if groups.is_meta:
-            return f"gptq {module.bits} bits"
+            return f"gptq {layer.bits} bits"
         ordered = bool((groups[1:] >= groups[:-1]).all())
-        size = len(groups) // len(module.scales)
-        return f"gptq {module.bits} bits/{size}" + ("" if ordered else " act-order")
+        size = len(groups) // len(layer.scales)
+        return f"gptq {layer.bits} bits/{size}" + ("" if ordered else " act-order")
 
     def _is_first_version(self, module: nn.Module) -> bool:
         version = getattr(module, "qzero_format", None)
         return version is None or version() == 1
+
+
+register_weight_format(GPTQFormat())

@@ -6,12 +6,23 @@ Source: Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learni
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import WEIGHT, class_names
+from lora_init.weights.format import WEIGHT, register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
+
+
+class HQQLayer(Protocol):
+    """What is read of a layer; `meta` is None before it is quantized."""
+
+    meta: dict[str, Any]
+    compute_dtype: torch.dtype
+    dequantize: Callable[[], Tensor]
 
 
 class HQQFormat(ReadOnlyFormat):
@@ -19,11 +30,8 @@ class HQQFormat(ReadOnlyFormat):
 
     name = "HQQLinear"
 
-    def matches(self, module: nn.Module) -> bool:
-        return self.name in class_names(module)
-
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, int]:
-        rows, columns = module.meta["shape"]
+        rows, columns = cast(HQQLayer, module).meta["shape"]
         return rows, columns
 
     def refusal(self, module: nn.Module) -> str | None:
@@ -33,11 +41,14 @@ class HQQFormat(ReadOnlyFormat):
 
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
         # The values in the compute dtype, by which the module multiplies.
-        return module.dequantize()
+        return cast(HQQLayer, module).dequantize()
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
-        return module.compute_dtype
+        return cast(HQQLayer, module).compute_dtype
 
     def describe(self, module: nn.Module) -> str:
-        meta = module.meta
+        meta = cast(HQQLayer, module).meta
         return f"hqq {meta['nbits']:g} bits/{meta['group_size']} axis {meta['axis']}"
+
+
+register_weight_format(HQQFormat())

@@ -8,39 +8,17 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.awq import AWQFormat
-from lora_init.weights.compressed_tensors import CompressedTensorsFormat
-from lora_init.weights.conv1d import Conv1DFormat
-from lora_init.weights.convolution import ConvolutionFormat, TransposedConvolutionFormat
-from lora_init.weights.embedding import EmbeddingFormat
-from lora_init.weights.experts import ExpertsFormat
+from lora_init.entry_points import import_modules
 from lora_init.weights.format import (
     FORMATS,
     WeightFormat,
     register_weight_format,
     weight_formats,
 )
-from lora_init.weights.fp8_linear import FP8LinearFormat
-from lora_init.weights.gptq import GPTQFormat
-from lora_init.weights.hqq import HQQFormat
 from lora_init.weights.linear import LinearFormat
-from lora_init.weights.linear4bit import Linear4bitFormat
-from lora_init.weights.linear8bit import Linear8bitFormat
-from lora_init.weights.opaque import AQLMFormat, BitNetFormat, EETQFormat
-from lora_init.weights.patches import CLASSES, TRANSPOSED
-from lora_init.weights.quanto import QuantoFormat
-from lora_init.weights.router import RouterFormat
-from lora_init.weights.torchao import TorchaoFormat
 
-for _one in (
-    LinearFormat(), Conv1DFormat(), Linear4bitFormat(), Linear8bitFormat(),
-    *map(ConvolutionFormat, CLASSES.values()),
-    *map(TransposedConvolutionFormat, TRANSPOSED.values()),
-    EmbeddingFormat(), TorchaoFormat(), QuantoFormat(), CompressedTensorsFormat(),
-    FP8LinearFormat(), HQQFormat(), AQLMFormat(), EETQFormat(), BitNetFormat(), GPTQFormat(),
-    AWQFormat(), ExpertsFormat(), RouterFormat(),
-):  # fmt: skip
-    register_weight_format(_one)
+# Quantizers derive their classes from nn.Linear. Its format is the first, so others precede it.
+register_weight_format(LinearFormat())
 
 
 def class_format(module: nn.Module) -> WeightFormat | None:
@@ -80,14 +58,12 @@ def module_type(module: nn.Module) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes products with a supported weight, as "all-linear" selects."""
-    found = weight_format(module)
-    return found is not None and found.operation == "product"
+    return getattr(weight_format(module), "operation", None) == "product"
 
 
 def is_router(module: nn.Module) -> bool:
     """Whether the module is a router with a supported weight."""
-    found = weight_format(module)
-    return found is not None and found.operation == "selection"
+    return getattr(weight_format(module), "operation", None) == "selection"
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -99,3 +75,7 @@ def is_quantized(module: nn.Module) -> bool:
 def oriented_weight(module: nn.Module) -> Float[Tensor, "out in"]:
     """The weight of a module that has one matrix, as (out, in)."""
     return known_format(module).read(module)
+
+
+# At the end, because modules of the package import this one.
+import_modules("lora_init.weights")

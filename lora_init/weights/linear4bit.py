@@ -19,7 +19,7 @@ Deviations:
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float, UInt8
@@ -27,10 +27,18 @@ from torch import Tensor, nn
 
 from lora_init.quantization.codebooks import dynamic_table
 from lora_init.quantization.quantizer import DOUBLE_BLOCK, Quantized, Quantizer, expanded
-from lora_init.weights.bitsandbytes import PackedFormat, unquantized
-from lora_init.weights.format import WEIGHT, Held
+from lora_init.weights.bitsandbytes import PackedFormat, bitsandbytes_parameter, unquantized
+from lora_init.weights.format import WEIGHT, Held, register_weight_format
 
 ROWS = 32  # number of rows that bitsandbytes' CPU repacking interleaves
+
+
+class Layer4bit(Protocol):
+    """What is used of a layer: bitsandbytes' parameter, its QuantState, and whether it repacks."""
+
+    weight: Any
+    quant_state: Any
+    support_avx512bf16_for_cpu: bool
 
 
 class Linear4bitFormat(PackedFormat):
@@ -46,7 +54,7 @@ class Linear4bitFormat(PackedFormat):
         return _original(self._quant_state(module), "dtype")
 
     def changes_in_forward(self, module: nn.Module) -> bool:
-        return getattr(module.weight, "quant_state", None) is not None
+        return getattr(cast(Layer4bit, module).weight, "quant_state", None) is not None
 
     def hold(self, module: nn.Module, name: str = WEIGHT, *, on_cpu: bool = False) -> Held:
         """Record the weight and its quant state, whose fields bitsandbytes replaces.
@@ -55,26 +63,26 @@ class Linear4bitFormat(PackedFormat):
         repacking and `write` do not.
         """
         repacks = bool(getattr(module, "support_avx512bf16_for_cpu", False))
-        state = _copied(self._quant_state(module)), repacks
-        return Held(module.weight, module.weight.data, name, state)
+        weight = cast(Layer4bit, module).weight
+        return Held(weight, weight.data, name, (_copied(self._quant_state(module)), repacks))
 
     def put_back(self, module: nn.Module, held: Held) -> None:
         """Restore a recorded weight, with bit-identical outputs and state dict."""
-        parameter, device = held.parameter, module.weight.device
+        layer, parameter = cast(Layer4bit, module), cast(Any, held.parameter)
+        device = layer.weight.device
         parameter.data = held.data.to(device)
-        module.weight = parameter
+        layer.weight = parameter
         state, repacks = held.state
         # Copy the state, because the next forward may modify it, and `held` may be used again.
         state = _copied(state)
         state.to(device)
-        parameter.quant_state = module.quant_state = state
-        module.support_avx512bf16_for_cpu = repacks
+        parameter.quant_state = layer.quant_state = state
+        layer.support_avx512bf16_for_cpu = repacks
         if device.type != "cpu" and _is_repacked(state):
             self.keep_plain(module)  # the repacked layout works on a CPU only
 
     def store(self, module: nn.Module, quantized: Quantized) -> None:
         from bitsandbytes.functional import QuantState
-        from bitsandbytes.nn import Params4bit
 
         old, quantizer = self._quant_state(module), quantized.quantizer
         double = {}
@@ -94,7 +102,8 @@ class Linear4bitFormat(PackedFormat):
             **double,
         )
         storage = self._storage(module)
-        module.weight = Params4bit(
+        layer, parameter = cast(Layer4bit, module), bitsandbytes_parameter("Params4bit")
+        layer.weight = parameter(
             _pack(quantized.codes, quantizer.kind, storage),
             requires_grad=False,
             quant_state=state,
@@ -104,7 +113,7 @@ class Linear4bitFormat(PackedFormat):
             quant_storage=storage,
             bnb_quantized=True,
         )
-        module.quant_state = state
+        layer.quant_state = state
 
     @torch.no_grad()
     def keep_plain(self, module: nn.Module) -> None:
@@ -114,8 +123,8 @@ class Linear4bitFormat(PackedFormat):
         described above. Scales that are rounded already stay rounded. `put_back` restores the
         default behavior.
         """
-        state = self._quant_state(module)
-        module.support_avx512bf16_for_cpu = False
+        layer, state = cast(Layer4bit, module), self._quant_state(module)
+        layer.support_avx512bf16_for_cpu = False
         if not _is_repacked(state) and state.absmax.ndim == 1:
             return
         codes, scale = self.codes_and_scale(module)
@@ -124,8 +133,8 @@ class Linear4bitFormat(PackedFormat):
         # Keep the scales expanded: quantizing them again would change them again.
         plain.nested, plain.state2, plain.offset = False, None, None
         plain.packing_format_for_cpu = False
-        module.weight.data = _pack(codes, state.quant_type, self._storage(module))
-        module.weight.quant_state = module.quant_state = plain
+        layer.weight.data = _pack(codes, state.quant_type, self._storage(module))
+        layer.weight.quant_state = layer.quant_state = plain
 
     def codes_and_scale(
         self, module: nn.Module
@@ -133,7 +142,7 @@ class Linear4bitFormat(PackedFormat):
         """The flattened codes and the scale of each block, from any layout."""
         state = self._quant_state(module)
         rows, columns = self.shape(module)
-        data = module.weight.data.contiguous().view(torch.uint8).reshape(-1)
+        data = cast(Layer4bit, module).weight.data.contiguous().view(torch.uint8).reshape(-1)
         if _is_repacked(state):
             # (rows/32, columns/2) groups of 32 bytes: low nibbles hold pairs of the first 16 rows.
             groups = data.reshape(-1, ROWS)
@@ -152,7 +161,7 @@ class Linear4bitFormat(PackedFormat):
 
     def _quant_state(self, module: nn.Module) -> Any:
         """The QuantState. Under FSDP only the module holds it."""
-        weight = module.weight
+        weight = cast(Layer4bit, module).weight
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         if state is None or not getattr(weight, "bnb_quantized", True):
             raise unquantized(module)
@@ -166,7 +175,10 @@ class Linear4bitFormat(PackedFormat):
     def _storage(self, module: nn.Module) -> torch.dtype:
         """The dtype in which the codes are stored; repacked codes are bytes."""
         state = self._quant_state(module)
-        return getattr(state, "original_storage_type", module.weight.dtype)
+        return getattr(state, "original_storage_type", cast(Layer4bit, module).weight.dtype)
+
+
+register_weight_format(Linear4bitFormat())
 
 
 def _is_repacked(state: Any) -> bool:

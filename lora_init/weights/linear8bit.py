@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol, cast
+
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from lora_init.quantization.quantizer import Quantized, Quantizer
-from lora_init.weights.bitsandbytes import PackedFormat, unquantized
-from lora_init.weights.format import WEIGHT, Held
+from lora_init.weights.bitsandbytes import PackedFormat, bitsandbytes_parameter, unquantized
+from lora_init.weights.format import WEIGHT, Held, register_weight_format
+
+
+class Layer8bit(Protocol):
+    """What is used of a layer: bitsandbytes' parameter with CB and SCB, and its state."""
+
+    weight: Any
+    bias: Tensor | None
+    state: Any
 
 
 class Linear8bitFormat(PackedFormat):
@@ -22,36 +32,38 @@ class Linear8bitFormat(PackedFormat):
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
         """The module does not record it: the dtype of its bias, or float16 as in bitsandbytes."""
-        return torch.float16 if module.bias is None else module.bias.dtype
+        bias = cast(Layer8bit, module).bias
+        return torch.float16 if bias is None else bias.dtype
 
     def changes_in_forward(self, module: nn.Module) -> bool:
-        return module.weight.dtype == torch.int8
+        return cast(Layer8bit, module).weight.dtype == torch.int8
 
     def hold(self, module: nn.Module, name: str = WEIGHT, *, on_cpu: bool = False) -> Held:
         self.codes_and_scale(module)
-        weight, state = module.weight, module.state
+        layer = cast(Layer8bit, module)
+        weight, state = layer.weight, layer.state
         return Held(weight, weight.data, name, (weight.CB, weight.SCB, state.CB, state.SCB))
 
     def put_back(self, module: nn.Module, held: Held) -> None:
-        parameter = held.parameter
-        parameter.data = held.data.to(module.weight.device)
-        module.weight = parameter
+        layer, parameter = cast(Layer8bit, module), cast(Any, held.parameter)
+        parameter.data = held.data.to(layer.weight.device)
+        layer.weight = parameter
         moved = [_moved(value, held.data, parameter.data) for value in held.state]
-        parameter.CB, parameter.SCB, module.state.CB, module.state.SCB = moved
+        parameter.CB, parameter.SCB, layer.state.CB, layer.state.SCB = moved
 
     def store(self, module: nn.Module, quantized: Quantized) -> None:
-        from bitsandbytes.nn import Int8Params
-
+        layer, parameter = cast(Layer8bit, module), bitsandbytes_parameter("Int8Params")
         codes, scale = quantized.codes, quantized.scale
-        module.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=scale)
+        layer.weight = parameter(codes, requires_grad=False, CB=codes, SCB=scale)
         # The next forward moves CB and SCB from the weight to the state.
-        module.state.CB = module.state.SCB = None
+        layer.state.CB = layer.state.SCB = None
 
     def codes_and_scale(
         self, module: nn.Module
     ) -> tuple[Int8[Tensor, "out in"], Float[Tensor, " out"]]:
         """The codes and scales, before or after the first forward."""
-        weight, state = module.weight, module.state
+        layer = cast(Layer8bit, module)
+        weight, state = layer.weight, layer.state
         if state.has_fp16_weights:
             fix = "build it with has_fp16_weights=False, then model.to(device)"
             raise unquantized(module, fix)
@@ -61,6 +73,9 @@ class Linear8bitFormat(PackedFormat):
         if codes.dtype != torch.int8 or scale is None:
             raise unquantized(module)
         return codes, scale
+
+
+register_weight_format(Linear8bitFormat())
 
 
 def _moved(value: Tensor | None, codes: Tensor, codes_there: Tensor) -> Tensor | None:

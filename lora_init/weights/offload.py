@@ -111,7 +111,7 @@ def factor_device(module: nn.Module, matrix: str = "weight") -> torch.device:
 
 
 def _offloading_hook(module: nn.Module) -> Any:
-    hook = getattr(module, HOOK_ATTRIBUTES[0], None)
+    hook: Any = getattr(module, HOOK_ATTRIBUTES[0], None)
     for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
         if getattr(one, "offload", False) and one.weights_map is not None:
             return one

@@ -11,22 +11,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_init.weights.format import class_names
+from lora_init.weights.format import WEIGHT, register_weight_format, sizes
+from lora_init.weights.offload import stored_weight
 from lora_init.weights.read_only import ReadOnlyFormat
 
 
 class OpaqueFormat(ReadOnlyFormat):
-    """A packed linear layer, recognized by its class name.
+    """A packed linear layer, recognized by its class name."""
 
-    Attributes:
-        classes: the names of its classes.
-    """
-
-    classes: ClassVar[set[str]]
     readable = False
-
-    def matches(self, module: nn.Module) -> bool:
-        return bool(class_names(module) & self.classes)
 
     def opaque(self, module: nn.Module) -> str | None:
         return "only its own kernel can dequantize it"
@@ -35,9 +28,10 @@ class OpaqueFormat(ReadOnlyFormat):
         raise NotImplementedError
 
     def float_dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype of the first float tensor of the module, such as its scales."""
+        """The dtype of the first float tensor of 16 bits or more, such as the module's scales."""
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        return next((one.dtype for one in own if one.is_floating_point()), torch.float16)
+        wide = (one.dtype for one in own if one.is_floating_point() and one.itemsize > 1)
+        return next(wide, torch.float16)
 
     def describe(self, module: nn.Module) -> str:
         return self.name.lower()
@@ -50,11 +44,23 @@ class AQLMFormat(OpaqueFormat):
     classes: ClassVar = {"QuantizedLinear", "AqlmLinear"}
 
 
+register_weight_format(AQLMFormat())
+
+
 class EETQFormat(OpaqueFormat):
-    """int8 codes in the order of EETQ's kernels."""
+    """int8 codes (in, out) in the order of EETQ's kernels. transformers' layers state no sizes."""
 
     name = "EETQ"
     classes: ClassVar = {"EetqLinear", "W8A16Linear"}
+
+    def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, int]:
+        if hasattr(module, "out_features"):
+            return sizes(module)
+        columns, rows = stored_weight(module).shape
+        return rows, columns
+
+
+register_weight_format(EETQFormat())
 
 
 class BitNetFormat(OpaqueFormat):
@@ -62,3 +68,16 @@ class BitNetFormat(OpaqueFormat):
 
     name = "BitNet"
     classes: ClassVar = {"BitLinear", "AutoBitLinear"}
+
+
+register_weight_format(BitNetFormat())
+
+
+class INCFormat(OpaqueFormat):
+    """float8 values in the layout of Intel Neural Compressor's kernels for Gaudi."""
+
+    name = "INC"
+    classes: ClassVar = {"PatchedLinear"}
+
+
+register_weight_format(INCFormat())

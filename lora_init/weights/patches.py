@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def is_transposed(module: nn.Module) -> bool:
 def torch_class(module: nn.Module) -> type[nn.Module]:
     """The class of torch from which a convolution's class derives."""
     classes = TRANSPOSED if is_transposed(module) else CLASSES
-    return classes[module.weight.ndim - 2]
+    return classes[cast(nn.Conv1d, module).weight.ndim - 2]
 
 
 def convolve(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,9 +58,10 @@ def pointwise(
 
     With groups, the rows of a group are multiplied by the channels of that group.
     """
-    dimensions = module.weight.ndim - 2
+    convolution = cast(nn.Conv1d, module)
+    dimensions = convolution.weight.ndim - 2
     kernels = matrix.view(*matrix.shape, *[1] * dimensions)
-    return FUNCTIONS[dimensions](x, kernels, groups=module.groups)
+    return FUNCTIONS[dimensions](x, kernels, groups=convolution.groups)
 
 
 def convolve_all_channels(
@@ -76,7 +77,7 @@ def convolve_all_channels(
 
 def batched(module: nn.Module, x: Tensor) -> Float[Tensor, "batch channels *positions"]:
     """The input or output of a convolution, with a batch dimension."""
-    return x[None] if x.ndim < module.weight.ndim else x
+    return x[None] if x.ndim < cast(nn.Conv1d, module).weight.ndim else x
 
 
 def spread(module: Any, x: Tensor) -> Float[Tensor, "batch channels *positions"]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_init.linalg.precision import full_precision
-from lora_init.weights.format import Finding
+from lora_init.weights.format import WEIGHT, Finding
 from lora_init.weights.patches import convolve
 
 if TYPE_CHECKING:
@@ -40,11 +40,12 @@ def probe(module: nn.Module, stored: FloatFormat) -> Finding:
         module: a float module whose weight is in memory.
         stored: how the weight is stored and used.
     """
-    own = module.weight.dtype
+    weight: Tensor = getattr(module, WEIGHT)
+    own = weight.dtype
     # Storage in float8 is cast before the product, and torch has no products of it on a CPU.
     wide = torch.float32 if own.itemsize == 1 else torch.promote_types(own, torch.float32)
     dtypes = dict.fromkeys((wide,) if own.itemsize == 1 else (own, wide))
-    devices = [module.weight.device] if module.weight.device.type == "cuda" else []
+    devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), full_precision():
         found = [_of_dtype(module, stored, dtype) for dtype in dtypes]
     reasons = [finding.reason for finding in found if finding.reason is not None]
@@ -112,7 +113,7 @@ def _perturb(twin: nn.Module) -> list[str]:
     """Change all floating-point tensors except weight and bias; return their names."""
     names = []
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-        if name not in ("weight", "bias") and tensor.is_floating_point():
+        if name not in (WEIGHT, "bias") and tensor.is_floating_point():
             tensor.add_(tensor.abs().add(1) * (1 + torch.rand_like(tensor)))
             names.append(name)
     return names
@@ -120,16 +121,17 @@ def _perturb(twin: nn.Module) -> list[str]:
 
 def _cases(twin: nn.Module, stored: FloatFormat) -> list[Tensor]:
     """Inputs of several shapes, each with rows of all scales and both signs."""
-    weight = twin.weight
+    weight: Tensor = getattr(twin, WEIGHT)
     generator = torch.Generator().manual_seed(0)
     if stored.operation == "lookup":
         ids = torch.randint(len(weight), (3, 4), generator=generator, device="cpu")
         ids = ids.to(weight.device)
         return [ids, ids[0]]
     if stored.operation == "convolution":
+        conv = cast(nn.Conv1d, twin)
         reach = [d * (k - 1) + 1 + 2 * s for k, d, s in
-                 zip(twin.kernel_size, twin.dilation, twin.stride, strict=True)]  # fmt: skip
-        shape = (len(SCALES), twin.in_channels, *reach)
+                 zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)]  # fmt: skip
+        shape = (len(SCALES), conv.in_channels, *reach)
     else:
         shape = (2 * len(SCALES), stored.shape(twin)[1])
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -141,7 +143,7 @@ def _cases(twin: nn.Module, stored: FloatFormat) -> list[Tensor]:
 
 
 def _product(twin: nn.Module, x: Tensor, stored: FloatFormat) -> Tensor:
-    weight, bias = twin.weight, getattr(twin, "bias", None)
+    weight, bias = getattr(twin, WEIGHT), getattr(twin, "bias", None)
     if stored.operation == "lookup":
         return functional.embedding(x, weight)
     if stored.operation == "convolution":
@@ -151,7 +153,7 @@ def _product(twin: nn.Module, x: Tensor, stored: FloatFormat) -> Tensor:
 
 def _errors(twin: nn.Module, function: Callable, stored: FloatFormat) -> list[float]:
     """The largest error of each case, in units of the rounding tolerance."""
-    weight = twin.weight
+    weight: Tensor = getattr(twin, WEIGHT)
     tolerance = TOLERANCES.get(weight.dtype, 4 * torch.finfo(weight.dtype).eps)
     bias = getattr(twin, "bias", None)
     is_lookup, rows = stored.operation == "lookup", stored.orient(weight).float()
@@ -195,5 +197,5 @@ def _called(function: Callable, x: Tensor) -> Tensor:
 
 def _input_norms(twin: nn.Module, x: Tensor, stored: FloatFormat) -> Tensor:
     """‖x‖ of the input of each output, in a shape that broadcasts over the outputs."""
-    features = twin.weight.ndim - 1 if stored.operation == "convolution" else 1
+    features = getattr(twin, WEIGHT).ndim - 1 if stored.operation == "convolution" else 1
     return torch.linalg.vector_norm(x.float(), dim=tuple(range(-features, 0)), keepdim=True)

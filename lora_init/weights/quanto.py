@@ -6,11 +6,21 @@ every forward pass. Reading gives the quantized values, by which the module mult
 
 from __future__ import annotations
 
+from typing import Any, Protocol, cast
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init.weights.format import class_names
+from lora_init.weights.format import register_weight_format
 from lora_init.weights.read_only import ReadOnlyFormat
+
+
+class QuantoLayer(Protocol):
+    """What is read of a layer. A `qtype` of quanto has a name."""
+
+    qweight: Tensor
+    weight_qtype: Any
+    activation_qtype: Any
 
 
 class QuantoFormat(ReadOnlyFormat):
@@ -19,12 +29,15 @@ class QuantoFormat(ReadOnlyFormat):
     name = "QLinear"
 
     def matches(self, module: nn.Module) -> bool:
-        quantizes = getattr(module, "weight_qtype", None) is not None
-        return quantizes and self.name in class_names(module)
+        return super().matches(module) and getattr(module, "weight_qtype", None) is not None
 
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
-        return module.qweight.dequantize()
+        return cast(QuantoLayer, module).qweight.dequantize()
 
     def describe(self, module: nn.Module) -> str:
-        inputs = module.activation_qtype
-        return f"quanto {module.weight_qtype.name}" + (f" inputs {inputs.name}" if inputs else "")
+        layer = cast(QuantoLayer, module)
+        inputs = layer.activation_qtype
+        return f"quanto {layer.weight_qtype.name}" + (f" inputs {inputs.name}" if inputs else "")
+
+
+register_weight_format(QuantoFormat())

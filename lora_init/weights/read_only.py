@@ -8,24 +8,34 @@ such a weight, and methods that replace it, are refused by name.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Set
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from lora_init.weights.format import WEIGHT, Held, Matrix, WeightFormat
+from lora_init.weights.format import WEIGHT, Held, Matrix, WeightFormat, class_names, sizes
 from lora_init.weights.offload import stored_weight
 from lora_init.weights.sharded import read_whole
 
 
 class ReadOnlyFormat(WeightFormat):
-    """A linear layer of a quantizer. A subclass recognizes it, and dequantizes it in `values`."""
+    """A linear layer of a quantizer. A subclass recognizes it, and dequantizes it in `values`.
 
+    Attributes:
+        classes: the names of the classes that `matches` recognizes; empty for `name` alone.
+    """
+
+    classes: ClassVar[Set[str]] = frozenset()
     subtractions = ("in_forward",)
     quantized = True
     writable = False
 
+    def matches(self, module: nn.Module) -> bool:
+        return not class_names(module).isdisjoint(self.classes or {self.name})
+
     def shape(self, module: nn.Module, name: str = WEIGHT) -> tuple[int, int]:
-        return module.out_features, module.in_features
+        return sizes(module)
 
     def unreadable(self, module: nn.Module, name: str = WEIGHT) -> str | None:
         if stored_weight(module).is_meta:

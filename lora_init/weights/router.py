@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_init.weights.experts import FLOAT_DTYPES
+from lora_init.weights.experts import unusable
 from lora_init.weights.float import FloatFormat
-from lora_init.weights.format import WEIGHT
-from lora_init.weights.offload import absence
+from lora_init.weights.format import WEIGHT, register_weight_format
 from lora_init.weights.probe import Finding
 
 
@@ -30,13 +29,12 @@ class RouterFormat(FloatFormat):
         return type(module) if is_router else None
 
     def refusal(self, module: nn.Module) -> str | None:
-        weight, reason = module.weight, None
-        if weight.dtype not in FLOAT_DTYPES:
-            reason = f"whose weight has dtype {weight.dtype}: it must be 16-, 32- or 64-bit"
-        elif not weight.is_meta and (where := absence(weight)) is not None:
-            reason = f"whose weight is {where}"
+        reason = unusable(module, WEIGHT)
         return None if reason is None else f"is a {type(module).__name__}, {reason}"
 
     def replaced_forward(self, module: nn.Module) -> Finding | None:
         """A forward that was set on the instance is called with the adapted weight."""
         return None
+
+
+register_weight_format(RouterFormat())

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init.weights.checkpoint import OriginalWeights
+from lora_init.weights.checkpoint import OriginalWeights, stored_name
 
 if TYPE_CHECKING:
     from lora_init.plan.plan import Target
@@ -54,7 +54,7 @@ class SecondCheckpoint(SecondWeights):
         found: dict[tuple[str, int | None], str] = {}
         with _named_after_the_argument():
             for target in targets:
-                name = self._name(target)
+                name = stored_name(self._stored, target)
                 empty = torch.empty(self._stored.shape(name), device="meta")
                 shape = tuple(weights.oriented(target, empty).shape)
                 wanted = target.shape if target.experts is None else (target.experts, *target.shape)
@@ -74,14 +74,8 @@ class SecondCheckpoint(SecondWeights):
 
     def weight(self, weights: BaseWeights, target: Target) -> Float[Tensor, "out in"]:
         with _named_after_the_argument():
-            stored = self._stored.weight(self._name(target), target.expert)
+            stored = self._stored.weight(stored_name(self._stored, target), target.expert)
         return weights.oriented(target, stored).to(weights.present(target).device)
-
-    def _name(self, target: Target) -> str:
-        """The module name under which the weight is stored; tied weights may use another name."""
-        own = target.name if target.expert is None else target.name.rpartition(".")[0]
-        names = (own, *(name.removesuffix(".weight") for name in target.shared_with))
-        return next((name for name in names if self._stored.has(name)), own)
 
 
 @contextmanager

@@ -17,10 +17,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import torch.distributed.tensor
+    from torch.distributed.tensor import DTensor
 
 Sharding = Literal["FSDP2", "tensor parallelism", "DeepSpeed ZeRO-3"]
 
@@ -42,19 +46,20 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter. Communicates nothing."""
-    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+    return cast(Any, parameter).ds_shape if is_partitioned(parameter) else parameter.shape
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, or the tensor itself."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+    return cast("DTensor", tensor).to_local() if is_dtensor(tensor) else tensor
 
 
 def whole(parameter: Tensor) -> Tensor:
     """The whole tensor without gradient: gathered from all ranks, or the tensor itself."""
     if is_dtensor(parameter):
         # FSDP2 can keep shards in CPU memory, where an accelerator's process group cannot gather.
-        parts: Any = parameter.detach().to(parameter.device_mesh.device_type)
+        device = cast("DTensor", parameter).device_mesh.device_type
+        parts: Any = parameter.detach().to(device)
         if parts.is_floating_point() and parts.itemsize == 1:  # gloo cannot gather float8
             return parts.view(torch.uint8).full_tensor().view(parts.dtype)
         return parts.full_tensor()
@@ -68,10 +73,11 @@ def whole(parameter: Tensor) -> Tensor:
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy whole values, which are equal on all ranks, into a parameter or into its parts."""
     if is_dtensor(parameter):
+        stored = cast("DTensor", parameter)
         parts = torch.distributed.tensor.distribute_tensor(
-            value, parameter.device_mesh, parameter.placements, src_data_rank=None
+            value, stored.device_mesh, stored.placements, src_data_rank=None
         )
-        parameter.to_local().copy_(parts.to_local())
+        stored.to_local().copy_(parts.to_local())
     elif is_partitioned(parameter):
         with sys.modules["deepspeed"].zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
@@ -118,8 +124,8 @@ def _holding(module: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
 def group_size(parameter: Tensor) -> int:
     """The number of ranks that hold a part of a sharded parameter."""
     if is_dtensor(parameter):
-        return parameter.device_mesh.size()
-    return torch.distributed.get_world_size(parameter.ds_process_group)
+        return cast("DTensor", parameter).device_mesh.size()
+    return torch.distributed.get_world_size(cast(Any, parameter).ds_process_group)
 
 
 def fsdp_unit(model: nn.Module, name: str) -> nn.Module | None:
@@ -168,7 +174,7 @@ def reshard(model: nn.Module) -> None:
     """
     for module in model.modules():
         if is_unit(module):
-            module.reshard()
+            cast(Any, module).reshard()
 
 
 def is_unit(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_init import linalg
 from lora_init.distributed import rank_count
-from lora_init.weights.checkpoint import OriginalWeights
+from lora_init.weights.checkpoint import OriginalWeights, stored_name
 from lora_init.weights.kinds import FORMATS, known_format
 from lora_init.weights.offload import (
     factor_device,
@@ -78,7 +78,7 @@ class BaseWeights:
                 "original_weights is given, but no target is quantized or unloaded (on the meta "
                 "device): their weights are the original ones; leave it out"
             )
-        self._check_stored([target for target in targets if target.quantized])
+        self._check_stored(self.originals, [target for target in targets if target.quantized])
 
     def check_unloaded(self, targets: tuple[Target, ...]) -> None:
         """Raise if a weight is neither loaded nor in the checkpoint.
@@ -87,9 +87,11 @@ class BaseWeights:
             ValueError: no checkpoint was passed, or a weight is missing there or has another shape.
         """
         unloaded = [target for target in targets if self._is_unloaded(target)]
-        if unloaded and self.originals is None:
+        if not unloaded:
+            return
+        if self.originals is None:
             raise _nowhere(unloaded[0])
-        self._check_stored(unloaded)
+        self._check_stored(self.originals, unloaded)
 
     def is_readable(self, target: Target) -> bool:
         """Whether the values of the weight can be read, as those of few quantizers cannot."""
@@ -141,7 +143,7 @@ class BaseWeights:
         if is_offloaded(module):
             stored = offloaded_weight(module, target.matrix)
         elif self.originals is not None:
-            stored = self.originals.weight(self._stored_name(target), target.expert)
+            stored = self.originals.weight(stored_name(self.originals, target), target.expert)
         else:
             raise _nowhere(target)
         stored = stored.to(factor_device(module, target.matrix), kept.dtype)
@@ -202,12 +204,12 @@ class BaseWeights:
     def _is_unloaded(self, target: Target) -> bool:
         return is_unloaded(self._module(target), target.matrix)
 
-    def _check_stored(self, targets: list[Target]) -> None:
+    def _check_stored(self, originals: OriginalWeights, targets: list[Target]) -> None:
         """Raise if the checkpoint lacks one of these weights or has one of another shape."""
         found: dict[str, str] = {}
         for target in targets:
-            name, wanted = self._stored_name(target), self._stored_shape(target)
-            shape, key = self.originals.shape(name), self.originals.key(name)
+            name, wanted = stored_name(originals, target), self._stored_shape(target)
+            shape, key = originals.shape(name), originals.key(name)
             source = "that the model was quantized from" if target.quantized else "of this model"
             if shape != wanted:
                 raise ValueError(
@@ -220,12 +222,6 @@ class BaseWeights:
                     f"the checkpoint {source}"
                 )
             found[key] = target.name
-
-    def _stored_name(self, target: Target) -> str:
-        """The module name under which the weight is stored; tied weights may use another name."""
-        own = target.name if target.expert is None else target.name.rpartition(".")[0]
-        names = (own, *(name.removesuffix(".weight") for name in target.shared_with))
-        return next((name for name in names if self.originals.has(name)), own)
 
     def _stored_shape(self, target: Target) -> tuple[int, ...]:
         if not target.quantized:

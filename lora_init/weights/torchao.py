@@ -11,11 +11,15 @@ Deviations:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_init.weights.format import register_weight_format
+from lora_init.weights.offload import stored_weight
 from lora_init.weights.read_only import ReadOnlyFormat
 from lora_init.weights.sharded import local_part
 
@@ -33,7 +37,7 @@ class TorchaoFormat(ReadOnlyFormat):
         return type(part).__module__.partition(".")[0] == "torchao"
 
     def values(self, module: nn.Module) -> Float[Tensor, "out in"]:
-        weight = module.weight.detach()
+        weight: Any = stored_weight(module).detach()  # a class of torchao
         if hasattr(weight, "get_original_weight"):  # NF4Tensor, whose `dequantize` is another
             return weight.get_original_weight()
         if type(weight).dequantize is not Tensor.dequantize:
@@ -43,7 +47,7 @@ class TorchaoFormat(ReadOnlyFormat):
 
     def describe(self, module: nn.Module) -> str:
         """The dtype of the integers or floats, and whether the inputs are quantized too."""
-        weight = local_part(module.weight)
+        weight: Any = local_part(stored_weight(module))
         codes = getattr(weight, "target_dtype", None)
         if codes is None and hasattr(weight, "qdata"):
             codes = weight.qdata.dtype
@@ -52,5 +56,9 @@ class TorchaoFormat(ReadOnlyFormat):
         return f"torchao {str(kind).removeprefix('torch.')}{dynamic}"
 
     def blocks_gradient(self, module: nn.Module) -> bool:
-        inputs, weight = ("act_quant_kwargs", "activation_quantization"), local_part(module.weight)
+        inputs = ("act_quant_kwargs", "activation_quantization")
+        weight = local_part(stored_weight(module))
         return any(getattr(weight, name, None) is not None for name in inputs)
+
+
+register_weight_format(TorchaoFormat())

@@ -1,12 +1,17 @@
 """Files and starts are exchanged with PEFT on layers of quantizers that PEFT supports."""
 
+import importlib
+import sys
+import types
+
 import peft
 import pytest
+import quantizers
 import torch
+from format_examples.packed_layers import quantized_layer
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from quantized_layers import quantized_layer
 from torch import nn
 
 from lora_init import (
@@ -25,10 +30,36 @@ LAYERS = {
     "AQLM": AqlmLoraLinear,
 }
 KINDS = ["torchao", "torchao dynamic", "torchao int4", "torchao float8", "HQQLinear", "QLinear",
-         "QLinear float8", "compressed-tensors", "FP8Linear", "BitNet", *LAYERS]  # fmt: skip
-OPAQUE = ("AQLM", "BitNet")
+         "QLinear float8", "compressed-tensors", "FP8Linear", "BitNet", "EETQ", "INC",
+         *LAYERS]  # fmt: skip
+OPAQUE = ("AQLM", "BitNet", "EETQ", "INC")
+INC = "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules"
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins():
+    """PEFT's own dispatch for two packages that are not installed, to layers with their layout.
+
+    PEFT defines these layers only if it finds the package, so its modules are loaded again.
+    """
+    reloaded = [importlib.import_module(f"peft.tuners.lora.{name}") for name in ("eetq", "inc")]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("eetq", INC):
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                parent = ".".join(parts[:end])
+                patch.setitem(sys.modules, parent, types.ModuleType(parent))
+        sys.modules["eetq"].EetqLinear = quantizers.EetqLinear
+        sys.modules[INC].PatchedLinear = quantizers.PatchedLinear
+        for name in ("is_eetq_available", "is_inc_available"):
+            patch.setattr(f"peft.import_utils.{name}", lambda: True)
+        for module in reloaded:
+            importlib.reload(module)
+        yield
+    for module in reloaded:
+        importlib.reload(module)
 
 
 def base_model(kind):
@@ -91,6 +122,8 @@ def test_a_live_model_of_peft_is_initialized_saved_and_restored(kind, tmp_path):
     expected = base_model(kind)[0](x)
     theirs = peft.get_peft_model(model, peft_config(kind, model)).eval()
     data = [x] if kind in OPAQUE else None
+    if kind in ("EETQ", "INC"):  # PEFT's own dispatch
+        assert type(theirs.base_model.model[1]).__name__ == f"{kind.capitalize()}LoraLinear"
     initialize_peft_model(theirs, method(kind), calibration=data)
     torch.testing.assert_close(theirs(x), expected, rtol=1e-6, atol=1e-6)
     assert theirs.base_model.model[1].lora_A["default"].weight.any()

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from format_examples.packed_layers import COLUMNS, ROWS, quantized_layer
 from packing import packed
 from processes import run_ranks
-from quantized_layers import COLUMNS, ROWS, quantized_layer
 from sharded import WORLD, findings, gap, join, leave, products
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh

@@ -135,8 +135,27 @@ class QuantizedLinear(nn.Linear):
     """AQLM's layer, whose codes only its kernels read."""
 
 
-class EetqLinear(nn.Linear):
-    """EETQ's layer, whose codes only its kernels read."""
+class EetqLinear(Packed):
+    """EETQ's layer: int8 codes (in, out) and a scale for each output."""
+
+    def __init__(self, columns, rows):
+        codes, _, scales, bias = draws(rows, columns, 1, 7, 0, torch.float32)
+        super().__init__(rows, columns, bias)
+        self.original = (codes - 64) * scales
+        self.weight = nn.Parameter((codes - 64).T.to(torch.int8), requires_grad=False)
+        self.weight_scales = nn.Parameter(scales[:, 0], requires_grad=False)
+
+
+class PatchedLinear(Packed):
+    """Intel Neural Compressor's layer: float8 values (in, out) and one scale."""
+
+    def __init__(self, columns, rows):
+        codes, _, scales, bias = draws(rows, columns, 1, 4, 0, torch.float32)
+        super().__init__(rows, columns, bias)
+        self.original = (codes - 8) * scales[0]
+        values = (codes - 8).T.to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.scale_weight = nn.Parameter(scales[0, 0], requires_grad=False)
 
 
 class BitLinear(nn.Linear):

@@ -1,6 +1,6 @@
 """The contract of a weight format, for every format of modules with one `weight`.
 
-A new format needs one example in `EXAMPLES`.
+A new format needs an example: a file in the folder `format_examples`.
 """
 
 import copy
@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
-from networks import linear
-from quantized_layers import LAYERS
+from format_examples import EXAMPLES, example
+from format_examples.float_modules import draws
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+import lora_init.weights
 from lora_init import LoraConfig, get_peft_model
+from lora_init.entry_points import import_modules
 from lora_init.weights.format import WeightFormat
 from lora_init.weights.kinds import (
     FORMATS,
@@ -25,67 +26,13 @@ from lora_init.weights.kinds import (
     weight_formats,
 )
 from lora_init.weights.linear import LinearFormat
-from lora_init.weights.patches import CLASSES, TRANSPOSED
+from lora_init.weights.read_only import ReadOnlyFormat
 
-
-def draws(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def convolution(dimensions):
-    """Another size, stride and dilation along each dimension, and reflected borders."""
-    along = slice(dimensions)
-    return CLASSES[dimensions](
-        4, 8, (3, 2, 1)[along], stride=(2, 1, 2)[along], padding=(2, 1, 1)[along],
-        dilation=(2, 1, 1)[along], padding_mode="reflect",
-    )  # fmt: skip
-
-
-def upsampling(dimensions):
-    """A transposed convolution; one of its paddings is wider than its kernel reaches."""
-    along = slice(dimensions)
-    return TRANSPOSED[dimensions](
-        4, 8, (3, 2, 1)[along], stride=(2, 3, 2)[along], padding=(1, 2, 0)[along],
-        dilation=(2, 1, 1)[along], output_padding=(1, 2, 0)[along],
-    )  # fmt: skip
-
-
-class Logits(nn.Linear):
-    """A router that does not select, so that its output is one tensor."""
-
-    num_experts = 5
-
-    def __init__(self):
-        super().__init__(24, self.num_experts)
-
-
-EXAMPLES = {
-    "Linear": (lambda: nn.Linear(64, 32), draws(2, 3, 64)),
-    "Conv1D": (lambda: Conv1D(32, 64), draws(2, 3, 64)),
-    "Linear4bit": (lambda: packed("Linear4bit"), draws(2, 3, 64)),
-    "Linear8bitLt": (lambda: packed("Linear8bitLt"), draws(2, 3, 64)),
-    "Conv1d": (lambda: convolution(1), draws(2, 4, 9)),
-    "Conv2d": (lambda: convolution(2), draws(2, 4, 9, 8)),
-    "Conv3d": (lambda: convolution(3), draws(2, 4, 9, 8, 5)),
-    "ConvTranspose1d": (lambda: upsampling(1), draws(2, 4, 5)),
-    "ConvTranspose2d": (lambda: upsampling(2), draws(2, 4, 5, 4)),
-    "ConvTranspose3d": (lambda: upsampling(3), draws(2, 4, 5, 4, 3)),
-    "Embedding": (lambda: nn.Embedding(48, 32), torch.arange(48).view(6, 8)),
-    "Router": (lambda: Logits(), draws(2, 3, 24)),
-}
-EXAMPLES |= {
-    name: (LAYERS[name], None) for name in FORMATS if FORMATS[name].quantized and name in LAYERS
-}
-"""A function that makes a module, and an input of the module, by format."""
-
-
-def packed(kind):
-    return linear(kind, draws(32, 64) / 8, draws(32, seed=1)).requires_grad_(False)
+KINDS = [name for name in EXAMPLES if name in FORMATS]  # without variants
 
 
 def made(name):
-    torch.manual_seed(0)
-    return EXAMPLES[name][0]()
+    return example(name)[0]
 
 
 def unload(module):
@@ -113,13 +60,16 @@ def own_formats():
     FORMATS.update(before)
 
 
-every_format = pytest.mark.parametrize("name", EXAMPLES)
-writable_formats = pytest.mark.parametrize("name", [n for n in EXAMPLES if FORMATS[n].writable])
+every_format = pytest.mark.parametrize("name", KINDS)
+writable_formats = pytest.mark.parametrize("name", [n for n in KINDS if FORMATS[n].writable])
 """Those that are not, `test_read_only.py` tests."""
 
 
 def test_every_format_has_an_example():
-    assert set(EXAMPLES) == set(FORMATS) - {"Experts"}  # see test_experts_format.py
+    # test_experts_format.py has several modules of experts.
+    missing = [n for n, one in FORMATS.items() if n not in KINDS and one.operation != "routed"]
+    assert not missing, "add a file with EXAMPLES to tests/support/format_examples"
+    assert {kind.split()[0] for kind in EXAMPLES} <= set(FORMATS)
 
 
 @every_format
@@ -176,7 +126,7 @@ def test_the_shape_is_known_on_the_meta_device(name):
 @writable_formats
 @torch.no_grad()
 def test_the_matrix_times_the_rows_of_the_input_is_the_output(name):
-    module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
+    (module, x), one = example(name), FORMATS[name]
     bias = getattr(module, "bias", None)
     output = one.output_rows(module, module(x)) - (0 if bias is None else bias)
     product = one.input_rows(module, x).double() @ one.read(module).double().T
@@ -188,7 +138,7 @@ def test_the_matrix_times_the_rows_of_the_input_is_the_output(name):
 
 @writable_formats
 def test_modules_that_cut_their_inputs_alike_have_equal_keys(name):
-    module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
+    (module, x), one = example(name), FORMATS[name]
     twin = copy.deepcopy(module)
     assert one.reading(module) == one.reading(twin)
     assert torch.equal(one.input_rows(module, x), one.input_rows(twin, x))
@@ -219,7 +169,7 @@ def test_what_is_written_is_read(name):
 @writable_formats
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_a_held_weight_comes_back_exactly(name, on_cpu):
-    module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
+    (module, x), one = example(name), FORMATS[name]
     before, parameter = state(module), module.weight
     expected = one.read(module).clone()
     output = copy.deepcopy(module)(x)
@@ -236,7 +186,7 @@ def test_a_held_weight_comes_back_exactly(name, on_cpu):
 
 @writable_formats
 def test_only_declared_formats_change_in_the_forward_pass(name):
-    module, one, x = made(name), FORMATS[name], EXAMPLES[name][1]
+    (module, x), one = example(name), FORMATS[name]
     assert one.changes_in_forward(module) <= one.quantized
     one.keep_plain(module)
     before, matrix = state(module), one.read(module).clone()
@@ -274,7 +224,10 @@ def test_the_format_that_was_added_last_has_precedence(own_formats):
     register_weight_format(HalvedFormat())
     assert weight_format(module).name == module_type(module) == "Halved"
     assert weight_format(nn.Linear(4, 3)).name == "Linear"
-    with pytest.raises(ValueError, match="name='Halved' is not supported: .*HalvedFormat has this"):
+    with pytest.raises(
+        ValueError,
+        match="name='Halved' of .*a new name, because HalvedFormat has",
+    ):
         register_weight_format(HalvedFormat())
     x = draws(5, 4)
     torch.testing.assert_close(module(x), x @ weight_format(module).read(module).T)
@@ -311,6 +264,14 @@ register_weight_format(KernelLinearFormat())
 """
 
 
+def test_a_file_of_the_package_needs_no_other_edit(own_formats, tmp_path, monkeypatch):
+    (tmp_path / "kernel_linear.py").write_text(PLUGIN)
+    monkeypatch.setattr(lora_init.weights, "__path__", [str(tmp_path)])
+    import_modules("lora_init.weights")
+    kernel_linear = sys.modules.pop("lora_init.weights.kernel_linear")
+    assert module_type(kernel_linear.KernelLinear(4, 3)) == "KernelLinear"
+
+
 @pytest.mark.parametrize("method", ["kaiming", "pissa"])
 def test_an_entry_point_adds_a_format_that_methods_support(
     own_formats, tmp_path, monkeypatch, method
@@ -334,17 +295,87 @@ def test_an_entry_point_adds_a_format_that_methods_support(
     torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
 
 
-class Unnamed(LinearFormat):
-    name = "Unnamed"
+class Unknown(LinearFormat):
+    name = "Unknown"
     operation = "sum"
+
+
+class Unnamed(ReadOnlyFormat):
+    def matches(self, module):
+        return type(module) is Packed
+
+    def values(self, module):
+        return None
+
+
+class Undecided(Unnamed):
+    name = "Undecided"
+    subtractions = ("somehow",)
 
 
 @pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("one", "message"),
-    [(Unnamed, "must be an instance"), (Unnamed(), "operation=.sum. of .* must be one of product")],
+    [
+        (Unknown, "must be an instance"),
+        (Unknown(), "operation='sum' of .* Unknown is not supported: must be one of product"),
+        (Unnamed(), "name=None of .* Unnamed is not supported: must be the name of"),
+        (Undecided(), r"subtractions=\('somehow',\) of .* Undecided .* some of edit, in_forward"),
+    ],
 )
-def test_a_wrong_format_is_refused_by_name(one, message):
-    with pytest.raises((TypeError, ValueError), match=f"{message}"):
+def test_a_wrong_format_is_refused_by_name(own_formats, one, message):
+    before = set(weight_formats())
+    with pytest.raises((TypeError, ValueError), match=message):
         register_weight_format(one)
-    assert "Unnamed" not in weight_formats()
+    assert set(weight_formats()) == before
+
+
+class Packed(nn.Module):
+    """A linear layer that does not store its sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.ones(8, 16, dtype=torch.int8))
+
+    def forward(self, x):
+        return x @ self.codes.float().T
+
+
+BASE = {"name": "Broken", "float_dtype": lambda self, module: torch.float32,
+        "shape": lambda self, module, name="weight": (8, 16)}  # fmt: skip
+MISTAKES = {
+    "matches": (lambda self, module: None, "returned None", "True or False, for every module"),
+    "matches ": (
+        lambda self, module: module.bits == 4,
+        "raised AttributeError .*'bits'",
+        "True or",
+    ),
+    "refusal": (lambda self, module: True, "returned True", "the reason as text, or None"),
+    "shape": (lambda self, module, name="weight": [8, 16], "returned .8, 16.", "a tuple of int"),
+    "shape ": (ReadOnlyFormat.shape, "raised AttributeError .*'out_features'", "a tuple of int"),
+    "float_dtype": (lambda self, module: "int4", "returned 'int4'", "a torch.dtype"),
+    "float_dtype ": (WeightFormat.float_dtype, "raised AttributeError .*'weight'", "a torch.dtype"),
+    "describe": (lambda self, module: None, "returned None", "a text"),
+    "matrices": (lambda self, module: "weight", "returned 'weight'", "the names of the matrices"),
+    "values": (lambda self, module: None, "returned None", "a floating-point tensor, .out, in."),
+    "values ": (
+        lambda self, module: module.codes,
+        "returned a torch.int8 tensor of shape",
+        "a flo",
+    ),
+}
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_function_that_breaks_the_contract_is_named_at_its_first_use(own_formats, mistake):
+    name, (function, what, must) = mistake.strip(), MISTAKES[mistake]
+    broken = type("Broken", (Unnamed,), BASE | {name: function})
+    register_weight_format(broken())
+    model = nn.Sequential(Packed())
+    before = model[0]
+    what = rf"Broken\.{name}\(\w+\) {what}.*: must return {must}.*\. Correct {name} in Broken"
+    message = f"weight format 'Broken' is not supported: {what}"
+    with pytest.raises(TypeError, match=message):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
+    assert model[0] is before

@@ -38,7 +38,7 @@ class Block(torch.nn.Module):
 
 @pytest.mark.parametrize("is_swizzled", [False, True])
 def test_packed_experts_are_refused_with_the_fix(is_swizzled):
-    base, fix = Block(is_swizzled), r"Mxfp4Config\(dequantize=True\)"
+    base, fix = Block(is_swizzled), r"triton.*Mxfp4Config\(dequantize=True\), or .*on the meta"
     with pytest.raises(TypeError, match=f"experts.down_proj' is a Mxfp4GptOssExperts.*{fix}"):
         get_peft_model(base, LoraConfig(r=2, target_parameters=["experts.down_proj"]))
     plan = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"), dry_run=True)

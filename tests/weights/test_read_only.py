@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import pytest
 import quantizers
 import torch
-from methods import SPECS
+from format_examples.packed_layers import LAYERS, quantized_layer
+from methods import REPLACING, SPECS
 from models import Batches
-from quantized_layers import LAYERS, quantized_layer
 from torch import nn
 
 from lora_init import LoraConfig, calibrate, get_peft_model
@@ -134,15 +134,19 @@ def test_a_base_that_is_quantized_in_part(method):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("method", "message"),
     [
-        ({"init_lora_weights": "loftq"}, "because its packed weight is read-only, but loftq repl"),
-        ({"init_lora_weights": "pissa"}, "but quantized_base='requantize' replaces it. Use quanti"),
+        *(
+            (name, f"because its packed weight is read-only, but {name} replaces it. "
+             "Use the unquantized model, or bitsandbytes' quantization with original_weights")
+            for name in REPLACING
+        ),
+        ("pissa", "but quantized_base='requantize' replaces it. Use quantized_base='in_forward'"),
     ],
-)
-def test_a_packed_weight_is_not_replaced(settings, message):
+)  # fmt: skip
+def test_a_packed_weight_is_not_replaced(method, message):
     model = nn.Sequential(quantized_layer("GPTQ")[0])
-    config = LoraConfig(r=4, target_modules=["0"], **settings)
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=method)
     with pytest.raises(TypeError, match=rf"'0' is a QuantLinear \(gptq 4 bits/32\).*{message}"):
         get_peft_model(model, config, quantized_base="requantize")
     assert type(model[0]) is quantizers.QuantLinear
@@ -170,7 +174,7 @@ def test_a_layer_has_its_format_and_says_its_bits(kind):
     assert one.float_dtype(module) == torch.float32
     assert one.refusal(module) is one.unreadable(module) is None
     name = one.describe(module)
-    assert any(word in name for word in ("8", "4", "3", "aqlm", "eetq", "bitnet"))
+    assert any(word in name for word in ("8", "4", "3", "aqlm", "eetq", "bitnet", "inc"))
     for call in (
         lambda: one.write(module, torch.zeros(one.shape(module))),
         lambda: one.hold(module),
@@ -200,6 +204,15 @@ def test_a_tensor_without_a_dequantizer_is_read_through_its_kernel(monkeypatch):
     expected = class_format(module).read(module)
     monkeypatch.delattr(type(module.weight), "dequantize")
     torch.testing.assert_close(class_format(module).read(module), expected)
+
+
+def test_a_layer_of_transformers_without_sizes_gets_an_adapter():
+    library = pytest.importorskip("transformers.integrations.eetq")
+    model = nn.Sequential(library.EetqLinear(64, 32))
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights="kaiming")
+    adapted = get_peft_model(model, config)
+    assert adapted.layers["0"].lora_A.shape == (4, 64)
+    assert adapted.layers["0"].lora_B.shape == (32, 4)
 
 
 def test_a_layer_that_is_not_quantized_yet_is_refused():

@@ -1,5 +1,7 @@
 """One linear layer of each quantizer, packed by its own package where that runs on a CPU."""
 
+import functools
+
 import pytest
 import quantizers
 import torch
@@ -125,6 +127,7 @@ LAYERS = {
     "AQLM": lambda: quantizers.QuantizedLinear(COLUMNS, ROWS),
     "EETQ": lambda: quantizers.EetqLinear(COLUMNS, ROWS),
     "BitNet": lambda: quantizers.BitLinear(COLUMNS, ROWS),
+    "INC": lambda: quantizers.PatchedLinear(COLUMNS, ROWS),
 }
 """Functions that make a layer, by the name of its format, and a variant."""
 
@@ -133,3 +136,11 @@ def quantized_layer(kind):
     """A new layer, and the number of its inputs."""
     module = LAYERS[kind]()
     return module, getattr(module, "in_features", COLUMNS)
+
+
+def _with_input(kind):
+    module, columns = quantized_layer(kind)
+    return module, torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
+
+
+EXAMPLES = {kind: functools.partial(_with_input, kind) for kind in LAYERS}
