@@ -21,7 +21,7 @@ NAMES = (
     "rank_scaling",
     "sharpness",
 )
-FAMILY = ("start_family", "trained_starts", "sc_lora_retention")
+FAMILY = ("start_family", "trained_starts", "sc_lora_retention", "osrm_merge")
 """Comparisons of many papers' starts, on another page."""
 
 

@@ -1,15 +1,15 @@
-"""A classifier of film reviews: its batches, and a head that is trained alone."""
+"""A classifier of sentences: its batches, and a head that is trained alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lora_init.config.lora_config import HEADS
 
-from ..data import rotten_tomatoes
+from ..data import Labelled, rotten_tomatoes
 from ..errors import ConfigurationError
 from ..tasks import draw
 from ..tasks.text_classification import TextClassification
@@ -30,10 +30,18 @@ def load_classifier(model: str, seed: int, device: torch.device) -> Subject:
 
 
 def draw_batches(
-    subject: Subject, *, count: int, size: int, length: int, seed: int, device: torch.device
+    subject: Subject,
+    examples: Sequence[Labelled] | None = None,
+    *,
+    count: int,
+    size: int,
+    length: int,
+    seed: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
-    """Labeled training sentences, drawn without repetition."""
-    examples = list(rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes()).train)
+    """Labeled training sentences, drawn without repetition; None takes the film reviews."""
+    if examples is None:
+        examples = list(rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes()).train)
     if count * size > len(examples):
         raise ConfigurationError(
             f"{count} batches of {size} sentences are not supported: must be at most "

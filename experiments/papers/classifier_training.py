@@ -1,20 +1,16 @@
-"""Short trainings of a classifier from many starts, each at the best of several learning rates.
+"""Short trainings of a classifier from many starts.
 
-The head is trained alone first and then stays, so that the adapter makes all of the difference. The
-first seed of an arm tries rates until the best one has a neighbor on both sides. The other seeds
-repeat the best rate, and only they are compared: the first seed chose it.
+The head is trained alone first and then stays, so that the adapter makes all of the difference.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,12 +19,11 @@ from lora_init.layer import layer_generator
 
 from ..config.training import TrainingConfig
 from ..data import rotten_tomatoes
+from ..data.splits import Splits
 from ..errors import ConfigurationError, RunFailed
 from ..tasks.text_classification import TextClassification
 from ..training.loop import make_accelerator, train
-from .claim import Verdict
 from .classifier import draw_batches, load_classifier, train_head
-from .interval import Interval, mean
 from .reproduction import Options, require, require_at_least
 from .subject import Subject, place
 
@@ -45,7 +40,7 @@ class TrainingOptions(Options):
         steps, batch_size, length: of each training.
         head_steps: of the training of the head alone.
         calibration_batches: batches for the starts that read data.
-        validation: held-out reviews on which losses are measured.
+        validation: held-out sentences on which losses are measured.
         rates: the learning rates, ascending; the search starts in the middle.
         repeats: seeds that are compared; each draws its own start and order of the data.
     """
@@ -88,25 +83,37 @@ class Arm:
 
 
 class Classifier:
-    """A model with a trained head, the reviews, and batches for starts that read data."""
+    """A model with a trained head, examples, and batches for starts that read data.
 
-    def __init__(self, options: TrainingOptions) -> None:
+    Args:
+        splits: the examples; None takes the film reviews.
+    """
+
+    def __init__(self, options: TrainingOptions, splits: Splits | None = None) -> None:
         self.options, self.device = options, place(options.device)
         self.subject: Subject = load_classifier(options.model, options.seed, self.device)
         self.task = TextClassification(self.subject.tokenizer, options.length)
-        splits = rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes())
+        splits = splits or rotten_tomatoes.load(rotten_tomatoes.RottenTomatoes())
         self.examples, self.held_out = list(splits.train), splits.validation[: options.validation]
         train_head(self.subject, iter(self.batches(options.head_steps, 1)))
         self.learn = self.batches(options.calibration_batches, 2)
 
     def batches(self, count: int, offset: int) -> list[dict[str, Tensor]]:
-        """Labeled training reviews; each `offset` draws others."""
-        shape = {"size": self.options.batch_size, "length": self.options.length}
-        seed = self.options.seed + offset
-        return list(draw_batches(self.subject, count=count, seed=seed, device=self.device, **shape))
+        """Labeled training examples; each `offset` draws others."""
+        return list(
+            draw_batches(
+                self.subject,
+                self.examples,
+                count=count,
+                size=self.options.batch_size,
+                length=self.options.length,
+                seed=self.options.seed + offset,
+                device=self.device,
+            )
+        )
 
     def calibrated(self, arms: Sequence[Arm], data: Any = None) -> Calibration | None:
-        """The statistics that the starts of some arms need; `data` defaults to the reviews."""
+        """The statistics that the starts of some arms need; `data` defaults to the examples."""
         configs = [self.configuration(arm) for arm in arms]
         driven = [one for one in configs if one.initializer()[0].needs_data]
         if not driven:
@@ -164,9 +171,21 @@ class Classifier:
             return False
         return True
 
+    def scored(
+        self,
+        arm: Arm,
+        calibration: Calibration | None,
+        rate: float,
+        seed: int,
+        measure: Callable[[LoraModel], dict[str, float]] | None = None,
+    ) -> dict[str, float] | None:
+        """Train, and measure (`scores` by default); None if the training diverged."""
+        with self.trained(arm, rate, seed, calibration) as model:
+            return None if model is None else (measure or self.scores)(model)
+
     @torch.no_grad()
     def scores(self, model: torch.nn.Module) -> dict[str, float]:
-        """Mean loss in nats, and accuracy, of the held-out reviews."""
+        """Mean loss in nats, and accuracy, of the held-out examples."""
         model.eval()
         rows = list(self.task.rows(model, self.held_out, 64, self.device))
         return {
@@ -183,63 +202,3 @@ def apply_arm(model: LoraModel, arm: Arm, seed: int) -> None:
             arm.change(layer.lora_A.data, layer.lora_B.data, generator)
         if arm.frozen:
             layer.lora_A.requires_grad_(False)
-
-
-def rows_of(
-    classifier: Classifier,
-    name: str,
-    arm: Arm,
-    calibration: Calibration | None,
-    measure: Callable[[LoraModel], Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    """Rows of one arm: each rate that the first seed tried, then the best one with other seeds.
-
-    Args:
-        measure: figures of a trained model, "loss" among them; a training that diverged has none.
-    """
-    options, rows = classifier.options, []
-
-    def trained(rate: float, seed: int, compared: bool) -> float:
-        with classifier.trained(arm, rate, seed, calibration) as model:
-            found = {"loss": math.inf} if model is None else dict(measure(model))
-        rows.append({"arm": name, "rate": rate, "seed": seed, "compared": compared} | found)
-        return found["loss"]
-
-    best = search(lambda rate: trained(rate, options.seed, False), options.rates)
-    for seed in range(options.seed + 1, options.seed + 1 + options.repeats):
-        trained(best, seed, True)
-    return rows
-
-
-def search(loss: Callable[[float], float], rates: Sequence[float]) -> float:
-    """The best rate, from the middle of `rates` on, until it has a tried neighbor on both sides."""
-    found: dict[int, float] = {}
-    place = len(rates) // 2
-    while True:
-        for index in (place, place - 1, place + 1):
-            if 0 <= index < len(rates) and index not in found:
-                found[index] = loss(rates[index])
-        best = min(found, key=found.__getitem__)
-        if best == place:
-            return rates[best]
-        place = best
-
-
-def differences(rows: pd.DataFrame, arm: str, other: str, measure: str = "loss") -> Interval:
-    """The measure of `other` minus that of `arm`, paired by seed: above 0 if `arm` has less."""
-    compared = rows[rows["compared"].astype(bool)]
-    table = compared.pivot_table(index="seed", columns="arm", values=measure)
-    return mean((table[other] - table[arm]).to_numpy())
-
-
-def resolved(difference: Interval) -> Verdict:
-    """The verdict on a claim that a difference is above 0."""
-    if difference.above_zero:
-        return Verdict.REPRODUCED
-    return Verdict.CONTRADICTS if difference.below_zero else Verdict.NOT_RESOLVED
-
-
-def edges(rows: pd.DataFrame, rates: Sequence[float]) -> list[str]:
-    """The arms that are best at the lowest or highest rate."""
-    best = rows[rows["compared"].astype(bool)].groupby("arm", sort=False)["rate"].first()
-    return [str(name) for name, rate in best.items() if rate in (rates[0], rates[-1])]

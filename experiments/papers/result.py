@@ -36,7 +36,16 @@ SOURCES = (
     *("benchmark/powerlaw.py", "measures/forgetting.py", "measures/fidelity.py"),
 )
 SHARED = (
-    *("subject", "corpus", "tasks", "starts", "language", "fine_tuning", "classifier*"),
+    *(
+        "subject",
+        "corpus",
+        "tasks",
+        "starts",
+        "language",
+        "fine_tuning",
+        "classifier*",
+        "paired_comparison",
+    ),
     *("reproduction", "interval", "claim", "drawing"),
 )
 

@@ -13,9 +13,9 @@ Source: Luo et al. 2025, "SC-LoRA", arXiv 2505.23724.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import altair as alt
@@ -30,18 +30,13 @@ from lora_init.progress import tracked
 
 from .application import run
 from .claim import Claim, Verdict
-from .classifier_training import (
-    Arm,
-    Classifier,
-    TrainingOptions,
-    differences,
-    resolved,
-    rows_of,
-)
+from .classifier_training import Arm, Classifier, TrainingOptions
 from .corpus import load_texts, sentence_batches
 from .drawing import chart, color, tips
 from .interval import Interval, mean
+from .paired_comparison import differences, resolved, rows_of, searched
 from .reproduction import Figure, Measurement, Reproduction, Table, require
+from .subject import moved
 
 BASELINE = "kaiming"
 MEASURES = {"change": "at the end", "matched": "at the same ‖ΔW‖"}
@@ -111,17 +106,6 @@ def plots(classifier: Classifier, split: str, count: int) -> Batches:
     return [{key: value.to(classifier.device) for key, value in batch.items()} for batch in batches]
 
 
-@contextmanager
-def moved(weights: Updates, updates: Updates, factor: float) -> Iterator[None]:
-    """The weights plus `factor` times their updates, while the context lasts."""
-    before = {name: weight.clone() for name, weight in weights.items()}
-    for name, weight in weights.items():
-        weight.add_(updates[name], alpha=factor)
-    yield
-    for name, weight in weights.items():
-        weight.copy_(before[name])
-
-
 def norm(matrices: Updates) -> float:
     """The Frobenius norm of all matrices together."""
     return float(sum(one.double().square().sum() for one in matrices.values()).sqrt())
@@ -140,18 +124,20 @@ def measure(options: RetentionOptions) -> Measurement:
     calibration = classifier.calibrated(list(arms.values()), sets)
     rows: list[dict[str, Any]] = []
     for name in tracked(list(arms), "trainings"):
-        rows += rows_of(
-            classifier, name, arms[name], calibration, lambda model: retained(model, kept, options)
+        found = partial(
+            classifier.scored,
+            arms[name],
+            calibration,
+            measure=partial(retained, kept=kept, options=options),
         )
+        rows += rows_of(options, name, found)
     facts = {
         "model": f"{classifier.subject.described}; the head is trained alone, then frozen",
         "learned": f"film reviews: {options.steps} steps of {options.batch_size} sentences",
         "kept": f"{options.kept} film plots, cut at {options.length} tokens",
         "adapter": f"query and value, r = {options.rank}, s = 1",
         "same size": f"‖ΔW‖ = {options.size:g} ‖W‖, all adapted layers together",
-        "rates": "the first seed searches "
-        + ", ".join(f"{rate:g}" for rate in options.rates)
-        + f"; {options.repeats} other seeds repeat the best one and are compared",
+        "rates": searched(options),
         "the paper’s": "Llama-2-7B, r = 128; TriviaQA and safety after fine-tuning",
     }
     return Measurement(options, {"trainings": pd.DataFrame(rows)}, facts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -120,6 +121,21 @@ def load_subject(
     parameters = sum(p.numel() for p in loaded.model.parameters()) / 1e6
     described = DESCRIBED.get(name, f"{name} ({parameters:.4g}M parameters)")
     return Subject(name, described, loaded.model.eval(), loaded.tokenizer)
+
+
+@contextmanager
+def moved(
+    weights: Mapping[str, Float[Tensor, "out in"]],
+    updates: Mapping[str, Float[Tensor, "out in"]],
+    factor: float = 1.0,
+) -> Iterator[None]:
+    """The weights plus `factor` times their updates, while the context lasts."""
+    before = {name: weight.clone() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.add_(updates[name], alpha=factor)
+    yield
+    for name, weight in weights.items():
+        weight.copy_(before[name])
 
 
 def place(device: str) -> torch.device:

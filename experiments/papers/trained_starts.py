@@ -12,9 +12,8 @@ PSDLoRA-Initialization (code).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import partial
 
-import altair as alt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -23,17 +22,15 @@ from lora_init.progress import tracked
 
 from .application import run
 from .claim import Claim
-from .classifier_training import (
-    Arm,
-    Classifier,
-    TrainingOptions,
-    differences,
-    edges,
-    resolved,
+from .classifier_training import Arm, Classifier, TrainingOptions
+from .paired_comparison import (
+    Comparison,
+    compare,
+    differences_figure,
     rows_of,
+    searched,
+    summary,
 )
-from .drawing import chart, color, tips
-from .interval import mean
 from .reproduction import Figure, Measurement, Reproduction, Table
 
 STEP_AT_ONE = 1024 / 5.66
@@ -81,17 +78,6 @@ def arms_of(rank: int, core_rank: int) -> dict[str, Arm]:
         "psd, inputs permuted": Arm("psd", change=permuted_inputs),
         "kaiming, size of psd": Arm("kaiming", change=noise_size),
     }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A claim that one start reaches a lower loss than another."""
-
-    statement: str
-    arm: str
-    other: str
-    paper: str = "– (a control of this project)"
-    published: bool = False
 
 
 COMPARISONS = (
@@ -167,7 +153,7 @@ def measure(options: TrainingOptions) -> Measurement:
     calibration = classifier.calibrated(list(arms.values()))
     rows = []
     for name in tracked(list(arms), "trainings"):
-        rows += rows_of(classifier, name, arms[name], calibration, classifier.scores)
+        rows += rows_of(options, name, partial(classifier.scored, arms[name], calibration))
     facts = {
         "model": f"{classifier.subject.described}; the head is trained alone, then frozen",
         "data": f"film reviews: {options.steps} steps of {options.batch_size} sentences, "
@@ -175,53 +161,15 @@ def measure(options: TrainingOptions) -> Measurement:
         "starts that read data",
         "adapter": f"query and value, r = {options.rank}, s = 1; cores of rank {core_rank}: "
         f"{core_rank**2} parameters, rank 1 has {height + width}",
-        "rates": "the first seed searches "
-        + ", ".join(f"{rate:g}" for rate in options.rates)
-        + f"; {options.repeats} other seeds repeat the best one and are compared",
+        "rates": searched(options),
     }
     return Measurement(options, {"trainings": pd.DataFrame(rows)}, facts)
 
 
 def judge_all(measured: Measurement) -> list[Claim]:
     """One claim for each comparison."""
-    return [compare(one, measured) for one in COMPARISONS]
-
-
-def compare(comparison: Comparison, measured: Measurement) -> Claim:
-    """The paired differences of two arms, and the verdict."""
-    rows, arm, other = measured["trainings"], comparison.arm, comparison.other
-    loss = differences(rows, arm, other)
-    accuracy = differences(rows, other, arm, "accuracy")
-    at_edges = [name for name in edges(rows, measured.options.rates) if name in (arm, other)]
-    return Claim(
-        statement=comparison.statement,
-        paper=comparison.paper,
-        ours=f"loss of {other} minus that of {arm}: {loss.show('+.4f')} nats; accuracy "
-        f"{accuracy.show('+.1%')}",
-        criterion="the difference of the losses is above 0 beyond its 95 % interval over seeds; "
-        "contradicts: below 0 beyond it; else not resolved",
-        verdict=resolved(loss),
-        remark=f"Best at the edge of the rates: {', '.join(at_edges)}." if at_edges else "",
-        published=comparison.published,
-    )
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """The means over the compared seeds, by arm, the lowest loss first."""
-    found = []
-    for name, some in rows[rows["compared"].astype(bool)].groupby("arm", sort=False):
-        loss = mean(some["loss"].to_numpy())
-        found.append(
-            {
-                "start": name,
-                "rate": some["rate"].iloc[0],
-                "loss": loss.value,
-                "low": loss.low,
-                "high": loss.high,
-                "accuracy": some["accuracy"].mean(),
-            }
-        )
-    return pd.DataFrame(found).sort_values("loss", ignore_index=True)
+    rows, rates = measured["trainings"], measured.options.rates
+    return [compare(one, rows, rates, "accuracy", "+.1%") for one in COMPARISONS]
 
 
 def tabulate(measured: Measurement) -> list[Table]:
@@ -230,7 +178,7 @@ def tabulate(measured: Measurement) -> list[Table]:
         Table(
             "losses",
             "Held-out loss at the best rate",
-            summary(measured["trainings"]),
+            summary(measured["trainings"], "accuracy"),
             {"rate": "g", "loss": ".4f", "low": ".4f", "high": ".4f", "accuracy": ".1%"},
             "Means over seeds with 95 % intervals. Claims compare seed by seed, which is finer.",
         )
@@ -239,39 +187,7 @@ def tabulate(measured: Measurement) -> list[Table]:
 
 def draw(measured: Measurement) -> list[Figure]:
     """The differences that decide the claims."""
-    rows = measured["trainings"]
-    cells = []
-    for one in COMPARISONS:
-        difference = differences(rows, one.arm, one.other)
-        cells.append(
-            {
-                "comparison": f"{one.arm} – {one.other}",
-                "gain": difference.value,
-                "low": difference.low,
-                "high": difference.high,
-                "by": "published claim" if one.published else "our own question",
-            }
-        )
-    base = chart(pd.DataFrame(cells)).encode(
-        y=alt.Y("comparison:N", sort=None, axis=alt.Axis(title=None, labelLimit=330)),
-        color=color("by", ["published claim", "our own question"]),
-        tooltip=tips("comparison:N", gain="+.4f", low="+.4f", high="+.4f"),
-    )
-    drawing = alt.layer(
-        base.mark_rule(strokeWidth=2).encode(
-            x=alt.X("low:Q", title="lower loss of the first start, nats"), x2="high:Q"
-        ),
-        base.mark_point(filled=True, size=60, opacity=1).encode(x="gain:Q"),
-        chart(pd.DataFrame({"gain": [0]})).mark_rule(strokeDash=[4, 3]).encode(x="gain:Q"),
-    ).properties(height=30 * len(cells))
-    return [
-        Figure(
-            "differences",
-            "How much lower the loss of the first start is",
-            "Paired by seed, with 95 % intervals. An interval that crosses zero decides nothing.",
-            drawing,
-        )
-    ]
+    return [differences_figure(measured["trainings"], COMPARISONS)]
 
 
 def discuss(measured: Measurement) -> list[str]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
+from experiments.papers import osrm_merge
 from experiments.papers import sc_lora_retention as retention
 from experiments.papers import trained_starts as page
 from experiments.papers.claim import Verdict
-from experiments.papers.classifier_training import TrainingOptions, differences, search
+from experiments.papers.classifier_training import TrainingOptions
+from experiments.papers.paired_comparison import compare, differences, search
+from experiments.papers.subject import moved
 
 RATES = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 
@@ -58,8 +63,7 @@ def test_differences_are_paired_by_seed():
 def test_the_interval_of_the_differences_decides(gains, verdict):
     one = page.COMPARISONS[0]
     found = rows({one.arm: [0.5 - gain for gain in gains], one.other: [0.5] * 3})
-    measured = page.Measurement(TrainingOptions(), {"trainings": found}, {})
-    assert page.compare(one, measured).verdict is verdict
+    assert compare(one, found, RATES, "accuracy", "+.1%").verdict is verdict
 
 
 def test_controls_have_the_sizes_that_their_names_say():
@@ -103,7 +107,7 @@ def test_retention_is_judged_by_the_change_of_what_is_kept(least, verdict):
 def test_weights_return_after_they_were_moved():
     weights = {"layer": torch.randn(3, 4)}
     before = weights["layer"].clone()
-    with retention.moved(weights, {"layer": torch.ones(3, 4)}, 0.5):
+    with moved(weights, {"layer": torch.ones(3, 4)}, 0.5):
         torch.testing.assert_close(weights["layer"], before + 0.5)
     assert weights["layer"].equal(before)
 
@@ -119,3 +123,48 @@ def test_weights_return_after_they_were_moved():
 def test_options_are_refused_by_name(setting, message):
     with pytest.raises(ValueError, match=message):
         retention.RetentionOptions(**setting)
+
+
+class AddedTask:
+    """A task of one layer whose loss is the sum of its weights; training adds `gain`."""
+
+    def __init__(self, gain: float | None) -> None:
+        self.gain, self.seeds = gain, []
+        self.subject = SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)))
+        self.subject.model[0].weight.data.fill_(1.0)
+
+    @contextmanager
+    def trained(self, arm, rate, seed, calibration):
+        self.seeds.append((seed, calibration))
+        if self.gain is None:
+            yield None
+            return
+        weight = self.subject.model[0].weight
+        with moved({"0": weight.data}, {"0": torch.full((1, 2), self.gain)}):
+            layer = SimpleNamespace(delta_weight=lambda: torch.full((1, 2), self.gain))
+            yield SimpleNamespace(layers={"0": layer}, weight=weight)
+
+    def scores(self, model):
+        weight = model.weight if hasattr(model, "weight") else model[0].weight
+        return {"loss": weight.sum().item(), "accuracy": 0.5}
+
+
+def test_a_merge_adds_the_updates_of_both_tasks():
+    tasks = [AddedTask(1.0), AddedTask(10.0)]
+    found = osrm_merge.merged(tasks, ["other", "one"], osrm_merge.ARMS["osrm"], 1e-3, 5)
+    assert found["alone"] == (4 + 22) / 2
+    assert found["loss"] == 24
+    assert found["disturbance"] == 24 - 13
+    assert [task.seeds[0][1] for task in tasks] == ["other", "one"]
+    assert tasks[0].seeds[0][0] != tasks[1].seeds[0][0]
+    assert all(float(task.subject.model[0].weight.sum()) == 2 for task in tasks)
+    diverged = [AddedTask(1.0), AddedTask(None)]
+    assert osrm_merge.merged(diverged, [None, None], osrm_merge.ARMS["osrm"], 1e-3, 5) is None
+
+
+def test_sums_are_labeled_by_their_value():
+    found = osrm_merge.sums(TrainingOptions(batch_size=4, head_steps=5, steps=2, validation=3))
+    assert (len(found.train), len(found.validation)) == (4 * 32, 3)
+    for one in found.train:
+        value = eval(one.text.removesuffix("="))
+        assert one.label == int(value > osrm_merge.THRESHOLD)
