@@ -62,6 +62,74 @@ def tips(*fields: str, **formats: str) -> list[alt.Tooltip]:
     return [*map(alt.Tooltip, fields), *numbers]
 
 
+def plot(
+    frame: pd.DataFrame,
+    mark: str,
+    x: alt.X,
+    y: alt.Y,
+    *,
+    color: Any = PALETTE[0],
+    panel: str | None = None,
+    dash: str | None = None,
+    interval: tuple[str, str] | None = None,
+    level: float | None = None,
+    text: str | None = None,
+    columns: int = 2,
+    width: int = 260,
+    height: Any = 220,
+    **channels: Any,
+) -> alt.Chart | alt.FacetChart:
+    """A chart of one kind of mark, with panels and tooltips of all columns.
+
+    Args:
+        mark: "line" (with points), "point", "bar", "tick" or "rect" (a heat map).
+        color: a channel, or one color.
+        panel: a column; one panel for each of its values, with its own categories.
+        dash: a column that decides the dashes of lines.
+        interval: the columns of an interval along y, or along x if y holds categories.
+        level: draw a dashed line at this y, or at this x if y holds categories.
+        text: a column to write into the cells of a heat map, or beside marks, with its sign.
+        channels: more of Altair's channels.
+    """
+    if isinstance(color, str):
+        color = alt.value(color)
+    channels = {"x": x, "y": y, "color": color} | channels
+    if dash is not None:
+        channels["strokeDash"] = alt.StrokeDash(f"{dash}:N", legend=legend())
+    tooltip = [
+        alt.Tooltip(f"{name}:Q", format=".3g")
+        if pd.api.types.is_float_dtype(frame[name])
+        else alt.Tooltip(f"{name}:N")
+        for name in frame
+    ]
+    base = alt.Chart().encode(tooltip=tooltip, **channels)
+    along = "y" if str(y.shorthand).endswith(":Q") else "x"
+    layers = []
+    if level is not None:
+        line = alt.Chart().mark_rule(color=SOFT, strokeDash=[4, 3])
+        layers.append(line.encode(**{along: alt.datum(level)}))
+    if interval is not None:
+        low, high = interval
+        ends = {along: channels[along].copy(), f"{along}2": f"{high}:Q"}
+        ends[along].shorthand = f"{low}:Q"
+        layers.append(base.mark_rule(strokeWidth=2).encode(**ends))
+    style = {
+        "line": {"point": True, "strokeWidth": 2},
+        "point": {"filled": True, "size": 55, "opacity": 0.85},
+        "tick": {"thickness": 2},
+        "rect": {"stroke": "white"},
+    }.get(mark, {})
+    layers.append(getattr(base, f"mark_{mark}")(**style))
+    if text is not None:
+        words = alt.Text(f"{text}:Q", format="+.1f")
+        layers.append(base.mark_text(fontSize=10).encode(text=words, color=alt.value(INK)))
+    drawn = alt.layer(*layers, data=chart(frame).data).properties(width=width, height=height)
+    if panel is None:
+        return drawn
+    facet = alt.Facet(f"{panel}:N", header=HEADER, sort=list(frame[panel].unique()))
+    return drawn.facet(facet, columns=columns).resolve_scale(x="independent", y="independent")
+
+
 def page_specification(figure: Figure) -> dict[str, Any]:
     """The Vega-Lite JSON for the page: as wide as its card if the figure has one width."""
     drawing = figure.drawing

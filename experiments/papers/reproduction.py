@@ -154,7 +154,7 @@ class Reproduction:
     judge: Callable[[Measurement], list[Claim]]
     tabulate: Callable[[Measurement], list[Table]]
     draw: Callable[[Measurement], list[Figure]]
-    discuss: Callable[[Measurement], list[str]]
+    discuss: Callable[[Measurement], list[str]] = lambda measured: []
 
     def reproduce(self, options: Options) -> Findings:
         """Measure, then judge and draw."""

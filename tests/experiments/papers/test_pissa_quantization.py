@@ -12,20 +12,23 @@ from safetensors import safe_open
 
 from experiments.errors import ConfigurationError
 from experiments.models.smollm2 import SmolLM2, locate
+from experiments.papers import four_bit_grid as grids
+from experiments.papers import pissa_quantization as page
+from experiments.papers import pissa_quantization_claims as claims
+from experiments.papers import pissa_quantization_rows as measured_rows
 from experiments.papers.claim import Verdict
 from experiments.papers.interval import Interval
-from experiments.papers.pissa_quantization import claims, grids, reproduction
-from experiments.papers.pissa_quantization import rows as measured_rows
-from experiments.papers.pissa_quantization.claims import order
-from experiments.papers.pissa_quantization.errors import (
-    NORMS,
+from experiments.papers.pissa_quantization_claims import order
+from experiments.papers.pissa_quantization_rows import (
+    AS_IT_IS,
+    ROUNDED,
+    PissaQuantizationOptions,
+    leading_share,
     norms_of,
+    part_of,
     plain_error,
     remaining_error,
 )
-from experiments.papers.pissa_quantization.options import PissaQuantizationOptions, part_of
-from experiments.papers.pissa_quantization.tables import everything
-from experiments.papers.pissa_quantization.white_noise import leading_share
 from experiments.papers.subject import Layer, load_subject
 from lora_init.quantization import Quantizer
 
@@ -47,13 +50,13 @@ def test_norms_are_those_of_the_singular_values(shape):
     inputs = torch.randn(200, shape[1], dtype=torch.float64)
     found = norms_of(error, inputs.T @ inputs / 200)
     values = np.linalg.svd(error.double().numpy(), compute_uv=False)
-    assert found.nuclear == pytest.approx(values.sum())
-    assert found.frobenius == pytest.approx(math.sqrt((values**2).sum()))
-    assert found.spectral == pytest.approx(values[0])
+    assert found["nuclear"] == pytest.approx(values.sum())
+    assert found["frobenius"] == pytest.approx(math.sqrt((values**2).sum()))
+    assert found["spectral"] == pytest.approx(values[0])
     outputs = inputs @ error.double().T
-    assert found.output == pytest.approx(float(outputs.square().sum(1).mean().sqrt()))
+    assert found["output"] == pytest.approx(float(outputs.square().sum(1).mean().sqrt()))
     half = norms_of(error / 2, inputs.T @ inputs / 200)
-    assert half.reductions(found) == pytest.approx(dict.fromkeys(half.reductions(found), 50.0))
+    assert half == pytest.approx({name: value / 2 for name, value in found.items()})
 
 
 def cut(matrix: torch.Tensor, rank: int) -> torch.Tensor:
@@ -85,8 +88,8 @@ def test_errors_are_those_of_the_alternations_written_out(count):
         generator = torch.Generator().manual_seed(0)
         found = remaining_error(weight, method, 8, generator, **{option: count})
         # A code at a threshold may fall to the other side, so that norms and not entries agree.
-        assert norms_of(found).nuclear == pytest.approx(norms_of(expected).nuclear, rel=5e-3)
-        assert norms_of(found).nuclear < norms_of(plain_error(weight)).nuclear
+        assert norms_of(found)["nuclear"] == pytest.approx(norms_of(expected)["nuclear"], rel=5e-3)
+        assert norms_of(found)["nuclear"] < norms_of(plain_error(weight))["nuclear"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def made(
                         other = loftq + (output if method == "pissa" else 0) + 0.01 * block
                         rows.append(
                             {"model": model, "block": block, "part": part, "method": method,
-                             "T": count, "rank": 8, "variant": claims.AS_IT_IS, "nuclear": value,
+                             "T": count, "rank": 8, "variant": AS_IT_IS, "nuclear": value,
                              "frobenius": value, "spectral": value, "output": other, "noise": 5.0,
                              "smaller": 6.0, "detailed": True}
                         )  # fmt: skip
@@ -234,67 +237,20 @@ def test_verdicts_follow_the_rows(rows, verdicts):
     assert [claim.published for claim in found] == [True] * 4 + [False]
 
 
-@pytest.mark.parametrize(
-    ("rounded", "dithered", "told"),
-    [
-        (3.0, -1.0, "All controls say that the grid costs PiSSA some of its lead"),
-        (5.0, 2.0, "All controls say that the grid adds to PiSSA’s lead"),
-        (3.0, 2.0, "The controls disagree on what the grid does to PiSSA’s lead"),
-    ],
-)
-def test_the_controls_say_what_a_grid_costs(rounded, dithered, told):
-    """PiSSA leads by 4 as it is; by `rounded` on a grid, and by `dithered` less off the other's."""
+def test_a_controls_lead_is_that_of_its_weights():
     rows = made(7, 11, 8, 4)
-
-    def control(model: str, variant: str, lead: float) -> pd.DataFrame:
-        some = made(7, 7 + lead, 8, 4)
-        return some[some["model"] == model].assign(variant=variant)
-
-    both = pd.concat(
-        [
-            rows,
-            control("one", claims.ROUNDED, rounded),
-            control("other", claims.DITHERED, 4 - dithered),
-        ]
-    )
-    said = claims.controls_told(both)
-    assert f"one {claims.ROUNDED} {rounded:+.1f}" in said
-    assert f"other {claims.DITHERED} {4 - dithered:+.1f}" in said
-    verdict, effects = said.rsplit(": ", 1)
-    assert verdict.endswith(told)
-    assert effects.startswith(f"{rounded - 4:+.1f}")
-    assert f" on one, {dithered:+.1f}" in effects
-    assert claims.controls_told(rows) == ""
-
-
-def test_one_control_alone_names_no_agreement():
-    rows = made(7, 11, 8, 4)
-    rounded = made(7, 10, 8, 4).assign(variant=claims.ROUNDED)
+    rounded = made(7, 10, 8, 4).assign(variant=ROUNDED)
     both = pd.concat([rows, rounded[rounded["model"] == "one"]])
-    assert "What the grid does to PiSSA’s lead: -1.0 on one." in claims.controls_told(both)
-
-
-def test_all_rows_are_in_one_table():
-    low = made(7, 11, 8, 4)
-    controls = low.assign(variant=claims.ROUNDED)
-    frame = everything(pd.concat([low, made(9, 12, 8, 4).assign(rank=16), controls])).frame
-    assert list(frame.columns[:4]) == ["model", "layer", "r", "T"]
-    assert list(frame.columns[4:]) == [
-        f"{norm}, {name}" for norm in NORMS for name in ("LoftQ", "PiSSA")
-    ]
-    assert len(frame) == 2 * 5 * 2 * 2  # models, layers, ranks, T
-    (row,) = frame[
-        (frame["model"] == "one") & (frame["layer"] == "up") & (frame["r"] == 16)
-        & (frame["T"] == 5)
-    ].to_dict("records")  # fmt: skip
-    assert row["nuclear, PiSSA"] == pytest.approx(12 - 4 + 8 + 0.01)
-    assert row["output, LoftQ"] == pytest.approx(9 + 0.01)
+    found = page.leads_by_variant(both, {"one": 8, "other": 8})
+    assert found["model"].tolist() == ["one", "one", "other"]
+    assert found["variant"].tolist() == [AS_IT_IS, ROUNDED, AS_IT_IS]
+    assert found["lead"].str.split().str[0].tolist() == ["+4.0", "+3.0", "+4.0"]
 
 
 def test_a_rank_above_a_layer_is_refused_by_name(composed_paper):
     settings = composed_paper("pissa_quantization", "smoke", "ranks=[400]")
     with pytest.raises(ConfigurationError, match=r"ranks=\[400\]: rank 400 exceeds .* 384 × 384"):
-        reproduction.measure(settings)
+        measured_rows.measure(settings)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows -> claims. What varies is the block of the model: its layers are averaged first."""
+"""The claims about QPiSSA. What varies is the block of a model: its layers are averaged first."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ..claim import Claim, Verdict, judge
-from ..interval import Interval, mean
-from .errors import NORMS
-from .options import MLP, PAPER_AVERAGES, PAPER_PARTS
-from .rows import (
-    AS_IT_IS,
-    DITHERED,
-    NOISY,
-    ROUNDED,
-)
-from .white_noise import leading_share
+from .claim import Claim, Verdict, judge
+from .interval import Interval, mean
+from .pissa_quantization_rows import AS_IT_IS, NORMS
 
+PAPERS = {
+    1: "Llama-2-7B, r = 128: LoftQ 6.6, PiSSA 10.7; Llama-3-8B, r = 64: LoftQ 5.3, PiSSA 7.7",
+    5: "Llama-2-7B, r = 128: LoftQ 14.6, PiSSA 19.4; Llama-3-8B, r = 64: LoftQ 11.2, PiSSA 14.3",
+}
+"""Reduction of the nuclear norm in percent, by T."""
+MLP = ("gate", "up", "down")
 ORDER = (
     "on every model the difference is above 0 beyond its 95 % interval over blocks; same "
     "direction: on one model, and on none below 0 beyond it; contradicts: on every model below 0 "
@@ -83,79 +81,12 @@ def lead_claim(chosen: pd.DataFrame, count: int) -> Claim:
     ]
     return Claim(
         statement=f"PiSSA reduces the error of NF4 more than LoftQ does, at T = {count}",
-        paper=paper_words(count),
+        paper=PAPERS.get(count, "–"),
         ours="; ".join(ours) + " (percent, nuclear norm)",
         criterion=f"PiSSA minus LoftQ: {ORDER}. Not reproduced where LoftQ’s own reduction is not "
         "above 0 beyond its interval",
         verdict=verdict,
     )
-
-
-def paper_words(count: int) -> str:
-    told = [
-        f"{model}, r = {rank}: LoftQ {by_count[count]['loftq']}, PiSSA {by_count[count]['pissa']}"
-        for (model, rank, _), by_count in PAPER_AVERAGES.items()
-        if count in by_count
-    ]
-    return "; ".join(told) or "–"
-
-
-def control_leads(rows: pd.DataFrame) -> pd.DataFrame:
-    """PiSSA minus LoftQ at the first T, by (model, block), a column a variant of the weights.
-
-    Of the blocks that have controls, at the rank that these have; empty without any.
-    """
-    some = rows[rows["detailed"] & (rows["T"] == rows["T"].min())]
-    controls = some[some["variant"] != AS_IT_IS]
-    ranks = controls.drop_duplicates("model").set_index("model")["rank"]
-    some = some[some["rank"] == some["model"].map(ranks)]
-    nuclear = some.pivot_table(
-        index=["model", "block", "variant"], columns="method", values="nuclear", sort=False
-    )
-    if nuclear.empty:
-        return pd.DataFrame()
-    return (nuclear["pissa"] - nuclear["loftq"]).unstack("variant")
-
-
-def grid_effects(leads: pd.DataFrame) -> dict[str, Interval]:
-    """What a 4-bit grid adds to PiSSA's lead, in points by model: with it less without it."""
-    effects = {}
-    for with_grid, without in ((ROUNDED, AS_IT_IS), (AS_IT_IS, DITHERED)):
-        if with_grid in leads and without in leads:
-            effects |= means((leads[with_grid] - leads[without]).dropna())
-    return effects
-
-
-def controls_told(rows: pd.DataFrame) -> str:
-    """What the controls say about weights that are 4-bit values; "" without any."""
-    leads = control_leads(rows)
-    effects = grid_effects(leads)
-    if not effects:
-        return ""
-    by_model = leads.groupby(level="model", sort=False).mean()
-    named = [
-        f"{model} {variant} {by_model.loc[model, variant]:+.1f}"
-        for model in by_model.index
-        for variant in (AS_IT_IS, ROUNDED, NOISY, DITHERED)
-        if variant in by_model and pd.notna(by_model.loc[model, variant])
-    ]
-    costs = ", ".join(f"{points(effect)} on {model}" for model, effect in effects.items())
-    first = rows["T"].min()
-    return (
-        f"PiSSA’s lead at T = {first}, points: {'; '.join(named)}. {direction(effects)}: {costs}."
-    )
-
-
-def direction(effects: dict[str, Interval]) -> str:
-    """Which way the grid moves the lead."""
-    values = [effect.value for effect in effects.values()]
-    if len(values) > 1 and all(value < 0 for value in values):
-        return "All controls say that the grid costs PiSSA some of its lead"
-    if len(values) > 1 and all(value > 0 for value in values):
-        return "All controls say that the grid adds to PiSSA’s lead"
-    if len(values) > 1:
-        return "The controls disagree on what the grid does to PiSSA’s lead"
-    return "What the grid does to PiSSA’s lead"
 
 
 def iterations_claim(chosen: pd.DataFrame, first: int, last: int) -> Claim:
@@ -177,29 +108,26 @@ def iterations_claim(chosen: pd.DataFrame, first: int, last: int) -> Claim:
 
 
 def parts_claim(chosen: pd.DataFrame, count: int) -> Claim:
-    """Q and K against V and O, these against the MLP, PiSSA; beside it, what shapes make of it."""
+    """PiSSA's reductions of Q and K against V and O, and of these against the MLP."""
     pissa = chosen[(chosen["method"] == "pissa") & (chosen["T"] == count)]
-    measured, noise = by_part(pissa, "nuclear"), by_part(pissa, "noise")
+    measured = by_part(pissa, "nuclear")
     pairs = {pair: means(measured[pair[0]] - measured[pair[1]]) for pair in ABOVE}
     ends = means(measured[["Q", "K"]].mean(axis=1) - measured["MLP"])
-    shapes = means(noise[["Q", "K"]].mean(axis=1) - noise["MLP"])
     ours = []
     for model, end in ends.items():
         values = measured.loc[model].mean()
-        told = ", ".join(f"{part} {values[part]:.1f}" for part in ("Q", "K", "V", "O", "MLP"))
+        listed = ", ".join(f"{part} {values[part]:.1f}" for part in ("Q", "K", "V", "O", "MLP"))
         first, second = min(ABOVE, key=lambda pair: pairs[pair][model].low)
         least = points(pairs[first, second][model])
         ours.append(
-            f"{model}: {told}; mean of Q and K less the MLP’s {points(end)}, least certain of the "
-            f"six differences {first} − {second} {least}"
+            f"{model}: {listed}; mean of Q and K less the MLP’s {points(end)}, least certain of "
+            f"the six differences {first} − {second} {least}"
         )
-    papers = ", ".join(f"{part} {figures[2]}" for part, figures in PAPER_PARTS.items())
     every = [found for by_model in pairs.values() for found in by_model.values()]
-    by_shape = ", ".join(f"{model} {found.value:+.1f}" for model, found in shapes.items())
     return Claim(
         statement="PiSSA reduces NF4’s error most in Q and K, less in V and O, least in the MLP, "
         f"at T = {count}",
-        paper=f"Llama-2-7B, r = 128: {papers}",
+        paper="Llama-2-7B, r = 128: Q 19.0, K 18.1, V 8.9, O 8.9, gate 8.2, up 5.9, down 6.0",
         ours=". ".join(ours),
         criterion="Q and K each above V and above O, and V and O each above the mean of the MLP’s "
         "layers: six differences, on every model above 0 beyond their 95 % intervals over blocks; "
@@ -210,8 +138,8 @@ def parts_claim(chosen: pd.DataFrame, count: int) -> Claim:
             direction=all(end.above_zero for end in ends.values()),
             opposite=all(end.below_zero for end in ends.values()),
         ),
-        remark="White noise in matrices of the same shapes would put Q and K above the MLP by "
-        f"{by_shape} points, and by {papers_shapes():+.1f} in Llama-2-7B’s.",
+        remark="The shapes alone would put Q and K above the MLP: white noise of a smaller layer "
+        "holds more in r directions.",
     )
 
 
@@ -219,13 +147,6 @@ def by_part(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """Index (model, block), a column a part, and the MLP's mean."""
     table = rows.pivot_table(index=["model", "block"], columns="part", values=column, sort=False)
     return table.assign(MLP=table[[part for part in MLP if part in table]].mean(axis=1))
-
-
-def papers_shapes() -> float:
-    """What noise would make of Q and K against the MLP in the paper's model, points."""
-    shares = {part: 100 * leading_share(*shape, 128) for part, (shape, *_) in PAPER_PARTS.items()}
-    sides = (shares["Q"] + shares["K"]) / 2
-    return sides - sum(shares[part] for part in MLP) / len(MLP)
 
 
 def norms_claim(chosen: pd.DataFrame, first: int, last: int) -> Claim:
@@ -240,11 +161,11 @@ def norms_claim(chosen: pd.DataFrame, first: int, last: int) -> Claim:
     below = sum(lead.below_zero for lead in flat)
     ours = []
     for model in chosen["model"].unique():
-        told = [
+        listed = [
             f"{norm} {leads[norm, first][model].value:+.1f}, {leads[norm, last][model].value:+.1f}"
             for norm in NORMS[1:]
         ]
-        ours.append(f"{model}: {'; '.join(told)}")
+        ours.append(f"{model}: {'; '.join(listed)}")
     return Claim(
         statement="PiSSA’s error is below LoftQ’s in the Frobenius norm, in the spectral norm and "
         "at the layers’ outputs, too",
