@@ -32,7 +32,7 @@ import pandas as pd
 
 from .application import run
 from .claim import Claim, Verdict, judge
-from .drawing import HEADER, INK, LOG, MARKS, SOFT, chart, color, legend, tips
+from .drawing import LOG, color, plot
 from .fast_svd_rows import EXACT, LOWRANK, NITER, PISSA, FastSvdOptions, measure
 from .interval import Interval, mean
 from .reproduction import Figure, Measurement, Reproduction, Table
@@ -44,13 +44,7 @@ PAPER_LOSSES = {1: 0.2301, 16: 0.2266, None: 0.2264}
 FALL = PAPER_ERRORS[1] / PAPER_ERRORS[16]
 SPEEDUP = PAPER_SECONDS[None] / PAPER_SECONDS[16]
 
-THE_PAPER = "the paper, r = 128"
-MEASURES = {
-    "difference": "difference of s B A",
-    "excess": "excess error",
-    "entries": "mean |Δ entry|",
-    "overlap": "overlap",
-}
+MEASURES = ("difference", "excess", "entries", "overlap")
 NO_NITER = -1
 ROUNDING = 1e-7
 SMALLEST = 1e-8  # drawn in place of excess errors of 0 and less, on a logarithmic axis
@@ -266,195 +260,81 @@ def cost_claim(ends: Ends) -> Claim:
     )
 
 
-# -- tables and figures ----------------------------------------------------------------------------
-
-
 def tabulate(measured: Measurement) -> list[Table]:
-    """Decompositions at the judged ranks, losses, and decompositions at the other ranks."""
-    figures = summary(measured["decompositions"])
+    """Decompositions by method, and losses by start."""
     ends = Ends.of(measured["steps"], measured["held_out"])
-    return [
-        decompositions_table(figures, "decompositions", True, "the paper’s rank per width"),
-        losses_table(ends),
-        decompositions_table(figures, "other_ranks", False, "other ranks"),
-    ]
-
-
-def decompositions_table(figures: pd.DataFrame, name: str, judged: bool, ranks: str) -> Table:
-    frame = figures[figures["judged"] == judged].copy()
-    frame["niter"] = frame["niter"].where(frame["niter"] != NO_NITER)
-    frame["share"] *= 100
-    frame = frame[["source", "rank", "method", "niter", "seconds", "share", *MEASURES]]
-    share = "of the full SVD’s, %"
-    formats = {"seconds": ".3f", share: ".1f", "niter": ".0f"}
-    formats |= dict.fromkeys(MEASURES.values(), ".1e") | {"overlap": ".4f"}
-    return Table(
-        name,
-        f"Fast decompositions against the full SVD, at {ranks}",
-        frame.rename(columns={**MEASURES, "share": share}),
-        formats,
-        note=f"The paper, r = 128: error {PAPER_ERRORS[1]:.3g} (niter 1), {PAPER_ERRORS[16]:.3g} "
-        f"(16); {PAPER_SECONDS[16]} s (16) against {PAPER_SECONDS[None]} s. Seconds: sum over the "
-        "matrices.",
-    )
-
-
-def losses_table(ends: Ends) -> Table:
     unseen = ends.held_out.mean()
-    rows = [
+    losses = [
         {
             "start": start,
-            "draws": len(ends.by_draw[start]),
             "loss at the end": loss,
-            "minus exact": loss - ends.by_start[EXACT],
             "unseen texts": unseen[start],
             "unseen, minus exact": ends.above(start).show("+.4f"),
-            "paper’s loss": PAPER_LOSSES.get(
-                None if start == EXACT else int(start.removeprefix("niter "))
-            ),
         }
         for start, loss in ends.by_start.items()
     ]
-    plain = dict.fromkeys(["loss at the end", "unseen texts", "paper’s loss"], ".4f")
-    return Table(
-        "losses",
-        "Loss after a short fine-tuning, by the start",
-        pd.DataFrame(rows),
-        {"minus exact": "+.4f", **plain},
-        note="Loss at the end: mean over the last quarter of the steps and over draws. Brackets: "
-        "95 % interval over blocks of unseen text.",
-    )
+    figures = summary(measured["decompositions"])
+    return [
+        Table(
+            "decompositions",
+            "Fast decompositions against the full SVD",
+            figures.assign(niter=figures["niter"].where(figures["niter"] != NO_NITER)),
+            dict.fromkeys(MEASURES, ".1e") | {"seconds": ".3f", "share": ".1%", "niter": ".0f"},
+            f"The paper, r = 128: error {PAPER_ERRORS[1]:.3g} (niter 1), {PAPER_ERRORS[16]:.3g} "
+            f"(16); {PAPER_SECONDS[16]} s (16) against {PAPER_SECONDS[None]} s. Seconds: sum over "
+            "the matrices; share: of the full SVD’s.",
+        ),
+        Table(
+            "losses",
+            "Loss after a short fine-tuning, by the start",
+            pd.DataFrame(losses),
+            dict.fromkeys(["loss at the end", "unseen texts"], ".4f"),
+            "Loss at the end: mean over the last quarter of the steps and over draws. Brackets: "
+            "95 % interval over blocks of unseen text. The paper’s losses: 0.2301 (niter 1), "
+            "0.2266 (16), 0.2264 (exact).",
+        ),
+    ]
 
 
 def draw(measured: Measurement) -> list[Figure]:
-    """Error over niter, error over time, and the training losses."""
+    """Excess error over time, and the training losses."""
     figures = summary(measured["decompositions"])
     judged = figures[figures["judged"]]
+    judged = judged.assign(excess=judged["excess"].clip(lower=SMALLEST))
+    steps = measured["steps"]
+    exact = steps[steps["start"] == EXACT].set_index("step")["loss"]
+    losses = steps[steps["start"] != EXACT]
+    losses = losses.assign(above=losses["loss"] - losses["step"].map(exact))
     return [
-        Figure(
-            "error",
-            "The error against the number of iterations",
-            "Mean absolute difference of the entries of A and B from the full SVD’s, as a multiple "
-            "of svd_lowrank’s at niter 1, so that the paper’s two figures (in a unit of their own) "
-            "stand beside it. "
-            "`pissa`, drawn as a rule, has no niter.",
-            error_chart(judged),
-            width=None,
-        ),
         Figure(
             "cost",
             "What accuracy costs: excess error against time",
-            "Both as shares of the full SVD’s; numbers are niter. To the lower left is better.",
-            cost_chart(judged),
+            "Both as shares of the full SVD’s, by niter. To the lower left is better.",
+            plot(
+                judged[["source", "method", "niter", "share", "excess", "entries"]],
+                "line",
+                alt.X("share:Q", scale=LOG, title="time, full SVD = 1"),
+                alt.Y("excess:Q", scale=LOG, title="excess Frobenius error"),
+                color=color("method", [LOWRANK, NITER, PISSA]),
+                panel="source",
+                order="niter:Q",
+            ),
             width=None,
         ),
         Figure(
             "training",
             "Loss from a fast start, less that from the exact one",
-            "Training loss of each step, a line a draw; the steps’ texts are the same for all.",
-            training_chart(measured["steps"]),
-        ),
-    ]
-
-
-METHOD_COLORS = {LOWRANK: "#0072b2", NITER: "#e69f00", PISSA: MARKS["pissa"].color}
-
-
-def error_chart(judged: pd.DataFrame) -> alt.FacetChart:
-    first = judged[(judged["method"] == LOWRANK) & (judged["niter"] == 1)]
-    unit = first.set_index("source")["entries"]
-    frame = judged[["source", "method", "niter", "entries"]].copy()
-    frame["relative"] = frame["entries"] / frame["source"].map(unit)
-    papers = pd.DataFrame(PAPER_ERRORS.items(), columns=["niter", "entries"])
-    papers = papers.assign(method=THE_PAPER, relative=papers["entries"] / PAPER_ERRORS[1])
-    papers = pd.DataFrame({"source": frame["source"].unique()}).merge(papers, how="cross")
-    frame = pd.concat([frame, papers])
-    niters = sorted(frame.loc[frame["niter"] >= 0, "niter"].unique())
-    error = alt.Axis(format=".0e", tickCount=6)
-    base = alt.Chart().encode(
-        y=alt.Y("relative:Q", scale=LOG, title="error, niter 1 = 1", axis=error),
-        color=color("method", METHOD_COLORS | {THE_PAPER: INK}, legend(columns=2)),
-        tooltip=tips("method:N", "niter:O", entries=".2e"),
-    )
-    lines = (
-        base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=45))
-        .encode(x=alt.X("niter:O", scale=alt.Scale(domain=niters), axis=alt.Axis(labelAngle=0)))
-        .transform_filter(f"datum.niter != {NO_NITER}")
-    )
-    rule = base.mark_rule(strokeWidth=2).transform_filter(f"datum.niter == {NO_NITER}")
-    return facet_sources(frame, 240, lines, rule)
-
-
-def cost_chart(judged: pd.DataFrame) -> alt.FacetChart:
-    frame = judged[["source", "method", "niter", "share", "excess"]].copy()
-    frame["percent"] = 100 * frame["share"]
-    frame["excess"] = frame["excess"].clip(lower=SMALLEST)
-    frame["label"] = frame["niter"].astype(str).where(frame["niter"] != NO_NITER, "pissa")
-    percent = alt.Axis(grid=False, format="~g", tickCount=4)
-    error = alt.Axis(format=".0e", tickCount=6)
-    base = alt.Chart().encode(
-        x=alt.X("percent:Q", scale=LOG, title="time, % of the full SVD’s", axis=percent),
-        y=alt.Y("excess:Q", scale=LOG, title="excess Frobenius error", axis=error),
-        color=color("method", METHOD_COLORS, legend(columns=2)),
-        order="niter:Q",
-        tooltip=tips("method:N", "label:N", percent=".2f", excess=".1e"),
-    )
-    lines = base.mark_line(strokeWidth=1.5, point=alt.OverlayMarkDef(size=45))
-    words = base.mark_text(dx=5, dy=-8, fontSize=11, align="left").encode(text="label:N")
-    return facet_sources(frame, 250, lines, words)
-
-
-def facet_sources(frame: pd.DataFrame, height: int, *layers: alt.Chart) -> alt.FacetChart:
-    """A panel for each source of matrices."""
-    layered = alt.layer(*layers, data=chart(frame).data).properties(width=250, height=height)
-    by_source = alt.Facet("source:N", header=HEADER, sort=list(frame["source"].unique()))
-    return layered.facet(by_source, columns=2)
-
-
-def training_chart(steps: pd.DataFrame) -> alt.LayerChart:
-    exact = steps[steps["start"] == EXACT].set_index("step")["loss"]
-    frame = steps[steps["start"] != EXACT].copy()
-    frame["above"] = frame["loss"] - frame["step"].map(exact)
-    frame["run"] = frame["start"] + ", draw " + (frame["draw"] + 1).astype(str)
-    scheme = alt.Scale(scheme="viridis", reverse=True)
-    zero = chart(pd.DataFrame([{"above": 0.0}])).mark_rule(color=SOFT).encode(y="above:Q")
-    lines = (
-        chart(frame[["start", "run", "step", "above"]])
-        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=30))
-        .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, grid=False)),
-            y=alt.Y("above:Q", title="loss minus the exact start’s, nats"),
-            color=alt.Color(
-                "start:N", sort=list(frame["start"].unique()), scale=scheme, legend=legend()
+            "Training loss of each step. The steps’ texts are the same for all starts.",
+            plot(
+                losses[["start", "draw", "step", "above"]],
+                "line",
+                alt.X("step:Q", axis=alt.Axis(tickMinStep=1)),
+                alt.Y("above:Q", title="loss minus the exact start’s, nats"),
+                color=color("start", losses["start"].unique().tolist()),
+                dash="draw",
+                level=0,
             ),
-            detail="run:N",
-            tooltip=tips("run:N", "step:Q", above="+.4f"),
-        )
-    )
-    return alt.layer(zero, lines).properties(height=260)
-
-
-def discuss(measured: Measurement) -> list[str]:
-    """Subspaces, the library's own niter, and the limits of the paper's measure."""
-    figures = summary(measured["decompositions"])
-    kept = "; ".join(
-        f"{source}: {overlap[1]:.2f} → {overlap[16]:.2f}"
-        for source, overlap in curves(figures, LOWRANK, "overlap").items()
-    )
-    theirs = curves(figures, LOWRANK, "excess")
-    ours = "; ".join(
-        f"{source}: {show_excess(excess[16])} against {show_excess(theirs[source][16])}"
-        for source, excess in curves(figures, NITER, "excess").items()
-    )
-    return [
-        f"The overlap with the true principal subspace, niter 1 → 16: {kept}. Without "
-        "oversampling (q = r) the last wanted directions mix with the first unwanted ones, whose "
-        "singular values are nearly the same.",
-        "The excess error of this library’s `pissa_niter_16`, which spends fewer products on the "
-        f"same N, beside svd_lowrank’s at niter 16: {ours}.",
-        "Differences of the entries of A and B, the paper’s words, count rotations between "
-        "triplets of nearly equal value as errors, which no model can see: only the product is "
-        "computed with.",
+        ),
     ]
 
 
@@ -469,7 +349,6 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
 )
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .application import run
 from .claim import Claim, judge
-from .drawing import INK, chart, color, legend, tips
+from .drawing import color, plot
 from .first_step_rows import (
     CALIBRATION,
     FRESH,
@@ -28,17 +28,14 @@ from .first_step_rows import (
     FirstStepOptions,
     measure,
 )
-from .reproduction import Figure, Measurement, Reproduction, Table
-from .subject import file_name
+from .reproduction import Figure, Measurement, Reproduction, Table, grouped
 
 SHARE = 0.95
 NEAR_BOUND = 0.01
 FAR_FROM_BOUND = 1.5
 TIE = 1e-6
 PLACE = ["model", "layer", "batch"]
-NAMES = {CALIBRATION: "its own data", FRESH: "other films", TOGETHER: "mean of other films"}
-ERROR = ["relative error of the first step", "0: along the gradient, 1: perpendicular to it"]
-BOUNDS = {"best of rank 2r": "bound", "best of rank r": "bound_r"}
+ERROR = "relative error of the first step (1: perpendicular to the gradient)"
 
 
 def judge_all(measured: Measurement) -> list[Claim]:
@@ -122,10 +119,7 @@ def fresh_claim(rows: pd.DataFrame) -> Claim | None:
         return None
     share, medians = share_closest(kept), median_errors(kept)
     nearest, beaten = order(medians)
-    remarks = [
-        closer_methods(kept, share),
-        moved_methods(rows, sorted(rows.loc[away, "method"].unique())),
-    ]
+    left_out = ", ".join(sorted(rows.loc[away, "method"].unique()))
     return Claim(
         statement="LoRA-GA’s first step is the closest on batches that no method has seen, too",
         paper="not measured there",
@@ -136,39 +130,10 @@ def fresh_claim(rows: pd.DataFrame) -> Claim | None:
         "the smallest median error on every model; contradicts: another method’s median is "
         "smaller on every model",
         verdict=judge(holds=share >= SHARE, direction=nearest, opposite=beaten),
-        remark=" ".join(remark for remark in remarks if remark),
+        remark=f"Left out, as their starts change the model’s function: {left_out}."
+        if left_out
+        else "",
         published=False,
-    )
-
-
-def closer_methods(rows: pd.DataFrame, share: float) -> str:
-    """The methods that are closer where LoRA-GA is not."""
-    if share == 1:
-        return ""
-    best = rows.pivot_table(index=PLACE, columns="method", values="error").idxmin(axis=1)
-    who = best[best != SUBJECT].value_counts(normalize=True).head(3)
-    names = ", ".join(f"{name} ({part:.0%})" for name, part in who.items())
-    return f"Where another is closer it is {names}."
-
-
-def moved_methods(rows: pd.DataFrame, methods: list[str]) -> str:
-    """The methods that were left out and are closer to their own gradient."""
-    errors = rows.pivot_table(index=PLACE, columns="method", values="error")
-    closer = {name: (errors[name] < errors[SUBJECT])[errors[name].notna()] for name in methods}
-    found = []
-    for name, where in closer.items():
-        if where.any():
-            pairs = errors.loc[where.index, [name, SUBJECT]].groupby("model").median()
-            medians = "; ".join(
-                f"{model} {pair[name]:.2f} beside LoRA-GA’s {pair[SUBJECT]:.2f}"
-                for model, pair in pairs.iterrows()
-            )
-            found.append(f"{name} is closer in {where.mean():.0%} (median error: {medians})")
-    if not found:
-        return ""
-    return (
-        "Left out are methods that change the model’s function first and are held against the "
-        f"gradient there; of these {', '.join(found)}."
     )
 
 
@@ -204,153 +169,67 @@ def show_medians(medians: pd.DataFrame) -> str:
 
 
 def tabulate(measured: Measurement) -> list[Table]:
-    """Medians by method and by calibration size."""
-    return [methods_table(measured["steps"]), sizes_table(measured["sizes"])]
-
-
-def methods_table(rows: pd.DataFrame) -> Table:
-    columns = {
-        "SGD, own data": (CALIBRATION, "error"),
-        "SGD, other films": (FRESH, "error"),
-        "Adam, other films": (FRESH, "adam"),
-        "Adam beside sign(G)": (FRESH, "adam_signs"),
-    }
-    parts = []
-    for model, some in rows.groupby("model", sort=False):
-        medians = some.groupby(["data", "method"])[["error", "adam", "adam_signs"]].median()
-        found = pd.DataFrame({name: medians.loc[data, c] for name, (data, c) in columns.items()})
-        found = found.sort_values("SGD, own data")
-        base = some[some["method"] == SUBJECT].groupby("data")
-        for name, column in BOUNDS.items():
-            best = base[column].median()
-            found.loc[name, list(columns)[:2]] = [best[CALIBRATION], best[FRESH]]
-        found.insert(0, "model", model)
-        parts.append(found.rename_axis("method").reset_index())
-    frame = pd.concat(parts, ignore_index=True)
-    return Table(
-        "methods",
-        "Relative error of the first step, median over layers",
-        frame[["model", "method", *columns]],
-        dict.fromkeys(columns, ".3f"),
-        "Columns 3 and 4: SGD’s step beside G. Columns 5 and 6: Adam’s first step beside G, and "
-        "beside sign(G), the first step of full fine-tuning by Adam. Methods that change the "
-        "model’s function at step 0 are held against their own gradient.",
-    )
-
-
-def sizes_table(sizes: pd.DataFrame) -> Table:
-    frame = sizes.pivot_table(
-        index=["model", "size"], columns="data", values="error", aggfunc="median"
-    )[[CALIBRATION, FRESH, TOGETHER]]
-    frame.columns = ["own data", "other films, a batch", "their mean"]
-    return Table(
-        "sizes",
-        "LoRA-GA’s relative error by the number of sequences it is calibrated on, median",
-        frame.reset_index().rename(columns={"size": "sequences"}),
-        dict.fromkeys(frame.columns, ".3f"),
-        "Their mean: the mean gradient of all fresh batches in the place of one batch’s.",
-    )
+    """Medians by method, and by calibration size."""
+    return [
+        grouped(
+            measured["steps"],
+            ["model", "data", "method"],
+            ["error", "adam", "adam_signs", "bound", "bound_r"],
+            "methods",
+            "Relative error of the first step, median over layers",
+            "error: SGD’s step and G; adam: Adam’s and G; adam_signs: Adam’s and sign(G). bound: "
+            "of any step of rank 2r, bound_r: of rank r. Methods that change the model’s function "
+            "at step 0 are compared with their own gradient.",
+            how="median",
+        ),
+        grouped(
+            measured["sizes"],
+            ["model", "size", "data"],
+            ["error"],
+            "sizes",
+            "LoRA-GA’s relative error by the number of sequences it is calibrated on, median",
+            f"{TOGETHER}: the mean gradient of all fresh batches.",
+            how="median",
+        ),
+    ]
 
 
 def draw(measured: Measurement) -> list[Figure]:
-    """The errors of all methods on each model, and LoRA-GA's by calibration size."""
-    dots = [
-        Figure(
-            f"methods_{file_name(model)}",
-            f"How far the first step is from the gradient’s ({model})",
-            "A dot a layer (and fresh batch), a bar at the median. Blue: on the data that methods "
-            "are calibrated on; orange: on other films. Below, what no step of that rank can "
-            "beat.",
-            methods_chart(rows),
-        )
-        for model, rows in measured["steps"].groupby("model", sort=False)
-    ]
-    sizes = Figure(
-        "sizes",
-        "LoRA-GA calibrated on more and on less",
-        "Median over layers: on its own data, on a fresh batch, and on the mean gradient of all "
-        "fresh batches.",
-        sizes_chart(measured["sizes"]),
-    )
-    return [*dots, sizes]
-
-
-def methods_chart(rows: pd.DataFrame) -> alt.LayerChart:
-    base = rows[rows["method"] == SUBJECT]
-    bounds = [base.assign(method=name, error=base[column]) for name, column in BOUNDS.items()]
-    drawn = pd.concat([rows, *bounds])[["method", "layer", "data", "error"]]
-    drawn["data"] = drawn["data"].map(NAMES)
-    middle = drawn.groupby(["method", "data"], as_index=False)["error"].median()
-    own = middle[middle["data"] == NAMES[CALIBRATION]].set_index("method")["error"]
-    last = [name for name in (OWN_START, *BOUNDS) if name in own]
-    shown = [NAMES[CALIBRATION], NAMES[FRESH]]
-    axis = alt.Axis(tickCount=5, format=".1f")
-    place = {
-        "y": alt.Y(
-            "method:N",
-            sort=[*own.drop(last).sort_values().index, *last],
-            title=None,
-            axis=alt.Axis(labelLimit=150),
-        ),
-        "yOffset": alt.YOffset("data:N", sort=shown),
-        "x": alt.X("error:Q", title=ERROR, scale=alt.Scale(domain=[0, 1]), axis=axis),
-    }
-    dots = (
-        chart(drawn)
-        .mark_circle(size=16, opacity=0.3)
-        .encode(
-            **place,
-            color=color("data", shown, legend(columns=2, symbolOpacity=1)),
-            tooltip=tips("method:N", "layer:N", "error:Q"),
-        )
-    )
-    ticks = (
-        chart(middle)
-        .mark_tick(thickness=3, size=9, color=INK)
-        .encode(**place, tooltip=tips("method:N", "data:N", error=".3f"))
-    )
-    return (dots + ticks).properties(height=alt.Step(11))
-
-
-def sizes_chart(sizes: pd.DataFrame) -> alt.LayerChart:
-    middle = sizes.groupby(["model", "size", "data"], as_index=False)[["error"]].median()
-    below = legend(columns=2, symbolOpacity=1)
-    base = chart(middle.assign(data=middle["data"].map(NAMES))).encode(
-        x=alt.X(
-            "size:Q",
-            title="sequences in the calibration",
-            scale=alt.Scale(type="log", base=2, padding=12),
-            axis=alt.Axis(values=sorted(sizes["size"].unique().tolist())),
-        ),
-        y=alt.Y("error:Q", title=ERROR[0], scale=alt.Scale(domain=[0, 1])),
-        color=color("data", list(NAMES.values()), below),
-    )
-    points = base.mark_point(filled=True, size=70, opacity=1).encode(
-        shape=alt.Shape("model:N", legend=below),
-        tooltip=tips("model:N", "data:N", "size:Q", error=".3f"),
-    )
-    return (base.mark_line().encode(detail="model:N") + points).properties(height=260)
-
-
-def discuss(measured: Measurement) -> list[str]:
-    """The share of the squared gradient in LoRA-GA's step, on its data and on others."""
+    """The errors of all methods, and LoRA-GA's by calibration size."""
     rows, sizes = measured["steps"], measured["sizes"]
-    sentences = []
-    for model, own in rows[rows["method"] == SUBJECT].groupby("model", sort=False):
-        energy = (1 - own[["error", "bound"]] ** 2).groupby(own["data"]).mean()
-        most = sizes[(sizes["model"] == model) & (sizes["data"] == TOGETHER)]
-        most = most[most["size"] == most["size"].max()]
-        sentences.append(
-            f"{model}: LoRA-GA’s step holds {energy.loc[CALIBRATION, 'error']:.0%} of the squared "
-            f"gradient it was calibrated on and {energy.loc[FRESH, 'error']:.0%} of a fresh "
-            f"batch’s, of which a step of that rank could hold {energy.loc[FRESH, 'bound']:.0%}. "
-            f"Calibrated on {most['size'].iloc[0]} sequences it holds "
-            f"{(1 - most['error'] ** 2).mean():.0%} of the mean gradient of all fresh ones."
-        )
+    middle = rows.groupby(["model", "method", "data"], as_index=False)["error"].median()
+    middle = middle.sort_values("error")
+    by_size = sizes.groupby(["model", "size", "data"], as_index=False)["error"].median()
     return [
-        *sentences,
-        "All steps are compared at the length that suits each best: only directions count here, "
-        "neither the pace that a method’s norms set nor where a longer training ends.",
+        Figure(
+            "methods",
+            "How far the first step is from the gradient’s",
+            "Median over layers, on the data that methods are calibrated on and on other films.",
+            plot(
+                middle,
+                "point",
+                alt.X("error:Q", title=ERROR, scale=alt.Scale(domain=[0, 1])),
+                alt.Y("method:N", sort=middle["method"].unique().tolist(), title=None),
+                color=color("data", [CALIBRATION, FRESH]),
+                panel="model",
+                height=alt.Step(16),
+            ),
+            width=None,
+        ),
+        Figure(
+            "sizes",
+            "LoRA-GA calibrated on more and on less",
+            "Median over layers.",
+            plot(
+                by_size,
+                "line",
+                alt.X("size:Q", title="sequences", scale=alt.Scale(type="log", base=2)),
+                alt.Y("error:Q", title=ERROR),
+                color=color("data", [CALIBRATION, FRESH, TOGETHER]),
+                panel="model",
+            ),
+            width=None,
+        ),
     ]
 
 
@@ -365,7 +244,6 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
 )
 
 if __name__ == "__main__":

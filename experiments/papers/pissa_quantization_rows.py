@@ -27,7 +27,7 @@ from lora_init.quantization import Quantizer
 
 from ..console import say
 from ..errors import ConfigurationError
-from . import four_bit_grid
+from . import pissa_quantization_grids as grids
 from .corpus import joined_blocks, language_batches, load_texts, sentence_batches
 from .reproduction import Measurement, Options, require, require_at_least
 from .subject import Layer, Subject, load_subject, place
@@ -229,11 +229,11 @@ def rows_of(case: Case, options: PissaQuantizationOptions) -> list[dict[str, Any
 
 def variants(weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """The controls that suit a weight."""
-    if weight.shape[1] % four_bit_grid.RUN:
+    if weight.shape[1] % grids.RUN:
         return {}
-    if four_bit_grid.on_grid(weight):
-        return {DITHERED: four_bit_grid.dithered(weight, generator)}
-    return {ROUNDED: four_bit_grid.rounded(weight), NOISY: four_bit_grid.noisy(weight, generator)}
+    if grids.on_grid(weight):
+        return {DITHERED: grids.dithered(weight, generator)}
+    return {ROUNDED: grids.rounded(weight), NOISY: grids.noisy(weight, generator)}
 
 
 def rows_of_weight(

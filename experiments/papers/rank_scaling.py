@@ -29,7 +29,7 @@ from ..errors import ConfigurationError
 from .application import run
 from .claim import Claim, judge
 from .corpus import plot_blocks
-from .drawing import HEADER, LOG, chart, color, legend, tips
+from .drawing import BELOW, LOG, color, plot
 from .fine_tuning import constant_training, fine_tune
 from .interval import Interval, fit_exponent, mean
 from .language import block_losses
@@ -52,7 +52,6 @@ BETWEEN = (
     0.25  # half-way from a norm that does not depend on the rank to one that falls as r^(-1/2)
 )
 GAIN = 0.01  # nats a token; a smaller gain does not count as learning
-NORM = "norm of the gradient"
 
 
 @dataclass
@@ -276,72 +275,35 @@ def draw(measured: Measurement) -> list[Figure]:
     """The norm over ranks and over steps."""
     steps = measured["steps"]
     later = steps[steps["step"] > 1].groupby(["scaling", "rank"], as_index=False)["norm"].mean()
-    ranks = alt.Axis(values=sorted(set(later["rank"])))
-    by_rank = (
-        chart(later)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("rank:Q", scale=alt.Scale(type="log", base=2), title="rank", axis=ranks),
-            y=alt.Y("norm:Q", scale=LOG, title=NORM),
-            color=color(
-                "scaling", dict(zip(SCALINGS.values(), ("#d55e00", "#0072b2"), strict=True))
-            ),
-            tooltip=tips("scaling:N", "rank:Q", norm=".3g"),
-        )
-        .properties(height=280)
-    )
-    by_step = (
-        chart(steps)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y("norm:Q", scale=LOG, title=NORM),
-            color=alt.Color(
-                "rank:O", scale=alt.Scale(scheme="viridis"), legend=legend(title="rank")
-            ),
-            tooltip=tips("rank:O", "step:Q", norm=".3g"),
-        )
-        .properties(width=290, height=240)
-        .facet(alt.Column("scaling:N", header=HEADER))
-    )
+    norm = alt.Y("norm:Q", scale=LOG, title="norm of the gradient")
     return [
         Figure(
             "norms",
             "The gradient’s norm against the rank",
-            "Mean over the steps after the first; both axes logarithmic, so that a power law is a "
-            "straight line.",
-            by_rank,
+            "Mean over the steps after the first; both axes are logarithmic.",
+            plot(
+                later,
+                "line",
+                alt.X("rank:Q", scale=alt.Scale(type="log", base=2)),
+                norm,
+                color=color("scaling", list(SCALINGS.values())),
+            ),
         ),
         Figure(
             "steps",
-            "The gradient’s norm as training goes on, a line a rank",
-            "The paper’s figure 2, on this model: lines that lie together do not depend on the "
-            "rank.",
-            by_step,
+            "The gradient’s norm as training goes on, by rank",
+            "Lines that lie together do not depend on the rank.",
+            plot(
+                steps,
+                "line",
+                alt.X("step:Q", axis=alt.Axis(tickMinStep=1)),
+                norm,
+                color=alt.Color("rank:O", scale=alt.Scale(scheme="viridis"), legend=BELOW),
+                panel="scaling",
+            ),
             width=None,
         ),
     ]
-
-
-def discuss(measured: Measurement) -> list[str]:
-    """Compare the exponents with the algebra."""
-    fits = {flag: fit_norms(measured["steps"], flag) for flag in SCALINGS}
-    plain, stable = fits[False], fits[True]
-    near = all(
-        abs(fit.value - EXPECTED[flag]) <= TOLERANCE for flag, both in fits.items() for fit in both
-    )
-    sentences = [
-        "By the algebra the exponents are −1/2 and 0; measured are "
-        f"{plain[0].value:.2f} and {stable[0].value:.2f} at the first step, "
-        f"{plain[1].value:.2f} and {stable[1].value:.2f} after it"
-        + (": the same." if near else f": not all within {TOLERANCE} of these.")
-    ]
-    if plain[1].below_zero:
-        sentences.append(
-            "Where the gradient fades with the rank, so does what a step does to the product: to "
-            "compare ranks at one learning rate under alpha / r is to compare step sizes, too."
-        )
-    return [*sentences, "A few steps say nothing about where long trainings end."]
 
 
 REPRODUCTION = Reproduction(
@@ -355,7 +317,6 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
 )
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import pandas as pd
 
 from .application import run
 from .claim import Claim, judge
-from .drawing import HEADER, LOG, SOFT, chart, color, legend, tips
+from .drawing import BELOW, LOG, color, plot
 from .interval import Interval, fit_exponent, geometric_mean
 from .rate_scaling_rows import NETWORKS, RateScalingOptions, measure
 from .reproduction import Figure, Measurement, Reproduction, Table
@@ -60,7 +60,6 @@ ALGEBRA = {
     ("narrow", "A"): (-0.5, -0.5, 0.5, 0.0),
     ("narrow", "B"): (-1.0, -1.0, 0.0, 0.0),
 }
-RATES = [1e-4, 1e-3, 1e-2, 1e-1]
 
 
 def fit_all(trainings: pd.DataFrame) -> Exponents:
@@ -238,42 +237,33 @@ def tabulate(measured: Measurement) -> list[Table]:
             "quantity": name,
             "by the paper": EXPECTED[start] if quantity in ("best", "stable") else None,
             "by the algebra": algebra,
-            "measured": exponents[network, start, quantity].value,
-            "low": exponents[network, start, quantity].low,
-            "high": exponents[network, start, quantity].high,
+            "measured": exponents[network, start, quantity].show(".2f"),
         }
         for (network, start), powers in ALGEBRA.items()
         for (quantity, name), algebra in zip(QUANTITIES.items(), powers, strict=True)
     ]
-    values = [*QUANTITIES, "loss"]
-    widths = geometric_means(trainings, ["network", "start", "width"], values)
-    widths["start"] = widths["start"].map(STARTS)
-    ranks = geometric_means(measured["compared"], ["rank", "start"], ["loss"])
-    ranks = ranks.pivot(index="rank", columns="start", values="loss").rename(columns=STARTS)
-    ranks["ratio"] = ranks["Init[A]"] / ranks["Init[B]"]
-    formats = dict.fromkeys(("by the paper", "by the algebra", "measured", "low", "high"), ".2f")
     return [
         Table(
             "exponents",
             "Exponents in the width n, with 95 % intervals",
             pd.DataFrame(rows),
-            formats,
+            dict.fromkeys(("by the paper", "by the algebra"), ".2f"),
             "The algebra counts entries that move by the learning rate along the signs of the "
             "gradient; in the square network it adds the readout, which the paper’s does not.",
         ),
         Table(
             "rates",
             "Rates and sizes by width, geometric means over the networks",
-            widths.rename(columns=QUANTITIES | {"loss": "loss at the best rate"}),
+            geometric_means(trainings, ["network", "start", "width"], [*QUANTITIES, "loss"]),
             {"width": ".0f"},
             "The loss is the mean of the last fifth of the steps over the loss before the first.",
         ),
         Table(
             "ranks",
             "Loss of the square network at each start’s best rate, by rank",
-            ranks.reset_index().rename_axis(columns=None),
+            geometric_means(measured["compared"], ["rank", "start"], ["loss"]),
             {"rank": ".0f"},
-            "Geometric means over the networks; the ratio is that of the means.",
+            "Geometric means over the networks.",
         ),
     ]
 
@@ -286,169 +276,49 @@ def geometric_means(rows: pd.DataFrame, keys: list[str], values: list[str]) -> p
 
 def draw(measured: Measurement) -> list[Figure]:
     """Rates over the width, and losses over the rates."""
+    keys = ["network", "start", "width"]
+    rates = geometric_means(measured["trainings"], keys, ["best", "stable"])
+    rates = rates.melt(keys, var_name="kind", value_name="rate")
+    rates = rates.assign(
+        panel=rates["kind"].map(QUANTITIES) + ", " + rates["network"],
+        start=rates["start"].map(STARTS),
+    )
+    curves = measured["curves"]
+    losses = geometric_means(
+        curves.assign(loss=curves["loss"].clip(upper=3.0)), [*keys, "rate"], ["loss"]
+    )
+    losses["panel"] = losses["start"].map(STARTS) + ", " + losses["network"]
     return [
         Figure(
             "widths",
             "Learning rates against the width",
-            "Geometric means over networks; bars reach over all of them. Dashed, the paper’s laws "
-            "through the narrowest network: n^(−1/2) for Init[A], n^(−1) for Init[B].",
-            widths_chart(measured["trainings"]),
+            "Geometric means over networks; both axes are logarithmic.",
+            plot(
+                rates,
+                "line",
+                alt.X("width:Q", title="width n", scale=alt.Scale(type="log", base=2)),
+                alt.Y("rate:Q", title="learning rate", scale=LOG, axis=alt.Axis(format="~e")),
+                color=color("start", list(STARTS.values())),
+                panel="panel",
+            ),
             width=None,
         ),
         Figure(
             "losses",
-            "The loss against the learning rate, a line a width",
+            "The loss against the learning rate, by width",
             "Loss after training over the loss before, geometric means over networks; cut at 3. "
             "The faster a best rate falls with the width, the further apart are the valleys.",
-            losses_chart(measured["curves"]),
+            plot(
+                losses,
+                "line",
+                alt.X("rate:Q", title="learning rate", scale=LOG, axis=alt.Axis(format="~e")),
+                alt.Y("loss:Q", title="loss, share of the start", scale=LOG),
+                color=alt.Color("width:O", scale=alt.Scale(scheme="viridis"), legend=BELOW),
+                panel="panel",
+            ),
             width=None,
         ),
     ]
-
-
-def widths_chart(trainings: pd.DataFrame) -> alt.VConcatChart:
-    """A row per network, a column per kind of rate."""
-    keys = ["network", "kind", "start"]
-    long = trainings.melt(
-        ["network", "start", "width"], ["best", "stable"], var_name="kind", value_name="rate"
-    )
-    long["log"] = np.log(long["rate"])
-    spread = long.groupby([*keys, "width"])["log"].agg(["mean", "min", "max"])
-    spread = np.exp(spread).reset_index()
-    narrowest = spread.sort_values("width").groupby(keys)[["mean", "width"]].transform("first")
-    power = spread["start"].map(EXPECTED)
-    spread["law"] = narrowest["mean"] * (spread["width"] / narrowest["width"]) ** power
-    spread["start"] = spread["start"].map(STARTS)
-    limits = [float(spread[["min", "law"]].min().min()), float(spread["max"].max())]
-    rows = [
-        alt.hconcat(
-            *(
-                width_panel(spread, network, kind, limits, labels=kind == "best")
-                for kind in ("best", "stable")
-            ),
-            spacing=14,
-        )
-        for network in NETWORKS
-    ]
-    return alt.vconcat(*rows, spacing=22)
-
-
-def width_panel(
-    spread: pd.DataFrame, network: str, kind: str, limits: list[float], labels: bool
-) -> alt.LayerChart:
-    some = spread[(spread["network"] == network) & (spread["kind"] == kind)]
-    scale = alt.Scale(type="log", domain=limits, nice=False)
-    axis = alt.Axis(format="~e", values=RATES, labels=labels)
-
-    def y(field: str, title: str | None = None) -> alt.Y:
-        return alt.Y(f"{field}:Q", title=title, scale=scale, axis=axis)
-
-    base = chart(some).encode(
-        x=alt.X(
-            "width:Q",
-            title="width n",
-            scale=alt.Scale(type="log", base=2),
-            axis=alt.Axis(values=sorted(set(some["width"]))),
-        ),
-        color=color("start", list(STARTS.values()), legend(symbolOpacity=1)),
-    )
-    heading = alt.TitleParams(
-        f"{QUANTITIES[kind]}, {network}",
-        fontSize=12,
-        fontWeight="normal",
-        color=SOFT,
-        anchor="middle",
-    )
-    return alt.layer(
-        base.mark_line(strokeDash=[5, 4], opacity=0.6).encode(y=y("law")),
-        base.mark_rule(opacity=0.5, strokeWidth=2).encode(y=y("min"), y2="max:Q"),
-        base.mark_line(point=alt.OverlayMarkDef(size=45, filled=True)).encode(
-            y=y("mean", "learning rate" if labels else None),
-            tooltip=tips("start:N", "width:Q", mean=".2e"),
-        ),
-    ).properties(width=262, height=200, title=heading)
-
-
-def losses_chart(curves: pd.DataFrame) -> alt.FacetChart:
-    shown = curves.assign(loss=curves["loss"].clip(upper=3.0))
-    means = geometric_means(shown, ["network", "start", "width", "rate"], ["loss"])
-    means["start"] = means["start"].map(STARTS)
-    return (
-        chart(means)
-        .mark_line(strokeWidth=1.6)
-        .encode(
-            x=alt.X(
-                "rate:Q",
-                title="learning rate",
-                scale=alt.Scale(type="log", nice=False),
-                axis=alt.Axis(format="~e", values=RATES),
-            ),
-            y=alt.Y(
-                "loss:Q",
-                title="loss, share of the start",
-                scale=LOG,
-                axis=alt.Axis(tickCount=4, format="~g"),
-            ),
-            color=alt.Color(
-                "width:O", scale=alt.Scale(scheme="viridis"), legend=legend(title="width n")
-            ),
-            tooltip=tips("width:O", rate=".2e", loss=".3g"),
-        )
-        .properties(width=262, height=170)
-        .facet(
-            column=alt.Column("start:N", header=HEADER),
-            row=alt.Row("network:N", sort=list(NETWORKS), header=HEADER),
-        )
-    )
-
-
-def discuss(measured: Measurement) -> list[str]:
-    """The laws of both networks, and the widths that follow them."""
-    trainings = measured["trainings"]
-    exponents = fit_all(trainings)
-    best = {case: exponents[*case, "best"] for case in ALGEBRA}
-    signs = ""
-    if best["square", "A"].high < EXPECTED["A"]:
-        signs = (
-            " B moves along the readout’s own signs there, which lets Init[A]’s rate fall faster."
-        )
-    narrow = ""
-    if all(fit.below_zero for fit in best.values()):
-        narrow = (
-            "A rate found on a narrow model is too large for a wide one, and by how much depends "
-            "on the start. "
-        )
-    return [
-        "The paper’s laws are about the features s B A h behind the adapted layer, which the loss "
-        f"of the narrow network sees as they are. Its best rates go as n^{best['narrow', 'A']} "
-        f"under Init[A] and n^{best['narrow', 'B']} under Init[B]: "
-        f"{laws_found(exponents, 'narrow')}. Where a readout of the same width follows, they go as "
-        f"n^{best['square', 'A']} and n^{best['square', 'B']}: {laws_found(exponents, 'square')}."
-        f"{signs}",
-        *(widths_ahead(trainings, network) for network in NETWORKS),
-        f"{narrow}Not measured: trained weights, whose spectra are not flat, more than one adapted "
-        "layer, and the effect of alpha.",
-    ]
-
-
-def laws_found(exponents: Exponents, network: str) -> str:
-    """The starts for which the claim on the rates holds."""
-    near = [f"Init[{start}]’s" for start in EXPECTED if law_holds(exponents, network, start)]
-    if len(near) == len(EXPECTED):
-        return "both laws are found"
-    return f"{near[0]} law alone is found" if near else "neither law is found"
-
-
-def widths_ahead(trainings: pd.DataFrame, network: str) -> str:
-    """The widths at which Init[A] has the larger stable rate."""
-    found = ratios(trainings[trainings["network"] == network], "stable", "width")
-    means = np.exp(np.log(found).groupby("width").mean())
-    behind = [f"{width} ({ratio:.2f} times)" for width, ratio in means.items() if ratio <= 1]
-    return (
-        f"In the {network} network Init[A]’s largest stable rate is above Init[B]’s at "
-        f"{len(means) - len(behind)} of {len(means)} widths"
-        + (f"; not at n = {', '.join(behind)}." if behind else ".")
-    )
 
 
 REPRODUCTION = Reproduction(
@@ -462,7 +332,6 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
 )
 
 if __name__ == "__main__":

@@ -84,6 +84,21 @@ class Table:
     note: str = ""
 
 
+def grouped(
+    rows: pd.DataFrame,
+    by: list[str],
+    of: list[str],
+    name: str,
+    title: str,
+    note: str = "",
+    how: str = "mean",
+    form: str = ".3g",
+) -> Table:
+    """Means (or what `how` names in pandas) of some columns by group, as a table."""
+    frame = rows.groupby(by, sort=False)[of].agg(how).reset_index()
+    return Table(name, title, frame, dict.fromkeys(of, form), note)
+
+
 @dataclass(frozen=True)
 class Figure:
     """A chart with its title and caption.

@@ -124,18 +124,29 @@ def load_subject(
 
 
 @contextmanager
+def restored(weights: Mapping[str, Float[Tensor, "out in"]]) -> Iterator[None]:
+    """Afterwards the weights are what they were before, to the bit."""
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(before[name])
+
+
+@contextmanager
 def moved(
     weights: Mapping[str, Float[Tensor, "out in"]],
     updates: Mapping[str, Float[Tensor, "out in"]],
     factor: float = 1.0,
 ) -> Iterator[None]:
     """The weights plus `factor` times their updates, while the context lasts."""
-    before = {name: weight.clone() for name, weight in weights.items()}
-    for name, weight in weights.items():
-        weight.add_(updates[name], alpha=factor)
-    yield
-    for name, weight in weights.items():
-        weight.copy_(before[name])
+    with restored(weights):
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.add_(updates[name], alpha=factor)
+        yield
 
 
 def place(device: str) -> torch.device:

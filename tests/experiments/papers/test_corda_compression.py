@@ -11,16 +11,12 @@ import torch
 from tiny_llama import some_blocks, tiny_llama
 
 from experiments.errors import ConfigurationError
+from experiments.papers import corda_compression_claims as claims
 from experiments.papers.claim import Verdict
-from experiments.papers.corda_compression import claims
-from experiments.papers.corda_compression.dropping import dropped, losses_by_fraction, restored
-from experiments.papers.corda_compression.inputs import observe_inputs
-from experiments.papers.corda_compression.projections import (
-    METHODS,
-    Inputs,
-    least_components,
-)
+from experiments.papers.corda_compression_projections import METHODS, Inputs, least_components
+from experiments.papers.corda_compression_rows import dropped, losses_by_fraction, observe_inputs
 from experiments.papers.language import block_losses
+from experiments.papers.subject import restored
 from lora_init import init_factors
 from lora_init.initializers.corda import CordaOptions
 from lora_init.linalg.moments import InputStatistics
@@ -140,7 +136,7 @@ def test_weights_come_back_after_a_failure():
     before = model.model.layers[0].mlp.up_proj.weight.clone()
 
     def fail():
-        with restored(model, ["model.layers.0.mlp.up_proj"]):
+        with restored({"up": model.model.layers[0].mlp.up_proj.weight}):
             model.model.layers[0].mlp.up_proj.weight.data.zero_()
             raise KeyError
 
@@ -243,9 +239,8 @@ def test_whitening_that_is_better_at_a_quarter_only_is_a_direction():
 
 def test_remarks_are_computed():
     kept, _, few = claims.all_claims(frame(corda=15.0, few=40.0), FULL, 576)[1:4]
-    assert "This model is 576 wide, the paper’s 4,096" in kept.remark
-    assert "The 10 tokens are 0.017 times the model’s width of 576" in few.remark
-    assert "65,536 tokens, are 16 times the 4,096 of its model" in few.remark
+    assert "The model is 576 wide, the paper’s 4,096" in kept.remark
+    assert "The tokens are 0.017 times the model’s width" in few.remark
     assert not any(claim.remark for claim in claims.all_claims(frame(), FULL, 576))
 
 

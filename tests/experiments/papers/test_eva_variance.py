@@ -7,27 +7,25 @@ import pytest
 import torch
 
 from experiments.errors import ConfigurationError
+from experiments.papers import eva_variance_claims as claims
 from experiments.papers.claim import Verdict
-from experiments.papers.eva_variance import claims, discussion
-from experiments.papers.eva_variance.costs import FULL_SVD
-from experiments.papers.eva_variance.gradients import Ceiling, FirstGradient
-from experiments.papers.eva_variance.inputs import (
+from experiments.papers.eva_variance_gradients import Ceiling, FirstGradient
+from experiments.papers.eva_variance_inputs import (
     ANOTHER_ORDER,
     OTHER_DATA,
     THE_END,
-    followed,
-    prefixes,
-    shortened,
-)
-from experiments.papers.eva_variance.variance import (
     directions,
     explained_share,
+    followed,
     least_cosine,
     merged,
     overlap,
     powers_of_two,
+    prefixes,
     row_space,
+    shortened,
 )
+from experiments.papers.eva_variance_rows import FULL_SVD
 from experiments.papers.starts import configuration
 from experiments.papers.tasks import load_with_task, task_batches
 from lora_init import get_peft_model
@@ -265,16 +263,6 @@ def test_verdict_on_other_data(overlaps, kept, verdict):
     claim = claims.same_elsewhere(convergence(overlaps, kept))
     assert judged(claim, published=False) is verdict
     assert f"4 of them keep {kept[1]:.1%}" in claim.ours
-
-
-def test_the_range_over_orders_is_told():
-    made = convergence([0.5, 0.6, 0.7, 0.8], [0.7, 0.8, 0.9, 1.0])
-    mixed = made[(made["against"] == ANOTHER_ORDER) & (made["batches"] < 16)]
-    other = mixed.assign(order=1, overlap=mixed["overlap"] + 0.05)
-    made = pd.concat([made[made["against"] != ANOTHER_ORDER], mixed, other])
-    told = discussion.orders(made)
-    assert "2 random ones" in told
-    assert "after 8 batches the overlaps are 0.700 to 0.750, and 90.0% to 90.0%" in told
 
 
 def gradients(ceiling: float = 0.9, **methods: float) -> pd.DataFrame:

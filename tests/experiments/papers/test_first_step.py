@@ -167,9 +167,7 @@ def test_methods_that_change_the_function_are_left_out_on_fresh_data():
     made = rows(lora_ga=(0.301, 0.5), lora_one=(0.9, 0.45), kaiming=(0.95, 0.95))
     claim = claims(made)[3]
     assert claim.verdict == Verdict.REPRODUCED
-    assert "lora_one is closer in 100%" in claim.remark
-    made.loc[(made["method"] == "kaiming") & (made["layer"] < 10), "error"] = 0.1
-    assert "Where another is closer it is kaiming (100%)." in claims(made)[3].remark
+    assert claim.remark.endswith("lora_one.")
     assert len(claims(rows(lora_ga=(0.3, 0.5), lora_one=(0.9, 0.9)))) == 2
 
 

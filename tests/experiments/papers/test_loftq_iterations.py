@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from experiments.errors import ConfigurationError
-from experiments.papers.loftq_iterations import outputs, training
-from experiments.papers.loftq_iterations import starts as made
-from experiments.papers.loftq_iterations.errors import (
+from experiments.papers import loftq_iterations_errors as outputs
+from experiments.papers import loftq_iterations_rows as training
+from experiments.papers import loftq_iterations_starts as made
+from experiments.papers.loftq_iterations_errors import (
+    HiddenStates,
+    NextTokens,
     mean_square_output,
     relative_norm,
     remaining,
 )
-from experiments.papers.loftq_iterations.outputs import HiddenStates, NextTokens
 from experiments.papers.subject import Layer, Subject
 from lora_init import LoraConfig, calibrate
 from lora_init.quantization import Quantizer

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from experiments.papers import loftq_iterations_closed_form_claims as closed_form_claims
+from experiments.papers import loftq_iterations_iteration_claims as iteration_claims
 from experiments.papers.claim import Verdict
-from experiments.papers.loftq_iterations import closed_form_claims, iteration_claims
-from experiments.papers.loftq_iterations.correlations import rank_correlations
-from experiments.papers.loftq_iterations.starts import (
+from experiments.papers.loftq_iterations_closed_form_claims import rank_correlations
+from experiments.papers.loftq_iterations_starts import (
     DIAGONAL,
     LOFTQ,
     LOFTQ_QERA,

@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from experiments.errors import ConfigurationError
 from experiments.models.smollm2 import SmolLM2, locate
-from experiments.papers import four_bit_grid as grids
 from experiments.papers import pissa_quantization as page
 from experiments.papers import pissa_quantization_claims as claims
+from experiments.papers import pissa_quantization_grids as grids
 from experiments.papers import pissa_quantization_rows as measured_rows
 from experiments.papers.claim import Verdict
 from experiments.papers.interval import Interval

@@ -10,7 +10,6 @@ from experiments.errors import ConfigurationError
 from experiments.papers import rank_scaling
 from experiments.papers.claim import Verdict
 from experiments.papers.corpus import joined_blocks, load_texts
-from experiments.papers.reproduction import Measurement
 from experiments.papers.subject import load_subject
 from lora_init import LoraConfig, get_peft_model
 
@@ -97,9 +96,6 @@ def test_verdicts_on_norms(plain, stable, verdict):
         claim = rank_scaling.norm_claim(flag, *fits[flag])
         assert claim.verdict == verdict
         assert "contradicts: " in claim.criterion
-    sentences = " ".join(rank_scaling.discuss(Measurement(None, {"steps": made}, {})))
-    assert ("the same." in sentences) == (verdict == Verdict.REPRODUCED)
-    assert ("step sizes" in sentences) == (plain < 0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from experiments.papers import rate_scaling as page
 from experiments.papers import rate_scaling_rows as rows
 from experiments.papers.claim import Verdict
 from experiments.papers.rate_scaling_rows import NETWORKS, STARTS
-from experiments.papers.reproduction import Measurement
 
 HOLDS, DIRECTION = Verdict.REPRODUCED, Verdict.SAME_DIRECTION
 NOT, CONTRADICTS = Verdict.NOT_REPRODUCED, Verdict.CONTRADICTS
@@ -175,17 +174,6 @@ def test_verdict_on_the_loss(ratios, verdict):
         for seed in range(3)
     )
     assert page.loss_claim(compared).verdict == verdict
-
-
-def test_the_discussion_follows_the_figures():
-    words = " ".join(page.discuss(Measurement(None, {"trainings": trainings(-0.5, -1.0)}, {})))
-    assert words.count("both laws are found") == 2
-    assert "above Init[B]’s at 4 of 4 widths." in words
-    assert "too large for a wide one" in words
-    words = " ".join(page.discuss(Measurement(None, {"trainings": trainings(-0.75, 0.1)}, {})))
-    assert words.count("neither law is found") == 2
-    assert "too large for a wide one" not in words
-    assert "signs there" in words
 
 
 def test_a_grid_that_is_too_short_is_named(composed_paper):

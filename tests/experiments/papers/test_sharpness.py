@@ -205,14 +205,6 @@ def test_a_trained_head_decides_ratios_and_a_new_one_rates():
         assert "contradicts: " in claim.criterion
 
 
-def test_paired_ends_of_the_spectrum_are_named():
-    rows = measured(new={"pissa": 2}, trained={"pissa": 2})
-    words = page.saddles(rows, ["new", "trained"])
-    assert "λmin over λmax is -1.00 (new head), -0.50 (trained head)." in words
-    assert "Near −1 (new head) λmax is the cross term" in words
-    assert "cross term" not in page.saddles(rows, ["trained"])
-
-
 def test_eigenvalues_that_did_not_converge_are_counted(composed_paper):
     settings = composed_paper("sharpness", "smoke")
     rows = pd.DataFrame(

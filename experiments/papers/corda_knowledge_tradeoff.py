@@ -15,10 +15,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+LABELS = {
+    "kaiming": "LoRA",
+    "corda_kpm": "CorDA kpm",
+    "corda_ipm": "CorDA ipm",
+    "pissa": "PiSSA",
+}
 ARRAYS = ["divergences", "losses"]
 SHARES = (0.5, 1.0)
-"""Of what all have learned: the whole is where the slowest start ends, at its highest rate perhaps;
-half of it is on everyone's way."""
+"""Shares of what all have learned. The slowest start may reach all of it only at its highest rate;
+every start passes half of it."""
 
 
 def reading_at(

@@ -1,4 +1,4 @@
-"""What the rows say of the paper's claims."""
+"""The claims about EVA."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ..claim import Claim, Verdict, judge
-from ..starts import UNCENTRED
-from .costs import FULL_SVD
-from .inputs import OTHER_DATA
-from .options import EVAS
+from .claim import Claim, Verdict, judge
+from .eva_variance_inputs import OTHER_DATA
+from .eva_variance_rows import EVAS, FULL_SVD
+from .starts import UNCENTRED
 
 SHARE = 0.95
 MOST, TIMES_RANDOM = 0.5, 5

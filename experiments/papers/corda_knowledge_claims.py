@@ -11,17 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ..claim import Claim, Verdict, judge
-from ..interval import Interval, mean
-from .tradeoff import at_the_end, grid_edge
+from .claim import Claim, Verdict, judge
+from .corda_knowledge_tradeoff import LABELS, at_the_end, grid_edge
+from .interval import Interval, mean
 
-LABELS = {
-    "kaiming": "LoRA",
-    "corda_kpm": "CorDA kpm",
-    "corda_ipm": "CorDA ipm",
-    "pissa": "PiSSA",
-}
-NEEDED = ("kaiming", "corda_kpm", "corda_ipm")
 MARGIN = 0.9
 NO_LESS = 0.02
 

@@ -1,32 +1,29 @@
-"""What CorDA's compression is measured on, and the way from a model to claims."""
+"""Perplexity as more and more of the least components are dropped from every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pandas as pd
-from jaxtyping import Int
-from torch import Tensor
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from ...console import say
-from ..claim import Claim
-from ..corpus import joined_blocks, load_texts
-from ..language import block_losses, paired_error, perplexity, spread
-from ..reproduction import (
-    Figure,
-    Measurement,
-    Options,
-    Reproduction,
-    Table,
-    require,
-)
-from ..subject import Subject, load_subject, place
-from . import claims, figures
-from .dropping import losses_by_fraction
-from .inputs import observe_inputs
+from lora_init import LoraConfig, calibrate
+from lora_init.progress import tracked
+
+from ..console import say
+from .corda_compression_projections import Inputs, least_components
+from .corpus import joined_blocks, language_batches, load_texts
+from .language import block_losses, paired_error, perplexity, spread
+from .reproduction import Measurement, Options, require
+from .subject import Subject, load_subject, place, restored
 
 OWN, FOREIGN = "plots", "problems"
+COMPARED = 0.25
+"""The dropped share at which claims are judged."""
 
 
 @dataclass
@@ -61,8 +58,8 @@ class CordaCompressionOptions(Options):
         ascending = sorted(set(self.fractions)) == self.fractions and len(self.fractions) > 1
         inside = all(0 < fraction < 1 for fraction in self.fractions)
         require(self, "fractions", ascending and inside, "two or more in 0 < x < 1, ascending")
-        compared = f"a list with {claims.COMPARED:g}, where the paper’s figures are compared"
-        require(self, "fractions", claims.COMPARED in self.fractions, compared)
+        compared = f"a list with {COMPARED:g}, where the paper’s figures are compared"
+        require(self, "fractions", COMPARED in self.fractions, compared)
         require(
             self,
             "few_tokens",
@@ -139,61 +136,96 @@ def compressed_losses(
         say(f"  calibration on {blocks.numel()} tokens of {corpus}")
         inputs = observe_inputs(subject.model, names, blocks, options.batch_size)
         for method in methods:
-            say(f"  {claims.LABELS[method]}")
+            say(f"  {method}")
             losses = losses_by_fraction(
                 subject.model, names, method, inputs, fractions, test, **shared
             )
             yield method, corpus, tokens, losses
 
 
-def whole_model(measured: Measurement) -> tuple[float, int]:
-    """The perplexity and the width of the whole model."""
-    row = measured["model"].iloc[0]
-    return float(row["perplexity"]), int(row["width"])
+@torch.no_grad()
+def losses_by_fraction(
+    model: nn.Module,
+    names: Sequence[str],
+    method: str,
+    inputs: Mapping[str, Inputs] | None,
+    fractions: Sequence[float],
+    blocks: Int[Tensor, "blocks length"],
+    *,
+    alpha: float,
+    batch_size: int,
+) -> dict[float, Float[Tensor, " blocks"]]:
+    """The blocks' losses for each fraction of components dropped; the model is left as it was.
+
+    Each layer is decomposed once: a larger fraction drops what a smaller one drops, and more.
+    """
+    ascending = sorted(fractions)
+    found = {}
+    weights = {name: model.get_submodule(name).weight for name in names}
+    with restored(weights):
+        components = {
+            name: least_components(
+                weight.detach(),
+                method,
+                None if inputs is None else inputs[name],
+                dropped(weight.shape, ascending[-1]),
+                alpha,
+            )
+            for name, weight in tracked(list(weights.items()), f"decomposing ({method})")
+        }
+        before = 0.0
+        for fraction in tracked(ascending, f"perplexity ({method})"):
+            for name, least in components.items():
+                weight = weights[name]
+                first, last = dropped(weight.shape, before), dropped(weight.shape, fraction)
+                weight.sub_(least.product(first, last))
+            found[fraction] = block_losses(model, blocks, batch_size)
+            before = fraction
+    return found
 
 
-def judge_all(measured: Measurement) -> list[Claim]:
-    """Four claims of the paper, and one question that this project adds."""
-    return claims.all_claims(measured["compressed"], *whole_model(measured))
+def dropped(shape: Sequence[int], fraction: float) -> int:
+    """How many of the min(out, in) components a fraction is; a positive one drops at least one."""
+    return max(round(fraction * min(shape)), int(fraction > 0))
 
 
-def tabulate(measured: Measurement) -> list[Table]:
-    """Perplexity by method, calibration and dropped share."""
-    return [figures.table(measured["compressed"], whole_model(measured)[0])]
+def observe_inputs(
+    model: nn.Module, names: Sequence[str], blocks: Int[Tensor, "blocks length"], batch_size: int
+) -> dict[str, Inputs]:
+    """The inputs of the layers `names`, by name, over all tokens of `blocks`."""
+    config = LoraConfig(
+        r=1, target_modules=list(names), task_type="CAUSAL_LM",
+        # Of CorDA's modes the one that reads small directions: its sums are in float64.
+        init_lora_weights="corda", corda_config={"corda_method": "kpm"},
+    )  # fmt: skip
+    with magnitudes(model, names) as found:
+        calibration = calibrate(model, config, language_batches(blocks, batch_size))
+    # Layers that read the same inputs share one object, and then one second moment.
+    distinct = {id(layer.inputs): layer.inputs for layer in calibration.layers.values()}
+    moments = {key: inputs.second_moment for key, inputs in distinct.items()}
+    return {
+        name: Inputs(moments[id(layer.inputs)], found[name] / blocks.numel())
+        for name, layer in calibration.layers.items()
+    }
 
 
-def draw(measured: Measurement) -> list[Figure]:
-    """Perplexity against the dropped share, and the effect of the calibration."""
-    return figures.charts(measured["compressed"], *whole_model(measured))
+@contextmanager
+def magnitudes(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Float[Tensor, " in"]]]:
+    """Sums of |x| over the tokens that pass while the context is open, by layer."""
+    sums: dict[str, Tensor] = {}
 
+    def add(name: str, inputs: Tensor) -> None:
+        total = inputs.detach().flatten(0, -2).abs().sum(0, dtype=torch.float64)
+        sums[name] = sums[name] + total if name in sums else total
 
-def discuss(measured: Measurement) -> list[str]:
-    """What the methods have in common, and a limit of this model."""
-    sentences = [
-        "All four methods drop a projection of the weight. All but plain SVD choose the output "
-        "directions in which the inputs that occur leave least. They differ in how they weight "
-        "the inputs. ASVD knows each feature’s size and no correlation. CorDA weights by R, "
-        "whitening by its square root, for which the layer’s output error is least."
-    ]
-    if measured.options.model == "smollm2":
-        sentences.append(
-            "The weights come from 4-bit values: rounding noise fills their smallest components, "
-            "which plain SVD drops first. Plain SVD may do better or worse on weights that were "
-            "trained in 16 bits."
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: add(name, args[0])
         )
-    return sentences
-
-
-REPRODUCTION = Reproduction(
-    name="corda_compression",
-    title="CorDA: dropping the smallest components",
-    source="Yang et al. 2024, arXiv 2406.05223, table 1 and figure 2",
-    question="Does a model keep its perplexity when every linear layer loses the components that "
-    "CorDA calls the smallest?",
-    options=CordaCompressionOptions,
-    measure=measure,
-    judge=judge_all,
-    tabulate=tabulate,
-    draw=draw,
-    discuss=discuss,
-)
+        for name in names
+    ]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()

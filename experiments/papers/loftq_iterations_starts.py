@@ -30,9 +30,9 @@ from lora_init.initializers.qera import output_error
 from lora_init.layer import LayerStatistics, layer_generator
 from lora_init.linalg.moments import InputStatistics
 
-from ...errors import ConfigurationError
-from ..subject import Layer, Subject
-from .errors import base_error
+from ..errors import ConfigurationError
+from .loftq_iterations_errors import base_error
+from .subject import Layer, Subject
 
 PLAIN, LOFTQ, SVD_FIRST, QPISSA = "quantized only", "loftq", "svd first", "qpissa"
 QERA, DIAGONAL, LOFTQ_QERA = "qera", "qera, diagonal", "loftq + qera"

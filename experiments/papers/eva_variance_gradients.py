@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,8 +27,9 @@ from lora_init.calibration.gradients import collect_gradients
 from lora_init.progress import tracked
 from lora_init.registry import resolve
 
-from ...console import say
-from ..starts import (
+from ..console import say
+from .eva_variance_inputs import row_space
+from .starts import (
     Gradients,
     calibration_for,
     moves_function,
@@ -35,10 +37,8 @@ from ..starts import (
     startable,
     started,
 )
-from ..subject import Layer, Subject
-from ..tasks import Batches
-from .options import EvaVarianceOptions
-from .variance import row_space
+from .subject import Layer, Subject
+from .tasks import Batches
 
 
 @dataclass
@@ -98,7 +98,7 @@ def square_norm(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
 
-def first_gradient_methods(options: EvaVarianceOptions, with_moved: bool) -> list[str]:
+def first_gradient_methods(options: Any, with_moved: bool) -> list[str]:
     """Those asked for that train B."""
     methods = options.methods or startable()
     specs = {name: resolve(setting(name, options.rank))[0] for name in methods}
@@ -114,7 +114,7 @@ def measure_gradients(
     layers: Sequence[Layer],
     own: Batches,
     fresh: Batches,
-    options: EvaVarianceOptions,
+    options: Any,
     with_moved: bool,
 ) -> list[dict]:
     """One row a layer and method.

@@ -1,43 +1,32 @@
-"""The trainings of CorDA's knowledge-preserved mode, and the way from a model to claims."""
+"""Trainings from every start: what they learn and forget as they go on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
-from torch import Tensor
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init.injection import Injection
 
-from ...config.training import TrainingConfig
-from ...console import say
-from ...errors import ConfigurationError
-from ..claim import Claim
-from ..corpus import joined_blocks, language_batches, load_texts
-from ..language import spread
-from ..reproduction import (
-    Figure,
-    Measurement,
-    Options,
-    Reproduction,
-    Table,
-    require,
-    require_at_least,
-)
-from ..subject import Subject, load_subject, place
-from . import claims, figures
-from .tradeoff import (
-    at_shares,
-    reached_by_all,
-    winning_rates,
-)
-from .trajectories import Held, hold, started_again, trajectory
+from ..config.training import TrainingConfig
+from ..console import say
+from ..errors import ConfigurationError, RunFailed
+from .corda_knowledge_tradeoff import LABELS, means, winning_rates
+from .corpus import joined_blocks, language_batches, load_texts
+from .fine_tuning import fine_tune
+from .language import block_losses, losses_of, spread
+from .reproduction import Measurement, Options, require, require_at_least
+from .subject import Subject, load_subject, place
 
+NEEDED = ("kaiming", "corda_kpm", "corda_ipm")
 KNOWLEDGE, TASK = "plots", "problems"
 STARTS = {
     "kaiming": {"init_lora_weights": True},
@@ -91,8 +80,8 @@ class CordaKnowledgeOptions(Options):
         require(
             self,
             "rates",
-            set(claims.NEEDED) <= set(self.rates) <= set(STARTS),
-            f"rates of some of {', '.join(STARTS)}, with {', '.join(claims.NEEDED)} among them",
+            set(NEEDED) <= set(self.rates) <= set(STARTS),
+            f"rates of some of {', '.join(STARTS)}, with {', '.join(NEEDED)} among them",
         )
         positive = all(min(rates, default=0) > 0 for rates in self.rates.values())
         require(self, "rates", positive, "one or more numbers > 0 for each start")
@@ -136,7 +125,7 @@ def measure(options: CordaKnowledgeOptions) -> Measurement:
         "calibration": f"{options.calibration_tokens} tokens: kpm of other plots, ipm of "
         "the problems that are trained on",
         "rates": "; ".join(
-            f"{claims.LABELS[start]} {', '.join(f'{rate:g}' for rate in rates)}"
+            f"{LABELS[start]} {', '.join(f'{rate:g}' for rate in rates)}"
             for start, rates in options.rates.items()
         ),
         "seeds": f"{options.repeats}"
@@ -150,54 +139,6 @@ def measure(options: CordaKnowledgeOptions) -> Measurement:
         "kept: exact match on TriviaQA, NQ open and WebQS, calibrated on such questions",
     }
     return Measurement(options, {"steps": steps}, facts)
-
-
-def judge_all(measured: Measurement) -> list[Claim]:
-    """The claims, at an equal amount learned."""
-    steps = measured["steps"]
-    return claims.all_claims(steps, at_shares(steps), reached_by_all(steps))
-
-
-def tabulate(measured: Measurement) -> list[Table]:
-    """Forgetting at an equal amount learned, and at the end."""
-    steps = measured["steps"]
-    return [
-        *figures.equal_tables(at_shares(steps), reached_by_all(steps)),
-        figures.end_table(steps),
-    ]
-
-
-def draw(measured: Measurement) -> list[Figure]:
-    """Forgetting against learning."""
-    return [figures.tradeoff_figure(measured["steps"], reached_by_all(measured["steps"]))]
-
-
-def discuss(measured: Measurement) -> list[str]:
-    """Say how this comparison differs from the paper's, and what it cannot show."""
-    return [
-        "The paper trains every start at one learning rate and compares what is left of the "
-        "knowledge at the end. A start that learns less forgets less, so that comparison also "
-        "measures how far each start moved. Here the starts are compared where they have learned "
-        "the same amount. Each has its best rate, which is chosen on the same held-out texts.",
-        "KL counts every change of the predictions, also an improvement. "
-        + improved(measured["steps"])
-        + " Neither measures the recall of facts, as the paper does.",
-        f"{measured.options.steps} steps show how a training begins, not where it ends.",
-    ]
-
-
-def improved(steps: pd.DataFrame) -> str:
-    """Count the trainings that end with a lower perplexity on plots than the original's."""
-    before = steps.loc[steps["step"] == 0, "perplexity"].iloc[0]
-    last = steps.groupby(["method", "rate", "seed"])[["step", "perplexity"]].last()
-    below = int((last["perplexity"] < before).sum())
-    return (
-        f"The perplexity on plots ends below the original model’s in {below} of {len(last)} "
-        "trainings: learning worked solutions need not cost it."
-        if below
-        else "The perplexity on plots ends below the original model’s in none of "
-        f"{len(last)} trainings."
-    )
 
 
 def held_out(
@@ -221,7 +162,7 @@ def all_trainings(
         for start in options.rates:
             with adapted(subject, start, seed, options, parked) as model:
                 for rate in rates[start]:
-                    say(f"  {claims.LABELS[start]}, learning rate {rate:g}, seed {seed}")
+                    say(f"  {LABELS[start]}, learning rate {rate:g}, seed {seed}")
                     with started_again(model):
                         found = trajectory(
                             model, train, training(rate, options), held,
@@ -290,7 +231,7 @@ def calibrated(subject: Subject, start: str, options: CordaKnowledgeOptions) -> 
         subject.tokenizer, load_texts(corpus), length=options.length,
         tokens=options.calibration_tokens,
     )  # fmt: skip
-    say(f"  {claims.LABELS[start]}: calibration on {blocks.numel()} tokens of {corpus}")
+    say(f"  {LABELS[start]}: calibration on {blocks.numel()} tokens of {corpus}")
     batches = language_batches(blocks, 2 * options.batch_size)
     return calibrate(subject.model, config_of(subject, start, options), batches)
 
@@ -303,16 +244,134 @@ def config_of(subject: Subject, start: str, options: CordaKnowledgeOptions) -> L
     )  # fmt: skip
 
 
-REPRODUCTION = Reproduction(
-    name="corda_knowledge",
-    title="CorDA: what a fine-tuning forgets",
-    source="Yang et al. 2024, arXiv 2406.05223, section 4",
-    question="At the same amount learned, does CorDA’s knowledge-preserved mode forget less than "
-    "LoRA’s usual start?",
-    options=CordaKnowledgeOptions,
-    measure=measure,
-    judge=judge_all,
-    tabulate=tabulate,
-    draw=draw,
-    discuss=discuss,
-)
+@dataclass(frozen=True)
+class Held:
+    """What is never trained on.
+
+    Attributes:
+        learned: blocks of what is learned.
+        kept: blocks of what is to be kept.
+        original: the original model's log-probabilities of the next token on `kept`, on the CPU.
+        loss: of the original model on `learned`, nats a token.
+        losses: of the original model on each block of `kept`.
+    """
+
+    learned: Int[Tensor, "blocks length"]
+    kept: Int[Tensor, "some length"]
+    original: Float[Tensor, "some length words"]
+    loss: float
+    losses: Float[np.ndarray, " some"]
+
+
+@torch.no_grad()
+def hold(
+    model: nn.Module,
+    learned: Int[Tensor, "blocks length"],
+    kept: Int[Tensor, "some length"],
+    batch_size: int,
+) -> Held:
+    """Measure the original model, which has no adapter yet."""
+    home = next(model.parameters()).device
+    logarithms, losses = [], []
+    for some in kept.split(batch_size):
+        logits = model(input_ids=some.to(home), use_cache=False).logits.float()
+        losses.append(losses_of(logits[:, :-1], some.to(home)).cpu().numpy())
+        logarithms.append(logits.log_softmax(-1).cpu())
+    return Held(
+        learned,
+        kept,
+        torch.cat(logarithms),
+        float(block_losses(model, learned, batch_size).mean()),
+        np.concatenate(losses),
+    )
+
+
+@torch.no_grad()
+def forgotten(
+    model: nn.Module, held: Held, batch_size: int
+) -> tuple[Float[np.ndarray, " some"], Float[np.ndarray, " some"]]:
+    """The mean KL(original ‖ model) of each block of `kept`, and its loss; nats."""
+    home = next(model.parameters()).device
+    divergences, losses = [], []
+    for some, before in zip(
+        held.kept.split(batch_size), held.original.split(batch_size), strict=True
+    ):
+        logits = model(input_ids=some.to(home), use_cache=False).logits.float()
+        losses.append(losses_of(logits[:, :-1], some.to(home)).cpu().numpy())
+        found = divergence_of(before.to(home), logits)
+        divergences.append(found.double().mean(1).clamp_min(0).cpu().numpy())
+    return np.concatenate(divergences), np.concatenate(losses)
+
+
+def divergence_of(
+    before: Float[Tensor, "some length words"], logits: Float[Tensor, "some length words"]
+) -> Float[Tensor, "some length"]:
+    """KL(p ‖ q) at each position, `before` log p and `logits` log q up to a constant of each.
+
+    With d = logits - before, KL = log E_p exp(d - E_p d). Its rounding error is relative to KL and
+    not to the entropies, so that float32 is enough.
+    """
+    p = before.exp()
+    p /= p.sum(-1, keepdim=True)
+    change = logits - before
+    change -= (p * change).sum(-1, keepdim=True)
+    return (p * change.exp_()).sum(-1).log()
+
+
+def trajectory(
+    model: LoraModel,
+    blocks: Int[Tensor, "blocks length"],
+    training: TrainingConfig,
+    held: Held,
+    measured_steps: Sequence[int],
+    *,
+    seed: int,
+    device: str,
+) -> list[dict]:
+    """Train from where the model is; rows at step 0 and at the measured steps.
+
+    A training that diverges ends there, and its rows so far are what it has to show.
+    """
+    size = training.batch_size * 2
+    unchanged = np.zeros_like(held.losses)
+    rows = [point(0, 0.0, unchanged, held.losses)]
+
+    def observe(step: int) -> None:
+        if step not in measured_steps:
+            return
+        was_training = model.training
+        model.eval()
+        loss = float(block_losses(model, held.learned, size).mean())
+        row = point(step, held.loss - loss, *forgotten(model, held, size))
+        model.train(was_training)
+        if all(math.isfinite(row[name]) for name in ("fall", "divergence", "perplexity")):
+            rows.append(row)
+
+    try:
+        fine_tune(model, blocks, training, seed=seed, device=device, observe=observe)
+    except RunFailed as error:
+        if error.reason != "diverged":
+            raise
+    return rows
+
+
+def point(
+    step: int,
+    fall: float,
+    divergences: Float[np.ndarray, " some"],
+    losses: Float[np.ndarray, " some"],
+) -> dict:
+    row = {"step": step, "fall": fall, **means(divergences, losses)}
+    return row | {"divergences": divergences, "losses": losses}
+
+
+@contextmanager
+def started_again(model: LoraModel) -> Iterator[None]:
+    """Afterwards the adapter is what it was before; the base is frozen."""
+    trained = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in trained.items():
+                parameter.copy_(value)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ..claim import Claim, Verdict, judge
-from ..interval import Interval, geometric_mean, mean
-from .options import PAPERS_ITERATIONS
-from .starts import LOFTQ, PLAIN, SVD_FIRST
+from .claim import Claim, Verdict, judge
+from .interval import Interval, geometric_mean, mean
+from .loftq_iterations_rows import PAPERS_ITERATIONS
+from .loftq_iterations_starts import LOFTQ, PLAIN, SVD_FIRST
 
 LOW_BITS = (4, 2)
 SLACK = 1e-4  # of the error: the SVD itself is computed to no more

@@ -1,5 +1,8 @@
-"""The inputs of a model's layers: what their first directions explain, how soon these are found,
-and which ranks follow.
+"""The inputs of a model's layers: what their first directions explain, and how soon they are found.
+
+With C the covariance of a layer's inputs (n × n) and Q (n × r) an orthonormal basis of the rows of
+A, A's directions explain tr(Qᵀ C Q) / tr C of their variance. A random subspace explains r / n on
+average. EVA's explains the most that is possible on the data it has seen.
 
 Layers that read one tensor (query, key and value; gate and up) count once here, by the first.
 """
@@ -8,11 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lora_init import init_factors
 from lora_init.calibration.collect import collect
+from lora_init.calibration.memory import statistics_of
+from lora_init.calibration.sums import Moments, joined
 from lora_init.initializers.eva import EvaOptions
 from lora_init.layer import LayerRequest, LayerStatistics
 from lora_init.linalg.moments import InputStatistics
@@ -20,21 +28,15 @@ from lora_init.progress import tracked
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.kinds import oriented_weight
 
-from ...console import say
-from ..subject import Layer, Subject
-from ..tasks import Batches
-from .options import EvaVarianceOptions
-from .variance import (
-    directions,
-    explained_share,
-    least_cosine,
-    merged,
-    overlap,
-    powers_of_two,
-)
+from ..console import say
+from .subject import Layer, Subject
+from .tasks import Batches
 
 RANDOM = ("kaiming", "gaussian")
 THE_END, ANOTHER_ORDER, OTHER_DATA = "all batches", "another order", "all of other films"
+
+INDEPENDENT = 1e-6
+"""Rows of A with a smaller share of the largest singular value depend on the others."""
 
 Inputs = dict[tuple[str, ...], InputStatistics]
 """The statistics of each distinct input, by the names of the layers that read it."""
@@ -69,7 +71,7 @@ def measure_inputs(
     chosen: Sequence[Layer],
     own: Batches,
     other: Batches,
-    options: EvaVarianceOptions,
+    options: Any,
 ) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
     """Rows of explained variance, of convergence, of components that turn, and of ranks.
 
@@ -90,7 +92,12 @@ def measure_inputs(
         found[count] = found_directions(seen, options.rank)
     ((_, fresh),) = prefixes(subject, names, other, [len(other)])
     best = found_directions(fresh, options.rank)
-    converged = convergence({count: found[count] for count in counts}, best, fresh)
+    converged = [
+        row
+        for count in counts
+        for against, there in ((THE_END, found[counts[-1]]), (OTHER_DATA, best))
+        for row in compared(found[count], there, best, fresh, count, against)
+    ]
     for order in range(options.orders):
         generator = torch.Generator().manual_seed(options.seed + order)
         mixed = torch.randperm(len(own), generator=generator)
@@ -114,22 +121,6 @@ def found_directions(inputs: Inputs, rank: int) -> Directions:
     return {key: directions(statistics, rank) for key, statistics in inputs.items()}
 
 
-def convergence(found: Mapping[int, Directions], best: Directions, fresh: Inputs) -> list[dict]:
-    """By input and number of batches: overlaps with all of them and with other films' subspace.
-
-    Args:
-        found: EVA's A by the number of batches.
-        best: that of `fresh`, the inputs of other films.
-    """
-    last = max(found)
-    return [
-        row
-        for count, own in found.items()
-        for against, there in ((THE_END, found[last]), (OTHER_DATA, best))
-        for row in compared(own, there, best, fresh, count, against)
-    ]
-
-
 def compared(
     own: Directions,
     there: Directions,
@@ -139,8 +130,7 @@ def compared(
     against: str,
     order: int = 0,
 ) -> list[dict]:
-    """By input: the overlap of `own` with `there`, and the share of the variance that `best`
-    explains of other films' inputs that `own` explains of them."""
+    """By input: the overlap of `own` with `there`, and its variance relative to that of `best`."""
     return [
         {
             "layer": key[0],
@@ -173,9 +163,7 @@ def turning(found: Mapping[int, Directions]) -> list[dict]:
     ]
 
 
-def explained_variance(
-    subject: Subject, seen: Inputs, fresh: Inputs, options: EvaVarianceOptions
-) -> list[dict]:
+def explained_variance(subject: Subject, seen: Inputs, fresh: Inputs, options: Any) -> list[dict]:
     """By input, rank and method: the share on the data seen, and on other films."""
     kinds = {layer.name: layer.kind for layer in subject.layers}
     rows = []
@@ -185,7 +173,10 @@ def explained_variance(
         for rank in ranks:
             starts = {"eva": directions(statistics, rank)}
             for method in RANDOM:
-                starts[method] = random_start(method, key[0], width, rank, options.seed)
+                shape = torch.empty(width, width)
+                starts[method] = init_factors(
+                    shape, method, r=rank, seed=options.seed, name=key[0]
+                ).lora_A
             for method, lora_A in starts.items():
                 rows.append(
                     {
@@ -201,12 +192,7 @@ def explained_variance(
     return rows
 
 
-def random_start(method: str, name: str, width: int, rank: int, seed: int) -> torch.Tensor:
-    """A of a method that reads nothing but the layer's shape, by the library's function."""
-    return init_factors(torch.empty(width, width), method, r=rank, seed=seed, name=name).lora_A
-
-
-def chosen_ranks(subject: Subject, inputs: Inputs, options: EvaVarianceOptions) -> list[dict]:
+def chosen_ranks(subject: Subject, inputs: Inputs, options: Any) -> list[dict]:
     """EVA's ranks over all layers, from `rank` each."""
     found = {name: statistics for key, statistics in inputs.items() for name in key}
     requests = {
@@ -237,3 +223,52 @@ def shortened(kind: str) -> str:
     parts = kind.removesuffix(".dense").split(".")
     last = parts[-1].removesuffix("_proj")
     return "attention output" if parts == ["attention", "output"] else last
+
+
+def directions(inputs: InputStatistics, rank: int, center: bool = True) -> Float[Tensor, "rank in"]:
+    """EVA's A, by the library's own initializer."""
+    width = len(inputs.mean)
+    options = EvaOptions(rho=1.0, center=center)
+    return init_factors(torch.empty(width, width), options, r=rank, inputs=inputs).lora_A
+
+
+def row_space(lora_A: Float[Tensor, "rank in"]) -> Float[Tensor, "in dimensions"]:
+    """An orthonormal basis of the rows, float64; rows that depend on others add nothing."""
+    _, values, right = torch.linalg.svd(lora_A.double(), full_matrices=False)
+    return right[values > INDEPENDENT * values[0]].T
+
+
+def explained_share(covariance: Float[Tensor, "in in"], lora_A: Float[Tensor, "rank in"]) -> float:
+    """tr(Qᵀ C Q) / tr C: how much of the variance lies in the row space of A."""
+    covariance, basis = covariance.double(), row_space(lora_A)
+    return float(((covariance @ basis) * basis).sum() / covariance.trace())
+
+
+def overlap(first: Float[Tensor, "rank in"], second: Float[Tensor, "rank in"]) -> float:
+    """‖A₁ A₂ᵀ‖² / r for orthonormal rows: the mean squared cosine of the subspaces' angles."""
+    return float((first.double() @ second.double().T).square().sum() / len(first))
+
+
+def least_cosine(first: Float[Tensor, "rank in"], second: Float[Tensor, "rank in"]) -> float:
+    """min |a_i · b_i| over unit rows of the same number: 1 where no component has turned."""
+    return float((first.double() * second.double()).sum(1).abs().min())
+
+
+def merged(first: InputStatistics, second: InputStatistics) -> InputStatistics:
+    """The moments of both groups of tokens together."""
+    return statistics_of(joined([_moments(first), _moments(second)]))
+
+
+def _moments(found: InputStatistics) -> Moments:
+    variance = found.covariance.diagonal().double().sum()
+    return Moments(found.tokens, found.mean, found.covariance, variance)
+
+
+def powers_of_two(last: int) -> list[int]:
+    """1, 2, 4, … and `last`."""
+    counts = []
+    count = 1
+    while count < last:
+        counts.append(count)
+        count *= 2
+    return [*counts, last]

@@ -6,11 +6,10 @@ import itertools
 
 import pandas as pd
 
-from ..claim import Claim, Verdict, judge
-from ..interval import geometric_mean, mean
-from .correlations import rank_correlations
-from .iteration_claims import CASE, SLACK, percent
-from .starts import (
+from .claim import Claim, Verdict, judge
+from .interval import geometric_mean, mean
+from .loftq_iterations_iteration_claims import CASE, SLACK, percent
+from .loftq_iterations_starts import (
     DIAGONAL,
     LOFTQ,
     LOFTQ_QERA,
@@ -232,3 +231,29 @@ def correlation_claim(models: pd.DataFrame) -> Claim:
             opposite=len(apart) > 0 and bool((apart < 0).all()),
         ),
     )
+
+
+def rank_correlations(models: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rank correlations with the model's error, within groups of equal bits and rank.
+
+    Across groups all errors grow together. The starts of a group are related and not a sample, so
+    there is no interval.
+
+    Args:
+        models: columns `model`, `bits`, `rank`, `weight`, `output`, `error`.
+
+    Returns:
+        Index (model, bits, rank); columns `weight` and `output`; groups of three starts or more in
+        which no error is the same for all.
+    """
+    found = {
+        group: some[["weight", "output", "error"]].corr(method="spearman")["error"]
+        for group, some in models.groupby(CASE, sort=False)
+        if len(some) > 2
+    }
+    frame = pd.DataFrame(
+        [row[["weight", "output"]] for row in found.values()],
+        index=pd.MultiIndex.from_tuples(list(found), names=CASE) if found else None,
+        columns=["weight", "output"],
+    )
+    return frame.dropna()

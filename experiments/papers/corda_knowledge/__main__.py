@@ -1,7 +1,0 @@
-"""Run `python -m experiments.papers.corda_knowledge`."""
-
-from ..application import run
-from . import REPRODUCTION
-
-if __name__ == "__main__":
-    run(REPRODUCTION)

@@ -1,0 +1,265 @@
+"""What EVA's claims need of every model: inputs, first gradients, ranks, and the cost of a start.
+
+Seconds are those that the library reports of its own steps (calibration, allocation,
+decomposition; nothing from a cache). They are compared with training steps of the same model, and
+with a full singular value decomposition of every weight, which the papers' PiSSA takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lora_init import LoraModel, get_peft_model
+from lora_init.calibration.batches import moved
+from lora_init.progress import tracked
+
+from ..console import say
+from .eva_variance_gradients import measure_gradients
+from .eva_variance_inputs import measure_inputs
+from .reproduction import Measurement, Options, require, require_at_least
+from .starts import UNCENTRED, check_methods, configuration
+from .subject import DESCRIBED, Layer, Subject, short_name
+from .tasks import (
+    Batches,
+    described_data,
+    load_with_task,
+    measured_layers,
+    sequence_count,
+    task_batches,
+)
+
+EVAS = ("eva", UNCENTRED)
+PAPER_SHARES = {"olora": 0.1, "eva": 0.7, "pissa": 1.5, "lora_ga": 2.4, "corda": 4.5}
+"""The paper's percent of the training time at batch 16."""
+METHODS = ("kaiming", *PAPER_SHARES)
+FULL_SVD = "full SVD of all weights"
+Rows = dict[str, list[dict[str, Any]]]
+
+
+@dataclass
+class Data:
+    """How much data a model sees.
+
+    Attributes:
+        batch_size, length: sequences per batch, and tokens per sequence (at most, for sentences).
+        batches: of the calibration. As many batches of other films test it.
+        gradient_batches: the first so many of the test's batches give the gradients.
+        every: directions and gradients are measured in one of so many blocks; ranks are chosen
+            over all blocks.
+        moved: also measure methods that change the model's function at step 0. Their gradients
+            take passes of their own.
+    """
+
+    batch_size: int
+    length: int
+    batches: int
+    gradient_batches: int
+    every: int
+    moved: bool
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "batch_size", "length", "gradient_batches", "every")
+        require_at_least(self, 2, "batches")
+        fits = self.gradient_batches <= self.batches
+        require(self, "gradient_batches", fits, f"at most batches={self.batches}")
+
+
+@dataclass
+class EvaVarianceOptions(Options):
+    """What is measured.
+
+    Attributes:
+        models: as `load_subject` takes them. minilm is measured as a classifier of film reviews
+            with `encoder`, others as language models of film plots with `language`.
+        rank: the rank of comparisons at one rank.
+        ranks: the ranks of the explained variance.
+        rho: limits the redistribution of ranks.
+        orders: random orders of the calibration's batches, in addition to the given order.
+        methods: registered names whose first gradients are compared; null for all that have one.
+        cost_model: the model whose starts are timed, on the layers of one of `cost_every` blocks.
+        cost_batch: sequences per batch there.
+        cost_steps: the number of timed training steps, of which the median counts.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["smollm2", "minilm"])
+    rank: int = 16
+    ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    rho: float = 2.0
+    orders: int = 3
+    methods: list[str] | None = None
+    language: Data = field(default_factory=lambda: Data(4, 64, 16, 4, 6, False))
+    encoder: Data = field(default_factory=lambda: Data(4, 48, 90, 8, 1, True))
+    cost_model: str = "minilm"
+    cost_every: int = 1
+    cost_batch: int = 16
+    cost_steps: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "models", bool(self.models), "one or more, such as smollm2")
+        require(self, "ranks", min(self.ranks, default=0) >= 1, "integers >= 1")
+        require(self, "rank", self.rank in self.ranks, f"one of ranks={self.ranks}")
+        require(self, "rho", self.rho >= 1, "a number >= 1")
+        require_at_least(self, 1, "orders", "cost_every", "cost_batch", "cost_steps")
+        if self.methods is not None:
+            check_methods(self.methods)
+            require(
+                self,
+                "methods",
+                {*EVAS, "kaiming"} <= set(self.methods),
+                f"a list with {', '.join(EVAS)} and kaiming, which the claims compare",
+            )
+
+    def data(self, model: str) -> Data:
+        """The amount of data of one model."""
+        return self.encoder if model == "minilm" else self.language
+
+
+def measure(options: EvaVarianceOptions) -> Measurement:
+    """Measure the inputs and first gradients of every model, then the cost of a start."""
+    rows: Rows = {}
+    for model in options.models:
+        for name, found in rows_of_model(model, options).items():
+            rows.setdefault(name, []).extend({"model": short_name(model), **row} for row in found)
+    rows["costs"], epoch = time_starts(options)
+    frames = {name: pd.DataFrame(found) for name, found in rows.items()}
+    return Measurement(options, frames, facts(frames["gradients"], epoch, options))
+
+
+def rows_of_model(model: str, options: EvaVarianceOptions) -> Rows:
+    """Explained variance, convergence, ranks and gradients of one model."""
+    data = options.data(model)
+    subject = load_with_task(model, options.device)
+    layers = measured_layers(subject, data.every)
+    own, fresh = (
+        task_batches(
+            subject, split, data.batches * data.batch_size, size=data.batch_size, length=data.length
+        )
+        for split in ("train", "test")
+    )
+    explained, converged, turned, ranks = measure_inputs(subject, layers, own, fresh, options)
+    some = fresh[: data.gradient_batches]
+    return {
+        "explained": explained,
+        "convergence": converged,
+        "turning": [{"size": data.batch_size, **row} for row in turned],
+        "ranks": ranks,
+        "gradients": measure_gradients(subject, layers, own, some, options, data.moved),
+    }
+
+
+def time_starts(options: EvaVarianceOptions) -> tuple[list[dict], float]:
+    """Time the starts on the calibration's sequences, in batches of `cost_batch`.
+
+    Returns:
+        Rows by method, and the seconds of one epoch of training.
+    """
+    data = options.data(options.cost_model)
+    subject = load_with_task(options.cost_model, options.device)
+    count = data.batches * data.batch_size
+    own = task_batches(subject, "train", count, size=options.cost_batch, length=data.length)
+    epoch = sequence_count(subject, "train", length=data.length)
+    layers = measured_layers(subject, options.cost_every)
+    return measure_costs(subject, layers, own, epoch, options)
+
+
+def facts(gradients: pd.DataFrame, epoch: float, options: EvaVarianceOptions) -> dict[str, str]:
+    """Models, data and methods in words."""
+    found = {}
+    for model in options.models:
+        data = options.data(model)
+        layers = gradients.loc[gradients["model"] == short_name(model), "layer"].nunique()
+        found[short_name(model)] = (
+            f"{DESCRIBED.get(model, model)}; "
+            f"{described_data(model, size=data.batch_size, length=data.length)}; {data.batches} "
+            f"batches, as many of other films, and {data.gradient_batches} of those for gradients; "
+            f"directions and gradients of {layers} layers, ranks over all"
+        )
+    found["methods"] = (
+        f"r = {options.rank}, s = 1, the library’s options (eva: rho = 1 except for the ranks; "
+        f"eva_uncentred: center = False; lora_one: gamma = 8 √r); seed {options.seed}"
+    )
+    found["cost"] = (
+        f"{short_name(options.cost_model)}, batches of {options.cost_batch}; an epoch is "
+        f"{epoch:.0f} s; wall clock of {torch.get_num_threads()} thread(s) on a shared machine"
+    )
+    found["the paper’s"] = "Llama-2-7B, Llama-3.1-8B and Gemma-2-9B on MetaMathQA and others"
+    return found
+
+
+def measure_costs(
+    subject: Subject,
+    layers: Sequence[Layer],
+    own: Batches,
+    sequences: int,
+    options: EvaVarianceOptions,
+) -> tuple[list[dict], float]:
+    """Rows by method, and the seconds of one epoch.
+
+    Args:
+        layers: that are adapted.
+        own: the calibration's batches.
+        sequences: in an epoch.
+    """
+    names = [layer.name for layer in layers]
+    say(f"  {subject.name}: what an initialization costs beside a training step")
+    step = 0.0
+    rows = []
+    for method in tracked(METHODS, "timing"):
+        config = configuration(method, names, options.rank)
+        model = get_peft_model(
+            subject.model, config, calibration=own, seed=options.seed, cache=False
+        )
+        try:
+            spent = dict(model.init_report().seconds)
+            if method == "kaiming":
+                step = seconds_of_step(model, own, options.cost_steps)
+        finally:
+            model.unload()
+        rows.append({"method": method, "seconds": spent["total"] - spent["inject"]})
+    whole = timed(lambda: full_decompositions(subject, layers))
+    rows.append({"method": FULL_SVD, "seconds": whole})
+    steps = -(-sequences // options.cost_batch)
+    for row in rows:
+        row["steps"] = row["seconds"] / step
+        row["share"] = 100 * row["seconds"] / (steps * step)
+        row["paper"] = PAPER_SHARES.get(row["method"])
+    return rows, steps * step
+
+
+def seconds_of_step(model: LoraModel, batches: Batches, steps: int) -> float:
+    """The median over some steps of AdamW, after one that is not counted."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    place = next(model.parameters()).device
+
+    def one(batch: Mapping[str, Tensor]) -> None:
+        model(**moved(batch, place)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.train()
+    taken = [batches[index % len(batches)] for index in range(steps + 1)]
+    return median([timed(lambda batch=batch: one(batch)) for batch in taken][1:])
+
+
+def full_decompositions(subject: Subject, layers: Sequence[Layer]) -> None:
+    for _, weight in subject.weights(list(layers)):
+        torch.linalg.svd(weight, full_matrices=False)
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Wall-clock seconds; on an accelerator until its queue is empty."""
+    waiting = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    waiting()
+    began = time.perf_counter()
+    work()
+    waiting()
+    return time.perf_counter() - began
