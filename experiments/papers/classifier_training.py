@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_init import Calibration, LoraConfig, LoraModel, calibrate, get_peft_model
+from lora_init import Calibration, LoraConfig, LoraModel, calibrate
 from lora_init.layer import layer_generator
 
 from ..config.training import TrainingConfig
 from ..data import rotten_tomatoes
 from ..data.splits import Splits
-from ..errors import ConfigurationError, RunFailed
+from ..errors import RunFailed
 from ..tasks.text_classification import TextClassification
 from ..training.loop import make_accelerator, train
 from .classifier import draw_batches, load_classifier, train_head
 from .reproduction import Options, require, require_at_least
+from .starts import adapted
 from .subject import Subject, place
 
 TARGETS = ["query", "value"]
@@ -136,19 +137,9 @@ class Classifier:
             ConfigurationError: the method refuses the rank or the data.
         """
         config = self.configuration(arm)
-        needed = calibration if config.initializer()[0].needs_data else None
-        try:
-            model = get_peft_model(
-                self.subject.model, config, calibration=needed, seed=seed, cache=False
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"{arm.setting}: {error}") from error
-        try:
+        with adapted(self.subject.model, config, str(arm.setting), calibration, seed=seed) as model:
             apply_arm(model, arm, seed)
             yield model if self.train(model, rate, seed) else None
-        finally:
-            model.unload()
-            self.subject.model.requires_grad_(False)
 
     def train(self, model: LoraModel, rate: float, seed: int) -> bool:
         """Train in place; False if the training diverged."""

@@ -56,12 +56,6 @@ def methods_color(methods: Sequence[str], field: str = "method", legend: bool = 
     return color(field, colors, shown)
 
 
-def tips(*fields: str, **formats: str) -> list[alt.Tooltip]:
-    """Tooltips: fields with their types, then numbers with their formats."""
-    numbers = [alt.Tooltip(f"{name}:Q", format=form) for name, form in formats.items()]
-    return [*map(alt.Tooltip, fields), *numbers]
-
-
 def plot(
     frame: pd.DataFrame,
     mark: str,

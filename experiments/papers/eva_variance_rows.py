@@ -7,8 +7,7 @@ with a full singular value decomposition of every weight, which the papers' PiSS
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -26,7 +25,7 @@ from .eva_variance_gradients import measure_gradients
 from .eva_variance_inputs import measure_inputs
 from .reproduction import Measurement, Options, require, require_at_least
 from .starts import UNCENTRED, check_methods, configuration
-from .subject import DESCRIBED, Layer, Subject, short_name
+from .subject import DESCRIBED, Layer, Subject, short_name, timed
 from .tasks import (
     Batches,
     described_data,
@@ -225,7 +224,8 @@ def measure_costs(
         finally:
             model.unload()
         rows.append({"method": method, "seconds": spent["total"] - spent["inject"]})
-    whole = timed(lambda: full_decompositions(subject, layers))
+    device = next(subject.model.parameters()).device
+    whole, _ = timed(device, lambda: full_decompositions(subject, layers))
     rows.append({"method": FULL_SVD, "seconds": whole})
     steps = -(-sequences // options.cost_batch)
     for row in rows:
@@ -247,19 +247,9 @@ def seconds_of_step(model: LoraModel, batches: Batches, steps: int) -> float:
 
     model.train()
     taken = [batches[index % len(batches)] for index in range(steps + 1)]
-    return median([timed(lambda batch=batch: one(batch)) for batch in taken][1:])
+    return median([timed(place, lambda batch=batch: one(batch))[0] for batch in taken][1:])
 
 
 def full_decompositions(subject: Subject, layers: Sequence[Layer]) -> None:
     for _, weight in subject.weights(list(layers)):
         torch.linalg.svd(weight, full_matrices=False)
-
-
-def timed(work: Callable[[], None]) -> float:
-    """Wall-clock seconds; on an accelerator until its queue is empty."""
-    waiting = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    waiting()
-    began = time.perf_counter()
-    work()
-    waiting()
-    return time.perf_counter() - began

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,7 @@ from .reproduction import (
     require,
     require_at_least,
 )
-from .subject import Subject, load_subject, place
+from .subject import Subject, load_subject, place, timed
 
 PAPER_SHARE = 128 / 4096
 LOWRANK, NITER, PISSA = "torch.svd_lowrank", "pissa_niter_N", "pissa"
@@ -229,16 +228,6 @@ def decompositions(matrix: Matrix, turn: int, options: FastSvdOptions) -> Iterat
                     "exact_seconds": exact_seconds,
                     **errors(pair, triplets.leading(rank), weight),
                 }
-
-
-def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result; the device's queue is empty before and after."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    began = time.perf_counter()
-    result = work()
-    synchronize()
-    return time.perf_counter() - began, result
 
 
 # -- fine-tunings ----------------------------------------------------------------------------------

@@ -46,7 +46,6 @@ from .tasks import (
 )
 
 CALIBRATION, FRESH, TOGETHER = "calibration", "fresh", "fresh together"
-OWN_START = "lora_one’s start itself"
 SUBJECT = "lora_ga"
 
 
@@ -117,9 +116,6 @@ def rank_bounds(gradient: Float[Tensor, "out in"], ranks: Sequence[int]) -> list
     total = energies.sum()
     tails = [energies[: max(0, len(energies) - rank)].sum() for rank in ranks]
     return [float((tail / total).sqrt()) for tail in tails]
-
-
-# -- measurement -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -219,8 +215,6 @@ def measure_model(model: str, options: FirstStepOptions) -> tuple[pd.DataFrame, 
             total = {name: g + total.get(name, 0) for name, g in gradients.items()}
         still = {name: found for name, found in kept.items() if not found.moved}
         rows += compare(layers, source, gradients, still, bounded=options.rank)
-        if "lora_one" in kept:
-            rows += own_start(layers, source, gradients, kept["lora_one"])
         known = sized if source.data == FRESH else {data.calibration: kept[SUBJECT]}
         size_rows += by_size(layers, source, gradients, known)
     size_rows += by_size(layers, Source(TOGETHER, 0, []), total, sized)
@@ -310,19 +304,6 @@ def by_size(
         for size, kept in sized.items():
             error = relative_error(kept.step("sgd", layer, gradient), gradient)
             rows.append({**describe_row(layer, source, SUBJECT), "size": size, "error": error})
-    return rows
-
-
-def own_start(
-    layers: Sequence[Layer], source: Source, gradients: Gradients, kept: Kept
-) -> list[dict]:
-    """Rows of LoRA-One's start itself: s B0 A0 compared with -G of the model before it."""
-    rows = []
-    for layer in layers:
-        product = kept.lora_B[layer.name], -kept.lora_A[layer.name]
-        error = relative_error(product, gradients[layer.name])
-        row = describe_row(layer, source, OWN_START)
-        rows.append({**row, "zero_B": False, "moved": True, "error": error})
     return rows
 
 

@@ -24,14 +24,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_init import Calibration, LoraConfig, LoraModel, get_peft_model, init_factors, linalg
+from lora_init import Calibration, LoraConfig, LoraModel, init_factors, linalg
 from lora_init.initializers.corda import NULL_SPACE_LIFT
 from lora_init.initializers.qera import output_error
 from lora_init.layer import LayerStatistics, layer_generator
 from lora_init.linalg.moments import InputStatistics
 
-from ..errors import ConfigurationError
 from .loftq_iterations_errors import base_error
+from .starts import adapted
 from .subject import Layer, Subject
 
 PLAIN, LOFTQ, SVD_FIRST, QPISSA = "quantized only", "loftq", "svd first", "qpissa"
@@ -91,17 +91,16 @@ class Ground:
             calibration: of the inputs, in place of this ground's own.
             task_type: whose head is trained beside the adapter; None: no head is.
         """
-        try:
-            model = get_peft_model(
-                self.subject.model, self.config(rank, initializer, task_type), seed=self.seed,
-                calibration=calibration or self.calibration, keep_original=True, cache=False,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ConfigurationError(f"rank {rank}: {error}") from error
-        try:
+        config = self.config(rank, initializer, task_type)
+        with adapted(
+            self.subject.model,
+            config,
+            f"rank {rank}",
+            calibration or self.calibration,
+            seed=self.seed,
+            keep_original=True,
+        ) as model:
             yield model
-        finally:
-            model.unload()
 
     def refit(self, model: LoraModel, fit: Callable[[str, Tensor, int, float], Factors]) -> None:
         """Give every layer the factors that `fit` finds for what its base has lost.

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .claim import Claim, Verdict
 from .classifier_training import TrainingOptions
-from .drawing import chart, color, tips
+from .drawing import color, plot
 from .interval import Interval, mean
 from .reproduction import Figure
 
@@ -156,18 +156,16 @@ def differences_figure(rows: pd.DataFrame, comparisons: Sequence[Comparison]) ->
                 "by": BY[not one.published],
             }
         )
-    base = chart(pd.DataFrame(cells)).encode(
-        y=alt.Y("comparison:N", sort=None, axis=alt.Axis(title=None, labelLimit=330)),
+    drawing = plot(
+        pd.DataFrame(cells),
+        "point",
+        alt.X("gain:Q", title="lower loss of the first start, nats"),
+        alt.Y("comparison:N", sort=None, axis=alt.Axis(title=None, labelLimit=330)),
         color=color("by", BY),
-        tooltip=tips("comparison:N", gain="+.4f", low="+.4f", high="+.4f"),
+        interval=("low", "high"),
+        level=0,
+        height=alt.Step(30),
     )
-    drawing = alt.layer(
-        base.mark_rule(strokeWidth=2).encode(
-            x=alt.X("low:Q", title="lower loss of the first start, nats"), x2="high:Q"
-        ),
-        base.mark_point(filled=True, size=60, opacity=1).encode(x="gain:Q"),
-        chart(pd.DataFrame({"gain": [0]})).mark_rule(strokeDash=[4, 3]).encode(x="gain:Q"),
-    ).properties(height=30 * len(cells))
     return Figure(
         "differences",
         "How much lower the loss of the first start is",

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import altair as alt
 import pandas as pd
 
-from lora_init import LoraConfig, get_peft_model
+from lora_init import LoraConfig
 
 from ..console import say
 from ..errors import ConfigurationError
@@ -42,6 +42,7 @@ from .reproduction import (
     require,
     require_at_least,
 )
+from .starts import adapted
 from .subject import Layer, Subject, load_subject, place
 from .tasks import measured_layers
 
@@ -109,14 +110,11 @@ def measure(options: RankScalingOptions) -> Measurement:
                 target_modules=names,
                 task_type="CAUSAL_LM",
             )
-            model = get_peft_model(subject.model, config, seed=options.seed, cache=False)
-            try:
+            with adapted(subject.model, config, f"r={rank}", seed=options.seed) as model:
                 trace = fine_tune(
                     model, trained, training, seed=options.seed, device=options.device
                 )
                 losses[scaling, rank] = block_losses(model, held_out).tolist()
-            finally:
-                model.unload()
             rows += [
                 {"scaling": scaling, "rank": rank, "step": step, "loss": loss, "norm": norm}
                 for step, loss, norm in trace.steps()

@@ -29,10 +29,10 @@ from lora_init import LoraModel
 from lora_init.progress import tracked
 
 from .application import run
-from .claim import Claim, Verdict
+from .claim import Claim
 from .classifier_training import Arm, Classifier, TrainingOptions
 from .corpus import load_texts, sentence_batches
-from .drawing import chart, color, tips
+from .drawing import plot
 from .interval import Interval, mean
 from .paired_comparison import differences, resolved, rows_of, searched
 from .reproduction import Figure, Measurement, Reproduction, Table, require
@@ -252,41 +252,31 @@ def draw(measured: Measurement) -> list[Figure]:
     compared = rows[rows["compared"].astype(bool)]
     cells = compared.melt(["arm", "seed"], list(MEASURES), "measured", "value")
     cells["measured"] = cells["measured"].map(MEASURES)
-    drawing = (
-        chart(cells)
-        .mark_tick(thickness=2)
-        .encode(
-            x=alt.X("value:Q", title="1 − cosine of plots before and after"),
-            y=alt.Y("arm:N", sort=None, title=None, axis=alt.Axis(labelLimit=200)),
-            row=alt.Row("measured:N", title=None, sort=list(MEASURES.values())),
-            color=color("measured", list(MEASURES.values()), None),
-            tooltip=tips("arm:N", "seed:N", value=".3g"),
-        )
-        .resolve_scale(x="independent")
-    )
     return [
         Figure(
             "change",
             "How much the representations of film plots change",
-            "A mark for each seed. Above: at the end of each training. Below: the update is scaled "
-            "to one size.",
-            drawing,
+            "A mark for each seed: at the end of each training, and with the update scaled to one "
+            "size.",
+            plot(
+                cells,
+                "tick",
+                alt.X("value:Q", title="1 − cosine of plots before and after"),
+                alt.Y("arm:N", sort=None, title=None),
+                panel="measured",
+                columns=1,
+                height=alt.Step(24),
+            ),
             width=None,
         )
     ]
 
 
 def discuss(measured: Measurement) -> list[str]:
-    """How the sizes differ, which explains the change at the end."""
-    rows = measured["trainings"]
-    sizes = {name: average(rows, name, "size").value for name in rows["arm"].unique()}
-    listed = ", ".join(f"{name} {size:.2%}" for name, size in sizes.items())
-    judged = [claim.verdict for claim in judge_all(measured)]
-    vanishes = judged[0] is Verdict.REPRODUCED and judged[1] is not Verdict.REPRODUCED
+    """The limit of the comparison."""
     return [
-        *(["The gain of SC-LoRA at the end vanishes at the same size."] if vanishes else []),
-        f"‖ΔW‖ / ‖W‖ at the end: {listed}. Representations of an encoder stand for knowledge "
-        "here; the paper asks a language model questions.",
+        "Representations of an encoder stand for knowledge here; the paper asks a language model "
+        "questions."
     ]
 
 

@@ -35,7 +35,7 @@ from .application import run
 from .claim import Claim, Verdict, judge
 from .drawing import LOG, color, methods_color, ordered, plot
 from .interval import Interval, fit_exponent, geometric_mean
-from .reproduction import Figure, Measurement, Reproduction, Table, grouped
+from .reproduction import Figure, Measurement, Reproduction, Table
 from .sharpness_rows import BASELINE, NEW, TRAINED, SharpnessOptions, measure
 
 ABOVE = "above LoRA’s beyond their 95 % intervals"
@@ -265,7 +265,7 @@ def adam_remark(steps: Mapping[str, float], rates: Mapping[str, float]) -> str:
 
 
 def tabulate(measured: Measurement) -> list[Table]:
-    """Curvatures by method and head, and those of the head itself."""
+    """Curvatures by method and head."""
     rows, rates = measured["starts"], best_rates(measured)
     parts = []
     for head in (TRAINED, NEW):
@@ -289,7 +289,6 @@ def tabulate(measured: Measurement) -> list[Table]:
             "PiSSA 10, MiLoRA and Init[AB] 2. Adam’s first step: the rate that a quadratic model "
             "likes best for it. Best rate: of a sweep.",
         ),
-        grouped(measured["heads"], ["head"], ["largest"], "heads", "λmax of the head itself"),
     ]
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_init import LoraConfig, LoraModel, get_peft_model, list_initializers
+from lora_init import LoraConfig, list_initializers
 from lora_init.layer import layer_generator
 from lora_init.progress import tracked
 
@@ -28,11 +27,11 @@ from ..errors import ConfigurationError
 from .classifier import (
     Batch,
     draw_batches,
-    head_parameters,
     load_classifier,
     train_head,
 )
 from .reproduction import Measurement, Options, require, require_at_least
+from .starts import adapted
 from .subject import Subject, place
 
 BASELINE = "kaiming"
@@ -134,44 +133,6 @@ def protocol_rates(folder: str, rank: int) -> dict[str, float]:
             f"{', '.join(map(str, ranks)) or 'none'}"
         )
     return found
-
-
-# -- starts ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def started(
-    subject: Subject, method: str, *, rank: int, scaling: float, calibration: list[Batch], seed: int
-) -> Iterator[LoraModel]:
-    """The model with an adapter that starts by `method`, while the context lasts.
-
-    Raises:
-        ConfigurationError: the method refuses the model.
-    """
-    try:
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=scaling * rank,
-            target_modules="all-linear",
-            task_type="SEQ_CLS",
-            init_lora_weights=method,
-        )
-        needed = config.initializer()[0].needs_data
-        model = get_peft_model(
-            subject.model,
-            config,
-            calibration=calibration if needed else None,
-            seed=seed,
-            cache=False,
-            keep_original=True,
-        )
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigurationError(f"methods={method}: {error}") from error
-    try:
-        yield model
-    finally:
-        model.unload()
-        subject.model.requires_grad_(False)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -302,9 +263,6 @@ def extreme_eigenvalues(
         off_diagonal.append(rest)
 
 
-# -- measurement -----------------------------------------------------------------------------------
-
-
 def measure(options: SharpnessOptions) -> Measurement:
     """Measure every start under the new head, then under the trained one."""
     rates, origin = known_rates(options)
@@ -318,16 +276,14 @@ def measure(options: SharpnessOptions) -> Measurement:
 
     drawn = batches(max(options.batches, options.trained_batches), options.batch_size, 0)
     calibration = batches(options.calibration_batches, options.calibration_size, 1)
-    rows, of_heads = [], []
+    rows = []
     for head, count in ((NEW, options.batches), (TRAINED, options.trained_batches)):
         if head == TRAINED:
             loss = train_head(subject, batches(options.head_steps, options.batch_size, 2))
             say(f"  head trained alone on the base: loss {loss:.3f}")
         rows += measure_starts(subject, drawn[:count], calibration, head, options)
-        of_heads += measure_head(subject, drawn[:count], head, options)
     frames = {
         "starts": pd.DataFrame(rows),
-        "heads": pd.DataFrame(of_heads),
         "rates": pd.DataFrame(rates.items(), columns=["method", "rate"]),
     }
     unknown = [name for name in options.methods if name not in rates]
@@ -341,7 +297,7 @@ def measure(options: SharpnessOptions) -> Measurement:
         "adapter": f"r = {options.rank}, scaling {options.scaling:g}, all linear layers, "
         f"{rows[0]['size']:,} parameters; the head is not among them",
         "seeds": f"one of the starts ({options.seed}); intervals are over batches",
-        "eigenvalues": precision(pd.concat([frames["starts"], frames["heads"]]), options),
+        "eigenvalues": precision(frames["starts"], options),
         "heads": "new, as sweeps begin, for the correlation with best rates; and trained alone "
         f"for {options.head_steps} steps, for the ratios",
         "best rates": origin + without,
@@ -363,19 +319,12 @@ def known_rates(options: SharpnessOptions) -> tuple[dict[str, float], str]:
 
 def precision(rows: pd.DataFrame, options: SharpnessOptions) -> str:
     """How Lanczos ended: its largest number of products may stop it before the tolerance."""
-    open_ones = rows[~rows["converged"].astype(bool)]
-    words = (
-        "Lanczos on Hessian products, until the residual is below "
-        f"{options.tolerance:g} of the eigenvalue: so in {len(rows) - len(open_ones)} of "
-        f"{len(rows)} cases, after {int(rows['products'].min())} to "
-        f"{int(rows['products'].max())} products"
+    converged = int(rows["converged"].sum())
+    return (
+        f"Lanczos on Hessian products, at most {options.max_products} each, until the residual is "
+        f"below {options.tolerance:g} of the eigenvalue: so in {converged} of {len(rows)} cases; "
+        f"the largest residual is {rows['residual'].max():.2g} of it"
     )
-    if len(open_ones):
-        words += (
-            f"; {len(open_ones)} stopped at {options.max_products} products, residual "
-            f"up to {open_ones['residual'].max():.2g} of the eigenvalue"
-        )
-    return words
 
 
 def measure_starts(
@@ -389,13 +338,20 @@ def measure_starts(
     rows = []
     say(f"  {len(options.methods)} starts, {len(batches)} batches each, {head} head")
     for method in tracked(options.methods, f"curvature, {head} head"):
-        with started(
-            subject,
-            method,
-            rank=options.rank,
-            scaling=options.scaling,
-            calibration=calibration,
+        config = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.scaling * options.rank,
+            target_modules="all-linear",
+            task_type="SEQ_CLS",
+            init_lora_weights=method,
+        )
+        with adapted(
+            subject.model,
+            config,
+            f"methods={method}",
+            calibration,
             seed=options.seed,
+            keep_original=True,
         ) as model:
             parameters = adapter_parameters(model)
             for number, batch in enumerate(batches):
@@ -432,17 +388,3 @@ def curvature(
         "slope": slope,
         "bend": bend,
     }
-
-
-def measure_head(
-    subject: Subject, batches: list[Batch], head: str, options: SharpnessOptions
-) -> list[dict[str, Any]]:
-    """A row per batch: the same for the head's own parameters."""
-    parameters = head_parameters(subject.model)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    rows = [
-        {"head": head} | curvature(subject.model, parameters, batch, options) for batch in batches
-    ]
-    subject.model.requires_grad_(False)
-    return rows

@@ -22,9 +22,9 @@ import pandas as pd
 
 from .application import run
 from .claim import Claim, judge
-from .drawing import chart, color, legend, tips
+from .drawing import BELOW, plot
 from .interval import mean
-from .reproduction import Figure, Measurement, Reproduction, Table
+from .reproduction import Figure, Measurement, Reproduction, Table, grouped
 from .start_family_rows import BETAS, DRAWS, IPA, LOI, UNQUANTIZED, StartFamilyOptions, measure
 from .subject import file_name
 
@@ -253,45 +253,29 @@ def groups(linked: Iterable[tuple[str, str]]) -> list[list[str]]:
 
 
 def tabulate(measured: Measurement) -> list[Table]:
-    """The groups of relatives, the nearest relative of each start, and quantized layers."""
-    pairs = measured["pairs"]
-    both = pd.concat([pairs, pairs.rename(columns={"one": "two", "two": "one"})])
-    rows = []
-    for name, some in both.groupby("one"):
-        row = {"start": name}
-        for side, words in SIDES.items():
-            means = some.groupby("two")[side].mean().dropna()
-            row[f"nearest by {words}"] = means.idxmax() if len(means) else "–"
-            row[f"overlap, {side}"] = means.max() if len(means) else None
-        rows.append(row)
-    errors = (
-        measured["quantized"]
-        .groupby(["model", "bits", "method"], as_index=False)["error"]
-        .mean()
-        .rename(columns={"error": "relative output error"})
-    )
+    """The groups of relatives, and quantized layers."""
     return [
         Table(
             "relations",
             "Families of starts",
-            relations(pairs),
+            relations(measured["pairs"]),
             note="In every measured layer of every model. A map is the product B A, or the Gram "
             f"matrix of the other factor where A or B is zero. The same: a cosine above {1 - SAME} "
             "and norms within 1 %. A group with a closer relation is not repeated.",
         ),
-        Table(
-            "relatives",
-            "The nearest relative of each start",
-            pd.DataFrame(rows),
-            note="Mean overlap of both spaces over all layers: 1 for the same space.",
+        grouped(
+            measured["quantized"],
+            ["model", "bits", "method"],
+            ["error"],
+            "quantized",
+            "Relative output errors of quantized layers with an adapter",
         ),
-        Table("quantized", "Output errors of quantized layers with an adapter", errors),
     ]
 
 
 def draw(measured: Measurement) -> list[Figure]:
-    """A heat map of overlaps for each model, and the energies of the first step."""
-    figures = [
+    """A heat map of overlaps for each model."""
+    return [
         Figure(
             f"overlap_{file_name(str(model))}",
             f"{model}: how much the starts overlap",
@@ -303,7 +287,6 @@ def draw(measured: Measurement) -> list[Figure]:
         )
         for model, pairs in measured["pairs"].groupby("model", sort=False)
     ]
-    return [*figures, shares_figure(measured["signs"])]
 
 
 def heat_map(pairs: pd.DataFrame) -> alt.Chart:
@@ -318,24 +301,15 @@ def heat_map(pairs: pd.DataFrame) -> alt.Chart:
         overlap=both["A"].where(below, both["B"]),
         space=below.map({True: SIDES["A"], False: SIDES["B"]}),
     )[["one", "two", "overlap", "space"]].dropna()
-    axis = alt.Axis(title=None, labelLimit=160, grid=False)
     # A start without cells in one half would be missing on one axis only, and shift the diagonal.
-    whole = alt.Scale(domain=order)
-    return (
-        chart(cells)
-        .mark_rect()
-        .encode(
-            x=alt.X("two:N", sort=order, scale=whole, axis=axis),
-            y=alt.Y("one:N", sort=order, scale=whole, axis=axis),
-            color=alt.Color(
-                "overlap:Q",
-                scale=alt.Scale(scheme="blues", domain=[0, 1]),
-                legend=legend(title="overlap"),
-            ),
-            tooltip=tips("one:N", "two:N", "space:N", overlap=".3f"),
-        )
-        .properties(width=620, height=620)
-    )
+    shared = {
+        "sort": order,
+        "scale": alt.Scale(domain=order),
+        "axis": alt.Axis(title=None, labelLimit=160, grid=False),
+    }
+    shades = alt.Color("overlap:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]), legend=BELOW)
+    x, y = alt.X("two:N", **shared), alt.Y("one:N", **shared)
+    return plot(cells, "rect", x, y, color=shades, width=620, height=620)
 
 
 def clustered(overlaps: pd.DataFrame) -> list[str]:
@@ -350,41 +324,12 @@ def clustered(overlaps: pd.DataFrame) -> list[str]:
     return [overlaps.index[place] for place in order]
 
 
-def shares_figure(rows: pd.DataFrame) -> Figure:
-    """The share of the gradient, and of its signs, in r triplets."""
-    cells = rows.melt(["model", "layer"], ["G", "sign G"], "matrix", "share")
-    drawing = (
-        chart(cells)
-        .mark_tick(thickness=2)
-        .encode(
-            x=alt.X("share:Q", axis=alt.Axis(format="%", title="share of the squared norm")),
-            y=alt.Y("model:N", title=None),
-            color=color("matrix", ["G", "sign G"]),
-            tooltip=tips("layer:N", "matrix:N", share=".1%"),
-        )
-        .properties(height=120)
-    )
-    return Figure(
-        "signs",
-        "How much of a gradient r triplets hold",
-        "A mark for each layer. Adam’s first step is the sign of the gradient.",
-        drawing,
-    )
-
-
 def discuss(measured: Measurement) -> list[str]:
-    """What the map says, and what it does not."""
-    found = relations(measured["pairs"])
-    sentences = []
-    for words in RELATIONS.values():
-        listed = found.loc[found["relation"] == words, "starts"]
-        if len(listed):
-            sentences.append(f"{words[0].upper()}{words[1:]}: {'; '.join(listed)}.")
+    """What the map does not say."""
     return [
-        *sentences,
-        "Random starts share their numbers here, because all starts have one seed.",
-        "Starts that share a space can still differ in scale, in which factor is zero, and in what "
-        "is trained. The map says nothing about the accuracy after training.",
+        "Random starts share their numbers here, because all starts have one seed. Starts that "
+        "share a space can still differ in scale, in which factor is zero, and in what is trained. "
+        "The map says nothing about the accuracy after training."
     ]
 
 

@@ -19,9 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_init import Calibration, LoraConfig, calibrate, get_peft_model, list_initializers
+from lora_init import (
+    Calibration,
+    LoraConfig,
+    LoraModel,
+    calibrate,
+    get_peft_model,
+    list_initializers,
+)
 from lora_init.calibration.gradients import collect_gradients
 from lora_init.registry import Initializer, resolve
 
@@ -116,6 +123,44 @@ def calibration_for(
 
 
 @contextmanager
+def adapted(
+    model: nn.Module,
+    config: LoraConfig,
+    named: str,
+    calibration: Any = None,
+    *,
+    seed: int = 0,
+    keep_original: bool = False,
+) -> Iterator[LoraModel]:
+    """The model with an adapter, while the context lasts; it is frozen afterwards.
+
+    Args:
+        named: the setting that an error names.
+        calibration: for methods that need data; others do not get it.
+
+    Raises:
+        ConfigurationError: the method refuses the rank, the model or the data.
+    """
+    try:
+        needed = config.initializer()[0].needs_data
+        found = get_peft_model(
+            model,
+            config,
+            calibration=calibration if needed else None,
+            seed=seed,
+            keep_original=keep_original,
+            cache=False,
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigurationError(f"{named}: {error}") from error
+    try:
+        yield found
+    finally:
+        found.unload()
+        model.requires_grad_(False)
+
+
+@contextmanager
 def started(
     subject: Subject,
     method: str,
@@ -131,18 +176,9 @@ def started(
         ConfigurationError: the method refuses the rank or the model.
     """
     initializer, _ = resolve(setting(method, rank))
-    try:
-        model = get_peft_model(
-            subject.model,
-            configuration(method, names, rank),
-            calibration=calibration,
-            seed=seed,
-            keep_original=initializer.base == "replace",
-            cache=False,
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"{method}, rank={rank}: {error}") from error
-    try:
+    config, named = configuration(method, names, rank), f"{method}, rank={rank}"
+    keep = initializer.base == "replace"
+    with adapted(subject.model, config, named, calibration, seed=seed, keep_original=keep) as model:
         layers = model.layers
         yield Start(
             method=method,
@@ -151,5 +187,3 @@ def started(
             lora_A={name: layers[name].lora_A.detach() for name in names},
             lora_B={name: layers[name].lora_B.detach() for name in names},
         )
-    finally:
-        model.unload()

@@ -214,4 +214,4 @@ def test_the_claim_on_unused_directions(gains, verdict):
 def test_the_smoke_form_is_drawn(smoke):
     found = smoke("start_family")
     assert len(found.claims) == 7
-    assert {figure.name for figure in found.figures} == {"overlap_minilm", "signs"}
+    assert {figure.name for figure in found.figures} == {"overlap_minilm"}
