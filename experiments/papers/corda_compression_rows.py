@@ -100,13 +100,9 @@ def measure(options: CordaCompressionOptions) -> Measurement:
     full = perplexity(whole)
     model = {"perplexity": full, "width": subject.model.config.hidden_size}
     facts = {
-        "model": subject.described,
-        "layers": f"{len(names)} linear layers, those of "
-        + ("all blocks" if options.blocks_apart == 1 else "a few blocks"),
-        "test": f"{test.numel()} tokens of held-out film plots, spread over films; perplexity "
-        f"of the whole model {full:.2f}",
-        "calibration": f"{options.calibration_tokens} tokens of other films’ plots, the first "
-        f"{options.few_tokens} of them, and {options.calibration_tokens} tokens of word problems",
+        "model": f"{subject.described}; {len(names)} linear layers",
+        "data": f"test: {test.numel()} tokens of held-out film plots (whole model: perplexity "
+        f"{full:.2f}); calibration: other films’ plots, or word problems",
         "the paper’s": "Llama-2-7B; WikiText-2; 256 and 32 samples of 2,048 tokens",
     }
     frames = {"compressed": pd.DataFrame(rows), "model": pd.DataFrame([model])}

@@ -21,7 +21,7 @@ from ..console import say
 from ..errors import ConfigurationError, RunFailed
 from .corda_knowledge_tradeoff import LABELS, means, winning_rates
 from .corpus import joined_blocks, language_batches, load_texts
-from .fine_tuning import fine_tune
+from .fine_tuning import constant_training, fine_tune
 from .language import block_losses, losses_of, spread
 from .reproduction import Measurement, Options, require, require_at_least
 from .subject import Subject, load_subject, place
@@ -113,28 +113,13 @@ def measure(options: CordaKnowledgeOptions) -> Measurement:
     )  # fmt: skip
     steps = all_trainings(subject, train, held, options)
     facts = {
-        "model": subject.described,
-        "adapter": f"r = alpha = {options.rank}, all linear layers of "
-        + ("all blocks" if options.blocks_apart == 1 else "a few blocks")
-        + "; AdamW, constant rate, float32",
-        "learned": f"word problems with worked solutions, {options.steps} steps of "
-        f"{options.batch_size} × {options.length} tokens; measured on {held.learned.numel()} "
+        "model": f"{subject.described}; all linear layers of the blocks, alpha = r",
+        "learned": f"word problems with worked solutions; measured on {held.learned.numel()} "
         f"tokens of other templates (loss before: {held.loss:.3f})",
         "kept": f"{held.kept.numel()} tokens of held-out film plots (perplexity before: "
         f"{np.exp(held.losses.mean()):.2f})",
-        "calibration": f"{options.calibration_tokens} tokens: kpm of other plots, ipm of "
-        "the problems that are trained on",
-        "rates": "; ".join(
-            f"{LABELS[start]} {', '.join(f'{rate:g}' for rate in rates)}"
-            for start, rates in options.rates.items()
-        ),
-        "seeds": f"{options.repeats}"
-        + (
-            "; the first at every rate, the others at those that won with it: best where half "
-            "or all of the common fall is learned, or at the end"
-            if options.repeats > 1
-            else ""
-        ),
+        "seeds": "the first at every rate, the others at those that won with it: best where half "
+        "or all of the common fall is learned, or at the end",
         "the paper’s": "Llama-2-7B, r = 128, MetaMathQA 100K, one epoch, one rate (2e-5); "
         "kept: exact match on TriviaQA, NQ open and WebQS, calibrated on such questions",
     }
@@ -165,20 +150,13 @@ def all_trainings(
                     say(f"  {LABELS[start]}, learning rate {rate:g}, seed {seed}")
                     with started_again(model):
                         found = trajectory(
-                            model, train, training(rate, options), held,
+                            model, train, constant_training(options, rate), held,
                             options.measured_steps, seed=seed, device=options.device,
                         )  # fmt: skip
                     rows += [{"method": start, "rate": rate, "seed": seed, **row} for row in found]
         if seed == options.seed:
             rates = winning_rates(pd.DataFrame(rows))
     return pd.DataFrame(rows)
-
-
-def training(rate: float, options: CordaKnowledgeOptions) -> TrainingConfig:
-    return TrainingConfig(
-        steps=options.steps, batch_size=options.batch_size, learning_rate=rate,
-        schedule="constant", warmup=0.0, max_grad_norm=None,
-    )  # fmt: skip
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def tabulate(measured: Measurement) -> list[Table]:
     first = gradients[gradients["method"] == "kaiming"].set_index(["model", "layer"])["raw"]
     places = pd.MultiIndex.from_frame(gradients[["model", "layer"]])
     gradients["E‖∇B‖² / kaiming’s"] = gradients["raw"].to_numpy() / first[places].to_numpy()
-    shown = ["E‖∇B‖² / kaiming’s", "norm_A", "equal_norm", "span", "random", "ceiling"]
+    shown = ["E‖∇B‖² / kaiming’s", "span", "ceiling"]
     tables = (
         (
             gradients,
@@ -52,9 +52,8 @@ def tabulate(measured: Measurement) -> list[Table]:
             shown,
             "gradients",
             "The first gradient of B by method",
-            "At s = 1, over batches that no method has seen. equal_norm: r E‖G Aᵀ‖² / (‖A‖² "
-            "E‖G‖²), above 1 where the rows of A are nearly parallel. span: the share of E‖G‖² in "
-            "A’s row space; ceiling: the most possible.",
+            "At s = 1, over batches that no method has seen. span: the share of E‖G‖² in A’s row "
+            "space; ceiling: the most possible.",
         ),
         (
             measured["explained"],

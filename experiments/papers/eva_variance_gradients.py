@@ -1,12 +1,10 @@
 """The first gradient of B: by how much a start's A lets B move.
 
 ∂L/∂B = s G A0ᵀ for whatever B0 is, G the gradient of the whole weight. Its expected square over
-batches is looked at three ways, at s = 1 for all methods:
+batches is measured in two ways, at s = 1 for all methods:
 
 - as it comes, E‖G A0ᵀ‖², which grows with ‖A0‖²: kaiming's A has ‖A‖² = r / 3, EVA's r, gaussian's
   n / r;
-- at equal norm, r E‖G A0ᵀ‖² / (‖A0‖² E‖G‖²): as if every A0 had the norm of one with orthonormal
-  rows; more than 1 where rows that are nearly parallel all lie where the gradient is large;
 - with orthonormal rows, which the theorem is about: E‖G Q‖² / E‖G‖², Q an orthonormal basis of
   A0's rows: the share of the gradient's energy that the row space holds. No A of rank r holds more
   than the first r eigenvectors of E GᵀG, and a random one holds r / n on average.
@@ -68,15 +66,7 @@ class FirstGradient:
         self.batches += 1
 
     def row(self) -> dict[str, float]:
-        rank, width = self.lora_A.shape
-        norm = float(self.lora_A.double().square().sum())
-        return {
-            "raw": self.square / self.batches,
-            "norm_A": norm**0.5,
-            "equal_norm": rank * self.square / (norm * self.energy),
-            "span": self.inside / self.energy,
-            "random": rank / width,
-        }
+        return {"raw": self.square / self.batches, "span": self.inside / self.energy}
 
 
 class Ceiling:

@@ -171,27 +171,20 @@ def time_starts(options: EvaVarianceOptions) -> tuple[list[dict], float]:
 
 
 def facts(gradients: pd.DataFrame, epoch: float, options: EvaVarianceOptions) -> dict[str, str]:
-    """Models, data and methods in words."""
-    found = {}
-    for model in options.models:
-        data = options.data(model)
-        layers = gradients.loc[gradients["model"] == short_name(model), "layer"].nunique()
-        found[short_name(model)] = (
-            f"{DESCRIBED.get(model, model)}; "
-            f"{described_data(model, size=data.batch_size, length=data.length)}; {data.batches} "
-            f"batches, as many of other films, and {data.gradient_batches} of those for gradients; "
-            f"directions and gradients of {layers} layers, ranks over all"
-        )
-    found["methods"] = (
-        f"r = {options.rank}, s = 1, the library’s options (eva: rho = 1 except for the ranks; "
-        f"eva_uncentred: center = False; lora_one: gamma = 8 √r); seed {options.seed}"
-    )
-    found["cost"] = (
-        f"{short_name(options.cost_model)}, batches of {options.cost_batch}; an epoch is "
-        f"{epoch:.0f} s; wall clock of {torch.get_num_threads()} thread(s) on a shared machine"
-    )
-    found["the paper’s"] = "Llama-2-7B, Llama-3.1-8B and Gemma-2-9B on MetaMathQA and others"
-    return found
+    """Models and data in words."""
+    layers = gradients.groupby("model")["layer"].nunique()
+    found = {
+        short_name(model): f"{DESCRIBED.get(model, model)}; {described_data(model)}; and "
+        f"gradients of {layers[short_name(model)]} layers, ranks over all"
+        for model in options.models
+    }
+    return found | {
+        "methods": "s = 1, the library’s options (eva: rho = 1 except for the ranks; "
+        "eva_uncentred: center = False; lora_one: gamma = 8 √r)",
+        "cost": f"{short_name(options.cost_model)}; an epoch is {epoch:.0f} s; wall clock on a "
+        "shared machine",
+        "the paper’s": "Llama-2-7B, Llama-3.1-8B and Gemma-2-9B on MetaMathQA and others",
+    }
 
 
 def measure_costs(

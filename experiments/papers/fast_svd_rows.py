@@ -242,7 +242,7 @@ def fine_tunings(subject: Subject, options: FastSvdOptions) -> dict[str, pd.Data
     count = options.steps * options.batch_size
     blocks = plot_blocks(subject.tokenizer, "train", count, options.length)
     unseen = plot_blocks(subject.tokenizer, "test", options.held_out, options.length)
-    training = constant_training(options, max_grad_norm=1.0)
+    training = constant_training(options, options.learning_rate, max_grad_norm=1.0)
     steps, held_out = [], []
     planned = [(niter, draw) for niter in options.starts for draw in range(options.draws)]
     for niter, draw in [(None, 0), *planned]:
@@ -302,24 +302,15 @@ def measure(options: FastSvdOptions) -> Measurement:
     say(f"  decompositions of {len(found)} matrices in {options.rounds} rounds")
     frames = {"decompositions": measure_decompositions(found, options)}
     frames |= fine_tunings(subject, options)
-    real = [matrix.layer for matrix in found if matrix.source == subject.short]
-    blocks = sorted({name.split(".layers.")[-1].split(".")[0] for name in real})
-    ranks = {matrix.source: matrix.judged for matrix in found}
-    judged = ", ".join(f"{rank} on {source}" for source, rank in ranks.items())
-    side = options.synthetic
-    synthetic = "" if side is None else f"; a synthetic {side} × {side} one with s_i = i^-0.7"
+    judged = {matrix.source: matrix.judged for matrix in found}
+    ranks = ", ".join(f"{rank} on {source}" for source, rank in judged.items())
     facts = {
         "model": subject.described,
-        "matrices": f"block {', '.join(blocks)}{synthetic}",
-        "judged at": f"r = {judged}: the paper’s 128 of 4096 as a share of the width",
-        "draws": f"{options.rounds} of the decompositions, {options.draws} of each start",
+        "judged at": f"r = {ranks}: the paper’s share of the width",
         "times": "every decomposition in turns with the full SVD, in one process; other work "
         "may have run on the machine’s other cores, so that ratios can be read and seconds not",
-        "training": f"film plots, {options.steps} steps of {options.batch_size} × "
-        f"{options.length} tokens, r = alpha = {ranks[subject.short]}, "
-        f"{len(adapted(subject, options))} blocks adapted, learning "
-        f"rate {options.learning_rate:g}, constant; starts with niter by PEFT "
-        f"(torch.svd_lowrank, q = r); {options.held_out} × {options.length} unseen tokens",
+        "training": "film plots, constant rate, alpha = r; starts with niter by PEFT "
+        "(torch.svd_lowrank, q = r); losses of unseen plots",
         "the paper’s": "Llama-2-7B, r = 128, MetaMathQA; errors of the attention’s matrices",
     }
     return Measurement(options, frames, facts)

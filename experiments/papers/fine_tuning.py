@@ -36,12 +36,14 @@ class Trace:
         return list(zip(numbers, self.losses, self.gradient_norms, strict=True))
 
 
-def constant_training(options: Any, max_grad_norm: float | None = None) -> TrainingConfig:
-    """Training at a constant rate, from options with steps, batch_size and learning_rate."""
+def constant_training(
+    options: Any, rate: float, max_grad_norm: float | None = None
+) -> TrainingConfig:
+    """Training at a constant rate, from options with steps and batch_size."""
     return TrainingConfig(
         steps=options.steps,
         batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
+        learning_rate=rate,
         schedule="constant",
         warmup=0.0,
         max_grad_norm=max_grad_norm,

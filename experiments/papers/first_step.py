@@ -168,12 +168,12 @@ def tabulate(measured: Measurement) -> list[Table]:
         grouped(
             measured["steps"],
             ["model", "data", "method"],
-            ["error", "adam", "adam_signs", "bound", "bound_r"],
+            ["error", "bound", "bound_r"],
             "methods",
             "Relative error of the first step, median over layers",
-            "error: SGD’s step and G; adam: Adam’s and G; adam_signs: Adam’s and sign(G). bound: "
-            "of any step of rank 2r, bound_r: of rank r. Methods that change the model’s function "
-            "at step 0 are compared with their own gradient.",
+            "error: of SGD’s step; bound: of any step of rank 2r; bound_r: of rank r. "
+            "Methods that change the model’s function at step 0 are compared with their own "
+            "gradient.",
             how="median",
         ),
         grouped(

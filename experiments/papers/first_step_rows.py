@@ -1,6 +1,6 @@
 """The rows of LoRA-GA's first step: every method's step in every layer, on known and on new data.
 
-`experiments.measures.fidelity` has the step U of SGD and of Adam, and its relative error, the
+`experiments.measures.fidelity` has the step U of SGD and its relative error, the
 distance from the gradient G at the best length. U has rank 2r at most, so no start is closer than
 the best approximation of that rank (Eckart and Young),
 
@@ -147,9 +147,9 @@ class Kept:
         zero_B = not any(bool(factor.any()) for factor in start.lora_B.values())
         return cls(start.initializer, dict(start.lora_A), dict(start.lora_B), zero_B)
 
-    def step(self, rule: str, layer: Layer, gradient: Float[Tensor, "out in"]) -> Product:
+    def step(self, layer: Layer, gradient: Float[Tensor, "out in"]) -> Product:
         factors = self.lora_A[layer.name], self.lora_B[layer.name]
-        return first_step(rule, gradient, *factors, self.initializer.frozen)
+        return first_step("sgd", gradient, *factors, self.initializer.frozen)
 
     @property
     def moved(self) -> bool:
@@ -160,30 +160,17 @@ def measure(options: FirstStepOptions) -> Measurement:
     """Measure every model."""
     found = [measure_model(model, options) for model in options.models]
     rows, sizes = (pd.concat(frames, ignore_index=True) for frames in zip(*found, strict=True))
-    facts = {short_name(model): describe(model, rows, options) for model in options.models}
+    layers = rows.groupby("model")["layer"].nunique()
+    facts = {
+        short_name(model): f"{DESCRIBED.get(model, model)}; {described_data(model)}; "
+        f"{layers[short_name(model)]} layers"
+        for model in options.models
+    }
     facts["methods"] = (
-        f"r = {options.rank}, s = 1, the library’s options (lora_one: gamma = 8 √r, its authors’ "
-        f"step at this s); seed {options.seed}"
+        "s = 1, the library’s options (lora_one: gamma = 8 √r, its authors’ step at this s)"
     )
-    moved = [short_name(model) for model in options.models if options.data(model).moved]
-    if len(moved) < len(options.models):
-        where = f"are measured on {', '.join(moved)} alone" if moved else "are left out"
-        facts["methods"] += f"; those that change the model’s function at step 0 {where}"
     facts["the paper’s"] = "a theorem on one gradient; experiments on T5-base and Llama-2-7B"
     return Measurement(options, {"steps": rows, "sizes": sizes}, facts)
-
-
-def describe(model: str, rows: pd.DataFrame, options: FirstStepOptions) -> str:
-    """The model and its data in words."""
-    data = options.data(model)
-    layers = rows.loc[rows["model"] == short_name(model), "layer"].nunique()
-    sets = "1 fresh set" if data.fresh == 1 else f"{data.fresh} fresh sets"
-    blocks = "all blocks" if data.every == 1 else f"one block in {data.every}"
-    return (
-        f"{DESCRIBED.get(model, model)}; {layers} layers, of {blocks}; "
-        f"{described_data(model, size=data.batch_size, length=data.length)}; calibrated on "
-        f"{data.calibration} sequences, {sets} of as many, of other films"
-    )
 
 
 def measure_model(model: str, options: FirstStepOptions) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -279,15 +266,12 @@ def compare(
             found = rank_bounds(gradient, [bounded, 2 * bounded])
             bounds = dict(zip(("bound_r", "bound"), found, strict=True))
         for method, one in kept.items():
-            adam = one.step("adam", layer, gradient)
             rows.append(
                 {
                     **describe_row(layer, source, method),
                     "zero_B": one.zero_B,
                     "moved": one.moved,
-                    "error": relative_error(one.step("sgd", layer, gradient), gradient),
-                    "adam": relative_error(adam, gradient),
-                    "adam_signs": relative_error(adam, gradient.sign()),
+                    "error": relative_error(one.step(layer, gradient), gradient),
                     **bounds,
                 }
             )
@@ -302,7 +286,7 @@ def by_size(
     for layer in layers:
         gradient = gradients[layer.name].double()
         for size, kept in sized.items():
-            error = relative_error(kept.step("sgd", layer, gradient), gradient)
+            error = relative_error(kept.step(layer, gradient), gradient)
             rows.append({**describe_row(layer, source, SUBJECT), "size": size, "error": error})
     return rows
 

@@ -27,7 +27,7 @@ from .application import run
 from .claim import Claim
 from .drawing import LOG, methods_color, plot
 from .loftq_iterations_iteration_claims import CASE, ERRORS
-from .loftq_iterations_rows import LoftqIterationsOptions, measure, trained_on
+from .loftq_iterations_rows import LoftqIterationsOptions, measure
 from .loftq_iterations_starts import METHODS, PLAIN
 from .reproduction import Figure, Measurement, Reproduction, Table
 
@@ -57,7 +57,7 @@ def judge_all(measured: Measurement) -> list[Claim]:
         closed_form_claims.own_base_claim(layers),
         closed_form_claims.any_base_claim(measured["encoder layers"]),
         iteration_claims.order_claim(measured["encoder models"]),
-        iteration_claims.training_claim(measured["trained"], trained_on(measured.options)),
+        iteration_claims.training_claim(measured["trained"]),
     ]
 
 

@@ -104,14 +104,6 @@ class NextTokens:
             losses += losses_of(now, batch["input_ids"]).tolist()
         return ModelError(sum(texts) / len(texts), tuple(texts), tuple(losses))
 
-    def original_losses(self) -> ModelError:
-        """The original model against itself."""
-        pairs = zip(self.batches, self.original, strict=True)
-        losses = [
-            loss for b, before in pairs for loss in losses_of(before, b["input_ids"]).tolist()
-        ]
-        return ModelError(0.0, (0.0,) * len(losses), tuple(losses))
-
 
 def base_error(layer: LoraLayer, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """W - Q, of a layer whose base is replaced."""

@@ -184,12 +184,8 @@ PAPERS_ORDERS = (
 )
 
 
-def training_claim(trained: pd.DataFrame, setting: str) -> Claim:
-    """Held-out losses after fine-tuning, sentence by sentence, seeds averaged.
-
-    Args:
-        setting: how long and on what, in words.
-    """
+def training_claim(trained: pd.DataFrame) -> Claim:
+    """Held-out losses after fine-tuning, sentence by sentence, seeds averaged."""
     loss = trained.pivot_table(index="text", columns="method", values="loss")
     right = trained.pivot_table(index="text", columns="method", values="right")
     chance = float(trained["chance"].iloc[0])
@@ -220,6 +216,5 @@ def training_claim(trained: pd.DataFrame, setting: str) -> Claim:
         "the interval; not judged where LoftQ gains nothing beyond its interval, or where its "
         "accuracy is not above that of the more frequent label beyond its interval",
         verdict=verdict,
-        remark=f"{setting}; the intervals are over sentences, the seeds move the order of the data "
-        "only.",
+        remark="The intervals are over sentences; the seeds change only the order of the data.",
     )

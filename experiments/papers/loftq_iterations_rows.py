@@ -35,7 +35,7 @@ from .loftq_iterations_errors import (
 )
 from .loftq_iterations_starts import LOFTQ, PLAIN, SVD_FIRST, Ground, Start, starts
 from .reproduction import Measurement, Options, require
-from .subject import Layer, load_subject, place, short_name
+from .subject import Layer, load_subject, place
 
 PAPERS_ITERATIONS = 5
 """LoftQ's default T, at which one iteration is compared with several."""
@@ -133,46 +133,23 @@ def measure(options: LoftqIterationsOptions) -> Measurement:
     language = measure_starts(
         second, cases, options.language_iterations, [], closed_form_last=False
     )
-    original = second.measure.original_losses().perplexity
+    original = second.measure(second.ground.subject.model).perplexity
     frames = {
         **{f"encoder {name}": frame for name, frame in encoder.items()},
         **{f"language {name}": frame for name, frame in language.items()},
         "trained": trained,
         "original": pd.DataFrame([{"perplexity": original}]),
     }
-    return Measurement(options, frames, described(first, second, options))
-
-
-def described(first: Study, second: Study, options: LoftqIterationsOptions) -> dict[str, str]:
-    """The models, quantizers and data in words."""
-
-    def blocks(every: int) -> str:
-        return "all layers" if every == 1 else f"the layers of one of {every} blocks"
-
-    return {
-        "encoder": f"{first.ground.subject.described}; {blocks(options.encoder_every)} quantized "
-        f"({len(first.ground.targets)}); {first.ground.calibration.tokens:,} tokens of film "
-        f"reviews for calibration, {first.held_out.tokens:,} of other films held out",
-        "language model": f"{second.ground.subject.described}; {blocks(options.language_every)} "
-        f"quantized ({len(second.ground.targets)}), errors of {len(second.measured)} measured; "
-        f"{second.ground.calibration.tokens:,} tokens of film plots for calibration, "
-        f"{second.held_out.tokens:,} of other films held out",
+    facts = {
+        "encoder": f"{first.ground.subject.described}; {len(first.ground.targets)} layers are "
+        "quantized; film reviews",
+        "language model": f"{second.ground.subject.described}; {len(second.ground.targets)} layers "
+        "are quantized; film plots",
         "quantizers": "NF4 and NF2 with one scale for 64 weights, int8 with one for a row; the "
         "papers’ 4.25 bits are 4-bit blocks of 32 with a scale of 8 bits",
-        "fine-tuning": trained_on(options),
         "the papers’": "TinyLlama-1.1B on wikitext2 (QERA); DeBERTaV3-base on GLUE, 2 bits (LoftQ)",
     }
-
-
-def trained_on(options: LoftqIterationsOptions) -> str:
-    """The fine-tuning in words."""
-    return (
-        f"{short_name(options.encoder)} from 2 bits, r = {max(options.ranks)}, the adapter and a "
-        "new head, "
-        f"{options.training_steps} steps of {options.training_batch} film reviews, learning rate "
-        f"{options.learning_rate:g}, {len(options.training_seeds)} orders of the data, "
-        f"{options.validation_sentences} held-out reviews"
-    )
+    return Measurement(options, frames, facts)
 
 
 @dataclass(frozen=True)

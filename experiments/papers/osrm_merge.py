@@ -28,12 +28,12 @@ from .application import run
 from .claim import Claim
 from .classifier_training import Arm, Classifier, TrainingOptions
 from .paired_comparison import (
+    SEARCHED,
     Comparison,
     compare,
     differences_figure,
     rows_of,
-    searched,
-    summary,
+    table_of,
 )
 from .reproduction import Figure, Measurement, Reproduction, Table
 from .subject import moved
@@ -98,11 +98,10 @@ def measure(options: TrainingOptions) -> Measurement:
     subject = tasks[0].subject
     facts = {
         "model": f"{subject.described}; a head for each task is trained alone, then frozen",
-        "tasks": f"film reviews, and whether a sum of three numbers is above {THRESHOLD}: "
-        f"{options.steps} steps of {options.batch_size}, {options.validation} held out of each",
-        "OSRM’s data": f"{options.calibration_batches} batches of the other task",
-        "adapter": f"query and value, r = {options.rank}, s = 1; both updates are added",
-        "rates": f"by the merged loss: {searched(options)}",
+        "tasks": f"film reviews, and whether a sum of three numbers is above {THRESHOLD}; OSRM "
+        "reads the batches of the other task",
+        "adapter": "query and value, s = 1; both updates are added",
+        "rates": f"by the merged loss: {SEARCHED}",
         "the paper’s": "RoBERTa-large, r = 8, GLUE",
     }
     return Measurement(options, {"trainings": pd.DataFrame(rows)}, facts)
@@ -143,32 +142,21 @@ def merged(
 
 def judge_all(measured: Measurement) -> list[Claim]:
     """One claim for each comparison."""
-    rows, rates = measured["trainings"], measured.options.rates
-    return [compare(one, rows, rates, "accuracy", "+.1%") for one in COMPARISONS]
+    return [compare(one, measured) for one in COMPARISONS]
 
 
 def tabulate(measured: Measurement) -> list[Table]:
     """Losses alone and merged, of all arms at their best rates."""
-    rows = measured["trainings"]
-    frame = summary(rows, "accuracy", "alone", "disturbance").rename(
-        columns={"loss": "merged loss"}
+    note = (
+        "Means over seeds and tasks. alone: of each adapter without the other; disturbance: the "
+        "loss minus that."
     )
-    formats = dict.fromkeys(["merged loss", "low", "high", "alone", "disturbance"], ".4f")
-    return [
-        Table(
-            "losses",
-            "Held-out losses of two tasks, alone and merged, at the best rate for the merge",
-            frame,
-            {"rate": "g", "accuracy": ".1%"} | formats,
-            "Means over seeds and tasks, with the 95 % interval of the merged loss. Disturbance is "
-            "the merged loss minus the loss of each adapter alone.",
-        )
-    ]
+    return [table_of(measured, "Held-out loss after the merge", "alone", "disturbance", note=note)]
 
 
 def draw(measured: Measurement) -> list[Figure]:
     """The differences that decide the claims."""
-    return [differences_figure(measured["trainings"], COMPARISONS)]
+    return [differences_figure(measured, COMPARISONS)]
 
 
 def discuss(measured: Measurement) -> list[str]:

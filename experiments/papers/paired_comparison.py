@@ -18,8 +18,9 @@ from .claim import Claim, Verdict
 from .classifier_training import TrainingOptions
 from .drawing import color, plot
 from .interval import Interval, mean
-from .reproduction import Figure
+from .reproduction import Figure, Measurement, Table
 
+SEARCHED = "the first seed searches; the others repeat the best rate and are compared"
 BY = ("published claim", "our own question")
 
 
@@ -90,32 +91,16 @@ def edges(rows: pd.DataFrame, rates: Sequence[float]) -> list[str]:
     return [str(name) for name, rate in best.items() if rate in (rates[0], rates[-1])]
 
 
-def searched(options: TrainingOptions) -> str:
-    """How the rates are chosen, in words."""
-    rates = ", ".join(f"{rate:g}" for rate in options.rates)
-    return (
-        f"the first seed searches {rates}; {options.repeats} other seeds repeat the best one and "
-        "are compared"
-    )
-
-
-def compare(
-    comparison: Comparison, rows: pd.DataFrame, rates: Sequence[float], also: str, form: str
-) -> Claim:
-    """The paired differences of two arms, and the verdict.
-
-    Args:
-        also: another measure that is shown, but does not decide.
-        form: the format of its difference.
-    """
-    arm, other = comparison.arm, comparison.other
+def compare(comparison: Comparison, measured: Measurement) -> Claim:
+    """The paired differences of two arms in the loss, which decides, and in the accuracy."""
+    rows, arm, other = measured["trainings"], comparison.arm, comparison.other
     loss = differences(rows, arm, other)
-    at_edges = [name for name in edges(rows, rates) if name in (arm, other)]
+    at_edges = [name for name in edges(rows, measured.options.rates) if name in (arm, other)]
     return Claim(
         statement=comparison.statement,
         paper=comparison.paper,
-        ours=f"loss of {other} minus that of {arm}: {loss.show('+.4f')} nats; {also} "
-        f"{differences(rows, other, arm, also).show(form)}",
+        ours=f"loss of {other} minus that of {arm}: {loss.show('+.4f')} nats; accuracy "
+        f"{differences(rows, other, arm, 'accuracy').show('+.1%')}",
         criterion="the difference of the losses is above 0 beyond its 95 % interval over seeds; "
         "contradicts: below 0 beyond it; else not resolved",
         verdict=resolved(loss),
@@ -124,26 +109,26 @@ def compare(
     )
 
 
-def summary(rows: pd.DataFrame, *also: str) -> pd.DataFrame:
-    """The means over the compared seeds, by arm, the lowest loss first."""
+def table_of(measured: Measurement, title: str, *also: str, note: str = "") -> Table:
+    """The means over the compared seeds, by arm, the lowest loss first.
+
+    Args:
+        also: more measures than the loss and the accuracy.
+    """
     found = []
+    rows = measured["trainings"]
     for name, some in rows[rows["compared"].astype(bool)].groupby("arm", sort=False):
-        loss = mean(some["loss"].to_numpy())
-        found.append(
-            {
-                "start": name,
-                "rate": some["rate"].iloc[0],
-                "loss": loss.value,
-                "low": loss.low,
-                "high": loss.high,
-                **some[list(also)].mean(),
-            }
-        )
-    return pd.DataFrame(found).sort_values("loss", ignore_index=True)
+        row = {"start": name, "rate": f"{some['rate'].iloc[0]:g}", "loss": some["loss"].mean()}
+        row["95 % interval"] = mean(some["loss"].to_numpy()).show(".4f")
+        found.append(row | some[["accuracy", *also]].mean().to_dict())
+    frame = pd.DataFrame(found).sort_values("loss", ignore_index=True)
+    formats = dict.fromkeys(["loss", *also], ".4f") | {"accuracy": ".1%"}
+    return Table("losses", f"{title} at the best rate", frame, formats, note)
 
 
-def differences_figure(rows: pd.DataFrame, comparisons: Sequence[Comparison]) -> Figure:
+def differences_figure(measured: Measurement, comparisons: Sequence[Comparison]) -> Figure:
     """The differences that decide the claims."""
+    rows = measured["trainings"]
     cells = []
     for one in comparisons:
         difference = differences(rows, one.arm, one.other)

@@ -125,15 +125,12 @@ def measure(options: PissaQuantizationOptions) -> Measurement:
         numbers = ", ".join(map(str, blocks))
         described.append(f"{subject.described}; {len(layers)} layers: blocks {numbers}")
         rows += [{"model": subject.short} | row for row in rows_of_model(subject, layers, options)]
-    share = f"{100 * options.share:.3g} %"
     ranks = ", ".join(f"{model['judged']} on {model['model']}" for model in models)
     facts = {
         "models": ". ".join(described),
-        "judged at": f"r = {ranks}: {share} of the width, the paper’s 128 of 4096; other ranks "
-        f"and controls on {options.detailed} of the blocks",
+        "judged at": f"r = {ranks}: the paper’s share of the width",
         "quantizer": "NF4 in blocks of 64, of the library (bitsandbytes’ values to the bit)",
-        "inputs": f"for the output error only: about {options.tokens} tokens of film plots, "
-        "of film reviews for MiniLM",
+        "inputs": "for the output error only: film plots, or film reviews for MiniLM",
         "the paper’s": "Llama-2-7B, r = 128, and Llama-3-8B, r = 64; nuclear norm, all layers",
     }
     frames = {"errors": pd.DataFrame(rows), "models": pd.DataFrame(models)}

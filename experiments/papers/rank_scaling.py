@@ -98,7 +98,7 @@ def measure(options: RankScalingOptions) -> Measurement:
     trained = plot_blocks(subject.tokenizer, "train", count, options.length)
     held_out = plot_blocks(subject.tokenizer, "validation", options.held_out, options.length)
     before = float(block_losses(subject.model, held_out).mean())
-    training = constant_training(options)
+    training = constant_training(options, options.learning_rate)
     rows, losses = [], {}
     for stabilized, scaling in SCALINGS.items():
         for rank in sorted(options.ranks):
@@ -120,13 +120,8 @@ def measure(options: RankScalingOptions) -> Measurement:
                 for step, loss, norm in trace.steps()
             ]
     facts = {
-        "model": subject.described,
-        "data": f"film plots, {options.steps} steps of {options.batch_size} × {options.length} "
-        f"tokens; losses on {len(held_out)} × {options.length} tokens of other films, "
-        f"{before:.3f} before training",
-        "adapter": f"kaiming start, alpha = {options.alpha:g}, on "
-        f"{', '.join(options.target_modules)} ({len(names)} layers); AdamW, learning rate "
-        f"{options.learning_rate:g}",
+        "model": f"{subject.described}; {len(names)} layers are adapted",
+        "data": f"film plots; losses on other films, {before:.3f} before training",
         "the paper’s": "Llama-2-7B on OpenOrca, r = 4 … 2048",
     }
     frames = {"steps": pd.DataFrame(rows), "losses": pd.DataFrame(losses)}

@@ -323,17 +323,8 @@ def measure(options: RateScalingOptions) -> Measurement:
     frames = {"trainings": rows, "curves": curves, "compared": compared}
     facts = {
         "model": "no pretrained one: y = v · φ((W + s B A) φ(U x)), rectifiers, only A and B "
-        f"trained, r = {options.rank}, s = 1, widths {options.widths[0]} … {options.widths[-1]}",
-        "networks": f"square: W is n × n; narrow: W is {options.out} × n",
-        "starts": "Init[A]: the registered kaiming; Init[B]: the B of random, with A = 0, "
-        "which no registered method is",
-        "data": f"{options.examples} Gaussian inputs of dimension {options.inputs}; the "
-        f"teacher adds a product of rank {options.teacher_rank}",
-        "training": f"{options.steps} steps of Adam on all examples at a constant rate, "
-        f"{len(options.grid())} rates from {options.lowest_rate:g} to "
-        f"{options.highest_rate:g}, {options.per_decade} a decade",
-        "networks a width": f"{options.square_seeds} square, {options.narrow_seeds} narrow; "
-        f"{options.compared_seeds} of width {width} for the losses by rank",
+        "trained, s = 1; square: W is n × n; narrow: W is out × n",
+        "starts": "Init[A]: the registered kaiming; Init[B]: the B of random, with A = 0",
         "the paper’s": "a teacher-student network with one adapted square matrix, and RoBERTa "
         "and Llama on language tasks, which are not measured here",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -65,6 +65,12 @@ def require_at_least(options: Any, least: int, *names: str) -> None:
         require(options, name, min(value if several else [value], default=least) >= least, wanted)
 
 
+def shown(options: Any) -> str:
+    """The options that decide a result, in words."""
+    kept = {key: value for key, value in asdict(options).items() if key not in OUTSIDE_IDENTITY}
+    return ", ".join(f"{name} = {value}" for name, value in kept.items())
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows that a reader may look up.
@@ -123,7 +129,7 @@ class Measurement:
 
     Attributes:
         frames: the rows by name; `measurement["steps"]` is one frame.
-        facts: what was measured, as label and words: model, data, ranks, seeds, the paper's setup.
+        facts: what the options do not say, as label and words: models, data, the paper's setup.
     """
 
     options: Any
@@ -179,7 +185,7 @@ class Reproduction:
         """Judge and draw the rows of a measurement."""
         return Findings(
             claims=self.judge(measured),
-            setting=measured.facts,
+            setting=measured.facts | {"options": shown(measured.options)},
             tables=self.tabulate(measured),
             figures=self.draw(measured),
             discussion=self.discuss(measured),

@@ -34,7 +34,7 @@ from .classifier_training import Arm, Classifier, TrainingOptions
 from .corpus import load_texts, sentence_batches
 from .drawing import plot
 from .interval import Interval, mean
-from .paired_comparison import differences, resolved, rows_of, searched
+from .paired_comparison import SEARCHED, differences, resolved, rows_of
 from .reproduction import Figure, Measurement, Reproduction, Table, require
 from .subject import moved
 
@@ -133,11 +133,9 @@ def measure(options: RetentionOptions) -> Measurement:
         rows += rows_of(options, name, found)
     facts = {
         "model": f"{classifier.subject.described}; the head is trained alone, then frozen",
-        "learned": f"film reviews: {options.steps} steps of {options.batch_size} sentences",
-        "kept": f"{options.kept} film plots, cut at {options.length} tokens",
-        "adapter": f"query and value, r = {options.rank}, s = 1",
-        "same size": f"‖ΔW‖ = {options.size:g} ‖W‖, all adapted layers together",
-        "rates": searched(options),
+        "data": "film reviews are learned, film plots are kept",
+        "adapter": "query and value, s = 1; same size: ‖ΔW‖ = size ‖W‖, all layers together",
+        "rates": SEARCHED,
         "the paper’s": "Llama-2-7B, r = 128; TriviaQA and safety after fine-tuning",
     }
     return Measurement(options, {"trainings": pd.DataFrame(rows)}, facts)

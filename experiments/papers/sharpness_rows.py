@@ -286,21 +286,14 @@ def measure(options: SharpnessOptions) -> Measurement:
         "starts": pd.DataFrame(rows),
         "rates": pd.DataFrame(rates.items(), columns=["method", "rate"]),
     }
-    unknown = [name for name in options.methods if name not in rates]
-    without = f"; none of {', '.join(unknown)}" if rates and unknown else ""
     facts = {
         "model": f"{subject.described}, attention computed the plain way",
-        "data": f"sentences of Rotten Tomatoes, batches of {options.batch_size} × at most "
-        f"{options.length} tokens: {options.batches} under the new head, "
-        f"{options.trained_batches} under the trained one; "
-        f"{options.calibration_batches * options.calibration_size} for calibration",
-        "adapter": f"r = {options.rank}, scaling {options.scaling:g}, all linear layers, "
-        f"{rows[0]['size']:,} parameters; the head is not among them",
-        "seeds": f"one of the starts ({options.seed}); intervals are over batches",
+        "data": "sentences of Rotten Tomatoes",
+        "adapter": f"all linear layers, {rows[0]['size']:,} parameters without the head",
         "eigenvalues": precision(frames["starts"], options),
-        "heads": "new, as sweeps begin, for the correlation with best rates; and trained alone "
-        f"for {options.head_steps} steps, for the ratios",
-        "best rates": origin + without,
+        "heads": "new, as sweeps begin, for the correlation with best rates; and trained alone, "
+        "for the ratios; intervals are over batches",
+        "best rates": origin,
         "the paper’s": "Qwen3-0.6B, decoders of language; rates tuned at r = 128",
     }
     return Measurement(options, frames, facts)

@@ -76,7 +76,7 @@ def measure(options: StartFamilyOptions) -> Measurement:
     rows: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("pairs", "gradients", "inputs", "signs", "kept", "quantized")
     }
-    facts = {"adapter": f"r = {options.rank}, s = 1", "left out": "methods of a second checkpoint"}
+    facts = {"adapter": "s = 1", "left out": "methods of a second checkpoint"}
     for name in options.models:
         subject = load_with_task(name, options.device)
         layers = measured_layers(subject, distance(subject, options.blocks))
@@ -94,10 +94,7 @@ def measure(options: StartFamilyOptions) -> Measurement:
             rows["quantized"] += [
                 found | row for row in output_errors(weight, given["inputs"], options)
             ]
-        facts[subject.short] = (
-            f"{len(layers)} layers; {options.examples} examples of "
-            + described_data(name, size=options.batch_size, length=options.length)
-        )
+        facts[subject.short] = f"{len(layers)} layers; {described_data(name)}"
     return Measurement(options, {name: pd.DataFrame(found) for name, found in rows.items()}, facts)
 
 

@@ -65,11 +65,11 @@ def sequence_count(subject: Subject, split: str, *, length: int) -> int:
     return len(joined_blocks(subject.tokenizer, load_texts("plots", split), length=length))
 
 
-def described_data(model: str, *, size: int, length: int) -> str:
+def described_data(model: str) -> str:
     """The data of a model in words."""
     if model == CLASSIFIER:
-        return f"film reviews, {size} sentences a batch, loss of a classifier not yet trained"
-    return f"film plots, {size} × {length} tokens a batch, loss of the next token"
+        return "film reviews, loss of a classifier not yet trained"
+    return "film plots, loss of the next token"
 
 
 def measured_layers(subject: Subject, every: int) -> list[Layer]:

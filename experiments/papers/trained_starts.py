@@ -24,12 +24,12 @@ from .application import run
 from .claim import Claim
 from .classifier_training import Arm, Classifier, TrainingOptions
 from .paired_comparison import (
+    SEARCHED,
     Comparison,
     compare,
     differences_figure,
     rows_of,
-    searched,
-    summary,
+    table_of,
 )
 from .reproduction import Figure, Measurement, Reproduction, Table
 
@@ -156,38 +156,28 @@ def measure(options: TrainingOptions) -> Measurement:
         rows += rows_of(options, name, partial(classifier.scored, arms[name], calibration))
     facts = {
         "model": f"{classifier.subject.described}; the head is trained alone, then frozen",
-        "data": f"film reviews: {options.steps} steps of {options.batch_size} sentences, "
-        f"{len(classifier.held_out)} held-out sentences, {len(classifier.learn)} batches for "
-        "starts that read data",
-        "adapter": f"query and value, r = {options.rank}, s = 1; cores of rank {core_rank}: "
-        f"{core_rank**2} parameters, rank 1 has {height + width}",
-        "rates": searched(options),
+        "data": "film reviews",
+        "adapter": f"query and value, s = 1; cores of rank {core_rank}: {core_rank**2} parameters, "
+        f"rank 1 has {height + width}",
+        "rates": SEARCHED,
     }
     return Measurement(options, {"trainings": pd.DataFrame(rows)}, facts)
 
 
 def judge_all(measured: Measurement) -> list[Claim]:
     """One claim for each comparison."""
-    rows, rates = measured["trainings"], measured.options.rates
-    return [compare(one, rows, rates, "accuracy", "+.1%") for one in COMPARISONS]
+    return [compare(one, measured) for one in COMPARISONS]
 
 
 def tabulate(measured: Measurement) -> list[Table]:
     """Losses and accuracies of all arms at their best rates."""
-    return [
-        Table(
-            "losses",
-            "Held-out loss at the best rate",
-            summary(measured["trainings"], "accuracy"),
-            {"rate": "g", "loss": ".4f", "low": ".4f", "high": ".4f", "accuracy": ".1%"},
-            "Means over seeds with 95 % intervals. Claims compare seed by seed, which is finer.",
-        )
-    ]
+    note = "Means over seeds. Claims compare seed by seed, which is finer."
+    return [table_of(measured, "Held-out loss", note=note)]
 
 
 def draw(measured: Measurement) -> list[Figure]:
     """The differences that decide the claims."""
-    return [differences_figure(measured["trainings"], COMPARISONS)]
+    return [differences_figure(measured, COMPARISONS)]
 
 
 def discuss(measured: Measurement) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from tiny_llama import some_blocks, tiny_llama
 
 from experiments.errors import ConfigurationError
-from experiments.papers import corda_compression_claims as claims
+from experiments.papers import corda_compression as claims
 from experiments.papers.claim import Verdict
 from experiments.papers.corda_compression_projections import METHODS, Inputs, least_components
 from experiments.papers.corda_compression_rows import dropped, losses_by_fraction, observe_inputs

@@ -50,7 +50,7 @@ def test_norms_and_losses_equal_a_plain_training_loop(subject, smoke, composed_p
     assert found["norm, first step"].item() == pytest.approx(norms[0], rel=1e-4)
     assert found["norm, later steps"].item() == pytest.approx(norms[1], rel=1e-3)
     assert found["loss, other films"].item() == pytest.approx(loss, rel=1e-4)
-    assert "(3 layers)" in findings.setting["adapter"]
+    assert "3 layers" in findings.setting["model"]
 
 
 def steps(plain: float, stable: float) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from experiments.papers import trained_starts as page
 from experiments.papers.claim import Verdict
 from experiments.papers.classifier_training import TrainingOptions
 from experiments.papers.paired_comparison import compare, differences, search
+from experiments.papers.reproduction import Measurement
 from experiments.papers.subject import moved
 
 RATES = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
@@ -63,7 +64,8 @@ def test_differences_are_paired_by_seed():
 def test_the_interval_of_the_differences_decides(gains, verdict):
     one = page.COMPARISONS[0]
     found = rows({one.arm: [0.5 - gain for gain in gains], one.other: [0.5] * 3})
-    assert compare(one, found, RATES, "accuracy", "+.1%").verdict is verdict
+    measured = Measurement(TrainingOptions(), {"trainings": found}, {})
+    assert compare(one, measured).verdict is verdict
 
 
 def test_controls_have_the_sizes_that_their_names_say():
@@ -100,7 +102,7 @@ def test_retention_is_judged_by_the_change_of_what_is_kept(least, verdict):
         size=values,
     )
     options = retention.RetentionOptions(betas=[0.0, 0.9])
-    claims = retention.judge_all(retention.Measurement(options, {"trainings": found}, {}))
+    claims = retention.judge_all(Measurement(options, {"trainings": found}, {}))
     assert [claim.verdict for claim in claims] == [verdict] * 3
 
 
