@@ -88,19 +88,6 @@ def draw(measured: Measurement) -> list[Figure]:
     ]
 
 
-def discuss(measured: Measurement) -> list[str]:
-    """Say how this comparison differs from the paper's, and what it cannot show."""
-    return [
-        "The paper trains every start at one learning rate and compares what is left of the "
-        "knowledge at the end. A start that learns less forgets less, so that comparison also "
-        "measures how far each start moved. Here the starts are compared where they have learned "
-        "the same amount. Each has its best rate, which is chosen on the same held-out texts.",
-        "KL counts every change of the predictions, also an improvement. Neither KL nor perplexity "
-        "measures the recall of facts, as the paper does.",
-        f"{measured.options.steps} steps show how a training begins, not where it ends.",
-    ]
-
-
 REPRODUCTION = Reproduction(
     name="corda_knowledge",
     title="CorDA: what a fine-tuning forgets",
@@ -112,7 +99,14 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
+    caveats=(
+        "The paper trains every start at one learning rate and compares what is left of the "
+        "knowledge at the end. A start that learns less forgets less, so that comparison also "
+        "measures how far each start moved. Here the starts are compared where they have learned "
+        "the same amount. Each has its best rate, which is chosen on the same held-out texts.",
+        "KL counts every change of the predictions, also an improvement. Neither KL nor perplexity "
+        "measures the recall of facts, as the paper does. A few steps show how a training begins.",
+    ),
 )
 
 if __name__ == "__main__":

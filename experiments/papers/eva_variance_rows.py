@@ -28,6 +28,7 @@ from .starts import UNCENTRED, check_methods, configuration
 from .subject import DESCRIBED, Layer, Subject, short_name, timed
 from .tasks import (
     Batches,
+    TaskData,
     described_data,
     load_with_task,
     measured_layers,
@@ -44,25 +45,16 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 @dataclass
-class Data:
-    """How much data a model sees.
+class Data(TaskData):
+    """How much data a model sees; ranks are chosen over all blocks.
 
     Attributes:
-        batch_size, length: sequences per batch, and tokens per sequence (at most, for sentences).
         batches: of the calibration. As many batches of other films test it.
         gradient_batches: the first so many of the test's batches give the gradients.
-        every: directions and gradients are measured in one of so many blocks; ranks are chosen
-            over all blocks.
-        moved: also measure methods that change the model's function at step 0. Their gradients
-            take passes of their own.
     """
 
-    batch_size: int
-    length: int
     batches: int
     gradient_batches: int
-    every: int
-    moved: bool
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "batch_size", "length", "gradient_batches", "every")
@@ -94,8 +86,8 @@ class EvaVarianceOptions(Options):
     rho: float = 2.0
     orders: int = 3
     methods: list[str] | None = None
-    language: Data = field(default_factory=lambda: Data(4, 64, 16, 4, 6, False))
-    encoder: Data = field(default_factory=lambda: Data(4, 48, 90, 8, 1, True))
+    language: Data = field(default_factory=lambda: Data(4, 64, 6, False, 16, 4))
+    encoder: Data = field(default_factory=lambda: Data(4, 48, 1, True, 90, 8))
     cost_model: str = "minilm"
     cost_every: int = 1
     cost_batch: int = 16

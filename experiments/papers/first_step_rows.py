@@ -39,6 +39,7 @@ from .starts import (
 from .subject import DESCRIBED, Layer, Subject, short_name
 from .tasks import (
     Batches,
+    TaskData,
     described_data,
     load_with_task,
     measured_layers,
@@ -50,26 +51,18 @@ SUBJECT = "lora_ga"
 
 
 @dataclass
-class Data:
+class Data(TaskData):
     """The data of one model.
 
     Attributes:
-        batch_size, length: sequences per batch, and tokens per sequence (at most, for sentences).
         calibration: sequences for the methods that use data.
         fresh: batches of as many other sequences, of other films.
         sizes: LoRA-GA is also calibrated on these numbers of sequences.
-        every: one of so many transformer blocks is measured.
-        moved: also measure methods that change the model's function at step 0. Their gradients
-            need additional passes.
     """
 
-    batch_size: int
-    length: int
     calibration: int
     fresh: int
     sizes: list[int]
-    every: int
-    moved: bool
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "batch_size", "length", "calibration", "fresh", "sizes", "every")
@@ -93,8 +86,8 @@ class FirstStepOptions(Options):
     models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"])
     rank: int = 8
     methods: list[str] | None = None
-    encoder: Data = field(default_factory=lambda: Data(32, 48, 32, 3, [8, 128], 1, True))
-    language: Data = field(default_factory=lambda: Data(4, 64, 8, 2, [2, 16], 5, False))
+    encoder: Data = field(default_factory=lambda: Data(32, 48, 1, True, 32, 3, [8, 128]))
+    language: Data = field(default_factory=lambda: Data(4, 64, 5, False, 8, 2, [2, 16]))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -159,14 +159,6 @@ def draw(measured: Measurement) -> list[Figure]:
     return [differences_figure(measured, COMPARISONS)]
 
 
-def discuss(measured: Measurement) -> list[str]:
-    """The limits of the comparison."""
-    return [
-        "A lower merged loss can come from less disturbance or from better training. The table has "
-        "both. These two tasks share few inputs; GLUE’s tasks share more."
-    ]
-
-
 REPRODUCTION = Reproduction(
     name="osrm_merge",
     title="OSRM: two merged adapters",
@@ -177,7 +169,10 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
+    caveats=(
+        "A lower merged loss can come from less disturbance or from better training. The table has "
+        "both. These two tasks share few inputs; GLUE’s tasks share more.",
+    ),
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The skeleton of a reproduction: options, measure, judge, tabulate, draw, discuss."""
+"""The skeleton of a reproduction: options, measure, judge, tabulate, draw."""
 
 from __future__ import annotations
 
@@ -163,7 +163,8 @@ class Reproduction:
         options: a dataclass derived from `Options`.
         measure: the only function that loads models; it reports progress with
             `experiments.console.say` and `lora_init.progress`.
-        judge, tabulate, draw, discuss: claims, tables, figures and sentences from the rows alone.
+        judge, tabulate, draw: claims, tables and figures from the rows alone.
+        caveats: sentences on the limits of the comparison.
     """
 
     name: str
@@ -175,7 +176,7 @@ class Reproduction:
     judge: Callable[[Measurement], list[Claim]]
     tabulate: Callable[[Measurement], list[Table]]
     draw: Callable[[Measurement], list[Figure]]
-    discuss: Callable[[Measurement], list[str]] = lambda measured: []
+    caveats: tuple[str, ...] = ()
 
     def reproduce(self, options: Options) -> Findings:
         """Measure, then judge and draw."""
@@ -188,5 +189,5 @@ class Reproduction:
             setting=measured.facts | {"options": shown(measured.options)},
             tables=self.tabulate(measured),
             figures=self.draw(measured),
-            discussion=self.discuss(measured),
+            discussion=list(self.caveats),
         )

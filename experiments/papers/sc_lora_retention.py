@@ -270,14 +270,6 @@ def draw(measured: Measurement) -> list[Figure]:
     ]
 
 
-def discuss(measured: Measurement) -> list[str]:
-    """The limit of the comparison."""
-    return [
-        "Representations of an encoder stand for knowledge here; the paper asks a language model "
-        "questions."
-    ]
-
-
 REPRODUCTION = Reproduction(
     name="sc_lora_retention",
     title="SC-LoRA: retention at the same size of the update",
@@ -288,7 +280,10 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
+    caveats=(
+        "Representations of an encoder stand for knowledge here; the paper asks a language model "
+        "questions.",
+    ),
 )
 
 if __name__ == "__main__":

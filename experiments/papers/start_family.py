@@ -324,15 +324,6 @@ def clustered(overlaps: pd.DataFrame) -> list[str]:
     return [overlaps.index[place] for place in order]
 
 
-def discuss(measured: Measurement) -> list[str]:
-    """What the map does not say."""
-    return [
-        "Random starts share their numbers here, because all starts have one seed. Starts that "
-        "share a space can still differ in scale, in which factor is zero, and in what is trained. "
-        "The map says nothing about the accuracy after training."
-    ]
-
-
 REPRODUCTION = Reproduction(
     name="start_family",
     title="A family tree of starts",
@@ -343,7 +334,11 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
+    caveats=(
+        "Random starts share their numbers here, because all starts have one seed. Starts that "
+        "share a space can still differ in scale, in which factor is zero, and in what is trained. "
+        "The map says nothing about the accuracy after training.",
+    ),
 )
 
 if __name__ == "__main__":

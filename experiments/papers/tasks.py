@@ -7,6 +7,7 @@ are language models of film plots.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -23,6 +24,23 @@ from .subject import Layer, Subject, load_subject, place
 CLASSIFIER = "minilm"
 
 Batches = list[Mapping[str, Tensor]]
+
+
+@dataclass
+class TaskData:
+    """How much data a model sees.
+
+    Attributes:
+        batch_size, length: sequences per batch, and tokens per sequence (at most, for sentences).
+        every: one of so many transformer blocks is measured.
+        moved: also measure methods that change the model's function at step 0. Their gradients
+            need additional passes.
+    """
+
+    batch_size: int
+    length: int
+    every: int
+    moved: bool
 
 
 def load_with_task(model: str, device: str) -> Subject:

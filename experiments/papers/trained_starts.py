@@ -180,15 +180,6 @@ def draw(measured: Measurement) -> list[Figure]:
     return [differences_figure(measured, COMPARISONS)]
 
 
-def discuss(measured: Measurement) -> list[str]:
-    """The limits of the comparison."""
-    options = measured.options
-    return [
-        f"These are {options.steps} steps on one small classifier. They show how a training sets "
-        "out. None of the papers’ models and tasks is among them.",
-    ]
-
-
 REPRODUCTION = Reproduction(
     name="trained_starts",
     title="Small claims: directions, sizes and cores",
@@ -199,7 +190,10 @@ REPRODUCTION = Reproduction(
     judge=judge_all,
     tabulate=tabulate,
     draw=draw,
-    discuss=discuss,
+    caveats=(
+        "A few steps on one small classifier show how a training begins. None of the papers’ "
+        "models and tasks is among them.",
+    ),
 )
 
 if __name__ == "__main__":
