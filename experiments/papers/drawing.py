@@ -23,7 +23,7 @@ __all__ = ["INK", "MARKS", "SOFT", "marks", "ordered"]
 # Okabe and Ito's colors, which differ under the common color deficiencies.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 HEADER = alt.Header(labelColor=SOFT, title=None)
-LOG = alt.Scale(type="log")
+LOG = alt.Scale(type="log", nice=False, padding=8)
 
 
 def chart(frame: pd.DataFrame) -> alt.Chart:
@@ -69,6 +69,7 @@ def plot(
     level: float | None = None,
     text: str | None = None,
     columns: int = 2,
+    shared: bool = True,
     width: int = 260,
     height: Any = 220,
     **channels: Any,
@@ -78,18 +79,17 @@ def plot(
     Args:
         mark: "line" (with points), "point", "bar", "tick" or "rect" (a heat map).
         color: a channel, or one color.
-        panel: a column; one panel for each of its values, with its own categories.
+        panel: a column; one panel for each of its values.
         dash: a column that decides the dashes of lines.
         interval: the columns of an interval along y, or along x if y holds categories.
         level: draw a dashed line at this y, or at this x if y holds categories.
         text: a column to write into the cells of a heat map, or beside marks, with its sign.
+        shared: whether the panels share their scales of numbers; they never share categories.
         channels: more of Altair's channels.
     """
     if isinstance(color, str):
         color = alt.value(color)
     channels = {"x": x, "y": y, "color": color} | channels
-    if dash is not None:
-        channels["strokeDash"] = alt.StrokeDash(f"{dash}:N", legend=legend())
     tooltip = [
         alt.Tooltip(f"{name}:Q", format=".3g")
         if pd.api.types.is_float_dtype(frame[name])
@@ -107,9 +107,17 @@ def plot(
         ends = {along: channels[along].copy(), f"{along}2": f"{high}:Q"}
         ends[along].shorthand = f"{low}:Q"
         layers.append(base.mark_rule(strokeWidth=2).encode(**ends))
+    if mark == "line":
+        # Points that are a part of the line's mark would take the legend of the dashes.
+        strokes = alt.Undefined
+        if dash is not None:
+            shown = {"symbolSize": 300, "symbolStrokeWidth": 2, "symbolStrokeColor": SOFT}
+            of_dashes = legend(dash, symbolType="stroke", **shown)
+            strokes = alt.StrokeDash(f"{dash}:N", legend=of_dashes)
+        layers.append(base.mark_line(strokeWidth=2).encode(strokeDash=strokes))
+        mark = "point"
     style = {
-        "line": {"point": True, "strokeWidth": 2},
-        "point": {"filled": True, "size": 55, "opacity": 0.85},
+        "point": {"filled": True, "size": 45, "opacity": 0.9},
         "tick": {"thickness": 2},
         "rect": {"stroke": "white"},
     }.get(mark, {})
@@ -121,7 +129,11 @@ def plot(
     if panel is None:
         return drawn
     facet = alt.Facet(f"{panel}:N", header=HEADER, sort=list(frame[panel].unique()))
-    return drawn.facet(facet, columns=columns).resolve_scale(x="independent", y="independent")
+    scales = {
+        name: "shared" if shared and str(axis.shorthand).endswith(":Q") else "independent"
+        for name, axis in (("x", x), ("y", y))
+    }
+    return drawn.facet(facet, columns=columns).resolve_scale(**scales)
 
 
 def page_specification(figure: Figure) -> dict[str, Any]:

@@ -262,6 +262,7 @@ def draw(measured: Measurement) -> list[Figure]:
                 alt.X("value:Q", title="1 − cosine of plots before and after"),
                 alt.Y("arm:N", sort=None, title=None),
                 panel="measured",
+                shared=False,
                 columns=1,
                 height=alt.Step(24),
             ),

@@ -159,7 +159,7 @@ def test_a_merge_adds_the_updates_of_both_tasks():
     assert found["disturbance"] == 24 - 13
     assert [task.seeds[0][1] for task in tasks] == ["other", "one"]
     assert tasks[0].seeds[0][0] != tasks[1].seeds[0][0]
-    assert all(float(task.subject.model[0].weight.sum()) == 2 for task in tasks)
+    assert all(task.subject.model[0].weight.sum().item() == 2 for task in tasks)
     diverged = [AddedTask(1.0), AddedTask(None)]
     assert osrm_merge.merged(diverged, [None, None], osrm_merge.ARMS["osrm"], 1e-3, 5) is None
 
