@@ -20,7 +20,7 @@ from .application import run
 from .claim import Claim
 from .drawing import LOG, color, methods_color, plot
 from .eva_variance_rows import EvaVarianceOptions, measure
-from .reproduction import Figure, Measurement, Reproduction, Table, grouped
+from .reproduction import Figure, Measurement, Reproduction, Table, summary_table
 from .subject import short_name
 
 
@@ -82,7 +82,7 @@ def tabulate(measured: Measurement) -> list[Table]:
         (measured["ranks"], ["model", "kind"], ["rank"], "ranks", "Ranks that EVA chooses"),
     )
     return [
-        *(grouped(*table, how="median") for table in tables),
+        *(summary_table(*table, how="median") for table in tables),
         Table(
             "costs",
             f"What a start costs ({short_name(measured.options.cost_model)})",

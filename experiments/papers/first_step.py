@@ -27,7 +27,7 @@ from .first_step_rows import (
     FirstStepOptions,
     measure,
 )
-from .reproduction import Figure, Measurement, Reproduction, Table, grouped
+from .reproduction import Figure, Measurement, Reproduction, Table, summary_table
 
 SHARE = 0.95
 NEAR_BOUND = 0.01
@@ -165,7 +165,7 @@ def show_medians(medians: pd.DataFrame) -> str:
 def tabulate(measured: Measurement) -> list[Table]:
     """Medians by method, and by calibration size."""
     return [
-        grouped(
+        summary_table(
             measured["steps"],
             ["model", "data", "method"],
             ["error", "bound", "bound_r"],
@@ -176,7 +176,7 @@ def tabulate(measured: Measurement) -> list[Table]:
             "gradient.",
             how="median",
         ),
-        grouped(
+        summary_table(
             measured["sizes"],
             ["model", "size", "data"],
             ["error"],

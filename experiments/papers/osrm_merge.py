@@ -32,8 +32,8 @@ from .paired_comparison import (
     Comparison,
     compare,
     differences_figure,
+    losses_table,
     rows_of,
-    table_of,
 )
 from .reproduction import Figure, Measurement, Reproduction, Table
 from .subject import moved
@@ -93,7 +93,7 @@ def measure(options: TrainingOptions) -> Measurement:
         rows += rows_of(
             options,
             name,
-            lambda rate, seed, arm=ARMS[name]: merged(tasks, calibrations, arm, rate, seed),
+            lambda rate, seed, arm=ARMS[name]: merged_losses(tasks, calibrations, arm, rate, seed),
         )
     subject = tasks[0].subject
     facts = {
@@ -107,7 +107,7 @@ def measure(options: TrainingOptions) -> Measurement:
     return Measurement(options, {"trainings": pd.DataFrame(rows)}, facts)
 
 
-def merged(
+def merged_losses(
     tasks: list[Classifier],
     calibrations: list[Calibration | None],
     arm: Arm,
@@ -151,7 +151,9 @@ def tabulate(measured: Measurement) -> list[Table]:
         "Means over seeds and tasks. alone: of each adapter without the other; disturbance: the "
         "loss minus that."
     )
-    return [table_of(measured, "Held-out loss after the merge", "alone", "disturbance", note=note)]
+    return [
+        losses_table(measured, "Held-out loss after the merge", "alone", "disturbance", note=note)
+    ]
 
 
 def draw(measured: Measurement) -> list[Figure]:

@@ -109,7 +109,7 @@ def compare(comparison: Comparison, measured: Measurement) -> Claim:
     )
 
 
-def table_of(measured: Measurement, title: str, *also: str, note: str = "") -> Table:
+def losses_table(measured: Measurement, title: str, *also: str, note: str = "") -> Table:
     """The means over the compared seeds, by arm, the lowest loss first.
 
     Args:

@@ -65,7 +65,7 @@ def require_at_least(options: Any, least: int, *names: str) -> None:
         require(options, name, min(value if several else [value], default=least) >= least, wanted)
 
 
-def shown(options: Any) -> str:
+def describe_options(options: Any) -> str:
     """The options that decide a result, in words."""
     kept = {key: value for key, value in asdict(options).items() if key not in OUTSIDE_IDENTITY}
     return ", ".join(f"{name} = {value}" for name, value in kept.items())
@@ -90,7 +90,7 @@ class Table:
     note: str = ""
 
 
-def grouped(
+def summary_table(
     rows: pd.DataFrame,
     by: list[str],
     of: list[str],
@@ -186,7 +186,7 @@ class Reproduction:
         """Judge and draw the rows of a measurement."""
         return Findings(
             claims=self.judge(measured),
-            setting=measured.facts | {"options": shown(measured.options)},
+            setting=measured.facts | {"options": describe_options(measured.options)},
             tables=self.tabulate(measured),
             figures=self.draw(measured),
             discussion=list(self.caveats),

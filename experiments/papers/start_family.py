@@ -24,7 +24,7 @@ from .application import run
 from .claim import Claim, judge
 from .drawing import BELOW, plot
 from .interval import mean
-from .reproduction import Figure, Measurement, Reproduction, Table, grouped
+from .reproduction import Figure, Measurement, Reproduction, Table, summary_table
 from .start_family_rows import BETAS, DRAWS, IPA, LOI, UNQUANTIZED, StartFamilyOptions, measure
 from .subject import file_name
 
@@ -263,7 +263,7 @@ def tabulate(measured: Measurement) -> list[Table]:
             f"matrix of the other factor where A or B is zero. The same: a cosine above {1 - SAME} "
             "and norms within 1 %. A group with a closer relation is not repeated.",
         ),
-        grouped(
+        summary_table(
             measured["quantized"],
             ["model", "bits", "method"],
             ["error"],

@@ -28,8 +28,8 @@ from .paired_comparison import (
     Comparison,
     compare,
     differences_figure,
+    losses_table,
     rows_of,
-    table_of,
 )
 from .reproduction import Figure, Measurement, Reproduction, Table
 
@@ -172,7 +172,7 @@ def judge_all(measured: Measurement) -> list[Claim]:
 def tabulate(measured: Measurement) -> list[Table]:
     """Losses and accuracies of all arms at their best rates."""
     note = "Means over seeds. Claims compare seed by seed, which is finer."
-    return [table_of(measured, "Held-out loss", note=note)]
+    return [losses_table(measured, "Held-out loss", note=note)]
 
 
 def draw(measured: Measurement) -> list[Figure]:

@@ -153,7 +153,7 @@ class AddedTask:
 
 def test_a_merge_adds_the_updates_of_both_tasks():
     tasks = [AddedTask(1.0), AddedTask(10.0)]
-    found = osrm_merge.merged(tasks, ["other", "one"], osrm_merge.ARMS["osrm"], 1e-3, 5)
+    found = osrm_merge.merged_losses(tasks, ["other", "one"], osrm_merge.ARMS["osrm"], 1e-3, 5)
     assert found["alone"] == (4 + 22) / 2
     assert found["loss"] == 24
     assert found["disturbance"] == 24 - 13
@@ -161,7 +161,9 @@ def test_a_merge_adds_the_updates_of_both_tasks():
     assert tasks[0].seeds[0][0] != tasks[1].seeds[0][0]
     assert all(task.subject.model[0].weight.sum().item() == 2 for task in tasks)
     diverged = [AddedTask(1.0), AddedTask(None)]
-    assert osrm_merge.merged(diverged, [None, None], osrm_merge.ARMS["osrm"], 1e-3, 5) is None
+    assert (
+        osrm_merge.merged_losses(diverged, [None, None], osrm_merge.ARMS["osrm"], 1e-3, 5) is None
+    )
 
 
 def test_sums_are_labeled_by_their_value():
