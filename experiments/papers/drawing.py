@@ -13,7 +13,7 @@ import altair as alt
 import pandas as pd
 import vl_convert
 
-from ..report.canvas import INK, SOFT, inline
+from ..report.canvas import INK, SOFT, records
 from ..report.palette import MARKS, marks, ordered
 from ..report.specification import VEGA_LITE, themed
 from ..run.files import write_bytes, write_text
@@ -28,7 +28,7 @@ LOG = alt.Scale(type="log", nice=False, padding=8)
 
 def chart(frame: pd.DataFrame) -> alt.Chart:
     """A chart that holds its rows, so that the page loads nothing."""
-    return alt.Chart(inline(frame))
+    return alt.Chart(alt.InlineData(values=records(frame)))
 
 
 def legend(title: str | None = None, **more: Any) -> alt.Legend:
