@@ -20,7 +20,6 @@ from lora_init import LoraConfig, LoraModel
 from lora_init.adapters.file_layers import FileLayer, write_plain
 from lora_init.adapters.format import PREFIX
 from lora_init.adapters.save import exported_config
-from lora_init.factors import low_rank_product
 from lora_init.files import write_atomically
 from lora_init.linalg import frobenius_norm
 from lora_init.linalg.matrix import widened
@@ -122,10 +121,7 @@ def _new_weight(stored: Tensor, target: Target, model: LoraModel) -> Tensor:
     if replacement is not None:
         new = replacement.base(weight, target.scaling)
     else:
-        assert layer.initial_lora_A is not None
-        assert layer.initial_lora_B is not None
-        product = low_rank_product(layer.initial_lora_A, layer.initial_lora_B, target.scaling)
-        new = weight - product.to(weight.device)
+        new = weight - layer.initial_product().to(weight.device)
     return one.stored(layer.base_layer, new)
 
 
