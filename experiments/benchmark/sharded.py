@@ -79,8 +79,8 @@ def start_of_rank(
     shape = settings.sharded
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, init_lora_weights=method,
                         target_modules="all-linear")  # fmt: skip
-    # A first call loads code.
-    get_peft_model(sharded_stack(2, 64, settings.seed), config, cache=False)
+    # A first call loads code. Each rank computes a layer, large enough for the same algorithm.
+    get_peft_model(sharded_stack(world, 512, settings.seed), config, cache=False)
     model = sharded_stack(shape.layers, shape.width, settings.seed)
     plan = get_peft_model(model, config, dry_run=True)
     distributed.barrier()

@@ -70,15 +70,20 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
+def split_as(value: Tensor, like: Any) -> Tensor:
+    """This rank's part of whole values, equal on all ranks, as a DTensor; itself if none is."""
+    if not is_dtensor(like):
+        return value
+    return torch.distributed.tensor.distribute_tensor(
+        value.detach(), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy whole values, which are equal on all ranks, into a parameter or into its parts."""
     if is_dtensor(parameter):
-        stored = cast("DTensor", parameter)
-        parts = torch.distributed.tensor.distribute_tensor(
-            value, stored.device_mesh, stored.placements, src_data_rank=None
-        )
-        stored.to_local().copy_(parts.to_local())
+        local_part(parameter.detach()).copy_(local_part(split_as(value, parameter)))
     elif is_partitioned(parameter):
         with sys.modules["deepspeed"].zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
