@@ -5,7 +5,8 @@ from functools import partial
 import peft
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 from models import llama
 from peft_training import logits as trained_logits
 from peft_training import peft_model as trainers_model
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_init import initialize_peft_model
 from lora_init.integrations.transformers import LoraInitCallback
-from lora_init.weights.sharded import whole
+from lora_init.weights.sharded import is_dtensor, whole
 
 STARTS = {"pissa": "pissa", "eva": {"name": "eva", "rho": 1.0}, "lora_ga": "lora_ga"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -117,6 +118,15 @@ def test_two_ranks_are_one_process(request, start):
 UNITS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
 
+def shard_on_cpu(trainer):
+    """Accelerate selects FSDP for accelerators only, but its code for FSDP2 runs on a CPU too."""
+    state = trainer.accelerator.state
+    for shared in (state._shared_state, PartialState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    trainer.is_fsdp_enabled = True
+
+
 def train_by_trainer(rank, folder):
     join(rank, folder)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
@@ -127,10 +137,12 @@ def train_by_trainer(rank, folder):
             trainers_model(f"{folder}/llama"), f"{folder}/{method}", callback, ddp_backend="gloo",
             fsdp=True, fsdp_config={"version": 2, **UNITS}, max_grad_norm=0.0,
         )  # fmt: skip
+        shard_on_cpu(trainer)
         trainer.train()
         held = {id(each) for group in trainer.optimizer.param_groups for each in group["params"]}
         trained = {id(each) for each in trainer.model.parameters() if each.requires_grad}
         trainer.save_model(f"{folder}/{method}/saved")
+        assert any(map(is_dtensor, trainer.model.parameters()))
         found[method] = products(trainer.model), held == trained
     leave(found, rank, folder)
 
@@ -143,9 +155,9 @@ def test_the_callback_initializes_what_the_trainer_has_sharded(tmp_path):
     for method in ("pissa", "eva"):
         callback = LoraInitCallback(method, batches=4, seed=5)
         model = trainers_model(tmp_path / "llama")
-        # Two ranks read four rows a step.
+        # Two ranks read two batches a step.
         trainer = trainer_of(
-            model, tmp_path, callback, per_device_train_batch_size=4, max_grad_norm=0.0
+            model, tmp_path, callback, gradient_accumulation_steps=2, max_grad_norm=0.0
         )
         trainer.train()
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
