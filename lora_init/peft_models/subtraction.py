@@ -32,8 +32,8 @@ from lora_init.peft_models.start import Start
 from lora_init.plan.plan import Plan, Target
 from lora_init.weights.embedding import embedding_scale
 from lora_init.weights.kinds import known_format
-from lora_init.weights.sharded import is_sharded
 from lora_init.weights.patches import convolve_all_channels, pointwise
+from lora_init.weights.sharded import is_sharded
 
 EDITED_DTYPES = (torch.float32, torch.float64)
 """The dtypes of weights that can hold the difference without a loss that matters."""

@@ -96,7 +96,11 @@ def rest(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "start", ["pissa", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in STARTS if one != "pissa")]
+    "start",
+    [
+        "pissa",
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in STARTS if one != "pissa"),
+    ],
 )
 def test_two_ranks_are_one_process(request, start):
     folder, found = request.getfixturevalue("pissa" if start == "pissa" else "rest")
@@ -108,11 +112,15 @@ def test_two_ranks_are_one_process(request, start):
     for rank, one in enumerate(rank[start] for rank in found):
         assert one["same"]
         assert gap(one["start"], first) <= 1e-6
-        torch.testing.assert_close(one["first"], logits(llama(), halves(rank)), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            one["first"], logits(llama(), halves(rank)), atol=2e-5, rtol=1e-5
+        )
         assert gap(one["trained"], trained) <= 1e-5
         assert one["loaded"] <= 1e-6
     loaded = peft.PeftModel.from_pretrained(llama(), folder / start)
-    torch.testing.assert_close(logits(loaded.eval(), batches()), logits(model, batches()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(loaded.eval(), batches()), logits(model, batches()), atol=1e-4, rtol=1e-4
+    )
 
 
 UNITS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
