@@ -50,8 +50,10 @@ step is the relative difference of the first losses, that of PiSSA an excess as 
 """,
     "sharded": """\
 The base is sharded by `fully_shard` over processes of one machine, one thread each. Memory is the
-largest peak of a rank during `get_peft_model` above its shard. The promise is one layer, all
-factors and the work space of the decomposition. The time is that of the slowest rank.
+largest peak of a rank during `get_peft_model` above its shard. The promise for several ranks is
+the peak of one rank, which is that of all factors and the work space, plus one layer. The time is
+that of the slowest rank. It falls with ranks as long as each has a core. gloo copies every layer
+through the memory of one machine, so a method that computes little gains nothing.
 """,
 }
 

@@ -149,7 +149,7 @@ class ShardedSettings(SectionSettings):
         layers, width: the linear layers, (width, width) in float32.
     """
 
-    methods: list[str] = field(default_factory=lambda: ["pissa_niter_4"])
+    methods: list[str] = field(default_factory=lambda: ["pissa"])
     ranks: list[int] = field(default_factory=lambda: [1, 2, 4])
     layers: int = 8
     width: int = 2048

@@ -142,7 +142,8 @@ def naming_the_method(run: RunConfig) -> Iterator[None]:
     except ConfigurationError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigurationError(f"init={run.init.name}: {error}") from error
+        reason = str(error).removeprefix(f"{run.init.name}: ")  # several refusals start with it
+        raise ConfigurationError(f"init={run.init.name}: {reason}") from error
 
 
 def on_device(loaded: LoadedModel, device: torch.device) -> torch.nn.Module:

@@ -4,8 +4,8 @@ This requires the same work on all ranks: the same method on the same targets, w
 Otherwise each rank computes all its layers. Examples are a model from another checkpoint, and
 methods that are too cheap to share.
 
-Sharded weights are gathered in rounds: every rank takes part in gathering the layers of a round,
-keeps the layer that it computes, and frees it before the next round.
+Sharded weights are gathered in rounds of one layer per rank: each rank receives the layer that it
+computes, sends its parts of the others, and frees its layer before the next round.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ def _in_rounds(
     for start in range(0, len(ordered), count):
         turn = ordered[start : start + count]
         for index, job in enumerate(turn):
-            sharded = [target for target in job.targets if weights.is_sharded(target)]
-            weights.gather(sharded, keep=index == number)
+            for target in filter(weights.is_sharded, job.targets):
+                try:
+                    weights.gather(target, index if alike else None)
+                except Exception as error:
+                    failure = failure or error
         if number < len(turn) and failure is None:
             try:
                 done += run([turn[number]])
@@ -82,6 +85,7 @@ def _in_rounds(
     with all_or_none("initialization"):
         if failure is not None:
             raise failure
+    weights.share_fingerprints()
     return done
 
 

@@ -33,7 +33,6 @@ from lora_init.layers import (
 from lora_init.layers.attention import attentions
 from lora_init.linalg.precision import full_precision
 from lora_init.plan.plan import Plan, Target
-from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.format import Held
 from lora_init.weights.offload import factor_device, is_unloaded
 from lora_init.weights.source import BaseWeights
@@ -151,7 +150,7 @@ def _prepare(
             getattr(layer, frozen).requires_grad_(False)
         injection.layers[target.name] = layer
         if weights.is_readable(target):
-            injection.fingerprints[target.name] = fingerprint(weights.present(target))
+            injection.fingerprints[target.name] = weights.fingerprint(target)
     for name in dict.fromkeys(t.module for t in plan.targets if t.experts is not None):
         own: dict[str, Any] = {
             t.matrix: injection.layers[t.name] for t in plan.targets if t.module == name

@@ -41,8 +41,9 @@ class LoraInitCallback(TrainerCallback):
     configured ones (EVA's `rho` is 1).
 
     A resumed training is never initialized again: the checkpoint's start is restored when Trainer
-    loads it. Under DistributedDataParallel each process reads its part of the calibration
-    examples, and all get the same factors.
+    loads it. Under DistributedDataParallel and FSDP2 each process reads its part of the calibration
+    examples, and all get the same factors. Under FSDP2, Trainer resumes only methods that keep the
+    base: the saved factors have rank 2r otherwise, and torch refuses their size.
 
     Args:
         method: as of `initialize_peft_model`: a name, a mapping or an options object.
@@ -57,7 +58,7 @@ class LoraInitCallback(TrainerCallback):
 
     Raises:
         ValueError: a setting is not supported; at the start of the training, a model that is no
-            PEFT model, or that the trainer has sharded.
+            PEFT model, or that FSDP1 or DeepSpeed ZeRO-3 has sharded.
         TypeError: a setting has another type.
     """
 

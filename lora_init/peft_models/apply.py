@@ -121,7 +121,8 @@ def apply(
             operation.set(Attribute(layer.module, layer.mark), start, is_mark=True)
             if spec.base != "keep":
                 operation.set(Attribute(layer.base, layer.base_mark), start, is_mark=True)
-                weight = weights.weight(target) if weights.is_readable(target) else None
+                absent = weights.is_sharded(target) or not weights.is_readable(target)
+                weight = None if absent else weights.weight(target)
                 _change_base(layer, start, target, plan, made, weights, operation)
                 if spec.base == "subtract":
                     complete(layer, operation)
@@ -145,7 +146,10 @@ def _in_peft(factors: Factors, target: Target) -> Factors:
 
 def _fingerprint(weights: BaseWeights, layer: AdaptedLayer, target: Target) -> str:
     """The fingerprint of the original weight; empty if its values cannot be read."""
-    return fingerprint(layer.base_weight) if weights.is_readable(target) else ""
+    if not weights.is_readable(target):
+        return ""
+    sharded = weights.is_sharded(target)
+    return weights.fingerprint(target) if sharded else fingerprint(layer.base_weight)
 
 
 def drop_layer(layer: AdaptedLayer, operation: Operation) -> None:

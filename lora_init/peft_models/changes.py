@@ -22,6 +22,7 @@ from lora_init.injection.editing import add_product
 from lora_init.injection.repacking import release
 from lora_init.weights.format import Held
 from lora_init.weights.kinds import known_format
+from lora_init.weights.sharded import assign, is_dtensor, whole
 
 
 class Absent:
@@ -75,14 +76,28 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The data of a parameter, of any shape. The parameter stays the same object."""
+    """The data of a parameter, of any shape. The parameter stays the same object.
+
+    The optimizer and FSDP2 hold the parts of a sharded one, so these are overwritten. Its shape
+    cannot change.
+    """
 
     parameter: nn.Parameter
 
     def get(self) -> Tensor:
-        return self.parameter.data
+        data = self.parameter.data
+        return whole(data).clone() if is_dtensor(data) else data
 
     def set(self, value: Tensor) -> None:
+        if is_dtensor(self.parameter):
+            if value.shape != self.parameter.shape:
+                raise ValueError(
+                    f"a factor of shape {tuple(value.shape)} is not supported: must have the shape "
+                    f"{tuple(self.parameter.shape)} of PEFT's, which is sharded. Keep the ranks "
+                    "(rho=1), or initialize before the model is sharded"
+                )
+            assign(self.parameter, whole(value))
+            return
         # The model may have been moved or cast since the value was read.
         self.parameter.data = value.to(self.parameter.device, self.parameter.dtype)
 

@@ -13,6 +13,7 @@ from torch import nn
 from lora_init.injection import Transaction
 from lora_init.layers.attention import SplitAttention
 from lora_init.weights.offload import absence
+from lora_init.weights.sharded import is_dtensor, is_unit, reshard
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,30 @@ def plain_base(peft_model: Any, transaction: Transaction) -> Iterator[nn.Module]
             place.put(wrapper)
 
 
+@contextmanager
+def through_root(peft_model: Any, base: nn.Module) -> Iterator[None]:
+    """A context in which a call of the base model runs the hooks of FSDP2 on `peft_model`.
+
+    The first call of a unit must be made through the root, which also gathers parameters that no
+    other unit holds. Afterwards, all parameters are in parts again.
+    """
+    if base is peft_model or not is_unit(peft_model):
+        yield
+        return
+    chain = (base, peft_model.__call__), (peft_model, base.forward)
+    former = [vars(module).get("forward") for module, _ in chain]
+    try:
+        for module, forward in chain:
+            module.forward = forward
+        yield
+    finally:
+        for (module, _), forward in zip(chain, former, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+        reshard(peft_model)
+
+
 def refuse_merged(peft_model: Any, wanted: str) -> None:
     """Refuse an operation that would change factors while a base weight holds them.
 
@@ -171,17 +196,22 @@ def output_place(attention: Any) -> Place:
 
 
 def refuse_sharded(peft_model: Any, wanted: str) -> None:
-    """Refuse a model whose parameters several ranks hold in parts. Communicates nothing.
+    """Refuse a model whose parameters several ranks hold in parts, other than by FSDP2.
+
+    Communicates nothing.
 
     Raises:
         ValueError: names a parameter, and what has sharded it.
     """
     for name, parameter in base_model(peft_model).named_parameters():
+        if is_unit(peft_model) and is_dtensor(parameter):
+            continue
         if not parameter.is_meta and (reason := absence(parameter)) is not None:
             raise ValueError(
                 f"{wanted} is not supported here: {name!r} is {reason}, and must be whole. Call "
-                "initialize_peft_model before the model is sharded: before a Trainer with FSDP or "
-                "DeepSpeed trains, without LoraInitCallback; and load the model without zero.Init"
+                "initialize_peft_model before the model is sharded: before a Trainer with FSDP1 or "
+                "DeepSpeed trains, without LoraInitCallback; and load the model without zero.Init. "
+                "Or call fully_shard (FSDP2) on the layers and on the whole PEFT model"
             )
 
 

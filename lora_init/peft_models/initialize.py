@@ -32,9 +32,10 @@ from lora_init.peft_models.holder import (
     plain_base,
     refuse_merged,
     refuse_sharded,
+    through_root,
 )
 from lora_init.peft_models.injected import own_peft_config
-from lora_init.peft_models.layers import adapted_layers
+from lora_init.peft_models.layers import adapted_layers, refuse_sharded_layers
 from lora_init.peft_models.load import load_adapter
 from lora_init.peft_models.plan import (
     make_peft_plan,
@@ -82,6 +83,7 @@ def initialize_peft_model(
     - kept: unchanged;
     - subtracted from: a float32 weight is edited. 16-bit, quantized and tied weights and fused
       experts are unchanged, and the forward pass subtracts s B0 A0, so step 0 is exact there too.
+      So are weights that FSDP2 has sharded; all ranks must call the function then.
       `step_0_error` in the report's details is ‖W - (base + s B0 A0)‖ / ‖W‖;
     - replaced: by a quantized weight.
 
@@ -112,7 +114,8 @@ def initialize_peft_model(
     Raises:
         ValueError, TypeError: as `lora_init.get_peft_model`. Also, by name: an adapter that is
             trained already; other adapters under a method that changes the base; a merged adapter;
-            a model that FSDP or DeepSpeed ZeRO-3 has sharded;
+            a model that FSDP1 or DeepSpeed ZeRO-3 has sharded, or of whose layers `fully_shard`
+            has made no units;
             a base that another PEFT model has changed; a layer, variant or convolution of PEFT's
             that cannot express it. Nothing is changed.
         RuntimeError: a second call, if the original base was not kept.
@@ -121,6 +124,7 @@ def initialize_peft_model(
     refuse_merged(peft_model, "initialize_peft_model")
     refuse_sharded(peft_model, "initialize_peft_model")
     refuse_foreign_start(peft_model, adapter_name)
+    refuse_sharded_layers(base_model(peft_model), adapted_layers(peft_model, adapter_name))
     refuse_trained(peft_model, adapted_layers(peft_model, adapter_name))
     return atomically(
         partial(
@@ -168,9 +172,10 @@ def _initialize(
         check_call(plan, weights, calibration, False)
         # First: a calibration pass would have bitsandbytes round the scales of packed weights.
         operation.keep_plain(base)
-        plan, made, tokens = computed_layers(
-            plan, config, weights, calibration, device, seed, use_cache, seconds
-        )
+        with through_root(peft_model, base):
+            plan, made, tokens = computed_layers(
+                plan, config, weights, calibration, device, seed, use_cache, seconds
+            )
         matrices = plan.in_matrices()
         with timed(seconds, "initialize"):
             singles = {layer.target.name: _row(weights, matrices, layer) for layer in made}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_init.peft_models.start import Start, records
 from lora_init.weights.experts import is_transposed
 from lora_init.weights.format import WEIGHT
 from lora_init.weights.kinds import FORMATS, class_format, known_format
+from lora_init.weights.sharded import fsdp_unit, is_sharded, whole
 
 SUPPORTED = (
     "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Linear4bit", "Linear8bitLt",
@@ -117,7 +119,7 @@ class AdaptedLayer:
 
     def matrix(self, which: str) -> Float[Tensor, "*experts rows columns"]:
         """A as (rank, in) or B as (out, rank); not of grouped convolutions."""
-        value = self.factor(which).detach().flatten(1)
+        value = whole(self.factor(which)).flatten(1)
         return value if self.experts is None else from_file(which, value, self.experts)
 
     def stored(self, which: str, matrix: Tensor, like: Tensor | None = None) -> Tensor:
@@ -237,6 +239,29 @@ def adapted_layers(
         for layer in layers:
             _check_layer(layer, peft_model.peft_config[adapter_name])
     return layers
+
+
+def refuse_sharded_layers(base: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
+    """Refuse layers under FSDP2 whose factors cannot be written, or whose start cannot be computed.
+
+    Raises:
+        ValueError: by the layer's name, with the reason.
+    """
+    for layer in layers:
+        if not any(map(is_sharded, (*layer.parameters(), *layer.base.parameters()))):
+            continue
+        reason = None
+        if layer.magnitude is not None:
+            reason = "use_dora=True reads the norms of whole weights"
+        elif layer.is_parameter or layer.attention is not None:
+            reason = f"it is PEFT's {type(layer.module).__name__}"
+        elif fsdp_unit(base, layer.name) is None:
+            reason = "it is in no unit inside the model: call fully_shard on the model's layers too"
+        if reason is not None:
+            raise ValueError(
+                f"{layer.name!r} is sharded by FSDP2, which is not supported here: {reason}. Call "
+                "initialize_peft_model before the model is sharded"
+            )
 
 
 def _nested(name: str, place: Place) -> list[tuple[str, Place]]:

@@ -26,6 +26,7 @@ from lora_init.plan.match import exactly
 from lora_init.plan.plan import Plan
 from lora_init.registry import get_initializer
 from lora_init.weights.kinds import known_format
+from lora_init.weights.sharded import local_part, whole
 
 # The methods of PEFT that subtract from the base, or replace it, when they make a layer.
 CHANGED_BY_PEFT = ("pissa", "olora", "corda", "loftq", "lora_ga", "astra")
@@ -205,7 +206,7 @@ def refuse_trained(peft_model: Any, layers: Sequence[AdaptedLayer]) -> None:
             fresh = all(
                 torch.equal(factor, layer.stored(which, initial.to(factor)))
                 for which, initial in zip(("lora_A", "lora_B"), start.factors(), strict=True)
-                for factor in [layer.factor(which)]
+                for factor in [whole(layer.factor(which))]
             )
             fix = "restore_peft_model(peft_model) removes it"
         else:
@@ -241,7 +242,9 @@ def _refuse_tied_factors(layers: Sequence[AdaptedLayer]) -> None:
     owners: dict[int, str] = {}
     for layer in layers:
         for which in ("lora_A", "lora_B"):
-            owner = owners.setdefault(layer.factor(which).data_ptr(), layer.name)
+            factor = layer.factor(which)
+            place = local_part(factor.detach()).data_ptr() or id(factor)  # 0 for an empty part
+            owner = owners.setdefault(place, layer.name)
             if owner != layer.name:
                 raise ValueError(
                     f"{owner!r} and {layer.name!r} share their factors, which is not supported. "

@@ -22,6 +22,7 @@ from lora_init.peft_models.holder import is_peft_model
 from lora_init.peft_models.layers import AXES, AdaptedLayer, adapted_layers
 from lora_init.peft_models.start import base_owner
 from lora_init.weights.kinds import known_format
+from lora_init.weights.sharded import local_part, split_as, whole
 
 # FSDP, activation checkpointing and torch.compile add these to module names, not to keys.
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -87,14 +88,9 @@ def extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
         present = state.get(key)
         if present is None or present.numel() == 0 or present.shape[axis] != layer.width(which):
             continue
-        if type(state[key]).__name__ == "DTensor":
-            raise NotImplementedError(
-                f"state_dict: {key!r} is sharded (a DTensor), which is not supported for an "
-                "adapter that has changed its base. Gather the adapter first, or train with a "
-                "method that keeps the base"
-            )
-        initial = _initial(layer, which, state[key])
-        state[key] = layer.joined(which, state[key], initial)
+        own = whole(present)  # both factors are small
+        initial = _initial(layer, which, own)
+        state[key] = split_as(layer.joined(which, own, initial), present)
 
 
 def shorten(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
@@ -156,13 +152,13 @@ def split(model: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
                     "what its state_dict() or save_pretrained() gave, or call restore_peft_model "
                     "first"
                 )
-            own, part = layer.divided(which, value)
+            own, part = layer.divided(which, whole(value))
             if not torch.equal(part, _initial(layer, which, own)):
                 raise AnotherStart(
                     f"load_state_dict: {key!r} belongs to another start than this model's. Call "
                     "load_peft_checkpoint(peft_model, folder) instead"
                 )
-            state[key] = own
+            state[key] = split_as(own, value)
         key = f"{prefix}{path}.base_layer.weight"
         if layer.base_start.base == "edited" and key in state and not layer.module.merged:
             state[key] = _edited_weight(layer, state[key])
@@ -201,14 +197,17 @@ def _initial(layer: AdaptedLayer, which: str, like: Tensor) -> Tensor:
 
 
 def _original_weight(layer: AdaptedLayer, weight: Tensor) -> Tensor:
-    return (weight + _stored_product(layer).to(weight.device)).to(weight.dtype)
+    product = split_as(_stored_product(layer).to(weight.device), weight)
+    return (weight + product).to(weight.dtype)
 
 
 def _edited_weight(layer: AdaptedLayer, weight: Tensor) -> Tensor:
     present = layer.base.weight.detach()
-    if torch.equal(_original_weight(layer, present), weight.to(present)):
+    same = local_part(_original_weight(layer, present)), local_part(weight.to(present.dtype))
+    if torch.equal(same[0], same[1].to(same[0].device)):
         return present  # exactly, without the rounding of a sum and a difference
-    return (weight - _stored_product(layer).to(weight.device)).to(weight.dtype)
+    product = split_as(_stored_product(layer).to(weight.device), weight)
+    return (weight - product).to(weight.dtype)
 
 
 def _stored_product(layer: AdaptedLayer) -> Tensor:

@@ -33,6 +33,7 @@ from lora_init.plan.plan import Plan, Target
 from lora_init.weights.embedding import embedding_scale
 from lora_init.weights.kinds import known_format
 from lora_init.weights.patches import convolve_all_channels, pointwise
+from lora_init.weights.sharded import is_sharded
 
 EDITED_DTYPES = (torch.float32, torch.float64)
 """The dtypes of weights that can hold the difference without a loss that matters."""
@@ -45,6 +46,8 @@ def subtracts_in_forward(layer: AdaptedLayer, target: Target, plan: Plan) -> boo
     if target.quantized:
         return not plan.requantizes
     if target.shared_with or layer.is_parameter or target.attention is not None:
+        return True
+    if is_sharded(layer.base.weight):  # whoever sharded it may keep other copies
         return True
     return not _reads_base_weight(layer) and layer.base.weight.dtype not in EDITED_DTYPES
 

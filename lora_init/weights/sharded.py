@@ -7,6 +7,7 @@
 | DeepSpeed ZeRO-3 | an empty tensor with a `ds_id` | a plain tensor |
 
 Each function that gathers is a collective: every rank that holds a part must call it, in one order.
+`module_on` gives the whole weight to one rank only, so the others need no memory for it.
 
 A quantized weight is sharded in one of two ways. Packed codes are plain tensors: their parts are
 gathered, then dequantized. A part of a tensor subclass has its own scales: each rank dequantizes
@@ -69,15 +70,20 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
+def split_as(value: Tensor, like: Any) -> Tensor:
+    """This rank's part of whole values, equal on all ranks, as a DTensor; itself if none is."""
+    if not is_dtensor(like):
+        return value
+    return torch.distributed.tensor.distribute_tensor(
+        value.detach(), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy whole values, which are equal on all ranks, into a parameter or into its parts."""
     if is_dtensor(parameter):
-        stored = cast("DTensor", parameter)
-        parts = torch.distributed.tensor.distribute_tensor(
-            value, stored.device_mesh, stored.placements, src_data_rank=None
-        )
-        stored.to_local().copy_(parts.to_local())
+        local_part(parameter.detach()).copy_(local_part(split_as(value, parameter)))
     elif is_partitioned(parameter):
         with sys.modules["deepspeed"].zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
@@ -104,6 +110,62 @@ def read_whole(read: Callable[[nn.Module], Tensor], module: nn.Module) -> Tensor
         part, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
     )
     return whole(values)
+
+
+def module_on(module: nn.Module, rank: int) -> nn.Module | None:
+    """The module with its whole parameters on one rank, and None on the others.
+
+    The other ranks send their parts to `rank`. Their memory does not grow, except under DeepSpeed
+    ZeRO-3, which gathers a parameter on all ranks for a moment.
+
+    Args:
+        rank: the same on all ranks, in the default process group.
+    """
+    sharded = {name: each for name, each in module._parameters.items() if _is_part(each)}
+    found = {name: _whole_on(value, rank) for name, value in sharded.items()}
+    return _holding(module, found) if torch.distributed.get_rank() == rank else None
+
+
+def _is_part(parameter: Tensor | None) -> bool:
+    return parameter is not None and is_sharded(parameter)
+
+
+def _whole_on(parameter: Any, rank: int) -> Tensor | None:
+    """As `whole` on one rank, and None on the others."""
+    is_here = torch.distributed.get_rank() == rank
+    if is_partitioned(parameter):
+        with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
+            return parameter.detach().clone() if is_here else None
+    mesh, dtype = parameter.device_mesh, parameter.dtype
+    part = parameter.detach().to_local().to(mesh.device_type).contiguous()
+    if part.is_floating_point() and part.itemsize == 1:  # not every backend sends float8
+        part = part.view(torch.uint8)
+    shards = [dim for dim, place in enumerate(parameter.placements) if not place.is_replicate()]
+    if not shards or mesh.size(shards[0]) == 1:
+        return part.view(dtype) if is_here else None
+    (dim,) = shards  # more are refused with the plan
+    group = mesh.get_group(dim)
+    members = torch.distributed.get_process_group_ranks(group)
+    if rank not in members:  # it receives the values from its own replica
+        return None
+    if not is_here:
+        if part.numel() > 0:
+            torch.distributed.send(part, rank, group)
+        return None
+    # A DTensor is split as `torch.chunk` does, so the last ranks may have less, or nothing.
+    axis = parameter.placements[dim].dim
+    result = part.new_empty(parameter.shape)
+    pieces = result.split(-(-parameter.shape[axis] // len(members)), axis)
+    for member, piece in zip(members, pieces, strict=False):
+        if member == rank:
+            piece.copy_(part)
+        elif piece.is_contiguous():
+            torch.distributed.recv(piece, member, group)
+        else:
+            received = torch.empty_like(piece, memory_format=torch.contiguous_format)
+            torch.distributed.recv(received, member, group)
+            piece.copy_(received)
+    return result.view(dtype)
 
 
 def has_own_scales(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_init import linalg
-from lora_init.distributed import rank_count
+from lora_init.distributed import from_ranks, rank_count, rank_number
 from lora_init.weights.checkpoint import OriginalWeights, stored_name
+from lora_init.weights.fingerprint import fingerprint
 from lora_init.weights.kinds import FORMATS, known_format
 from lora_init.weights.offload import (
     factor_device,
@@ -21,7 +22,7 @@ from lora_init.weights.offload import (
     offloaded_weight,
     stored_weight,
 )
-from lora_init.weights.sharded import group_size, is_sharded
+from lora_init.weights.sharded import group_size, has_own_scales, is_sharded, module_on
 
 if TYPE_CHECKING:
     from lora_init.plan.plan import Target
@@ -62,6 +63,7 @@ class BaseWeights:
         self.second = second
         self.originals = None if original_weights is None else OriginalWeights(original_weights)
         self._gathered: dict[str, Tensor] = {}
+        self._fingerprints: dict[str, str] = {}  # of sharded weights
 
     def check(self, targets: tuple[Target, ...]) -> None:
         """Raise if a checkpoint does not fit these targets or is not needed. Reads no weight.
@@ -157,12 +159,38 @@ class BaseWeights:
         """Whether each rank of the process group holds a part of a sharded weight."""
         return group_size(stored_weight(self._module(target), target.matrix)) == rank_count()
 
-    def gather(self, targets: Sequence[Target], *, keep: bool) -> None:
-        """Gather sharded weights on all ranks; with `keep`, this rank holds them until `free`."""
-        for target in targets:
+    def gather(self, target: Target, rank: int | None) -> None:
+        """Gather a sharded weight, which `rank` holds until `free`; None for all ranks.
+
+        All ranks must call it. Only `rank` needs memory for a whole weight, except where each rank
+        must dequantize its own part: quantizers' tensor subclasses.
+        """
+        module = self._module(target)
+        if rank is None or has_own_scales(stored_weight(module, target.matrix)):
             weight = self.present(target)
-            if keep:
-                self._gathered[target.name] = weight
+            if rank not in (None, rank_number()):
+                return
+        elif (whole := module_on(module, rank)) is not None:
+            weight = _of_expert(known_format(module).read(whole, target.matrix), target)
+        else:
+            return
+        self._gathered[target.name] = weight
+        self._fingerprints[target.name] = fingerprint(weight)
+
+    def fingerprint(self, target: Target) -> str:
+        """The fingerprint of `present`; all ranks must call it for a sharded weight."""
+        if not self.is_sharded(target):
+            return fingerprint(self.present(target))
+        if target.name not in self._fingerprints:
+            self.gather(target, 0 if self.is_everywhere(target) else None)
+            self.free()
+            self.share_fingerprints()
+        return self._fingerprints[target.name]
+
+    def share_fingerprints(self) -> None:
+        """Exchange the fingerprints of gathered weights between the ranks."""
+        for found in from_ranks(self._fingerprints):
+            self._fingerprints |= found
 
     def free(self) -> None:
         """Free the gathered weights."""

@@ -18,9 +18,18 @@ from experiments.run.failures import reason_of
 from experiments.run.files import write_bytes
 from experiments.run.folder import identify
 from experiments.run.metrics import MetricsFile
+from experiments.run.start import naming_the_method
 from experiments.training import loop as training
 
 pytestmark = pytest.mark.sampled(3)
+
+
+def test_a_refusal_names_the_method_once(configured):
+    for text in ("eva: no layer's inputs vary", "no layer's inputs vary"):
+        run = configured("init=eva")
+        once = pytest.raises(ConfigurationError, match="^init=eva: no layer")
+        with once, naming_the_method(run):
+            raise ValueError(text)
 
 
 @pytest.mark.parametrize(
