@@ -17,7 +17,7 @@ its part, then the values are gathered.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -173,7 +173,7 @@ def has_own_scales(tensor: Tensor) -> bool:
     return is_dtensor(tensor) and type(local_part(tensor).data) is not Tensor
 
 
-def _holding(module: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
+def _holding(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
     """A module that shares everything with another one, except these parameters.
 
     It is made without `copy`, which calls the constructor of an FSDP2 unit.
