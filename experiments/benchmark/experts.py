@@ -122,6 +122,8 @@ def steps(settings: BenchmarkConfig) -> Iterator[Row]:
         "experts", MODEL, "memory of a step", settings.rank, "MiB", ours=rises[OURS],
         peft=rises[PEFT], whole=rises[FLOOR],
         ratio=paired_ratio([rises[PEFT]], [rises[OURS]]) if rises[OURS] > 0 else None,
+        note=f"above the floor: {rises[OURS] - rises[FLOOR]:.0f} MiB, "
+        f"PEFT {rises[PEFT] - rises[FLOOR]:.0f} MiB",
     )  # fmt: skip
 
 

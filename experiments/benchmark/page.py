@@ -44,9 +44,10 @@ losses.
 """,
     "experts": """\
 The model is a mixture of experts with random weights. Adapters are on the query and value
-projections and on all experts; the floor is a step with the projections only. Memory is the peak
-during a step above the adapted model. The starts adapt all experts of one layer. The error of a
-step is the relative difference of the first losses, that of PiSSA an excess as above.
+projections and on all experts. The floor is a step with the projections only, so it is what the
+base needs. Memory is the peak during a step above the adapted model. The starts adapt all experts
+of the model, whose weights follow a power law there. The error of a step is the relative
+difference of the first losses, that of PiSSA an excess as above.
 """,
     "sharded": """\
 The base is sharded by `fully_shard` over processes of one machine, one thread each. Memory is the
