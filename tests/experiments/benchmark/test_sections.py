@@ -92,7 +92,7 @@ def test_a_mixture_of_experts_is_compared_with_peft_and_the_floor(settings):
     assert memory_of_a_step.unit == "MiB"
     assert min(pissa.linalg, olora.linalg) > 0
     assert max(pissa.error, quick.error) <= 1e-4
-    assert "8 matrices of one layer" in olora.note
+    assert olora.note == "8 matrices"
 
 
 @pytest.mark.exhaustive
