@@ -19,13 +19,10 @@ from typing import TypeVar
 
 import torch
 
-from lora_init.linalg.cores import STACK_BYTES, over_cores
+from lora_init.linalg.cores import STACK_BYTES, over_cores, stack_size
 from lora_init.plan.plan import Plan, Target
 
 Result = TypeVar("Result")
-
-CACHED = 1 << 20
-"""Numbers of a stack of experts on a CPU: it stays in the cache between two products with it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
     made += [Job(tuple(stack), alike[-1]) for alike, stack in waiting.items()]
     for alike in experts.values():
         numbers = _numbers(alike[0], plan)
-        count = max(CACHED // _stacked_numbers(alike[0], plan), 1)
+        count = stack_size(_stacked_numbers(alike[0], plan))
         for start in range(0, len(alike), count):
             stack = tuple(alike[start : start + count])
             made.append(Job(stack, devices[stack[0].name], numbers * len(stack)))

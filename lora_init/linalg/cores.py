@@ -23,8 +23,15 @@ STACK_BYTES = 1 << 30
 ALONE = 1 << 24
 """A weight with at least this many numbers gets all threads. The work on a weight may need several
 times its memory, for each weight in progress."""
+CACHED = 1 << 20
+"""Numbers of a stack of experts on a CPU: it stays in the cache between two products with it."""
 POOLED = 1 << 22
 """A thread pool starts for at least this many numbers in total; below, starting it costs more."""
+
+
+def stack_size(numbers: int) -> int:
+    """How many experts of one parameter are computed at a time on a CPU, by the size of one."""
+    return max(CACHED // numbers, 1)
 
 
 def largest_together(works: Iterable[tuple[int, float]]) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lora_init.config.lora_config import LoraConfig
-from lora_init.linalg.cores import largest_together
+from lora_init.linalg.cores import largest_together, stack_size
 from lora_init.linalg.moments import sums_bytes
 from lora_init.plan.check import check_target_rank
 from lora_init.plan.left_out import LeftOut, described
@@ -274,11 +274,15 @@ class Plan:
     def workspace_bytes(self) -> int:
         """The initializer's memory on a CPU, for the weights it decomposes at a time."""
         weights, moments = self.initializer.workspace(self.options)
-        numbers = (
-            (rows * columns, weights * rows * columns + moments * columns**2)
-            for rows, columns in (target.shape for target in self.matrices)
-        )
-        return math.ceil(4 * largest_together(numbers))
+        works = []
+        for target in self.targets:
+            rows, columns = target.shape
+            numbers, needed = rows * columns, weights * rows * columns + moments * columns**2
+            count, alike = target.experts or 1, 1
+            if target.experts is not None and self.initializer.is_batched:
+                alike = min(count, stack_size(max(numbers, columns**2 if moments else 0)))
+            works += [(alike * numbers, alike * needed)] * math.ceil(count / alike)
+        return math.ceil(4 * largest_together(works))
 
     def only(self, names: Collection[str]) -> Plan:
         """The plan restricted to some of the targets."""
