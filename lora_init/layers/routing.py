@@ -50,7 +50,7 @@ class _Gathered(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         by_row = gradient.index_select(0, inverse)
         if ctx.times > 1:
-            by_row = by_row.view(-1, ctx.times, gradient.shape[1]).sum(1)
+            by_row = by_row.unflatten(0, (len(by_row) // ctx.times, ctx.times)).sum(1)
         return by_row, None, None, None
 
 
@@ -89,4 +89,5 @@ def combined(
     """The sum of each token's outputs, times the weights of its pairs, in this dtype."""
     weighted = outputs * top_k_weights.reshape(-1)[routed.order].unsqueeze(-1)
     by_pair = _Gathered.apply(weighted, routed.inverse, routed.order, 1)
-    return by_pair.view(-1, routed.top_k, outputs.shape[-1]).sum(1).to(dtype)
+    by_token = by_pair.unflatten(0, (len(by_pair) // routed.top_k, routed.top_k))
+    return by_token.sum(1).to(dtype)

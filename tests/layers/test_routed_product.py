@@ -150,8 +150,11 @@ def test_pairs_without_an_expert_add_nothing(layout, implementation):
 def test_no_tokens_give_no_outputs(implementation):
     module = experts("concatenated", implementation)
     index, weights = torch.zeros(0, TOP_K, dtype=torch.long), torch.zeros(0, TOP_K)
-    actual = routed_output(module, torch.zeros(0, HIDDEN), index, weights, updates(module))
+    hidden, given = torch.zeros(0, HIDDEN, requires_grad=True), updates(module)
+    actual = routed_output(module, hidden, index, weights, given)
     assert actual.shape == (0, HIDDEN)
+    actual.sum().backward()
+    assert not any(one.lora_A.grad.any() for one in given.values())
 
 
 @layouts
