@@ -5,6 +5,10 @@ The class of a module, or the class of its weight tensor, decides, never the dty
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from weakref import WeakKeyDictionary
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,14 +21,39 @@ from lora_init.weights.format import (
 )
 from lora_init.weights.linear import LinearFormat
 
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Hashable, WeightFormat | None]] = WeakKeyDictionary()
+
 # Quantizers derive their classes from nn.Linear. Its format is the first, so others precede it.
 register_weight_format(LinearFormat())
 
 
 def class_format(module: nn.Module) -> WeightFormat | None:
-    """The format of the module's class, also if the module cannot have an adapter."""
-    formats = reversed(weight_formats().values())
-    return next((one for one in formats if one.matches(module)), None)
+    """The format of the module's class, also if the module cannot have an adapter.
+
+    It is remembered until the module has other attributes or parameters, or a format is added.
+    """
+    formats = weight_formats()
+    if torch.compiler.is_compiling():
+        return _first_match(module, formats)
+    state = _state(module), len(formats), next(reversed(formats))
+    known = _KNOWN.get(module)
+    if known is None or known[0] != state:
+        known = _KNOWN[module] = state, _first_match(module, formats)
+    return known[1]
+
+
+def _first_match(module: nn.Module, formats: Mapping[str, WeightFormat]) -> WeightFormat | None:
+    return next((one for one in reversed(formats.values()) if one.matches(module)), None)
+
+
+def _state(module: nn.Module) -> Hashable:
+    """What changes if a quantizer changes the module in place."""
+    parameters = [
+        (name, type(one), None if one is None else one.shape)
+        for name, one in module._parameters.items()
+    ]
+    buffers = tuple(module._buffers.keys())
+    return type(module), len(vars(module)), buffers, tuple(parameters)
 
 
 def weight_format(module: nn.Module) -> WeightFormat | None:

@@ -379,3 +379,13 @@ def test_a_function_that_breaks_the_contract_is_named_at_its_first_use(own_forma
     with pytest.raises(TypeError, match=message):
         get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
     assert model[0] is before
+
+
+def test_a_module_that_is_changed_in_place_is_recognized_again():
+    module = nn.Module()
+    assert class_format(module) is None
+    for name, shape in (("gate_up_proj", (2, 8, 4)), ("down_proj", (2, 4, 4))):
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    assert class_format(module).name == "Experts"
+    module.down_proj = nn.Parameter(torch.zeros(3, 4, 4))
+    assert class_format(module) is None
