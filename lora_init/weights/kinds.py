@@ -5,7 +5,7 @@ The class of a module, or the class of its weight tensor, decides, never the dty
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,7 +42,7 @@ def class_format(module: nn.Module) -> WeightFormat | None:
     return known[1]
 
 
-def _first_match(module: nn.Module, formats: Mapping[str, WeightFormat]) -> WeightFormat | None:
+def _first_match(module: nn.Module, formats: dict[str, WeightFormat]) -> WeightFormat | None:
     return next((one for one in reversed(formats.values()) if one.matches(module)), None)
 
 
