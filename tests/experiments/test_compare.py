@@ -64,7 +64,7 @@ def test_a_comparison_ends_with_a_page(compare, monkeypatch, tmp_path):
     )  # fmt: skip
     code, shown, remarks = compare("--json")
     assert code == 0, remarks
-    found = json.loads(shown[shown.index("\n{\n") :])
+    found = json.loads(shown)
     assert found["page"] == str(tmp_path / "out" / "report" / "index.html")
     assert [row["method"] for row in found["methods"]] == ["kaiming", "pissa"]
     results = [json.loads(path.read_text()) for path in tmp_path.glob("out/runs/*/result.json")]
