@@ -17,6 +17,7 @@ The rest of the package sees a weight as one or more named matrices:
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -235,9 +236,14 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 
-def class_names(module: nn.Module) -> set[str]:
+def class_names(module: nn.Module) -> frozenset[str]:
     """The names of the module's class and its base classes."""
-    return {cls.__name__ for cls in type(module).__mro__}
+    return _names_of(type(module))
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_of(kind: type) -> frozenset[str]:
+    return frozenset(cls.__name__ for cls in kind.__mro__)
 
 
 FORMATS: dict[str, WeightFormat] = {}

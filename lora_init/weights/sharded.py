@@ -16,6 +16,7 @@ its part, then the values are gathered.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -241,4 +242,9 @@ def reshard(model: nn.Module) -> None:
 
 def is_unit(module: nn.Module) -> bool:
     """Whether FSDP2's `fully_shard` was called on the module."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+    return _is_unit_class(type(module))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_unit_class(kind: type) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in kind.__mro__)
