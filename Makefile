@@ -25,7 +25,7 @@ help:
 	@echo "make gpu       checks and measurements on a GPU, eight minutes; installs nothing"
 	@echo "make papers    published claims measured again, then docs/papers and docs/family"
 	@echo "make check     the most important tests, in under 90 seconds"
-	@echo "make test      the tests, in about twelve minutes on two cores"
+	@echo "make test      the tests, in about eleven minutes on two cores"
 	@echo "make test-all  the same, with long runs and every member of their products"
 	@echo "make test-papers  the page of docs/papers, measured again and held against it"
 	@echo "make fuzz      10,000 damaged adapters, caches, calibrations, checkpoints and runs"
