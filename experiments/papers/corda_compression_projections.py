@@ -102,7 +102,7 @@ def weighted_square(
         return (weight * inputs.magnitude ** (2 * alpha)) @ weight.mT
     if method == "whitened":
         return weight @ lifted(inputs.second_moment) @ weight.mT
-    raise ValueError(f"method={method!r}; allowed are {', '.join(METHODS)}")
+    raise ValueError(f"method={method!r} is not supported: must be one of {', '.join(METHODS)}")
 
 
 def lifted(moment: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:

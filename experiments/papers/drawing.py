@@ -83,7 +83,8 @@ def plot(
         dash: a column that decides the dashes of lines.
         interval: the columns of an interval along y, or along x if y holds categories.
         level: draw a dashed line at this y, or at this x if y holds categories.
-        text: a column to write into the cells of a heat map, or beside marks, with its sign.
+        text: a column of numbers, written with their sign: in each cell of a heat map, or next to
+            each mark.
         shared: whether the panels share their scales of numbers; they never share categories.
         channels: more of Altair's channels.
     """

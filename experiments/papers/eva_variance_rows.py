@@ -1,8 +1,8 @@
 """What EVA's claims need of every model: inputs, first gradients, ranks, and the cost of a start.
 
-Seconds are those that the library reports of its own steps (calibration, allocation,
-decomposition; nothing from a cache). They are compared with training steps of the same model, and
-with a full singular value decomposition of every weight, which the papers' PiSSA takes.
+The seconds of a start are those in the library's report: calibration, allocation and decomposition,
+without a cache. They are compared with a training step of the same model, and with a full singular
+value decomposition of every weight, as the paper of PiSSA uses.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def measure_costs(
         sequences: in an epoch.
     """
     names = [layer.name for layer in layers]
-    say(f"  {subject.name}: what an initialization costs beside a training step")
+    say(f"  {subject.name}: the cost of an initialization, compared with a training step")
     step = 0.0
     rows = []
     for method in tracked(METHODS, "timing"):

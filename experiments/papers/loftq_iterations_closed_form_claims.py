@@ -236,8 +236,8 @@ def correlation_claim(models: pd.DataFrame) -> Claim:
 def rank_correlations(models: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rank correlations with the model's error, within groups of equal bits and rank.
 
-    Across groups all errors grow together. The starts of a group are related and not a sample, so
-    there is no interval.
+    Across groups all errors grow together. The starts of a group are not a random sample, so no
+    interval is computed.
 
     Args:
         models: columns `model`, `bits`, `rank`, `weight`, `output`, `error`.

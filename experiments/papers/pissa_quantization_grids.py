@@ -59,7 +59,9 @@ def on_grid(weight: Weight) -> bool:
 
 def _runs(weight: Weight) -> Float[Tensor, "runs 32"]:
     if weight.shape[1] % RUN:
-        raise ValueError(f"the weight has rows of {weight.shape[1]}; allowed are multiples of 32")
+        raise ValueError(
+            f"a weight with {weight.shape[1]} columns is not supported: must be a multiple of 32"
+        )
     return weight.float().reshape(-1, RUN)
 
 

@@ -336,7 +336,9 @@ def leading_share(rows: int, columns: int, rank: int) -> float:
     """
     small, large = sorted((rows, columns))
     if not 1 <= rank <= small:
-        raise ValueError(f"rank={rank}; allowed are 1 … {small} for {rows} × {columns}")
+        raise ValueError(
+            f"rank={rank} is not supported: must be 1 to {small} for {rows} × {columns}"
+        )
     y = small / large
     angles = (np.arange(NOISE_POINTS) + 0.5) * (np.pi / NOISE_POINTS)
     squares = 1 + y + 2 * np.sqrt(y) * np.cos(angles)

@@ -64,7 +64,7 @@ def clean_result(result: dict[str, Any], gaps: Gaps) -> dict[str, Any]:
 
 
 def check_required(result: dict[str, Any]) -> None:
-    """Raise a `ValueError` if a value without which there is no run is missing or wrong."""
+    """Raise a `ValueError` if a value that every run needs is missing or wrong."""
     status = result.get("status", "finished")
     if status != "finished":
         raise ValueError(f"its result.json says '{shown(status)}'")
