@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cells import judged_text, plural, short_sentences
+from .cells import judged_text, listing, plural, short_sentences
 from .judgement import NOT_RESOLVED, TIE, Judgement
 from .matrix import Matrix
 from .palette import BASELINE
@@ -30,18 +30,29 @@ def headline(matrix: Matrix, powers: list[Power], metric: str) -> tuple[str, str
 
 
 def differences(matrix: Matrix, metric: str) -> str:
-    parts = []
-    for quantity in matrix.quantities:
-        all_, found = matrix.of(quantity), [o for o in matrix.of(quantity) if o.differs]
-        if found:
-            most = max(found, key=distance)
-            parts.append(
-                f"{name(quantity, metric)} ({len(found)} of {len(all_)}; most: "
-                f"{arm(most, matrix)} {with_unit(most)}, {most.verdict})"
-            )
-    if not parts:
+    """One sentence for each quantity: those in which most methods differ first, after the score."""
+    differing = {
+        quantity: found
+        for quantity in matrix.quantities
+        if (found := [one for one in matrix.of(quantity) if one.differs])
+    }
+    if not differing:
         return f"No quantity of any method differs from {BASELINE}’s beyond doubt."
-    return short_sentences(f"Different from {BASELINE}", parts)
+    order = sorted(differing, key=lambda quantity: (quantity != SCORE, -len(differing[quantity])))
+    sentences = [f"Different from {BASELINE}."]
+    for quantity in order:
+        found = differing[quantity]
+        by_verdict = [
+            f"{arms([o for o in found if o.verdict == verdict], matrix)} {verdict}"
+            for verdict in dict.fromkeys(one.verdict for one in found)
+        ]
+        most = max(found, key=distance)
+        which = f", most {arm(most, matrix)}" if len(found) > 1 else ""
+        label = name(quantity, metric)
+        sentences.append(
+            f"{label[0].upper()}{label[1:]}: {listing(by_verdict)}{which} ({with_unit(most)})."
+        )
+    return " ".join(sentences)
 
 
 def ties(matrix: Matrix, metric: str) -> str:
@@ -81,20 +92,23 @@ def counted(matrix: Matrix, metric: str, verdict: str) -> list[str]:
     """One part for each quantity with this verdict: its arms by name, or how many there are."""
     parts = []
     for quantity in matrix.quantities:
-        all_ = matrix.of(quantity)
-        found = [one for one in all_ if one.verdict == verdict]
+        found = [one for one in matrix.of(quantity) if one.verdict == verdict]
         if not found:
             continue
-        who = (
-            f"all {len(all_)}"
-            if len(found) == len(all_) > 1
-            else ", ".join(arm(one, matrix) for one in found)
-            if len(found) <= NAMED
-            else f"{len(found)} of {len(all_)}"
-        )
+        who = arms(found, matrix)
         margin = f"{who}, {quantity.margin_text}" if verdict == TIE else who
         parts.append(f"{name(quantity, metric)} ({margin})")
     return parts
+
+
+def arms(found: list[Judgement], matrix: Matrix) -> str:
+    """These arms of one quantity by name, or how many of all they are."""
+    everyone = len(matrix.of(found[0].quantity))
+    if len(found) == everyone > 1:
+        return f"all {everyone}"
+    if len(found) <= NAMED:
+        return listing(arm(one, matrix) for one in found)
+    return f"{len(found)} of {everyone}"
 
 
 def arm(one: Judgement, matrix: Matrix) -> str:

@@ -35,10 +35,10 @@ class Table:
     align: str = "---:"
 
     def terminal(self, close: bool = False) -> RichTable:
-        """The table for a terminal; headings break at spaces. `close` saves two columns each."""
+        """The table for a terminal. Headings break at spaces; `close` makes columns narrower."""
         table = RichTable(
-            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0) if close else (0, 1),
+            title=self.title, title_justify="left", title_style="bold",
+            box=None if close else box.SIMPLE_HEAD, padding=(0, 1, 0, 0) if close else (0, 1),
         )  # fmt: skip
         for index, header in enumerate(self.headers):
             justify = "right" if index else "left"

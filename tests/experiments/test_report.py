@@ -226,8 +226,8 @@ def test_command_line(sweep, tmp_path, capsys, monkeypatch):
         assert re.search(rf"(?m)^ *{method} .*±", printed)
     assert "…" not in printed
     assert max(map(len, printed[printed.index("synthetic  ") :].splitlines()[:-1])) <= 80
-    assert re.search(r"(?m)^ olora +worse ", printed)
-    for start in ("Different from kaiming: accuracy (", "Tied, within", "Not resolved: accuracy ("):
+    assert re.search(r"(?m)^olora +worse ", printed)
+    for start in ("Different from kaiming. Accuracy: ", "Tied, within", "Not resolved: accuracy ("):
         assert f"\n{start}" in printed
     assert printed.strip().endswith(str(tmp_path / "out" / "index.html"))
     assert main([str(tmp_path / "nothing")]) == 1

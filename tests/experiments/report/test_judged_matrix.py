@@ -13,7 +13,15 @@ from experiments.report.__main__ import make
 from experiments.report.caveats import caveats
 from experiments.report.fronts import fronts
 from experiments.report.headline import headline
-from experiments.report.judgement import NOT_RESOLVED, TIE, WORSE, corrected, judge
+from experiments.report.judgement import (
+    BETTER,
+    LARGER,
+    NOT_RESOLVED,
+    TIE,
+    WORSE,
+    corrected,
+    judge,
+)
 from experiments.report.matrix import Matrix, first_step_below
 from experiments.report.power import Power
 from experiments.report.quantities import QUANTITIES, SCORE
@@ -134,11 +142,21 @@ def test_the_headline_says_what_the_verdicts_say(tmp_path):
         *judged(matrix, "added_memory_bytes", [TIE] * 4),
     ]
     first, second, third = headline(Matrix(found, [QUANTITY["update_size"]]), [], "accuracy")
-    assert first == "Different from kaiming: forgetting (2 of 4; most: m0 ×2.0, worse)."
+    assert first == "Different from kaiming. Forgetting: m0 and m1 worse, most m0 (×2.0)."
     assert second.startswith("Tied, within the margin: forgetting (m2, ±10 %) and memory of the")
     assert second.endswith(" (all 4, ±16 MiB).")
     assert third == (
         "Not resolved: accuracy (all 4) and forgetting (m3). Not measured: size of the update."
+    )
+    found += [
+        *judged(matrix, "update_size", [LARGER] * 5),
+        *judged(matrix, "init_seconds", [WORSE] * 4 + [BETTER, TIE]),
+        *judged(matrix, "first_step_error", [BETTER]),
+    ]
+    assert headline(Matrix(found), [], "accuracy")[0] == (
+        "Different from kaiming. Size of the update: all 5 larger, most m0 (×2.0). Seconds of the "
+        "start: 4 of 6 worse and m4 better, most m0 (×2.0). Forgetting: m0 and m1 worse, most m0 "
+        "(×2.0). Error of the first step: m0 better (×2.0)."
     )
     first, second, _ = headline(Matrix(judged(matrix, "score", [NOT_RESOLVED])), [], "accuracy")
     assert first == "No quantity of any method differs from kaiming’s beyond doubt."
