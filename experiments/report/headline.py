@@ -105,7 +105,7 @@ def arms(found: list[Judgement], matrix: Matrix) -> str:
     """These arms of one quantity by name, or how many of all they are."""
     everyone = len(matrix.of(found[0].quantity))
     if len(found) == everyone > 1:
-        return f"all {everyone}"
+        return "both" if everyone == 2 else f"all {everyone}"
     if len(found) <= NAMED:
         return listing(arm(one, matrix) for one in found)
     return f"{len(found)} of {everyone}"
