@@ -178,9 +178,10 @@ class Initializer:
 
     def supports(self, stored: WeightFormat) -> bool:
         """Whether the method supports modules of a weight format."""
+        if stored.operation == "selection" and "output_moments" in self.reads:
+            return False  # a router's output is not the product with its weight
         if stored.operation in ("routed", "selection"):
-            # The mean squares of the gradients of their outputs are not collected.
-            return "product" in self.operations and "output_moments" not in self.reads
+            return "product" in self.operations
         return not self.operations.isdisjoint({stored.operation, stored.name})
 
     @property

@@ -227,7 +227,8 @@ def _collect_with_outputs(
         name: LayerStatistics(
             inputs[name, request.ignore_label],
             gradients[name],
-            squares[name] / inputs[name, request.ignore_label].tokens,
+            # No token may have reached an expert.
+            squares[name] / max(inputs[name, request.ignore_label].tokens, 1),
         )
         for name in names
     }

@@ -3,6 +3,7 @@
 The inputs of an expert are the tokens that the router sends to it. With fewer tokens than the rank,
 they do not determine r directions. The moments of the inputs of all experts of the layer then
 replace its own. Likewise, the sum of all experts' gradients replaces a gradient that is zero.
+Methods that read both, and the outputs' moments, get all of them from the whole layer.
 """
 
 from __future__ import annotations
@@ -68,16 +69,22 @@ def _is_poor(target: Target, layer: LayerStatistics) -> bool:
 
 def _of_layer(parameter: str, layers: Sequence[LayerStatistics]) -> LayerStatistics:
     """The statistics of all experts together."""
-    if layers[0].inputs is None:
-        gradients = [layer.gradient for layer in layers]
+    gradient, squares, inputs = None, None, None
+    if layers[0].gradient is not None:
+        gradients: list[Any] = [layer.gradient for layer in layers]
         dense = [g.dense() if isinstance(g, GradientSketch) else g for g in gradients]
-        total = torch.zeros_like(dense[0])
+        gradient = torch.zeros_like(dense[0])
         for one in dense:
-            total += one
-        return LayerStatistics(gradient=total)
-    sets = [_sets(layer.inputs) for layer in layers]
-    pooled = {name: _pooled(parameter, [one[name] for one in sets]) for name in sets[0]}
-    return LayerStatistics(pooled[""] if "" in pooled else InputSets(pooled))
+            gradient += one
+    if layers[0].inputs is not None:
+        sets = [_sets(layer.inputs) for layer in layers]
+        pooled = {name: _pooled(parameter, [one[name] for one in sets]) for name in sets[0]}
+        inputs = pooled[""] if "" in pooled else InputSets(pooled)
+    if layers[0].output_moments is not None:
+        pairs: list[Any] = [(layer.output_moments, layer.inputs) for layer in layers]
+        tokens = sum(moments.tokens for _, moments in pairs)
+        squares = sum(outputs * moments.tokens for outputs, moments in pairs) / tokens
+    return LayerStatistics(inputs, gradient, squares)
 
 
 def _pooled(parameter: str, inputs: Sequence[InputStatistics]) -> InputStatistics:

@@ -12,7 +12,8 @@ differs from `Parameter.grad`:
   supported: G is the gradient with respect to the dequantized weight.
 - For a tied weight, G covers only this layer's use of it, which is what its adapter can change.
 - For a layer that is called several times, G sums over the calls.
-- The gradients of experts and routers come from autograd, in the parameter's dtype.
+- The gradients of experts and routers come from autograd, in the parameter's dtype. Where the
+  outputs' moments of experts are collected, their modules run the forward pass of `lora_init`.
 - Other products and all sums are float32 (float64 for float64 models), whatever dtype the model
   computes in.
 
@@ -40,16 +41,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lora_init.calibration.batches import check_count, forward, home, moved
 from lora_init.calibration.hooks import Observer, restore_training
 from lora_init.calibration.places import Place, placed
 from lora_init.distributed import all_or_none, over_ranks
+from lora_init.layers.routed_product import routed_call
 from lora_init.linalg.matrix import refuse_non_finite, widened
 from lora_init.linalg.mixed_products import add_product
 from lora_init.linalg.precision import full_precision, wide, wide_device
@@ -123,6 +126,7 @@ def collect_gradients(
         observed,
         _tapped(model, places, sums.add) as anchor,
         _trained(fused, sums.add_fused),
+        nullcontext() if squares is None else _watched(places, sums.add_squares),
     ):
         for count, batch in enumerate(batches, start=1):
             with nullcontext() if observer is None else observer.batch(batch):
@@ -224,6 +228,21 @@ class _Sums:
                 with full_precision():
                     own = own @ factor.block.to(own.device, own.dtype)
             self._sums[name] += own.to(self._sums[name])
+
+    def add_squares(
+        self,
+        names: Mapping[int, str],
+        gradient: Float[Tensor, "positions out"],
+        experts: Int[Tensor, " positions"],
+    ) -> None:
+        """Add g² of the outputs of one matrix of all experts, each position to its expert."""
+        found = wide(gradient).square()
+        count = len(self.places[next(iter(names.values()))].parameter)
+        total = found.new_zeros(count + 1, found.shape[1])
+        total.index_add_(0, experts.to(found.device), found)
+        for expert, name in names.items():
+            before = self.squares.get(name)
+            self.squares[name] = total[expert] if before is None else before + total[expert]
 
     def _zeros(self, name: str, place: torch.device) -> Tensor:
         shape = self.places[name].shape
@@ -368,6 +387,37 @@ def _trained(
             parameter.grad = None
             parameter.requires_grad_(True)
             undo.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def _watched(
+    places: Mapping[str, Place], add: Callable[[Mapping[int, str], Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Let the backward pass report the gradients of the outputs of each expert's matrices.
+
+    The modules of experts run the forward pass that they have with an adapter, without an update.
+    """
+    readers: dict[nn.Module, dict[str, dict[int, str]]] = {}
+    for name, place in places.items():
+        if place.expert is not None:
+            matrices = readers.setdefault(place.module, {})
+            matrices.setdefault(place.matrix, {})[place.expert] = name
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        def watch(matrix: str, states: Tensor, experts: Tensor) -> None:
+            if (names := readers[module].get(matrix)) and states.requires_grad:
+                states.register_hook(lambda gradient: add(names, gradient, experts))
+
+        return routed_call(module, {}, args, kwargs, watch)
+
+    with ExitStack() as undo:
+        for module in readers:
+            own = vars(module).get("forward")
+            module.forward = partial(forward, module)
+            if own is not None:
+                undo.callback(partial(setattr, module, "forward", own))
+            undo.callback(partial(delattr, module, "forward"))
         yield
 
 

@@ -7,7 +7,6 @@ no W + s B A is formed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_init.factors import low_rank_product
 from lora_init.layers.base import LoraLayer
-from lora_init.layers.routed_product import Update, routed_output
+from lora_init.layers.routed_product import Update, routed_call
 from lora_init.linalg.matrix import widened
 from lora_init.linalg.precision import full_precision
 from lora_init.weights.offload import HOOK_ATTRIBUTES, has_hooks
@@ -141,12 +140,7 @@ class LoraExperts(nn.Module):
     def _adapted_output(
         self, updates: Mapping[str, Update], /, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if kwargs:
-            signature = inspect.signature(type(self.base_layer).forward)
-            args = signature.bind(self.base_layer, *args, **kwargs).args[1:]
-        given: tuple[Any, ...] = (*args, None, None)
-        hidden, index, weights = given[:3]
-        return routed_output(self.base_layer, hidden, index, weights, updates)
+        return routed_call(self.base_layer, updates, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

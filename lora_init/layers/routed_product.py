@@ -7,7 +7,8 @@ size of the experts' weights is formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,9 @@ from lora_init.weights.experts import (
 )
 
 Rows = Float[Tensor, "positions in"]
+Watch = Callable[[str, Tensor, Tensor], None]
+"""Gets the name of a matrix, its outputs (positions, out), and the expert of each position. The
+number of experts there means that the router did not send the position to this expert."""
 
 
 class Update(NamedTuple):
@@ -48,12 +52,28 @@ class Update(NamedTuple):
     dropout: Callable[[Tensor], Tensor] | None = None
 
 
+def routed_call(
+    module: nn.Module,
+    updates: Mapping[str, Update],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    watch: Watch | None = None,
+) -> Float[Tensor, "tokens hidden"]:
+    """`routed_output` with the arguments of a call of the module."""
+    if kwargs:
+        args = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
+    given: tuple[Any, ...] = (*args, None, None)
+    hidden, index, weights = given[:3]
+    return routed_output(module, hidden, index, weights, updates, watch)
+
+
 def routed_output(
     module: nn.Module,
     hidden: Float[Tensor, "tokens hidden"],
     top_k_index: Int[Tensor, "tokens top_k"] | None,
     top_k_weights: Float[Tensor, "tokens top_k"] | None,
     updates: Mapping[str, Update],
+    watch: Watch | None = None,
 ) -> Float[Tensor, "tokens hidden"]:
     """The output of a module of experts whose matrices have these updates.
 
@@ -67,6 +87,7 @@ def routed_output(
         top_k_index: the experts of each token. A number of experts or more means no expert.
         top_k_weights: their weights. Both are None for Llama-4.
         updates: by the name of the matrix, such as "down_proj".
+        watch: sees the outputs of each matrix.
 
     Raises:
         RuntimeError: the selected experts implementation is not known.
@@ -75,12 +96,12 @@ def routed_output(
         raise RuntimeError(f"a {type(module).__name__} {reason}")
     first = first_projection(module)
     if top_k_index is None or top_k_weights is None:
-        return _of_all_tokens(module, hidden, updates)
+        return _of_all_tokens(module, hidden, updates, watch)
     routed = routing(top_k_index, len(getattr(module, DOWN)))
     weights = top_k_weights.masked_fill(top_k_index >= len(routed.offsets), 0)
     rows = routed_tokens(routed, hidden)
-    states = _projected(module, first, rows, routed, updates.get(first))
-    states = _projected(module, DOWN, activated(module, states), routed, updates.get(DOWN))
+    states = _projected(module, first, rows, routed, updates.get(first), watch)
+    states = _projected(module, DOWN, activated(module, states), routed, updates.get(DOWN), watch)
     if getattr(module, "has_post_expert_norm", False):
         norm: Any = module.post_expert_norm
         states = norm(states)
@@ -104,7 +125,12 @@ def product_stack(module: nn.Module, name: str) -> Float[Tensor, "experts inner 
 
 
 def _projected(
-    module: nn.Module, name: str, rows: Rows, routed: Routing, given: Update | None
+    module: nn.Module,
+    name: str,
+    rows: Rows,
+    routed: Routing,
+    given: Update | None,
+    watch: Watch | None,
 ) -> Float[Tensor, "positions out"]:
     """W_e x + s B_e A_e x + bias_e, row by row."""
     stack, ends, kind = product_stack(module, name), routed.ends, implementation(module)
@@ -122,7 +148,10 @@ def _projected(
     if given is not None:
         states = (states + low_rank(rows, given, ends)).to(states.dtype)
     bias = getattr(module, f"{name}_bias", None)
-    return states if bias is None else states + bias[routed.experts]
+    states = states if bias is None else states + bias[routed.experts]
+    if watch is not None:
+        watch(name, states, routed.experts)
+    return states
 
 
 def _one_by_one(rows: Rows, stack: Tensor, ends: Tensor) -> Tensor:
@@ -134,7 +163,10 @@ def _one_by_one(rows: Rows, stack: Tensor, ends: Tensor) -> Tensor:
 
 
 def _of_all_tokens(
-    module: nn.Module, hidden: Float[Tensor, "tokens hidden"], updates: Mapping[str, Update]
+    module: nn.Module,
+    hidden: Float[Tensor, "tokens hidden"],
+    updates: Mapping[str, Update],
+    watch: Watch | None,
 ) -> Float[Tensor, "tokens hidden"]:
     """The output of Llama-4's experts, which all read equally many rows."""
     rows = hidden
@@ -143,8 +175,16 @@ def _of_all_tokens(
         states = torch.bmm(rows.view(len(stack), -1, rows.shape[-1]), stack).flatten(0, 1)
         if (update := updates.get(name)) is not None:
             states = (states + low_rank(rows, update, None)).to(states.dtype)
+        if watch is not None:
+            watch(name, states, _selected_by(hidden, len(stack)))
         rows = states if name == DOWN else activated(module, states)
     return rows
+
+
+def _selected_by(hidden: Float[Tensor, "tokens hidden"], count: int) -> Int[Tensor, " tokens"]:
+    """The expert of each row. Llama-4 multiplies tokens that the router did not select by zero."""
+    experts = torch.arange(count, device=hidden.device).repeat_interleave(len(hidden) // count)
+    return experts.masked_fill(~hidden.detach().any(dim=-1), count)
 
 
 def low_rank(rows: Rows, update: Update, offsets: Tensor | None) -> Float[Tensor, "positions out"]:

@@ -5,11 +5,14 @@ import warnings
 import pytest
 import torch
 from expert_mixture import Mixture, mixture_rows
-from expert_modules import EXPERTS
+from expert_modules import CLASSES, EXPERTS
 from measures import relative_gap
 from models import Batches
 
 from lora_init import LoraConfig, calibrate, get_peft_model
+from lora_init.calibration.few_tokens import with_layer_statistics
+from lora_init.layers.routed_product import activated
+from lora_init.weights.experts import first_projection
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -144,7 +147,100 @@ def test_allocation_keeps_the_rank_of_experts(method):
     assert "experts keep one rank for all" in str(plan)
 
 
-def test_a_method_of_output_moments_refuses_experts_by_name():
-    config = LoraConfig(init_lora_weights="lora_da", target_parameters=PARAMETERS)
-    with pytest.raises(TypeError, match=r"'experts.gate_up_proj'.*lora_da does not support"):
-        get_peft_model(Mixture(), config, dry_run=True)
+LAYOUTS = ("concatenated", "interleaved, transposed, biased", "no gate")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("layout", [one for one in LAYOUTS if one in CLASSES])
+def test_the_output_moments_of_an_expert_are_those_of_its_tokens(layout, implementation):
+    model, batches = Mixture(layout), mixture_rows()
+    model.experts.config._experts_implementation = implementation
+    first = first_projection(model.experts)
+    names = [f"experts.{first}", "experts.down_proj"]
+    config = LoraConfig(r=2, init_lora_weights="lora_da", target_parameters=names)
+    forward = model.experts.forward
+    found = calibrate(model, config, Batches(batches)).layers
+    assert model.experts.forward == forward
+    sums = {}
+    for x in batches:
+        outputs = {}
+        Batches.loss(lambda x, kept=outputs: kept_outputs(model, x, kept), x).backward()
+        for key, states in outputs.items():
+            sums[key] = sums.get(key, 0) + states.grad.square().sum(0)
+    for (matrix, expert), squares in sums.items():
+        one = found[f"experts.{matrix}.{expert}"]
+        assert relative_gap(one.output_moments, squares / one.inputs.tokens) < 1e-5
+        assert one.gradient.shape == (len(squares), one.inputs.mean.shape[0])
+
+
+def kept_outputs(model, x, kept):
+    """The model's output in float64; keeps the outputs of each expert's matrices."""
+    block, hidden = model.experts, model.entry(x).double()
+    indices, scores = model.routing(hidden)
+    total = torch.zeros_like(hidden)
+    for expert in range(EXPERTS):
+        token, place = torch.where(indices == expert)
+        rows = hidden[token]
+        for matrix in (first_projection(block), "down_proj"):
+            stored = getattr(block, matrix)[expert].double()
+            rows = rows @ (stored if getattr(block, "is_transposed", False) else stored.T)
+            bias = getattr(block, f"{matrix}_bias", None)
+            rows = rows if bias is None else rows + bias[expert].double()
+            rows.requires_grad_(True) if rows.is_leaf else rows.retain_grad()
+            kept[matrix, expert] = rows
+            if matrix != "down_proj":
+                rows = activated(block, rows)
+        total = total.index_add(0, token, rows * scores[token, place, None])
+    return total
+
+
+class AllTokens(Mixture):
+    """Llama-4 gives every expert all tokens, those of other experts multiplied by zero."""
+
+    def __init__(self):
+        super().__init__("all tokens")
+
+    def forward(self, x):
+        hidden = self.entry(x)
+        indices, scores = self.routing(hidden)
+        weights = torch.zeros(len(x), EXPERTS).scatter(1, indices, scores).T.reshape(-1, 1)
+        return self.experts(hidden.repeat(EXPERTS, 1) * weights).view(EXPERTS, *x.shape).sum(0)
+
+
+@pytest.mark.skipif("all tokens" not in CLASSES, reason="transformers without Llama-4")
+def test_the_output_moments_of_llama_4_leave_out_tokens_of_other_experts():
+    model, (x,) = AllTokens(), mixture_rows(1)
+    config = LoraConfig(r=2, init_lora_weights="lora_da", target_parameters=PARAMETERS)
+    found = calibrate(model, config, Batches([x])).layers
+    with torch.no_grad():
+        hidden = model.entry(x).double()
+        indices, scores = model.routing(model.entry(x))
+    kept, total = {}, torch.zeros_like(hidden)
+    for expert in range(EXPERTS):
+        token, place = torch.where(indices == expert)
+        rows = hidden[token] * scores[token, place, None]
+        both = (rows @ model.experts.gate_up_proj[expert].double()).requires_grad_()
+        down = activated(model.experts, both) @ model.experts.down_proj[expert].double()
+        down.retain_grad()
+        total = total.index_add(0, token, down)
+        kept |= {f"experts.gate_up_proj.{expert}": both, f"experts.down_proj.{expert}": down}
+    Batches.loss(lambda x: total, x).backward()
+    for name, states in kept.items():
+        assert found[name].inputs.tokens == len(states)
+        assert relative_gap(found[name].output_moments, states.grad.square().mean(0)) < 1e-5
+
+
+def test_an_expert_without_tokens_has_all_statistics_of_its_layer():
+    config = LoraConfig(r=2, init_lora_weights="lora_da", target_parameters=PARAMETERS)
+    model, batches = Partial(), Batches(mixture_rows())
+    found = calibrate(model, config, batches)
+    assert not found.layers["experts.down_proj.4"].output_moments.any()
+    plan = get_peft_model(Partial(), config, dry_run=True).in_matrices()
+    with pytest.warns(UserWarning, match="got fewer tokens"):
+        whole = with_layer_statistics(plan, found).layers["experts.down_proj.4"]
+    layers = [found.layers[f"experts.down_proj.{expert}"] for expert in range(EXPERTS)]
+    tokens = torch.tensor([one.inputs.tokens for one in layers]).double()
+    assert whole.inputs.tokens == tokens.sum()
+    moments = torch.stack([one.output_moments for one in layers])
+    assert relative_gap(whole.output_moments, tokens @ moments / tokens.sum()) < 1e-12
+    assert relative_gap(whole.gradient, sum(one.gradient.double() for one in layers)) < 1e-6
