@@ -138,11 +138,13 @@ def sentences(sweep: PublishedSweep, decisions: list[Decision]) -> tuple[str, st
         "Search the learning rate again when you change the start. As multiples of "
         f"`{BASELINE}`’s, the best rates were {'; '.join(groups)}."
     )
-    forgets = [
-        f"`{one.arm}` forgets more than `{BASELINE}` ({judged_text(one, brief=True)})"
+    worse = [
+        f"`{one.arm}` ({judged_text(one, brief=True)})"
         for one in sweep.judgements
         if one.quantity.name == "forgetting" and one.verdict == WORSE
     ]
+    verb = "forgets" if len(worse) == 1 else "forget"
+    forgets = [f"{listing(worse)} {verb} more than `{BASELINE}`"] if worse else []
     four_bit = [one for one in decisions if one.situation.label.startswith("a 4-bit base")]
     parts = [*forgets, *(f"For {d.situation.label}, begin with `{d.start}`" for d in four_bit)]
     return first, second, " ".join(f"{part}." for part in parts)

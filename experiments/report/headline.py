@@ -50,7 +50,7 @@ def differences(matrix: Matrix, metric: str) -> str:
         which = f", most {arm(most, matrix)}" if len(found) > 1 else ""
         label = name(quantity, metric)
         sentences.append(
-            f"{label[0].upper()}{label[1:]}: {listing(by_verdict)}{which} ({with_unit(most)})."
+            f"{label[0].upper()}{label[1:]}: {'; '.join(by_verdict)}{which} ({with_unit(most)})."
         )
     return " ".join(sentences)
 

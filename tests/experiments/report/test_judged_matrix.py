@@ -155,7 +155,7 @@ def test_the_headline_says_what_the_verdicts_say(tmp_path):
     ]
     assert headline(Matrix(found), [], "accuracy")[0] == (
         "Different from kaiming. Size of the update: all 5 larger, most m0 (×2.0). Seconds of the "
-        "start: 4 of 6 worse and m4 better, most m0 (×2.0). Forgetting: m0 and m1 worse, most m0 "
+        "start: 4 of 6 worse; m4 better, most m0 (×2.0). Forgetting: m0 and m1 worse, most m0 "
         "(×2.0). Error of the first step: m0 better (×2.0)."
     )
     first, second, _ = headline(Matrix(judged(matrix, "score", [NOT_RESOLVED])), [], "accuracy")
