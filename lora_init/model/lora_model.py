@@ -32,8 +32,10 @@ from lora_init.model.verification import (
     Uses,
     has_compiled_part,
     is_traced,
+    no_gradient_message,
     read_message,
     unused_message,
+    without_gradient,
 )
 from lora_init.plan.attention import split_on_success
 from lora_init.plan.make import check_model
@@ -90,6 +92,7 @@ class LoraModel(nn.Module):
             self.requires_grad_(False)
         self.training = base_model.training  # do not change the modes of submodules
         self._use_pending = True  # the first forward pass checks which layers are used
+        self._gradient_pending = True  # the first one with a graph checks which layers can learn
         self._read_layers: list[str] = []  # their weight was read without a call
         self.checkpoint_prefix = ""  # prefix of the state dict that is being loaded
         self.loading: injection.Transaction | None = None  # undoes an unfinished load
@@ -101,27 +104,35 @@ class LoraModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.loading is not None:
             self.undo_broken_loading()
-        if self._use_pending and not is_traced():
+        pending = self._use_pending or (self._gradient_pending and torch.is_grad_enabled())
+        if pending and not is_traced():
             return self._first_forward(*args, **kwargs)
         return self.base_model(*args, **kwargs)
 
     def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one pass and warn about adapted layers that it does not use.
+        """Run one pass and warn about adapted layers that it does not use, or that cannot learn.
 
-        A pass that fails or runs without the adapter defers the check to the next pass.
+        A pass that fails or runs without the adapter defers both checks to the next pass. A pass
+        without a graph defers the second one.
         """
         live = self._injection
         if live is None or has_compiled_part(self.base_model):
-            self._use_pending = False
+            self._use_pending = self._gradient_pending = False
             return self.base_model(*args, **kwargs)
         if live.merged or not live.enabled:
             return self.base_model(*args, **kwargs)
         layers = {**live.layers, **live.trained}
         with Uses(layers) as uses:
             output = self.base_model(*args, **kwargs)
-        self.assume_used(uses)
-        if unused := [name for name in layers if name not in uses.used]:
+        unused = [name for name in layers if name not in uses.used]
+        if unused and self._use_pending:
             warnings.warn(unused_message(unused, len(layers)), stacklevel=4)
+        self.assume_used(uses)
+        if torch.is_grad_enabled():
+            self._gradient_pending = False
+            used = {name: layer for name, layer in layers.items() if name in uses.used}
+            if still := without_gradient(used, output):
+                warnings.warn(no_gradient_message(still, len(layers)), stacklevel=4)
         return output
 
     def assume_used(self, uses: Uses) -> None:

@@ -18,6 +18,7 @@ from lora_init.calibration.batches import forward, home, moved
 from lora_init.layers.experts import AdaptedForward
 from lora_init.linalg.precision import wide
 from lora_init.plan.tables import listed
+from lora_init.weights.sharded import is_dtensor
 
 FLOAT32_TOLERANCE = 1e-4
 """Largest accepted difference of an output, relative to its largest entry. It lies between the
@@ -145,6 +146,33 @@ def original_output(model: nn.Module, batch: Any) -> Any:
         return forward(model, batch)
 
 
+def without_gradient(layers: Mapping[str, nn.Module], output: Any) -> list[str] | None:
+    """Names of layers with no trained parameter in the graph of this output.
+
+    Returns:
+        None if the graph cannot tell: there is none, a reentrant checkpoint hides a part of it, or
+        sharded parameters have others in their place.
+    """
+    waiting = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    seen: set[Any] = set(waiting)
+    reached: set[int] = set()
+    while waiting:
+        node: Any = waiting.pop()
+        if "Checkpoint" in type(node).__name__:
+            return None
+        reached.add(id(getattr(node, "variable", None)))
+        following = {one for one, _ in node.next_functions if one is not None} - seen
+        seen |= following
+        waiting += following
+    trained = {
+        name: [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        for name, layer in layers.items()
+    }
+    if not reached or any(is_dtensor(p) for some in trained.values() for p in some):
+        return None
+    return [name for name, some in trained.items() if some and not reached & set(map(id, some))]
+
+
 def is_traced() -> bool:
     """Whether torch.compile or torch.jit traces this code."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
@@ -175,6 +203,15 @@ def unused_message(names: list[str], count: int) -> str:
         "tokens), or the model has another reference to the original module and ignores the "
         "adapter. Check with get_peft_model(..., verify=<batch>). If the adapter is ignored, add "
         "the layers to exclude_modules."
+    )
+
+
+def no_gradient_message(names: list[str], count: int) -> str:
+    """The warning for layers that run and cannot learn."""
+    return (
+        f"{len(names)} of {count} adapted layers get no gradient from the output of this pass: "
+        f"{listed(names, 6)}. The model calls them, but uses what they return for a choice, such "
+        "as that of some tokens, or not at all. They do not train: add them to exclude_modules."
     )
 
 

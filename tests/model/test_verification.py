@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import llama, token_batches
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_init import LoraConfig, get_peft_model
 
@@ -142,3 +143,47 @@ def test_a_compiled_pass_leaves_the_check_pending():
         torch.compile(model, fullgraph=True, backend="eager")(x)
     with pytest.warns(UserWarning, match="'aside'"):
         model(x)
+
+
+class Selector(nn.Module):
+    """A model that uses one of its layers only to choose rows, and drops the output of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.value, self.extra = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        self.extra(x)
+        return self.value(x[self.score(x).sum(-1).topk(2).indices])
+
+
+@pytest.mark.parametrize("first", ["training", "evaluation"])
+def test_a_layer_that_gets_no_gradient_is_named(first):
+    model = get_peft_model(Selector(), LoraConfig(r=2, target_modules=["score", "value", "extra"]))
+    if first == "evaluation":
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error")
+            model(torch.randn(4, 8))
+    message = "2 of 3 adapted layers get no gradient .* 'score', 'extra'"
+    with pytest.warns(UserWarning, match=message):
+        model(torch.randn(4, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_hides_no_gradient(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            inside = checkpoint(self.first, x, use_reentrant=reentrant)
+            return self.second(inside)
+
+    model = get_peft_model(Checkpointed(), LoraConfig(r=2, target_modules=["first", "second"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, 8, requires_grad=True)).sum().backward()
