@@ -180,7 +180,7 @@ def _renaming(base: nn.Module, layers: list[str]) -> Callable[[str], str]:
 
     if all(through_wrappers(layer) in modules for layer in layers):
         return through_wrappers
-    former = _former_names(base)
+    former = former_names(base)
     if former is not None and all(through_wrappers(former(layer)) in modules for layer in layers):
         return lambda key: through_wrappers(former(key))
     moved = _moved_prefix(map(without_wrappers, layers), single)
@@ -211,7 +211,7 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _former_names(base: nn.Module) -> Callable[[str], str] | None:
+def former_names(base: nn.Module) -> Callable[[str], str] | None:
     """transformers' renaming of old checkpoint keys; None if it has none for this model.
 
     If the base is a model of transformers, that library is already imported.

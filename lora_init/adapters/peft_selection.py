@@ -5,6 +5,9 @@ transformers 5 stores the weights of all experts in one tensor. For such models,
 shared experts with the same names then get no adapter, and PEFT drops their tensors. A file
 therefore names the weights of such layers in `target_parameters`, which PEFT keeps. That excludes
 dropout, DoRA and `lora_bias`.
+
+PEFT also applies transformers' renaming of old checkpoint keys to an adapter's keys. A renaming whose
+pattern matches a present name too gives a layer that does not exist, and PEFT drops the tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora_init.adapters.keys import former_names
 from lora_init.plan.expert_names import pefts_names
 from lora_init.plan.left_out import by_reason
 from lora_init.plan.match import name_matches, portable_targets
@@ -39,13 +43,33 @@ def different_in_peft(model: nn.Module, plan: Plan) -> tuple[Difference, ...]:
     """The modules that only lora_init or only PEFT would adapt with a file of this plan.
 
     Args:
-        model: the base model; only its `config.model_type` is used.
+        model: the base model.
         plan: the plan of the adapter.
     """
+    targets = [target.name for target in plan.targets if target.experts is None]
+    return _renamed(model, targets) + _reselected(model, plan, targets)
+
+
+def _renamed(model: nn.Module, targets: list[str]) -> tuple[Difference, ...]:
+    """The layers whose keys PEFT renames to those of a layer that the model does not have."""
+    renamed = former_names(model)
+    if renamed is None:
+        return ()
+    ending, modules = ".lora_A.weight", dict(model.named_modules())
+    found = {name: renamed(name + ending).removesuffix(ending) for name in targets}
+    return tuple(
+        Difference(name, f"PEFT renames its keys to {other!r} and drops the adapter")
+        for name, other in found.items()
+        # PEFT undoes a renaming that only removes a leading part.
+        if other not in modules and not name.endswith(other)
+    )
+
+
+def _reselected(model: nn.Module, plan: Plan, targets: list[str]) -> tuple[Difference, ...]:
+    """The layers that PEFT would take for experts, or that it adds."""
     experts = pefts_names(model)
     if not experts or plan.names_weights:
         return ()
-    targets = [target.name for target in plan.targets if target.experts is None]
     written = portable_targets(targets, plan.candidates)
     # PEFT replaces a regular expression with the last parts of the matching names.
     entries = written if isinstance(written, list) else {n.rpartition(".")[2] for n in targets}

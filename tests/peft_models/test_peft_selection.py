@@ -85,3 +85,23 @@ def test_a_selection_that_peft_reads_alike_is_not_warned_about():
         warnings.simplefilter("error", UserWarning)
         for kind, targets in (("mixtral", ["q_proj"]), ("llama", ["down_proj"])):
             get_peft_model(build(kind), LoraConfig(target_modules=targets), dry_run=True)
+
+
+def test_keys_that_peft_renames_are_warned_about(tmp_path):
+    """transformers' renaming of Laguna's `mlp.shared_expert.` also matches `mlp.shared_experts`."""
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    config = transformers.LagunaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    settings = LoraConfig(r=2, target_modules=["shared_experts.down_proj", "o_proj"])
+    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.shared_experts.down_proj.* renames"):
+        model = get_peft_model(transformers.LagunaForCausalLM(config), settings)
+    warned = {one.name for one in different_in_peft(model.unload(), model.plan)}
+    model = get_peft_model(transformers.LagunaForCausalLM(config), settings)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="missing adapter keys") as said:
+        peft.PeftModel.from_pretrained(transformers.LagunaForCausalLM(config), tmp_path)
+    missing = next(str(w.message) for w in said if "missing adapter keys" in str(w.message))
+    assert all((name in missing) == (name in warned) for name in model.layers)
