@@ -497,7 +497,8 @@ def test_plan_and_make_of_a_quantized_checkpoint_name_its_format(run, checkpoint
     run("make", *words, out)
     base = LlamaForCausalLM.from_pretrained(folder, device_map="cpu").eval()
     expected = base(TOKENS).logits
-    actual = PeftModel.from_pretrained(base, out)(TOKENS).logits
+    # In eval mode, bitsandbytes repacks on some CPUs, which fails for layers this narrow.
+    actual = PeftModel.from_pretrained(base, out).train()(TOKENS).logits
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)  # one layer is bfloat16
 
 

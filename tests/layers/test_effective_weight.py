@@ -248,7 +248,8 @@ def test_a_model_that_reads_weights_starts_trains_disables_and_merges(name, star
     with torch.no_grad():
         assert gap(run(model, batch), wanted) < 3e-6
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, 1e-3)
+    # B = 0 gets small gradients: smaller steps round to nothing.
+    optimizer = torch.optim.SGD(trained, 1e-2 if start == "kaiming" else 1e-3)
     goal = wanted + 0.3 * torch.randn(wanted.shape)
     losses = []
     for _ in range(3):
