@@ -6,8 +6,8 @@ shared experts with the same names then get no adapter, and PEFT drops their ten
 therefore names the weights of such layers in `target_parameters`, which PEFT keeps. That excludes
 dropout, DoRA and `lora_bias`.
 
-PEFT also applies transformers' renaming of old checkpoint keys to an adapter's keys. A renaming whose
-pattern matches a present name too gives a layer that does not exist, and PEFT drops the tensors.
+PEFT also renames the keys of an adapter as transformers renames those of old checkpoints. A pattern
+that matches a present name too gives a layer that does not exist, and PEFT drops its tensors.
 """
 
 from __future__ import annotations

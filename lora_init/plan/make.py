@@ -32,7 +32,7 @@ from lora_init.plan.match import PatternValues, Selection, select
 from lora_init.plan.parameters import fused_parameters
 from lora_init.plan.plan import Plan, Target
 from lora_init.plan.sharded import check_sharded_variants
-from lora_init.plan.state_space import read_by_kernel
+from lora_init.plan.state_space import read_by_kernel, rescaled_in_place
 from lora_init.registry import CalibrationRequest, Initializer
 from lora_init.weights.format import WEIGHT, WeightFormat
 from lora_init.weights.kinds import FORMATS, is_quantized, known_format, module_type
@@ -118,7 +118,7 @@ def make_plan(
     targets = []
     for name, owner, matrix in _matrices(model, selection):
         module = model.get_submodule(owner)
-        reason = read_by_kernel(model, owner)
+        reason = read_by_kernel(model, owner) or rescaled_in_place(model, owner)
         is_implied = name in selection.implied
         may_omit = (everything and matrix == WEIGHT) or (is_implied and config.experts is None)
         if reason is not None and not everything:

@@ -5,9 +5,11 @@ import warnings
 
 import pytest
 import torch
+from measures import assert_gap
 from mixtures import MIXTURES, STATE_SPACES, mixture
 from models import bert, llama
 from torch import nn
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from lora_init import LoraConfig, LoraModel, get_peft_model
 from lora_init.plan.tables import grouped
@@ -314,3 +316,31 @@ def test_a_computed_weight_that_is_named_is_an_error():
     config = LoraConfig(r=2, target_modules=["normed"])
     with pytest.raises(TypeError, match=r"'normed': its weight is computed"):
         get_peft_model(Attention(), config)
+
+
+def test_weights_that_rwkv_divides_in_place_are_named():
+    def rwkv(every):
+        config = RwkvConfig(
+            vocab_size=32, hidden_size=16, attention_hidden_size=16, intermediate_size=24,
+            num_hidden_layers=4, rescale_every=every,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return RwkvForCausalLM(config)
+
+    tokens = torch.arange(6)[None]
+    everything = LoraConfig(r=2, init_lora_weights="pissa", target_modules="all-linear")
+    for every, count in ((2, 4), (0, 0)):
+        plain = rwkv(every)
+        with torch.no_grad():
+            expected = {mode: plain.train(mode)(tokens).logits for mode in (True, False)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(rwkv(every), everything)
+        named = [row for row in model.init_report().left_out if "in place" in row.reason]
+        assert len(named) == count
+        with torch.no_grad():
+            for mode, logits in expected.items():
+                assert_gap(model.train(mode)(tokens).logits, logits, 1e-5)
+    listed = LoraConfig(r=2, target_modules=["key", "value"])
+    with pytest.raises(ValueError, match=r"blocks\.2\.feed_forward\.value'.*rescale_every=0"):
+        get_peft_model(rwkv(2), listed)
