@@ -151,7 +151,7 @@ def without_gradient(layers: Mapping[str, nn.Module], output: Any) -> list[str] 
 
     Returns:
         None if the graph cannot tell: there is none, a reentrant checkpoint hides a part of it, or
-        sharded parameters have others in their place.
+        the parameters of sharded layers have others in their place.
     """
     waiting = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
     seen: set[Any] = set(waiting)
@@ -168,9 +168,10 @@ def without_gradient(layers: Mapping[str, nn.Module], output: Any) -> list[str] 
         name: [parameter for parameter in layer.parameters() if parameter.requires_grad]
         for name, layer in layers.items()
     }
-    if not reached or any(is_dtensor(p) for some in trained.values() for p in some):
+    with_any = {name for name, some in trained.items() if not reached.isdisjoint(map(id, some))}
+    if not with_any or any(is_dtensor(one) for some in trained.values() for one in some):
         return None
-    return [name for name, some in trained.items() if some and not reached & set(map(id, some))]
+    return [name for name, some in trained.items() if some and name not in with_any]
 
 
 def is_traced() -> bool:

@@ -419,6 +419,21 @@ def test_a_layer_that_is_called_from_a_list_or_closure_is_found(method, how):
     model(x)
 
 
+def test_a_layer_that_gets_no_gradient_is_named():
+    class Choice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score, self.value = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.value(x[self.score(x).sum(-1).topk(2).indices])
+
+    model = peft.get_peft_model(Choice(), peft.LoraConfig(r=2, target_modules=["score", "value"]))
+    initialize_peft_model(model, "pissa")
+    with pytest.warns(UserWarning, match="1 of 2 adapted layers get no gradient .* 'score'"):
+        model(torch.randn(4, 8))
+
+
 @pytest.mark.parametrize("method", ["kaiming", "pissa", "loftq"])
 def test_a_model_that_uses_its_layers_passes(method, recwarn):
     model = wrapped()
