@@ -16,19 +16,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lora_init import Calibration, InitReport, initialize_peft_model, load_peft_checkpoint
+from lora_init import Calibration, InitReport, initialize_peft_model
 from lora_init.distributed import rank_count, rank_number
 from lora_init.peft_models.load import has_header
 from lora_init.peft_models.plan import method_setting
+from lora_init.peft_models.resume import Expected, is_doubled_in_shards, stop_waiting, wait
 from lora_init.peft_models.start import records
 from lora_init.registry import describe, resolve
 
@@ -91,9 +93,12 @@ class LoraInitCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Prepare the model for a resume: its checkpoint may contain a start."""
-        can_load = hasattr(model, "peft_config") and hasattr(model, "load_adapter")
-        if can_load and "load_adapter" not in vars(model):
-            model.load_adapter = MethodType(_load_adapter, model)
+        if hasattr(model, "peft_config") and hasattr(model, "load_adapter"):
+            spec, _ = resolve(self.method)
+            adapter = self.settings.get("adapter_name", "default")
+            quantized_base = self.settings.get("quantized_base", "in_forward")
+            subtracts = spec.base == "subtract"
+            wait(model, Expected(self.method, subtracts, adapter, quantized_base))
 
     def on_train_begin(
         self,
@@ -105,7 +110,7 @@ class LoraInitCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Initialize the model, unless the training is resumed or the model has a start."""
-        _stop_waiting(model)
+        stop_waiting(model)
         if state.global_step > 0 or records(model):
             return
         self.report = initialize_peft_model(
@@ -115,6 +120,18 @@ class LoraInitCallback(TrainerCallback):
             seed=self.seed,
             **self.settings,
         )
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Remove a copy of the adapter from a checkpoint if torch cannot load it.
+
+        Under FSDP2 with `FULL_STATE_DICT`, Trainer writes the adapter twice: as PEFT's file, and as
+        `pytorch_model_fsdp.bin`. torch copies the latter into the shards before any hook runs, and
+        refuses rank 2r. Without it, Trainer resumes from PEFT's file.
+        """
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        is_twice = is_doubled_in_shards(model) and rank_count() > 1 and has_header(folder)
+        if is_twice and state.is_world_process_zero:
+            (folder / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
 
     def _calibration(self, model: nn.Module, loader: Any) -> Any:
         spec, _ = resolve(self.method)
@@ -166,22 +183,6 @@ def _with_fixed_ranks(setting: Any) -> Any:
             "the trainer is made."
         )
     return describe(spec, dataclasses.replace(options, rho=1.0))
-
-
-def _load_adapter(model: Any, folder: Any, adapter_name: str, *args: Any, **settings: Any) -> Any:
-    """PEFT's `load_adapter`, for which a checkpoint with a start also restores that start."""
-    _stop_waiting(model)
-    if adapter_name in model.peft_config and has_header(Path(folder)):
-        load_peft_checkpoint(model, folder, adapter_name)
-        return None
-    return model.load_adapter(folder, adapter_name, *args, **settings)
-
-
-def _stop_waiting(model: Any) -> None:
-    """Remove the `load_adapter` that `on_init_end` set."""
-    found = vars(model).get("load_adapter")
-    if getattr(found, "__func__", None) is _load_adapter:
-        del model.load_adapter
 
 
 def _examples(loader: DataLoader, count: int, seed: int) -> Iterator[Any]:

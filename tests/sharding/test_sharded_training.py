@@ -1,0 +1,183 @@
+"""`LoraInitCallback` in a Trainer that shards by FSDP2: two ranks, compared with one process."""
+
+from functools import partial
+
+import peft
+import pytest
+import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from peft_training import logits, peft_model, trainer_of
+from processes import run_ranks
+from sharded import WORLD, findings, gap, join, leave
+from substitutes import random_llama
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from lora_init.integrations.transformers import LoraInitCallback
+from lora_init.weights.sharded import is_dtensor, whole
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+METHODS = ("pissa", "eva")
+STATE_DICTS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+INITIAL = tuple(f".base_layer.initial_factors.initial_{letter}" for letter in "AB")
+"""The names of A0 and B0, which a subtracting method has left in a base module."""
+UNITS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+
+
+class Watched(LoraInitCallback):
+    """The callback, with what a resumed training must have again.
+
+    Attributes:
+        states: the factors, A0 and B0, and the optimizer's moments, at the start and by step.
+    """
+
+    def __init__(self, method):
+        super().__init__(method, batches=4, seed=5)
+        self.states = {}
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        self.same = held == {id(each) for each in model.parameters() if each.requires_grad}
+        self.states[state.global_step] = state_of(model, optimizer)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.states[state.global_step] = state_of(model, optimizer)
+
+
+def state_of(model, optimizer):
+    found = {f"{name}": whole(one) for name, one in model.named_parameters() if "lora_" in name}
+    found |= {name: one for name, one in model.named_buffers() if name.endswith(INITIAL)}
+    for name, one in model.named_parameters():
+        for moment, value in optimizer.state.get(one, {}).items():
+            found[f"{name} {moment}"] = whole(value)
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def products(state):
+    """s B A of each layer."""
+    keys = [key for key in state if key.endswith("lora_A.default.weight")]
+    return {key: 2 * state[key.replace("lora_A", "lora_B")] @ state[key] for key in keys}
+
+
+def sharded_trainer(model, output, callback, state_dict="FULL_STATE_DICT", **settings):
+    trainer = trainer_of(
+        model, output, callback, ddp_backend="gloo", fsdp=True,
+        fsdp_config={"version": 2, "state_dict_type": state_dict, **UNITS},
+        max_grad_norm=0.0, **settings,
+    )  # fmt: skip
+    # Accelerate selects FSDP for accelerators only, but its code for FSDP2 runs on a CPU too.
+    state = trainer.accelerator.state
+    for shared in (state._shared_state, PartialState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    trainer.is_fsdp_enabled = True
+    return trainer
+
+
+# -- a training, also with accumulation -------------------------------------------------------------
+
+
+def train(rank, folder, accumulation):
+    join(rank, folder)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
+    found = {}
+    for method in METHODS:
+        callback = Watched(method)
+        trainer = sharded_trainer(
+            peft_model(f"{folder}/llama"), f"{folder}/{method}", callback,
+            gradient_accumulation_steps=accumulation, optim="sgd", max_steps=3,
+        )  # fmt: skip
+        trainer.train()
+        trainer.save_model(f"{folder}/{method}/saved")
+        assert any(map(is_dtensor, trainer.model.parameters()))
+        found[method] = callback.states, callback.same
+    leave(found, rank, folder)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_that_accumulate_are_one_process(tmp_path, accumulation):
+    random_llama(tmp_path / "llama", 32)
+    run_ranks(partial(train, accumulation=accumulation), tmp_path, WORLD)
+    for method in METHODS:
+        callback, model = Watched(method), peft_model(tmp_path / "llama")
+        trainer_of(
+            model, tmp_path, callback, gradient_accumulation_steps=WORLD * accumulation,
+            optim="sgd", max_steps=3, max_grad_norm=0.0,
+        ).train()  # fmt: skip
+        first, last = callback.states[0], products(callback.states[3])
+        assert gap(products(first), last) > 1e-3
+        for states, same in (rank[method] for rank in findings(tmp_path)):
+            assert same
+            print(method, gap(states[0], first), gap(products(states[3]), last))
+            assert gap(products(states[0]), products(first)) <= 1e-6
+            assert gap(products(states[3]), last) <= 1e-5
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / method / "saved")
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+# -- a resume --------------------------------------------------------------------------------------
+
+
+def interrupt(rank, folder, state_dict):
+    join(rank, folder)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
+    settings = {"state_dict": state_dict, "save_strategy": "steps", "save_steps": 2}
+    found = {}
+    for method in METHODS:
+        output, runs = f"{folder}/{method}", []
+        for checkpoint in (None, f"{output}/checkpoint-2"):
+            callback = Watched(method)
+            model = peft_model(f"{folder}/llama")
+            trainer = sharded_trainer(model, output, callback, **settings)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            runs.append((callback.states, callback.report is not None, logits(trainer.model)))
+            assert not {"state_dict", "load_state_dict"} & vars(trainer.model).keys()
+        state = get_model_state_dict(trainer.model, options=FULL)
+        if rank == 0:
+            trainer.model.save_pretrained(f"{output}/saved", state_dict=dict(state))
+        found[method] = runs
+    leave(found, rank, folder)
+
+
+def adapted_in_float64(folder, state):
+    """The base with W + s (B A - B0 A0) for W."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for key in (key for key in state if key.endswith("lora_A.default.weight")):
+        path = key.removesuffix(".lora_A.default.weight")
+        change = state[f"{path}.lora_B.default.weight"].double() @ state[key].double()
+        start = [value.double() for name, value in state.items()
+                 if name.startswith(f"{path}.") and name.endswith(INITIAL)]  # fmt: skip
+        if start:
+            change -= start[1] @ start[0]
+        base.get_submodule(path.removeprefix("base_model.model.")).weight.data += 2 * change
+    return base
+
+
+@pytest.mark.parametrize(
+    "state_dict", [pytest.param(one, marks=pytest.mark.exhaustive) for one in STATE_DICTS]
+)
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, state_dict):
+    random_llama(tmp_path / "llama", 32)
+    run_ranks(partial(interrupt, state_dict=state_dict), tmp_path, WORLD)
+    for rank in findings(tmp_path):
+        for method, ((whole_run, started, _), (resumed, again, output)) in rank.items():
+            assert started
+            assert not again
+            assert sorted(resumed) == [2, 3, 4]
+            at_kill = whole_run[2]
+            assert any("exp_avg" in name for name in at_kill)
+            assert any(name.endswith(INITIAL) for name in at_kill) == (method == "pissa")
+            assert gap(resumed[2], at_kill) <= 1e-6
+            assert gap(resumed[4], whole_run[4]) <= 1e-6
+            assert gap(products(resumed[2]), products(resumed[4])) > 1e-3
+            expected = logits(adapted_in_float64(tmp_path / "llama", resumed[4])).float()
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+            base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+            loaded = peft.PeftModel.from_pretrained(base, tmp_path / method / "saved")
+            torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
