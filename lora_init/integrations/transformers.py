@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback
@@ -31,7 +31,7 @@ from lora_init.distributed import rank_count, rank_number
 from lora_init.peft_models.load import has_header
 from lora_init.peft_models.plan import method_setting
 from lora_init.peft_models.resume import Expected, is_doubled_in_shards, stop_waiting, wait
-from lora_init.peft_models.start import records
+from lora_init.peft_models.start import base_owner, records
 from lora_init.registry import describe, resolve
 
 
@@ -94,11 +94,9 @@ class LoraInitCallback(TrainerCallback):
     ) -> None:
         """Prepare the model for a resume: its checkpoint may contain a start."""
         if hasattr(model, "peft_config") and hasattr(model, "load_adapter"):
-            spec, _ = resolve(self.method)
             adapter = self.settings.get("adapter_name", "default")
             quantized_base = self.settings.get("quantized_base", "in_forward")
-            subtracts = spec.base == "subtract"
-            wait(model, Expected(self.method, subtracts, adapter, quantized_base))
+            wait(model, Expected(self.method, self._subtracts, adapter, quantized_base))
 
     def on_train_begin(
         self,
@@ -111,7 +109,10 @@ class LoraInitCallback(TrainerCallback):
     ) -> None:
         """Initialize the model, unless the training is resumed or the model has a start."""
         stop_waiting(model)
-        if state.global_step > 0 or records(model):
+        is_started = state.global_step > 0 or bool(records(model))
+        if is_doubled_in_shards(model, not is_started and self._subtracts):
+            _refuse_best_model(args)
+        if is_started:
             return
         self.report = initialize_peft_model(
             model,
@@ -122,16 +123,24 @@ class LoraInitCallback(TrainerCallback):
         )
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Remove a copy of the adapter from a checkpoint if torch cannot load it.
+        """Remove `pytorch_model_fsdp.bin` from a checkpoint if torch cannot load it.
 
-        Under FSDP2 with `FULL_STATE_DICT`, Trainer writes the adapter twice: as PEFT's file, and as
-        `pytorch_model_fsdp.bin`. torch copies the latter into the shards before any hook runs, and
-        refuses rank 2r. Without it, Trainer resumes from PEFT's file.
+        Under FSDP2 with `FULL_STATE_DICT`, Trainer writes the adapter there and as PEFT's file. From
+        the former, torch copies factors of rank 2r into shards of rank r before any hook runs, and
+        fails. Without it, Trainer resumes from PEFT's file.
         """
+        owner = base_owner(model)
+        if owner is None or not is_doubled_in_shards(model) or rank_count() == 1:
+            return
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        is_twice = is_doubled_in_shards(model) and rank_count() > 1 and has_header(folder)
-        if is_twice and state.is_world_process_zero:
-            (folder / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
+        has_peft_file = has_header(folder if owner == "default" else folder / owner)
+        if state.is_world_process_zero and has_peft_file:
+            (folder / "pytorch_model_fsdp.bin").unlink(missing_ok=True)
+
+    @property
+    def _subtracts(self) -> bool:
+        spec, _ = resolve(self.method)
+        return spec.base == "subtract"
 
     def _calibration(self, model: nn.Module, loader: Any) -> Any:
         spec, _ = resolve(self.method)
@@ -183,6 +192,25 @@ def _with_fixed_ranks(setting: Any) -> Any:
             "the trainer is made."
         )
     return describe(spec, dataclasses.replace(options, rho=1.0))
+
+
+def _refuse_best_model(args: Any) -> None:
+    """Refuse to load the best model at the end if torch cannot; see `LoraInitCallback.on_save`.
+
+    Raises:
+        ValueError: `load_best_model_at_end` with full state dicts on several ranks.
+    """
+    accelerate = sys.modules.get("accelerate")
+    if not args.load_best_model_at_end or rank_count() == 1 or accelerate is None:
+        return
+    plugin = getattr(accelerate.state.AcceleratorState(), "fsdp_plugin", None)
+    if "FULL_STATE_DICT" in str(getattr(plugin, "state_dict_type", None)):
+        raise ValueError(
+            "load_best_model_at_end=True is not supported with state_dict_type=FULL_STATE_DICT of "
+            "FSDP2 and a method that subtracts from the base: must be False. torch cannot load "
+            "factors of rank 2r there. Call load_peft_checkpoint(peft_model, "
+            "trainer.state.best_model_checkpoint) on a new PEFT model after the training"
+        )
 
 
 def _examples(loader: DataLoader, count: int, seed: int) -> Iterator[Any]:

@@ -116,9 +116,13 @@ def load_state(
     return type(model).load_state_dict(model, state_dict, *args, **settings)
 
 
-def is_doubled_in_shards(model: Any) -> bool:
-    """Whether FSDP2 shards the model, and its state dict has factors of rank 2r."""
-    return is_unit(model) and base_owner(model) is not None
+def is_doubled_in_shards(model: Any, subtracts: bool = False) -> bool:
+    """Whether FSDP2 shards the model, and its state dict has factors of rank 2r.
+
+    Args:
+        subtracts: whether a method that subtracts will initialize it.
+    """
+    return is_unit(model) and (subtracts or base_owner(model) is not None)
 
 
 WAITING = {"load_adapter": load_file, "state_dict": offered_state, "load_state_dict": load_state}

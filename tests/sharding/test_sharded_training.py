@@ -81,7 +81,7 @@ def sharded_trainer(model, output, callback, state_dict="FULL_STATE_DICT", **set
 # -- a training, also with accumulation -------------------------------------------------------------
 
 
-def train(rank, folder, accumulation):
+def train(rank, folder, accumulation, optim):
     join(rank, folder)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
     found = {}
@@ -89,7 +89,7 @@ def train(rank, folder, accumulation):
         callback = Watched(method)
         trainer = sharded_trainer(
             peft_model(f"{folder}/llama"), f"{folder}/{method}", callback,
-            gradient_accumulation_steps=accumulation, optim="sgd", max_steps=3,
+            gradient_accumulation_steps=accumulation, optim=optim,
         )  # fmt: skip
         trainer.train()
         trainer.save_model(f"{folder}/{method}/saved")
@@ -98,27 +98,30 @@ def train(rank, folder, accumulation):
     leave(found, rank, folder)
 
 
+# AdamW divides by the root of v, so it enlarges the rounding of gradients near zero.
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_ranks_that_accumulate_are_one_process(tmp_path, accumulation):
+@pytest.mark.parametrize(
+    ("accumulation", "optim", "tolerance"), [(1, "adamw_torch", 1e-3), (2, "sgd", 1e-5)]
+)
+def test_two_ranks_are_one_process(tmp_path, accumulation, optim, tolerance):
+    """One process accumulates the batches that two ranks read in a step."""
     random_llama(tmp_path / "llama", 32)
-    run_ranks(partial(train, accumulation=accumulation), tmp_path, WORLD)
+    run_ranks(partial(train, accumulation=accumulation, optim=optim), tmp_path, WORLD)
     for method in METHODS:
         callback, model = Watched(method), peft_model(tmp_path / "llama")
         trainer_of(
             model, tmp_path, callback, gradient_accumulation_steps=WORLD * accumulation,
-            optim="sgd", max_steps=3, max_grad_norm=0.0,
+            optim=optim, max_grad_norm=0.0,
         ).train()  # fmt: skip
-        first, last = callback.states[0], products(callback.states[3])
-        assert gap(products(first), last) > 1e-3
+        first, last = callback.states[0], products(callback.states[4])
+        assert gap(products(first), last) > 2e-3
         for states, same in (rank[method] for rank in findings(tmp_path)):
             assert same
-            print(method, gap(states[0], first), gap(products(states[3]), last))
-            assert gap(products(states[0]), products(first)) <= 1e-6
-            assert gap(products(states[3]), last) <= 1e-5
+            assert gap(states[0], first) <= 1e-6
+            assert gap(products(states[4]), last) <= tolerance
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / method / "saved")
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-3)
 
 
 # -- a resume --------------------------------------------------------------------------------------
@@ -128,6 +131,7 @@ def interrupt(rank, folder, state_dict):
     join(rank, folder)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
     settings = {"state_dict": state_dict, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"gradient_accumulation_steps": 2}
     found = {}
     for method in METHODS:
         output, runs = f"{folder}/{method}", []
