@@ -44,8 +44,8 @@ class LoraInitCallback(TrainerCallback):
 
     A resumed training is never initialized again: the checkpoint's start is restored when Trainer
     loads it. Under DistributedDataParallel and FSDP2 each process reads its part of the calibration
-    examples, and all get the same factors. Under FSDP2, Trainer resumes only methods that keep the
-    base: the saved factors have rank 2r otherwise, and torch refuses their size.
+    examples, and all get the same factors. Under FSDP2, resume with the method of the interrupted
+    training: it says whether the checkpoint has factors of rank 2r.
 
     Args:
         method: as of `initialize_peft_model`: a name, a mapping or an options object.
@@ -60,7 +60,8 @@ class LoraInitCallback(TrainerCallback):
 
     Raises:
         ValueError: a setting is not supported; at the start of the training, a model that is no
-            PEFT model, or that FSDP1 or DeepSpeed ZeRO-3 has sharded.
+            PEFT model, or that FSDP1 or DeepSpeed ZeRO-3 has sharded; `load_best_model_at_end` with
+            full state dicts of FSDP2 and a method that subtracts from the base.
         TypeError: a setting has another type.
     """
 
@@ -122,12 +123,14 @@ class LoraInitCallback(TrainerCallback):
             **self.settings,
         )
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_save(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         """Remove `pytorch_model_fsdp.bin` from a checkpoint if torch cannot load it.
 
-        Under FSDP2 with `FULL_STATE_DICT`, Trainer writes the adapter there and as PEFT's file. From
-        the former, torch copies factors of rank 2r into shards of rank r before any hook runs, and
-        fails. Without it, Trainer resumes from PEFT's file.
+        Under FSDP2 with `FULL_STATE_DICT`, Trainer writes the adapter to this file and to PEFT's.
+        torch copies factors of rank 2r from it into shards of rank r, before any hook runs, and
+        fails. Without this file, Trainer resumes from PEFT's.
         """
         owner = base_owner(model)
         if owner is None or not is_doubled_in_shards(model) or rank_count() == 1:

@@ -26,7 +26,8 @@ from lora_init.factors import Factors, block_matrix, matrix_blocks
 from lora_init.injection import Transaction, atomically
 from lora_init.peft_models.apply import apply, begin
 from lora_init.peft_models.guards import guard
-from lora_init.peft_models.holder import base_model, plain_base
+from lora_init.peft_models.holder import base_model, is_peft_model, plain_base
+from lora_init.peft_models.injected import own_peft_config
 from lora_init.peft_models.layers import AdaptedLayer, adapted_layers, refuse_sharded_layers
 from lora_init.peft_models.load import has_header, load_adapter, load_peft_checkpoint
 from lora_init.peft_models.plan import make_peft_plan, own_config
@@ -34,6 +35,9 @@ from lora_init.peft_models.start import base_owner, record
 from lora_init.peft_models.state_dict import factor_keys, is_called_by, with_paths
 from lora_init.weights.sharded import is_unit, split_as, whole
 from lora_init.weights.source import BaseWeights
+
+COLLECTORS = ("get_peft_model_state_dict", "get_model_state_dict")
+"""The functions of PEFT, and of torch for a model that is not a PeftModel."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,12 @@ def load_file(
 
 
 def offered_state(model: Any, expected: Expected, *args: Any, **settings: Any) -> dict[str, Tensor]:
-    """`state_dict`, with factors of rank 2r if PEFT collects the adapter of a sharded model.
+    """`state_dict`, with factors of rank 2r if PEFT or torch collects those of a sharded model.
 
-    Between the sharding and the start of the training, that is only done to fill it.
+    Between the sharding and the start of the training, that is only done to fill them.
     """
     state = type(model).state_dict(model, *args, **settings)
-    if not (expected.subtracts and is_unit(model) and is_called_by("get_peft_model_state_dict")):
+    if not (_expects_more(model, expected) and any(map(is_called_by, COLLECTORS))):
         return state
     for layer, which, key, _ in _factors(model, expected.adapter, state):
         own = whole(state[key])
@@ -102,9 +106,11 @@ def load_state(
     model: Any, expected: Expected, state_dict: Mapping[str, Tensor], *args: Any, **settings: Any
 ) -> Any:
     """`load_state_dict`, which restores a start if the factors have rank 2r."""
-    if expected.subtracts and is_unit(model):
+    if _expects_more(model, expected):
         found = list(_factors(model, expected.adapter, state_dict))
-        doubled = [state_dict[key].shape[axis] == 2 * layer.width(w) for layer, w, key, axis in found]
+        doubled = [
+            state_dict[key].shape[axis] == 2 * layer.width(w) for layer, w, key, axis in found
+        ]
         if doubled and all(doubled):
             parts: dict[str, dict[str, Tensor]] = {}
             for layer, which, key, _ in found:
@@ -127,6 +133,11 @@ def is_doubled_in_shards(model: Any, subtracts: bool = False) -> bool:
 
 WAITING = {"load_adapter": load_file, "state_dict": offered_state, "load_state_dict": load_state}
 """The methods of a waiting model."""
+
+
+def _expects_more(model: Any, expected: Expected) -> bool:
+    """Whether a sharded model has no start, and the checkpoint has factors of rank 2r."""
+    return expected.subtracts and is_unit(model) and base_owner(model) is None
 
 
 def _factors(
@@ -158,5 +169,7 @@ def _restore(
         operation.keep_plain(base)
         weights = BaseWeights(base, None)
         apply({layer.name: layer for layer in layers}, plan, starts, weights, operation)
+    if not is_peft_model(model):
+        own_peft_config(model, expected.adapter, operation)
     record(model, expected.adapter, config, plan, operation)
     guard(model, layers, operation, load_adapter)

@@ -1,6 +1,9 @@
 """`LoraInitCallback` in a Trainer that shards by FSDP2: two ranks, compared with one process."""
 
 from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
 import peft
 import pytest
@@ -14,6 +17,7 @@ from substitutes import random_llama
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
+from lora_init import save_peft_model
 from lora_init.integrations.transformers import LoraInitCallback
 from lora_init.weights.sharded import is_dtensor, whole
 
@@ -49,7 +53,7 @@ class Watched(LoraInitCallback):
 
 
 def state_of(model, optimizer):
-    found = {f"{name}": whole(one) for name, one in model.named_parameters() if "lora_" in name}
+    found = {name: whole(one) for name, one in model.named_parameters() if "lora_" in name}
     found |= {name: one for name, one in model.named_buffers() if name.endswith(INITIAL)}
     for name, one in model.named_parameters():
         for moment, value in optimizer.state.get(one, {}).items():
@@ -78,7 +82,7 @@ def sharded_trainer(model, output, callback, state_dict="FULL_STATE_DICT", **set
     return trainer
 
 
-# -- a training, also with accumulation -------------------------------------------------------------
+# -- a training, also with accumulation ------------------------------------------------------------
 
 
 def train(rank, folder, accumulation, optim):
@@ -127,25 +131,38 @@ def test_two_ranks_are_one_process(tmp_path, accumulation, optim, tolerance):
 # -- a resume --------------------------------------------------------------------------------------
 
 
-def interrupt(rank, folder, state_dict):
+class Run(NamedTuple):
+    states: dict
+    initialized: bool
+    logits: torch.Tensor
+
+
+def injected_model(folder):
+    """A model that is not a PeftModel, after `add_adapter` of transformers."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    return model
+
+
+def interrupt(rank, folder, state_dict, cases):
     join(rank, folder)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
     settings = {"state_dict": state_dict, "save_strategy": "steps", "save_steps": 2}
     settings |= {"gradient_accumulation_steps": 2}
     found = {}
-    for method in METHODS:
-        output, runs = f"{folder}/{method}", []
+    for method, make in cases:
+        output, runs = f"{folder}/{method} {make.__name__}", []
         for checkpoint in (None, f"{output}/checkpoint-2"):
             callback = Watched(method)
-            model = peft_model(f"{folder}/llama")
-            trainer = sharded_trainer(model, output, callback, **settings)
+            trainer = sharded_trainer(make(f"{folder}/llama"), output, callback, **settings)
             trainer.train(resume_from_checkpoint=checkpoint)
-            runs.append((callback.states, callback.report is not None, logits(trainer.model)))
-            assert not {"state_dict", "load_state_dict"} & vars(trainer.model).keys()
+            initialized = callback.report is not None
+            runs.append(Run(callback.states, initialized, logits(trainer.model)))
         state = get_model_state_dict(trainer.model, options=FULL)
         if rank == 0:
-            trainer.model.save_pretrained(f"{output}/saved", state_dict=dict(state))
-        found[method] = runs
+            save_peft_model(trainer.model, f"{output}/saved", state_dict=dict(state))
+        found[output] = method, runs
     leave(found, rank, folder)
 
 
@@ -164,24 +181,66 @@ def adapted_in_float64(folder, state):
 
 
 @pytest.mark.parametrize(
-    "state_dict", [pytest.param(one, marks=pytest.mark.exhaustive) for one in STATE_DICTS]
+    "state_dict",
+    [pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.exhaustive), "FULL_STATE_DICT"],
 )
 def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, state_dict):
     random_llama(tmp_path / "llama", 32)
-    run_ranks(partial(interrupt, state_dict=state_dict), tmp_path, WORLD)
-    for rank in findings(tmp_path):
-        for method, ((whole_run, started, _), (resumed, again, output)) in rank.items():
-            assert started
-            assert not again
-            assert sorted(resumed) == [2, 3, 4]
-            at_kill = whole_run[2]
-            assert any("exp_avg" in name for name in at_kill)
-            assert any(name.endswith(INITIAL) for name in at_kill) == (method == "pissa")
-            assert gap(resumed[2], at_kill) <= 1e-6
-            assert gap(resumed[4], whole_run[4]) <= 1e-6
-            assert gap(products(resumed[2]), products(resumed[4])) > 1e-3
-            expected = logits(adapted_in_float64(tmp_path / "llama", resumed[4])).float()
-            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-            base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
-            loaded = peft.PeftModel.from_pretrained(base, tmp_path / method / "saved")
-            torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    cases = [(method, peft_model) for method in METHODS]
+    if state_dict == "SHARDED_STATE_DICT":
+        cases.append(("pissa", injected_model))
+    run_ranks(partial(interrupt, state_dict=state_dict, cases=cases), tmp_path, WORLD)
+    found = [case for rank in findings(tmp_path) for case in rank.items()]
+    assert len(found) == WORLD * len(cases)
+    for output, (method, (straight, resumed)) in found:
+        assert straight.initialized
+        assert not resumed.initialized
+        assert sorted(resumed.states) == [2, 3, 4]
+        at_kill, end = straight.states[2], resumed.states[4]
+        assert any("exp_avg" in name for name in at_kill)
+        assert any(name.endswith(INITIAL) for name in at_kill) == (method == "pissa")
+        assert gap(resumed.states[2], at_kill) <= 1e-6
+        assert gap(end, straight.states[4]) <= 1e-6
+        assert gap(products(at_kill), products(end)) > 1e-3
+        expected = logits(adapted_in_float64(tmp_path / "llama", end)).float()
+        torch.testing.assert_close(resumed.logits, expected, rtol=1e-5, atol=1e-5)
+        assert_loaded(f"{output}/saved", tmp_path / "llama", end)
+        if state_dict == "FULL_STATE_DICT":
+            checkpoint = Path(output) / "checkpoint-2"
+            assert_loaded(checkpoint, tmp_path / "llama", at_kill)
+            assert (checkpoint / "pytorch_model_fsdp.bin").is_file() == (method == "eva")
+
+
+def assert_loaded(adapter, base, state):
+    """PEFT loads the adapter as W + s (B A - B0 A0)."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(model, adapter)
+    expected = logits(adapted_in_float64(base, state)).float()
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+def load_best(rank, folder):
+    join(rank, folder)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
+    found = []
+    for method, state_dict in product(METHODS, STATE_DICTS):
+        callback = Watched(method)
+        model = peft_model(f"{folder}/llama")
+        trainer = sharded_trainer(model, folder, callback, state_dict, max_steps=1)
+        trainer.args.load_best_model_at_end = True
+        try:
+            trainer.train()
+        except ValueError as error:
+            assert method == "pissa"
+            assert callback.report is None
+            found.append((state_dict, str(error)))
+    leave(found, rank, folder)
+
+
+@pytest.mark.exhaustive
+def test_a_best_model_that_torch_cannot_load_is_refused(tmp_path):
+    random_llama(tmp_path / "llama", 32)
+    run_ranks(load_best, tmp_path, WORLD)
+    for ((state_dict, message),) in findings(tmp_path):
+        assert state_dict == "FULL_STATE_DICT"
+        assert "load_best_model_at_end=True is not supported" in message
