@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 import random
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -28,9 +29,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_init import Calibration, InitReport, initialize_peft_model
 from lora_init.distributed import rank_count, rank_number
-from lora_init.peft_models.load import has_header
 from lora_init.peft_models.plan import method_setting
-from lora_init.peft_models.resume import Expected, is_doubled_in_shards, stop_waiting, wait
+from lora_init.peft_models.resume import (
+    Expected,
+    has_all_factors,
+    is_doubled_in_shards,
+    refuse_lost_adapter,
+    stop_waiting,
+    wait,
+)
 from lora_init.peft_models.start import base_owner, records
 from lora_init.registry import describe, resolve
 
@@ -60,8 +67,9 @@ class LoraInitCallback(TrainerCallback):
 
     Raises:
         ValueError: a setting is not supported; at the start of the training, a model that is no
-            PEFT model, or that FSDP1 or DeepSpeed ZeRO-3 has sharded; `load_best_model_at_end` with
-            full state dicts of FSDP2 and a method that subtracts from the base.
+            PEFT model, or that FSDP1 or DeepSpeed ZeRO-3 has sharded. Under FSDP2 also
+            `load_best_model_at_end` with full state dicts and a method that subtracts from the
+            base; and `activation_checkpointing` of FSDP, with which PEFT's files are empty.
         TypeError: a setting has another type.
     """
 
@@ -110,6 +118,7 @@ class LoraInitCallback(TrainerCallback):
     ) -> None:
         """Initialize the model, unless the training is resumed or the model has a start."""
         stop_waiting(model)
+        refuse_lost_adapter(model, self.settings.get("adapter_name", "default"))
         is_started = state.global_step > 0 or bool(records(model))
         if is_doubled_in_shards(model, not is_started and self._subtracts):
             _refuse_best_model(args)
@@ -136,9 +145,19 @@ class LoraInitCallback(TrainerCallback):
         if owner is None or not is_doubled_in_shards(model) or rank_count() == 1:
             return
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        has_peft_file = has_header(folder if owner == "default" else folder / owner)
-        if state.is_world_process_zero and has_peft_file:
-            (folder / "pytorch_model_fsdp.bin").unlink(missing_ok=True)
+        peft_folder = folder if owner == "default" else folder / owner
+        full_state = folder / "pytorch_model_fsdp.bin"
+        if not state.is_world_process_zero or not full_state.is_file():
+            return
+        if has_all_factors(model, peft_folder, owner):
+            full_state.unlink()
+        else:
+            warnings.warn(
+                f"Trainer cannot resume from {str(folder)!r}: torch cannot load factors of rank 2r "
+                "from pytorch_model_fsdp.bin, and PEFT's file is missing. Set state_dict_type in "
+                "fsdp_config to SHARDED_STATE_DICT",
+                stacklevel=2,
+            )
 
     @property
     def _subtracts(self) -> bool:

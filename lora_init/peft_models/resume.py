@@ -13,6 +13,7 @@ The functions replace methods by `functools.partial`, as `lora_init.peft_models.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from lora_init.adapters.format import WEIGHTS_NAME
 from lora_init.factors import Factors, block_matrix, matrix_blocks
 from lora_init.injection import Transaction, atomically
 from lora_init.peft_models.apply import apply, begin
@@ -117,6 +120,11 @@ def load_state(
                 part = layer.divided(which, whole(state_dict[key]))[1]
                 parts.setdefault(layer.name, {})[which] = _matrix(layer, which, part)
             starts = {name: Factors(one["lora_A"], -one["lora_B"]) for name, one in parts.items()}
+            # torch has filled the adapter's biases in place, and a start sets them to zero.
+            state_dict = {
+                key: value.clone() if f".{expected.adapter}." in key else value
+                for key, value in state_dict.items()
+            }
             stop_waiting(model)
             atomically(partial(_restore, model, expected, starts))
     return type(model).load_state_dict(model, state_dict, *args, **settings)
@@ -129,6 +137,32 @@ def is_doubled_in_shards(model: Any, subtracts: bool = False) -> bool:
         subtracts: whether a method that subtracts will initialize it.
     """
     return is_unit(model) and (subtracts or base_owner(model) is not None)
+
+
+def has_all_factors(model: Any, folder: Path, adapter: str) -> bool:
+    """Whether an adapter file contains the factors of all layers and the start."""
+    if not has_header(folder) or not (folder / WEIGHTS_NAME).is_file():
+        return False
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        factors = [key for key in file.keys() if ".lora_" in key]  # noqa: SIM118
+    return len(factors) >= 2 * len(adapted_layers(model, adapter, checked=False))
+
+
+def refuse_lost_adapter(model: Any, adapter: str) -> None:
+    """Refuse a sharded model of whose adapter PEFT would save nothing, and load nothing.
+
+    Raises:
+        ValueError: `activation_checkpointing` of FSDP renames the modules, and PEFT 0.21 looks for
+            tensors by these names.
+    """
+    if not is_unit(model) or adapter not in getattr(model, "peft_config", ()):
+        return
+    if not sys.modules["peft"].get_peft_model_state_dict(model, adapter_name=adapter):
+        raise ValueError(
+            "activation_checkpointing=True in fsdp_config is not supported with this version of "
+            "PEFT: its files would contain no factors. Set activation_checkpointing (or "
+            "gradient_checkpointing) of TrainingArguments instead"
+        )
 
 
 WAITING = {"load_adapter": load_file, "state_dict": offered_state, "load_state_dict": load_state}

@@ -1,5 +1,6 @@
 """`LoraInitCallback` in a Trainer that shards by FSDP2: two ranks, compared with one process."""
 
+import warnings
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -67,10 +68,10 @@ def products(state):
     return {key: 2 * state[key.replace("lora_A", "lora_B")] @ state[key] for key in keys}
 
 
-def sharded_trainer(model, output, callback, state_dict="FULL_STATE_DICT", **settings):
+def sharded_trainer(model, output, callback, state_dict="FULL_STATE_DICT", fsdp=None, **settings):
+    fsdp = {"version": 2, "state_dict_type": state_dict, **UNITS, **(fsdp or {})}
     trainer = trainer_of(
-        model, output, callback, ddp_backend="gloo", fsdp=True,
-        fsdp_config={"version": 2, "state_dict_type": state_dict, **UNITS},
+        model, output, callback, ddp_backend="gloo", fsdp=True, fsdp_config=fsdp,
         max_grad_norm=0.0, **settings,
     )  # fmt: skip
     # Accelerate selects FSDP for accelerators only, but its code for FSDP2 runs on a CPU too.
@@ -143,6 +144,17 @@ def injected_model(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     return model
+
+
+def biased_model(folder):
+    return peft_model(folder, lora_bias=True)
+
+
+def bfloat16_model(folder):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
 def interrupt(rank, folder, state_dict, cases):
@@ -219,28 +231,54 @@ def assert_loaded(adapter, base, state):
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
 
 
-def load_best(rank, folder):
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("state_dict", STATE_DICTS)
+def test_biases_and_16_bit_factors_are_resumed(tmp_path, state_dict):
+    random_llama(tmp_path / "llama", 32)
+    cases = [("pissa", biased_model), ("pissa", bfloat16_model)]
+    run_ranks(partial(interrupt, state_dict=state_dict, cases=cases), tmp_path, WORLD)
+    for _, (straight, resumed) in (case for rank in findings(tmp_path) for case in rank.values()):
+        assert not resumed.initialized
+        assert gap(resumed.states[2], straight.states[2]) <= 1e-6
+        assert gap(resumed.states[4], straight.states[4]) <= 1e-6
+        assert any(name.endswith(INITIAL) for name in resumed.states[2])
+
+
+BEST, CHECKPOINTING = "load_best_model_at_end=True", "activation_checkpointing=True"
+
+
+def refused(rank, folder):
     join(rank, folder)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
-    found = []
-    for method, state_dict in product(METHODS, STATE_DICTS):
+    found = {}
+    for method, state_dict, setting in product(METHODS, STATE_DICTS, (BEST, CHECKPOINTING)):
         callback = Watched(method)
+        fsdp = {"activation_checkpointing": setting is CHECKPOINTING}
         model = peft_model(f"{folder}/llama")
-        trainer = sharded_trainer(model, folder, callback, state_dict, max_steps=1)
-        trainer.args.load_best_model_at_end = True
+        trainer = sharded_trainer(model, folder, callback, state_dict, fsdp, max_steps=1)
+        trainer.args.load_best_model_at_end = setting is BEST
         try:
             trainer.train()
         except ValueError as error:
-            assert method == "pissa"
             assert callback.report is None
-            found.append((state_dict, str(error)))
-    leave(found, rank, folder)
+            found[method, state_dict, setting] = str(error)
+    callback, settings = Watched("pissa"), {"max_steps": 1, "save_strategy": "epoch"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sharded_trainer(injected_model(f"{folder}/llama"), folder, callback, **settings).train()
+    told = any("state_dict_type in fsdp_config" in str(one.message) for one in caught)
+    leave((found, told), rank, folder)
 
 
 @pytest.mark.exhaustive
-def test_a_best_model_that_torch_cannot_load_is_refused(tmp_path):
+def test_what_torch_or_peft_would_lose_is_refused(tmp_path):
+    """torch cannot load the best model, or PEFT's files would be empty."""
     random_llama(tmp_path / "llama", 32)
-    run_ranks(load_best, tmp_path, WORLD)
-    for ((state_dict, message),) in findings(tmp_path):
-        assert state_dict == "FULL_STATE_DICT"
-        assert "load_best_model_at_end=True is not supported" in message
+    run_ranks(refused, tmp_path, WORLD)
+    expected = {(*case, CHECKPOINTING) for case in product(METHODS, STATE_DICTS)}
+    expected.add(("pissa", "FULL_STATE_DICT", BEST))
+    for rank, (found, told) in enumerate(findings(tmp_path)):
+        assert told == (rank == 0)  # about a checkpoint of a model without a PeftModel
+        assert found.keys() == expected
+        for (*_, setting), message in found.items():
+            assert message.startswith(setting)
