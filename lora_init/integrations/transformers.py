@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import random
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lora_init import Calibration, InitReport, initialize_peft_model, load_peft_checkpoint
+from lora_init import Calibration, InitReport, initialize_peft_model
 from lora_init.distributed import rank_count, rank_number
-from lora_init.peft_models.load import has_header
 from lora_init.peft_models.plan import method_setting
-from lora_init.peft_models.start import records
+from lora_init.peft_models.resume import (
+    Expected,
+    has_all_factors,
+    is_doubled_in_shards,
+    refuse_lost_adapter,
+    stop_waiting,
+    wait,
+)
+from lora_init.peft_models.start import base_owner, records
 from lora_init.registry import describe, resolve
 
 
@@ -42,8 +51,8 @@ class LoraInitCallback(TrainerCallback):
 
     A resumed training is never initialized again: the checkpoint's start is restored when Trainer
     loads it. Under DistributedDataParallel and FSDP2 each process reads its part of the calibration
-    examples, and all get the same factors. Under FSDP2, Trainer resumes only methods that keep the
-    base: the saved factors have rank 2r otherwise, and torch refuses their size.
+    examples, and all get the same factors. Under FSDP2, resume with the method of the interrupted
+    training: it says whether the checkpoint has factors of rank 2r.
 
     Args:
         method: as of `initialize_peft_model`: a name, a mapping or an options object.
@@ -58,7 +67,9 @@ class LoraInitCallback(TrainerCallback):
 
     Raises:
         ValueError: a setting is not supported; at the start of the training, a model that is no
-            PEFT model, or that FSDP1 or DeepSpeed ZeRO-3 has sharded.
+            PEFT model, or that FSDP1 or DeepSpeed ZeRO-3 has sharded. Under FSDP2 also
+            `load_best_model_at_end` with full state dicts and a method that subtracts from the
+            base; and `activation_checkpointing` of FSDP, with which PEFT's files are empty.
         TypeError: a setting has another type.
     """
 
@@ -91,9 +102,10 @@ class LoraInitCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Prepare the model for a resume: its checkpoint may contain a start."""
-        can_load = hasattr(model, "peft_config") and hasattr(model, "load_adapter")
-        if can_load and "load_adapter" not in vars(model):
-            model.load_adapter = MethodType(_load_adapter, model)
+        if hasattr(model, "peft_config") and hasattr(model, "load_adapter"):
+            adapter = self.settings.get("adapter_name", "default")
+            quantized_base = self.settings.get("quantized_base", "in_forward")
+            wait(model, Expected(self.method, self._subtracts, adapter, quantized_base))
 
     def on_train_begin(
         self,
@@ -105,8 +117,12 @@ class LoraInitCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Initialize the model, unless the training is resumed or the model has a start."""
-        _stop_waiting(model)
-        if state.global_step > 0 or records(model):
+        stop_waiting(model)
+        refuse_lost_adapter(model, self.settings.get("adapter_name", "default"))
+        is_started = state.global_step > 0 or bool(records(model))
+        if is_doubled_in_shards(model, not is_started and self._subtracts):
+            _refuse_best_model(args)
+        if is_started:
             return
         self.report = initialize_peft_model(
             model,
@@ -115,6 +131,38 @@ class LoraInitCallback(TrainerCallback):
             seed=self.seed,
             **self.settings,
         )
+
+    def on_save(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Remove `pytorch_model_fsdp.bin` from a checkpoint if torch cannot load it.
+
+        Under FSDP2 with `FULL_STATE_DICT`, Trainer writes the adapter to this file and to PEFT's.
+        torch copies factors of rank 2r from it into shards of rank r, before any hook runs, and
+        fails. Without this file, Trainer resumes from PEFT's.
+        """
+        owner = base_owner(model)
+        if owner is None or not is_doubled_in_shards(model) or rank_count() == 1:
+            return
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        peft_folder = folder if owner == "default" else folder / owner
+        full_state = folder / "pytorch_model_fsdp.bin"
+        if not state.is_world_process_zero or not full_state.is_file():
+            return
+        if has_all_factors(model, peft_folder, owner):
+            full_state.unlink()
+        else:
+            warnings.warn(
+                f"Trainer cannot resume from {str(folder)!r}: torch cannot load factors of rank 2r "
+                "from pytorch_model_fsdp.bin, and PEFT's file is missing. Set state_dict_type in "
+                "fsdp_config to SHARDED_STATE_DICT",
+                stacklevel=2,
+            )
+
+    @property
+    def _subtracts(self) -> bool:
+        spec, _ = resolve(self.method)
+        return spec.base == "subtract"
 
     def _calibration(self, model: nn.Module, loader: Any) -> Any:
         spec, _ = resolve(self.method)
@@ -168,20 +216,23 @@ def _with_fixed_ranks(setting: Any) -> Any:
     return describe(spec, dataclasses.replace(options, rho=1.0))
 
 
-def _load_adapter(model: Any, folder: Any, adapter_name: str, *args: Any, **settings: Any) -> Any:
-    """PEFT's `load_adapter`, for which a checkpoint with a start also restores that start."""
-    _stop_waiting(model)
-    if adapter_name in model.peft_config and has_header(Path(folder)):
-        load_peft_checkpoint(model, folder, adapter_name)
-        return None
-    return model.load_adapter(folder, adapter_name, *args, **settings)
+def _refuse_best_model(args: Any) -> None:
+    """Refuse to load the best model at the end if torch cannot; see `LoraInitCallback.on_save`.
 
-
-def _stop_waiting(model: Any) -> None:
-    """Remove the `load_adapter` that `on_init_end` set."""
-    found = vars(model).get("load_adapter")
-    if getattr(found, "__func__", None) is _load_adapter:
-        del model.load_adapter
+    Raises:
+        ValueError: `load_best_model_at_end` with full state dicts on several ranks.
+    """
+    accelerate = sys.modules.get("accelerate")
+    if not args.load_best_model_at_end or rank_count() == 1 or accelerate is None:
+        return
+    plugin = getattr(accelerate.state.AcceleratorState(), "fsdp_plugin", None)
+    if "FULL_STATE_DICT" in str(getattr(plugin, "state_dict_type", None)):
+        raise ValueError(
+            "load_best_model_at_end=True is not supported with state_dict_type=FULL_STATE_DICT of "
+            "FSDP2 and a method that subtracts from the base: must be False. torch cannot load "
+            "factors of rank 2r there. Call load_peft_checkpoint(peft_model, "
+            "trainer.state.best_model_checkpoint) on a new PEFT model after the training"
+        )
 
 
 def _examples(loader: DataLoader, count: int, seed: int) -> Iterator[Any]:

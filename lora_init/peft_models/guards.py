@@ -61,7 +61,7 @@ def guard(
         if hasattr(tuner.model, "save_pretrained"):
             guards.append((tuner.model, "save_pretrained", refuse_save_of_base))
     for owner, name, function in guards:
-        if not isinstance(vars(owner).get(name), partial):
+        if getattr(vars(owner).get(name), "func", None) is not function:
             operation.set(Attribute(owner, name), partial(function, peft_model), is_mark=True)
 
 

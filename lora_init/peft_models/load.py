@@ -40,6 +40,7 @@ from lora_init.peft_models.start import base_owner, record, records
 from lora_init.peft_models.state_dict import AnotherStart
 from lora_init.peft_models.subtraction import check_subtraction
 from lora_init.plan.plan import Plan
+from lora_init.weights.sharded import is_sharded
 
 
 def load_peft_checkpoint(
@@ -219,6 +220,8 @@ def _fill(
     for name, parameter in peft_model.named_parameters():
         if f".{adapter_name}." in f"{name}." or (name.endswith(".bias") and has_biases):
             operation.set(Data(parameter), parameter.data.clone())
+            if is_sharded(parameter):  # a cast would replace what FSDP2 and the optimizer hold
+                settings["autocast_adapter_dtype"] = False
     owner = base_owner(peft_model)
     if owner is not None:
         plan = records(peft_model)[owner].plan

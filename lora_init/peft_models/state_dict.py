@@ -11,7 +11,7 @@ weights, A and B. The adapter alone is refused.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def layers_like(peft_model: Any, name: str, *, checked: bool = True) -> list[Ada
 
 def extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
     """Make A and B of a layer [A; A0] and [B, -B0] in a state dict, if they are not yet."""
-    for which, key, axis in _factors(path, layer):
+    for which, key, axis in factor_keys(path, layer):
         # A process that does not write gets an empty tensor, or no key.
         present = state.get(key)
         if present is None or present.numel() == 0 or present.shape[axis] != layer.width(which):
@@ -95,7 +95,7 @@ def extend(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
 
 def shorten(state: dict[str, Tensor], path: str, layer: AdaptedLayer) -> None:
     """The inverse of `extend`, for a file that stores A0 and B0 under other names."""
-    for which, key, axis in _factors(path, layer):
+    for which, key, axis in factor_keys(path, layer):
         present = state.get(key)
         if present is None or present.numel() == 0 or present.shape[axis] == layer.width(which):
             continue
@@ -140,7 +140,7 @@ def split(model: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for path, layer in _changed_layers(model):
         if layer.base_start.replacement is not None:
             continue
-        for which, key, axis in _factors(prefix + path, layer):
+        for which, key, axis in factor_keys(prefix + path, layer):
             value = state.get(key)
             if value is None or value.numel() == 0:
                 continue
@@ -158,7 +158,7 @@ def split(model: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
                     f"load_state_dict: {key!r} belongs to another start than this model's. Call "
                     "load_peft_checkpoint(peft_model, folder) instead"
                 )
-            state[key] = split_as(own, value)
+            state[key] = split_as(own, layer.factor(which))
         key = f"{prefix}{path}.base_layer.weight"
         if layer.base_start.base == "edited" and key in state and not layer.module.merged:
             state[key] = _edited_weight(layer, state[key])
@@ -170,12 +170,17 @@ def _changed_layers(model: Any) -> Iterator[tuple[str, AdaptedLayer]]:
     Raises:
         ValueError: an adapter that has no form on the original base.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
     layers: list[AdaptedLayer] = []
     for name in model.peft_config:
         present = adapted_layers(model, name, checked=False)
         if any(hasattr(layer.base, layer.base_mark) for layer in present):
             layers += layers_like(model, name, checked=False)
+    return with_paths(model, layers)
+
+
+def with_paths(model: Any, layers: Iterable[AdaptedLayer]) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Layers with their paths, as the keys of a state dict begin."""
+    paths = {id(module): path for path, module in model.named_modules()}
     for layer in layers:
         path = paths[id(layer.module)]
         for wrapper in WRAPPER_PREFIXES:
@@ -183,7 +188,7 @@ def _changed_layers(model: Any) -> Iterator[tuple[str, AdaptedLayer]]:
         yield path, layer
 
 
-def _factors(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, str, int]]:
+def factor_keys(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, str, int]]:
     """The name, the key and the dimension of the rank of both factors."""
     suffix = "" if layer.is_embedding else ".weight"
     for which, axis in AXES.items():

@@ -142,13 +142,21 @@ def test_peft_loads_what_the_trainer_saves(folder, tmp_path, accumulation):
     torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_has_a_start_keeps_it(folder, tmp_path):
+@pytest.mark.parametrize("when", ["before the trainer is made", "afterwards"])
+def test_a_model_that_has_a_start_keeps_it(folder, tmp_path, when):
     model = peft_model(folder)
-    initialize_peft_model(model, "olora")
+    model.save_pretrained(tmp_path / "plain")
+    if when == "before the trainer is made":
+        initialize_peft_model(model, "olora")
     callback = LoraInitCallback("pissa")
-    trainer_of(model, tmp_path, callback).train()
+    trainer = trainer_of(model, tmp_path, callback)
+    if when == "afterwards":
+        initialize_peft_model(model, "olora")
+    trainer.train()
     assert callback.report is None
     assert records(model)["default"].plan.initializer.name == "olora"
+    with pytest.raises(ValueError, match="olora has changed the base of this model"):
+        model.load_adapter(tmp_path / "plain", "default")
 
 
 def test_statistics_may_come_from_elsewhere(folder, tmp_path):

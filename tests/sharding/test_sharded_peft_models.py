@@ -5,15 +5,10 @@ from functools import partial
 import peft
 import pytest
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, PartialState
 from models import llama
-from peft_training import logits as trained_logits
-from peft_training import peft_model as trainers_model
-from peft_training import trainer_of
 from processes import run_ranks
 from sharded import TARGETS, WORLD, batches, findings, gap, halves, join, leave, logits, sgd, train
-from substitutes import random_llama
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,11 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
 
 from lora_init import initialize_peft_model
-from lora_init.integrations.transformers import LoraInitCallback
-from lora_init.weights.sharded import is_dtensor, whole
+from lora_init.peft_models.resume import Expected, stop_waiting, wait
+from lora_init.weights.sharded import whole
 
 STARTS = {"pissa": "pissa", "eva": {"name": "eva", "rho": 1.0}, "lora_ga": "lora_ga"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -76,7 +70,53 @@ def in_parts(start, rank, folder):
     initialize_peft_model(other, STARTS[start], calibration=data)
     set_model_state_dict(other, get_model_state_dict(model))
     found["loaded"] = gap({0: logits(other, data)}, {0: after})
+    found["filled"] = filled(sharded_model(), model, start)
     return found
+
+
+def filled(waiting, model, start="pissa"):
+    """The differences of a model to one that waited for its start and was filled with its state."""
+    wait(waiting, Expected(STARTS[start], subtracts=start != "eva"))
+    offered = peft.get_peft_model_state_dict(waiting)
+    given = peft.get_peft_model_state_dict(model)
+    assert {key: each.shape for key, each in offered.items()} == {
+        key: each.shape for key, each in given.items()
+    }
+    peft.set_peft_model_state_dict(waiting, given)
+    stop_waiting(waiting)
+    return gap(tensors(waiting), tensors(model))
+
+
+def tensors(model):
+    """The factors, and A0 and B0 of the layers whose base was changed."""
+    found = {name: whole(one) for name, one in model.named_parameters() if "lora_" in name}
+    starts = dict(model.named_buffers())
+    return found | {name: starts[name] for name in starts if ".base_layer.initial_" in name}
+
+
+def other_layers(rank, folder):
+    """A grouped convolution and an embedding, trained and filled into a model that waits."""
+    join(rank, folder)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    models = []
+    for _ in range(2):
+        layers = nn.Sequential(nn.Embedding(20, 8), nn.Conv1d(8, 12, 3, groups=2))
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0.0", "0.1"])
+        model = peft.get_peft_model(nn.Sequential(layers), config)
+        fully_shard(layers, mesh=mesh)
+        models.append(fully_shard(model, mesh=mesh))
+    initialize_peft_model(models[1], "pissa")
+    with torch.no_grad():
+        for each in models[1].parameters():
+            if each.requires_grad:
+                each.mul_(1.5)
+    leave((filled(*models), len(tensors(models[0]))), rank, folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_is_restored_in_other_layers(tmp_path):
+    run_ranks(other_layers, tmp_path, WORLD)
+    assert findings(tmp_path) == [(0.0, 8)] * WORLD
 
 
 def ran(starts, tmp_path_factory):
@@ -117,61 +157,8 @@ def test_two_ranks_are_one_process(request, start):
         )
         assert gap(one["trained"], trained) <= 1e-5
         assert one["loaded"] <= 1e-6
+        assert one["filled"] == 0
     loaded = peft.PeftModel.from_pretrained(llama(), folder / start)
     torch.testing.assert_close(
         logits(loaded.eval(), batches()), logits(model, batches()), atol=1e-4, rtol=1e-4
     )
-
-
-UNITS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-
-
-def shard_on_cpu(trainer):
-    """Accelerate selects FSDP for accelerators only, but its code for FSDP2 runs on a CPU too."""
-    state = trainer.accelerator.state
-    for shared in (state._shared_state, PartialState._shared_state):
-        shared["distributed_type"] = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-    trainer.is_fsdp_enabled = True
-
-
-def train_by_trainer(rank, folder):
-    join(rank, folder)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process it is a fork of
-    found = {}
-    for method in ("pissa", "eva"):
-        callback = LoraInitCallback(method, batches=4, seed=5)
-        trainer = trainer_of(
-            trainers_model(f"{folder}/llama"), f"{folder}/{method}", callback, ddp_backend="gloo",
-            fsdp=True, fsdp_config={"version": 2, **UNITS}, max_grad_norm=0.0,
-        )  # fmt: skip
-        shard_on_cpu(trainer)
-        trainer.train()
-        held = {id(each) for group in trainer.optimizer.param_groups for each in group["params"]}
-        trained = {id(each) for each in trainer.model.parameters() if each.requires_grad}
-        trainer.save_model(f"{folder}/{method}/saved")
-        assert any(map(is_dtensor, trainer.model.parameters()))
-        found[method] = products(trainer.model), held == trained
-    leave(found, rank, folder)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.filterwarnings("ignore")
-def test_the_callback_initializes_what_the_trainer_has_sharded(tmp_path):
-    random_llama(tmp_path / "llama", 32)
-    run_ranks(train_by_trainer, tmp_path, WORLD)
-    for method in ("pissa", "eva"):
-        callback = LoraInitCallback(method, batches=4, seed=5)
-        model = trainers_model(tmp_path / "llama")
-        # Two ranks read two batches a step.
-        trainer = trainer_of(
-            model, tmp_path, callback, gradient_accumulation_steps=2, max_grad_norm=0.0
-        )
-        trainer.train()
-        base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
-        loaded = peft.PeftModel.from_pretrained(base, tmp_path / method / "saved")
-        expected = trained_logits(model)
-        torch.testing.assert_close(trained_logits(loaded), expected, rtol=1e-3, atol=1e-3)
-        for one, same in (rank[method] for rank in findings(tmp_path)):
-            assert same
-            assert gap(one, products(model)) < 1e-3
