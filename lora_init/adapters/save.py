@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ from lora_init.factors import output_factor
 from lora_init.files import write_atomically
 from lora_init.injection import Injection
 from lora_init.linalg.precision import full_precision
+from lora_init.plan.match import PatternValues
 from lora_init.plan.plan import Plan, Target
 from lora_init.registry import describe, resolve
 from lora_init.weights.kinds import known_format
@@ -242,7 +244,7 @@ def _header(
         "format_version": 1,
         "method": describe(plan.initializer, plan.options),
         "base": plan.initializer.base,
-        "config": config.to_dict(),
+        "config": _with_doubled_ranks(config, plan).to_dict(),
         "quantized_base": plan.quantized_base,
     }
     if injection.replacements:
@@ -255,6 +257,23 @@ def _header(
             names[n]: value for n, value in injection.from_original_weights.items()
         }
     return header
+
+
+def _with_doubled_ranks(config: LoraConfig, plan: Plan) -> LoraConfig:
+    """Add the ranks and alphas that are doubled because a parameter replaced two modules.
+
+    A reader selects layers by their exact names, which double nothing. The first match wins.
+    """
+    ranks = PatternValues("rank_pattern", config.rank_pattern, config.r)
+    doubled = [target for target in plan.targets if target.rank != ranks(target.selected)]
+    if not doubled:
+        return config
+    keys = {f"^{re.escape(target.selected)}": target for target in doubled}
+    return dataclasses.replace(
+        config,
+        rank_pattern={key: t.rank for key, t in keys.items()} | (config.rank_pattern or {}),
+        alpha_pattern={key: t.alpha for key, t in keys.items()} | (config.alpha_pattern or {}),
+    )
 
 
 def _plain_header(config: LoraConfig) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _is_used(name: str, values: Mapping[str, Any]) -> bool:
     if name not in values or _is_empty(values[name]) or name == "merge_weights":
         return False
     if name in SWITCHES:
-        return not _is_empty(values.get(SWITCHES[name]))
+        return False  # its switch is refused if it is on
     if name.endswith("_config") and name.removesuffix("_config") in METHODS_OF_CONFIGS:
         return method_of(values.get("init_lora_weights", True)) == name.removesuffix("_config")
     if name == "ensure_weight_tying":  # has an effect only if embeddings are trained

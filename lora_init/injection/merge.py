@@ -127,8 +127,9 @@ def _warn_of_merging(injection: Injection, errors: Mapping[str, float], stacklev
     if injection.inexact:
         names = sorted(injection.inexact)
         warnings.warn(
-            f"merged into {len(names)} weights that a quantizer's forward rounds again, the first "
-            f"is {names[0]!r}, which adds an error; merge into the unquantized model to avoid it",
+            f"merged into {len(names)} weights that a quantizer's forward rounds again, or whose "
+            f"module has forward hooks, the first is {names[0]!r}. The output can change: merge "
+            "into the unquantized model, and remove hooks that change inputs or outputs",
             stacklevel=stacklevel,
         )
     for name in sorted(injection.shared):

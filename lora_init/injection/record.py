@@ -30,7 +30,7 @@ class Injection:
             enabled, the trained values while it is disabled.
         originals: the original weight of each replaced base, where it was kept.
         shared: layers whose weight another module uses too.
-        inexact: layers whose forward pass rounds inputs or weights.
+        inexact: layers whose forward pass rounds inputs or weights, or has hooks.
         fingerprints: fingerprint of each target's original weight.
         replacements: how to rebuild each replaced base.
         checksums: checksum of each replaced base.

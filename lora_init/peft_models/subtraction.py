@@ -47,6 +47,8 @@ def subtracts_in_forward(layer: AdaptedLayer, target: Target, plan: Plan) -> boo
         return not plan.requantizes
     if target.shared_with or layer.is_parameter or target.attention is not None:
         return True
+    if not target.exact:
+        return True
     if is_sharded(layer.base.weight):  # whoever sharded it may keep other copies
         return True
     return not _reads_base_weight(layer) and layer.base.weight.dtype not in EDITED_DTYPES
@@ -63,10 +65,21 @@ def check_subtraction(layer: AdaptedLayer, target: Target, plan: Plan) -> None:
     """Refuse a layer that can hold the difference neither in its weight nor in its forward pass.
 
     Raises:
-        ValueError: DoRA with dropout on a quantized or tied weight.
+        ValueError: DoRA with dropout on a quantized or tied weight; a hook changes the input of
+            the base, but not that of the adapter.
     """
+    if plan.initializer.base == "subtract" and layer.base._forward_pre_hooks:
+        raise ValueError(
+            f"target {target.name!r} has a forward pre-hook, which {plan.initializer.name} does "
+            "not support in a PEFT model: the hook changes the input of the base, but not that of "
+            "the adapter. Remove the hook, or use lora_init.get_peft_model"
+        )
     if subtracts_in_forward(layer, target, plan) and _reads_base_weight(layer):
-        fix = "or quantized_base='requantize'" if target.quantized else "or untie the weights"
+        fix = (
+            "or quantized_base='requantize'"
+            if target.quantized
+            else "or untie the weights, or remove its hooks"
+        )
         raise ValueError(
             f"lora_dropout={layer.module.lora_dropout[layer.adapter].p} with use_dora=True is not "
             f"supported for {target.name!r} by {plan.initializer.name}: PEFT reads the base's "

@@ -182,11 +182,14 @@ def computes_product(name: str, module: nn.Module) -> bool:
     """Whether the target computes exactly the product with its stored weight, plus its bias.
 
     A quantizer may have replaced the instance's forward by one that rounds inputs or weights. The
-    base weight is then not edited.
+    base weight is then not edited. Nor is it if a hook may change the input or the output, because
+    the adapter's input and output do not pass through the hooks of the target.
 
     Raises:
         TypeError: the replaced forward computes a different function.
     """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
     found = known_format(module).replaced_forward(module)
     if found is None or found.reason is None:
         return True

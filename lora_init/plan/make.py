@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lora_init.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_init.plan.attention import attention_of
@@ -51,6 +52,7 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: names the type.
+        ValueError: a parameter is uninitialized.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -58,6 +60,12 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__}. Load the model first, e.g. with "
             "AutoModelForCausalLM.from_pretrained(name)."
         )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name!r} of the model has no shape yet (a lazy module, such as LazyLinear). Run "
+                "one forward pass before adding an adapter."
+            )
 
 
 def checked_config(setting: str, config: Any) -> LoraConfig:
@@ -147,6 +155,15 @@ def make_plan(
         stored = known_format(module)
         *experts, rows, columns = stored.shape(module, matrix)
         shape = rows, columns
+        if not rows * columns:
+            if not (everything or may_omit):
+                raise ValueError(
+                    f"target {name!r} is not supported: its weight is empty ({rows}×{columns}). "
+                    "Leave it out with exclude_modules."
+                )
+            reason = f"its weight is empty ({rows}×{columns})"
+            omitted.append(LeftOut(name, type(module).__name__, reason))
+            continue
         attention = attention_of(model, owner)
         selected = attention or name
         factor = 2 if name in selection.doubled and not ranks.matches(name) else 1

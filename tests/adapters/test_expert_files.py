@@ -170,6 +170,37 @@ def test_a_file_continues_the_training(method, tmp_path):
             assert torch.equal(one.initial_lora_B, other.initial_lora_B)
 
 
+OLD_NAMES = [
+    ("mixtral", "all-linear"),
+    ("mixtral", ["q_proj", "w1", "w2", "w3"]),
+    ("olmoe", "all-linear"),
+    ("olmoe", ["gate_proj", "up_proj"]),
+    ("glm4_moe", "all-linear"),
+]
+
+
+@pytest.mark.parametrize("method", ["kaiming", "pissa"])
+@pytest.mark.parametrize(("kind", "names"), OLD_NAMES)
+def test_a_doubled_rank_is_saved_and_loaded(kind, names, method, tmp_path):
+    """Selected by old names, gate_up_proj has twice the rank and alpha."""
+    base = mixture(kind)
+    config = LoraConfig(r=3, lora_alpha=6, init_lora_weights=method, target_modules=names,
+                        alpha_pattern={"experts.gate_up_proj": 5})  # fmt: skip
+    model = moved(get_peft_model(copy.deepcopy(base), config, cache=False))
+    wanted = {name: (layer.rank, layer.scaling) for name, layer in model.layers.items()}
+    assert (6, 10 / 6) in wanted.values()
+    for number in range(2):
+        folder = tmp_path / str(number)
+        (model if number == 0 else again).save_pretrained(folder)
+        again = LoraModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        assert {n: (layer.rank, layer.scaling) for n, layer in again.layers.items()} == wanted
+        assert torch.equal(output(again), output(model))
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        assert gap(output(theirs), output(model)) < 5e-6
+    restarted = get_peft_model(copy.deepcopy(base), again.peft_config, cache=False)
+    assert {n: (layer.rank, layer.scaling) for n, layer in restarted.layers.items()} == wanted
+
+
 def test_the_commands_treat_each_expert_by_itself(tmp_path, capsys):
     base = mixture("mixtral")
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["o_proj"],

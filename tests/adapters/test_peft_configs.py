@@ -93,6 +93,11 @@ def test_unknown_names_with_a_value_are_one_warning():
     assert config.lora_alpha == 16
 
 
+def test_a_switch_is_named_and_not_its_setting():
+    with pytest.raises(ValueError, match="^use_qalora=True is not supported"):
+        LoraConfig.from_dict(VALUES | {"qalora_group_size": 8, "use_qalora": True})
+
+
 LATER = {"cache_file": None, "covariance_file": None, "verbose": False,
          "use_float16_for_covariance": False, "prune_temporary_fields": True}  # fmt: skip
 

@@ -4,6 +4,7 @@ import copy
 import types
 from itertools import product
 
+import peft
 import pytest
 import torch
 from models import llama, token_batches
@@ -14,7 +15,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from lora_init import LoraConfig, get_peft_model
+from lora_init import LoraConfig, get_peft_model, initialize_peft_model
 from lora_init.weights.kinds import class_format, module_type
 
 
@@ -320,3 +321,65 @@ def test_compressed_tensors(method, scheme, compress):
         assert torch.equal(model(**batch).logits, wanted)
         with model.disable_adapter():
             assert torch.equal(model(**batch).logits, wanted)
+
+
+HOOKS = {
+    "a pre-hook": lambda module: module.register_forward_pre_hook(lambda _, given: (3 * given[0],)),
+    "a hook": lambda module: module.register_forward_hook(lambda *given: 3 * given[2]),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_hooks_of_a_target_change_the_base_alone(hook, method, tmp_path):
+    """The adapter's input and output do not pass through them, as in PEFT."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8))
+    hook(base[2])
+    x = torch.randn(5, 12)
+    wanted = base(x)
+    model = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=3, target_modules=["2"], init_lora_weights=method)
+    )
+    torch.testing.assert_close(model(x), wanted)
+    with torch.no_grad():
+        model.layers["2"].lora_B += 0.3
+    trained = model(x)
+    assert (trained - wanted).abs().max() > 0.01
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), wanted)
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(theirs(x), trained)
+    with pytest.warns(UserWarning, match="module has forward hooks, the first is '2'"):
+        model.merge_adapter()
+
+    config = peft.LoraConfig(r=3, target_modules=["2"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    if theirs.base_model.model[2].base_layer._forward_pre_hooks:
+        with pytest.raises(ValueError, match="target '2' has a forward pre-hook"):
+            initialize_peft_model(theirs, method)
+    else:
+        initialize_peft_model(theirs, method)
+    torch.testing.assert_close(theirs(x), wanted)
+
+
+@pytest.mark.parametrize("method", ["kaiming", "orthogonal", "pissa"])
+@pytest.mark.parametrize("shape", [(0, 6), (6, 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_empty_weight_is_refused_or_left_out_by_name(shape, method):
+    rows, columns = shape
+    model = nn.Sequential(nn.Linear(columns, rows), nn.Linear(6, 6))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=method)
+    with pytest.raises(ValueError, match=f"'0'.*its weight is empty \\({rows}×{columns}\\)"):
+        get_peft_model(model, config)
+    config.target_modules = "all-linear"
+    with pytest.warns(UserWarning, match="- 0: its weight is empty"):
+        adapted = get_peft_model(model, config)
+    assert list(adapted.layers) == ["1"]
+
+
+def test_a_lazy_module_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(6, 6), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="'1.weight' of the model has no shape yet"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
