@@ -6,6 +6,7 @@ objects are copied and pickled with the model that they hold.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -56,6 +57,7 @@ def guard(
         guards += [
             (peft_model, "save_pretrained", save_pretrained),
             (peft_model, "load_adapter", load_adapter),
+            (peft_model, "add_adapter", add_adapter),
             (tuner, "add_weighted_adapter", refuse_weighted_adapter),
         ]
         if hasattr(tuner.model, "save_pretrained"):
@@ -63,6 +65,18 @@ def guard(
     for owner, name, function in guards:
         if getattr(vars(owner).get(name), "func", None) is not function:
             operation.set(Attribute(owner, name), partial(function, peft_model), is_mark=True)
+
+
+def add_adapter(peft_model: Any, adapter_name: str, *args: Any, **settings: Any) -> None:
+    """PEFT's `add_adapter`, with a warning: the base is no longer the original one."""
+    type(peft_model).add_adapter(peft_model, adapter_name, *args, **settings)
+    owner = base_owner(peft_model)
+    warnings.warn(
+        f"adapter {adapter_name!r} is for the base that {owner!r} has changed. With new factors, "
+        f"the output is not that of the original model. Copy the factors of {owner!r} into it, or "
+        f"call restore_peft_model(peft_model, {owner!r}) first",
+        stacklevel=2,
+    )
 
 
 def delete_adapter(peft_model: Any, adapter_name: str) -> None:

@@ -215,7 +215,8 @@ def test_restoring_after_merging_and_unmerging(dtype):
 @by_dtype
 def test_restoring_while_another_adapter_is_active(dtype):
     model = started(dtype)
-    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["wide"]))
+    with pytest.warns(UserWarning, match="'second' is for the base that 'default' has changed"):
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["wide"]))
     model.set_adapter("second")
     with pytest.warns(UserWarning, match="'second' was used on the base that 'default'"):
         restore_peft_model(model)
