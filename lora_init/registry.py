@@ -160,8 +160,9 @@ class Initializer:
             "quantizer", "target_weight".
         operations: the supported ways to apply a matrix: "product" (linear layers),
             "convolution" (a matrix on patches) or "lookup" (a linear map of one-hot vectors). Every
-            weight format with one of them is supported. The matrices of routers and
-            of fused experts are products too. The name of a weight format adds this format only.
+            weight format with one of them is supported. The matrices of fused experts and of
+            routers are products too, but routers do not support methods that read "output_moments".
+            The name of a weight format adds this format only.
         control: whether the method is only for experiments: it isolates one cause of another
             method's effect.
     """

@@ -41,10 +41,20 @@ from lora_init.weights.sharded import reshard
 
 QUANTIZED_BASES = ("in_forward", "requantize")
 UNSUPPORTED = {
-    "routed": {"use_dora": False, "lora_bias": False},
-    "selection": {"use_dora": False, "lora_bias": False, "lora_dropout": 0},
+    "routed": {
+        "use_dora": (
+            False,
+            "DoRA divides by the norms of W + s B A, which the forward pass of experts never forms",
+        ),
+        "lora_bias": (False, "adapter files of experts have PEFT's layout, which has no bias"),
+    },
+    "selection": {
+        "use_dora": (False, "adapter files of routers have PEFT's layout, which has no magnitude"),
+        "lora_bias": (False, "adapter files of routers have PEFT's layout, which has no bias"),
+        "lora_dropout": (0, "a router runs with the weight W + s B A, so A has no input to drop"),
+    },
 }
-"""The settings that experts and routers do not support, with the values that turn them off."""
+"""The settings that experts and routers do not support: the value that turns each off, and why."""
 
 
 def check_model(model: Any) -> None:
@@ -264,11 +274,12 @@ def make_plan(
 
 def _check_variants(config: LoraConfig, name: str, stored: WeightFormat) -> None:
     """Raise TypeError if a setting is not supported on experts or routers."""
-    for setting, neutral in UNSUPPORTED.get(stored.operation, {}).items():
+    for setting, (neutral, reason) in UNSUPPORTED.get(stored.operation, {}).items():
         if (value := getattr(config, setting)) != neutral:
             raise TypeError(
                 f"target {name!r}: {setting}={value!r} is not supported with {stored.name}: must "
-                f"be {neutral!r}. Set it so, or leave the target out with exclude_modules"
+                f"be {neutral!r}, because {reason}. Set {setting}={neutral!r}, or leave the target "
+                "out with exclude_modules"
             )
 
 

@@ -1,14 +1,15 @@
 """Gradients over two processes: what one process finds that reads all batches; failures of all.
 
-So are starts from several sets, from output moments and from sketches, and those with a core.
-
-Nothing heavy is imported here, because each process imports this file.
+So are starts from several sets, from output moments and from sketches, those with a core, and those
+of experts.
 """
 
 from datetime import timedelta
 
 import pytest
 import torch
+from expert_mixture import Mixture, mixture_rows
+from measures import relative_gap
 from processes import run_ranks
 from torch import distributed, nn
 
@@ -99,6 +100,27 @@ def start(method, batches):
     }
 
 
+def expert_starts(batches):
+    """A and s B A of experts."""
+    config = LoraConfig(
+        r=2,
+        init_lora_weights={"name": "lora_da", "output_damping_ratio": 0.5},
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    calibration = WithLoss(batches, lambda model, x: model(x).square().mean())
+    layers = get_peft_model(Mixture(), config, calibration=calibration, cache=False).layers
+    products = {name: layer.initial_product() for name, layer in layers.items()}
+    return products | {f"{name} A": layer.lora_A.detach() for name, layer in layers.items()}
+
+
+def expert_batches():
+    """The router sends no row of the first batch to the first expert."""
+    first, *others = mixture_rows(4, 60)
+    model = Mixture()
+    indices, _ = model.routing(model.entry(first))
+    return [first[(indices != 0).all(-1)], *others]
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -109,6 +131,7 @@ def work(rank, folder):
     wide = wide[:1] if rank == 0 else wide[1:]
     found = {"gradients": gradients(own)}
     found |= {case: start(method, wide) for case, method in STARTS.items()}
+    found["experts"] = expert_starts(expert_batches()[:1] if rank == 0 else expert_batches()[1:])
     for case, batches, loss in (
         ("unreached", own if rank == 1 else [], mean_square),
         ("failed", own, mean_square if rank == 1 else no_scalar),
@@ -154,3 +177,10 @@ def test_ranks_get_the_start_of_all_batches(found, case):
         actual = found[0][case][name]
         assert torch.equal(actual, found[1][case][name])
         assert (actual - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def test_ranks_get_the_starts_of_experts_of_all_batches(found):
+    for name, wanted in expert_starts(expert_batches()).items():
+        actual = found[0]["experts"][name]
+        assert torch.equal(actual, found[1]["experts"][name])
+        assert relative_gap(actual, wanted) <= 1e-4

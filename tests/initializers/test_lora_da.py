@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from expert_mixture import Mixture, mixture_rows
+from expert_modules import CLASSES, EXPERTS
 from measures import relative_gap
-from models import spread_weight
+from models import Batches, spread_weight
 from networks import chain_inputs
 from torch import nn
 
@@ -216,3 +218,87 @@ def test_missing_statistics_are_named(missing, message):
     given = {"inputs": x, "gradient": gradient, "output_moments": y} | {missing: None}
     with pytest.raises(ValueError, match=message):
         init_factors(spread_weight(8, 8), "lora_da", r=2, **given)
+
+
+# -- fused experts ---------------------------------------------------------------------------------
+
+LAYOUTS = ("concatenated", "interleaved, transposed, biased", "no gate", "norm after")
+
+
+def as_linear_layers(model, batches):
+    """x, G and y of each expert's matrices in float64; each is a linear layer with its own rows."""
+    model = copy.deepcopy(model).double()
+    block, layers, rows, squares = model.experts, {}, {}, {}
+    has_gate = hasattr(block, "gate_up_proj")
+    matrices = ("gate_up_proj" if has_gate else "up_proj", "down_proj")
+    for matrix in matrices:
+        for expert, stored in enumerate(getattr(block, matrix)):
+            weight = stored.T if getattr(block, "is_transposed", False) else stored
+            bias = getattr(block, f"{matrix}_bias", None)
+            layer = nn.Linear(*weight.T.shape, bias=bias is not None, dtype=torch.float64)
+            layer.weight.data.copy_(weight)
+            if bias is not None:
+                layer.bias.data.copy_(bias[expert])
+            layers[f"experts.{matrix}.{expert}"] = layer
+    for x in batches:
+        hidden = model.entry(x.double())
+        indices, scores = model.routing(hidden)
+        total, outputs = torch.zeros_like(hidden), {}
+        for expert in range(EXPERTS):
+            token, place = torch.where(indices == expert)
+            states = hidden[token]
+            for matrix in matrices:
+                name = f"experts.{matrix}.{expert}"
+                rows.setdefault(name, []).append(states.detach())
+                outputs[name] = states = layers[name](states)
+                if matrix != "down_proj":
+                    states = block._apply_gate(states) if has_gate else block.act_fn(states)
+            if getattr(block, "has_post_expert_norm", False):
+                states = block.post_expert_norm(states)
+            total = total.index_add(0, token, states * scores[token, place, None])
+        [states.retain_grad() for states in outputs.values()]
+        total.square().mean().backward()
+        for name, states in outputs.items():
+            squares[name] = squares.get(name, 0) + states.grad.square().sum(0)
+    data = {}
+    for name, layer in layers.items():
+        x = torch.cat(rows[name])
+        data[name] = x, layer.weight.grad / len(batches), squares[name] / len(x)
+    return data
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("layout", [one for one in LAYOUTS if one in CLASSES])
+def test_the_factors_of_an_expert_are_those_of_a_linear_layer_with_its_rows(
+    layout, implementation, tmp_path
+):
+    model, batches = Mixture(layout), mixture_rows(size=200)
+    model.experts.config._experts_implementation = implementation
+    data = as_linear_layers(model, batches)
+    # With `damping` alone, y of a mean loss would not be seen in the factors.
+    config = LoraConfig(
+        r=RANK,
+        init_lora_weights={"name": "lora_da", "output_damping_ratio": 0.5, "beta": 3.0},
+        target_parameters=sorted({name.rpartition(".")[0] for name in data}),
+    )
+    found = calibrate(model, config, Batches(batches))
+    found.save(tmp_path / "found")
+    sources = {"passed": found, "saved": Calibration.load(tmp_path / "found")}
+    sources["collected"] = Batches(batches)
+    loras = {
+        key: get_peft_model(copy.deepcopy(model), config, calibration=one, cache=False)
+        for key, one in sources.items()
+    }
+    for name, own in data.items():
+        assert len(own[0]) >= 2 * own[0].shape[1]
+        parameter, _, expert = name.rpartition(".")
+        starts = {}
+        for key, lora in loras.items():
+            layer = lora.layers[parameter]
+            starts[key] = [f[int(expert)].detach() for f in (layer.lora_A, layer.lora_B)]
+        for start in starts.values():
+            assert all(map(torch.equal, start, starts["collected"]))
+        lora_A, lora_B = starts["collected"]
+        projection, product, _ = reference(*own, ratio=0.5, beta=3.0)
+        assert relative_gap(1024 * lora_A.T @ lora_A, projection) < 2e-3
+        assert relative_gap(lora_B @ lora_A, product) < 2e-3

@@ -174,11 +174,17 @@ def test_dropout_acts_in_training_only():
         assert relative_gap(lora.train()(x), lora.eval()(x)) > 1e-3
 
 
-@pytest.mark.parametrize(("setting", "value"), [("use_dora", True), ("lora_bias", True)])
-def test_settings_that_experts_do_not_support_are_refused(setting, value):
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [("use_dora", True, "DoRA divides by the norms"), ("lora_bias", True, "which has no bias")],
+)
+def test_settings_that_experts_do_not_support_are_refused_with_the_reason(setting, value, reason):
     model = Mixture()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TypeError, match=rf"'experts.gate_up_proj': {setting}={value} is not"):
+    message = (
+        rf"'experts.gate_up_proj': {setting}={value} is not .*must be False, because .*{reason}"
+    )
+    with pytest.raises(TypeError, match=message):
         adapted(model, "kaiming", **{setting: value})
     assert type(model.experts).__name__ == "MixtralExperts"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -129,7 +129,8 @@ def test_the_gradients_of_the_factors_are_those_of_the_sum_of_weights():
 )
 def test_settings_that_routers_do_not_support_are_refused(setting, value):
     model = Choice()
-    with pytest.raises(TypeError, match=rf"'gate': {setting}={value} is not supported with Route"):
+    message = rf"'gate': {setting}={value} is not supported with Router: must be .*, because "
+    with pytest.raises(TypeError, match=message):
         adapted(model, **{setting: value})
     config = LoraConfig(r=2, target_modules="all-linear", experts=True, **{setting: value})
     with warnings.catch_warnings():
