@@ -117,25 +117,35 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class Hook:
-    """Whether a module has this forward hook."""
+    """Whether a module has this forward hook.
+
+    Attributes:
+        before: whether it is a pre-hook, which runs before those that the module has.
+    """
 
     module: nn.Module
     hook: Callable[..., Any]
+    before: bool = False
+
+    def _hooks(self) -> dict[int, Any]:
+        return self.module._forward_pre_hooks if self.before else self.module._forward_hooks
 
     def _keys(self) -> list[int]:
-        hooks = self.module._forward_hooks
-        return [key for key, hook in hooks.items() if hook is self.hook]
+        return [key for key, hook in self._hooks().items() if hook is self.hook]
 
     def get(self) -> bool:
         return bool(self._keys())
 
     def set(self, value: bool) -> None:
         keys = self._keys()
-        if value and not keys:
+        if value and not keys and self.before:
+            self.module.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True)
+        elif value and not keys:
             self.module.register_forward_hook(self.hook, with_kwargs=True)
         for key in keys if not value else ():
             self.module._forward_hooks_with_kwargs.pop(key, None)
-            del self.module._forward_hooks[key]
+            self.module._forward_pre_hooks_with_kwargs.pop(key, None)
+            del self._hooks()[key]
 
 
 @runtime_checkable

@@ -36,6 +36,7 @@ class Start(nn.Module):
         from_original_weights: the fingerprint of the unquantized weight, if the replaced one was
             computed from a checkpoint.
         output_dtype: of the base module's own output at its last call.
+        given: the input of a base module with pre-hooks, while it runs.
     """
 
     initial_A: Tensor
@@ -63,6 +64,7 @@ class Start(nn.Module):
         self.checksum: str | None = None
         self.from_original_weights: str | None = None
         self.output_dtype = torch.float32
+        self.given: Tensor | None = None
 
     def is_subtracting(self) -> bool:
         """Whether the forward pass subtracts s B0 A0 at the moment."""

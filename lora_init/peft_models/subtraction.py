@@ -65,15 +65,8 @@ def check_subtraction(layer: AdaptedLayer, target: Target, plan: Plan) -> None:
     """Refuse a layer that can hold the difference neither in its weight nor in its forward pass.
 
     Raises:
-        ValueError: DoRA with dropout on a quantized or tied weight; a hook changes the input of
-            the base, but not that of the adapter.
+        ValueError: DoRA with dropout on a weight that cannot be edited.
     """
-    if plan.initializer.base == "subtract" and layer.base._forward_pre_hooks:
-        raise ValueError(
-            f"target {target.name!r} has a forward pre-hook, which {plan.initializer.name} does "
-            "not support in a PEFT model: the hook changes the input of the base, but not that of "
-            "the adapter. Remove the hook, or use lora_init.get_peft_model"
-        )
     if subtracts_in_forward(layer, target, plan) and _reads_base_weight(layer):
         fix = (
             "or quantized_base='requantize'"
@@ -113,6 +106,8 @@ def subtract(layer: AdaptedLayer, operation: Operation) -> None:
         operation.set(Attribute(layer.module, "get_delta_factors"), factors, is_mark=True)
         operation.set(Attribute(layer.module, "_activate_lora"), activate, is_mark=True)
         return
+    if layer.base._forward_pre_hooks:
+        operation.set(Hook(layer.base, note_input, before=True), True, is_mark=True)
     operation.set(Hook(layer.base, subtract_initial), True, is_mark=True)
     one = known_format(layer.base)
     if not one.writable:
@@ -124,18 +119,26 @@ def subtract(layer: AdaptedLayer, operation: Operation) -> None:
         operation.set(norm, partial(weight_norm, layer), is_mark=True)
 
 
+def note_input(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A pre-hook of a base module, before those that may change its input: the adapter's input."""
+    getattr(base, START).given = args[0] if args else next(iter(kwargs.values()))
+
+
 def subtract_initial(
     base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Any:
     """A forward hook of a base module: base(x) - c s B0 A0 x, in the wider dtype of the two."""
     start = getattr(base, START)
+    given, start.given = start.given, None
     if not start.is_subtracting():
         return None
     start.output_dtype = output.dtype
     weight = start.weight()
     if weight == 0:
         return None
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = given
+    if x is None:
+        x = args[0] if args else next(iter(kwargs.values()))
     return output - _weighted(initial_output(base, start, x), weight)
 
 

@@ -188,11 +188,9 @@ def computes_product(name: str, module: nn.Module) -> bool:
     Raises:
         TypeError: the replaced forward computes a different function.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
     found = known_format(module).replaced_forward(module)
     if found is None or found.reason is None:
-        return True
+        return not (module._forward_hooks or module._forward_pre_hooks)
     if not found.is_close:
         raise TypeError(
             f"target {name!r}: a forward was set on this {type(module).__name__}, and "

@@ -356,11 +356,7 @@ def test_hooks_of_a_target_change_the_base_alone(hook, method, tmp_path):
 
     config = peft.LoraConfig(r=3, target_modules=["2"])
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    if theirs.base_model.model[2].base_layer._forward_pre_hooks:
-        with pytest.raises(ValueError, match="target '2' has a forward pre-hook"):
-            initialize_peft_model(theirs, method)
-    else:
-        initialize_peft_model(theirs, method)
+    initialize_peft_model(theirs, method)
     torch.testing.assert_close(theirs(x), wanted)
 
 
