@@ -19,7 +19,7 @@ from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
-from lora_init.linalg.moments import GradientSketch, InputSets, InputStatistics
+from lora_init.linalg.moments import GradientSketch, InputSets, InputStatistics, StackedInputs
 from lora_init.linalg.precision import wide_device
 from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
@@ -212,7 +212,14 @@ def _check_fit(
                 f"its weight {target.shape}; pass what lora_init.calibrate found on this model"
             )
         sets = inputs.sets.values() if isinstance(inputs, InputSets) else [inputs]
-        for width in (len(each.mean) for each in sets if isinstance(each, InputStatistics)):
+        of_groups = [each.members if isinstance(each, StackedInputs) else [each] for each in sets]
+        if inputs is not None and any(len(each) != target.groups for each in of_groups):
+            raise ValueError(
+                f"calibration: the inputs of {target.name!r} have {len(of_groups[0])} groups, the "
+                f"model's have {target.groups}; pass what lora_init.calibrate found on this model"
+            )
+        members = [one for each in of_groups for one in each]
+        for width in (len(each.mean) for each in members if isinstance(each, InputStatistics)):
             if width != target.shape[1]:
                 raise ValueError(
                     f"calibration: the inputs of {target.name!r} have width {width}, the model's "

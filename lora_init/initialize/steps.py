@@ -159,10 +159,9 @@ def _allocated(
             target.rank, target.shape, statistics.layers[target.name], partial(read, target)
         )
         for target in plan.targets
-        if target.experts is None
+        if not target.has_fixed_rank
     }
-    # A file has one rank for all experts of a parameter, so these keep the planned rank.
-    fixed = {target.name: target.rank for target in plan.targets if target.experts is not None}
+    fixed = {target.name: target.rank for target in plan.targets if target.has_fixed_rank}
     ranks = (plan.options.allocate(requests) if requests else {}) | fixed
     if not any(ranks.values()):
         raise ValueError(
