@@ -25,6 +25,7 @@ from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
+from lora_init.plan.sharded import check_sharded_calibration
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
 from lora_init.weights.kinds import known_format
@@ -97,6 +98,10 @@ def _collected(
         assert plan.calibration is not None
         _check_together(plan)
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
+        targets = [target.name for target in plan.targets]
+        check_sharded_calibration(
+            model, targets, plan.initializer.name, batches, gradients=plan.calibration.gradients
+        )
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.matrices))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
     place = None if device is None else wide_device(torch.device(device))

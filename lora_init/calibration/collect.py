@@ -16,6 +16,7 @@ Every pass reads all the data.
 
 Under `torch.distributed` every rank runs different batches; their number may differ. The sums are
 reduced in float64, and all ranks get the result that one process would get from all the data.
+Ranks that share a model by tensor parallelism run the same batches, which count once.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from lora_init.layer import LayerStatistics
 from lora_init.linalg.moments import InputStatistics, StackedInputs
 from lora_init.linalg.transfer import on_host
 from lora_init.registry import POWERS, CalibrationRequest, sums_dtype
+from lora_init.weights.sharded import readers_of_a_batch
 
 __all__ = ["Calibration", "LayerStatistics", "collect", "collect_all", "collect_in_passes"]
 
@@ -254,18 +256,25 @@ def _collect_inputs(
                 forward(model, moved(batch, home(model)))
             if observer.deferred and isinstance(batches, Iterator):
                 raise ValueError(_only_once(budget, observer.deferred))
-    tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu")).tolist()
+    tally = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu"))
+    copies = readers_of_a_batch(model)
+    tokens, count = (number // copies for number in tally.tolist())
     check_count(count)
     layers = {request: {} for request in requests}
-    for (name, label), found in _statistics(observer).items():
+    for (name, label), found in _statistics(observer, copies).items():
         for request in requests:
             if request.ignore_label == label:
                 layers[request][name] = LayerStatistics(inputs=found)
     return Calibration(layers, tokens, count)
 
 
-def _statistics(observer: Observer) -> dict[tuple[str, Label], InputStatistics | StackedInputs]:
+def _statistics(
+    observer: Observer, copies: int = 1
+) -> dict[tuple[str, Label], InputStatistics | StackedInputs]:
     """The moments by layer and label, over all ranks; layers that share inputs share an object.
+
+    Args:
+        copies: how many ranks have counted each row.
 
     Raises:
         ValueError: the inputs of a layer are not finite.
@@ -275,7 +284,8 @@ def _statistics(observer: Observer) -> dict[tuple[str, Label], InputStatistics |
     layers = {}
     while totals:
         keys, groups = totals.pop(0)
-        found = [statistics_of(total) for total in groups]
+        once = (replace(total, tokens=total.tokens // copies) for total in groups)
+        found = [statistics_of(total) for total in once]
         layers |= dict.fromkeys(keys, StackedInputs(found) if len(found) > 1 else found[0])
     return layers
 

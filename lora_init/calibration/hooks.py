@@ -46,6 +46,7 @@ from lora_init.layers.routed_rows import routed_rows
 from lora_init.linalg.precision import wide_device
 from lora_init.weights.experts import DOWN
 from lora_init.weights.kinds import known_format
+from lora_init.weights.sharded import local_part, whole_input
 
 HELD_INPUTS = 4
 """Number of recent distinct inputs that wait for more readers before they are summed."""
@@ -286,6 +287,7 @@ class Observer:
         ]
         if any(totals is not None for totals, _ in sums):
             values = held.tensor.detach() if held.copy is None else held.copy
+            values = whole_input(place.module, values)
             rows = known_format(place.module).input_rows(place.module, values)
             for totals, mask in sums:
                 if totals is None:
@@ -373,7 +375,7 @@ class Observer:
 
     def _is_encoder_output(self, tensor: Tensor) -> bool:
         """Whether an input is the encoder's output or a view of it."""
-        output = self._encoder_output()
+        output, tensor = self._encoder_output(), local_part(tensor)
         if output is None or tensor is output:
             return output is not None
         return tensor.numel() == output.numel() and tensor.data_ptr() == output.data_ptr() != 0

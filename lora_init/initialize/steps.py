@@ -84,7 +84,9 @@ def _check_forward(plan: Plan, model: nn.Module, calibration: Any) -> None:
     if plan.calibration is None:
         return
     names = [target.name for target in plan.targets]
-    check_sharded_calibration(model, names, plan.initializer.name, calibration)
+    check_sharded_calibration(
+        model, names, plan.initializer.name, calibration, gradients=plan.calibration.gradients
+    )
     if name := first_unloaded(model):
         raise ValueError(
             f"init_lora_weights={plan.initializer.name!r} needs a forward pass, and {name!r} is on "
