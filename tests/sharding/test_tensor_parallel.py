@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import llama, token_batches
+from models import llama, t5, t5_batches, token_batches
 from processes import run_ranks
 from products import chosen
 from sharded import WORLD, batches, config, findings, gap, join, leave, logits, products, train
@@ -15,10 +15,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM
 
-from lora_init import LoraModel, calibrate, get_peft_model
+from lora_init import LoraConfig, LoraModel, calibrate, get_peft_model
 from lora_init.weights.sharded import whole
 
 BY_OUTPUTS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -139,6 +140,7 @@ def test_two_ranks_are_one_process(request, case):
 # -- calibration -----------------------------------------------------------------------------------
 
 FROM_INPUTS = ["eva", "corda"]
+CROSS_ATTENTION = [f"decoder.block.1.layer.1.EncDecAttention.{one}" for one in "kv"]
 
 
 def padded():
@@ -174,6 +176,16 @@ def calibrated(base):
     return found
 
 
+def of_cross_attention(model):
+    """The moments of what a decoder reads of its encoder, whose mask differs from its own."""
+    data = [
+        batch | {"decoder_attention_mask": torch.ones_like(batch["decoder_input_ids"])}
+        for batch in t5_batches(padded=True)
+    ]
+    targets = LoraConfig(r=2, target_modules=CROSS_ATTENTION, init_lora_weights="corda")
+    return calibrate(model, targets, data)
+
+
 def calibrate_in_parallel(rank, folder):
     join(rank, folder)
     found = {}
@@ -183,12 +195,18 @@ def calibrate_in_parallel(rank, folder):
         eva = get_peft_model(base, config(init_lora_weights="eva"), calibration=padded())
         found[by]["A"] = {name: whole(layer.lora_A) for name, layer in eva.layers.items()}
         base = parallel_llama(by, torch.float32, folder)
-        for start in (calibrate, partial(get_peft_model, calibration=batches())):
+        for start in (
+            partial(calibrate, batches=batches()),
+            partial(get_peft_model, calibration=batches()),
+        ):
             with pytest.raises(ValueError, match="needs gradients, and .* by tensor parallelism"):
-                start(
-                    base, config(init_lora_weights="lora_ga"), *([batches()][: start is calibrate])
-                )
-    leave(found, rank, folder)
+                start(base, config(init_lora_weights="lora_ga"))
+    encoder_decoder = t5()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name in CROSS_ATTENTION:
+        module = encoder_decoder.get_submodule(name)
+        parallelize_module(module, mesh, ColwiseParallel(output_layouts=Replicate()))
+    leave((found, summary(of_cross_attention(encoder_decoder))), rank, folder)
 
 
 def test_statistics_of_two_ranks_are_those_of_one_process(tmp_path):
@@ -197,7 +215,11 @@ def test_statistics_of_two_ranks_are_those_of_one_process(tmp_path):
     expected = calibrated(llama())
     eva = get_peft_model(llama(), config(init_lora_weights="eva"), calibration=padded())
     directions = {name: layer.lora_A for name, layer in eva.layers.items()}
-    for rank in findings(tmp_path):
+    crossing = of_cross_attention(t5())
+    for rank, (moments, counts) in findings(tmp_path):
+        assert counts == (crossing.tokens, crossing.batches)
+        for name, wanted in summary(crossing)[0].items():
+            assert_same_moments(moments[name], wanted)
         for found in rank.values():
             for method in FROM_INPUTS:
                 (own, counts), (layers, expected_counts) = found[method], expected[method]
@@ -209,10 +231,8 @@ def test_statistics_of_two_ranks_are_those_of_one_process(tmp_path):
             assert gap(found["start"], expected["start"]) <= 1e-6
             assert found["A"].keys() == directions.keys()
             for name, wanted in directions.items():
-                assert (
-                    gap({0: found["A"][name].mT @ found["A"][name]}, {0: wanted.mT @ wanted})
-                    <= 1e-6
-                )
+                own = found["A"][name]
+                assert gap({0: own.mT @ own}, {0: wanted.mT @ wanted}) <= 1e-6
 
 
 def calibrate_on_pairs(rank, folder):
