@@ -44,7 +44,8 @@ class LayerStatistics:
     """The calibration statistics of one layer.
 
     Attributes:
-        inputs: moments of its inputs, if the method reads them; `InputSets` for several sets.
+        inputs: moments of its inputs, if the method reads them; `InputSets` for several sets, and
+            `StackedInputs` for a grouped convolution.
         gradient: gradient of the loss with respect to its weight, if the method reads it; a sketch
             if it does not fit into memory.
         output_moments: mean squares of the gradient with respect to each output, if the method

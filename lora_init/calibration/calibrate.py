@@ -19,12 +19,13 @@ from lora_init.calibration.result import Calibration, merged
 from lora_init.calibration.sets import check_calibration, check_sets, over_sets
 from lora_init.config.lora_config import LoraConfig
 from lora_init.layer import LayerStatistics
-from lora_init.linalg.moments import GradientSketch, InputSets, InputStatistics
+from lora_init.linalg.moments import GradientSketch, InputSets, InputStatistics, StackedInputs
 from lora_init.linalg.precision import wide_device
 from lora_init.plan.attention import attention_targets, split_on_success
 from lora_init.plan.make import check_model, checked_config, make_plan
 from lora_init.plan.new_weights import with_new_heads
 from lora_init.plan.plan import Plan, Target
+from lora_init.plan.sharded import check_sharded_calibration
 from lora_init.registry import CalibrationRequest
 from lora_init.weights.fingerprint import fingerprint, has_fingerprint
 from lora_init.weights.kinds import known_format
@@ -97,6 +98,10 @@ def _collected(
         assert plan.calibration is not None
         _check_together(plan)
         check_sets(plan.initializer.name, plan.calibration, batches, "batches")
+        targets = [target.name for target in plan.targets]
+        check_sharded_calibration(
+            model, targets, plan.initializer.name, batches, gradients=plan.calibration.gradients
+        )
     names = list(dict.fromkeys(target.name for plan in plans for target in plan.matrices))
     requests = list(dict.fromkeys(plan.calibration for plan in plans if plan.calibration))
     place = None if device is None else wide_device(torch.device(device))
@@ -212,7 +217,14 @@ def _check_fit(
                 f"its weight {target.shape}; pass what lora_init.calibrate found on this model"
             )
         sets = inputs.sets.values() if isinstance(inputs, InputSets) else [inputs]
-        for width in (len(each.mean) for each in sets if isinstance(each, InputStatistics)):
+        of_groups = [each.members if isinstance(each, StackedInputs) else [each] for each in sets]
+        if inputs is not None and any(len(each) != target.groups for each in of_groups):
+            raise ValueError(
+                f"calibration: the inputs of {target.name!r} have {len(of_groups[0])} groups, the "
+                f"model's have {target.groups}; pass what lora_init.calibrate found on this model"
+            )
+        members = [one for each in of_groups for one in each]
+        for width in (len(each.mean) for each in members if isinstance(each, InputStatistics)):
             if width != target.shape[1]:
                 raise ValueError(
                     f"calibration: the inputs of {target.name!r} have width {width}, the model's "

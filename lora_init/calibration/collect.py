@@ -5,6 +5,7 @@ For every **distinct** input of the targeted layers, the pass accumulates over a
 
     mean = sum x / tokens  (in,),    covariance = sum (x - mean)(x - mean)ᵀ / tokens  (in, in)
 
+The groups of a grouped convolution have separate moments of their patches, in a `StackedInputs`.
 The second moment sum x xᵀ / tokens follows from both. Sums are taken about a shift near the mean.
 They are float32, or float64 for methods that read the directions of least variance. Methods can
 request gradients of the loss instead (see `lora_init.calibration.gradients`). The model runs in
@@ -15,6 +16,7 @@ Every pass reads all the data.
 
 Under `torch.distributed` every rank runs different batches; their number may differ. The sums are
 reduced in float64, and all ranks get the result that one process would get from all the data.
+Ranks that share a model by tensor parallelism run the same batches, which count once.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ from lora_init.calibration.sketch import sketch_gradients
 from lora_init.calibration.sums import Moments, joined_over_ranks
 from lora_init.distributed import all_or_none, from_ranks, over_ranks
 from lora_init.layer import LayerStatistics
-from lora_init.linalg.moments import InputStatistics
+from lora_init.linalg.moments import InputStatistics, StackedInputs
 from lora_init.linalg.transfer import on_host
 from lora_init.registry import POWERS, CalibrationRequest, sums_dtype
+from lora_init.weights.sharded import readers_of_a_batch
 
 __all__ = ["Calibration", "LayerStatistics", "collect", "collect_all", "collect_in_passes"]
 
@@ -253,33 +256,42 @@ def _collect_inputs(
                 forward(model, moved(batch, home(model)))
             if observer.deferred and isinstance(batches, Iterator):
                 raise ValueError(_only_once(budget, observer.deferred))
-    tokens, count = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu")).tolist()
+    tally = over_ranks(torch.tensor([counted.tokens, counted.count], device="cpu"))
+    copies = readers_of_a_batch(model)
+    tokens, count = (number // copies for number in tally.tolist())
     check_count(count)
     layers = {request: {} for request in requests}
-    for (name, label), found in _statistics(observer).items():
+    for (name, label), found in _statistics(observer, copies).items():
         for request in requests:
             if request.ignore_label == label:
                 layers[request][name] = LayerStatistics(inputs=found)
     return Calibration(layers, tokens, count)
 
 
-def _statistics(observer: Observer) -> dict[tuple[str, Label], InputStatistics]:
+def _statistics(
+    observer: Observer, copies: int = 1
+) -> dict[tuple[str, Label], InputStatistics | StackedInputs]:
     """The moments by layer and label, over all ranks; layers that share inputs share an object.
+
+    Args:
+        copies: how many ranks have counted each row.
 
     Raises:
         ValueError: the inputs of a layer are not finite.
     """
     totals = list(_reduced(observer))
-    _check_finite([(keys[0][0], total) for keys, total in totals])
+    _check_finite([(keys[0][0], total) for keys, groups in totals for total in groups])
     layers = {}
     while totals:
-        keys, total = totals.pop(0)
-        layers |= dict.fromkeys(keys, statistics_of(total))
+        keys, groups = totals.pop(0)
+        once = (replace(total, tokens=total.tokens // copies) for total in groups)
+        found = [statistics_of(total) for total in once]
+        layers |= dict.fromkeys(keys, StackedInputs(found) if len(found) > 1 else found[0])
     return layers
 
 
-def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Moments]]:
-    """Yield the layers and labels that share inputs, with the moments over all ranks.
+def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], list[Moments]]]:
+    """Yield the layers and labels that share inputs, with each group's moments over all ranks.
 
     Moments of no token are those of an expert that the router did not choose.
     Each rank finds out for itself which layers share inputs and which do not fit. Layers share a
@@ -298,17 +310,17 @@ def _reduced(observer: Observer) -> Iterator[tuple[list[tuple[str, Label]], Mome
     uses = Counter(source for keys in sharers.values() for source in own[keys[0]])
     for keys in sharers.values():
         name, _ = keys[0]
-        total = joined_over_ranks(observer.total(name, own[keys[0]]))
+        totals = [joined_over_ranks(total) for total in observer.totals(name, own[keys[0]])]
         for source in own[keys[0]]:
             uses[source] -= 1
             if not uses[source]:  # the reduced total is a different tensor
                 observer.release(source)
-        if total.tokens == 0 and observer.places[name].expert is None:
+        if totals[0].tokens == 0 and observer.places[name].expert is None:
             raise ValueError(
                 f"calibration: no token reached the target {name!r}; exclude it "
                 "(exclude_modules) or pass batches that use it"
             )
-        yield keys, total
+        yield keys, totals
 
 
 def _check_finite(totals: Collection[tuple[str, Moments]]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_init.cache import key
 from lora_init.files import write_atomically
 from lora_init.linalg.matrix import is_finite
-from lora_init.linalg.moments import GradientSketch, InputStatistics
+from lora_init.linalg.moments import GradientSketch, InputStatistics, StackedInputs
 from lora_init.registry import CalibrationRequest
 
 HEADER_KEY = "lora_init_calibration"
@@ -153,6 +153,10 @@ def _described(found: Any, number: int, tensors: dict[str, Tensor]) -> dict[str,
         kind = "gradient" if found.ndim == 2 else "output_moments"
         tensors[f"{number}.{kind}"] = found
         return {"number": number, "kind": kind}
+    if isinstance(found, StackedInputs):
+        tensors[f"{number}.covariance"] = torch.stack([one.covariance for one in found.members])
+        tensors[f"{number}.mean"] = found.mean
+        return {"number": number, "kind": "stacked_moments", "values": {"tokens": found.tokens}}
     values = {f.name: getattr(found, f.name) for f in fields(found) if not f.name.startswith("_")}
     if isinstance(found, GradientSketch):
         tensors |= {f"{number}.{name}": value for name, value in values.items()}
@@ -191,18 +195,28 @@ def _restored(found: Any, number: int, left: dict[str, Tensor]) -> Any:
             tensor(side, torch.float32, shape=(None, len(singular))) for side in ("left", "right")
         ]
         return GradientSketch(sides[0], singular, sides[1])
-    mean = tensor("mean", torch.float64, shape=(None,))
-    width = len(mean)
+    groups = [None] if kind == "stacked_moments" else []
+    mean = tensor("mean", torch.float64, shape=(*groups, None))
+    width = mean.shape[-1]
     values = _entry(found, "values", dict)
     tokens = _count(values, "tokens")
-    if kind == "moments":
-        covariance = tensor("covariance", torch.float32, torch.float64, shape=(width, width))
-        return InputStatistics(covariance, mean, tokens)
+    if kind in ("moments", "stacked_moments"):
+        shape = *mean.shape, width
+        covariance = tensor("covariance", torch.float32, torch.float64, shape=shape)
+        if kind == "moments":
+            return InputStatistics(covariance, mean, tokens)
+        if not len(mean):
+            raise ValueError("stacked_moments has no members")
+        pairs = zip(covariance, mean, strict=True)
+        return StackedInputs([InputStatistics(*pair, tokens) for pair in pairs])
     if kind == "sketch":
         raise ValueError(
             "it holds sketches of the inputs, which this version does not read any more"
         )
-    raise ValueError(f"kind={kind!r} must be moments, gradient, gradient_sketch or output_moments")
+    raise ValueError(
+        f"kind={kind!r} must be moments, stacked_moments, gradient, gradient_sketch or "
+        "output_moments"
+    )
 
 
 def _request(found: Any) -> CalibrationRequest:

@@ -21,6 +21,8 @@ Rows that count:
 
 Fused experts: a matrix of an expert reads the rows that the router sends to the expert, see
 `lora_init.layers.routed_rows`. Their tokens are known, so masks apply exactly.
+
+Grouped convolutions: each group of channels has its own sum, over its own patches.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from lora_init.layers.routed_rows import routed_rows
 from lora_init.linalg.precision import wide_device
 from lora_init.weights.experts import DOWN
 from lora_init.weights.kinds import known_format
+from lora_init.weights.sharded import local_part, whole_input
 
 HELD_INPUTS = 4
 """Number of recent distinct inputs that wait for more readers before they are summed."""
@@ -141,7 +144,7 @@ class Observer:
         self.deferred: set[str] = set()
         self._budget = budget
         self._device = device
-        self._sums: dict[Source, RunningMoments] = {}
+        self._sums: dict[Source, list[RunningMoments]] = {}  # one for each group of inputs
         self._seen: set[frozenset[str]] = set()
         self._held: OrderedDict[tuple, _Held] = OrderedDict()
         # By first reader of an input: whether the input is overwritten while it waits.
@@ -198,12 +201,16 @@ class Observer:
                     found[name, label] += (source,)
         return {key: sources for key, sources in found.items() if key[0] not in self.deferred}
 
-    def total(self, name: str, sources: tuple[Source, ...]) -> Moments:
-        """Compute the moments of a layer's inputs."""
+    def totals(self, name: str, sources: tuple[Source, ...]) -> list[Moments]:
+        """Compute the moments of a layer's inputs, one for each group of them."""
+        place = self.places[name]
         if not sources:
-            device = next((sums.device for sums in self._sums.values()), torch.device("cpu"))
-            return self._budget.sums(self.places[name].shape[1], device).moments
-        return joined([self._sums[source].moments for source in sources])
+            device = next((sums[0].device for sums in self._sums.values()), torch.device("cpu"))
+            return [self._budget.sums(place.shape[1], device).moments for _ in range(place.groups)]
+        return [
+            joined([self._sums[source][group].moments for source in sources])
+            for group in range(place.groups)
+        ]
 
     def release(self, source: Source) -> None:
         """Free sums that no other layer's total needs."""
@@ -273,20 +280,24 @@ class Observer:
         self._overwritten[first] = written or self._overwritten.get(first, False)
         readers = frozenset(held.readers)
         self._seen.add(readers)
-        module, width = self.places[first].module, self.places[first].shape[1]
+        place = self.places[first]
         sums = [
-            (self._sums_of(Source(readers, mask.labels), width, held.tensor.device), mask)
+            (self._sums_of(Source(readers, mask.labels), place, held.tensor.device), mask)
             for mask in held.masks
         ]
-        if any(total is not None for total, _ in sums):
+        if any(totals is not None for totals, _ in sums):
             values = held.tensor.detach() if held.copy is None else held.copy
-            rows = known_format(module).input_rows(module, values)
-            for total, mask in sums:
-                if total is not None:
-                    leading, counted = held.tensor.shape[:-1], None
-                    if len(rows) == leading.numel():  # false for the patches of an image
-                        counted = self._rows.counted(first, leading, mask.shape, mask.rows)
-                    total.add(rows, None if counted is None else mask.placed(counted, rows.device))
+            values = whole_input(place.module, values)
+            rows = known_format(place.module).input_rows(place.module, values)
+            for totals, mask in sums:
+                if totals is None:
+                    continue
+                leading, counted = held.tensor.shape[:-1], None
+                if len(rows) == leading.numel() and place.groups == 1:  # false for patches
+                    counted = self._rows.counted(first, leading, mask.shape, mask.rows)
+                kept = None if counted is None else mask.placed(counted, rows.device)
+                for group, total in enumerate(totals):
+                    total.add(rows[group :: place.groups], kept)
 
     def _routed_hook(self, module: nn.Module) -> Callable:
         readers = self._routed[module]
@@ -314,11 +325,11 @@ class Observer:
                         sums = self._sums.get(source)
                         if sums is None:
                             device = self._device or rows.device
-                            sums = self._sums[source] = self._budget.sums(rows.shape[1], device)
+                            sums = self._sums[source] = [self._budget.sums(rows.shape[1], device)]
                         own = None
                         if counted is not None:
                             own = counted[found.tokens % len(tokens)].nonzero()[:, 0]
-                        sums.add(rows, own)
+                        sums[0].add(rows, own)
 
         return observe
 
@@ -341,11 +352,14 @@ class Observer:
         counted[mask.placed(rows, hidden.device)] = True
         return counted
 
-    def _sums_of(self, source: Source, width: int, device: torch.device) -> RunningMoments | None:
-        """The running sums of a source, or None if they do not fit."""
+    def _sums_of(
+        self, source: Source, place: Place, device: torch.device
+    ) -> list[RunningMoments] | None:
+        """The running sums of a source, one for each group, or None if they do not fit."""
         if source not in self._sums and not source.readers <= self.deferred:
-            if self._budget.admits(width):
-                self._sums[source] = self._budget.sums(width, wide_device(self._device or device))
+            width, home = place.shape[1], wide_device(self._device or device)
+            if self._budget.admits(width, place.groups):
+                self._sums[source] = [self._budget.sums(width, home) for _ in range(place.groups)]
             else:
                 self.deferred |= source.readers
         return self._sums.get(source)
@@ -361,7 +375,7 @@ class Observer:
 
     def _is_encoder_output(self, tensor: Tensor) -> bool:
         """Whether an input is the encoder's output or a view of it."""
-        output = self._encoder_output()
+        output, tensor = self._encoder_output(), local_part(tensor)
         if output is None or tensor is output:
             return output is not None
         return tensor.numel() == output.numel() and tensor.data_ptr() == output.data_ptr() != 0

@@ -48,6 +48,11 @@ class Place:
         return rows, columns
 
     @property
+    def groups(self) -> int:
+        """How many groups of inputs the matrix reads, each with statistics of its own."""
+        return known_format(self.module).groups(self.module)
+
+    @property
     def weight(self) -> Tensor:
         """The matrix (out, in)."""
         weight = known_format(self.module).read(self.module, self.matrix)

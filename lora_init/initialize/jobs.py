@@ -80,8 +80,8 @@ def jobs(plan: Plan, devices: dict[str, torch.device]) -> list[Job]:
 
 
 def _stacked_numbers(target: Target, plan: Plan) -> int:
-    """The size of the weight, or of the inputs' second moment if it is read and larger."""
-    moment = target.shape[1] ** 2 if "inputs" in plan.initializer.reads else 0
+    """The size of the weight, or of the inputs' second moments if they are read and larger."""
+    moment = target.groups * target.shape[1] ** 2 if "inputs" in plan.initializer.reads else 0
     return max(prod(target.shape), moment)
 
 

@@ -124,7 +124,7 @@ def initialize(
     warn_of_concerns(
         plan.initializer,
         plan.options,
-        [(t.name, t.rank, found[t.name].factors.metrics) for t in plan.targets],
+        [(t.name, t.rank, found[t.name].factors.metrics) for t in plan.targets if t.groups == 1],
     )
     return [found[target.name] for target in plan.targets]
 
@@ -266,13 +266,21 @@ class _Worker:
     def _computed(self, targets: tuple[Target, ...], layers: list[Layer]) -> list[Factors]:
         """Call the method: on one layer, on a stack, or on the layers of a stack in turn."""
         if (count := targets[0].groups) > 1:  # alike for all targets of a job
-            groups = (group_layers(layer, count) for layer in layers)
-            made = [joined(self._made(each)) for each in groups]
+            made = [self._of_groups(group_layers(layer, count)) for layer in layers]
         else:
             made = self._made(layers)
         for target, factors in zip(targets, made, strict=True):
             check_shapes(target.name, target.shape, target.rank, self.plan.initializer, factors)
         return made
+
+    def _of_groups(self, groups: list[Layer]) -> Factors:
+        """The factors of one grouped convolution."""
+        made = self._made(groups)
+        figures = [
+            (each.names[0], each.rank, one.metrics) for each, one in zip(groups, made, strict=True)
+        ]
+        warn_of_concerns(self.plan.initializer, self.plan.options, figures)  # `joined` drops them
+        return joined(made)
 
     def _made(self, layers: list[Layer]) -> list[Factors]:
         """The factors of layers of one shape, rank, scaling and type."""

@@ -84,7 +84,9 @@ def _check_forward(plan: Plan, model: nn.Module, calibration: Any) -> None:
     if plan.calibration is None:
         return
     names = [target.name for target in plan.targets]
-    check_sharded_calibration(model, names, plan.initializer.name, calibration)
+    check_sharded_calibration(
+        model, names, plan.initializer.name, calibration, gradients=plan.calibration.gradients
+    )
     if name := first_unloaded(model):
         raise ValueError(
             f"init_lora_weights={plan.initializer.name!r} needs a forward pass, and {name!r} is on "
@@ -159,10 +161,9 @@ def _allocated(
             target.rank, target.shape, statistics.layers[target.name], partial(read, target)
         )
         for target in plan.targets
-        if target.experts is None
+        if not target.has_fixed_rank
     }
-    # A file has one rank for all experts of a parameter, so these keep the planned rank.
-    fixed = {target.name: target.rank for target in plan.targets if target.experts is not None}
+    fixed = {target.name: target.rank for target in plan.targets if target.has_fixed_rank}
     ranks = (plan.options.allocate(requests) if requests else {}) | fixed
     if not any(ranks.values()):
         raise ValueError(

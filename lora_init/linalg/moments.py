@@ -150,16 +150,24 @@ class InputSets:
 
 @dataclass(frozen=True)
 class StackedInputs:
-    """The input moments of a stack of layers.
+    """The input moments of a stack of layers, or of the groups of a convolution.
 
     Layers with the same input share one member.
+
+    Attributes:
+        members: `InputStatistics`, or `LeadingComponents` after `condensed`.
     """
 
-    members: Sequence[InputStatistics]
+    members: Sequence[Any]
 
     @property
     def device(self) -> torch.device:
         return self.members[0].device
+
+    @property
+    def tokens(self) -> int:
+        """The number of rows of each group; all groups of a convolution have the same."""
+        return self.members[0].tokens
 
     @property
     def mean(self) -> Float[Tensor, "*stack in"]:
@@ -180,6 +188,13 @@ class StackedInputs:
             for one, vectors in zip(waiting.values(), found, strict=True):
                 one._least[size] = vectors
         return torch.stack([one.least_directions(rank) for one in self.members])
+
+    def condensed(self, rank: int) -> StackedInputs:
+        """Like `InputStatistics.condensed`, for every member."""
+        return StackedInputs([one.condensed(rank) for one in self.members])
+
+    def to(self, device: torch.device) -> StackedInputs:
+        return StackedInputs([one.to(device) for one in self.members])
 
 
 @dataclass(frozen=True)

@@ -223,8 +223,6 @@ def check_groups(
         ValueError: the groups cannot share this rank, or the rank is too high for their matrices.
     """
     obstacles = {
-        "reads the inputs, which are not collected for each group": "inputs" in spec.reads,
-        "chooses the ranks": spec.allocates,
         "trains a core, which mixes the groups": spec.has_core,
         "replaces the base weight": spec.base == "replace",
     }

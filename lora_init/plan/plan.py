@@ -91,6 +91,14 @@ class Target:
         rows, columns = self.shape
         return (self.experts or 1) * self.rank * (rows // self.groups + columns)
 
+    @property
+    def has_fixed_rank(self) -> bool:
+        """Whether rank allocation keeps the planned rank, because one rank is for all matrices.
+
+        A file has one rank for all experts of a parameter, or all groups of a convolution.
+        """
+        return self.experts is not None or self.groups > 1
+
     def single(self) -> Iterator[Target]:
         """Each expert's matrix as a target "<name>.<number>"; the target itself if it is one."""
         if self.experts is None:
@@ -238,9 +246,10 @@ class Plan:
         return limit < self.gradient_bytes and sketches < self.gradient_bytes
 
     def input_bytes(self, target: Target) -> int:
-        """Memory of the sums over one target's inputs, of all its experts."""
+        """Memory of the sums over one target's inputs, of all its experts or groups."""
         requests = [] if self.calibration is None else [self.calibration]
-        return (target.experts or 1) * sums_bytes(target.shape[1], sums_dtype(requests))
+        count = (target.experts or 1) * target.groups
+        return count * sums_bytes(target.shape[1], sums_dtype(requests))
 
     @property
     def passes(self) -> int:
@@ -277,7 +286,8 @@ class Plan:
         works = []
         for target in self.targets:
             rows, columns = target.shape
-            numbers, needed = rows * columns, weights * rows * columns + moments * columns**2
+            numbers, squares = rows * columns, target.groups * columns**2
+            needed = weights * numbers + moments * squares
             count, alike = target.experts or 1, 1
             if target.experts is not None and self.initializer.is_batched:
                 alike = min(count, stack_size(max(numbers, columns**2 if moments else 0)))
@@ -302,7 +312,8 @@ class Plan:
             if self.options.keeps_scaling():
                 ratio = rank / target.rank
                 alpha *= ratio**0.5 if config.use_rslora else ratio
-            check_target_rank(target.name, rank, target.shape, self.initializer, self.options)
+            if target.groups == 1:  # else the rank is as planned
+                check_target_rank(target.name, rank, target.shape, self.initializer, self.options)
             targets.append(
                 dataclasses.replace(
                     target,
@@ -425,6 +436,8 @@ class Plan:
             lines.append(f"biases trained: {len(self.trained_biases)} ({self.bias})")
         if self.initializer.allocates and any(t.experts is not None for t in self.targets):
             lines.append("fused experts keep one rank for all, as planned")
+        if self.initializer.allocates and any(t.groups > 1 for t in self.targets):
+            lines.append("the groups of a convolution keep one rank for all, as planned")
         shared = [t.name for t in self.targets if t.shared_with]
         if shared and spec.base != "keep":
             how = "get a separate weight" if spec.base == "replace" else "stay as they are"

@@ -121,13 +121,15 @@ def check_sharded_variants(
 
 
 def check_sharded_calibration(
-    model: nn.Module, names: Sequence[str], method: str, batches: Any
+    model: nn.Module, names: Sequence[str], method: str, batches: Any, *, gradients: bool
 ) -> None:
     """Raise if the calibration cannot run a sharded model.
 
     Args:
         names: the targets.
         batches: the batches of this rank, or a mapping of sets of them.
+        gradients: whether the method reads gradients. Under tensor parallelism, a rank has only
+            its part of the outputs' gradients. Parts of the inputs are gathered.
 
     Raises:
         ValueError: a layer sees only parts of its inputs or weights; or the ranks have different
@@ -144,9 +146,10 @@ def check_sharded_calibration(
                 "forward pass gathers the shards of all. Leave out the last batches of some."
             )
     for name, how in zip(names, ways, strict=True):
-        if how in IN_CALL:
+        if how in IN_CALL and (gradients or how != "tensor parallelism"):
+            reads = "gradients" if gradients else "a forward pass"
             raise ValueError(
-                f"init_lora_weights={method!r} needs a forward pass, and {name!r} is sharded by "
+                f"init_lora_weights={method!r} needs {reads}, and {name!r} is sharded by "
                 f"{how}: pass calibration=<result of lora_init.calibrate on the model before it "
                 "was sharded>."
             )

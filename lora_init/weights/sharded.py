@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -69,6 +70,39 @@ def whole(parameter: Tensor) -> Tensor:
         with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
+
+
+def whole_input(module: nn.Module, x: Float[Tensor, "*positions part"]) -> Tensor:
+    """The whole input (*positions, in) of a module under tensor parallelism; else x itself.
+
+    A module whose weight is sharded by inputs gets only its part of their columns on each rank.
+    """
+    if is_dtensor(x):
+        return whole(x)
+    weight = module._parameters.get("weight")
+    if weight is None or not is_dtensor(weight) or weight.ndim != 2:
+        return x
+    parts = cast("DTensor", weight)
+    if x.shape[-1] == parts.shape[1] or not any(place.is_shard(1) for place in parts.placements):
+        return x
+    shape = torch.Size((*x.shape[:-1], parts.shape[1]))
+    columns = torch.distributed.tensor.DTensor.from_local(
+        x.contiguous(),
+        parts.device_mesh,
+        [torch.distributed.tensor.Shard(x.ndim - 1)],
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return whole(columns)
+
+
+def readers_of_a_batch(model: nn.Module) -> int:
+    """How many ranks run each batch together: the size of a mesh of tensor parallelism, or 1."""
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if is_dtensor(parameter) and fsdp_unit(model, name) is None:
+                return group_size(parameter)
+    return 1
 
 
 def split_as(value: Tensor, like: Any) -> Tensor:

@@ -48,20 +48,20 @@ def wrapped(base, **settings):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["pissa", "kaiming"])
+@pytest.mark.parametrize("method", ["pissa", "kaiming", "corda", "eva"])
 @pytest.mark.parametrize("kind", MODULES)
 def test_a_start_from_step_0_to_a_file(kind, method, dtype, tmp_path):
     base, x = network(kind, dtype)
     model, expected = wrapped(base), base(x)
     exact = EXACT if dtype == torch.float32 else 0.0
-    initialize_peft_model(model, method)
+    initialize_peft_model(model, method, calibration=[x] if method in ("corda", "eva") else None)
     assert_gap(model(x), expected, exact)
     trained = train(model)(x)
     assert relative_gap(trained, expected) > 1e-3
     with model.disable_adapter():
         assert_gap(model(x), expected, exact)
     model.save_pretrained(tmp_path)
-    doubled = {"r": 16, "lora_alpha": 24} if method == "pissa" else {}
+    doubled = {"r": 16, "lora_alpha": 24} if method in ("pissa", "corda") else {}
     close = 2 * max(EPSILON[dtype], 1e-5)
     plain = wrapped(base, **doubled)
     plain.load_state_dict(model.state_dict())

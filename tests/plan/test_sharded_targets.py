@@ -73,7 +73,7 @@ def partitioned(model, mesh):
         (by_outputs, {"lora_bias": True}, "lora_bias=True is not supported for .*q_proj'"),
         (by_outputs, {"bias": "all"}, "bias='all' is not supported for .*q_proj'"),
         (by_outputs, {"init_lora_weights": "loftq"}, "tensor parallelism, and loftq replaces"),
-        (by_outputs, {"init_lora_weights": "eva"}, "'eva' needs a forward pass, and .*q_proj' is"),
+        (by_outputs, {"init_lora_weights": "lora_ga"}, "'lora_ga' needs gradients, .*q_proj' is"),
         (by_entries, {"target_modules": ["embed_tokens"]}, "it is a Embedding: must be"),
         (partitioned, {"use_dora": True}, "use_dora=True is not supported .* by DeepSpeed ZeRO-3"),
         (partitioned, {"init_lora_weights": "qpissa"}, "by DeepSpeed ZeRO-3, and qpissa replaces"),
