@@ -18,7 +18,7 @@ from lora_init.adapters.core_file import read_cores
 from lora_init.adapters.diffusers_format import DIFFUSERS_NAME, as_peft
 from lora_init.adapters.expert_layout import named
 from lora_init.adapters.format import HEADER_KEY, OWN_WEIGHTS_NAME, WEIGHTS_NAME
-from lora_init.adapters.load_peft import read_foreign
+from lora_init.adapters.load_peft import foreign_config, read_foreign
 from lora_init.adapters.loaded import LoadedAdapter
 from lora_init.adapters.own import read_own
 from lora_init.adapters.tensors import Contents
@@ -64,17 +64,19 @@ def read(
         tensors, header = read_tensors(folder)
     weights = BaseWeights(base, original_weights)
     try:
+        foreign = foreign_config(values) if header is None else None
         parameters = values.get("target_parameters") or []
         tensors = named(tensors, parameters, fused_parameters(base))
         tensors, attentions = in_model(tensors, base)
         split(base, (name for name in attentions if not _is_split(base, name)))
         contents = Contents(tensors, base, adapter_dtype)
-        if header is not None:
+        if foreign is None:
+            assert header is not None
             cores = None
             if isinstance(expected := header.get("core"), str):
                 cores = read_cores(folder, expected)
             return read_own(contents, weights, header, values, cores)
-        return read_foreign(contents, weights, values)
+        return read_foreign(contents, weights, *foreign)
     except (
         ValueError,
         TypeError,

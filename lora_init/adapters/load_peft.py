@@ -46,22 +46,31 @@ CHANGED = ("pissa", "olora", "corda", "lora_ga", "astra")
 CONVERT = "Convert it with PEFT's path_initial_model_for_weight_conversion first."
 
 
-def read_foreign(contents: Contents, weights: BaseWeights, values: dict[str, Any]) -> LoadedAdapter:
-    """Check a file of PEFT against the base; `values` is the content of its adapter_config.json."""
-    base = contents.base
+def foreign_config(values: dict[str, Any]) -> tuple[LoraConfig, Any]:
+    """The configuration and the method of a file of PEFT, from its adapter_config.json.
+
+    Raises:
+        ValueError: the method or a setting is not supported.
+    """
     method = method_of(values.get("init_lora_weights"))
     method = True if method is None else method
     if method not in KEPT_STARTS and method not in REBUILT:
         raise ValueError(_unknown_start(method))
-    values = dict(values)
     # If the base was kept, the method does not matter after training. Its options may have values
     # that lora_init does not support.
-    values["init_lora_weights"] = method if method in REBUILT else True
+    start = {"init_lora_weights": method if method in REBUILT else True}
+    return LoraConfig.from_dict(values | start), method
+
+
+def read_foreign(
+    contents: Contents, weights: BaseWeights, config: LoraConfig, method: Any
+) -> LoadedAdapter:
+    """Check a file of PEFT against the base; `foreign_config` has its configuration."""
+    base = contents.base
     if method == "olora" and any(key.endswith(".lora_embedding_A") for key in contents.tensors):
         raise ValueError(
             f"an unconverted olora adapter of PEFT with an embedding is not supported. {CONVERT}"
         )
-    config = LoraConfig.from_dict(values)
     if method == "pissa":
         config.init_lora_weights = {"name": "pissa", "method": "exact"}
     written = config

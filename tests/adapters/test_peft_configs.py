@@ -164,6 +164,13 @@ def test_a_setting_that_means_something_is_refused_by_name(name):
         LoraConfig.from_dict(VALUES | {name: USED[name]})
 
 
+def test_a_file_with_replicated_layers_is_refused_for_them(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer_replication=.* is not supported"):
+        LoraModel.from_pretrained(llama(), tmp_path)
+
+
 def test_tied_modules_are_refused_where_they_would_be_tied():
     for extra in ({"modules_to_save": ["embed_tokens"]}, {"target_modules": ["lm_head"]}):
         with pytest.raises(ValueError, match="ensure_weight_tying=True is not supported"):
