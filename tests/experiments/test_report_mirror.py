@@ -1,6 +1,7 @@
 """The report in an offline run of the real wandb."""
 
 import sys
+import time
 
 import pytest
 from synthetic_sweeps import no_charts, write_run
@@ -41,6 +42,9 @@ def test_pictures_table_and_page_arrive_in_the_sweeps_group(tmp_path, monkeypatc
     assert [path.name.split("_")[0] for path in media.glob("images/charts/*.png")] == drawn[:1]
     assert len(list(media.glob("table/*.json"))) == len(list(media.glob("html/*.html"))) == 1
     (log,) = folder.glob("*.wandb")
+    ends = time.monotonic() + 30
+    while b"mine" not in log.read_bytes() and time.monotonic() < ends:
+        time.sleep(0.1)  # a service that runs already writes after `finish` has returned
     assert b"mine" in log.read_bytes()
     assert (begun["group"], begun["job_type"], begun["mode"]) == ("two", "report", "offline")
 
