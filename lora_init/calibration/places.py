@@ -49,7 +49,7 @@ class Place:
 
     @property
     def groups(self) -> int:
-        """How many groups of inputs the matrix reads, each with statistics of its own."""
+        """The number of groups of inputs. Each group has its own statistics."""
         return known_format(self.module).groups(self.module)
 
     @property

@@ -68,7 +68,7 @@ def guard(
 
 
 def add_adapter(peft_model: Any, adapter_name: str, *args: Any, **settings: Any) -> None:
-    """PEFT's `add_adapter`, with a warning: the base is no longer the original one."""
+    """Call PEFT's `add_adapter`, and warn that the base was changed."""
     type(peft_model).add_adapter(peft_model, adapter_name, *args, **settings)
     owner = base_owner(peft_model)
     warnings.warn(

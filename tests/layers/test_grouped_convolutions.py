@@ -162,7 +162,7 @@ FROM_INPUTS = [
 
 
 def single(base, group):
-    """The convolution of one group, as a module of its own."""
+    """One group of a convolution as a separate module."""
     whole = base[0]
     module = type(whole)(
         whole.in_channels // whole.groups,
